@@ -1,0 +1,29 @@
+"""selfkd: born-again generations and ensemble-to-single-model distillation for PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from selfkd.distiller import Distiller as Distiller
+    from selfkd.losses import distillation_loss as distillation_loss
+    from selfkd.models import make_model as make_model
+    from selfkd.teacher import Ensemble as Ensemble
+    from selfkd.teacher import Teacher as Teacher
+
+# imported when asked for: the command line starts without torch
+_HOMES = {
+    "Distiller": "selfkd.distiller",
+    "Ensemble": "selfkd.teacher",
+    "Teacher": "selfkd.teacher",
+    "distillation_loss": "selfkd.losses",
+    "make_model": "selfkd.models",
+}
+__all__ = ["Distiller", "Ensemble", "Teacher", "distillation_loss", "make_model"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'selfkd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

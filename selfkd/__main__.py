@@ -1,0 +1,23 @@
+"""`selfkd <command>`: the same as `python -m selfkd.<command>`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = ("generations",)
+
+
+def main() -> int:
+    """Run a sub-command; return its exit code."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        asked_for_help = sys.argv[1:2] in (["-h"], ["--help"])
+        usage = f"usage: selfkd {{{','.join(COMMANDS)}}} …   (selfkd COMMAND --help)"
+        print(usage, file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    code: int = importlib.import_module(f"selfkd.{sys.argv[1]}").main(sys.argv[2:])
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,426 @@
+"""The one schema: frozen, strict dataclasses, read from YAML, `--set` and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
+
+from selfkd.space import Distribution, Point
+
+Tree = dict[str, Any]
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ConfigError(ValueError):
+    """A user's mistake: every fault on a line of its own, with its source, key and value."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DataConfig:
+    """What is learnt from."""
+
+    name: str = "digits"
+    """digits, mnist, fashion_mnist, cifar10, cifar100, folder, or a timm data set name."""
+    root: str | None = None
+    """Where the data lies; the environment variable SELFKD_DATA when it is not given."""
+    download: bool = False
+    """Fetch the data into root when it is not there."""
+    train_size: int | None = Field(default=None, ge=1)
+    """How many training images, stratified by label; all of them when not given."""
+    val_size: int | None = Field(default=None, ge=1)
+    """How many images are held out to choose by; each data set has its own default."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side in pixels that a folder's images are resized and cropped to."""
+    in_memory: bool | None = None
+    """Hold all images as one tensor; by size when not given."""
+    workers: int = Field(default=2, ge=0)
+    """Processes that decode images which are not in memory."""
+    crop: float | None = Field(default=None, gt=0, le=1)
+    """Random resized crop: smallest share of the area that is kept."""
+    flip: bool = False
+    """Mirror half of the images."""
+    jitter: int = Field(default=0, ge=0)
+    """Shift by up to so many pixels, filled with zeros (the same as pad and crop)."""
+    views: int | None = Field(default=None, ge=1)
+    """How many augmented views of an image are labelled; 1 without augmentation, else 8."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ModelConfig:
+    """A network: any name that `timm.create_model` knows."""
+
+    name: str = "selfkd_mlp"
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the model."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    epochs: int = Field(default=60, ge=1)
+    batch_size: int = Field(default=50, ge=1)
+    optimizer: str = "sgd"
+    """A timm optimiser name: sgd (with Nesterov momentum), adamw, …"""
+    lr: float = Field(default=0.05, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    schedule: Literal["cosine", "step", "none"] = "cosine"
+    """Learning rate by timm's schedulers; `step` divides it by 10 at 1/2 and 3/4 of the epochs."""
+    warmup_epochs: int = Field(default=0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    clip_grad: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of the moving average of the weights; off when not given."""
+    amp: Literal["none", "bfloat16", "float16"] = "none"
+    """Mixed precision."""
+    compile: bool = False
+    """Run the student through torch.compile."""
+    init: Literal["fresh", "teacher"] = "fresh"
+    """Where a born-again student's weights start from."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DistillConfig:
+    """What a student learns from its teacher. `alpha` weighs the soft term."""
+
+    temperature: float = Field(default=4.0, gt=0)
+    alpha: float = Field(default=0.9, ge=0, le=1)
+    average: Literal["probabilities", "logits"] = "probabilities"
+    """How the members of an ensemble are averaged."""
+    teacher: str = "previous"
+    """previous (best of the last generation), lineage (ensemble of the best of all earlier ones)
+    or top:m (ensemble of the m best trials of the last one)."""
+    live: bool = False
+    """Ask the teacher at every step rather than read its stored answers."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _known_teacher(cls, value: str) -> str:
+        if not re.fullmatch(r"previous|lineage|top:[1-9]\d*", value):
+            raise ValueError(f"must be previous, lineage or top:m with m >= 1, got {value!r}")
+        return value
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class SearchConfig:
+    """The trials of a generation."""
+
+    trials: int = Field(default=8, ge=1)
+    algorithm: Literal["sobol", "random", "optuna"] = "sobol"
+    scheduler: Literal["none", "asha"] = "none"
+    """Early stopping of trials."""
+    space: dict[str, Any] = Field(
+        default_factory=lambda: {
+            "distill.temperature": {"loguniform": [1, 20]},
+            "distill.alpha": {"uniform": [0, 1]},
+        }
+    )
+    """Dotted config keys and their distributions."""
+    labels_only_space: dict[str, Any] = Field(default_factory=dict)
+    """The same for generation 0 alone, for example `train.label_smoothing`."""
+
+    @field_validator("space", "labels_only_space")
+    @classmethod
+    def _readable_space(cls, space: dict[str, Any]) -> dict[str, Any]:
+        for key, spec in space.items():
+            try:
+                Distribution.parse(spec)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+        return space
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ResourcesConfig:
+    """What one trial gets; fractions are allowed."""
+
+    cpu: float = Field(default=1.0, gt=0)
+    gpu: float = Field(default=0.0, ge=0)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class TrackingConfig:
+    """W&B."""
+
+    mode: Literal["auto", "online", "offline", "none"] = "auto"
+    """auto: online when there is a key and the host answers, else offline."""
+    project: str = Field(default="selfkd", min_length=1)
+    entity: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Config:
+    """A whole run of `selfkd.generations`."""
+
+    rounds: int = Field(default=5, ge=0)
+    """Born-again generations after generation 0."""
+    seed: int = Field(default=0, ge=0)
+    """Of the split, the views, the search and every trial."""
+    name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
+    storage: str = "runs"
+    """Folder that holds the run folders."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    student: ModelConfig | None = None
+    """The network of generations 1, 2, … when it differs from `model`."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _tracking_by_mode(cls, value: Any) -> Any:
+        return {"mode": value} if isinstance(value, str) else value
+
+    def space(self, generation: int) -> dict[str, Distribution]:
+        """Return the search space of a generation: no `distill` keys without a teacher."""
+        specs = dict(self.search.space)
+        if generation == 0:
+            specs = {key: spec for key, spec in specs.items() if not key.startswith("distill.")}
+            specs |= self.search.labels_only_space
+        return {key: Distribution.parse(spec) for key, spec in specs.items()}
+
+    def at(self, point: Point) -> Config:
+        """Return this config with the values of a point of the search space.
+
+        >>> Config().at({"distill.alpha": 0.5}).distill.alpha
+        0.5
+        """
+        tree = to_tree(self)
+        for key, value in point.items():
+            _put(tree, key, value)
+        return from_tree(tree)
+
+
+_ADAPTER = TypeAdapter(Config)
+# What a trial may not differ in: its generation shares these with all other trials.
+_FIXED = ("rounds", "seed", "name", "storage", "data", "search", "resources", "tracking")
+_FIXED_DISTILL = ("distill.teacher", "distill.live")
+
+
+def to_tree(config: Config) -> Tree:
+    """Return a config as plain nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
+    """Make a config from nested dictionaries.
+
+    Raises:
+        ConfigError: with every fault; `sources` says for a dotted key where it was given.
+    """
+    try:
+        # as JSON: in strict mode only JSON objects become dataclasses
+        return _ADAPTER.validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_faults(error, sources or {}))) from None
+
+
+def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]:
+    for fault in error.errors():
+        path = [str(part) for part in fault["loc"] if not str(part).endswith("Config")]
+        key = ".".join(path)
+        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            section = ".".join(path[:-1])
+            known = [k for k in _known_keys() if k.rpartition(".")[0] == section]
+            message = f"unknown key{_did_you_mean(key, known)}"
+        elif fault["type"] == "value_error":
+            message = fault["msg"].removeprefix("Value error, ")
+        else:
+            condition = fault["msg"].removeprefix("Input should be ").removeprefix("String should ")
+            message = f"must be {condition}, got {fault['input']!r}".replace("be match", "match")
+        source = next((at for k, at in sources.items() if f"{k}.".startswith(f"{key}.")), None)
+        source = source or next((sources[k] for k in _parents(key) if k in sources), None)
+        yield f"{source}: {key}: {message}" if source else f"{key}: {message}"
+
+
+def _parents(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f": did you mean {', '.join(close)}?" if close else f" (known: {', '.join(known)})"
+
+
+def _known_keys() -> list[str]:
+    tree = to_tree(Config())
+    tree["student"] = to_tree(Config())["model"]
+    return [key for key, _ in _leaves(tree, "", inner=True)]
+
+
+def _leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        nested = isinstance(value, dict) and not dotted.endswith((".args", "space"))
+        if inner or not nested:
+            yield dotted, value
+        if nested:
+            yield from _leaves(value, f"{dotted}.", inner=inner)
+
+
+def _put(tree: Tree, key: str, value: Any) -> None:
+    inside_space = re.match(r"(search)\.(space|labels_only_space)\.(.+)", key)
+    *parents, last = inside_space.groups() if inside_space else key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[last] = value
+
+
+def _merge(base: Tree, over: Tree) -> Tree:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with the numbers that people write: 1e-3 is one."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read YAML safely; `1e-3` is a number.
+
+    >>> parse_yaml("lr: 1e-3", "x.yaml")
+    {'lr': 0.001}
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(
+    path: str | Path | None = None,
+    *,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read a config: flags over `--set` over YAML over defaults.
+
+    Args:
+        path: a YAML file.
+        settings: `dotted.key=value` texts.
+        flags: dotted keys with values already parsed; None values are left out.
+
+    Raises:
+        ConfigError: with every fault found.
+
+    >>> load_config(settings=["train.lr=1e-2"], flags={"rounds": 2}).train.lr
+    0.01
+    """
+    tree: Tree = {}
+    sources: dict[str, str] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text()
+        except OSError as error:
+            raise ConfigError(f"--config must be a readable file, got {path}: {error}") from None
+        tree = parse_yaml(text, str(path)) or {}
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: must be a mapping of config keys, got {tree!r}")
+        sources = {key: str(path) for key, _ in _leaves(tree, "", inner=True)}
+    return _overlay(tree, sources, settings, flags or {})
+
+
+def merge_settings(config: Config, *, settings: Sequence[str], flags: Mapping[str, Any]) -> Config:
+    """Return a config with flags over `--set` over its own values.
+
+    Raises:
+        ConfigError: with every fault found.
+    """
+    return _overlay(to_tree(config), {}, settings, flags)
+
+
+def _overlay(
+    tree: Tree, sources: dict[str, str], settings: Sequence[str], flags: Mapping[str, Any]
+) -> Config:
+    faults = []
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            faults.append(f"--set must be dotted.key=value, got {setting!r}")
+            continue
+        over: Tree = {}
+        _put(over, key, parse_yaml(text, f"--set {key}"))
+        tree = _merge(tree, over)
+        sources[key] = "--set"
+    for key, value in flags.items():
+        if value is not None:
+            _put(tree, key, value)
+            sources[key] = "command line"
+    try:
+        config = from_tree(tree, sources)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*faults, str(error)])) from None
+    faults.extend(_space_faults(config, sources))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Faults between settings: a search space that its config cannot follow."""
+    teacher = config.distill.teacher
+    if teacher.startswith("top:") and int(teacher[4:]) > config.search.trials:
+        yield f"distill.teacher: must be at most top:{config.search.trials}, the number of trials"
+    known = [key for key in _known_keys() if not key.startswith(_FIXED)]
+    for name in ("space", "labels_only_space"):
+        source = sources.get(f"search.{name}") or sources.get("search")
+        where = f"{source}: search.{name}" if source else f"search.{name}"
+        space: dict[str, Any] = getattr(config.search, name)
+        for key, spec in space.items():
+            free = re.match(r"(model|student)\.args\.\w+$", key)
+            if key.startswith(_FIXED) or key in _FIXED_DISTILL:
+                yield f"{where}: {key} cannot be searched: all trials of a run share it"
+            elif key not in known and not free:
+                yield f"{where}: {key} is no config key{_did_you_mean(key, known)}"
+            else:
+                distribution = Distribution.parse(spec)
+                for value in {str(v): v for v in map(distribution.at, (0.0, 0.5, 1.0))}.values():
+                    try:
+                        config.at({key: value})
+                    except ConfigError as error:
+                        yield f"{where}: {error}"
+                        break
+
+
+def dump_config(config: Config) -> str:
+    """Return a config as YAML."""
+    text: str = yaml.safe_dump(to_tree(config), sort_keys=False)
+    return text
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return `key: old -> new` for every value that differs."""
+    before, after = (dict(_leaves(to_tree(config), "")) for config in (old, new))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]

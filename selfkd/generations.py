@@ -1,0 +1,210 @@
+"""`python -m selfkd.generations`: born-again generations, from a command to a table."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from selfkd.config import Config, ConfigError, load_config, merge_settings, to_tree
+from selfkd.console import Follower, make_console, make_table
+from selfkd.files import save_json
+from selfkd.jobs import Row
+from selfkd.lineage import RunFolder, born_again, measure_ensemble, summary
+from selfkd.tracking import NoTracker, make_tracker
+
+INTERRUPTED = 130
+USAGE = 2
+FAILED = 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m selfkd.generations",
+        description="Train a model on labels, then born-again generations that learn from it.",
+    )
+    parser.add_argument("--rounds", type=int, help="born-again generations after generation 0")
+    parser.add_argument("--config", metavar="FILE", help="YAML file, see tune_configs/")
+    parser.add_argument("--name", help="of the run folder")
+    parser.add_argument("--resume", metavar="RUN", help="run folder to continue")
+    parser.add_argument("--seed", type=int, help="of the split, the search and all trials")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="set any config key, for example --set train.lr=1e-2",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show what Ray prints")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = make_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    console = make_console()
+    try:
+        folder, config = _prepare(arguments)
+    except ConfigError as error:
+        return _fault(error)
+    try:
+        return _run(console, folder, config, verbose=arguments.verbose)
+    except ConfigError as error:
+        _remove_if_empty(folder)
+        return _fault(error)
+    except KeyboardInterrupt:
+        console.print(f"\nstopped; continue with:\n  {_resume(folder)}", soft_wrap=True)
+        return INTERRUPTED
+    except RuntimeError as error:
+        print(f"error: {error}\ncontinue with: {_resume(folder)}", file=sys.stderr)  # noqa: T201
+        return FAILED
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[RunFolder, Config]:
+    flags = {"rounds": arguments.rounds, "seed": arguments.seed, "name": arguments.name}
+    if arguments.resume is None:
+        config = load_config(arguments.config, settings=arguments.settings, flags=flags)
+        name = config.name or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}".replace("/", "-")
+        return RunFolder.create(Path(config.storage) / name, config), config
+    folder, stored = RunFolder.open(Path(arguments.resume))
+    if arguments.config:
+        config = load_config(arguments.config, settings=arguments.settings, flags=flags)
+    else:
+        config = merge_settings(stored, settings=arguments.settings, flags=flags)
+    folder.update(stored, config)
+    return folder, config
+
+
+def _run(console: Console, folder: RunFolder, config: Config, *, verbose: bool) -> int:
+    start = time.perf_counter()
+    console.print(
+        f"selfkd: generation 0 on labels, then {config.rounds} born-again "
+        f"({config.rounds + 1} in all), {config.search.trials} trials each, "
+        f"{config.model.name} on {config.data.name}; run folder {folder.path}",
+        soft_wrap=True,
+    )
+    # ray takes a second to import: bad input has been refused by now
+    from selfkd.cluster import connect
+    from selfkd.search import Pool
+
+    tracker = make_tracker(
+        config.tracking.mode,
+        name=folder.path.name,
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        folder=folder.path,
+        config=to_tree(config),
+    )
+    console.print(tracker.description, soft_wrap=True)
+    resources = config.resources
+    follower = Follower(console, config.rounds)
+    try:
+        with (
+            follower,
+            connect(
+                cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose
+            ) as slots,
+        ):
+            signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
+            warm = min(slots, config.search.trials)
+            entry = "selfkd.trial:run_job"
+            with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=warm) as pool:
+                results = born_again(config, folder, pool, _Both(follower, tracker))
+                ensemble = measure_ensemble(config, folder, pool, results)
+    finally:
+        tracker.close()
+    save_json(folder.path / "summary.json", summary(results, ensemble))
+    wall = time.perf_counter() - start
+    _report(console, folder, config, results, ensemble)
+    _report_cost(console, wall, follower.train_seconds, min(slots, config.search.trials))
+    console.print(
+        f"{tracker.description}\nmore generations:  {_resume(folder)} --rounds {config.rounds + 1}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _report(
+    console: Console, folder: RunFolder, config: Config, results: Sequence[Row], ensemble: Row
+) -> None:
+    console.print(make_table(results, ensemble))
+    console.print(
+        "val acc is the best of "
+        f"{config.search.trials} trials, so it is optimistic; the test split was read once a "
+        "generation, after the choice.",
+        soft_wrap=True,
+    )
+    console.print(f"models:  {folder.path}/generation_*/student.safetensors", soft_wrap=True)
+
+
+def _report_cost(console: Console, wall: float, train_seconds: float, slots: int) -> None:
+    ideal = train_seconds / slots
+    if train_seconds:
+        console.print(
+            f"time:  {wall:.1f} s in all; training alone would take {ideal:.1f} s on {slots} "
+            f"workers, so everything else added {wall - ideal:.1f} s "
+            f"({(wall - ideal) / ideal:.0%} of the training)",
+            soft_wrap=True,
+        )
+
+
+class _Both:
+    """Tells the terminal and the tracker."""
+
+    def __init__(self, follower: Follower, tracker: NoTracker) -> None:
+        self._follower, self._listeners = follower, (follower, tracker)
+
+    def labelling(self, generation: int, teachers: int) -> None:
+        self._follower.labelling(generation, teachers)
+
+    def generation_started(self, generation: int, trials: int, done: int) -> None:
+        for listener in self._listeners:
+            listener.generation_started(generation, trials, done)
+
+    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
+        for listener in self._listeners:
+            listener.trial_reported(trial, rows)
+
+    def trial_finished(self, trial: Row) -> None:
+        for listener in self._listeners:
+            listener.trial_finished(trial)
+
+    def generation_finished(self, result: Row) -> None:
+        for listener in self._listeners:
+            listener.generation_finished(result)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _resume(folder: RunFolder) -> str:
+    return f"python -m selfkd.generations --resume {shlex.quote(str(folder.path))}"
+
+
+def _fault(error: ConfigError) -> int:
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    return USAGE
+
+
+def _remove_if_empty(folder: RunFolder) -> None:
+    """Remove the folder of a run that never began, so that its name is free again."""
+    if [entry.name for entry in folder.path.iterdir()] == ["config.yaml"]:
+        (folder.path / "config.yaml").unlink()
+        folder.path.rmdir()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,65 @@
+"""What is measured: pure functions of logits and labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ECE_BINS = 15
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the fraction of rows whose largest logit is the label's.
+
+    >>> accuracy(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1]))
+    0.5
+    """
+    return float((logits.argmax(dim=-1) == labels).float().mean())
+
+
+def nll(logits: Tensor, labels: Tensor) -> float:
+    """Return the mean negative log-likelihood of the labels, in nats.
+
+    >>> round(nll(torch.zeros(1, 4), torch.tensor([2])), 4)
+    1.3863
+    """
+    return float(F.cross_entropy(logits.float(), labels))
+
+
+def ece(logits: Tensor, labels: Tensor) -> float:
+    """Return the expected calibration error over 15 equal-width bins, a fraction.
+
+    Guo et al., On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
+    """
+    # two seconds to import: only where calibration is asked for
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    return float(
+        multiclass_calibration_error(
+            logits.float().softmax(dim=-1),
+            labels,
+            num_classes=logits.shape[-1],
+            n_bins=ECE_BINS,
+            norm="l1",
+        )
+    )
+
+
+def agreement(logits: Tensor, other: Tensor) -> float:
+    """Return the fraction of rows on which two models name the same class.
+
+    >>> agreement(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.3, 0.1]]))
+    1.0
+    """
+    return float((logits.argmax(dim=-1) == other.argmax(dim=-1)).float().mean())
+
+
+def mean_probabilities(members: Tensor) -> Tensor:
+    """Return the log of the members' mean probabilities: `[members, rows, classes]` to 2-D.
+
+    >>> mean_probabilities(torch.zeros(3, 1, 2)).exp()
+    tensor([[0.5000, 0.5000]])
+    """
+    log_mean = torch.logsumexp(members.float().log_softmax(dim=-1), dim=0)
+    return log_mean - torch.log(torch.tensor(float(len(members))))

@@ -1,0 +1,119 @@
+"""The reference networks under their names in timm's registry, and `make_model` for any name."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
+
+from .classifier import Classifier
+from .cnn import make_cnn
+from .densenet import make_densenet
+from .mlp import make_mlp
+from .resnet import make_resnet
+from .wide_resnet import make_wide_resnet
+
+BUILDERS: dict[str, Callable[..., Classifier]] = {
+    "selfkd_mlp": make_mlp,
+    "selfkd_cnn": make_cnn,
+    "selfkd_resnet8": partial(make_resnet, depth=8),
+    "selfkd_resnet20": partial(make_resnet, depth=20),
+    "selfkd_resnet32": partial(make_resnet, depth=32),
+    "selfkd_resnet56": partial(make_resnet, depth=56),
+    "selfkd_wrn28": make_wide_resnet,
+    "selfkd_densenet": make_densenet,
+}
+"""The reference networks by name."""
+
+default_cfgs: dict[str, dict[str, object]] = {
+    name: {
+        "input_size": (1, 28, 28) if name == "selfkd_mlp" else (3, 32, 32),
+        "num_classes": 10,
+        "mean": (0.0,) if name == "selfkd_mlp" else (0.0, 0.0, 0.0),
+        "std": (1.0,) if name == "selfkd_mlp" else (1.0, 1.0, 1.0),
+        "classifier": "head.fc",
+    }
+    for name in BUILDERS
+}
+"""What timm keeps about each: no weights to download, hence no statistics of their inputs."""
+
+
+def make_model(
+    name: str,
+    args: Mapping[str, object] | None = None,
+    *,
+    num_classes: int,
+    in_chans: int,
+    image_size: int,
+) -> nn.Module:
+    """The network that timm knows by `name`, the reference networks of this package included.
+
+    Its initialisation is drawn from torch's global generator: call `torch.manual_seed` before.
+    Nothing is downloaded unless `args` says `pretrained`.
+
+    Args:
+        name: a name of timm's, `resnet18` or `resnet50.a1_in1k`, or one of `selfkd_mlp`,
+            `selfkd_cnn`, `selfkd_resnet8` (20, 32, 56), `selfkd_wrn28`, `selfkd_densenet`.
+        args: further keyword arguments of that network; they win over the ones below.
+        num_classes: how many classes.
+        in_chans: channels of the inputs.
+        image_size: height and width of the inputs; only the `selfkd_` networks are told, as
+            `img_size`, because most of timm's take any size. Put `img_size` in `args` for those
+            that do not.
+
+    Returns:
+        A module from `[batch, in_chans, image_size, image_size]` to logits `[batch, classes]`.
+
+    Raises:
+        ValueError: no such name, or `args` with which this network cannot be made.
+
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = make_model("selfkd_mlp", {"width": 64}, num_classes=10, in_chans=1, image_size=8)
+    >>> model(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    """
+    _check_name(name)
+    known: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    if name in BUILDERS:
+        known["img_size"] = image_size
+    given = dict(args or {})
+    try:
+        model: nn.Module = timm.create_model(name, **{**known, **given})
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"model.args must suit {name!r}, got {given}: {error}") from error
+    return model
+
+
+def parameters_count(model: nn.Module) -> int:
+    """How many parameters a model has, frozen ones included.
+
+    >>> parameters_count(nn.Linear(3, 2))
+    8
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_name(name: str) -> None:
+    names: list[str] = timm.list_models(include_tags="." in name)
+    if name in names or ("." not in name and timm.is_model(name)):
+        return
+    close = ", ".join(difflib.get_close_matches(name, names))
+    way_out = f"did you mean {close}?" if close else "timm.list_models() has them all"
+    raise ValueError(f"model.name must be a timm model name, got {name!r}: {way_out}")
+
+
+def _register(name: str, build: Callable[..., Classifier]) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: object) -> Any:
+        return build_model_with_cfg(build, name, pretrained, **kwargs)
+
+    entrypoint.__name__ = name
+    globals()[name] = entrypoint  # timm puts the name in this module's __all__
+    register_model(entrypoint)
+
+
+for _name, _build in BUILDERS.items():
+    _register(_name, _build)

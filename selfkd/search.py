@@ -1,0 +1,292 @@
+"""Ray Tune as a pool of warm workers: the jobs of every generation run in one `Tuner`.
+
+A new `Tuner` for each generation would start new workers each time, and each of them imports torch
+and loads the data again. Here one `Tuner` lives as long as the run. Its searcher hands out the jobs
+of the running batch; between two batches the workers hold an empty trial, so that Tune keeps their
+processes for reuse (of idle actors it keeps only one). A hold ends as soon as a job waits.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from selfkd.jobs import Job, Jobs, Outcome, Row
+
+REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
+HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
+
+
+class Worker(tune.Trainable):
+    """A warm process: `step` advances the generator that does the job."""
+
+    def setup(self, config: Mapping[str, Any]) -> None:
+        module, _, name = config["entry"].partition(":")
+        self._run_job = getattr(importlib.import_module(module), name)  # a hold warms up by this
+        self.reset_config(config)
+
+    def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        job = new_config["job"]
+        self._rows: Iterator[Row] | None = None if job is None else self._run_job(**job)
+        self._seconds: float = new_config["report_seconds"]
+        return True
+
+    def step(self) -> Row:
+        if self._rows is None:
+            time.sleep(HOLD_SECONDS)
+            return {"held": True}
+        rows: list[Row] = []
+        end = time.monotonic() + self._seconds
+        try:
+            for row in self._rows:
+                rows.append(row)
+                if time.monotonic() >= end:
+                    return {"rows": rows, **rows[-1]}
+        except Exception as error:  # noqa: BLE001 - a job that raises would raise again: no retry
+            return {"rows": rows, "error": f"{type(error).__name__}: {error}", "done": True}
+        return {"rows": rows, **(rows[-1] if rows else {}), "done": True}
+
+
+class _Batch:
+    def __init__(self, jobs: Jobs, *, max_epochs: int | None, limit: int | None) -> None:
+        self.jobs, self.limit = jobs, limit
+        self.report_seconds = REPORT_SECONDS if max_epochs is None else 0.0
+        self.scheduler = FIFOScheduler() if max_epochs is None else _asha(max_epochs)
+        self.exhausted = False
+        self.running: dict[str, Job] = {}
+        self.last_rows: dict[str, Row] = {}
+        self.finished = threading.Event()
+
+    def ask(self) -> Job | None:
+        if self.exhausted or (self.limit is not None and len(self.running) >= self.limit):
+            return None
+        job = self.jobs.ask()
+        self.exhausted = job is None
+        self.close_if_done()
+        return job
+
+    def close_if_done(self) -> None:
+        if self.exhausted and not self.running:
+            self.finished.set()
+
+
+class _Unsaved:
+    """Leaves its state out of the state that Tune pickles: a run resumes from its own folder."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Feed(_Unsaved, Searcher):
+    """Hands the jobs of the running batch to Tune, and holds for workers that would be idle."""
+
+    def __init__(self, desk: _Desk) -> None:
+        super().__init__()
+        self.desk = desk
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        return self.desk.next_config(trial_id)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: the desk hears it as the scheduler."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: see `_Unsaved`."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see `_Unsaved`."""
+
+
+class _Desk(_Unsaved, FIFOScheduler):
+    """Follows every trial of the pool and passes those of the batch to the batch's scheduler."""
+
+    def __init__(self, warm: int) -> None:
+        super().__init__()
+        self.warm = warm
+        self.inbox: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
+        self.batch: _Batch | None = None
+        self.closed = False
+        self.live: dict[str, Trial | None] = {}
+
+    def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.closed:
+            return Searcher.FINISHED
+        if (self.batch is None or self.batch.finished.is_set()) and not self.inbox.empty():
+            self.batch = self.inbox.get()
+        if self.batch is not None and (job := self.batch.ask()) is not None:
+            self.batch.running[trial_id] = job
+            self.live[trial_id] = None
+            plain = {"kind": job.kind, "payload": dict(job.payload)}
+            return {"job": plain, "report_seconds": self.batch.report_seconds}
+        if len(self.live) < self.warm:
+            self.live[trial_id] = None
+            return {"job": None, "report_seconds": 0.0}
+        return None
+
+    def _job(self, trial: Trial) -> Job | None:
+        return self.batch.running.get(trial.trial_id) if self.batch else None
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self.live[trial.trial_id] = trial
+        if self.batch and self._job(trial):
+            self.batch.scheduler.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: Row) -> str:
+        if self.closed:
+            return TrialScheduler.STOP
+        job = self._job(trial)
+        if job is None or self.batch is None:
+            return self._hold_or_release()
+        self._report(trial, job, result)
+        decision: str = self.batch.scheduler.on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            self._end(trial, stopped=True)
+        return decision
+
+    def _hold_or_release(self) -> str:
+        trials = [trial for trial in self.live.values() if trial is not None]
+        running = [trial for trial in trials if trial.status == Trial.RUNNING]
+        self.warm = max(self.warm, len(running))
+        jobs_wait = len(trials) > len(running)
+        return TrialScheduler.STOP if jobs_wait else TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Row) -> None:
+        job = self._job(trial)
+        if job is not None and self.batch is not None:
+            self._report(trial, job, result)
+            self.batch.scheduler.on_trial_complete(tune_controller, trial, result)
+            self._end(trial, error=result.get("error"))
+        self.live.pop(trial.trial_id, None)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        job = self._job(trial)
+        if job is not None and self.batch is not None:
+            self.batch.scheduler.on_trial_error(tune_controller, trial)
+            self._end(trial, error="its worker died, and so did the two after it")
+        self.live.pop(trial.trial_id, None)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        self.live.pop(trial.trial_id, None)
+
+    def _report(self, trial: Trial, job: Job, result: Row) -> None:
+        rows = result.get("rows")
+        if rows and self.batch is not None:
+            self.batch.last_rows[trial.trial_id] = rows[-1]
+            self.batch.jobs.report(job, rows)
+
+    def _end(self, trial: Trial, *, error: str | None = None, stopped: bool = False) -> None:
+        if self.batch is not None:
+            job = self.batch.running.pop(trial.trial_id)
+            row = self.batch.last_rows.pop(trial.trial_id, {})
+            self.batch.jobs.tell(Outcome(job, row, error, stopped))
+            self.batch.close_if_done()
+
+
+class Pool:
+    """Warm Tune workers that run batches of jobs, one batch after the other.
+
+    Args:
+        entry: `module:function` of what does a job, imported on the workers: it takes a kind and
+            a payload, and yields rows.
+        cpu: CPUs of one worker (a fraction is allowed).
+        gpu: GPUs of one worker (a fraction is allowed).
+        warm: workers started at once and kept while nothing runs.
+    """
+
+    def __init__(self, entry: str, *, cpu: float, gpu: float, warm: int) -> None:
+        self._desk = _Desk(warm)
+        self._failure: BaseException | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="selfkd-tune-")
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(8, 2 * warm))
+        self._tuner = tune.Tuner(
+            tune.with_resources(Worker, {"cpu": cpu, "gpu": gpu}),
+            param_space={"entry": entry},
+            tune_config=tune.TuneConfig(
+                search_alg=_Feed(self._desk),
+                scheduler=self._desk,
+                num_samples=-1,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=self._folder.name,
+                verbose=0,
+                stop=_StopWhenClosed(self._desk),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=2),
+            ),
+        )
+        self._thread = threading.Thread(target=self._fit, name="tune", daemon=True)
+
+    def _fit(self) -> None:
+        try:
+            self._tuner.fit()
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            self._failure = error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._desk.closed = True
+        self._thread.join(timeout=10)
+        self._folder.cleanup()
+
+    def run(self, jobs: Jobs, *, max_epochs: int | None = None, limit: int | None = None) -> None:
+        """Run a batch to its end.
+
+        Args:
+            jobs: where jobs come from and outcomes go; called from the pool's own thread.
+            max_epochs: stop trials early, by ASHA, this many epochs being a whole trial.
+            limit: most jobs at a time, for a search that learns from outcomes.
+
+        Raises:
+            RuntimeError: the pool has stopped.
+        """
+        batch = _Batch(jobs, max_epochs=max_epochs, limit=limit)
+        self._desk.inbox.put(batch)
+        while not batch.finished.wait(timeout=0.2):
+            if not self._thread.is_alive():
+                raise RuntimeError("Ray Tune stopped before the jobs were done") from self._failure
+
+
+class _StopWhenClosed(_Unsaved, tune.Stopper):
+    def __init__(self, desk: _Desk) -> None:
+        self._desk = desk
+
+    def __call__(self, trial_id: str, result: Row) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._desk.closed
+
+
+def _asha(max_epochs: int) -> TrialScheduler:
+    """ASHA on validation accuracy (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
+    return ASHAScheduler(
+        time_attr="epoch",
+        metric="val_accuracy",
+        mode="max",
+        max_t=max_epochs,
+        grace_period=max(1, max_epochs // 9),
+        reduction_factor=3,
+    )

@@ -1,0 +1,224 @@
+"""Search spaces: distributions of config values, and the points that a search tries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+Point = dict[str, Any]
+KINDS = ("uniform", "loguniform", "randint", "choice")
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A distribution of one config value, given by its inverse.
+
+    Args:
+        kind: `uniform` and `loguniform` over [low, high], `randint` over low..high (both
+            included), `choice` over any values.
+        values: [low, high], or the choices.
+
+    Raises:
+        ValueError: unknown kind, empty or impossible range.
+
+    >>> Distribution("loguniform", (1, 100)).at(0.5)
+    10.0
+    >>> Distribution("choice", ("a", "b")).at(0.7)
+    'b'
+    """
+
+    kind: Literal["uniform", "loguniform", "randint", "choice"]
+    values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"distribution must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind == "choice":
+            if not self.values:
+                raise ValueError("choice must have at least one value, got []")
+            return
+        if len(self.values) != 2 or not all(
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            for value in self.values
+        ):
+            raise ValueError(f"{self.kind} must be [low, high], got {list(self.values)}")
+        low, high = self.values
+        if not low < high:
+            raise ValueError(f"{self.kind} must have low < high, got {list(self.values)}")
+        if self.kind == "loguniform" and not low > 0:
+            raise ValueError(f"loguniform must have low > 0, got {list(self.values)}")
+        if self.kind == "randint" and not all(isinstance(value, int) for value in self.values):
+            raise ValueError(f"randint must have whole numbers, got {list(self.values)}")
+
+    @classmethod
+    def parse(cls, spec: object) -> Distribution:
+        """Read `{kind: [values]}`, as written in YAML.
+
+        >>> Distribution.parse({"uniform": [0, 1]})
+        Distribution(kind='uniform', values=(0, 1))
+        """
+        if not isinstance(spec, Mapping) or len(spec) != 1:
+            raise ValueError(f"a search space entry must be like {{uniform: [0, 1]}}, got {spec}")
+        ((kind, values),) = spec.items()
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise ValueError(f"{kind} must have a list of values, got {values}")
+        return cls(kind, tuple(values))
+
+    def at(self, quantile: float) -> Any:
+        """Return the value at a quantile in [0, 1]."""
+        if self.kind == "choice":
+            return self.values[min(int(quantile * len(self.values)), len(self.values) - 1)]
+        low, high = self.values
+        if self.kind == "randint":
+            return min(low + int(quantile * (high - low + 1)), high)
+        if self.kind == "uniform":
+            return float(low + quantile * (high - low))
+        return float(round(math.exp(math.log(low) + quantile * math.log(high / low)), 12))
+
+    def contains(self, value: Any) -> bool:
+        """Tell whether the distribution can give this value."""
+        if self.kind == "choice":
+            return value in self.values
+        return bool(self.values[0] <= value <= self.values[1])
+
+
+def make_points(
+    space: Mapping[str, Distribution],
+    *,
+    count: int,
+    algorithm: Literal["random", "sobol"],
+    seed: int,
+    first: Sequence[Point] = (),
+) -> list[Point]:
+    """Return the points of a search whose outcomes do not steer it.
+
+    Args:
+        space: dotted config keys and their distributions.
+        count: how many points, those of `first` included.
+        algorithm: `random` (independent draws) or `sobol` (a scrambled low-discrepancy
+            sequence: Owen, 1998, via `scipy.stats.qmc`).
+        seed: of the draws.
+        first: points that are tried before all others.
+
+    Returns:
+        `count` points; all of them empty when the space is.
+
+    >>> space = {"distill.alpha": Distribution("uniform", (0, 1))}
+    >>> points = make_points(
+    ...     space, count=3, algorithm="sobol", seed=0, first=[{"distill.alpha": 1}]
+    ... )
+    >>> points[0], len(points)
+    ({'distill.alpha': 1}, 3)
+    """
+    if not space:
+        return [{} for _ in range(count)]
+    points = [dict(point) for point in first][:count]
+    rest = count - len(points)
+    if rest == 0:
+        return points
+    if algorithm == "random":
+        quantiles = np.random.default_rng(seed).random((rest, len(space)))
+    else:
+        from scipy.stats import qmc  # a second to import: only when it is used
+
+        sobol = qmc.Sobol(d=len(space), rng=seed)
+        quantiles = sobol.random_base2(math.ceil(math.log2(rest)))[:rest]
+    return points + [
+        {key: space[key].at(float(q)) for key, q in zip(space, row, strict=True)}
+        for row in quantiles
+    ]
+
+
+class Proposer(Protocol):
+    """Gives the points of a search, trial by trial."""
+
+    limit: int | None
+    """Most trials at a time; None where outcomes do not matter."""
+
+    def ask(self, number: int) -> Point:
+        """Return the point of a trial."""
+
+    def tell(self, number: int, point: Point, value: float | None) -> None:
+        """Hear a trial's value, to be maximised; None when it failed."""
+
+
+class Points:
+    """Points that are fixed beforehand: trial n gets the n-th, also after a resume."""
+
+    limit = None
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self._points = points
+
+    def ask(self, number: int) -> Point:
+        """Return the point of a trial."""
+        return self._points[number]
+
+    def tell(self, number: int, point: Point, value: float | None) -> None:
+        """Nothing: the points are fixed."""
+
+
+class Optuna:
+    """Optuna's TPE sampler (Bergstra et al., 2011; Watanabe, 2023, arxiv.org/abs/2304.11127).
+
+    Args:
+        space: dotted config keys and their distributions.
+        seed: of the sampler.
+        first: points that are tried before all others.
+
+    Raises:
+        ValueError: optuna is not installed.
+    """
+
+    limit = 4  # each proposal should know of most outcomes before it
+
+    def __init__(
+        self, space: Mapping[str, Distribution], *, seed: int, first: Sequence[Point] = ()
+    ) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise ValueError(
+                "search.algorithm optuna needs optuna: pip install 'selfkd[optuna]'"
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        make = {
+            "uniform": lambda low, high: optuna.distributions.FloatDistribution(low, high),
+            "loguniform": lambda low, high: optuna.distributions.FloatDistribution(
+                low, high, log=True
+            ),
+            "randint": lambda low, high: optuna.distributions.IntDistribution(low, high),
+            "choice": lambda *values: optuna.distributions.CategoricalDistribution(values),
+        }
+        self._distributions = {key: make[d.kind](*d.values) for key, d in space.items()}
+        self._failed = optuna.trial.TrialState.FAIL
+        self._create_trial = optuna.trial.create_trial
+        self._study = optuna.create_study(
+            direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed)
+        )
+        self._trials: dict[int, Any] = {}
+        for point in first:
+            self._study.enqueue_trial(point)
+
+    def ask(self, number: int) -> Point:
+        """Return the point that the sampler proposes now."""
+        trial = self._study.ask(self._distributions)
+        self._trials[number] = trial
+        return dict(trial.params)
+
+    def tell(self, number: int, point: Point, value: float | None) -> None:
+        """Tell the sampler; a trial of before a resume is added to its study."""
+        trial = self._trials.pop(number, None)
+        if trial is None:
+            if value is not None:
+                self._study.add_trial(
+                    self._create_trial(params=point, distributions=self._distributions, value=value)
+                )
+        elif value is None or math.isnan(value):
+            self._study.tell(trial, state=self._failed)
+        else:
+            self._study.tell(trial, value)

@@ -1,0 +1,245 @@
+"""Frozen teachers: copies of networks, always in eval mode, whose logits carry no graph."""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+Stats = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation of each channel, on images scaled to [0, 1]."""
+
+
+class Teacher:
+    """A frozen copy of a network: eval mode at every call, no graph, never changed by a run.
+
+    It is no `nn.Module`, so a parent that holds it trains, saves and moves it not: `parameters()`,
+    `state_dict()`, `train()` and `to()` of the parent pass it by. Call `to` on the teacher itself.
+    The copy shares nothing with `module`, which may go on training; `module` itself is not
+    changed. What `torch.compile`, `DataParallel` or `DistributedDataParallel` put around it is
+    taken off, so compiling the teacher is for the caller to do.
+
+    Where the teacher was trained on inputs normalised otherwise than the ones it will be given,
+    they are normalised again, channel by channel:
+
+        x' = (x * std_in + mean_in - mean_trained) / std_trained
+
+    Args:
+        module: maps inputs `[batch, ...]` to logits `[batch, classes]`.
+        input_stats: mean and standard deviation with which the inputs of each call are
+            normalised, one value a channel.
+        trained_stats: the same for the inputs that `module` was trained on; none means that they
+            were normalised like the inputs of each call.
+
+    Raises:
+        TypeError: `module` is no `nn.Module`.
+        ValueError: `trained_stats` without `input_stats`, statistics of different lengths, or a
+            standard deviation that is not positive.
+
+    Reference:
+        Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
+
+    >>> import torch
+    >>> student = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    >>> teacher = Teacher(student)
+    >>> logits = teacher(torch.ones(2, 4))
+    >>> logits.shape, logits.requires_grad, student.training
+    (torch.Size([2, 3]), False, True)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        input_stats: Stats | None = None,
+        trained_stats: Stats | None = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        self.module = copy.deepcopy(_unwrap(module)).requires_grad_(False).eval()
+        self._affine = _renormalisation(input_stats, trained_stats)
+
+    @classmethod
+    def from_timm(cls, module: nn.Module, *, input_stats: Stats | None = None) -> "Teacher":
+        """A teacher from a model with timm's pretrained weights, as published.
+
+        `trained_stats` is read from `module.pretrained_cfg`. For a model that was fine-tuned on
+        inputs normalised otherwise, call `Teacher` with the statistics of those.
+
+        Args:
+            module: made by `timm.create_model(..., pretrained=True)`.
+            input_stats: as for `Teacher`.
+
+        Raises:
+            ValueError: `module` has no `pretrained_cfg` with weights.
+
+        >>> import timm
+        >>> model = timm.create_model("resnet10t", num_classes=2)  # pretrained=True in earnest
+        >>> teacher = Teacher.from_timm(model, input_stats=([0.5] * 3, [0.25] * 3))
+        >>> teacher(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 2])
+        """
+        cfg = getattr(_unwrap(module), "pretrained_cfg", None) or {}
+        if not any(cfg.get(key) for key in ("url", "file", "hf_hub_id", "state_dict")):
+            raise ValueError(
+                "module must be a timm model with pretrained weights, got "
+                f"{type(_unwrap(module)).__name__}: give its statistics to Teacher as trained_stats"
+            )
+        trained_stats = None if input_stats is None else (cfg["mean"], cfg["std"])
+        return cls(module, input_stats=input_stats, trained_stats=trained_stats)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """What the teacher says.
+
+        Args:
+            inputs: `[batch, ...]`; with `trained_stats`, `[batch, channels, height, width]`.
+
+        Returns:
+            Logits `[batch, classes]`, outside any graph even if `inputs` require a gradient.
+
+        Raises:
+            TypeError: `module` returned something else than a tensor.
+            ValueError: the logits are not `[batch, classes]`, or the channels of `inputs` are
+                not those of `input_stats`.
+        """
+        self.module.eval()
+        inputs = inputs.detach()
+        if self._affine is not None:
+            inputs = _renormalise(inputs, *self._affine)
+        logits = self.module(inputs)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"teacher must return a tensor of logits, got {type(logits).__name__}: "
+                "wrap it in a module that takes them out"
+            )
+        if logits.ndim != 2:
+            raise ValueError(f"teacher must return [batch, classes], got {list(logits.shape)}")
+        return logits.detach()
+
+    def to(self, device: torch.device | str | int) -> "Teacher":
+        """Move to `device` in place, as `nn.Module.to` does, and return itself."""
+        self.module.to(device)
+        if self._affine is not None:
+            scale, shift = self._affine
+            self._affine = (scale.to(device), shift.to(device))
+        return self
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        note = "" if self._affine is None else ", renormalised"
+        return f"Teacher({type(self.module).__name__}, {parameters} parameters{note})"
+
+
+class Ensemble:
+    """Several teachers asked at once; how their answers are averaged is left to the loss.
+
+    Args:
+        members: teachers, or modules of which teachers are made.
+
+    Raises:
+        TypeError: a member is neither.
+        ValueError: no members.
+
+    Reference:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
+        https://arxiv.org/abs/1503.02531
+
+    >>> import torch
+    >>> ensemble = Ensemble([nn.Linear(4, 3) for _ in range(5)])
+    >>> ensemble(torch.ones(2, 4)).shape
+    torch.Size([5, 2, 3])
+    """
+
+    def __init__(self, members: Sequence[Teacher | nn.Module]) -> None:
+        self.members = [
+            member if isinstance(member, Teacher) else Teacher(member) for member in members
+        ]
+        if not self.members:
+            raise ValueError("members must be at least one teacher, got none")
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """What each member says.
+
+        Args:
+            inputs: `[batch, ...]`, the same for every member.
+
+        Returns:
+            Logits `[members, batch, classes]`, outside any graph.
+
+        Raises:
+            ValueError: the members have different numbers of classes.
+        """
+        logits = [member(inputs) for member in self.members]
+        classes = [member_logits.shape[1] for member_logits in logits]
+        if len(set(classes)) > 1:
+            raise ValueError(f"members must have the same number of classes, got {classes}")
+        return torch.stack(logits)
+
+    def to(self, device: torch.device | str | int) -> "Ensemble":
+        """Move every member to `device` in place and return itself."""
+        for member in self.members:
+            member.to(device)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __repr__(self) -> str:
+        return f"Ensemble({self.members})"
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(module, DataParallel | DistributedDataParallel):
+            module = module.module
+        elif isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
+            module = original
+        else:
+            return module
+
+
+def _renormalisation(given: Stats | None, trained: Stats | None) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift, `[channels, 1, 1]` each; none where nothing is to be done."""
+    if given is None and trained is not None:
+        raise ValueError("input_stats must be given with trained_stats, got None")
+    for name, stats in (("input_stats", given), ("trained_stats", trained)):
+        if stats is not None:
+            _check_stats(name, stats)
+    if given is None or trained is None:
+        return None
+    mean_in, std_in, mean, std = (
+        torch.tensor([float(value) for value in values], dtype=torch.float64)
+        for values in (*given, *trained)
+    )
+    if len(mean_in) != len(mean):
+        raise ValueError(
+            f"trained_stats must have as many channels as input_stats ({len(mean_in)}), "
+            f"got {len(mean)}"
+        )
+    if torch.equal(mean_in, mean) and torch.equal(std_in, std):
+        return None
+    affine = torch.stack([std_in / std, (mean_in - mean) / std]).float()
+    scale, shift = affine[:, :, None, None]
+    return scale, shift
+
+
+def _check_stats(name: str, stats: Stats) -> None:
+    mean, std = stats
+    if len(mean) != len(std) or len(mean) == 0:
+        raise ValueError(f"{name} must be a mean and a std for each channel, got {stats}")
+    if not all(math.isfinite(value) for value in mean):
+        raise ValueError(f"{name} must have finite means, got {tuple(mean)}")
+    if not all(0 < value < math.inf for value in std):
+        raise ValueError(f"{name} must have a std above 0 in every channel, got {tuple(std)}")
+
+
+def _renormalise(inputs: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    if inputs.ndim != 4 or inputs.shape[1] != len(scale):
+        raise ValueError(
+            f"inputs must be [batch, {len(scale)}, height, width], as many channels as input_stats "
+            f"has, got {list(inputs.shape)}"
+        )
+    return (inputs * scale + shift).to(inputs.dtype)

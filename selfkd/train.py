@@ -1,0 +1,231 @@
+"""`fit` and `evaluate`: a loop over batches that knows no tracker and no tuner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from selfkd import metrics
+from selfkd.data import Data
+from selfkd.distiller import Distiller
+from selfkd.views import Views
+
+Precision = Literal["none", "bfloat16", "float16"]
+EVAL_BATCH = 1000
+CHECK_STEPS = 100  # how often a loss is looked at: on a GPU each look waits for it
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Training diverged; says at which epoch and step."""
+
+
+def make_optimizer(
+    student: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Make one of timm's optimisers; biases and norms are not decayed.
+
+    Raises:
+        ValueError: timm has no optimiser of that name.
+    """
+    if name not in list_optimizers():
+        known = ", ".join(list_optimizers()[:8])
+        raise ValueError(f"train.optimizer must be a timm optimiser ({known}, …), got {name!r}")
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        student, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum
+    )
+    return optimizer
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer,
+    *,
+    schedule: Literal["cosine", "step", "none"],
+    epochs: int,
+    warmup_epochs: int,
+    steps_per_epoch: int,
+) -> Scheduler | None:
+    """Make timm's scheduler of the learning rate, moved at every step."""
+    if schedule == "none":
+        return None
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine" if schedule == "cosine" else "multistep",
+        num_epochs=epochs,
+        decay_milestones=[epochs // 2, epochs * 3 // 4],
+        warmup_epochs=warmup_epochs,
+        warmup_lr=optimizer.param_groups[0]["lr"] / 10,
+        warmup_prefix=True,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler
+
+
+def fit(
+    student: nn.Module,
+    data: Data,
+    distiller: Distiller,
+    *,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler | None = None,
+    epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+    views: Views | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+    clip_grad: float | None = None,
+    average: AveragedModel | None = None,
+    precision: Precision = "none",
+    compiled: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Train a student, one yield an epoch.
+
+    Args:
+        student: changed in place, on `device`.
+        data: its train split is learnt, its val split measured.
+        distiller: gives the loss.
+        optimizer: of the student's parameters.
+        scheduler: of the learning rate.
+        epochs: passes over the train split; epoch e sees view e mod V.
+        batch_size: images a step.
+        generator: of the order.
+        views: augmentation.
+        device: where batches go.
+        workers: processes that decode streamed images.
+        clip_grad: largest norm of the gradient.
+        average: moving average of the weights, which is measured in place of the student.
+        precision: of the student's forward pass.
+        compiled: run the student through `torch.compile`.
+
+    Yields:
+        epoch (from 1), loss and its terms (means over the epoch), lr, val_accuracy, val_nll,
+        seconds (since the start).
+
+    Raises:
+        NonFiniteLossError: the loss is not finite.
+    """
+    start = time.perf_counter()
+    forward = cast(nn.Module, torch.compile(student)) if compiled else student
+    scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "cpu")
+    step = 0
+    for epoch in range(1, epochs + 1):
+        student.train()
+        view = (epoch - 1) % views.count if views else 0
+        terms: dict[str, list[Tensor]] = {}
+        for inputs, labels, index in data.batches(
+            "train",
+            batch_size=batch_size,
+            generator=generator,
+            views=views,
+            view=view,
+            device=device,
+            workers=workers,
+        ):
+            if scheduler is not None:
+                scheduler.step_update(step)
+            with autocast(device, precision):
+                logits = forward(inputs)
+            values = distiller(logits, labels, inputs=inputs, index=index, view=view)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(values["loss"]).backward()
+            if clip_grad is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            if average is not None:
+                average.update_parameters(student)
+            for name, value in values.items():
+                terms.setdefault(name, []).append(value.detach())
+            step += 1
+            if step % CHECK_STEPS == 0:
+                _check_finite(terms["loss"], epoch)
+        _check_finite(terms["loss"], epoch)
+        measured = evaluate(
+            average or student, data, device=device, workers=workers, precision=precision
+        )
+        yield {
+            "epoch": epoch,
+            **{name: float(torch.stack(values).mean()) for name, values in terms.items()},
+            "lr": float(optimizer.param_groups[0]["lr"]),
+            "val_accuracy": measured["accuracy"],
+            "val_nll": measured["nll"],
+            "seconds": time.perf_counter() - start,
+        }
+
+
+def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
+    """Return mixed precision for a forward pass, or nothing."""
+    if precision == "none":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, precision))
+
+
+def _check_finite(losses: list[Tensor], epoch: int) -> None:
+    values = torch.stack(losses)
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        step = int((~finite).nonzero()[0])
+        raise NonFiniteLossError(
+            f"loss must be finite, got {float(values[step])} at epoch {epoch}, step {step + 1}: "
+            "lower train.lr or set train.clip_grad"
+        )
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    data: Data,
+    split: Literal["train", "val", "test"],
+    *,
+    views: Views | None = None,
+    view: int = 0,
+    device: str = "cpu",
+    workers: int = 0,
+    precision: Precision = "none",
+) -> Tensor:
+    """Return the model's logits for a whole split, `[images, classes]` float32 on the CPU.
+
+    The model is in eval mode while it predicts, and afterwards in the mode it was in.
+    """
+    training = model.training
+    model.eval()
+    with autocast(device, precision):
+        rows = [
+            model(inputs).float().cpu()
+            for inputs, _, _ in data.batches(
+                split,
+                batch_size=EVAL_BATCH,
+                views=views,
+                view=view,
+                device=device,
+                workers=workers,
+            )
+        ]
+    model.train(training)
+    return torch.cat(rows)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    split: Literal["train", "val", "test"] = "val",
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+    precision: Precision = "none",
+) -> dict[str, float]:
+    """Return accuracy (fraction) and nll (nats) on a split."""
+    logits = predict(model, data, split, device=device, workers=workers, precision=precision)
+    labels = getattr(data, split).labels.cpu()
+    return {"accuracy": metrics.accuracy(logits, labels), "nll": metrics.nll(logits, labels)}

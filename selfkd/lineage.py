@@ -196,7 +196,8 @@ class _Trials:
 
     def report(self, job: Job, rows: Sequence[Row]) -> None:
         trial, history = self._open[self._number(job)]
-        history.extend(rows)
+        # a trial whose worker died begins again
+        history[:] = [row for row in history if row["epoch"] < rows[0]["epoch"]] + list(rows)
         self.listener.trial_reported(trial, rows)
 
     def tell(self, outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -30,14 +30,14 @@ from selfkd.jobs import Job, Jobs, Outcome, Row
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
+MAX_FAILURES = 2  # how often a trial is repeated whose worker died
 
 
 class Worker(tune.Trainable):
     """A warm process: `step` advances the generator that does the job."""
 
     def setup(self, config: Mapping[str, Any]) -> None:
-        module, _, name = config["entry"].partition(":")
-        self._run_job = getattr(importlib.import_module(module), name)  # a hold warms up by this
+        self._run_job = _load(config["entry"])  # here, so that a hold warms a worker up
         self.reset_config(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
@@ -60,6 +60,22 @@ class Worker(tune.Trainable):
         except Exception as error:  # noqa: BLE001 - a job that raises would raise again: no retry
             return {"rows": rows, "error": f"{type(error).__name__}: {error}", "done": True}
         return {"rows": rows, **(rows[-1] if rows else {}), "done": True}
+
+
+def _load(entry: str) -> Callable[..., Iterator[Row]]:
+    """Import `module:function`; a failure is raised by the jobs, which can report it."""
+    module, _, name = entry.partition(":")
+    try:
+        function: Callable[..., Iterator[Row]] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        failure = error
+
+        def fail(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+            raise failure
+            yield
+
+        return fail
+    return function
 
 
 class _Batch:
@@ -105,7 +121,8 @@ class _Feed(_Unsaved, Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Nothing: the desk hears it as the scheduler."""
+        if error:
+            self.desk.give_up(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: see `_Unsaved`."""
@@ -124,6 +141,8 @@ class _Desk(_Unsaved, FIFOScheduler):
         self.batch: _Batch | None = None
         self.closed = False
         self.live: dict[str, Trial | None] = {}
+        self._waiting: set[str] = set()  # jobs without a worker, when a hold last looked
+        self._released = 0  # holds ended for them
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closed:
@@ -143,6 +162,15 @@ class _Desk(_Unsaved, FIFOScheduler):
     def _job(self, trial: Trial) -> Job | None:
         return self.batch.running.get(trial.trial_id) if self.batch else None
 
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Give a free worker to a job, else to the newest hold.
+
+        An older hold that still waits has a worker of its own starting, which Tune would drop.
+        """
+        jobs = [self.live.get(name) for name in (self.batch.running if self.batch else ())]
+        candidates = [*jobs, *reversed(self.live.values())]
+        return next((trial for trial in candidates if trial and trial.status == Trial.PENDING), None)
+
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         self.live[trial.trial_id] = trial
         if self.batch and self._job(trial):
@@ -157,30 +185,39 @@ class _Desk(_Unsaved, FIFOScheduler):
         self._report(trial, job, result)
         decision: str = self.batch.scheduler.on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
-            self._end(trial, stopped=True)
+            self._end(trial.trial_id, stopped=True)
         return decision
 
     def _hold_or_release(self) -> str:
-        trials = [trial for trial in self.live.values() if trial is not None]
-        running = [trial for trial in trials if trial.status == Trial.RUNNING]
+        """End a hold only for a job that waits and has not been given another hold's worker."""
+        live = self.live.items()
+        running = {name for name, trial in live if trial and trial.status == Trial.RUNNING}
         self.warm = max(self.warm, len(running))
-        jobs_wait = len(trials) > len(running)
-        return TrialScheduler.STOP if jobs_wait else TrialScheduler.CONTINUE
+        waiting = set(self.batch.running) - running if self.batch else set()
+        self._released = max(0, self._released - len(self._waiting - waiting))
+        self._waiting = waiting
+        if self._released >= len(waiting):
+            return str(TrialScheduler.CONTINUE)
+        self._released += 1
+        return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Row) -> None:
         job = self._job(trial)
         if job is not None and self.batch is not None:
             self._report(trial, job, result)
             self.batch.scheduler.on_trial_complete(tune_controller, trial, result)
-            self._end(trial, error=result.get("error"))
+            self._end(trial.trial_id, error=result.get("error"))
         self.live.pop(trial.trial_id, None)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        job = self._job(trial)
-        if job is not None and self.batch is not None:
+        """A worker died: Tune repeats the trial, or tells the searcher that it gave up."""
+        if self.batch and self._job(trial):
             self.batch.scheduler.on_trial_error(tune_controller, trial)
-            self._end(trial, error="its worker died, and so did the two after it")
-        self.live.pop(trial.trial_id, None)
+
+    def give_up(self, trial_id: str) -> None:
+        self.live.pop(trial_id, None)
+        if self.batch and trial_id in self.batch.running:
+            self._end(trial_id, error=f"its worker died {1 + MAX_FAILURES} times")
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         self.live.pop(trial.trial_id, None)
@@ -191,10 +228,10 @@ class _Desk(_Unsaved, FIFOScheduler):
             self.batch.last_rows[trial.trial_id] = rows[-1]
             self.batch.jobs.report(job, rows)
 
-    def _end(self, trial: Trial, *, error: str | None = None, stopped: bool = False) -> None:
+    def _end(self, trial_id: str, *, error: str | None = None, stopped: bool = False) -> None:
         if self.batch is not None:
-            job = self.batch.running.pop(trial.trial_id)
-            row = self.batch.last_rows.pop(trial.trial_id, {})
+            job = self.batch.running.pop(trial_id)
+            row = self.batch.last_rows.pop(trial_id, {})
             self.batch.jobs.tell(Outcome(job, row, error, stopped))
             self.batch.close_if_done()
 
@@ -231,7 +268,7 @@ class Pool:
                 verbose=0,
                 stop=_StopWhenClosed(self._desk),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=2),
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             ),
         )
         self._thread = threading.Thread(target=self._fit, name="tune", daemon=True)
@@ -286,7 +323,7 @@ def _asha(max_epochs: int) -> TrialScheduler:
         time_attr="epoch",
         metric="val_accuracy",
         mode="max",
-        max_t=max_epochs,
+        max_t=max_epochs + 1,  # a trial that reaches its last epoch is complete, not stopped
         grace_period=max(1, max_epochs // 9),
         reduction_factor=3,
     )

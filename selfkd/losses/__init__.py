@@ -1,0 +1,7 @@
+"""Distillation losses: pure functions of tensors."""
+
+from selfkd.losses.distillation import Average as Average
+from selfkd.losses.distillation import DistillationTerms as DistillationTerms
+from selfkd.losses.distillation import distillation_loss as distillation_loss
+from selfkd.losses.distillation import distillation_terms as distillation_terms
+from selfkd.losses.distillation import soft_targets as soft_targets

@@ -1,0 +1,17 @@
+"""What all tests share: nothing outside the tests' own folders is read or written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# before ray or wandb is imported: workers and sub-processes inherit it
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+os.environ["NETRC"] = os.devnull
+os.environ["PYTHONPATH"] = os.pathsep.join(  # of workers: the jobs that tests give them
+    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)

@@ -1,0 +1,28 @@
+"""Jobs without torch, for the tests of the pool."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield `epochs` rows, `pause` seconds apart; fail, or die, as asked."""
+    died = Path(payload["died"]) if "died" in payload else None
+    for epoch in range(1, payload.get("epochs", 1) + 1):
+        time.sleep(payload.get("pause", 0.0))
+        if kind == "fail" and epoch == 2:
+            raise ValueError(f"{payload['name']} fails")
+        if kind == "die" and died is not None and (payload.get("always") or not died.exists()):
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield {
+            "epoch": epoch,
+            "pid": os.getpid(),
+            "name": payload["name"],
+            "val_accuracy": payload.get("accuracy", 0.5),
+        }

@@ -1,0 +1,187 @@
+"""The pool, on real Ray: who runs what, in which process, and what becomes of failures."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from selfkd.jobs import Batch, Job, Outcome, run_one
+from selfkd.search import Pool
+
+ENTRY = "pool_jobs:run_job"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="CRITICAL", include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pool(cluster: None) -> Iterator[Pool]:
+    with Pool(ENTRY, cpu=1, gpu=0, warm=2) as pool:
+        yield pool
+
+
+def jobs(count: int, kind: str = "train", **payload: Any) -> Batch:
+    return Batch([Job(kind, {"name": f"job {n}", **payload}) for n in range(count)])
+
+
+class Recorded(Batch):
+    """A batch that keeps every row it hears, by job."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        super().__init__(jobs)
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+
+    def report(self, job: Job, rows: Any) -> None:
+        self.rows.setdefault(job.payload["name"], []).extend(rows)
+
+
+def test_all_jobs_run_once_and_end_with_their_last_row(pool: Pool) -> None:
+    batch = jobs(7, epochs=3)
+    pool.run(batch)
+    assert sorted(o.job.payload["name"] for o in batch.outcomes) == [f"job {n}" for n in range(7)]
+    assert all(o.row["epoch"] == 3 and o.error is None and not o.stopped for o in batch.outcomes)
+    assert all(o.row["name"] == o.job.payload["name"] for o in batch.outcomes)
+
+
+def test_every_row_is_reported_in_order(pool: Pool) -> None:
+    batch = Recorded(
+        [Job("train", {"name": f"job {n}", "epochs": 40, "pause": 0.03}) for n in (0, 1)]
+    )
+    pool.run(batch)
+    for rows in batch.rows.values():
+        assert [row["epoch"] for row in rows] == list(range(1, 41))
+
+
+def test_workers_stay_warm_from_batch_to_batch(pool: Pool) -> None:
+    """Between batches the same two processes wait, however long it takes."""
+    processes = set()
+    for pause in (0.0, 0.5, 0.0):
+        batch = jobs(4, pause=0.2)
+        pool.run(batch)
+        processes |= {o.row["pid"] for o in batch.outcomes}
+        pool.run(jobs(1))  # a single job in between frees one worker and leaves the other warm
+        time.sleep(pause)
+    assert len(processes) == 2
+
+
+def test_a_batch_starts_at_once(pool: Pool) -> None:
+    pool.run(jobs(2))
+    start = time.monotonic()
+    pool.run(jobs(2))
+    assert time.monotonic() - start < 2.0  # a new worker would take longer to start
+
+
+def test_both_workers_work_at_the_same_time(pool: Pool) -> None:
+    batch = jobs(2, epochs=4, pause=0.3)
+    start = time.monotonic()
+    pool.run(batch)
+    assert time.monotonic() - start < 2.2  # 2.4 s one after the other
+    assert len({o.row["pid"] for o in batch.outcomes}) == 2
+
+
+def test_a_job_that_raises_fails_alone_and_is_not_repeated(pool: Pool) -> None:
+    batch = Recorded([Job("fail", {"name": "bad", "epochs": 3}), Job("train", {"name": "good"})])
+    pool.run(batch)
+    errors = {o.job.payload["name"]: o.error for o in batch.outcomes}
+    assert errors == {"bad": "ValueError: bad fails", "good": None}
+    assert [row["epoch"] for row in batch.rows["bad"]] == [1]
+
+
+def test_run_one_raises_what_the_job_raised(pool: Pool) -> None:
+    with pytest.raises(RuntimeError, match="ValueError: it fails"):
+        run_one(pool, "fail", name="it", epochs=2)
+
+
+def test_a_killed_worker_is_replaced_and_its_job_repeated(pool: Pool, tmp_path: Path) -> None:
+    batch = Batch(
+        [
+            Job("die", {"name": "dies once", "died": str(tmp_path / "died"), "epochs": 2}),
+            Job("train", {"name": "goes on", "epochs": 2}),
+        ]
+    )
+    pool.run(batch)
+    assert (tmp_path / "died").exists()
+    assert {o.job.payload["name"]: o.error for o in batch.outcomes} == {
+        "dies once": None,
+        "goes on": None,
+    }
+
+
+def test_a_job_that_kills_every_worker_fails_in_the_end(pool: Pool, tmp_path: Path) -> None:
+    batch = jobs(1, kind="die", died=str(tmp_path / "died"), always=True)
+    pool.run(batch)
+    (outcome,) = batch.outcomes
+    assert outcome.error is not None
+    assert "its worker died 3 times" in outcome.error
+    pool.run(jobs(2))  # and the pool is still there
+
+
+def test_limit_bounds_how_many_run_together(pool: Pool) -> None:
+    class Watched(Batch):
+        running = most = 0
+
+        def ask(self) -> Job | None:
+            job = super().ask()
+            if job is not None:
+                self.running += 1
+                self.most = max(self.most, self.running)
+            return job
+
+        def tell(self, outcome: Outcome) -> None:
+            self.running -= 1
+            super().tell(outcome)
+
+    batch = Watched([Job("train", {"name": f"job {n}", "pause": 0.05}) for n in range(4)])
+    pool.run(batch, limit=1)
+    assert batch.most == 1
+    assert len(batch.outcomes) == 4
+
+
+def test_asha_stops_the_worse_trials_early(pool: Pool) -> None:
+    batch = Recorded(
+        [
+            Job("train", {"name": f"job {n}", "epochs": 27, "pause": 0.01, "accuracy": accuracy})
+            for n, accuracy in enumerate((0.9, 0.8, 0.5, 0.4, 0.3, 0.2))
+        ]
+    )
+    pool.run(batch, max_epochs=27)
+    ended = {o.job.payload["name"]: o for o in batch.outcomes}
+    assert not ended["job 0"].stopped
+    assert len(batch.rows["job 0"]) == 27
+    assert all(ended[f"job {n}"].stopped for n in (3, 4, 5))
+    assert len(batch.rows["job 5"]) < 27
+    assert ended["job 5"].row == batch.rows["job 5"][-1]
+    batch = jobs(2, epochs=27, accuracy=0.1)
+    pool.run(batch, max_epochs=27)  # the next batch is not compared with this one
+    assert not any(o.stopped for o in batch.outcomes)
+
+
+def test_closing_stops_what_runs(cluster: None) -> None:
+    """As after Ctrl-C: the pool is left while a long job runs, and does not wait for it."""
+    failure: list[BaseException] = []
+
+    def wait(pool: Pool) -> None:
+        try:
+            pool.run(jobs(2, epochs=1000, pause=0.1))
+        except RuntimeError as error:
+            failure.append(error)
+
+    # the other pool of this module holds both CPUs: this one gets fractions of none
+    with Pool(ENTRY, cpu=0.001, gpu=0, warm=1) as pool:
+        waiter = threading.Thread(target=wait, args=(pool,))
+        waiter.start()
+        time.sleep(4.0)
+        start = time.monotonic()
+    waiter.join(timeout=5)
+    assert time.monotonic() - start < 12
+    assert "stopped before the jobs were done" in str(failure[0])

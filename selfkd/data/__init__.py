@@ -1,0 +1,6 @@
+"""Labelled images: data sets, their splits and their batches."""
+
+from .batches import Data as Data
+from .batches import Split as Split
+from .batches import batches as batches
+from .load import load_data as load_data

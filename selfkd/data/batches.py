@@ -1,0 +1,210 @@
+"""Splits and the batches read from them, the same whether images are in memory or streamed."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from selfkd.views import Views
+
+from .stream import Stream
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and their labels. An image's index is its position here, from 0 to N-1."""
+
+    images: Tensor | Stream
+    """uint8 `[N, channels, height, width]` in memory, or decoded when they are asked for."""
+    labels: Tensor
+    """int64 `[N]`."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def index(self) -> Tensor:
+        """int64 `[N]`: 0, 1, …, N-1, what `batches` yields beside each image."""
+        return torch.arange(len(self))
+
+    def take(self, index: Tensor) -> "Split":
+        """The split that holds only those images, in that order."""
+        images = self.images
+        some = images[index] if isinstance(images, Tensor) else images.take(index)
+        return Split(some, self.labels[index])
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same split with what is in memory on `device`; streamed images stay as they are."""
+        images = self.images
+        moved = images.to(device) if isinstance(images, Tensor) else images
+        return Split(moved, self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set in three disjoint splits, with what a model and a run need to know of it."""
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    """By channel, of pixels in [0, 1]; inputs are (pixel - mean) / std."""
+    std: tuple[float, ...]
+    fingerprint: str
+    """16 hexadecimal digits of a hash of the training split and its normalisation."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def in_chans(self) -> int:
+        return len(self.mean)
+
+    def to(self, device: torch.device | str) -> "Data":
+        """The same data with what is in memory on `device`, so that batches are made there."""
+        train, val, test = (split.to(device) for split in (self.train, self.val, self.test))
+        return replace(self, train=train, val=val, test=test)
+
+    def batches(
+        self,
+        split: Literal["train", "val", "test"],
+        *,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        views: Views | None = None,
+        view: int = 0,
+        device: torch.device | str = "cpu",
+        drop_last: bool = False,
+        workers: int = 0,
+    ) -> Iterator[Batch]:
+        """Batches of one split by name; see `selfkd.data.batches`."""
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split must be train, val or test, got {split!r}")
+        return batches(
+            getattr(self, split),
+            mean=self.mean,
+            std=self.std,
+            batch_size=batch_size,
+            generator=generator,
+            views=views,
+            view=view,
+            device=device,
+            drop_last=drop_last,
+            workers=workers,
+        )
+
+
+def batches(
+    split: Split,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    views: Views | None = None,
+    view: int = 0,
+    device: torch.device | str = "cpu",
+    drop_last: bool = False,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """One pass over a split.
+
+    No random numbers are drawn but the order, from `generator`, when this is called.
+
+    Args:
+        split: what to read.
+        mean: by channel, of pixels in [0, 1].
+        std: by channel, of pixels in [0, 1].
+        batch_size: images in a batch; the last one has what is left.
+        generator: draws a fresh order; without one the order is 0, 1, …, N-1.
+        views: augmentation, applied to whole batches on `device`.
+        view: which view of each image, in [0, views.count).
+        device: where inputs and labels are wanted.
+        drop_last: leave out a last batch that is not full.
+        workers: processes that decode streamed images; images in memory need none.
+
+    Returns:
+        Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
+        width]` and int64 `[batch]` on `device`, and each image's index int64 `[batch]` on the
+        CPU, where it can pick rows of a tensor on any device.
+
+    Raises:
+        ValueError: for a batch size below 1, or a view that is not there.
+
+    Example:
+        >>> images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1) * 51
+        >>> split = Split(images, torch.tensor([5, 6, 7]))
+        >>> for inputs, labels, index in batches(split, mean=[0.0], std=[0.5], batch_size=2):
+        ...     print(inputs.flatten(), labels, index)
+        tensor([0.0000, 0.4000]) tensor([5, 6]) tensor([0, 1])
+        tensor([0.8000]) tensor([7]) tensor([2])
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if views is not None and not 0 <= view < views.count:
+        raise ValueError(f"view must be in [0, {views.count}), got {view}")
+    if generator is None:
+        order = torch.arange(len(split))
+    else:
+        order = torch.randperm(len(split), generator=generator, device=generator.device).cpu()
+    if drop_last:
+        order = order[: len(order) - len(order) % batch_size]
+    chunks = _chunks(order, batch_size)
+    if isinstance(split.images, Tensor):
+        raw = _gathered(split.images, _chunks(order.to(split.images.device), batch_size))
+    else:
+        raw = _decoded(split.images, chunks, workers, torch.device(device))
+    return _finished(raw, chunks, split.labels, mean, std, views, view, torch.device(device))
+
+
+def _chunks(order: Tensor, batch_size: int) -> list[Tensor]:
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
+    return (images.index_select(0, chunk) for chunk in chunks)
+
+
+def _decoded(
+    images: Stream, chunks: Sequence[Tensor], workers: int, device: torch.device
+) -> Iterable[Tensor]:
+    return DataLoader(
+        images,
+        batch_sampler=[chunk.tolist() for chunk in chunks],
+        num_workers=workers,
+        collate_fn=torch.stack,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own, or it would draw from the global one
+    )
+
+
+def _finished(
+    raw: Iterable[Tensor],
+    chunks: Sequence[Tensor],
+    labels: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    views: Views | None,
+    view: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Views and normalisation, on the device and on whole batches, in memory or streamed."""
+    means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
+    scale = (1 / (255 * stds)).to(device, torch.float32)
+    shift = (-means / stds).to(device, torch.float32)
+    for images, index in zip(raw, chunks, strict=True):
+        images = images.to(device, non_blocking=True)
+        if views is not None:
+            images = views(images, index, view)
+        inputs = images.to(torch.float32).mul_(scale).add_(shift)
+        picked = labels.index_select(0, index.to(labels.device))
+        yield inputs, picked.to(device, non_blocking=True), index

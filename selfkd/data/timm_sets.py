@@ -1,0 +1,179 @@
+"""Data sets that `timm.data.create_dataset` opens: torch/…, hfds/…, hfids/…, tfds/…, wds/…"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .batches import Split
+from .folder import LARGEST_DEFAULT, default_size, default_val_size
+from .sources import Source, missing
+from .stream import Mode, Pictures, Stream, opened, read_picture, square
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+ROOTLESS = ("hfds", "hfids", "tfds")
+"""Kept in a cache of their own when no root is given."""
+TORCH_NAMES = tuple(
+    f"torch/{name}"
+    for name in (
+        "cifar10",
+        "cifar100",
+        "mnist",
+        "kmnist",
+        "fashion_mnist",
+        "qmnist",
+        "imagenet",
+        "places365",
+        "inaturalist",
+    )
+)
+_FAILURES = (AssertionError, KeyError, OSError, RuntimeError, ValueError)
+
+
+@dataclass(frozen=True, eq=False)
+class TimmPictures:
+    """Pictures of a map-style timm or torchvision data set."""
+
+    name: str
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> "Image":
+        return opened(lambda: self._read(number), f"image {number} of {self.name}")
+
+    def _read(self, number: int) -> "Image":
+        reader = getattr(self.dataset, "reader", None)  # timm's own item skips what it cannot read
+        if reader is None:
+            picture: Image = self.dataset[number][0]
+            return picture
+        return read_picture(reader[number][0])
+
+    def key(self, number: int) -> str:
+        return f"{self.name}[{number}]"
+
+
+@dataclass(frozen=True, eq=False)
+class ListedPictures:
+    """Pictures of an iterable data set, read once and kept."""
+
+    name: str
+    pictures: Sequence["Image"]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, number: int) -> "Image":
+        return self.pictures[number]
+
+    def key(self, number: int) -> str:
+        return f"{self.name}[{number}]"
+
+
+def open_timm(
+    name: str, root: Path | None, download: bool, image_size: int | None, limit: int
+) -> Source:
+    """The split `train` as the pool and `test`, or else `validation`, as the test split."""
+    pool = _open_split(name, root, "train", download)
+    try:
+        test = _open_split(name, root, "test", download)
+    except FileNotFoundError:
+        test = _open_split(name, root, "validation", download)
+    pool_pictures, pool_labels = _read(name, pool, image_size, limit)
+    test_pictures, test_labels = _read(name, test, image_size, limit)
+    size = image_size or default_size(pool_pictures)
+    mode: Mode = "L" if pool_pictures[0].mode in ("1", "L", "I;16") else "RGB"
+    names = _class_names(pool, max(pool_labels + test_labels) + 1)
+    pool_split, test_split = (
+        Split(Stream(pictures, torch.arange(len(labels)), size, mode), torch.tensor(labels))
+        for pictures, labels in ((pool_pictures, pool_labels), (test_pictures, test_labels))
+    )
+    val_size = default_val_size(len(pool_split), len(names))
+    return Source(pool_split, names, val_size=val_size, test=test_split)
+
+
+def _open_split(name: str, root: Path | None, split: str, download: bool) -> Any:
+    import timm.data
+
+    settings = {"root": root and str(root), "split": split, "download": download}
+    try:
+        return timm.data.create_dataset(name, **settings)
+    except ImportError as error:
+        raise ValueError(
+            f"data.name must be a data set whose package is installed, got {name!r}: {error}"
+        ) from error
+    except _FAILURES as error:
+        if name.startswith("torch/"):
+            raise missing(f"{name} (split {split})", root, download, error) from error
+        raise FileNotFoundError(
+            f"data.name must name a set that timm can open, got {name!r} (split {split}): {error}"
+        ) from error
+
+
+def _read(
+    name: str, dataset: Any, image_size: int | None, limit: int
+) -> tuple[Pictures, list[int]]:
+    if not hasattr(dataset, "__getitem__") or isinstance(dataset, torch.utils.data.IterableDataset):
+        return _read_all(name, dataset, image_size, limit)
+    pictures = TimmPictures(name, dataset)
+    if len(pictures) == 0:
+        raise ValueError(f"data.name must name a data set with images, got none in {name}")
+    return pictures, _checked(name, _labels(dataset))
+
+
+def _labels(dataset: Any) -> Iterable[Any]:
+    """Labels without decoding images, where the data set lists them."""
+    reader: Any = getattr(dataset, "reader", None)
+    if hasattr(reader, "iter_targets"):
+        targets: Iterable[Any] = reader.iter_targets()
+        return targets
+    if hasattr(reader, "samples"):
+        return [target for _, target in reader.samples]
+    if hasattr(dataset, "targets"):
+        targets = dataset.targets
+        return targets
+    return (dataset[number][1] for number in range(len(dataset)))
+
+
+def _read_all(
+    name: str, dataset: Iterable[Any], image_size: int | None, limit: int
+) -> tuple[ListedPictures, list[int]]:
+    """Read an iterable data set once, each picture scaled as it comes."""
+    pictures: list[Image] = []
+    labels = []
+    for picture, label, *_ in dataset:
+        size = image_size or min(LARGEST_DEFAULT, *picture.size)
+        pictures.append(square(picture, size))
+        labels.append(label)
+        if len(pictures) * 3 * size * size > limit:
+            raise ValueError(
+                f"data.name must name a set of at most {limit:,} decoded bytes where it can only "
+                f"be read in order, got {name}: lower data.image_size or use hfds/ or folder"
+            )
+    if not pictures:
+        raise ValueError(f"data.name must name a data set with images, got none in {name}")
+    return ListedPictures(name, pictures), _checked(name, labels)
+
+
+def _checked(name: str, labels: Iterable[Any]) -> list[int]:
+    numbers = [int(label) for label in labels]
+    if min(numbers) < 0:
+        raise ValueError(f"labels must be at least 0, got {min(numbers)} in {name}")
+    return numbers
+
+
+def _class_names(dataset: Any, num_classes: int) -> tuple[str, ...]:
+    """The data set's own names where it has one for each class, else the numbers."""
+    names = getattr(dataset, "classes", None)
+    indices = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if names is None and indices:
+        names = sorted(indices, key=indices.__getitem__)
+    if names is None or len(names) < num_classes:
+        names = range(num_classes)
+    return tuple(str(name) for name in names)

@@ -1,0 +1,347 @@
+"""The born-again loop in one process: what it chooses, keeps, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfkd.config import Config, ConfigError, load_config
+from selfkd.jobs import InProcess, Job, Row
+from selfkd.lineage import (
+    RunError,
+    RunFolder,
+    born_again,
+    measure_ensemble,
+    summary,
+    trial_seed,
+)
+from selfkd.trial import run_job
+
+TINY = ["model.args={width: 16, depth: 1}", "train.epochs=2", "search.trials=3", "rounds=2"]
+
+
+class Ear:
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+
+    def labelling(self, generation: int, teachers: int) -> None:
+        self.heard.append(("labelling", generation, teachers))
+
+    def generation_started(self, generation: int, trials: int, done: int) -> None:
+        self.heard.append(("started", generation, trials, done))
+
+    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
+        self.heard.append(("reported", trial["generation"], trial["trial"], len(rows)))
+
+    def trial_finished(self, trial: Row) -> None:
+        self.heard.append(("finished", trial["generation"], trial["trial"], trial["status"]))
+
+    def generation_finished(self, result: Row) -> None:
+        self.heard.append(("chosen", result["generation"], result["trial"]))
+
+
+class Fake:
+    """Does jobs without training: accuracies by (generation, trial) as a test wants them."""
+
+    def __init__(self, accuracy: Mapping[tuple[int, int], float | str]) -> None:
+        self.accuracy = accuracy
+        self.jobs: list[tuple[str, Mapping[str, Any]]] = []
+
+    def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        self.jobs.append((kind, payload))
+        if kind == "check":
+            yield {"facts": {}}
+        elif kind == "train":
+            student = Path(payload["student"])
+            number = int(student.parent.name[-3:])
+            value = self.accuracy.get((payload["generation"], number), 0.5)
+            if isinstance(value, str):
+                raise ValueError(value)
+            student.parent.mkdir(parents=True, exist_ok=True)
+            student.write_text(f"{payload['generation']}/{number}")
+            yield {"epoch": 1, "val_accuracy": 0.0, "val_nll": 9.0, "seconds": 1.0}
+            yield {
+                "epoch": 2,
+                "val_accuracy": value,
+                "val_nll": 1.0 - number / 100,
+                "seconds": 2.0,
+                "hash": f"{payload['generation']}-{number}",
+            }
+        elif kind == "score":
+            Path(payload["predictions"]).write_text("")
+            yield {"test_accuracy": 0.4, "test_nll": 1.0, "test_ece": 0.1}
+
+    def kinds(self, kind: str) -> list[Mapping[str, Any]]:
+        return [payload for name, payload in self.jobs if name == kind]
+
+
+def start(folder: Path, *settings: str) -> tuple[Config, RunFolder]:
+    config = load_config(settings=[*TINY, *settings])
+    return config, RunFolder.create(folder / "run", config)
+
+
+def test_best_on_validation_teaches_the_next_generation(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    fake = Fake({(0, 1): 0.9, (1, 2): 0.8, (2, 0): 0.7})
+    results = born_again(config, folder, InProcess(fake), Ear())
+    assert [result["trial"] for result in results] == [1, 2, 0]
+    taught_by = [job["teachers"] for job in fake.kinds("train")]
+    assert taught_by[:3] == [[], [], []]
+    best = [folder.generation(g) / "student.safetensors" for g in (0, 1)]
+    assert taught_by[3:6] == [[{"hash": "0-1", "checkpoint": str(best[0])}]] * 3
+    assert taught_by[6:] == [[{"hash": "1-2", "checkpoint": str(best[1])}]] * 3
+    assert best[0].read_text() == "0/1"
+
+
+def test_ties_go_to_the_lower_nll(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "rounds=0")
+    (result,) = born_again(config, folder, InProcess(Fake({})), Ear())
+    assert result["trial"] == 2  # of three equal accuracies the fake's NLL falls with the number
+
+
+def test_the_test_split_is_read_once_a_generation_and_only_for_the_chosen(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    fake = Fake({})
+    born_again(config, folder, InProcess(fake), Ear())
+    assert [Path(job["student"]).parent.name for job in fake.kinds("score")] == [
+        "generation_000",
+        "generation_001",
+        "generation_002",
+    ]
+
+
+def test_every_generation_has_as_many_trials_and_the_teacher_is_asked_once(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    fake = Fake({})
+    born_again(config, folder, InProcess(fake), Ear())
+    assert [job["generation"] for job in fake.kinds("train")] == [0] * 3 + [1] * 3 + [2] * 3
+    assert len(fake.kinds("label")) == 2
+
+
+def test_seeds_differ_between_trials_and_generations(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    fake = Fake({})
+    born_again(config, folder, InProcess(fake), Ear())
+    assert len({job["seed"] for job in fake.kinds("train")}) == 9
+    assert trial_seed(0, 1, 2) != trial_seed(1, 1, 2)
+
+
+def test_the_previous_winner_s_setting_is_tried_again(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    fake = Fake({(1, 2): 0.9})
+    results = born_again(config, folder, InProcess(fake), Ear())
+    first_of_generation_2 = fake.kinds("train")[6]["config"]["distill"]
+    assert first_of_generation_2["temperature"] == results[1]["temperature"]
+    assert first_of_generation_2["alpha"] == results[1]["alpha"]
+
+
+def test_generation_0_searches_its_own_space(tmp_path: Path) -> None:
+    space = "search.labels_only_space={train.label_smoothing: {uniform: [0, 0.2]}}"
+    config, folder = start(tmp_path, space)
+    fake = Fake({})
+    results = born_again(config, folder, InProcess(fake), Ear())
+    smoothing = [job["config"]["train"]["label_smoothing"] for job in fake.kinds("train")]
+    assert len(set(smoothing[:3])) == 3
+    assert smoothing[3:] == [0.0] * 6
+    assert results[0]["temperature"] is None
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ("previous", [[], ["0-2"], ["1-2"]]),
+        ("lineage", [[], ["0-2"], ["0-2", "1-2"]]),
+        ("top:2", [[], ["0-2", "0-1"], ["1-2", "1-1"]]),
+    ],
+)
+def test_teachers(tmp_path: Path, teacher: str, expected: list[list[str]]) -> None:
+    config, folder = start(tmp_path, f"distill.teacher={teacher}")
+    fake = Fake({})
+    born_again(config, folder, InProcess(fake), Ear())
+    hashes = [[t["hash"] for t in job["teachers"]] for job in fake.kinds("train")]
+    assert [hashes[0], hashes[3], hashes[6]] == expected
+    for job in fake.kinds("train"):
+        assert all(Path(t["checkpoint"]).exists() for t in job["teachers"])
+
+
+def test_only_students_that_teach_are_kept(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "distill.teacher=top:2")
+    born_again(config, folder, InProcess(Fake({})), Ear())
+    kept = sorted(str(p.relative_to(folder.path)) for p in folder.path.rglob("student.safetensors"))
+    assert [name for name in kept if name.startswith("generation_000")] == [
+        "generation_000/student.safetensors",
+        "generation_000/trial_001/student.safetensors",
+    ]
+
+
+def test_a_failed_trial_is_left_out_and_the_generation_goes_on(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "rounds=0")
+    ear = Ear()
+    fake = Fake({(0, 2): "loss must be finite", (0, 1): 0.9})
+    (result,) = born_again(config, folder, InProcess(fake), ear)
+    assert (result["trial"], result["failed"]) == (1, 1)
+    assert ("finished", 0, 2, "failed") in ear.heard
+    failed = folder.trial_result(0, 2)
+    assert failed is not None
+    assert failed["error"] == "ValueError: loss must be finite"
+
+
+def test_when_all_trials_fail_the_first_error_is_told(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    fake = Fake({(1, n): f"broken {n}" for n in range(3)})
+    with pytest.raises(RunError, match="all 3 trials of generation 1 failed; the first: .*broken 0"):
+        born_again(config, folder, InProcess(fake), Ear())
+    assert len(folder.results()) == 1
+
+
+class StopAfter:
+    """An executor that is interrupted after so many jobs, as by Ctrl-C or a kill."""
+
+    def __init__(self, fake: Fake, jobs: int) -> None:
+        self.fake, self.left = fake, jobs
+
+    def run(self, jobs: Any, **options: Any) -> None:
+        class Counted:
+            def ask(inner) -> Job | None:
+                job = jobs.ask()
+                if job is not None:
+                    self.left -= 1
+                    if self.left < 0:
+                        raise KeyboardInterrupt
+                return job  # type: ignore[no-any-return]
+
+            report, tell = jobs.report, jobs.tell
+
+        InProcess(self.fake).run(Counted(), **options)  # type: ignore[arg-type]
+
+
+def ledger(folder: RunFolder) -> list[Row]:
+    """What a run found, without what a clock measured."""
+    return [
+        {k: v for k, v in result.items() if k not in ("seconds",)} for result in folder.results()
+    ]
+
+
+@pytest.mark.parametrize("jobs", range(15))
+def test_resumed_run_equals_an_undisturbed_one(tmp_path: Path, jobs: int) -> None:
+    accuracy = {(0, 1): 0.9, (1, 0): 0.8, (2, 1): 0.7}
+    config, whole = start(tmp_path / "whole")
+    born_again(config, whole, InProcess(Fake(accuracy)), Ear())
+    config, folder = start(tmp_path / "stopped")
+    first, again = Fake(accuracy), Fake(accuracy)
+    with pytest.raises(KeyboardInterrupt):
+        born_again(config, folder, StopAfter(first, jobs), Ear())
+    folder, config = RunFolder.open(folder.path)
+    born_again(config, folder, InProcess(again), Ear())
+    assert ledger(folder) == ledger(whole)
+    assert len(first.kinds("train")) + len(again.kinds("train")) == 9
+
+
+def test_finished_generations_are_told_again_but_not_trained_again(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    born_again(config, folder, InProcess(Fake({})), Ear())
+    fake, ear = Fake({}), Ear()
+    born_again(config, folder, InProcess(fake), ear)
+    assert fake.jobs == []
+    assert [heard[:2] for heard in ear.heard] == [("chosen", 0), ("chosen", 1), ("chosen", 2)]
+
+
+def test_rounds_can_be_raised_on_resume(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "rounds=1")
+    born_again(config, folder, InProcess(Fake({})), Ear())
+    more = load_config(settings=[*TINY, "rounds=2"])
+    folder.update(config, more)
+    assert RunFolder.open(folder.path)[1].rounds == 2
+    fake = Fake({})
+    assert len(born_again(more, folder, InProcess(fake), Ear())) == 3
+    assert len(fake.kinds("train")) == 3
+
+
+def test_rounds_cannot_be_lowered_below_what_is_done(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "rounds=1")
+    born_again(config, folder, InProcess(Fake({})), Ear())
+    with pytest.raises(ConfigError, match="rounds must be at least the 1 done, got 0"):
+        folder.update(config, load_config(settings=[*TINY, "rounds=0"]))
+
+
+def test_resume_with_another_config_says_what_differs(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    other = load_config(settings=[*TINY, "train.lr=0.5", "tracking=none", "data.jitter=1"])
+    with pytest.raises(ConfigError) as error:
+        folder.update(config, other)
+    assert "train.lr: 0.05 -> 0.5" in str(error.value)
+    assert "data.jitter: 0 -> 1" in str(error.value)
+    assert "tracking" not in str(error.value)
+
+
+def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    with pytest.raises(ConfigError, match=r"exists already: continue it with --resume .*/run"):
+        RunFolder.create(folder.path, config)
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--resume must be a run folder"):
+        RunFolder.open(tmp_path)
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    born_again(config, folder, InProcess(Fake({})), Ear())
+    (folder.generation(1) / "result.json").write_text('{"generation": 1,')
+    with pytest.raises(ValueError, match=r"generation_001/result.json is damaged"):
+        folder.results()
+
+
+def test_a_run_folder_can_be_moved(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "rounds=1")
+    born_again(config, folder, InProcess(Fake({})), Ear())
+    moved = folder.path.rename(tmp_path / "elsewhere")
+    folder, config = RunFolder.open(moved)
+    more = load_config(settings=[*TINY, "rounds=2"])
+    results = born_again(more, folder, InProcess(fake := Fake({})), Ear())
+    assert len(results) == 3
+    assert all(str(moved) in t["checkpoint"] for j in fake.kinds("train") for t in j["teachers"])
+
+
+def test_a_repeated_trial_does_not_keep_its_first_epochs_twice(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "rounds=0")
+
+    class Repeats(Fake):
+        def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+            if kind == "train":
+                yield {"epoch": 1, "val_accuracy": 0.1, "val_nll": 9.0, "seconds": 1.0}
+            yield from super().__call__(kind, payload)
+
+    (result,) = born_again(config, folder, InProcess(Repeats({})), Ear())
+    assert [row["epoch"] for row in result["history"]] == [1, 2]
+
+
+def test_the_whole_on_real_digits_is_the_same_run_to_run(tmp_path: Path) -> None:
+    """Two generations through the real trial: equal tables, and weights equal bit for bit."""
+    found = []
+    for name in ("a", "b"):
+        config, folder = start(tmp_path / name, "rounds=1", "search.trials=2")
+        results = born_again(config, folder, InProcess(run_job), Ear())
+        ensemble = measure_ensemble(config, folder, InProcess(run_job), results)
+        report = summary(results, ensemble)
+        json.dumps(report)
+        for row in report["generations"]:
+            row.pop("seconds"), row.pop("train_seconds")
+        found.append((report, [result["hash"] for result in results]))
+    assert found[0] == found[1]
+    assert found[0][1][0] != found[0][1][1]
+    assert 0 < found[0][0]["ensemble"]["test_accuracy"] <= 1
+    assert 0 < found[0][0]["generations"][1]["agreement"] <= 1
+
+
+def test_a_mistake_in_the_data_is_the_user_s(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "data.train_size=100000")
+    with pytest.raises(ConfigError, match="train_size"):
+        born_again(config, folder, InProcess(run_job), Ear())

@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,7 @@ class DataConfig:
 class ModelConfig:
     """A network: any name that `timm.create_model` knows."""
 
-    name: str = "selfkd_mlp"
+    name: str = "selfkd_cnn"
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the model."""
 
@@ -67,8 +68,8 @@ class ModelConfig:
 class TrainConfig:
     """One training run."""
 
-    epochs: int = Field(default=60, ge=1)
-    batch_size: int = Field(default=50, ge=1)
+    epochs: int = Field(default=40, ge=1)
+    batch_size: int = Field(default=20, ge=1)
     optimizer: str = "sgd"
     """A timm optimiser name: sgd (with Nesterov momentum), adamw, …"""
     lr: float = Field(default=0.05, gt=0)
@@ -130,16 +131,6 @@ class SearchConfig:
     labels_only_space: dict[str, Any] = Field(default_factory=dict)
     """The same for generation 0 alone, for example `train.label_smoothing`."""
 
-    @field_validator("space", "labels_only_space")
-    @classmethod
-    def _readable_space(cls, space: dict[str, Any]) -> dict[str, Any]:
-        for key, spec in space.items():
-            try:
-                Distribution.parse(spec)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
-        return space
-
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ResourcesConfig:
@@ -151,7 +142,7 @@ class ResourcesConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrackingConfig:
-    """W&B."""
+    """W&B. `tracking: none` is short for `tracking: {mode: none}`."""
 
     mode: Literal["auto", "online", "offline", "none"] = "auto"
     """auto: online when there is a key and the host answers, else offline."""
@@ -171,7 +162,7 @@ class Config:
     storage: str = "runs"
     """Folder that holds the run folders."""
     data: DataConfig = Field(default_factory=DataConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 16}))
     student: ModelConfig | None = None
     """The network of generations 1, 2, … when it differs from `model`."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -179,11 +170,6 @@ class Config:
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
-
-    @field_validator("tracking", mode="before")
-    @classmethod
-    def _tracking_by_mode(cls, value: Any) -> Any:
-        return {"mode": value} if isinstance(value, str) else value
 
     def space(self, generation: int) -> dict[str, Distribution]:
         """Return the search space of a generation: no `distill` keys without a teacher."""
@@ -208,6 +194,7 @@ class Config:
 _ADAPTER = TypeAdapter(Config)
 # What a trial may not differ in: its generation shares these with all other trials.
 _FIXED = ("rounds", "seed", "name", "storage", "data", "search", "resources", "tracking")
+_FREE = re.compile(r"(model|student)\.args\b|search\.(labels_only_)?space\b")
 _FIXED_DISTILL = ("distill.teacher", "distill.live")
 
 
@@ -231,7 +218,7 @@ def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
 
 def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]:
     for fault in error.errors():
-        path = [str(part) for part in fault["loc"] if not str(part).endswith("Config")]
+        path = [str(part) for part in fault["loc"]]
         key = ".".join(path)
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section = ".".join(path[:-1])
@@ -242,15 +229,15 @@ def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]
         else:
             condition = fault["msg"].removeprefix("Input should be ").removeprefix("String should ")
             message = f"must be {condition}, got {fault['input']!r}".replace("be match", "match")
-        source = next((at for k, at in sources.items() if f"{k}.".startswith(f"{key}.")), None)
-        source = source or next((sources[k] for k in _parents(key) if k in sources), None)
-        yield f"{source}: {key}: {message}" if source else f"{key}: {message}"
+        yield f"{_located(key, sources)}: {message}"
 
 
-def _parents(key: str) -> Iterator[str]:
-    while "." in key:
-        key = key.rpartition(".")[0]
-        yield key
+def _located(key: str, sources: Mapping[str, str]) -> str:
+    """Return a key after its source: its own, one of something in it, or of what it is in."""
+    inside = [k for k in sources if k.startswith(f"{key}.")]
+    around = [key[: dot.start()] for dot in re.finditer(r"\.", key)][::-1]
+    source = next((sources[k] for k in (key, *inside, *around) if k in sources), None)
+    return f"{source}: {key}" if source else key
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -275,32 +262,52 @@ def _leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[s
 
 
 def _put(tree: Tree, key: str, value: Any) -> None:
+    """Set a value by its dotted key; of a section only what is given changes."""
+    if key == "tracking" and isinstance(value, str):
+        key = "tracking.mode"
+    if isinstance(value, dict) and value and not _FREE.match(key):
+        for inner, inner_value in value.items():
+            _put(tree, f"{key}.{inner}", inner_value)
+        return
     inside_space = re.match(r"(search)\.(space|labels_only_space)\.(.+)", key)
     *parents, last = inside_space.groups() if inside_space else key.split(".")
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
+            whole = inside_space and parent == "space"
+            tree[parent] = dict(SearchConfig().space) if whole else {}
         tree = tree[parent]
     tree[last] = value
 
 
-def _merge(base: Tree, over: Tree) -> Tree:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the numbers that people write: 1e-3 is one."""
+    """YAML 1.1 with the numbers that people write (1e-3 is one), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag in _NO_KEYS:
+                raise yaml.constructor.ConstructorError(
+                    problem="keys must be text", problem_mark=key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around what `_Loader` would take for a number."""
+
+
+_NO_KEYS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -312,7 +319,7 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source}: must be YAML: {' '.join(str(error).split())}") from None
 
 
 def load_config(
@@ -339,12 +346,14 @@ def load_config(
     if path is not None:
         try:
             text = Path(path).read_text()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config must be a readable file, got {path}: {error}") from None
         tree = parse_yaml(text, str(path)) or {}
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: must be a mapping of config keys, got {tree!r}")
         sources = {key: str(path) for key, _ in _leaves(tree, "", inner=True)}
+        if "tracking" in tree:
+            _put(tree, "tracking", tree.pop("tracking"))
     return _overlay(tree, sources, settings, flags or {})
 
 
@@ -361,24 +370,27 @@ def _overlay(
     tree: Tree, sources: dict[str, str], settings: Sequence[str], flags: Mapping[str, Any]
 ) -> Config:
     faults = []
+    given: list[tuple[str, Any, str]] = []
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             faults.append(f"--set must be dotted.key=value, got {setting!r}")
             continue
-        over: Tree = {}
-        _put(over, key, parse_yaml(text, f"--set {key}"))
-        tree = _merge(tree, over)
-        sources[key] = "--set"
-    for key, value in flags.items():
-        if value is not None:
-            _put(tree, key, value)
-            sources[key] = "command line"
+        try:
+            given.append((key, parse_yaml(text, f"--set {key}"), "--set"))
+        except ConfigError as error:
+            faults.append(str(error))
+    given += [(key, value, "command line") for key, value in flags.items() if value is not None]
+    for key, value, source in given:
+        _put(tree, key, value)
+        sources |= {k: source for k, _ in _leaves({key: value}, "", inner=True)}
     try:
         config = from_tree(tree, sources)
+        faults.extend(_space_faults(config, sources))
     except ConfigError as error:
-        raise ConfigError("\n".join([*faults, str(error)])) from None
-    faults.extend(_space_faults(config, sources))
+        faults.append(str(error))
+        with suppress(ConfigError):  # its search space may be readable all the same
+            faults.extend(_space_faults(from_tree({"search": tree.get("search")}), sources))
     if faults:
         raise ConfigError("\n".join(faults))
     return config
@@ -386,33 +398,44 @@ def _overlay(
 
 def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Faults between settings: a search space that its config cannot follow."""
-    teacher = config.distill.teacher
-    if teacher.startswith("top:") and int(teacher[4:]) > config.search.trials:
-        yield f"distill.teacher: must be at most top:{config.search.trials}, the number of trials"
-    known = [key for key in _known_keys() if not key.startswith(_FIXED)]
+    teacher, trials = config.distill.teacher, config.search.trials
+    if teacher.startswith("top:") and int(teacher[4:]) > trials:
+        where = _located("distill.teacher", sources)
+        yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
     for name in ("space", "labels_only_space"):
-        source = sources.get(f"search.{name}") or sources.get("search")
-        where = f"{source}: search.{name}" if source else f"search.{name}"
         space: dict[str, Any] = getattr(config.search, name)
         for key, spec in space.items():
-            free = re.match(r"(model|student)\.args\.\w+$", key)
-            if key.startswith(_FIXED) or key in _FIXED_DISTILL:
-                yield f"{where}: {key} cannot be searched: all trials of a run share it"
-            elif key not in known and not free:
-                yield f"{where}: {key} is no config key{_did_you_mean(key, known)}"
+            where = _located(f"search.{name}.{key}", sources)
+            if name == "labels_only_space" and key.startswith("distill."):
+                yield f"{where}: cannot be searched in generation 0: it has no teacher"
             else:
-                distribution = Distribution.parse(spec)
-                for value in {str(v): v for v in map(distribution.at, (0.0, 0.5, 1.0))}.values():
-                    try:
-                        config.at({key: value})
-                    except ConfigError as error:
-                        yield f"{where}: {error}"
-                        break
+                yield from (f"{where}: {fault}" for fault in _entry_faults(config, key, spec))
+
+
+def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
+    known = [k for k in _known_keys() if "." in k and k.split(".")[0] not in _FIXED]
+    if key.split(".")[0] in _FIXED or key in _FIXED_DISTILL:
+        yield "cannot be searched: all trials of a run share it"
+        return
+    if key not in known and not re.fullmatch(r"(model|student)\.args\.\w+", key):
+        yield f"is no config key{_did_you_mean(key, known)}"
+        return
+    try:
+        distribution = Distribution.parse(spec)
+    except ValueError as error:
+        yield str(error)
+        return
+    ends = (distribution.at(0.0), distribution.at(1.0))
+    for value in distribution.values if distribution.kind == "choice" else ends:
+        try:
+            config.at({key: value})
+        except ConfigError as error:
+            yield from (line.removeprefix(f"{key}: ") for line in str(error).splitlines())
 
 
 def dump_config(config: Config) -> str:
     """Return a config as YAML."""
-    text: str = yaml.safe_dump(to_tree(config), sort_keys=False)
+    text: str = yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
     return text
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from selfkd.config import Config, ConfigError, load_config, merge_settings, to_tree
+from selfkd.config import Config, ConfigError, load_config, merge_settings
 from selfkd.console import Follower, make_console, make_table
 from selfkd.files import save_json
 from selfkd.jobs import Row
@@ -99,14 +99,7 @@ def _run(console: Console, folder: RunFolder, config: Config, *, verbose: bool) 
     from selfkd.cluster import connect
     from selfkd.search import Pool
 
-    tracker = make_tracker(
-        config.tracking.mode,
-        name=folder.path.name,
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-        folder=folder.path,
-        config=to_tree(config),
-    )
+    tracker = make_tracker(config, name=folder.path.name, folder=folder.path)
     console.print(tracker.description, soft_wrap=True)
     resources = config.resources
     follower = Follower(console, config.rounds)

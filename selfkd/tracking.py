@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from selfkd.config import Config, to_tree
 from selfkd.jobs import Row
 
-Mode = Literal["auto", "online", "offline", "none"]
 REACH_SECONDS = 3.0
 START_SECONDS = 10.0
 DRAIN_SECONDS = 60.0
@@ -53,10 +53,8 @@ class WandbTracker(NoTracker):
     Args:
         mode: `online` or `offline`.
         name: of the run: the group of its trials, and the start of their stable ids.
-        project: W&B project.
-        entity: W&B user or team; the key's own when None.
         folder: where W&B writes.
-        config: of the run, as plain data.
+        config: of the run.
     """
 
     def __init__(
@@ -64,18 +62,15 @@ class WandbTracker(NoTracker):
         mode: Literal["online", "offline"],
         *,
         name: str,
-        project: str,
-        entity: str | None,
         folder: Path,
-        config: Mapping[str, Any],
+        config: Config,
     ) -> None:
         import wandb  # half a second: only when it is used
 
         self._wandb = wandb
         self._mode = mode
         self._folder = folder
-        self._name, self._project, self._entity = name, project, entity
-        self._config = dict(config)
+        self._name, self._config = name, config
         self._trials: dict[tuple[int, int], Any] = {}
         self._lineage: Any = None
         self._broken = False
@@ -87,7 +82,7 @@ class WandbTracker(NoTracker):
     def description(self) -> str:  # type: ignore[override]
         """Say where the run can be seen."""
         if self._mode == "online":
-            return f"W&B: online, project {self._project}, group {self._name}"
+            return f"W&B: online, project {self._config.tracking.project}, group {self._name}"
         return (
             f"W&B: offline, in {self._folder / 'wandb'}; "
             f"send it with: wandb sync {self._folder / 'wandb'}/offline-run-*"
@@ -125,8 +120,8 @@ class WandbTracker(NoTracker):
         )
         try:
             return self._wandb.init(
-                project=self._project,
-                entity=self._entity,
+                project=self._config.tracking.project,
+                entity=self._config.tracking.entity,
                 group=self._name,
                 job_type=job_type,
                 id=run_id,
@@ -151,12 +146,11 @@ class WandbTracker(NoTracker):
     def _trial(self, trial: Row) -> Any:
         key = (trial["generation"], trial["trial"])
         if key not in self._trials:
-            shown = {k: trial[k] for k in ("generation", "trial", "seed", "teachers")}
+            config = to_tree(self._config.at(trial["point"]))
+            config |= {name: trial[name] for name in ("generation", "trial", "teachers")}
+            config["trial_seed"] = trial["seed"]
             self._trials[key] = self._open(
-                f"{self._name}-g{key[0]}-t{key[1]}",
-                "epoch",
-                f"generation-{key[0]}",
-                {**self._config, **shown, **trial["point"]},
+                f"{self._name}-g{key[0]}-t{key[1]}", "epoch", f"generation-{key[0]}", config
             )
         return self._trials[key]
 
@@ -190,7 +184,7 @@ class WandbTracker(NoTracker):
         def work() -> None:
             if self._lineage is None:
                 self._lineage = self._open(
-                    f"{self._name}-lineage", "generation", "lineage", self._config
+                    f"{self._name}-lineage", "generation", "lineage", to_tree(self._config)
                 )
             if result["generation"] > _already(self._lineage, "generation"):
                 plain = {
@@ -221,16 +215,9 @@ def _already(run: Any, axis: str) -> int:
     return int(run.summary.get(axis, -1)) if getattr(run, "resumed", False) else -1
 
 
-def make_tracker(
-    mode: Mode,
-    *,
-    name: str,
-    project: str,
-    entity: str | None,
-    folder: Path,
-    config: Mapping[str, Any],
-) -> NoTracker:
+def make_tracker(config: Config, *, name: str, folder: Path) -> NoTracker:
     """Make the tracker that a config asks for; `auto` is online only where that will work."""
+    mode = config.tracking.mode
     if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
         mode = "none"
     elif mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
@@ -240,9 +227,7 @@ def make_tracker(
         mode = "online" if _has_key(host.hostname or "") and _answers(host) else "offline"
     if mode == "none":
         return NoTracker()
-    return WandbTracker(
-        mode, name=name, project=project, entity=entity, folder=folder, config=config
-    )
+    return WandbTracker(mode, name=name, folder=folder, config=config)
 
 
 def _has_key(host: str) -> bool:

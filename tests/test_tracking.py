@@ -1,0 +1,225 @@
+"""W&B: real offline runs, read back with W&B's own command; and what happens without a network."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfkd import tracking
+from selfkd.config import Config, load_config
+from selfkd.tracking import NoTracker, WandbTracker, make_tracker
+
+TRIAL = {
+    "generation": 1,
+    "trial": 2,
+    "seed": 7,
+    "point": {"distill.alpha": 0.25},
+    "teachers": ["abc"],
+}
+EPOCHS = [
+    {"epoch": e, "loss": 1.0 / e, "val_accuracy": e / 10, "val_nll": 1.0, "seconds": e * 0.5}
+    for e in (1, 2, 3)
+]
+RESULT = {
+    "generation": 0,
+    "trial": 1,
+    "val_accuracy": 0.9,
+    "test_accuracy": 0.8,
+    "temperature": None,
+    "point": {},
+    "history": EPOCHS,
+    "models": [{"hash": "abc"}],
+    "predictions": "x",
+    "hash": "abc",
+    "teachers": [],
+}
+
+
+def finished(**changes: Any) -> dict[str, Any]:
+    return {
+        **TRIAL,
+        "status": "completed",
+        "error": None,
+        "val_accuracy": 0.3,
+        "train_seconds": 1.5,
+        **changes,
+    }
+
+
+def offline(folder: Path, *settings: str) -> WandbTracker:
+    config = load_config(settings=["tracking=offline", *settings])
+    tracker = make_tracker(config, name="run-a", folder=folder)
+    assert isinstance(tracker, WandbTracker)
+    return tracker
+
+
+def records(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    """Read an offline run back: `wandb leet inspect --json`, one record a line."""
+    (run,) = (folder / "wandb").glob(f"offline-run-*-{run_id}")
+    output = subprocess.run(
+        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def history(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    return [r["history"]["item"] for r in records(folder, run_id) if r["type"] == "history"]
+
+
+def test_a_trial_is_a_run_with_its_config_epochs_and_summary(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    tracker.trial_reported(TRIAL, EPOCHS[:2])
+    tracker.trial_reported(TRIAL, EPOCHS[2:])
+    tracker.trial_finished(finished())
+    tracker.close()
+    found = records(tmp_path, "run-a-g1-t2")
+    run = next(r["run"] for r in found if r["type"] == "run")
+    assert (run["run_group"], run["job_type"], run["run_id"]) == (
+        "run-a",
+        "generation-1",
+        "run-a-g1-t2",
+    )
+    config = run["config"]["update"]
+    assert config["distill"]["alpha"] == 0.25
+    assert (config["generation"], config["teachers"], config["trial_seed"]) == (1, ["abc"], 7)
+    assert config["seed"] == 0
+    rows = history(tmp_path, "run-a-g1-t2")
+    assert [(row["epoch"], row["val_accuracy"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    axes = {r["metric"].get("step_metric") for r in found if r["type"] == "metric"}
+    assert "epoch" in axes
+    summary: dict[str, Any] = {}
+    for record in found:
+        if record["type"] == "summary":
+            summary |= record["summary"].get("update", {})
+    assert (summary["status"], summary["train_seconds"]) == ("completed", 1.5)
+
+
+def test_the_lineage_is_a_run_with_a_step_a_generation(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    for generation in range(3):
+        tracker.generation_finished({**RESULT, "generation": generation})
+    tracker.close()
+    rows = history(tmp_path, "run-a-lineage")
+    assert [row["generation"] for row in rows] == [0, 1, 2]
+    assert all(row["val_accuracy"] == 0.9 and row["test_accuracy"] == 0.8 for row in rows)
+    assert not {"history", "models", "hash", "temperature"} & set(rows[0])
+    metrics = [r["metric"] for r in records(tmp_path, "run-a-lineage") if r["type"] == "metric"]
+    assert any(m.get("step_metric") == "generation" for m in metrics)
+
+
+def test_a_failed_trial_is_marked_as_failed(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    tracker.trial_reported(TRIAL, EPOCHS[:1])
+    tracker.trial_finished(finished(status="failed", error="loss must be finite"))
+    tracker.close()
+    exits = [r["exit"] for r in records(tmp_path, "run-a-g1-t2") if r["type"] == "exit"]
+    assert exits[-1]["exit_code"] == 1
+
+
+def test_a_resumed_run_does_not_double(tmp_path: Path) -> None:
+    for epochs in (EPOCHS[:2], EPOCHS):  # interrupted after two epochs, then from the start
+        tracker = offline(tmp_path)
+        tracker.generation_finished(RESULT)
+        tracker.trial_reported(TRIAL, epochs)
+        tracker.close()
+    assert [row["epoch"] for row in history(tmp_path, "run-a-g1-t2")] == [1, 2, 3]
+    assert [row["generation"] for row in history(tmp_path, "run-a-lineage")] == [0]
+
+
+def test_several_trials_are_open_at_once(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    others = [{**TRIAL, "trial": number} for number in range(3)]
+    for epoch in EPOCHS:
+        for trial in others:
+            tracker.trial_reported(trial, [{**epoch, "val_accuracy": trial["trial"] / 10}])
+    tracker.close()
+    for number in range(3):
+        rows = history(tmp_path, f"run-a-g1-t{number}")
+        assert [row["val_accuracy"] for row in rows] == [number / 10] * 3
+
+
+def test_none_writes_nothing(tmp_path: Path) -> None:
+    tracker = make_tracker(load_config(settings=["tracking=none"]), name="a", folder=tmp_path)
+    assert type(tracker) is NoTracker
+    tracker.trial_reported(TRIAL, EPOCHS)
+    tracker.trial_finished(finished())
+    tracker.generation_finished(RESULT)
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_without_a_key_is_offline_and_says_how_to_sync(tmp_path: Path) -> None:
+    tracker = make_tracker(Config(), name="a", folder=tmp_path)
+    tracker.close()
+    assert "offline" in tracker.description
+    assert f"wandb sync {tmp_path}" in tracker.description
+
+
+def test_auto_with_a_key_but_no_host_is_offline_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as closed:  # a port on which nothing listens
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        start = time.monotonic()
+        tracker = make_tracker(Config(), name="a", folder=tmp_path)
+        tracker.close()
+    assert time.monotonic() - start < 5
+    assert "offline" in tracker.description
+
+
+def test_an_online_run_whose_host_does_not_answer_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A host that accepts and never answers: bounded waiting, nothing lost."""
+    monkeypatch.setattr(tracking, "START_SECONDS", 2.0)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with socket.socket() as mute, caplog.at_level(logging.WARNING):
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        tracker = make_tracker(Config(), name="run-a", folder=tmp_path)
+        assert "online" in tracker.description
+        start = time.monotonic()
+        tracker.trial_reported(TRIAL, EPOCHS)  # returns at once
+        assert time.monotonic() - start < 0.5
+        tracker.trial_finished(finished())
+        tracker.close()
+    assert "goes on offline" in caplog.text
+    assert "offline" in tracker.description
+    assert [row["epoch"] for row in history(tmp_path, "run-a-g1-t2")] == [1, 2, 3]
+
+
+def test_a_broken_tracker_stops_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = offline(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        tracker.trial_reported({"generation": 0}, EPOCHS)  # not a trial
+        tracker.trial_reported(TRIAL, EPOCHS)
+        tracker.close()
+    assert caplog.text.count("training goes on") == 1
+
+
+def test_no_key_is_written_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "5e" * 20
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    tracker = offline(tmp_path)
+    tracker.trial_reported(TRIAL, EPOCHS)
+    tracker.generation_finished(RESULT)
+    tracker.close()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if secret.encode() in path.read_bytes()]

@@ -43,7 +43,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = tensors_hash(own)
-    metadata = {"facts": json.dumps(dict(facts)), "hash": content}
+    text = json.dumps(dict(facts))
+    metadata = {"facts": text, "hash": content, "check": _facts_hash(text, content)}
     replace(path, lambda beside: save_file(own, beside, metadata=metadata))
     return content
 
@@ -66,8 +67,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
-    if "hash" not in metadata or "facts" not in metadata:
+    if not {"facts", "hash", "check"} <= metadata.keys():
         raise ValueError(f"{path} was not written by selfkd: it has no hash or facts")
-    if tensors_hash(tensors) != metadata["hash"]:
+    facts, content = metadata["facts"], metadata["hash"]
+    if tensors_hash(tensors) != content or _facts_hash(facts, content) != metadata["check"]:
         raise ValueError(f"{path} is damaged (its hash differs): remove it and resume")
-    return tensors, {**json.loads(metadata["facts"]), "hash": metadata["hash"]}
+    return tensors, {**json.loads(facts), "hash": content}
+
+
+def _facts_hash(facts: str, content: str) -> str:
+    return hashlib.sha256(f"{content} {facts}".encode()).hexdigest()[:16]

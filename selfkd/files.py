@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ def replace(path: Path, write: Callable[[str], object]) -> None:
         write: gets the name of a file beside `path` and writes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        write(beside)
+        beside.touch()
+        mode = beside.stat().st_mode
+        write(str(beside))
+        beside.chmod(mode)  # tempfile and safetensors make files that only their owner can read
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 

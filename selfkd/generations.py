@@ -17,9 +17,8 @@ from rich.console import Console
 
 from selfkd.config import Config, ConfigError, load_config, merge_settings
 from selfkd.console import Follower, make_console, make_table
-from selfkd.files import save_json
 from selfkd.jobs import Row
-from selfkd.lineage import RunFolder, born_again, measure_ensemble, summary
+from selfkd.lineage import RunFolder, born_again, finished, measure_ensemble
 from selfkd.tracking import NoTracker, make_tracker
 
 INTERRUPTED = 130
@@ -88,69 +87,63 @@ def _prepare(arguments: argparse.Namespace) -> tuple[RunFolder, Config]:
 
 
 def _run(console: Console, folder: RunFolder, config: Config, *, verbose: bool) -> int:
-    start = time.perf_counter()
     console.print(
         f"selfkd: generation 0 on labels, then {config.rounds} born-again "
         f"({config.rounds + 1} in all), {config.search.trials} trials each, "
         f"{config.model.name} on {config.data.name}; run folder {folder.path}",
         soft_wrap=True,
     )
-    # ray takes a second to import: bad input has been refused by now
-    from selfkd.cluster import connect
-    from selfkd.search import Pool
-
-    tracker = make_tracker(config, name=folder.path.name, folder=folder.path)
-    console.print(tracker.description, soft_wrap=True)
-    resources = config.resources
-    follower = Follower(console, config.rounds)
-    try:
-        with (
-            follower,
-            connect(
-                cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose
-            ) as slots,
-        ):
-            signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
-            warm = min(slots, config.search.trials)
-            entry = "selfkd.trial:run_job"
-            with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=warm) as pool:
-                results = born_again(config, folder, pool, _Both(follower, tracker))
-                ensemble = measure_ensemble(config, folder, pool, results)
-    finally:
-        tracker.close()
-    save_json(folder.path / "summary.json", summary(results, ensemble))
-    wall = time.perf_counter() - start
-    _report(console, folder, config, results, ensemble)
-    _report_cost(console, wall, follower.train_seconds, min(slots, config.search.trials))
+    done = finished(config, folder)
+    if done is None:
+        results, ensemble = _train(console, folder, config, verbose=verbose)
+    else:
+        results, ensemble = done
+    console.print(make_table(results, ensemble))
     console.print(
-        f"{tracker.description}\nmore generations:  {_resume(folder)} --rounds {config.rounds + 1}",
+        f"val acc is the best of {config.search.trials} trials, so it is optimistic; the test "
+        "split was read once a generation, after the choice.\n"
+        f"models:  {folder.path}/generation_*/student.safetensors\n"
+        f"more generations:  {_resume(folder)} --rounds {config.rounds + 1}",
         soft_wrap=True,
     )
     return 0
 
 
-def _report(
-    console: Console, folder: RunFolder, config: Config, results: Sequence[Row], ensemble: Row
-) -> None:
-    console.print(make_table(results, ensemble))
-    console.print(
-        "val acc is the best of "
-        f"{config.search.trials} trials, so it is optimistic; the test split was read once a "
-        "generation, after the choice.",
-        soft_wrap=True,
+def _train(
+    console: Console, folder: RunFolder, config: Config, *, verbose: bool
+) -> tuple[list[Row], Row]:
+    start = time.perf_counter()
+    # ray takes a second to import: bad input has been refused by now
+    from selfkd.cluster import connect
+    from selfkd.search import Pool
+
+    resources = config.resources
+    tracker = make_tracker(config, name=folder.path.name, folder=folder.path)
+    console.print(tracker.description, soft_wrap=True)
+    ray = connect(cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose)
+    try:
+        with Follower(console, config.rounds) as follower, ray as slots:
+            signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
+            workers = min(slots, config.search.trials)
+            entry = "selfkd.trial:run_job"
+            with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
+                results = born_again(config, folder, pool, _Both(follower, tracker))
+                ensemble = measure_ensemble(config, folder, pool, results)
+    finally:
+        tracker.close()
+    if follower.train_seconds:
+        console.print(_cost(time.perf_counter() - start, follower.train_seconds, workers))
+    console.print(tracker.description, soft_wrap=True)
+    return results, ensemble
+
+
+def _cost(wall: float, train_seconds: float, workers: int) -> str:
+    ideal = train_seconds / workers
+    return (
+        f"time:  {wall:.1f} s in all; training alone would take {ideal:.1f} s on {workers} "
+        f"workers, so everything else added {wall - ideal:.1f} s "
+        f"({(wall - ideal) / ideal:.0%} of the training)"
     )
-    console.print(f"models:  {folder.path}/generation_*/student.safetensors", soft_wrap=True)
-
-
-def _report_cost(console: Console, wall: float, train_seconds: float, slots: int) -> None:
-    ideal = train_seconds / slots
-    if train_seconds:
-        console.print(
-            f"time:  {wall:.1f} s in all; training alone would take {ideal:.1f} s on {slots} "
-            f"workers, so everything else added {wall - ideal:.1f} s "
-            f"({(wall - ideal) / ideal:.0%} of the training)",
-            soft_wrap=True,
-        )
 
 
 class _Both:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from selfkd.config import (
     Config,
@@ -203,13 +203,14 @@ class _Trials:
     def tell(self, outcome: Outcome) -> None:
         number = self._number(outcome.job)
         trial, history = self._open.pop(number)
-        last = history[-1] if history else {}
+        last: Row = history[-1] if history else {}
+        measured = {key: last[key] for key in ("val_accuracy", "val_nll", "hash") if key in last}
         status = "stopped" if outcome.stopped else "failed" if outcome.error else "completed"
         result = {
             **trial,
             "status": status,
             "error": outcome.error,
-            **{key: last[key] for key in ("val_accuracy", "val_nll", "hash") if key in last},
+            **measured,
             "train_seconds": last.get("seconds", 0.0),
             "history": history,
         }
@@ -257,7 +258,28 @@ def measure_ensemble(
 ) -> Row:
     """Measure the ensemble of all generations, the average of their probabilities."""
     predictions = [str(folder.path / result["predictions"]) for result in results]
-    return run_one(executor, "ensemble", config=to_tree(config), predictions=predictions)
+    row = run_one(executor, "ensemble", config=to_tree(config), predictions=predictions)
+    save_json(folder.path / "summary.json", _summary(results, row))
+    return row
+
+
+def finished(config: Config, folder: RunFolder) -> tuple[list[Row], Row] | None:
+    """Return the results and the ensemble of a run that has nothing left to do, else None."""
+    results = folder.results()
+    path = folder.path / "summary.json"
+    if len(results) <= config.rounds or not path.exists():
+        return None
+    summary = load_json(path)
+    if [row["hash"] for row in summary["generations"]] != [row["hash"] for row in results]:
+        return None
+    return results, summary["ensemble"]
+
+
+def _summary(results: Sequence[Row], ensemble: Row) -> Row:
+    """Return what a program would want of a finished run."""
+    hidden = ("history", "models", "teachers")
+    rows = [{k: v for k, v in result.items() if k not in hidden} for result in results]
+    return {"generations": rows, "ensemble": ensemble}
 
 
 def _generation(
@@ -416,10 +438,3 @@ def _prune(folder: RunFolder, generation: int, trials: dict[int, Row], result: R
         student = folder.trial(generation, number) / "student.safetensors"
         if folder.relative(student) not in kept:
             student.unlink(missing_ok=True)
-
-
-def summary(results: Sequence[Row], ensemble: Row) -> Any:
-    """Return what a program would want of a finished run, as JSON data."""
-    hidden = ("history", "models", "teachers")
-    rows = [{k: v for k, v in result.items() if k not in hidden} for result in results]
-    return {"generations": rows, "ensemble": ensemble}

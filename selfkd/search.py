@@ -41,18 +41,19 @@ class Worker(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
-        job = new_config["job"]
-        self._rows: Iterator[Row] | None = None if job is None else self._run_job(**job)
+        self._job = new_config["job"]
+        self._rows: Iterator[Row] | None = None
         self._seconds: float = new_config["report_seconds"]
         return True
 
     def step(self) -> Row:
-        if self._rows is None:
+        if self._job is None:
             time.sleep(HOLD_SECONDS)
             return {"held": True}
         rows: list[Row] = []
         end = time.monotonic() + self._seconds
         try:
+            self._rows = self._rows or self._run_job(**self._job)
             for row in self._rows:
                 rows.append(row)
                 if time.monotonic() >= end:
@@ -69,13 +70,13 @@ def _load(entry: str) -> Callable[..., Iterator[Row]]:
         function: Callable[..., Iterator[Row]] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         failure = error
+    else:
+        return function
 
-        def fail(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
-            raise failure
-            yield
+    def fail(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        raise failure
 
-        return fail
-    return function
+    return fail
 
 
 class _Batch:
@@ -146,7 +147,7 @@ class _Desk(_Unsaved, FIFOScheduler):
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closed:
-            return Searcher.FINISHED
+            return str(Searcher.FINISHED)
         if (self.batch is None or self.batch.finished.is_set()) and not self.inbox.empty():
             self.batch = self.inbox.get()
         if self.batch is not None and (job := self.batch.ask()) is not None:
@@ -169,7 +170,9 @@ class _Desk(_Unsaved, FIFOScheduler):
         """
         jobs = [self.live.get(name) for name in (self.batch.running if self.batch else ())]
         candidates = [*jobs, *reversed(self.live.values())]
-        return next((trial for trial in candidates if trial and trial.status == Trial.PENDING), None)
+        return next(
+            (trial for trial in candidates if trial and trial.status == Trial.PENDING), None
+        )
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         self.live[trial.trial_id] = trial
@@ -178,7 +181,7 @@ class _Desk(_Unsaved, FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Row) -> str:
         if self.closed:
-            return TrialScheduler.STOP
+            return str(TrialScheduler.STOP)
         job = self._job(trial)
         if job is None or self.batch is None:
             return self._hold_or_release()

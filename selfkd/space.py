@@ -76,14 +76,18 @@ class Distribution:
         if self.kind == "randint":
             return min(low + int(quantile * (high - low + 1)), high)
         if self.kind == "uniform":
-            return float(low + quantile * (high - low))
-        return float(round(math.exp(math.log(low) + quantile * math.log(high / low)), 12))
+            value = low + quantile * (high - low)
+        else:
+            exact = math.exp(math.log(low) + quantile * (math.log(high) - math.log(low)))
+            value = float(f"{exact:.12g}")
+        return float(min(max(value, low), high))  # rounding must not leave the range
 
     def contains(self, value: Any) -> bool:
         """Tell whether the distribution can give this value."""
         if self.kind == "choice":
             return value in self.values
-        return bool(self.values[0] <= value <= self.values[1])
+        whole = self.kind != "randint" or value == int(value)
+        return bool(whole and self.values[0] <= value <= self.values[1])
 
 
 def make_points(
@@ -136,8 +140,9 @@ def make_points(
 class Proposer(Protocol):
     """Gives the points of a search, trial by trial."""
 
-    limit: int | None
-    """Most trials at a time; None where outcomes do not matter."""
+    @property
+    def limit(self) -> int | None:
+        """Most trials at a time; None where outcomes do not matter."""
 
     def ask(self, number: int) -> Point:
         """Return the point of a trial."""
@@ -186,7 +191,7 @@ class Optuna:
                 "search.algorithm optuna needs optuna: pip install 'selfkd[optuna]'"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        make = {
+        make: dict[str, Any] = {
             "uniform": lambda low, high: optuna.distributions.FloatDistribution(low, high),
             "loguniform": lambda low, high: optuna.distributions.FloatDistribution(
                 low, high, log=True
@@ -197,15 +202,17 @@ class Optuna:
         self._distributions = {key: make[d.kind](*d.values) for key, d in space.items()}
         self._failed = optuna.trial.TrialState.FAIL
         self._create_trial = optuna.trial.create_trial
-        self._study = optuna.create_study(
-            direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed)
-        )
+        self._make_sampler: Any = optuna.samplers.TPESampler
+        self._study = optuna.create_study(direction="maximize")
+        self._seed, self._first = seed, first
         self._trials: dict[int, Any] = {}
-        for point in first:
-            self._study.enqueue_trial(point)
 
     def ask(self, number: int) -> Point:
         """Return the point that the sampler proposes now."""
+        # each trial has a seed of its own: a resumed search goes on, it does not start again
+        self._study.sampler = self._make_sampler(seed=(self._seed + number) % 2**32)
+        if number < len(self._first):
+            self._study.enqueue_trial(self._first[number])
         trial = self._study.ask(self._distributions)
         self._trials[number] = trial
         return dict(trial.params)
@@ -213,12 +220,10 @@ class Optuna:
     def tell(self, number: int, point: Point, value: float | None) -> None:
         """Tell the sampler; a trial of before a resume is added to its study."""
         trial = self._trials.pop(number, None)
-        if trial is None:
-            if value is not None:
-                self._study.add_trial(
-                    self._create_trial(params=point, distributions=self._distributions, value=value)
-                )
-        elif value is None or math.isnan(value):
-            self._study.tell(trial, state=self._failed)
-        else:
-            self._study.tell(trial, value)
+        failed = value is None or math.isnan(value)
+        if trial is not None:
+            self._study.tell(trial, None if failed else value, self._failed if failed else None)
+        elif not failed:
+            self._study.add_trial(
+                self._create_trial(params=point, distributions=self._distributions, value=value)
+            )

@@ -47,8 +47,10 @@ def save_targets(root: Path, logits: Tensor, *, teacher: str, data: str, view: i
         ValueError: a logit is not finite.
     """
     if not bool(torch.isfinite(logits).all()):
-        row = int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
-        raise ValueError(f"teacher logits must be finite, got {logits[row].tolist()} in row {row}")
+        row, column = (~torch.isfinite(logits)).nonzero()[0].tolist()
+        raise ValueError(
+            f"teacher logits must be finite, got {float(logits[row, column])} in row {row}"
+        )
     shifted = logits.float() - logits.float().amax(dim=1, keepdim=True)
     half = shifted.clamp(min=torch.finfo(torch.float16).min).half()
     path = target_path(root, teacher=teacher, data=data, view=view)

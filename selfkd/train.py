@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from selfkd import metrics
 from selfkd.data import Data
@@ -53,21 +53,31 @@ def make_scheduler(
     warmup_epochs: int,
     steps_per_epoch: int,
 ) -> Scheduler | None:
-    """Make timm's scheduler of the learning rate, moved at every step."""
+    """Make timm's scheduler of the learning rate, moved at every step.
+
+    The cosine falls over the epochs after the warm-up.
+    """
     if schedule == "none":
         return None
+    cosine = schedule == "cosine"
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched="cosine" if schedule == "cosine" else "multistep",
-        num_epochs=epochs,
-        decay_milestones=[epochs // 2, epochs * 3 // 4],
+        sched="cosine" if cosine else "multistep",
+        num_epochs=max(1, epochs - warmup_epochs) if cosine else epochs,
+        decay_milestones=[epochs / 2, epochs * 3 / 4],
         warmup_epochs=warmup_epochs,
         warmup_lr=optimizer.param_groups[0]["lr"] / 10,
-        warmup_prefix=True,
+        warmup_prefix=cosine,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
     return scheduler
+
+
+def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
+    """Make the exponential moving average of a student's weights and buffers."""
+    rule = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(student, multi_avg_fn=rule, use_buffers=True)
 
 
 def fit(
@@ -120,7 +130,7 @@ def fit(
     step = 0
     for epoch in range(1, epochs + 1):
         student.train()
-        view = (epoch - 1) % views.count if views else 0
+        view = views.at(epoch - 1) if views else 0
         terms: dict[str, list[Tensor]] = {}
         for inputs, labels, index in data.batches(
             "train",

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from selfkd import metrics
 from selfkd.checkpoint import load_tensors, save_tensors
@@ -19,7 +18,14 @@ from selfkd.distiller import Distiller
 from selfkd.models import make_model, parameters_count
 from selfkd.targets import data_key, load_targets, save_targets, target_path
 from selfkd.teacher import Ensemble, Teacher
-from selfkd.train import NonFiniteLossError, fit, make_optimizer, make_scheduler, predict
+from selfkd.train import (
+    NonFiniteLossError,
+    fit,
+    make_average,
+    make_optimizer,
+    make_scheduler,
+    predict,
+)
 from selfkd.views import Views
 
 Row = dict[str, Any]
@@ -118,10 +124,7 @@ def check(config: Tree) -> Iterator[Row]:
         bench = _Bench(config)
         sizes = {}
         for generation in (0, 1):
-            network = bench.make(bench.model_of(generation)).eval()
-            shape = (2, bench.data.in_chans, bench.data.image_size, bench.data.image_size)
-            with torch.no_grad():
-                network(torch.zeros(shape, device=bench.device))
+            network = _tried(bench, bench.model_of(generation))
             sizes[str(generation)] = parameters_count(network)
         train = bench.config.train
         make_optimizer(
@@ -147,6 +150,28 @@ def check(config: Tree) -> Iterator[Row]:
             "fingerprint": bench.data.fingerprint,
         }
     }
+
+
+def _tried(bench: _Bench, model: ModelConfig) -> torch.nn.Module:
+    """Return a network that has answered two images as it should."""
+    network = bench.make(model).eval()
+    inputs, _, _ = next(
+        bench.data.batches("train", batch_size=2, views=bench.views, device=bench.device)
+    )
+    size, classes = bench.data.image_size, bench.data.num_classes
+    try:
+        with torch.no_grad():
+            shape = list(network(inputs).shape)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model must take {size}x{size} images, got {model.name!r} with {model.args}: {error}"
+        ) from error
+    if shape != [2, classes]:
+        raise ValueError(
+            f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
+            f"which gives {shape} for 2 images"
+        )
+    return network
 
 
 def train(
@@ -189,11 +214,7 @@ def train(
         warmup_epochs=options.warmup_epochs,
         steps_per_epoch=-(-images // options.batch_size),
     )
-    average = None
-    if options.ema is not None:
-        average = AveragedModel(
-            network, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True
-        )
+    average = make_average(network, decay=options.ema) if options.ema is not None else None
     rows = fit(
         network,
         bench.data,
@@ -301,7 +322,7 @@ def score(
     """
     bench = _Bench(config)
     network, facts = bench.load(student)
-    logits = {split: bench.predict(network, split) for split in SPLITS}
+    logits: dict[str, Tensor] = {split: bench.predict(network, split) for split in SPLITS}
     save_tensors(Path(predictions), logits, {"student": facts["hash"]})
     row = {"hash": facts["hash"], "parameters": facts["parameters"], **_test_row(bench, logits)}
     if teachers:

@@ -1,0 +1,114 @@
+"""A file is whole or absent, whatever happens while it is written."""
+
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from selfkd.files import load_json, replace, save_json, save_text
+
+
+def test_a_file_and_its_folder_are_made(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    save_text(path, "text\n")
+    assert path.read_text() == "text\n"
+    save_text(path, "other")
+    assert path.read_text() == "other"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize("old", ["old", None])
+def test_a_write_that_fails_changes_nothing(tmp_path, old, error):
+    path = tmp_path / "file.txt"
+    if old is not None:
+        path.write_text(old)
+
+    def write(beside):
+        Path(beside).write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        replace(path, write)
+    assert os.listdir(tmp_path) == (["file.txt"] if old else [])
+    assert not old or path.read_text() == old
+
+
+def test_nothing_is_seen_before_the_write_is_done(tmp_path):
+    path = tmp_path / "file.txt"
+    seen = []
+
+    def write(beside):
+        with open(beside, "w") as file:
+            file.write("ne")
+            file.flush()
+            seen.append(path.exists() and path.read_text())
+            file.write("w")
+
+    replace(path, write)
+    save_text(path, "old")
+    replace(path, write)
+    assert seen == [False, "old"]
+    assert path.read_text() == "new"
+
+
+def test_what_is_written_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append("flushed") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda *args: done.append("renamed") or rename(*args))
+    save_text(tmp_path / "file.txt", "text")
+    assert done == ["flushed", "renamed"]
+
+
+def test_writers_at_the_same_time_do_not_mix(tmp_path):
+    path = tmp_path / "file.txt"
+    texts = [str(number) * 100_000 for number in range(4)]
+    writers = [threading.Thread(target=save_text, args=(path, text)) for text in texts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert path.read_text() in texts
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_others_may_read_what_the_umask_allows(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_json(tmp_path / "file.json", 1)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file.json").stat().st_mode) == 0o666 & ~mask
+
+
+def test_json_there_and_back(tmp_path):
+    value = {"a": [1, 2.5, None, True], "ä": {"b": "c"}}
+    save_json(tmp_path / "file.json", value)
+    assert load_json(tmp_path / "file.json") == value
+    with pytest.raises(TypeError):
+        save_json(tmp_path / "file.json", {"a": object()})
+    assert load_json(tmp_path / "file.json") == value
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe", b"{'a': 1}"])
+def test_damaged_json_is_named(tmp_path, content):
+    path = tmp_path / "result.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"result\.json is damaged .*: remove it and resume"):
+        load_json(path)
+
+
+def test_json_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"result\.json"):
+        load_json(tmp_path / "result.json")
+
+
+def test_json_is_readable_by_others(tmp_path):
+    save_json(tmp_path / "file.json", {"accuracy": 0.5})
+    assert json.loads((tmp_path / "file.json").read_text()) == {"accuracy": 0.5}
+    assert (tmp_path / "file.json").read_text().endswith("}\n")

@@ -1,0 +1,260 @@
+"""The command, as a user runs it: real Ray, real offline W&B, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfkd.generations import main
+from selfkd.lineage import RunFolder
+
+TINY = [
+    "model.args={width: 4}",
+    "train.epochs=3",
+    "search.trials=3",
+]
+
+
+def command(*arguments: str, settings: list[str] = TINY) -> list[str]:
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return [sys.executable, "-m", "selfkd.generations", *arguments, *sets]
+
+
+def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, **options), cwd=folder, capture_output=True, text=True, timeout=240
+    )
+
+
+def ledger(folder: Path) -> list[dict[str, Any]]:
+    """A run's results without what a clock measured, its weights by their hash."""
+    timed = ("seconds", "train_seconds", "history")
+    return [
+        {k: v for k, v in result.items() if k not in timed}
+        for result in RunFolder(folder).results()
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Two born-again generations, undisturbed: the folder and what was printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, "--rounds", "2", "--name", "whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return folder / "runs" / "whole", done.stdout
+
+
+def test_prints_what_it_does_a_table_and_what_to_type_next(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    assert "generation 0 on labels, then 2 born-again (3 in all), 3 trials each" in printed
+    for column in ("T", "alpha", "val acc", "test acc", "NLL", "ECE", "agreement", "seconds"):
+        assert re.search(rf"┃\s+{column} ", printed), column
+    results = RunFolder(folder).results()
+    for result in results[1:]:
+        row = rf"│ {result['generation']} .*{result['temperature']:.2f}.*{result['alpha']:.2f}.*"
+        assert re.search(row + f"{result['test_accuracy']:.2%}", printed)
+    assert re.search(r"│ ensemble of 3 ", printed)
+    assert "wandb sync" in printed
+    assert f"--resume {folder} --rounds 3" in printed
+    assert re.search(r"everything else added -?\d+\.\d s \(-?\d+% of the training\)", printed)
+    assert printed.count("trial 0: val") == 3  # plain lines where there is no terminal
+
+
+def test_run_folder(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    assert (folder / "config.yaml").exists()
+    for generation in range(3):
+        path = folder / f"generation_{generation:03d}"
+        assert (path / "student.safetensors").exists()
+        assert json.loads((path / "result.json").read_text())["generation"] == generation
+    stored = list((folder / "targets").rglob("view_000.safetensors"))
+    assert len(stored) == 2  # each teacher was asked once, for all trials
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["generations"]) == 3
+    assert 0 < summary["ensemble"]["test_accuracy"] <= 1
+
+
+def test_each_generation_learns_from_the_one_before(whole: tuple[Path, str]) -> None:
+    first, second, third = ledger(whole[0])
+    assert first["teachers"] == []
+    assert [t["hash"] for t in second["teachers"]] == [first["hash"]]
+    assert [t["hash"] for t in third["teachers"]] == [second["hash"]]
+    assert len({first["hash"], second["hash"], third["hash"]}) == 3
+
+
+def test_wandb_has_a_run_a_trial_and_the_lineage(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    runs = sorted(path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*"))
+    trials = [f"whole-g{generation}-t{trial}" for generation in range(3) for trial in range(3)]
+    assert runs == sorted([*trials, "whole-lineage"])
+    (lineage,) = folder.glob("wandb/offline-run-*-whole-lineage")
+    printed = subprocess.run(
+        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(lineage)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    rows = [r["history"]["item"] for r in map(json.loads, printed.splitlines()) if "history" in r]
+    assert [row["generation"] for row in rows] == [0, 1, 2]
+    assert [row["test_accuracy"] for row in rows] == pytest.approx(
+        [result["test_accuracy"] for result in ledger(folder)]
+    )
+
+
+def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: Path) -> None:
+    folder, printed = whole
+    before = ledger(folder)
+    done = run(tmp_path, "--resume", str(folder), settings=[])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ledger(folder) == before
+    tables = [re.findall(r"│.*│", text) for text in (printed, done.stdout)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGKILL, "generation_001/trial_001/result.json"),
+        (signal.SIGINT, "generation_000/trial_000/result.json"),
+        (signal.SIGTERM, "generation_001/result.json"),
+    ],
+    ids=["kill", "ctrl-c", "terminate"],
+)
+def test_stopped_and_resumed_equals_undisturbed(
+    whole: tuple[Path, str], tmp_path: Path, number: signal.Signals, moment: str
+) -> None:
+    """The same weights and figures, bit for bit, wherever the driver was stopped."""
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command("--rounds", "2", "--name", "stopped"),
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        folder = tmp_path / "runs" / "stopped"
+        deadline = time.monotonic() + 120
+        while not (folder / moment).exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        process.send_signal(number)
+        code = process.wait(timeout=60)
+    assert len(ledger(folder)) < 3, "it was done before it was stopped"
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 130
+        assert f"--resume {folder}" in log.read_text()
+        assert "Traceback" not in log.read_text()
+    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    done = run(tmp_path, "--resume", str(folder), settings=[])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ledger(folder) == ledger(whole[0])
+    assert all(path.stat().st_mtime_ns == moment for path, moment in finished.items())
+    runs = [path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*")]
+    assert len(runs) == len(set(runs)), "a resumed run doubled in W&B"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "trian.lr=1"], "--set: trian: unknown key: did you mean train"),
+        (
+            ["--set", "train.epochs=many"],
+            "--set: train.epochs: must be a valid integer, got 'many'",
+        ),
+        (["--set", "distill.alpha=1.5"], "distill.alpha: must be less than or equal to 1, got 1.5"),
+        (["--set", "distill.temperature=0"], "distill.temperature: must be greater than 0, got 0"),
+        (["--set", "distill.temperature=.nan"], "must be a finite number, got nan"),
+        (["--rounds", "-1"], "rounds: must be greater than or equal to 0, got -1"),
+        (["--set", "search.space={x.y: {uniform: [0, 1]}}"], "x.y: is no config key"),
+        (
+            ["--set", "search.space.distill.alpha={uniform: [1, 0]}"],
+            "uniform must have low < high, got [1, 0]",
+        ),
+        (["--config", "nowhere.yaml"], "--config must be a readable file, got nowhere.yaml"),
+        (["--resume", "nowhere"], "--resume must be a run folder"),
+        (["--set", "storage=/dev/null"], "must be writable"),
+        (["--name", "a/b"], "name: must match"),
+    ],
+)
+def test_bad_input_is_one_message_and_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_run_is_not_overwritten(
+    whole: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = whole
+    monkeypatch.chdir(folder.parents[1])
+    before = ledger(folder)
+    assert main(["--name", "whole"]) == 2
+    assert "exists already: continue it with --resume" in capsys.readouterr().err
+    assert ledger(folder) == before
+
+
+def test_resume_with_a_changed_config_says_what_differs(
+    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--resume", str(whole[0]), "--set", "train.lr=0.3", "--seed", "4"]) == 2
+    error = capsys.readouterr().err
+    assert "train.lr: 0.05 -> 0.3" in error
+    assert "seed: 0 -> 4" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["resources.gpu=1"], r"asked for 1 CPU and 1 GPU a trial, .* has \d+ CPU and 0 GPU"),
+        (["model.name=selfkd_cmn"], r"timm model name, got 'selfkd_cmn': did you mean selfkd_cnn"),
+    ],
+)
+def test_what_only_the_workers_can_know_is_code_2_too(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    done = run(tmp_path, "--name", "a", settings=settings)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "a").exists()  # so that the name is free again
+
+
+def test_console_script_has_the_same_sub_commands() -> None:
+    script = Path(sys.executable).with_name("selfkd")
+    listed = subprocess.run([str(script), "--help"], capture_output=True, text=True, check=True)
+    assert "generations" in listed.stdout
+    helped = subprocess.run(
+        [str(script), "generations", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--rounds" in helped.stdout
+    assert subprocess.run([str(script), "nonsense"], capture_output=True).returncode == 2
+
+
+def test_import_needs_neither_ray_nor_wandb_nor_torch() -> None:
+    code = "import selfkd, sys; print([m for m in ('ray', 'wandb', 'torch') if m in sys.modules])"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    ).stdout
+    assert printed.strip() == "[]"

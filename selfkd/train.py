@@ -147,7 +147,7 @@ def fit(
                 logits = forward(inputs)
             values = distiller(logits, labels, inputs=inputs, index=index, view=view)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(values["loss"]).backward()
+            scaler.scale(values["loss"]).backward()  # type: ignore[no-untyped-call]
             if clip_grad is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(student.parameters(), clip_grad)

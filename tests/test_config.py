@@ -238,6 +238,13 @@ def test_the_source_is_the_one_that_won(write, settings, flags, source):
     assert line == f"{source}: train.lr: must be greater than 0, got -1"
 
 
+def test_the_nearest_source_is_named(write):
+    (line,) = faults(
+        write, "search: {trials: 3}", ["search.space={distill.alpha: {uniform: [0, 2]}}"]
+    )
+    assert line.startswith("--set: search.space.distill.alpha: must be less than or equal to 1")
+
+
 # --- unknown keys ---
 
 
@@ -525,19 +532,20 @@ def test_a_dumped_config_reads_back_the_same(tmp_path, config):
 
 
 def test_differences_name_each_value():
+    old = Config(rounds=5, model=ModelConfig(name="selfkd_mlp"), search=SearchConfig(trials=2))
     new = Config(
         rounds=2,
-        model=ModelConfig(args={"width": 3}),
+        model=ModelConfig(name="selfkd_mlp", args={"width": 3}),
         student=ModelConfig(name="selfkd_cnn"),
-        search=SearchConfig(space={}),
+        search=SearchConfig(trials=2, space={}),
     )
-    assert differences(Config(), Config()) == []
-    lines = differences(Config(), new)
+    assert differences(old, old) == []
+    lines = differences(old, new)
     assert lines[0] == "rounds: 5 -> 2"
     assert lines[1] == "model.args: {} -> {'width': 3}"
     assert lines[2].startswith("search.space: {'distill.temperature': ")
     assert lines[3:] == ["student.name: None -> 'selfkd_cnn'", "student.args: None -> {}"]
-    assert differences(new, Config())[0] == "rounds: 2 -> 5"
+    assert differences(new, old)[0] == "rounds: 2 -> 5"
 
 
 def test_a_config_is_frozen():

@@ -3,7 +3,6 @@
 import json
 import os
 import stat
-import threading
 from pathlib import Path
 
 import pytest
@@ -66,13 +65,17 @@ def test_what_is_written_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatc
 
 def test_writers_at_the_same_time_do_not_mix(tmp_path):
     path = tmp_path / "file.txt"
-    texts = [str(number) * 100_000 for number in range(4)]
-    writers = [threading.Thread(target=save_text, args=(path, text)) for text in texts]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert path.read_text() in texts
+
+    def write(beside):
+        with open(beside, "w") as file:
+            file.write("one")
+            file.flush()
+            save_text(path, "another")
+            assert path.read_text() == "another"
+            file.write(" two")
+
+    replace(path, write)
+    assert path.read_text() == "one two"
     assert os.listdir(tmp_path) == ["file.txt"]
 
 

@@ -87,6 +87,11 @@ def test_ece_of_known_cases():
     logits = torch.tensor([[200.0, 0.0]] * 50 + [[math.log(19), 0.0]] * 50)  # 1 and 0.95
     labels = torch.tensor([1] * 5 + [0] * 95)
     assert ece(logits, labels) == pytest.approx(0.975 - 0.95, abs=1e-6)
+    # and a confidence of exactly 5/15 belongs to the bin that ends there
+    logits = torch.zeros(100, 3)
+    logits[50:, 0] = math.log(0.35 / 0.325)
+    labels = torch.tensor([0] * 50 + [1] * 50)
+    assert ece(logits, labels) == pytest.approx((2 / 3 + 0.35) / 2, abs=1e-6)
     always_sure = torch.tensor([[50.0, 0.0]]).repeat(4, 1)
     assert ece(always_sure, torch.tensor([0, 0, 0, 0])) == pytest.approx(0, abs=1e-6)
     assert ece(always_sure, torch.tensor([0, 1, 0, 1])) == pytest.approx(0.5, abs=1e-6)

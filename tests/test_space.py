@@ -221,9 +221,11 @@ def test_optuna_takes_the_largest_seed():
 
 
 def test_optuna_draws_from_each_kind_of_distribution():
-    for point in search(Optuna(SPACE, seed=0), range(12), value=lambda point: 0.0):
+    points = search(Optuna(SPACE, seed=0), range(12), value=lambda point: 0.0)
+    for point in points:
         assert point.keys() == SPACE.keys()
         assert all(SPACE[key].contains(value) for key, value in point.items())
+    assert sum(point["train.lr"] < 0.01 for point in points) > 3  # half of them, in logarithms
 
 
 def test_optuna_tries_given_points_first():

@@ -101,7 +101,7 @@ def test_one_row_an_epoch_and_learning():
     assert all(after < before for before, after in itertools.pairwise(losses[:5]))
     assert rows[-1]["val_accuracy"] > 0.9
     seconds = [row["seconds"] for row in rows]
-    assert 0 < seconds[0] < seconds[-1]
+    assert 0 < seconds[0] < seconds[-1] < 60
 
 
 def test_val_metrics_are_those_of_the_student_after_the_epoch():
@@ -115,7 +115,7 @@ def test_val_metrics_are_those_of_the_student_after_the_epoch():
         assert row["val_nll"] == pytest.approx(metrics.nll(logits, data.val.labels), rel=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0])
 def test_terms_are_reported_before_they_are_weighted(alpha):
     data = make_data()
     teacher_logits = 3 * torch.randn(60, CLASSES, generator=torch.Generator().manual_seed(5))
@@ -371,13 +371,13 @@ def test_the_moving_average_is_what_is_measured():
 
 def test_biases_and_norms_are_not_decayed():
     student = make_student(norm=True)
-    optimizer = make_optimizer(student, name="sgd", lr=0.1, momentum=0.9, weight_decay=0.01)
+    optimizer = make_optimizer(student, name="sgd", lr=0.1, momentum=0.7, weight_decay=0.01)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     found = {name: decays[id(p)] for name, p in student.named_parameters()}
     assert {name for name, decay in found.items() if decay == 0.01} == {"1.weight", "5.weight"}
     assert set(found.values()) == {0.0, 0.01}
     (group, *_) = optimizer.param_groups
-    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, 0.9, True)
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, 0.7, True)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
@@ -464,19 +464,28 @@ def test_bfloat16_runs_on_the_cpu_and_comes_close():
     assert rows[-1]["loss"] != plain[-1]["loss"]
 
 
+def test_predict_in_bfloat16_gives_float32():
+    data, student = make_data(), make_student()
+    logits = predict(student, data, "val", precision="bfloat16")
+    exact = predict(student, data, "val")
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, exact)
+    torch.testing.assert_close(logits, exact, atol=0.05, rtol=0)
+
+
 def test_a_compiled_student_is_the_same_student(monkeypatch):
-    compiled = []
+    compiled, passes = [], []
 
     def compile_(module):
         compiled.append(module)
-        return lambda inputs: module(inputs)
+        return lambda inputs: passes.append(len(inputs)) or module(inputs)
 
     monkeypatch.setattr(torch, "compile", compile_)
     student, plain = make_student(), make_student()
     list(run(student, compiled=True))
-    assert compiled == [student]
     list(run(plain))
     assert compiled == [student]
+    assert passes == [20] * 9
     assert_equal_weights(weights(student), weights(plain))
 
 

@@ -12,15 +12,26 @@ those of e (the factor goes into 1 / T): PyTorch computes them more than twice a
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = 2**18
-"""Elements a chunk. The fastest of 2^15 ... 2^19; three arrays of this size are the extra memory."""
-_LOG2_E = 1 / math.log(2)
+_CHUNK = 2**17
+"""Elements in a chunk for each thread; two arrays of that size are the extra memory. 2^15 and 2^16
+are slower, 2^18 is no faster (a core with 1 MiB of cache)."""
+_LN_2 = math.log(2)
+
+
+_Scalar = TypeVar("_Scalar", float, Tensor)
+
+
+def weigh(hard: _Scalar, soft: _Scalar, alpha: float) -> _Scalar:
+    """Return `(1 - alpha) hard + alpha soft`; at either end exactly the term that is left."""
+    if alpha in (0.0, 1.0):  # so that an infinite term of weight 0 does not make NaN
+        return soft if alpha else hard
+    return (1 - alpha) * hard + alpha * soft
 
 
 def fused_terms(
@@ -34,44 +45,44 @@ def fused_terms(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`plain_terms`, computed with its gradient."""
-    loss, hard, soft = _Fused.apply(  # type: ignore[no-untyped-call]
-        student_logits, teacher_logits, labels, temperature, alpha, average, label_smoothing
+    settings = temperature, alpha, average, label_smoothing
+    with torch.no_grad():
+        hard, soft, gradient = _losses_and_gradient(
+            student_logits, teacher_logits, labels, *settings
+        )
+    loss = _GradientAtHand.apply(
+        weigh(hard, soft, alpha), gradient, student_logits, teacher_logits, labels, settings
     )
-    return loss, hard, soft
+    return loss, gradient.new_full((), hard), gradient.new_full((), soft)
 
 
-class _Fused(torch.autograd.Function):
+class _GradientAtHand(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        loss: float,
+        gradient: Tensor,
         student_logits: Tensor,
         teacher_logits: Tensor,
         labels: Tensor,
-        temperature: float,
-        alpha: float,
-        average: str,
-        label_smoothing: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        settings: tuple[float, float, str, float],
+    ) -> Tensor:
         ctx.save_for_backward(student_logits, teacher_logits, labels)
-        ctx.settings = temperature, alpha, average, label_smoothing
-        hard, soft, ctx.gradient = _losses_and_gradient(
-            student_logits, teacher_logits, labels, temperature, alpha, average, label_smoothing
-        )
-        loss = (1 - alpha) * hard + alpha * soft if 0 < alpha < 1 else soft if alpha else hard
-        terms = [ctx.gradient.new_tensor(value) for value in (loss, hard, soft)]
-        ctx.mark_non_differentiable(*terms[1:])
-        return terms[0], terms[1], terms[2]
+        ctx.settings, ctx.gradient, ctx.dtype = settings, [gradient], student_logits.dtype
+        return gradient.new_full((), loss)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student_logits, teacher_logits, labels = ctx.saved_tensors
-        # given away, so that it may be scaled in place here and written to by whoever gets it
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None or torch.is_grad_enabled():  # a second time, or to be differentiated
-            gradient = _gradient(student_logits, teacher_logits, labels, *ctx.settings) * grad_loss
-        elif grad_loss != 1:
-            gradient.mul_(grad_loss)
-        return gradient.to(student_logits.dtype), None, None, None, None, None, None
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+            gradient = _gradient(*ctx.saved_tensors, *ctx.settings) * grad_loss
+        else:
+            if ctx.gradient:  # given away, so that it may be scaled in place
+                gradient = ctx.gradient.pop()
+            else:  # asked for a second time
+                gradient = _losses_and_gradient(*ctx.saved_tensors, *ctx.settings)[-1]
+            if grad_loss.item() != 1:
+                gradient.mul_(grad_loss)
+        return None, None, gradient.to(ctx.dtype), None, None, None
 
 
 def _losses_and_gradient(
@@ -85,62 +96,69 @@ def _losses_and_gradient(
 ) -> tuple[float, float, Tensor]:
     batch, classes = student_logits.shape
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    rows = min(batch, max(1, _CHUNK // classes))
+    chunks = min(batch, math.ceil(batch * classes / (_CHUNK * torch.get_num_threads())))
+    rows = math.ceil(batch / chunks)
     gradient = student_logits.new_empty(batch, classes, dtype=dtype)
-    work = gradient.new_empty(3, rows, classes)
-    scale = _LOG2_E / temperature
+    work_1, work_t = gradient.new_empty(2, rows, classes).unbind()
+    sums = gradient.new_empty(5, batch, 1)
+    scale = 1 / (_LN_2 * temperature)
     hard_weight, soft_weight = (1 - alpha) / batch, alpha * temperature / batch
-    hard = soft = 0.0
-    for start in range(0, batch, rows):
-        part = slice(start, start + rows)
-        grad = gradient[part]
-        p_s, log_t, p_t = work[:, : len(grad)].unbind()  # each up to a factor or summand a row
-        student = student_logits[part].to(dtype)
-        top = _exponents(student, scale, out=p_s)  # log2 p_s^T, until it is exponentiated
-        total_t = _teacher(teacher_logits[..., part, :], scale, average, log_t, p_t)
-        if temperature != 1:
-            total_1 = torch.mul(p_s, temperature, out=grad).exp2_().sum(-1, True)
-        cross = log_t.sub_(p_s).mul_(p_t).nansum(-1, True)  # 0 log 0 = 0
-        total_s = p_s.exp2_().sum(-1, True)
-        if temperature != 1:
-            grad.mul_(hard_weight / total_1).addcmul_(p_s, soft_weight / total_s)
-        else:
-            total_1 = total_s
-            torch.mul(p_s, (hard_weight + soft_weight) / total_s, out=grad)
-        grad.addcmul_(p_t, -soft_weight / total_t)
-        hard += total_1.log().add_(top).sum().item()
-        soft += (
-            torch.add((total_s / total_t).log_(), cross / total_t, alpha=1 / _LOG2_E).sum().item()
+    indices = labels.unsqueeze(1)
+    parts = (
+        tensor.tensor_split(chunks, dim)
+        for tensor, dim in (
+            (student_logits, 0),
+            (teacher_logits, -2),
+            (indices, 0),
+            (gradient, 0),
+            (sums, 1),
         )
-    indices = labels[:, None]
-    hard -= (1 - label_smoothing) * student_logits.gather(1, indices).to(dtype).sum().item()
-    share = gradient.new_full(indices.shape, -hard_weight * (1 - label_smoothing))
+    )
+    for student, teacher, label, p_s, (log_y, cross, total_1, total_s, total_t) in zip(
+        *parts, strict=True
+    ):
+        # in place, exponents become probabilities, each row up to a factor: its total
+        p_1, p_t = work_1[: len(p_s)], work_t[: len(p_s)]
+        _exponents(student.to(dtype), scale, out=p_s)
+        _teacher(teacher, scale, average, log_p=p_1, p=p_t, total=total_t)
+        torch.gather(p_s, 1, label, out=log_y)
+        if label_smoothing:
+            log_y.lerp_(p_s.mean(-1, True), label_smoothing)
+        torch.nansum(p_1.sub_(p_s).mul_(p_t), -1, True, out=cross)  # 0 log 0 = 0
+        torch.sum(torch.mul(p_s, temperature, out=p_1).exp2_(), -1, True, out=total_1)
+        torch.sum(p_s.exp2_(), -1, True, out=total_s)
+        p_s.mul_(soft_weight / total_s).addcmul_(p_t, -soft_weight / total_t)
+        p_s.addcmul_(p_1, hard_weight / total_1)
+    share = gradient.new_full((), -hard_weight * (1 - label_smoothing)).expand(batch, 1)
     gradient.scatter_add_(1, indices, share)
     if label_smoothing:
-        hard -= label_smoothing * student_logits.sum(dtype=dtype).item() / classes
         gradient.sub_(hard_weight * label_smoothing / classes)
-    return hard / batch, temperature**2 * soft / batch, gradient
+    sums = sums.double()
+    sums[1].div_(sums[4])
+    sums[2:].log2_()
+    log_y, cross, log_1, log_s, log_t = sums.sum(1).mul_(_LN_2 / batch).flatten().tolist()
+    return log_1 - temperature * log_y, temperature**2 * (cross + log_s - log_t), gradient
 
 
-def _exponents(logits: Tensor, scale: float, *, out: Tensor) -> Tensor:
-    """Write `scale (logits - largest of the row)` to `out`; return the largest."""
-    top = logits.amax(-1, True)
-    torch.add(top * -scale, logits, alpha=scale, out=out)
-    return top
+def _exponents(logits: Tensor, scale: float, *, out: Tensor) -> None:
+    """Write `scale (logits - largest of the row)` to `out`."""
+    torch.add(logits.amax(-1, True) * -scale, logits, alpha=scale, out=out)
 
 
-def _teacher(logits: Tensor, scale: float, average: str, log_p: Tensor, p: Tensor) -> Tensor:
-    """Write probabilities times a total to `p`, their log2 to `log_p`; return each row's total."""
+def _teacher(
+    logits: Tensor, scale: float, average: str, *, log_p: Tensor, p: Tensor, total: Tensor
+) -> None:
+    """Write probabilities times a total for each row to `p`, their log2 to `log_p`."""
     if logits.ndim == 2 or average == "logits":
         _exponents(_mean(logits, log_p.dtype), scale, out=log_p)
-        return torch.exp2(log_p, out=p).sum(-1, True)
+        torch.sum(torch.exp2(log_p, out=p), -1, True, out=total)
+        return
     p.zero_()
     for member in logits:
         _exponents(member.to(log_p.dtype), scale, out=log_p)
-        total = log_p.exp2_().sum(-1, True)
-        p.addcmul_(log_p, total.reciprocal_())
+        p.addcmul_(log_p.exp2_(), 1 / log_p.sum(-1, True))
     torch.log2(p, out=log_p)
-    return p.new_full((1, 1), len(logits))
+    total.fill_(len(logits))
 
 
 def _mean(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,7 +181,7 @@ def _gradient(
     if average == "logits":
         members = _mean(members, members.dtype)
     p_t = F.softmax(members / temperature, dim=-1).view(-1, batch, classes).mean(dim=0)
-    y = F.one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes
+    y = F.one_hot(labels, classes).to(p_t.dtype) * (1 - label_smoothing) + label_smoothing / classes
     hard = F.softmax(student_logits, dim=-1) - y
     soft = F.softmax(student_logits / temperature, dim=-1) - p_t
     return ((1 - alpha) * hard + alpha * temperature * soft) / batch

@@ -1,0 +1,146 @@
+"""The loss of a user's own training loop, by a teacher that is asked or by its stored answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from selfkd.losses import Average, distillation_terms
+from selfkd.losses.distillation import check_settings, hard_loss
+from selfkd.teacher import Teacher
+
+
+class StoredLogits(Protocol):
+    """What a store of soft targets does, such as `selfkd.targets.SoftTargets`."""
+
+    def __call__(self, index: Tensor, view: int) -> Tensor:
+        """Return `[batch, classes]` or `[members, batch, classes]` for images `[batch]`."""
+
+
+class Distiller:
+    """Loss terms for a training loop: of a live teacher, of stored soft targets, or of labels only.
+
+        loss = (1 - alpha) CE(y, p_s) + alpha T^2 KL(p_t^T || p_s^T)
+
+    It is no `nn.Module` and holds nothing that is trained, so it never enters the state of a model.
+    The loss is a mean over the batch: the mean over micro-batches of equal size is the loss of the
+    whole. The settings may be changed between steps, as a schedule of `alpha` does.
+
+    Args:
+        teacher: maps inputs to logits `[batch, classes]`, or `[members, batch, classes]` of an
+            ensemble; called without gradients. Of an `nn.Module`, a frozen copy is taken
+            (`selfkd.teacher.Teacher`).
+        targets: maps `(index, view)` to stored logits of either shape.
+        temperature: T, above 0.
+        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
+            is not asked.
+        average: of an ensemble's `probabilities` or `logits`.
+        label_smoothing: of the hard term, in [0, 1].
+
+    Raises:
+        ValueError: both `teacher` and `targets`, or a setting out of range.
+        TypeError: `teacher` or `targets` cannot be called.
+
+    >>> model, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    >>> distiller = Distiller(teacher, temperature=4.0, alpha=0.9)
+    >>> inputs, labels = torch.ones(2, 4), torch.tensor([0, 2])
+    >>> terms = distiller(model(inputs), labels, inputs=inputs)
+    >>> terms["loss"].backward()
+    >>> sorted(terms)
+    ['hard_loss', 'loss', 'soft_loss']
+
+    Reference:
+        Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
+    """
+
+    def __init__(
+        self,
+        teacher: Callable[[Any], Tensor] | None = None,
+        *,
+        targets: StoredLogits | None = None,
+        temperature: float = 4.0,
+        alpha: float = 0.9,
+        average: Average = "probabilities",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        check_settings(temperature, alpha, average, label_smoothing)
+        if teacher is not None and targets is not None:
+            raise ValueError(
+                "teacher must be None where targets are given, got "
+                f"{type(teacher).__name__}: give one of the two"
+            )
+        for name, source in (("teacher", teacher), ("targets", targets)):
+            if source is not None and not callable(source):
+                raise TypeError(f"{name} must be callable, got {type(source).__name__}")
+        self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.targets = targets
+        self.temperature = temperature
+        self.alpha = alpha
+        self.average: Average = average
+        self.label_smoothing = label_smoothing
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        labels: Tensor,
+        *,
+        inputs: Any = None,
+        index: Tensor | None = None,
+        view: int = 0,
+    ) -> dict[str, Tensor]:
+        """Loss terms of a batch, by name.
+
+        Args:
+            student_logits: `[batch, classes]`.
+            labels: class indices `[batch]`.
+            inputs: what the teacher is asked; needed with `teacher`.
+            index: numbers of the images `[batch]`; needed with `targets`.
+            view: number of the images' augmentation, for `targets`.
+
+        Returns:
+            `loss`, with the graph, `hard_loss` and, where a teacher was asked, `soft_loss`: scalars
+            in nats. The parts are unweighted and detached, for logging.
+
+        Raises:
+            ValueError: `inputs` or `index` is needed and missing, or as `distillation_terms`.
+            TypeError: as `distillation_terms`.
+        """
+        teacher_logits = None if self.alpha == 0 else self._ask(inputs, index, view)
+        if teacher_logits is None:
+            loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
+            return {"loss": loss, "hard_loss": loss.detach()}
+        terms = distillation_terms(
+            student_logits,
+            teacher_logits.to(student_logits.device),
+            labels,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            average=self.average,
+            label_smoothing=self.label_smoothing,
+        )
+        return terms._asdict()
+
+    @torch.no_grad()
+    def _ask(self, inputs: Any, index: Tensor | None, view: int) -> Tensor | None:
+        if self.teacher is not None:
+            if inputs is None:
+                raise ValueError(
+                    "inputs must be given where there is a teacher to ask, got None: "
+                    "distiller(student_logits, labels, inputs=inputs)"
+                )
+            return self.teacher(inputs)
+        if self.targets is not None:
+            if index is None:
+                raise ValueError(
+                    "index must be given where targets are stored, got None: "
+                    "distiller(student_logits, labels, index=index)"
+                )
+            return self.targets(index, view)
+        return None
+
+    def __repr__(self) -> str:
+        source = self.targets if self.teacher is None else self.teacher
+        return f"Distiller({source}, temperature={self.temperature}, alpha={self.alpha})"

@@ -1,0 +1,566 @@
+"""The distillation loss against SciPy in float64, its limits, edges and wrong versions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.special import log_softmax, logsumexp, softmax
+from torch import Tensor
+
+from selfkd.losses import distillation_loss, distillation_terms, soft_targets
+from selfkd.losses import fused as fused_module
+from selfkd.losses.distillation import hard_loss, plain_terms
+from selfkd.losses.fused import fused_terms
+
+Loss = Callable[..., Tensor]
+TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
+ALPHAS = (0.0, 0.3, 1.0)
+SHAPES = ((5, 2, None), (3, 10, 1), (4, 7, 3), (2, 1000, 2))  # batch, classes, members
+
+
+def make_batch(
+    batch: int = 4, classes: int = 7, members: int | None = None, *, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student logits that require a gradient, teacher logits, labels; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, classes) if members is None else (members, batch, classes)
+    student = 3 * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+    teacher = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    return student.requires_grad_(), teacher, labels
+
+
+def reference(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    average: str = "probabilities",
+    label_smoothing: float = 0.0,
+) -> tuple[float, float, float, np.ndarray]:
+    """Loss, its two terms, and the gradient, as the formula says."""
+    z_s, z_t = student.detach().double().numpy(), teacher.detach().double().numpy()
+    z_t = z_t if z_t.ndim == 3 else z_t[None]
+    batch, classes = z_s.shape
+    one_hot = np.eye(classes)[labels.numpy()]
+    y = (1 - label_smoothing) * one_hot + label_smoothing / classes
+    if average == "logits":
+        z_t = z_t.mean(0, keepdims=True)
+    log_p_t = logsumexp(log_softmax(z_t / temperature, axis=-1), axis=0) - np.log(len(z_t))
+    log_p_s = log_softmax(z_s / temperature, axis=-1)
+    p_t, p_s = np.exp(log_p_t), np.exp(log_p_s)
+    hard = -(y * log_softmax(z_s, axis=-1)).sum(-1).mean()
+    soft = temperature**2 * (p_t * (log_p_t - log_p_s)).sum(-1).mean()
+    gradient = (1 - alpha) * (softmax(z_s, axis=-1) - y) + alpha * temperature * (p_s - p_t)
+    return (1 - alpha) * hard + alpha * soft, hard, soft, gradient / batch
+
+
+def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, student)[0]
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    for temperature, alpha, average in itertools.product(
+        TEMPERATURES, ALPHAS, ("probabilities", "logits")
+    ):
+        yield {"temperature": temperature, "alpha": alpha, "average": average}
+
+
+# --- against the reference ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terms_of", [distillation_terms, fused_terms, plain_terms])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference_in_float64(
+    terms_of: Callable[..., tuple[Tensor, ...]],
+    label_smoothing: float,
+    shape: tuple[int, int, int | None],
+) -> None:
+    student, teacher, labels = make_batch(*shape)
+    for case in cases():
+        case["label_smoothing"] = label_smoothing
+        terms = terms_of(student, teacher, labels, **case)
+        *expected, gradient = reference(student, teacher, labels, **case)
+        actual = [term.item() for term in terms]
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-11, err_msg=str(case))
+        np.testing.assert_allclose(
+            gradient_of(terms[0], student), gradient, rtol=0, atol=1e-12, err_msg=str(case)
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("members", [None, 3])
+def test_float32_equals_reference(temperature: float, members: int | None) -> None:
+    student, teacher, labels = make_batch(16, 1000, members)
+    student = student.detach().float().requires_grad_()
+    teacher = teacher.float()
+    settings = {"temperature": temperature, "alpha": 0.5}
+    terms = distillation_terms(student, teacher, labels, **settings)
+    *expected, gradient = reference(student, teacher, labels, **settings)
+    assert all(term.dtype == torch.float32 for term in terms)
+    np.testing.assert_allclose([term.item() for term in terms], expected, rtol=1e-6)
+    atol = 1e-6 * np.abs(gradient).max()
+    np.testing.assert_allclose(gradient_of(terms.loss, student), gradient, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_gradcheck(shape: tuple[int, int, int | None], average: str) -> None:
+    student, teacher, labels = make_batch(*shape)
+    for temperature, alpha in itertools.product(TEMPERATURES, ALPHAS):
+
+        def loss(logits: Tensor, temperature: float = temperature, alpha: float = alpha) -> Tensor:
+            return distillation_loss(
+                logits, teacher, labels, temperature=temperature, alpha=alpha, average=average
+            )
+
+        assert torch.autograd.gradcheck(loss, student)
+        assert torch.autograd.gradgradcheck(loss, student)
+
+
+@pytest.mark.parametrize("members", [None, 3])
+@pytest.mark.parametrize("chunk", [1, 20, 21, 35, 10**6])
+def test_any_chunk_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, members: int | None
+) -> None:
+    student, teacher, labels = make_batch(5, 7, members)
+    settings = {"temperature": 3.0, "alpha": 0.6}
+    expected = distillation_terms(student, teacher, labels, **settings)
+    monkeypatch.setattr(fused_module, "_CHUNK", chunk / torch.get_num_threads())
+    actual = distillation_terms(student, teacher, labels, **settings)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(
+        gradient_of(actual.loss, student), gradient_of(expected.loss, student)
+    )
+
+
+def test_backward_twice_and_of_a_scaled_loss() -> None:
+    student, teacher, labels = make_batch()
+    *_, expected = reference(student, teacher, labels, temperature=2.0, alpha=0.5)
+    loss = distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5)
+    (first,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
+    np.testing.assert_allclose(first, 3 * expected)
+    first.zero_()  # whoever gets a gradient may write to it
+    loss.backward(retain_graph=True)
+    loss.backward()
+    np.testing.assert_allclose(student.grad, 2 * expected)
+
+
+def test_layout_of_the_logits_does_not_matter() -> None:
+    student, teacher, labels = make_batch(4, 6, 3)
+    expected = distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5)
+    strided = student.detach().t().contiguous().t().requires_grad_()
+    loss = distillation_loss(
+        strided, teacher.permute(2, 0, 1).contiguous().permute(1, 2, 0), labels,
+        temperature=2.0, alpha=0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient_of(loss, strided), gradient_of(expected, student))
+
+
+# --- worked numbers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [(1.0, [0.920, 0.046, 0.017, 0.010, 0.007]), (2.0, [0.645, 0.144, 0.087, 0.068, 0.056])],
+)
+def test_worked_softmax(temperature: float, expected: list[float]) -> None:
+    logits = torch.tensor([[5, 2, 1, 0.5, 0.1]], dtype=torch.float64)
+    np.testing.assert_allclose(
+        soft_targets(logits, temperature=temperature)[0], expected, rtol=0, atol=0.0005
+    )
+
+
+def test_worked_divergence() -> None:
+    """KL of the teacher's [0.6, 0.3, 0.1] from the student's [0.5, 0.2, 0.3]: 0.121 this way
+    round, 0.157 the other way round."""
+    teacher = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log()
+    student = torch.tensor([[0.5, 0.2, 0.3]], dtype=torch.float64).log().requires_grad_()
+    loss = distillation_loss(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0)
+    assert loss.item() == pytest.approx(0.121, abs=0.0005)
+    np.testing.assert_allclose(gradient_of(loss, student), [[-0.1, -0.1, 0.2]], atol=1e-12)
+
+
+# --- limits and invariances --------------------------------------------------------------------
+
+
+def test_high_temperature_matches_centred_logits() -> None:
+    student, teacher, labels = make_batch(4, 7)
+    loss = distillation_loss(student, teacher, labels, temperature=1e5, alpha=1.0)
+    difference = student.detach() - teacher
+    difference -= difference.mean(-1, keepdim=True)
+    half_square = difference.square().sum(-1).mean() / (2 * 7)
+    torch.testing.assert_close(loss.detach(), half_square, rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradient_of(loss, student), difference / (7 * 4), rtol=0, atol=2e-5)
+
+
+def test_low_temperature_matches_the_teachers_argmax() -> None:
+    """Loss / T -> largest student logit less the one at the teacher's argmax, and gradient / T
+    -> the one-hot argmax of the student less that of the teacher: a perceptron's."""
+    student, teacher, labels = make_batch(6, 5)
+    temperature = 1e-3
+    loss = distillation_loss(student, teacher, labels, temperature=temperature, alpha=1.0)
+    chosen = teacher.argmax(-1, keepdim=True)
+    margin = student.amax(-1, keepdim=True) - student.gather(1, chosen)
+    torch.testing.assert_close(loss / temperature, margin.mean(), rtol=1e-6, atol=1e-9)
+    one_hot = F.one_hot(student.argmax(-1), 5) - F.one_hot(chosen[:, 0], 5)
+    assert one_hot.any()
+    torch.testing.assert_close(
+        gradient_of(loss, student) / temperature, one_hot.double() / 6, rtol=0, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_alpha_0_is_cross_entropy_and_alpha_1_the_soft_term(dtype: torch.dtype) -> None:
+    student, teacher, labels = make_batch(8, 100)
+    student, teacher = student.detach().to(dtype), teacher.to(dtype)
+    for logits in (student, student.clone().requires_grad_()):  # plain and fused
+        ends = [
+            distillation_terms(logits, teacher, labels, temperature=4.0, alpha=alpha)
+            for alpha in (0.0, 1.0)
+        ]
+        assert ends[0].loss == ends[0].hard_loss
+        assert ends[1].loss == ends[1].soft_loss
+        torch.testing.assert_close(ends[0].hard_loss, F.cross_entropy(student, labels))
+        for alpha, end in ((1e-7, ends[0]), (1 - 1e-7, ends[1])):
+            near = distillation_loss(logits, teacher, labels, temperature=4.0, alpha=alpha)
+            torch.testing.assert_close(near, end.loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_soft_term_is_0_where_the_teacher_is_the_student(temperature: float, average: str) -> None:
+    student, *_ = make_batch(8, 50)
+    for dtype, members in itertools.product((torch.float32, torch.float64), (None, 1, 2, 5)):
+        logits = student.detach().to(dtype).requires_grad_()
+        teacher = logits if members is None else logits.expand(members, -1, -1)
+        loss = distillation_loss(
+            logits, teacher, torch.zeros(8, dtype=torch.int64),
+            temperature=temperature, alpha=1.0, average=average,
+        )  # fmt: skip
+        tolerance = 0 if members in (None, 1) else 10 * torch.finfo(dtype).eps * temperature**2
+        assert abs(loss.item()) <= tolerance
+        assert gradient_of(loss, logits).abs().max() <= 10 * torch.finfo(dtype).eps * temperature
+
+
+@pytest.mark.parametrize("members", [None, 3])
+def test_invariances(members: int | None) -> None:
+    student, teacher, labels = make_batch(6, 5, members)
+    loss = partial(distillation_loss, temperature=3.0, alpha=0.4)
+    expected = loss(student, teacher, labels)
+    rows, columns = torch.randperm(6), torch.randperm(5)
+    torch.testing.assert_close(loss(student[rows], teacher[..., rows, :], labels[rows]), expected)
+    torch.testing.assert_close(
+        loss(student[:, columns], teacher[..., columns], columns.argsort()[labels]), expected
+    )
+    shift = torch.randn(6, 1, dtype=torch.float64)
+    torch.testing.assert_close(loss(student + 9 * shift, teacher - 7 * shift, labels), expected)
+    if members:
+        torch.testing.assert_close(loss(student, teacher.flip(0), labels), expected)
+
+
+def test_mean_of_micro_batches_is_the_loss_of_the_batch() -> None:
+    student, teacher, labels = make_batch(12, 5)
+    loss = partial(distillation_loss, temperature=3.0, alpha=0.4)
+    parts = [
+        loss(*part)
+        for part in zip(student.split(4), teacher.split(4), labels.split(4), strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), loss(student, teacher, labels))
+
+
+def test_average_of_probabilities_has_the_mean_gradient_of_the_members() -> None:
+    student, teacher, labels = make_batch(4, 6, 3)
+    loss = partial(distillation_loss, temperature=3.0, alpha=1.0)
+    members = [gradient_of(loss(student, member, labels), student) for member in teacher]
+    ensemble = gradient_of(loss(student, teacher, labels), student)
+    torch.testing.assert_close(torch.stack(members).mean(0), ensemble)
+
+
+# --- precision ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e4, 65504.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("terms_of", [fused_terms, plain_terms])
+def test_saturated_logits(
+    terms_of: Callable[..., tuple[Tensor, ...]], temperature: float, size: float
+) -> None:
+    student = torch.tensor([[size, -size, 0.0], [size, -size, 0.0], [-size, -size, -size]])
+    teacher = torch.tensor([[-size, size, 0.0], [size, -size, 0.0], [size, size, size]]).half()
+    labels = torch.tensor([1, 0, 2])
+    settings = {
+        "temperature": temperature, "alpha": 0.5, "average": "logits", "label_smoothing": 0.0,
+    }  # fmt: skip
+    student.requires_grad_()
+    terms = terms_of(student, teacher, labels, **settings)
+    *expected, gradient = reference(student, teacher, labels, **settings)
+    np.testing.assert_allclose([term.item() for term in terms], expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient_of(terms[0], student), gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.parametrize("terms_of", [fused_terms, plain_terms])
+def test_classes_that_are_masked_out_cost_nothing(
+    terms_of: Callable[..., tuple[Tensor, ...]], average: str
+) -> None:
+    student, teacher, labels = make_batch(4, 6, 2)
+    labels %= 5
+    settings = {
+        "temperature": 2.0, "alpha": 0.5, "average": average, "label_smoothing": 0.0,
+    }  # fmt: skip
+    expected = terms_of(student[:, :5], teacher[..., :5], labels, **settings)[0]
+    mask = torch.tensor([0.0] * 5 + [-torch.inf], dtype=torch.float64)
+    masked = (student.detach() + mask).requires_grad_()
+    loss = terms_of(masked, teacher + mask, labels, **settings)[0]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient_of(loss, masked), gradient_of(expected, student))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    student, teacher, labels = make_batch(8, 100, 2)
+    student, teacher = student.detach().to(dtype).requires_grad_(), teacher.half()
+    wide = student.detach().float().requires_grad_()
+    settings = {"temperature": 2.0, "alpha": 0.5}
+    expected = distillation_loss(wide, teacher.float(), labels, **settings)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = distillation_loss(student, teacher, labels, **settings)
+        without_graph = distillation_loss(student.detach(), teacher, labels, **settings)
+    assert loss.dtype == without_graph.dtype == torch.float32
+    assert loss == expected
+    torch.testing.assert_close(without_graph, expected.detach())
+    # scaled before it is rounded to half precision, as a gradient scaler needs it
+    scale = 2.0**14
+    gradient = gradient_of(scale * loss, student)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, gradient_of(scale * expected, wide).to(dtype))
+
+
+def test_float16_teacher_as_its_float32_copy() -> None:
+    student, teacher, labels = make_batch(8, 100, 2)
+    settings = {"temperature": 2.0, "alpha": 0.5}
+    half = distillation_loss(student, teacher.half(), labels, **settings)
+    assert half == distillation_loss(student, teacher.half().float(), labels, **settings)
+
+
+# --- what is returned, and what compiles -------------------------------------------------------
+
+
+def test_only_the_loss_carries_a_graph() -> None:
+    student, teacher, labels = make_batch()
+    teacher.requires_grad_()
+    terms = distillation_terms(student, teacher, labels, temperature=2.0, alpha=0.5)
+    assert [term.requires_grad for term in terms] == [True, False, False]
+    assert all(term.shape == () for term in terms)
+    terms.loss.backward()
+    assert teacher.grad is None
+    with torch.no_grad():
+        terms = distillation_terms(student, teacher, labels, temperature=2.0, alpha=0.5)
+    assert not terms.loss.requires_grad
+
+
+@pytest.mark.parametrize("members", [None, 3])
+def test_compiles_whole(members: int | None) -> None:
+    student, teacher, labels = make_batch(4, 6, members)
+    loss = partial(distillation_loss, temperature=2.0, alpha=0.5)
+    expected = loss(student, teacher, labels)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)(student, teacher, labels)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(gradient_of(compiled, student), gradient_of(expected, student))
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_soft_targets(shape: tuple[int, int, int | None], average: str) -> None:
+    _, teacher, _ = make_batch(*shape)
+    targets = soft_targets(teacher.requires_grad_(), temperature=3.0, average=average)
+    z_t = teacher.detach().numpy().reshape(-1, *shape[:2])
+    if average == "logits":
+        z_t = z_t.mean(0, keepdims=True)
+    np.testing.assert_allclose(targets, softmax(z_t / 3, axis=-1).mean(0), rtol=1e-12)
+    assert not targets.requires_grad
+    assert targets.dtype == torch.float64
+    assert soft_targets(teacher.half(), temperature=3.0).dtype == torch.float32
+
+
+def test_hard_loss() -> None:
+    student, _, labels = make_batch()
+    torch.testing.assert_close(hard_loss(student, labels), F.cross_entropy(student, labels))
+    torch.testing.assert_close(
+        hard_loss(student, labels, label_smoothing=0.1),
+        F.cross_entropy(student, labels, label_smoothing=0.1),
+    )
+    assert hard_loss(student.bfloat16(), labels).dtype == torch.float32
+
+
+# --- edges -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature must be > 0 and finite, got 0\.0"),
+        ({"temperature": -1.0}, r"temperature must be > 0 and finite, got -1\.0"),
+        ({"temperature": float("nan")}, "temperature must be > 0 and finite, got nan"),
+        ({"temperature": float("inf")}, "temperature must be > 0 and finite, got inf"),
+        ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1\.5"),
+        ({"alpha": -0.1}, r"alpha must be in \[0, 1\], got -0\.1"),
+        ({"alpha": float("nan")}, r"alpha must be in \[0, 1\], got nan"),
+        ({"average": "mean"}, "average must be 'probabilities' or 'logits', got 'mean'"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must be in \[0, 1\], got 2\.0"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        distillation_terms(*make_batch(), **{"temperature": 2.0, "alpha": 0.5} | settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"student_logits": torch.zeros(4)}, r"student_logits must be \[batch, classes\].*\(4,\)"),
+        ({"student_logits": torch.zeros(0, 3)}, r"student_logits must be .*, got shape \(0, 3\)"),
+        ({"teacher_logits": torch.zeros(4, 2)}, r"teacher_logits must be \[4, 3\].*got \[4, 2\]"),
+        ({"teacher_logits": torch.zeros(3)}, r"teacher_logits must be \[4, 3\].*got \[3\]"),
+        ({"teacher_logits": torch.zeros(0, 4, 3)}, r"teacher_logits must be .*got \[0, 4, 3\]"),
+        ({"teacher_logits": torch.zeros(1, 1, 4, 3)}, r"teacher_logits must .*\[1, 1, 4, 3\]"),
+        ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, r"labels must be \[4\].*got \[4, 1\]"),
+        ({"labels": torch.tensor([0, 1, 3, 0])}, r"labels must be in \[0, 3\), got 3"),
+        ({"labels": torch.tensor([0, -100, 2, 0])}, r"labels must be in \[0, 3\), got -100"),
+    ],
+)
+def test_tensors_that_do_not_match(arguments: dict[str, Tensor], message: str) -> None:
+    good = {
+        "student_logits": torch.zeros(4, 3),
+        "teacher_logits": torch.zeros(4, 3),
+        "labels": torch.zeros(4, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        distillation_terms(**good | arguments, temperature=2.0, alpha=0.5)
+
+
+def test_types_that_do_not_fit() -> None:
+    student, teacher, labels = make_batch()
+    with pytest.raises(TypeError, match=r"labels must be class indices of torch.int64, got .*32"):
+        distillation_loss(student, teacher, labels.float(), temperature=2.0, alpha=0.5)
+    with pytest.raises(TypeError, match=r"logits must be floating point, got .*int64 of the teach"):
+        distillation_loss(student, teacher.long(), labels, temperature=2.0, alpha=0.5)
+    with pytest.raises(ValueError, match=r"teacher_logits must be .*, got shape \(3,\)"):
+        soft_targets(torch.zeros(3), temperature=1.0)
+
+
+# --- wrong versions are rejected ---------------------------------------------------------------
+
+
+def check_loss(loss: Loss) -> None:
+    """Raise AssertionError unless `loss` is the distillation loss."""
+    for members, case in itertools.product((None, 3), cases()):
+        student, teacher, labels = make_batch(4, 7, members)
+        teacher.requires_grad_()
+        value = loss(student, teacher, labels, **case)
+        expected, *_, gradient = reference(student, teacher, labels, **case)
+        np.testing.assert_allclose(value.item(), expected, rtol=1e-9, atol=1e-9)
+        value.backward()
+        np.testing.assert_allclose(student.grad, gradient, rtol=1e-9, atol=1e-9)
+        assert teacher.grad is None, "the teacher got a gradient"
+    for wrong in ({"temperature": float("nan")}, {"alpha": float("nan")}, {"average": "mean"}):
+        try:
+            loss(student, teacher, labels, **case | wrong)
+        except ValueError:
+            continue
+        raise AssertionError(f"{wrong} was accepted")
+
+
+def naive(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    average: str,
+    wrong: str = "",
+) -> Tensor:
+    """The loss in a few lines, with one thing in it `wrong`."""
+    if wrong == "NaN passes the check":
+        if temperature <= 0:
+            raise ValueError
+    elif not temperature > 0:
+        raise ValueError
+    if not 0 <= alpha <= 1 or average not in ("probabilities", "logits"):
+        raise ValueError
+    if wrong != "teacher not detached":
+        teacher = teacher.detach()
+    dim = 0 if wrong == "softmax over the batch" else -1
+    t_s = 1.0 if wrong == "temperature on the teacher only" else temperature
+    t_t = 1.0 if wrong == "temperature on the student only" else temperature
+    log_p_s = F.log_softmax(student / t_s, dim)
+    members = teacher if teacher.ndim == 3 else teacher[None]
+    if (average == "logits") != (wrong == "ensemble averaged in the other space"):
+        log_p_t = F.log_softmax(members.mean(0) / t_t, dim)
+    else:
+        log_p_t = F.softmax(members / t_t, dim).mean(0).log()
+    if wrong == "KL reversed":
+        log_p_s, log_p_t = log_p_t, log_p_s
+    if wrong == "probabilities for logs":
+        log_p_s = log_p_s.exp()
+    if wrong == "logs for probabilities":
+        log_p_t = log_p_t.exp()
+    reduction = {"mean over classes": "mean", "sum over the batch": "sum"}.get(wrong, "batchmean")
+    soft = F.kl_div(log_p_s, log_p_t, log_target=True, reduction=reduction)
+    if wrong == "squared error of probabilities":
+        soft = (log_p_s.exp() - log_p_t.exp()).square().sum(-1).mean()
+    if wrong == "cross-entropy for KL":
+        soft = -(log_p_t.exp() * log_p_s).sum(-1).mean()
+    if wrong != "T squared missing" and not (
+        wrong == "T squared missing at alpha 1" and alpha == 1
+    ):
+        soft = soft * (temperature if wrong == "T not squared" else temperature**2)
+    hard = F.cross_entropy(student / temperature if wrong == "hard term at T" else student, labels)
+    return torch.lerp(soft, hard, alpha) if wrong == "weights swapped" else hard.lerp(soft, alpha)
+
+
+@pytest.mark.parametrize("loss", [distillation_loss, naive])
+def test_right_versions_pass_the_check(loss: Loss) -> None:
+    check_loss(loss)
+
+
+@pytest.mark.filterwarnings("ignore:reduction:UserWarning")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "T squared missing",
+        "T not squared",
+        "T squared missing at alpha 1",
+        "mean over classes",
+        "sum over the batch",
+        "weights swapped",
+        "temperature on the student only",
+        "temperature on the teacher only",
+        "hard term at T",
+        "KL reversed",
+        "cross-entropy for KL",
+        "squared error of probabilities",
+        "teacher not detached",
+        "probabilities for logs",
+        "logs for probabilities",
+        "softmax over the batch",
+        "NaN passes the check",
+        "ensemble averaged in the other space",
+    ],
+)
+def test_wrong_versions_fail_the_check(wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check_loss(partial(naive, wrong=wrong))

@@ -1,0 +1,214 @@
+"""The distiller: what it asks whom, what it returns, and how it fits a user's own loop."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfkd.distiller import Distiller
+from selfkd.losses import distillation_terms
+from selfkd.losses.distillation import hard_loss
+from selfkd.teacher import Ensemble, Teacher
+
+BATCH, FEATURES, CLASSES = 6, 4, 3
+
+
+class Store:
+    """Stored logits of two views, of one teacher or of several."""
+
+    def __init__(self, *members: int) -> None:
+        self.logits = torch.randn(2, *members, 20, CLASSES)
+
+    def __call__(self, index: Tensor, view: int) -> Tensor:
+        return self.logits[view][..., index, :]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_step() -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Student logits, labels, and what a teacher or a store is asked with."""
+    student_logits = torch.randn(BATCH, CLASSES, requires_grad=True)
+    labels = torch.randint(CLASSES, (BATCH,))
+    return student_logits, labels, {
+        "inputs": torch.randn(BATCH, FEATURES),
+        "index": torch.randperm(20)[:BATCH],
+    }  # fmt: skip
+
+
+def test_teacher_and_store_give_the_terms_of_the_loss() -> None:
+    student_logits, labels, asked = make_step()
+    module, store = nn.Linear(FEATURES, CLASSES), Store(3)
+    settings: dict[str, Any] = {
+        "temperature": 2.0, "alpha": 0.3, "average": "logits", "label_smoothing": 0.1,
+    }  # fmt: skip
+    for distiller, teacher_logits in (
+        (Distiller(module, **settings), module(asked["inputs"])),
+        (Distiller(module.forward, **settings), module(asked["inputs"])),
+        (Distiller(targets=store, **settings), store(asked["index"], 0)),
+    ):
+        terms = distiller(student_logits, labels, **asked)
+        expected = distillation_terms(student_logits, teacher_logits, labels, **settings)
+        assert terms == expected._asdict()
+        assert [term.requires_grad for term in terms.values()] == [True, False, False]
+
+
+def test_store_is_asked_for_the_view() -> None:
+    student_logits, labels, asked = make_step()
+    store = Store()
+    terms = Distiller(targets=store)(student_logits, labels, index=asked["index"], view=1)
+    expected = distillation_terms(
+        student_logits, store(asked["index"], 1), labels, temperature=4.0, alpha=0.9
+    )
+    assert terms["loss"] == expected.loss
+
+
+def test_ensemble_is_asked_as_one_teacher() -> None:
+    student_logits, labels, asked = make_step()
+    modules = [nn.Linear(FEATURES, CLASSES) for _ in range(3)]
+    terms = Distiller(Ensemble(modules))(student_logits, labels, **asked)
+    logits = torch.stack([module(asked["inputs"]) for module in modules])
+    expected = distillation_terms(student_logits, logits, labels, temperature=4.0, alpha=0.9)
+    assert terms["loss"] == expected.loss
+
+
+def test_labels_only() -> None:
+    student_logits, labels, asked = make_step()
+    terms = Distiller(label_smoothing=0.1)(student_logits, labels, **asked)
+    assert list(terms) == ["loss", "hard_loss"]
+    assert terms["loss"] == terms["hard_loss"]
+    assert terms["loss"] == hard_loss(student_logits, labels, label_smoothing=0.1)
+    assert not terms["hard_loss"].requires_grad
+
+
+def test_teacher_is_not_asked_at_alpha_0() -> None:
+    student_logits, labels, asked = make_step()
+
+    def teacher(inputs: Tensor) -> Tensor:
+        raise AssertionError("the teacher was asked")
+
+    distiller = Distiller(teacher, alpha=0.0)
+    terms = distiller(student_logits, labels)
+    assert list(terms) == ["loss", "hard_loss"]
+    assert terms["loss"] == hard_loss(student_logits, labels)
+    distiller.alpha = 0.5  # a schedule
+    with pytest.raises(AssertionError, match="was asked"):
+        distiller(student_logits, labels, **asked)
+
+
+def test_teacher_is_frozen_and_apart_from_the_module() -> None:
+    student_logits, labels, asked = make_step()
+    module = nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.BatchNorm1d(CLASSES), nn.Dropout(0.5))
+    before = copy.deepcopy(module.state_dict())
+    distiller = Distiller(module)
+    assert isinstance(distiller.teacher, Teacher)
+    first = distiller(student_logits, labels, **asked)
+    first["loss"].backward()
+    assert module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    with torch.no_grad():
+        module[0].weight.add_(1)  # the module goes on training
+    assert distiller(student_logits, labels, **asked)["loss"] == first["loss"]
+
+
+def test_teacher_is_asked_without_gradients() -> None:
+    student_logits, labels, asked = make_step()
+    asked["inputs"].requires_grad_()
+    module = nn.Linear(FEATURES, CLASSES)
+    Distiller(lambda inputs: module(inputs))(student_logits, labels, **asked)["loss"].backward()
+    assert asked["inputs"].grad is None
+    assert module.weight.grad is None
+    assert student_logits.grad is not None
+
+
+def test_is_no_part_of_a_module() -> None:
+    model = nn.Linear(FEATURES, CLASSES)
+    names = list(model.state_dict())
+    model.distiller = Distiller(nn.Linear(FEATURES, CLASSES))
+    assert list(model.state_dict()) == names
+    assert len(list(model.parameters())) == 2
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+@pytest.mark.parametrize("source", ["teacher", "targets"])
+def test_copies_and_pickles(clone: Any, source: str) -> None:
+    student_logits, labels, asked = make_step()
+    value = nn.Linear(FEATURES, CLASSES) if source == "teacher" else Store()
+    distiller = Distiller(**{source: value}, temperature=2.0, alpha=0.3)
+    expected = distiller(student_logits, labels, **asked)
+    assert clone(distiller)(student_logits, labels, **asked) == expected
+
+
+@pytest.mark.parametrize("source", ["teacher", "targets"])
+def test_step_compiles_whole(source: str) -> None:
+    _, labels, asked = make_step()
+    value = nn.Linear(FEATURES, CLASSES) if source == "teacher" else Store()
+    distiller = Distiller(**{source: value})
+    student = nn.Linear(FEATURES, CLASSES)
+
+    def step(inputs: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
+        return distiller(student(inputs), labels, inputs=inputs, index=index)
+
+    expected = step(asked["inputs"], labels, asked["index"])
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    terms = compiled(asked["inputs"], labels, asked["index"])
+    torch.testing.assert_close(terms, expected)
+    gradients = [torch.autograd.grad(t["loss"], student.weight)[0] for t in (terms, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_loss_does_not_depend_on_the_split_into_micro_batches() -> None:
+    student_logits, labels, asked = make_step()
+    distiller = Distiller(targets=Store(2))
+    whole = distiller(student_logits, labels, index=asked["index"])["loss"]
+    parts = [
+        distiller(logits, part, index=index)["loss"]
+        for logits, part, index in zip(
+            student_logits.split(2), labels.split(2), asked["index"].split(2), strict=True
+        )
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_stored_logits_go_to_the_students_device() -> None:
+    student_logits, labels, asked = make_step()
+    terms = Distiller(targets=Store())(
+        student_logits.to("meta"), labels.to("meta"), index=asked["index"]
+    )
+    assert {term.device.type for term in terms.values()} == {"meta"}
+
+
+def test_what_is_missing_is_named() -> None:
+    student_logits, labels, asked = make_step()
+    teacher = nn.Linear(FEATURES, CLASSES)
+    with pytest.raises(ValueError, match="inputs must be given where there is a teacher"):
+        Distiller(teacher)(student_logits, labels, index=asked["index"])
+    with pytest.raises(ValueError, match="index must be given where targets are stored"):
+        Distiller(targets=Store())(student_logits, labels, inputs=asked["inputs"])
+    with pytest.raises(ValueError, match="teacher must be None where targets are given, got Lin"):
+        Distiller(teacher, targets=Store())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (partial(Distiller, temperature=float("nan")), ValueError, "temperature must be > 0 and"),
+        (partial(Distiller, alpha=2), ValueError, r"alpha must be in \[0, 1\], got 2"),
+        (partial(Distiller, average="mean"), ValueError, "average must be .* got 'mean'"),
+        (partial(Distiller, label_smoothing=-1), ValueError, "label_smoothing must be in"),
+        (partial(Distiller, teacher=3), TypeError, "teacher must be callable, got int"),
+        (partial(Distiller, targets=torch.ones(2)), TypeError, "targets must be callable, got T"),
+    ],
+)
+def test_settings_out_of_range(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

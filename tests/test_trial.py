@@ -1,0 +1,539 @@
+"""The jobs of a worker, on digits and a tiny network, in this process."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from sklearn.metrics import log_loss
+
+from selfkd import trial
+from selfkd.checkpoint import load_tensors, save_tensors, tensors_hash
+from selfkd.config import load_config, to_tree
+from selfkd.data import load_data
+from selfkd.metrics import ece
+from selfkd.train import NonFiniteLossError
+from selfkd.trial import run_job
+from selfkd.views import Views
+
+TINY = (
+    "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
+    "train={epochs: 2, lr: 0.1, batch_size: 50}",
+)
+AUGMENTED = ("data.jitter=1", "data.views=3", "train.epochs=4")
+
+
+def make_tree(*settings):
+    return to_tree(load_config(settings=[*TINY, *settings]))
+
+
+class Bench:
+    """Jobs in a folder of their own; what goes in and comes out is JSON, as between processes."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.targets = folder / "targets"
+
+    def job(self, kind, *settings, **payload):
+        payload = {"config": make_tree(*settings), **payload}
+        rows = run_job(kind, json.loads(json.dumps(payload)))
+        return [json.loads(json.dumps(row)) for row in rows]
+
+    def train(self, name, *settings, generation=0, seed=1, teachers=()):
+        """The rows, and the student as a teacher of others."""
+        student = str(self.folder / name / "student.safetensors")
+        rows = self.job(
+            "train",
+            *settings,
+            generation=generation,
+            seed=seed,
+            teachers=list(teachers),
+            targets=str(self.targets),
+            student=student,
+        )
+        return rows, {"hash": rows[-1]["hash"], "checkpoint": student}
+
+    def label(self, teacher, *settings):
+        (row,) = self.job(
+            "label", *settings, student=teacher["checkpoint"], targets=str(self.targets)
+        )
+        return row["written"]
+
+    def score(self, name, *settings, teachers=()):
+        (row,) = self.job(
+            "score",
+            *settings,
+            student=str(self.folder / name / "student.safetensors"),
+            predictions=self.predictions(name),
+            teachers=list(teachers),
+        )
+        return row
+
+    def predictions(self, name):
+        return str(self.folder / name / "predictions.safetensors")
+
+    def ensemble(self, *names):
+        (row,) = self.job("ensemble", predictions=[self.predictions(name) for name in names])
+        return row
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two networks of generation 0 that are not changed by any test."""
+    bench = Bench(tmp_path_factory.mktemp("trained"))
+    bench.rows, bench.teacher = bench.train("one")
+    bench.other = bench.train("two", seed=2)[1]
+    return bench
+
+
+def weights(teacher):
+    return load_tensors(Path(teacher["checkpoint"]))[0]
+
+
+def history(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "hash")} for row in rows]
+
+
+def numpy_logits(teacher, split):
+    """The network's answers, worked out from its weights alone."""
+    data = load_data("digits")
+    images = getattr(data, split).images.double().numpy().reshape(-1, 64)
+    state = {name: tensor.double().numpy() for name, tensor in weights(teacher).items()}
+    (w1,) = (value for value in state.values() if value.shape == (16, 64))
+    (b1,) = (value for value in state.values() if value.shape == (16,))
+    (w2,) = (value for value in state.values() if value.shape == (10, 16))
+    (b2,) = (value for value in state.values() if value.shape == (10,))
+    hidden = np.maximum((images / 255 - data.mean[0]) / data.std[0] @ w1.T + b1, 0)
+    return hidden @ w2.T + b2
+
+
+# --- check ---
+
+
+def test_check_gives_the_facts(bench):
+    (row,) = bench.job("check", "data.jitter=1", "student={name: selfkd_mlp, args: {width: 8}}")
+    fingerprint = row["facts"].pop("fingerprint")
+    assert fingerprint == load_data("digits").fingerprint
+    assert row == {
+        "facts": {
+            "images": {"train": 200, "val": 400, "test": 1197},
+            "classes": 10,
+            "views": 8,
+            "parameters": {"0": 1210, "1": 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "views"),
+    [
+        ([], 1),
+        (["data.flip=true"], 8),
+        (["data.crop=0.5"], 8),
+        (["data.jitter=1", "data.views=2"], 2),
+    ],
+)
+def test_there_are_eight_views_where_images_are_augmented(bench, settings, views):
+    (row,) = bench.job("check", *settings)
+    assert row["facts"]["views"] == views
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (["model.name=selfkd_mpl"], "model.name must be a timm model name, got 'selfkd_mpl': did"),
+        (["student.name=selfkd_mpl"], "model.name must be a timm model name, got 'selfkd_mpl'"),
+        (["model.args.widt=3"], "model.args must suit 'selfkd_mlp', got {'width': 16, 'depth': 1"),
+        (["model.args.width=0"], "model.args must suit 'selfkd_mlp', got {'width': 0"),
+        (["model.args.num_classes=3"], "model must give 10 logits an image, got 'selfkd_mlp' with"),
+        (
+            ["model={name: vit_tiny_patch16_224, args: {depth: 1}}"],
+            "model must take 8x8 images, got 'vit_tiny_patch16_224' with {'depth': 1}: ",
+        ),
+        (["data.name=digts"], "data.name must be one of digits, mnist,"),
+        (["data.name=mnist"], "data.root must be given for mnist, got none: pass"),
+        (["data.name=mnist", "data.root=/nowhere"], "data.root must be an existing folder"),
+        (["data.train_size=9"], "data.train_size must be at least the number of classes (10)"),
+        (["data.val_size=1800"], "data.val_size must be in [1, "),
+        (["data.jitter=8"], "jitter must be less than the image size 8, got 8"),
+        (["train.optimizer=sdg"], "train.optimizer must be a timm optimiser (adabelief, "),
+        (["resources.gpu=1"], "resources.gpu must be 0 where torch finds no GPU, got 1.0"),
+        (
+            ["train.init=teacher", "student={name: selfkd_mlp, args: {width: 8}}"],
+            "train.init must be fresh when student differs from model",
+        ),
+    ],
+)
+def test_check_names_a_mistake(bench, monkeypatch, settings, fault):
+    monkeypatch.delenv("SELFKD_DATA", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (row,) = bench.job("check", *settings)
+    assert row.keys() == {"fault"}
+    assert row["fault"].startswith(fault)
+
+
+# --- train ---
+
+
+def test_a_student_is_saved_with_its_facts(trained):
+    assert [row["epoch"] for row in trained.rows] == [1, 2]
+    assert ["hash" in row for row in trained.rows] == [False, True]
+    assert trained.rows[1]["loss"] < trained.rows[0]["loss"]
+    tensors, facts = load_tensors(Path(trained.teacher["checkpoint"]))
+    data = load_data("digits")
+    assert tensors_hash(tensors) == facts["hash"] == trained.teacher["hash"]
+    assert facts == {
+        "model": {"name": "selfkd_mlp", "args": {"width": 16, "depth": 1}},
+        "classes": list("0123456789"),
+        "in_chans": 1,
+        "image_size": 8,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "data": "digits",
+        "fingerprint": data.fingerprint,
+        "generation": 0,
+        "seed": 1,
+        "parameters": 1210,
+        "hash": trained.teacher["hash"],
+    }
+
+
+@pytest.mark.parametrize("settings", [[], ["train.ema=0.9"], ["data.jitter=1"]])
+def test_what_is_saved_is_what_was_measured(bench, settings):
+    rows, student = bench.train("one", *settings)
+    labels = load_data("digits").val.labels.numpy()
+    logits = numpy_logits(student, "val")
+    assert rows[-1]["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
+    assert rows[-1]["val_nll"] == pytest.approx(log_loss(labels, softmax(logits, 1)), rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_student_whatever_ran_before(bench, trained):
+    settings = ["model.args.drop_rate=0.2", "train.batch_size=40", *AUGMENTED]
+    rows, student = bench.train("a", *settings)
+    bench.train("b", "train.optimizer=adamw", "model.args.drop_rate=0.5", seed=5)
+    torch.rand(7)
+    again, student_again = bench.train("c", *settings)
+    assert student_again["hash"] == student["hash"]
+    assert history(again) == history(rows)
+    assert bench.train("d", *settings, seed=2)[1]["hash"] != student["hash"]
+    assert bench.train("e")[1]["hash"] == trained.teacher["hash"]
+
+
+SETTINGS = [
+    "train.optimizer=adamw",
+    "train.lr=0.05",
+    "train.momentum=0.5",
+    "train.weight_decay=0.1",
+    "train.schedule=none",
+    "train.schedule=step",
+    "train.warmup_epochs=1",
+    "train.label_smoothing=0.1",
+    "train.clip_grad=0.1",
+    "train.ema=0.5",
+    "train.amp=bfloat16",
+    "train.batch_size=40",
+    "train.epochs=3",
+    "model.args.drop_rate=0.1",
+    "data.flip=true",
+    "data.train_size=199",
+    "data.val_size=399",
+    "seed=1",
+]
+
+
+def test_every_setting_counts(trained, bench):
+    hashes = [bench.train("one", setting)[1]["hash"] for setting in SETTINGS]
+    assert len({*hashes, trained.teacher["hash"]}) == len(SETTINGS) + 1, hashes
+
+
+BORN_AGAIN_SETTINGS = [
+    "train.label_smoothing=0.1",
+    "distill.temperature=2",
+    "distill.alpha=0.5",
+    "distill.average=logits",
+]
+
+
+def test_every_setting_of_a_born_again_student_counts(trained, bench):
+    options = {"generation": 1, "teachers": [trained.teacher, trained.other]}
+    hashes = [
+        bench.train("one", "distill.live=true", *settings, **options)[1]["hash"]
+        for settings in [[], *([setting] for setting in BORN_AGAIN_SETTINGS)]
+    ]
+    assert len(set(hashes)) == len(BORN_AGAIN_SETTINGS) + 1
+
+
+def test_the_seed_of_a_trial_is_of_the_order_too(trained, bench):
+    options = {"generation": 1, "teachers": [trained.teacher]}  # and of the same first weights
+    settings = ["train.init=teacher", "distill.live=true"]
+    one, two = (bench.train("one", *settings, seed=seed, **options)[1] for seed in (1, 2))
+    assert one["hash"] != two["hash"]
+
+
+def test_the_rate_is_that_of_the_steps_there_are(bench):
+    """Seven steps an epoch: 200 images by 30, the last batch not full."""
+    rows, _ = bench.train("one", "train.batch_size=30", "train.epochs=3", "train.warmup_epochs=1")
+    rates = [0.01 + 0.09 * 6 / 7, *(0.05 * (1 + math.cos(math.pi * s / 14)) for s in (6, 13))]
+    assert [row["lr"] for row in rows] == pytest.approx(rates)
+
+
+def test_the_seed_of_the_run_is_of_splits_and_views(bench):
+    (row,) = bench.job("check", "seed=3")
+    assert row["facts"]["fingerprint"] == load_data("digits", seed=3).fingerprint
+    assert row["facts"]["fingerprint"] != load_data("digits", seed=0).fingerprint
+    views = trial._Bench(make_tree("seed=3", "data.jitter=1", "data.crop=0.5")).views
+    assert views == Views(crop=0.5, jitter=1, seed=3, count=8)
+
+
+def test_compile_is_passed_on(bench, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    bench.train("one", "train.compile=true")
+    assert len(compiled) == 1
+
+
+def test_a_stopped_trial_saves_nothing(bench):
+    path = bench.folder / "student.safetensors"
+    rows = run_job(
+        "train",
+        {
+            "config": make_tree(),
+            "generation": 0,
+            "seed": 0,
+            "teachers": [],
+            "targets": str(bench.targets),
+            "student": str(path),
+        },
+    )
+    next(rows)
+    rows.close()
+    assert not path.exists()
+
+
+def test_a_diverged_trial_is_told_with_its_generation(bench):
+    with pytest.raises(
+        NonFiniteLossError, match=r"generation 0: loss must be finite, got .* at epoch \d, step \d"
+    ):
+        bench.train("one", "train.lr=1e30", "train.epochs=9")
+    assert not (bench.folder / "one").exists()
+
+
+@pytest.mark.parametrize(("generation", "width"), [(0, 16), (1, 8), (2, 8)])
+def test_born_again_students_may_be_another_network(bench, trained, generation, width):
+    settings = ["student={name: selfkd_mlp, args: {width: 8, depth: 1}}", "distill.live=true"]
+    teachers = [trained.teacher] if generation else []
+    _, student = bench.train("one", *settings, generation=generation, teachers=teachers)
+    facts = load_tensors(Path(student["checkpoint"]))[1]
+    assert facts["parameters"] == 64 * width + width + width * 10 + 10
+    assert facts["model"]["args"]["width"] == width
+    assert facts["generation"] == generation
+
+
+# --- born again ---
+
+
+@pytest.mark.parametrize("settings", [[], AUGMENTED, [*AUGMENTED, "data.flip=true"]])
+@pytest.mark.parametrize(
+    ("members", "average"), [(1, "probabilities"), (2, "probabilities"), (2, "logits")]
+)
+def test_stored_and_live_answers_teach_the_same(bench, trained, members, settings, average):
+    settings = [*settings, f"distill.average={average}", "distill={temperature: 3, alpha: 0.7}"]
+    teachers = [trained.teacher, trained.other][:members]
+    for teacher in teachers:
+        bench.label(teacher, *settings)
+    options = {"generation": 1, "seed": 3, "teachers": teachers}
+    stored, student = bench.train("stored", *settings, **options)
+    live, alive = bench.train("live", *settings, "distill.live=true", **options)
+    for row, expected in zip(history(stored), history(live), strict=True):
+        assert row == pytest.approx(expected, abs=1e-3)
+        assert row["soft_loss"] > 0
+    for name, value in weights(student).items():
+        torch.testing.assert_close(value, weights(alive)[name], atol=1e-3, rtol=1e-3)
+
+
+def test_with_augmentation_each_view_has_its_own_answer(bench, trained):
+    """The test before this one would pass where augmentation did nothing."""
+    bench.label(trained.teacher, *AUGMENTED)
+    views = [
+        load_tensors(path)[0]["logits"] for path in sorted(bench.targets.rglob("*.safetensors"))
+    ]
+    assert [view.shape for view in views] == [(200, 10)] * 3
+    assert (views[0] - views[1]).abs().max() > 1
+    assert (views[1] - views[2]).abs().max() > 1
+
+
+def test_stored_answers_are_those_to_the_training_images(bench, trained):
+    bench.label(trained.teacher)
+    (path,) = bench.targets.rglob("*.safetensors")
+    stored = load_tensors(path)[0]["logits"].double().numpy()
+    logits = numpy_logits(trained.teacher, "train")
+    np.testing.assert_allclose(stored, logits - logits.max(1, keepdims=True), atol=0.01)
+
+
+def test_each_view_is_labelled_once(bench, trained):
+    assert bench.label(trained.teacher, *AUGMENTED) == 3
+    files = sorted(bench.targets.rglob("*"))
+    times = [path.stat().st_mtime_ns for path in files]
+    assert bench.label(trained.teacher, *AUGMENTED) == 0
+    assert sorted(bench.targets.rglob("*")) == files
+    assert [path.stat().st_mtime_ns for path in files] == times
+    next(bench.targets.rglob("view_001.safetensors")).unlink()
+    assert bench.label(trained.teacher, *AUGMENTED) == 1
+    assert bench.label(trained.teacher, *AUGMENTED, "data.views=5") == 2  # those there are kept
+    assert bench.label(trained.teacher, *AUGMENTED, "data.flip=true") == 3
+    assert bench.label(trained.teacher, *AUGMENTED, "data.train_size=100") == 3
+    assert bench.label(trained.other, *AUGMENTED) == 3
+
+
+def test_a_teacher_that_has_not_labelled_is_an_error(bench, trained):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*view_000\.safetensors"):
+        bench.train("one", generation=1, teachers=[trained.teacher])
+
+
+def test_a_student_starts_afresh(bench, trained):
+    """It shares no weight with its teacher: with a rate of nearly 0 it stays where it began."""
+    settings = ["train.lr=1e-30", "train.weight_decay=0", "distill.live=true"]
+    before = Path(trained.teacher["checkpoint"]).read_bytes()
+    _, student = bench.train("fresh", *settings, generation=1, seed=1, teachers=[trained.teacher])
+    _, again = bench.train("again", *settings, generation=1, seed=1, teachers=[trained.other])
+    _, beginner = bench.train("beginner", *settings, generation=0, seed=1)
+    assert student["hash"] == again["hash"] == beginner["hash"]
+    for name, value in weights(trained.teacher).items():
+        assert not torch.equal(value, weights(student)[name])
+    _, kept = bench.train(
+        "kept", *settings, "train.init=teacher", generation=1, teachers=[trained.teacher]
+    )
+    assert kept["hash"] == trained.teacher["hash"]
+    assert Path(trained.teacher["checkpoint"]).read_bytes() == before
+
+
+def test_a_teacher_is_not_changed_by_its_student(bench, trained):
+    before = Path(trained.teacher["checkpoint"]).read_bytes()
+    options = {"generation": 1, "seed": 7, "teachers": [trained.teacher]}
+    bench.train("one", "distill.live=true", "train.init=teacher", **options)
+    assert Path(trained.teacher["checkpoint"]).read_bytes() == before
+
+
+def test_alpha_weighs_the_teacher(bench, trained):
+    options = {"generation": 1, "seed": 4, "teachers": [trained.teacher]}
+    none, _ = bench.train("none", "distill.live=true", "distill.alpha=0", **options)
+    labels, _ = bench.train("labels", seed=4)
+    for row, expected in zip(none, labels, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["val_nll"] == pytest.approx(expected["val_nll"], rel=1e-5)
+    little, _ = bench.train("little", "distill.live=true", "distill.alpha=0.01", **options)
+    alone, _ = bench.train("alone", "distill.live=true", "distill.alpha=1", **options)
+    assert [row["loss"] for row in alone] == [row["soft_loss"] for row in alone]
+    assert alone[-1]["soft_loss"] < little[-1]["soft_loss"]
+
+
+def test_training_and_labelling_never_read_the_test_split(bench, trained, monkeypatch):
+    load = trial._load_data
+
+    def without_test(*arguments):
+        return trial.Data(**{**vars(load(*arguments)), "test": None})
+
+    monkeypatch.setattr(trial, "_load_data", without_test)
+    bench.label(trained.teacher)
+    rows, _ = bench.train("one", generation=1, teachers=[trained.teacher])
+    assert len(rows) == 2
+
+
+# --- score and ensemble ---
+
+
+def test_the_score_is_that_of_the_weights_on_the_test_split(trained):
+    row = trained.score("one")
+    labels = load_data("digits").test.labels
+    logits = numpy_logits(trained.teacher, "test")
+    assert row == {
+        "hash": trained.teacher["hash"],
+        "parameters": 1210,
+        "test_accuracy": pytest.approx((logits.argmax(1) == labels.numpy()).mean()),
+        "test_nll": pytest.approx(log_loss(labels, softmax(logits, axis=1)), rel=1e-4),
+        "test_ece": pytest.approx(ece(torch.from_numpy(logits), labels), abs=1e-4),
+    }
+    saved, facts = load_tensors(Path(trained.predictions("one")))
+    assert facts["student"] == trained.teacher["hash"]
+    np.testing.assert_allclose(saved["test"], logits, atol=1e-4)
+    np.testing.assert_allclose(saved["val"], numpy_logits(trained.teacher, "val"), atol=1e-4)
+
+
+def test_agreement_is_with_the_teachers_together(trained):
+    one, two = (numpy_logits(teacher, "test") for teacher in (trained.teacher, trained.other))
+    assert trained.score("one", teachers=[trained.teacher])["agreement"] == 1.0
+    expected = (one.argmax(1) == two.argmax(1)).mean()
+    assert 0.2 < expected < 1
+    found = trained.score("one", teachers=[trained.other])["agreement"]
+    assert found == pytest.approx(expected, abs=1e-6)
+    both = softmax(one, axis=1) + softmax(two, axis=1)
+    found = trained.score("one", teachers=[trained.other, trained.teacher])["agreement"]
+    assert found == pytest.approx((one.argmax(1) == both.argmax(1)).mean(), abs=1e-6)
+
+
+def test_an_ensemble_of_the_same_twice_is_the_single(trained):
+    single = trained.score("one")
+    twice = trained.ensemble("one", "one")
+    assert twice["val_accuracy"] == trained.rows[-1]["val_accuracy"]
+    for key in ("test_accuracy", "test_nll", "test_ece"):
+        assert twice[key] == pytest.approx(single[key], rel=1e-5)
+
+
+def test_an_ensemble_averages_probabilities(trained):
+    trained.score("one")
+    trained.score("two")
+    row = trained.ensemble("one", "two")
+    labels = {split: getattr(load_data("digits"), split).labels for split in ("val", "test")}
+    mean = {
+        split: sum(
+            softmax(numpy_logits(teacher, split), axis=1) / 2
+            for teacher in (trained.teacher, trained.other)
+        )
+        for split in labels
+    }
+    accuracy = {split: (mean[split].argmax(1) == labels[split].numpy()).mean() for split in labels}
+    assert row == {
+        "val_accuracy": pytest.approx(accuracy["val"]),
+        "test_accuracy": pytest.approx(accuracy["test"]),
+        "test_nll": pytest.approx(log_loss(labels["test"], mean["test"]), rel=1e-4),
+        "test_ece": pytest.approx(
+            ece(torch.from_numpy(mean["test"]).log(), labels["test"]), abs=1e-4
+        ),
+    }
+
+
+def test_predictions_of_another_split_are_refused(bench):
+    path = Path(bench.predictions("short"))
+    save_tensors(path, {"val": torch.zeros(400, 10), "test": torch.zeros(3, 10)}, {})
+    with pytest.raises(
+        ValueError, match=r"short/predictions\.safetensors must have 1197 test rows"
+    ):
+        bench.ensemble("short")
+
+
+def test_a_model_of_other_classes_is_refused(bench, trained):
+    tensors, facts = load_tensors(Path(trained.teacher["checkpoint"]))
+    path = bench.folder / "one" / "student.safetensors"
+    save_tensors(path, tensors, {**facts, "classes": list("abcdefghij")})
+    with pytest.raises(ValueError, match=r"student\.safetensors was trained for other classes"):
+        bench.score("one")
+
+
+def test_learning_works_at_all(bench):
+    """Twenty epochs on 200 digits, and a generation that learns from the teacher alone."""
+    rows, teacher = bench.train("one", "train.epochs=20")
+    assert rows[-1]["val_accuracy"] > 0.85
+    bench.label(teacher)
+    born_again, _ = bench.train(
+        "two", "train.epochs=20", "distill.alpha=1", generation=1, seed=9, teachers=[teacher]
+    )
+    assert born_again[-1]["val_accuracy"] > 0.85
+    assert not math.isclose(born_again[-1]["val_nll"], rows[-1]["val_nll"])

@@ -204,7 +204,9 @@ class _Trials:
         number = self._number(outcome.job)
         trial, history = self._open.pop(number)
         last: Row = history[-1] if history else {}
-        measured: Row = {key: last[key] for key in ("val_accuracy", "val_nll", "hash") if key in last}
+        measured: Row = {
+            key: last[key] for key in ("val_accuracy", "val_nll", "hash") if key in last
+        }
         status = "stopped" if outcome.stopped else "failed" if outcome.error else "completed"
         result = {
             **trial,

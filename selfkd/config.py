@@ -171,6 +171,13 @@ class Config:
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
+    @field_validator("student", mode="before")
+    @classmethod
+    def _named_student(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "name" not in value:
+            raise ValueError("must have a name: set student.name, also where it is model.name")
+        return value
+
     def space(self, generation: int) -> dict[str, Distribution]:
         """Return the search space of a generation: no `distill` keys without a teacher."""
         specs = dict(self.search.space)
@@ -397,11 +404,15 @@ def _overlay(
 
 
 def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
-    """Faults between settings: a search space that its config cannot follow."""
+    """Faults between settings, such as a search space that its config cannot follow."""
     teacher, trials = config.distill.teacher, config.search.trials
     if teacher.startswith("top:") and int(teacher[4:]) > trials:
         where = _located("distill.teacher", sources)
         yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
+    epochs, warmup = config.train.epochs, config.train.warmup_epochs
+    if warmup >= epochs:
+        where = _located("train.warmup_epochs", sources)
+        yield f"{where}: must be less than train.epochs ({epochs}), got {warmup}"
     for name in ("space", "labels_only_space"):
         space: dict[str, Any] = getattr(config.search, name)
         for key, spec in space.items():

@@ -1,6 +1,7 @@
 """The schema: what wins over what, and every mistake named with its source, key and value."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -553,3 +554,18 @@ def test_a_config_is_frozen():
     for thing, name in [(config, "rounds"), (config.train, "lr"), (config.distill, "alpha")]:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(thing, name, 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("student.args.width=3", "--set: student: must have a name: set student.name"),
+        (
+            "train.warmup_epochs=40",
+            "--set: train.warmup_epochs: must be less than train.epochs (40), got 40",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(setting, line):
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        load_config(settings=[setting])

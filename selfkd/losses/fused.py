@@ -23,7 +23,6 @@ _CHUNK = 2**17
 are slower, 2^18 is no faster (a core with 1 MiB of cache)."""
 _LN_2 = math.log(2)
 
-
 _Scalar = TypeVar("_Scalar", float, Tensor)
 
 
@@ -180,7 +179,7 @@ def _gradient(
     members = teacher_logits.to(student_logits.dtype)
     if average == "logits":
         members = _mean(members, members.dtype)
-    p_t = F.softmax(members / temperature, dim=-1).view(-1, batch, classes).mean(dim=0)
+    p_t = F.softmax(members / temperature, dim=-1).reshape(-1, batch, classes).mean(dim=0)
     y = F.one_hot(labels, classes).to(p_t.dtype) * (1 - label_smoothing) + label_smoothing / classes
     hard = F.softmax(student_logits, dim=-1) - y
     soft = F.softmax(student_logits / temperature, dim=-1) - p_t

@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,8 @@ def peak_extra_bytes(step: Callable[[], Tensor]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = step()
     held = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
@@ -62,12 +64,10 @@ def peak_extra_bytes(step: Callable[[], Tensor]) -> int:
 def compare(classes: int, rounds: int, scale: float) -> str:
     """Return one line: seconds and bytes of both, and their ratios."""
     generator = torch.Generator().manual_seed(0)
-    student = torch.randn(BATCH, classes, generator=generator).requires_grad_()
+    student = torch.randn(BATCH, classes, generator=generator, requires_grad=True)
     teacher = torch.randn(BATCH, classes, generator=generator)
     labels = torch.randint(classes, (BATCH,), generator=generator)
-    steps = [
-        lambda loss=loss: gradient(loss, student, teacher, labels, scale) for loss in (plain, ours)
-    ]
+    steps = [partial(gradient, loss, student, teacher, labels, scale) for loss in (plain, ours)]
     torch.testing.assert_close(steps[0](), steps[1](), rtol=1e-4, atol=1e-7)
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds):

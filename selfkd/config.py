@@ -174,7 +174,7 @@ class Config:
     @field_validator("student", mode="before")
     @classmethod
     def _named_student(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "name" not in value:
+        if isinstance(value, dict) and set(value) <= {"args"}:
             raise ValueError("must have a name: set student.name, also where it is model.name")
         return value
 

@@ -7,6 +7,7 @@ import logging
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -113,16 +114,20 @@ def _train(
     console: Console, folder: RunFolder, config: Config, *, verbose: bool
 ) -> tuple[list[Row], Row]:
     start = time.perf_counter()
-    # ray takes a second to import: bad input has been refused by now
+    # imported here, where bad input has been refused: ray takes a second
     from selfkd.cluster import connect
-    from selfkd.search import Pool
 
+    meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
+    meanwhile.start()
     resources = config.resources
     tracker = make_tracker(config, name=folder.path.name, folder=folder.path)
     console.print(tracker.description, soft_wrap=True)
     ray = connect(cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose)
     try:
         with Follower(console, config.rounds) as follower, ray as slots:
+            meanwhile.join()
+            from selfkd.search import Pool
+
             signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
             workers = min(slots, config.search.trials)
             entry = "selfkd.trial:run_job"
@@ -135,6 +140,13 @@ def _train(
         console.print(_cost(time.perf_counter() - start, follower.train_seconds, workers))
     console.print(tracker.description, soft_wrap=True)
     return results, ensemble
+
+
+def _import_the_rest() -> None:
+    """Import what takes seconds and is needed later, while Ray waits for its own processes."""
+    import scipy.stats
+
+    import selfkd.search  # noqa: F401
 
 
 def _cost(wall: float, train_seconds: float, workers: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 ECE_BINS = 15
 
@@ -36,9 +37,6 @@ def ece(logits: Tensor, labels: Tensor) -> float:
     >>> round(ece(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1])), 4)
     0.5
     """
-    # a second to import: only where calibration is asked for
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
     # torchmetrics gives a confidence of exactly 1 a bin of its own beyond the last
     probabilities = logits.float().softmax(dim=-1).clamp(max=1 - torch.finfo(torch.float32).eps)
     return float(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import shlex
 import signal
@@ -144,9 +145,8 @@ def _train(
 
 def _import_the_rest() -> None:
     """Import what takes seconds and is needed later, while Ray waits for its own processes."""
-    import scipy.stats
-
-    import selfkd.search  # noqa: F401
+    for module in ("selfkd.search", "scipy.stats"):
+        importlib.import_module(module)
 
 
 def _cost(wall: float, train_seconds: float, workers: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,9 +15,9 @@ LOG_WIDTH = 110  # where there is no terminal to ask
 
 def make_console() -> Console:
     """Return the console of a command's own output."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=LOG_WIDTH)
+        console.width = LOG_WIDTH
     return console
 
 
@@ -32,15 +31,14 @@ class Follower:
 
     def __init__(self, console: Console, rounds: int) -> None:
         self._console, self._rounds = console, rounds
-        self._best: Row | None = None
-        self._done = self._failed = 0
-        self._generation = 0
+        self._best: tuple[float, Row] | None = None
+        self._failed = 0
         self.train_seconds = 0.0
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -57,45 +55,54 @@ class Follower:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text)
+        self._progress.console.print(text, soft_wrap=True)
 
     def labelling(self, generation: int, teachers: int) -> None:
         """Show that a generation's teachers are asked for their soft targets."""
-        self._show(f"generation {generation}: asking {_count(teachers, 'teacher')}", None, 0, "")
+        self._start(f"generation {generation}: asking {_count(teachers, 'teacher')}", None)
 
     def generation_started(self, generation: int, trials: int, done: int) -> None:
         """Start the bar of a generation."""
-        self._generation, self._best, self._done, self._failed = generation, None, done, 0
-        kept = f", {done} of them done before" if done else ""
+        title = f"generation {generation} of {self._rounds}"
+        self._start(title, trials, done)
         if not self._console.is_terminal:
-            self.say(f"generation {generation} of {self._rounds}: {_count(trials, 'trial')}{kept}")
-        self._show(f"generation {generation} of {self._rounds}", trials, done, "")
+            kept = f", {done} of them done before" if done else ""
+            self.say(f"{title}: {_count(trials, 'trial')}{kept}")
+
+    def _start(self, title: str, total: int | None, done: int = 0) -> None:
+        self._best, self._failed = None, 0
+        self._progress.update(
+            self._task, description=title, total=total, completed=done, note=self._note()
+        )
 
     def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        """Nothing: trials are shown when they end."""
+        """Show how far a trial has come."""
+        where = f"trial {trial['trial']} at epoch {rows[-1]['epoch']}"
+        self._progress.update(self._task, note=f"{self._note()} ({where})")
 
     def trial_finished(self, trial: Row) -> None:
         """Count a trial; a failed one says why."""
-        self._done += 1
         self.train_seconds += trial["train_seconds"]
         if trial["status"] == "failed":
             self._failed += 1
-            self.say(f"trial {trial['trial']} failed: {trial['error']}")
-        elif self._best is None or trial["val_accuracy"] > self._best["val_accuracy"]:
-            self._best = trial
-        if trial["status"] != "failed" and not self._console.is_terminal:
-            self.say(
-                f"  trial {trial['trial']}: val {_percent(trial['val_accuracy'])}"
-                f"{_setting(trial['point'])}, {trial['train_seconds']:.1f} s"
-                + (" (stopped early)" if trial["status"] == "stopped" else "")
-            )
-        note = (
-            f"best val {_percent(self._best['val_accuracy'])}{_setting(self._best['point'])}"
-            if (self._best)
-            else ""
+            self.say(f"  trial {trial['trial']} failed: {trial['error']}")
+        else:
+            stopped = trial["status"] == "stopped"
+            if not stopped and (not self._best or trial["val_accuracy"] > self._best[0]):
+                self._best = trial["val_accuracy"], trial["point"]
+            if not self._console.is_terminal:
+                self.say(
+                    f"  trial {trial['trial']}: val {_percent(trial['val_accuracy'])}"
+                    f"{_setting(trial['point'])}, {trial['train_seconds']:.1f} s"
+                    + (" (stopped early)" if stopped else "")
+                )
+        self._progress.update(self._task, advance=1, note=self._note())
+
+    def _note(self) -> str:
+        best = (
+            [f"best val {_percent(self._best[0])}{_setting(self._best[1])}"] if self._best else []
         )
-        failed = f", {self._failed} failed" if self._failed else ""
-        self._show(None, None, self._done, note + failed)
+        return ", ".join(best + ([f"{self._failed} failed"] if self._failed else []))
 
     def generation_finished(self, result: Row) -> None:
         """Print the line of a finished generation."""
@@ -106,12 +113,6 @@ class Follower:
             + (f", agrees with its teacher on {_percent(agrees)}" if agrees is not None else "")
             + f"{_setting(result['point'])}"
         )
-
-    def _show(self, description: str | None, total: int | None, done: int, note: str) -> None:
-        changes: dict[str, Any] = {"completed": done, "note": note}
-        if description is not None:
-            changes |= {"description": description, "total": total}
-        self._progress.update(self._task, **changes)
 
 
 def make_table(results: Sequence[Row], ensemble: Row | None) -> Table:

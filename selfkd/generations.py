@@ -20,8 +20,8 @@ from rich.console import Console
 from selfkd.config import Config, ConfigError, load_config, merge_settings
 from selfkd.console import Follower, make_console, make_table
 from selfkd.jobs import Row
-from selfkd.lineage import RunFolder, born_again, finished, measure_ensemble
-from selfkd.tracking import NoTracker, make_tracker
+from selfkd.lineage import Listener, RunFolder, born_again, finished, measure_ensemble
+from selfkd.tracking import make_tracker
 
 INTERRUPTED = 130
 USAGE = 2
@@ -95,25 +95,22 @@ def _run(console: Console, folder: RunFolder, config: Config, *, verbose: bool) 
         f"{config.model.name} on {config.data.name}; run folder {folder.path}",
         soft_wrap=True,
     )
-    done = finished(config, folder)
-    if done is None:
-        results, ensemble = _train(console, folder, config, verbose=verbose)
-    else:
-        results, ensemble = done
+    notes = [] if finished(config, folder) else _train(console, folder, config, verbose=verbose)
+    results, ensemble = finished(config, folder) or ([], None)
     console.print(make_table(results, ensemble))
-    console.print(
+    notes = [
         f"val acc is the best of {config.search.trials} trials, so it is optimistic; the test "
-        "split was read once a generation, after the choice.\n"
-        f"models:  {folder.path}/generation_*/student.safetensors\n"
+        "split was read once a generation, after the choice.",
+        *notes,
+        f"models:  {folder.path}/generation_*/student.safetensors",
         f"more generations:  {_resume(folder)} --rounds {config.rounds + 1}",
-        soft_wrap=True,
-    )
+    ]
+    console.print("\n".join(notes), soft_wrap=True)
     return 0
 
 
-def _train(
-    console: Console, folder: RunFolder, config: Config, *, verbose: bool
-) -> tuple[list[Row], Row]:
+def _train(console: Console, folder: RunFolder, config: Config, *, verbose: bool) -> list[str]:
+    """Do what is left of a run; return what to say of it."""
     start = time.perf_counter()
     # imported here, where bad input has been refused: ray takes a second
     from selfkd.cluster import connect
@@ -133,14 +130,12 @@ def _train(
             workers = min(slots, config.search.trials)
             entry = "selfkd.trial:run_job"
             with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
-                results = born_again(config, folder, pool, _Both(follower, tracker))
-                ensemble = measure_ensemble(config, folder, pool, results)
+                results = born_again(config, folder, pool, _All(follower, tracker))
+                measure_ensemble(config, folder, pool, results)
     finally:
         tracker.close()
-    if follower.train_seconds:
-        console.print(_cost(time.perf_counter() - start, follower.train_seconds, workers))
-    console.print(tracker.description, soft_wrap=True)
-    return results, ensemble
+    cost = _cost(time.perf_counter() - start, follower.train_seconds, workers)
+    return [cost, tracker.description]
 
 
 def _import_the_rest() -> None:
@@ -150,6 +145,8 @@ def _import_the_rest() -> None:
 
 
 def _cost(wall: float, train_seconds: float, workers: int) -> str:
+    if not train_seconds:
+        return f"time:  {wall:.1f} s, no trial was left to run"
     ideal = train_seconds / workers
     return (
         f"time:  {wall:.1f} s in all; training alone would take {ideal:.1f} s on {workers} "
@@ -158,14 +155,15 @@ def _cost(wall: float, train_seconds: float, workers: int) -> str:
     )
 
 
-class _Both:
-    """Tells the terminal and the tracker."""
+class _All:
+    """Tells several listeners, one after the other."""
 
-    def __init__(self, follower: Follower, tracker: NoTracker) -> None:
-        self._follower, self._listeners = follower, (follower, tracker)
+    def __init__(self, *listeners: Listener) -> None:
+        self._listeners = listeners
 
     def labelling(self, generation: int, teachers: int) -> None:
-        self._follower.labelling(generation, teachers)
+        for listener in self._listeners:
+            listener.labelling(generation, teachers)
 
     def generation_started(self, generation: int, trials: int, done: int) -> None:
         for listener in self._listeners:

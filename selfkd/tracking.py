@@ -31,6 +31,9 @@ class NoTracker:
 
     description = "W&B: none"
 
+    def labelling(self, generation: int, teachers: int) -> None:
+        """Nothing."""
+
     def generation_started(self, generation: int, trials: int, done: int) -> None:
         """Nothing."""
 

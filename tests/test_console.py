@@ -1,0 +1,90 @@
+"""What is printed: on a terminal and in a log, for what succeeds and what fails."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from selfkd.console import Follower, make_table
+
+TRIAL: dict[str, Any] = {
+    "generation": 1,
+    "trial": 0,
+    "point": {"distill.temperature": 4.0, "distill.alpha": 0.5},
+    "status": "completed",
+    "error": None,
+    "val_accuracy": 0.9,
+    "train_seconds": 2.0,
+}
+RESULT: dict[str, Any] = {
+    "generation": 1,
+    "point": TRIAL["point"],
+    "temperature": 4.0,
+    "alpha": 0.5,
+    "val_accuracy": 0.9,
+    "test_accuracy": 0.8125,
+    "test_nll": 0.5,
+    "test_ece": 0.01,
+    "agreement": 0.75,
+    "seconds": 3.0,
+}
+
+
+def follow(*trials: dict[str, Any], terminal: bool = False) -> tuple[str, Follower]:
+    output = io.StringIO()
+    console = Console(
+        file=output, force_terminal=terminal, width=110, markup=False, highlight=False
+    )
+    with Follower(console, 2) as follower:
+        follower.labelling(1, 2)
+        follower.generation_started(1, 3, 1)
+        for trial in trials:
+            follower.trial_reported(trial, [{"epoch": 7}])
+            follower.trial_finished(trial)
+        follower.generation_finished(RESULT)
+    return output.getvalue(), follower
+
+
+def test_a_log_has_a_line_a_trial() -> None:
+    text, follower = follow(TRIAL, {**TRIAL, "trial": 1, "status": "stopped"})
+    assert text.splitlines() == [
+        "generation 1 of 2: 3 trials, 1 of them done before",
+        "  trial 0: val 90.00% (T 4, alpha 0.5), 2.0 s",
+        "  trial 1: val 90.00% (T 4, alpha 0.5), 2.0 s (stopped early)",
+        "generation 1: val 90.00%, test 81.25%, agrees with its teacher on 75.00% (T 4, alpha 0.5)",
+    ]
+    assert follower.train_seconds == 4.0
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_failed_trial_says_why_to_the_letter(terminal: bool) -> None:
+    error = "ValueError: width must be positive, got [1, 2] [/b]"
+    text, _ = follow({**TRIAL, "status": "failed", "error": error}, terminal=terminal)
+    assert f"trial 0 failed: {error}" in text
+
+
+def test_a_terminal_shows_the_best_so_far() -> None:
+    text, _ = follow(TRIAL, {**TRIAL, "trial": 1, "val_accuracy": 0.8}, terminal=True)
+    assert "generation 1 of 2" in text
+    assert "best val 90.00% (T 4, alpha 0.5)" in text
+    assert "3/3" in text
+
+
+def test_the_table_has_a_row_a_generation_and_the_ensemble_last() -> None:
+    first = {**RESULT, "generation": 0, "temperature": None, "alpha": None}
+    del first["agreement"]
+    console = Console(file=io.StringIO(), width=110, record=True)
+    console.print(make_table([first, RESULT], {**RESULT, "test_accuracy": 0.99}))
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in console.export_text().splitlines()
+        if line.startswith("│")
+    ]
+    assert cells == [
+        ["0 (labels)", "", "", "90.00%", "81.25%", "0.5000", "0.0100", "", "3.0"],
+        ["1", "4.00", "0.50", "90.00%", "81.25%", "0.5000", "0.0100", "75.00%", "3.0"],
+        ["ensemble of 2", "", "", "90.00%", "99.00%", "0.5000", "0.0100", "", ""],
+    ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb_files import history
 
 from selfkd.generations import main
 from selfkd.lineage import RunFolder
@@ -97,14 +98,7 @@ def test_wandb_has_a_run_a_trial_and_the_lineage(whole: tuple[Path, str]) -> Non
     runs = sorted(path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*"))
     trials = [f"whole-g{generation}-t{trial}" for generation in range(3) for trial in range(3)]
     assert runs == sorted([*trials, "whole-lineage"])
-    (lineage,) = folder.glob("wandb/offline-run-*-whole-lineage")
-    printed = subprocess.run(
-        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(lineage)],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    rows = [r["history"]["item"] for r in map(json.loads, printed.splitlines()) if "history" in r]
+    rows = history(folder, "whole-lineage")
     assert [row["generation"] for row in rows] == [0, 1, 2]
     assert [row["test_accuracy"] for row in rows] == pytest.approx(
         [result["test_accuracy"] for result in ledger(folder)]

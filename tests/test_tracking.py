@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb_files import history, records
 
 from selfkd import tracking
 from selfkd.config import Config, load_config
@@ -59,22 +57,6 @@ def offline(folder: Path, *settings: str) -> WandbTracker:
     tracker = make_tracker(config, name="run-a", folder=folder)
     assert isinstance(tracker, WandbTracker)
     return tracker
-
-
-def records(folder: Path, run_id: str) -> list[dict[str, Any]]:
-    """Read an offline run back: `wandb leet inspect --json`, one record a line."""
-    (run,) = (folder / "wandb").glob(f"offline-run-*-{run_id}")
-    output = subprocess.run(
-        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run)],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return [json.loads(line) for line in output.splitlines()]
-
-
-def history(folder: Path, run_id: str) -> list[dict[str, Any]]:
-    return [r["history"]["item"] for r in records(folder, run_id) if r["type"] == "history"]
 
 
 def test_a_trial_is_a_run_with_its_config_epochs_and_summary(tmp_path: Path) -> None:

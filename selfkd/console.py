@@ -71,7 +71,7 @@ class Follower:
 
     def _start(self, title: str, total: int | None, done: int = 0) -> None:
         self._best, self._failed = None, 0
-        self._progress.update(
+        self._progress.reset(
             self._task, description=title, total=total, completed=done, note=self._note()
         )
 

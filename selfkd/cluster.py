@@ -42,7 +42,8 @@ def connect(*, cpu: float, gpu: float, storage: Path, verbose: bool = False) -> 
             ]
             raise ConfigError(
                 f"resources must fit on a node: asked for {cpu:g} CPU and {gpu:g} GPU a trial, "
-                f"but the largest node has {most[0]:g} CPU and {most[1]:g} GPU"
+                f"but the largest node has {most[0]:g} CPU and {most[1]:g} GPU: "
+                "set resources.cpu and resources.gpu to what there is"
             )
         if len(nodes) > 1:
             _check_storage(nodes, storage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ class TrainConfig:
     optimizer: str = "sgd"
     """A timm optimiser name: sgd (with Nesterov momentum), adamw, …"""
     lr: float = Field(default=0.05, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, gt=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["cosine", "step", "none"] = "cosine"
     """Learning rate by timm's schedulers; `step` divides it by 10 at 1/2 and 3/4 of the epochs."""
@@ -170,6 +171,13 @@ class Config:
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"must be a folder (one that all nodes see), got {value!r}")
+        return value
 
     @field_validator("student", mode="before")
     @classmethod
@@ -409,6 +417,9 @@ def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if teacher.startswith("top:") and int(teacher[4:]) > trials:
         where = _located("distill.teacher", sources)
         yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
+    if config.search.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
+        where = _located("search.algorithm", sources)
+        yield f"{where}: optuna is not installed: pip install 'selfkd[optuna]'"
     epochs, warmup = config.train.epochs, config.train.warmup_epochs
     if warmup >= epochs:
         where = _located("train.warmup_epochs", sources)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -113,17 +114,19 @@ class Follower:
             + (f", agrees with its teacher on {_percent(agrees)}" if agrees is not None else "")
             + f"{_setting(result['point'])}"
         )
+        if len(result["models"]) < result["wanted_models"]:
+            self.say(f"  only {_count(len(result['models']), 'trial')} of it can teach")
 
 
 def make_table(results: Sequence[Row], ensemble: Row | None) -> Table:
     """Return the table of a run: a row a generation, then their ensemble."""
-    table = Table(title_justify="left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("generation", justify="left", no_wrap=True)
-    for column in ("T", "alpha", "val acc", "test acc", "NLL", "ECE", "agreement", "seconds"):
+    for column in ("T", "alpha", "val acc", "test acc", "NLL", "ECE", "agrees", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
-            str(result["generation"]) + (" (labels)" if result["generation"] == 0 else ""),
+            str(result["generation"]),
             _number(result["temperature"], "{:.2f}"),
             _number(result["alpha"], "{:.2f}"),
             *_measures(result),
@@ -132,7 +135,7 @@ def make_table(results: Sequence[Row], ensemble: Row | None) -> Table:
         )
     if ensemble is not None:
         table.add_section()
-        table.add_row(f"ensemble of {len(results)}", "", "", *_measures(ensemble), "", "")
+        table.add_row("ensemble", "", "", *_measures(ensemble), "", "")
     return table
 
 

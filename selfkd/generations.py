@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import logging
+import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -58,17 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = make_console()
     try:
         folder, config = _prepare(arguments)
-    except ConfigError as error:
+    except (ValueError, OSError) as error:
         return _fault(error)
     try:
         return _run(console, folder, config, verbose=arguments.verbose)
     except ConfigError as error:
-        _remove_if_empty(folder)
+        if arguments.resume is None:
+            _remove_if_empty(folder)
         return _fault(error)
     except KeyboardInterrupt:
         console.print(f"\nstopped; continue with:\n  {_resume(folder)}", soft_wrap=True)
         return INTERRUPTED
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}\ncontinue with: {_resume(folder)}", file=sys.stderr)  # noqa: T201
         return FAILED
 
@@ -76,16 +80,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(arguments: argparse.Namespace) -> tuple[RunFolder, Config]:
     flags = {"rounds": arguments.rounds, "seed": arguments.seed, "name": arguments.name}
     if arguments.resume is None:
-        config = load_config(arguments.config, settings=arguments.settings, flags=flags)
+        config = _at_home(load_config(arguments.config, settings=arguments.settings, flags=flags))
         name = config.name or f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}".replace("/", "-")
-        return RunFolder.create(Path(config.storage) / name, config), config
+        return RunFolder.create(Path(config.storage).expanduser() / name, config), config
     folder, stored = RunFolder.open(Path(arguments.resume))
     if arguments.config:
+        flags = {"rounds": stored.rounds, "name": stored.name} | {
+            key: value for key, value in flags.items() if value is not None
+        }
         config = load_config(arguments.config, settings=arguments.settings, flags=flags)
     else:
         config = merge_settings(stored, settings=arguments.settings, flags=flags)
-    folder.update(stored, config)
+    config = _at_home(config)
+    folder.check_change(stored, config)
     return folder, config
+
+
+def _at_home(config: Config) -> Config:
+    """Return a config whose data lies where this process sees it: workers have other folders."""
+    root = config.data.root or os.environ.get("SELFKD_DATA")
+    if root is None:
+        return config
+    absolute = str(Path(root).expanduser().absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, root=absolute))
 
 
 def _run(console: Console, folder: RunFolder, config: Config, *, verbose: bool) -> int:
@@ -118,7 +135,7 @@ def _train(console: Console, folder: RunFolder, config: Config, *, verbose: bool
     meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
     meanwhile.start()
     resources = config.resources
-    tracker = make_tracker(config, name=folder.path.name, folder=folder.path)
+    tracker = make_tracker(config, name=folder.path.name, run_id=folder.run_id, folder=folder.path)
     console.print(tracker.description, soft_wrap=True)
     ray = connect(cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose)
     try:
@@ -190,16 +207,15 @@ def _resume(folder: RunFolder) -> str:
     return f"python -m selfkd.generations --resume {shlex.quote(str(folder.path))}"
 
 
-def _fault(error: ConfigError) -> int:
+def _fault(error: Exception) -> int:
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     return USAGE
 
 
 def _remove_if_empty(folder: RunFolder) -> None:
     """Remove the folder of a run that never began, so that its name is free again."""
-    if [entry.name for entry in folder.path.iterdir()] == ["config.yaml"]:
-        (folder.path / "config.yaml").unlink()
-        folder.path.rmdir()
+    if not (folder.path / "data.json").exists():
+        shutil.rmtree(folder.path)
 
 
 if __name__ == "__main__":

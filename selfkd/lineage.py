@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from selfkd.files import load_json, save_json, save_text
 from selfkd.jobs import Executor, Job, Outcome, Row, run_one
 from selfkd.space import Optuna, Point, Points, Proposer, make_points
 
-RESUMABLE = ("rounds", "tracking.", "resources.", "storage", "name")
+RESUMABLE = ("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download")
 
 
 class RunError(RuntimeError):
@@ -73,6 +74,7 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True)
+            save_text(path / "run_id", f"{path.name}-{secrets.token_hex(4)}")
             save_text(path / "config.yaml", dump_config(config))
         except OSError as error:
             raise ConfigError(f"run folder {path} must be writable: {error.strerror}") from None
@@ -90,8 +92,8 @@ class RunFolder:
             raise ConfigError(f"--resume must be a run folder (with a config.yaml), got {path}")
         return cls(path), from_tree(parse_yaml(config.read_text(), str(config)))
 
-    def update(self, old: Config, new: Config) -> None:
-        """Continue with a changed config, where that is no other experiment.
+    def check_change(self, old: Config, new: Config) -> None:
+        """Check that a changed config is no other experiment.
 
         Raises:
             ConfigError: with what differs.
@@ -105,7 +107,28 @@ class RunFolder:
         done = len(self.results())
         if new.rounds + 1 < done:
             raise ConfigError(f"rounds must be at least the {done - 1} done, got {new.rounds}")
-        save_text(self.path / "config.yaml", dump_config(new))
+
+    def keep(self, config: Config, data: Row) -> None:
+        """Write down the config of this start and the facts of the data.
+
+        Raises:
+            ConfigError: the run was started on other data.
+        """
+        path = self.path / "data.json"
+        known = load_json(path) if path.exists() else data
+        changed = [f"{key}: {known[key]} -> {data[key]}" for key in data if known[key] != data[key]]
+        if changed:
+            raise ConfigError(
+                f"{self.path} was started on other data, so it cannot be resumed on this:\n  "
+                + "\n  ".join(changed)
+            )
+        save_json(path, data)
+        save_text(self.path / "config.yaml", dump_config(config))
+
+    @property
+    def run_id(self) -> str:
+        """The name of this run among all runs of that name, made when it began."""
+        return (self.path / "run_id").read_text()
 
     @property
     def targets(self) -> Path:
@@ -162,7 +185,7 @@ class _Trials:
         self._open: dict[int, tuple[Row, list[Row]]] = {}
         for number in range(config.search.trials):
             result = folder.trial_result(generation, number)
-            if result is not None:
+            if result is not None and result["status"] != "failed":
                 self.results[number] = result
                 proposer.tell(number, result["point"], result.get("val_accuracy"))
         self._waiting = [n for n in range(config.search.trials) if n not in self.results]
@@ -245,7 +268,7 @@ def born_again(
         checked = run_one(executor, "check", config=to_tree(config))
         if "fault" in checked:
             raise ConfigError(checked["fault"])
-        save_json(folder.path / "data.json", checked["facts"])
+        folder.keep(config, checked["facts"])
     for result in results:
         listener.generation_finished(result)
     for generation in range(len(results), config.rounds + 1):
@@ -259,8 +282,11 @@ def measure_ensemble(
     config: Config, folder: RunFolder, executor: Executor, results: Sequence[Row]
 ) -> Row:
     """Measure the ensemble of all generations, the average of their probabilities."""
-    predictions = [str(folder.path / result["predictions"]) for result in results]
-    row = run_one(executor, "ensemble", config=to_tree(config), predictions=predictions)
+    members = [
+        {"hash": result["hash"], "predictions": str(folder.path / result["predictions"])}
+        for result in results
+    ]
+    row = run_one(executor, "ensemble", config=to_tree(config), members=members)
     save_json(folder.path / "summary.json", _summary(results, row))
     return row
 
@@ -417,6 +443,7 @@ def _measure(
         **measured,
         "teachers": list(teachers),
         "models": models,
+        "wanted_models": kept,
         "predictions": folder.relative(predictions),
         "history": chosen["history"],
     }

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 from ray import tune
@@ -88,6 +89,7 @@ class _Batch:
         self.running: dict[str, Job] = {}
         self.last_rows: dict[str, Row] = {}
         self.finished = threading.Event()
+        self.failure: Exception | None = None
 
     def ask(self) -> Job | None:
         if self.exhausted or (self.limit is not None and len(self.running) >= self.limit):
@@ -99,6 +101,14 @@ class _Batch:
 
     def close_if_done(self) -> None:
         if self.exhausted and not self.running:
+            self.finished.set()
+
+    def hear(self, listen: Callable[[], None]) -> None:
+        """Tell the jobs something; Tune would take what they raise for a failure of the trial."""
+        try:
+            listen()
+        except Exception as error:  # noqa: BLE001 - raised again by the thread that waits
+            self.failure = self.failure or error
             self.finished.set()
 
 
@@ -229,13 +239,15 @@ class _Desk(_Unsaved, FIFOScheduler):
         rows = result.get("rows")
         if rows and self.batch is not None:
             self.batch.last_rows[trial.trial_id] = rows[-1]
-            self.batch.jobs.report(job, rows)
+            jobs = self.batch.jobs
+            self.batch.hear(lambda: jobs.report(job, rows))
 
     def _end(self, trial_id: str, *, error: str | None = None, stopped: bool = False) -> None:
         if self.batch is not None:
             job = self.batch.running.pop(trial_id)
             row = self.batch.last_rows.pop(trial_id, {})
-            self.batch.jobs.tell(Outcome(job, row, error, stopped))
+            jobs = self.batch.jobs
+            self.batch.hear(lambda: jobs.tell(Outcome(job, row, error, stopped)))
             self.batch.close_if_done()
 
 
@@ -301,12 +313,17 @@ class Pool:
 
         Raises:
             RuntimeError: the pool has stopped.
+            Exception: what `jobs` raised.
         """
         batch = _Batch(jobs, max_epochs=max_epochs, limit=limit)
         self._desk.inbox.put(batch)
         while not batch.finished.wait(timeout=0.2):
             if not self._thread.is_alive():
-                raise RuntimeError("Ray Tune stopped before the jobs were done") from self._failure
+                raise RuntimeError(
+                    f"Ray Tune stopped before the jobs were done: {self._failure}"
+                ) from self._failure
+        if batch.failure is not None:
+            raise batch.failure
 
 
 class _StopWhenClosed(_Unsaved, tune.Stopper):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from selfkd.config import Config, to_tree
+from selfkd.config import Config, ConfigError, to_tree
 from selfkd.jobs import Row
 
 REACH_SECONDS = 3.0
@@ -55,7 +55,8 @@ class WandbTracker(NoTracker):
 
     Args:
         mode: `online` or `offline`.
-        name: of the run: the group of its trials, and the start of their stable ids.
+        name: of the run: the group of its trials.
+        run_id: start of the stable ids of its W&B runs.
         folder: where W&B writes.
         config: of the run.
     """
@@ -65,6 +66,7 @@ class WandbTracker(NoTracker):
         mode: Literal["online", "offline"],
         *,
         name: str,
+        run_id: str,
         folder: Path,
         config: Config,
     ) -> None:
@@ -73,7 +75,7 @@ class WandbTracker(NoTracker):
         self._wandb = wandb
         self._mode = mode
         self._folder = folder
-        self._name, self._config = name, config
+        self._name, self._run_id, self._config = name, run_id, config
         self._trials: dict[tuple[int, int], Any] = {}
         self._lineage: Any = None
         self._broken = False
@@ -153,7 +155,7 @@ class WandbTracker(NoTracker):
             config |= {name: trial[name] for name in ("generation", "trial", "teachers")}
             config["trial_seed"] = trial["seed"]
             self._trials[key] = self._open(
-                f"{self._name}-g{key[0]}-t{key[1]}", "epoch", f"generation-{key[0]}", config
+                f"{self._run_id}-g{key[0]}-t{key[1]}", "epoch", f"generation-{key[0]}", config
             )
         return self._trials[key]
 
@@ -187,7 +189,7 @@ class WandbTracker(NoTracker):
         def work() -> None:
             if self._lineage is None:
                 self._lineage = self._open(
-                    f"{self._name}-lineage", "generation", "lineage", to_tree(self._config)
+                    f"{self._run_id}-lineage", "generation", "lineage", to_tree(self._config)
                 )
             if result["generation"] > _already(self._lineage, "generation"):
                 plain = {
@@ -218,19 +220,29 @@ def _already(run: Any, axis: str) -> int:
     return int(run.summary.get(axis, -1)) if getattr(run, "resumed", False) else -1
 
 
-def make_tracker(config: Config, *, name: str, folder: Path) -> NoTracker:
-    """Make the tracker that a config asks for; `auto` is online only where that will work."""
+def make_tracker(config: Config, *, name: str, run_id: str, folder: Path) -> NoTracker:
+    """Make the tracker that a config asks for; `auto` is online only where that will work.
+
+    Raises:
+        ConfigError: online is asked for, and there is no key.
+    """
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    has_key = _has_key(host.hostname or "")
     mode = config.tracking.mode
     if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
         mode = "none"
     elif mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
         mode = "offline"
     elif mode == "auto":
-        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-        mode = "online" if _has_key(host.hostname or "") and _answers(host) else "offline"
+        mode = "online" if has_key and _answers(host) else "offline"
     if mode == "none":
         return NoTracker()
-    return WandbTracker(mode, name=name, folder=folder, config=config)
+    if mode == "online" and not has_key:
+        raise ConfigError(
+            "tracking.mode must be offline where there is no key, got online: "
+            "run wandb login or set WANDB_API_KEY"
+        )
+    return WandbTracker(mode, name=name, run_id=run_id, folder=folder, config=config)
 
 
 def _has_key(host: str) -> bool:

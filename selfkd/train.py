@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from selfkd.views import Views
 
 Precision = Literal["none", "bfloat16", "float16"]
 EVAL_BATCH = 1000
+EVAL_VALUES = 2**22  # of a batch of large images
 CHECK_STEPS = 100  # how often a loss is looked at: on a GPU each look waits for it
 
 
@@ -164,6 +166,11 @@ def fit(
         measured = evaluate(
             average or student, data, device=device, workers=workers, precision=precision
         )
+        if not math.isfinite(measured["nll"]):
+            raise NonFiniteLossError(
+                f"validation loss must be finite, got {measured['nll']} after epoch {epoch}: "
+                "lower train.lr or set train.clip_grad"
+            )
         yield {
             "epoch": epoch,
             **{name: float(torch.stack(values).mean()) for name, values in terms.items()},
@@ -210,12 +217,13 @@ def predict(
     """
     training = model.training
     model.eval()
+    values = data.in_chans * data.image_size**2
     with autocast(device, precision):
         rows = [
             model(inputs).float().cpu()
             for inputs, _, _ in data.batches(
                 split,
-                batch_size=EVAL_BATCH,
+                batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),
                 views=views,
                 view=view,
                 device=device,

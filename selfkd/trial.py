@@ -13,8 +13,9 @@ from torch import Tensor
 from selfkd import metrics
 from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
-from selfkd.data import Data, load_data
+from selfkd.data import Data, fingerprint, load_data
 from selfkd.distiller import Distiller
+from selfkd.jobs import Row
 from selfkd.models import make_model, parameters_count
 from selfkd.targets import data_key, load_targets, save_targets, target_path
 from selfkd.teacher import Ensemble, Teacher
@@ -28,7 +29,6 @@ from selfkd.train import (
 )
 from selfkd.views import Views
 
-Row = dict[str, Any]
 AUGMENTED_VIEWS = 8
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, Split] = ("val", "test")  # what is predicted and kept
@@ -148,8 +148,15 @@ def check(config: Tree) -> Iterator[Row]:
             "views": bench.views.count,
             "parameters": sizes,
             "fingerprint": bench.data.fingerprint,
+            "val": _fingerprint(bench, "val"),
+            "test": _fingerprint(bench, "test"),
         }
     }
+
+
+def _fingerprint(bench: _Bench, split: Split) -> str:
+    data = bench.data
+    return fingerprint(getattr(data, split), mean=data.mean, std=data.std)
 
 
 def _tried(bench: _Bench, model: ModelConfig) -> torch.nn.Module:
@@ -334,23 +341,26 @@ def score(
     yield row
 
 
-def ensemble(config: Tree, predictions: Sequence[str]) -> Iterator[Row]:
-    """Measure the average of several models' probabilities, from their saved predictions."""
+def ensemble(config: Tree, members: Sequence[Mapping[str, str]]) -> Iterator[Row]:
+    """Measure the average of several models' probabilities, from their saved predictions.
+
+    Args:
+        config: of the run.
+        members: `hash` of each model and the file of its `predictions`.
+    """
     bench = _Bench(config)
-    logits = _average(bench, predictions)
-    val = metrics.accuracy(logits["val"], bench.labels("val"))
-    yield {"val_accuracy": val, **_test_row(bench, logits)}
-
-
-def _average(bench: _Bench, predictions: Sequence[str]) -> dict[str, Tensor]:
-    members = [load_tensors(Path(path))[0] for path in predictions]
-    for path, member in zip(predictions, members, strict=True):
-        if len(member["test"]) != len(bench.data.test.labels):
-            raise ValueError(f"{path} must have {len(bench.data.test.labels)} test rows")
-    return {
-        split: metrics.mean_probabilities(torch.stack([member[split] for member in members]))
+    saved = []
+    for member in members:
+        logits, facts = load_tensors(Path(member["predictions"]))
+        if facts["student"] != member["hash"]:
+            raise ValueError(f"{member['predictions']} was written by another model")
+        saved.append(logits)
+    mean: dict[str, Tensor] = {
+        split: metrics.mean_probabilities(torch.stack([logits[split] for logits in saved]))
         for split in SPLITS
     }
+    val = metrics.accuracy(mean["val"], bench.labels("val"))
+    yield {"val_accuracy": val, **_test_row(bench, mean)}
 
 
 def _test_row(bench: _Bench, logits: Mapping[str, Tensor]) -> Row:

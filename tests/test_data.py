@@ -689,7 +689,10 @@ def test_fingerprint_does_not_depend_on_how_much_is_held_out(folder):
 def test_fingerprint_sees_each_pixel_label_and_normalisation():
     split = load_data("digits").train
     mean, std = (0.5,), (0.25,)
-    mark = selfkd.data.load._fingerprint
+
+    def mark(split, mean, std):
+        return selfkd.data.fingerprint(split, mean=mean, std=std)
+
     marks = {mark(split, mean, std), mark(split, (0.4,), std), mark(split, mean, (0.2,))}
     pixel, label = split.images.clone(), split.labels.clone()
     pixel[-1, 0, 7, 7] ^= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,13 +59,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_prints_what_it_does_a_table_and_what_to_type_next(whole: tuple[Path, str]) -> None:
     folder, printed = whole
     assert "generation 0 on labels, then 2 born-again (3 in all), 3 trials each" in printed
-    for column in ("T", "alpha", "val acc", "test acc", "NLL", "ECE", "agreement", "seconds"):
-        assert re.search(rf"┃\s+{column} ", printed), column
+    for column in ("T", "alpha", "val acc", "test acc", "NLL", "ECE", "agrees", "seconds"):
+        assert re.search(rf"\s{column}\s", printed), column
     results = RunFolder(folder).results()
     for result in results[1:]:
-        row = rf"│ {result['generation']} .*{result['temperature']:.2f}.*{result['alpha']:.2f}.*"
+        row = rf"\n {result['generation']} .*{result['temperature']:.2f}.*{result['alpha']:.2f}.*"
         assert re.search(row + f"{result['test_accuracy']:.2%}", printed)
-    assert re.search(r"│ ensemble of 3 ", printed)
+    assert re.search(r"\n ensemble ", printed)
     assert "wandb sync" in printed
     assert f"--resume {folder} --rounds 3" in printed
     assert re.search(r"everything else added -?\d+\.\d s \(-?\d+% of the training\)", printed)
@@ -95,10 +96,11 @@ def test_each_generation_learns_from_the_one_before(whole: tuple[Path, str]) -> 
 
 def test_wandb_has_a_run_a_trial_and_the_lineage(whole: tuple[Path, str]) -> None:
     folder, _ = whole
-    runs = sorted(path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*"))
-    trials = [f"whole-g{generation}-t{trial}" for generation in range(3) for trial in range(3)]
-    assert runs == sorted([*trials, "whole-lineage"])
-    rows = history(folder, "whole-lineage")
+    run_id = RunFolder(folder).run_id
+    runs = sorted(path.name.split("-", 2)[-1] for path in folder.glob("wandb/offline-run-*"))
+    trials = [f"{run_id}-g{generation}-t{trial}" for generation in range(3) for trial in range(3)]
+    assert runs == sorted([*trials, f"{run_id}-lineage"])
+    rows = history(folder, f"{run_id}-lineage")
     assert [row["generation"] for row in rows] == [0, 1, 2]
     assert [row["test_accuracy"] for row in rows] == pytest.approx(
         [result["test_accuracy"] for result in ledger(folder)]
@@ -111,7 +113,10 @@ def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: 
     done = run(tmp_path, "--resume", str(folder), settings=[])
     assert done.returncode == 0, done.stdout + done.stderr
     assert ledger(folder) == before
-    tables = [re.findall(r"│.*│", text) for text in (printed, done.stdout)]
+    tables = [
+        re.findall(r"generation +T .*ensemble[^\n]*", text, re.DOTALL)[0]
+        for text in (printed, done.stdout)
+    ]
     assert tables[0] == tables[1]
 
 
@@ -156,7 +161,7 @@ def test_stopped_and_resumed_equals_undisturbed(
     assert done.returncode == 0, done.stdout + done.stderr
     assert ledger(folder) == ledger(whole[0])
     assert all(path.stat().st_mtime_ns == moment for path, moment in finished.items())
-    runs = [path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*")]
+    runs = [path.name.split("-", 2)[-1] for path in folder.glob("wandb/offline-run-*")]
     assert len(runs) == len(set(runs)), "a resumed run doubled in W&B"
 
 
@@ -181,6 +186,8 @@ def test_stopped_and_resumed_equals_undisturbed(
         (["--resume", "nowhere"], "--resume must be a run folder"),
         (["--set", "storage=/dev/null"], "must be writable"),
         (["--name", "a/b"], "name: must match"),
+        (["--set", "storage=s3://bucket/runs"], "storage: must be a folder"),
+        (["--set", "tracking=online"], "tracking.mode must be offline where there is no key"),
     ],
 )
 def test_bad_input_is_one_message_and_code_2(
@@ -226,8 +233,9 @@ def test_resume_with_a_changed_config_says_what_differs(
     ],
 )
 def test_what_only_the_workers_can_know_is_code_2_too(
-    tmp_path: Path, settings: list[str], message: str
+    tmp_path: Path, settings: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = run(tmp_path, "--name", "a", settings=settings)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
@@ -252,3 +260,30 @@ def test_import_needs_neither_ray_nor_wandb_nor_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     ).stdout
     assert printed.strip() == "[]"
+
+
+def test_a_relative_data_root_is_found_and_kept_absolute(tmp_path: Path) -> None:
+    """Workers have folders of their own: what the user names is relative to the user's."""
+    from PIL import Image
+
+    for split, count in (("train", 8), ("test", 3)):
+        for name, shade in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8), shade + number).save(folder / f"{number}.png")
+    settings = ["data.name=folder", "data.root=images", "search.trials=1", "train.epochs=1"]
+    done = run(tmp_path, "--rounds", "0", "--name", "a", settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = (tmp_path / "runs" / "a" / "config.yaml").read_text()
+    assert f"root: {tmp_path / 'images'}" in config
+
+
+def test_a_damaged_ledger_is_one_message(
+    whole: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole[0], folder)
+    (folder / "generation_001" / "result.json").write_text("{")
+    assert main(["--resume", str(folder)]) == 2
+    assert "generation_001/result.json is damaged" in capsys.readouterr().err

@@ -261,10 +261,10 @@ def test_rounds_can_be_raised_on_resume(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=1")
     born_again(config, folder, InProcess(Fake({})), Ear())
     more = load_config(settings=[*TINY, "rounds=2"])
-    folder.update(config, more)
-    assert RunFolder.open(folder.path)[1].rounds == 2
+    folder.check_change(config, more)
     fake = Fake({})
     assert len(born_again(more, folder, InProcess(fake), Ear())) == 3
+    assert RunFolder.open(folder.path)[1].rounds == 2
     assert len(fake.kinds("train")) == 3
 
 
@@ -272,14 +272,14 @@ def test_rounds_cannot_be_lowered_below_what_is_done(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=1")
     born_again(config, folder, InProcess(Fake({})), Ear())
     with pytest.raises(ConfigError, match="rounds must be at least the 1 done, got 0"):
-        folder.update(config, load_config(settings=[*TINY, "rounds=0"]))
+        folder.check_change(config, load_config(settings=[*TINY, "rounds=0"]))
 
 
 def test_resume_with_another_config_says_what_differs(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
     other = load_config(settings=[*TINY, "train.lr=0.5", "tracking=none", "data.jitter=1"])
     with pytest.raises(ConfigError) as error:
-        folder.update(config, other)
+        folder.check_change(config, other)
     assert "train.lr: 0.05 -> 0.5" in str(error.value)
     assert "data.jitter: 0 -> 1" in str(error.value)
     assert "tracking" not in str(error.value)
@@ -351,3 +351,28 @@ def test_a_mistake_in_the_data_is_the_user_s(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "data.train_size=100000")
     with pytest.raises(ConfigError, match="train_size"):
         born_again(config, folder, InProcess(run_job), Ear())
+
+
+def test_failed_trials_are_tried_again_on_resume(tmp_path: Path) -> None:
+    """As after a full disk or a file that had to be removed."""
+    config, folder = start(tmp_path, "rounds=0")
+    with pytest.raises(RunError):
+        born_again(config, folder, InProcess(Fake({(0, n): "disk full" for n in range(3)})), Ear())
+    (result,) = born_again(config, folder, InProcess(Fake({})), Ear())
+    assert result["failed"] == 0
+
+
+def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    folder.keep(config, {"test": "abc", "classes": 10})
+    folder.keep(config, {"test": "abc", "classes": 10})
+    with pytest.raises(ConfigError, match=r"started on other data.*\n  test: abc -> def"):
+        folder.keep(config, {"test": "def", "classes": 10})
+
+
+def test_a_setting_that_fails_the_check_is_not_kept(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    broken = load_config(settings=[*TINY, "data.train_size=100000"])
+    with pytest.raises(ConfigError):
+        born_again(broken, folder, InProcess(run_job), Ear())
+    assert RunFolder.open(folder.path)[1] == config

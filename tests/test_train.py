@@ -13,8 +13,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from selfkd import metrics
-from selfkd.data import Data, Split
+from selfkd.data import Data, Split, load_data
 from selfkd.distiller import Distiller
+from selfkd.models import make_model
+from selfkd.targets import SoftTargets
 from selfkd.train import (
     NonFiniteLossError,
     evaluate,
@@ -522,3 +524,44 @@ def test_the_step_that_diverged_is_named(value, batch_size, bad, epoch, step, ca
     with pytest.raises(NonFiniteLossError, match=rf"got {value} at epoch {epoch}, step {step}:"):
         rows.extend(run(make_student(), distiller=distiller, batch_size=batch_size, lr=0.0))
     assert count == calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["none", "bfloat16", "float16"])
+def test_stored_targets_and_mixed_precision_on_a_gpu(precision):
+    data = load_data("digits").to("cuda")
+    torch.manual_seed(0)
+    student = make_model("selfkd_cnn", {"width": 8}, num_classes=10, in_chans=1, image_size=8)
+    student.cuda()
+    stored = SoftTargets([[torch.randn(200, 10).half()]])
+    rows = list(
+        fit(
+            student,
+            data,
+            Distiller(targets=stored),
+            optimizer=make_optimizer(student, name="sgd", lr=0.01, momentum=0.9, weight_decay=0.0),
+            epochs=3,
+            batch_size=20,
+            generator=torch.Generator().manual_seed(0),
+            device="cuda",
+            precision=precision,
+        )
+    )
+    assert rows[-1]["soft_loss"] < rows[0]["soft_loss"]
+
+
+def test_a_student_that_diverges_at_its_last_step_is_not_complete():
+    data = load_data("digits")
+    torch.manual_seed(0)
+    student = make_model("selfkd_mlp", {"width": 8}, num_classes=10, in_chans=1, image_size=8)
+    rows = fit(
+        student,
+        data,
+        Distiller(),
+        optimizer=make_optimizer(student, name="sgd", lr=1e38, momentum=0.9, weight_decay=0.0),
+        epochs=1,
+        batch_size=200,
+        generator=torch.Generator().manual_seed(0),
+    )
+    with pytest.raises(NonFiniteLossError, match=r"validation loss must be finite.* epoch 1"):
+        list(rows)

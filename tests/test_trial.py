@@ -76,7 +76,14 @@ class Bench:
         return str(self.folder / name / "predictions.safetensors")
 
     def ensemble(self, *names):
-        (row,) = self.job("ensemble", predictions=[self.predictions(name) for name in names])
+        members = [
+            {
+                "hash": load_tensors(self.folder / name / "student.safetensors")[1]["hash"],
+                "predictions": self.predictions(name),
+            }
+            for name in names
+        ]
+        (row,) = self.job("ensemble", members=members)
         return row
 
 
@@ -120,8 +127,9 @@ def numpy_logits(teacher, split):
 
 def test_check_gives_the_facts(bench):
     (row,) = bench.job("check", "data.jitter=1", "student={name: selfkd_mlp, args: {width: 8}}")
-    fingerprint = row["facts"].pop("fingerprint")
-    assert fingerprint == load_data("digits").fingerprint
+    marks = [row["facts"].pop(name) for name in ("fingerprint", "val", "test")]
+    assert marks[0] == load_data("digits").fingerprint
+    assert len(set(marks)) == 3
     assert row == {
         "facts": {
             "images": {"train": 200, "val": 400, "test": 1197},
@@ -510,13 +518,13 @@ def test_an_ensemble_averages_probabilities(trained):
     }
 
 
-def test_predictions_of_another_split_are_refused(bench):
-    path = Path(bench.predictions("short"))
-    save_tensors(path, {"val": torch.zeros(400, 10), "test": torch.zeros(3, 10)}, {})
+def test_predictions_of_another_model_are_refused(trained):
+    logits = {"val": torch.zeros(400, 10), "test": torch.zeros(1197, 10)}
+    save_tensors(Path(trained.predictions("one")), logits, {"student": "another"})
     with pytest.raises(
-        ValueError, match=r"short/predictions\.safetensors must have 1197 test rows"
+        ValueError, match=r"one/predictions\.safetensors was written by another model"
     ):
-        bench.ensemble("short")
+        trained.ensemble("one")
 
 
 def test_a_model_of_other_classes_is_refused(bench, trained):

@@ -3,4 +3,5 @@
 from .batches import Data as Data
 from .batches import Split as Split
 from .batches import batches as batches
+from .load import fingerprint as fingerprint
 from .load import load_data as load_data

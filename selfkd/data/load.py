@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -93,7 +94,7 @@ where there is no val; val is the test split where there is no test |
     train, val, test = (_held(name, split, image_size, in_memory, splits) for split in splits)
     mean, std = source.statistics or _statistics(train)
     size = train.images.shape[-1] if isinstance(train.images, Tensor) else train.images.image_size
-    mark = _fingerprint(train, mean, std)
+    mark = fingerprint(train, mean=mean, std=std)
     return Data(name, train, val, test, source.class_names, size, mean, std, mark)
 
 
@@ -189,19 +190,19 @@ def _statistics(train: Split) -> Statistics:
     return tuple(means), tuple(stds)
 
 
-def _fingerprint(train: Split, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
-    """What a stored soft target depends on: the training images, labels and normalisation.
+def fingerprint(split: Split, *, mean: Sequence[float], std: Sequence[float]) -> str:
+    """What a stored answer to a split depends on: its images, labels and normalisation.
 
     Streamed images are known by path and file size: an edit that keeps both goes unseen.
     """
-    images = train.images
-    facts: dict[str, object] = {"mean": mean, "std": std}
+    images = split.images
+    facts: dict[str, object] = {"mean": list(mean), "std": list(std)}
     if isinstance(images, Stream):
         facts |= {"keys": images.keys(), "image_size": images.image_size, "mode": images.mode}
     else:
         facts |= {"shape": list(images.shape)}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    digest.update(train.labels.numpy().data)
+    digest.update(split.labels.cpu().numpy().data)
     if isinstance(images, Tensor):
-        digest.update(images.contiguous().numpy().data)
+        digest.update(images.cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]

@@ -97,7 +97,7 @@ def test_each_generation_learns_from_the_one_before(whole: tuple[Path, str]) -> 
 def test_wandb_has_a_run_a_trial_and_the_lineage(whole: tuple[Path, str]) -> None:
     folder, _ = whole
     run_id = RunFolder(folder).run_id
-    runs = sorted(path.name.split("-", 2)[-1] for path in folder.glob("wandb/offline-run-*"))
+    runs = sorted(path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*"))
     trials = [f"{run_id}-g{generation}-t{trial}" for generation in range(3) for trial in range(3)]
     assert runs == sorted([*trials, f"{run_id}-lineage"])
     rows = history(folder, f"{run_id}-lineage")
@@ -161,7 +161,7 @@ def test_stopped_and_resumed_equals_undisturbed(
     assert done.returncode == 0, done.stdout + done.stderr
     assert ledger(folder) == ledger(whole[0])
     assert all(path.stat().st_mtime_ns == moment for path, moment in finished.items())
-    runs = [path.name.split("-", 2)[-1] for path in folder.glob("wandb/offline-run-*")]
+    runs = [path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*")]
     assert len(runs) == len(set(runs)), "a resumed run doubled in W&B"
 
 

@@ -132,11 +132,11 @@ def _train(console: Console, folder: RunFolder, config: Config, *, verbose: bool
     # imported here, where bad input has been refused: ray takes a second
     from selfkd.cluster import connect
 
-    meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
-    meanwhile.start()
     resources = config.resources
     tracker = make_tracker(config, name=folder.path.name, run_id=folder.run_id, folder=folder.path)
     console.print(tracker.description, soft_wrap=True)
+    meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
+    meanwhile.start()
     ray = connect(cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose)
     try:
         with Follower(console, config.rounds) as follower, ray as slots:

@@ -36,7 +36,8 @@ def test_every_command_is_understood(command: str) -> None:
     words = shlex.split(command)
     arguments = make_parser().parse_args(words[words.index("selfkd.generations") + 1 :])
     config = ROOT / arguments.config if arguments.config else None
-    load_config(config, settings=arguments.settings, flags={"rounds": arguments.rounds})
+    loaded = load_config(config, settings=arguments.settings, flags={"rounds": arguments.rounds})
+    assert arguments.rounds is None or loaded.rounds == arguments.rounds
 
 
 def test_inline_settings_are_understood() -> None:

@@ -59,13 +59,15 @@ def test_loads_and_its_model_and_optimiser_can_be_made(path: Path) -> None:
         momentum=train.momentum,
         weight_decay=train.weight_decay,
     )
-    make_scheduler(
+    scheduler = make_scheduler(
         optimizer,
         schedule=train.schedule,
         epochs=train.epochs,
         warmup_epochs=train.warmup_epochs,
         steps_per_epoch=10,
     )
+    assert scheduler is not None
+    assert optimizer.param_groups
 
 
 def test_digits_is_the_built_in_default() -> None:

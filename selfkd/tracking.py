@@ -19,6 +19,7 @@ from selfkd.config import Config, ConfigError, to_tree
 from selfkd.jobs import Row
 
 REACH_SECONDS = 3.0
+EARLIER_HOST = "api.wandb.ai"  # under which wandb login kept keys before, and still finds them
 START_SECONDS = 10.0
 DRAIN_SECONDS = 60.0
 HIDDEN = ("history", "models", "predictions", "point", "hash")
@@ -226,9 +227,9 @@ def make_tracker(config: Config, *, name: str, run_id: str, folder: Path) -> NoT
     Raises:
         ConfigError: online is asked for, and there is no key.
     """
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    has_key = _has_key(host.hostname or "")
     mode = config.tracking.mode
+    host = urlsplit(_base_url()) if mode in ("auto", "online") else urlsplit("")
+    has_key = _has_key(host.netloc)
     if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
         mode = "none"
     elif mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
@@ -245,11 +246,21 @@ def make_tracker(config: Config, *, name: str, run_id: str, folder: Path) -> NoT
     return WandbTracker(mode, name=name, run_id=run_id, folder=folder, config=config)
 
 
+def _base_url() -> str:
+    """Return the host that the installed client talks to; its default has changed before."""
+    if "WANDB_BASE_URL" in os.environ:
+        return os.environ["WANDB_BASE_URL"]
+    import wandb
+
+    return str(wandb.Settings().base_url)
+
+
 def _has_key(host: str) -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        known = netrc.netrc(os.environ.get("NETRC")).hosts
+        return host in known or ("WANDB_BASE_URL" not in os.environ and EARLIER_HOST in known)
     return False
 
 

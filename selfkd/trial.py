@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -55,9 +56,9 @@ def _load_data(config: DataConfig, seed: int, device: str) -> Data:
 
 
 def _views(config: DataConfig, seed: int) -> Views:
-    augmented = config.crop is not None or config.flip or config.jitter > 0
-    count = config.views or (AUGMENTED_VIEWS if augmented else 1)
-    return Views(crop=config.crop, flip=config.flip, jitter=config.jitter, seed=seed, count=count)
+    views = Views(crop=config.crop, flip=config.flip, jitter=config.jitter, seed=seed)
+    count = config.views or (1 if views.is_identity else AUGMENTED_VIEWS)
+    return replace(views, count=count)
 
 
 class _Bench:

@@ -7,8 +7,10 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import wandb
 from wandb_files import history, records
 
 from selfkd import tracking
@@ -212,3 +214,25 @@ def test_online_without_a_key_is_refused_and_asks_nothing(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"must be offline where there is no key.*WANDB_API_KEY"):
         make_tracker(config, name="a", run_id="a", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "found"),
+    [
+        (urlsplit(str(wandb.Settings().base_url)).netloc, True),
+        ("api.wandb.ai", True),
+        ("example.com", False),
+    ],
+)
+def test_the_key_of_wandb_login_is_found(
+    machine: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the host that the installed client talks to, or the one it talked to before."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine {machine}\n  login user\n  password {'0' * 40}\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setattr(tracking, "_answers", lambda host: True)
+    tracker = make_tracker(Config(), name="a", run_id="a", folder=tmp_path)
+    tracker.close()
+    assert ("online" in tracker.description) == found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("generations",)
+COMMANDS = ("ensemble", "generations", "targets")
 
 
 def main() -> int:

@@ -39,21 +39,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
         facts: JSON data, read back by `load_tensors`.
 
     Returns:
-        The hash of the tensors, which is saved with them.
+        The hash of tensors and facts, which is saved with them.
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = tensors_hash(own)
-    text = json.dumps(dict(facts))
-    metadata = {"facts": text, "hash": content, "check": _facts_hash(text, content)}
-    replace(path, lambda beside: save_file(own, beside, metadata=metadata))
-    return content
+    text = json.dumps(dict(facts), sort_keys=True)
+    mark = _hash(own, text)
+    replace(path, lambda beside: save_file(own, beside, metadata={"facts": text, "hash": mark}))
+    return mark
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and facts; the tensors are memory-mapped, so treat them as constant.
 
     Returns:
-        The tensors by name, and the facts with the tensors' `hash` among them.
+        The tensors by name, and the facts with the `hash` of both among them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -67,13 +66,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
-    if not {"facts", "hash", "check"} <= metadata.keys():
+    if not {"facts", "hash"} <= metadata.keys():
         raise ValueError(f"{path} was not written by selfkd: it has no hash or facts")
-    facts, content = metadata["facts"], metadata["hash"]
-    if tensors_hash(tensors) != content or _facts_hash(facts, content) != metadata["check"]:
+    facts, mark = metadata["facts"], metadata["hash"]
+    if _hash(tensors, facts) != mark:
         raise ValueError(f"{path} is damaged (its hash differs): remove it and resume")
-    return tensors, {**json.loads(facts), "hash": content}
+    return tensors, {**json.loads(facts), "hash": mark}
 
 
-def _facts_hash(facts: str, content: str) -> str:
-    return hashlib.sha256(f"{content} {facts}".encode()).hexdigest()[:16]
+def _hash(tensors: Mapping[str, Tensor], facts: str) -> str:
+    return hashlib.sha256(f"{tensors_hash(tensors)} {facts}".encode()).hexdigest()[:16]

@@ -115,6 +115,85 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class TargetsConfig:
+    """The stored answers of teachers."""
+
+    root: str | None = None
+    """Folder that runs may share, so that no teacher is asked twice; the run's own by default."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Keep only an image's largest logits, for very many classes; all of them when not given."""
+    shard_size: int = Field(default=16_384, ge=1)
+    """Images that one labelling job answers and one file holds."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class CheckpointConfig:
+    """A trained network from elsewhere."""
+
+    path: str
+    """A safetensors or state-dict file."""
+    model: str
+    """Its timm name."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the model."""
+    classes: str | None = None
+    """YAML or JSON list of its class names, in the order of its logits; the data's when not
+    given."""
+    mean: list[float] | None = None
+    """By channel, of the pixels in [0, 1] that it was trained on; the data's when not given."""
+    std: list[float] | None = None
+
+
+Source = Literal["members", "snapshots", "soup", "greedy_soup", "weighted", "specialists"]
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class MembersConfig:
+    """The many teachers of `selfkd.ensemble`. `members: 5` is short for `members: {count: 5}`,
+    a list of models for `members: {models: […]}`."""
+
+    count: int | None = Field(default=None, ge=1)
+    """Members trained here: one a model, else 5, else none where others are given."""
+    models: list[ModelConfig] = Field(default_factory=list)
+    """Their networks, taken in turn; `model` for all when not given."""
+    same_init: bool = False
+    """Start all members of one network from the same weights, as soups need."""
+    runs: list[str] = Field(default_factory=list)
+    """Run folders whose models are members (`--from`)."""
+    checkpoints: list[CheckpointConfig] = Field(default_factory=list)
+    """Trained networks from elsewhere."""
+    source: Source = "members"
+    """The teacher that is made of them: the ensemble of the members; of the snapshots of one run;
+    the mean of their weights, all or greedily chosen; the ensemble with weights fitted on
+    validation; or a generalist (the best member) with specialists."""
+    compare: list[Source] = Field(default_factory=list)
+    """Further teachers to make and to show in the table."""
+    use: int | None = Field(default=None, ge=1)
+    """How many members teach, the best on validation first; all when not given."""
+    cycles: int | None = Field(default=None, ge=2)
+    """Snapshots: cycles of the learning rate within one run; as many as members by default."""
+    clusters: int | None = Field(default=None, ge=2)
+    """Specialists: how many; a tenth of the classes by default, at least 2."""
+
+    def sources(self) -> list[Source]:
+        """Return every teacher that is asked for, without the search space's."""
+        return list(dict.fromkeys(["members", self.source, *self.compare]))
+
+    def trained(self) -> int:
+        """Return how many members are trained here."""
+        given = self.runs or self.checkpoints
+        return self.count or len(self.models) or (0 if given else 5)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ConfirmConfig:
+    """The chosen setting and the labels-only baseline, trained again on the same fresh seeds."""
+
+    seeds: int = Field(default=3, ge=0)
+    """How many; 0 leaves the confirmation out."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class SearchConfig:
     """The trials of a generation."""
 
@@ -153,10 +232,10 @@ class TrackingConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Config:
-    """A whole run of `selfkd.generations`."""
+    """A whole run of `selfkd.generations` or of `selfkd.ensemble`."""
 
     rounds: int = Field(default=5, ge=0)
-    """Born-again generations after generation 0."""
+    """`selfkd.generations`: born-again generations after generation 0."""
     seed: int = Field(default=0, ge=0)
     """Of the split, the views, the search and every trial."""
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
@@ -165,9 +244,14 @@ class Config:
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 16}))
     student: ModelConfig | None = None
-    """The network of generations 1, 2, … when it differs from `model`."""
+    """The network that is taught, of generations 1, 2, …, when it differs from `model`."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
+    targets: TargetsConfig = Field(default_factory=TargetsConfig)
+    members: MembersConfig = Field(default_factory=MembersConfig)
+    """`selfkd.ensemble`: who teaches."""
+    confirm: ConfirmConfig = Field(default_factory=ConfirmConfig)
+    """`selfkd.ensemble`: how the result is believed."""
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
@@ -186,11 +270,11 @@ class Config:
             raise ValueError("must have a name: set student.name, also where it is model.name")
         return value
 
-    def space(self, generation: int) -> dict[str, Distribution]:
-        """Return the search space of a generation: no `distill` keys without a teacher."""
+    def space(self, *, taught: bool) -> dict[str, Distribution]:
+        """Return the search space with a teacher, or without: no keys that are about one."""
         specs = dict(self.search.space)
-        if generation == 0:
-            specs = {key: spec for key, spec in specs.items() if not key.startswith("distill.")}
+        if not taught:
+            specs = {key: spec for key, spec in specs.items() if not key.startswith(_OF_TEACHERS)}
             specs |= self.search.labels_only_space
         return {key: Distribution.parse(spec) for key, spec in specs.items()}
 
@@ -208,9 +292,17 @@ class Config:
 
 _ADAPTER = TypeAdapter(Config)
 # What a trial may not differ in: its generation shares these with all other trials.
-_FIXED = ("rounds", "seed", "name", "storage", "data", "search", "resources", "tracking")
+_FIXED = (
+    *("rounds", "seed", "name", "storage", "data", "targets", "confirm"),
+    *("search", "resources", "tracking"),
+)
+_OF_TEACHERS = ("distill.", "members.")
 _FREE = re.compile(r"(model|student)\.args\b|search\.(labels_only_)?space\b")
-_FIXED_DISTILL = ("distill.teacher", "distill.live")
+_FIXED_KEYS = (
+    *("distill.teacher", "distill.live"),
+    *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
+    *("members.compare", "members.cycles", "members.clusters"),
+)
 
 
 def to_tree(config: Config) -> Tree:
@@ -280,6 +372,8 @@ def _put(tree: Tree, key: str, value: Any) -> None:
     """Set a value by its dotted key; of a section only what is given changes."""
     if key == "tracking" and isinstance(value, str):
         key = "tracking.mode"
+    if key == "members" and isinstance(value, int | list):
+        key = "members.count" if isinstance(value, int) else "members.models"
     if isinstance(value, dict) and value and not _FREE.match(key):
         for inner, inner_value in value.items():
             _put(tree, f"{key}.{inner}", inner_value)
@@ -367,8 +461,9 @@ def load_config(
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: must be a mapping of config keys, got {tree!r}")
         sources = {key: str(path) for key, _ in _leaves(tree, "", inner=True)}
-        if "tracking" in tree:
-            _put(tree, "tracking", tree.pop("tracking"))
+        for section in ("tracking", "members"):
+            if section in tree:
+                _put(tree, section, tree.pop(section))
     return _overlay(tree, sources, settings, flags or {})
 
 
@@ -417,6 +512,18 @@ def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if teacher.startswith("top:") and int(teacher[4:]) > trials:
         where = _located("distill.teacher", sources)
         yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
+    members = config.members
+    for checkpoint in members.checkpoints:
+        if (checkpoint.mean is None) != (checkpoint.std is None):
+            where = _located("members.checkpoints", sources)
+            yield f"{where}: must have mean and std or neither, got one of {checkpoint.path}"
+    averages = (config.distill.average, str(config.search.space.get("distill.average")))
+    if config.targets.top_k is not None and any("logits" in average for average in averages):
+        where = _located("targets.top_k", sources)
+        yield f"{where}: cannot go with distill.average logits: an average needs all logits"
+    if config.distill.live and "specialists" in (members.source, *members.compare):
+        where = _located("distill.live", sources)
+        yield f"{where}: must be false with specialists, whose answers are stored, got True"
     if config.search.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
         where = _located("search.algorithm", sources)
         yield f"{where}: optuna is not installed: pip install 'selfkd[optuna]'"
@@ -428,15 +535,15 @@ def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         space: dict[str, Any] = getattr(config.search, name)
         for key, spec in space.items():
             where = _located(f"search.{name}.{key}", sources)
-            if name == "labels_only_space" and key.startswith("distill."):
-                yield f"{where}: cannot be searched in generation 0: it has no teacher"
+            if name == "labels_only_space" and key.startswith(_OF_TEACHERS):
+                yield f"{where}: cannot be searched on labels only: there is no teacher"
             else:
                 yield from (f"{where}: {fault}" for fault in _entry_faults(config, key, spec))
 
 
 def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
     known = [k for k in _known_keys() if "." in k and k.split(".")[0] not in _FIXED]
-    if key.split(".")[0] in _FIXED or key in _FIXED_DISTILL:
+    if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
         yield "cannot be searched: all trials of a run share it"
         return
     if key not in known and not re.fullmatch(r"(model|student)\.args\.\w+", key):

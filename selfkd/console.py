@@ -27,11 +27,12 @@ class Follower:
 
     Args:
         console: to print on.
-        rounds: born-again generations.
     """
 
-    def __init__(self, console: Console, rounds: int) -> None:
-        self._console, self._rounds = console, rounds
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.notes: list[str] = []
+        self._remade = 0
         self._best: tuple[float, Row] | None = None
         self._failed = 0
         self.train_seconds = 0.0
@@ -58,13 +59,28 @@ class Follower:
         """Print a line above the bar."""
         self._progress.console.print(text, soft_wrap=True)
 
-    def labelling(self, generation: int, teachers: int) -> None:
-        """Show that a generation's teachers are asked for their soft targets."""
-        self._start(f"generation {generation}: asking {_count(teachers, 'teacher')}", None)
+    def working(self, title: str, parts: int) -> None:
+        """Start the bar of work in parts."""
+        self._remade = 0
+        self._start(title, parts)
 
-    def generation_started(self, generation: int, trials: int, done: int) -> None:
-        """Start the bar of a generation."""
-        title = f"generation {generation} of {self._rounds}"
+    def worked(self, row: Row) -> None:
+        """Count a part; what was damaged and had to be made again is told."""
+        if row.get("state") == "remade":
+            self._remade += 1
+            self.say(f"  a damaged part of the stored soft targets was made again ({self._remade})")
+        self._progress.update(self._task, advance=1)
+
+    def compressed(self, summary: Row) -> None:
+        """Nothing: the table says it."""
+
+    def noted(self, text: str) -> None:
+        """Print a note now, and keep it for the end."""
+        self.notes.append(f"note:  {text}")
+        self.say(f"  {text}")
+
+    def stage_started(self, title: str, trials: int, done: int) -> None:
+        """Start the bar of a stage."""
         self._start(title, trials, done)
         if not self._console.is_terminal:
             kept = f", {done} of them done before" if done else ""
@@ -167,3 +183,42 @@ def _setting(point: Row) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def make_ensemble_table(rows: Sequence[Row]) -> Table:
+    """Return the table of an ensemble and its student: what each is worth and costs."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", justify="left")
+    for column in ("val acc", "test acc", "NLL", "ECE", "params", "ms, 1", "ms, 128"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for number, row in enumerate(rows):
+        if number == len(rows) - 2:
+            table.add_section()
+        val, test, *rest = _measures(row)
+        if row.get("low") is not None:
+            test = f"{test} ± {(row['high'] - row['low']) / 2:.2%}"
+        table.add_row(
+            row["name"],
+            val,
+            test,
+            *rest,
+            _short(row["parameters"]),
+            f"{row['ms_1']:.3g}",
+            f"{row['ms_128']:.3g}",
+        )
+    return table
+
+
+def tell_interval(interval: Row) -> str:
+    """Return an estimate with its interval, as percentages."""
+    text = f"{interval['value']:+.2%}"
+    if interval["low"] is None:
+        return text
+    return f"{text} [{interval['low']:+.2%}, {interval['high']:+.2%}]"
+
+
+def _short(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

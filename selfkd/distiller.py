@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from selfkd.losses import Average, distillation_terms
 from selfkd.losses.distillation import check_settings, hard_loss
+from selfkd.losses.sparse import SparseLogits, sparse_terms
 from selfkd.teacher import Teacher
 
 
 class StoredLogits(Protocol):
-    """What a store of soft targets does, such as `selfkd.targets.SoftTargets`."""
+    """What a store of soft targets does, such as `selfkd.store.SoftTargets`."""
 
-    def __call__(self, index: Tensor, view: int) -> Tensor:
+    def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
         """Return `[batch, classes]` or `[members, batch, classes]` for images `[batch]`."""
 
 
@@ -33,11 +34,14 @@ class Distiller:
         teacher: maps inputs to logits `[batch, classes]`, or `[members, batch, classes]` of an
             ensemble; called without gradients. Of an `nn.Module`, a frozen copy is taken
             (`selfkd.teacher.Teacher`).
-        targets: maps `(index, view)` to stored logits of either shape.
+        targets: maps `(index, view)` to stored logits of either shape, or to the largest of them
+            (`SparseLogits`).
         temperature: T, above 0.
         alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
             is not asked.
         average: of an ensemble's `probabilities` or `logits`.
+        weights: of the ensemble's members in that average, with sum 1; all the same where not
+            given.
         label_smoothing: of the hard term, in [0, 1].
 
     Raises:
@@ -64,6 +68,7 @@ class Distiller:
         temperature: float = 4.0,
         alpha: float = 0.9,
         average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         check_settings(temperature, alpha, average, label_smoothing)
@@ -80,6 +85,7 @@ class Distiller:
         self.temperature = temperature
         self.alpha = alpha
         self.average: Average = average
+        self.weights = weights
         self.label_smoothing = label_smoothing
 
     def __call__(
@@ -112,19 +118,32 @@ class Distiller:
         if teacher_logits is None:
             loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
             return {"loss": loss, "hard_loss": loss.detach()}
-        terms = distillation_terms(
-            student_logits,
-            teacher_logits.to(student_logits.device),
-            labels,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            average=self.average,
-            label_smoothing=self.label_smoothing,
-        )
+        teacher_logits = teacher_logits.to(student_logits.device)
+        if isinstance(teacher_logits, SparseLogits):
+            terms = sparse_terms(
+                student_logits,
+                teacher_logits,
+                labels,
+                temperature=self.temperature,
+                alpha=self.alpha,
+                label_smoothing=self.label_smoothing,
+                weights=self.weights,
+            )
+        else:
+            terms = distillation_terms(
+                student_logits,
+                teacher_logits,
+                labels,
+                temperature=self.temperature,
+                alpha=self.alpha,
+                average=self.average,
+                label_smoothing=self.label_smoothing,
+                weights=self.weights,
+            )
         return terms._asdict()
 
     @torch.no_grad()
-    def _ask(self, inputs: Any, index: Tensor | None, view: int) -> Tensor | None:
+    def _ask(self, inputs: Any, index: Tensor | None, view: int) -> Tensor | SparseLogits | None:
         if self.teacher is not None:
             if inputs is None:
                 raise ValueError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,11 +58,23 @@ def agreement(logits: Tensor, other: Tensor) -> float:
     return float((logits.argmax(dim=-1) == other.argmax(dim=-1)).float().mean())
 
 
-def mean_probabilities(members: Tensor) -> Tensor:
-    """Return the log of the members' mean probabilities: `[members, rows, classes]` to 2-D.
+def ensemble_logits(
+    members: Tensor,
+    *,
+    average: Literal["probabilities", "logits"] = "probabilities",
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Return the logits of an ensemble's average: `[members, rows, classes]` to 2-D.
 
-    >>> mean_probabilities(torch.zeros(3, 1, 2)).exp()
+    Of the members' probabilities the log of the (weighted) mean; of their logits the mean.
+
+    >>> ensemble_logits(torch.zeros(3, 1, 2)).exp()
     tensor([[0.5000, 0.5000]])
     """
-    log_mean = torch.logsumexp(members.float().log_softmax(dim=-1), dim=0)
-    return log_mean - torch.log(torch.tensor(float(len(members))))
+    share = torch.full((len(members),), 1 / len(members))
+    if weights is not None:
+        share = torch.tensor(weights)
+    share = share[:, None, None]
+    if average == "logits":
+        return (members.float() * share).sum(dim=0)
+    return torch.logsumexp(members.float().log_softmax(dim=-1) + share.log(), dim=0)

@@ -58,10 +58,10 @@ class Worker(tune.Trainable):
             for row in self._rows:
                 rows.append(row)
                 if time.monotonic() >= end:
-                    return {"rows": rows, **rows[-1]}
+                    return {**rows[-1], "rows": rows}
         except Exception as error:  # noqa: BLE001 - a job that raises would raise again: no retry
             return {"rows": rows, "error": f"{type(error).__name__}: {error}", "done": True}
-        return {"rows": rows, **(rows[-1] if rows else {}), "done": True}
+        return {**(rows[-1] if rows else {}), "rows": rows, "done": True}
 
 
 def _load(entry: str) -> Callable[..., Iterator[Row]]:

@@ -1,106 +1,202 @@
-"""Soft targets on disk: a teacher answers each view of each image once, all trials read it."""
+"""`python -m selfkd.targets`: list, verify and clear out the stored answers of teachers."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from selfkd.checkpoint import load_tensors, save_tensors
+from selfkd.bench import Bench
+from selfkd.config import from_tree, merge_settings, to_tree
+from selfkd.console import make_console
+from selfkd.store import (
+    Manifest,
+    SoftTargets,
+    StoreInfo,
+    check_shard,
+    list_stores,
+    open_store,
+    sweep,
+    unused,
+)
+
+DIFFER, USAGE = 1, 2
+TOLERANCE = 0.01
+"""Nats by which a stored logit, in half precision, may differ, and as much of its size."""
 
 
-def data_key(fingerprint: str, recipe: Mapping[str, Any]) -> str:
-    """Return the key of what was labelled: the images and the recipe of their views.
-
-    >>> data_key("abc", {"jitter": 2}) == data_key("abc", {"jitter": 3})
-    False
-    """
-    text = json.dumps([fingerprint, dict(recipe)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def target_path(root: Path, *, teacher: str, data: str, view: int) -> Path:
-    """Return where a teacher's answers to one view lie."""
-    return root / teacher / data / f"view_{view:03d}.safetensors"
-
-
-def save_targets(root: Path, logits: Tensor, *, teacher: str, data: str, view: int) -> Path:
-    """Store a teacher's answers to one view of all training images.
-
-    Half precision is enough: the softmax does not change when a row is shifted, so each row is
-    shifted to a largest logit of 0, near which half precision is finest.
-
-    Args:
-        root: folder of all soft targets.
-        logits: `[images, classes]`, row i for image i.
-        teacher: hash of the teacher's weights.
-        data: `data_key` of images and views.
-        view: number of the view.
-
-    Raises:
-        ValueError: a logit is not finite.
-    """
-    if not bool(torch.isfinite(logits).all()):
-        row, column = (~torch.isfinite(logits)).nonzero()[0].tolist()
-        raise ValueError(
-            f"teacher logits must be finite, got {float(logits[row, column])} in row {row}"
-        )
-    shifted = logits.float() - logits.float().amax(dim=1, keepdim=True)
-    half = shifted.clamp(min=torch.finfo(torch.float16).min).half()
-    path = target_path(root, teacher=teacher, data=data, view=view)
-    save_tensors(path, {"logits": half}, {"teacher": teacher, "data": data, "view": view})
-    return path
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = _make_parser().parse_args(argv)
+    console = make_console()
+    root = Path(arguments.path).expanduser()
+    root = root / "targets" if (root / "config.yaml").exists() else root
+    if not root.is_dir():
+        return _fault(f"PATH must be a targets folder or a run folder, got {arguments.path}")
+    try:
+        if arguments.do == "ls":
+            return _list(console, root)
+        if arguments.do == "gc":
+            return _clear(console, root, sure=arguments.yes)
+        return _verify(console, root, rows=arguments.rows, settings=arguments.settings)
+    except (ValueError, OSError) as error:
+        return _fault(str(error))
 
 
-class SoftTargets:
-    """Stored logits of one or more teachers, gathered by image index.
-
-    Args:
-        members: for each teacher, its views: tensors `[images, classes]`.
-    """
-
-    def __init__(self, members: Sequence[Sequence[Tensor]]) -> None:
-        self._members = members
-
-    def __call__(self, index: Tensor, view: int) -> Tensor:
-        """Return `[batch, classes]` for one teacher, else `[members, batch, classes]`."""
-        rows = index.cpu()
-        logits = [views[view % len(views)][rows] for views in self._members]
-        return logits[0] if len(logits) == 1 else torch.stack(logits)
-
-
-def load_targets(
-    root: Path, teachers: Sequence[str], *, data: str, views: int, images: int
-) -> SoftTargets:
-    """Open the stored answers of one or more teachers, memory-mapped and checked.
-
-    Raises:
-        FileNotFoundError: something has not been labelled.
-        ValueError: a file is damaged, or holds other answers than its place says.
-    """
-    return SoftTargets(
-        [
-            [_load_view(root, teacher, data, view, images) for view in range(views)]
-            for teacher in teachers
-        ]
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m selfkd.targets", description="The stored answers of teachers."
     )
+    commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
+    what = {
+        "ls": "list what is stored for which teacher",
+        "verify": "ask the teachers again for some images and compare",
+        "gc": "remove what no run refers to",
+    }
+    for name, text in what.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("path", metavar="PATH", help="targets folder, or a run folder")
+        if name == "gc":
+            command.add_argument("--yes", action="store_true", help="do not ask")
+        if name == "verify":
+            command.add_argument("--rows", type=_positive, default=16, help="images a view")
+            command.add_argument(
+                "--set",
+                metavar="KEY=VALUE",
+                action="append",
+                default=[],
+                dest="settings",
+                help="change the labelling run's config, for example --set data.root=PATH",
+            )
+    return parser
 
 
-@lru_cache(maxsize=256)
-def _load_view(root: Path, teacher: str, data: str, view: int, images: int) -> Tensor:
-    path = target_path(root, teacher=teacher, data=data, view=view)
-    tensors, facts = load_tensors(path)
-    expected = {"teacher": teacher, "data": data, "view": view}
-    found = {key: facts.get(key) for key in expected}
-    if found != expected:
-        raise ValueError(f"{path} must hold {expected}, got {found}: remove it and resume")
-    logits = tensors["logits"]
-    if len(logits) != images:
-        raise ValueError(f"{path} must have {images} rows, got {len(logits)}")
-    return logits
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _list(console: Console, root: Path) -> int:
+    stores = list_stores(root)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("teacher", "data"):
+        table.add_column(column, no_wrap=True)
+    for column in ("images", "views", "format", "shards", "MB", "runs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for info in stores:
+        manifest = info.manifest
+        known = ["?", "?", "damaged manifest"]
+        if manifest is not None:
+            top_k = manifest.top_k
+            form = f"{manifest.classes} logits" if top_k is None else f"top {top_k}"
+            known = [f"{manifest.images:,}", str(manifest.views), form]
+        table.add_row(
+            *(info.path.parent.name, info.path.name),
+            *known,
+            f"{info.present}/{info.expected}",
+            f"{info.bytes / 1e6:.1f}",
+            str(len(info.users)),
+        )
+    console.print(table)
+    console.print(f"{len(stores)} stores, {sum(info.bytes for info in stores) / 1e6:.1f} MB")
+    return 0
+
+
+def _clear(console: Console, root: Path, *, sure: bool) -> int:
+    stores = unused(root)
+    for info in stores:
+        console.print(f"{info.path}: {info.bytes / 1e6:.1f} MB, no run refers to it")
+    if stores and not sure:
+        if not sys.stdin.isatty():
+            return _fault("gc must be told --yes where nobody can be asked; nothing was removed")
+        sure = console.input(f"remove {len(stores)} stores? [y/N] ").strip().lower() == "y"
+    if sure:
+        for info in stores:
+            shutil.rmtree(info.path)
+    swept = sweep(root)
+    count = len(stores) if sure else 0
+    console.print(f"removed {count} stores and {len(swept)} files of killed writers")
+    return 0
+
+
+def _verify(console: Console, root: Path, *, rows: int, settings: Sequence[str]) -> int:
+    stores = list_stores(root)
+    if not stores:
+        raise ValueError(f"PATH must hold soft targets, got {root}, where there are none")
+    unknown = 0
+    for info in stores:
+        name = f"{info.path.parent.name}/{info.path.name}"
+        if info.manifest is None:
+            console.print(f"{name}: the manifest is damaged", soft_wrap=True)
+            return DIFFER
+        try:
+            fault = next(_faults(root, info, info.manifest, rows, settings), None)
+        except FileNotFoundError as error:
+            unknown += 1
+            console.print(f"{name}: cannot be asked again: {error}", soft_wrap=True)
+            continue
+        if fault is not None:
+            console.print(f"{name}: {fault}", soft_wrap=True)
+            return DIFFER
+        console.print(f"{name}: {rows} images a view as the teacher says", soft_wrap=True)
+    return USAGE if unknown else 0
+
+
+def _faults(
+    root: Path, info: StoreInfo, manifest: Manifest, rows: int, settings: Sequence[str]
+) -> Iterator[str]:
+    """Yield what is wrong with a store: damaged shards, then rows that differ."""
+    for view in range(manifest.views):
+        for shard in range(manifest.shards):
+            state = check_shard(root, manifest, view=view, shard=shard)
+            if state != "whole":
+                yield f"shard {shard} of view {view} is {state}"
+    checkpoint = manifest.origin["checkpoint"]
+    if not Path(checkpoint).exists():
+        raise FileNotFoundError(f"its checkpoint {checkpoint} is gone")
+    config = merge_settings(from_tree(manifest.origin["config"]), settings=settings, flags={})
+    bench = Bench(to_tree(config))
+    if bench.data_key != manifest.data:
+        yield "the data or its views are not those that were labelled"
+    if bench.hash(checkpoint) != manifest.teacher:
+        yield f"{checkpoint} is not the teacher that was asked"
+    stored = open_store(root, [manifest.teacher], data=manifest.data)
+    generator = torch.Generator().manual_seed(0)
+    for view in range(manifest.views):
+        sample = torch.randperm(manifest.images, generator=generator)[:rows].sort().values
+        for row in sample.tolist():
+            answer = bench.answer(checkpoint, "train", view=view, rows=range(row, row + 1))
+            off = _distance(stored, answer, row, view)
+            if off > TOLERANCE:
+                yield f"row {row} of view {view} differs by {off:.3g} from the teacher's answer"
+
+
+def _distance(stored: SoftTargets, answer: Tensor, row: int, view: int) -> float:
+    """Return the largest difference of a row, beside what its own size makes."""
+    found = stored(torch.tensor([row]), view)
+    shifted = answer[0].float() - answer[0].max()
+    if isinstance(found, Tensor):
+        there, here = found[0].float(), shifted.clamp(min=torch.finfo(torch.float16).min)
+    else:
+        rest = shifted.scatter(0, found.indices[0], -torch.inf).logsumexp(0)
+        there = torch.cat([found.values[0].float(), found.rest[0].float()[None]])
+        here = torch.cat([shifted[found.indices[0]], rest[None]])
+    return float(((there - here).abs() / (1 + here.abs())).max())
+
+
+def _fault(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)  # noqa: T201
+    return USAGE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -32,6 +32,8 @@ class Teacher:
             normalised, one value a channel.
         trained_stats: the same for the inputs that `module` was trained on; none means that they
             were normalised like the inputs of each call.
+        columns: for each class, which of the module's logits is its; none means that the module
+            has the classes in the same order.
 
     Raises:
         TypeError: `module` is no `nn.Module`.
@@ -55,11 +57,14 @@ class Teacher:
         *,
         input_stats: Stats | None = None,
         trained_stats: Stats | None = None,
+        columns: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.module = copy.deepcopy(_unwrap(module)).requires_grad_(False).eval()
         self._affine = _renormalisation(input_stats, trained_stats)
+        in_order = columns is None or list(columns) == list(range(len(columns)))
+        self._columns = None if in_order else torch.tensor(columns)
 
     @classmethod
     def from_timm(cls, module: nn.Module, *, input_stats: Stats | None = None) -> "Teacher":
@@ -117,6 +122,8 @@ class Teacher:
             )
         if logits.ndim != 2:
             raise ValueError(f"teacher must return [batch, classes], got {list(logits.shape)}")
+        if self._columns is not None:
+            logits = logits.index_select(1, self._columns.to(logits.device))
         return logits.detach()
 
     def to(self, device: torch.device | str | int) -> "Teacher":

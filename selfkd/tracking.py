@@ -32,10 +32,13 @@ class NoTracker:
 
     description = "W&B: none"
 
-    def labelling(self, generation: int, teachers: int) -> None:
+    def working(self, title: str, parts: int) -> None:
         """Nothing."""
 
-    def generation_started(self, generation: int, trials: int, done: int) -> None:
+    def worked(self, row: Row) -> None:
+        """Nothing."""
+
+    def stage_started(self, title: str, trials: int, done: int) -> None:
         """Nothing."""
 
     def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
@@ -45,6 +48,12 @@ class NoTracker:
         """Nothing."""
 
     def generation_finished(self, result: Row) -> None:
+        """Nothing."""
+
+    def noted(self, text: str) -> None:
+        """Nothing."""
+
+    def compressed(self, summary: Row) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -77,7 +86,7 @@ class WandbTracker(NoTracker):
         self._mode = mode
         self._folder = folder
         self._name, self._run_id, self._config = name, run_id, config
-        self._trials: dict[tuple[int, int], Any] = {}
+        self._trials: dict[tuple[str, int], Any] = {}
         self._lineage: Any = None
         self._broken = False
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -150,14 +159,17 @@ class WandbTracker(NoTracker):
             return self._start(run_id, job_type, config)
 
     def _trial(self, trial: Row) -> Any:
-        key = (trial["generation"], trial["trial"])
+        key = (trial["stage"], trial["trial"])
         if key not in self._trials:
             config = to_tree(self._config.at(trial["point"]))
-            config |= {name: trial[name] for name in ("generation", "trial", "teachers")}
+            config |= {name: trial[name] for name in ("trial", "teachers")}
             config["trial_seed"] = trial["seed"]
-            self._trials[key] = self._open(
-                f"{self._run_id}-g{key[0]}-t{key[1]}", "epoch", f"generation-{key[0]}", config
-            )
+            stage, _, generation = trial["stage"].partition("-")
+            if generation:
+                config["generation"] = int(generation)
+            short = f"g{generation}" if generation else stage
+            run_id = f"{self._run_id}-{short}-t{key[1]}"
+            self._trials[key] = self._open(run_id, "epoch", trial["stage"], config)
         return self._trials[key]
 
     def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
@@ -180,7 +192,7 @@ class WandbTracker(NoTracker):
                 if trial.get(name) is not None:
                     run.summary[name] = trial[name]
             run.finish(exit_code=1 if trial["status"] == "failed" else 0)
-            del self._trials[trial["generation"], trial["trial"]]
+            del self._trials[trial["stage"], trial["trial"]]
 
         self._work.put(work)
 
@@ -199,6 +211,23 @@ class WandbTracker(NoTracker):
                     if name not in HIDDEN and value is not None and not isinstance(value, list)
                 }
                 self._lineage.log(plain)
+
+        self._work.put(work)
+
+    def compressed(self, summary: Row) -> None:
+        """Write the table of an ensemble and its student, a step a row, and what is gained."""
+
+        def work() -> None:
+            run = self._open(f"{self._run_id}-ensemble", "row", "ensemble", to_tree(self._config))
+            for number, row in enumerate(summary["rows"]):
+                plain = {k: v for k, v in row.items() if k != "runs" and v is not None}
+                run.log({"row": number, **plain})
+            values = {"gain": summary["gain"], "share_kept": summary["share"] or {}}
+            for name, interval in values.items():
+                for end, value in interval.items():
+                    run.summary[name if end == "value" else f"{name}_{end}"] = value
+            run.summary["student_test_accuracy"] = summary["rows"][-1]["test_accuracy"]
+            run.finish()
 
         self._work.put(work)
 

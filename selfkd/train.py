@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from selfkd import metrics
 from selfkd.data import Data
 from selfkd.distiller import Distiller
+from selfkd.teacher import Teacher
 from selfkd.views import Views
 
 Precision = Literal["none", "bfloat16", "float16"]
@@ -54,10 +55,12 @@ def make_scheduler(
     epochs: int,
     warmup_epochs: int,
     steps_per_epoch: int,
+    cycles: int = 1,
 ) -> Scheduler | None:
     """Make timm's scheduler of the learning rate, moved at every step.
 
-    The cosine falls over the epochs after the warm-up.
+    The cosine falls over the epochs after the warm-up, or, in `cycles`, so often over them all,
+    as snapshot ensembles do (Huang et al., 2017, https://arxiv.org/abs/1704.00109).
     """
     if schedule == "none":
         return None
@@ -65,7 +68,9 @@ def make_scheduler(
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine" if cosine else "multistep",
-        num_epochs=max(1, epochs - warmup_epochs) if cosine else epochs,
+        num_epochs=max(1, epochs // cycles - warmup_epochs) if cosine else epochs,
+        cycle_limit=cycles,
+        cycle_decay=1.0,
         decay_milestones=[epochs / 2, epochs * 3 / 4],
         warmup_epochs=warmup_epochs,
         warmup_lr=optimizer.param_groups[0]["lr"] / 10,
@@ -201,7 +206,7 @@ def _check_finite(losses: list[Tensor], epoch: int) -> None:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    model: nn.Module | Teacher,
     data: Data,
     split: Literal["train", "val", "test"],
     *,
@@ -210,16 +215,19 @@ def predict(
     device: str = "cpu",
     workers: int = 0,
     precision: Precision = "none",
+    rows: range | None = None,
 ) -> Tensor:
-    """Return the model's logits for a whole split, `[images, classes]` float32 on the CPU.
+    """Return the model's logits for a split, `[images, classes]` float32 on the CPU.
 
-    The model is in eval mode while it predicts, and afterwards in the mode it was in.
+    The model is in eval mode while it predicts, and afterwards in the mode it was in. With `rows`,
+    only those images are asked for.
     """
-    training = model.training
-    model.eval()
+    training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
     values = data.in_chans * data.image_size**2
     with autocast(device, precision):
-        rows = [
+        logits = [
             model(inputs).float().cpu()
             for inputs, _, _ in data.batches(
                 split,
@@ -228,10 +236,12 @@ def predict(
                 view=view,
                 device=device,
                 workers=workers,
+                rows=rows,
             )
         ]
-    model.train(training)
-    return torch.cat(rows)
+    if isinstance(model, nn.Module):
+        model.train(training)
+    return torch.cat(logits)
 
 
 def evaluate(

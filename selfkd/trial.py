@@ -1,38 +1,34 @@
-"""What a worker does, from plain data to plain data: check, train, score, label, ensemble."""
+"""What a worker does, from plain data to plain data: check, train, label, score."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from selfkd import metrics
+from selfkd import members, metrics
+from selfkd.bench import Bench, Split
 from selfkd.checkpoint import load_tensors, save_tensors
-from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
-from selfkd.data import Data, fingerprint, load_data
+from selfkd.config import ModelConfig, Tree
+from selfkd.data import Data, fingerprint
 from selfkd.distiller import Distiller
 from selfkd.jobs import Row
-from selfkd.models import make_model, parameters_count
-from selfkd.targets import data_key, load_targets, save_targets, target_path
-from selfkd.teacher import Ensemble, Teacher
+from selfkd.models import parameters_count
+from selfkd.specialists import Specialist, relabel, specialist_split
+from selfkd.store import check_shard, open_store, remember_user, write_shard
+from selfkd.teacher import Ensemble
 from selfkd.train import (
     NonFiniteLossError,
     fit,
     make_average,
     make_optimizer,
     make_scheduler,
-    predict,
 )
-from selfkd.views import Views
-
-AUGMENTED_VIEWS = 8
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, Split] = ("val", "test")  # what is predicted and kept
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
@@ -40,94 +36,18 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
     return _JOBS[kind](**payload)
 
 
-@lru_cache(maxsize=1)
-def _load_data(config: DataConfig, seed: int, device: str) -> Data:
-    data = load_data(
-        config.name,
-        root=config.root,
-        download=config.download,
-        train_size=config.train_size,
-        val_size=config.val_size,
-        image_size=config.image_size,
-        in_memory=config.in_memory,
-        seed=seed,
-    )
-    return data.to(device)
-
-
-def _views(config: DataConfig, seed: int) -> Views:
-    views = Views(crop=config.crop, flip=config.flip, jitter=config.jitter, seed=seed)
-    count = config.views or (1 if views.is_identity else AUGMENTED_VIEWS)
-    return replace(views, count=count)
-
-
-class _Bench:
-    """Data, views and device of a job: what its config says about where it works."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.config: Config = from_tree(tree)
-        torch.set_num_threads(max(1, int(self.config.resources.cpu)))
-        self.device = "cuda" if self.config.resources.gpu > 0 else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"resources.gpu must be 0 where torch finds no GPU, got {self.config.resources.gpu}"
-            )
-        self.data = _load_data(self.config.data, self.config.seed, self.device)
-        self.views = _views(self.config.data, self.config.seed)
-        self.data_key = data_key(self.data.fingerprint, self.views.recipe)
-
-    def make(self, model: ModelConfig) -> torch.nn.Module:
-        network = make_model(
-            model.name,
-            model.args,
-            num_classes=self.data.num_classes,
-            in_chans=self.data.in_chans,
-            image_size=self.data.image_size,
-        )
-        return network.to(self.device)
-
-    def model_of(self, generation: int) -> ModelConfig:
-        config = self.config
-        return config.student if generation > 0 and config.student else config.model
-
-    def load(self, checkpoint: str) -> tuple[torch.nn.Module, dict[str, Any]]:
-        tensors, facts = load_tensors(Path(checkpoint))
-        if facts["classes"] != list(self.data.class_names):
-            raise ValueError(f"{checkpoint} was trained for other classes than {self.data.name}'s")
-        network = self.make(ModelConfig(name=facts["model"]["name"], args=facts["model"]["args"]))
-        network.load_state_dict(tensors)
-        return network, facts
-
-    def predict(self, network: torch.nn.Module, split: Split, view: int | None = None) -> Tensor:
-        return predict(
-            network,
-            self.data,
-            split,
-            views=None if view is None else self.views,
-            view=view or 0,
-            device=self.device,
-            workers=self.config.data.workers,
-        )
-
-    def labels(self, split: Split) -> Tensor:
-        labels: Tensor = getattr(self.data, split).labels.cpu()
-        return labels
-
-    def teacher(self, checkpoint: str) -> Teacher:
-        network, facts = self.load(checkpoint)
-        here = (self.data.mean, self.data.std)
-        return Teacher(network, input_stats=here, trained_stats=(facts["mean"], facts["std"]))
-
-
 def check(config: Tree) -> Iterator[Row]:
     """Load the data and try the models on two images; yield the facts, or the user's mistake."""
     try:
-        bench = _Bench(config)
+        bench = Bench(config)
+        settings = bench.config
         sizes = {}
-        for generation in (0, 1):
-            network = _tried(bench, bench.model_of(generation))
+        for generation, model in enumerate((settings.model, settings.student or settings.model)):
+            network = _tried(bench, model)
             sizes[str(generation)] = parameters_count(network)
-        train = bench.config.train
+        for model in settings.members.models:
+            _tried(bench, model)
+        train = settings.train
         make_optimizer(
             network,
             name=train.optimizer,
@@ -155,12 +75,12 @@ def check(config: Tree) -> Iterator[Row]:
     }
 
 
-def _fingerprint(bench: _Bench, split: Split) -> str:
+def _fingerprint(bench: Bench, split: Split) -> str:
     data = bench.data
     return fingerprint(getattr(data, split), mean=data.mean, std=data.std)
 
 
-def _tried(bench: _Bench, model: ModelConfig) -> torch.nn.Module:
+def _tried(bench: Bench, model: ModelConfig) -> nn.Module:
     """Return a network that has answered two images as it should."""
     network = bench.make(model).eval()
     inputs, _, _ = next(
@@ -184,52 +104,73 @@ def _tried(bench: _Bench, model: ModelConfig) -> torch.nn.Module:
 
 def train(
     config: Tree,
-    generation: int,
+    stage: str,
     seed: int,
-    teachers: Sequence[Mapping[str, str]],
+    model: Tree,
+    teachers: Sequence[Mapping[str, Any]],
     targets: str,
     student: str,
+    start: Mapping[str, Any] | None = None,
+    specialist: Sequence[int] | None = None,
+    cycles: int = 1,
 ) -> Iterator[Row]:
-    """Train one student, save it, and yield a row an epoch; the last one carries its hash.
+    """Train one student, save it, and yield a row an epoch; a saved one's carries its hash.
 
     Args:
         config: of the trial, values of the search put in.
-        generation: 0 learns from labels only.
+        stage: what the trial belongs to, for messages and facts.
         seed: of initialisation, order and dropout.
-        teachers: `hash` and `checkpoint` of each member; none in generation 0.
+        model: of the student.
+        teachers: `hash`, `checkpoint` and perhaps `weight` of each; none to learn from labels.
         targets: folder of the soft targets.
         student: file to save to.
+        start: `checkpoint` to start the weights from, or `seed` of the initialisation.
+        specialist: classes that the student is to tell apart; all others are one to it.
+        cycles: of the learning rate; the student is saved at the end of each, but for the last
+            beside `student`.
     """
-    bench = _Bench(config)
+    bench = Bench(config)
     options = bench.config.train
-    torch.manual_seed(seed)
-    model = bench.model_of(generation)
-    network = bench.make(model)
-    if options.init == "teacher" and teachers:
+    start = start or {}
+    torch.manual_seed(start.get("seed", seed))
+    made = ModelConfig(**model)
+    network = bench.make(made)
+    if "checkpoint" in start:
+        network.load_state_dict(load_tensors(Path(start["checkpoint"]))[0])
+    elif options.init == "teacher" and teachers:
         network.load_state_dict(load_tensors(Path(teachers[0]["checkpoint"]))[0])
+    if "seed" in start:
+        torch.manual_seed(seed)
+    data, learner = bench.data, network
+    facts: Row = {"stage": stage, "seed": seed}
+    if specialist is not None:
+        learner = Specialist(network, specialist).to(bench.device)
+        data, shift = _special_data(bench.data, specialist, seed)
+        facts |= {"specialist": list(specialist), "dustbin_shift": shift}
+    epochs = options.epochs // cycles * cycles
     optimizer = make_optimizer(
-        network,
+        learner,
         name=options.optimizer,
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
     )
-    images = len(bench.data.train.labels)
     scheduler = make_scheduler(
         optimizer,
-        schedule=options.schedule,
-        epochs=options.epochs,
-        warmup_epochs=options.warmup_epochs,
-        steps_per_epoch=-(-images // options.batch_size),
+        schedule=options.schedule if cycles == 1 else "cosine",
+        epochs=epochs,
+        warmup_epochs=options.warmup_epochs if cycles == 1 else 0,
+        steps_per_epoch=-(-len(data.train) // options.batch_size),
+        cycles=cycles,
     )
-    average = make_average(network, decay=options.ema) if options.ema is not None else None
+    average = make_average(learner, decay=options.ema) if options.ema is not None else None
     rows = fit(
-        network,
-        bench.data,
+        learner,
+        data,
         _distiller(bench, teachers, Path(targets)),
         optimizer=optimizer,
         scheduler=scheduler,
-        epochs=options.epochs,
+        epochs=epochs,
         batch_size=options.batch_size,
         generator=torch.Generator().manual_seed(seed),
         views=bench.views,
@@ -240,31 +181,54 @@ def train(
         precision=options.amp,
         compiled=options.compile,
     )
+    best = average.module if average is not None else learner
+    best = best.network if isinstance(best, Specialist) else best
     try:
         for row in rows:
-            if row["epoch"] == options.epochs:
-                best = average.module if average is not None else network
-                row["hash"] = _save_student(bench, best, model, generation, seed, Path(student))
+            cycle, rest = divmod(row["epoch"], epochs // cycles)
+            if rest == 0:
+                path = Path(student)
+                path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
+                row["hash"] = bench.save(path, best, made, facts)
+                row["checkpoint"] = path.name
             yield row
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"generation {generation}: {error}") from None
+        raise NonFiniteLossError(f"{stage.replace('-', ' ')}: {error}") from None
 
 
-def _distiller(bench: _Bench, teachers: Sequence[Mapping[str, str]], targets: Path) -> Distiller:
+def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, float]:
+    """Return a specialist's data, half of it from its classes, and what corrects for that."""
+    split, shift = specialist_split(data.train, classes, seed=seed)
+    names = (*(data.class_names[number] for number in classes), "dustbin")
+    special = replace(
+        data,
+        train=split,
+        val=relabel(data.val, classes),
+        test=relabel(data.test, classes),
+        class_names=names,
+    )
+    return special, shift
+
+
+def _distiller(bench: Bench, teachers: Sequence[Mapping[str, Any]], targets: Path) -> Distiller:
     smoothing = bench.config.train.label_smoothing
     if not teachers:
         return Distiller(label_smoothing=smoothing)
     distill = bench.config.distill
+    weights = None
+    if len(teachers) > 1 and "weight" in teachers[0]:
+        weights = [row["weight"] for row in teachers]
+    averaged = distill.average == "logits"  # by the store, once
     teacher = stored = None
     if distill.live:
         teacher = Ensemble([bench.teacher(member["checkpoint"]) for member in teachers])
     else:
-        stored = load_targets(
+        stored = open_store(
             targets,
             [member["hash"] for member in teachers],
             data=bench.data_key,
-            views=bench.views.count,
-            images=len(bench.data.train.labels),
+            average=distill.average,
+            weights=weights,
         )
     return Distiller(
         teacher,
@@ -272,53 +236,50 @@ def _distiller(bench: _Bench, teachers: Sequence[Mapping[str, str]], targets: Pa
         temperature=distill.temperature,
         alpha=distill.alpha,
         average=distill.average,
+        weights=weights if isinstance(teacher, Ensemble) or not averaged else None,
         label_smoothing=smoothing,
     )
 
 
-def _save_student(
-    bench: _Bench,
-    network: torch.nn.Module,
-    model: ModelConfig,
-    generation: int,
-    seed: int,
-    path: Path,
-) -> str:
-    data = bench.data
-    facts = {
-        "model": {"name": model.name, "args": model.args},
-        "classes": list(data.class_names),
-        "in_chans": data.in_chans,
-        "image_size": data.image_size,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "data": data.name,
-        "fingerprint": data.fingerprint,
-        "generation": generation,
-        "seed": seed,
-        "parameters": parameters_count(network),
-    }
-    return save_tensors(path, network.state_dict(), facts)
+def label(
+    config: Tree, checkpoint: str, targets: str, view: int, shard: int, run: str
+) -> Iterator[Row]:
+    """Store a teacher's answers to a shard of the training images, unless they are there.
 
+    Args:
+        config: of the run.
+        checkpoint: of the teacher.
+        targets: folder of the soft targets.
+        view: of the images.
+        shard: which of them.
+        run: the run folder that wants them.
 
-def label(config: Tree, student: str, targets: str) -> Iterator[Row]:
-    """Store a model's answers to every view of the training images, unless they are there."""
-    bench = _Bench(config)
-    network, facts = bench.load(student)
-    key = {"teacher": facts["hash"], "data": bench.data_key}
-    missing = [
-        view
-        for view in range(bench.views.count)
-        if not target_path(Path(targets), view=view, **key).exists()
-    ]
-    for view in missing:
-        logits = bench.predict(network, "train", view)
-        save_targets(Path(targets), logits, view=view, **key)
-    yield {"written": len(missing)}
+    Yields:
+        `state`: kept, written, or remade where what was there was damaged.
+    """
+    bench = Bench(config)
+    root = Path(targets)
+    origin = {"checkpoint": str(Path(checkpoint).absolute()), "config": config}
+    manifest = bench.manifest(bench.hash(checkpoint), bench.data.num_classes, origin)
+    # first of all: a store that is being written must not look like one that nobody uses
+    remember_user(root, manifest.teacher, manifest.data, Path(run))
+    found = check_shard(root, manifest, view=view, shard=shard)
+    if found != "whole":
+        logits = bench.answer(checkpoint, "train", view=view, rows=manifest.rows(shard))
+        try:
+            write_shard(root, manifest, view=view, shard=shard, logits=logits)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                f"targets.root must have room for the teachers' answers, got {root}, which is "
+                "full: free some, or resume with --set targets.root=FOLDER on another disk"
+            ) from None
+    yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 
 
 def score(
-    config: Tree, student: str, predictions: str, teachers: Sequence[Mapping[str, str]]
+    config: Tree, student: str, predictions: str, teachers: Sequence[Mapping[str, Any]] = ()
 ) -> Iterator[Row]:
     """Measure a chosen model on the test split, once.
 
@@ -328,49 +289,19 @@ def score(
         predictions: file that its validation and test logits are saved to.
         teachers: `checkpoint` of each of its teachers, for the agreement with them.
     """
-    bench = _Bench(config)
-    network, facts = bench.load(student)
-    logits: dict[str, Tensor] = {split: bench.predict(network, split) for split in SPLITS}
-    save_tensors(Path(predictions), logits, {"student": facts["hash"]})
-    row = {"hash": facts["hash"], "parameters": facts["parameters"], **_test_row(bench, logits)}
+    bench = Bench(config)
+    mark = bench.hash(student)
+    logits = {split: bench.answer(student, split) for split in members.SPLITS}
+    by_name = {str(split): answers for split, answers in logits.items()}
+    save_tensors(Path(predictions), by_name, {"student": mark})
+    size = sum(parameters_count(network) for network in bench.networks(student))
+    row = {"hash": mark, "parameters": size, **members.test_row(bench, logits)}
     if teachers:
-        members = [
-            bench.predict(bench.load(member["checkpoint"])[0], "test") for member in teachers
-        ]
-        taught = metrics.mean_probabilities(torch.stack(members))
+        taught = metrics.ensemble_logits(
+            torch.stack([bench.answer(member["checkpoint"], "test") for member in teachers])
+        )
         row["agreement"] = metrics.agreement(logits["test"], taught)
     yield row
-
-
-def ensemble(config: Tree, members: Sequence[Mapping[str, str]]) -> Iterator[Row]:
-    """Measure the average of several models' probabilities, from their saved predictions.
-
-    Args:
-        config: of the run.
-        members: `hash` of each model and the file of its `predictions`.
-    """
-    bench = _Bench(config)
-    saved = []
-    for member in members:
-        logits, facts = load_tensors(Path(member["predictions"]))
-        if facts["student"] != member["hash"]:
-            raise ValueError(f"{member['predictions']} was written by another model")
-        saved.append(logits)
-    mean: dict[str, Tensor] = {
-        split: metrics.mean_probabilities(torch.stack([logits[split] for logits in saved]))
-        for split in SPLITS
-    }
-    val = metrics.accuracy(mean["val"], bench.labels("val"))
-    yield {"val_accuracy": val, **_test_row(bench, mean)}
-
-
-def _test_row(bench: _Bench, logits: Mapping[str, Tensor]) -> Row:
-    labels = bench.labels("test")
-    return {
-        "test_accuracy": metrics.accuracy(logits["test"], labels),
-        "test_nll": metrics.nll(logits["test"], labels),
-        "test_ece": metrics.ece(logits["test"], labels),
-    }
 
 
 _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
@@ -378,5 +309,5 @@ _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "train": train,
     "label": label,
     "score": score,
-    "ensemble": ensemble,
+    **members.JOBS,
 }

@@ -53,7 +53,7 @@ def test_tensors_and_facts_come_back(tmp_path):
     found, found_facts = load_tensors(tmp_path / "a" / "file.safetensors")
     assert_same(found, tensors)
     assert found_facts == {**facts, "hash": saved}
-    assert saved == tensors_hash(tensors)
+    assert saved != save_tensors(tmp_path / "b", tensors, {**facts, "x": 1})  # of facts as well
     assert re.fullmatch(r"[0-9a-f]{16}", saved)
     assert os.listdir(tmp_path / "a") == ["file.safetensors"]
 

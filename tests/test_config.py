@@ -444,7 +444,7 @@ def test_generation_0_has_no_teacher_to_search(write):
     (line,) = faults(write, "search: {labels_only_space: {distill.alpha: {uniform: [0, 1]}}}")
     assert line == (
         "run.yaml: search.labels_only_space.distill.alpha: "
-        "cannot be searched in generation 0: it has no teacher"
+        "cannot be searched on labels only: there is no teacher"
     )
 
 
@@ -468,8 +468,8 @@ def test_as_many_teachers_as_trials(write):
 
 
 def test_the_space_of_generation_0_has_no_distill_keys():
-    assert Config().space(0) == {}
-    assert Config().space(1) == {
+    assert Config().space(taught=False) == {}
+    assert Config().space(taught=True) == {
         "distill.temperature": Distribution("loguniform", (1, 20)),
         "distill.alpha": Distribution("uniform", (0, 1)),
     }
@@ -477,8 +477,8 @@ def test_the_space_of_generation_0_has_no_distill_keys():
     lr = {"train.lr": {"loguniform": [0.01, 0.1]}}
     alpha = {"distill.alpha": {"uniform": [0, 1]}}
     config = Config(search=SearchConfig(space=lr | alpha, labels_only_space=smoothing))
-    assert list(config.space(0)) == ["train.lr", "train.label_smoothing"]
-    assert list(config.space(1)) == list(config.space(2)) == ["train.lr", "distill.alpha"]
+    assert list(config.space(taught=False)) == ["train.lr", "train.label_smoothing"]
+    assert list(config.space(taught=True)) == ["train.lr", "distill.alpha"]
 
 
 # --- one config from another ---

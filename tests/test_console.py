@@ -12,7 +12,7 @@ from rich.console import Console
 from selfkd.console import Follower, make_table
 
 TRIAL: dict[str, Any] = {
-    "generation": 1,
+    "stage": "generation-1",
     "trial": 0,
     "point": {"distill.temperature": 4.0, "distill.alpha": 0.5},
     "status": "completed",
@@ -41,9 +41,10 @@ def follow(*trials: dict[str, Any], terminal: bool = False) -> tuple[str, Follow
     console = Console(
         file=output, force_terminal=terminal, width=110, markup=False, highlight=False
     )
-    with Follower(console, 2) as follower:
-        follower.labelling(1, 2)
-        follower.generation_started(1, 3, 1)
+    with Follower(console) as follower:
+        follower.working("generation 1: labelling by 2 teachers", 4)
+        follower.worked({"state": "kept"})
+        follower.stage_started("generation 1 of 2", 3, 1)
         for trial in trials:
             follower.trial_reported(trial, [{"epoch": 7}])
             follower.trial_finished(trial)

@@ -17,7 +17,7 @@ import pytest
 from wandb_files import history
 
 from selfkd.generations import main
-from selfkd.lineage import RunFolder
+from selfkd.ledger import RunFolder
 
 TINY = [
     "model.args={width: 4}",
@@ -79,7 +79,7 @@ def test_run_folder(whole: tuple[Path, str]) -> None:
         path = folder / f"generation_{generation:03d}"
         assert (path / "student.safetensors").exists()
         assert json.loads((path / "result.json").read_text())["generation"] == generation
-    stored = list((folder / "targets").rglob("view_000.safetensors"))
+    stored = list((folder / "targets").rglob("shard_00000.safetensors"))
     assert len(stored) == 2  # each teacher was asked once, for all trials
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["generations"]) == 3

@@ -11,15 +11,10 @@ import pytest
 from selfkd.config import Config, ConfigError, load_config
 from selfkd.files import load_json
 from selfkd.jobs import InProcess, Job, Row
-from selfkd.lineage import (
-    RunError,
-    RunFolder,
-    born_again,
-    finished,
-    measure_ensemble,
-    trial_seed,
-)
+from selfkd.ledger import RunFolder
+from selfkd.lineage import born_again, finished, measure_ensemble
 from selfkd.trial import run_job
+from selfkd.trials import RunError, trial_seed
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
@@ -35,17 +30,20 @@ class Ear:
     def __init__(self) -> None:
         self.heard: list[tuple[Any, ...]] = []
 
-    def labelling(self, generation: int, teachers: int) -> None:
-        self.heard.append(("labelling", generation, teachers))
+    def working(self, title: str, parts: int) -> None:
+        self.heard.append(("working", title, parts))
 
-    def generation_started(self, generation: int, trials: int, done: int) -> None:
-        self.heard.append(("started", generation, trials, done))
+    def worked(self, row: Row) -> None:
+        self.heard.append(("worked", row))
+
+    def stage_started(self, title: str, trials: int, done: int) -> None:
+        self.heard.append(("started", title, trials, done))
 
     def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        self.heard.append(("reported", trial["generation"], trial["trial"], len(rows)))
+        self.heard.append(("reported", trial["stage"], trial["trial"], len(rows)))
 
     def trial_finished(self, trial: Row) -> None:
-        self.heard.append(("finished", trial["generation"], trial["trial"], trial["status"]))
+        self.heard.append(("finished", trial["stage"], trial["trial"], trial["status"]))
 
     def generation_finished(self, result: Row) -> None:
         self.heard.append(("chosen", result["generation"], result["trial"]))
@@ -61,29 +59,35 @@ class Fake:
     def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
         self.jobs.append((kind, payload))
         if kind == "check":
-            yield {"facts": {}}
+            yield {"facts": {"images": {"train": 200}, "views": 1}}
         elif kind == "train":
             student = Path(payload["student"])
-            number = int(student.parent.name[-3:])
-            value = self.accuracy.get((payload["generation"], number), 0.5)
+            number, generation = int(student.parent.name[-3:]), _generation(payload)
+            value = self.accuracy.get((generation, number), 0.5)
             if isinstance(value, str):
                 raise ValueError(value)
             student.parent.mkdir(parents=True, exist_ok=True)
-            student.write_text(f"{payload['generation']}/{number}")
+            student.write_text(f"{generation}/{number}")
             yield {"epoch": 1, "val_accuracy": 0.0, "val_nll": 9.0, "seconds": 1.0}
             yield {
                 "epoch": 2,
                 "val_accuracy": value,
                 "val_nll": 1.0 - number / 100,
                 "seconds": 2.0,
-                "hash": f"{payload['generation']}-{number}",
+                "hash": f"{generation}-{number}",
             }
+        elif kind == "label":
+            yield {"state": "written"}
         elif kind == "score":
             Path(payload["predictions"]).write_text("")
             yield {"test_accuracy": 0.4, "test_nll": 1.0, "test_ece": 0.1}
 
     def kinds(self, kind: str) -> list[Mapping[str, Any]]:
         return [payload for name, payload in self.jobs if name == kind]
+
+
+def _generation(payload: Mapping[str, Any]) -> int:
+    return int(payload["stage"].removeprefix("generation-"))
 
 
 def start(folder: Path, *settings: str) -> tuple[Config, RunFolder]:
@@ -125,7 +129,7 @@ def test_every_generation_has_as_many_trials_and_the_teacher_is_asked_once(tmp_p
     config, folder = start(tmp_path)
     fake = Fake({})
     born_again(config, folder, InProcess(fake), Ear())
-    assert [job["generation"] for job in fake.kinds("train")] == [0] * 3 + [1] * 3 + [2] * 3
+    assert [_generation(job) for job in fake.kinds("train")] == [0] * 3 + [1] * 3 + [2] * 3
     assert len(fake.kinds("label")) == 2
 
 
@@ -191,9 +195,8 @@ def test_a_failed_trial_is_left_out_and_the_generation_goes_on(tmp_path: Path) -
     fake = Fake({(0, 2): "loss must be finite", (0, 1): 0.9})
     (result,) = born_again(config, folder, InProcess(fake), ear)
     assert (result["trial"], result["failed"]) == (1, 1)
-    assert ("finished", 0, 2, "failed") in ear.heard
-    failed = folder.trial_result(0, 2)
-    assert failed is not None
+    assert ("finished", "generation-0", 2, "failed") in ear.heard
+    failed = load_json(folder.generation(0) / "trial_002" / "result.json")
     assert failed["error"] == "ValueError: loss must be finite"
 
 

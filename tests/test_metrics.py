@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.metrics import accuracy_score, log_loss
 
-from selfkd.metrics import accuracy, agreement, ece, mean_probabilities, nll
+from selfkd.metrics import accuracy, agreement, ece, ensemble_logits, nll
 
 
 def make_logits(rows=500, classes=10, scale=3.0, seed=0):
@@ -57,7 +57,7 @@ def test_half_precision_is_measured_in_float32(dtype):
     assert nll(logits, labels) == nll(logits.float(), labels)
     assert ece(logits, labels) == ece(logits.float(), labels)
     members = torch.stack([logits, logits])
-    assert torch.equal(mean_probabilities(members), mean_probabilities(members.float()))
+    assert torch.equal(ensemble_logits(members), ensemble_logits(members.float()))
 
 
 def ece_reference(probabilities, labels, bins=15):
@@ -107,7 +107,7 @@ def test_agreement_is_the_share_of_equal_choices():
 @pytest.mark.parametrize("scale", [*SCALES, 1e30])
 def test_mean_probabilities_is_numpys(members, scale):
     logits = torch.stack([make_logits(rows=40, scale=scale, seed=s)[0] for s in range(members)])
-    found = mean_probabilities(logits)
+    found = ensemble_logits(logits)
     wide = logits.double().numpy()
     np.testing.assert_allclose(found.exp(), softmax(wide, axis=2).mean(axis=0), atol=1e-6)
     expected = logsumexp(log_softmax(wide, axis=2), axis=0) - np.log(members)
@@ -117,13 +117,13 @@ def test_mean_probabilities_is_numpys(members, scale):
 
 def test_the_mean_is_over_members():
     sure, unsure = torch.tensor([[[20.0, 0.0]], [[0.0, 0.0]]])
-    mean = mean_probabilities(torch.stack([sure, unsure])).exp()
+    mean = ensemble_logits(torch.stack([sure, unsure])).exp()
     np.testing.assert_allclose(mean, [[0.75, 0.25]], atol=1e-6)  # not that of mean logits: [1, 0]
 
 
 def test_a_log_of_probabilities_can_be_measured_like_logits():
     logits, labels = make_logits()
-    log_probabilities = mean_probabilities(logits[None])
+    log_probabilities = ensemble_logits(logits[None])
     assert nll(log_probabilities, labels) == pytest.approx(nll(logits, labels), rel=1e-5)
     assert ece(log_probabilities, labels) == pytest.approx(ece(logits, labels), abs=1e-6)
     assert accuracy(log_probabilities, labels) == accuracy(logits, labels)

@@ -1,189 +1,148 @@
-"""Stored soft targets: the right row of the right view of the right teacher, or an error."""
+"""`python -m selfkd.targets` on real stores: what it lists, finds wrong and clears out."""
 
-import numpy as np
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
 import pytest
-import torch
-from scipy.special import softmax
+from safetensors.torch import load_file
 
-from selfkd.checkpoint import save_tensors
-from selfkd.targets import SoftTargets, data_key, load_targets, save_targets, target_path
+from selfkd.checkpoint import load_tensors, save_tensors
+from selfkd.config import load_config, to_tree
+from selfkd.targets import main
+from selfkd.trial import run_job
 
-KEY = {"teacher": "t1", "data": "d1"}
-IMAGES, CLASSES = 20, 5
-
-
-def make_logits(seed, rows=IMAGES, classes=CLASSES):
-    generator = torch.Generator().manual_seed(seed)
-    return 4 * torch.randn(rows, classes, generator=generator)
-
-
-def shifted(logits):
-    return logits - logits.amax(dim=1, keepdim=True)
+SETTINGS = [
+    "model={name: selfkd_mlp, args: {width: 8, depth: 1}}",
+    "train={epochs: 1, batch_size: 50}",
+    "data={jitter: 1, views: 2}",
+    "targets.shard_size=150",
+]
 
 
-# --- which row is served ---
+@pytest.fixture(params=[None, 3])
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A run folder with a teacher and its stored answers: two views of two shards."""
+    top_k = request.param
+    config = to_tree(load_config(settings=[*SETTINGS, f"targets.top_k={top_k or 'null'}"]))
+    folder = tmp_path / "run"
+    checkpoint = folder / "student.safetensors"
+    row = {"stage": "members", "seed": 0, "model": config["model"], "teachers": []}
+    list(run_job("train", {"config": config, **row, "targets": "", "student": str(checkpoint)}))
+    (folder / "config.yaml").touch()
+    for view in range(2):
+        for shard in range(2):
+            place = {"view": view, "shard": shard, "run": str(folder)}
+            where = {"checkpoint": str(checkpoint), "targets": str(folder / "targets")}
+            assert list(run_job("label", {"config": config, **where, **place})) == [
+                {"state": "written"}
+            ]
+    return folder
 
 
-def test_rows_follow_the_image_through_any_order(tmp_path):
-    logits = make_logits(0)
-    save_targets(tmp_path, logits, **KEY, view=0)
-    targets = load_targets(tmp_path, ["t1"], data="d1", views=1, images=IMAGES)
-    for seed in range(3):
-        order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
-        for index in order.split(7):
-            served = targets(index, 0)
-            assert served.shape == (len(index), CLASSES)
-            np.testing.assert_allclose(served.float(), shifted(logits)[index], atol=0.02)
-            assert torch.equal(served.argmax(1), logits[index].argmax(1))
+def shards(run: Path) -> list[Path]:
+    return sorted(run.glob("targets/*/*/view_*/shard_*.safetensors"))
 
 
-def test_each_view_has_its_own_answers(tmp_path):
-    views = [make_logits(seed) for seed in range(3)]
-    for view, logits in enumerate(views):
-        save_targets(tmp_path, logits, **KEY, view=view)
-    targets = load_targets(tmp_path, ["t1"], data="d1", views=3, images=IMAGES)
-    index = torch.tensor([4, 0, 4])
-    for view in range(7):
-        expected = shifted(views[view % 3])[index]
-        np.testing.assert_allclose(targets(index, view).float(), expected, atol=0.02)
+def test_ls_lists_what_is_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", str(run)]) == 0
+    printed = capsys.readouterr().out
+    (store,) = run.glob("targets/*/*")
+    row = next(line for line in printed.splitlines() if store.name in line)
+    assert row.split()[:4] == [store.parent.name, store.name, "200", "2"]
+    assert row.split()[-3:-1] == ["4/4", "0.0"]
+    assert "1 stores" in printed
 
 
-def test_several_teachers_come_as_members_in_the_order_asked_for(tmp_path):
-    logits = {teacher: make_logits(seed) for seed, teacher in enumerate(["a", "b", "c"])}
-    for teacher, answers in logits.items():
-        save_targets(tmp_path, answers, teacher=teacher, data="d1", view=0)
-    index = torch.tensor([3, 1])
-    targets = load_targets(tmp_path, ["c", "a"], data="d1", views=1, images=IMAGES)
-    served = targets(index, 0)
-    assert served.shape == (2, 2, CLASSES)
-    for member, teacher in zip(served, ["c", "a"], strict=True):
-        np.testing.assert_allclose(member.float(), shifted(logits[teacher])[index], atol=0.02)
+def test_verify_asks_the_teacher_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run / "targets"), "--rows", "5"]) == 0
+    assert "5 images a view as the teacher says" in capsys.readouterr().out
 
 
-def test_members_and_views_are_not_mixed_up():
-    views = [[torch.full((4, 2), 10.0 * member + view) for view in range(2)] for member in range(3)]
-    served = SoftTargets(views)(torch.tensor([0]), 3)
-    assert served[:, 0, 0].tolist() == [1.0, 11.0, 21.0]
+def test_verify_names_a_row_that_the_teacher_never_said(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shards(run)[3]  # of the second view: images 150 to 199
+    tensors, facts = load_tensors(path)
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    name = "logits" if "logits" in changed else "values"
+    changed[name][37, 1] -= 0.5
+    save_tensors(path, changed, {k: v for k, v in facts.items() if k != "hash"})
+    assert main(["verify", str(run), "--rows", "200"]) == 1
+    assert "row 187 of view 1 differs by " in capsys.readouterr().out
 
 
-def test_serving_changes_nothing_and_makes_no_graph(tmp_path):
-    save_targets(tmp_path, make_logits(0).requires_grad_(), **KEY, view=0)
-    targets = load_targets(tmp_path, ["t1"], data="d1", views=1, images=IMAGES)
-    first = targets(torch.arange(IMAGES), 0)
-    assert not first.requires_grad
-    kept = first.clone()
-    first.zero_()
-    assert torch.equal(targets(torch.arange(IMAGES), 0), kept)
-
-
-# --- half precision ---
-
-
-@pytest.mark.parametrize("temperature", [1, 4, 20])
-@pytest.mark.parametrize(
-    ("scale", "offset"),
-    [(1, 0), (5, 0), (30, 0), (300, 0), (5, 30_000), (5, -30_000), (5, 1e6), (1e5, 0), (1e30, 0)],
-)
-@pytest.mark.parametrize("classes", [2, 10, 1000])
-def test_half_precision_hardly_changes_the_soft_targets(
-    tmp_path, temperature, scale, offset, classes
-):
-    generator = torch.Generator().manual_seed(classes)
-    logits = scale * torch.randn(50, classes, generator=generator) + offset
-    save_targets(tmp_path, logits, **KEY, view=0)
-    served = load_targets(tmp_path, ["t1"], data="d1", views=1, images=50)(torch.arange(50), 0)
-    assert served.isfinite().all()
-    expected = softmax(logits.double().numpy() / temperature, axis=1)
-    found = softmax(served.double().numpy() / temperature, axis=1)
-    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_logits_of_any_precision_are_stored(tmp_path, dtype):
-    logits = torch.tensor([[60_000.0, -60_000.0, 59_000.0]], dtype=dtype)
-    save_targets(tmp_path, logits, **KEY, view=0)
-    served = load_targets(tmp_path, ["t1"], data="d1", views=1, images=1)(torch.tensor([0]), 0)
-    assert served[0, 0] == 0
-    assert served.isfinite().all()
-
-
-# --- what is refused ---
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_that_are_not_finite_are_refused(tmp_path, value):
-    logits = make_logits(0)
-    logits[7, 2] = value
-    logits[9, 0] = value
-    with pytest.raises(ValueError, match=rf"teacher logits must be finite, got {value} in row 7"):
-        save_targets(tmp_path, logits, **KEY, view=0)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_has_not_been_labelled_is_named(tmp_path):
-    save_targets(tmp_path, make_logits(0), **KEY, view=0)
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*t1/d1/view_001\.safetensors"):
-        load_targets(tmp_path, ["t1"], data="d1", views=2, images=IMAGES)
-    with pytest.raises(FileNotFoundError, match=r"t2/d1/view_000\.safetensors"):
-        load_targets(tmp_path, ["t1", "t2"], data="d1", views=1, images=IMAGES)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"teacher": "t2"}, {"data": "d2"}, {"view": 1}, {"teacher": "t2", "view": 3}]
-)
-def test_answers_of_something_else_are_refused(tmp_path, wrong):
-    """As after a copy by hand: the file is whole but stands in another one's place."""
-    other = {**KEY, "view": 0, **wrong}
-    path = save_targets(tmp_path, make_logits(0), **other)
-    place = target_path(tmp_path, **KEY, view=0)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    path.rename(place)
-    with pytest.raises(
-        ValueError, match=r"view_000\.safetensors must hold .*'t1'.*, got .*: remove it and resume"
-    ):
-        load_targets(tmp_path, ["t1"], data="d1", views=1, images=IMAGES)
-
-
-def test_another_number_of_images_is_refused(tmp_path):
-    save_targets(tmp_path, make_logits(0, rows=19), **KEY, view=0)
-    with pytest.raises(ValueError, match=r"view_000\.safetensors must have 20 rows, got 19"):
-        load_targets(tmp_path, ["t1"], data="d1", views=1, images=20)
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    path = save_targets(tmp_path, make_logits(0), **KEY, view=0)
+def test_verify_finds_a_flipped_byte(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shards(run)[1]
     content = bytearray(path.read_bytes())
-    content[-3] ^= 1
+    content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"view_000\.safetensors is damaged"):
-        load_targets(tmp_path, ["t1"], data="d1", views=1, images=IMAGES)
-    path.unlink()
-    save_targets(tmp_path, make_logits(0), **KEY, view=0)  # made again
-    assert load_targets(tmp_path, ["t1"], data="d1", views=1, images=IMAGES)
+    assert main(["verify", str(run)]) == 1
+    assert "shard 1 of view 0 is damaged" in capsys.readouterr().out
 
 
-def test_a_file_of_other_tensors_is_refused(tmp_path):
-    path = target_path(tmp_path, **KEY, view=0)
-    save_tensors(path, {"logits": make_logits(0)}, {"student": "t1"})
-    with pytest.raises(ValueError, match=r"view_000\.safetensors must hold"):
-        load_targets(tmp_path, ["t1"], data="d1", views=1, images=IMAGES)
+def test_verify_finds_another_teacher(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = run / "student.safetensors"
+    tensors, facts = load_tensors(checkpoint)
+    other = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_tensors(checkpoint, other, {k: v for k, v in facts.items() if k != "hash"})
+    assert main(["verify", str(run)]) == 1
+    assert "is not the teacher that was asked" in capsys.readouterr().out
 
 
-# --- keys ---
+def test_verify_says_when_the_teacher_is_gone(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "student.safetensors").unlink()
+    assert main(["verify", str(run)]) == 2
+    assert "cannot be asked again: its checkpoint" in capsys.readouterr().out
 
 
-def test_the_key_depends_on_images_and_recipe():
-    recipe = {"flip": True, "jitter": 2, "seed": 0}
-    key = data_key("abc", recipe)
-    assert key == data_key("abc", dict(reversed(recipe.items())))
-    others = [("abd", recipe), *(("abc", {**recipe, name: 7}) for name in recipe), ("abc", {})]
-    keys = {data_key(*other) for other in others}
-    assert len(keys) == len(others)
-    assert key not in keys
+def test_gc_keeps_what_a_run_refers_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gc", str(run), "--yes"]) == 0
+    assert len(shards(run)) == 4
+    assert "removed 0 stores" in capsys.readouterr().out
 
 
-def test_the_place_names_teacher_data_and_view(tmp_path):
-    path = save_targets(tmp_path, make_logits(0), teacher="t", data="d", view=12)
-    assert path == tmp_path / "t" / "d" / "view_012.safetensors"
-    assert path.exists()
-    assert [p.name for p in path.parent.iterdir()] == ["view_012.safetensors"]
+def test_gc_removes_what_no_run_refers_to_after_asking(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shutil.move(run / "targets", shared)
+    shutil.rmtree(run)
+    assert main(["gc", str(shared)]) == 2  # nobody to ask
+    assert "--yes" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    answers = iter(["n", "y"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(answers))
+    assert main(["gc", str(shared)]) == 0
+    assert list(shared.rglob("*.safetensors"))
+    assert main(["gc", str(shared)]) == 0
+    assert "removed 1 stores" in capsys.readouterr().out
+    assert not list(shared.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ls", "nowhere"], "PATH must be a targets folder or a run folder, got nowhere"),
+        (["verify", "."], "PATH must hold soft targets"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_shard_is_read_as_it_was_written(run: Path) -> None:
+    """The file is what safetensors reads: anyone's tools can."""
+    tensors = load_file(shards(run)[0])
+    assert {tensor.shape[0] for tensor in tensors.values()} == {150}

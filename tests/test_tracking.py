@@ -18,7 +18,7 @@ from selfkd.config import Config, ConfigError, load_config
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
 
 TRIAL = {
-    "generation": 1,
+    "stage": "generation-1",
     "trial": 2,
     "seed": 7,
     "point": {"distill.alpha": 0.25},
@@ -191,7 +191,7 @@ def test_a_broken_tracker_stops_no_training(
 ) -> None:
     tracker = offline(tmp_path)
     with caplog.at_level(logging.WARNING):
-        tracker.trial_reported({"generation": 0}, EPOCHS)  # not a trial
+        tracker.trial_reported({"stage": "members"}, EPOCHS)  # not a trial
         tracker.trial_reported(TRIAL, EPOCHS)
         tracker.close()
     assert caplog.text.count("training goes on") == 1

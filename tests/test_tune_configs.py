@@ -31,13 +31,15 @@ def test_all_are_here() -> None:
         "cifar100_wrn28",
         "cifar100_densenet_ban",
         "folder",
+        "mnist_ensemble",
     }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_opens_with_its_command_time_and_hardware(path: Path) -> None:
     head = path.read_text().split("\n\n")[0]
-    assert f"python -m selfkd.generations --config tune_configs/{path.name}" in head
+    command = "ensemble" if path.stem.endswith("ensemble") else "generations"
+    assert f"python -m selfkd.{command} --config tune_configs/{path.name}" in head
     assert "Expected:" in head
     assert re.search(r"GPU|cores", head)
 
@@ -75,6 +77,6 @@ def test_digits_is_the_built_in_default() -> None:
 
 
 def test_the_paper_s_setting_is_in_the_born_again_space() -> None:
-    space = load_config(FOLDER / "cifar100_densenet_ban.yaml").space(1)
+    space = load_config(FOLDER / "cifar100_densenet_ban.yaml").space(taught=True)
     assert space["distill.alpha"].contains(1.0)
     assert space["distill.temperature"].contains(1.0)

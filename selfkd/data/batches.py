@@ -85,6 +85,7 @@ class Data:
         device: torch.device | str = "cpu",
         drop_last: bool = False,
         workers: int = 0,
+        rows: range | None = None,
     ) -> Iterator[Batch]:
         """Batches of one split by name; see `selfkd.data.batches`."""
         if split not in ("train", "val", "test"):
@@ -100,6 +101,7 @@ class Data:
             device=device,
             drop_last=drop_last,
             workers=workers,
+            rows=rows,
         )
 
 
@@ -115,8 +117,9 @@ def batches(
     device: torch.device | str = "cpu",
     drop_last: bool = False,
     workers: int = 0,
+    rows: range | None = None,
 ) -> Iterator[Batch]:
-    """One pass over a split.
+    """One pass over a split, or over some of its images.
 
     No random numbers are drawn but the order, from `generator`, when this is called.
 
@@ -131,6 +134,7 @@ def batches(
         device: where inputs and labels are wanted.
         drop_last: leave out a last batch that is not full.
         workers: processes that decode streamed images; images in memory need none.
+        rows: the images to read, all when not given.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
@@ -152,10 +156,10 @@ def batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if views is not None and not 0 <= view < views.count:
         raise ValueError(f"view must be in [0, {views.count}), got {view}")
-    if generator is None:
-        order = torch.arange(len(split))
-    else:
-        order = torch.randperm(len(split), generator=generator, device=generator.device).cpu()
+    order = split.index if rows is None else torch.tensor(rows)
+    if generator is not None:
+        shuffle = torch.randperm(len(order), generator=generator, device=generator.device)
+        order = order[shuffle.cpu()]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
     chunks = _chunks(order, batch_size)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfkd.losses.fused import fused_terms, weigh
+from selfkd.losses.fused import (
+    Weights,
+    average_logits,
+    fused_terms,
+    mean_softmax,
+    share_of_members,
+    weigh,
+)
 
 Average = Literal["probabilities", "logits"]
 """How the members of an ensemble become one teacher: mean of softmax, or mean of logits."""
@@ -34,6 +42,7 @@ def distillation_terms(
     alpha: float,
     average: Average = "probabilities",
     label_smoothing: float = 0.0,
+    weights: Sequence[float] | Tensor | None = None,
 ) -> DistillationTerms:
     """Distillation loss, with its two terms by name.
 
@@ -61,6 +70,8 @@ def distillation_terms(
             softmax of their mean logits. Of no effect on one teacher.
         label_smoothing: share of the labels' mass in the hard term spread over all classes,
             in [0, 1].
+        weights: of the members in either mean, one each, 0 or more, with sum 1; all the same
+            where not given. Never get a gradient; best a sequence, as a GPU's tensor is waited for.
 
     Returns:
         Scalars of at least float32. Only `loss` carries the graph.
@@ -83,8 +94,7 @@ def distillation_terms(
     """
     check_settings(temperature, alpha, average, label_smoothing)
     _check_tensors(student_logits, teacher_logits, labels)
-    if len(teacher_logits) == 1 and teacher_logits.ndim == 3:
-        teacher_logits = teacher_logits[0]
+    teacher_logits, shares = _weighted_members(teacher_logits, weights)
     # On the CPU, against the expression of tutorials, fused is as fast at 10 classes, 0.85 times as
     # fast at 100, 1.3 to 2 at 1,000, 2.5 to 5 at 32,000; faster than plain_terms at all of them
     # (tests/benchmarks/loss.py). A GPU would idle over chunks of rows; a compiler fuses the plain
@@ -98,6 +108,7 @@ def distillation_terms(
         alpha=float(alpha),
         average=average,
         label_smoothing=float(label_smoothing),
+        weights=shares,
     )
     return DistillationTerms(*terms)
 
@@ -110,6 +121,7 @@ def distillation_loss(
     temperature: float,
     alpha: float,
     average: Average = "probabilities",
+    weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """Distillation loss as one scalar.
 
@@ -122,6 +134,7 @@ def distillation_loss(
         temperature: T, above 0.
         alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
         average: of an ensemble's `probabilities` or `logits`.
+        weights: of the ensemble's members in that average, with sum 1.
 
     Returns:
         Scalar, mean over the batch, in nats.
@@ -144,20 +157,26 @@ def distillation_loss(
         temperature=temperature,
         alpha=alpha,
         average=average,
+        weights=weights,
     ).loss
 
 
 def soft_targets(
-    teacher_logits: Tensor, *, temperature: float, average: Average = "probabilities"
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    average: Average = "probabilities",
+    weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """What a teacher, or an ensemble as one teacher, says at a temperature.
 
-        probabilities: mean_m softmax(z_m / T)        logits: softmax(mean_m z_m / T)
+        probabilities: sum_m w_m softmax(z_m / T)        logits: softmax(sum_m w_m z_m / T)
 
     Args:
         teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
         temperature: T, above 0.
         average: of the members' `probabilities` or `logits`.
+        weights: w, one a member, 0 or more, with sum 1; all the same where not given.
 
     Returns:
         Probabilities `[batch, classes]` in float32, or float64 where `teacher_logits` are.
@@ -179,8 +198,11 @@ def soft_targets(
             f"got shape {tuple(teacher_logits.shape)}"
         )
     dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
-    members = _members(teacher_logits.detach().to(dtype), average)
-    return F.softmax(members / temperature, dim=-1).mean(dim=0)
+    teacher_logits, shares = _weighted_members(teacher_logits.detach(), weights)
+    members = teacher_logits.to(dtype)
+    if average == "logits":
+        members = average_logits(members, shares, dtype)
+    return mean_softmax(members / temperature, shares)
 
 
 def hard_loss(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -215,31 +237,47 @@ def plain_terms(
     alpha: float,
     average: Average,
     label_smoothing: float,
+    weights: Weights = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`distillation_terms` in plain PyTorch, arguments unchecked."""
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits = student_logits.to(dtype)
     hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     log_p_s = F.log_softmax(student_logits / temperature, dim=-1)
-    log_p_t = _log_soft_targets(teacher_logits.to(dtype), temperature, average)
+    if average == "logits":
+        teacher_logits = average_logits(teacher_logits, weights, dtype)
+    log_p_t = _log_soft_targets(teacher_logits.to(dtype) / temperature, weights)
     p_t = log_p_t.exp()
     kl = torch.where(p_t > 0, p_t * (log_p_t - log_p_s), 0.0)  # 0 log 0 = 0
     soft = temperature**2 * kl.sum(dim=-1).mean()
     return weigh(hard, soft, alpha), hard.detach(), soft.detach()
 
 
-def _log_soft_targets(teacher_logits: Tensor, temperature: float, average: Average) -> Tensor:
-    members = F.log_softmax(_members(teacher_logits, average) / temperature, dim=-1)
-    if len(members) == 1:
-        return members[0]
-    return torch.logsumexp(members, dim=0) - math.log(len(members))
+def _log_soft_targets(logits: Tensor, weights: Weights) -> Tensor:
+    log_p = F.log_softmax(logits, dim=-1)
+    if logits.ndim == 2:
+        return log_p
+    if weights is None:
+        return torch.logsumexp(log_p, dim=0) - math.log(len(log_p))
+    return torch.logsumexp(log_p + share_of_members(logits, weights, logits.dtype).log(), dim=0)
 
 
-def _members(teacher_logits: Tensor, average: Average) -> Tensor:
-    """Return `[members, batch, classes]` whose probabilities are to be averaged."""
-    if teacher_logits.ndim == 2:
-        return teacher_logits[None]
-    return teacher_logits if average == "probabilities" else teacher_logits.mean(0, keepdim=True)
+def _weighted_members(
+    teacher_logits: Tensor, weights: Sequence[float] | Tensor | None
+) -> tuple[Tensor, Weights]:
+    """Return the members that have a weight, and their weights; of one member, `[batch, classes]`.
+
+    A member without one is left out: 0 times a logit of -inf would be NaN.
+    """
+    shares = None
+    if weights is not None:
+        shares = check_weights(weights, teacher_logits)
+        if 0 in shares:
+            teacher_logits = teacher_logits[[i for i, share in enumerate(shares) if share]]
+            shares = [share for share in shares if share]
+    if teacher_logits.ndim == 3 and len(teacher_logits) == 1:
+        return teacher_logits[0], None
+    return teacher_logits, shares
 
 
 def _fused_is_faster(student_logits: Tensor) -> bool:
@@ -253,7 +291,7 @@ def _fused_is_faster(student_logits: Tensor) -> bool:
 
 def check_settings(temperature: float, alpha: float, average: str, label_smoothing: float) -> None:
     """Raise ValueError for a setting out of range."""
-    if not temperature > 0 or math.isinf(temperature):  # `not >` catches NaN
+    if not 0 < temperature < math.inf:  # catches NaN too
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
@@ -261,6 +299,19 @@ def check_settings(temperature: float, alpha: float, average: str, label_smoothi
         raise ValueError(f"average must be 'probabilities' or 'logits', got {average!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def check_weights(weights: Sequence[float] | Tensor, members: Tensor) -> list[float]:
+    """Return the weights of `[members, batch, ...]`, their sum exactly 1; raise ValueError."""
+    values = [float(w) for w in (weights.tolist() if isinstance(weights, Tensor) else weights)]
+    if members.ndim != 3 or len(values) != len(members):
+        raise ValueError(
+            "weights must be one for each of the members of [members, batch, classes], got "
+            f"{len(values)} for {list(members.shape)}"
+        )
+    if not all(value >= 0 for value in values) or not abs(sum(values) - 1) <= 1e-6:
+        raise ValueError(f"weights must be >= 0 and of sum 1, got {values}")
+    return [value / sum(values) for value in values]
 
 
 def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:

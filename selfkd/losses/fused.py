@@ -12,6 +12,7 @@ those of e (the factor goes into 1 / T): PyTorch computes them more than twice a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,9 @@ _CHUNK = 2**17
 """Elements in a chunk for each thread; two arrays of that size are the extra memory. 2^15 and 2^16
 are slower, 2^18 is no faster (a core with 1 MiB of cache)."""
 _LN_2 = math.log(2)
+
+Weights = Sequence[float] | None
+"""Of an ensemble's members, with sum 1; None where all are the same."""
 
 _Scalar = TypeVar("_Scalar", float, Tensor)
 
@@ -42,9 +46,10 @@ def fused_terms(
     alpha: float,
     average: str,
     label_smoothing: float,
+    weights: Weights = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`plain_terms`, computed with its gradient."""
-    settings = temperature, alpha, average, label_smoothing
+    settings = temperature, alpha, average, label_smoothing, weights
     with torch.no_grad():
         hard, soft, gradient = _losses_and_gradient(
             student_logits, teacher_logits, labels, *settings
@@ -64,7 +69,7 @@ class _GradientAtHand(torch.autograd.Function):
         student_logits: Tensor,
         teacher_logits: Tensor,
         labels: Tensor,
-        settings: tuple[float, float, str, float],
+        settings: tuple[float, float, str, float, Weights],
     ) -> Tensor:
         ctx.save_for_backward(student_logits, teacher_logits, labels)
         ctx.settings, ctx.gradient, ctx.dtype = settings, [gradient], student_logits.dtype
@@ -92,13 +97,19 @@ def _losses_and_gradient(
     alpha: float,
     average: str,
     label_smoothing: float,
+    weights: Weights,
 ) -> tuple[float, float, Tensor]:
     batch, classes = student_logits.shape
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    chunks = min(batch, math.ceil(batch * classes / (_CHUNK * torch.get_num_threads())))
+    limit = _CHUNK * torch.get_num_threads()
+    chunks = min(batch, math.ceil(batch * classes / limit))
     rows = math.ceil(batch / chunks)
     gradient = student_logits.new_empty(batch, classes, dtype=dtype)
-    work_1, work_t = gradient.new_empty(2, rows, classes).unbind()
+    shares = None  # of members whose probabilities are to be averaged
+    if teacher_logits.ndim == 3 and average == "probabilities":
+        shares = share_of_members(teacher_logits, weights, dtype)
+    at_once = 1 if shares is None else min(len(shares), max(1, int(limit / (rows * classes))))
+    work = gradient.new_empty(1 + at_once, rows, classes)
     sums = gradient.new_empty(5, batch, 1)
     scale = 1 / (_LN_2 * temperature)
     hard_weight, soft_weight = (1 - alpha) / batch, alpha * temperature / batch
@@ -117,26 +128,35 @@ def _losses_and_gradient(
         *parts, strict=True
     ):
         # in place, exponents become probabilities, each row up to a factor: its total
-        p_1, p_t = work_1[: len(p_s)], work_t[: len(p_s)]
+        here = work[:, : len(p_s)]
+        p_t, p_1 = here[0], here[1]
         _exponents(student.to(dtype), scale, out=p_s)
-        _teacher(teacher, scale, average, log_p=p_1, p=p_t, total=total_t)
+        if shares is None:
+            _exponents(average_logits(teacher, weights, dtype), scale, out=p_1)
+            torch.sum(torch.exp2(p_1, out=p_t), -1, True, out=total_t)
+        else:
+            _mix(teacher, shares, scale, work=here[1:], out=p_t)
+            torch.log2(p_t, out=p_1)
+            total_t.fill_(1)
         torch.gather(p_s, 1, label, out=log_y)
         if label_smoothing:
             log_y.lerp_(p_s.mean(-1, True), label_smoothing)
         torch.nansum(p_1.sub_(p_s).mul_(p_t), -1, True, out=cross)  # 0 log 0 = 0
         torch.sum(torch.mul(p_s, temperature, out=p_1).exp2_(), -1, True, out=total_1)
         torch.sum(p_s.exp2_(), -1, True, out=total_s)
-        p_s.mul_(soft_weight / total_s).addcmul_(p_t, -soft_weight / total_t)
-        p_s.addcmul_(p_1, hard_weight / total_1)
-    share = gradient.new_full((), -hard_weight * (1 - label_smoothing)).expand(batch, 1)
-    gradient.scatter_add_(1, indices, share)
+        p_s.mul_(total_s.reciprocal().mul_(soft_weight))
+        p_s.addcmul_(p_t, total_t.reciprocal(), value=-soft_weight)
+        p_s.addcmul_(p_1, total_1.reciprocal(), value=hard_weight)
+    gradient.scatter_(1, indices, -hard_weight * (1 - label_smoothing), reduce="add")
     if label_smoothing:
         gradient.sub_(hard_weight * label_smoothing / classes)
     sums = sums.double()
     sums[1].div_(sums[4])
     sums[2:].log2_()
-    log_y, cross, log_1, log_s, log_t = sums.sum(1).mul_(_LN_2 / batch).flatten().tolist()
-    return log_1 - temperature * log_y, temperature**2 * (cross + log_s - log_t), gradient
+    nats = _LN_2 / batch
+    log_y, cross, log_1, log_s, log_t = sums.sum((1, 2)).tolist()
+    hard, soft = log_1 - temperature * log_y, temperature**2 * (cross + log_s - log_t)
+    return nats * hard, nats * soft, gradient
 
 
 def _exponents(logits: Tensor, scale: float, *, out: Tensor) -> None:
@@ -144,24 +164,41 @@ def _exponents(logits: Tensor, scale: float, *, out: Tensor) -> None:
     torch.add(logits.amax(-1, True) * -scale, logits, alpha=scale, out=out)
 
 
-def _teacher(
-    logits: Tensor, scale: float, average: str, *, log_p: Tensor, p: Tensor, total: Tensor
-) -> None:
-    """Write probabilities times a total for each row to `p`, their log2 to `log_p`."""
-    if logits.ndim == 2 or average == "logits":
-        _exponents(_mean(logits, log_p.dtype), scale, out=log_p)
-        torch.sum(torch.exp2(log_p, out=p), -1, True, out=total)
-        return
-    p.zero_()
-    for member in logits:
-        _exponents(member.to(log_p.dtype), scale, out=log_p)
-        p.addcmul_(log_p.exp2_(), 1 / log_p.sum(-1, True))
-    torch.log2(p, out=log_p)
-    total.fill_(len(logits))
+def _mix(logits: Tensor, shares: Tensor, scale: float, *, work: Tensor, out: Tensor) -> None:
+    """Write the mean of the members' softmax to `out`; as many at once as there is `work` for."""
+    out.zero_()
+    for part, share in zip(*(torch.split(t, len(work)) for t in (logits, shares)), strict=True):
+        members = work[: len(part)]
+        _exponents(part.to(work.dtype), scale, out=members)
+        factors = share / members.exp2_().sum(-1, True)
+        if len(members) == 1:
+            out.addcmul_(members[0], factors[0])
+        else:
+            out.add_(members.mul_(factors).sum(0))
 
 
-def _mean(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    return logits.to(dtype) if logits.ndim == 2 else logits.mean(0, dtype=dtype)
+def average_logits(logits: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
+    """Return the mean of the members' logits, or the only one's."""
+    if logits.ndim == 2:
+        return logits.to(dtype)
+    if weights is None:
+        return logits.mean(0, dtype=dtype)
+    return (logits.to(dtype) * share_of_members(logits, weights, dtype)).sum(0)
+
+
+def mean_softmax(logits: Tensor, weights: Weights) -> Tensor:
+    """Return the mean of the members' softmax, or the only one's."""
+    p = F.softmax(logits, dim=-1)
+    if p.ndim == 2:
+        return p
+    return p.mean(0) if weights is None else (p * share_of_members(p, weights, p.dtype)).sum(0)
+
+
+def share_of_members(logits: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
+    """Return the members' weights as `[members, 1, 1]`."""
+    if weights is None:
+        return logits.new_full((len(logits), 1, 1), 1 / len(logits), dtype=dtype)
+    return torch.tensor(weights, dtype=dtype, device=logits.device).view(-1, 1, 1)
 
 
 def _gradient(
@@ -172,14 +209,15 @@ def _gradient(
     alpha: float,
     average: str,
     label_smoothing: float,
+    weights: Weights,
 ) -> Tensor:
     """The gradient by operations that can be differentiated in turn."""
     student_logits = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     batch, classes = student_logits.shape
     members = teacher_logits.to(student_logits.dtype)
     if average == "logits":
-        members = _mean(members, members.dtype)
-    p_t = F.softmax(members / temperature, dim=-1).reshape(-1, batch, classes).mean(dim=0)
+        members = average_logits(members, weights, members.dtype)
+    p_t = mean_softmax(members / temperature, weights)
     y = F.one_hot(labels, classes).to(p_t.dtype) * (1 - label_smoothing) + label_smoothing / classes
     hard = F.softmax(student_logits, dim=-1) - y
     soft = F.softmax(student_logits / temperature, dim=-1) - p_t

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -166,6 +166,125 @@ def test_layout_of_the_logits_does_not_matter() -> None:
     )  # fmt: skip
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient_of(loss, strided), gradient_of(expected, student))
+
+
+# --- weights of the members --------------------------------------------------------------------
+
+WEIGHTS = (0.5, 0.2, 0.3)
+
+
+def weighted_targets(
+    teacher: Tensor, weights: Sequence[float], temperature: float, average: str
+) -> np.ndarray:
+    z_t, w = teacher.double().numpy() / temperature, np.array(weights)[:, None, None]
+    if average == "logits":
+        return softmax((w * z_t).sum(0), axis=-1)
+    return (w * softmax(z_t, axis=-1)).sum(0)
+
+
+@pytest.mark.parametrize("terms_of", [distillation_terms, fused_terms, plain_terms])
+@pytest.mark.parametrize("chunk", [8, 10**6])
+def test_weighted_members_equal_reference(
+    monkeypatch: pytest.MonkeyPatch, terms_of: Callable[..., tuple[Tensor, ...]], chunk: int
+) -> None:
+    monkeypatch.setattr(fused_module, "_CHUNK", chunk / torch.get_num_threads())
+    student, teacher, labels = make_batch(4, 7, 3)
+    for case in cases():
+        p_t = weighted_targets(teacher, WEIGHTS, case["temperature"], case["average"])
+        merged = torch.from_numpy(np.log(p_t) * case["temperature"])  # one teacher that says it
+        *expected, gradient = reference(student, merged, labels, **case)
+        terms = terms_of(student, teacher, labels, **case, label_smoothing=0.0, weights=WEIGHTS)
+        actual = [term.item() for term in terms]
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-11, err_msg=str(case))
+        np.testing.assert_allclose(
+            gradient_of(terms[0], student), gradient, rtol=0, atol=1e-12, err_msg=str(case)
+        )
+        targets = soft_targets(
+            teacher, temperature=case["temperature"], average=case["average"], weights=WEIGHTS
+        )
+        np.testing.assert_allclose(targets, p_t, rtol=1e-12)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_weighted_gradient_can_be_differentiated(average: str) -> None:
+    student, teacher, labels = make_batch(3, 4, 3)
+    loss = partial(distillation_loss, temperature=3.0, alpha=0.6, average=average, weights=WEIGHTS)
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, teacher, labels), student)
+    assert torch.autograd.gradgradcheck(lambda logits: loss(logits, teacher, labels), student)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_weights_all_equal_are_no_weights(average: str) -> None:
+    student, teacher, labels = make_batch(4, 7, 3)
+    loss = partial(distillation_loss, temperature=3.0, alpha=0.6, average=average)
+    expected = loss(student, teacher, labels)
+    for weights in ([1 / 3] * 3, np.full(3, 1 / 3), torch.full((3,), 1 / 3)):
+        torch.testing.assert_close(loss(student, teacher, labels, weights=weights), expected)
+    torch.testing.assert_close(
+        soft_targets(teacher, temperature=3.0, average=average, weights=[1 / 3] * 3),
+        soft_targets(teacher, temperature=3.0, average=average),
+    )
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_member_of_weight_0_is_not_heard(average: str) -> None:
+    student, teacher, labels = make_batch(4, 7, 3)
+    teacher[1, :, 2] = -torch.inf
+    loss = partial(distillation_loss, temperature=3.0, alpha=0.6, average=average)
+    actual = loss(student, teacher, labels, weights=[0.25, 0.0, 0.75])
+    expected = loss(student, teacher[[0, 2]], labels, weights=[0.25, 0.75])
+    torch.testing.assert_close(actual, expected)
+    alone = loss(student, teacher, labels, weights=[0.0, 0.0, 1.0])
+    torch.testing.assert_close(alone, loss(student, teacher[2], labels))
+
+
+def test_weights_are_brought_to_sum_1() -> None:
+    student, teacher, labels = make_batch(4, 7, 3)
+    loss = partial(distillation_loss, student, teacher, labels, temperature=3.0, alpha=0.6)
+    nearly = [weight * (1 + 9e-7) for weight in WEIGHTS]
+    torch.testing.assert_close(loss(weights=nearly), loss(weights=WEIGHTS), rtol=1e-12, atol=0)
+
+
+def test_weighted_loss_in_half_precision_and_compiled() -> None:
+    student, teacher, labels = make_batch(8, 10, 3)
+    student = student.detach().bfloat16().float().requires_grad_()
+    teacher = teacher.transpose(0, 1).contiguous().transpose(0, 1).half()
+    for average in ("probabilities", "logits"):
+        loss = partial(
+            distillation_loss, temperature=3.0, alpha=0.6, average=average, weights=WEIGHTS
+        )
+        expected = loss(student, teacher.float(), labels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = loss(student.bfloat16(), teacher, labels)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(student, teacher, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5, 0.5], r"weights must be one for each of the members .*got 2 for \[3, 4, 7\]"),
+        ([], "weights must be one for each of the members .*got 0"),
+        ([0.5, 0.6, -0.1], r"weights must be >= 0 and of sum 1, got \[0\.5, 0\.6, -0\.1\]"),
+        ([0.5, 0.2, 0.2], "weights must be >= 0 and of sum 1, got"),
+        ([1.0, 1.0, 1.0], "weights must be >= 0 and of sum 1, got"),
+        ([0.5, 0.5, float("nan")], "weights must be >= 0 and of sum 1, got"),
+        ([0.5, 0.5, float("inf")], "weights must be >= 0 and of sum 1, got"),
+    ],
+)
+def test_weights_out_of_range(weights: list[float], message: str) -> None:
+    student, teacher, labels = make_batch(4, 7, 3)
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5, weights=weights)
+    with pytest.raises(ValueError, match=message):
+        soft_targets(teacher, temperature=2.0, weights=weights)
+
+
+def test_weights_of_one_teacher_are_refused() -> None:
+    student, teacher, labels = make_batch()
+    with pytest.raises(ValueError, match=r"weights must be one for each .*got 1 for \[4, 7\]"):
+        distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5, weights=[1.0])
 
 
 # --- worked numbers ----------------------------------------------------------------------------

@@ -1,0 +1,278 @@
+"""Submodules by their paths: what they return in a forward pass, and starting from a teacher's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
+from torch.utils.hooks import RemovableHandle
+
+from selfkd.teacher import _unwrap
+
+
+class Features:
+    """Captures what named submodules return, while it is entered.
+
+    The hooks sit on the modules inside what `torch.compile`, `DataParallel` or
+    `DistributedDataParallel` put around them, and are gone after the block. Each forward pass of
+    `model` forgets what the one before returned; of a submodule that runs twice in one, the last
+    output is kept. Of a tuple or list, the first tensor is taken.
+
+    What in-place modules (`nn.ReLU(inplace=True)`) would overwrite is cloned just before. Other
+    code that overwrites it (`out += identity`) is noticed when the feature is read: use `clone`.
+
+    `torch.compile` looks at hooks only when it compiles. A compiled model works that runs in one
+    mode (train or eval, gradient or none) inside of the block only; once it has run outside, it
+    captures nothing in that mode, and reading the feature says so. To run it in one mode inside
+    and outside, set `torch._dynamo.config.skip_nnmodule_hook_guards = False` before its first run.
+    Compiled, each feature is cloned. `DataParallel` over several devices is refused: replicas would
+    overwrite each other's features.
+
+    Args:
+        model: whose forward pass is called inside the block, in whatever wrapper.
+        paths: of submodules, as `named_modules` has them. Between dots, `*`, `?` and `[...]` are
+            wildcards: `blocks.*` is every block, without what is inside the blocks.
+        detach: leave out the graph, as for a teacher.
+        clone: keep copies, at the price of their memory.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
+        ValueError: no paths, a path that no submodule has, or several devices.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> with Features(model, ["1", "[02]"]) as captured:
+    ...     logits = model(torch.ones(2, 4))
+    >>> captured["1"].shape, [feature.shape for feature in captured["[02]"]]
+    (torch.Size([2, 8]), [torch.Size([2, 8]), torch.Size([2, 3])])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        *,
+        detach: bool = False,
+        clone: bool = False,
+    ) -> None:
+        if isinstance(paths, str) or not paths:
+            raise ValueError(f"paths must be a list of at least one path, got {paths!r}")
+        modules = _modules(model)
+        devices = _devices(model)
+        if devices > 1:
+            raise ValueError(f"model must be on one device of DataParallel, got {devices}")
+        self._wrapped, self._modules = model, modules
+        self._found = {path: _match(path, modules) for path in paths}
+        self._detach, self._clone = detach, clone
+        self._outputs: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Features:
+        if self._handles:
+            raise RuntimeError("Features must be entered once at a time, got a second time")
+        self._forget()
+        self._handles = [self._wrapped.register_forward_pre_hook(self._forget)]
+        for name in dict.fromkeys(name for names in self._found.values() for name in names):
+            self._handles.append(self._modules[name].register_forward_hook(self._keep_as(name)))
+        for module in set(self._modules.values()):
+            if getattr(module, "inplace", False):
+                self._handles.append(module.register_forward_pre_hook(self._save_from))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __getitem__(self, path: str) -> Any:
+        """The output of the submodule at `path`: a tensor, or with wildcards a list of them, in
+        the order of the modules.
+
+        Raises:
+            KeyError: `path` is none of `paths`.
+            RuntimeError: the submodule did not run, or its output was overwritten.
+        """
+        if path not in self._found:
+            raise KeyError(f"path must be one of {list(self._found)}, got {path!r}")
+        features = [self._read(name) for name in self._found[path]]
+        return features if _is_pattern(path) else features[0]
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self._outputs:
+            raise RuntimeError(
+                f"{name!r} must have run in the block, got no output: either the forward pass "
+                "leaves it out, or it was compiled without hooks, as it ran in this mode outside "
+                "of Features: set torch._dynamo.config.skip_nnmodule_hook_guards = False before"
+            )
+        output = self._outputs[name]
+        if name in self._versions and output._version != self._versions[name]:
+            raise RuntimeError(
+                f"{name!r} must keep its output, got it overwritten in place: use clone=True"
+            )
+        return output
+
+    def _forget(self, *_: object) -> None:
+        self._outputs.clear()
+        self._versions.clear()
+
+    def _keep_as(self, name: str) -> Any:
+        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensor = _first_tensor(name, output)
+            if self._detach:
+                tensor = tensor.detach()
+            # a compiler gives no version to go by, nor does inference mode
+            if self._clone or torch.compiler.is_compiling() or tensor.is_inference():
+                tensor = tensor.clone()
+            else:
+                self._versions[name] = tensor._version
+            self._outputs[name] = tensor
+
+        return keep
+
+    def _save_from(self, _module: nn.Module, inputs: tuple[object, ...]) -> None:
+        """Clone what shares memory with the input that is about to be overwritten."""
+        if torch.compiler.is_compiling():
+            return
+        places = {_place(value) for value in inputs if isinstance(value, Tensor)}
+        for name in [name for name in self._versions if _place(self._outputs[name]) in places]:
+            self._outputs[name] = self._read(name).clone()
+            del self._versions[name]
+
+
+def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, str]) -> list[str]:
+    """Start layers of a student from a teacher's: copies parameters and buffers, in place.
+
+    Nothing is copied where anything does not fit, and nothing is shared afterwards.
+
+    Args:
+        student: is changed.
+        teacher: is not.
+        mapping: path of a submodule of the student -> path of the teacher's that it starts from.
+
+    Returns:
+        Names of the student's parameters and buffers that were copied to.
+
+    Raises:
+        TypeError: student or teacher is no `nn.Module`.
+        ValueError: a path that no submodule has, or submodules of other names or shapes.
+
+    >>> teacher = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    >>> student = nn.Sequential(*(nn.Linear(2, 2) for _ in range(2)))
+    >>> copy_layers(student, teacher, {"0": "1", "1": "3"})
+    ['0.weight', '0.bias', '1.weight', '1.bias']
+    >>> torch.equal(student[1].weight, teacher[3].weight)
+    True
+
+    Reference:
+        Sanh et al., "DistilBERT, a distilled version of BERT", 2019,
+        https://arxiv.org/abs/1910.01108
+    """
+    students, teachers = _modules(student), _modules(teacher)
+    copies: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, source in mapping.items():
+        _check_path(path, students)
+        _check_path(source, teachers)
+        tensors, sources = _tensors(students[path]), _tensors(teachers[source])
+        shapes, expected = _shapes(tensors), _shapes(sources)
+        if shapes != expected:
+            fault = next(
+                key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key)
+            )
+            raise ValueError(
+                f"{path!r} of the student must have {fault!r} of shape {expected.get(fault)} as "
+                f"{source!r} of the teacher, got {shapes.get(fault)}"
+            )
+        copies |= {f"{path}.{key}".lstrip("."): (tensors[key], sources[key]) for key in tensors}
+    with torch.no_grad():
+        for tensor, value in copies.values():
+            tensor.copy_(value)
+    return list(copies)
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Submodules by path, in order, inside of what is wrapped around `model` and around them."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    modules: dict[str, nn.Module] = {}
+    for path, module in _unwrap(model).named_modules(remove_duplicate=False):
+        # a compiled submodule before what is in it: its hooks always run
+        modules.setdefault(".".join(p for p in path.split(".") if p != "_orig_mod"), module)
+    return modules
+
+
+def _devices(model: nn.Module) -> int:
+    """Of the first `DataParallel` around the model."""
+    while not isinstance(model, DataParallel):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            return 1
+        model = inner
+    return len(model.device_ids)
+
+
+def _match(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    if not _is_pattern(path):
+        _check_path(path, modules)
+        return [path]
+    parts = path.split(".")
+    found = [
+        name
+        for name in modules
+        if name
+        and name.count(".") == len(parts) - 1
+        and all(map(fnmatchcase, name.split("."), parts))
+    ]
+    if not found:
+        raise ValueError(_no_submodule(path, modules))
+    return found
+
+
+def _is_pattern(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _check_path(path: str, modules: Iterable[str]) -> None:
+    if path not in modules:
+        raise ValueError(_no_submodule(path, modules))
+
+
+def _no_submodule(path: str, modules: Iterable[str]) -> str:
+    names = [name for name in modules if name]
+    close = difflib.get_close_matches(path, names) or names[:3]
+    return f"path must be that of a submodule ({', '.join(close)}, ...), got {path!r}"
+
+
+def _first_tensor(name: str, output: object) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)):
+        for value in output:
+            if isinstance(value, Tensor):
+                return value
+    raise TypeError(
+        f"{name!r} must return a tensor, or a tuple with one, got {type(output).__name__}"
+    )
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = dict(_unwrap(module).named_parameters(remove_duplicate=False))
+    return named | dict(_unwrap(module).named_buffers(remove_duplicate=False))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

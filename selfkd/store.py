@@ -1,0 +1,611 @@
+"""Soft targets on disk: a teacher answers each view of each image once, all students read it.
+
+A store is a folder `<root>/<teacher>/<data>/` with a `manifest.json` and one file a shard:
+`view_003/shard_00002.safetensors`. A shard is whole or absent, and checked by its hash when it is
+first touched. Batches are gathered from mapped files, so their cost and their memory do not grow
+with the store; small views are packed into one array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from selfkd.checkpoint import load_tensors, save_tensors
+from selfkd.files import load_json, save_json
+from selfkd.losses.sparse import SparseLogits
+
+DEFAULT_SHARD = 16_384
+"""Images a shard."""
+PACK_LIMIT = 64 * 2**20
+"""Bytes of packed views that an open store may hold in memory."""
+
+ShardState = Literal["absent", "whole", "damaged"]
+_VERSION = 1
+_MAPS = 16_384  # files mapped at once; Linux allows a process 65,530 mappings
+_DAY = 86_400.0
+_SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # as selfkd.files.replace names them
+_CHECKED: set[tuple[object, ...]] = set()  # what identifies the shards that were whole
+
+
+def data_key(fingerprint: str, recipe: Mapping[str, Any], *, top_k: int | None = None) -> str:
+    """Return the key of what was asked: the images, the recipe of their views, the format.
+
+    >>> data_key("abc", {"jitter": 2}) == data_key("abc", {"jitter": 2}, top_k=5)
+    False
+    """
+    parts = [fingerprint, dict(recipe), *([] if top_k is None else [{"top_k": top_k}])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds: one teacher's answers to one data set under one view recipe.
+
+    >>> recipe = {"flip": True}
+    >>> manifest = Manifest(
+    ...     teacher="9f0c", data=data_key("abc", recipe), fingerprint="abc", recipe=recipe,
+    ...     views=8, images=50_000, classes=10,
+    ... )
+    >>> manifest.shards, manifest.rows(3)
+    (4, range(49152, 50000))
+    """
+
+    teacher: str
+    """Hash of the teacher."""
+    data: str
+    """`data_key` of fingerprint, recipe and top_k."""
+    fingerprint: str
+    """Of the images."""
+    recipe: dict[str, Any]
+    """Of their views."""
+    views: int
+    images: int
+    classes: int
+    dtype: str = "float16"
+    top_k: int | None = None
+    """Largest logits that are kept of an image; all when None."""
+    shard_size: int = DEFAULT_SHARD
+    """Images a shard; the last one may have fewer."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """How to make the teacher again, for whoever wants to check its answers."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "images", "classes", "shard_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.dtype != "float16":
+            raise ValueError(f"dtype must be float16, got {self.dtype}")
+        if self.top_k is not None and not 1 <= self.top_k < self.classes:
+            raise ValueError(f"top_k must be in [1, {self.classes - 1}], got {self.top_k}")
+        key = data_key(self.fingerprint, self.recipe, top_k=self.top_k)
+        if self.data != key:
+            raise ValueError(
+                f"data must be {key}, the key of fingerprint, recipe and top_k, got {self.data}"
+            )
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of a view."""
+        return -(-self.images // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        """Return the images of a shard."""
+        if not 0 <= shard < self.shards:
+            raise ValueError(f"shard must be in [0, {self.shards}), got {shard}")
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.images))
+
+
+def store_path(root: Path, teacher: str, data: str) -> Path:
+    """Return the folder of a store."""
+    return root / teacher / data
+
+
+def shard_path(root: Path, manifest: Manifest, *, view: int, shard: int) -> Path:
+    """Return the file of a shard."""
+    folder = store_path(root, manifest.teacher, manifest.data)
+    return folder / f"view_{view:03d}" / f"shard_{shard:05d}.safetensors"
+
+
+def load_manifest(root: Path, teacher: str, data: str) -> Manifest:
+    """Read what a store says of itself.
+
+    Raises:
+        FileNotFoundError: there is no such store.
+        ValueError: the manifest is damaged, or is another store's; names it.
+    """
+    path = _manifest_path(root, teacher, data)
+    if not path.exists():
+        raise FileNotFoundError(f"no such store: {path.parent}: labelling writes it")
+    tree = load_json(path)
+    try:
+        if (version := tree.pop("version")) != _VERSION:
+            raise ValueError(f"version must be {_VERSION}, got {version}")
+        manifest = Manifest(**tree)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
+    if (manifest.teacher, manifest.data) != (teacher, data):
+        raise ValueError(
+            f"{path} must be of {teacher}/{data}, got {manifest.teacher}/{manifest.data}: "
+            "remove it and resume"
+        )
+    return manifest
+
+
+def save_manifest(root: Path, manifest: Manifest) -> None:
+    """Say what a store holds, before its shards are written.
+
+    Views that are there already stay; a damaged manifest is replaced.
+
+    Raises:
+        ValueError: the store has other images, classes or shards.
+    """
+    try:
+        stored = load_manifest(root, manifest.teacher, manifest.data)
+    except (FileNotFoundError, ValueError):
+        stored = None
+    if stored is not None:
+        _check_same(root, stored, manifest)
+        manifest = replace(manifest, views=max(stored.views, manifest.views))
+    if manifest != stored:
+        path = _manifest_path(root, manifest.teacher, manifest.data)
+        save_json(path, {"version": _VERSION, **asdict(manifest)})
+
+
+def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits: Tensor) -> Path:
+    """Store a teacher's answers to some images of one view.
+
+    Half precision is enough: the softmax does not change when a row is shifted, so each row is
+    shifted to a largest logit of 0, near which half precision is finest. Where `top_k` logits are
+    kept, the others' log-sum-exp is kept with them.
+
+    Args:
+        root: folder of all stores.
+        manifest: of this one; written too.
+        view: number of the view, in [0, views).
+        shard: number of the shard.
+        logits: `[rows, classes]` of the images `manifest.rows(shard)`, on any device.
+
+    Raises:
+        ValueError: a logit is not finite, or what is given does not fit the manifest.
+        OSError: the disk is full; nothing is left under the shard's name.
+    """
+    rows = _check_place(manifest, view, shard)
+    if logits.shape != (len(rows), manifest.classes):
+        raise ValueError(
+            f"logits must be [{len(rows)}, {manifest.classes}], got {list(logits.shape)}"
+        )
+    tensors = _encode(logits.detach(), manifest.top_k, rows)
+    save_manifest(root, manifest)
+    path = shard_path(root, manifest, view=view, shard=shard)
+    try:
+        save_tensors(path, tensors, _facts(manifest, view, shard))
+    except SafetensorError as error:  # it gives the system's error as text only
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error), str(path)) from None
+    return path
+
+
+def check_shard(root: Path, manifest: Manifest, *, view: int, shard: int) -> ShardState:
+    """Read all bytes of a shard and say whether it is what it should be.
+
+    A shard that the store's own manifest does not tell of counts as absent, or as damaged where
+    that manifest is.
+
+    Raises:
+        ValueError: the store has other images, classes or shards than `manifest`.
+    """
+    _check_place(manifest, view, shard)
+    try:
+        stored = load_manifest(root, manifest.teacher, manifest.data)
+    except FileNotFoundError:
+        return "absent"
+    except ValueError:
+        return "damaged"
+    _check_same(root, stored, manifest)
+    if view >= stored.views:
+        return "absent"
+    try:
+        _check_file(root, manifest, view, shard)
+    except FileNotFoundError:
+        return "absent"
+    except ValueError:
+        return "damaged"
+    return "whole"
+
+
+class SoftTargets:
+    """Stored logits of one or more teachers, gathered by image index.
+
+    Made by `open_store`. A view of which all members' rows take at most `PACK_LIMIT` bytes is
+    packed into one array at its first use; the views packed longest ago make room. Of others, a
+    batch reads the rows it needs from mapped files. Both give the same bits.
+
+    Args:
+        root: folder of all stores.
+        manifests: one a member.
+        weights: of the members' logits in their mean; None leaves them apart.
+    """
+
+    def __init__(
+        self, root: Path, manifests: Sequence[Manifest], *, weights: Sequence[float] | None
+    ) -> None:
+        self._root = root
+        self._manifests = list(manifests)
+        self._weights = weights
+        self._shards: dict[tuple[int, int, int], dict[str, NDArray[Any]]] = {}
+        self._packed: dict[int, dict[str, NDArray[Any]] | None] = {}
+        self.images = manifests[0].images
+        self.classes = manifests[0].classes
+        self.views = min(manifest.views for manifest in manifests)
+        self.members = len(manifests)
+
+    def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
+        """Return the stored answers to one view of some images.
+
+        Args:
+            index: numbers of the images, int64 `[batch]`, on any device.
+            view: number of the view, in [0, views).
+
+        Returns:
+            On the CPU, logits `[batch, classes]` of one teacher in float16 or of the members'
+            mean in float32, else `[members, batch, classes]`. Of stores with `top_k`,
+            `SparseLogits` with the same leading dimensions.
+
+        Raises:
+            IndexError: an image that is not there.
+            ValueError: a view that is not there, or a shard that is damaged.
+            FileNotFoundError: a shard that was not written.
+        """
+        rows = self._rows(index, view)
+        if view not in self._packed:
+            self._pack(view)
+        packed = self._packed[view]
+        if packed is None:
+            found = self._gather(view, rows)
+        else:
+            found = {name: array.take(rows, axis=0) for name, array in packed.items()}
+        if self.members > 1 and self._weights is None:
+            found = {name: array.swapaxes(0, 1) for name, array in found.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+        if "logits" in tensors:
+            return tensors["logits"]
+        return SparseLogits(tensors["values"], tensors["indices"].long(), tensors["rest"])
+
+    def _rows(self, index: Tensor, view: int) -> NDArray[np.int64]:
+        if not 0 <= view < self.views:
+            raise ValueError(f"view must be in [0, {self.views}), got {view}")
+        if index.dtype != torch.int64 or index.ndim != 1:
+            raise ValueError(f"index must be int64 [batch], got {index.dtype} {list(index.shape)}")
+        rows: NDArray[np.int64] = index.cpu().numpy()
+        if len(rows) and rows.view(np.uint64).max() >= self.images:  # negative ones are huge
+            wrong = rows[(rows < 0) | (rows >= self.images)][0]
+            raise IndexError(f"index must be in [0, {self.images}), got {wrong}")
+        return rows
+
+    def _pack(self, view: int) -> None:
+        """Pack a view, or note that it is too large."""
+        first = self._gather(view, np.zeros(1, np.int64))
+        size = self.images * sum(array.nbytes for array in first.values())
+        if size > PACK_LIMIT:
+            self._packed[view] = None
+            return
+        held = [number for number, arrays in self._packed.items() if arrays is not None]
+        for oldest in held[: max(0, len(held) + 1 - PACK_LIMIT // size)]:
+            del self._packed[oldest]
+        packed = {
+            name: np.empty((self.images, *array.shape[1:]), array.dtype)
+            for name, array in first.items()
+        }
+        for start in range(0, self.images, DEFAULT_SHARD):
+            rows = np.arange(start, min(start + DEFAULT_SHARD, self.images))
+            for name, array in self._gather(view, rows).items():
+                packed[name][rows[0] : rows[-1] + 1] = array
+        self._packed[view] = packed
+        self._shards = {key: arrays for key, arrays in self._shards.items() if key[1] != view}
+
+    def _gather(self, view: int, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Read rows from mapped shards: `[batch, ...]`, or `[batch, members, ...]` of several."""
+        order = rows.argsort()
+        ordered = rows[order]
+        sizes = {manifest.shard_size for manifest in self._manifests}
+        pieces = {size: _pieces(ordered, size) for size in sizes}
+        found = {
+            name: torch.empty((self.members, len(rows), *shape[1:]), dtype=dtype).numpy()
+            for name, (dtype, shape) in _layout(self._manifests[0], 0).items()
+        }
+        for member, manifest in enumerate(self._manifests):
+            for shard, piece, local in pieces[manifest.shard_size]:
+                for name, array in self._shard(member, view, shard).items():
+                    # mode="raise" would go through a buffer; the rows have been checked
+                    array.take(local, axis=0, out=found[name][member, piece], mode="clip")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        if self._weights is not None:
+            mean = _weighted_sum(self._weights, torch.from_numpy(found["logits"]))
+            return {"logits": mean.numpy().take(place, axis=0)}
+        if self.members == 1:
+            return {name: array[0].take(place, axis=0) for name, array in found.items()}
+        return {name: array.take(place, axis=1).swapaxes(0, 1) for name, array in found.items()}
+
+    def _shard(self, member: int, view: int, shard: int) -> dict[str, NDArray[Any]]:
+        key = (member, view, shard)
+        if key not in self._shards:
+            if len(self._shards) >= _MAPS:
+                self._shards.clear()
+            self._shards[key] = _map_shard(self._root, self._manifests[member], view, shard)
+        return self._shards[key]
+
+
+def open_store(
+    root: Path,
+    teachers: Sequence[str],
+    *,
+    data: str,
+    average: Literal["probabilities", "logits"] = "probabilities",
+    weights: Sequence[float] | None = None,
+) -> SoftTargets:
+    """Open the stored answers of one or more teachers to the same images.
+
+    Args:
+        root: folder of all stores.
+        teachers: hash of each member.
+        data: `data_key` of images, views and format.
+        average: `logits` gives the members' mean logits; with `probabilities` they stay apart,
+            for the loss to average.
+        weights: of the members in the mean of their logits, made to sum to 1; equal when None.
+            Of no effect with `probabilities`.
+
+    Raises:
+        FileNotFoundError: a teacher has not been asked.
+        ValueError: a manifest is damaged, the stores do not go together, a weight is negative, or
+            an average of logits of which only the largest are stored.
+    """
+    if not teachers:
+        raise ValueError("teachers must be at least one hash, got none")
+    shares = _shares(len(teachers), weights)
+    manifests = [load_manifest(root, teacher, data) for teacher in teachers]
+    for manifest in manifests[1:]:
+        for name in ("images", "classes", "top_k"):
+            here, first = getattr(manifest, name), getattr(manifests[0], name)
+            if here != first:
+                path = _manifest_path(root, manifest.teacher, data)
+                raise ValueError(
+                    f"{path} must have {name} {first}, as {manifests[0].teacher} has, got {here}"
+                )
+    mean = average == "logits" and len(teachers) > 1
+    if mean and manifests[0].top_k is not None:
+        raise ValueError(
+            "average must be probabilities where only top_k logits are stored, got logits: "
+            "the other classes' are not known"
+        )
+    return SoftTargets(root.absolute(), manifests, weights=shares if mean else None)
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """A store as it is found on disk."""
+
+    path: Path
+    manifest: Manifest | None
+    """None where it is missing or damaged."""
+    bytes: int
+    """Of all its files."""
+    present: int
+    """Shards that are there, unchecked."""
+    expected: int
+    """Shards of all views; 0 without a manifest."""
+    users: list[Path]
+    """Run folders that asked for it and still exist."""
+    leftovers: list[Path]
+    """Temporary files, of writers at work or killed."""
+
+
+def remember_user(root: Path, teacher: str, data: str, run: Path) -> None:
+    """Note that a run uses a store; best before the store is written."""
+    run = run.absolute()
+    name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
+    path = store_path(root, teacher, data) / "used_by" / f"{name}.json"
+    if not path.exists():
+        save_json(path, {"run": str(run)})
+
+
+def list_stores(root: Path) -> list[StoreInfo]:
+    """Return what stores there are, by path."""
+    return [_info(root, path) for path in _stores(root)]
+
+
+def unused(root: Path) -> list[StoreInfo]:
+    """Return the stores of which no user exists any more, or ever did."""
+    return [info for info in list_stores(root) if not info.users]
+
+
+def sweep(root: Path, *, seconds: float = _DAY) -> list[Path]:
+    """Remove what killed writers left in stores, once it is so old; return what was removed."""
+    removed = []
+    for store in _stores(root):
+        for path, (_, changed) in _files(store).items():
+            if _TEMPORARY.fullmatch(path.name) and time.time() - changed > seconds:
+                path.unlink(missing_ok=True)
+                removed.append(path)
+    return removed
+
+
+def _manifest_path(root: Path, teacher: str, data: str) -> Path:
+    return store_path(root, teacher, data) / "manifest.json"
+
+
+def _check_same(root: Path, stored: Manifest, manifest: Manifest) -> None:
+    for name in ("images", "classes", "shard_size"):
+        there, here = getattr(stored, name), getattr(manifest, name)
+        if there != here:
+            path = _manifest_path(root, stored.teacher, stored.data)
+            raise ValueError(f"{name} must be {there}, as in {path}, got {here}")
+
+
+def _check_place(manifest: Manifest, view: int, shard: int) -> range:
+    if not 0 <= view < manifest.views:
+        raise ValueError(f"view must be in [0, {manifest.views}), got {view}")
+    return manifest.rows(shard)
+
+
+def _facts(manifest: Manifest, view: int, shard: int) -> dict[str, Any]:
+    return {"teacher": manifest.teacher, "data": manifest.data, "view": view, "shard": shard}
+
+
+def _encode(logits: Tensor, top_k: int | None, rows: range) -> dict[str, Tensor]:
+    wrong = (~torch.isfinite(logits)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise ValueError(
+            f"teacher logits must be finite, got {float(logits[row, column])} "
+            f"in row {rows.start + row}"
+        )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shifted = wide - wide.amax(dim=1, keepdim=True)
+    shifted = shifted.clamp(min=torch.finfo(torch.float16).min)
+    if top_k is None:
+        return {"logits": shifted.half()}
+    indices = wide.topk(top_k, dim=1).indices  # of the logits as they came: clamping makes ties
+    values = shifted.gather(1, indices)
+    rest = shifted.scatter(1, indices, -torch.inf).logsumexp(dim=1)
+    return {"values": values.half(), "indices": indices.int(), "rest": rest.float()}
+
+
+def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Types and shapes of a shard's tensors."""
+    rows = len(manifest.rows(shard))
+    if manifest.top_k is None:
+        return {"logits": (torch.float16, (rows, manifest.classes))}
+    return {
+        "values": (torch.float16, (rows, manifest.top_k)),
+        "indices": (torch.int32, (rows, manifest.top_k)),
+        "rest": (torch.float32, (rows,)),
+    }
+
+
+def _check_file(root: Path, manifest: Manifest, view: int, shard: int) -> None:
+    """Read all bytes of a shard; raise ValueError, naming the file, if it is not what it should."""
+    path = shard_path(root, manifest, view=view, shard=shard)
+    if not path.exists():
+        raise FileNotFoundError(f"no such shard: {path}: labelling writes it")
+    tensors, facts = load_tensors(path)
+    expected = _facts(manifest, view, shard)
+    found = {key: facts.get(key) for key in expected}
+    if found != expected:
+        raise ValueError(f"{path} must hold {expected}, got {found}: remove it and resume")
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if layout != _layout(manifest, shard):
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"{path} does not fit its manifest, got {shapes}: remove it and resume")
+    if "indices" in tensors:
+        low, high = (int(bound) for bound in torch.aminmax(tensors["indices"]))
+        if low < 0 or high >= manifest.classes:
+            raise ValueError(
+                f"{path} must have indices in [0, {manifest.classes}), got {low} to {high}: "
+                "remove it and resume"
+            )
+
+
+def _map_shard(root: Path, manifest: Manifest, view: int, shard: int) -> dict[str, NDArray[Any]]:
+    """Map a shard, checked unless this process has done so."""
+    path = shard_path(root, manifest, view=view, shard=shard)
+    stat = path.stat() if path.exists() else None
+    what = (manifest.images, manifest.classes, manifest.top_k, manifest.shard_size)
+    mark = (path, stat and stat.st_size, stat and stat.st_mtime_ns, what)
+    if mark not in _CHECKED:
+        # Through a mapping of its own, so that the pages it touches are let go.
+        _check_file(root, manifest, view, shard)
+        _CHECKED.add(mark)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+
+
+def _pieces(ordered: NDArray[np.int64], size: int) -> list[tuple[int, slice, NDArray[np.int64]]]:
+    """Split ascending rows by shard: its number, where its rows stand, and which they are in it."""
+    shards = ordered // size
+    cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(ordered)]
+    pieces = []
+    for start, end in pairwise(cuts):
+        if start < end:
+            shard = int(shards[start])
+            pieces.append((shard, slice(start, end), ordered[start:end] - shard * size))
+    return pieces
+
+
+def _weighted_sum(weights: Sequence[float], logits: Tensor) -> Tensor:
+    """Sum the members in float32, one by one: the bits do not depend on the number of rows."""
+    total = logits[0].float() * weights[0]
+    for weight, member_logits in zip(weights[1:], logits[1:], strict=True):
+        total += member_logits.float() * weight
+    return total
+
+
+def _shares(members: int, weights: Sequence[float] | None) -> list[float]:
+    if weights is None:
+        return [1 / members] * members
+    if len(weights) != members:
+        raise ValueError(f"weights must be one a teacher, {members}, got {len(weights)}")
+    total = sum(weights)
+    if not (0 < total < float("inf") and min(weights) >= 0):
+        raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
+    return [weight / total for weight in weights]
+
+
+def _stores(root: Path) -> Iterator[Path]:
+    for path in sorted(root.glob("*/*/")):
+        if (path / "manifest.json").exists() or any(path.glob("view_*/")):
+            yield path
+
+
+def _files(folder: Path) -> dict[Path, tuple[int, float]]:
+    """Return size and time of all files; those that vanish meanwhile are left out."""
+    found = {}
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file():
+                stat = path.stat()
+                found[path] = (stat.st_size, stat.st_mtime)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _info(root: Path, path: Path) -> StoreInfo:
+    files = _files(path)
+    try:
+        manifest = load_manifest(root, path.parent.name, path.name)
+    except (FileNotFoundError, ValueError):
+        manifest = None
+    matches = [_SHARD.fullmatch(file.relative_to(path).as_posix()) for file in files]
+    places = [(int(match[1]), int(match[2])) for match in matches if match]
+    if manifest is not None:
+        views, shards = manifest.views, manifest.shards
+        places = [(view, shard) for view, shard in places if view < views and shard < shards]
+    records = [file for file in files if file.match("used_by/*.json")]
+    runs = [Path(load_json(file)["run"]) for file in records]
+    return StoreInfo(
+        path=path,
+        manifest=manifest,
+        bytes=sum(size for size, _ in files.values()),
+        present=len(places),
+        expected=0 if manifest is None else manifest.views * manifest.shards,
+        users=sorted(run for run in runs if run.exists()),
+        leftovers=[file for file in files if _TEMPORARY.fullmatch(file.name)],
+    )

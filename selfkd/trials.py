@@ -1,0 +1,265 @@
+"""The trials of a stage of a run, and the labelling of its teachers: what is done is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from selfkd.config import Config, ModelConfig, to_tree
+from selfkd.files import load_json, save_json
+from selfkd.jobs import Batch, Executor, Job, Outcome, Row
+from selfkd.ledger import RunError, RunFolder
+from selfkd.space import Distribution, Optuna, Point, Points, Proposer, make_points
+
+ATTEMPTS = 2  # at a part that fails, beside what the executor does for dead workers
+
+
+class Listener(Protocol):
+    """Whoever wants to follow the stages of a run: a terminal, a tracker."""
+
+    def working(self, title: str, parts: int) -> None:
+        """Something is done in so many parts, such as labelling."""
+
+    def worked(self, row: Row) -> None:
+        """A part is done; its `state`, of soft targets, is kept, written or remade."""
+
+    def stage_started(self, title: str, trials: int, done: int) -> None:
+        """A stage of so many trials begins, some of them done before a resume."""
+
+    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
+        """A running trial has new epochs."""
+
+    def trial_finished(self, trial: Row) -> None:
+        """A trial has its result: completed, stopped or failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one trial does."""
+
+    config: Config
+    model: ModelConfig
+    seed: int
+    teachers: Sequence[Row] = ()
+    """`hash`, `checkpoint` (anywhere) and perhaps `weight` of each."""
+    more: Row = field(default_factory=dict)
+    """Further arguments of the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Trials that are chosen among, or averaged over."""
+
+    name: str
+    """Of its job type in W&B, such as generation-3."""
+    title: str
+    """For people."""
+    folder: Path
+    trials: int
+    plan: Callable[[int, Point], Plan]
+    """What the trial of a number does at a point."""
+    proposer: Proposer
+    early_stopping: bool = False
+    """Whether the scheduler of the search may stop trials."""
+
+    def trial(self, number: int) -> Path:
+        """Return the folder of a trial."""
+        return self.folder / f"trial_{number:03d}"
+
+
+def trial_seed(seed: int, stage: str | int, number: int) -> int:
+    """Return the seed of a trial: its own, and the same in every run of the same config."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def make_proposer(
+    config: Config, space: dict[str, Distribution], *, seed: int, last: Point | None = None
+) -> Proposer:
+    """Return what proposes the points of a search.
+
+    Args:
+        config: of the run.
+        space: to search.
+        seed: of the draws.
+        last: the winner of a search before, which is tried first.
+    """
+    winner = {key: value for key, value in (last or {}).items() if key in space}
+    first = [winner] if space and winner.keys() == space.keys() else []
+    if config.search.algorithm == "optuna":
+        return Optuna(space, seed=seed, first=first)
+    algorithm, count = config.search.algorithm, config.search.trials
+    return Points(make_points(space, count=count, algorithm=algorithm, seed=seed, first=first))
+
+
+class _Trials:
+    """The jobs of a stage: asks the proposer, writes each result into the ledger."""
+
+    def __init__(self, stage: Stage, targets: Path, listener: Listener) -> None:
+        self.stage, self.targets, self.listener = stage, targets, listener
+        self.results: dict[int, Row] = {}
+        self._open: dict[int, tuple[Row, list[Row]]] = {}
+        for number in range(stage.trials):
+            path = stage.trial(number) / "result.json"
+            result = load_json(path) if path.exists() else None
+            if result is not None and result["status"] != "failed":
+                self.results[number] = result
+                stage.proposer.tell(number, result["point"], result.get("val_accuracy"))
+        self._waiting = [n for n in range(stage.trials) if n not in self.results]
+
+    def ask(self) -> Job | None:
+        if not self._waiting:
+            return None
+        number = self._waiting.pop(0)
+        point = self.stage.proposer.ask(number)
+        plan = self.stage.plan(number, point)
+        trial = {
+            "stage": self.stage.name,
+            "trial": number,
+            "seed": plan.seed,
+            "point": point,
+            "teachers": [teacher["hash"] for teacher in plan.teachers],
+        }
+        self._open[number] = (trial, [])
+        payload = {
+            "config": to_tree(plan.config),
+            "stage": self.stage.name,
+            "seed": plan.seed,
+            "model": {"name": plan.model.name, "args": plan.model.args},
+            "teachers": list(plan.teachers),
+            "targets": str(self.targets),
+            "student": str(self.stage.trial(number) / "student.safetensors"),
+            **plan.more,
+        }
+        return Job("train", payload)
+
+    def _number(self, job: Job) -> int:
+        return int(Path(job.payload["student"]).parent.name.removeprefix("trial_"))
+
+    def report(self, job: Job, rows: Sequence[Row]) -> None:
+        trial, history = self._open[self._number(job)]
+        # a trial whose worker died begins again
+        history[:] = [row for row in history if row["epoch"] < rows[0]["epoch"]] + list(rows)
+        self.listener.trial_reported(trial, rows)
+
+    def tell(self, outcome: Outcome) -> None:
+        number = self._number(outcome.job)
+        trial, history = self._open.pop(number)
+        last: Row = history[-1] if history else {}
+        measured: Row = {
+            key: last[key] for key in ("val_accuracy", "val_nll", "hash") if key in last
+        }
+        status = "stopped" if outcome.stopped else "failed" if outcome.error else "completed"
+        result = {
+            **trial,
+            "status": status,
+            "error": outcome.error,
+            **measured,
+            "train_seconds": last.get("seconds", 0.0),
+            "history": history,
+        }
+        save_json(self.stage.trial(number) / "result.json", result)
+        self.results[number] = result
+        self.stage.proposer.tell(number, trial["point"], last.get("val_accuracy"))
+        self.listener.trial_finished(result)
+
+
+def run_stage(
+    config: Config, folder: RunFolder, executor: Executor, listener: Listener, stage: Stage
+) -> dict[int, Row]:
+    """Run the trials of a stage that have no result yet; return the results of all.
+
+    Raises:
+        RunError: all trials failed.
+    """
+    trials = _Trials(stage, folder.targets(config), listener)
+    listener.stage_started(stage.title, stage.trials, len(trials.results))
+    asha = config.search.scheduler == "asha" and stage.early_stopping
+    executor.run(
+        trials,
+        max_epochs=config.train.epochs if asha else None,
+        limit=stage.proposer.limit,
+    )
+    if not ranked(trials.results):
+        errors = [row["error"] for _, row in sorted(trials.results.items()) if row["error"]]
+        raise RunError(
+            f"all {stage.trials} trials of {stage.name.replace('-', ' ')} failed; "
+            f"the first: {errors[0]}"
+        )
+    return trials.results
+
+
+def ranked(trials: dict[int, Row]) -> list[Row]:
+    """Return the completed trials, best first: validation accuracy, ties by NLL."""
+    completed = [trial for trial in trials.values() if trial["status"] == "completed"]
+    return sorted(completed, key=lambda t: (-t["val_accuracy"], t["val_nll"], t["trial"]))
+
+
+def label(
+    config: Config,
+    folder: RunFolder,
+    executor: Executor,
+    listener: Listener,
+    *,
+    title: str,
+    teachers: Sequence[Row],
+) -> None:
+    """Let teachers answer every view of every training image that is not stored yet.
+
+    The work is split by teacher, view and shard of images; a part that fails is done again alone.
+
+    Raises:
+        RunError: a part failed again.
+    """
+    facts = load_json(folder.path / "data.json")
+    shards = -(-facts["images"]["train"] // config.targets.shard_size)
+    settings = to_tree(config)
+    jobs = [
+        Job(
+            "label",
+            {
+                "config": settings,
+                "checkpoint": teacher["checkpoint"],
+                "targets": str(folder.targets(config)),
+                "view": view,
+                "shard": shard,
+                "run": str(folder.path),
+            },
+        )
+        for teacher in teachers
+        for view in range(facts["views"])
+        for shard in range(shards)
+    ]
+    run_all(executor, listener, title, jobs)
+
+
+def run_all(executor: Executor, listener: Listener, title: str, jobs: Sequence[Job]) -> list[Row]:
+    """Run jobs side by side, once more those that fail; return the last row of each, in order.
+
+    Raises:
+        RunError: a job failed again.
+    """
+    listener.working(title, len(jobs))
+    rows: dict[int, Row] = {}
+    for _ in range(ATTEMPTS):
+        batch = _Parts([job for job in jobs if id(job) not in rows], listener)
+        executor.run(batch)
+        rows |= {id(done.job): done.row for done in batch.outcomes if done.error is None}
+        if len(rows) == len(jobs):
+            return [rows[id(job)] for job in jobs]
+    errors = [outcome.error for outcome in batch.outcomes if outcome.error is not None]
+    raise RunError(f"{title} failed: {errors[0]}")
+
+
+class _Parts(Batch):
+    def __init__(self, jobs: Sequence[Job], listener: Listener) -> None:
+        super().__init__(jobs)
+        self._listener = listener
+
+    def tell(self, outcome: Outcome) -> None:
+        super().tell(outcome)
+        if outcome.error is None:
+            self._listener.worked(outcome.row)

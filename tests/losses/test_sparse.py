@@ -1,0 +1,314 @@
+"""The loss of a teacher's largest logits against SciPy, its bias against the full loss, edges."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.special import log_softmax, logsumexp
+from torch import Tensor
+
+from selfkd.losses import SparseLogits, distillation_terms, sparse_terms, sparsify
+from selfkd.losses.distillation import hard_loss
+
+TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
+SHAPES = ((5, 2, 1, None), (4, 7, 3, 1), (4, 7, 3, 3), (2, 1000, 20, 2))  # batch, K, k, members
+
+
+def make_batch(
+    batch: int = 4, classes: int = 7, members: int | None = None, *, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student logits that require a gradient, teacher logits, labels; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, classes) if members is None else (members, batch, classes)
+    student = 3 * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+    teacher = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    return student.requires_grad_(), teacher, labels
+
+
+def reference_soft_loss(
+    student: Tensor, teacher: Tensor, k: int, *, temperature: float, weights: np.ndarray
+) -> float:
+    """The soft term row by row, from full logits, as the formula says; k below K."""
+    z_s, z_t = student.detach().numpy() / temperature, teacher.numpy()
+    z_t = z_t.reshape(-1, *z_s.shape)
+    batch, classes = z_s.shape
+    total = 0.0
+    for weight, member in zip(weights, z_t, strict=True):
+        for row_s, row_t in zip(z_s, member, strict=True):
+            order = np.argsort(-row_t)
+            known, others = order[:k], order[k:]
+            bucket = (1 - 1 / temperature) * np.log(classes - k) + logsumexp(
+                row_t[others]
+            ) / temperature
+            log_t = log_softmax(np.append(row_t[known] / temperature, bucket))
+            log_s = np.append(row_s[known], logsumexp(row_s[others])) - logsumexp(row_s)
+            total += weight * (np.exp(log_t) * (log_t - log_s)).sum() / batch
+    return float(temperature**2 * total)
+
+
+def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, student)[0]
+
+
+def test_sparsify() -> None:
+    _, teacher, _ = make_batch(members=2)
+    values, indices, rest = sparsify(teacher.requires_grad_(), 3)
+    z_t = teacher.detach().numpy()
+    order = np.argsort(-z_t, axis=-1)
+    np.testing.assert_array_equal(indices, order[..., :3])
+    np.testing.assert_array_equal(values, np.take_along_axis(z_t, order, -1)[..., :3])
+    np.testing.assert_allclose(rest, logsumexp(np.take_along_axis(z_t, order, -1)[..., 3:], -1))
+    assert not values.requires_grad
+    assert not rest.requires_grad
+    half = sparsify(teacher.half(), 7)
+    assert half.values.dtype == half.rest.dtype == torch.float32
+    assert (half.rest == -torch.inf).all()
+    for k in (0, 8):
+        with pytest.raises(ValueError, match=rf"k must be in \[1, 7\].*got {k}"):
+            sparsify(teacher, k)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference(shape: tuple[int, int, int, int | None]) -> None:
+    batch, classes, k, members = shape
+    student, teacher, labels = make_batch(batch, classes, members)
+    even = np.full(members or 1, 1 / (members or 1))
+    uneven = np.arange(1, len(even) + 1) / np.arange(1, len(even) + 1).sum()
+    for temperature, alpha, weights in itertools.product(
+        TEMPERATURES, (0.0, 0.3, 1.0), (None, uneven) if members else (None,)
+    ):
+        terms = sparse_terms(
+            student, sparsify(teacher, k), labels,
+            temperature=temperature, alpha=alpha, label_smoothing=0.1, weights=weights,
+        )  # fmt: skip
+        hard = F.cross_entropy(student, labels, label_smoothing=0.1).item()
+        soft = reference_soft_loss(
+            student, teacher, k,
+            temperature=temperature, weights=even if weights is None else weights,
+        )  # fmt: skip
+        expected = [(1 - alpha) * hard + alpha * soft, hard, soft]
+        np.testing.assert_allclose([term.item() for term in terms], expected, rtol=1e-10)
+        assert [term.requires_grad for term in terms] == [True, False, False]
+
+
+@pytest.mark.parametrize("members", [None, 3])
+def test_gradcheck(members: int | None) -> None:
+    student, teacher, labels = make_batch(3, 5, members)
+    sparse = sparsify(teacher, 2)
+
+    def loss(logits: Tensor) -> Tensor:
+        return sparse_terms(logits, sparse, labels, temperature=3.0, alpha=0.6).loss
+
+    assert torch.autograd.gradcheck(loss, student)
+    assert torch.autograd.gradgradcheck(loss, student)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_with_all_classes_known_it_is_the_full_loss(temperature: float) -> None:
+    student, teacher, labels = make_batch()
+    settings: dict[str, Any] = {"temperature": temperature, "alpha": 0.6, "label_smoothing": 0.1}
+    full = distillation_terms(student, teacher, labels, **settings)
+    for k in (7, 6):  # a bucket of one class hides nothing
+        sparse = sparse_terms(student, sparsify(teacher, k), labels, **settings)
+        torch.testing.assert_close(tuple(sparse), tuple(full))
+        torch.testing.assert_close(
+            gradient_of(sparse.loss, student), gradient_of(full.loss, student)
+        )
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 0.2, 0.3]])
+def test_members_have_the_gradient_of_their_mean(weights: list[float] | None) -> None:
+    """The value is greater, by the members' own mean divergence, whatever the student says."""
+    student, teacher, labels = make_batch(members=3)
+    settings: dict[str, Any] = {"temperature": 3.0, "alpha": 1.0, "weights": weights}
+    surplus = []
+    for logits in (student, student.detach().roll(1, 0).requires_grad_()):
+        full = distillation_terms(logits, teacher, labels, **settings).loss
+        sparse = sparse_terms(logits, sparsify(teacher, 7), labels, **settings).loss
+        torch.testing.assert_close(gradient_of(sparse, logits), gradient_of(full, logits))
+        surplus.append((sparse - full).item())
+    assert surplus[0] > 0.1
+    assert surplus[0] == pytest.approx(surplus[1])
+
+
+def test_temperature_to_infinity_spreads_the_mass_evenly() -> None:
+    """The bucket's mass is (K - k) / K of it, whatever the rest was."""
+    student, teacher, labels = make_batch(classes=50)
+    sparse = sparsify(teacher, 5)
+    uniform = sparse_terms(torch.zeros(4, 50), sparse, labels, temperature=1e6, alpha=1.0)
+    assert uniform.soft_loss.item() / 1e12 < 1e-9
+    full = distillation_terms(student, teacher, labels, temperature=1e6, alpha=1.0).loss
+    terms = sparse_terms(student, sparse, labels, temperature=1e6, alpha=1.0)
+    difference = gradient_of(terms.loss, student) - gradient_of(full, student)
+    known = difference.gather(1, sparse.indices)
+    assert known.abs().max() < 1e-3
+
+
+# --- the bias of what is not known -------------------------------------------------------------
+
+
+def make_peaked_batch(batch: int = 64, classes: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
+    """A teacher of 0.43 mean confidence, 0.65 in its top 20, and a student like it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    noise = torch.randn(2, batch, classes, generator=generator, dtype=torch.float64)
+    teacher = 1.8 * noise[0] + 8 * F.one_hot(labels, classes)
+    return (0.7 * teacher + 1.5 * noise[1]).requires_grad_(), teacher, labels
+
+
+@pytest.mark.parametrize(
+    ("temperature", "bias", "cosine"),
+    [(1.0, (-0.35, -0.25), 0.99), (4.0, (-0.97, -0.9), 0.35), (20.0, (-1.0, -0.95), 0.15)],
+)
+def test_bias_against_full_logits(
+    temperature: float, bias: tuple[float, float], cosine: float
+) -> None:
+    """k = 20 of 1,000: nearly the full gradient at T = 1; at high T most of the mass is unknown."""
+    student, teacher, labels = make_peaked_batch()
+    settings: dict[str, Any] = {"temperature": temperature, "alpha": 1.0}
+    full = distillation_terms(student, teacher, labels, **settings)
+    expected = gradient_of(full.loss, student)
+    biases, cosines = [], []
+    for k in (5, 20, 100, 999):
+        sparse = sparse_terms(student, sparsify(teacher, k), labels, **settings)
+        gradient = gradient_of(sparse.loss, student)
+        biases.append((sparse.soft_loss / full.soft_loss - 1).item())
+        cosines.append(F.cosine_similarity(gradient.flatten(), expected.flatten(), 0).item())
+    assert bias[0] < biases[1] < bias[1]
+    assert cosines[1] > cosine
+    assert biases == sorted(biases)
+    assert cosines == sorted(cosines)
+    assert biases[-1] == pytest.approx(0, abs=1e-12)
+    assert cosines[-1] == pytest.approx(1)
+
+
+# --- precision and edges -----------------------------------------------------------------------
+
+
+def test_tiny_rest_of_the_student_is_not_lost() -> None:
+    """1 - p would be 0 in float32, its logarithm infinite."""
+    student = torch.tensor([[60.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    sparse = SparseLogits(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1))
+    terms = sparse_terms(student, sparse, torch.tensor([0]), temperature=1.0, alpha=1.0)
+    assert terms.soft_loss.item() == pytest.approx(-np.log(2) + 0.5 * (60 - np.log(3)), rel=1e-6)
+    torch.testing.assert_close(
+        gradient_of(terms.loss, student), torch.tensor([[0.5, -1 / 6, -1 / 6, -1 / 6]])
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_rest_without_mass(temperature: float) -> None:
+    student, teacher, labels = make_batch(classes=6)
+    labels %= 4
+    mask = torch.tensor([0.0] * 4 + [-torch.inf] * 2, dtype=torch.float64)
+    settings: dict[str, Any] = {"temperature": temperature, "alpha": 0.6}
+    expected = distillation_terms(student[:, :4], teacher[:, :4], labels, **settings).loss
+    for logits in (student, (student.detach() + mask).requires_grad_()):
+        terms = sparse_terms(logits, sparsify(teacher + mask, 4), labels, **settings)
+        assert terms.loss.isfinite()
+        assert gradient_of(terms.loss, logits).isfinite().all()
+    torch.testing.assert_close(terms.loss, expected)  # the student has no mass there either
+
+
+def test_weightless_member_may_be_anything() -> None:
+    student, teacher, labels = make_batch(members=2)
+    sparse = sparsify(teacher, 3)
+    sparse.values[1] = torch.nan
+    actual = sparse_terms(student, sparse, labels, temperature=2.0, alpha=0.5, weights=[1.0, 0.0])
+    expected = sparse_terms(student, sparsify(teacher[0], 3), labels, temperature=2.0, alpha=0.5)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+    assert gradient_of(actual.loss, student).isfinite().all()
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    student, teacher, labels = make_batch(8, 100)
+    half = student.detach().bfloat16().requires_grad_()
+    sparse = sparsify(teacher, 10)
+    sparse = SparseLogits(sparse.values.half(), sparse.indices, sparse.rest.half())
+    wide = SparseLogits(sparse.values.float(), sparse.indices, sparse.rest.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = sparse_terms(half, sparse, labels, temperature=2.0, alpha=0.5)
+    expected = sparse_terms(half.float(), wide, labels, temperature=2.0, alpha=0.5)
+    assert actual.loss.dtype == torch.float32
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+    assert gradient_of(actual.loss, half).dtype == torch.bfloat16
+
+
+def test_teacher_gets_no_gradient_and_alpha_0_is_the_hard_loss() -> None:
+    student, teacher, labels = make_batch()
+    sparse = sparsify(teacher, 3)
+    sparse.values.requires_grad_()
+    terms = sparse_terms(student, sparse, labels, temperature=2.0, alpha=0.5)
+    terms.loss.backward()
+    assert sparse.values.grad is None
+    terms = sparse_terms(student, sparse, labels, temperature=2.0, alpha=0.0)
+    assert terms.loss == hard_loss(student, labels)
+
+
+def test_compiles_whole() -> None:
+    student, teacher, labels = make_batch(members=3)
+    sparse = sparsify(teacher, 3)
+
+    def loss(logits: Tensor, sparse: SparseLogits, labels: Tensor) -> Tensor:
+        return sparse_terms(logits, sparse, labels, temperature=2.0, alpha=0.5).loss
+
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)(student, sparse, labels)
+    torch.testing.assert_close(compiled, loss(student, sparse, labels))
+
+
+GOOD = SparseLogits(torch.zeros(4, 2), torch.tensor([[0, 1]]).repeat(4, 1), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"values": torch.zeros(3, 2)}, ValueError, r"values \[4, 'k'\].*got \[3, 2\]"),
+        ({"values": torch.zeros(4, 4)}, ValueError, r"k in \[1, 3\].*got \[4, 4\]"),
+        ({"values": torch.zeros(4, 0)}, ValueError, r"k in \[1, 3\].*got \[4, 0\]"),
+        ({"values": torch.zeros(0, 4, 2)}, ValueError, r"values .*got \[0, 4, 2\]"),
+        ({"values": torch.zeros(1, 1, 4, 2)}, ValueError, r"values .*got \[1, 1, 4, 2\]"),
+        ({"rest": torch.zeros(4, 1)}, ValueError, r"rest \[4\], got \[4, 2\] and \[4, 1\]"),
+        ({"indices": GOOD.indices[:, :1]}, ValueError, r"indices \[4, 2\].*got \[4, 1\] and"),
+        ({"indices": GOOD.indices + 2}, ValueError, r"indices in \[0, 3\), got 3"),
+        ({"indices": GOOD.indices - 1}, ValueError, r"indices in \[0, 3\), got -1"),
+        ({"indices": GOOD.indices.int()}, TypeError, r"indices of torch.int64, got torch.int32"),
+        ({"values": GOOD.indices}, TypeError, r"floating-point values and rest, got torch.int64"),
+    ],
+)
+def test_teachers_that_do_not_fit(
+    changes: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
+    labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(error, match=message):
+        sparse_terms(
+            torch.zeros(4, 3), GOOD._replace(**changes), labels, temperature=2.0, alpha=0.5
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be > 0 and finite"),
+        ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1\.5"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must be in \[0, 1\]"),
+        ({"weights": [1.0]}, r"weights must be one for each of the members"),
+        ({"labels": torch.tensor([0, 0, 0, 3])}, r"labels must be in \[0, 3\), got 3"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "student_logits": torch.zeros(4, 3), "teacher": GOOD,
+        "labels": torch.zeros(4, dtype=torch.int64), "temperature": 2.0, "alpha": 0.5,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        sparse_terms(**arguments | changes)
+
+
+def test_moves_as_a_whole() -> None:
+    assert {tensor.device.type for tensor in GOOD.to("meta")} == {"meta"}

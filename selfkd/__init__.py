@@ -24,6 +24,8 @@ __all__ = ["Distiller", "Ensemble", "Teacher", "distillation_loss", "make_model"
 
 
 def __getattr__(name: str) -> object:
+    if name == "generations":  # a module that can be called
+        return importlib.import_module("selfkd.generations")
     if name not in _HOMES:
         raise AttributeError(f"module 'selfkd' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

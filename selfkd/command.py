@@ -46,6 +46,8 @@ class Command:
         is_finished: whether a run has nothing left to do.
         work: does what is left.
         tell: prints the result; gets what is to be said beside it.
+        stem: of a run's name where the user gives none; the data's name when not given.
+        again: what of the command line must be given again to continue.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Command:
     is_finished: Callable[[Config, RunFolder], bool]
     work: Work
     tell: Callable[[Console, Config, RunFolder, list[str]], None]
+    stem: str | None = None
+    again: str = ""
 
     def main(self, arguments: argparse.Namespace, flags: dict[str, Any]) -> int:
         """Run the command; return its exit code.
@@ -63,40 +67,47 @@ class Command:
             flags: the command's own, as dotted config keys with values.
         """
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
-        console = make_console()
-        flags = {**flags, "seed": arguments.seed, "name": arguments.name}
+        folder = None
         try:
             folder, config = self._prepare(arguments, flags)
-        except (ValueError, OSError) as error:
-            return _fault(error)
-        try:
-            return self._run(console, folder, config, verbose=arguments.verbose)
-        except ConfigError as error:
-            if arguments.resume is None:
-                _remove_if_empty(folder)
-            return _fault(error)
+            self._run(folder, config, arguments)
         except KeyboardInterrupt:
-            console.print(f"\nstopped; continue with:\n  {self.resume(folder)}", soft_wrap=True)
+            again = "" if folder is None else f"; continue with:\n  {self.resume(folder)}"
+            make_console().print(f"\nstopped{again}", soft_wrap=True)
             return INTERRUPTED
         except (RuntimeError, ValueError, OSError) as error:
-            print(  # noqa: T201
-                f"error: {error}\ncontinue with: {self.resume(folder)}", file=sys.stderr
-            )
-            return FAILED
+            usage = folder is None or isinstance(error, ConfigError)
+            again = "" if usage or folder is None else f"\ncontinue with: {self.resume(folder)}"
+            print(f"error: {error}{again}", file=sys.stderr)  # noqa: T201
+            return USAGE if usage else FAILED
+        return 0
+
+    def run(self, arguments: argparse.Namespace, flags: dict[str, Any]) -> tuple[RunFolder, Config]:
+        """Run the command from Python; return where its results lie.
+
+        Raises:
+            ConfigError: as for exit code 2.
+            RuntimeError: as for exit code 1.
+        """
+        folder, config = self._prepare(arguments, flags)
+        self._run(folder, config, arguments)
+        return folder, config
 
     def resume(self, folder: RunFolder) -> str:
         """Return what continues a run."""
-        return f"python -m selfkd.{self.name} --resume {shlex.quote(str(folder.path))}"
+        return f"python -m selfkd.{self.name} --resume {shlex.quote(str(folder.path))}{self.again}"
 
     def _prepare(
         self, arguments: argparse.Namespace, flags: dict[str, Any]
     ) -> tuple[RunFolder, Config]:
+        flags = {**flags, "seed": arguments.seed, "name": arguments.name}
         if arguments.resume is None:
             config = _at_home(
                 load_config(arguments.config, settings=arguments.settings, flags=flags)
             )
             self.check(config)
-            now = f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}".replace("/", "-")
+            stem = (self.stem or config.data.name).replace("/", "-")
+            now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
             path = Path(config.storage).expanduser() / (config.name or now)
             return RunFolder.create(path, config, command=self.name), config
         folder, stored = RunFolder.open(Path(arguments.resume))
@@ -112,12 +123,18 @@ class Command:
         folder.check_change(stored, config)
         return folder, config
 
-    def _run(self, console: Console, folder: RunFolder, config: Config, *, verbose: bool) -> int:
+    def _run(self, folder: RunFolder, config: Config, arguments: argparse.Namespace) -> None:
+        console = make_console()
         console.print(f"selfkd: {self.greet(config)}; run folder {folder.path}", soft_wrap=True)
-        done = self.is_finished(config, folder)
-        notes = [] if done else self._train(console, folder, config, verbose=verbose)
+        notes = []
+        if not self.is_finished(config, folder):
+            try:
+                notes = self._train(console, folder, config, verbose=arguments.verbose)
+            except ConfigError:
+                if arguments.resume is None:
+                    _remove_if_empty(folder)
+                raise
         self.tell(console, config, folder, notes)
-        return 0
 
     def _train(
         self, console: Console, folder: RunFolder, config: Config, *, verbose: bool
@@ -132,13 +149,15 @@ class Command:
         console.print(tracker.description, soft_wrap=True)
         meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
         meanwhile.start()
+        follower = Follower(console, metric=config.search.metric, mode=config.search.mode)
         ray = connect(cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose)
         try:
-            with Follower(console) as follower, ray as slots:
+            with follower, ray as slots:
                 meanwhile.join()
                 from selfkd.search import Pool
 
-                signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
                 workers = min(slots, max(config.search.trials, config.members.trained()))
                 entry = "selfkd.trial:run_job"
                 with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:

@@ -202,7 +202,7 @@ class _Compression:
                 )
 
             stage = self._stage("members", count, plan, title="members on labels")
-            for row in ranked(self._run(stage)):
+            for row in self._run(stage):
                 model = models[row["trial"] % len(models)]
                 trained.append(
                     {
@@ -254,7 +254,7 @@ class _Compression:
             return Plan(config=config, model=config.model, seed=seed, more=more)
 
         stage = self._stage("snapshots", 1, plan, title="one run of snapshots")
-        (row,) = ranked(self._run(stage))
+        (row,) = self._run(stage)
         kept = [epoch for epoch in row["history"] if "checkpoint" in epoch]
         return {
             "teachers": [
@@ -307,7 +307,7 @@ class _Compression:
             )
 
         stage = self._stage("specialists", len(clusters), plan, title="specialists")
-        rows = sorted(ranked(self._run(stage)), key=lambda row: int(row["trial"]))
+        rows = sorted(self._run(stage), key=lambda row: int(row["trial"]))
         parts = [generalist["checkpoint"]] + [
             str(stage.trial(row["trial"]) / "student.safetensors") for row in rows
         ]
@@ -378,7 +378,7 @@ class _Compression:
             ),
             early_stopping=True,
         )
-        best = ranked(self._run(stage))[0]
+        best = self._run(stage)[0]
         save = self.folder.path / f"{name}.safetensors"
         source = stage.trial(best["trial"]) / "student.safetensors"
         if source.exists():
@@ -414,7 +414,7 @@ class _Compression:
             )
 
         stage = self._stage("confirm", 2 * seeds, plan, title="confirmation on fresh seeds")
-        trials = self._run(stage)
+        trials = self._trials(stage)
         done = {
             number: {**row, "checkpoint": str(stage.trial(number) / "student.safetensors")}
             for number, row in trials.items()
@@ -533,8 +533,12 @@ class _Compression:
             proposer=Points([{}] * trials),
         )
 
-    def _run(self, stage: Stage) -> dict[int, Row]:
+    def _trials(self, stage: Stage) -> dict[int, Row]:
         return run_stage(self.config, self.folder, self.executor, self.listener, stage)
+
+    def _run(self, stage: Stage) -> list[Row]:
+        """Return the completed trials of a stage, best first."""
+        return ranked(self._trials(stage), stage)
 
     def _once(self, name: str, make: Callable[[], Row]) -> Row:
         """Return what an earlier start has made, else make it and write it down."""

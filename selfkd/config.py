@@ -198,6 +198,10 @@ class SearchConfig:
     """The trials of a generation."""
 
     trials: int = Field(default=8, ge=1)
+    metric: str = "val_accuracy"
+    """What the best trial is chosen by; a training function of your own may report another."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more of it is better, or less."""
     algorithm: Literal["sobol", "random", "optuna"] = "sobol"
     scheduler: Literal["none", "asha"] = "none"
     """Early stopping of trials."""
@@ -245,6 +249,8 @@ class Config:
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 16}))
     student: ModelConfig | None = None
     """The network that is taught, of generations 1, 2, …, when it differs from `model`."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Settings of a training function of your own (`--train`)."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     targets: TargetsConfig = Field(default_factory=TargetsConfig)
@@ -297,7 +303,7 @@ _FIXED = (
     *("search", "resources", "tracking"),
 )
 _OF_TEACHERS = ("distill.", "members.")
-_FREE = re.compile(r"(model|student)\.args\b|search\.(labels_only_)?space\b")
+_FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b")
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
@@ -361,7 +367,7 @@ def _known_keys() -> list[str]:
 def _leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        nested = isinstance(value, dict) and not dotted.endswith((".args", "space"))
+        nested = isinstance(value, dict) and not dotted.endswith((".args", "space", "params"))
         if inner or not nested:
             yield dotted, value
         if nested:
@@ -546,7 +552,7 @@ def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
     if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
         yield "cannot be searched: all trials of a run share it"
         return
-    if key not in known and not re.fullmatch(r"(model|student)\.args\.\w+", key):
+    if key not in known and not re.fullmatch(r"((model|student)\.args|params)\.\w+", key):
         yield f"is no config key{_did_you_mean(key, known)}"
         return
     try:

@@ -27,13 +27,18 @@ class Follower:
 
     Args:
         console: to print on.
+        metric: what trials are chosen by.
+        mode: `max` or `min`.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(
+        self, console: Console, *, metric: str = "val_accuracy", mode: str = "max"
+    ) -> None:
         self._console = console
+        self._metric, self._sign = metric, 1 if mode == "max" else -1
         self.notes: list[str] = []
         self._remade = 0
-        self._best: tuple[float, Row] | None = None
+        self._best: Row | None = None
         self._failed = 0
         self.train_seconds = 0.0
         self._progress = Progress(
@@ -105,28 +110,38 @@ class Follower:
             self.say(f"  trial {trial['trial']} failed: {trial['error']}")
         else:
             stopped = trial["status"] == "stopped"
-            if not stopped and (not self._best or trial["val_accuracy"] > self._best[0]):
-                self._best = trial["val_accuracy"], trial["point"]
+            if not stopped and self._is_best(trial):
+                self._best = trial
             if not self._console.is_terminal:
                 self.say(
-                    f"  trial {trial['trial']}: val {_percent(trial['val_accuracy'])}"
+                    f"  trial {trial['trial']}: {self._value(trial)}"
                     f"{_setting(trial['point'])}, {trial['train_seconds']:.1f} s"
                     + (" (stopped early)" if stopped else "")
                 )
         self._progress.update(self._task, advance=1, note=self._note())
 
+    def _is_best(self, trial: Row) -> bool:
+        if self._best is None:
+            return True
+        return bool(self._sign * (trial[self._metric] - self._best[self._metric]) > 0)
+
+    def _value(self, row: Row) -> str:
+        if self._metric == "val_accuracy":
+            return f"val {_percent(row['val_accuracy'])}"
+        return f"{self._metric} {row[self._metric]:.4g}"
+
     def _note(self) -> str:
-        best = (
-            [f"best val {_percent(self._best[0])}{_setting(self._best[1])}"] if self._best else []
-        )
+        best: list[str] = []
+        if self._best is not None:
+            best = [f"best {self._value(self._best)}{_setting(self._best['point'])}"]
         return ", ".join(best + ([f"{self._failed} failed"] if self._failed else []))
 
     def generation_finished(self, result: Row) -> None:
         """Print the line of a finished generation."""
         agrees = result.get("agreement")
+        test = f", test {_percent(result['test_accuracy'])}" if "test_accuracy" in result else ""
         self.say(
-            f"generation {result['generation']}: val {_percent(result['val_accuracy'])}, "
-            f"test {_percent(result['test_accuracy'])}"
+            f"generation {result['generation']}: {self._value(result)}{test}"
             + (f", agrees with its teacher on {_percent(agrees)}" if agrees is not None else "")
             + f"{_setting(result['point'])}"
         )
@@ -183,6 +198,26 @@ def _setting(point: Row) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def make_metric_table(results: Sequence[Row], metric: str) -> Table:
+    """Return the table of generations whose training function reports what it likes."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    hidden = ("generation", "trial", "temperature", "alpha", "trials", "failed", "wanted_models")
+    numbers = [k for k, v in results[-1].items() if isinstance(v, int | float) and k not in hidden]
+    metrics = [metric, *(k for k in numbers if k not in (metric, "seconds", "train_seconds"))]
+    table.add_column("generation", justify="left", no_wrap=True)
+    for column in ("T", "alpha", *metrics, "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            str(result["generation"]),
+            _number(result["temperature"], "{:.2f}"),
+            _number(result["alpha"], "{:.2f}"),
+            *(_number(result.get(name), "{:.4g}") for name in metrics),
+            f"{result['seconds']:.1f}",
+        )
+    return table
 
 
 def make_ensemble_table(rows: Sequence[Row]) -> Table:

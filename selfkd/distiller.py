@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from selfkd.losses import Average, distillation_terms
 from selfkd.losses.distillation import check_settings, hard_loss
 from selfkd.losses.sparse import SparseLogits, sparse_terms
 from selfkd.teacher import Teacher
+from selfkd.terms import FeatureTerm, FeatureTerms, LogitTerm, Term, parse_terms
 
 
 class StoredLogits(Protocol):
@@ -43,9 +44,15 @@ class Distiller:
         weights: of the ensemble's members in that average, with sum 1; all the same where not
             given.
         label_smoothing: of the hard term, in [0, 1].
+        terms: further terms of the loss by name, each added with its weight: `LogitTerm`, or
+            `FeatureTerm` for what submodules return, also written as a mapping
+            `{"student": "layer2", "teacher": "layer3", "weight": 0.1}`.
+        student: the model that is trained, in whatever wrapper, where there are feature terms. Its
+            last forward pass before each call is the one that counts.
 
     Raises:
-        ValueError: both `teacher` and `targets`, or a setting out of range.
+        ValueError: both `teacher` and `targets`, a setting out of range, a path of no submodule,
+            or feature terms without a live teacher and a student.
         TypeError: `teacher` or `targets` cannot be called.
 
     >>> model, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -70,6 +77,8 @@ class Distiller:
         average: Average = "probabilities",
         weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
+        terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
+        student: nn.Module | None = None,
     ) -> None:
         check_settings(temperature, alpha, average, label_smoothing)
         if teacher is not None and targets is not None:
@@ -87,6 +96,51 @@ class Distiller:
         self.average: Average = average
         self.weights = weights
         self.label_smoothing = label_smoothing
+        self.terms = parse_terms(terms or {})
+        self._features: FeatureTerms | None = None
+        self.projections = nn.ModuleDict()
+        if self.teacher is not None or self.targets is not None:
+            self.attach(student)
+
+    def attach(self, student: nn.Module | None) -> None:
+        """Capture the features of `student` from now on, as after a copy, which captures none."""
+        wanted = {name: t for name, t in self.terms.items() if isinstance(t, FeatureTerm)}
+        if not wanted:
+            return
+        if not isinstance(self.teacher, Teacher):
+            raise ValueError(
+                f"terms of features ({', '.join(wanted)}) need a live teacher, a torch.nn.Module "
+                f"or Teacher, got {type(self.teacher or self.targets).__name__}"
+            )
+        if student is None:
+            raise ValueError(f"student must be given for terms of features ({', '.join(wanted)})")
+        self.detach()
+        self._features = FeatureTerms(wanted, student, self.teacher.module)
+        if not len(self.projections):
+            device = next(student.parameters()).device
+            self.projections = self._features.make_projections().to(device)
+
+    def detach(self) -> None:
+        """Take what captures features off the student."""
+        if self._features is not None:
+            self._features.close()
+        self._features = None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what the terms learn, their projections: give them to your optimiser too."""
+        return self.projections.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the terms have learnt, to be saved apart from the student."""
+        return self.projections.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        self.projections.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the student's hooks to the student."""
+        return {**self.__dict__, "_features": None}
 
     def __call__(
         self,
@@ -107,19 +161,27 @@ class Distiller:
             view: number of the images' augmentation, for `targets`.
 
         Returns:
-            `loss`, with the graph, `hard_loss` and, where a teacher was asked, `soft_loss`: scalars
-            in nats. The parts are unweighted and detached, for logging.
+            `loss`, with the graph, `hard_loss`, where a teacher was asked `soft_loss`, and the
+            further terms by name: scalars, of the first three in nats. The parts are unweighted and detached, for logging.
 
         Raises:
-            ValueError: `inputs` or `index` is needed and missing, or as `distillation_terms`.
+            ValueError: `inputs` or `index` is needed and missing, mean logits are asked of sparse
+                ones, or as `distillation_terms`.
             TypeError: as `distillation_terms`.
         """
-        teacher_logits = None if self.alpha == 0 else self._ask(inputs, index, view)
+        # further terms ask the teacher at any alpha
+        unasked = self.alpha == 0 and not self.terms
+        teacher_logits = None if unasked else self._ask(inputs, index, view)
         if teacher_logits is None:
             loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
             return {"loss": loss, "hard_loss": loss.detach()}
         teacher_logits = teacher_logits.to(student_logits.device)
         if isinstance(teacher_logits, SparseLogits):
+            if self.average == "logits" and teacher_logits.values.ndim == 3:
+                raise ValueError(
+                    "average must be 'probabilities' where targets are SparseLogits of several "
+                    "members, got 'logits'"
+                )
             terms = sparse_terms(
                 student_logits,
                 teacher_logits,
@@ -140,7 +202,27 @@ class Distiller:
                 label_smoothing=self.label_smoothing,
                 weights=self.weights,
             )
-        return terms._asdict()
+        named = terms._asdict()
+        for name, value in self._further(student_logits, teacher_logits, labels).items():
+            named["loss"] = named["loss"] + self.terms[name].weight * value
+            named[name] = value.detach()
+        return named
+
+    def _further(
+        self, student_logits: Tensor, teacher_logits: Tensor | SparseLogits, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the further terms, unweighted."""
+        values: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            if isinstance(term, LogitTerm):
+                if isinstance(teacher_logits, SparseLogits):
+                    raise ValueError(f"{name} needs all logits of the teacher, got the largest")
+                values[name] = term.loss(student_logits, teacher_logits, labels)
+        if self._features is not None:
+            values |= self._features.losses(self.projections)
+        elif len(values) < len(self.terms):
+            raise ValueError("terms of features must have a student: distiller.attach(student)")
+        return values
 
     @torch.no_grad()
     def _ask(self, inputs: Any, index: Tensor | None, view: int) -> Tensor | SparseLogits | None:
@@ -150,6 +232,8 @@ class Distiller:
                     "inputs must be given where there is a teacher to ask, got None: "
                     "distiller(student_logits, labels, inputs=inputs)"
                 )
+            if self._features is not None:
+                return self._features.ask(self.teacher, inputs)
             return self.teacher(inputs)
         if self.targets is not None:
             if index is None:

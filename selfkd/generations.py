@@ -1,16 +1,28 @@
-"""`python -m selfkd.generations`: born-again generations, from a command to a table."""
+"""`python -m selfkd.generations`: born-again generations, from a command to a table.
+
+The module can be called, too: `selfkd.generations(train_fn, rounds=3)` makes generations with a
+training function of your own.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+import json
+import shlex
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from selfkd.command import Command, base_parser, everyone
-from selfkd.config import Config
-from selfkd.console import Follower, make_table
-from selfkd.jobs import Executor
+from selfkd.config import Config, ConfigError
+from selfkd.console import Follower, make_metric_table, make_table
+from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, finished, measure_ensemble
 from selfkd.tracking import NoTracker
@@ -22,19 +34,116 @@ def make_parser() -> argparse.ArgumentParser:
         "generations", "Train a model on labels, then born-again generations that learn from it."
     )
     parser.add_argument("--rounds", type=int, help="born-again generations after generation 0")
+    parser.add_argument(
+        "--train",
+        metavar="FILE.py:FUNCTION",
+        help="a training function of your own; its file is run on every worker",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
-    return _COMMAND.main(arguments, {"rounds": arguments.rounds})
+    return _command(arguments.train).main(arguments, {"rounds": arguments.rounds})
+
+
+def generations(
+    train_fn: Callable[[Any], object] | str,
+    *,
+    rounds: int = 5,
+    space: Mapping[str, Any] | None = None,
+    trials: int = 8,
+    metric: str = "val_accuracy",
+    mode: str = "max",
+    seed: int = 0,
+    name: str | None = None,
+    resume: str | Path | None = None,
+    settings: Sequence[str] = (),
+) -> list[Row]:
+    """Train born-again generations with a training function of your own.
+
+    Args:
+        train_fn: takes a `selfkd.loop.Trial`; stands at the top level of a .py file, which the
+            workers import (so what it does when run stands under `if __name__ == "__main__"`).
+            Or its reference, `path/file.py:name`.
+        rounds: born-again generations after generation 0.
+        space: dotted keys and distributions, `{"params.lr": {"loguniform": [1e-3, 1e-1]}}`; by
+            default T and alpha.
+        trials: of each generation.
+        metric: that `train_fn` reports, by which the best trial is chosen.
+        mode: `max` or `min`.
+        seed: of the search and all trials.
+        name: of the run folder.
+        resume: run folder to continue; its settings stay but for `rounds`.
+        settings: further `dotted.key=value` texts, as after `--set`.
+
+    Returns:
+        The result of each generation, as in its `result.json`; `models[0]["checkpoint"]` is the
+        chosen student's file within the run folder.
+
+    Raises:
+        ValueError: a setting, or `train_fn`, is not as it must be.
+        RuntimeError: all trials of a generation failed.
+
+    Reference:
+        Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
+    """
+    if isinstance(train_fn, str):
+        reference = train_fn
+    else:
+        from selfkd.loop import function_reference
+
+        reference = function_reference(train_fn)
+    arguments = ["--train", reference, "--rounds", str(rounds)]
+    texts = list(settings)
+    if resume is None:
+        texts += [f"search.trials={trials}", f"search.metric={metric}", f"search.mode={mode}"]
+        texts += [] if space is None else [f"search.space={json.dumps(dict(space))}"]
+        arguments += ["--seed", str(seed), *(["--name", name] if name else [])]
+    else:
+        arguments += ["--resume", str(resume)]
+    for text in texts:
+        arguments += ["--set", text]
+    folder, config = _command(reference).run(
+        make_parser().parse_args(arguments), {"rounds": rounds}
+    )
+    return folder.results()[: config.rounds + 1]
+
+
+def _command(reference: str | None) -> Command:
+    if reference is None:
+        return _COMMAND
+    path, colon, name = reference.rpartition(":")
+    if colon:  # workers have other folders
+        reference = f"{Path(path).expanduser().absolute()}:{name}"
+
+    def check(config: Config) -> None:
+        if not colon or not Path(path).expanduser().is_file():
+            raise ConfigError(f"--train must be path/file.py:function, got {reference!r}")
+
+    def greet(config: Config) -> str:
+        return f"{_rounds(config)}, trained by {reference}"
+
+    command = dataclasses.replace(
+        _COMMAND,
+        check=check,
+        greet=greet,
+        work=partial(_work, function=reference),
+        stem=f"{Path(path).stem}-{name}",
+        again=f" --train {shlex.quote(reference)}",
+    )
+    return dataclasses.replace(command, tell=partial(_tell, command=command))
 
 
 def _greet(config: Config) -> str:
+    return f"{_rounds(config)}, {config.model.name} on {config.data.name}"
+
+
+def _rounds(config: Config) -> str:
     return (
         f"generation 0 on labels, then {config.rounds} born-again ({config.rounds + 1} in all), "
-        f"{config.search.trials} trials each, {config.model.name} on {config.data.name}"
+        f"{config.search.trials} trials each"
     )
 
 
@@ -43,21 +152,42 @@ def _is_finished(config: Config, folder: RunFolder) -> bool:
 
 
 def _work(
-    config: Config, folder: RunFolder, pool: Executor, follower: Follower, tracker: NoTracker
+    config: Config,
+    folder: RunFolder,
+    pool: Executor,
+    follower: Follower,
+    tracker: NoTracker,
+    *,
+    function: str | None = None,
 ) -> None:
-    results = born_again(config, folder, pool, everyone(follower, tracker))
+    results = born_again(config, folder, pool, everyone(follower, tracker), function=function)
     measure_ensemble(config, folder, pool, results)
 
 
-def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str]) -> None:
+def _tell(
+    console: Console,
+    config: Config,
+    folder: RunFolder,
+    notes: list[str],
+    *,
+    command: Command | None = None,
+) -> None:
     results, ensemble = finished(config, folder) or ([], None)
-    console.print(make_table(results, ensemble))
+    metric, trials = config.search.metric, config.search.trials
+    if ensemble is None:
+        console.print(make_metric_table(results, metric))
+        said = f"{metric} is the best of {trials} trials, so it is optimistic."
+    else:
+        console.print(make_table(results, ensemble))
+        said = (
+            f"val acc is the best of {trials} trials, so it is optimistic; the test "
+            "split was read once a generation, after the choice."
+        )
     notes = [
-        f"val acc is the best of {config.search.trials} trials, so it is optimistic; the test "
-        "split was read once a generation, after the choice.",
+        said,
         *notes,
         f"models:  {folder.path}/generation_*/student.safetensors",
-        f"more generations:  {_COMMAND.resume(folder)} --rounds {config.rounds + 1}",
+        f"more generations:  {(command or _COMMAND).resume(folder)} --rounds {config.rounds + 1}",
     ]
     console.print("\n".join(notes), soft_wrap=True)
 
@@ -71,5 +201,13 @@ _COMMAND = Command(
     tell=_tell,
 )
 
+
+class _Callable(types.ModuleType):
+    """This module, which is the Python function of its name as well."""
+
+    __call__ = staticmethod(generations)
+
+
 if __name__ == "__main__":
     raise SystemExit(main())
+sys.modules[__name__].__class__ = _Callable

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 Row = dict[str, Any]
+OWN = ("epoch", "seconds", "hash", "checkpoint")  # of a trial's row; all else is a metric
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class Outcome:
     stopped: bool = False
 
 
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Trials that are behind others after as many epochs are stopped."""
+
+    max_epochs: int
+    """Of a whole trial."""
+    metric: str = "val_accuracy"
+    mode: Literal["max", "min"] = "max"
+
+
 class Jobs(Protocol):
     """A batch of jobs: asked for one after the other, told how each of them goes and ends."""
 
@@ -43,12 +54,14 @@ class Jobs(Protocol):
 class Executor(Protocol):
     """Runs a batch of jobs to its end."""
 
-    def run(self, jobs: Jobs, *, max_epochs: int | None = None, limit: int | None = None) -> None:
+    def run(
+        self, jobs: Jobs, *, early: EarlyStopping | None = None, limit: int | None = None
+    ) -> None:
         """Run all jobs.
 
         Args:
             jobs: what to run.
-            max_epochs: stop trials early, this many epochs being a whole one.
+            early: how trials are stopped early; none is when not given.
             limit: the most at a time.
         """
 
@@ -63,7 +76,9 @@ class InProcess:
     def __init__(self, run_job: Callable[[str, Mapping[str, Any]], Iterator[Row]]) -> None:
         self._run_job = run_job
 
-    def run(self, jobs: Jobs, *, max_epochs: int | None = None, limit: int | None = None) -> None:
+    def run(
+        self, jobs: Jobs, *, early: EarlyStopping | None = None, limit: int | None = None
+    ) -> None:
         """Run all jobs to their ends: nothing is stopped early here."""
         while (job := jobs.ask()) is not None:
             row: Row = {}

@@ -108,6 +108,16 @@ class Features:
         features = [self._read(name) for name in self._found[path]]
         return features if _is_pattern(path) else features[0]
 
+    def __deepcopy__(self, memo: object) -> Features:
+        """Return one that captures nothing: what a copy of the hooked model gets."""
+        inert = object.__new__(Features)
+        inert.__dict__ = {**self.__dict__, "_outputs": {}, "_versions": {}, "_handles": []}
+        return inert
+
+    def count(self, path: str) -> int:
+        """How many submodules a path of `paths` names."""
+        return len(self._found[path])
+
     def _read(self, name: str) -> Tensor:
         if name not in self._outputs:
             raise RuntimeError(
@@ -122,12 +132,16 @@ class Features:
             )
         return output
 
-    def _forget(self, *_: object) -> None:
+    def _forget(self, module: nn.Module | None = None, *_: object) -> None:
+        if module not in (None, self._wrapped):
+            return  # a copy of the model, which has the hooks too
         self._outputs.clear()
         self._versions.clear()
 
     def _keep_as(self, name: str) -> Any:
-        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+        def keep(module: nn.Module, _inputs: object, output: object) -> None:
+            if module is not self._modules[name]:
+                return
             tensor = _first_tensor(name, output)
             if self._detach:
                 tensor = tensor.detach()

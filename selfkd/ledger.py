@@ -104,7 +104,11 @@ class RunFolder:
         """
         path = self.path / "data.json"
         known = load_json(path) if path.exists() else data
-        changed = [f"{key}: {known[key]} -> {data[key]}" for key in data if known[key] != data[key]]
+        changed = [
+            f"{key}: {known.get(key)} -> {data.get(key)}"
+            for key in dict.fromkeys([*known, *data])
+            if known.get(key) != data.get(key)
+        ]
         if changed:
             raise ConfigError(
                 f"{self.path} was started on other data, so it cannot be resumed on this:\n  "

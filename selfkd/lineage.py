@@ -12,7 +12,7 @@ from typing import Protocol
 
 from selfkd.config import Config, ConfigError, to_tree
 from selfkd.files import load_json, save_json
-from selfkd.jobs import Executor, Row, run_one
+from selfkd.jobs import OWN, Executor, Row, run_one
 from selfkd.ledger import RunFolder, link
 from selfkd.space import Point
 from selfkd.trials import (
@@ -35,7 +35,12 @@ class LineageListener(Listener, Protocol):
 
 
 def born_again(
-    config: Config, folder: RunFolder, executor: Executor, listener: LineageListener
+    config: Config,
+    folder: RunFolder,
+    executor: Executor,
+    listener: LineageListener,
+    *,
+    function: str | None = None,
 ) -> list[Row]:
     """Train generation 0 and `config.rounds` born-again generations; finished ones are kept.
 
@@ -44,6 +49,7 @@ def born_again(
         folder: what is done, and where the rest goes.
         executor: runs the trials.
         listener: is told of everything.
+        function: reference of a training function of the user's own, `path/file.py:name`.
 
     Returns:
         The result of each generation.
@@ -54,14 +60,17 @@ def born_again(
     """
     results = folder.results()[: config.rounds + 1]
     if len(results) <= config.rounds:
-        checked = run_one(executor, "check", config=to_tree(config))
+        if function is None:
+            checked = run_one(executor, "check", config=to_tree(config))
+        else:
+            checked = run_one(executor, "check_function", function=function)
         if "fault" in checked:
             raise ConfigError(checked["fault"])
         folder.keep(config, checked["facts"])
     for result in results:
         listener.generation_finished(result)
     for generation in range(len(results), config.rounds + 1):
-        result = _generation(config, folder, executor, listener, generation, results)
+        result = _generation(config, folder, executor, listener, function, results)
         results.append(result)
         listener.generation_finished(result)
     return results
@@ -69,8 +78,14 @@ def born_again(
 
 def measure_ensemble(
     config: Config, folder: RunFolder, executor: Executor, results: Sequence[Row]
-) -> Row:
-    """Measure the ensemble of all generations, the average of their probabilities."""
+) -> Row | None:
+    """Measure the ensemble of all generations, the average of their probabilities.
+
+    Generations of a training function of the user's own have no predictions, and no ensemble.
+    """
+    if any("predictions" not in result for result in results):
+        save_json(folder.path / "summary.json", _summary(results, None))
+        return None
     members = [
         {"hash": result["hash"], "predictions": str(folder.path / result["predictions"])}
         for result in results
@@ -81,7 +96,7 @@ def measure_ensemble(
     return row
 
 
-def finished(config: Config, folder: RunFolder) -> tuple[list[Row], Row] | None:
+def finished(config: Config, folder: RunFolder) -> tuple[list[Row], Row | None] | None:
     """Return the results and the ensemble of a run that has nothing left to do, else None."""
     results = folder.results()
     path = folder.path / "summary.json"
@@ -93,7 +108,7 @@ def finished(config: Config, folder: RunFolder) -> tuple[list[Row], Row] | None:
     return results, summary["ensemble"]
 
 
-def _summary(results: Sequence[Row], ensemble: Row) -> Row:
+def _summary(results: Sequence[Row], ensemble: Row | None) -> Row:
     """Return what a program would want of a finished run."""
     hidden = ("history", "models", "teachers")
     rows = [{k: v for k, v in result.items() if k not in hidden} for result in results]
@@ -105,13 +120,14 @@ def _generation(
     folder: RunFolder,
     executor: Executor,
     listener: LineageListener,
-    generation: int,
+    function: str | None,
     results: Sequence[Row],
 ) -> Row:
+    generation = len(results)
     start = time.perf_counter()
     teachers = _teachers(config, results)
     located = _located(folder, teachers)
-    if teachers and not config.distill.live:
+    if teachers and function is None and not config.distill.live:
         title = f"generation {generation}: labelling by its teacher"
         label(config, folder, executor, listener, title=title, teachers=located)
     last: Point = results[-1]["point"] if results else {}
@@ -120,7 +136,8 @@ def _generation(
         own = config.at(point)
         model = own.student if generation > 0 and own.student else own.model
         seed = trial_seed(config.seed, generation, number)
-        return Plan(config=own, model=model, seed=seed, teachers=located)
+        more = {"function": function} if function else {}
+        return Plan(config=own, model=model, seed=seed, teachers=located, more=more)
 
     stage = Stage(
         name=f"generation-{generation}",
@@ -135,9 +152,16 @@ def _generation(
             last=last,
         ),
         early_stopping=True,
+        metric=config.search.metric,
+        mode=config.search.mode,
     )
     trials = run_stage(config, folder, executor, listener, stage)
-    result = _measure(config, folder, executor, stage, generation, teachers, ranked(trials))
+    best_first = ranked(trials, stage)
+    result = _chosen(config, folder, stage, generation, teachers, best_first)
+    if function is None:
+        result |= _measure(config, folder, executor, generation, located)
+    else:
+        result |= {k: v for k, v in best_first[0]["history"][-1].items() if k not in OWN}
     result |= {
         "trials": len(trials),
         "failed": sum(trial["status"] == "failed" for trial in trials.values()),
@@ -165,29 +189,20 @@ def _located(folder: RunFolder, teachers: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _measure(
+def _chosen(
     config: Config,
     folder: RunFolder,
-    executor: Executor,
     stage: Stage,
     generation: int,
     teachers: Sequence[Row],
     best_first: Sequence[Row],
 ) -> Row:
+    """Put the best trial's student in its place; return what is known of it."""
     chosen = best_first[0]
     best = folder.generation(generation) / "student.safetensors"
-    predictions = folder.generation(generation) / "predictions.safetensors"
     source = stage.trial(chosen["trial"]) / "student.safetensors"
     if source.exists():
         link(source, best)
-    measured = run_one(
-        executor,
-        "score",
-        config=to_tree(config),
-        student=str(best),
-        predictions=str(predictions),
-        teachers=_located(folder, teachers),
-    )
     distill = config.at(chosen["point"]).distill
     kept = int(config.distill.teacher[4:]) if config.distill.teacher.startswith("top:") else 1
     models = [{"hash": chosen["hash"], "checkpoint": folder.relative(best)}] + [
@@ -197,21 +212,36 @@ def _measure(
         }
         for trial in best_first[1:kept]
     ]
+    metrics = (config.search.metric, "val_accuracy", "val_nll")
     return {
         "generation": generation,
         "trial": chosen["trial"],
         "point": chosen["point"],
         "temperature": distill.temperature if generation else None,
         "alpha": distill.alpha if generation else None,
-        "val_accuracy": chosen["val_accuracy"],
-        "val_nll": chosen["val_nll"],
-        **measured,
+        **{name: chosen[name] for name in metrics if name in chosen},
+        "hash": chosen["hash"],
         "teachers": list(teachers),
         "models": models,
         "wanted_models": kept,
-        "predictions": folder.relative(predictions),
         "history": chosen["history"],
     }
+
+
+def _measure(
+    config: Config, folder: RunFolder, executor: Executor, generation: int, teachers: Sequence[Row]
+) -> Row:
+    """Measure the chosen student on the test split, once."""
+    predictions = folder.generation(generation) / "predictions.safetensors"
+    measured = run_one(
+        executor,
+        "score",
+        config=to_tree(config),
+        student=str(folder.generation(generation) / "student.safetensors"),
+        predictions=str(predictions),
+        teachers=teachers,
+    )
+    return {**measured, "predictions": folder.relative(predictions)}
 
 
 def _prune(folder: RunFolder, stage: Stage, result: Row) -> None:

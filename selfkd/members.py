@@ -25,6 +25,7 @@ from selfkd.train import evaluate
 
 SPLITS: tuple[Split, Split] = ("val", "test")  # what is predicted and kept
 TIMED_SECONDS = 0.5
+CLUSTER_TEMPERATURE = 4.0
 
 
 def adopt(config: Tree, save: str, source: Tree | None = None) -> Iterator[Row]:
@@ -181,7 +182,8 @@ def soup(config: Tree, checkpoints: Sequence[str], save: str, greedy: bool) -> I
 def cluster(config: Tree, checkpoint: str, clusters: int) -> Iterator[Row]:
     """Cluster the classes that a generalist confuses; yield lists of classes."""
     bench = Bench(config)
-    probabilities = bench.answer(checkpoint, "val").softmax(dim=1)
+    # softened: a confident network's errors are too few to see which classes it confuses
+    probabilities = (bench.answer(checkpoint, "val") / CLUSTER_TEMPERATURE).softmax(dim=1)
     found = cluster_classes(probabilities, clusters=clusters, seed=bench.config.seed)
     yield {"classes": [list(classes) for classes in found]}
 

@@ -27,7 +27,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from selfkd.jobs import Job, Jobs, Outcome, Row
+from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
@@ -81,10 +81,10 @@ def _load(entry: str) -> Callable[..., Iterator[Row]]:
 
 
 class _Batch:
-    def __init__(self, jobs: Jobs, *, max_epochs: int | None, limit: int | None) -> None:
+    def __init__(self, jobs: Jobs, *, early: EarlyStopping | None, limit: int | None) -> None:
         self.jobs, self.limit = jobs, limit
-        self.report_seconds = REPORT_SECONDS if max_epochs is None else 0.0
-        self.scheduler = FIFOScheduler() if max_epochs is None else _asha(max_epochs)
+        self.report_seconds = REPORT_SECONDS if early is None else 0.0
+        self.scheduler = FIFOScheduler() if early is None else _asha(early)
         self.exhausted = False
         self.running: dict[str, Job] = {}
         self.last_rows: dict[str, Row] = {}
@@ -303,19 +303,21 @@ class Pool:
         self._thread.join(timeout=10)
         self._folder.cleanup()
 
-    def run(self, jobs: Jobs, *, max_epochs: int | None = None, limit: int | None = None) -> None:
+    def run(
+        self, jobs: Jobs, *, early: EarlyStopping | None = None, limit: int | None = None
+    ) -> None:
         """Run a batch to its end.
 
         Args:
             jobs: where jobs come from and outcomes go; called from the pool's own thread.
-            max_epochs: stop trials early, by ASHA, this many epochs being a whole trial.
+            early: how trials are stopped early, by ASHA; none is when not given.
             limit: most jobs at a time, for a search that learns from outcomes.
 
         Raises:
             RuntimeError: the pool has stopped.
             Exception: what `jobs` raised.
         """
-        batch = _Batch(jobs, max_epochs=max_epochs, limit=limit)
+        batch = _Batch(jobs, early=early, limit=limit)
         self._desk.inbox.put(batch)
         while not batch.finished.wait(timeout=0.2):
             if not self._thread.is_alive():
@@ -337,13 +339,13 @@ class _StopWhenClosed(_Unsaved, tune.Stopper):
         return self._desk.closed
 
 
-def _asha(max_epochs: int) -> TrialScheduler:
-    """ASHA on validation accuracy (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
+def _asha(early: EarlyStopping) -> TrialScheduler:
+    """ASHA (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
     return ASHAScheduler(
         time_attr="epoch",
-        metric="val_accuracy",
-        mode="max",
-        max_t=max_epochs + 1,  # a trial that reaches its last epoch is complete, not stopped
-        grace_period=max(1, max_epochs // 9),
+        metric=early.metric,
+        mode=early.mode,
+        max_t=early.max_epochs + 1,  # a trial that reaches its last epoch is complete, not stopped
+        grace_period=max(1, early.max_epochs // 9),
         reduction_factor=3,
     )

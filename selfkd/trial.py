@@ -14,10 +14,11 @@ from torch import nn
 from selfkd import members, metrics
 from selfkd.bench import Bench, Split
 from selfkd.checkpoint import load_tensors, save_tensors
-from selfkd.config import ModelConfig, Tree
+from selfkd.config import ModelConfig, Tree, from_tree, to_tree
 from selfkd.data import Data, fingerprint
 from selfkd.distiller import Distiller
 from selfkd.jobs import Row
+from selfkd.loop import Trial, load_function, run_function
 from selfkd.models import parameters_count
 from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.store import check_shard, open_store, remember_user, write_shard
@@ -110,11 +111,10 @@ def train(
     teachers: Sequence[Mapping[str, Any]],
     targets: str,
     student: str,
-    start: Mapping[str, Any] | None = None,
-    specialist: Sequence[int] | None = None,
-    cycles: int = 1,
+    function: str | None = None,
+    **more: Any,
 ) -> Iterator[Row]:
-    """Train one student, save it, and yield a row an epoch; a saved one's carries its hash.
+    """Train one student and yield a row an epoch; one with which it is saved has its hash.
 
     Args:
         config: of the trial, values of the search put in.
@@ -124,17 +124,45 @@ def train(
         teachers: `hash`, `checkpoint` and perhaps `weight` of each; none to learn from labels.
         targets: folder of the soft targets.
         student: file to save to.
+        function: reference of a training function of the user's own.
+        more: of the built-in one, see `train_classifier`.
+    """
+    trial = Trial(
+        config=from_tree(config),
+        stage=stage,
+        seed=seed,
+        model=ModelConfig(**model),
+        teachers=teachers,
+        targets=Path(targets),
+        path=Path(student),
+    )
+    if function is not None:
+        yield from run_function(load_function(function), trial)
+    else:
+        yield from train_classifier(trial, **more)
+
+
+def train_classifier(
+    trial: Trial,
+    *,
+    start: Mapping[str, Any] | None = None,
+    specialist: Sequence[int] | None = None,
+    cycles: int = 1,
+) -> Iterator[Row]:
+    """Train a classifier as the config says: the built-in training function.
+
+    Args:
+        trial: what is trained, by which teachers.
         start: `checkpoint` to start the weights from, or `seed` of the initialisation.
         specialist: classes that the student is to tell apart; all others are one to it.
         cycles: of the learning rate; the student is saved at the end of each, but for the last
-            beside `student`.
+            beside the trial's own file.
     """
-    bench = Bench(config)
-    options = bench.config.train
+    bench = Bench(to_tree(trial.config))
+    options, seed, teachers = bench.config.train, trial.seed, trial.teachers
     start = start or {}
     torch.manual_seed(start.get("seed", seed))
-    made = ModelConfig(**model)
-    network = bench.make(made)
+    network = bench.make(trial.model)
     if "checkpoint" in start:
         network.load_state_dict(load_tensors(Path(start["checkpoint"]))[0])
     elif options.init == "teacher" and teachers:
@@ -142,7 +170,7 @@ def train(
     if "seed" in start:
         torch.manual_seed(seed)
     data, learner = bench.data, network
-    facts: Row = {"stage": stage, "seed": seed}
+    facts: Row = {"stage": trial.stage, "seed": seed}
     if specialist is not None:
         learner = Specialist(network, specialist).to(bench.device)
         data, shift = _special_data(bench.data, specialist, seed)
@@ -167,7 +195,7 @@ def train(
     rows = fit(
         learner,
         data,
-        _distiller(bench, teachers, Path(targets)),
+        _distiller(bench, teachers, trial.targets),
         optimizer=optimizer,
         scheduler=scheduler,
         epochs=epochs,
@@ -187,13 +215,13 @@ def train(
         for row in rows:
             cycle, rest = divmod(row["epoch"], epochs // cycles)
             if rest == 0:
-                path = Path(student)
+                path = trial.path
                 path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
-                row["hash"] = bench.save(path, best, made, facts)
+                row["hash"] = bench.save(path, best, trial.model, facts)
                 row["checkpoint"] = path.name
             yield row
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{stage.replace('-', ' ')}: {error}") from None
+        raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
 
 
 def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, float]:
@@ -239,6 +267,16 @@ def _distiller(bench: Bench, teachers: Sequence[Mapping[str, Any]], targets: Pat
         weights=weights if isinstance(teacher, Ensemble) or not averaged else None,
         label_smoothing=smoothing,
     )
+
+
+def check_function(function: str) -> Iterator[Row]:
+    """Import a training function; yield its name as a fact, or the user's mistake."""
+    try:
+        load_function(function)
+    except ValueError as error:
+        yield {"fault": str(error)}
+        return
+    yield {"facts": {"function": function}}
 
 
 def label(
@@ -306,6 +344,7 @@ def score(
 
 _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "check": check,
+    "check_function": check_function,
     "train": train,
     "label": label,
     "score": score,

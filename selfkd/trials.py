@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from selfkd.config import Config, ModelConfig, to_tree
 from selfkd.files import load_json, save_json
-from selfkd.jobs import Batch, Executor, Job, Outcome, Row
+from selfkd.jobs import Batch, EarlyStopping, Executor, Job, Outcome, Row
 from selfkd.ledger import RunError, RunFolder
 from selfkd.space import Distribution, Optuna, Point, Points, Proposer, make_points
 
@@ -64,6 +64,14 @@ class Stage:
     proposer: Proposer
     early_stopping: bool = False
     """Whether the scheduler of the search may stop trials."""
+    metric: str = "val_accuracy"
+    """What the best trial is chosen by."""
+    mode: Literal["max", "min"] = "max"
+
+    def value(self, row: Row) -> float | None:
+        """Return the metric of a row, to be maximised."""
+        value = row.get(self.metric)
+        return value if value is None or self.mode == "max" else -value
 
     def trial(self, number: int) -> Path:
         """Return the folder of a trial."""
@@ -107,7 +115,7 @@ class _Trials:
             result = load_json(path) if path.exists() else None
             if result is not None and result["status"] != "failed":
                 self.results[number] = result
-                stage.proposer.tell(number, result["point"], result.get("val_accuracy"))
+                stage.proposer.tell(number, result["point"], stage.value(result))
         self._waiting = [n for n in range(stage.trials) if n not in self.results]
 
     def ask(self) -> Job | None:
@@ -149,9 +157,8 @@ class _Trials:
         number = self._number(outcome.job)
         trial, history = self._open.pop(number)
         last: Row = history[-1] if history else {}
-        measured: Row = {
-            key: last[key] for key in ("val_accuracy", "val_nll", "hash") if key in last
-        }
+        metrics = {self.stage.metric, "val_accuracy", "val_nll", "hash"}
+        measured: Row = {key: last[key] for key in sorted(metrics) if key in last}
         status = "stopped" if outcome.stopped else "failed" if outcome.error else "completed"
         result = {
             **trial,
@@ -163,7 +170,7 @@ class _Trials:
         }
         save_json(self.stage.trial(number) / "result.json", result)
         self.results[number] = result
-        self.stage.proposer.tell(number, trial["point"], last.get("val_accuracy"))
+        self.stage.proposer.tell(number, trial["point"], self.stage.value(last))
         self.listener.trial_finished(result)
 
 
@@ -178,12 +185,9 @@ def run_stage(
     trials = _Trials(stage, folder.targets(config), listener)
     listener.stage_started(stage.title, stage.trials, len(trials.results))
     asha = config.search.scheduler == "asha" and stage.early_stopping
-    executor.run(
-        trials,
-        max_epochs=config.train.epochs if asha else None,
-        limit=stage.proposer.limit,
-    )
-    if not ranked(trials.results):
+    early = EarlyStopping(config.train.epochs, stage.metric, stage.mode) if asha else None
+    executor.run(trials, early=early, limit=stage.proposer.limit)
+    if not ranked(trials.results, stage):
         errors = [row["error"] for _, row in sorted(trials.results.items()) if row["error"]]
         raise RunError(
             f"all {stage.trials} trials of {stage.name.replace('-', ' ')} failed; "
@@ -192,10 +196,14 @@ def run_stage(
     return trials.results
 
 
-def ranked(trials: dict[int, Row]) -> list[Row]:
-    """Return the completed trials, best first: validation accuracy, ties by NLL."""
+def ranked(trials: dict[int, Row], stage: Stage) -> list[Row]:
+    """Return the completed trials, best first: the stage's metric, ties by NLL."""
     completed = [trial for trial in trials.values() if trial["status"] == "completed"]
-    return sorted(completed, key=lambda t: (-t["val_accuracy"], t["val_nll"], t["trial"]))
+
+    def key(trial: Row) -> tuple[float, float, int]:
+        return -(stage.value(trial) or 0.0), trial.get("val_nll", 0.0), trial["trial"]
+
+    return sorted(completed, key=key)
 
 
 def label(

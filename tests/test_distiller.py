@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.distiller import Distiller
-from selfkd.losses import distillation_terms
+from selfkd.losses import SparseLogits, distillation_terms, sparse_terms, sparsify
 from selfkd.losses.distillation import hard_loss
 from selfkd.teacher import Ensemble, Teacher
 
@@ -69,6 +69,44 @@ def test_store_is_asked_for_the_view() -> None:
         student_logits, store(asked["index"], 1), labels, temperature=4.0, alpha=0.9
     )
     assert terms["loss"] == expected.loss
+
+
+@pytest.mark.parametrize("members", [(), (3,)])
+def test_store_of_sparse_logits(members: tuple[int, ...]) -> None:
+    student_logits, labels, asked = make_step()
+    store = Store(*members)
+
+    def targets(index: Tensor, view: int) -> SparseLogits:
+        return sparsify(store(index, view), 2)
+
+    settings: dict[str, Any] = {"temperature": 2.0, "alpha": 0.3, "label_smoothing": 0.1}
+    settings["weights"] = [0.5, 0.2, 0.3] if members else None
+    sparse = targets(asked["index"], 0)
+    terms = Distiller(targets=targets, **settings)(student_logits, labels, **asked)
+    assert terms == sparse_terms(student_logits, sparse, labels, **settings)._asdict()
+    on_meta = Distiller(targets=targets)(
+        student_logits.to("meta"), labels.to("meta"), index=asked["index"]
+    )
+    assert {term.device.type for term in on_meta.values()} == {"meta"}
+    distiller = Distiller(targets=targets, average="logits")
+    if members:
+        with pytest.raises(ValueError, match="average must be 'probabilities' where targets are"):
+            distiller(student_logits, labels, **asked)
+    else:  # one teacher has no average
+        expected = sparse_terms(student_logits, sparse, labels, temperature=4.0, alpha=0.9)
+        assert distiller(student_logits, labels, **asked) == expected._asdict()
+
+
+def test_members_are_weighted() -> None:
+    student_logits, labels, asked = make_step()
+    store, weights = Store(3), [0.5, 0.2, 0.3]
+    terms = Distiller(targets=store, weights=weights)(student_logits, labels, **asked)
+    expected = distillation_terms(
+        student_logits, store(asked["index"], 0), labels,
+        temperature=4.0, alpha=0.9, weights=weights,
+    )  # fmt: skip
+    assert terms == expected._asdict()
+    assert terms["loss"] != Distiller(targets=store)(student_logits, labels, **asked)["loss"]
 
 
 def test_ensemble_is_asked_as_one_teacher() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+PLAIN = "plain_loop.py"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -47,3 +49,41 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         np.array([[0.9, 0.91, 0.95], [0.8, 0.83, 0.85]]), ["0", "1", "ensemble"], tmp_path / "a.svg"
     )
     assert (tmp_path / "a.svg").read_text().count("<path") > 5
+
+
+def run(name: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_plain_loop_is_born_again(tmp_path: Path) -> None:
+    found = re.findall(r"(?:generation \d|student of all three): (\d+\.\d+)%", run(PLAIN, tmp_path))
+    assert len(found) == 4
+    assert all(float(accuracy) > 85 for accuracy in found)
+
+
+def test_a_loop_of_somebody_s_own_makes_generations(tmp_path: Path) -> None:
+    printed = run("your_loop_generations.py", tmp_path)
+    found = re.findall(r"generation \d: (\d+\.\d)% of the tags right", printed)
+    assert len(found) == 3
+    assert all(float(share) > 60 for share in found)
+    assert len(list((tmp_path / "runs").glob("*/generation_00?/student.safetensors"))) == 3
+
+
+def test_features_and_logits_in_one_loss(tmp_path: Path) -> None:
+    printed = run("features.py", tmp_path).splitlines()
+    assert [line.partition(":")[0] for line in printed] == [
+        "teacher",
+        "student, labels only",
+        "student, logits",
+        "student, logits and features",
+    ]
+    for name in ("hard_loss", "soft_loss", "hint", "attention", "relations", "val_accuracy"):
+        assert re.search(rf"\b{name} \d+\.\d{{3}}", printed[-1])

@@ -300,9 +300,7 @@ def test_validation_outside_the_block_does_not_disturb_a_compiled_model(
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_graph_without_hooks_is_noticed_or_guarded_against(
-    inputs: Tensor, style: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_without_hooks_is_noticed_or_guarded_against(inputs: Tensor, style: str) -> None:
     model = compiled(Net(blocks=2), style, True)
     model(inputs)
     with Features(model, PATHS) as captured:
@@ -310,14 +308,14 @@ def test_a_graph_without_hooks_is_noticed_or_guarded_against(
     with pytest.raises(RuntimeError, match=r"compiled without hooks.*skip_nnmodule_hook_guards"):
         captured["blocks.*.linear"]
 
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
     net = Net(blocks=2)
-    model = compiled(net, style, True)
-    for _ in range(3):
-        model(inputs)
-        with Features(model, PATHS) as captured:
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        model = compiled(net, style, True)
+        for _ in range(3):
             model(inputs)
-        assert_captured(captured, net, inputs)
+            with Features(model, PATHS) as captured:
+                model(inputs)
+            assert_captured(captured, net, inputs)
 
 
 # --- what is refused ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from selfkd.jobs import Batch, Job, Outcome, run_one
+from selfkd.jobs import Batch, EarlyStopping, Job, Outcome, run_one
 from selfkd.search import Pool
 
 ENTRY = "pool_jobs:run_job"
@@ -145,7 +145,7 @@ def test_asha_stops_the_worse_trials_early(pool: Pool) -> None:
             for n, accuracy in enumerate((0.9, 0.8, 0.5, 0.4, 0.3, 0.2))
         ]
     )
-    pool.run(batch, max_epochs=27)
+    pool.run(batch, early=EarlyStopping(27))
     ended = {o.job.payload["name"]: o for o in batch.outcomes}
     assert not ended["job 0"].stopped
     assert len(batch.rows["job 0"]) == 27
@@ -153,7 +153,7 @@ def test_asha_stops_the_worse_trials_early(pool: Pool) -> None:
     assert len(batch.rows["job 5"]) < 27
     assert ended["job 5"].row == batch.rows["job 5"][-1]
     batch = jobs(2, epochs=27, accuracy=0.1)
-    pool.run(batch, max_epochs=27)  # the next batch is not compared with this one
+    pool.run(batch, early=EarlyStopping(27))  # the next batch is not compared with this one
     assert not any(o.stopped for o in batch.outcomes)
 
 

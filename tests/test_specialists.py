@@ -290,11 +290,11 @@ def test_the_combination_minimises_equation_5(sets, top, seed):
     np.testing.assert_allclose(q.sum(dim=1), 1, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("scale", [1.0, 6.0, 12.0, 25.0])
 def test_the_objective_never_increases(scale):
     generalist, specialists = make_problem(OVERLAPPING, rows=8, seed=2, scale=scale)
     values = []
-    for steps in (1, 2, 3, 5, 10, 30):
+    for steps in (1, 2, 3, 4, 5, 6, 8, 10, 15, 30, 60):
         q = combine(*tensors(generalist, specialists), top=2, steps=steps).exp().numpy()
         values.append(
             [
@@ -306,7 +306,7 @@ def test_the_objective_never_increases(scale):
                 for i in range(8)
             ]
         )
-    assert (np.diff(values, axis=0) <= 1e-12).all()
+    assert (np.diff(values, axis=0) <= 1e-10).all()
     assert values[0] > values[-1]
 
 

@@ -332,8 +332,19 @@ def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tenso
         )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be class indices of torch.int64, got {labels.dtype}")
+    if teacher_logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_no_nan(teacher_logits)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high >= shape[1]:
             label = low if low < 0 else high
             raise ValueError(f"labels must be in [0, {shape[1]}), got {label}")
+
+
+def _check_no_nan(teacher_logits: Tensor) -> None:
+    if torch.isnan(teacher_logits.detach().sum()):  # quick, and NaN of infinities as well
+        rows = teacher_logits.detach().isnan().any(dim=-1).nonzero()
+        if len(rows):
+            *member, row = rows[0].tolist()
+            of = f" of member {member[0]}" if member else ""
+            raise ValueError(f"teacher_logits must be numbers, got nan in row {row}{of}")

@@ -83,8 +83,10 @@ def sparse_terms(
 
         (1 - 1 / T) log(K - k) + rest / T
 
-    which is exact at T = 1 and as T -> inf. The bucket hides how the teacher ranks the other
-    classes: the loss is at most the full one at T = 1, and falls short by more as T grows.
+    which is exact at T = 1, too much above it, and tends to the right mass as T -> inf. The bucket
+    hides how the teacher ranks the other classes: at T = 1 the loss is at most the full one, and
+    where many classes share the rest it falls far short as T grows. Of 1,000 classes, 20 known,
+    the gradient has a cosine of 0.99 with the full one at T = 1, 0.4 at T = 4.
 
     Of an ensemble, the mean of the members' KL is taken. With all classes known (k = K) it has the
     gradient of the KL from the members' mean distribution, and a value greater by a constant: the

@@ -183,7 +183,7 @@ def weighted_targets(
 
 
 @pytest.mark.parametrize("terms_of", [distillation_terms, fused_terms, plain_terms])
-@pytest.mark.parametrize("chunk", [8, 10**6])
+@pytest.mark.parametrize("chunk", [8, 60, 10**6])
 def test_weighted_members_equal_reference(
     monkeypatch: pytest.MonkeyPatch, terms_of: Callable[..., tuple[Tensor, ...]], chunk: int
 ) -> None:

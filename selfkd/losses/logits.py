@@ -1,0 +1,603 @@
+"""Further losses between logits, and transforms of a teacher's logits that any loss takes.
+
+All are means over the batch, computed in float32 or wider. The teacher never gets a gradient; where
+its logits are `[members, batch, classes]`, their mean over the members is the teacher. To teach
+the mean of the members' probabilities instead, give `T soft_targets(...).log()`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfkd.losses.distillation import check_settings
+
+
+def soft_cross_entropy(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
+) -> Tensor:
+    """Cross-entropy with the teacher's probabilities at a temperature.
+
+        -sum_k p_t^T log p_s^T                                p^T = softmax(z / T)
+
+    That is the KL divergence plus the teacher's entropy, without the factor of T^2.
+
+    Args:
+        student_logits: `[batch, classes]`.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        temperature: T, above 0.
+
+    Returns:
+        Scalar, in nats.
+
+    Raises:
+        ValueError: T out of range, shapes that do not match, a teacher's logit that is not finite
+            (the range of values is checked on the CPU only, so that a GPU is not waited for).
+        TypeError: logits that are not floating point.
+
+    >>> soft_cross_entropy(torch.zeros(1, 4), torch.zeros(1, 4), temperature=2.0)
+    tensor(1.3863)
+
+    Reference:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
+        https://arxiv.org/abs/1503.02531
+    """
+    student, teacher = _pair(student_logits, teacher_logits, temperature)
+    return F.cross_entropy(student, F.softmax(teacher, dim=-1))
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """KL divergence of the student from the teacher, which seeks the teacher's modes.
+
+        T^2 KL(p_s^T || p_t^T)                                p^T = softmax(z / T)
+
+    Args:
+        student_logits: `[batch, classes]`.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        temperature: T, above 0.
+
+    Returns:
+        Scalar, in nats; finite where the teacher's probability is 0 in floating point.
+
+    Raises:
+        ValueError, TypeError: as `soft_cross_entropy`.
+
+    >>> teacher_logits = torch.tensor([[0.0, 2000.0]])
+    >>> reverse_kl(torch.tensor([[2000.0, 0.0]]), teacher_logits, temperature=1.0)
+    tensor(2000.)
+
+    Reference:
+        Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", 2024,
+        https://arxiv.org/abs/2306.08543
+    """
+    log_p_s, log_p_t = _log_softmax(student_logits, teacher_logits, temperature)
+    return temperature**2 * _kl(log_p_s, log_p_t)
+
+
+def jensen_shannon(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, beta: float = 0.5
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence between teacher and student.
+
+        T^2 [beta KL(p_t^T || m) + (1 - beta) KL(p_s^T || m)]
+        m = beta p_t^T + (1 - beta) p_s^T                     p^T = softmax(z / T)
+
+    Divided by beta it tends to KL(p_t || p_s) as beta -> 0, and divided by 1 - beta to
+    KL(p_s || p_t) as beta -> 1.
+
+    Args:
+        student_logits: `[batch, classes]`.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        temperature: T, above 0.
+        beta: share of the teacher in the mixture m, in (0, 1).
+
+    Returns:
+        Scalar, in nats, at most T^2 log 2.
+
+    Raises:
+        ValueError: beta out of range; others as `soft_cross_entropy`.
+        TypeError: as `soft_cross_entropy`.
+
+    >>> apart = torch.tensor([[2000.0, 0.0]]), torch.tensor([[0.0, 2000.0]])
+    >>> jensen_shannon(*apart, temperature=1.0)
+    tensor(0.6931)
+
+    Reference:
+        Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated
+        Mistakes", 2024, https://arxiv.org/abs/2306.13649
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must be in (0, 1), got {beta}")
+    log_p_s, log_p_t = _log_softmax(student_logits, teacher_logits, temperature)
+    log_m = torch.logaddexp(log_p_t + math.log(beta), log_p_s + math.log(1 - beta))
+    return temperature**2 * (beta * _kl(log_p_t, log_m) + (1 - beta) * _kl(log_p_s, log_m))
+
+
+def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, centre: bool = False) -> Tensor:
+    """Mean squared difference of the logits, over batch and classes.
+
+        mean_k (z_s - z_t)^2
+
+    Centred, it is twice the limit of the softened KL divergence times T^2 for T -> inf.
+
+    Args:
+        student_logits: `[batch, classes]`.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        centre: take the mean of each row off first, to which a softmax is blind.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError, TypeError: as `soft_cross_entropy`.
+
+    >>> student_logits, teacher_logits = torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0, 0.0]])
+    >>> logit_mse(student_logits, teacher_logits)
+    tensor(5.)
+    >>> logit_mse(student_logits, teacher_logits, centre=True)
+    tensor(1.)
+
+    Reference:
+        Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014,
+        https://arxiv.org/abs/1312.6184
+        Buciluă, Caruana, Niculescu-Mizil, "Model Compression", 2006,
+        https://doi.org/10.1145/1150402.1150464
+    """
+    student, teacher = _pair(student_logits, teacher_logits)
+    if centre:
+        student = student - student.mean(dim=-1, keepdim=True)
+        teacher = teacher - teacher.mean(dim=-1, keepdim=True)
+    return F.mse_loss(student, teacher)
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    target_weight: float = 1.0,
+    nontarget_weight: float = 8.0,
+) -> Tensor:
+    """Decoupled distillation: the label against the rest, and the rest among themselves.
+
+        T^2 [target_weight KL(b_t || b_s) + nontarget_weight KL(q_t || q_s)]
+        b = (p^T_y, 1 - p^T_y)      q = softmax of z / T over the classes other than y
+
+    The softened KL divergence is this with weights of 1 and, row by row, 1 - p_t^T_y.
+
+    Args:
+        student_logits: `[batch, classes]`, two classes or more; the second term is 0 for two.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        labels: class indices y `[batch]`, int64.
+        temperature: T, above 0.
+        target_weight: alpha of the paper, 0 or more.
+        nontarget_weight: beta of the paper, 0 or more. 8 is what it takes for most pairs of
+            networks on CIFAR-100.
+
+    Returns:
+        Scalar, in nats.
+
+    Raises:
+        ValueError: a weight or label out of range, fewer than two classes; others as
+            `soft_cross_entropy`.
+        TypeError: labels that are not int64; others as `soft_cross_entropy`.
+
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> dkd_loss(logits, -logits, torch.tensor([0]), temperature=4.0)
+    tensor(4.9280)
+
+    Reference:
+        Zhao et al., "Decoupled Knowledge Distillation", 2022, https://arxiv.org/abs/2203.08679
+    """
+    _check_weight("target_weight", target_weight)
+    _check_weight("nontarget_weight", nontarget_weight)
+    student, teacher = _pair(student_logits, teacher_logits, temperature)
+    _check_classes(student.shape[1])
+    _check_labels(labels, student)
+    (student_b, student_q), (teacher_b, teacher_q) = (
+        _decouple(logits, labels[:, None]) for logits in (student, teacher)
+    )
+    target, nontarget = _kl(teacher_b, student_b), _kl(teacher_q, student_q)
+    return temperature**2 * (target_weight * target + nontarget_weight * nontarget)
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    inter_weight: float = 1.0,
+    intra_weight: float = 1.0,
+) -> Tensor:
+    """DIST: one minus the correlation of rows, and of columns, of the probabilities.
+
+        inter_weight mean_i [1 - r(s_i:, t_i:)] + intra_weight mean_k [1 - r(s_:k, t_:k)]
+        s, t = softmax(z_s / T), softmax(z_t / T)
+
+    with Pearson's r. The gradient does not shrink as T grows, hence no T^2, which the authors' code
+    has. A row or column that is constant, or whose variance underflows, correlates with nothing:
+    r = 0, without a gradient.
+
+    Args:
+        student_logits: `[batch, classes]`. The second term depends on how a batch is split.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        temperature: T, above 0.
+        inter_weight: weight of the relation between classes (rows), 0 or more.
+        intra_weight: weight of the relation within a class (columns), 0 or more.
+
+    Returns:
+        Scalar, dimensionless.
+
+    Raises:
+        ValueError: a weight out of range; others as `soft_cross_entropy`.
+        TypeError: as `soft_cross_entropy`.
+
+    >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 2.0]])
+    >>> dist_loss(logits, -logits)
+    tensor(3.8671)
+
+    Reference:
+        Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022,
+        https://arxiv.org/abs/2205.10536
+    """
+    _check_weight("inter_weight", inter_weight)
+    _check_weight("intra_weight", intra_weight)
+    p_s, p_t = (
+        F.softmax(logits, dim=-1) for logits in _pair(student_logits, teacher_logits, temperature)
+    )
+    inter, intra = (1 - _correlation(p_s, p_t, dim) for dim in (1, 0))
+    return inter_weight * inter + intra_weight * intra
+
+
+def standardize_logits(logits: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Logits less their mean, by their standard deviation, row by row.
+
+        (z - mean_k z) / sqrt(mean_k (z - mean_k z)^2)
+
+    To be put before a loss at a base temperature, for student and teacher, so that the student
+    need not match the size of the teacher's logits. The authors' code has classes - 1 in the place
+    of classes under the root, which is a temperature of sqrt(classes / (classes - 1)).
+
+    Args:
+        logits: `[..., classes]`.
+        eps: a row whose largest and smallest logit differ by no more than this share of the
+            larger magnitude counts as constant: it becomes zeros, without a gradient. 0 or more.
+
+    Returns:
+        `[..., classes]` in float32 or wider, with the graph.
+
+    Raises:
+        ValueError: eps out of range.
+        TypeError: logits that are not floating point.
+
+    >>> standardize_logits(torch.tensor([[3.0, 1.0], [300.0, 100.0], [5.0, 5.0]]))
+    tensor([[ 1., -1.],
+            [ 1., -1.],
+            [ 0.,  0.]])
+
+    Reference:
+        Sun et al., "Logit Standardization in Knowledge Distillation", 2024,
+        https://arxiv.org/abs/2403.01427
+    """
+    _check_weight("eps", eps)
+    _check_floating("logits", logits)
+    rows = logits.to(_wide(logits))
+    high, low = rows.detach().amax(-1, keepdim=True), rows.detach().amin(-1, keepdim=True)
+    varies = high - low > eps * torch.maximum(high.abs(), low.abs())
+    # tiny, so that constant rows are finite; they and their gradients are then multiplied by 0
+    return F.layer_norm(rows, rows.shape[-1:], eps=1e-30) * varies
+
+
+def standardized_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
+) -> Tensor:
+    """KL divergence of standardised logits.
+
+        T^2 KL(p_t^T || p_s^T)              p^T = softmax(standardize_logits(z) / T)
+
+    Args:
+        student_logits: `[batch, classes]`.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        temperature: base temperature T, above 0.
+
+    Returns:
+        Scalar, in nats.
+
+    Raises:
+        ValueError, TypeError: as `soft_cross_entropy`.
+
+    >>> student_logits = torch.tensor([[3.0, 1.0, 2.0]])
+    >>> loss = standardized_loss(student_logits, 10 * student_logits - 4, temperature=2.0)
+    >>> round(loss.item(), 4)
+    0.0
+
+    Reference:
+        Sun et al., "Logit Standardization in Knowledge Distillation", 2024,
+        https://arxiv.org/abs/2403.01427
+    """
+    check_settings(temperature, 0.0, "probabilities", 0.0)
+    log_p_s, log_p_t = (
+        F.log_softmax(standardize_logits(logits) / temperature, dim=-1)
+        for logits in _pair(student_logits, teacher_logits)
+    )
+    return temperature**2 * _kl(log_p_t, log_p_s)
+
+
+def hard_teacher_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy with the class that the teacher would choose.
+
+        -log p_s(argmax_k z_t)
+
+    Args:
+        student_logits: `[batch, classes]`.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+
+    Returns:
+        Scalar, in nats.
+
+    Raises:
+        ValueError, TypeError: as `soft_cross_entropy`.
+
+    >>> hard_teacher_loss(torch.zeros(1, 4), torch.tensor([[0.0, 3.0, 1.0, 2.0]]))
+    tensor(1.3863)
+
+    Reference:
+        Touvron et al., "Training data-efficient image transformers & distillation through
+        attention", 2021, https://arxiv.org/abs/2012.12877
+    """
+    student, teacher = _pair(student_logits, teacher_logits)
+    return F.cross_entropy(student, teacher.argmax(dim=-1))
+
+
+def confidence_weights(teacher_logits: Tensor) -> Tensor:
+    """How sure the teacher is of each row, against the batch.
+
+        w_i = max_k p_t_ik / mean_j max_k p_t_jk
+
+    Args:
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+
+    Returns:
+        Weights `[batch]` of mean 1, float32 or wider, without a graph.
+
+    Raises:
+        ValueError: `teacher_logits` of another shape or not finite.
+        TypeError: `teacher_logits` that are not floating point.
+
+    >>> confidence_weights(torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log())
+    tensor([1.2000, 0.8000])
+
+    Reference:
+        Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
+    """
+    confidence = F.softmax(_teacher(teacher_logits), dim=-1).amax(dim=-1)
+    return confidence / confidence.mean()
+
+
+def confidence_weighted_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+) -> Tensor:
+    """Cross-entropy with the labels, weighted by the teacher's confidence: born-again's CWTM.
+
+        mean_i w_i CE(y_i, p_s_i)                             w = confidence_weights(z_t)
+
+    Args:
+        student_logits: `[batch, classes]`.
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        labels: class indices y `[batch]`, int64.
+
+    Returns:
+        Scalar, in nats.
+
+    Raises:
+        ValueError: a label out of range; others as `soft_cross_entropy`.
+        TypeError: labels that are not int64; others as `soft_cross_entropy`.
+
+    >>> student_logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
+    >>> teacher_logits = torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log()
+    >>> confidence_weighted_loss(student_logits, teacher_logits, torch.tensor([0, 1]))
+    tensor(0.4159)
+
+    Reference:
+        Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
+    """
+    student, teacher = _pair(student_logits, teacher_logits)
+    _check_labels(labels, student)
+    losses = F.cross_entropy(student, labels, reduction="none")
+    return (confidence_weights(teacher) * losses).mean()
+
+
+def permute_nontarget(teacher_logits: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Teacher's logits with all but the largest of a row in random order: born-again's DKPP.
+
+    What it says of its choice and of its doubt stays, which classes are alike goes. For any loss
+    to take.
+
+    Args:
+        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        generator: draws a permutation for each row; on the device of `teacher_logits`.
+
+    Returns:
+        Logits `[batch, classes]` in float32 or wider, without a graph.
+
+    Raises:
+        ValueError, TypeError: as `confidence_weights`.
+
+    >>> permuted = permute_nontarget(
+    ...     torch.tensor([[1.0, 9.0, 2.0, 3.0]]), generator=torch.Generator().manual_seed(0)
+    ... )
+    >>> permuted[0, 1].item(), sorted(permuted[0].tolist())
+    (9.0, [1.0, 2.0, 3.0, 9.0])
+
+    Reference:
+        Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
+    """
+    teacher = _teacher(teacher_logits)
+    largest, chosen = teacher.max(dim=-1, keepdim=True)
+    keys = torch.rand(teacher.shape, generator=generator, device=teacher.device)
+    permuted = teacher.gather(1, keys.argsort(dim=-1))
+    # the largest back to its place, against whatever came to lie there
+    displaced = permuted.gather(1, chosen)
+    permuted.scatter_(1, permuted.argmax(dim=-1, keepdim=True), displaced)
+    return permuted.scatter_(1, chosen, largest)
+
+
+def teacher_free_logits(labels: Tensor, *, classes: int, confidence: float) -> Tensor:
+    """Log-probabilities of a virtual teacher that is always right, for any loss to take as logits.
+
+        p_k = confidence if k = y else (1 - confidence) / (classes - 1)
+
+    At temperature T a loss sees p^(1/T), normalised; the authors' code takes softmax(p / T). With
+    `confidence=1 / classes` the teacher is uniform, and distilling from it at T = 1 is label
+    smoothing of `alpha`, up to a constant.
+
+    Args:
+        labels: class indices y `[batch]`, int64.
+        classes: how many, two or more.
+        confidence: probability of the label, in (0, 1).
+
+    Returns:
+        Log-probabilities `[batch, classes]`, float32.
+
+    Raises:
+        ValueError: a setting or a label out of range, labels of another shape.
+        TypeError: labels that are not int64.
+
+    >>> teacher_free_logits(torch.tensor([1]), classes=3, confidence=0.9).exp()
+    tensor([[0.0500, 0.9000, 0.0500]])
+
+    Reference:
+        Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", 2020,
+        https://arxiv.org/abs/1909.11723
+    """
+    _check_classes(classes)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    others = math.log1p(-confidence) - math.log(classes - 1)
+    logits = torch.full((len(labels), classes), others, device=labels.device)
+    _check_labels(labels, logits)
+    return logits.scatter_(1, labels[:, None], math.log(confidence))
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError for NaN or infinity, naming the row. On the CPU, not to wait for a GPU."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if math.isfinite(
+        values.detach().sum()
+    ):  # one pass; nothing is wrong if only the sum is infinite
+        return
+    rows = (~values.isfinite().all(dim=-1)).nonzero().tolist()
+    if rows:
+        *member, row = rows[0]
+        value = next(value for value in values[tuple(rows[0])].tolist() if not math.isfinite(value))
+        place = f"row {row} of member {member[0]}" if member else f"row {row}"
+        raise ValueError(f"{name} must be finite, got {value} in {place}")
+
+
+def _pair(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return both, checked, wide, divided by the temperature, the teacher as one and detached."""
+    check_settings(temperature, 0.0, "probabilities", 0.0)
+    _check_floating("student_logits", student_logits)
+    shape = tuple(student_logits.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"student_logits must be [batch, classes], got shape {shape}")
+    if teacher_logits.shape[-2:] != shape:
+        raise ValueError(
+            f"teacher_logits must be {list(shape)} as student_logits are, or that for each of the "
+            f"members, got {list(teacher_logits.shape)}"
+        )
+    dtype = _wide(student_logits)
+    student, teacher = student_logits.to(dtype), _teacher(teacher_logits).to(dtype)
+    return (
+        (student, teacher) if temperature == 1 else (student / temperature, teacher / temperature)
+    )
+
+
+def _teacher(teacher_logits: Tensor) -> Tensor:
+    """Return `[batch, classes]`, checked, wide, detached."""
+    _check_floating("teacher_logits", teacher_logits)
+    if teacher_logits.ndim not in (2, 3) or not teacher_logits.numel():
+        raise ValueError(
+            "teacher_logits must be [batch, classes] or [members, batch, classes], "
+            f"got shape {tuple(teacher_logits.shape)}"
+        )
+    check_finite("teacher_logits", teacher_logits)
+    teacher = teacher_logits.detach().to(_wide(teacher_logits))
+    return teacher if teacher.ndim == 2 else teacher.mean(dim=0)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _log_softmax(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    student, teacher = _pair(student_logits, teacher_logits, temperature)
+    return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of rows, averaged. Finite logs: a probability that underflows adds 0."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+
+
+def _decouple(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of label and rest `[batch, 2]`, and of the classes in the rest.
+
+    The latter are `[batch, classes]`, with 0 at the label, where `_kl` adds 1 (0 - 0).
+    """
+    others = logits.scatter(1, index, -math.inf)
+    rest = others.logsumexp(dim=-1, keepdim=True)
+    label_or_rest = F.log_softmax(torch.cat([logits.gather(1, index), rest], dim=-1), dim=-1)
+    return label_or_rest, (others - rest).scatter(1, index, 0.0)
+
+
+def _correlation(p_s: Tensor, p_t: Tensor, dim: int) -> Tensor:
+    """Pearson's r along `dim`, averaged; 0 where one is constant up to rounding."""
+    (student, student_norm), (teacher, teacher_norm) = (_centre(p, dim) for p in (p_s, p_t))
+    unit = teacher / teacher_norm
+    return ((student * unit).sum(dim, keepdim=True) / student_norm).mean()
+
+
+def _centre(p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Probabilities less their mean, and the norm of that; inf where they are constant."""
+    mean = p.mean(dim, keepdim=True)
+    centred = p - mean
+    norm = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
+    rounding = 10 * torch.finfo(p.dtype).eps * math.sqrt(p.shape[dim])
+    return centred, norm.masked_fill(norm <= rounding * mean.detach(), math.inf)
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
+
+
+def _check_classes(classes: int) -> None:
+    if classes < 2:
+        raise ValueError(f"classes must be >= 2, got {classes}")
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    batch, classes = logits.shape
+    if labels.shape != (batch,):
+        raise ValueError(f"labels must be [{batch}], one a row, got {list(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be class indices of torch.int64, got {labels.dtype}")
+    if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in torch.aminmax(labels))
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels must be in [0, {classes}), got {low if low < 0 else high}")

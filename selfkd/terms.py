@@ -1,0 +1,162 @@
+"""Further terms of a distiller's loss: of features inside the networks, and of their logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfkd.layers import Features
+from selfkd.losses.features import Projection, hint_loss
+
+
+@dataclass(frozen=True)
+class FeatureTerm:
+    """A loss between what submodules of student and teacher return.
+
+    Args:
+        student: path of a submodule, as `named_modules` has it; `*` between dots makes a list.
+        teacher: the same of the teacher; the student's path when not given.
+        weight: of this term in the loss, 0 or more.
+        loss: of the student's and the teacher's features; with lists, the mean over pairs.
+        project: (student's channels, teacher's channels): learn a map between them, as hints
+            need where they differ. Its parameters are `distiller.parameters()`.
+
+    Raises:
+        ValueError: `weight` is below 0.
+
+    >>> FeatureTerm("layer2", "layer3", weight=0.5).loss.__name__
+    'hint_loss'
+    """
+
+    student: str
+    teacher: str | None = None
+    weight: float = 1.0
+    loss: Callable[[Tensor, Tensor], Tensor] = hint_loss
+    project: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+    @property
+    def of_teacher(self) -> str:
+        """Path of the teacher's submodule."""
+        return self.student if self.teacher is None else self.teacher
+
+
+@dataclass(frozen=True)
+class LogitTerm:
+    """A loss between the logits of student and teacher, such as those of `selfkd.losses.logits`.
+
+    Args:
+        loss: of student logits, teacher logits and labels.
+        weight: of this term in the loss, 0 or more.
+
+    >>> from selfkd.losses.logits import dist_loss
+    >>> term = LogitTerm(lambda z_s, z_t, y: dist_loss(z_s, z_t, temperature=4.0), weight=2.0)
+    """
+
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+
+Term = FeatureTerm | LogitTerm
+
+
+def parse_terms(terms: Mapping[str, Term | Mapping[str, Any]]) -> dict[str, Term]:
+    """Return terms by name; a mapping is the arguments of a `FeatureTerm`.
+
+    Raises:
+        ValueError: a name that the loss has already.
+    """
+    taken = [name for name in terms if name in ("loss", "hard_loss", "soft_loss")]
+    if taken:
+        raise ValueError(f"terms must have names of their own, got {taken[0]!r}")
+    return {
+        name: FeatureTerm(**term) if isinstance(term, Mapping) else term
+        for name, term in terms.items()
+    }
+
+
+class FeatureTerms:
+    """The feature terms of a distiller: captures what they need, and learns their projections.
+
+    Args:
+        terms: by name.
+        student: whose features are captured in each forward pass, until `close`.
+        teacher: module that is asked for its features.
+    """
+
+    def __init__(
+        self, terms: Mapping[str, FeatureTerm], student: nn.Module, teacher: nn.Module
+    ) -> None:
+        self._terms = terms
+        paths = list(dict.fromkeys(term.student for term in terms.values()))
+        self._student = Features(student, paths)
+        of_teacher = list(dict.fromkeys(term.of_teacher for term in terms.values()))
+        self._teacher = Features(teacher, of_teacher, detach=True)
+        self._student.__enter__()
+
+    def close(self) -> None:
+        """Take the hooks off the student."""
+        self._student.__exit__(None, None, None)
+
+    def make_projections(self) -> nn.ModuleDict:
+        """Make what the terms learn, one projection a pair of submodules."""
+        return nn.ModuleDict(
+            {
+                _key(name, number): Projection(*term.project)
+                for name, term in self._terms.items()
+                if term.project is not None
+                for number in range(self._student.count(term.student))
+            }
+        )
+
+    def ask(self, teacher: Callable[[Any], Tensor], inputs: Any) -> Tensor:
+        """Return the teacher's logits, and keep its features."""
+        with self._teacher:
+            return teacher(inputs)
+
+    def losses(self, projections: nn.ModuleDict) -> dict[str, Tensor]:
+        """Return each term's loss, unweighted, with its graph."""
+        return {name: self._loss(name, term, projections) for name, term in self._terms.items()}
+
+    def _loss(self, name: str, term: FeatureTerm, projections: nn.ModuleDict) -> Tensor:
+        losses = []
+        for number, (student, teacher) in enumerate(self._pairs(term)):
+            if term.project is not None:
+                student = projections[_key(name, number)](student)
+            losses.append(term.loss(student, teacher))
+        return torch.stack(losses).mean()
+
+    def _pairs(self, term: FeatureTerm) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return the features of student and teacher that belong together.
+
+        Raises:
+            ValueError: the student's list is longer or shorter than the teacher's.
+        """
+        student, teacher = self._student[term.student], self._teacher[term.of_teacher]
+        students = student if isinstance(student, list) else [student]
+        teachers = teacher if isinstance(teacher, list) else [teacher]
+        if len(students) != len(teachers):
+            raise ValueError(
+                f"{term.student!r} must name as many submodules as {term.of_teacher!r} "
+                f"({len(teachers)}), got {len(students)}"
+            )
+        return list(zip(students, teachers, strict=True))
+
+
+def _key(name: str, number: int) -> str:
+    return f"{name.replace('.', '_')}_{number}"
+
+
+def _check_weight(weight: float) -> None:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be at least 0 and finite, got {weight}")

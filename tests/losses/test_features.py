@@ -1,0 +1,627 @@
+"""Losses of what is inside a network, against NumPy in float64, their edges and wrong versions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr
+from torch import Tensor
+
+from selfkd.losses.features import (
+    ContrastiveMemory,
+    Projection,
+    attention_matrices,
+    attention_transfer,
+    cosine_embedding,
+    crd_loss,
+    every_other,
+    hidden_state_loss,
+    hint_loss,
+    pkt,
+    reconcile,
+    similarity_preserving,
+)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Array = np.ndarray
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).mul_(2)
+
+
+def pair(
+    student: Sequence[int], teacher: Sequence[int] | None = None, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Features of a student, which require a gradient, and of a teacher; float64."""
+    return randn(*student, seed=seed).requires_grad_(), randn(*(teacher or student), seed=seed + 1)
+
+
+def as_list(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, **settings: Any) -> Any:
+    """`hidden_state_loss` of two tensors: their first dimension is the layer."""
+    return loss(list(student), list(teacher), **settings)
+
+
+# name -> loss, shape of the student, shape of the teacher
+LOSSES: dict[str, tuple[Loss, tuple[int, ...], tuple[int, ...]]] = {
+    "hint": (hint_loss, (3, 4, 5), (3, 4, 5)),
+    "attention_transfer": (attention_transfer, (3, 2, 4, 6), (3, 5, 4, 6)),
+    "attention_transfer 1": (partial(attention_transfer, power=1), (3, 2, 4, 4), (3, 5, 2, 4)),
+    "attention_transfer 1.5": (partial(attention_transfer, power=1.5), (3, 2, 4, 4), (3, 5, 4, 4)),
+    "similarity_preserving": (similarity_preserving, (5, 3, 2, 2), (5, 7)),
+    "pkt": (pkt, (5, 3, 2), (5, 7)),
+    "hidden_state": (partial(as_list, hidden_state_loss), (2, 3, 5, 4), (4, 3, 5, 4)),
+    "hidden_state masked": (
+        partial(as_list, hidden_state_loss, mask=MASK), (2, 3, 5, 4), (4, 3, 5, 4)
+    ),
+    "cosine": (cosine_embedding, (3, 5, 4), (3, 5, 4)),
+    "cosine masked": (partial(cosine_embedding, mask=MASK), (3, 5, 4), (3, 5, 4)),
+    "matrices": (attention_matrices, (3, 2, 5, 5), (3, 2, 5, 5)),
+    "matrices masked": (partial(attention_matrices, mask=MASK), (3, 2, 5, 5), (3, 4, 5, 5)),
+}  # fmt: skip
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def make(name: str, *, seed: int = 0) -> tuple[Loss, Tensor, Tensor]:
+    loss, student, teacher = LOSSES[name]
+    return loss, *pair(student, teacher, seed=seed)
+
+
+# --- against the reference ---------------------------------------------------------------------
+
+
+def reference_attention(features: Array, power: float, size: tuple[int, int] | None) -> Array:
+    maps = (np.abs(features) ** power).sum(1)
+    if size:
+        batch, height, width = maps.shape
+        steps = height // size[0], width // size[1]
+        maps = maps.reshape(batch, size[0], steps[0], size[1], steps[1]).mean((2, 4))
+    flat = maps.reshape(len(maps), -1)
+    return flat / np.sqrt((flat**2).sum(1, keepdims=True))
+
+
+def reference_gram(features: Array) -> Array:
+    rows = features.reshape(len(features), -1)
+    gram = rows @ rows.T
+    return gram / np.linalg.norm(gram, axis=1, keepdims=True)
+
+
+def reference_neighbours(features: Array) -> list[Array]:
+    """Of each row, the probabilities of the others."""
+    rows = features.reshape(len(features), -1)
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    kernel = (1 + units @ units.T) / 2 + 1e-7
+    others = [np.delete(row, i) for i, row in enumerate(kernel)]
+    return [row / row.sum() for row in others]
+
+
+def reference(name: str, s: Array, t: Array) -> float:
+    kind, _, detail = name.partition(" ")
+    mask = MASK.numpy().astype(bool)
+    if detail != "masked":
+        mask = np.ones_like(mask)
+    if kind == "hint":
+        return ((s - t) ** 2).mean()
+    if kind == "attention_transfer":
+        power = float(detail or 2)
+        size = None if s.shape[2:] == t.shape[2:] else (2, 4)
+        q_s = reference_attention(s, power, size)
+        return ((q_s - reference_attention(t, power, size)) ** 2).sum() / q_s.size
+    if kind == "similarity_preserving":
+        return np.linalg.norm(reference_gram(s) - reference_gram(t), "fro") ** 2 / len(s) ** 2
+    if kind == "pkt":
+        pairs = zip(reference_neighbours(s), reference_neighbours(t), strict=True)
+        return float(np.mean([rel_entr(p_t, p_s).sum() for p_s, p_t in pairs]))
+    if kind == "hidden_state":
+        squares = [((s[i][mask] - t[j][mask]) ** 2).mean() for i, j in ((0, 1), (1, 3))]
+        return float(np.mean(squares))
+    if kind == "cosine":
+        u, v = s[mask], t[mask]
+        cosines = (u * v).sum(1) / np.linalg.norm(u, axis=1) / np.linalg.norm(v, axis=1)
+        return float(np.mean(1 - cosines))
+    if s.shape[1] != t.shape[1]:
+        s, t = s.mean(1, keepdims=True), t.mean(1, keepdims=True)
+    squares = [
+        ((a[head][valid][:, valid] - b[head][valid][:, valid]) ** 2).ravel()
+        for a, b, valid in zip(s, t, mask, strict=True)
+        for head in range(s.shape[1])
+    ]
+    return float(np.concatenate(squares).mean())
+
+
+@every_loss
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_reference_in_float64(name: str, seed: int) -> None:
+    loss, student, teacher = make(name, seed=seed)
+    expected = reference(name, student.detach().numpy(), teacher.numpy())
+    assert expected > 0
+    np.testing.assert_allclose(loss(student, teacher).item(), expected, rtol=1e-10)
+
+
+@every_loss
+def test_gradcheck(name: str) -> None:
+    loss, student, teacher = make(name)
+    assert torch.autograd.gradcheck(lambda features: loss(features, teacher), student)
+
+
+# --- what holds for every loss -----------------------------------------------------------------
+
+
+@every_loss
+def test_teacher_is_detached_and_0_where_it_is_the_student(name: str) -> None:
+    loss, student, teacher = make(name)
+    teacher.requires_grad_()
+    loss(student, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    if student.shape == teacher.shape:
+        same = student.detach().requires_grad_()
+        value = loss(same, same)
+        assert abs(value.item()) < 1e-14
+        assert torch.autograd.grad(value, same)[0].abs().max() < 1e-7
+
+
+@every_loss
+@pytest.mark.parametrize("zeros", ["student", "teacher", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zeros_have_a_finite_loss_and_gradient(name: str, zeros: str, dtype: torch.dtype) -> None:
+    loss, student, teacher = make(name)
+    student, teacher = student.detach().to(dtype), teacher.to(dtype)
+    if zeros != "teacher":
+        student[..., 0, :] = 0
+        student[:, 0] = 0
+        if zeros == "student":
+            student.zero_()
+    if zeros != "student":
+        teacher.zero_()
+    student.requires_grad_()
+    value = loss(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_widened(name: str, dtype: torch.dtype, autocast: bool) -> None:
+    """In autocast too, which lowers matrix products."""
+    loss, student, teacher = make(name)
+    student, teacher = student.detach().to(dtype), teacher.to(dtype)
+    if autocast:  # of what is float32, with digits to lose
+        student, teacher = student.float() + 1e-4, teacher.float() - 1e-4
+    expected = loss(student.double(), teacher.double()).item()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        value = loss(student, teacher)
+    assert value.dtype == torch.float32
+    np.testing.assert_allclose(value.item(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_transfer", "attention_transfer 1", "similarity_preserving", "pkt", "cosine"]
+)
+@pytest.mark.parametrize("scale", [1e-10, 1e-4, 1e4, 1e10])
+def test_scale_does_not_matter(name: str, scale: float) -> None:
+    loss, student, teacher = make(name)
+    value = loss((scale * student).float(), (teacher / scale).clamp(-1e18, 1e18).float())
+    np.testing.assert_allclose(value.item(), loss(student, teacher).item(), rtol=1e-4)
+
+
+@every_loss
+def test_order_of_the_batch_does_not_matter(name: str) -> None:
+    loss, student, teacher = make(name)
+    if "masked" in name:
+        pytest.skip("the mask has the order")
+    dim = 1 if name == "hidden_state" else 0
+    order = torch.arange(student.shape[dim]).roll(1)
+    torch.testing.assert_close(
+        loss(student.index_select(dim, order), teacher.index_select(dim, order)),
+        loss(student, teacher),
+    )
+
+
+@pytest.mark.parametrize("name", ["hint", "attention_transfer", "cosine", "matrices"])
+def test_is_the_mean_over_the_batch(name: str) -> None:
+    loss, student, teacher = make(name)
+    parts = [loss(s[None], t[None]) for s, t in zip(student, teacher, strict=True)]
+    torch.testing.assert_close(torch.stack(parts).mean(), loss(student, teacher))
+
+
+@pytest.mark.parametrize("name", ["hidden_state masked", "cosine masked", "matrices masked"])
+def test_what_is_masked_is_not_read(name: str) -> None:
+    loss, student, teacher = make(name)
+    expected = loss(student, teacher)
+    (gradient,) = torch.autograd.grad(expected, student)
+    padding = (MASK == 0)[:, None, :, None] if "matrices" in name else (MASK == 0)[..., None]
+    if "matrices" in name:
+        padding = padding | padding.mT
+    for nothing in (torch.nan, torch.inf):
+        poisoned = student.detach().masked_fill(padding, nothing).requires_grad_()
+        value = loss(poisoned, teacher.masked_fill(padding, -nothing))
+        assert torch.equal(value, expected)
+        assert torch.equal(torch.autograd.grad(value, poisoned)[0], gradient)
+
+
+@pytest.mark.parametrize("name", ["hidden_state", "cosine", "matrices"])
+def test_no_valid_token_is_0_with_a_graph(name: str) -> None:
+    loss, student, teacher = make(name)
+    value = loss(student, teacher, mask=torch.zeros(3, 5, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("name", ["hidden_state", "cosine", "matrices"])
+def test_masks_are_bool_or_integer(name: str) -> None:
+    loss, student, teacher = make(name)
+    masked = partial(loss, student, teacher)
+    ones = masked(mask=torch.ones(3, 5, dtype=torch.int64))
+    torch.testing.assert_close(ones, masked())
+    same = masked(mask=MASK), masked(mask=MASK.bool())
+    assert torch.equal(*same)
+    with pytest.raises(TypeError, match=r"mask must be bool or integer, got torch\.float32"):
+        masked(mask=MASK.float())
+    with pytest.raises(ValueError, match=r"mask must be \[3, 5\], got \[5\]"):
+        masked(mask=MASK[0])
+
+
+# --- hints -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 6, 4), (3, 4, 5, 6)])
+def test_projection_is_a_matrix_over_channels(shape: tuple[int, ...]) -> None:
+    projection, features = Projection(4, 7).double(), randn(*shape)
+    weight, bias = (parameter.detach().numpy() for parameter in projection.parameters())
+    channels = 1 if len(shape) == 4 else -1
+    moved = np.moveaxis(features.numpy(), channels, -1) @ weight.T + bias
+    actual = projection(features).detach().numpy()
+    np.testing.assert_allclose(actual, np.moveaxis(moved, -1, channels), rtol=1e-10, atol=1e-12)
+
+
+def test_projection_refuses_other_channels() -> None:
+    with pytest.raises(ValueError, match="features must have 4 channels, got 5"):
+        Projection(4, 7)(torch.zeros(2, 5, 4, 4))
+    with pytest.raises(ValueError, match=r"features must be \[batch, channels\].*got \[4\]"):
+        Projection(4, 7)(torch.zeros(4))
+
+
+def test_projection_is_learned_from_the_hints() -> None:
+    projection = Projection(4, 7).double()
+    hint_loss(projection(randn(3, 4)), randn(3, 7)).backward()
+    gradients = [parameter.grad for parameter in projection.parameters()]
+    assert [list(gradient.shape) for gradient in gradients] == [[7, 4], [7]]
+    assert all(gradient.any() for gradient in gradients)
+
+
+def test_reconcile_pools_each_side_where_it_is_larger() -> None:
+    student, teacher = pair((2, 3, 6, 4), (2, 5, 3, 8))
+    pooled_student, pooled_teacher = reconcile(student, teacher)
+    torch.testing.assert_close(pooled_student, student.unflatten(2, (3, 2)).mean(3))
+    torch.testing.assert_close(pooled_teacher, teacher.unflatten(3, (4, 2)).mean(4))
+    unpooled = reconcile(student, student)
+    assert unpooled[0] is student
+    assert reconcile(torch.zeros(1, 1, 7, 7), torch.zeros(1, 1, 4, 5))[0].shape == (1, 1, 4, 5)
+
+
+def test_hints_of_other_shapes_are_refused() -> None:
+    message = r"student_features must be \[2, 4\] .* got \[2, 3\]: Projection maps"
+    with pytest.raises(ValueError, match=message):
+        hint_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"student_features must be \[batch, channels, height"):
+        reconcile(torch.zeros(2, 3), torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"teacher_features must be \[batch, channels, height"):
+        attention_transfer(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("loss", [hint_loss, attention_transfer, similarity_preserving, pkt])
+def test_other_batches_and_types_are_refused(loss: Loss) -> None:
+    maps = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"teacher_features must have a batch of 2 .* got 1"):
+        loss(maps, maps[:1])
+    with pytest.raises(ValueError, match=r"student_features must be .* not empty, got"):
+        loss(maps[:0], maps[:0])
+    with pytest.raises(TypeError, match=r"teacher_features must be floating point, got torch\.int"):
+        loss(maps, maps.long())
+
+
+@pytest.mark.parametrize("power", [-1, 0, 0.5, torch.nan, torch.inf])
+def test_power_below_1_is_refused(power: float) -> None:
+    with pytest.raises(ValueError, match="power must be at least 1 and finite, got"):
+        attention_transfer(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), power=power)
+
+
+# --- relations ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [similarity_preserving, pkt])
+def test_rotation_of_the_features_does_not_matter(loss: Loss) -> None:
+    student, teacher = pair((6, 4), (6, 9))
+    rotation, _ = torch.linalg.qr(randn(4, 4, seed=5))
+    torch.testing.assert_close(loss(student @ rotation, teacher), loss(student, teacher))
+
+
+def test_pkt_is_0_where_there_is_no_choice_of_neighbours() -> None:
+    for batch in (1, 2):
+        student, teacher = pair((batch, 4))
+        value = pkt(student, teacher)
+        assert value == 0
+        assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+def test_pkt_of_opposite_vectors_is_finite() -> None:
+    student = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    value = pkt(student, torch.ones(3, 2))
+    assert 1 < value < 10
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+# --- tokens ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [(1, 1, [0]), (1, 4, [3]), (2, 4, [1, 3]), (3, 12, [3, 7, 11]), (4, 12, [2, 5, 8, 11])],
+)
+def test_every_other(student: int, teacher: int, expected: list[int]) -> None:
+    assert every_other(student, teacher) == expected
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(5, 12), (4, 2), (0, 4), (2, 0), (-2, 4)])
+def test_impossible_maps_are_refused(student: int, teacher: int) -> None:
+    with pytest.raises(ValueError, match=r"teacher_layers must be a multiple of student_layers \("):
+        every_other(student, teacher)
+
+
+def test_layers_are_mapped_as_told() -> None:
+    student, teacher = pair((2, 3, 5, 4), (3, 3, 5, 4))
+    loss = hidden_state_loss(list(student), list(teacher), layer_map=[2, 0])
+    expected = ((student[0] - teacher[2]) ** 2 + (student[1] - teacher[0]) ** 2).mean() / 2
+    torch.testing.assert_close(loss, expected)
+    states = list(teacher)
+    for layer_map, message in [
+        ([0], "layer_map must have one layer for each of the student's 2, at least 1, got 1"),
+        ([0, 3], r"layer_map must be of layers in \[0, 3\), got \[0, 3\]"),
+        ([0, -1], r"layer_map must be of layers in \[0, 3\), got \[0, -1\]"),
+        (None, "teacher_layers must be a multiple of student_layers .2., got 3: give a layer_map"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            hidden_state_loss(list(student), states, layer_map=layer_map)
+    with pytest.raises(ValueError, match=r"layer_map must have one layer .* at least 1, got 0"):
+        hidden_state_loss([], states, layer_map=[])
+
+
+def test_other_widths_are_refused() -> None:
+    student, teacher = torch.zeros(2, 5, 4), torch.zeros(2, 5, 8)
+    message = r"\[batch, tokens, width\] as the teacher's \[2, 5, 8\], got \[2, 5, 4\]: Projection"
+    with pytest.raises(ValueError, match=message):
+        hidden_state_loss([student], [teacher])
+    with pytest.raises(ValueError, match=message):
+        cosine_embedding(student, teacher)
+
+
+def test_cosine_has_its_range() -> None:
+    hidden = torch.tensor([[3.0, 4.0]])
+    assert cosine_embedding(hidden, 2 * hidden).item() == pytest.approx(0, abs=1e-6)
+    assert cosine_embedding(hidden, -hidden).item() == pytest.approx(2)
+    assert cosine_embedding(hidden, torch.zeros(1, 2)).item() == 1
+
+
+def test_heads_of_other_numbers_are_averaged_first() -> None:
+    student, teacher = pair((2, 2, 3, 3), (2, 6, 3, 3))
+    expected = (student.mean(1) - teacher.mean(1)).square().mean()
+    torch.testing.assert_close(attention_matrices(student, teacher), expected)
+
+
+def test_other_matrices_are_refused() -> None:
+    square = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"student must be \[batch, heads, tokens, tokens\], got"):
+        attention_matrices(torch.zeros(2, 3, 4, 5), square)
+    with pytest.raises(ValueError, match=r"teacher must be \[batch, heads, tokens, tokens\], got"):
+        attention_matrices(square, square[0])
+    with pytest.raises(ValueError, match="student must have 4 tokens as teacher has, got 3"):
+        attention_matrices(square[..., :3, :3], square)
+
+
+# --- contrast ----------------------------------------------------------------------------------
+
+IMAGES, DIM = 12, 3
+
+
+def make_memory(**settings: Any) -> ContrastiveMemory:
+    generator = torch.Generator().manual_seed(3)
+    return ContrastiveMemory(IMAGES, DIM, generator=generator, **settings)
+
+
+def make_contrast(memory: ContrastiveMemory, negatives: int, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return memory.draw(torch.tensor([7, 0, 11, 4]), negatives=negatives, generator=generator)
+
+
+def unit(rows: Array) -> Array:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def reference_scores(anchors: Tensor, bank: Tensor, contrast: Tensor) -> Array:
+    rows = bank.double().numpy()[contrast.numpy()]
+    return np.einsum("bd,bkd->bk", unit(anchors.detach().numpy()), rows) / 0.07
+
+
+@pytest.mark.parametrize("negatives", [1, 2, 9])  # gathered first, or last
+def test_crd_equals_reference_in_float64(negatives: int) -> None:
+    """On the first batch, and on one after with the constants of the first."""
+    memory = make_memory()
+    constants: list[float] = []
+    for seed in range(2):
+        student, teacher = pair((4, DIM), seed=seed)
+        teacher.requires_grad_()
+        contrast = make_contrast(memory, negatives, seed=seed)
+        expected = 0.0
+        for side, (anchors, bank) in enumerate(
+            ((student, memory.teacher), (teacher, memory.student))
+        ):
+            scores = reference_scores(anchors, bank, contrast)
+            if seed == 0:
+                constants.append(IMAGES * np.exp(scores).mean())
+            p = np.exp(scores) / constants[side]
+            h = p / (p + negatives / IMAGES)
+            expected -= (np.log(h[:, 0]) + np.log(1 - h[:, 1:]).sum(1)).mean()
+        loss = partial(crd_loss, memory=memory, contrast=contrast)
+        np.testing.assert_allclose(loss(student, teacher).item(), expected, rtol=1e-6)
+        if seed:  # the first batch has its own constants, which have no gradient
+            assert torch.autograd.gradcheck(loss, (student, teacher))
+        before = memory.state_dict()
+        loss(student, teacher)
+        after = memory.state_dict()
+        assert all(torch.equal(before[k], after[k]) or before[k].isnan().any() for k in before)
+        memory.update(student, teacher, contrast)
+    np.testing.assert_allclose(memory.log_constants, np.log(constants), rtol=1e-6)
+
+
+def test_crd_constant_of_the_first_batch_has_no_gradient() -> None:
+    memory = make_memory()
+    student, teacher = pair((4, DIM))
+    contrast = make_contrast(memory, 5)
+    first = torch.autograd.grad(crd_loss(student, teacher, memory, contrast), student)
+    memory.log_constants.copy_(first_constants(memory, student, teacher, contrast))
+    second = torch.autograd.grad(crd_loss(student, teacher, memory, contrast), student)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def first_constants(memory: ContrastiveMemory, s: Tensor, t: Tensor, contrast: Tensor) -> Tensor:
+    scores = (
+        reference_scores(s, memory.teacher, contrast),
+        reference_scores(t, memory.student, contrast),
+    )
+    return torch.tensor([np.log(IMAGES * np.exp(score).mean()) for score in scores])
+
+
+def test_crd_survives_a_low_temperature_and_zeros() -> None:
+    memory = make_memory(temperature=1e-3)
+    student, teacher = torch.zeros(4, DIM, requires_grad=True), randn(4, DIM).float()
+    loss = crd_loss(student, teacher, memory, make_contrast(memory, 5))
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = crd_loss(teacher, teacher, memory, make_contrast(memory, 5))
+    assert torch.equal(lowered, crd_loss(teacher, teacher, memory, make_contrast(memory, 5)))
+
+
+def test_crd_gradient_reaches_both_projections_and_not_the_memory() -> None:
+    memory = make_memory()
+    student, teacher = pair((4, DIM))
+    loss = crd_loss(student, teacher.requires_grad_(), memory, make_contrast(memory, 5))
+    assert all(gradient.any() for gradient in torch.autograd.grad(loss, (student, teacher)))
+    assert not memory.student.requires_grad
+
+
+def test_update_moves_the_rows_of_the_batch_only() -> None:
+    memory = make_memory(momentum=0.8)
+    before = memory.state_dict()
+    student, teacher = pair((4, DIM))
+    contrast = make_contrast(memory, 5)
+    memory.update(student, teacher, contrast)
+    rows = contrast[:, 0].numpy()
+    for bank, embeddings in (("student", student), ("teacher", teacher)):
+        expected = before[bank].double().numpy()
+        new = unit(embeddings.detach().numpy())
+        expected[rows] = unit(0.8 * expected[rows] + 0.2 * new)
+        np.testing.assert_allclose(memory.state_dict()[bank], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_negatives_are_drawn_evenly_from_the_others(labelled: bool) -> None:
+    labels = torch.tensor([5, 2, 2, 9, 5, 9, 9, 2, 9, 5, 9, 2])
+    memory = make_memory(labels=labels if labelled else None)
+    indices = torch.tensor([3, 0, 11])
+    contrast = memory.draw(indices, negatives=60_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(contrast[:, 0], indices)
+    for index, negatives in zip(indices, contrast[:, 1:], strict=True):
+        others = labels != labels[index] if labelled else torch.arange(IMAGES) != index
+        counts = torch.bincount(negatives, minlength=IMAGES)
+        expected = 60_000 * others / others.sum()
+        assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
+
+
+def test_draws_and_first_rows_are_those_of_the_generator() -> None:
+    memory, twin = make_memory(), make_memory()
+    assert torch.equal(memory.student, twin.student)
+    assert not torch.equal(memory.student, memory.teacher)
+    norms = ContrastiveMemory(500, 64).student.square().sum(1)
+    assert norms.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(make_contrast(memory, 50), make_contrast(twin, 50))
+    assert not torch.equal(make_contrast(memory, 50), make_contrast(memory, 50, seed=1))
+
+
+def test_a_restored_memory_goes_on_the_same() -> None:
+    memory, restored = make_memory(), ContrastiveMemory(IMAGES, DIM)
+    restored.load_state_dict(memory.state_dict())  # of before the first batch
+    student, teacher = pair((4, DIM))
+    restored.update(student, teacher, make_contrast(restored, 5))
+    memory.update(student, teacher, make_contrast(memory, 5))
+    saved = memory.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in restored.state.items())
+    restored = ContrastiveMemory(IMAGES, DIM)
+    memory.update(teacher, student, make_contrast(memory, 5))  # what is saved is a copy
+    restored.load_state_dict(saved)
+    restored.update(teacher, student, make_contrast(restored, 5))
+    contrast = make_contrast(memory, 7, seed=1)
+    losses = [crd_loss(student, teacher, each, contrast) for each in (memory, restored)]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match=r"state must be of .*, got \{'student': \[12, 3\]\}"):
+        restored.load_state_dict({"student": saved["student"]})
+    assert memory.to("cpu") is memory
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be > 0 and finite, got 0"),
+        ({"temperature": torch.nan}, "temperature must be > 0 and finite, got nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1"),
+        ({"labels": torch.zeros(3)}, r"labels must be \[12\], one an image, got \[3\]"),
+        ({"labels": torch.zeros(12)}, "labels must be of 2 classes or more, got 1"),
+    ],
+)
+def test_memories_of_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_memory(**settings)
+    with pytest.raises(ValueError, match="images must be >= 2 and dim >= 1, got 1 and 3"):
+        ContrastiveMemory(1, 3)
+
+
+def test_wrong_draws_are_refused() -> None:
+    memory = make_memory()
+    for indices, error, message in [
+        ([0.5], TypeError, r"indices must be torch\.int64, got torch\.float32"),
+        ([[1]], ValueError, r"indices must be \[batch\], got \[1, 1\]"),
+        ([3, 12], ValueError, r"indices must be in \[0, 12\), got 12"),
+        ([3, -1], ValueError, r"indices must be in \[0, 12\), got -1"),
+        ([3, 5, 3], ValueError, r"each image at most once, got \[3, 5, 3\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            memory.draw(torch.tensor(indices), negatives=2)
+    with pytest.raises(ValueError, match="negatives must be >= 1, got 0"):
+        memory.draw(torch.tensor([1]), negatives=0)
+
+
+def test_embeddings_that_do_not_fit_the_memory_are_refused() -> None:
+    memory = make_memory()
+    contrast, rows = make_contrast(memory, 5), torch.zeros(4, DIM)
+    for loss in (crd_loss, lambda s, t, m, c: m.update(s, t, c)):
+        for student, teacher, drawn, error, message in [
+            (rows[:3], rows, contrast, ValueError, r"student_embeddings must be \[4, 3\], got \[3"),
+            (rows, rows[:, :2], contrast, ValueError, r"teacher_embeddings must be \[4, 3\], got"),
+            (rows, rows.long(), contrast, TypeError, "teacher_embeddings must be floating point"),
+            (rows, rows, contrast.int(), TypeError, "contrast must be indices of torch.int64"),
+            (rows, rows, contrast[:, :1], ValueError, r"contrast must be \[batch, 1 \+ negatives"),
+        ]:
+            with pytest.raises(error, match=message):
+                loss(student, teacher, memory, drawn)

@@ -1,0 +1,269 @@
+"""A training function of the user's own: what it is given, how it is run, what it must not do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import selfkd
+from selfkd import Ensemble, Teacher
+from selfkd.checkpoint import load_tensors
+from selfkd.config import load_config
+from selfkd.files import load_json
+from selfkd.generations import main
+from selfkd.jobs import Row
+from selfkd.loop import Trial, function_reference, load_function, run_function
+from selfkd.train import fit
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_trial(folder: Path, *settings: str, **changes: Any) -> Trial:
+    options: dict[str, Any] = {"stage": "generation-0", "seed": 3, **changes}
+    return Trial(
+        config=load_config(settings=list(settings)), path=folder / "student.safetensors", **options
+    )
+
+
+def steps(trial: Trial, count: int = 3) -> None:
+    """Three epochs of next to nothing."""
+    torch.manual_seed(trial.seed)
+    model = nn.Linear(2, 2)
+    for epoch in range(count):
+        trial.report({"val_accuracy": epoch / 10}, student=model)
+
+
+def plain(rows: list[Row]) -> list[Row]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_what_is_reported_comes_epoch_by_epoch(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path)
+    rows = list(run_function(steps, trial))
+    assert [(row["epoch"], row["val_accuracy"]) for row in rows] == [(1, 0.0), (2, 0.1), (3, 0.2)]
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    tensors, facts = load_tensors(trial.path)
+    assert facts["hash"] == rows[-1]["hash"]
+    torch.manual_seed(3)
+    assert torch.equal(tensors["weight"], nn.Linear(2, 2).weight)
+
+
+def test_a_generator_is_a_training_function_too(tmp_path: Path) -> None:
+    def generator(trial: Trial) -> Iterator[Row]:
+        yield {"epoch": 1, "val_accuracy": 0.5}
+
+    assert list(run_function(generator, make_trial(tmp_path))) == [
+        {"epoch": 1, "val_accuracy": 0.5}
+    ]
+
+
+def test_what_a_function_raises_is_raised(tmp_path: Path) -> None:
+    def broken(trial: Trial) -> None:
+        trial.report({"val_accuracy": 0.5}, student=nn.Linear(1, 1))
+        raise ZeroDivisionError("by zero")
+
+    rows = run_function(broken, make_trial(tmp_path))
+    assert next(rows)["epoch"] == 1
+    with pytest.raises(ZeroDivisionError, match="by zero"):
+        next(rows)
+
+
+def test_a_trial_that_is_stopped_early_ends_its_function(tmp_path: Path) -> None:
+    before = threading.active_count()
+    ends = []
+
+    def endless(trial: Trial) -> None:
+        try:
+            while True:
+                trial.report({"val_accuracy": 0.5}, student=nn.Linear(1, 1))
+        finally:
+            ends.append("ended")
+
+    rows = run_function(endless, make_trial(tmp_path))
+    next(rows), next(rows)
+    rows.close()  # type: ignore[attr-defined]
+    assert ends == ["ended"]
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("metrics", "student", "message"),
+    [
+        ({"val_accuracy": 0.5}, None, r"train_fn must report its student, .* got none"),
+        ({"loss": 0.5}, nn.Linear(1, 1), r"train_fn must report val_accuracy .*, got loss"),
+    ],
+)
+def test_what_is_missing_is_said(
+    tmp_path: Path, metrics: dict[str, float], student: nn.Module | None, message: str
+) -> None:
+    def function(trial: Trial) -> None:
+        trial.report(metrics, student=student)
+
+    with pytest.raises(ValueError, match=message):
+        list(run_function(function, make_trial(tmp_path)))
+
+
+def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    def counts(trial: Trial, until: int = 5) -> None:
+        state = trial.checkpoint or {"epoch": 0, "weight": torch.zeros(1)}
+        model = nn.Linear(1, 1)
+        for epoch in range(state["epoch"], until):
+            weight = state["weight"] + 1
+            state = {"epoch": epoch + 1, "weight": weight}
+            metrics = {"val_accuracy": float(weight)}
+            trial.report(metrics, student=model, checkpoint=state)
+
+    rows = run_function(counts, make_trial(tmp_path))
+    first = [next(rows), next(rows)]
+    rows.close()  # type: ignore[attr-defined]
+    assert make_trial(tmp_path).checkpoint is not None
+    again = list(run_function(counts, make_trial(tmp_path)))
+    assert [row["val_accuracy"] for row in again] == [1, 2, 3, 4, 5]
+    assert plain(again[:2]) == plain(first)
+    assert make_trial(tmp_path).checkpoint is None  # it is done
+
+
+def test_generation_0_learns_from_labels_and_the_next_from_a_copy(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path / "one")
+    list(run_function(steps, trial))
+    assert trial.distiller(nn.Linear(2, 2)).teacher is None
+    row = {"hash": "x", "checkpoint": str(trial.path)}
+    settings = ["distill.temperature=2", "distill.alpha=0.25"]
+    born_again = make_trial(tmp_path / "two", *settings, stage="generation-1", teachers=[row])
+    assert (trial.generation, born_again.generation) == (0, 1)
+    student = nn.Linear(2, 2)
+    before = student.weight.detach().clone()
+    distiller = born_again.distiller(student)
+    assert (distiller.temperature, distiller.alpha) == (2, 0.25)
+    assert isinstance(distiller.teacher, Teacher)
+    taught = load_tensors(trial.path)[0]
+    assert torch.equal(distiller.teacher.module.weight, taught["weight"])  # type: ignore[arg-type]
+    assert torch.equal(student.weight, before)
+    both = make_trial(tmp_path / "three", stage="generation-2", teachers=[row, row])
+    assert isinstance(both.distiller(student).teacher, Ensemble)
+
+
+def test_a_student_of_another_architecture_needs_make_teacher(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path / "one")
+    list(run_function(steps, trial))
+    row = {"hash": "x", "checkpoint": str(trial.path)}
+    born_again = make_trial(tmp_path / "two", stage="generation-1", teachers=[row])
+    student = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"student must have the architecture of its teacher"):
+        born_again.distiller(student)
+    distiller = born_again.distiller(student, make_teacher=lambda: nn.Linear(2, 2))
+    assert distiller(student(torch.ones(1, 2)), torch.tensor([0]), inputs=torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("train.py", r"--train must be path/file.py:function, got 'train.py'"),
+        ("nowhere.py:train", r"--train must be path/file.py:function, got 'nowhere.py:train'"),
+        ("{}/broken.py:train", r"can be imported, got .*broken.py: SyntaxError"),
+        ("{}/fine.py:missing", r"must name a function of .*fine.py, got 'missing'"),
+        ("{}/fine.py:number", r"must name a function of .*fine.py, got 'number'"),
+    ],
+)
+def test_functions_that_are_not_there(tmp_path: Path, reference: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text("def train(:\n")
+    (tmp_path / "fine.py").write_text("number = 3\n")
+    with pytest.raises(ValueError, match=message):
+        load_function(reference.replace("{}", str(tmp_path)))
+
+
+def test_a_function_is_known_by_its_file(tmp_path: Path) -> None:
+    reference = function_reference(steps)
+    assert reference == f"{__file__}:steps"
+    found = load_function(reference)
+    assert found.__name__ == "steps"
+    with pytest.raises(ValueError, match="top level of a .py file"):
+        function_reference(lambda trial: None)
+    with pytest.raises(ValueError, match="top level of a .py file"):
+        function_reference(fit.__class__)
+
+
+def test_settings_of_the_user_s_own(tmp_path: Path) -> None:
+    config = load_config(
+        settings=["params.width=8", "search.space={params.lr: {loguniform: [0.001, 0.1]}}"]
+    )
+    assert config.params == {"width": 8}
+    assert config.at({"params.lr": 0.01}).params == {"width": 8, "lr": 0.01}
+
+
+# --- through the command and from Python, with real Ray ---
+
+USERS = """
+import torch
+from torch import nn
+
+def train_fn(trial):
+    torch.manual_seed(trial.seed)
+    inputs = torch.randn(200, 4)
+    labels = (inputs.sum(dim=1) > 0).long()
+    model = nn.Linear(4, 2)
+    distiller = trial.distiller(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=trial.params["lr"])
+    for epoch in range(3):
+        terms = distiller(model(inputs), labels, inputs=inputs)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        trial.report({"val_loss": terms["hard_loss"].item()}, student=model)
+"""
+SETTINGS = [
+    "search.metric=val_loss",
+    "search.mode=min",
+    "search.trials=2",
+    "params.lr=0.5",
+    "tracking=none",
+]
+
+
+def test_the_command_makes_generations_of_a_user_s_loop(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(USERS)
+    sets = [part for setting in SETTINGS for part in ("--set", setting)]
+    command = [sys.executable, "-m", "selfkd.generations", "--rounds", "1", "--name", "a"]
+    done = subprocess.run(
+        [*command, "--train", "mine.py:train_fn", *sets],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"trained by {tmp_path}/mine.py:train_fn" in done.stdout
+    assert f"--train {tmp_path}/mine.py:train_fn --rounds 2" in done.stdout
+    results: list[Mapping[str, Any]] = [
+        load_json(tmp_path / f"runs/a/generation_00{n}/result.json") for n in (0, 1)
+    ]
+    for number, result in enumerate(results):
+        losses = [
+            load_json(tmp_path / f"runs/a/generation_00{number}/trial_00{n}/result.json")
+            for n in (0, 1)
+        ]
+        assert result["val_loss"] == min(row["val_loss"] for row in losses)
+        assert f"{result['val_loss']:.4g}" in done.stdout
+    assert results[1]["teachers"] == [results[0]["models"][0]]
+    assert results[1]["temperature"] is not None
+    assert main(["--resume", str(tmp_path / "runs/a"), "--rounds", "1"]) == 0  # only shown again
+
+
+def test_a_missing_function_is_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--train", str(tmp_path / "gone.py:f"), "--set", f"storage={tmp_path}"]) == 2
+    assert "--train must be path/file.py:function" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_raises_what_the_command_prints(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rounds: must be greater than or equal to 0, got -1"):
+        selfkd.generations(steps, rounds=-1, settings=[f"storage={tmp_path}"])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,330 @@
+"""Further terms of a distiller: what they see, what they learn, and in which wrappers they work."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from selfkd import Distiller, Teacher
+from selfkd.losses.distillation import distillation_terms
+from selfkd.losses.features import attention_transfer, hint_loss
+from selfkd.losses.logits import dkd_loss, soft_cross_entropy
+from selfkd.terms import FeatureTerm, LogitTerm
+
+
+def make_net(width: int, *, inplace: bool = False) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(6, width),
+        nn.ReLU(inplace=inplace),
+        nn.Linear(width, width),
+        nn.ReLU(inplace=inplace),
+        nn.Linear(width, 4),
+    )
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(8, 6), torch.randint(4, (8,))
+
+
+def setting(**changes: Any) -> tuple[nn.Module, Teacher, Distiller]:
+    torch.manual_seed(0)
+    student, teacher = make_net(5), Teacher(make_net(5))
+    terms = {"hint": {"student": "2", "teacher": "2", "weight": 0.5}}
+    options: dict[str, Any] = {"terms": terms, "student": student, **changes}
+    return student, teacher, Distiller(teacher, **options)
+
+
+def test_a_feature_term_is_added_with_its_weight(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student, teacher, distiller = setting()
+    terms = distiller(student(inputs), labels, inputs=inputs)
+    expected = hint_loss(student[:3](inputs), teacher.module[:3](inputs))  # type: ignore[index]
+    plain = distillation_terms(student(inputs), teacher(inputs), labels, temperature=4.0, alpha=0.9)
+    assert terms["hint"].item() == pytest.approx(expected.item())
+    assert not terms["hint"].requires_grad
+    assert terms["loss"].item() == pytest.approx(plain.loss.item() + 0.5 * expected.item())
+    assert terms["soft_loss"].item() == pytest.approx(plain.soft_loss.item())
+
+
+def test_its_gradient_reaches_the_student_and_only_the_student(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    inputs, labels = batch
+    student, teacher, distiller = setting(alpha=0.0)
+    distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
+    found = student[0].weight.grad.clone()  # type: ignore[index,union-attr]
+    student.zero_grad()
+    loss = nn.functional.cross_entropy(student(inputs), labels)
+    loss = loss + 0.5 * hint_loss(student[:3](inputs), teacher.module[:3](inputs))  # type: ignore[index]
+    loss.backward()
+    torch.testing.assert_close(found, student[0].weight.grad)  # type: ignore[index]
+    assert all(p.grad is None for p in teacher.module.parameters())
+
+
+def test_wildcards_are_lists_and_their_terms_a_mean(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    terms = {"all": FeatureTerm("[02]", loss=hint_loss)}
+    student, teacher, distiller = setting(terms=terms)
+    found = distiller(student(inputs), labels, inputs=inputs)["all"]
+    each = [
+        hint_loss(student[:end](inputs), teacher.module[:end](inputs))  # type: ignore[index]
+        for end in (1, 3)
+    ]
+    assert found.item() == pytest.approx(sum(value.item() for value in each) / 2)
+
+
+def test_projections_are_the_optimiser_s_and_saved_apart(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    torch.manual_seed(0)
+    student, teacher = make_net(5), make_net(9)
+    terms = {"hint": FeatureTerm("[02]", project=(5, 9))}
+    distiller = Distiller(teacher, terms=terms, student=student)
+    assert sum(p.numel() for p in distiller.parameters()) == 2 * (5 * 9 + 9)
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.05)
+    losses = []
+    for _ in range(60):
+        values = distiller(student(inputs), labels, inputs=inputs)
+        optimizer.zero_grad()
+        values["loss"].backward()
+        optimizer.step()
+        losses.append(values["hint"].item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert not any("hint" in name for name in student.state_dict())
+    other = Distiller(teacher, terms=terms, student=make_net(5))
+    other.load_state_dict(distiller.state_dict())
+    for mine, theirs in zip(distiller.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_logit_terms_work_with_stored_targets(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student, teacher = make_net(5), Teacher(make_net(5))
+    stored = teacher(inputs)
+
+    def dkd(z_s: Tensor, z_t: Tensor, y: Tensor) -> Tensor:
+        return dkd_loss(z_s, z_t, y, temperature=4.0)
+
+    distiller = Distiller(
+        targets=lambda index, view: stored[index], terms={"dkd": LogitTerm(dkd, weight=2.0)}
+    )
+    terms = distiller(student(inputs), labels, index=torch.arange(8))
+    expected = dkd_loss(student(inputs), stored, labels, temperature=4.0)
+    assert terms["dkd"].item() == pytest.approx(expected.item())
+
+
+def test_generation_0_goes_through_the_same_call(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student = make_net(5)
+    terms = {"hint": {"student": "2"}}
+    distiller = Distiller(terms=terms, student=student)
+    assert sorted(distiller(student(inputs), labels)) == ["hard_loss", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s, t: Distiller(t, terms={"a": {"student": "9"}}, student=s), r"path must be .* got '9'"),
+        (lambda s, t: Distiller(t, terms={"a": {"student": "0"}}), "student must be given"),
+        (
+            lambda s, t: Distiller(targets=lambda i, v: i, terms={"a": {"student": "0"}}, student=s),
+            r"terms of features \(a\) need a live teacher",
+        ),
+        (lambda s, t: FeatureTerm("0", weight=-1.0), "weight must be at least 0 and finite, got -1"),
+        (lambda s, t: LogitTerm(lambda a, b, c: a, weight=float("nan")), "weight must be at least 0"),
+        (
+            lambda s, t: Distiller(t, terms={"soft_loss": {"student": "0"}}, student=s),
+            "terms must have names of their own, got 'soft_loss'",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_terms(make: Callable[[nn.Module, Teacher], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(make_net(5), Teacher(make_net(5)))
+
+
+def test_lists_of_different_lengths_are_refused(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student, _, distiller = setting(terms={"a": FeatureTerm("[02]", "[024]")})
+    with pytest.raises(ValueError, match=r"'\[02\]' must name as many submodules as"):
+        distiller(student(inputs), labels, inputs=inputs)
+
+
+def test_nan_of_the_teacher_is_named(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    inputs[3, 2] = torch.nan
+    student, teacher = make_net(5), Teacher(make_net(5))
+    with pytest.raises(ValueError, match="teacher_logits must be numbers, got nan in row 3"):
+        Distiller(teacher)(student(torch.zeros(8, 6)), labels, inputs=inputs)
+
+
+# --- copies and wrappers ---
+
+
+def test_a_copy_of_the_student_is_a_teacher_of_its_own(batch: tuple[Tensor, Tensor]) -> None:
+    """Its forward passes do not enter the terms of the distiller whose student it was."""
+    inputs, labels = batch
+    student, _, distiller = setting()
+    logits = student(inputs)
+    copied = Teacher(student)
+    copied(torch.zeros(3, 6))
+    before = distiller(logits, labels, inputs=inputs)["hint"]
+    assert before == distiller(student(inputs), labels, inputs=inputs)["hint"]
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+def test_a_copied_distiller_is_attached_anew(
+    batch: tuple[Tensor, Tensor], clone: Callable[[Distiller], Distiller]
+) -> None:
+    inputs, labels = batch
+    student, _, distiller = setting()
+    expected = distiller(student(inputs), labels, inputs=inputs)
+    copied = clone(distiller)
+    with pytest.raises(ValueError, match=r"distiller\.attach\(student\)"):
+        copied(student(inputs), labels, inputs=inputs)
+    copied.attach(student)
+    found = copied(student(inputs), labels, inputs=inputs)
+    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
+
+
+def test_detached_hooks_are_gone(batch: tuple[Tensor, Tensor]) -> None:
+    student, _, distiller = setting()
+    distiller.detach()
+    assert all(not module._forward_hooks for module in student.modules())
+    assert not student._forward_pre_hooks
+
+
+def test_micro_batches_have_the_loss_of_the_whole(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student, _, distiller = setting()
+    distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
+    whole = [p.grad.clone() for p in student.parameters()]  # type: ignore[union-attr]
+    student.zero_grad()
+    for part in torch.arange(8).split(2):
+        loss = distiller(student(inputs[part]), labels[part], inputs=inputs[part])["loss"]
+        (loss / 4).backward()
+    for parameter, expected in zip(student.parameters(), whole, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_autocast_changes_little(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student, _, distiller = setting()
+    expected = distiller(student(inputs), labels, inputs=inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = distiller(student(inputs), labels, inputs=inputs)
+    assert found["loss"].dtype == torch.float32
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.05, atol=0.02)
+
+
+def test_in_place_activations_do_not_change_what_was_captured(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    inputs, labels = batch
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        student, teacher = make_net(5, inplace=inplace), make_net(5, inplace=inplace)
+        distiller = Distiller(teacher, terms={"hint": {"student": "2"}}, student=student)
+        found.append(distiller(student(inputs), labels, inputs=inputs)["hint"].item())
+    assert found[0] == found[1]
+
+
+def test_a_compiled_student_has_its_terms(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student, teacher, distiller = setting()
+    expected = distiller(student(inputs), labels, inputs=inputs)["loss"]
+    distiller.detach()
+    compiled = torch.compile(student, backend="eager")
+    distiller = Distiller(
+        teacher, terms={"hint": {"student": "2", "weight": 0.5}}, student=compiled
+    )
+    found = distiller(compiled(inputs), labels, inputs=inputs)["loss"]
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert student[0].weight.grad is not None  # type: ignore[index]
+
+
+def test_attention_maps_of_networks_of_other_widths(batch: tuple[Tensor, Tensor]) -> None:
+    def conv(width: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(1, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
+        )  # fmt: skip
+
+    student, teacher = conv(3), conv(7)
+    terms = {"attention": FeatureTerm("1", loss=attention_transfer, weight=100.0)}
+    distiller = Distiller(teacher, terms=terms, student=student)
+    images = torch.randn(8, 1, 6, 6)
+    found = distiller(student(images), batch[1], inputs=images)
+    assert found["attention"].item() == pytest.approx(
+        attention_transfer(student[:2](images), teacher[:2](images)).item()
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _worker(rank: int, port: int, kind: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    student, teacher = make_net(5), Teacher(make_net(5))
+    wrapped: nn.Module = student
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(student)
+    else:
+        fully_shard(student)
+    distiller = Distiller(teacher, terms={"hint": {"student": "2", "weight": 0.5}}, student=wrapped)
+    torch.manual_seed(1)
+    inputs, labels = torch.randn(8, 6), torch.randint(4, (8,))
+    mine = slice(rank * 4, rank * 4 + 4)
+    terms = distiller(wrapped(inputs[mine]), labels[mine], inputs=inputs[mine])
+    terms["loss"].backward()
+    gradient = student[0].weight.grad
+    assert gradient is not None
+    full: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    torch.save(full, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_are_those_of_one_process(
+    tmp_path: Path, batch: tuple[Tensor, Tensor], kind: str
+) -> None:
+    inputs, labels = batch
+    student, _, distiller = setting()
+    distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
+    mp.spawn(_worker, args=(_free_port(), kind, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, student[0].weight.grad)  # type: ignore[index]
+
+
+def test_a_term_may_be_the_only_one(batch: tuple[Tensor, Tensor]) -> None:
+    """At alpha 0 the teacher is asked for the terms' sake."""
+    inputs, labels = batch
+    student, teacher, distiller = setting(
+        alpha=0.0,
+        terms={"soft": LogitTerm(lambda z_s, z_t, _: soft_cross_entropy(z_s, z_t, temperature=2.0))},
+    )  # fmt: skip
+    terms = distiller(student(inputs), labels, inputs=inputs)
+    expected = soft_cross_entropy(student(inputs), teacher(inputs), temperature=2.0)
+    assert terms["loss"].item() == pytest.approx(terms["hard_loss"].item() + expected.item())

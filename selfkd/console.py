@@ -68,6 +68,8 @@ class Follower:
         """Start the bar of work in parts."""
         self._remade = 0
         self._start(title, parts)
+        if not self._console.is_terminal and parts > 1:
+            self.say(f"{title}: {parts} parts")
 
     def worked(self, row: Row) -> None:
         """Count a part; what was damaged and had to be made again is told."""

@@ -162,7 +162,8 @@ class Distiller:
 
         Returns:
             `loss`, with the graph, `hard_loss`, where a teacher was asked `soft_loss`, and the
-            further terms by name: scalars, of the first three in nats. The parts are unweighted and detached, for logging.
+            further terms by name: scalars, the first three in nats. The parts are unweighted and
+            detached, for logging.
 
         Raises:
             ValueError: `inputs` or `index` is needed and missing, mean logits are asked of sparse

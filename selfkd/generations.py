@@ -22,6 +22,7 @@ from rich.console import Console
 from selfkd.command import Command, base_parser, everyone
 from selfkd.config import Config, ConfigError
 from selfkd.console import Follower, make_metric_table, make_table
+from selfkd.functions import function_reference
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, finished, measure_ensemble
@@ -92,8 +93,6 @@ def generations(
     if isinstance(train_fn, str):
         reference = train_fn
     else:
-        from selfkd.loop import function_reference
-
         reference = function_reference(train_fn)
     arguments = ["--train", reference, "--rounds", str(rounds)]
     texts = list(settings)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.utils.hooks import RemovableHandle
 
-from selfkd.teacher import _unwrap
+from selfkd.teacher import unwrap
 
 
 class Features:
@@ -219,7 +219,7 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules: dict[str, nn.Module] = {}
-    for path, module in _unwrap(model).named_modules(remove_duplicate=False):
+    for path, module in unwrap(model).named_modules(remove_duplicate=False):
         # a compiled submodule before what is in it: its hooks always run
         modules.setdefault(".".join(p for p in path.split(".") if p != "_orig_mod"), module)
     return modules
@@ -284,8 +284,8 @@ def _place(tensor: Tensor) -> int:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = dict(_unwrap(module).named_parameters(remove_duplicate=False))
-    return named | dict(_unwrap(module).named_buffers(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(unwrap(module).named_parameters(remove_duplicate=False))
+    return named | dict(unwrap(module).named_buffers(remove_duplicate=False))
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

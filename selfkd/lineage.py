@@ -69,7 +69,7 @@ def born_again(
         folder.keep(config, checked["facts"])
     for result in results:
         listener.generation_finished(result)
-    for generation in range(len(results), config.rounds + 1):
+    while len(results) <= config.rounds:
         result = _generation(config, folder, executor, listener, function, results)
         results.append(result)
         listener.generation_finished(result)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -219,52 +217,3 @@ def _in_thread(function: TrainFunction, trial: Trial) -> Iterator[Row]:
                 rows.get(timeout=0.05)
             except queue.Empty:
                 continue
-
-
-def load_function(reference: str) -> TrainFunction:
-    """Import a training function, `path/file.py:name`.
-
-    Raises:
-        ValueError: there is no such file or function, or the file cannot be imported.
-    """
-    file, colon, name = reference.rpartition(":")
-    path = Path(file)
-    if not colon or path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"--train must be path/file.py:function, got {reference!r}")
-    module_name = f"selfkd_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--train must be a Python file, got {file}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    folder = str(path.parent.absolute())
-    if folder not in sys.path:
-        sys.path.append(folder)  # for what the file imports beside it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(
-            f"--train must name a file that can be imported, got {file}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--train must name a function of {file}, got {name!r}")
-    found: TrainFunction = function
-    return found
-
-
-def function_reference(function: Callable[..., object]) -> str:
-    """Return `path/file.py:name` of a function, by which workers import it.
-
-    Raises:
-        ValueError: it stands in no file, or is no function of a file's top level.
-    """
-    file = inspect.getsourcefile(function) if inspect.isfunction(function) else None
-    name = getattr(function, "__qualname__", "")
-    if file is None or not Path(file).is_file() or not name.isidentifier():
-        raise ValueError(
-            "train_fn must be a function at the top level of a .py file, so that workers can "
-            f"import it, got {name or function!r}"
-        )
-    return f"{Path(file).absolute()}:{name}"

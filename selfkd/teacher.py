@@ -61,7 +61,7 @@ class Teacher:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        self.module = copy.deepcopy(_unwrap(module)).requires_grad_(False).eval()
+        self.module = copy.deepcopy(unwrap(module)).requires_grad_(False).eval()
         self._affine = _renormalisation(input_stats, trained_stats)
         in_order = columns is None or list(columns) == list(range(len(columns)))
         self._columns = None if in_order else torch.tensor(columns)
@@ -86,11 +86,11 @@ class Teacher:
         >>> teacher(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 2])
         """
-        cfg = getattr(_unwrap(module), "pretrained_cfg", None) or {}
+        cfg = getattr(unwrap(module), "pretrained_cfg", None) or {}
         if not any(cfg.get(key) for key in ("url", "file", "hf_hub_id", "state_dict")):
             raise ValueError(
                 "module must be a timm model with pretrained weights, got "
-                f"{type(_unwrap(module)).__name__}: give its statistics to Teacher as trained_stats"
+                f"{type(unwrap(module)).__name__}: give its statistics to Teacher as trained_stats"
             )
         trained_stats = None if input_stats is None else (cfg["mean"], cfg["std"])
         return cls(module, input_stats=input_stats, trained_stats=trained_stats)
@@ -198,7 +198,7 @@ class Ensemble:
         return f"Ensemble({self.members})"
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, DataParallel | DistributedDataParallel):
             module = module.module

@@ -17,8 +17,9 @@ from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import ModelConfig, Tree, from_tree, to_tree
 from selfkd.data import Data, fingerprint
 from selfkd.distiller import Distiller
+from selfkd.functions import load_function
 from selfkd.jobs import Row
-from selfkd.loop import Trial, load_function, run_function
+from selfkd.loop import Trial, run_function
 from selfkd.models import parameters_count
 from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.store import check_shard, open_store, remember_user, write_shard

@@ -55,6 +55,7 @@ def follow(*trials: dict[str, Any], terminal: bool = False) -> tuple[str, Follow
 def test_a_log_has_a_line_a_trial() -> None:
     text, follower = follow(TRIAL, {**TRIAL, "trial": 1, "status": "stopped"})
     assert text.splitlines() == [
+        "generation 1: labelling by 2 teachers: 4 parts",
         "generation 1 of 2: 3 trials, 1 of them done before",
         "  trial 0: val 90.00% (T 4, alpha 0.5), 2.0 s",
         "  trial 1: val 90.00% (T 4, alpha 0.5), 2.0 s (stopped early)",

@@ -20,7 +20,8 @@ from selfkd.config import load_config
 from selfkd.files import load_json
 from selfkd.generations import main
 from selfkd.jobs import Row
-from selfkd.loop import Trial, function_reference, load_function, run_function
+from selfkd.functions import function_reference, load_function
+from selfkd.loop import Trial, run_function
 from selfkd.train import fit
 
 ROOT = Path(__file__).parents[1]

@@ -623,6 +623,8 @@ def attention_matrices(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
 
 def _attention_map(features: Tensor, power: float) -> Tensor:
     """`sum_c |F_c|^power` times a constant of each sample, `[batch, 1, height, width]`."""
+    if power == 2:  # up to 3 times as fast on a CPU
+        return _scaled(features.square().sum(dim=1, keepdim=True), (2, 3), _LEAST**2)
     norms = torch.linalg.vector_norm(features, power, dim=1, keepdim=True)
     return _scaled(norms, (2, 3)).pow(power)
 
@@ -640,12 +642,12 @@ def _gram(vectors: Tensor) -> Tensor:
         return vectors @ vectors.t()
 
 
-def _scaled(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+def _scaled(values: Tensor, dims: tuple[int, ...], least: float = _LEAST) -> Tensor:
     """By the largest magnitude, a constant to the gradient, so that no power over- or underflows.
 
     Only for what is normalised afterwards, where the scale has no part in value and gradient.
     """
-    return values / values.detach().abs().amax(dims, keepdim=True).clamp_min(_LEAST)
+    return values / values.detach().abs().amax(dims, keepdim=True).clamp_min(least)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -128,8 +128,8 @@ def test_gradcheck(shape: tuple[int, int, int | None], average: str) -> None:
         assert torch.autograd.gradgradcheck(loss, student)
 
 
-@pytest.mark.parametrize("members", [None, 3])
-@pytest.mark.parametrize("chunk", [1, 20, 21, 35, 10**6])
+@pytest.mark.parametrize("members", [None, 4])
+@pytest.mark.parametrize("chunk", [1, 20, 21, 35, 75, 10**6])
 def test_any_chunk_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, chunk: int, members: int | None
 ) -> None:
@@ -183,7 +183,7 @@ def weighted_targets(
 
 
 @pytest.mark.parametrize("terms_of", [distillation_terms, fused_terms, plain_terms])
-@pytest.mark.parametrize("chunk", [8, 60, 10**6])
+@pytest.mark.parametrize("chunk", [8, 10**6])
 def test_weighted_members_equal_reference(
     monkeypatch: pytest.MonkeyPatch, terms_of: Callable[..., tuple[Tensor, ...]], chunk: int
 ) -> None:

@@ -1,0 +1,371 @@
+"""The loss of token logits against SciPy, by chunks, masks, micro-batches, and drawn targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.special import log_softmax, softmax
+from torch import Tensor
+
+from selfkd.losses import sequences
+from selfkd.losses.sequences import (
+    SampledTargets,
+    linear_sequence_terms,
+    sampled_targets,
+    sequence_terms,
+)
+from selfkd.losses.sparse import SparseLogits, sparse_terms, sparsify
+
+BATCH, LENGTH, VOCABULARY, WIDTH = 2, 5, 7, 3
+SETTINGS: dict[str, Any] = {"temperature": 3.0, "alpha": 0.6, "label_smoothing": 0.1}
+
+
+def make_batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student logits, teacher logits, labels of which three are ignored, a mask that hides two."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, BATCH, LENGTH, VOCABULARY)
+    student, teacher = 2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
+    labels[0, :2] = labels[1, 4] = -100
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    mask[0, 1] = mask[1, 0] = False
+    return student.clone().requires_grad_(), teacher, labels, mask
+
+
+def reference(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float = 0.0,
+    normalizer: float | None = None,
+) -> tuple[float, float, float, np.ndarray]:
+    """Loss, terms, gradient: token by token, as the formula says."""
+    z_s, z_t = student.detach().double().numpy(), teacher.double().numpy()
+    gradient, hard, soft = np.zeros_like(z_s), 0.0, 0.0
+    n = int(valid.sum()) if normalizer is None else normalizer
+    for place in map(tuple, valid.nonzero().tolist()):
+        y = np.full(z_s.shape[-1], label_smoothing / z_s.shape[-1])
+        y[labels[place]] += 1 - label_smoothing
+        p_t, p_s = softmax(z_t[place] / temperature), softmax(z_s[place] / temperature)
+        hard -= (y * log_softmax(z_s[place])).sum() / n
+        soft += temperature**2 * (p_t * (np.log(p_t) - np.log(p_s))).sum() / n
+        gradient[place] = (1 - alpha) * (softmax(z_s[place]) - y) / n
+        gradient[place] += alpha * temperature * (p_s - p_t) / n
+    return (1 - alpha) * hard + alpha * soft, hard, soft, gradient
+
+
+def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, student)[0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_equals_reference(chunk: int, ignored: bool, masked: bool) -> None:
+    student, teacher, labels, mask = make_batch()
+    if not ignored:
+        labels = labels.clamp(min=0)
+    valid = (labels != -100) & mask if masked else labels != -100
+    for alpha, normalizer in ((0.0, None), (0.6, None), (1.0, None), (0.6, 17)):
+        settings = SETTINGS | {"alpha": alpha, "normalizer": normalizer}
+        *expected, gradient = reference(student, teacher, labels, valid, **settings)
+        terms = sequence_terms(
+            student, teacher, labels, mask=mask if masked else None, chunk=chunk, **settings
+        )
+        np.testing.assert_allclose([term.item() for term in terms], expected, rtol=1e-12)
+        np.testing.assert_allclose(gradient_of(terms.loss, student), gradient, atol=1e-14)
+        assert [term.requires_grad for term in terms] == [True, False, False]
+        with torch.no_grad():
+            quiet = sequence_terms(
+                student, teacher, labels, mask=mask if masked else None, chunk=chunk, **settings
+            )
+        torch.testing.assert_close(tuple(quiet), tuple(terms))
+        assert not quiet.loss.requires_grad
+
+
+def test_a_token_weighs_the_same_in_a_short_row() -> None:
+    """A mean over rows of the rows' means would differ."""
+    student, teacher, labels, _ = make_batch()
+    whole = sequence_terms(student, teacher, labels, **SETTINGS).loss
+    rows = [
+        sequence_terms(student[[i]], teacher[[i]], labels[[i]], **SETTINGS).loss for i in range(2)
+    ]
+    torch.testing.assert_close((3 * rows[0] + 4 * rows[1]) / 7, whole)
+    assert abs((rows[0] + rows[1]) / 2 - whole) > 1e-3
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_micro_batches_with_a_normalizer_add_up(as_tensor: bool) -> None:
+    student, teacher, labels, mask = make_batch()
+    whole = sequence_terms(student, teacher, labels, mask=mask, **SETTINGS)
+    n = int(((labels != -100) & mask).sum())
+    loss = partial(sequence_terms, normalizer=torch.tensor(n) if as_tensor else n, **SETTINGS)
+    parts = [
+        loss(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], mask=mask[i : i + 1])
+        for i in range(BATCH)
+    ]
+    for name in ("loss", "hard_loss", "soft_loss"):
+        torch.testing.assert_close(sum(getattr(p, name) for p in parts), getattr(whole, name))
+    expected = gradient_of(whole.loss, student)
+    torch.testing.assert_close(gradient_of(parts[0].loss + parts[1].loss, student), expected)
+
+
+@pytest.mark.parametrize("normalizer", [None, 9])
+def test_no_valid_token_gives_0_with_a_graph(normalizer: int | None) -> None:
+    student, teacher, labels, mask = make_batch()
+    for hidden_by in ({"mask": torch.zeros_like(mask)}, {"labels": torch.full_like(labels, -100)}):
+        arguments = {"labels": labels} | hidden_by
+        terms = sequence_terms(student, teacher, **arguments, normalizer=normalizer, **SETTINGS)
+        assert [term.item() for term in terms] == [0, 0, 0]
+        assert not gradient_of(terms.loss, student).any()
+
+
+def test_what_is_masked_may_be_anything() -> None:
+    student, teacher, labels, mask = make_batch()
+    expected = sequence_terms(student, teacher, labels, mask=mask, **SETTINGS).loss
+    hidden = ~mask | (labels == -100)
+    student = student.detach().masked_fill(hidden[..., None], torch.nan).requires_grad_()
+    teacher = teacher.masked_fill(hidden[..., None], torch.inf)
+    labels = labels.masked_fill(~mask, 10**6)
+    loss = sequence_terms(student, teacher, labels, mask=mask, **SETTINGS).loss
+    torch.testing.assert_close(loss, expected)
+    assert gradient_of(loss, student)[hidden].eq(0).all()
+
+
+def test_gradient_by_differences_is_had_once() -> None:
+    student, teacher, labels, mask = make_batch()
+
+    def loss(logits: Tensor) -> Tensor:
+        return sequence_terms(logits, teacher, labels, mask=mask, **SETTINGS).loss
+
+    numeric = torch.zeros_like(student)
+    for place in ((0, 2, 1), (1, 1, 0), (0, 0, 0)):
+        step = torch.zeros_like(student)
+        step[place] = 1e-6
+        numeric[place] = (loss(student.detach() + step) - loss(student.detach() - step)) / 2e-6
+    gradient = gradient_of(2 * loss(student), student)
+    chosen = numeric != 0
+    torch.testing.assert_close(gradient[chosen], 2 * numeric[chosen], rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match="create_graph must be False for the loss of a sequ"):
+        torch.autograd.grad(loss(student), student, create_graph=True)
+    value = loss(student)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward must be called once on the loss of a seq"):
+        value.backward()
+
+
+# --- sparse and drawn teachers -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_sparse_teacher(chunk: int) -> None:
+    student, teacher, labels, mask = make_batch()
+    sparse = sparsify(teacher, 3)
+    valid = (labels != -100) & mask
+    picked = SparseLogits(*(tensor[valid] for tensor in sparse))
+    expected = sparse_terms(student[valid], picked, labels[valid], **SETTINGS)
+    terms = sequence_terms(student, sparse, labels, mask=mask, chunk=chunk, **SETTINGS)
+    torch.testing.assert_close(tuple(terms), tuple(expected))
+    torch.testing.assert_close(
+        gradient_of(terms.loss, student), gradient_of(expected.loss, student)
+    )
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_drawn_targets_teach_the_full_loss_on_average(exponent: float) -> None:
+    """Mean of 4,000 draws within 5 standard errors, of the loss and each part of its gradient."""
+    draws, generator = 4000, torch.Generator().manual_seed(0)
+    student, teacher, _, _ = make_batch()
+    student, teacher = student.detach()[0, :1], teacher[0, :1]  # one token
+    settings: dict[str, Any] = {"temperature": 2.0, "alpha": 1.0}
+    labels = torch.zeros(1, 1, dtype=torch.int64)
+    expected, *_, gradient = reference(
+        student[None], teacher[None], labels, labels == 0, **settings
+    )
+    many = teacher.expand(1, draws, VOCABULARY)
+    targets = sampled_targets(many, 3, temperature=2.0, generator=generator, exponent=exponent)
+    logits = student.expand(1, draws, VOCABULARY).clone().requires_grad_()
+    terms = sequence_terms(logits, targets, labels.expand(1, draws), **settings)
+    gradients = gradient_of(terms.loss, logits)[0] * draws
+    error = gradients.std(0) / draws**0.5
+    assert ((gradients.mean(0) - torch.from_numpy(gradient[0, 0])).abs() < 5 * error + 1e-9).all()
+    assert error.max() < 0.05 * np.abs(gradient).max()
+    log_p_s = torch.log_softmax(student / 2, -1).expand(draws, -1).gather(1, targets.indices[0])
+    losses = 4 * (targets.weights[0] * (targets.log_p[0] - log_p_s)).sum(-1)
+    assert losses.mean().item() == pytest.approx(terms.soft_loss.item())
+    assert abs(losses.mean().item() - expected) < 5 * losses.std().item() / draws**0.5
+    assert losses.std().item() / draws**0.5 < 0.05 * expected
+
+
+def test_drawn_targets_are_drawn_from_the_power() -> None:
+    logits = torch.tensor([[0.0, 2.0, 4.0]]).expand(20000, 3)
+    generator = torch.Generator().manual_seed(1)
+    targets = sampled_targets(logits, 1, temperature=2.0, generator=generator, exponent=0.5)
+    shares = np.bincount(targets.indices[:, 0]) / 20000
+    q = softmax(np.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(shares, q, atol=0.015)
+    p = softmax(np.array([0.0, 1.0, 2.0]))
+    np.testing.assert_allclose(targets.weights[:, 0], (p / q)[targets.indices[:, 0]], rtol=1e-5)
+    np.testing.assert_allclose(targets.log_p[:, 0], np.log(p)[targets.indices[:, 0]], rtol=1e-5)
+    again = sampled_targets(
+        logits, 1, temperature=2.0, generator=generator.manual_seed(1), exponent=0.5
+    )
+    assert torch.equal(targets.indices, again.indices)
+    assert targets.to("meta").weights.device.type == "meta"
+
+
+# --- the fused head ----------------------------------------------------------------------------
+
+
+def make_head(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Hidden states, weight, bias."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((BATCH, LENGTH, WIDTH), (VOCABULARY, WIDTH), (VOCABULARY,))
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize("teach", [lambda z: z, lambda z: sparsify(z, 3)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_fused_head_equals_the_logits(
+    chunk: int, with_bias: bool, teach: Callable[[Tensor], Any]
+) -> None:
+    _, teacher, labels, mask = make_batch()
+    hidden, weight, bias = make_head()
+    inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
+    logits = F.linear(*inputs)
+    expected = sequence_terms(logits, teach(teacher), labels, mask=mask, **SETTINGS)
+    settings = SETTINGS | {"bias": bias if with_bias else None, "mask": mask, "chunk": chunk}
+    actual = linear_sequence_terms(hidden, weight, teach(teacher), labels, **settings)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * actual.loss, inputs), torch.autograd.grad(3 * expected.loss, inputs)
+    )
+    with torch.no_grad():
+        quiet = linear_sequence_terms(hidden, weight, teach(teacher), labels, **settings)
+    torch.testing.assert_close(tuple(quiet), tuple(expected))
+    frozen = linear_sequence_terms(hidden, weight.detach(), teach(teacher), labels, **settings)
+    frozen.loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_fused_head_in_autocast() -> None:
+    _, teacher, labels, _ = make_batch(torch.float32)
+    inputs = make_head(torch.float32)
+    hidden, weight, bias = inputs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = sequence_terms(F.linear(*inputs), teacher, labels, **SETTINGS).loss
+        actual = linear_sequence_terms(hidden, weight, teacher, labels, bias=bias, **SETTINGS).loss
+    torch.testing.assert_close(actual, expected)
+    for gradient, other in zip(
+        torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, other, rtol=0.03, atol=0.005)
+
+
+# --- precision, edges --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    student, teacher, labels, _ = make_batch(dtype)
+    wide = student.detach().float().requires_grad_()
+    expected = sequence_terms(wide, teacher.float(), labels, normalizer=10**6, **SETTINGS).loss
+    loss = sequence_terms(student, teacher, labels, normalizer=10**6, **SETTINGS).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    # scaled before it is rounded, as a gradient scaler needs it
+    gradient = gradient_of(2.0**14 * loss, student)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(
+        gradient.float(), gradient_of(2.0**14 * expected, wide), rtol=0.02, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be > 0 and finite, got 0"),
+        ({"alpha": 2.0}, r"alpha must be in \[0, 1\], got 2"),
+        ({"label_smoothing": -1.0}, "label_smoothing must be in"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"normalizer": 0}, "normalizer must be > 0 and finite, got 0"),
+        ({"normalizer": float("nan")}, "normalizer must be > 0 and finite, got nan"),
+        ({"student_logits": torch.zeros(2, 3)}, r"student_logits must be .* got .*\[2, 3\]"),
+        ({"teacher": torch.zeros(2, 5, 8)}, r"teacher must be \[2, 5, 7\].*got \[2, 5, 8\]"),
+        ({"labels": torch.zeros(2, 4, dtype=torch.int64)}, r"labels must be \[2, 5\], got \[2, 4"),
+        ({"labels": torch.full((2, 5), 7)}, r"labels must be in \[0, 7\), got 7"),
+        ({"mask": torch.ones(2, 5)}, r"mask must be bool \[2, 5\], got torch.float32 \[2, 5\]"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask must be bool .*got torch.bool \[5\]"),
+        (
+            {"teacher": sparsify(torch.zeros(2, 4, 7), 2)},
+            r"teacher must have values \[2, 5, 'k'\].*got \[2, 4, 2\]",
+        ),
+        (
+            {"teacher": sparsify(torch.zeros(3, 2, 5, 7), 2)},
+            r"teacher must be one, \[batch, length, k\], got \[3, 2, 5, 2\]",
+        ),
+        (
+            {"teacher": sampled_targets(torch.zeros(2, 5, 7), 2, temperature=1.0)},
+            r"temperature must be that of the sampled targets, 1\.0, got 2\.0",
+        ),
+        (
+            {"teacher": sampled_targets(torch.zeros(2, 4, 7), 2, temperature=2.0)},
+            r"teacher must be sampled \[2, 5, 'samples'\], got \[\[2, 4, 2\]",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "student_logits": torch.zeros(2, 5, 7), "teacher": torch.zeros(2, 5, 7),
+        "labels": torch.zeros(2, 5, dtype=torch.int64), "temperature": 2.0, "alpha": 0.5,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        sequence_terms(**arguments | changes)
+
+
+def test_heads_and_draws_that_do_not_fit() -> None:
+    _, teacher, labels, _ = make_batch()
+    hidden, weight, bias = make_head()
+    loss = partial(linear_sequence_terms, teacher=teacher, labels=labels, **SETTINGS)
+    with pytest.raises(ValueError, match=r"hidden must be .*got \[2, 5, 3\] and \[3, 7\]"):
+        loss(hidden, weight.T)
+    with pytest.raises(ValueError, match=r"bias must be \[7\], got \[6\]"):
+        loss(hidden, weight, bias=bias[:6])
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        sampled_targets(teacher, 0, temperature=1.0)
+    with pytest.raises(ValueError, match="exponent must be > 0 and finite, got 0"):
+        sampled_targets(teacher, 1, temperature=1.0, exponent=0.0)
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        sampled_targets(teacher, 1, temperature=-1.0)
+
+
+def test_no_chunk_is_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, teacher, labels, mask = make_batch()
+    hidden, weight, _ = make_head()
+    sizes = []
+
+    def count(logits: Tensor, *args: Any, **settings: Any) -> Any:
+        sizes.append(len(logits))
+        return terms_of(logits, *args, **settings)
+
+    terms_of = sequences.distillation_terms
+    monkeypatch.setattr(sequences, "distillation_terms", count)
+    linear_sequence_terms(hidden, weight, teacher, labels, mask=mask, chunk=3, **SETTINGS)
+    assert sizes == [3, 3]
+    assert isinstance(sampled_targets(teacher, 1, temperature=1.0), SampledTargets)

@@ -1,4 +1,4 @@
-"""Functions of the user's own by their reference, `path/file.py:name`: the way that code comes in."""
+"""Functions of the user's own by reference, `path/file.py:name`: the way that code comes in."""
 
 from __future__ import annotations
 

@@ -90,10 +90,7 @@ def generations(
     Reference:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
     """
-    if isinstance(train_fn, str):
-        reference = train_fn
-    else:
-        reference = function_reference(train_fn)
+    reference = train_fn if isinstance(train_fn, str) else function_reference(train_fn)
     arguments = ["--train", reference, "--rounds", str(rounds)]
     texts = list(settings)
     if resume is None:

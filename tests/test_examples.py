@@ -87,3 +87,10 @@ def test_features_and_logits_in_one_loss(tmp_path: Path) -> None:
     ]
     for name in ("hard_loss", "soft_loss", "hint", "attention", "relations", "val_accuracy"):
         assert re.search(rf"\b{name} \d+\.\d{{3}}", printed[-1])
+
+
+@pytest.mark.parametrize("name", ["timm_task.py", "lightning_callback.py"])
+def test_loops_of_other_libraries_are_born_again(name: str, tmp_path: Path) -> None:
+    found = re.findall(r"generation \d: val (\d+\.\d+)%", run(name, tmp_path))
+    assert len(found) == 3
+    assert all(float(accuracy) > 90 for accuracy in found)

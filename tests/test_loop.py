@@ -18,9 +18,9 @@ from selfkd import Ensemble, Teacher
 from selfkd.checkpoint import load_tensors
 from selfkd.config import load_config
 from selfkd.files import load_json
+from selfkd.functions import function_reference, load_function
 from selfkd.generations import main
 from selfkd.jobs import Row
-from selfkd.functions import function_reference, load_function
 from selfkd.loop import Trial, run_function
 from selfkd.train import fit
 
@@ -186,9 +186,9 @@ def test_a_function_is_known_by_its_file(tmp_path: Path) -> None:
     assert reference == f"{__file__}:steps"
     found = load_function(reference)
     assert found.__name__ == "steps"
-    with pytest.raises(ValueError, match="top level of a .py file"):
+    with pytest.raises(ValueError, match=r"top level of a \.py file"):
         function_reference(lambda trial: None)
-    with pytest.raises(ValueError, match="top level of a .py file"):
+    with pytest.raises(ValueError, match=r"top level of a \.py file"):
         function_reference(fit.__class__)
 
 

@@ -1,0 +1,1 @@
+"""Adapters of `selfkd.Distiller` to training loops of others, each imported by its own name."""

@@ -1,0 +1,24 @@
+"""What the adapters share: a distiller belongs to no module, so nobody else moves it."""
+
+from __future__ import annotations
+
+import torch
+
+from selfkd.distiller import Distiller
+
+
+def place(distiller: Distiller, device: torch.device) -> None:
+    """Move the teacher, where it can be moved, and the projections to `device`, in place."""
+    move = getattr(distiller.teacher, "to", None)
+    if move is not None:
+        move(device)
+    distiller.projections.to(device)
+
+
+def check_processes(distiller: Distiller, processes: int) -> None:
+    """Raise ValueError where the distiller's projections would differ between processes."""
+    if processes > 1 and len(distiller.projections):
+        raise ValueError(
+            "distiller must learn no projections where several processes train, as their "
+            f"gradients are not averaged, got {len(distiller.projections)} in {processes} processes"
+        )

@@ -1,0 +1,333 @@
+"""timm's training task with a distiller's loss: equal to timm's own, in timm's loop."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.task import LogitDistillationTask, TrainingTask, resume_task_checkpoint
+from timm.utils import CheckpointSaver
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from selfkd import Distiller, Ensemble, Teacher, make_model
+from selfkd.integrations.timm import DistillationTask, WithIndex
+from selfkd.losses import distillation_terms
+
+BATCH, CLASSES = 8, 5
+SETTINGS: dict[str, float] = {"temperature": 3.0, "alpha": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(str(Path(folder) / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def make_net() -> nn.Module:
+    """A network of timm's registry without dropout, with batch norm."""
+    return make_model("selfkd_resnet8", {"width": 4}, num_classes=CLASSES, in_chans=3, image_size=8)
+
+
+def make_batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(BATCH, 3, 8, 8), torch.randint(CLASSES, (BATCH,))
+
+
+def gradients(task: nn.Module, inputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Gradients by name, as the task leaves them."""
+    task.zero_grad()
+    task(inputs, target)["loss"].backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in task.named_parameters()
+        if name.startswith("trainable_module") and parameter.grad is not None
+    }
+
+
+# --- the loss ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.5), (3.0, 0.7), (8.0, 1.0)])
+def test_is_timms_own_task_for_one_teacher(temperature: float, alpha: float) -> None:
+    student, teacher = make_net(), make_net()
+    inputs, labels = make_batch()
+    theirs = LogitDistillationTask(
+        copy.deepcopy(student),
+        copy.deepcopy(teacher),
+        nn.CrossEntropyLoss(),
+        task_loss_weight=1 - alpha,
+        distill_loss_weight=alpha,
+        temperature=temperature,
+        verbose=False,
+    ).train()
+    distiller = Distiller(teacher.train(), temperature=temperature, alpha=alpha)
+    ours = DistillationTask(student, distiller).train()
+    assert isinstance(ours, TrainingTask)
+    expected = gradients(theirs, inputs, labels)
+    assert len(expected) == len(list(student.parameters()))
+    torch.testing.assert_close(gradients(ours, inputs, labels), expected)
+    their_result, result = theirs(inputs, labels), ours(inputs, labels)
+    torch.testing.assert_close(result["loss"], their_result["loss"])
+    torch.testing.assert_close(result["output"], their_result["output"])
+    torch.testing.assert_close(result["hard_loss"], their_result["task_loss"].detach())
+    torch.testing.assert_close(result["soft_loss"], their_result["kd_loss"])
+
+
+def test_labels_only_an_ensemble_and_further_terms() -> None:
+    student, members = make_net().eval(), [make_net().eval() for _ in range(3)]
+    inputs, labels = make_batch()
+    logits = student(inputs)
+    plain = DistillationTask(student, Distiller())(inputs, labels)
+    assert set(plain) == {"output", "loss", "hard_loss"}
+    torch.testing.assert_close(plain["loss"], nn.functional.cross_entropy(logits, labels))
+
+    averaged = DistillationTask(student, Distiller(Ensemble(members), **SETTINGS))(inputs, labels)
+    asked = torch.stack([member(inputs) for member in members])
+    expected = distillation_terms(logits, asked, labels, **SETTINGS)
+    torch.testing.assert_close(averaged["loss"], expected.loss)
+
+    distiller = Distiller(
+        members[0], **SETTINGS, terms={"hint": {"student": "head.fc"}}, student=student
+    )
+    result = DistillationTask(student, distiller)(inputs, labels)
+    hint = nn.functional.mse_loss(logits, asked[0])
+    torch.testing.assert_close(result["hint"], hint.detach())
+    soft = distillation_terms(logits, asked[0], labels, **SETTINGS).loss
+    torch.testing.assert_close(result["loss"], soft + hint)
+
+
+class Store:
+    """Stored logits of two views."""
+
+    def __init__(self, images: int) -> None:
+        self.logits = torch.randn(2, images, CLASSES)
+
+    def __call__(self, index: Tensor, view: int) -> Tensor:
+        return self.logits[view][index]
+
+
+def test_stored_targets_are_those_of_the_images_and_the_view() -> None:
+    student, store = make_net().eval(), Store(20)
+    data = WithIndex(TensorDataset(torch.randn(20, 3, 8, 8), torch.randint(CLASSES, (20,))))
+    task = DistillationTask(student, Distiller(targets=store, **SETTINGS))
+    seen = []
+    for inputs, target in DataLoader(data, BATCH, shuffle=True):
+        labels, index = target.T
+        seen += index.tolist()
+        assert torch.equal(inputs, data.dataset.tensors[0][index])
+        assert torch.equal(labels, data.dataset.tensors[1][index])
+        for view in (0, 1):
+            task.view = view
+            expected = distillation_terms(
+                student(inputs), store.logits[view][index], labels, **SETTINGS
+            )
+            torch.testing.assert_close(task(inputs, target)["loss"], expected.loss)
+    assert sorted(seen) == list(range(20))
+    with pytest.raises(ValueError, match="index must be given where targets are stored, got None"):
+        task(inputs, labels)
+
+
+@pytest.mark.parametrize("use_prefetcher", [True, False])
+def test_numbers_come_through_timms_loader(tmp_path: Path, use_prefetcher: bool) -> None:
+    for label in range(2):
+        (tmp_path / str(label)).mkdir()
+        for number in range(3):
+            image = Image.new("RGB", (8, 8), (100 * label + 10 * number,) * 3)
+            image.save(tmp_path / str(label) / f"{number}.png")
+    dataset = timm.data.create_dataset("", str(tmp_path))
+    loader = timm.data.create_loader(
+        WithIndex(dataset),
+        (3, 8, 8),
+        batch_size=3,
+        is_training=True,
+        no_aug=True,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        num_workers=0,
+        device=torch.device("cpu"),
+        use_prefetcher=use_prefetcher,
+    )
+    batches = list(loader)
+    target = torch.cat([target for _, target in batches])
+    assert sorted(target.tolist()) == [[0, 0], [0, 1], [0, 2], [1, 3], [1, 4], [1, 5]]
+    brightness = torch.cat([inputs for inputs, _ in batches]).mean((1, 2, 3)) * 255
+    torch.testing.assert_close(brightness, (100 * target[:, 0] + 10 * (target[:, 1] % 3)).float())
+    task = DistillationTask(make_net(), Distiller(targets=Store(6)))
+    assert task(*batches[0])["output"].shape == (3, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (torch.rand(BATCH, CLASSES), TypeError, r"indices, got torch.float32 .*Mixup"),
+        (torch.rand(BATCH, 2), TypeError, "target must be class indices"),
+        (torch.zeros(BATCH, 3).long(), ValueError, r"label and index .*, got \[8, 3\]"),
+        (torch.tensor(1), ValueError, r"target must be labels \[batch\].*, got \[\]"),
+    ],
+)
+def test_other_targets_are_refused(target: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DistillationTask(make_net(), Distiller())(make_batch()[0], target)
+
+
+def test_mixup_of_timm_is_refused() -> None:
+    mixup = timm.data.Mixup(mixup_alpha=0.2, num_classes=CLASSES)
+    with pytest.raises(TypeError, match="turn off what mixes labels"):
+        DistillationTask(make_net(), Distiller())(*mixup(*make_batch()))
+
+
+def test_data_sets_without_numbers_are_refused() -> None:
+    with pytest.raises(TypeError, match="length and items by number, got list_iterator"):
+        WithIndex(iter([]))
+
+
+# --- what a loop does to a task ----------------------------------------------------------------
+
+
+def test_the_teacher_stays_as_it_is_and_outside() -> None:
+    teacher = Teacher(make_net())
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    task = DistillationTask(make_net(), Distiller(teacher, **SETTINGS)).train()
+    gradients(task, *make_batch())
+    assert task.trainable_module.training
+    assert not any(module.training for module in teacher.module.modules())
+    after = teacher.module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {name.split(".")[0] for name in task.state_dict()} == {"trainable_module"}
+    assert len(list(task.parameters())) == len(list(task.trainable_module.parameters()))
+
+
+def test_the_teacher_moves_with_the_task() -> None:
+    ensemble = Ensemble([make_net(), make_net()])
+    task = DistillationTask(make_net(), Distiller(ensemble)).to("meta")
+    devices = {p.device.type for member in ensemble.members for p in member.module.parameters()}
+    assert devices == {"meta"} == {task.device.type}
+    assert DistillationTask(make_net(), Distiller(lambda inputs: inputs)).to("meta")
+
+
+def test_micro_batches_have_the_gradient_of_the_whole() -> None:
+    student = make_net().eval()  # batch norm would see the split
+    task = DistillationTask(student, Distiller(make_net(), **SETTINGS))
+    inputs, labels = make_batch()
+    whole = gradients(task, inputs, labels)
+    task.zero_grad()
+    for part in torch.arange(BATCH).chunk(4):
+        with task.no_sync():
+            (task(inputs[part], labels[part])["loss"] / 4).backward()
+    parts = {f"trainable_module.{name}": p.grad for name, p in student.named_parameters()}
+    torch.testing.assert_close(parts, whole)
+
+
+def test_compiled_it_is_the_same() -> None:
+    task = DistillationTask(make_net(), Distiller(make_net(), **SETTINGS)).train()
+    batch = make_batch()
+    expected = list(gradients(task, *batch).values())
+    compiled = task.compile(backend="eager")
+    assert compiled is task.get_eval_model() is task.trainable_module
+    torch.testing.assert_close(list(gradients(task, *batch).values()), expected)
+
+
+@pytest.mark.usefixtures("group")
+def test_distributed_it_is_the_same() -> None:
+    task = DistillationTask(make_net(), Distiller(make_net(), **SETTINGS)).train()
+    batch = make_batch()
+    expected = list(gradients(task, *batch).values())
+    assert task.prepare_distributed() is task
+    assert isinstance(task.trainable_module, DistributedDataParallel)
+    torch.testing.assert_close(list(gradients(task, *batch).values()), expected)
+
+
+def test_a_copy_trains_by_itself() -> None:
+    task = DistillationTask(make_net(), Distiller(make_net(), **SETTINGS)).train()
+    batch = make_batch()
+    twin = copy.deepcopy(task)
+    torch.testing.assert_close(gradients(twin, *batch), gradients(task, *batch))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert all(parameter.any() for parameter in task.parameters() if parameter.ndim > 1)
+    assert twin.distiller.teacher.module is not task.distiller.teacher.module
+
+
+def projecting(student: nn.Module) -> Distiller:
+    hint: dict[str, Any] = {"student": "head.fc", "project": (CLASSES, CLASSES)}
+    return Distiller(make_net(), **SETTINGS, terms={"hint": hint}, student=student)
+
+
+def test_projections_are_trained_clipped_and_saved(tmp_path: Path) -> None:
+    student = make_net()
+    task = DistillationTask(student, projecting(student))
+    optimizer = create_optimizer_v2(task, opt="sgd", lr=0.1)
+    learnt = list(task.distiller.parameters())
+    ids = {id(parameter) for parameter in task.get_clip_parameters()}
+    assert ids == {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert {id(parameter) for parameter in learnt} < ids
+    before = [parameter.clone() for parameter in learnt]
+    for _ in range(2):
+        optimizer.zero_grad()
+        task(*make_batch())["loss"].backward()
+        optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, learnt, strict=True))
+
+    task.setup_ema()
+    path = tmp_path / "last.pth.tar"
+    CheckpointSaver(student, optimizer, checkpoint_dir=tmp_path, task=task)._save(path, epoch=3)
+    saved = torch.load(path, weights_only=False)
+    assert set(saved["state_dict"]) == set(student.state_dict())
+    assert set(saved["task_state"]) == set(task.distiller.state_dict())
+    assert "task_state_ema" not in saved
+    fresh = make_net()
+    resumed = DistillationTask(fresh, projecting(fresh))
+    assert resume_task_checkpoint(resumed, path, weights_only=False, log_info=False) == 4
+    torch.testing.assert_close(fresh.state_dict(), student.state_dict())
+    torch.testing.assert_close(resumed.distiller.state_dict(), task.distiller.state_dict())
+
+
+def test_projections_in_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    student = make_net()
+    with pytest.raises(ValueError, match=r"learn no projections .*, got 1 in 2 processes"):
+        DistillationTask(student, projecting(student)).prepare_distributed()
+
+
+def test_generations_in_one_process() -> None:
+    inputs, labels = make_batch()
+    distiller, taught = Distiller(), []
+    for generation in range(3):
+        torch.manual_seed(generation)
+        task = DistillationTask(make_net(), distiller).train()
+        optimizer = create_optimizer_v2(task, opt="sgd", lr=0.05)
+        task.setup_ema(decay=0.0)
+        losses = []
+        for _ in range(6):
+            loss = task(inputs, labels)["loss"]
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            task.update_ema()
+        assert losses[-1] < losses[0]
+        last = task.get_eval_model().eval()
+        torch.testing.assert_close(task.get_eval_model(ema=True).eval()(inputs), last(inputs))
+        if distiller.teacher is not None:  # which went on answering as the generation before
+            torch.testing.assert_close(distiller.teacher(inputs), taught[-1])
+        taught.append(last(inputs).detach())
+        distiller = Distiller(Teacher(last), **SETTINGS)
+    assert not torch.equal(taught[1], taught[2])

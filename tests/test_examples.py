@@ -94,3 +94,10 @@ def test_loops_of_other_libraries_are_born_again(name: str, tmp_path: Path) -> N
     found = re.findall(r"generation \d: val (\d+\.\d+)%", run(name, tmp_path))
     assert len(found) == 3
     assert all(float(accuracy) > 90 for accuracy in found)
+
+
+def test_a_transformer_of_half_the_depth_learns_from_a_whole_one(tmp_path: Path) -> None:
+    printed = run("transformers_trainer.py", tmp_path)
+    found = dict(re.findall(r"^(.+?) +(\d+\.\d) %$", printed, flags=re.MULTILINE))
+    assert list(found) == ["teacher", "labels only", "distilled", "generation 2"]
+    assert all(float(accuracy) > 80 for accuracy in found.values())

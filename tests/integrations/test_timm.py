@@ -28,8 +28,12 @@ SETTINGS: dict[str, float] = {"temperature": 3.0, "alpha": 0.7}
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the networks are too small for more
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from selfkd.integrations.transformers import (  # noqa: E402
 )
 
 VOCABULARY, CLASSES = 64, 4
-EXAMPLE = Path(__file__).parents[2] / "examples" / "transformers_trainer.py"
 EVERY_TERM = {
     "temperature": 3.0, "alpha": 0.7,
     "hidden_weight": 0.5, "cosine_weight": 0.25, "attention_weight": 2.0,
@@ -262,8 +261,12 @@ def test_terms_are_averaged_over_the_interval(tmp_path: Path) -> None:
     assert len(logs) == 2
     assert "hard_loss" not in last
     for log in logs:  # an epoch each, nothing learned; a mean over labels, steps are of 8 rows
-        for name in ("hard_loss", "soft_loss"):
-            np.testing.assert_allclose(log[name], expected[name], rtol=1e-3)
+        for name in ("hard_loss", "soft_loss"):  # means over labels, as many in each step
+            np.testing.assert_allclose(log[name], expected[name], rtol=1e-5)
+        further = ("hidden", "cosine", "attention")  # over tokens and pairs: steps have not as many
+        weighed = 0.3 * log["hard_loss"] + 0.7 * log["soft_loss"]
+        weighed += sum(EVERY_TERM[f"{name}_weight"] * log[f"{name}_loss"] for name in further)
+        np.testing.assert_allclose(log["loss"], weighed, rtol=1e-5)
         np.testing.assert_allclose(log["hidden_loss"], expected["hidden_loss"], rtol=0.1)
 
 
@@ -316,7 +319,8 @@ def test_resuming_equals_not_having_stopped(tmp_path: Path) -> None:
             max_steps=4, optim="adamw_torch",
             learning_rate=0.01, save_strategy="steps", save_steps=2, logging_steps=2,
         )  # fmt: skip
-        torch.nn.init.zeros_(trainer.projection.linear.weight) if resume else None
+        if resume:
+            nn.init.zeros_(trainer.projection.linear.weight)
         trainer.train(resume_from_checkpoint=resume)
         return [*trainer.model.parameters(), *trainer.projection.parameters()]
 
@@ -420,7 +424,7 @@ def test_two_generations_learn(tmp_path: Path) -> None:
     def fit(student: Any, teacher: Any, **settings: Any) -> Any:
         trainer = make_trainer(
             student, teacher, rows, tmp_path, settings=settings, max_steps=120, optim="adamw_torch",
-            learning_rate=3e-3, per_device_train_batch_size=32,
+            learning_rate=3e-3, per_device_train_batch_size=32, logging_steps=60,
         )  # fmt: skip
         trainer.train()
         return trainer

@@ -1,0 +1,439 @@
+"""Distillation in Lightning: of a module as it is, and of one that knows of it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from selfkd import Distiller, Ensemble, Teacher
+from selfkd.losses import distillation_terms
+
+pl = pytest.importorskip("lightning.pytorch")
+
+from selfkd.integrations.lightning import DistillationCallback, DistillationMixin  # noqa: E402
+
+IMAGES, FEATURES, CLASSES = 16, 4, 3
+SETTINGS: dict[str, float] = {"temperature": 3.0, "alpha": 0.7}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the networks are too small for more
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+class Plain(pl.LightningModule):
+    """Knows of labels only; keeps what happens to it."""
+
+    def __init__(self, *, calls: str = "self", answer: str = "loss") -> None:
+        super().__init__()
+        self.model = make_net()
+        self.calls, self.answer = calls, answer
+        self.seen: list[Tensor] = []
+        self.logged: list[dict[str, float]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.model(inputs)
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs = 2 * batch[0]  # an augmentation that the teacher must see too
+        if self.calls == "self":
+            logits = self(inputs)
+        elif self.calls == "keyword":
+            logits = self(inputs=inputs)
+        elif self.calls == "twice":
+            logits = self(inputs) + self(inputs)
+        else:
+            logits = self.model(inputs)
+        loss = F.cross_entropy(logits, batch[1])
+        self.log("own_loss", loss)
+        return {"loss": loss, "none": None}.get(self.answer, {"loss": loss, "extra": 7})
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        values = self.trainer.callback_metrics
+        self.logged.append({name: float(value) for name, value in values.items()})
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+        self.seen.extend([torch.cat(gradients)] if gradients else [])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_data(*, index: bool = False) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(IMAGES, FEATURES, generator=generator)
+    labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
+    return TensorDataset(inputs, labels, *([torch.arange(IMAGES)] if index else []))
+
+
+def make_trainer(*callbacks: Any, **settings: Any) -> Any:
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    fixed = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **quiet}
+    return pl.Trainer(callbacks=list(callbacks), **(fixed | settings))
+
+
+def fit(module: Any, distiller: Distiller, *, path: str = "", batch: int = 8, **settings: Any):
+    """Fit with the callback; returns the trainer."""
+    trainer = make_trainer(DistillationCallback(distiller, path=path), **settings)
+    index = distiller.targets is not None
+    trainer.fit(module, DataLoader(make_data(index=index), batch))
+    return trainer
+
+
+def expected_gradient(net: nn.Module, asked: Tensor, rows: slice = slice(None)) -> Tensor:
+    inputs, labels = (tensor[rows] for tensor in make_data().tensors)
+    loss = distillation_terms(net(2 * inputs), asked, labels, **SETTINGS).loss
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+
+def projecting(student: nn.Module) -> Distiller:
+    terms: dict[str, Any] = {"hint": {"student": "model.0", "teacher": "0", "project": (8, 8)}}
+    return Distiller(make_net(), **SETTINGS, terms=terms, student=student)
+
+
+# --- the callback ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["loss", "dict"])
+@pytest.mark.parametrize(
+    ("calls", "path"), [("self", ""), ("keyword", ""), ("model", "model"), ("self", "model")]
+)
+def test_a_module_as_it_is_gets_the_distillers_gradient(calls: str, path: str, answer: str) -> None:
+    module, teacher = Plain(calls=calls, answer=answer), make_net()
+    start = copy.deepcopy(module.model)
+    fit(module, Distiller(teacher, **SETTINGS), path=path, batch=IMAGES)
+    inputs, labels = make_data().tensors
+    asked = teacher(2 * inputs).detach()
+    torch.testing.assert_close(module.seen, [expected_gradient(start, asked)])
+    terms = distillation_terms(start(2 * inputs).detach(), asked, labels, **SETTINGS)
+    (logged,) = module.logged
+    for name, value in terms._asdict().items():
+        assert logged[f"distill/{name}"] == pytest.approx(float(value))
+    own_loss = F.cross_entropy(start(2 * inputs).detach(), labels)
+    assert logged["own_loss"] == pytest.approx(float(own_loss))
+
+
+def test_labels_only_an_ensemble_and_further_terms() -> None:
+    module, members = Plain(), [make_net(), make_net()]
+    start = copy.deepcopy(module.model)
+    averaged = copy.deepcopy(module)
+    fit(averaged, Distiller(Ensemble(members), **SETTINGS), batch=IMAGES)
+    asked = torch.stack([member(2 * make_data().tensors[0]) for member in members]).detach()
+    torch.testing.assert_close(averaged.seen, [expected_gradient(start, asked)])
+
+    plain = copy.deepcopy(module)
+    fit(plain, Distiller(), batch=IMAGES)
+    assert plain.logged[0]["distill/loss"] == pytest.approx(plain.logged[0]["own_loss"])
+
+    terms = {"hint": {"student": "model.2", "teacher": "2"}}
+    fit(module, Distiller(members[0], **SETTINGS, terms=terms, student=module), batch=IMAGES)
+    hint = F.mse_loss(start(2 * make_data().tensors[0]).detach(), asked[0])
+    assert module.logged[0]["distill/hint"] == pytest.approx(float(hint))
+
+
+def test_stored_targets_are_those_of_the_images_and_the_view() -> None:
+    stored = torch.randn(2, IMAGES, CLASSES)
+
+    def targets(index: Tensor, view: int) -> Tensor:
+        return stored[view][index]
+
+    for view in (0, 1):
+        module = Plain()
+        start = copy.deepcopy(module.model)
+        callback = DistillationCallback(Distiller(targets=targets, **SETTINGS))
+        callback.view = view
+        loader = DataLoader(make_data(index=True), IMAGES, shuffle=True)
+        make_trainer(callback).fit(module, loader)
+        torch.testing.assert_close(module.seen, [expected_gradient(start, stored[view])])
+
+
+def test_accumulated_batches_have_the_gradient_of_the_whole() -> None:
+    module, teacher = Plain(), make_net()
+    whole = copy.deepcopy(module)
+    fit(whole, Distiller(teacher, **SETTINGS), batch=IMAGES)
+    fit(module, Distiller(teacher, **SETTINGS), batch=4, accumulate_grad_batches=4)
+    assert len(module.logged) == 4
+    torch.testing.assert_close(module.seen, whole.seen)
+
+
+def test_mixed_precision() -> None:
+    class Asked(nn.Module):
+        """Keeps the precision in which it answers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.dtypes = make_net(), set()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits: Tensor = self.model(inputs)
+            self.dtypes.add(logits.dtype)
+            return logits
+
+    module, teacher = Plain(), Teacher(Asked())
+    start = copy.deepcopy(module.model)
+    fit(module, Distiller(teacher, **SETTINGS), batch=IMAGES, precision="bf16-mixed")
+    assert teacher.module.dtypes == {torch.bfloat16}
+    assert module.seen[0].dtype == torch.float32
+    expected = expected_gradient(start, teacher.module.model(2 * make_data().tensors[0]))
+    torch.testing.assert_close(module.seen[0], expected, rtol=0.05, atol=0.01)
+
+
+def test_compiled_it_is_the_same() -> None:
+    module, teacher = Plain(), make_net()
+    other = copy.deepcopy(module)
+    fit(module, Distiller(teacher, **SETTINGS))
+    other.model.compile(backend="eager")
+    fit(other, Distiller(teacher, **SETTINGS))
+    torch.testing.assert_close(other.seen, module.seen)
+
+
+class Interrupts(pl.Callback):
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise ArithmeticError("stopped in the middle")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_module_is_as_before_after_a_fit_or_an_error(interrupted: bool) -> None:
+    module = Plain()
+    callbacks = [DistillationCallback(Distiller(make_net()))]
+    if interrupted:
+        with pytest.raises(ArithmeticError, match="in the middle"):
+            make_trainer(*callbacks, Interrupts()).fit(module, DataLoader(make_data(), 8))
+    else:
+        make_trainer(*callbacks).fit(module, DataLoader(make_data(), 8))
+    assert module.training_step.__func__ is Plain.training_step
+    assert not hasattr(module.training_step, "__wrapped__")
+    assert not any(part._forward_hooks for part in module.modules())
+    count = len(module.seen)
+    make_trainer().fit(module, DataLoader(make_data(), IMAGES))
+    assert len(module.seen) == count + 1
+    assert "distill/loss" not in module.logged[-1]
+
+
+def test_a_step_of_the_modules_own_comes_back() -> None:
+    module = Plain()
+
+    @functools.wraps(module.training_step)
+    def step(batch: Any, batch_idx: int) -> Any:
+        return Plain.training_step(module, batch, batch_idx)
+
+    module.training_step = step
+    fit(module, Distiller(make_net()))
+    assert module.training_step is step
+    assert "distill/soft_loss" in module.logged[0]
+
+
+def test_a_step_that_is_skipped_stays_skipped() -> None:
+    module = Plain(answer="none")
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit(module, Distiller(make_net()))
+    assert not module.seen
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in what was loaded."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
+
+
+def test_checkpoints_hold_no_teacher_and_resume_the_same(tmp_path: Path) -> None:
+    def make() -> tuple[Plain, Distiller]:
+        torch.manual_seed(5)
+        module = Plain()
+        return module, projecting(module)
+
+    def run(epochs: int, resume: Path | None = None) -> tuple[Plain, Distiller, Any]:
+        module, distiller = make()
+        trainer = make_trainer(DistillationCallback(distiller), max_epochs=epochs)
+        trainer.fit(module, DataLoader(make_data(), 8), ckpt_path=resume)
+        return module, distiller, trainer
+
+    path = tmp_path / "last.ckpt"
+    _, half, trainer = run(1)
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    assert set(saved["state_dict"]) == set(Plain().state_dict())
+    known = [t.shape for t in half.teacher.module.state_dict().values()]
+    assert known  # of the same shapes as the student's, so values are compared
+    for value in tensors(saved):
+        for weight in half.teacher.module.state_dict().values():
+            assert value.shape != weight.shape or not torch.equal(value, weight)
+    whole, learnt, _ = run(2)
+    resumed, learnt_again, _ = run(2, path)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(learnt_again.state_dict(), learnt.state_dict(), rtol=0, atol=0)
+    fresh = make()[1].state_dict()
+    assert any(not torch.equal(fresh[name], value) for name, value in half.state_dict().items())
+    plain = fit(Plain(), Distiller(make_net()))
+    plain.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)["callbacks"] == {}
+
+
+def test_generations_in_one_process() -> None:
+    distiller, taught = Distiller(), []
+    inputs = make_data().tensors[0]
+    for generation in range(3):
+        torch.manual_seed(generation)
+        module = Plain()
+        fit(module, distiller, max_epochs=3)
+        if distiller.teacher is not None:  # which went on answering as the generation before
+            torch.testing.assert_close(distiller.teacher(inputs), taught[-1])
+            assert "distill/soft_loss" in module.logged[0]
+        first, last = (module.logged[step]["distill/loss"] for step in (0, -2))  # the same batch
+        assert last < first
+        taught.append(module(inputs).detach())
+        distiller = Distiller(Teacher(module), **SETTINGS)
+    assert not torch.equal(taught[1], taught[2])
+
+
+class Manual(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Several(Plain):
+    def forward(self, inputs: Tensor) -> Any:
+        return {"logits": self.model(inputs)}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = F.cross_entropy(self(batch[0])["logits"], batch[1])
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "error", "message"),
+    [
+        (Plain(calls="model"), "", RuntimeError, "LightningModule must be called once.*got 0"),
+        (Plain(calls="twice"), "", RuntimeError, "called once in training_step, got 2 calls"),
+        (Plain(calls="twice"), "model", RuntimeError, "submodule 'model' must be called once"),
+        (Plain(), "net", ValueError, "path must be that of a submodule, got 'net'"),
+        (Several(), "", TypeError, "must return a tensor of logits, got dict"),
+        (Manual(), "", ValueError, "automatic_optimization must be True, got False"),
+    ],
+)
+def test_modules_that_do_not_fit_are_refused(
+    module: Any, path: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fit(module, Distiller(make_net()), path=path)
+    assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("collate", "got"),
+    [
+        (lambda rows: {0: torch.stack([r[0] for r in rows]), 1: torch.zeros(8).long()}, "dict"),
+        (lambda rows: (torch.stack([r[0] for r in rows]), torch.zeros(8).long(), 1, 2), "of 4"),
+    ],
+)
+def test_other_batches_are_refused(collate: Any, got: str) -> None:
+    trainer = make_trainer(DistillationCallback(Distiller(make_net())))
+    with pytest.raises(TypeError, match=rf"batch must be \(inputs, labels\) or.*got .*{got}: use"):
+        trainer.fit(Plain(), DataLoader(make_data(), 8, collate_fn=collate))
+
+
+class Fitting:
+    """What `on_fit_start` sees of a trainer."""
+
+    def __init__(self, module: Any, world_size: int) -> None:
+        self.optimizers, self.world_size = [module.configure_optimizers()], world_size
+
+
+def test_projections_in_several_processes_are_refused() -> None:
+    module = Plain()
+    callback = DistillationCallback(projecting(module))
+    with pytest.raises(ValueError, match=r"learn no projections .*, got 1 in 2 processes"):
+        callback.on_fit_start(Fitting(module, 2), module)
+
+
+def test_the_teacher_and_the_projections_move_to_the_students_device() -> None:
+    module = Plain()
+    distiller = projecting(module)
+    module.to("meta")
+    DistillationCallback(distiller).on_fit_start(Fitting(module, 1), module)
+    learnt = list(distiller.parameters())
+    assert {p.device.type for p in [*learnt, *distiller.teacher.module.parameters()]} == {"meta"}
+
+
+# --- the mixin ---------------------------------------------------------------------------------
+
+
+class Mixed(DistillationMixin, Plain):
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.distiller = distiller
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels, *index = batch
+        return self.distillation_loss(
+            self(2 * inputs), labels, inputs=2 * inputs, index=index[0] if index else None
+        )
+
+
+def test_the_mixin_is_the_same_loss() -> None:
+    teacher = make_net()
+    module = Mixed(Distiller(teacher, **SETTINGS))
+    plain = Plain()
+    plain.load_state_dict(module.state_dict())  # which holds nothing of the teacher
+    make_trainer(max_epochs=2).fit(module, DataLoader(make_data(), 8))
+    fit(plain, Distiller(teacher, **SETTINGS), max_epochs=2)
+    torch.testing.assert_close(module.seen, plain.seen)
+    ours, theirs = (
+        [{k: v for k, v in log.items() if k.startswith("distill/")} for log in m.logged]
+        for m in (module, plain)
+    )
+    assert ours == theirs
+    assert set(ours[0]) == {"distill/loss", "distill/hard_loss", "distill/soft_loss"}
+
+
+def test_the_mixin_moves_them_too() -> None:
+    module = Mixed(Distiller())
+    module.distiller = projecting(module)
+    module.to("meta")
+    inputs, labels = (tensor.to("meta") for tensor in make_data().tensors)
+    module.log_dict = lambda *args, **kwargs: None
+    assert module.distillation_loss(module(inputs), labels, inputs=inputs).device.type == "meta"
+
+
+def test_the_mixin_is_for_lightning_modules() -> None:
+    with pytest.raises(TypeError, match="self must be a LightningModule, got DistillationMixin"):
+        DistillationMixin().distillation_loss(torch.ones(1, 2), torch.tensor([0]))
+
+
+def test_without_lightning_the_extra_is_named() -> None:
+    code = "import sys; sys.modules['lightning'] = None; import selfkd.integrations.lightning"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: lightning must be installed" in result.stderr
+    assert "pip install 'selfkd[lightning]'" in result.stderr

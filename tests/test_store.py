@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -649,19 +650,21 @@ def test_other_shards_are_refused_not_mixed(tmp_path):
     assert whole(tmp_path, manifest) == ["whole"] * 3
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """The kernel refuses to write more than 20,000 bytes to a file."""
+    """The kernel refuses to write more than 20,000 bytes to a file: also to the log of the tests,
+    so for as short as can be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_shard_that_finds_no_room_leaves_none(tmp_path):
     manifest = make_manifest(images=20_000, shard_size=20_000)
-    with pytest.raises(OSError, match=r"too large.*shard_00000") as caught:
+    with pytest.raises(OSError, match=r"too large.*shard_00000") as caught, small_files():
         write_shard(tmp_path, manifest, view=0, shard=0, logits=torch.zeros(20_000, CLASSES))
     assert caught.value.errno == errno.EFBIG
     assert whole(tmp_path, manifest) == ["absent"]

@@ -107,7 +107,7 @@ def main() -> None:
         print(f"{name:13} {100 * accuracy(model, unseen):5.1f} %", flush=True)
 
     teacher = make_model(layers=4, seed=arguments.seed)
-    fit(teacher, teacher, rows, arguments.steps, alpha=0.0)  # of labels only, itself not asked
+    fit(teacher, teacher, rows, arguments.steps, alpha=0.0)  # alpha 0: by labels only
     report("teacher", teacher)
 
     plain = make_model(layers=2, seed=arguments.seed + 1)

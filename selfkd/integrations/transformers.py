@@ -66,7 +66,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         teacher: a frozen copy is taken (`selfkd.Teacher`); its inputs are the student's. It is in
             no checkpoint.
         temperature: T, above 0.
-        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
+        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
+            is still asked, for soft_loss in the log.
         hidden_weight: of the mean squared error of hidden states, at least 0.
         cosine_weight: of 1 - cos of the student's last hidden states and the teacher's, at least 0.
         attention_weight: of the mean squared error of attention probabilities, at least 0. Both

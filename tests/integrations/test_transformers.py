@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ EVERY_TERM = {
     "temperature": 3.0, "alpha": 0.7,
     "hidden_weight": 0.5, "cosine_weight": 0.25, "attention_weight": 2.0,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads as cores slow tiny models down where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_bert(kind: str = "SequenceClassification", *, layers: int, **changes: Any) -> Any:

@@ -17,6 +17,7 @@ from selfkd.data import Data, load_data
 from selfkd.files import load_json
 from selfkd.models import make_model, parameters_count
 from selfkd.specialists import Specialist, combine
+from selfkd.storage import as_path
 from selfkd.store import Manifest, data_key
 from selfkd.teacher import Teacher
 from selfkd.train import predict
@@ -108,7 +109,7 @@ class Bench:
         Raises:
             ValueError: it was trained for other classes.
         """
-        tensors, facts = load_tensors(Path(checkpoint))
+        tensors, facts = load_tensors(as_path(checkpoint))
         here = self.data.class_names
         if sorted(facts["classes"]) != sorted(here):
             raise ValueError(
@@ -136,7 +137,7 @@ class Bench:
 
     def hash(self, checkpoint: str) -> str:
         """Return the hash by which a checkpoint's answers are kept."""
-        path = Path(checkpoint)
+        path = as_path(checkpoint)
         facts = load_json(path) if path.suffix == ".json" else load_tensors(path)[1]
         return str(facts["hash"])
 
@@ -154,7 +155,7 @@ class Bench:
         """
         generalist, *others = _parts(checkpoint)
         logits = self._predict(self.teacher(generalist), split, view, rows)
-        if Path(checkpoint).suffix != ".json":
+        if as_path(checkpoint).suffix != ".json":
             return logits
         specialists = []
         for part in others:
@@ -196,7 +197,7 @@ class Bench:
 
 
 def _parts(checkpoint: str) -> list[str]:
-    path = Path(checkpoint)
+    path = as_path(checkpoint)
     if path.suffix != ".json":
         return [checkpoint]
     return [str(path.parent / part) for part in load_json(path)["parts"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfkd.files import replace
+from selfkd.files import fetch, replace
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -44,7 +45,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(dict(facts), sort_keys=True)
     mark = _hash(own, text)
-    replace(path, lambda beside: save_file(own, beside, metadata={"facts": text, "hash": mark}))
+
+    def write(beside: str) -> None:
+        try:
+            save_file(own, beside, metadata={"facts": text, "hash": mark})
+        except SafetensorError as error:  # it gives the system's error as text only
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error), str(path)) from None
+
+    replace(path, write)
     return mark
 
 
@@ -61,7 +70,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(fetch(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfkd.config import ConfigError
+from selfkd.storage import as_path
 
 
 @contextmanager
@@ -80,4 +81,4 @@ def _check_storage(nodes: list[dict[str, str]], storage: Path) -> None:
 
 @ray.remote(num_cpus=0)
 def _sees(path: str) -> bool:
-    return Path(path).exists()
+    return as_path(path).exists()

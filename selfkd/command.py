@@ -8,7 +8,6 @@ import importlib
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,8 +22,11 @@ from rich.console import Console
 
 from selfkd.config import Config, ConfigError, load_config, merge_settings
 from selfkd.console import Follower, make_console
+from selfkd.files import remove_tree
 from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
+from selfkd.lock import Lock, LockedError
+from selfkd.storage import as_path
 from selfkd.tracking import NoTracker, make_tracker
 
 INTERRUPTED = 130
@@ -108,9 +109,9 @@ class Command:
             self.check(config)
             stem = (self.stem or config.data.name).replace("/", "-")
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-            path = Path(config.storage).expanduser() / (config.name or now)
+            path = as_path(config.storage).expanduser() / (config.name or now)
             return RunFolder.create(path, config, command=self.name), config
-        folder, stored = RunFolder.open(Path(arguments.resume))
+        folder, stored = RunFolder.open(as_path(arguments.resume))
         folder.check_command(self.name)
         if arguments.config:
             flags = {"rounds": stored.rounds, "name": stored.name} | {
@@ -129,7 +130,10 @@ class Command:
         notes = []
         if not self.is_finished(config, folder):
             try:
-                notes = self._train(console, folder, config, verbose=arguments.verbose)
+                with Lock(folder.path):
+                    notes = self._train(console, folder, config, verbose=arguments.verbose)
+            except LockedError:
+                raise
             except ConfigError:
                 if arguments.resume is None:
                     _remove_if_empty(folder)
@@ -145,7 +149,7 @@ class Command:
         from selfkd.cluster import connect
 
         resources, name = config.resources, folder.path.name
-        tracker = make_tracker(config, name=name, run_id=folder.run_id, folder=folder.path)
+        tracker = make_tracker(config, name=name, run_id=folder.run_id, folder=folder.local)
         console.print(tracker.description, soft_wrap=True)
         meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
         meanwhile.start()
@@ -164,6 +168,7 @@ class Command:
                     self.work(config, folder, pool, follower, tracker)
         finally:
             tracker.close()
+            folder.bring("wandb")
         cost = _cost(time.perf_counter() - start, follower.train_seconds, workers)
         return [*follower.notes, cost, tracker.description]
 
@@ -205,7 +210,7 @@ def _at_home(config: Config) -> Config:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(as_path(path).expanduser().absolute())
 
 
 def _import_the_rest() -> None:
@@ -237,7 +242,7 @@ def _fault(error: Exception) -> int:
 def _remove_if_empty(folder: RunFolder) -> None:
     """Remove the folder of a run that never began, so that its name is free again."""
     if not any(folder.path.glob("*/*/result.json")):
-        shutil.rmtree(folder.path)
+        remove_tree(folder.path)
 
 
 def everyone(*listeners: object) -> Any:

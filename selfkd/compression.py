@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfkd.config import Config, ConfigError, ModelConfig, Source, to_tree
-from selfkd.files import load_json, save_json
+from selfkd.files import link, load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
-from selfkd.ledger import RunFolder, link
+from selfkd.ledger import RunFolder
 from selfkd.space import Distribution, Point, Points
 from selfkd.statistics import Interval, mean_interval, ratio_interval
+from selfkd.storage import as_path
 from selfkd.trials import (
     Listener,
     Plan,
@@ -82,7 +83,7 @@ def find_members(run: str) -> list[Path]:
     Raises:
         ConfigError: it has none.
     """
-    folder, _ = RunFolder.open(Path(run))
+    folder, _ = RunFolder.open(as_path(run))
     rows = [result["models"][0] for result in folder.results()]
     made = folder.path / f"{MEMBERS}.json"
     if made.exists():
@@ -217,7 +218,7 @@ class _Compression:
                 self.listener.noted(f"only {len(trained)} of the {count} members could be trained")
         members = [*trained, *adopted]
         for row in members:
-            row["checkpoint"] = self.folder.relative(Path(row["checkpoint"]))
+            row["checkpoint"] = self.folder.relative(as_path(row["checkpoint"]))
         return sorted(members, key=lambda row: (-row["val_accuracy"], row["val_nll"]))
 
     # --- what teaches ---
@@ -278,7 +279,7 @@ class _Compression:
             "teachers": [
                 {
                     "hash": row["hash"],
-                    "checkpoint": self.folder.relative(Path(row["checkpoint"])),
+                    "checkpoint": self.folder.relative(as_path(row["checkpoint"])),
                     "weight": weight,
                 }
                 for row, weight in zip(members, weights, strict=True)
@@ -314,7 +315,7 @@ class _Compression:
         hashes = [generalist["hash"], *(row["hash"] for row in rows)]
         mark = hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
         save = self._source("specialists_parts.json")
-        above = [f"../{self.folder.relative(Path(part))}" for part in parts]
+        above = [f"../{self.folder.relative(as_path(part))}" for part in parts]
         save_json(save, {"hash": mark, "parts": above})
         row = {"hash": mark, "checkpoint": self.folder.relative(save)}
         return {"teachers": [row], "classes": clusters}

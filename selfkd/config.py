@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from selfkd.space import Distribution, Point
 
 Tree = dict[str, Any]
+STORAGES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -244,7 +245,7 @@ class Config:
     """Of the split, the views, the search and every trial."""
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
     storage: str = "runs"
-    """Folder that holds the run folders."""
+    """Folder that holds the run folders, or its URI, such as s3://bucket/runs."""
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 16}))
     student: ModelConfig | None = None
@@ -265,8 +266,12 @@ class Config:
     @field_validator("storage")
     @classmethod
     def _is_a_folder(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError(f"must be a folder (one that all nodes see), got {value!r}")
+        scheme = value.partition("://")[0] if "://" in value else None
+        if scheme is not None and (scheme not in STORAGES or "?" in value):
+            raise ValueError(
+                "must be a folder that all nodes see, or a URI that starts with one of "
+                f"{', '.join(STORAGES)} and has no query, got {value!r}"
+            )
         return value
 
     @field_validator("student", mode="before")

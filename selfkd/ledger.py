@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
 from pathlib import Path
 
 from selfkd.config import (
@@ -15,8 +13,9 @@ from selfkd.config import (
     from_tree,
     parse_yaml,
 )
-from selfkd.files import load_json, save_json, save_text
+from selfkd.files import cache_folder, link, load_json, save_json, save_text
 from selfkd.jobs import Row
+from selfkd.storage import RemotePath, as_path
 
 RESUMABLE = (
     *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
@@ -48,11 +47,12 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True)
-            save_text(path / "run_id", f"{path.name}-{secrets.token_hex(4)}")
-            save_text(path / "command", command)
-            save_text(path / "config.yaml", dump_config(config))
+            save_text(path / "run_id", f"{path.name}-{secrets.token_hex(4)}", patience=0)
+            save_text(path / "command", command, patience=0)
+            save_text(path / "config.yaml", dump_config(config), patience=0)
         except OSError as error:
-            raise ConfigError(f"run folder {path} must be writable: {error.strerror}") from None
+            reason = error.strerror or error
+            raise ConfigError(f"run folder {path} must be writable: {reason}") from None
         return cls(path)
 
     @classmethod
@@ -122,10 +122,24 @@ class RunFolder:
         """The name of this run among all runs of that name, made when it began."""
         return (self.path / "run_id").read_text()
 
+    @property
+    def local(self) -> Path:
+        """A folder of this machine: the run folder itself where it is one."""
+        if not isinstance(self.path, RemotePath):
+            return self.path
+        return cache_folder() / "runs" / self.run_id
+
+    def bring(self, name: str) -> None:
+        """Put into remote storage what was written to the local folder of that name."""
+        if self.local != self.path:
+            for file in (self.local / name).rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    link(file, self.path / file.relative_to(self.local))
+
     def targets(self, config: Config) -> Path:
         """Return where the soft targets lie."""
         root = config.targets.root
-        return self.path / "targets" if root is None else Path(root).expanduser().absolute()
+        return self.path / "targets" if root is None else as_path(root).expanduser().absolute()
 
     def generation(self, generation: int) -> Path:
         """Return the folder of a generation."""
@@ -141,15 +155,3 @@ class RunFolder:
     def relative(self, path: Path) -> str:
         """Return a path as the ledger keeps it, so that a run folder can be moved."""
         return str(path.relative_to(self.path))
-
-
-def link(source: Path, target: Path) -> None:
-    """Let a file stand in a second place, whole or not at all, at no cost where links work."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.link")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(source, beside)
-    except OSError:
-        shutil.copyfile(source, beside)
-    os.replace(beside, target)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from selfkd.config import Config, ConfigError, to_tree
-from selfkd.files import load_json, save_json
+from selfkd.files import link, load_json, save_json
 from selfkd.jobs import OWN, Executor, Row, run_one
-from selfkd.ledger import RunFolder, link
+from selfkd.ledger import RunFolder
 from selfkd.space import Point
 from selfkd.trials import (
     Listener,

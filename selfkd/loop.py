@@ -21,6 +21,7 @@ from selfkd.distiller import Distiller
 from selfkd.files import replace
 from selfkd.jobs import OWN, Row
 from selfkd.models import parameters_count
+from selfkd.storage import as_path
 from selfkd.teacher import Ensemble, Teacher
 
 
@@ -87,7 +88,7 @@ class Trial:
             return Distiller(label_smoothing=smoothing)
         members = []
         for row in self.teachers:
-            tensors, _ = load_tensors(Path(row["checkpoint"]))
+            tensors, _ = load_tensors(as_path(row["checkpoint"]))
             network = make_teacher() if make_teacher else copy.deepcopy(student)
             try:
                 network.load_state_dict(tensors)

@@ -21,6 +21,7 @@ from selfkd.checkpoint import load_tensors
 from selfkd.config import CheckpointConfig, ModelConfig, Tree, parse_yaml
 from selfkd.jobs import Row
 from selfkd.specialists import cluster_classes
+from selfkd.storage import as_path
 from selfkd.train import evaluate
 
 SPLITS: tuple[Split, Split] = ("val", "test")  # what is predicted and kept
@@ -39,7 +40,7 @@ def adopt(config: Tree, save: str, source: Tree | None = None) -> Iterator[Row]:
     bench = Bench(config)
     try:
         if source is not None:
-            _adopt_file(bench, CheckpointConfig(**source), Path(save))
+            _adopt_file(bench, CheckpointConfig(**source), as_path(save))
         _, facts = bench.load(save)
         logits = bench.answer(save, "val")
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -115,7 +116,7 @@ def measure(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
 
 
 def _predictions(member: Mapping[str, Any]) -> dict[str, Tensor]:
-    logits, facts = load_tensors(Path(member["predictions"]))
+    logits, facts = load_tensors(as_path(member["predictions"]))
     if facts["student"] != member["hash"]:
         raise ValueError(f"{member['predictions']} was written by another model")
     return logits
@@ -153,7 +154,7 @@ def soup(config: Tree, checkpoints: Sequence[str], save: str, greedy: bool) -> I
         greedy: take only those that do not lower the accuracy on validation.
     """
     bench = Bench(config)
-    states, facts = zip(*(load_tensors(Path(path)) for path in checkpoints), strict=True)
+    states, facts = zip(*(load_tensors(as_path(path)) for path in checkpoints), strict=True)
     if any(other["model"] != facts[0]["model"] for other in facts):
         names = ", ".join(json.dumps(other["model"]) for other in facts)
         raise ValueError(f"a soup must be of members of the same model, got {names}")
@@ -176,7 +177,7 @@ def soup(config: Tree, checkpoints: Sequence[str], save: str, greedy: bool) -> I
         mean = average_weights(states)
     model = ModelConfig(**facts[0]["model"])
     more = {"soup": [facts[number]["hash"] for number in taken]}
-    yield {"hash": bench.save(Path(save), pour(mean), model, more), "taken": taken}
+    yield {"hash": bench.save(as_path(save), pour(mean), model, more), "taken": taken}
 
 
 def cluster(config: Tree, checkpoint: str, clusters: int) -> Iterator[Row]:

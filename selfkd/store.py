@@ -21,12 +21,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from selfkd.checkpoint import load_tensors, save_tensors
-from selfkd.files import load_json, save_json
+from selfkd.files import fetch, load_json, save_json
 from selfkd.losses.sparse import SparseLogits
+from selfkd.storage import as_path
 
 DEFAULT_SHARD = 16_384
 """Images a shard."""
@@ -194,11 +195,7 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
     tensors = _encode(logits.detach(), manifest.top_k, rows)
     save_manifest(root, manifest)
     path = shard_path(root, manifest, view=view, shard=shard)
-    try:
-        save_tensors(path, tensors, _facts(manifest, view, shard))
-    except SafetensorError as error:  # it gives the system's error as text only
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else 0, str(error), str(path)) from None
+    save_tensors(path, tensors, _facts(manifest, view, shard))
     return path
 
 
@@ -221,8 +218,9 @@ def check_shard(root: Path, manifest: Manifest, *, view: int, shard: int) -> Sha
     _check_same(root, stored, manifest)
     if view >= stored.views:
         return "absent"
+    path = shard_path(root, manifest, view=view, shard=shard)
     try:
-        _check_file(root, manifest, view, shard)
+        _check_file(path, manifest, view, shard)
     except FileNotFoundError:
         return "absent"
     except ValueError:
@@ -500,9 +498,8 @@ def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tupl
     }
 
 
-def _check_file(root: Path, manifest: Manifest, view: int, shard: int) -> None:
+def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
     """Read all bytes of a shard; raise ValueError, naming the file, if it is not what it should."""
-    path = shard_path(root, manifest, view=view, shard=shard)
     if not path.exists():
         raise FileNotFoundError(f"no such shard: {path}: labelling writes it")
     tensors, facts = load_tensors(path)
@@ -526,12 +523,13 @@ def _check_file(root: Path, manifest: Manifest, view: int, shard: int) -> None:
 def _map_shard(root: Path, manifest: Manifest, view: int, shard: int) -> dict[str, NDArray[Any]]:
     """Map a shard, checked unless this process has done so."""
     path = shard_path(root, manifest, view=view, shard=shard)
+    path = fetch(path) if path.exists() else path
     stat = path.stat() if path.exists() else None
     what = (manifest.images, manifest.classes, manifest.top_k, manifest.shard_size)
     mark = (path, stat and stat.st_size, stat and stat.st_mtime_ns, what)
     if mark not in _CHECKED:
         # Through a mapping of its own, so that the pages it touches are let go.
-        _check_file(root, manifest, view, shard)
+        _check_file(path, manifest, view, shard)
         _CHECKED.add(mark)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
@@ -599,7 +597,7 @@ def _info(root: Path, path: Path) -> StoreInfo:
         views, shards = manifest.views, manifest.shards
         places = [(view, shard) for view, shard in places if view < views and shard < shards]
     records = [file for file in files if file.match("used_by/*.json")]
-    runs = [Path(load_json(file)["run"]) for file in records]
+    runs = [as_path(load_json(file)["run"]) for file in records]
     return StoreInfo(
         path=path,
         manifest=manifest,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import Tensor
 from selfkd.bench import Bench
 from selfkd.config import from_tree, merge_settings, to_tree
 from selfkd.console import make_console
+from selfkd.files import remove_tree
+from selfkd.storage import as_path
 from selfkd.store import (
     Manifest,
     SoftTargets,
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = _make_parser().parse_args(argv)
     console = make_console()
-    root = Path(arguments.path).expanduser()
+    root = as_path(arguments.path).expanduser()
     root = root / "targets" if (root / "config.yaml").exists() else root
     if not root.is_dir():
         return _fault(f"PATH must be a targets folder or a run folder, got {arguments.path}")
@@ -121,7 +122,7 @@ def _clear(console: Console, root: Path, *, sure: bool) -> int:
         sure = console.input(f"remove {len(stores)} stores? [y/N] ").strip().lower() == "y"
     if sure:
         for info in stores:
-            shutil.rmtree(info.path)
+            remove_tree(info.path)
     swept = sweep(root)
     count = len(stores) if sure else 0
     console.print(f"removed {count} stores and {len(swept)} files of killed writers")
@@ -161,7 +162,7 @@ def _faults(
             if state != "whole":
                 yield f"shard {shard} of view {view} is {state}"
     checkpoint = manifest.origin["checkpoint"]
-    if not Path(checkpoint).exists():
+    if not as_path(checkpoint).exists():
         raise FileNotFoundError(f"its checkpoint {checkpoint} is gone")
     config = merge_settings(from_tree(manifest.origin["config"]), settings=settings, flags={})
     bench = Bench(to_tree(config))

@@ -22,6 +22,7 @@ from selfkd.jobs import Row
 from selfkd.loop import Trial, run_function
 from selfkd.models import parameters_count
 from selfkd.specialists import Specialist, relabel, specialist_split
+from selfkd.storage import as_path
 from selfkd.store import check_shard, open_store, remember_user, write_shard
 from selfkd.teacher import Ensemble
 from selfkd.train import (
@@ -134,8 +135,8 @@ def train(
         seed=seed,
         model=ModelConfig(**model),
         teachers=teachers,
-        targets=Path(targets),
-        path=Path(student),
+        targets=as_path(targets),
+        path=as_path(student),
     )
     if function is not None:
         yield from run_function(load_function(function), trial)
@@ -165,9 +166,9 @@ def train_classifier(
     torch.manual_seed(start.get("seed", seed))
     network = bench.make(trial.model)
     if "checkpoint" in start:
-        network.load_state_dict(load_tensors(Path(start["checkpoint"]))[0])
+        network.load_state_dict(load_tensors(as_path(start["checkpoint"]))[0])
     elif options.init == "teacher" and teachers:
-        network.load_state_dict(load_tensors(Path(teachers[0]["checkpoint"]))[0])
+        network.load_state_dict(load_tensors(as_path(teachers[0]["checkpoint"]))[0])
     if "seed" in start:
         torch.manual_seed(seed)
     data, learner = bench.data, network
@@ -297,11 +298,11 @@ def label(
         `state`: kept, written, or remade where what was there was damaged.
     """
     bench = Bench(config)
-    root = Path(targets)
-    origin = {"checkpoint": str(Path(checkpoint).absolute()), "config": config}
+    root = as_path(targets)
+    origin = {"checkpoint": str(as_path(checkpoint).absolute()), "config": config}
     manifest = bench.manifest(bench.hash(checkpoint), bench.data.num_classes, origin)
     # first of all: a store that is being written must not look like one that nobody uses
-    remember_user(root, manifest.teacher, manifest.data, Path(run))
+    remember_user(root, manifest.teacher, manifest.data, as_path(run))
     found = check_shard(root, manifest, view=view, shard=shard)
     if found != "whole":
         logits = bench.answer(checkpoint, "train", view=view, rows=manifest.rows(shard))
@@ -332,7 +333,7 @@ def score(
     mark = bench.hash(student)
     logits = {split: bench.answer(student, split) for split in members.SPLITS}
     by_name = {str(split): answers for split, answers in logits.items()}
-    save_tensors(Path(predictions), by_name, {"student": mark})
+    save_tensors(as_path(predictions), by_name, {"student": mark})
     size = sum(parameters_count(network) for network in bench.networks(student))
     row = {"hash": mark, "parameters": size, **members.test_row(bench, logits)}
     if teachers:

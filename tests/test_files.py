@@ -1,13 +1,17 @@
 """A file is whole or absent, whatever happens while it is written."""
 
+import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from selfkd.files import load_json, replace, save_json, save_text
+from selfkd import files
+from selfkd.files import load_json, patiently, replace, save_json, save_text
 
 
 def test_a_file_and_its_folder_are_made(tmp_path):
@@ -115,3 +119,61 @@ def test_json_is_readable_by_others(tmp_path):
     save_json(tmp_path / "file.json", {"accuracy": 0.5})
     assert json.loads((tmp_path / "file.json").read_text()) == {"accuracy": 0.5}
     assert (tmp_path / "file.json").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ESTALE])
+def test_a_storage_that_comes_back_is_waited_for(tmp_path, monkeypatch, caplog, number):
+    failures = [OSError(number, os.strerror(number))] * 2
+    rename = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: _raise(failures.pop()) if failures else rename(*paths)
+    )
+    save_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"
+    assert os.listdir(tmp_path) == ["a"]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'a'}: [Errno {number}] {os.strerror(number)}: trying again for "
+        f"{files.PATIENCE:.0f} s"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "patience"), [(errno.EACCES, 60), (errno.EISDIR, 60), (errno.ENOSPC, 0)]
+)
+def test_what_will_not_pass_is_told_at_once(tmp_path, number, patience):
+    calls = []
+
+    def work():
+        calls.append(1)
+        raise OSError(number, "no")
+
+    with pytest.raises(OSError, match="no"):
+        patiently(tmp_path, work, patience=patience)
+    assert calls == [1]
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path):
+    """A real one, of one MiB, mounted where only this process sees it."""
+    script = """
+import os, subprocess, sys, threading
+from pathlib import Path
+from selfkd.files import save_text
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+(disk / "filler").write_bytes(bytes(2**20 - 8192))
+threading.Timer(1.5, (disk / "filler").unlink).start()
+save_text(disk / "row", "x" * 50_000)
+print(len((disk / "row").read_text()), sorted(os.listdir(disk)))
+"""
+    done = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("needs root to mount")
+    assert done.stdout == "50000 ['row']\n", done.stderr
+
+
+def _raise(error):
+    raise error

@@ -1,0 +1,114 @@
+"""One driver at a time in a run folder, and the dead hold nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selfkd import lock
+from selfkd.files import save_json
+from selfkd.lock import Lock, LockedError
+
+HOLD = "import sys, time; from pathlib import Path; from selfkd.lock import Lock\n" \
+    "with Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_driver_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    first = hold(tmp_path)
+    try:
+        with pytest.raises(LockedError, match=rf"another driver, process {first.pid} on .*: wait"):
+            Lock(tmp_path).__enter__()
+    finally:
+        first.kill()
+        first.wait()
+    with Lock(tmp_path):  # the dead one holds it no longer
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_another_process_with_the_number_of_the_dead_one(tmp_path: Path) -> None:
+    with Lock(tmp_path):
+        holder = json.loads((tmp_path / "lock.json").read_text())
+    save_json(tmp_path / "lock.json", {**holder, "started": "1"})
+    with Lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_driver_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    if not beats:
+        holder = {"host": "elsewhere", "pid": 1, "started": "1", "token": "t", "beat": 3}
+        save_json(tmp_path / "lock.json", holder)
+        with Lock(tmp_path):
+            return
+    with Lock(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
+        with pytest.raises(LockedError, match="another driver"):
+            Lock(tmp_path).__enter__()
+
+
+def test_of_two_at_the_same_moment_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other wrote after this one had looked."""
+    late = {"host": "b", "pid": 1, "started": "1", "token": "other", "beat": 0}
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: save_json(tmp_path / "lock.json", late))
+    with pytest.raises(LockedError, match="at the same moment"):
+        Lock(tmp_path).__enter__()
+
+
+def test_whoever_loses_the_folder_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    other = {"host": "b", "pid": 1, "started": "1", "token": "other", "beat": 0}
+    held = Lock(tmp_path)
+
+    def work() -> None:
+        with held:
+            save_json(tmp_path / "lock.json", other)
+            time.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert held.lost
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == "other"
+
+
+def test_a_damaged_lock_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "lock.json").write_text('{"host": ')
+    with Lock(tmp_path):
+        pass
+
+
+def test_the_command_refuses_a_folder_that_is_worked_on(tmp_path: Path) -> None:
+    from selfkd.config import Config
+    from selfkd.generations import main
+    from selfkd.ledger import RunFolder
+
+    RunFolder.create(tmp_path / "run", Config())
+    first = hold(tmp_path / "run")
+    try:
+        assert main(["--resume", str(tmp_path / "run")]) == 2
+        assert (tmp_path / "run" / "config.yaml").exists()
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()

@@ -1,0 +1,191 @@
+"""Remote storage through a real S3 protocol: paths, files, stores, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from s3_server import BUCKET, s3_server
+
+from selfkd.checkpoint import load_tensors, save_tensors
+from selfkd.config import Config, ConfigError
+from selfkd.files import fetch, link, load_json, remove_tree, replace, save_json
+from selfkd.ledger import RunFolder
+from selfkd.lock import Lock
+from selfkd.storage import RemotePath, _file_system, as_path
+from selfkd.store import Manifest, check_shard, data_key, list_stores, open_store, write_shard
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFKD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        _file_system.cache_clear()
+        yield environment | {"SELFKD_CACHE": os.environ["SELFKD_CACHE"]}
+    _file_system.cache_clear()
+
+
+@pytest.fixture
+def root(bucket: dict[str, str], request: pytest.FixtureRequest) -> Path:
+    return as_path(f"s3://{BUCKET}/{re.sub(r'[^a-z]', '', request.node.name)}")
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a/b", "gs://bucket/a", "hdfs://host/a"])
+def test_a_uri_stays_itself(text: str) -> None:
+    path = as_path(text)
+    assert str(path) == str(as_path(str(path))) == str(pickle.loads(pickle.dumps(path))) == text
+    assert path.absolute() == path == path.expanduser()
+    assert str(path.parent / path.name) == text
+    assert str(as_path(Path(text))) == text  # pathlib makes one slash of two
+
+
+def test_a_local_path_is_pathlib_s() -> None:
+    assert type(as_path("runs/a")) is type(Path())
+    assert str(as_path("/runs/a:b")) == "/runs/a:b"
+
+
+def test_what_a_remote_path_cannot_do_fails_aloud(tmp_path: Path) -> None:
+    os.chdir(tmp_path)
+    path = as_path("s3://bucket/a")
+    for misuse in (path.open, lambda: path.write_text("x"), lambda: os.listdir(path)):
+        with pytest.raises(TypeError, match="s3://bucket/a is no local file"):
+            misuse()
+    assert not any(tmp_path.iterdir())
+
+
+def test_files(root: Path, tmp_path: Path) -> None:
+    path = root / "folder" / "row.json"
+    assert not path.exists()
+    assert not root.exists()
+    with pytest.raises(FileNotFoundError):
+        load_json(path)
+    save_json(path, {"a": 1})
+    save_json(path, {"a": 2})
+    assert load_json(path) == {"a": 2}
+    assert path.is_file()
+    assert root.is_dir()
+    assert not path.is_dir()
+    assert list(root.glob("*/row.json")) == [path] == list(root.rglob("row.json"))
+    assert list(root.glob("*/")) == [root / "folder"]
+    assert path.stat().st_size == len('{\n "a": 2\n}\n')
+    link(path, root / "again.json")
+    link(path, tmp_path / "local.json")
+    link(tmp_path / "local.json", root / "up.json")
+    for copy in (root / "again.json", tmp_path / "local.json", root / "up.json"):
+        assert load_json(copy) == {"a": 2}
+    path.unlink()
+    path.unlink(missing_ok=True)
+    assert not path.exists()
+    remove_tree(root)
+    assert not (root / "again.json").exists()
+
+
+def test_a_write_that_fails_leaves_nothing(root: Path) -> None:
+    def write(beside: str) -> None:
+        Path(beside).write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(root / "a", write)
+    assert not (root / "a").exists()
+
+
+def test_a_copy_is_fetched_once_and_again_when_the_file_has_changed(root: Path) -> None:
+    path = root / "a.json"
+    save_json(path, [1])
+    first = fetch(path)
+    assert fetch(path) == first
+    assert load_json(first) == [1]
+    save_json(path, [1, 2])
+    assert load_json(fetch(path)) == [1, 2]
+
+
+def test_checkpoints_and_stores(root: Path) -> None:
+    tensors = {"w": torch.randn(3, 4)}
+    mark = save_tensors(root / "a.safetensors", tensors, {"n": 1})
+    loaded, facts = load_tensors(root / "a.safetensors")
+    assert torch.equal(loaded["w"], tensors["w"])
+    assert facts == {"n": 1, "hash": mark}
+
+    key = data_key("images", {})
+    manifest = Manifest(
+        teacher="t", data=key, fingerprint="images", recipe={}, views=1, images=10, classes=3,
+        shard_size=6,
+    )  # fmt: skip
+    logits = torch.randn(10, 3)
+    for shard in range(2):
+        rows = manifest.rows(shard)
+        write_shard(root, manifest, view=0, shard=shard, logits=logits[rows.start : rows.stop])
+        assert check_shard(root, manifest, view=0, shard=shard) == "whole"
+    stored = open_store(root, ["t"], data=key)(torch.tensor([9, 0, 5]), 0)
+    expected = (logits - logits.amax(1, keepdim=True))[[9, 0, 5]].half()
+    assert torch.equal(stored, expected)
+    (info,) = list_stores(root)
+    assert (info.present, info.expected) == (2, 2)
+
+
+def test_one_driver_at_a_time(root: Path) -> None:
+    folder = RunFolder.create(root / "run", Config())
+    with Lock(folder.path), pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+        Lock(folder.path).__enter__()
+    with Lock(folder.path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("storage=ftp://host/runs", "storage: must be a folder that all nodes see, or a URI"),
+        ("storage=s3://b?endpoint_override=x", "has no query, got 's3://b?endpoint_override=x'"),
+    ],
+)
+def test_bad_uris(setting: str, message: str) -> None:
+    from selfkd.config import load_config
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(settings=[setting])
+
+
+def test_a_bucket_that_is_not_there_is_told_at_once(bucket: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"run folder s3://nowhere/a must be writable: .*bucket"):
+        RunFolder.create(as_path("s3://nowhere/a"), Config())
+
+
+def test_a_run_lives_in_a_bucket(bucket: dict[str, str], tmp_path: Path) -> None:
+    """Started, resumed for one more generation, and used by the next run's targets."""
+
+    def run(*arguments: str) -> str:
+        settings = ("model.args={width: 4}", "train.epochs=2", "search.trials=2", "confirm.seeds=0")
+        sets = [part for setting in settings for part in ("--set", setting)]
+        done = subprocess.run(
+            [sys.executable, "-m", "selfkd.generations", *arguments, *sets],
+            cwd=tmp_path,
+            env=os.environ | bucket,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("--rounds", "0", "--name", "a", "--set", f"storage=s3://{BUCKET}/runs")
+    printed = run("--rounds", "1", "--resume", f"s3://{BUCKET}/runs/a")
+    assert f"--resume s3://{BUCKET}/runs/a --rounds 2" in printed
+    folder = as_path(f"s3://{BUCKET}/runs/a")
+    results = RunFolder(folder).results()
+    assert [result["generation"] for result in results] == [0, 1]
+    _, facts = load_tensors(folder / "generation_001" / "student.safetensors")
+    assert facts["hash"] == results[1]["hash"]
+    assert json.loads((folder / "summary.json").read_text())["ensemble"]["test_accuracy"] > 0
+    assert list((folder / "wandb").rglob("run-*.wandb"))
+    assert not (folder / "lock.json").exists()
+    assert not any(tmp_path.iterdir())  # nothing was written here
+    assert isinstance(folder, RemotePath)

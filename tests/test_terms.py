@@ -175,7 +175,7 @@ def test_nan_of_the_teacher_is_named(batch: tuple[Tensor, Tensor]) -> None:
     inputs, labels = batch
     inputs[3, 2] = torch.nan
     student, teacher = make_net(5), Teacher(make_net(5))
-    with pytest.raises(ValueError, match="teacher_logits must be numbers, got nan in row 3"):
+    with pytest.raises(ValueError, match="must be numbers for soft_loss, got nan in row 3"):
         Distiller(teacher)(student(torch.zeros(8, 6)), labels, inputs=inputs)
 
 

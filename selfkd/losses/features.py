@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +197,7 @@ def similarity_preserving(student_features: Tensor, teacher_features: Tensor) ->
     """
     student, teacher = _pair(student_features, teacher_features)
     student, teacher = (
-        _unit(_gram(_scaled(features.flatten(start_dim=1), (0, 1))))
+        _unit(_gram(features.flatten(start_dim=1), _largest(features)))
         for features in (student, teacher)
     )
     return F.mse_loss(student, teacher)
@@ -233,10 +234,8 @@ def pkt(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         2018, https://arxiv.org/abs/1803.10837
     """
     student, teacher = _pair(student_features, teacher_features)
-    p_s, p_t = (_neighbours(x.flatten(start_dim=1)) for x in (student, teacher))
-    alone = torch.eye(len(p_t), dtype=torch.bool, device=p_t.device)
-    p_s, p_t = p_s.masked_fill(alone, 1.0), p_t.masked_fill(alone, 1.0)  # 1 log 1 = 0
-    return (p_t * (p_t.log() - p_s.log())).sum(dim=1).mean()
+    loss: Tensor = _Pkt.apply(student.flatten(start_dim=1), teacher.flatten(start_dim=1))
+    return loss
 
 
 class ContrastiveMemory:
@@ -535,7 +534,7 @@ def hidden_state_loss(
         _token_mean_square(student, teacher_states[layer], mask)
         for student, layer in zip(student_states, layer_map, strict=True)
     ]
-    return torch.stack(losses).mean()
+    return sum(losses[1:], losses[0]) / len(losses)
 
 
 def cosine_embedding(
@@ -568,7 +567,10 @@ def cosine_embedding(
         https://arxiv.org/abs/1910.01108
     """
     student, teacher, valid = _tokens(student_hidden, teacher_hidden, mask)
-    return _mean_of_valid(1 - (_unit(student) * _unit(teacher)).sum(dim=-1), valid)
+    cosines = (student * teacher).sum(dim=-1)
+    for states in (student, teacher):
+        cosines = cosines / torch.linalg.vector_norm(states, dim=-1).clamp_min(_LEAST)
+    return _mean_of_valid(1 - cosines, valid)
 
 
 def attention_matrices(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -629,17 +631,72 @@ def _attention_map(features: Tensor, power: float) -> Tensor:
     return _scaled(norms, (2, 3)).pow(power)
 
 
-def _neighbours(vectors: Tensor) -> Tensor:
-    """Probability `[i, j]` that j is the neighbour of i, by a kernel of cosines."""
-    kernel = (1 + _gram(_unit(vectors))).clamp_min(0) / 2 + _LEAST_KERNEL
-    alone = torch.eye(len(kernel), dtype=torch.bool, device=kernel.device)
-    kernel = kernel.masked_fill(alone, 0.0)
+class _Pkt(torch.autograd.Function):
+    """`pkt` of rows, with its gradient written out: half as many operations."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        units, norms = _units_and_norms(student)
+        kernel = _kernel(units)
+        p_s, p_t = (_shares(k) for k in (kernel, _kernel(_unit(teacher))))
+        ctx.save_for_backward(student, units, norms, kernel, p_t)
+        return (p_t * (p_t / p_s).log()).sum(dim=1).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        student, units, norms, kernel, p_t = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated in turn
+            units, norms = _units_and_norms(student)
+            kernel = _kernel(units)
+        batch = len(units)
+        sums = kernel.sum(dim=1, keepdim=True).clamp_min(_LEAST_KERNEL)
+        pull = (1 / sums - p_t / kernel) * (grad / batch)
+        pull = F.pad(pull.reshape(batch - 1, batch), (0, 1)).flatten()
+        pull = F.pad(pull, (1, 0)).view(batch, batch)  # 0 where i = j
+        with torch.autocast(units.device.type, enabled=False):
+            pull = (pull + pull.t()) @ units
+        return (pull - (units * pull).sum(dim=-1, keepdim=True) * units) / norms, None
+
+
+def _kernel(units: Tensor) -> Tensor:
+    """Twice the kernel of each row with each other one, `[batch, batch - 1]`."""
+    with torch.autocast(units.device.type, enabled=False):
+        cosines = units @ units.t()
+    batch = len(cosines)
+    others = cosines.flatten()[1:].view(batch - 1, batch + 1)[:, :-1].reshape(batch, batch - 1)
+    return others.clamp(min=-1).add_(1).add_(2 * _LEAST_KERNEL)
+
+
+def _shares(kernel: Tensor) -> Tensor:
     return kernel / kernel.sum(dim=1, keepdim=True).clamp_min(_LEAST_KERNEL)
 
 
-def _gram(vectors: Tensor) -> Tensor:
+class _Gram(torch.autograd.Function):
+    """`(A / c) (A / c)^T` with one product backward, where `A @ A.t()` has two."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, by: Tensor | None) -> Tensor:
+        scaled = vectors if by is None else vectors / by
+        ctx.save_for_backward(vectors, scaled, by)
+        return scaled @ scaled.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        vectors, scaled, by = ctx.saved_tensors
+        pull = grad + grad.t()
+        if by is not None:
+            pull = pull / by
+            if torch.is_grad_enabled():  # to be differentiated in turn
+                scaled = vectors / by
+        with torch.autocast(vectors.device.type, enabled=False):
+            return pull @ scaled, None
+
+
+def _gram(vectors: Tensor, by: Tensor | None = None) -> Tensor:
+    """Products of all pairs of rows, each row divided by a constant."""
     with torch.autocast(vectors.device.type, enabled=False):
-        return vectors @ vectors.t()
+        product: Tensor = _Gram.apply(vectors, by)
+    return product
 
 
 def _scaled(values: Tensor, dims: tuple[int, ...], least: float = _LEAST) -> Tensor:
@@ -650,11 +707,22 @@ def _scaled(values: Tensor, dims: tuple[int, ...], least: float = _LEAST) -> Ten
     return values / values.detach().abs().amax(dims, keepdim=True).clamp_min(least)
 
 
+def _largest(values: Tensor) -> Tensor:
+    """The largest magnitude, a constant to the gradient, for the same purpose."""
+    low, high = torch.aminmax(values.detach())
+    return torch.maximum(-low, high).clamp_min(_LEAST)
+
+
 def _unit(vectors: Tensor) -> Tensor:
     """Rows by their L2 norm; those of zeros stay."""
-    scaled = _scaled(vectors, (-1,))  # of norm >= 1, unless nearly 0
-    norms: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return scaled / norms.clamp_min(0.5)
+    return _units_and_norms(vectors)[0]
+
+
+def _units_and_norms(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    largest = vectors.detach().abs().amax(-1, keepdim=True).clamp_min(_LEAST)
+    scaled = vectors / largest  # of norm >= 1, unless nearly 0
+    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp_min(0.5)
+    return scaled / norms, largest * norms
 
 
 def _scores(
@@ -718,7 +786,10 @@ def _check_indices(indices: Tensor, images: int) -> None:
 
 def _token_mean_square(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     student, teacher, valid = _tokens(student, teacher, mask)
-    return _mean_of_valid((student - teacher).square().mean(dim=-1), valid)
+    if valid is None:
+        return F.mse_loss(student, teacher)
+    total = F.mse_loss(student, teacher, reduction="sum")
+    return total / (student.shape[-1] * valid.sum().clamp_min(1))
 
 
 def _tokens(

@@ -146,11 +146,14 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, centre: bool = 
         Buciluă, Caruana, Niculescu-Mizil, "Model Compression", 2006,
         https://doi.org/10.1145/1150402.1150464
     """
-    student, teacher = _pair(student_logits, teacher_logits)
+    student, teacher = _pair(student_logits, teacher_logits, finite=False)
     if centre:
         student = student - student.mean(dim=-1, keepdim=True)
         teacher = teacher - teacher.mean(dim=-1, keepdim=True)
-    return F.mse_loss(student, teacher)
+    loss = F.mse_loss(student, teacher)
+    if not _is_finite(loss):  # as any value of the teacher leaves it that is not finite
+        check_finite("teacher_logits", teacher_logits)
+    return loss
 
 
 def dkd_loss(
@@ -485,11 +488,7 @@ def teacher_free_logits(labels: Tensor, *, classes: int, confidence: float) -> T
 
 def check_finite(name: str, values: Tensor) -> None:
     """Raise ValueError for NaN or infinity, naming the row. On the CPU, not to wait for a GPU."""
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if math.isfinite(
-        values.detach().sum()
-    ):  # one pass; nothing is wrong if only the sum is infinite
+    if _is_finite(values.detach().sum()):  # one pass; nothing is wrong if only the sum is infinite
         return
     rows = (~values.isfinite().all(dim=-1)).nonzero().tolist()
     if rows:
@@ -499,28 +498,41 @@ def check_finite(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {value} in {place}")
 
 
+def _is_finite(value: Tensor) -> bool:
+    """Whether a scalar on the CPU is; a GPU is not waited for, nor a compiler stopped."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return math.isfinite(value.item())
+
+
 def _pair(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    finite: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return both, checked, wide, divided by the temperature, the teacher as one and detached."""
-    check_settings(temperature, 0.0, "probabilities", 0.0)
+    if temperature != 1:
+        check_settings(temperature, 0.0, "probabilities", 0.0)
     _check_floating("student_logits", student_logits)
-    shape = tuple(student_logits.shape)
+    shape = student_logits.shape
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"student_logits must be [batch, classes], got shape {shape}")
+        raise ValueError(f"student_logits must be [batch, classes], got shape {tuple(shape)}")
     if teacher_logits.shape[-2:] != shape:
         raise ValueError(
             f"teacher_logits must be {list(shape)} as student_logits are, or that for each of the "
             f"members, got {list(teacher_logits.shape)}"
         )
     dtype = _wide(student_logits)
-    student, teacher = student_logits.to(dtype), _teacher(teacher_logits).to(dtype)
+    teacher = _teacher(teacher_logits, finite=finite).to(dtype)
+    student = student_logits.to(dtype)
     return (
         (student, teacher) if temperature == 1 else (student / temperature, teacher / temperature)
     )
 
 
-def _teacher(teacher_logits: Tensor) -> Tensor:
+def _teacher(teacher_logits: Tensor, *, finite: bool = True) -> Tensor:
     """Return `[batch, classes]`, checked, wide, detached."""
     _check_floating("teacher_logits", teacher_logits)
     if teacher_logits.ndim not in (2, 3) or not teacher_logits.numel():
@@ -528,7 +540,8 @@ def _teacher(teacher_logits: Tensor) -> Tensor:
             "teacher_logits must be [batch, classes] or [members, batch, classes], "
             f"got shape {tuple(teacher_logits.shape)}"
         )
-    check_finite("teacher_logits", teacher_logits)
+    if finite:
+        check_finite("teacher_logits", teacher_logits)
     teacher = teacher_logits.detach().to(_wide(teacher_logits))
     return teacher if teacher.ndim == 2 else teacher.mean(dim=0)
 

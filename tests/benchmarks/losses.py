@@ -1,10 +1,12 @@
 """Time of each loss, forward and backward, beside torchdistill's of the same name.
 
-    pip install --no-deps torchdistill
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.losses [--only dist_loss]
+    pip install -e '.[bench]'
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.losses [--only dist_loss] [--seconds 2]
 
-Both run turn by turn in one process; medians over the rounds. Where torchdistill has no such loss,
-ours stands alone. Which constants multiply a loss differs, which costs nothing.
+Both run turn by turn in one process, on one thread; medians over the rounds of the processor's
+time, so that other work on the machine counts little. Where torchdistill has no such loss, ours
+stands alone. Which constants multiply a loss differs, which costs nothing. Losses that torchdistill
+takes from PyTorch go through its wrapper, as they do in its training.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ MAPS = ((64, 64, 16), (64, 256, 8))
 IMAGES, NEGATIVES = 50_000, 4096
 OUT = {"path": "out", "io": "output"}
 IO = ("out", "output", "out", "output")
-SECONDS = 2.0
-"""For each case and shape; three rounds at least."""
+TOKENS = ((16, 64, 312), (8, 128, 768))
+"""Batch, tokens, width."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Case:
     inputs: Callable[..., tuple[Tensor, ...]] = lambda batch, classes: make_logits(batch, classes)
     """Makes the arguments of both, of a shape; the gradient with respect to the first is taken."""
     shapes: tuple[tuple[int, ...], ...] = SHAPES
+    after: Callable[..., None] = lambda *inputs: None
+    """What ours does after the backward pass."""
 
 
 def make_logits(batch: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,13 +68,55 @@ def make_maps(batch: int, channels: int, size: int) -> tuple[Tensor, Tensor]:
     return student, torch.randn(shape, generator=generator)
 
 
-def our_crd() -> Loss:
-    """With drawing; without the update, which follows the backward pass."""
+def make_tokens(batch: int, tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    """Hidden states of student and teacher."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(batch, tokens, width, generator=generator, requires_grad=True)
+    return student, torch.randn(batch, tokens, width, generator=generator)
+
+
+def make_embeddings(batch: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings of student and teacher, and which images they are compared with."""
+    student, teacher, _ = make_logits(batch, width)
+    contrast = torch.randint(IMAGES, (batch, 1 + NEGATIVES))
+    contrast[:, 0] = torch.arange(batch)
+    return student, teacher, contrast
+
+
+def our_crd() -> Case:
+    """With the update; without drawing, which torchdistill leaves to the data loader."""
     memory = features.ContrastiveMemory(IMAGES, 128)
 
-    def loss(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:
-        contrast = memory.draw(torch.arange(len(student)), negatives=NEGATIVES)
+    def loss(student: Tensor, teacher: Tensor, contrast: Tensor) -> Tensor:
         return features.crd_loss(student, teacher, memory, contrast)
+
+    return Case("crd_loss", loss, their_crd(), make_embeddings, ((64, 128),), memory.update)
+
+
+def their_crd() -> Loss:
+    """With the rows normalised, as its `Normalizer4CRD` does, and the update."""
+    module = mid_level.CRDLoss("out", "indices", "out", 128, IMAGES, NEGATIVES, IMAGES)
+
+    def loss(student: Tensor, teacher: Tensor, contrast: Tensor) -> Tensor:
+        indices = {"pos_idx": contrast[:, 0], "contrast_idx": contrast}
+        student, teacher = (nn.functional.normalize(x) for x in (student, teacher))
+        value: Tensor = module(
+            {"out": {"output": student}, "indices": {"input": indices}},
+            {"out": {"output": teacher}},
+        )
+        return value
+
+    return loss
+
+
+def their_cosine() -> Loss:
+    """PyTorch's loss, with the target of ones that it wants."""
+    module = nn.CosineEmbeddingLoss()
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+        value: Tensor = module(student, teacher, torch.ones(len(student)))
+        return value
 
     return loss
 
@@ -87,6 +133,21 @@ def theirs(module: nn.Module) -> Loss:
     )
 
 
+def wrapped(module: nn.Module) -> Loss:
+    """A loss of PyTorch in torchdistill's wrapper."""
+    ends = ({"is_from_teacher": of, "module_path": "out", "io": "output"} for of in (False, True))
+    wrapper = mid_level.SimpleLossWrapper(
+        module, **dict(zip(("input", "target"), ends, strict=True))
+    )
+    return lambda student, teacher, *_: theirs(wrapper)(student, teacher, None)
+
+
+def their_layers(count: int) -> Loss:
+    """The sum of as many losses."""
+    loss = wrapped(nn.MSELoss())
+    return lambda student, teacher: sum(loss(student, teacher) for _ in range(count))
+
+
 def rkd(distance: float, angle: float) -> Loss:
     return theirs(mid_level.RKDLoss("out", "out", distance, angle, "mean"))
 
@@ -100,7 +161,7 @@ CASES = [
     Case("soft_cross_entropy", unlabelled(logits.soft_cross_entropy, temperature=T)),
     Case("reverse_kl", unlabelled(logits.reverse_kl, temperature=T)),
     Case("jensen_shannon", unlabelled(logits.jensen_shannon, temperature=T)),
-    Case("logit_mse", unlabelled(logits.logit_mse), unlabelled(nn.MSELoss())),
+    Case("logit_mse", unlabelled(logits.logit_mse), wrapped(nn.MSELoss())),
     Case("logit_mse centred", unlabelled(logits.logit_mse, centre=True)),
     Case("dkd_loss", partial(logits.dkd_loss, temperature=T)),
     Case(
@@ -131,44 +192,57 @@ CASES = [
         make_maps,
         MAPS,
     ),
+    Case("hint_loss", features.hint_loss, wrapped(nn.MSELoss()), make_maps, MAPS),
+    Case(
+        "hidden_state_loss",
+        lambda student, teacher: features.hidden_state_loss([student] * 4, [teacher] * 8),
+        their_layers(4),
+        make_tokens,
+        TOKENS,
+    ),
+    Case("cosine_embedding", features.cosine_embedding, their_cosine(), make_tokens, TOKENS),
     Case("pkt", unlabelled(features.pkt), theirs(mid_level.PKTLoss(*IO))),
-    Case("crd_loss", our_crd(), shapes=((64, 128),)),
+    our_crd(),
 ]
 
 
-def seconds(loss: Loss, inputs: tuple[Tensor, ...]) -> float:
+def seconds(loss: Loss, inputs: tuple[Tensor, ...], after: Callable[..., None]) -> float:
     """Return how long one step took."""
-    start = time.perf_counter()
+    start = time.process_time()
     torch.autograd.grad(loss(*inputs), inputs[0])
-    return time.perf_counter() - start
+    after(*inputs)
+    return time.process_time() - start
 
 
-def medians(case: Case, shape: tuple[int, ...]) -> list[float]:
-    """Return the milliseconds of ours and, if there is one, of theirs."""
+def medians(case: Case, shape: tuple[int, ...], limit: float) -> list[float]:
+    """Return the milliseconds of ours and, if there is one, of theirs; three rounds at least."""
     inputs = case.inputs(*shape)
-    losses = [loss for loss in (case.ours, case.theirs) if loss is not None]
-    taken: list[list[float]] = [[] for _ in losses]
-    for loss in losses:
-        seconds(loss, inputs)
+    steps = [(case.ours, case.after)]
+    if case.theirs is not None:
+        steps.append((case.theirs, lambda *inputs: None))
+    taken: list[list[float]] = [[] for _ in steps]
+    for loss, after in steps:
+        seconds(loss, inputs, after)
     start = time.perf_counter()
-    while len(taken[0]) < 3 or time.perf_counter() - start < SECONDS:
-        for loss, times in zip(losses, taken, strict=True):
-            times.append(seconds(loss, inputs))
+    while len(taken[0]) < 3 or time.perf_counter() - start < limit:
+        for (loss, after), times in zip(steps, taken, strict=True):
+            times.append(seconds(loss, inputs, after))
     return [1e3 * statistics.median(times) for times in taken]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    only = parser.parse_args().only
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each case and shape")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, torchdistill {torchdistill.__version__}, 1 thread, float32")
-    print(f"{'loss':20} {'shape':>12} {'ours ms':>9} {'theirs ms':>9} {'ours/theirs':>11}")
+    print(f"{'loss':21} {'shape':>13} {'ours ms':>9} {'theirs ms':>9} {'ours/theirs':>11}")
     for case in CASES:
-        for shape in case.shapes if only in case.name else ():
-            ours, *other = medians(case, shape)
+        for shape in case.shapes if options.only in case.name else ():
+            ours, *other = medians(case, shape, options.seconds)
             beside = f"{other[0]:9.3f} {ours / other[0]:10.2f}x" if other else f"{'-':>9}"
-            print(f"{case.name:20} {' x '.join(map(str, shape)):>12} {ours:9.3f} {beside}")
+            print(f"{case.name:21} {' x '.join(map(str, shape)):>13} {ours:9.3f} {beside}")
 
 
 if __name__ == "__main__":

@@ -152,6 +152,12 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(lambda features: loss(features, teacher), student)
 
 
+@pytest.mark.parametrize("name", ["similarity_preserving", "pkt"])
+def test_a_gradient_written_out_can_be_differentiated_in_turn(name: str) -> None:
+    loss, student, teacher = make(name)
+    assert torch.autograd.gradgradcheck(lambda features: loss(features, teacher), student)
+
+
 # --- what holds for every loss -----------------------------------------------------------------
 
 

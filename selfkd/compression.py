@@ -48,9 +48,6 @@ TITLES: dict[Source, str] = {
 class CompressionListener(Listener, Protocol):
     """Whoever wants to follow a compression as well as its stages."""
 
-    def noted(self, text: str) -> None:
-        """Something that a user should know."""
-
     def compressed(self, summary: Row) -> None:
         """All is done."""
 

@@ -223,6 +223,19 @@ class ResourcesConfig:
 
     cpu: float = Field(default=1.0, gt=0)
     gpu: float = Field(default=0.0, ge=0)
+    workers: int = Field(default=1, ge=1)
+    """Processes, with `cpu` and `gpu` each, that train one student together by sharing each batch;
+    they may be on several nodes."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class KeptConfig:
+    """How often a trial keeps what it goes on from if it is interrupted, at ends of epochs."""
+
+    seconds: float | None = Field(default=30.0, ge=0)
+    """So long after the last time; 0 is after every epoch, none is never."""
+    epochs: int | None = Field(default=None, ge=1)
+    """So many epochs after the last time, if that is sooner."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -261,6 +274,7 @@ class Config:
     """`selfkd.ensemble`: how the result is believed."""
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    checkpoint: KeptConfig = Field(default_factory=KeptConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @field_validator("storage")
@@ -305,7 +319,7 @@ _ADAPTER = TypeAdapter(Config)
 # What a trial may not differ in: its generation shares these with all other trials.
 _FIXED = (
     *("rounds", "seed", "name", "storage", "data", "targets", "confirm"),
-    *("search", "resources", "tracking"),
+    *("search", "resources", "checkpoint", "tracking"),
 )
 _OF_TEACHERS = ("distill.", "members.")
 _FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b")
@@ -517,6 +531,11 @@ def _overlay(
     return config
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Return a config's values by dotted key."""
+    return dict(_leaves(to_tree(config), ""))
+
+
 def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Faults between settings, such as a search space that its config cannot follow."""
     teacher, trials = config.distill.teacher, config.search.trials
@@ -538,6 +557,10 @@ def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if config.search.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
         where = _located("search.algorithm", sources)
         yield f"{where}: optuna is not installed: pip install 'selfkd[optuna]'"
+    resources = config.resources
+    if resources.workers > 1 and resources.gpu % 1:
+        where = _located("resources.gpu", sources)
+        yield f"{where}: must be whole with several resources.workers, got {resources.gpu:g}"
     epochs, warmup = config.train.epochs, config.train.warmup_epochs
     if warmup >= epochs:
         where = _located("train.warmup_epochs", sources)
@@ -581,7 +604,7 @@ def dump_config(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return `key: old -> new` for every value that differs."""
-    before, after = (dict(_leaves(to_tree(config), "")) for config in (old, new))
+    before, after = flat(old), flat(new)
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in dict.fromkeys([*before, *after])

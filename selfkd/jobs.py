@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Row = dict[str, Any]
-OWN = ("epoch", "seconds", "hash", "checkpoint")  # of a trial's row; all else is a metric
+CHECKPOINT = "checkpoint.pt"  # in the folder of a trial that is not done
+OWN = ("epoch", "seconds", "hash", "checkpoint", "note")  # of a trial's row; all else is a metric
 
 
 @dataclass(frozen=True)

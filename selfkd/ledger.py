@@ -10,6 +10,7 @@ from selfkd.config import (
     ConfigError,
     differences,
     dump_config,
+    flat,
     from_tree,
     parse_yaml,
 )
@@ -19,7 +20,7 @@ from selfkd.storage import RemotePath, as_path
 
 RESUMABLE = (
     *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
-    "targets.root",
+    *("targets.root", "checkpoint."),
 )
 
 
@@ -155,3 +156,8 @@ class RunFolder:
     def relative(self, path: Path) -> str:
         """Return a path as the ledger keeps it, so that a run folder can be moved."""
         return str(path.relative_to(self.path))
+
+
+def lasting(config: Config) -> Row:
+    """Return what of a config cannot change when a run is continued, by dotted key."""
+    return {key: value for key, value in flat(config).items() if not key.startswith(RESUMABLE)}

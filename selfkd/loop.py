@@ -8,19 +8,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import nn, set_num_threads
 
 from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import Config, ModelConfig
 from selfkd.distiller import Distiller
-from selfkd.files import replace
-from selfkd.jobs import OWN, Row
+from selfkd.jobs import CHECKPOINT, OWN, Row
+from selfkd.ledger import lasting
 from selfkd.models import parameters_count
+from selfkd.ranks import Ranks
+from selfkd.resume import Progress
 from selfkd.storage import as_path
 from selfkd.teacher import Ensemble, Teacher
 
@@ -39,8 +41,11 @@ class Trial:
                 ...
                 trial.report({"val_accuracy": accuracy}, student=student)
 
-    A training function may also be a generator that yields metrics and calls `save`, as the
-    built-in one does.
+    With `resources.workers` above 1 it runs on every rank, with `torch.distributed` initialised:
+    it divides its batches and wraps its student itself. Only what the first rank reports counts,
+    but every rank reports, and asks for `checkpoint` where one does.
+
+    A training function may also be a generator that yields rows, as the built-in one does.
     """
 
     config: Config
@@ -57,9 +62,13 @@ class Trial:
     """Folder of the soft targets."""
     path: Path
     """File that the student is saved to."""
-    _rows: list[Row] = field(default_factory=list)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """JSON data: what else the training depends on."""
+    ranks: Ranks = field(default_factory=Ranks.here)
+    """This process among those that train the student."""
     _tell: Callable[[Row], None] | None = None
     _start: float = field(default_factory=time.perf_counter)
+    _spent: float = 0.0
 
     @property
     def params(self) -> dict[str, Any]:
@@ -119,35 +128,54 @@ class Trial:
         Args:
             metrics: by name; with `search.metric` among them, which the choice is made by.
             student: what has been trained so far.
-            checkpoint: what `checkpoint` gives back if the trial is interrupted here: tensors,
-                state dicts, numbers and text.
+            checkpoint: what `checkpoint` gives back if the trial is interrupted: tensors, state
+                dicts, numbers and text. It is written as often as the config's `checkpoint` says.
+
+        Raises:
+            TypeError: the checkpoint holds other things.
         """
-        row: Row = {"epoch": len(self._rows) + 1}
+        row: Row = {"epoch": len(self.progress.rows) + 1}
         row |= {name: float(value) for name, value in metrics.items()}
-        row["seconds"] = time.perf_counter() - self._start
-        if student is not None:
+        row["seconds"] = self._spent + time.perf_counter() - self._start
+        if student is not None and self.ranks.first:
             facts = {"stage": self.stage, "seed": self.seed}
             facts["parameters"] = parameters_count(student)
             row["hash"] = save_tensors(self.path, student.state_dict(), facts)
-        self._rows.append(row)
-        if checkpoint is not None:
-            kept = {"rows": self._rows, "state": dict(checkpoint)}
-            replace(self._resume_from, lambda beside: torch.save(kept, beside))
+        self.progress.reached(row, checkpoint)
         if self._tell is not None:
             self._tell(row)
 
     @property
     def checkpoint(self) -> dict[str, Any] | None:
-        """What this trial reported as its checkpoint before it was interrupted, if it was."""
-        if not self._resume_from.exists():
-            return None
-        kept = torch.load(self._resume_from, weights_only=True)
-        state: dict[str, Any] = kept["state"]
-        return state
+        """What this trial reported as its checkpoint before it was interrupted, if it was.
 
-    @property
-    def _resume_from(self) -> Path:
-        return self.path.with_name("checkpoint.pt")
+        Ask for it when all else is made: what had been reported is then part of this trial, and
+        the random numbers of torch, NumPy and Python go on from where they were.
+        """
+        for row in self.progress.resume():
+            if self._tell is not None:
+                self._tell(row)
+            self._spent = self.progress.spent
+        return self.progress.state
+
+    @cached_property
+    def progress(self) -> Progress:
+        """How far the trial is, and what it goes on from."""
+        often = self.config.checkpoint
+        return Progress(
+            self.path.with_name(CHECKPOINT),
+            made_from={
+                "config": lasting(self.config),
+                "stage": self.stage,
+                "seed": self.seed,
+                "model": asdict(self.model),
+                "teachers": [[row["hash"], row.get("weight")] for row in self.teachers],
+                **self.more,
+            },
+            seconds=often.seconds,
+            epochs=often.epochs,
+            ranks=self.ranks,
+        )
 
 
 TrainFunction = Callable[[Trial], Iterator[Row] | None]
@@ -162,10 +190,6 @@ def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
     if inspect.isgeneratorfunction(function):
         yield from function(trial)
         return
-    kept = trial._resume_from
-    if kept.exists():
-        trial._rows = torch.load(kept, weights_only=True)["rows"]
-        yield from trial._rows
     rows = _in_thread(function, trial)
     metric = trial.config.search.metric
     for row in rows:
@@ -173,11 +197,10 @@ def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
             known = ", ".join(name for name in row if name not in OWN) or "none"
             raise ValueError(f"train_fn must report {metric} (search.metric), got {known}")
         yield row
-    if not any("hash" in row for row in trial._rows):
+    if trial.ranks.first and not any("hash" in row for row in trial.progress.rows):
         raise ValueError(
             "train_fn must report its student, as in trial.report(metrics, student=model), got none"
         )
-    kept.unlink(missing_ok=True)
 
 
 class _Stopped(BaseException):
@@ -196,7 +219,7 @@ def _in_thread(function: TrainFunction, trial: Trial) -> Iterator[Row]:
 
     def work() -> None:
         end: BaseException | None = None
-        torch.set_num_threads(max(1, int(trial.config.resources.cpu)))
+        set_num_threads(max(1, int(trial.config.resources.cpu)))
         try:
             function(trial)
         except BaseException as error:  # noqa: BLE001 - raised again where it is waited for

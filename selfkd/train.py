@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -18,12 +19,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from selfkd import metrics
 from selfkd.data import Data
 from selfkd.distiller import Distiller
+from selfkd.ranks import Ranks
 from selfkd.teacher import Teacher
 from selfkd.views import Views
 
 Precision = Literal["none", "bfloat16", "float16"]
 EVAL_BATCH = 1000
 EVAL_VALUES = 2**22  # of a batch of large images
+ALONE = Ranks()
 CHECK_STEPS = 100  # how often a loss is looked at: on a GPU each look waits for it
 
 
@@ -87,42 +90,99 @@ def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
     return AveragedModel(student, multi_avg_fn=rule, use_buffers=True)
 
 
+@dataclass(kw_only=True)
+class Training:
+    """A training run as it stands.
+
+    With its state, and that of torch's random numbers, it goes on as if it had never stopped.
+    """
+
+    student: nn.Module
+    """Changed in place, on `device`."""
+    optimizer: torch.optim.Optimizer
+    """Of the student's parameters."""
+    generator: torch.Generator
+    """Of the order."""
+    scheduler: Scheduler | None = None
+    """Of the learning rate."""
+    average: AveragedModel | None = None
+    """Moving average of the weights, which is measured in place of the student."""
+    device: str = "cpu"
+    precision: Precision = "none"
+    """Of the student's forward pass."""
+    epoch: int = 0
+    """How many are done."""
+    step: int = 0
+    """How many are done."""
+    seconds: float = 0.0
+    """How long that took."""
+    scaler: torch.amp.GradScaler = field(init=False)
+    """Of the loss, where half precision needs it."""
+
+    def __post_init__(self) -> None:
+        half = self.precision == "float16" and self.device != "cpu"
+        self.scaler = torch.amp.GradScaler(self.device, enabled=half)
+
+    @property
+    def best(self) -> nn.Module:
+        """What is measured and saved."""
+        module: nn.Module = self.student if self.average is None else self.average.module
+        return module
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {
+            "student": self.student,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "average": self.average,
+            "scaler": self.scaler,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as tensors, numbers and text; the tensors are not copied."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        done = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds}
+        return {**done, **parts, "order": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.generator.set_state(state["order"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.seconds = state["seconds"]
+
+
 def fit(
-    student: nn.Module,
+    training: Training,
     data: Data,
     distiller: Distiller,
     *,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler | None = None,
     epochs: int,
     batch_size: int,
-    generator: torch.Generator,
     views: Views | None = None,
-    device: str = "cpu",
     workers: int = 0,
     clip_grad: float | None = None,
-    average: AveragedModel | None = None,
-    precision: Precision = "none",
     compiled: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[dict[str, Any]]:
-    """Train a student, one yield an epoch.
+    """Train a student from where it stands, one yield an epoch.
 
     Args:
-        student: changed in place, on `device`.
+        training: what is trained, and how far it is; changed in place.
         data: its train split is learnt, its val split measured.
         distiller: gives the loss.
-        optimizer: of the student's parameters.
-        scheduler: of the learning rate.
-        epochs: passes over the train split; epoch e sees view e mod V.
-        batch_size: images a step.
-        generator: of the order.
+        epochs: passes over the train split, those done before among them; epoch e sees view
+            e mod V.
+        batch_size: images a step, of all ranks together.
         views: augmentation.
-        device: where batches go.
         workers: processes that decode streamed images.
         clip_grad: largest norm of the gradient.
-        average: moving average of the weights, which is measured in place of the student.
-        precision: of the student's forward pass.
         compiled: run the student through `torch.compile`.
+        ranks: the processes that share each batch. The gradient is the mean over the whole
+            batch however it is divided; batch normalisation sees a rank's share, unless the
+            student's is a `SyncBatchNorm`.
 
     Yields:
         epoch (from 1), loss and its terms (means over the epoch), lr, val_accuracy, val_nll,
@@ -131,59 +191,83 @@ def fit(
     Raises:
         NonFiniteLossError: the loss is not finite.
     """
-    start = time.perf_counter()
-    forward = cast(nn.Module, torch.compile(student)) if compiled else student
-    scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "cpu")
-    step = 0
-    for epoch in range(1, epochs + 1):
+    start = time.perf_counter() - training.seconds
+    student, optimizer, device = training.student, training.optimizer, training.device
+    forward = ranks.parallel(student)
+    forward = cast(nn.Module, torch.compile(forward)) if compiled else forward
+    for epoch in range(training.epoch + 1, epochs + 1):
         student.train()
         view = views.at(epoch - 1) if views else 0
         terms: dict[str, list[Tensor]] = {}
-        for inputs, labels, index in data.batches(
+        batches = data.batches(
             "train",
             batch_size=batch_size,
-            generator=generator,
+            generator=training.generator,
             views=views,
             view=view,
             device=device,
             workers=workers,
-        ):
-            if scheduler is not None:
-                scheduler.step_update(step)
-            with autocast(device, precision):
+            ranks=ranks,
+        )
+        for number, (inputs, labels, index) in enumerate(batches):
+            count = min(batch_size, len(data.train) - number * batch_size)
+            if training.scheduler is not None:
+                training.scheduler.step_update(training.step)
+            with autocast(device, training.precision):
                 logits = forward(inputs)
             values = distiller(logits, labels, inputs=inputs, index=index, view=view)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(values["loss"]).backward()  # type: ignore[no-untyped-call]
-            if clip_grad is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            if average is not None:
-                average.update_parameters(student)
+            _descend(training, ranks.mean_loss(values["loss"], count), clip_grad)
             for name, value in values.items():
-                terms.setdefault(name, []).append(value.detach())
-            step += 1
-            if step % CHECK_STEPS == 0:
-                _check_finite(terms["loss"], epoch)
-        _check_finite(terms["loss"], epoch)
-        measured = evaluate(
-            average or student, data, device=device, workers=workers, precision=precision
-        )
+                mine = value.detach()
+                terms.setdefault(name, []).append(
+                    mine if ranks.size == 1 else mine * ranks.weight(count)
+                )
+            training.step += 1
+            if training.step % CHECK_STEPS == 0:
+                _check_finite(torch.stack(terms["loss"]), epoch)
+        means = {name: ranks.sum(torch.stack(steps)) for name, steps in terms.items()}
+        _check_finite(means["loss"], epoch)
+        measured = _measure(training, data, workers, ranks)
         if not math.isfinite(measured["nll"]):
             raise NonFiniteLossError(
                 f"validation loss must be finite, got {measured['nll']} after epoch {epoch}: "
                 "lower train.lr or set train.clip_grad"
             )
+        training.epoch, training.seconds = epoch, time.perf_counter() - start
         yield {
             "epoch": epoch,
-            **{name: float(torch.stack(values).mean()) for name, values in terms.items()},
+            **{name: float(steps.mean()) for name, steps in means.items()},
             "lr": float(optimizer.param_groups[0]["lr"]),
             "val_accuracy": measured["accuracy"],
             "val_nll": measured["nll"],
-            "seconds": time.perf_counter() - start,
+            "seconds": training.seconds,
         }
+
+
+def _descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
+    """Take a step down a loss, and the average with it."""
+    scaler, student = training.scaler, training.student
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    if clip_grad is not None:
+        scaler.unscale_(training.optimizer)
+        nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+    scaler.step(training.optimizer)
+    scaler.update()
+    if training.average is not None:
+        training.average.update_parameters(student)
+
+
+def _measure(training: Training, data: Data, workers: int, ranks: Ranks) -> dict[str, float]:
+    ranks.copy_first(training.best.buffers())  # batch statistics are each rank's own
+    return evaluate(
+        training.best,
+        data,
+        device=training.device,
+        workers=workers,
+        precision=training.precision,
+        ranks=ranks,
+    )
 
 
 def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
@@ -193,8 +277,7 @@ def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, precision))
 
 
-def _check_finite(losses: list[Tensor], epoch: int) -> None:
-    values = torch.stack(losses)
+def _check_finite(values: Tensor, epoch: int) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         step = int((~finite).nonzero()[0])
@@ -252,8 +335,19 @@ def evaluate(
     device: str = "cpu",
     workers: int = 0,
     precision: Precision = "none",
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Return accuracy (fraction) and nll (nats) on a split."""
-    logits = predict(model, data, split, device=device, workers=workers, precision=precision)
+    """Return accuracy (fraction) and nll (nats) on a split, of which each rank asks its share."""
     labels = getattr(data, split).labels.cpu()
+    ranks = ranks if len(labels) >= ranks.size else ALONE
+    logits = predict(
+        model,
+        data,
+        split,
+        device=device,
+        workers=workers,
+        precision=precision,
+        rows=ranks.share(len(labels)) if ranks.size > 1 else None,
+    )
+    logits = ranks.gather(logits, len(labels), device=device)
     return {"accuracy": metrics.accuracy(logits, labels), "nll": metrics.nll(logits, labels)}

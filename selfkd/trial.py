@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,24 +12,16 @@ from torch import nn
 from selfkd import members, metrics
 from selfkd.bench import Bench, Split
 from selfkd.checkpoint import load_tensors, save_tensors
-from selfkd.config import ModelConfig, Tree, from_tree, to_tree
-from selfkd.data import Data, fingerprint
-from selfkd.distiller import Distiller
+from selfkd.classifier import train_classifier
+from selfkd.config import ModelConfig, Tree, from_tree
+from selfkd.data import fingerprint
 from selfkd.functions import load_function
 from selfkd.jobs import Row
 from selfkd.loop import Trial, run_function
 from selfkd.models import parameters_count
-from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.storage import as_path
-from selfkd.store import check_shard, open_store, remember_user, write_shard
-from selfkd.teacher import Ensemble
-from selfkd.train import (
-    NonFiniteLossError,
-    fit,
-    make_average,
-    make_optimizer,
-    make_scheduler,
-)
+from selfkd.store import check_shard, remember_user, write_shard
+from selfkd.train import make_optimizer
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
@@ -129,6 +119,10 @@ def train(
         function: reference of a training function of the user's own.
         more: of the built-in one, see `train_classifier`.
     """
+    depends = {"function": function, **more}
+    start = more.get("start") or {}
+    if "checkpoint" in start:  # by what is in it: a run folder can be moved
+        depends["start"] = load_tensors(as_path(start["checkpoint"]))[1]["hash"]
     trial = Trial(
         config=from_tree(config),
         stage=stage,
@@ -137,138 +131,12 @@ def train(
         teachers=teachers,
         targets=as_path(targets),
         path=as_path(student),
+        more=depends,
     )
     if function is not None:
         yield from run_function(load_function(function), trial)
     else:
         yield from train_classifier(trial, **more)
-
-
-def train_classifier(
-    trial: Trial,
-    *,
-    start: Mapping[str, Any] | None = None,
-    specialist: Sequence[int] | None = None,
-    cycles: int = 1,
-) -> Iterator[Row]:
-    """Train a classifier as the config says: the built-in training function.
-
-    Args:
-        trial: what is trained, by which teachers.
-        start: `checkpoint` to start the weights from, or `seed` of the initialisation.
-        specialist: classes that the student is to tell apart; all others are one to it.
-        cycles: of the learning rate; the student is saved at the end of each, but for the last
-            beside the trial's own file.
-    """
-    bench = Bench(to_tree(trial.config))
-    options, seed, teachers = bench.config.train, trial.seed, trial.teachers
-    start = start or {}
-    torch.manual_seed(start.get("seed", seed))
-    network = bench.make(trial.model)
-    if "checkpoint" in start:
-        network.load_state_dict(load_tensors(as_path(start["checkpoint"]))[0])
-    elif options.init == "teacher" and teachers:
-        network.load_state_dict(load_tensors(as_path(teachers[0]["checkpoint"]))[0])
-    if "seed" in start:
-        torch.manual_seed(seed)
-    data, learner = bench.data, network
-    facts: Row = {"stage": trial.stage, "seed": seed}
-    if specialist is not None:
-        learner = Specialist(network, specialist).to(bench.device)
-        data, shift = _special_data(bench.data, specialist, seed)
-        facts |= {"specialist": list(specialist), "dustbin_shift": shift}
-    epochs = options.epochs // cycles * cycles
-    optimizer = make_optimizer(
-        learner,
-        name=options.optimizer,
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-    )
-    scheduler = make_scheduler(
-        optimizer,
-        schedule=options.schedule if cycles == 1 else "cosine",
-        epochs=epochs,
-        warmup_epochs=options.warmup_epochs if cycles == 1 else 0,
-        steps_per_epoch=-(-len(data.train) // options.batch_size),
-        cycles=cycles,
-    )
-    average = make_average(learner, decay=options.ema) if options.ema is not None else None
-    rows = fit(
-        learner,
-        data,
-        _distiller(bench, teachers, trial.targets),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        epochs=epochs,
-        batch_size=options.batch_size,
-        generator=torch.Generator().manual_seed(seed),
-        views=bench.views,
-        device=bench.device,
-        workers=bench.config.data.workers,
-        clip_grad=options.clip_grad,
-        average=average,
-        precision=options.amp,
-        compiled=options.compile,
-    )
-    best = average.module if average is not None else learner
-    best = best.network if isinstance(best, Specialist) else best
-    try:
-        for row in rows:
-            cycle, rest = divmod(row["epoch"], epochs // cycles)
-            if rest == 0:
-                path = trial.path
-                path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
-                row["hash"] = bench.save(path, best, trial.model, facts)
-                row["checkpoint"] = path.name
-            yield row
-    except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
-
-
-def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, float]:
-    """Return a specialist's data, half of it from its classes, and what corrects for that."""
-    split, shift = specialist_split(data.train, classes, seed=seed)
-    names = (*(data.class_names[number] for number in classes), "dustbin")
-    special = replace(
-        data,
-        train=split,
-        val=relabel(data.val, classes),
-        test=relabel(data.test, classes),
-        class_names=names,
-    )
-    return special, shift
-
-
-def _distiller(bench: Bench, teachers: Sequence[Mapping[str, Any]], targets: Path) -> Distiller:
-    smoothing = bench.config.train.label_smoothing
-    if not teachers:
-        return Distiller(label_smoothing=smoothing)
-    distill = bench.config.distill
-    weights = None
-    if len(teachers) > 1 and "weight" in teachers[0]:
-        weights = [row["weight"] for row in teachers]
-    averaged = distill.average == "logits"  # by the store, once
-    teacher = stored = None
-    if distill.live:
-        teacher = Ensemble([bench.teacher(member["checkpoint"]) for member in teachers])
-    else:
-        stored = open_store(
-            targets,
-            [member["hash"] for member in teachers],
-            data=bench.data_key,
-            average=distill.average,
-            weights=weights,
-        )
-    return Distiller(
-        teacher,
-        targets=stored,
-        temperature=distill.temperature,
-        alpha=distill.alpha,
-        average=distill.average,
-        weights=weights if isinstance(teacher, Ensemble) or not averaged else None,
-        label_smoothing=smoothing,
-    )
 
 
 def check_function(function: str) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from selfkd.config import Config, ModelConfig, to_tree
 from selfkd.files import load_json, save_json
-from selfkd.jobs import Batch, EarlyStopping, Executor, Job, Outcome, Row
+from selfkd.jobs import CHECKPOINT, Batch, EarlyStopping, Executor, Job, Outcome, Row
 from selfkd.ledger import RunError, RunFolder
 from selfkd.space import Distribution, Optuna, Point, Points, Proposer, make_points
 
@@ -34,6 +34,9 @@ class Listener(Protocol):
 
     def trial_finished(self, trial: Row) -> None:
         """A trial has its result: completed, stopped or failed."""
+
+    def noted(self, text: str) -> None:
+        """Something that a user should know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,7 @@ class _Trials:
         self.stage, self.targets, self.listener = stage, targets, listener
         self.results: dict[int, Row] = {}
         self._open: dict[int, tuple[Row, list[Row]]] = {}
+        self._heard: dict[int, int] = {}  # the last epoch that the listener was told of
         for number in range(stage.trials):
             path = stage.trial(number) / "result.json"
             result = load_json(path) if path.exists() else None
@@ -149,9 +153,15 @@ class _Trials:
 
     def report(self, job: Job, rows: Sequence[Row]) -> None:
         trial, history = self._open[self._number(job)]
-        # a trial whose worker died begins again
+        for note in [row.pop("note") for row in rows if "note" in row]:
+            where = f"{trial['stage'].replace('-', ' ')}, trial {trial['trial']}"
+            self.listener.noted(f"{where}: {note}")
+        # a trial whose worker died reports again what it had reported
         history[:] = [row for row in history if row["epoch"] < rows[0]["epoch"]] + list(rows)
-        self.listener.trial_reported(trial, rows)
+        heard = self._heard.get(trial["trial"], 0)
+        if fresh := [row for row in rows if row["epoch"] > heard]:
+            self._heard[trial["trial"]] = fresh[-1]["epoch"]
+            self.listener.trial_reported(trial, fresh)
 
     def tell(self, outcome: Outcome) -> None:
         number = self._number(outcome.job)
@@ -169,6 +179,8 @@ class _Trials:
             "history": history,
         }
         save_json(self.stage.trial(number) / "result.json", result)
+        if status != "failed":
+            (self.stage.trial(number) / CHECKPOINT).unlink(missing_ok=True)
         self.results[number] = result
         self.stage.proposer.tell(number, trial["point"], self.stage.value(last))
         self.listener.trial_finished(result)

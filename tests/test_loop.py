@@ -112,26 +112,6 @@ def test_what_is_missing_is_said(
         list(run_function(function, make_trial(tmp_path)))
 
 
-def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    def counts(trial: Trial, until: int = 5) -> None:
-        state = trial.checkpoint or {"epoch": 0, "weight": torch.zeros(1)}
-        model = nn.Linear(1, 1)
-        for epoch in range(state["epoch"], until):
-            weight = state["weight"] + 1
-            state = {"epoch": epoch + 1, "weight": weight}
-            metrics = {"val_accuracy": float(weight)}
-            trial.report(metrics, student=model, checkpoint=state)
-
-    rows = run_function(counts, make_trial(tmp_path))
-    first = [next(rows), next(rows)]
-    rows.close()  # type: ignore[attr-defined]
-    assert make_trial(tmp_path).checkpoint is not None
-    again = list(run_function(counts, make_trial(tmp_path)))
-    assert [row["val_accuracy"] for row in again] == [1, 2, 3, 4, 5]
-    assert plain(again[:2]) == plain(first)
-    assert make_trial(tmp_path).checkpoint is None  # it is done
-
-
 def test_generation_0_learns_from_labels_and_the_next_from_a_copy(tmp_path: Path) -> None:
     trial = make_trial(tmp_path / "one")
     list(run_function(steps, trial))

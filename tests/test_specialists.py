@@ -21,7 +21,7 @@ from selfkd.specialists import (
     relabel,
     specialist_split,
 )
-from selfkd.train import fit, predict
+from selfkd.train import Training, fit, predict
 
 # Clusters
 
@@ -422,15 +422,12 @@ def make_data(seed):
 
 
 def train(model, data, epochs, lr):
-    for _ in fit(
-        model,
-        data,
-        Distiller(alpha=0.0),
+    training = Training(
+        student=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=lr),
-        epochs=epochs,
-        batch_size=100,
         generator=torch.Generator().manual_seed(0),
-    ):
+    )
+    for _ in fit(training, data, Distiller(alpha=0.0), epochs=epochs, batch_size=100):
         pass
 
 

@@ -19,6 +19,7 @@ from selfkd.models import make_model
 from selfkd.targets import SoftTargets
 from selfkd.train import (
     NonFiniteLossError,
+    Training,
     evaluate,
     fit,
     make_optimizer,
@@ -60,13 +61,10 @@ def run(student, data=None, distiller=None, **changes):
     settings = {"epochs": 3, "batch_size": 20, "lr": 0.1, "seed": 0} | changes
     lr, seed = settings.pop("lr"), settings.pop("seed")
     settings.setdefault("optimizer", sgd(student, lr))
-    return fit(
-        student,
-        data or make_data(),
-        distiller or Distiller(),
-        generator=torch.Generator().manual_seed(seed),
-        **settings,
-    )
+    parts = ("optimizer", "scheduler", "average", "device", "precision")
+    own = {name: settings.pop(name) for name in parts if name in settings}
+    training = Training(student=student, generator=torch.Generator().manual_seed(seed), **own)
+    return fit(training, data or make_data(), distiller or Distiller(), **settings)
 
 
 def weights(student):
@@ -534,19 +532,14 @@ def test_stored_targets_and_mixed_precision_on_a_gpu(precision):
     student = make_model("selfkd_cnn", {"width": 8}, num_classes=10, in_chans=1, image_size=8)
     student.cuda()
     stored = SoftTargets([[torch.randn(200, 10).half()]])
-    rows = list(
-        fit(
-            student,
-            data,
-            Distiller(targets=stored),
-            optimizer=make_optimizer(student, name="sgd", lr=0.01, momentum=0.9, weight_decay=0.0),
-            epochs=3,
-            batch_size=20,
-            generator=torch.Generator().manual_seed(0),
-            device="cuda",
-            precision=precision,
-        )
+    training = Training(
+        student=student,
+        optimizer=make_optimizer(student, name="sgd", lr=0.01, momentum=0.9, weight_decay=0.0),
+        generator=torch.Generator().manual_seed(0),
+        device="cuda",
+        precision=precision,
     )
+    rows = list(fit(training, data, Distiller(targets=stored), epochs=3, batch_size=20))
     assert rows[-1]["soft_loss"] < rows[0]["soft_loss"]
 
 
@@ -554,14 +547,11 @@ def test_a_student_that_diverges_at_its_last_step_is_not_complete():
     data = load_data("digits")
     torch.manual_seed(0)
     student = make_model("selfkd_mlp", {"width": 8}, num_classes=10, in_chans=1, image_size=8)
-    rows = fit(
-        student,
-        data,
-        Distiller(),
+    training = Training(
+        student=student,
         optimizer=make_optimizer(student, name="sgd", lr=1e38, momentum=0.9, weight_decay=0.0),
-        epochs=1,
-        batch_size=200,
         generator=torch.Generator().manual_seed(0),
     )
+    rows = fit(training, data, Distiller(), epochs=1, batch_size=200)
     with pytest.raises(NonFiniteLossError, match=r"validation loss must be finite.* epoch 1"):
         list(rows)

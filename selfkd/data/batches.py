@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from selfkd.ranks import Ranks
 from selfkd.views import Views
 
 from .stream import Stream
@@ -86,6 +87,7 @@ class Data:
         drop_last: bool = False,
         workers: int = 0,
         rows: range | None = None,
+        ranks: Ranks | None = None,
     ) -> Iterator[Batch]:
         """Batches of one split by name; see `selfkd.data.batches`."""
         if split not in ("train", "val", "test"):
@@ -102,6 +104,7 @@ class Data:
             drop_last=drop_last,
             workers=workers,
             rows=rows,
+            ranks=ranks,
         )
 
 
@@ -118,6 +121,7 @@ def batches(
     drop_last: bool = False,
     workers: int = 0,
     rows: range | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Batch]:
     """One pass over a split, or over some of its images.
 
@@ -135,6 +139,8 @@ def batches(
         drop_last: leave out a last batch that is not full.
         workers: processes that decode streamed images; images in memory need none.
         rows: the images to read, all when not given.
+        ranks: of processes that share each batch, all with the same order: this one gets its
+            part, and the first image where its part is empty.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
@@ -162,16 +168,23 @@ def batches(
         order = order[shuffle.cpu()]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
-    chunks = _chunks(order, batch_size)
+    chunks = _chunks(order, batch_size, ranks)
     if isinstance(split.images, Tensor):
-        raw = _gathered(split.images, _chunks(order.to(split.images.device), batch_size))
+        raw = _gathered(split.images, _chunks(order.to(split.images.device), batch_size, ranks))
     else:
         raw = _decoded(split.images, chunks, workers, torch.device(device))
     return _finished(raw, chunks, split.labels, mean, std, views, view, torch.device(device))
 
 
-def _chunks(order: Tensor, batch_size: int) -> list[Tensor]:
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def _chunks(order: Tensor, batch_size: int, ranks: Ranks | None) -> list[Tensor]:
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if ranks is None:
+        return chunks
+    parts = [ranks.share(len(chunk)) for chunk in chunks]
+    return [
+        chunk[part.start : part.stop] if part else chunk[:1]
+        for chunk, part in zip(chunks, parts, strict=True)
+    ]
 
 
 def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:

@@ -1,0 +1,183 @@
+"""The built-in training function: a classifier, as the config says, on this data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+from selfkd.bench import Bench
+from selfkd.checkpoint import load_tensors
+from selfkd.config import TrainConfig, to_tree
+from selfkd.data import Data
+from selfkd.distiller import Distiller
+from selfkd.jobs import Row
+from selfkd.loop import Trial
+from selfkd.specialists import Specialist, relabel, specialist_split
+from selfkd.storage import as_path
+from selfkd.store import open_store
+from selfkd.teacher import Ensemble
+from selfkd.train import (
+    NonFiniteLossError,
+    Training,
+    fit,
+    make_average,
+    make_optimizer,
+    make_scheduler,
+)
+
+
+def train_classifier(
+    trial: Trial,
+    *,
+    start: Mapping[str, Any] | None = None,
+    specialist: Sequence[int] | None = None,
+    cycles: int = 1,
+) -> Iterator[Row]:
+    """Train a classifier as the config says: the built-in training function.
+
+    Args:
+        trial: what is trained, by which teachers.
+        start: `checkpoint` to start the weights from, or `seed` of the initialisation.
+        specialist: classes that the student is to tell apart; all others are one to it.
+        cycles: of the learning rate; the student is saved at the end of each, but for the last
+            beside the trial's own file.
+    """
+    bench = Bench(to_tree(trial.config))
+    options, ranks = bench.config.train, trial.ranks
+    learner = _fresh(bench, trial, start or {})
+    data = bench.data
+    facts: Row = {"stage": trial.stage, "seed": trial.seed}
+    if specialist is not None:
+        learner = Specialist(learner, specialist).to(bench.device)
+        data, shift = _special_data(bench.data, specialist, trial.seed)
+        facts |= {"specialist": list(specialist), "dustbin_shift": shift}
+    training = _training(bench, learner, options, trial.seed, len(data.train), cycles)
+    if not ranks.first:  # dropout differs from rank to rank
+        torch.manual_seed(trial.seed + ranks.rank)
+    if (state := trial.checkpoint) is not None:
+        training.load_state_dict(state)
+        trial.progress.state = None
+        yield from [dict(row) for row in trial.progress.rows]
+    epochs = options.epochs // cycles * cycles
+    rows = fit(
+        training,
+        data,
+        _distiller(bench, trial.teachers, trial.targets),
+        epochs=epochs,
+        batch_size=options.batch_size,
+        views=bench.views,
+        workers=bench.config.data.workers,
+        clip_grad=options.clip_grad,
+        compiled=options.compile,
+        ranks=ranks,
+    )
+    best = training.best
+    best = best.network if isinstance(best, Specialist) else best
+    try:
+        for row in rows:
+            cycle, rest = divmod(row["epoch"], epochs // cycles)
+            if rest == 0 and ranks.first:
+                path = trial.path
+                path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
+                row["hash"] = bench.save(path, best, trial.model, facts)
+                row["checkpoint"] = path.name
+            unfinished = row["epoch"] < epochs
+            trial.progress.reached(row, training.state_dict() if unfinished else None)
+            yield row
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
+
+
+def _fresh(bench: Bench, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
+    """Return a network to be trained, the same on all ranks."""
+    torch.manual_seed(start.get("seed", trial.seed))
+    network = bench.make(trial.model)
+    if "checkpoint" in start:
+        network.load_state_dict(load_tensors(as_path(start["checkpoint"]))[0])
+    elif bench.config.train.init == "teacher" and trial.teachers:
+        network.load_state_dict(load_tensors(as_path(trial.teachers[0]["checkpoint"]))[0])
+    if "seed" in start:
+        torch.manual_seed(trial.seed)
+    if trial.ranks.size > 1 and bench.device == "cuda":  # torch has none on the CPU
+        network = convert_sync_batchnorm(network)
+    return network
+
+
+def _training(
+    bench: Bench, learner: nn.Module, options: TrainConfig, seed: int, images: int, cycles: int
+) -> Training:
+    optimizer = make_optimizer(
+        learner,
+        name=options.optimizer,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+    )
+    scheduler = make_scheduler(
+        optimizer,
+        schedule=options.schedule if cycles == 1 else "cosine",
+        epochs=options.epochs // cycles * cycles,
+        warmup_epochs=options.warmup_epochs if cycles == 1 else 0,
+        steps_per_epoch=-(-images // options.batch_size),
+        cycles=cycles,
+    )
+    return Training(
+        student=learner,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        average=make_average(learner, decay=options.ema) if options.ema is not None else None,
+        generator=torch.Generator().manual_seed(seed),
+        device=bench.device,
+        precision=options.amp,
+    )
+
+
+def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, float]:
+    """Return a specialist's data, half of it from its classes, and what corrects for that."""
+    split, shift = specialist_split(data.train, classes, seed=seed)
+    names = (*(data.class_names[number] for number in classes), "dustbin")
+    special = replace(
+        data,
+        train=split,
+        val=relabel(data.val, classes),
+        test=relabel(data.test, classes),
+        class_names=names,
+    )
+    return special, shift
+
+
+def _distiller(bench: Bench, teachers: Sequence[Mapping[str, Any]], targets: Path) -> Distiller:
+    smoothing = bench.config.train.label_smoothing
+    if not teachers:
+        return Distiller(label_smoothing=smoothing)
+    distill = bench.config.distill
+    weights = None
+    if len(teachers) > 1 and "weight" in teachers[0]:
+        weights = [row["weight"] for row in teachers]
+    averaged = distill.average == "logits"  # by the store, once
+    teacher = stored = None
+    if distill.live:
+        teacher = Ensemble([bench.teacher(member["checkpoint"]) for member in teachers])
+    else:
+        stored = open_store(
+            targets,
+            [member["hash"] for member in teachers],
+            data=bench.data_key,
+            average=distill.average,
+            weights=weights,
+        )
+    return Distiller(
+        teacher,
+        targets=stored,
+        temperature=distill.temperature,
+        alpha=distill.alpha,
+        average=distill.average,
+        weights=weights if isinstance(teacher, Ensemble) or not averaged else None,
+        label_smoothing=smoothing,
+    )

@@ -41,13 +41,13 @@ class RunFolder:
         Raises:
             ConfigError: it exists already, or cannot be written.
         """
-        if path.exists():
+        if path.exists() and not _never_began(path):
             raise ConfigError(
                 f"run folder {path} exists already: continue it with --resume {path}, "
                 "or choose another --name"
             )
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
             save_text(path / "run_id", f"{path.name}-{secrets.token_hex(4)}")
             save_text(path / "command", command)
             save_text(path / "config.yaml", dump_config(config))
@@ -141,6 +141,13 @@ class RunFolder:
     def relative(self, path: Path) -> str:
         """Return a path as the ledger keeps it, so that a run folder can be moved."""
         return str(path.relative_to(self.path))
+
+
+def _never_began(path: Path) -> bool:
+    """Whether a folder is what a start leaves that is killed before its config is written."""
+    return path.is_dir() and all(
+        file.name in ("run_id", "command") or file.name.startswith(".") for file in path.iterdir()
+    )
 
 
 def link(source: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a run resumes from its own folder
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -31,6 +32,7 @@ from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
+RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
 MAX_FAILURES = 2  # how often a trial is repeated whose worker died
 
 
@@ -49,7 +51,7 @@ class Worker(tune.Trainable):
 
     def step(self) -> Row:
         if self._job is None:
-            time.sleep(HOLD_SECONDS)
+            time.sleep(self._seconds)
             return {"held": True}
         rows: list[Row] = []
         end = time.monotonic() + self._seconds
@@ -164,11 +166,16 @@ class _Desk(_Unsaved, FIFOScheduler):
             self.batch.running[trial_id] = job
             self.live[trial_id] = None
             plain = {"kind": job.kind, "payload": dict(job.payload)}
-            return {"job": plain, "report_seconds": self.batch.report_seconds}
+            seconds = self.batch.report_seconds and self._at_least(self.batch.report_seconds)
+            return {"job": plain, "report_seconds": seconds}
         if len(self.live) < self.warm:
             self.live[trial_id] = None
-            return {"job": None, "report_seconds": 0.0}
+            return {"job": None, "report_seconds": self._at_least(HOLD_SECONDS)}
         return None
+
+    def _at_least(self, seconds: float) -> float:
+        """Return how often a worker reports, so that all of them do not flood the driver."""
+        return max(seconds, self.warm / RESULTS_PER_SECOND)
 
     def _job(self, trial: Trial) -> Job | None:
         return self.batch.running.get(trial.trial_id) if self.batch else None

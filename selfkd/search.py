@@ -33,7 +33,7 @@ from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
 RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
-MAX_FAILURES = 2  # how often a trial is repeated whose worker died
+MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
 
 
 class Worker(tune.Trainable):
@@ -90,6 +90,7 @@ class _Batch:
         self.exhausted = False
         self.running: dict[str, Job] = {}
         self.last_rows: dict[str, Row] = {}
+        self.furthest: dict[str, int] = {}
         self.finished = threading.Event()
         self.failure: Exception | None = None
 
@@ -237,7 +238,7 @@ class _Desk(_Unsaved, FIFOScheduler):
     def give_up(self, trial_id: str) -> None:
         self.live.pop(trial_id, None)
         if self.batch and trial_id in self.batch.running:
-            self._end(trial_id, error=f"its worker died {1 + MAX_FAILURES} times")
+            self._end(trial_id, error=f"its worker died {1 + MAX_FAILURES} times in the same place")
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         self.live.pop(trial.trial_id, None)
@@ -246,6 +247,10 @@ class _Desk(_Unsaved, FIFOScheduler):
         rows = result.get("rows")
         if rows and self.batch is not None:
             self.batch.last_rows[trial.trial_id] = rows[-1]
+            if rows[-1].get("epoch", 0) > self.batch.furthest.get(trial.trial_id, 0):
+                # so that a long trial outlives any number of nodes, but not its own fault
+                self.batch.furthest[trial.trial_id] = rows[-1]["epoch"]
+                trial.run_metadata.num_failures = 0
             jobs = self.batch.jobs
             self.batch.hear(lambda: jobs.report(job, rows))
 

@@ -32,6 +32,7 @@ from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
+RELEASE_SECONDS = 10.0  # after which a worker set free for a job that has none was lost on its way
 RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
 MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
 
@@ -88,6 +89,7 @@ class _Batch:
         self.report_seconds = REPORT_SECONDS if early is None else 0.0
         self.scheduler = FIFOScheduler() if early is None else _asha(early)
         self.exhausted = False
+        self.again: list[Job] = []
         self.running: dict[str, Job] = {}
         self.last_rows: dict[str, Row] = {}
         self.furthest: dict[str, int] = {}
@@ -95,7 +97,11 @@ class _Batch:
         self.failure: Exception | None = None
 
     def ask(self) -> Job | None:
-        if self.exhausted or (self.limit is not None and len(self.running) >= self.limit):
+        if self.limit is not None and len(self.running) >= self.limit:
+            return None
+        if self.again:
+            return self.again.pop()
+        if self.exhausted:
             return None
         job = self.jobs.ask()
         self.exhausted = job is None
@@ -103,7 +109,7 @@ class _Batch:
         return job
 
     def close_if_done(self) -> None:
-        if self.exhausted and not self.running:
+        if self.exhausted and not self.running and not self.again:
             self.finished.set()
 
     def hear(self, listen: Callable[[], None]) -> None:
@@ -155,8 +161,7 @@ class _Desk(_Unsaved, FIFOScheduler):
         self.batch: _Batch | None = None
         self.closed = False
         self.live: dict[str, Trial | None] = {}
-        self._waiting: set[str] = set()  # jobs without a worker, when a hold last looked
-        self._released = 0  # holds ended for them
+        self._released: dict[str, float] = {}  # jobs that a hold was ended for, and when
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closed:
@@ -211,15 +216,19 @@ class _Desk(_Unsaved, FIFOScheduler):
 
     def _hold_or_release(self) -> str:
         """End a hold only for a job that waits and has not been given another hold's worker."""
-        live = self.live.items()
+        live, now = self.live.items(), time.monotonic()
         running = {name for name, trial in live if trial and trial.status == Trial.RUNNING}
         self.warm = max(self.warm, len(running))
-        waiting = set(self.batch.running) - running if self.batch else set()
-        self._released = max(0, self._released - len(self._waiting - waiting))
-        self._waiting = waiting
-        if self._released >= len(waiting):
+        waiting = self.batch.running.keys() - running if self.batch else set()
+        self._released = {
+            name: since
+            for name, since in self._released.items()
+            if name in waiting and now - since < RELEASE_SECONDS
+        }
+        unserved = waiting - self._released.keys()
+        if not unserved:
             return str(TrialScheduler.CONTINUE)
-        self._released += 1
+        self._released[unserved.pop()] = now
         return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Row) -> None:
@@ -232,12 +241,18 @@ class _Desk(_Unsaved, FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """A worker died: Tune repeats the trial, or tells the searcher that it gave up."""
+        self._released.pop(trial.trial_id, None)
         if self.batch and self._job(trial):
             self.batch.scheduler.on_trial_error(tune_controller, trial)
 
     def give_up(self, trial_id: str) -> None:
-        self.live.pop(trial_id, None)
-        if self.batch and trial_id in self.batch.running:
+        trial = self.live.pop(trial_id, None)
+        if self.batch is None or trial_id not in self.batch.running:
+            return
+        if trial is not None and trial.run_metadata.num_failures <= MAX_FAILURES:
+            # Tune repeats no trial whose worker dies as it is handed over from another
+            self.batch.again.append(self.batch.running.pop(trial_id))
+        else:
             self._end(trial_id, error=f"its worker died {1 + MAX_FAILURES} times in the same place")
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:

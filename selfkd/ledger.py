@@ -41,13 +41,13 @@ class RunFolder:
         Raises:
             ConfigError: it exists already, or cannot be written.
         """
-        if path.exists():
+        if path.exists() and not _never_began(path):
             raise ConfigError(
                 f"run folder {path} exists already: continue it with --resume {path}, "
                 "or choose another --name"
             )
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
             save_text(path / "run_id", f"{path.name}-{secrets.token_hex(4)}", patience=0)
             save_text(path / "command", command, patience=0)
             save_text(path / "config.yaml", dump_config(config), patience=0)
@@ -161,3 +161,10 @@ class RunFolder:
 def lasting(config: Config) -> Row:
     """Return what of a config cannot change when a run is continued, by dotted key."""
     return {key: value for key, value in flat(config).items() if not key.startswith(RESUMABLE)}
+
+
+def _never_began(path: Path) -> bool:
+    """Whether a folder is what a start leaves that is killed before its config is written."""
+    return path.is_dir() and all(
+        file.name in ("run_id", "command") or file.name.startswith(".") for file in path.iterdir()
+    )

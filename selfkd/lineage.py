@@ -68,6 +68,7 @@ def born_again(
             raise ConfigError(checked["fault"])
         folder.keep(config, checked["facts"])
     for result in results:
+        _prune(folder, result)  # a start that was killed may not have come to it
         listener.generation_finished(result)
     while len(results) <= config.rounds:
         result = _generation(config, folder, executor, listener, function, results)
@@ -169,7 +170,7 @@ def _generation(
         "seconds": time.perf_counter() - start,
     }
     save_json(folder.generation(generation) / "result.json", result)
-    _prune(folder, stage, result)
+    _prune(folder, result)
     return result
 
 
@@ -244,10 +245,11 @@ def _measure(
     return {**measured, "predictions": folder.relative(predictions)}
 
 
-def _prune(folder: RunFolder, stage: Stage, result: Row) -> None:
+def _prune(folder: RunFolder, result: Row) -> None:
     """Remove the students that teach no one: the ledger keeps their results."""
     kept = {model["checkpoint"] for model in result["models"]}
-    for number in range(stage.trials):
-        student = stage.trial(number) / "student.safetensors"
+    trials = folder.generation(result["generation"])
+    for number in range(result["trials"]):
+        student = trials / f"trial_{number:03d}" / "student.safetensors"
         if folder.relative(student) not in kept:
             student.unlink(missing_ok=True)

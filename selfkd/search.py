@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a run resumes from its own folder
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -31,7 +32,9 @@ from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
-MAX_FAILURES = 2  # how often a trial is repeated whose worker died
+RELEASE_SECONDS = 10.0  # after which a worker set free for a job that has none was lost on its way
+RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
+MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
 
 
 class Worker(tune.Trainable):
@@ -49,7 +52,7 @@ class Worker(tune.Trainable):
 
     def step(self) -> Row:
         if self._job is None:
-            time.sleep(HOLD_SECONDS)
+            time.sleep(self._seconds)
             return {"held": True}
         rows: list[Row] = []
         end = time.monotonic() + self._seconds
@@ -86,13 +89,19 @@ class _Batch:
         self.report_seconds = REPORT_SECONDS if early is None else 0.0
         self.scheduler = FIFOScheduler() if early is None else _asha(early)
         self.exhausted = False
+        self.again: list[Job] = []
         self.running: dict[str, Job] = {}
         self.last_rows: dict[str, Row] = {}
+        self.furthest: dict[str, int] = {}
         self.finished = threading.Event()
         self.failure: Exception | None = None
 
     def ask(self) -> Job | None:
-        if self.exhausted or (self.limit is not None and len(self.running) >= self.limit):
+        if self.limit is not None and len(self.running) >= self.limit:
+            return None
+        if self.again:
+            return self.again.pop()
+        if self.exhausted:
             return None
         job = self.jobs.ask()
         self.exhausted = job is None
@@ -100,7 +109,7 @@ class _Batch:
         return job
 
     def close_if_done(self) -> None:
-        if self.exhausted and not self.running:
+        if self.exhausted and not self.running and not self.again:
             self.finished.set()
 
     def hear(self, listen: Callable[[], None]) -> None:
@@ -152,8 +161,7 @@ class _Desk(_Unsaved, FIFOScheduler):
         self.batch: _Batch | None = None
         self.closed = False
         self.live: dict[str, Trial | None] = {}
-        self._waiting: set[str] = set()  # jobs without a worker, when a hold last looked
-        self._released = 0  # holds ended for them
+        self._released: dict[str, float] = {}  # jobs that a hold was ended for, and when
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closed:
@@ -164,11 +172,16 @@ class _Desk(_Unsaved, FIFOScheduler):
             self.batch.running[trial_id] = job
             self.live[trial_id] = None
             plain = {"kind": job.kind, "payload": dict(job.payload)}
-            return {"job": plain, "report_seconds": self.batch.report_seconds}
+            seconds = self.batch.report_seconds and self._at_least(self.batch.report_seconds)
+            return {"job": plain, "report_seconds": seconds}
         if len(self.live) < self.warm:
             self.live[trial_id] = None
-            return {"job": None, "report_seconds": 0.0}
+            return {"job": None, "report_seconds": self._at_least(HOLD_SECONDS)}
         return None
+
+    def _at_least(self, seconds: float) -> float:
+        """Return how often a worker reports, so that all of them do not flood the driver."""
+        return max(seconds, self.warm / RESULTS_PER_SECOND)
 
     def _job(self, trial: Trial) -> Job | None:
         return self.batch.running.get(trial.trial_id) if self.batch else None
@@ -203,15 +216,19 @@ class _Desk(_Unsaved, FIFOScheduler):
 
     def _hold_or_release(self) -> str:
         """End a hold only for a job that waits and has not been given another hold's worker."""
-        live = self.live.items()
+        live, now = self.live.items(), time.monotonic()
         running = {name for name, trial in live if trial and trial.status == Trial.RUNNING}
         self.warm = max(self.warm, len(running))
-        waiting = set(self.batch.running) - running if self.batch else set()
-        self._released = max(0, self._released - len(self._waiting - waiting))
-        self._waiting = waiting
-        if self._released >= len(waiting):
+        waiting = self.batch.running.keys() - running if self.batch else set()
+        self._released = {
+            name: since
+            for name, since in self._released.items()
+            if name in waiting and now - since < RELEASE_SECONDS
+        }
+        unserved = waiting - self._released.keys()
+        if not unserved:
             return str(TrialScheduler.CONTINUE)
-        self._released += 1
+        self._released[unserved.pop()] = now
         return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Row) -> None:
@@ -224,13 +241,19 @@ class _Desk(_Unsaved, FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """A worker died: Tune repeats the trial, or tells the searcher that it gave up."""
+        self._released.pop(trial.trial_id, None)
         if self.batch and self._job(trial):
             self.batch.scheduler.on_trial_error(tune_controller, trial)
 
     def give_up(self, trial_id: str) -> None:
-        self.live.pop(trial_id, None)
-        if self.batch and trial_id in self.batch.running:
-            self._end(trial_id, error=f"its worker died {1 + MAX_FAILURES} times")
+        trial = self.live.pop(trial_id, None)
+        if self.batch is None or trial_id not in self.batch.running:
+            return
+        if trial is not None and trial.run_metadata.num_failures <= MAX_FAILURES:
+            # Tune repeats no trial whose worker dies as it is handed over from another
+            self.batch.again.append(self.batch.running.pop(trial_id))
+        else:
+            self._end(trial_id, error=f"its worker died {1 + MAX_FAILURES} times in the same place")
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         self.live.pop(trial.trial_id, None)
@@ -239,6 +262,10 @@ class _Desk(_Unsaved, FIFOScheduler):
         rows = result.get("rows")
         if rows and self.batch is not None:
             self.batch.last_rows[trial.trial_id] = rows[-1]
+            if rows[-1].get("epoch", 0) > self.batch.furthest.get(trial.trial_id, 0):
+                # so that a long trial outlives any number of nodes, but not its own fault
+                self.batch.furthest[trial.trial_id] = rows[-1]["epoch"]
+                trial.run_metadata.num_failures = 0
             jobs = self.batch.jobs
             self.batch.hear(lambda: jobs.report(job, rows))
 

@@ -130,11 +130,16 @@ class RemotePath(PosixPath):
             if len(path.parts) == depth and path.match(pattern) and (folder or pattern[-1] != "/"):
                 yield path
 
-    def _below(self) -> Iterator[tuple[RemotePath, bool]]:
+    def iterdir(self) -> Generator[RemotePath, None, None]:
+        """Yield what is in this folder."""
+        return (path for path, _ in self._below(recursive=False))
+
+    def _below(self, *, recursive: bool = True) -> Iterator[tuple[RemotePath, bool]]:
         from pyarrow.fs import FileSelector
 
         system, path = self._place
-        for info in system.get_file_info(FileSelector(path, recursive=True, allow_not_found=True)):
+        wanted = FileSelector(path, recursive=recursive, allow_not_found=True)
+        for info in system.get_file_info(wanted):
             below = posixpath.relpath(info.path, path)
             yield self / below, info.type.name == "Directory"
 

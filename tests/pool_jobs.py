@@ -1,4 +1,4 @@
-"""Jobs without torch, for the tests of the pool."""
+"""Jobs without torch, for the tests of the pool and of what happens to its nodes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
+
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield `epochs` rows, `pause` seconds apart; fail, or die, as asked."""
+    node, begin = ray.get_runtime_context().get_node_id(), time.time()
     died = Path(payload["died"]) if "died" in payload else None
     for epoch in range(1, payload.get("epochs", 1) + 1):
         time.sleep(payload.get("pause", 0.0))
@@ -20,9 +23,26 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if kind == "die" and died is not None and (payload.get("always") or not died.exists()):
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "trap" and died is not None and not died.exists():
+            _die_when_handed_over(died)
         yield {
             "epoch": epoch,
             "pid": os.getpid(),
             "name": payload["name"],
+            "kind": kind,
+            "node": node,
+            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "time": (begin, time.time()),
             "val_accuracy": payload.get("accuracy", 0.5),
         }
+
+
+def _die_when_handed_over(died: Path) -> None:
+    from selfkd.search import Worker
+
+    def die(worker: Worker, config: Mapping[str, Any]) -> bool:
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    Worker.reset_config = die

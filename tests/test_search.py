@@ -117,6 +117,16 @@ def test_a_job_that_kills_every_worker_fails_in_the_end(pool: Pool, tmp_path: Pa
     pool.run(jobs(2))  # and the pool is still there
 
 
+def test_a_worker_that_dies_as_it_is_handed_over_costs_no_job(pool: Pool, tmp_path: Path) -> None:
+    died = tmp_path / "died"
+    first = [Job("trap", {"name": f"trap {n}", "died": str(died)}) for n in range(2)]
+    batch = Batch([*first, *(Job("train", {"name": f"job {n}", "epochs": 2}) for n in range(4))])
+    pool.run(batch)
+    assert died.exists()
+    assert len(batch.outcomes) == 6
+    assert not [outcome for outcome in batch.outcomes if outcome.error]
+
+
 def test_limit_bounds_how_many_run_together(pool: Pool) -> None:
     class Watched(Batch):
         running = most = 0

@@ -74,7 +74,7 @@ def test_files(root: Path, tmp_path: Path) -> None:
     assert root.is_dir()
     assert not path.is_dir()
     assert list(root.glob("*/row.json")) == [path] == list(root.rglob("row.json"))
-    assert list(root.glob("*/")) == [root / "folder"]
+    assert list(root.glob("*/")) == [root / "folder"] == list(root.iterdir())
     assert path.stat().st_size == len('{\n "a": 2\n}\n')
     link(path, root / "again.json")
     link(path, tmp_path / "local.json")

@@ -1,0 +1,39 @@
+"""What a run has found, without what a clock measured: equal for equal runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selfkd.checkpoint import load_tensors
+from selfkd.files import load_json
+from selfkd.ledger import RunFolder
+
+CLOCK = {"seconds", "train_seconds"}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Return the table, each trial, and the hash of each file of weights and predictions.
+
+    The hash is that of names, types, shapes, bytes and facts; reading a file checks it. (Two files
+    with the same content may differ in the order of their header.)
+    """
+    run = RunFolder(folder)
+    trials = sorted(folder.glob("generation_*/trial_*/result.json"))
+    weights = sorted(folder.glob("generation_*/**/*.safetensors"))
+    return {
+        "summary": _timeless(load_json(folder / "summary.json")),
+        "generations": _timeless(run.results()),
+        "trials": {str(path.relative_to(folder)): _timeless(load_json(path)) for path in trials},
+        "weights": {
+            str(path.relative_to(folder)): load_tensors(path)[1]["hash"] for path in weights
+        },
+    }
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(one) for key, one in value.items() if key not in CLOCK}
+    if isinstance(value, list):
+        return [_timeless(one) for one in value]
+    return value

@@ -1,0 +1,199 @@
+"""Nodes that are lost, come back or join late; GPUs that are shared. The GPUs are not real ones."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from selfkd.jobs import Batch, Job, Row
+from selfkd.search import Pool
+from selfkd.trials import run_all
+
+ENTRY = "pool_jobs:run_job"
+PATIENCE = 120.0
+
+
+class Nodes:
+    """A cluster whose head has nothing to train on, and nodes with a GPU each."""
+
+    def __init__(self) -> None:
+        # a dead node is noticed sooner than by default, or these tests would take a minute more
+        quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick}
+        )
+        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="CRITICAL")
+        self._nodes: dict[str, Any] = {}
+
+    def add(self) -> str:
+        node = self._cluster.add_node(num_cpus=2, num_gpus=1)
+        self._nodes[node.node_id] = node
+        return str(node.node_id)
+
+    def lose(self, name: str) -> None:
+        """As when its machine is switched off."""
+        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+
+    def have(self, count: int) -> list[str]:
+        """Add nodes or lose some until there are so many."""
+        while len(self._nodes) < count:
+            self.add()
+        while len(self._nodes) > count:
+            self.lose(next(iter(self._nodes)))
+        return list(self._nodes)
+
+    def close(self) -> None:
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+class Followed(Batch):
+    """A batch in a thread of its own, that keeps every row it hears."""
+
+    def __init__(self, pool: Pool, jobs: Sequence[Job]) -> None:
+        super().__init__(jobs)
+        self.rows: list[Row] = []
+        self._thread = threading.Thread(target=pool.run, args=(self,))
+        self._thread.start()
+
+    def report(self, job: Job, rows: Sequence[Row]) -> None:
+        self.rows.extend(rows)
+
+    def nodes(self) -> set[str]:
+        return {row["node"] for row in self.rows}
+
+    def last_node(self, name: str) -> str:
+        return str([row["node"] for row in self.rows if row["name"] == name][-1])
+
+    def wait(self) -> None:
+        self._thread.join(timeout=PATIENCE)
+        assert not self._thread.is_alive(), "the batch did not end"
+        failures = [outcome.error for outcome in self.outcomes if outcome.error]
+        assert not failures
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def train(count: int, **payload: Any) -> list[Job]:
+    return [Job("train", {"name": f"job {number}", **payload}) for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    nodes = Nodes()
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture(scope="module")
+def pool(nodes: Nodes) -> Iterator[Pool]:
+    nodes.have(2)
+    with Pool(ENTRY, cpu=1, gpu=1, warm=2) as pool:
+        yield pool
+
+
+def test_trials_at_half_a_gpu_share_a_card(nodes: Nodes) -> None:
+    """And labelling runs in the same workers, on the same cards."""
+    nodes.have(1)
+    with Pool(ENTRY, cpu=0.5, gpu=0.5, warm=2) as pool:
+        batch = Followed(pool, train(2, epochs=4, pause=0.5))
+        batch.wait()
+        labelling = Followed(pool, [Job("label", {"name": f"shard {n}"}) for n in range(4)])
+        labelling.wait()
+    first, second = (outcome.row for outcome in batch.outcomes)
+    assert first["pid"] != second["pid"]
+    assert first["gpus"] == second["gpus"] == "0"
+    assert max(first["time"][0], second["time"][0]) < min(first["time"][1], second["time"][1])
+    assert {row["pid"] for row in labelling.rows} <= {first["pid"], second["pid"]}
+    assert {row["gpus"] for row in labelling.rows} == {"0"}
+
+
+def test_a_node_lost_in_mid_trial(nodes: Nodes, pool: Pool) -> None:
+    """Its trial begins again elsewhere; the other node's is not disturbed."""
+    names = nodes.have(2)
+    batch = Followed(pool, train(2, epochs=25, pause=0.2))
+    until(lambda: batch.nodes() == set(names))
+    lost = batch.last_node("job 0")
+    nodes.lose(lost)
+    batch.wait()
+    epochs = {
+        name: [row["epoch"] for row in batch.rows if row["name"] == name]
+        for name in ("job 0", "job 1")
+    }
+    assert epochs["job 1"] == list(range(1, 26))
+    assert epochs["job 0"][-25:] == list(range(1, 26))
+    assert len(epochs["job 0"]) > 25
+    assert {outcome.row["node"] for outcome in batch.outcomes} == {*names} - {lost}
+
+
+def test_a_node_lost_in_mid_labelling(nodes: Nodes, pool: Pool) -> None:
+    """Every shard is answered for once, those of the lost node by another."""
+    names = nodes.have(2)
+    told: list[Row] = []
+
+    class Ear:
+        def working(self, title: str, parts: int) -> None:
+            assert parts == 12
+
+        def worked(self, row: Row) -> None:
+            told.append(row)
+
+    jobs = [Job("label", {"name": f"shard {n}", "epochs": 4, "pause": 0.25}) for n in range(12)]
+    rows: list[Row] = []
+    thread = threading.Thread(
+        target=lambda: rows.extend(run_all(pool, Ear(), "labelling", jobs))  # type: ignore[arg-type]
+    )
+    thread.start()
+    until(lambda: {row["node"] for row in told} == set(names))
+    nodes.lose(names[0])
+    thread.join(timeout=PATIENCE)
+    assert [row["name"] for row in rows] == [f"shard {n}" for n in range(12)]
+    assert sorted(row["name"] for row in told) == sorted(row["name"] for row in rows)
+
+
+def test_a_node_that_joins_late_is_used(nodes: Nodes, pool: Pool) -> None:
+    nodes.have(1)
+    batch = Followed(pool, train(8, epochs=8, pause=0.25))
+    until(lambda: len(batch.rows) > 0)
+    late = nodes.add()
+    batch.wait()
+    assert len(batch.outcomes) == 8
+    assert sum(outcome.row["node"] == late for outcome in batch.outcomes) >= 2
+
+
+def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool) -> None:
+    """Without a GPU anywhere the run waits, and goes on when there is one again."""
+    names = nodes.have(2)
+    batch = Followed(pool, train(3, epochs=10, pause=0.2))
+    until(lambda: batch.nodes() == set(names))
+    nodes.have(0)
+    time.sleep(3.0)
+    assert batch.outcomes == []
+    back = nodes.add()
+    batch.wait()
+    assert [outcome.row["node"] for outcome in batch.outcomes] == [back] * 3
+
+
+def test_a_trial_outlives_any_number_of_nodes_as_long_as_it_gets_further(
+    nodes: Nodes, pool: Pool
+) -> None:
+    """A retry is counted only where a worker died no later than one before it."""
+    batch = Followed(pool, train(1, epochs=200, pause=0.05))
+    for epochs in (5, 30, 60, 90):
+        nodes.have(1)
+        until(lambda epochs=epochs: batch.rows and batch.rows[-1]["epoch"] > epochs)  # type: ignore[misc]
+        nodes.lose(batch.last_node("job 0"))
+    nodes.have(1)
+    batch.wait()
+    assert [row["epoch"] for row in batch.rows[-200:]] == list(range(1, 201))

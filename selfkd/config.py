@@ -222,6 +222,9 @@ class ResourcesConfig:
 
     cpu: float = Field(default=1.0, gt=0)
     gpu: float = Field(default=0.0, ge=0)
+    wait: float | None = Field(default=None, ge=0)
+    """Seconds to wait for a node that has them; when not given, as long as an autoscaler is
+    starting nodes."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -1,84 +1,328 @@
-"""A Ray cluster to run on: one that is there, or this machine."""
+"""A Ray cluster to run on: one that is there, or this machine; and the checks before a run."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import logging
 import os
+import socket
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import ray_constants, services
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError, RayError
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfkd.config import ConfigError
-from selfkd.storage import as_path
+from selfkd.storage import RemotePath, as_path
+
+CONNECT_SECONDS = 3.0  # for the head's port to open
+ANSWER_SECONDS = 5.0  # for what is behind it to be Ray
+LOOK_SECONDS = 7.5  # for an autoscaler, which looks every 5 s, to begin to start a node
+NODE_SECONDS = 8.0  # for every node to look at the storage
+STORAGE_SECONDS = 4.0  # for the storage to answer a node
+TELL_SECONDS = 30.0
+
+Node = Mapping[str, Any]
 
 
 @contextmanager
-def connect(*, cpu: float, gpu: float, storage: Path, verbose: bool = False) -> Iterator[int]:
-    """Start Ray here, or join the cluster that RAY_ADDRESS names; yield how many workers fit.
+def connect(*, verbose: bool = False) -> Iterator[bool]:
+    """Join the cluster that is there, else start Ray on this machine; yield whether it was there.
+
+    Args:
+        verbose: let Ray and its workers print.
+
+    Raises:
+        ConfigError: RAY_ADDRESS does not lead to a cluster, or the cluster refuses this process.
+    """
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    address = _find_address()
+    if address is not None:
+        _check_address(address)
+    ray.init(
+        log_to_driver=verbose,
+        logging_level="INFO" if verbose else "ERROR",
+        include_dashboard=verbose if address is None else None,  # on loopback, as Ray does
+    )
+    try:
+        yield address is not None
+    finally:
+        ray.shutdown()
+
+
+def _find_address() -> str | None:
+    """Return `host:port` of the cluster that `ray.init()` would join; none to start one."""
+    given = os.environ.get("RAY_ADDRESS", "")
+    if "://" in given:
+        raise ConfigError(
+            "RAY_ADDRESS must be HOST:PORT of the head (its port is 6379 by default), "
+            f"got {given}: from outside the cluster submit a job instead, "
+            "python -m selfkd.submit --address http://HEAD:8265 -- …"
+        )
+    try:
+        address: str | None = services.canonicalize_bootstrap_address(None)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise ConfigError(f"RAY_ADDRESS must lead to a Ray cluster, got {given}: {error}") from None
+    if address is None and given == "auto":
+        raise ConfigError("RAY_ADDRESS must lead to a Ray cluster, got auto, and none runs here")
+    return address
+
+
+def _check_address(address: str) -> None:
+    """Check in seconds what Ray itself waits minutes for."""
+    source = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "the cluster started here"
+    way_out = "is the cluster up, and the port open? RAY_ADDRESS=local starts Ray on this machine"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source} must answer, got {address}: {error}; {way_out}") from None
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
+    except AuthenticationError:
+        raise ConfigError(token_message(f"{source} {address}")) from None
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            GcsClient(address=address)
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, name="ask", daemon=True)
+    thread.start()
+    thread.join(timeout=ANSWER_SECONDS)
+    if failures and isinstance(failures[0], AuthenticationError):
+        raise ConfigError(token_message(f"{source} {address}")) from None
+    if failures or thread.is_alive():
+        raise ConfigError(
+            f"{source} must be a Ray cluster, got {address}, where something else answers: "
+            f"{failures[0] if failures else 'not as Ray does'}; {way_out}"
+        )
+
+
+def token_message(asked_by: str) -> str:
+    """Say what Ray's token is missing, or wrong, and how to give it."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    name = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(file)
+    known = name == "RAY_AUTH_TOKEN" or file.is_file()
+    if mode != "token":
+        state = f"RAY_AUTH_MODE must be token here, got {mode or 'none'}"
+        state += f" (a token lies in {name})" if known else ""
+    elif known:
+        state = f"the token in {name} must be the cluster's, and it is another"
+    else:
+        state = f"there is no token in {name} or in RAY_AUTH_TOKEN"
+    return (
+        f"{asked_by} asks for Ray's token: {state}.\n"
+        "Put the cluster's token (on its head: ray get-auth-token) into ~/.ray/auth_token or "
+        "RAY_AUTH_TOKEN, and export RAY_AUTH_MODE=token"
+    )
+
+
+def find_slots(
+    *,
+    cpu: float,
+    gpu: float,
+    storage: Path,
+    joined: bool,
+    wait: float | None = None,
+    tell: Callable[[str], None],
+) -> int:
+    """Check that the cluster can do the work; return how many workers fit on it now.
 
     Args:
         cpu: CPUs of one worker.
         gpu: GPUs of one worker.
         storage: folder that every node must see.
-        verbose: let Ray and its workers print.
+        joined: whether the cluster was there before this process, so that nodes may join it.
+        wait: seconds to wait for a node that a worker fits on; when not given, as long as an
+            autoscaler is starting nodes.
+        tell: says what is waited for, or should be known.
 
     Raises:
-        ConfigError: no node has what a worker needs, or one does not see the storage.
+        ConfigError: no node has what a worker needs, one does not see the storage, or one has
+            another version of selfkd.
     """
-    joined = "RAY_ADDRESS" in os.environ
-    ray.init(
-        log_to_driver=verbose,
-        logging_level="INFO" if verbose else "ERROR",
-        include_dashboard=joined or verbose,
-    )
-    try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        slots = sum(_fits(node["Resources"], cpu, gpu) for node in nodes)
-        if slots == 0:
-            most = [
-                max(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")
-            ]
-            raise ConfigError(
-                f"resources must fit on a node: asked for {cpu:g} CPU and {gpu:g} GPU a trial, "
-                f"but the largest node has {most[0]:g} CPU and {most[1]:g} GPU: "
-                "set resources.cpu and resources.gpu to what there is"
-            )
-        if len(nodes) > 1:
-            _check_storage(nodes, storage)
-        yield slots
-    finally:
-        ray.shutdown()
+    slots = _count_slots(cpu, gpu)
+    if slots == 0 and joined:
+        slots = _wait_for_nodes(cpu, gpu, wait, tell)
+    nodes = _nodes()
+    if slots == 0:
+        most = [
+            max((node["Resources"].get(kind, 0.0) for node in nodes), default=0.0)
+            for kind in ("CPU", "GPU")
+        ]
+        later = "" if not joined else ", or resources.wait to the seconds until there is more"
+        raise ConfigError(
+            f"resources must fit on a node: asked for {cpu:g} CPU and {gpu:g} GPU a trial, "
+            f"but the largest node has {most[0]:g} CPU and {most[1]:g} GPU: "
+            f"set resources.cpu and resources.gpu to what there is{later}"
+        )
+    if len(nodes) > 1:
+        _check_nodes(nodes, storage, tell)
+    return slots
 
 
-def _fits(resources: dict[str, float], cpu: float, gpu: float) -> int:
+def _nodes() -> list[Node]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _count_slots(cpu: float, gpu: float) -> int:
+    return sum(_fits(node["Resources"], cpu, gpu) for node in _nodes())
+
+
+def _fits(resources: Mapping[str, float], cpu: float, gpu: float) -> int:
     """Return how many workers fit on a node."""
     fits = int(resources.get("CPU", 0.0) / cpu)
     return min(fits, int(resources.get("GPU", 0.0) / gpu)) if gpu > 0 else fits
 
 
-def _check_storage(nodes: list[dict[str, str]], storage: Path) -> None:
+def _wait_for_nodes(cpu: float, gpu: float, wait: float | None, tell: Callable[[str], None]) -> int:
+    """Wait until a worker fits on a node; return how many do, or 0 when none came.
+
+    A placement group asks an autoscaler for the node; unlike `request_resources` it asks no longer
+    than this process lives, and takes no other's request back.
+    """
+    bundle = {"CPU": cpu, **({"GPU": gpu} if gpu > 0 else {})}
+    asked = placement_group([bundle])
+    start = told = time.monotonic()
+    end = start + (LOOK_SECONDS if wait is None else wait)
+    try:
+        while not (slots := _count_slots(cpu, gpu)) and time.monotonic() < end:
+            starting = _starts_nodes()
+            if starting and wait is None:
+                end = time.monotonic() + LOOK_SECONDS
+            if told == start or time.monotonic() > told + TELL_SECONDS:
+                told = time.monotonic()
+                state = "an autoscaler is starting nodes" if starting else "none has it yet"
+                tell(
+                    f"waiting for a node with {cpu:g} CPU and {gpu:g} GPU: {state} "
+                    f"({told - start:.0f} s)"
+                )
+            time.sleep(0.5)
+    finally:
+        remove_placement_group(asked)
+    return slots
+
+
+def _starts_nodes() -> bool:
+    """Return whether an autoscaler, of either kind that Ray has, is starting nodes."""
+    with contextlib.suppress(RayError, OSError, ValueError, KeyError, TypeError):
+        report = json.loads(_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or "{}")
+        first = report.get("autoscaler_report", {})
+        if first.get("pending_launches") or first.get("pending_nodes"):
+            return True
+    from ray.autoscaler.v2.sdk import get_cluster_status  # rarely needed, takes a while to import
+
+    with contextlib.suppress(RayError, OSError, ValueError, AttributeError):
+        address = ray.get_runtime_context().gcs_address
+        second = get_cluster_status(address, timeout=2)
+        return bool(second.pending_launches or second.pending_nodes)
+    return False
+
+
+def _check_nodes(nodes: list[Node], storage: Path, tell: Callable[[str], None]) -> None:
+    """Check that every node sees the storage and has the same code; say what may matter."""
     marker = storage / f".seen-{uuid.uuid4().hex}"
     marker.touch()
     try:
         looks = {
-            node["NodeManagerAddress"]: _sees.options(
+            _look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(str(marker))
+            ).remote(str(marker)): node["NodeManagerAddress"]
             for node in nodes
         }
-        blind = [address for address, seen in looks.items() if not ray.get(seen)]
+        ready, late = ray.wait(list(looks), num_returns=len(looks), timeout=NODE_SECONDS)
+        seen = [(looks[look], _result(look)) for look in ready]
     finally:
-        marker.unlink()
-    if blind:
+        marker.unlink(missing_ok=True)
+    faults = [f"{address} {fault}" for address, (fault, _) in seen if fault]
+    if faults:
         raise ConfigError(
-            f"storage must be a folder that every node sees, got {storage}, "
-            f"which {', '.join(blind)} cannot see"
+            f"storage must be a folder that every node sees and writes to, got {storage}: "
+            + "; ".join(faults)
+        )
+    ours = _versions()
+    for package in ours:
+        others = {
+            address: versions[package]
+            for address, (_, versions) in seen
+            if versions[package] != ours[package]
+        }
+        listed = ", ".join(f"{found} on {address}" for address, found in others.items())
+        if others and package == "selfkd":
+            raise ConfigError(
+                f"all nodes must have the same selfkd, got {ours[package]} here and {listed}: "
+                "python -m selfkd.submit takes it to all of them"
+            )
+        if others:
+            tell(
+                f"nodes have different versions of {package}, {ours[package]} here and {listed}: "
+                "the same seed may not give the same model on each"
+            )
+    if late:
+        tell(
+            f"{', '.join(looks[look] for look in late)} did not say within {NODE_SECONDS:g} s "
+            f"whether {storage} is seen there; the run begins without"
         )
 
 
-@ray.remote(num_cpus=0)
-def _sees(path: str) -> bool:
-    return as_path(path).exists()
+def _result(look: Any) -> tuple[str | None, dict[str, str]]:
+    try:
+        result: tuple[str | None, dict[str, str]] = ray.get(look)
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        return f"cannot run selfkd ({reason})", {}
+    return result
+
+
+def _versions() -> dict[str, str]:
+    """Return what has to be the same on all nodes: of selfkd the code, uploaded or installed."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "none"
+    return {"selfkd": code, "torch": torch}
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look(path: str) -> tuple[str | None, dict[str, str]]:
+    """Return what is wrong with a file as this node sees it, if anything is, and versions."""
+    faults: list[str | None] = []
+
+    def try_it() -> None:
+        try:
+            seen = as_path(path)
+            if isinstance(seen, RemotePath):
+                seen.stat()
+            else:
+                with seen.open("r+b"):
+                    pass
+            faults.append(None)
+        except OSError as error:
+            faults.append(f"cannot see it ({error.strerror or error})")
+
+    thread = threading.Thread(target=try_it, daemon=True)  # network folders hang for minutes
+    thread.start()
+    thread.join(timeout=STORAGE_SECONDS)
+    fault = faults[0] if faults else f"has no answer from it within {STORAGE_SECONDS:g} s"
+    return fault, _versions()

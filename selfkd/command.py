@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
@@ -72,9 +72,11 @@ class Command:
         try:
             folder, config = self._prepare(arguments, flags)
             self._run(folder, config, arguments)
-        except KeyboardInterrupt:
-            again = "" if folder is None else f"; continue with:\n  {self.resume(folder)}"
-            make_console().print(f"\nstopped{again}", soft_wrap=True)
+        except KeyboardInterrupt as stop:
+            if not isinstance(stop, _Stopped):
+                self._say_stopped(folder)
+            if inside_job():
+                _leave_now()
             return INTERRUPTED
         except (RuntimeError, ValueError, OSError) as error:
             usage = folder is None or isinstance(error, ConfigError)
@@ -98,19 +100,24 @@ class Command:
         """Return what continues a run."""
         return f"python -m selfkd.{self.name} --resume {shlex.quote(str(folder.path))}{self.again}"
 
+    def _say_stopped(self, folder: RunFolder | None) -> None:
+        again = "" if folder is None else f"; continue with:\n  {self.resume(folder)}"
+        make_console().print(f"\nstopped{again}", soft_wrap=True)
+
     def _prepare(
         self, arguments: argparse.Namespace, flags: dict[str, Any]
     ) -> tuple[RunFolder, Config]:
         flags = {**flags, "seed": arguments.seed, "name": arguments.name}
         if arguments.resume is None:
-            config = _at_home(
-                load_config(arguments.config, settings=arguments.settings, flags=flags)
-            )
+            config = load_config(arguments.config, settings=arguments.settings, flags=flags)
+            _refuse_relative(config, {"storage": config.storage})
+            config = _at_home(config)
             self.check(config)
             stem = (self.stem or config.data.name).replace("/", "-")
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
             path = as_path(config.storage).expanduser() / (config.name or now)
             return RunFolder.create(path, config, command=self.name), config
+        _refuse_relative(None, {"--resume": arguments.resume})
         folder, stored = RunFolder.open(as_path(arguments.resume))
         folder.check_command(self.name)
         if arguments.config:
@@ -120,6 +127,7 @@ class Command:
             config = load_config(arguments.config, settings=arguments.settings, flags=flags)
         else:
             config = merge_settings(stored, settings=arguments.settings, flags=flags)
+        _refuse_relative(config, {})
         config = _at_home(config)
         folder.check_change(stored, config)
         return folder, config
@@ -146,7 +154,7 @@ class Command:
         """Do what is left of a run; return what to say of it."""
         start = time.perf_counter()
         # imported here, where bad input has been refused: ray takes a second
-        from selfkd.cluster import connect
+        from selfkd.cluster import connect, find_slots
 
         resources, name = config.resources, folder.path.name
         tracker = make_tracker(config, name=name, run_id=folder.run_id, folder=folder.local)
@@ -154,23 +162,47 @@ class Command:
         meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
         meanwhile.start()
         follower = Follower(console, metric=config.search.metric, mode=config.search.mode)
-        ray = connect(cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose)
         try:
-            with follower, ray as slots:
+            with follower, connect(verbose=verbose) as joined:
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
+                slots = find_slots(
+                    cpu=resources.cpu,
+                    gpu=resources.gpu,
+                    storage=folder.path,
+                    joined=joined,
+                    wait=resources.wait,
+                    tell=lambda text: console.print(text, soft_wrap=True),
+                )
                 meanwhile.join()
                 from selfkd.search import Pool
 
-                if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
                 workers = min(slots, max(config.search.trials, config.members.trained()))
                 entry = "selfkd.trial:run_job"
                 with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
-                    self.work(config, folder, pool, follower, tracker)
+                    try:
+                        self.work(config, folder, pool, follower, tracker)
+                    except KeyboardInterrupt:
+                        # first of all: a Ray job that is stopped is killed after three seconds
+                        self._say_stopped(folder)
+                        if inside_job():
+                            logging.disable(logging.WARNING)  # W&B's process was stopped, too
+                        tracker.close()
+                        raise _Stopped from None
         finally:
             tracker.close()
             folder.bring("wandb")
         cost = _cost(time.perf_counter() - start, follower.train_seconds, workers)
         return [*follower.notes, cost, tracker.description]
+
+
+class _Stopped(KeyboardInterrupt):
+    """The run was stopped, and that has been said."""
+
+
+def inside_job() -> bool:
+    """Return whether this process is the driver of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def base_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -190,6 +222,30 @@ def base_parser(name: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--verbose", action="store_true", help="show what Ray prints")
     return parser
+
+
+def _refuse_relative(config: Config | None, outputs: Mapping[str, str]) -> None:
+    """In a Ray job, refuse paths in its working folder, which is removed with the job.
+
+    Raises:
+        ConfigError: with every such path.
+    """
+    if not inside_job():
+        return
+    paths: dict[str, str | None] = dict(outputs)
+    if config is not None:
+        paths["data.root"] = config.data.root or os.environ.get("SELFKD_DATA")
+        paths["targets.root"] = config.targets.root
+        paths |= {f"--from {run}": run for run in config.members.runs}
+        paths |= {f"members.checkpoints {c.path}": c.path for c in config.members.checkpoints}
+    faults = [
+        f"{key}: must be absolute (or a URI) in a Ray job, whose own folder is removed with it, "
+        f"got {path!r}" + (": --set storage=/shared/runs" if key == "storage" else "")
+        for key, path in paths.items()
+        if path and "://" not in path and not as_path(path).expanduser().is_absolute()
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def _at_home(config: Config) -> Config:
@@ -228,6 +284,13 @@ def _cost(wall: float, train_seconds: float, workers: int) -> str:
         f"workers, so everything else added {wall - ideal:.1f} s "
         f"({(wall - ideal) / ideal:.0%} of the training)"
     )
+
+
+def _leave_now() -> None:
+    """End without W&B's exit handlers: its process got the signal of a stopped job, too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -223,6 +223,9 @@ class ResourcesConfig:
 
     cpu: float = Field(default=1.0, gt=0)
     gpu: float = Field(default=0.0, ge=0)
+    wait: float | None = Field(default=None, ge=0)
+    """Seconds to wait for a node that has them; when not given, as long as an autoscaler is
+    starting nodes."""
     workers: int = Field(default=1, ge=1)
     """Processes, with `cpu` and `gpu` each, that train one student together by sharing each batch;
     they may be on several nodes."""

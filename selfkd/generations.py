@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.command import Command, base_parser, everyone
+from selfkd.command import Command, base_parser, everyone, inside_job
 from selfkd.config import Config, ConfigError
 from selfkd.console import Follower, make_metric_table, make_table
 from selfkd.functions import function_reference
@@ -111,7 +111,7 @@ def _command(reference: str | None) -> Command:
     if reference is None:
         return _COMMAND
     path, colon, name = reference.rpartition(":")
-    if colon:  # workers have other folders
+    if colon and not inside_job():  # workers have other folders, but for a job's own
         reference = f"{Path(path).expanduser().absolute()}:{name}"
 
     def check(config: Config) -> None:

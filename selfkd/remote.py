@@ -1,0 +1,208 @@
+"""A Ray job seen from outside: submitted, followed line by line, stopped, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from selfkd.cluster import token_message
+from selfkd.config import ConfigError
+
+ANSWER_SECONDS = 5.0
+PENDING_SECONDS = 10.0  # how often a job that waits says why
+STOP_SECONDS = 60.0  # for a job that was asked to stop
+RETRIES = 20  # of a connection that was lost, a second apart
+TOO_LARGE = "413"
+LOST = (aiohttp.ClientError, requests.RequestException, RuntimeError, OSError)
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How a job ended."""
+
+    status: str
+    """Ray's word: SUCCEEDED, FAILED, STOPPED, or what it was when it was left."""
+    code: int | None
+    """Exit code of its command, where that was run to its end."""
+    message: str
+    """What Ray says of it."""
+
+
+def open_client(address: str) -> JobSubmissionClient:
+    """Connect to the head's dashboard, which takes jobs.
+
+    Raises:
+        ConfigError: nothing answers at the address, or what answers wants another token.
+    """
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.WARNING)
+    url = urlsplit(address)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError(f"--address must be http://HOST:PORT of the dashboard, got {address}")
+    way_out = (
+        "is it the head's dashboard (port 8265 by default)? It listens on the head's loopback "
+        "only, unless asked: ray dashboard examples/cluster.yaml, ssh -L 8265:localhost:8265 HEAD "
+        "or kubectl port-forward brings it here"
+    )
+    try:  # Ray's own request would wait for ever
+        answer = requests.get(f"{address}/api/version", timeout=ANSWER_SECONDS)
+    except requests.RequestException as error:
+        raise ConfigError(
+            f"--address must answer, got {address}: {_short(error)}; {way_out}"
+        ) from None
+    if answer.status_code not in (200, 401, 403):
+        raise ConfigError(
+            f"--address must be a Ray dashboard, got {address}, which answers "
+            f"{answer.status_code}; {way_out}"
+        )
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise ConfigError(token_message(f"the cluster at {address}")) from None
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"--address must be a Ray dashboard, got {address}: {_short(error)}; {way_out}"
+        ) from None
+
+
+def submit(
+    client: JobSubmissionClient, *, job: str, entrypoint: str, runtime_env: Mapping[str, Any]
+) -> None:
+    """Upload what a job needs, and submit it.
+
+    Raises:
+        ConfigError: the job's name is taken, its files are too large, or its environment is wrong.
+    """
+    try:
+        client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=dict(runtime_env))
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        if f"status code {TOO_LARGE}" in str(error):
+            raise ConfigError(
+                "--working-dir must be at most 100 MiB as a zip file, which is Ray's limit: list "
+                "what need not travel in its .rayignore, and put data where every node sees it"
+            ) from None
+        if "already exists" in str(error):
+            raise ConfigError(
+                f"--name must be new on the cluster, got {job}, a job of its"
+            ) from None
+        raise ConfigError(f"the job was refused: {_short(error)}") from None
+
+
+def follow(client: JobSubmissionClient, job: str, *, write: Say, tell: Say) -> End:
+    """Follow a job to its end; Ctrl-C and SIGTERM stop it, and a second one leaves it alone.
+
+    Args:
+        client: of the cluster.
+        job: its submission id.
+        write: gets the log as it grows.
+        tell: gets what is to be said beside the log.
+    """
+    return asyncio.run(_Follower(client, job, write, tell).follow())
+
+
+class _Follower:
+    def __init__(self, client: JobSubmissionClient, job: str, write: Say, tell: Say) -> None:
+        self.client, self.job, self.write, self.tell = client, job, write, tell
+        self.asked = asyncio.Event()  # to stop
+        self.seen = 0  # characters of the log
+
+    async def follow(self) -> End:
+        tail = asyncio.create_task(self._tail())
+        beside = [asyncio.create_task(work) for work in (self._tell_pending(), self._stop(tail))]
+        loop = asyncio.get_running_loop()
+
+        def interrupt() -> None:
+            if self.asked.is_set():
+                tail.cancel()
+            self.asked.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt)
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await tail
+        finally:
+            for task in beside:
+                task.cancel()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+        return await self._end()
+
+    async def _info(self) -> Any:
+        return await asyncio.to_thread(self.client.get_job_info, self.job)
+
+    async def _end(self) -> End:
+        info = await self._info()
+        return End(status=info.status.value, code=info.driver_exit_code, message=info.message or "")
+
+    async def _tail(self) -> None:
+        """Write the log until the job has ended; a lost connection goes on where it was lost."""
+        failures = 0
+        while True:
+            error = None
+            skip = self.seen
+            try:
+                async for text in self.client.tail_job_logs(self.job):
+                    failures = 0
+                    fresh, skip = text[skip:], max(0, skip - len(text))
+                    self.seen += len(fresh)
+                    if fresh:
+                        self.write(fresh)
+                if (await self._info()).status.is_terminal():
+                    return
+            except LOST as lost:
+                error = lost
+                failures += 1
+            if failures == 1:
+                self.tell(f"the cluster does not answer ({_short(error)}): trying again")
+            if failures > RETRIES:
+                raise ConnectionError(
+                    f"the cluster did not answer {RETRIES} times ({_short(error)}); "
+                    f"{self.job} may go on without being watched"
+                ) from error
+            await asyncio.sleep(1)
+
+    async def _tell_pending(self) -> None:
+        """Say why a job does not start, for as long as it does not."""
+        start = time.monotonic()
+        while True:
+            await asyncio.sleep(PENDING_SECONDS)
+            with contextlib.suppress(*LOST):
+                info = await self._info()
+                if info.status.value != "PENDING":
+                    return
+                passed = time.monotonic() - start
+                self.tell(f"{self.job} is pending for {passed:.0f} s: {info.message}")
+
+    async def _stop(self, tail: asyncio.Task[None]) -> None:
+        """Stop the job when that is asked for; leave it when it does not stop."""
+        await self.asked.wait()
+        self.tell(f"stopping {self.job}; once more Ctrl-C leaves without waiting for it")
+        try:
+            await asyncio.to_thread(self.client.stop_job, self.job)
+        except LOST as error:
+            self.tell(f"{self.job} could not be told to stop: {_short(error)}")
+        await asyncio.sleep(STOP_SECONDS)
+        tail.cancel()
+
+
+def _short(error: BaseException | None) -> str:
+    """Return the last cause of an error on a line; those of HTTP libraries hide it in wrappings."""
+    while error is not None and isinstance(error.args[:1] and error.args[0], BaseException):
+        error = error.args[0]
+    reason = getattr(error, "reason", None)
+    return " ".join(str(reason or error).split())[:500]

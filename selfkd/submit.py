@@ -1,0 +1,310 @@
+"""`python -m selfkd.submit`: run a command of selfkd as a job on a Ray cluster, from outside."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import secrets
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import selfkd
+from selfkd import ensemble, generations
+from selfkd.command import FAILED, INTERRUPTED, USAGE
+from selfkd.config import ConfigError, load_config, parse_yaml
+
+if TYPE_CHECKING:
+    from selfkd.remote import End
+
+COMMANDS = {"generations": generations.make_parser, "ensemble": ensemble.make_parser}
+FILES = "files"  # folder of the job that holds what the command names
+FILE_OPTIONS = ("--config", "--train")
+RUN_FOLDER = re.compile(r"^selfkd: .*; run folder (.+)$", re.MULTILINE)
+NOT_FOUND = 127  # exit code of a shell that does not know the program
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of what stands before `--`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m selfkd.submit",
+        description="Run a command of selfkd as a job on a Ray cluster: its package and the files "
+        "that the command names travel, data, runs and caches do not. Prints the job's log, and "
+        "ends with its exit code; Ctrl-C stops the job, which can be continued.",
+        usage="%(prog)s [options] -- {generations,ensemble} [options of the command]",
+    )
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS"),
+        help="of the head's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)",
+    )
+    parser.add_argument("--name", help="of the job (default: made up, and printed)")
+    parser.add_argument(
+        "--working-dir",
+        metavar="DIR",
+        type=Path,
+        help="upload this whole folder, but for what its .gitignore and .rayignore list; "
+        "the files that the command names lie in it",
+    )
+    parser.add_argument(
+        "--runtime-env",
+        metavar="FILE",
+        type=Path,
+        help="YAML or JSON file of a Ray runtime environment: pip packages, env_vars, …",
+    )
+    parser.add_argument(
+        "--env",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="give the job this variable of your environment; may be given several times",
+    )
+    parser.add_argument(
+        "--python",
+        metavar="PATH",
+        default="python",
+        help="interpreter on the cluster (default: the python on the PATH of the head's Ray, or "
+        "that of the runtime environment's pip packages)",
+    )
+    parser.add_argument(
+        "--no-wait", action="store_true", help="print the job's id once it is submitted, and end"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    parser = make_parser()
+    options, command = parser.parse_args(words[:split]), words[split + 1 :]
+    if not command or command[0] not in COMMANDS:
+        parser.error("after -- must come generations or ensemble with its options")
+    arguments = COMMANDS[command[0]]().parse_args(command[1:])
+    try:
+        return _submit(options, words[:split], command, arguments)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return USAGE if isinstance(error, ConfigError) else FAILED
+    except KeyboardInterrupt:
+        _tell("stopped; no job was submitted")
+        return INTERRUPTED
+
+
+def _submit(
+    options: argparse.Namespace,
+    given: list[str],
+    command: list[str],
+    arguments: argparse.Namespace,
+) -> int:
+    check(options, arguments)
+    from selfkd import remote  # ray takes seconds: after all that can be refused without it
+
+    client = remote.open_client(options.address)
+    job = options.name or f"selfkd-{command[0]}-{datetime.now():%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    with tempfile.TemporaryDirectory(prefix="selfkd-submit-") as folder:
+        staged = stage(Path(folder), command, arguments, working_dir=options.working_dir)
+        environment = runtime_env(options, Path(folder))
+        words = [options.python, "-m", f"selfkd.{staged[0]}", *staged[1:]]
+        remote.submit(client, job=job, entrypoint=shlex.join(words), runtime_env=environment)
+    at = f"--address {shlex.quote(options.address)} {shlex.quote(job)}"
+    if options.no_wait:
+        print(job)  # noqa: T201
+        _tell(f"follow it: ray job logs --follow {at}\nstop it:   ray job stop {at}")
+        return 0
+    _tell(f"submitted {job} to {options.address}")
+    log = _Log()
+    end = remote.follow(client, job, write=log.write, tell=_tell)
+    if end.status not in ("SUCCEEDED", "FAILED", "STOPPED"):
+        _tell(f"left {job}, which is {end.status}; stop it: ray job stop {at}")
+        return INTERRUPTED
+    if end.status == "STOPPED":
+        _tell(f"stopped {job}{_resume(given, command, arguments, log.run_folder)}")
+        return INTERRUPTED
+    return _code(end, job, log)
+
+
+def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
+    """Refuse what can be known to fail before anything is sent.
+
+    Raises:
+        ConfigError: with what is wrong.
+    """
+    if not options.address:
+        raise ConfigError("--address must be given, http://HEAD:8265 of the head's dashboard")
+    if "://" not in options.address:
+        options.address = f"http://{options.address}"
+    options.address = options.address.rstrip("/")
+    if importlib.util.find_spec("aiohttp") is None or importlib.util.find_spec("ray") is None:
+        raise ConfigError("jobs need ray[default]: pip install 'selfkd[cluster]'")
+    missing = [name for name in options.env if name not in os.environ]
+    if missing:
+        raise ConfigError(f"--env must name set variables, got {', '.join(missing)}")
+    if arguments.resume is None or arguments.config:
+        load_config(arguments.config, settings=arguments.settings)
+
+
+def stage(
+    folder: Path,
+    command: Sequence[str],
+    arguments: argparse.Namespace,
+    *,
+    working_dir: Path | None = None,
+) -> list[str]:
+    """Lay out what travels: this package's source and the files that the command names.
+
+    Args:
+        folder: an empty one.
+        command: name of a command and its options.
+        arguments: the same, parsed.
+        working_dir: folder of the user's that travels whole, and that these files lie in.
+
+    Returns:
+        The command with the files as the job will see them.
+
+    Raises:
+        ConfigError: a file is not there.
+    """
+    source = Path(selfkd.__file__).parent
+    unwanted = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+    shutil.copytree(source, folder / "selfkd", ignore=unwanted)
+    staged = list(command)
+    for option in FILE_OPTIONS:
+        given = getattr(arguments, option[2:], None)
+        if given is None:
+            continue
+        name, colon, function = given.rpartition(":") if option == "--train" else (given, "", "")
+        path = Path(name).expanduser()
+        if not path.is_file() or (option == "--train" and not colon):
+            kind = "path/file.py:function" if option == "--train" else "a readable file"
+            raise ConfigError(f"{option} must be {kind}, got {given}")
+        if working_dir is None:
+            seen = Path(FILES) / option[2:] / path.name
+            (folder / seen).parent.mkdir(parents=True)
+            shutil.copyfile(path, folder / seen)
+        elif path.resolve().is_relative_to(working_dir.resolve()):
+            seen = path.resolve().relative_to(working_dir.resolve())
+        else:
+            raise ConfigError(f"{option} must lie in --working-dir {working_dir}, got {given}")
+        staged = _put(staged, option, f"{seen}{colon}{function}")
+    return staged
+
+
+def _put(words: Sequence[str], option: str, value: str) -> list[str]:
+    """Give an option of a command line another value, however the option is written."""
+    words = list(words)
+    for place, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if len(flag) > 2 and option.startswith(flag):  # argparse takes unique beginnings, too
+            if equals:
+                words[place] = f"{option}={value}"
+            else:
+                words[place + 1] = value
+    return words
+
+
+def runtime_env(options: argparse.Namespace, staged: Path) -> dict[str, Any]:
+    """Return the job's runtime environment.
+
+    Raises:
+        ConfigError: the file of it is wrong.
+    """
+    path: Path | None = options.runtime_env
+    environment: dict[str, Any] = {}
+    if path is not None:
+        try:
+            environment = parse_yaml(path.read_text(), str(path)) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--runtime-env must be a readable file, got {path}: {error}"
+            ) from None
+        if not isinstance(environment, dict):
+            raise ConfigError(f"{path}: must be a mapping of runtime environment fields")
+        if "working_dir" in environment:
+            raise ConfigError(f"{path}: working_dir must be given as --working-dir DIR")
+    if options.working_dir is None:
+        environment["working_dir"] = str(staged)
+    elif options.working_dir.is_dir():
+        environment["working_dir"] = str(options.working_dir)
+        modules = environment.get("py_modules") or []
+        environment["py_modules"] = [*modules, str(staged / "selfkd")]
+    else:
+        raise ConfigError(f"--working-dir must be a folder, got {options.working_dir}")
+    if options.env:
+        named = {name: os.environ[name] for name in options.env}
+        environment["env_vars"] = {**(environment.get("env_vars") or {}), **named}
+        _tell(
+            f"note: the values of {', '.join(options.env)} become part of the job's runtime "
+            "environment, which whoever has the cluster's token can read (ray job list)"
+        )
+    return environment
+
+
+class _Log:
+    """Prints a job's log, and remembers what is needed of it."""
+
+    def __init__(self) -> None:
+        self.run_folder: str | None = None
+        self.no_module = False
+        self._line = ""
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if found := RUN_FOLDER.match(line):
+                self.run_folder = found[1].strip()
+            self.no_module |= line.startswith("ModuleNotFoundError:") or "No module named" in line
+
+
+def _resume(
+    given: Sequence[str],
+    command: Sequence[str],
+    arguments: argparse.Namespace,
+    run_folder: str | None,
+) -> str:
+    """Return what to say of continuing a job that was stopped."""
+    run = run_folder or arguments.resume
+    if run is None:
+        return " before its run had begun"
+    kept = list(given)
+    for place, word in enumerate(kept):  # the name of a job can be used once
+        if word == "--name" or word.startswith("--name="):
+            del kept[place : place + (1 if "=" in word else 2)]
+            break
+    words = ["python", "-m", "selfkd.submit", *kept, "--", command[0], "--resume", run]
+    words += ["--train", arguments.train] if getattr(arguments, "train", None) else []
+    return f"; continue with:\n  {shlex.join(words)}"
+
+
+def _code(end: End, job: str, log: _Log) -> int:
+    """Return the exit code of a job that has ended by itself, and say what there is to say."""
+    if end.status == "SUCCEEDED":
+        return 0
+    if end.code is None:
+        _tell(f"{job} could not be run: {end.message.strip()[-2000:]}")
+        return FAILED
+    code = end.code if end.code >= 0 else 128 - end.code
+    _tell(f"{job} failed with exit code {code}")
+    if code == NOT_FOUND or log.no_module:
+        _tell(
+            "the job's python is the one on the PATH of the head's Ray: where that is not the one "
+            "with Ray, torch and timm, name it with --python PATH, or add packages by --runtime-env"
+        )
+    return code
+
+
+def _tell(text: str) -> None:
+    print(f"submit: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What a worker does, from plain data to plain data: check, train, label, score."""
+"""What a worker does, from plain data to plain data: check, train, label."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfkd import members, metrics
+from selfkd import members, scores
 from selfkd.bench import Bench, Split
-from selfkd.checkpoint import load_tensors, save_tensors
+from selfkd.checkpoint import load_tensors
 from selfkd.config import ModelConfig, Tree, from_tree, to_tree
 from selfkd.data import Data, fingerprint
 from selfkd.distiller import Distiller
 from selfkd.functions import load_function
 from selfkd.jobs import Row
+from selfkd.knowledge import Knowledge, PermutedTargets, VirtualTargets
 from selfkd.loop import Trial, run_function
 from selfkd.models import parameters_count
 from selfkd.specialists import Specialist, relabel, specialist_split
@@ -149,6 +150,7 @@ def train_classifier(
     start: Mapping[str, Any] | None = None,
     specialist: Sequence[int] | None = None,
     cycles: int = 1,
+    knowledge: Knowledge = "whole",
 ) -> Iterator[Row]:
     """Train a classifier as the config says: the built-in training function.
 
@@ -158,6 +160,7 @@ def train_classifier(
         specialist: classes that the student is to tell apart; all others are one to it.
         cycles: of the learning rate; the student is saved at the end of each, but for the last
             beside the trial's own file.
+        knowledge: what is learnt of the teachers', or of a virtual one.
     """
     bench = Bench(to_tree(trial.config))
     options, seed, teachers = bench.config.train, trial.seed, trial.teachers
@@ -196,7 +199,7 @@ def train_classifier(
     rows = fit(
         learner,
         data,
-        _distiller(bench, teachers, trial.targets),
+        _distiller(bench, teachers, trial.targets, knowledge, seed),
         optimizer=optimizer,
         scheduler=scheduler,
         epochs=epochs,
@@ -239,11 +242,23 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
     return special, shift
 
 
-def _distiller(bench: Bench, teachers: Sequence[Mapping[str, Any]], targets: Path) -> Distiller:
-    smoothing = bench.config.train.label_smoothing
+def _distiller(
+    bench: Bench,
+    teachers: Sequence[Mapping[str, Any]],
+    targets: Path,
+    knowledge: Knowledge,
+    seed: int,
+) -> Distiller:
+    distill, smoothing = bench.config.distill, bench.config.train.label_smoothing
+    if knowledge == "virtual":
+        return Distiller(
+            targets=VirtualTargets(bench.labels("train"), classes=bench.data.num_classes),
+            temperature=distill.temperature,
+            alpha=distill.alpha,
+            label_smoothing=smoothing,
+        )
     if not teachers:
         return Distiller(label_smoothing=smoothing)
-    distill = bench.config.distill
     weights = None
     if len(teachers) > 1 and "weight" in teachers[0]:
         weights = [row["weight"] for row in teachers]
@@ -258,6 +273,20 @@ def _distiller(bench: Bench, teachers: Sequence[Mapping[str, Any]], targets: Pat
             data=bench.data_key,
             average=distill.average,
             weights=weights,
+        )
+    if knowledge == "permuted" and stored is not None:
+        permuted = PermutedTargets(
+            stored,
+            temperature=distill.temperature,
+            average=distill.average,
+            weights=None if averaged else weights,
+            seed=seed,
+        )
+        return Distiller(
+            targets=permuted,
+            temperature=distill.temperature,
+            alpha=distill.alpha,
+            label_smoothing=smoothing,
         )
     return Distiller(
         teacher,
@@ -317,37 +346,11 @@ def label(
     yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 
 
-def score(
-    config: Tree, student: str, predictions: str, teachers: Sequence[Mapping[str, Any]] = ()
-) -> Iterator[Row]:
-    """Measure a chosen model on the test split, once.
-
-    Args:
-        config: of the run.
-        student: checkpoint of the chosen model.
-        predictions: file that its validation and test logits are saved to.
-        teachers: `checkpoint` of each of its teachers, for the agreement with them.
-    """
-    bench = Bench(config)
-    mark = bench.hash(student)
-    logits = {split: bench.answer(student, split) for split in members.SPLITS}
-    by_name = {str(split): answers for split, answers in logits.items()}
-    save_tensors(Path(predictions), by_name, {"student": mark})
-    size = sum(parameters_count(network) for network in bench.networks(student))
-    row = {"hash": mark, "parameters": size, **members.test_row(bench, logits)}
-    if teachers:
-        taught = metrics.ensemble_logits(
-            torch.stack([bench.answer(member["checkpoint"], "test") for member in teachers])
-        )
-        row["agreement"] = metrics.agreement(logits["test"], taught)
-    yield row
-
-
 _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "check": check,
     "check_function": check_function,
     "train": train,
     "label": label,
-    "score": score,
     **members.JOBS,
+    **scores.JOBS,
 }

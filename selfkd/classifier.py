@@ -17,6 +17,7 @@ from selfkd.config import TrainConfig, to_tree
 from selfkd.data import Data
 from selfkd.distiller import Distiller
 from selfkd.jobs import Row
+from selfkd.knowledge import Knowledge, PermutedTargets, VirtualTargets
 from selfkd.loop import Trial
 from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.storage import as_path
@@ -38,6 +39,7 @@ def train_classifier(
     start: Mapping[str, Any] | None = None,
     specialist: Sequence[int] | None = None,
     cycles: int = 1,
+    knowledge: Knowledge = "whole",
 ) -> Iterator[Row]:
     """Train a classifier as the config says: the built-in training function.
 
@@ -47,6 +49,7 @@ def train_classifier(
         specialist: classes that the student is to tell apart; all others are one to it.
         cycles: of the learning rate; the student is saved at the end of each, but for the last
             beside the trial's own file.
+        knowledge: what is learnt of the teachers', or of a virtual one.
     """
     bench = Bench(to_tree(trial.config))
     options, ranks = bench.config.train, trial.ranks
@@ -68,7 +71,7 @@ def train_classifier(
     rows = fit(
         training,
         data,
-        _distiller(bench, trial.teachers, trial.targets),
+        _distiller(bench, trial.teachers, trial.targets, knowledge, trial.seed),
         epochs=epochs,
         batch_size=options.batch_size,
         views=bench.views,
@@ -152,11 +155,23 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
     return special, shift
 
 
-def _distiller(bench: Bench, teachers: Sequence[Mapping[str, Any]], targets: Path) -> Distiller:
-    smoothing = bench.config.train.label_smoothing
+def _distiller(
+    bench: Bench,
+    teachers: Sequence[Mapping[str, Any]],
+    targets: Path,
+    knowledge: Knowledge,
+    seed: int,
+) -> Distiller:
+    distill, smoothing = bench.config.distill, bench.config.train.label_smoothing
+    if knowledge == "virtual":
+        return Distiller(
+            targets=VirtualTargets(bench.labels("train"), classes=bench.data.num_classes),
+            temperature=distill.temperature,
+            alpha=distill.alpha,
+            label_smoothing=smoothing,
+        )
     if not teachers:
         return Distiller(label_smoothing=smoothing)
-    distill = bench.config.distill
     weights = None
     if len(teachers) > 1 and "weight" in teachers[0]:
         weights = [row["weight"] for row in teachers]
@@ -171,6 +186,20 @@ def _distiller(bench: Bench, teachers: Sequence[Mapping[str, Any]], targets: Pat
             data=bench.data_key,
             average=distill.average,
             weights=weights,
+        )
+    if knowledge == "permuted" and stored is not None:
+        permuted = PermutedTargets(
+            stored,
+            temperature=distill.temperature,
+            average=distill.average,
+            weights=None if averaged else weights,
+            seed=seed,
+        )
+        return Distiller(
+            targets=permuted,
+            temperature=distill.temperature,
+            alpha=distill.alpha,
+            label_smoothing=smoothing,
         )
     return Distiller(
         teacher,

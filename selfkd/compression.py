@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from selfkd.arms import Arm, pair, retrain
 from selfkd.config import Config, ConfigError, ModelConfig, Source, to_tree
 from selfkd.files import link, load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
@@ -399,32 +400,17 @@ class _Compression:
         if not seeds:
             assert labels is not None  # noqa: S101 - see _labels_only
             return [(labels, student)]
-        points: tuple[Point, Point] = (labels["point"] if labels else {}, student["point"])
-
-        def plan(number: int, _: Point) -> Plan:
-            taught, pair = divmod(number, seeds)
-            own = self.config.at(points[taught])
-            return Plan(
-                config=own,
-                model=own.student or own.model,
-                seed=trial_seed(self.config.seed, "confirm", pair),
-                teachers=self._teachers(sources, own) if taught else (),
-            )
-
-        stage = self._stage("confirm", 2 * seeds, plan, title="confirmation on fresh seeds")
-        trials = self._trials(stage)
-        done = {
-            number: {**row, "checkpoint": str(stage.trial(number) / "student.safetensors")}
-            for number, row in trials.items()
-            if row["status"] == "completed"
-        }
-        pairs = [
-            (done[pair], done[pair + seeds])
-            for pair in range(seeds)
-            if pair in done and pair + seeds in done
-        ]
-        if len(pairs) < seeds:
-            self.listener.noted(f"only {len(pairs)} of the {seeds} confirming pairs were trained")
+        arms = []
+        for name, point in (
+            ("labels", labels["point"] if labels else {}),
+            ("student", student["point"]),
+        ):
+            own = self.config.at(point)
+            teachers = self._teachers(sources, own) if name == "student" else ()
+            plan = Plan(config=own, model=own.student or own.model, seed=0, teachers=teachers)
+            where = self.folder.path / "confirm" / name
+            arms.append(Arm(name=f"confirm_{name}", folder=where, plan=plan))
+        pairs = pair(*retrain(self.config, self.folder, self.executor, self.listener, arms))
         if not pairs:
             raise RuntimeError("no pair of the confirmation could be trained")
         return pairs

@@ -186,6 +186,9 @@ class MembersConfig:
         return self.count or len(self.models) or (0 if given else 5)
 
 
+Control = Literal["seeds", "label_smoothing", "dkpp", "teacher_free"]
+
+
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ConfirmConfig:
     """The chosen setting and the labels-only baseline, trained again on the same fresh seeds."""
@@ -255,8 +258,10 @@ class TrackingConfig:
 class Config:
     """A whole run of `selfkd.generations` or of `selfkd.ensemble`."""
 
-    rounds: int = Field(default=5, ge=0)
-    """`selfkd.generations`: born-again generations after generation 0."""
+    rounds: int | Literal["auto"] = 5
+    """`selfkd.generations`: born-again generations after generation 0; `auto` goes on until two in
+    a row show no evidence of a gain, at most to `rounds_max`."""
+    rounds_max: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0)
     """Of the split, the views, the search and every trial."""
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
@@ -274,11 +279,21 @@ class Config:
     members: MembersConfig = Field(default_factory=MembersConfig)
     """`selfkd.ensemble`: who teaches."""
     confirm: ConfirmConfig = Field(default_factory=ConfirmConfig)
-    """`selfkd.ensemble`: how the result is believed."""
+    """How the result is believed."""
+    controls: list[Control] = Field(default_factory=list)
+    """`selfkd.generations`: what else could have made the gain, at equal cost: an ensemble of
+    seeds, label smoothing, dkpp (the teacher's doubts in random order), teacher_free."""
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     checkpoint: KeptConfig = Field(default_factory=KeptConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @field_validator("rounds", mode="before")
+    @classmethod
+    def _rounds_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 0):
+            raise ValueError(f"must be a whole number of at least 0, or auto, got {value!r}")
+        return value
 
     @field_validator("storage")
     @classmethod
@@ -297,6 +312,11 @@ class Config:
         if isinstance(value, dict) and set(value) <= {"args"}:
             raise ValueError("must have a name: set student.name, also where it is model.name")
         return value
+
+    @property
+    def most_rounds(self) -> int:
+        """The most born-again generations that there will be."""
+        return self.rounds_max if self.rounds == "auto" else self.rounds
 
     def space(self, *, taught: bool) -> dict[str, Distribution]:
         """Return the search space with a teacher, or without: no keys that are about one."""
@@ -321,8 +341,8 @@ class Config:
 _ADAPTER = TypeAdapter(Config)
 # What a trial may not differ in: its generation shares these with all other trials.
 _FIXED = (
-    *("rounds", "seed", "name", "storage", "data", "targets", "confirm"),
-    *("search", "resources", "checkpoint", "tracking"),
+    *("rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
+    *("controls", "search", "resources", "checkpoint", "tracking"),
 )
 _OF_TEACHERS = ("distill.", "members.")
 _FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b")
@@ -545,6 +565,7 @@ def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if teacher.startswith("top:") and int(teacher[4:]) > trials:
         where = _located("distill.teacher", sources)
         yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
+    yield from _trust_faults(config, sources)
     members = config.members
     for checkpoint in members.checkpoints:
         if (checkpoint.mean is None) != (checkpoint.std is None):
@@ -576,6 +597,24 @@ def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
                 yield f"{where}: cannot be searched on labels only: there is no teacher"
             else:
                 yield from (f"{where}: {fault}" for fault in _entry_faults(config, key, spec))
+
+
+def _trust_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Faults of what makes a result believed."""
+    seeds, where = config.confirm.seeds, _located("confirm.seeds", sources)
+    if config.rounds == "auto" and seeds < 2:
+        yield f"{where}: must be at least 2 with rounds auto: one seed is no evidence, got {seeds}"
+    if config.controls and not seeds:
+        yield f"{where}: must be at least 1 with controls, which are confirmed too, got {seeds}"
+    if config.controls and not config.most_rounds:
+        where = _located("rounds", sources)
+        yield f"{where}: must be at least 1 with controls, which stand beside generation 1, got 0"
+    if "dkpp" in config.controls and (config.distill.live or config.targets.top_k is not None):
+        where = _located("controls", sources)
+        yield (
+            f"{where}: dkpp permutes the teacher's stored answers, all of each: leave out "
+            "distill.live and targets.top_k, or dkpp"
+        )
 
 
 def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:

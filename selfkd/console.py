@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from selfkd.jobs import Row
+from selfkd.verdicts import sparkline
 
 LOG_WIDTH = 110  # where there is no terminal to ask
 
@@ -107,16 +108,19 @@ class Follower:
     def trial_finished(self, trial: Row) -> None:
         """Count a trial; a failed one says why."""
         self.train_seconds += trial["train_seconds"]
+        # those of several stages run side by side
+        of = f"{trial['stage'].replace('-', ' ')}, " if "confirm" in trial["stage"] else ""
+        name = f"  {of}trial {trial['trial']}"
         if trial["status"] == "failed":
             self._failed += 1
-            self.say(f"  trial {trial['trial']} failed: {trial['error']}")
+            self.say(f"{name} failed: {trial['error']}")
         else:
             stopped = trial["status"] == "stopped"
             if not stopped and self._is_best(trial):
                 self._best = trial
             if not self._console.is_terminal:
                 self.say(
-                    f"  trial {trial['trial']}: {self._value(trial)}"
+                    f"{name}: {self._value(trial)}"
                     f"{_setting(trial['point'])}, {trial['train_seconds']:.1f} s"
                     + (" (stopped early)" if stopped else "")
                 )
@@ -150,6 +154,15 @@ class Follower:
         if len(result["models"]) < result["wanted_models"]:
             self.say(f"  only {_count(len(result['models']), 'trial')} of it can teach")
 
+    def generation_confirmed(self, confirmation: Row) -> None:
+        """Print the mean of a generation's setting on fresh seeds; the end has the verdicts."""
+        form = _form(confirmation.get("metric", "test accuracy"))
+        self.say(
+            f"generation {confirmation['generation']} again on "
+            f"{_count(len(confirmation['seeds']), 'fresh seed')}: "
+            f"{_plus_minus(confirmation['mean'], form)}"
+        )
+
 
 def make_table(results: Sequence[Row], ensemble: Row | None) -> Table:
     """Return the table of a run: a row a generation, then their ensemble."""
@@ -170,6 +183,63 @@ def make_table(results: Sequence[Row], ensemble: Row | None) -> Table:
         table.add_section()
         table.add_row("ensemble", "", "", *_measures(ensemble), "", "")
     return table
+
+
+def make_confirmation_table(results: Sequence[Row], controls: Sequence[Row]) -> Table:
+    """Return the table of what was trained again on fresh seeds: means and paired differences."""
+    rows = [row["confirmation"] for row in results if row["confirmation"]]
+    metric = rows[0].get("metric", "test acc")
+    seeds = max(len(row["seeds"]) for row in rows)
+    form = _form(metric)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(f"{_count(seeds, 'fresh seed')}", justify="left")
+    for column in (f"mean {metric}", "vs generation 0", "vs one before", "McNemar p"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"generation {row['generation']}",
+            _plus_minus(row["mean"], form),
+            _plus_minus(row["first"], form, sign="+"),
+            _plus_minus(row["previous"], form, sign="+"),
+            _number((row["mcnemar"] or {}).get("p"), "{:.2g}"),
+        )
+    if controls:
+        table.add_section()
+    for row in controls:
+        first = _plus_minus(row["first"], form, sign="+")
+        table.add_row(row["title"], _plus_minus(row["mean"], form), first, "", "")
+    return table
+
+
+def _form(metric: str) -> str:
+    return "{:.2%}" if "acc" in metric else "{:.4g}"
+
+
+def _plus_minus(interval: Row | None, form: str, *, sign: str = "") -> str:
+    """Return an estimate with half its interval, the larger half where they differ."""
+    if interval is None:
+        return ""
+    text = form.replace(":", f":{sign}").format(interval["value"])
+    if interval["low"] is None:
+        return text
+    ends = interval["high"] - interval["value"], interval["value"] - interval["low"]
+    return f"{text} ± {form.format(max(ends))}"
+
+
+def make_sparkline(results: Sequence[Row], metric: str) -> str:
+    """Return a line of the generations' accuracy: of the confirmation where there is one."""
+    confirmed = all(row["confirmation"] for row in results)
+    if confirmed:
+        values = [row["confirmation"]["mean"]["value"] for row in results]
+        metric = results[0]["confirmation"].get("metric", "mean test accuracy")
+    else:
+        metric = "test_accuracy" if "test_accuracy" in results[0] else metric
+        values = [row[metric] for row in results]
+    low, high = (
+        _percent(end) if "accuracy" in metric else f"{end:.4g}"
+        for end in (min(values), max(values))
+    )
+    return f"{metric.replace('_', ' ')} by generation:  {sparkline(values)}  ({low} to {high})"
 
 
 def _measures(row: Row) -> list[str]:

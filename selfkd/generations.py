@@ -15,17 +15,23 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from selfkd.command import Command, base_parser, everyone, inside_job
 from selfkd.config import Config, ConfigError
-from selfkd.console import Follower, make_metric_table, make_table
+from selfkd.console import (
+    Follower,
+    make_confirmation_table,
+    make_metric_table,
+    make_sparkline,
+    make_table,
+)
 from selfkd.functions import function_reference
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
-from selfkd.lineage import born_again, finished, measure_ensemble
+from selfkd.lineage import born_again, complete, finished
 from selfkd.tracking import NoTracker
 
 
@@ -34,13 +40,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser = base_parser(
         "generations", "Train a model on labels, then born-again generations that learn from it."
     )
-    parser.add_argument("--rounds", type=int, help="born-again generations after generation 0")
+    parser.add_argument(
+        "--rounds",
+        type=_rounds,
+        metavar="N|auto",
+        help="born-again generations after generation 0; auto: until two show no gain",
+    )
     parser.add_argument(
         "--train",
         metavar="FILE.py:FUNCTION",
         help="a training function of your own; its file is run on every worker",
     )
     return parser
+
+
+def _rounds(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text  # the config says what it must be
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generations(
     train_fn: Callable[[Any], object] | str,
     *,
-    rounds: int = 5,
+    rounds: int | Literal["auto"] = 5,
     space: Mapping[str, Any] | None = None,
     trials: int = 8,
     metric: str = "val_accuracy",
@@ -68,7 +86,7 @@ def generations(
         train_fn: takes a `selfkd.loop.Trial`; stands at the top level of a .py file, which the
             workers import (so what it does when run stands under `if __name__ == "__main__"`).
             Or its reference, `path/file.py:name`.
-        rounds: born-again generations after generation 0.
+        rounds: born-again generations after generation 0; `auto` stops by itself.
         space: dotted keys and distributions, `{"params.lr": {"loguniform": [1e-3, 1e-1]}}`; by
             default T and alpha.
         trials: of each generation.
@@ -104,7 +122,7 @@ def generations(
     folder, config = _command(reference).run(
         make_parser().parse_args(arguments), {"rounds": rounds}
     )
-    return folder.results()[: config.rounds + 1]
+    return folder.results()[: config.most_rounds + 1]
 
 
 def _command(reference: str | None) -> Command:
@@ -115,11 +133,16 @@ def _command(reference: str | None) -> Command:
         reference = f"{Path(path).expanduser().absolute()}:{name}"
 
     def check(config: Config) -> None:
+        if config.controls:
+            raise ConfigError(
+                "controls must be empty with --train, whose data and test split are its own, got "
+                f"{config.controls}"
+            )
         if not colon or not Path(path).expanduser().is_file():
             raise ConfigError(f"--train must be path/file.py:function, got {reference!r}")
 
     def greet(config: Config) -> str:
-        return f"{_rounds(config)}, trained by {reference}"
+        return f"{_plan(config)}, trained by {reference}"
 
     command = dataclasses.replace(
         _COMMAND,
@@ -133,14 +156,16 @@ def _command(reference: str | None) -> Command:
 
 
 def _greet(config: Config) -> str:
-    return f"{_rounds(config)}, {config.model.name} on {config.data.name}"
+    return f"{_plan(config)}, {config.model.name} on {config.data.name}"
 
 
-def _rounds(config: Config) -> str:
-    return (
-        f"generation 0 on labels, then {config.rounds} born-again ({config.rounds + 1} in all), "
-        f"{config.search.trials} trials each"
-    )
+def _plan(config: Config) -> str:
+    most, trials, seeds = config.most_rounds, config.search.trials, config.confirm.seeds
+    again = f"{most} born-again ({most + 1} in all)"
+    if config.rounds == "auto":
+        again = f"at most {most} born-again, until two in a row show no gain"
+    confirmed = f", confirmed on {seeds} fresh seed" + ("s" if seeds > 1 else "") if seeds else ""
+    return f"generation 0 on labels, then {again}, {trials} trials each{confirmed}"
 
 
 def _is_finished(config: Config, folder: RunFolder) -> bool:
@@ -156,8 +181,9 @@ def _work(
     *,
     function: str | None = None,
 ) -> None:
-    results = born_again(config, folder, pool, everyone(follower, tracker), function=function)
-    measure_ensemble(config, folder, pool, results)
+    listener = everyone(follower, tracker)
+    results = born_again(config, folder, pool, listener, function=function)
+    complete(config, folder, pool, listener, results, function=function)
 
 
 def _tell(
@@ -168,22 +194,32 @@ def _tell(
     *,
     command: Command | None = None,
 ) -> None:
-    results, ensemble = finished(config, folder) or ([], None)
-    metric, trials = config.search.metric, config.search.trials
-    if ensemble is None:
+    summary = finished(config, folder)
+    if summary is None:
+        raise ConfigError(f"{folder.path} must have a summary.json once it is finished, got none")
+    results, metric, trials = summary["generations"], config.search.metric, config.search.trials
+    if summary["ensemble"] is None:
         console.print(make_metric_table(results, metric))
         said = f"{metric} is the best of {trials} trials, so it is optimistic."
     else:
-        console.print(make_table(results, ensemble))
+        console.print(make_table(results, summary["ensemble"]))
         said = (
             f"val acc is the best of {trials} trials, so it is optimistic; the test "
-            "split was read once a generation, after the choice."
+            "split was read once a generation, after the choice"
         )
+        said += ", and once for each model that confirms." if config.confirm.seeds else "."
+    confirmed = [row["confirmation"] for row in results if row["confirmation"]]
+    if confirmed:
+        console.print(make_confirmation_table(results, summary["controls"]))
+    told = [*(confirmed[1:] or confirmed), *summary["controls"]]
     notes = [
+        *(verdict for row in told for verdict in row["verdict"].split("; ")),
+        *([summary["stopped"]] if summary["stopped"] else []),
+        make_sparkline(results, metric),
         said,
         *notes,
         f"models:  {folder.path}/generation_*/student.safetensors",
-        f"more generations:  {(command or _COMMAND).resume(folder)} --rounds {config.rounds + 1}",
+        f"more generations:  {(command or _COMMAND).resume(folder)} --rounds {len(results)}",
     ]
     console.print("\n".join(notes), soft_wrap=True)
 

@@ -20,7 +20,7 @@ from selfkd.storage import RemotePath, as_path
 
 RESUMABLE = (
     *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
-    *("targets.root", "checkpoint."),
+    *("targets.root", "checkpoint.", "controls"),
 )
 
 
@@ -94,8 +94,8 @@ class RunFolder:
                 "one; start a new run, or leave out:\n  " + "\n  ".join(refused)
             )
         done = len(self.results())
-        if new.rounds + 1 < done:
-            raise ConfigError(f"rounds must be at least the {done - 1} done, got {new.rounds}")
+        if new.most_rounds + 1 < done:
+            raise ConfigError(f"rounds must be at least the {done - 1} done, got {new.most_rounds}")
 
     def keep(self, config: Config, data: Row) -> None:
         """Write down the config of this start and the facts of the data.

@@ -11,15 +11,24 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from selfkd.config import Config, ConfigError, to_tree
+from selfkd.confirm import (
+    ConfirmListener,
+    baseline_row,
+    confirm_generations,
+    load_confirmations,
+    stop_reason,
+)
+from selfkd.controls import run_controls
 from selfkd.files import link, load_json, save_json
 from selfkd.jobs import OWN, Executor, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.space import Point
 from selfkd.trials import (
-    Listener,
     Plan,
     Stage,
+    generation_plan,
     label,
+    located,
     make_proposer,
     ranked,
     run_stage,
@@ -27,7 +36,7 @@ from selfkd.trials import (
 )
 
 
-class LineageListener(Listener, Protocol):
+class LineageListener(ConfirmListener, Protocol):
     """Whoever wants to follow a lineage as well as its stages."""
 
     def generation_finished(self, result: Row) -> None:
@@ -44,6 +53,9 @@ def born_again(
 ) -> list[Row]:
     """Train generation 0 and `config.rounds` born-again generations; finished ones are kept.
 
+    With `rounds: auto` each is confirmed at once, and the last is the one after which
+    `selfkd.confirm.stop_reason` gives a reason to stop.
+
     Args:
         config: of the run.
         folder: what is done, and where the rest goes.
@@ -58,23 +70,70 @@ def born_again(
         ConfigError: the data or the models are not as the config says.
         RunError: all trials of a generation failed.
     """
-    results = folder.results()[: config.rounds + 1]
-    if len(results) <= config.rounds:
-        if function is None:
-            checked = run_one(executor, "check", config=to_tree(config))
-        else:
-            checked = run_one(executor, "check_function", function=function)
-        if "fault" in checked:
-            raise ConfigError(checked["fault"])
-        folder.keep(config, checked["facts"])
+    if function is None:
+        checked = run_one(executor, "check", config=to_tree(config))
+    else:
+        checked = run_one(executor, "check_function", function=function)
+    if "fault" in checked:
+        raise ConfigError(checked["fault"])
+    folder.keep(config, checked["facts"])
+    results = folder.results()[: config.most_rounds + 1]
     for result in results:
         _prune(folder, result)  # a start that was killed may not have come to it
         listener.generation_finished(result)
-    while len(results) <= config.rounds:
-        result = _generation(config, folder, executor, listener, function, results)
-        results.append(result)
-        listener.generation_finished(result)
+    for confirmation in load_confirmations(folder, len(results)):
+        listener.generation_confirmed(confirmation)
+    auto = config.rounds == "auto"
+    while not _is_last(config, folder, results):
+        if not auto or not _is_unconfirmed(folder, results):
+            result = _generation(config, folder, executor, listener, function, results)
+            results.append(result)
+            listener.generation_finished(result)
+        if auto:
+            confirm_generations(config, folder, executor, listener, results, function=function)
     return results
+
+
+def complete(
+    config: Config,
+    folder: RunFolder,
+    executor: Executor,
+    listener: LineageListener,
+    results: Sequence[Row],
+    *,
+    function: str | None = None,
+) -> Row:
+    """Do what is done once all generations are there: confirm them, measure the ensemble, controls.
+
+    Args:
+        config: of the run.
+        folder: what is done, and where the rest goes.
+        executor: runs the trials.
+        listener: is told of everything.
+        results: of the generations.
+        function: reference of a training function of the user's own.
+
+    Returns:
+        The summary, which is saved as `summary.json`: `generations`, each with its `confirmation`,
+        their `ensemble`, `controls`, and why `rounds: auto` `stopped`.
+
+    Raises:
+        RunError: all trials of a stage failed.
+    """
+    confirmations = confirm_generations(
+        config, folder, executor, listener, results, function=function
+    )
+    ensemble = measure_ensemble(config, folder, executor, results)
+    baseline = baseline_row(config, folder, confirmations)
+    controls = run_controls(config, folder, executor, listener, results, confirmations)
+    summary = {
+        "generations": _rows(results, confirmations),
+        "ensemble": ensemble,
+        "controls": [*([baseline] if baseline else []), *controls],
+        "stopped": stop_reason(config, confirmations) if config.rounds == "auto" else None,
+    }
+    save_json(folder.path / "summary.json", summary)
+    return summary
 
 
 def measure_ensemble(
@@ -85,7 +144,6 @@ def measure_ensemble(
     Generations of a training function of the user's own have no predictions, and no ensemble.
     """
     if any("predictions" not in result for result in results):
-        save_json(folder.path / "summary.json", _summary(results, None))
         return None
     members = [
         {"hash": result["hash"], "predictions": str(folder.path / result["predictions"])}
@@ -93,27 +151,46 @@ def measure_ensemble(
     ]
     ensembles = [{"members": members}]
     row: Row = run_one(executor, "measure", config=to_tree(config), ensembles=ensembles)["rows"][0]
-    save_json(folder.path / "summary.json", _summary(results, row))
     return row
 
 
-def finished(config: Config, folder: RunFolder) -> tuple[list[Row], Row | None] | None:
-    """Return the results and the ensemble of a run that has nothing left to do, else None."""
+def finished(config: Config, folder: RunFolder) -> Row | None:
+    """Return the summary of a run that has nothing left to do, else None."""
     results = folder.results()
     path = folder.path / "summary.json"
-    if len(results) <= config.rounds or not path.exists():
+    if not path.exists() or not _is_last(config, folder, results):
         return None
-    summary = load_json(path)
-    if [row["hash"] for row in summary["generations"]] != [row["hash"] for row in results]:
-        return None
-    return results, summary["ensemble"]
+    summary: Row = load_json(path)
+    rows = summary["generations"]
+    wanted = dict.fromkeys(config.controls)
+    done = {row["name"] for row in summary["controls"]}
+    confirmed = all(row["confirmation"] for row in rows) or not config.confirm.seeds
+    same = [row["hash"] for row in rows] == [row["hash"] for row in results]
+    return summary if same and confirmed and done >= set(wanted) else None
 
 
-def _summary(results: Sequence[Row], ensemble: Row | None) -> Row:
-    """Return what a program would want of a finished run."""
-    hidden = ("history", "models", "teachers")
-    rows = [{k: v for k, v in result.items() if k not in hidden} for result in results]
-    return {"generations": rows, "ensemble": ensemble}
+def _is_last(config: Config, folder: RunFolder, results: Sequence[Row]) -> bool:
+    """Say whether no generation is to follow those that are done."""
+    if len(results) > config.most_rounds:
+        return True
+    if config.rounds != "auto" or _is_unconfirmed(folder, results):
+        return False
+    return stop_reason(config, load_confirmations(folder, len(results))) is not None
+
+
+def _is_unconfirmed(folder: RunFolder, results: Sequence[Row]) -> bool:
+    return len(load_confirmations(folder, len(results))) < len(results)
+
+
+def _rows(results: Sequence[Row], confirmations: Sequence[Row]) -> list[Row]:
+    """Return what a program would want of the generations."""
+    hidden = ("history", "models", "teachers", "diagnostics", "mcnemar")
+    confirmed = {row["generation"]: row for row in confirmations}
+    return [
+        {k: v for k, v in result.items() if k not in hidden}
+        | {"confirmation": confirmed.get(result["generation"])}
+        for result in results
+    ]
 
 
 def _generation(
@@ -127,22 +204,25 @@ def _generation(
     generation = len(results)
     start = time.perf_counter()
     teachers = _teachers(config, results)
-    located = _located(folder, teachers)
+    found = located(folder, teachers)
     if teachers and function is None and not config.distill.live:
         title = f"generation {generation}: labelling by its teacher"
-        label(config, folder, executor, listener, title=title, teachers=located)
+        label(config, folder, executor, listener, title=title, teachers=found)
     last: Point = results[-1]["point"] if results else {}
 
     def plan(number: int, point: Point) -> Plan:
-        own = config.at(point)
-        model = own.student if generation > 0 and own.student else own.model
-        seed = trial_seed(config.seed, generation, number)
-        more = {"function": function} if function else {}
-        return Plan(config=own, model=model, seed=seed, teachers=located, more=more)
+        return generation_plan(
+            config,
+            point,
+            generation=generation,
+            seed=trial_seed(config.seed, generation, number),
+            teachers=found,
+            function=function,
+        )
 
     stage = Stage(
         name=f"generation-{generation}",
-        title=f"generation {generation} of {config.rounds}",
+        title=f"generation {generation} of {config.most_rounds}",
         folder=folder.generation(generation),
         trials=config.search.trials,
         plan=plan,
@@ -160,7 +240,7 @@ def _generation(
     best_first = ranked(trials, stage)
     result = _chosen(config, folder, stage, generation, teachers, best_first)
     if function is None:
-        result |= _measure(config, folder, executor, generation, located)
+        result |= _measure(config, folder, executor, generation, found)
     else:
         result |= {k: v for k, v in best_first[0]["history"][-1].items() if k not in OWN}
     result |= {
@@ -182,12 +262,6 @@ def _teachers(config: Config, results: Sequence[Row]) -> list[Row]:
         return [result["models"][0] for result in results]
     models: list[Row] = results[-1]["models"]
     return models
-
-
-def _located(folder: RunFolder, teachers: Sequence[Row]) -> list[Row]:
-    return [
-        {**teacher, "checkpoint": str(folder.path / teacher["checkpoint"])} for teacher in teachers
-    ]
 
 
 def _chosen(
@@ -241,6 +315,7 @@ def _measure(
         student=str(folder.generation(generation) / "student.safetensors"),
         predictions=str(predictions),
         teachers=teachers,
+        diagnose=True,
     )
     return {**measured, "predictions": folder.relative(predictions)}
 

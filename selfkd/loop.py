@@ -78,8 +78,8 @@ class Trial:
     @property
     def generation(self) -> int:
         """0 learns from labels; k >= 1 from the generations before."""
-        name, _, number = self.stage.partition("-")
-        return int(number) if name == "generation" else 0
+        number = self.stage.partition("-")[2]  # of generation-3 or confirm-3
+        return int(number) if number else 0
 
     def distiller(
         self, student: nn.Module, *, make_teacher: Callable[[], nn.Module] | None = None

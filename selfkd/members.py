@@ -20,11 +20,11 @@ from selfkd.blends import average_weights, fit_weights, greedy_soup
 from selfkd.checkpoint import load_tensors
 from selfkd.config import CheckpointConfig, ModelConfig, Tree, parse_yaml
 from selfkd.jobs import Row
+from selfkd.scores import SPLITS, load_predictions, measure_test
 from selfkd.specialists import cluster_classes
 from selfkd.storage import as_path
 from selfkd.train import evaluate
 
-SPLITS: tuple[Split, Split] = ("val", "test")  # what is predicted and kept
 TIMED_SECONDS = 0.5
 CLUSTER_TEMPERATURE = 4.0
 
@@ -94,7 +94,7 @@ def measure(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
     bench = Bench(config)
     rows = []
     for ensemble in ensembles:
-        saved = [_predictions(member) for member in ensemble["members"]]
+        saved = [load_predictions(member) for member in ensemble["members"]]
         weights = _weights(ensemble["members"])
         mean: dict[Split, Tensor] = {
             split: metrics.ensemble_logits(
@@ -109,31 +109,14 @@ def measure(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
             {
                 "val_accuracy": metrics.accuracy(mean["val"], labels),
                 "val_nll": metrics.nll(mean["val"], labels),
-                **test_row(bench, mean),
+                **measure_test(bench, mean),
             }
         )
     yield {"rows": rows}
 
 
-def _predictions(member: Mapping[str, Any]) -> dict[str, Tensor]:
-    logits, facts = load_tensors(as_path(member["predictions"]))
-    if facts["student"] != member["hash"]:
-        raise ValueError(f"{member['predictions']} was written by another model")
-    return logits
-
-
 def _weights(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
     return [row["weight"] for row in rows] if "weight" in rows[0] else None
-
-
-def test_row(bench: Bench, logits: Mapping[Split, Tensor]) -> Row:
-    """Return what is measured on the test split."""
-    labels = bench.labels("test")
-    return {
-        "test_accuracy": metrics.accuracy(logits["test"], labels),
-        "test_nll": metrics.nll(logits["test"], labels),
-        "test_ece": metrics.ece(logits["test"], labels),
-    }
 
 
 def weigh(config: Tree, checkpoints: Sequence[str]) -> Iterator[Row]:

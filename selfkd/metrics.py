@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 ECE_BINS = 15
+TEMPERATURES = (0.05, 20.0)  # between which one is fitted
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -40,13 +43,134 @@ def ece(logits: Tensor, labels: Tensor) -> float:
     >>> round(ece(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1])), 4)
     0.5
     """
-    # torchmetrics gives a confidence of exactly 1 a bin of its own beyond the last
-    probabilities = logits.float().softmax(dim=-1).clamp(max=1 - torch.finfo(torch.float32).eps)
     return float(
         multiclass_calibration_error(
-            probabilities, labels, num_classes=logits.shape[-1], n_bins=ECE_BINS, norm="l1"
+            _below_one(logits), labels, num_classes=logits.shape[-1], n_bins=ECE_BINS, norm="l1"
         )
     )
+
+
+def _below_one(logits: Tensor) -> Tensor:
+    """Return probabilities; torchmetrics gives a confidence of exactly 1 a bin beyond the last."""
+    return logits.float().softmax(dim=-1).clamp(max=1 - torch.finfo(torch.float32).eps)
+
+
+def brier(logits: Tensor, labels: Tensor) -> float:
+    """Return the Brier score, in [0, 2]: the squared error of the probabilities.
+
+        mean over rows of sum_k (p_k - y_k)²
+
+    Brier, Verification of forecasts expressed in terms of probability, 1950,
+    https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
+
+    >>> brier(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1]))
+    1.0
+    """
+    probabilities = logits.double().softmax(dim=-1)
+    errors = probabilities - F.one_hot(labels, logits.shape[-1])
+    return float(errors.square().sum(dim=-1).mean())
+
+
+def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """Return the bins of a reliability diagram, the 15 of `ece`.
+
+    Returns:
+        `low` and `high` of each bin, the `count` of rows whose confidence lies in it, their mean
+        `confidence` and their `accuracy`, both None in an empty bin.
+
+    >>> reliability(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1]))[-1]["accuracy"]
+    0.5
+    """
+    confidence, predicted = _below_one(logits).max(dim=-1)
+    edges = torch.linspace(0, 1, ECE_BINS + 1)
+    bins = torch.bucketize(confidence, edges, right=True) - 1
+    hits = (predicted == labels).double()
+    rows = []
+    for number in range(ECE_BINS):
+        inside = bins == number
+        count = int(inside.sum())
+        rows.append(
+            {
+                "low": number / ECE_BINS,
+                "high": (number + 1) / ECE_BINS,
+                "count": count,
+                "confidence": float(confidence[inside].double().mean()) if count else None,
+                "accuracy": float(hits[inside].mean()) if count else None,
+            }
+        )
+    return rows
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the temperature T at which the logits are best calibrated: least NLL of z / T.
+
+        T = argmin CE(y, softmax(z / T)),    over log T, within [0.05, 20]
+
+    To be fitted on validation; it changes no prediction. Where every row is right there is no
+    least NLL (the smaller T, the better), and T is 1.
+
+    Guo et al., On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
+
+    >>> logits = torch.tensor([[2.0, 0.0]] * 4)
+    >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 2 / log(3)
+    1.82
+    """
+    wide = logits.double()
+    if bool((wide.argmax(dim=-1) == labels).all()):
+        return 1.0
+    from scipy.optimize import minimize_scalar  # half a second to import: only when it is used
+
+    found = minimize_scalar(
+        lambda log_t: float(F.cross_entropy(wide / math.exp(log_t), labels)),
+        bounds=[math.log(end) for end in TEMPERATURES],
+        method="bounded",
+    )
+    return math.exp(float(found.x))
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:
+    """Return the accuracy within each class; None where there is none of it.
+
+    >>> class_accuracy(torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]), torch.tensor([0, 1]))
+    [1.0, 0.0, None]
+    """
+    classes = logits.shape[-1]
+    count = torch.bincount(labels, minlength=classes)
+    hits = torch.bincount(labels[logits.argmax(dim=-1) == labels], minlength=classes)
+    return [int(h) / int(n) if n else None for h, n in zip(hits, count, strict=True)]
+
+
+def confusions(
+    predicted: Tensor, labels: Tensor, *, names: Sequence[str], top: int = 10
+) -> list[dict[str, Any]]:
+    """Return the most frequent errors: `label`, what was `predicted` instead, and the `count`.
+
+    Args:
+        predicted: classes `[rows]`.
+        labels: right classes `[rows]`.
+        names: of the classes.
+        top: how many pairs of classes.
+
+    >>> confusions(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 0]), names=["cat", "dog"])
+    [{'label': 'cat', 'predicted': 'dog', 'count': 2}]
+    """
+    wrong = predicted != labels
+    pairs = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    ordered = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [
+        {"label": names[label], "predicted": names[other], "count": count}
+        for (label, other), count in ordered[:top]
+    ]
+
+
+def mean_kl(logits: Tensor, other: Tensor) -> float:
+    """Return the mean KL divergence KL(p || q) of the other's probabilities q from p, in nats.
+
+    >>> round(mean_kl(torch.tensor([[9.0, -9.0]]), torch.zeros(1, 2)), 4)  # log 2
+    0.6931
+    """
+    log_p, log_q = logits.double().log_softmax(dim=-1), other.double().log_softmax(dim=-1)
+    return float(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
 
 
 def agreement(logits: Tensor, other: Tensor) -> float:

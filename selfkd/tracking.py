@@ -50,6 +50,9 @@ class NoTracker:
     def generation_finished(self, result: Row) -> None:
         """Nothing."""
 
+    def generation_confirmed(self, confirmation: Row) -> None:
+        """Nothing."""
+
     def noted(self, text: str) -> None:
         """Nothing."""
 
@@ -167,7 +170,7 @@ class WandbTracker(NoTracker):
             stage, _, generation = trial["stage"].partition("-")
             if generation:
                 config["generation"] = int(generation)
-            short = f"g{generation}" if generation else stage
+            short = f"g{generation}" if stage == "generation" else trial["stage"]
             run_id = f"{self._run_id}-{short}-t{key[1]}"
             self._trials[key] = self._open(run_id, "epoch", trial["stage"], config)
         return self._trials[key]
@@ -208,7 +211,9 @@ class WandbTracker(NoTracker):
                 plain = {
                     name: value
                     for name, value in result.items()
-                    if name not in HIDDEN and value is not None and not isinstance(value, list)
+                    if name not in HIDDEN
+                    and value is not None
+                    and not isinstance(value, list | dict)
                 }
                 self._lineage.log(plain)
 

@@ -1,4 +1,4 @@
-"""What a worker does, from plain data to plain data: check, train, label, score."""
+"""What a worker does, from plain data to plain data: check, train, label."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfkd import members, metrics
+from selfkd import members, scores
 from selfkd.bench import Bench, Split
-from selfkd.checkpoint import load_tensors, save_tensors
+from selfkd.checkpoint import load_tensors
 from selfkd.classifier import train_classifier
 from selfkd.config import ModelConfig, Tree, from_tree
 from selfkd.data import fingerprint
@@ -186,37 +186,11 @@ def label(
     yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 
 
-def score(
-    config: Tree, student: str, predictions: str, teachers: Sequence[Mapping[str, Any]] = ()
-) -> Iterator[Row]:
-    """Measure a chosen model on the test split, once.
-
-    Args:
-        config: of the run.
-        student: checkpoint of the chosen model.
-        predictions: file that its validation and test logits are saved to.
-        teachers: `checkpoint` of each of its teachers, for the agreement with them.
-    """
-    bench = Bench(config)
-    mark = bench.hash(student)
-    logits = {split: bench.answer(student, split) for split in members.SPLITS}
-    by_name = {str(split): answers for split, answers in logits.items()}
-    save_tensors(as_path(predictions), by_name, {"student": mark})
-    size = sum(parameters_count(network) for network in bench.networks(student))
-    row = {"hash": mark, "parameters": size, **members.test_row(bench, logits)}
-    if teachers:
-        taught = metrics.ensemble_logits(
-            torch.stack([bench.answer(member["checkpoint"], "test") for member in teachers])
-        )
-        row["agreement"] = metrics.agreement(logits["test"], taught)
-    yield row
-
-
 _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "check": check,
     "check_function": check_function,
     "train": train,
     "label": label,
-    "score": score,
     **members.JOBS,
+    **scores.JOBS,
 }

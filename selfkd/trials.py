@@ -13,6 +13,7 @@ from selfkd.files import load_json, save_json
 from selfkd.jobs import CHECKPOINT, Batch, EarlyStopping, Executor, Job, Outcome, Row
 from selfkd.ledger import RunError, RunFolder
 from selfkd.space import Distribution, Optuna, Point, Points, Proposer, make_points
+from selfkd.storage import as_path
 
 ATTEMPTS = 2  # at a part that fails, beside what the executor does for dead workers
 
@@ -85,6 +86,38 @@ def trial_seed(seed: int, stage: str | int, number: int) -> int:
     """Return the seed of a trial: its own, and the same in every run of the same config."""
     digest = hashlib.sha256(f"{seed}/{stage}/{number}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def located(folder: RunFolder, teachers: Sequence[Row]) -> list[Row]:
+    """Return teachers with their checkpoints where a worker finds them."""
+    return [
+        {**teacher, "checkpoint": str(folder.path / teacher["checkpoint"])} for teacher in teachers
+    ]
+
+
+def generation_plan(
+    config: Config,
+    point: Point,
+    *,
+    generation: int,
+    seed: int,
+    teachers: Sequence[Row],
+    function: str | None = None,
+) -> Plan:
+    """Return what a trial of a generation does.
+
+    Args:
+        config: of the run.
+        point: of the search space.
+        generation: whose network is trained.
+        seed: of the trial.
+        teachers: `located`.
+        function: reference of a training function of the user's own.
+    """
+    own = config.at(point)
+    model = own.student if generation > 0 and own.student else own.model
+    more = {"function": function} if function else {}
+    return Plan(config=own, model=model, seed=seed, teachers=teachers, more=more)
 
 
 def make_proposer(
@@ -199,13 +232,61 @@ def run_stage(
     asha = config.search.scheduler == "asha" and stage.early_stopping
     early = EarlyStopping(config.train.epochs, stage.metric, stage.mode) if asha else None
     executor.run(trials, early=early, limit=stage.proposer.limit)
+    _check_some_completed(trials)
+    return trials.results
+
+
+def run_stages(
+    config: Config,
+    folder: RunFolder,
+    executor: Executor,
+    listener: Listener,
+    stages: Sequence[Stage],
+    *,
+    title: str,
+) -> list[dict[int, Row]]:
+    """Run the trials of several stages side by side, each to its last epoch, as `run_stage`.
+
+    Raises:
+        RunError: all trials of a stage failed.
+    """
+    each = [_Trials(stage, folder.targets(config), listener) for stage in stages]
+    done = sum(len(trials.results) for trials in each)
+    listener.stage_started(title, sum(stage.trials for stage in stages), done)
+    executor.run(_Several(each))
+    for trials in each:
+        _check_some_completed(trials)
+    return [trials.results for trials in each]
+
+
+class _Several:
+    """The jobs of several stages, one after the other."""
+
+    def __init__(self, stages: Sequence[_Trials]) -> None:
+        self._stages = {trials.stage.folder: trials for trials in stages}
+
+    def _of(self, job: Job) -> _Trials:
+        return self._stages[as_path(job.payload["student"]).parent.parent]
+
+    def ask(self) -> Job | None:
+        jobs = (trials.ask() for trials in self._stages.values())
+        return next((job for job in jobs if job is not None), None)
+
+    def report(self, job: Job, rows: Sequence[Row]) -> None:
+        self._of(job).report(job, rows)
+
+    def tell(self, outcome: Outcome) -> None:
+        self._of(outcome.job).tell(outcome)
+
+
+def _check_some_completed(trials: _Trials) -> None:
+    stage = trials.stage
     if not ranked(trials.results, stage):
         errors = [row["error"] for _, row in sorted(trials.results.items()) if row["error"]]
         raise RunError(
             f"all {stage.trials} trials of {stage.name.replace('-', ' ')} failed; "
             f"the first: {errors[0]}"
         )
-    return trials.results
 
 
 def ranked(trials: dict[int, Row], stage: Stage) -> list[Row]:

@@ -1,0 +1,123 @@
+"""What is found, in words: the same words for a gain, a loss and no evidence of either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+Row = Mapping[str, Any]
+Mode = Literal["max", "min"]
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def percent(value: float) -> str:
+    """Return a fraction as people read it.
+
+    >>> percent(0.00412)
+    '+0.41 %'
+    """
+    return f"{value:+.2%}".replace("%", " %")
+
+
+def plain(value: float) -> str:
+    """Return a difference of a metric that is no fraction.
+
+    >>> plain(0.123456)
+    '+0.1235'
+    """
+    return f"{value:+.4g}"
+
+
+def tell(interval: Row, *, form: Callable[[float], str] = percent) -> str:
+    """Return a difference with its interval, if it has one.
+
+    >>> tell({"value": 0.004, "low": 0.001, "high": 0.007})
+    '+0.40 % [+0.10, +0.70]'
+    """
+    if interval["low"] is None:
+        return form(interval["value"])
+    low, high = (form(interval[end]).removesuffix(" %") for end in ("low", "high"))
+    return f"{form(interval['value'])} [{low}, {high}]"
+
+
+def tell_mean(interval: Row, seeds: int, *, form: Callable[[float], str] = percent) -> str:
+    """Return a mean over seeds with its interval, if it has one.
+
+    >>> tell_mean({"value": 0.96, "low": 0.95, "high": 0.97}, 3)
+    '96.00 % [95.00, 97.00], mean of 3 seeds'
+    >>> tell_mean({"value": 0.96, "low": None, "high": None}, 1)
+    '96.00 %, one seed, so no interval'
+    """
+    of = f"mean of {seeds} seeds" if seeds > 1 else "one seed, so no interval"
+    return f"{tell(interval, form=lambda value: form(value).removeprefix('+'))}, {of}"
+
+
+def is_better(interval: Row | None, *, mode: Mode = "max") -> bool:
+    """Say whether an interval of a difference is evidence of a gain: all of it on one side of 0.
+
+    >>> is_better({"value": 0.004, "low": 0.001, "high": 0.007})
+    True
+    """
+    if interval is None or interval["low"] is None:
+        return False
+    return bool(interval["low"] > 0 if mode == "max" else interval["high"] < 0)
+
+
+def compare(
+    name: str,
+    other: str,
+    difference: Row,
+    pairs: str,
+    *,
+    mode: Mode = "max",
+    form: Callable[[float], str] = percent,
+) -> str:
+    """Return what a difference says.
+
+    Args:
+        name: of what may be better.
+        other: of what it is compared with.
+        difference: `value`, `low` and `high` of name less other.
+        pairs: what was paired, such as `5 paired seeds`; a single one begins with `1 `.
+        mode: whether more is better.
+        form: of a difference.
+
+    >>> found = {"value": -0.001, "low": -0.006, "high": 0.004}
+    >>> compare("generation 3", "generation 2", found, "5 paired seeds")
+    'no evidence that generation 3 is better than generation 2 (difference -0.10 % [-0.60, +0.40], \
+5 paired seeds)'
+    >>> found = {"value": 0.004, "low": 0.001, "high": 0.007}
+    >>> compare("generation 2", "generation 1", found, "5 paired seeds")
+    'generation 2 is better than generation 1: +0.40 % [+0.10, +0.70], 5 paired seeds'
+    """
+    said = tell(difference, form=form)
+    if is_better(difference, mode=mode):
+        return f"{name} is better than {other}: {said}, {pairs}"
+    if is_better(difference, mode="min" if mode == "max" else "max"):
+        return f"{name} is worse than {other}: {said}, {pairs}"
+    if difference["low"] is None:
+        why = ", so no interval" if pairs.startswith("1 ") else ", the same in all: no interval"
+        pairs += why
+    return f"no evidence that {name} is better than {other} (difference {said}, {pairs})"
+
+
+def count_seeds(seeds: int) -> str:
+    """Return how many seeds were paired.
+
+    >>> count_seeds(1), count_seeds(3)
+    ('1 paired seed', '3 paired seeds')
+    """
+    return f"{seeds} paired seed" + ("" if seeds == 1 else "s")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Return a line of bars, from the lowest value to the highest.
+
+    >>> sparkline([0.1, 0.2, 0.3])
+    '▁▅█'
+    """
+    low, high = min(values), max(values)
+    if high == low:
+        return SPARKS[3] * len(values)
+    top = len(SPARKS) - 1
+    return "".join(SPARKS[round((value - low) / (high - low) * top + 1e-9)] for value in values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("ensemble", "generations", "submit", "targets")
+COMMANDS = ("budget", "capacity", "ensemble", "generations", "response", "submit", "targets")
 
 
 def main() -> int:

@@ -1,0 +1,361 @@
+"""`python -m selfkd.budget`: what distilling costs, what it saves, and when it has paid."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from selfkd.compression import TITLES
+from selfkd.config import ConfigError
+from selfkd.console import make_console
+from selfkd.files import load_json
+from selfkd.jobs import Row
+from selfkd.ledger import RunFolder
+from selfkd.storage import as_path
+
+USAGE = 2
+PASSES = 3.0
+"""Forward passes that a training step costs: the backward pass is worth two (Kaplan et al.)."""
+HOUR_MS = 3_600_000.0
+MEASURED = ("teacher_ms", "student_ms", "train_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What distilling costs and saves; all costs in the unit of the given ones."""
+
+    teacher_cost: float
+    """Of an answer to one item."""
+    student_cost: float
+    items: float
+    """Training items that the teacher answers."""
+    views: float
+    labelling: float
+    training: float
+    distilling: float
+    """Both of them."""
+    saving: float
+    """Of each item that the student serves in the teacher's place."""
+    break_even: float | None
+    """Served items that pay for distilling; None where the student saves nothing."""
+    volume: float | None = None
+    """Items that will be served."""
+    net: float | None = None
+    """What is left of the saving at that volume."""
+
+
+def budget(
+    *,
+    teacher: float,
+    student: float,
+    items: float,
+    per: float = 1.0,
+    views: float = 1.0,
+    training: float | None = None,
+    epochs: float | None = None,
+    trials: float = 1.0,
+    volume: float | None = None,
+) -> Budget:
+    """Return what distilling costs, what each served item saves, and when that has paid.
+
+        labelling  = items views c_T
+        training   = as given, else trials epochs items 3 c_S
+        distilling = labelling + training
+        saving     = c_T - c_S
+        break-even = distilling / saving,    net(volume) = volume saving - distilling
+
+    where c_T and c_S are the costs of one item: `teacher / per` and `student / per`. The teacher
+    answers each view of each item once, however many trials read its answers. A training step
+    costs about three forward passes, as the backward pass costs two. The teacher's own training is
+    not counted: it is there already.
+
+    Args:
+        teacher: cost of the teacher's answers to `per` items (images, tokens).
+        student: the student's.
+        items: in the training data.
+        per: items that the two costs are for, 1e6 where they are per million.
+        views: of each item, 1 without augmentation.
+        training: cost of all training of the student.
+        epochs: of a trial, where the cost of training is not given.
+        trials: trainings of a student.
+        volume: items that will be served.
+
+    Raises:
+        ValueError: a figure that is not finite, or not above 0 (`training` may be 0); neither
+            `training` nor `epochs`.
+
+    >>> plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
+    >>> plan.distilling, round(plan.break_even / 1e9, 2)
+    (11000.0, 1.16)
+
+    Reference:
+        Kaplan et al., "Scaling Laws for Neural Language Models", 2020, section 2.1 (the backward
+        pass takes twice the compute of the forward pass), https://arxiv.org/abs/2001.08361
+    """
+    above: dict[str, float | None] = {"teacher": teacher, "student": student, "items": items}
+    above |= {"per": per, "views": views, "trials": trials, "epochs": epochs, "volume": volume}
+    for name, value in above.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    if training is not None and not (training >= 0 and math.isfinite(training)):
+        raise ValueError(f"training must be a finite number, 0 or more, got {training}")
+    teacher_cost, student_cost = teacher / per, student / per
+    if training is None:
+        if epochs is None:
+            raise ValueError("training must be given, or epochs to reckon it from, got neither")
+        training = trials * epochs * items * PASSES * student_cost
+    labelling = items * views * teacher_cost
+    distilling, saving = labelling + training, teacher_cost - student_cost
+    return Budget(
+        teacher_cost=teacher_cost,
+        student_cost=student_cost,
+        items=items,
+        views=views,
+        labelling=labelling,
+        training=training,
+        distilling=distilling,
+        saving=saving,
+        break_even=distilling / saving if saving > 0 else None,
+        volume=volume,
+        net=None if volume is None else volume * saving - distilling,
+    )
+
+
+def tell_budget(plan: Budget, *, unit: str = "item") -> str:
+    """Return a budget as one sentence.
+
+    >>> plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
+    >>> tell_budget(plan, unit="token")
+    'distilling costs 11,000 and has paid for itself after 1.16 billion served tokens'
+    """
+    costs = f"distilling costs {_amount(plan.distilling)}"
+    if plan.break_even is None:
+        dear = "as dear as" if plan.saving == 0 else "dearer than"
+        return f"{costs} and never pays: the student is {dear} the teacher, there is no break-even"
+    told = f"{costs} and has paid for itself after {_large(plan.break_even)} served {unit}s"
+    if plan.volume is None or plan.net is None:
+        return told
+    gain = "saves" if plan.net >= 0 else "still loses"
+    return f"{told}; at {_large(plan.volume)} it {gain} {_amount(abs(plan.net))}"
+
+
+def make_budget_table(plan: Budget, *, unit: str = "item", per: float = 1.0) -> Table:
+    """Return the table of a budget; costs of an item are shown for `per` of them."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    table.add_column("", justify="left")
+    table.add_column("", justify="right", no_wrap=True)
+    each = f"per {unit}" if per == 1 else f"per {_large(per).removeprefix('1 ')} {unit}s"
+    views = "" if plan.views == 1 else f" in {_amount(plan.views)} views"
+    table.add_row(f"teacher, {each}", _amount(plan.teacher_cost * per))
+    table.add_row(f"student, {each}", _amount(plan.student_cost * per))
+    table.add_row(f"labelling {_large(plan.items)} {unit}s{views}, once", _amount(plan.labelling))
+    table.add_row("training", _amount(plan.training))
+    table.add_row("distilling, both", _amount(plan.distilling))
+    table.add_row(f"saving, {each} served", _amount(plan.saving * per))
+    even = "never" if plan.break_even is None else f"{plan.break_even:,.0f}"
+    table.add_row(f"break-even, {unit}s served", even)
+    if plan.volume is not None and plan.net is not None:
+        table.add_row(f"net after {_large(plan.volume)} {unit}s", _amount(plan.net))
+    return table
+
+
+def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[str, float]:
+    """Return what a run has measured, as far as it has.
+
+    Args:
+        run: folder of `selfkd.ensemble`, `selfkd.capacity` or `selfkd.generations`.
+        batch: of images answered at once.
+        value: of the student, in a capacity run.
+
+    Returns:
+        Some of `items`, `views`, `epochs`, `trials`, `train_seconds` (of all trials of the
+        student), `teacher_ms` and `student_ms` (an image, on one thread).
+
+    Raises:
+        ConfigError: no finished run, or one without that student.
+    """
+    path = as_path(run).expanduser()
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"--from must be a run folder (with a config.yaml), got {run}")
+    folder, config = RunFolder.open(path)
+    if not (folder.path / "summary.json").exists():
+        raise ConfigError(f"--from must be a finished run (with a summary.json), got {run}")
+    summary = load_json(folder.path / "summary.json")
+    found: dict[str, float] = {"epochs": config.train.epochs}
+    if (folder.path / "data.json").exists() and "images" in (
+        facts := load_json(folder.path / "data.json")
+    ):
+        found |= {"items": facts["images"]["train"], "views": facts["views"]}
+    if "sizes" in summary:
+        return found | _of_capacity(summary, batch, value)
+    if "generations" in summary:
+        return found | _of_generations(summary)
+    return found | _of_ensemble(folder, summary, batch)
+
+
+def _of_ensemble(folder: RunFolder, summary: Row, batch: int) -> dict[str, float]:
+    teacher = summary["teacher"]
+    title, count = TITLES[teacher["source"]], teacher["members"]
+    names = [f"ensemble of {count}, {summary['chosen']['average']}", f"{title}, of {count}", title]
+    rows = {row["name"]: row for row in summary["rows"]}
+    found = {"student_ms": summary["rows"][-1][f"ms_{batch}"]}
+    for name in names:
+        if name in rows:
+            found["teacher_ms"] = rows[name][f"ms_{batch}"]
+            break
+    trials = [load_json(path) for path in folder.path.glob("student/trial_*/result.json")]
+    seconds = sum(trial["train_seconds"] for trial in trials)
+    return found | {"trials": len(trials), "train_seconds": seconds}
+
+
+def _of_generations(summary: Row) -> dict[str, float]:
+    born_again = summary["generations"][1:]
+    if not born_again:
+        return {}
+    return {
+        "trials": sum(row["trials"] for row in born_again),
+        "train_seconds": sum(row["train_seconds"] for row in born_again),
+    }
+
+
+def _of_capacity(summary: Row, batch: int, value: str | None) -> dict[str, float]:
+    sizes = {str(size["value"]): size for size in summary["sizes"]}
+    if value not in sizes:
+        known = ", ".join(sizes)
+        raise ConfigError(f"--value must be one of the run's students ({known}), got {value}")
+    size = sizes[value]
+    return {
+        "teacher_ms": summary["teacher"][f"ms_{batch}"],
+        "student_ms": size[f"ms_{batch}"],
+        "trials": size["trials"],
+        "train_seconds": size["train_seconds"],
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m selfkd.budget",
+        description="What distilling costs, what it saves, and when it has paid.",
+    )
+    add = parser.add_argument
+    add("--teacher", type=float, metavar="COST", help="of the teacher's answers to --per items")
+    add("--student", type=float, metavar="COST", help="of the student's")
+    add("--per", type=float, default=1.0, metavar="N", help="items those are for, such as 1e6")
+    add("--items", type=float, metavar="N", help="items in the training data")
+    add("--views", type=float, metavar="N", help="augmented views of each that are labelled")
+    add("--training", type=float, metavar="COST", help="of all training of the student")
+    add("--epochs", type=float, metavar="N", help="of a trial, where --training is not given")
+    add("--trials", type=float, metavar="N", help="trainings of a student")
+    add("--volume", type=float, metavar="N", help="items that will be served")
+    add("--teacher-ms", type=float, metavar="MS", help="the teacher's time for an item")
+    add("--student-ms", type=float, metavar="MS", help="the student's")
+    add("--train-seconds", type=float, metavar="S", help="of all trials together")
+    add("--price", type=float, metavar="COST", help="of an hour of the machine that was timed")
+    add("--from", dest="run", metavar="RUN", help="run folder to take measured figures from")
+    add("--batch", type=int, choices=(1, 128), default=128, help="images at once, of RUN's times")
+    add("--value", help="which student of a RUN of selfkd.capacity")
+    add("--unit", default="item", help="what is served, such as image or token")
+    add("--format", choices=("table", "json"), default="table")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        plan, notes = _plan(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return USAGE
+    console, said = make_console(), tell_budget(plan, unit=arguments.unit)
+    if arguments.format == "json":
+        told = {**asdict(plan), "unit": arguments.unit, "sentence": said, "notes": notes}
+        console.print(json.dumps(told, indent=1), soft_wrap=True)
+        return 0
+    console.print(make_budget_table(plan, unit=arguments.unit, per=arguments.per))
+    console.print("\n".join([said, *notes]), soft_wrap=True)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[Budget, list[str]]:
+    """Return the budget of given figures over measured ones, and what to say of it."""
+    given: dict[str, Any] = {k: v for k, v in vars(arguments).items() if v is not None}
+    figures: dict[str, Any] = {}
+    if arguments.run is not None:
+        figures = measured(arguments.run, batch=arguments.batch, value=arguments.value)
+    for cost, time in (("teacher", "teacher_ms"), ("student", "student_ms")):
+        if cost in given:
+            figures.pop(time, None)  # what is given stands
+    if "training" in given or given.keys() & {"epochs", "trials"}:
+        figures.pop("train_seconds", None)
+    figures |= given
+    timed = [name for name in MEASURED if name in figures]
+    priced = [name for name in ("teacher", "student", "training") if name in given]
+    for name in (*timed, "price"):
+        if name in figures and not (figures[name] > 0 and math.isfinite(figures[name])):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be a finite number above 0, got {figures[name]}")
+    if timed and priced and "price" not in given:
+        raise ValueError(
+            f"--price, the cost of a machine's hour, must be given where costs "
+            f"(--{priced[0]}) meet times (--{timed[0].replace('_', '-')})"
+        )
+    per, price = arguments.per, figures.get("price", 1.0)
+    costs: dict[str, Any] = {}
+    for cost, time in (("teacher", "teacher_ms"), ("student", "student_ms")):
+        if time in figures and cost not in figures:
+            costs[cost] = figures[time] / HOUR_MS * price * per
+    if "train_seconds" in figures and "training" not in figures:
+        costs["training"] = figures["train_seconds"] / 3600 * price
+    figures = costs | figures
+    for name in ("teacher", "student", "items"):
+        if name not in figures:
+            also = f", --{name}-ms or --from RUN" if name != "items" else " or --from RUN"
+            raise ValueError(f"--{name}{also} must be given: no such figure is known")
+    names = ("teacher", "student", "items", "views", "training", "epochs", "trials", "volume")
+    plan = budget(per=per, **{name: figures[name] for name in names if name in figures})
+    return plan, _notes(timed, priced, "price" in given, arguments)
+
+
+def _notes(
+    timed: Sequence[str], priced: Sequence[str], has_price: bool, arguments: argparse.Namespace
+) -> list[str]:
+    notes = []
+    if timed and not priced and not has_price:
+        notes.append("costs are hours of the machine that was timed; --price gives them a price")
+    if arguments.run is not None and "teacher_ms" in timed:
+        notes.append(
+            f"times of {arguments.run}: one thread, {arguments.batch} at once; training is that "
+            "of all trials of the student"
+        )
+    return notes
+
+
+def _amount(value: float) -> str:
+    """Return a cost: whole from 1,000 on, else four digits."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:,.4g}"
+
+
+def _large(value: float) -> str:
+    """Return a number in words from a million on.
+
+    >>> _large(1.1579e9)
+    '1.16 billion'
+    """
+    for name, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
+        if size <= value < 1e15:
+            return f"{value / size:.3g} {name}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,314 @@
+"""`python -m selfkd.response`: what T and alpha did, from the trials of run folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from selfkd.config import Config, ConfigError
+from selfkd.console import make_console
+from selfkd.files import load_json
+from selfkd.ledger import RunFolder
+from selfkd.statistics import Interval
+from selfkd.storage import as_path
+from selfkd.surface import EVIDENCE, Drift, Effect, Response, Trial, drift, unfit
+from selfkd.surface import fit_response as fit_response
+
+USAGE = 2
+KEYS = ("distill.temperature", "distill.alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A search over T and alpha: one teacher, one student, many trials."""
+
+    run: str
+    name: str
+    """generation 1, student, …"""
+    generation: int | None
+    parameters: int | None
+    """Of the student."""
+    data: str | None
+    """What marks the data that it learnt from."""
+    trials: list[Trial]
+    ranges: tuple[tuple[float, float] | None, tuple[float, float] | None]
+    """Of temperature and alpha, as searched."""
+    others: list[str]
+    """What else was searched: it counts as noise here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A stage with its response, or with why there is none."""
+
+    stage: Stage
+    response: Response | None
+    reason: str | None
+
+
+def read_stages(run: str | Path) -> tuple[list[Stage], list[str]]:
+    """Return the searches of a run folder, and what is wrong with some of its files.
+
+    Raises:
+        ConfigError: it is no run folder.
+    """
+    path = as_path(run).expanduser()
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {run}")
+    folder, config = RunFolder.open(path)
+    notes: list[str] = []
+    facts = _read(folder.path / "data.json", notes) if (path / "data.json").exists() else {}
+    stages = []
+    for name, generation, size, place in _places(folder.path, facts or {}, notes):
+        trials = _trials(place, config, notes)
+        if trials:
+            stages.append(_stage(folder, config, facts or {}, name, generation, size, trials))
+    return stages, notes
+
+
+def _places(
+    path: Path, facts: dict[str, Any], notes: list[str]
+) -> Iterator[tuple[str, int | None, int | None, Path]]:
+    """Yield name, generation, parameters and folder of each search with a teacher."""
+    size = facts.get("parameters", {}).get("1")
+    for place in sorted(path.glob("generation_*")):
+        number = int(place.name.removeprefix("generation_"))
+        if number:
+            told = "" if (place / "result.json").exists() else ", unfinished"
+            yield f"generation {number}{told}", number, size, place
+    if (path / "student").is_dir():
+        yield "student", None, size, path / "student"
+    if (path / "students.json").exists():
+        for row in (_read(path / "students.json", notes) or {}).get("students", []):
+            yield f"student {row['value']}", None, row["parameters"], path / row["search"]
+
+
+def _trials(place: Path, config: Config, notes: list[str]) -> list[Trial]:
+    trials = []
+    for path in sorted(place.glob("trial_*/result.json")):
+        row = _read(path, notes)
+        if row is None or row.get("status") != "completed":
+            continue
+        value, point = row.get("val_accuracy"), row.get("point", {})
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            continue
+        distill = config.distill
+        temperature = point.get(KEYS[0], distill.temperature)
+        trials.append((float(temperature), float(point.get(KEYS[1], distill.alpha)), float(value)))
+    return trials
+
+
+def _stage(
+    folder: RunFolder,
+    config: Config,
+    facts: dict[str, Any],
+    name: str,
+    generation: int | None,
+    size: int | None,
+    trials: list[Trial],
+) -> Stage:
+    space = config.space(taught=True)
+    ranges: list[tuple[float, float] | None] = []
+    for column, key in enumerate(KEYS):
+        values = [trial[column] for trial in trials]
+        ends = [*values]
+        if key in space:
+            ends += [float(value) for value in space[key].values]  # of a range, or its choices
+        ranges.append((min(ends), max(ends)) if len(set(values)) > 1 else None)
+    return Stage(
+        run=folder.path.name,
+        name=name,
+        generation=generation,
+        parameters=size,
+        data=facts.get("fingerprint"),
+        trials=trials,
+        ranges=(ranges[0], ranges[1]),
+        others=[key for key in space if key not in KEYS],
+    )
+
+
+def _read(path: Path, notes: list[str]) -> Any:
+    """Return what a file holds; of a damaged one None, and a note that names it."""
+    try:
+        return load_json(path)
+    except (ValueError, OSError) as error:
+        notes.append(f"left out: {error}")
+        return None
+
+
+def find_responses(stages: Sequence[Stage], *, seed: int = 0) -> list[Found]:
+    """Fit each search's response."""
+    found = []
+    for stage in stages:
+        t_range, alpha_range = stage.ranges
+        response = fit_response(stage.trials, temperatures=t_range, alphas=alpha_range, seed=seed)
+        found.append(Found(stage=stage, response=response, reason=unfit(stage.trials)))
+    return found
+
+
+def find_drifts(found: Sequence[Found]) -> list[tuple[str, str, Drift]]:
+    """Return the drift of the best point: over each run's generations, and with student size.
+
+    Returns:
+        What it is over, the words for one unit of that, and the drift.
+    """
+    fitted = [(each.stage, each.response) for each in found if each.response is not None]
+    drifts = []
+    for run in dict.fromkeys(stage.run for stage, _ in fitted):
+        own = [(s.generation, r) for s, r in fitted if s.run == run and s.generation is not None]
+        moved = drift([float(n) for n, _ in own], [r for _, r in own]) if own else None
+        if moved is not None:
+            drifts.append((f"over the generations of {run}", "a generation", moved))
+    sized = [(s.parameters, r) for s, r in fitted if s.parameters]
+    moved = drift([math.log10(n) for n, _ in sized], [r for _, r in sized]) if sized else None
+    if moved is not None:
+        drifts.append(("with the student's size", "ten times the parameters", moved))
+    return drifts
+
+
+# --- in words ---
+
+
+def tell_effect(name: str, effect: Effect | None, noise: float) -> str:
+    """Return in words whether accuracy depends on T or alpha."""
+    if effect is None:
+        return f"{name} was not searched"
+    most = f"moves it by at most {effect.change.high:.2%}"
+    if effect.probability >= EVIDENCE:
+        return (
+            f"accuracy depends on {name}, which moves it by {effect.change.value:.2%} (sd over "
+            f"its range); {effect.share:.0%} of all that T and alpha do is {name}'s alone"
+        )
+    if (effect.change.high or 0.0) < noise:
+        return f"accuracy hardly depends on {name}, which {most}, and trials scatter by {noise:.2%}"
+    return (
+        f"no evidence that accuracy depends on {name}, and too few trials to rule it out: it {most}"
+    )
+
+
+def tell_drift(over: str, unit: str, moved: Drift) -> str:
+    """Return a drift in words."""
+    parts = []
+    for name, slope, neutral in (("T", moved.temperature, 1.0), ("alpha", moved.alpha, 0.0)):
+        if slope is None or slope.low is None or slope.high is None:
+            continue
+        sure = slope.low > neutral or slope.high < neutral
+        form = "×{:.2f} [{:.2f}, {:.2f}]" if name == "T" else "{:+.2f} [{:+.2f}, {:+.2f}]"
+        told = form.format(slope.value, slope.low, slope.high)
+        word = f"the best {name} drifts" if sure else f"no evidence that the best {name} drifts"
+        parts.append(f"{word}: {told}")
+    return f"{over}, for {unit}: " + "; ".join(parts)
+
+
+def make_response_table(found: Sequence[Found]) -> Table:
+    """Return the table of responses, a row a search."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("search", justify="left")
+    table.add_column("trials", justify="right")
+    for column in ("best T", "best alpha", "val acc there", "T matters", "alpha matters"):
+        table.add_column(column, justify="right", no_wrap=True)
+    several = len({each.stage.run for each in found}) > 1
+    for each in found:
+        stage, response = each.stage, each.response
+        name = f"{stage.run}, {stage.name}" if several else stage.name
+        if response is None:
+            table.add_row(name, str(len(stage.trials)), "", "", each.reason or "", "", "")
+            continue
+        effects = (response.temperature, response.alpha)
+        table.add_row(
+            name,
+            str(len(stage.trials)),
+            _ranged(response.best_temperature, "{:.3g}"),
+            _ranged(response.best_alpha, "{:.2f}"),
+            _ranged(response.best_accuracy, "{:.1%}"),
+            *("" if effect is None else f"{effect.probability:.0%}" for effect in effects),
+        )
+    return table
+
+
+def _ranged(interval: Interval, form: str) -> str:
+    value, low, high = interval.value, interval.low, interval.high
+    return " ".join([form.format(value), f"[{form.format(low)}, {form.format(high)}]"])
+
+
+def tell(found: Sequence[Found]) -> list[str]:
+    """Return what the responses say, a line each."""
+    lines = []
+    several = len({each.stage.run for each in found}) > 1
+    for each in found:
+        stage, response = each.stage, each.response
+        if response is None:
+            continue
+        name = f"{stage.run}, {stage.name}" if several else stage.name
+        (low_t, high_t), (low, high), share = response.region_bounds()
+        lines += [
+            f"{name}: {tell_effect('T', response.temperature, response.noise)}",
+            f"  {tell_effect('alpha', response.alpha, response.noise)}",
+            f"  not told from the best by these trials: T {low_t:.3g} to {high_t:.3g} and alpha "
+            f"{low:.2f} to {high:.2f}, {share:.0%} of what was searched",
+        ]
+    lines += [tell_drift(*each) for each in find_drifts(found)]
+    others = sorted({key for each in found for key in each.stage.others})
+    if others:
+        lines.append(f"searched too, and noise to this fit: {', '.join(others)}")
+    if len({each.stage.data for each in found}) > 1:
+        lines.append("the runs learnt from different data: a drift with size may be the data's")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = make_parser().parse_args(argv)
+    notes: list[str] = []
+    stages: list[Stage] = []
+    try:
+        for run in arguments.runs:
+            own, faults = read_stages(run)
+            notes += faults
+            stages += own
+            if not own:
+                raise ConfigError(f"RUN must have trials with a teacher that are done, got {run}")
+        found = find_responses(stages)
+    except (ValueError, OSError) as error:
+        print("\n".join([*notes, f"error: {error}"]), file=sys.stderr)  # noqa: T201
+        return USAGE
+    console = make_console()
+    if arguments.format == "json":
+        moved = [
+            {"over": over, "unit": unit, **asdict(each)} for over, unit, each in find_drifts(found)
+        ]
+        told = {"responses": [asdict(each) for each in found], "drifts": moved, "notes": notes}
+        console.print(json.dumps(told), soft_wrap=True)
+        return 0
+    console.print(make_response_table(found))
+    console.print("\n".join([*tell(found), _LEGEND, *notes]), soft_wrap=True)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m selfkd.response",
+        description="What T and alpha did: accuracy as a fitted function of both.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    return parser
+
+
+_LEGEND = (
+    "best: where the fitted surface is highest, and 95 % of where the best may be; matters: the "
+    "probability that accuracy depends on it. Validation accuracy, one seed a trial."
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

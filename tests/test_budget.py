@@ -1,0 +1,243 @@
+"""What distilling costs and saves: by hand, from a run, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfkd.budget import Budget, budget, main, measured, tell_budget
+from selfkd.config import load_config
+from selfkd.files import save_json
+from selfkd.ledger import RunFolder
+
+TOKENS = ["--teacher", "10", "--student", "0.5", "--per", "1e6", "--items", "1e9"]
+
+
+def test_a_billion_tokens_at_ten_and_a_half_a_million() -> None:
+    plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
+    assert plan.labelling == pytest.approx(10_000)
+    assert plan.distilling == pytest.approx(11_000)
+    assert plan.saving == pytest.approx(9.5e-6)
+    assert plan.break_even == pytest.approx(11_000 / 9.5e-6)
+    assert plan.break_even == pytest.approx(1.16e9, rel=0.005)
+    assert tell_budget(plan, unit="token") == (
+        "distilling costs 11,000 and has paid for itself after 1.16 billion served tokens"
+    )
+
+
+@pytest.mark.parametrize("volume", [1e8, 1157894736.8421052, 1e10])
+def test_at_the_break_even_nothing_is_left_and_beyond_it_the_saving(volume: float) -> None:
+    plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000, volume=volume)
+    assert plan.net == pytest.approx(volume * 10e-6 - volume * 0.5e-6 - 11_000, abs=1e-3)
+    by_teacher, by_student = volume * plan.teacher_cost, volume * plan.student_cost
+    assert plan.net == pytest.approx(by_teacher - (plan.distilling + by_student), abs=1e-3)
+
+
+def test_training_is_reckoned_from_epochs_and_trials() -> None:
+    plan = budget(teacher=2, student=0.1, items=1000, epochs=20, trials=8)
+    assert plan.training == pytest.approx(8 * 20 * 1000 * 3 * 0.1)
+    assert plan.labelling == 2000  # once, however many trials read the answers
+
+
+def test_every_view_is_labelled_once() -> None:
+    plan = budget(teacher=2, student=0.1, items=1000, views=8, training=0)
+    assert plan.distilling == plan.labelling == 16_000
+
+
+@pytest.mark.parametrize(("student", "word"), [(2.0, "as dear as"), (3.0, "dearer than")])
+def test_a_student_that_saves_nothing_never_pays(student: float, word: str) -> None:
+    plan = budget(teacher=2, student=student, items=1000, training=5, volume=10)
+    assert plan.break_even is None
+    assert f"the student is {word} the teacher, there is no break-even" in tell_budget(plan)
+    assert plan.net is not None
+    assert plan.net < 0
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize(
+    "name", ["teacher", "student", "items", "per", "views", "trials", "epochs", "volume"]
+)
+def test_figures_must_be_above_0(name: str, value: float) -> None:
+    given: dict[str, Any] = {"teacher": 2, "student": 1, "items": 9, "epochs": 1, name: value}
+    with pytest.raises(ValueError, match=f"^{name} must be a finite number above 0, got {value}"):
+        budget(**given)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_training_may_be_free_but_no_less(value: float) -> None:
+    with pytest.raises(ValueError, match=r"training must be a finite number, 0 or more, got"):
+        budget(teacher=2, student=1, items=9, training=value)
+    assert budget(teacher=2, student=1, items=9, training=0).distilling == 18
+
+
+def test_training_must_be_known() -> None:
+    with pytest.raises(ValueError, match="training must be given, or epochs to reckon it from"):
+        budget(teacher=2, student=1, items=9)
+
+
+# --- the command ---
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--format", "json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_prints_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TOKENS, "--training", "1000", "--unit", "token", "--volume", "3e9"]) == 0
+    printed = capsys.readouterr().out
+    assert "labelling 1 billion tokens, once" in printed
+    assert "1,157,894,737" in printed
+    assert printed.splitlines()[-1] == (
+        "distilling costs 11,000 and has paid for itself after 1.16 billion served tokens; "
+        "at 3 billion it saves 17,500"
+    )
+
+
+def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, *TOKENS, "--training", "1000", "--unit", "token")
+    assert Budget(**{k: found[k] for k in Budget.__dataclass_fields__}) == budget(
+        teacher=10, student=0.5, per=1e6, items=1e9, training=1000
+    )
+    assert "1.16 billion" in found["sentence"]
+
+
+def test_times_become_costs_by_the_price_of_an_hour(capsys: pytest.CaptureFixture[str]) -> None:
+    times = ["--teacher-ms", "36", "--student-ms", "3.6", "--train-seconds", "1800"]
+    found = told(capsys, *times, "--items", "1000", "--price", "2")
+    assert found["teacher_cost"] == pytest.approx(2e-5)
+    assert found["student_cost"] == pytest.approx(2e-6)
+    assert found["training"] == pytest.approx(1.0)
+    hours = told(capsys, *times, "--items", "1000")
+    assert hours["distilling"] == pytest.approx(found["distilling"] / 2)
+    assert "hours of the machine" in hours["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TOKENS], "training must be given, or epochs"),
+        ([*TOKENS, "--training", "-1"], "training must be a finite number, 0 or more, got -1.0"),
+        ([*TOKENS, "--student", "nan", "--epochs", "1"], "student must be .* above 0, got nan"),
+        (["--teacher", "1"], "--student, --student-ms or --from RUN must be given"),
+        (["--teacher", "1", "--student", "1"], "--items or --from RUN must be given"),
+        (["--teacher-ms", "0"], "--teacher-ms must be a finite number above 0, got 0.0"),
+        (
+            ["--teacher", "1", "--student-ms", "1", "--items", "5"],
+            r"--price, the cost of a machine's hour, must be given where costs \(--teacher\) meet "
+            r"times \(--student-ms\)",
+        ),
+        (["--from", "nowhere"], r"--from must be a run folder \(with a config.yaml\), got nowhere"),
+    ],
+)
+def test_bad_input_is_one_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert re.search(message, line), line
+
+
+def test_starts_without_torch() -> None:
+    code = (
+        "import sys; from selfkd.budget import main; "
+        f"main({[*TOKENS, '--epochs', '1']}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+# --- from a run ---
+
+
+def finished_run(folder: Path, summary: dict[str, Any]) -> str:
+    run = RunFolder.create(folder / "run", load_config(settings=["train.epochs=7"]))
+    save_json(run.path / "data.json", {"images": {"train": 200}, "views": 2})
+    save_json(run.path / "summary.json", summary)
+    for number in range(3):
+        trial = run.path / "student" / f"trial_00{number}" / "result.json"
+        save_json(trial, {"train_seconds": 1.5})
+    return str(run.path)
+
+
+ENSEMBLE = {
+    "rows": [
+        {"name": "ensemble of 5, probabilities", "ms_1": 10.0, "ms_128": 1.0},
+        {"name": "ensemble of 5, logits", "ms_1": 12.0, "ms_128": 2.0},
+        {"name": "student, from its teacher", "ms_1": 3.0, "ms_128": 0.5},
+    ],
+    "teacher": {"source": "members", "members": 5},
+    "chosen": {"average": "logits"},
+}
+
+
+def test_an_ensemble_s_run_gives_times_seconds_and_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, ENSEMBLE)
+    assert measured(run) == {
+        "epochs": 7,
+        "items": 200,
+        "views": 2,
+        "teacher_ms": 2.0,
+        "student_ms": 0.5,
+        "trials": 3,
+        "train_seconds": 4.5,
+    }
+    found = told(capsys, "--from", run, "--price", "3.6")
+    assert found["labelling"] == pytest.approx(200 * 2 * 2.0 / 3.6e6 * 3.6)
+    assert found["training"] == pytest.approx(4.5 / 3600 * 3.6)
+    assert found["break_even"] == pytest.approx(found["distilling"] / (1.5e-6))
+    alone = told(capsys, "--from", run, "--batch", "1")
+    assert alone["teacher_cost"] / alone["student_cost"] == pytest.approx(4.0)
+
+
+def test_what_is_given_stands_over_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, ENSEMBLE)
+    found = told(capsys, "--from", run, "--price", "3.6", "--teacher", "1", "--items", "10")
+    assert (found["teacher_cost"], found["labelling"]) == (1.0, 20.0)
+    planned = told(capsys, "--from", run, "--trials", "2")
+    assert planned["training"] == pytest.approx(2 * 7 * 200 * 3 * planned["student_cost"])
+
+
+def test_a_run_of_generations_has_no_times_of_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generation = {"trials": 4, "train_seconds": 9.0}
+    run = finished_run(tmp_path, {"generations": [generation] * 3, "ensemble": None})
+    found = measured(run)
+    assert (found["trials"], found["train_seconds"]) == (8, 18.0)  # of those that had a teacher
+    assert main(["--from", run]) == 2
+    assert "--teacher, --teacher-ms or --from RUN must be given" in capsys.readouterr().err
+
+
+def test_a_capacity_run_has_students_to_choose_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [
+        {"value": width, "ms_1": width, "ms_128": width / 10, "trials": 1, "train_seconds": 2.0}
+        for width in (4, 8)
+    ]
+    summary = {"sizes": sizes, "teacher": {"ms_1": 50.0, "ms_128": 5.0}}
+    run = finished_run(tmp_path, summary)
+    assert measured(run, value="8")["student_ms"] == 0.8
+    assert main(["--from", run]) == 2
+    error = capsys.readouterr().err
+    assert "--value must be one of the run's students (4, 8), got None" in error
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder.create(tmp_path / "run", load_config())
+    assert main(["--from", str(run.path)]) == 2
+    assert "--from must be a finished run (with a summary.json)" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""`python -m selfkd.response`: what it reads of run folders, and what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selfkd.config import load_config
+from selfkd.files import save_json
+from selfkd.ledger import RunFolder
+from selfkd.response import find_responses, main, read_stages, tell_effect
+from selfkd.statistics import Interval
+from selfkd.surface import Effect
+
+
+def make_run(
+    folder: Path,
+    name: str,
+    *settings: str,
+    peaks: tuple[float, ...] = (0.3, 0.3),
+    trials: int = 8,
+    parameters: int = 1000,
+    stage: str | None = None,
+) -> Path:
+    """A run as selfkd.generations leaves it; the best alpha of generation k is `peaks[k - 1]`."""
+    run = RunFolder.create(folder / name, load_config(settings=list(settings)))
+    facts = {"fingerprint": "same", "parameters": {"0": 9, "1": parameters}}
+    save_json(run.path / "data.json", facts)
+    rng = np.random.default_rng(0)
+    for generation in range(len(peaks) + 1):
+        for number in range(trials):
+            t, alpha = float(20 ** rng.random()), (number + rng.random()) / trials
+            value = 0.95 - 0.1 * (alpha - peaks[generation - 1]) ** 2 + rng.normal(0, 0.001)
+            point = {"distill.temperature": t, "distill.alpha": alpha} if generation else {}
+            row = {"status": "completed", "point": point, "val_accuracy": value}
+            place = run.generation(generation) if stage is None else run.path / stage
+            save_json(place / f"trial_{number:03d}" / "result.json", row)
+        save_json(run.generation(generation) / "result.json", {})
+    return run.path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), "one", peaks=(0.2, 0.9))
+
+
+def test_reads_each_generation_that_has_a_teacher(run: Path) -> None:
+    stages, notes = read_stages(run)
+    assert [stage.name for stage in stages] == ["generation 1", "generation 2"]
+    assert [len(stage.trials) for stage in stages] == [8, 8]
+    assert stages[0].ranges == ((1.0, 20.0), (0.0, 1.0))  # of the search, not of the trials
+    assert stages[0].parameters == 1000
+    assert notes == []
+
+
+def test_prints_best_region_and_drift(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run)]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.startswith(" generation")]
+    assert [row[:3] for row in rows] == [["generation", "1", "8"], ["generation", "2", "8"]]
+    assert "accuracy depends on alpha" in printed
+    assert ": accuracy depends on T" not in printed
+    assert "not told from the best by these trials: T 1 to 20 and alpha 0." in printed
+    assert "over the generations of one, for a generation: no evidence that the best T" in printed
+    assert "the best alpha drifts: +0." in printed
+
+
+def test_json_is_what_a_report_draws(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--format", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    response = told["responses"][0]["response"]
+    assert len(response["mean"]) == len(response["temperatures"])
+    assert len(response["mean"][0]) == len(response["alphas"])
+    assert told["drifts"][0]["over"] == "over the generations of one"
+
+
+def test_several_runs_show_the_drift_with_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        make_run(tmp_path, f"run-{size}", peaks=(peak,), parameters=size)
+        for size, peak in ((1_000, 0.1), (10_000, 0.5), (100_000, 0.9))
+    ]
+    assert main([str(path) for path in runs]) == 0
+    printed = capsys.readouterr().out
+    (line,) = (line for line in printed.splitlines() if "student's size" in line)
+    assert "for ten times the parameters" in line
+    slope = float(line.split("the best alpha drifts: ")[1].split()[0])
+    assert slope == pytest.approx(0.4, abs=0.1)
+    assert "no evidence that the best alpha" not in line
+
+
+def test_what_is_no_run_or_has_no_trials_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "RUN must be a run folder (with a config.yaml)" in capsys.readouterr().err
+    empty = RunFolder.create(tmp_path / "empty", load_config())
+    assert main([str(empty.path)]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines() == [
+        f"error: RUN must have trials with a teacher that are done, got {empty.path}"
+    ]
+
+
+def test_a_damaged_result_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path, "one", peaks=(0.3,))
+    damaged = path / "generation_001" / "trial_003" / "result.json"
+    damaged.write_text("{")
+    assert main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: " in printed
+    assert str(damaged) in printed
+    assert [len(stage.trials) for stage in read_stages(path)[0]] == [7]
+
+
+def test_failed_and_stopped_trials_do_not_count(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "one", peaks=(0.3,))
+    for number, status in ((0, "failed"), (1, "stopped")):
+        save_json(path / f"generation_001/trial_00{number}/result.json", {"status": status})
+    assert [len(stage.trials) for stage in read_stages(path)[0]] == [6]
+
+
+def test_too_few_trials_are_a_row_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path, "one", peaks=(0.3,), trials=3)
+    assert main([str(path)]) == 0
+    assert "at least 5 trials are needed, got 3" in capsys.readouterr().out
+
+
+def test_a_running_generation_is_marked(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "one")
+    (path / "generation_002" / "result.json").unlink()
+    names = [stage.name for stage in read_stages(path)[0]]
+    assert names == ["generation 1", "generation 2, unfinished"]
+
+
+def test_an_ensemble_s_student_is_read_too(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "one", peaks=(0.3,), stage="student")
+    assert [stage.name for stage in read_stages(path)[0]] == ["student"]
+
+
+def test_what_else_was_searched_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    space = "search.space.train.lr={loguniform: [0.01, 0.1]}"
+    path = make_run(tmp_path, "one", space, peaks=(0.3,))
+    assert main([str(path)]) == 0
+    assert "searched too, and noise to this fit: train.lr" in capsys.readouterr().out
+
+
+def test_what_is_fixed_by_the_config_is_no_variable(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "one", "distill.temperature=3.0", peaks=(0.3,))
+    for trial in path.glob("generation_001/trial_*/result.json"):
+        row = json.loads(trial.read_text())
+        del row["point"]["distill.temperature"]
+        save_json(trial, row)
+    (found,) = find_responses(read_stages(path)[0])
+    assert found.response is not None
+    assert found.response.temperatures == [3.0]
+    assert found.response.temperature is None
+
+
+@pytest.mark.parametrize(
+    ("probability", "high", "words"),
+    [
+        (0.99, 0.02, "accuracy depends on T, which moves it by 1.00% (sd over its range)"),
+        (0.3, 0.002, "accuracy hardly depends on T, which moves it by at most 0.20%"),
+        (0.7, 0.02, "no evidence that accuracy depends on T, and too few trials to rule it out"),
+    ],
+)
+def test_effects_in_words(probability: float, high: float, words: str) -> None:
+    effect = Effect(probability=probability, share=0.5, change=Interval(0.01, 0.0, high))
+    assert words in tell_effect("T", effect, 0.005)
+
+
+def test_starts_without_torch(run: Path) -> None:
+    code = (
+        "import sys; from selfkd.response import main; "
+        f"main([{str(run)!r}]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("ensemble", "generations", "targets")
+COMMANDS = ("ensemble", "generations", "report", "targets")
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from selfkd.command import Command, base_parser, everyone
 from selfkd.config import Config, ConfigError
-from selfkd.console import Follower, make_metric_table, make_table
+from selfkd.console import Follower, make_metric_table, make_table, print_table
 from selfkd.functions import function_reference
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
@@ -164,21 +164,23 @@ def _tell(
     console: Console,
     config: Config,
     folder: RunFolder,
-    notes: list[str],
+    notes: list[str] | None,
     *,
     command: Command | None = None,
 ) -> None:
     results, ensemble = finished(config, folder) or ([], None)
     metric, trials = config.search.metric, config.search.trials
     if ensemble is None:
-        console.print(make_metric_table(results, metric))
+        print_table(console, make_metric_table(results, metric))
         said = f"{metric} is the best of {trials} trials, so it is optimistic."
     else:
-        console.print(make_table(results, ensemble))
+        print_table(console, make_table(results, ensemble))
         said = (
             f"val acc is the best of {trials} trials, so it is optimistic; the test "
             "split was read once a generation, after the choice."
         )
+    if notes is None:
+        return
     notes = [
         said,
         *notes,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("budget", "capacity", "ensemble", "generations", "response", "submit", "targets")
+COMMANDS = (
+    *("budget", "capacity", "ensemble", "generations", "report", "response", "submit", "targets"),
+)
 
 
 def main() -> int:

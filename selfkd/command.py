@@ -22,10 +22,12 @@ from rich.console import Console
 
 from selfkd.config import Config, ConfigError, load_config, merge_settings
 from selfkd.console import Follower, make_console
+from selfkd.environment import record
 from selfkd.files import remove_tree
 from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
 from selfkd.lock import Lock, LockedError
+from selfkd.reporting.watch import REPORT, Reporter
 from selfkd.storage import as_path
 from selfkd.tracking import NoTracker, make_tracker
 
@@ -46,7 +48,7 @@ class Command:
         greet: what to say first.
         is_finished: whether a run has nothing left to do.
         work: does what is left.
-        tell: prints the result; gets what is to be said beside it.
+        tell: prints the result; gets what is to be said beside it, or None for the table alone.
         stem: of a run's name where the user gives none; the data's name when not given.
         again: what of the command line must be given again to continue.
     """
@@ -56,7 +58,7 @@ class Command:
     greet: Callable[[Config], str]
     is_finished: Callable[[Config, RunFolder], bool]
     work: Work
-    tell: Callable[[Console, Config, RunFolder, list[str]], None]
+    tell: Callable[[Console, Config, RunFolder, list[str] | None], None]
     stem: str | None = None
     again: str = ""
 
@@ -134,22 +136,28 @@ class Command:
 
     def _run(self, folder: RunFolder, config: Config, arguments: argparse.Namespace) -> None:
         console = make_console()
-        console.print(f"selfkd: {self.greet(config)}; run folder {folder.path}", soft_wrap=True)
-        notes = []
+        quiet = arguments.quiet
+        if not quiet:
+            console.print(f"selfkd: {self.greet(config)}; run folder {folder.path}", soft_wrap=True)
+        notes: list[str] = []
         if not self.is_finished(config, folder):
             try:
                 with Lock(folder.path):
-                    notes = self._train(console, folder, config, verbose=arguments.verbose)
+                    notes = self._train(console, folder, config, arguments)
             except LockedError:
                 raise
             except ConfigError:
                 if arguments.resume is None:
                     _remove_if_empty(folder)
                 raise
-        self.tell(console, config, folder, notes)
+        self.tell(console, config, folder, None if quiet else notes)
 
     def _train(
-        self, console: Console, folder: RunFolder, config: Config, *, verbose: bool
+        self,
+        console: Console,
+        folder: RunFolder,
+        config: Config,
+        arguments: argparse.Namespace,
     ) -> list[str]:
         """Do what is left of a run; return what to say of it."""
         start = time.perf_counter()
@@ -158,12 +166,21 @@ class Command:
 
         resources, name = config.resources, folder.path.name
         tracker = make_tracker(config, name=name, run_id=folder.run_id, folder=folder.local)
-        console.print(tracker.description, soft_wrap=True)
+        if not arguments.quiet:
+            console.print(tracker.description, soft_wrap=True)
+        record(folder.path)
+        reporter = Reporter(folder.path)
         meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
         meanwhile.start()
-        follower = Follower(console, metric=config.search.metric, mode=config.search.mode)
+        follower = Follower(
+            console,
+            metric=config.search.metric,
+            mode=config.search.mode,
+            epochs=config.train.epochs,
+            quiet=arguments.quiet,
+        )
         try:
-            with follower, connect(verbose=verbose) as joined:
+            with follower, connect(verbose=arguments.verbose) as joined:
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
                 slots = find_slots(
@@ -172,7 +189,7 @@ class Command:
                     storage=folder.path,
                     joined=joined,
                     wait=resources.wait,
-                    tell=lambda text: console.print(text, soft_wrap=True),
+                    tell=follower.say,
                 )
                 meanwhile.join()
                 from selfkd.search import Pool
@@ -181,7 +198,8 @@ class Command:
                 entry = "selfkd.trial:run_job"
                 with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
                     try:
-                        self.work(config, folder, pool, follower, tracker)
+                        self.work(config, folder, pool, follower, everyone(reporter, tracker))
+                        reporter.write()
                     except KeyboardInterrupt:
                         # first of all: a Ray job that is stopped is killed after three seconds
                         self._say_stopped(folder)
@@ -193,7 +211,7 @@ class Command:
             tracker.close()
             folder.bring("wandb")
         cost = _cost(time.perf_counter() - start, follower.train_seconds, workers)
-        return [*follower.notes, cost, tracker.description]
+        return [*follower.notes, cost, tracker.description, f"report:  {folder.path / REPORT}"]
 
 
 class _Stopped(KeyboardInterrupt):
@@ -221,6 +239,7 @@ def base_parser(name: str, description: str) -> argparse.ArgumentParser:
         help="set any config key, for example --set train.lr=1e-2",
     )
     parser.add_argument("--verbose", action="store_true", help="show what Ray prints")
+    parser.add_argument("--quiet", action="store_true", help="print the table and errors only")
     return parser
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from selfkd.jobs import Row
 from selfkd.verdicts import sparkline
@@ -23,36 +26,73 @@ def make_console() -> Console:
     return console
 
 
+class _Live(Progress):
+    """A bar with lines around it, each of which fits a narrow terminal."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the title, the bar and what is to be said of the stage."""
+        for task in self.tasks:
+            yield _line(task.description)
+            yield self.make_tasks_table([task])
+            left = task.time_remaining
+            counts = [task.fields["counts"], f"{_clock(left)} left" if left else ""]
+            for line in (", ".join(filter(None, counts)), task.fields["best"]):
+                if line:
+                    yield _line(line)
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 class Follower:
-    """Shows a run: a bar on a terminal, plain lines elsewhere.
+    """Shows a run: a live view on a terminal, plain lines elsewhere.
 
     Args:
         console: to print on.
         metric: what trials are chosen by.
         mode: `max` or `min`.
+        epochs: of a trial, for an estimate of the time left; trials are counted whole without.
+        quiet: whether nothing but what fails is told.
     """
 
     def __init__(
-        self, console: Console, *, metric: str = "val_accuracy", mode: str = "max"
+        self,
+        console: Console,
+        *,
+        metric: str = "val_accuracy",
+        mode: str = "max",
+        epochs: int | None = None,
+        quiet: bool = False,
     ) -> None:
-        self._console = console
+        self._console, self._quiet, self._epochs = console, quiet, epochs
+        self._plain = not console.is_terminal
+        self._running: dict[tuple[str, int], float] = {}
+        self._done = 0
         self._metric, self._sign = metric, 1 if mode == "max" else -1
         self.notes: list[str] = []
         self._remade = 0
         self._best: Row | None = None
         self._failed = 0
         self.train_seconds = 0.0
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
+        self._progress = _Live(
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=self._plain or quiet,
             transient=True,
+            speed_estimate_period=math.inf,  # a stage may take days
         )
-        self._task = self._progress.add_task("starting Ray and its workers", total=None, note="")
+        self._task = self._progress.add_task(
+            "starting Ray and its workers", total=None, counts="", best=""
+        )
 
     def __enter__(self) -> Follower:
         self._progress.start()
@@ -63,13 +103,17 @@ class Follower:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
+        if not self._quiet:
+            self._fail(text)
+
+    def _fail(self, text: str) -> None:
         self._progress.console.print(text, soft_wrap=True)
 
     def working(self, title: str, parts: int) -> None:
         """Start the bar of work in parts."""
         self._remade = 0
         self._start(title, parts)
-        if not self._console.is_terminal and parts > 1:
+        if self._plain and parts > 1:
             self.say(f"{title}: {parts} parts")
 
     def worked(self, row: Row) -> None:
@@ -77,7 +121,8 @@ class Follower:
         if row.get("state") == "remade":
             self._remade += 1
             self.say(f"  a damaged part of the stored soft targets was made again ({self._remade})")
-        self._progress.update(self._task, advance=1)
+        self._done += 1
+        self._update()
 
     def compressed(self, summary: Row) -> None:
         """Nothing: the table says it."""
@@ -90,41 +135,55 @@ class Follower:
     def stage_started(self, title: str, trials: int, done: int) -> None:
         """Start the bar of a stage."""
         self._start(title, trials, done)
-        if not self._console.is_terminal:
+        if self._plain:
             kept = f", {done} of them done before" if done else ""
             self.say(f"{title}: {_count(trials, 'trial')}{kept}")
 
     def _start(self, title: str, total: int | None, done: int = 0) -> None:
-        self._best, self._failed = None, 0
+        self._best, self._failed, self._done = None, 0, done
+        self._running.clear()
         self._progress.reset(
-            self._task, description=title, total=total, completed=done, note=self._note()
+            self._task, description=title, total=total, completed=done, counts="", best=""
+        )
+
+    def _update(self) -> None:
+        self._progress.update(
+            self._task,
+            completed=self._done + sum(self._running.values()),
+            counts=", ".join(self._counts()),
+            best=self._told_best(),
         )
 
     def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
         """Show how far a trial has come."""
-        where = f"trial {trial['trial']} at epoch {rows[-1]['epoch']}"
-        self._progress.update(self._task, note=f"{self._note()} ({where})")
+        part = rows[-1]["epoch"] / self._epochs if self._epochs else 0.0
+        self._running[trial["stage"], trial["trial"]] = min(
+            part, 0.99
+        )  # a loop of the user's own may go on
+        self._update()
 
     def trial_finished(self, trial: Row) -> None:
         """Count a trial; a failed one says why."""
         self.train_seconds += trial["train_seconds"]
+        self._running.pop((trial["stage"], trial["trial"]), None)
+        self._done += 1
         # those of several stages run side by side
         of = f"{trial['stage'].replace('-', ' ')}, " if "confirm" in trial["stage"] else ""
         name = f"  {of}trial {trial['trial']}"
         if trial["status"] == "failed":
             self._failed += 1
-            self.say(f"{name} failed: {trial['error']}")
+            self._fail(f"{name} failed: {trial['error']}")
         else:
             stopped = trial["status"] == "stopped"
             if not stopped and self._is_best(trial):
                 self._best = trial
-            if not self._console.is_terminal:
+            if self._plain:
                 self.say(
                     f"{name}: {self._value(trial)}"
                     f"{_setting(trial['point'])}, {trial['train_seconds']:.1f} s"
                     + (" (stopped early)" if stopped else "")
                 )
-        self._progress.update(self._task, advance=1, note=self._note())
+        self._update()
 
     def _is_best(self, trial: Row) -> bool:
         if self._best is None:
@@ -136,11 +195,16 @@ class Follower:
             return f"val {_percent(row['val_accuracy'])}"
         return f"{self._metric} {row[self._metric]:.4g}"
 
-    def _note(self) -> str:
-        best: list[str] = []
-        if self._best is not None:
-            best = [f"best {self._value(self._best)}{_setting(self._best['point'])}"]
-        return ", ".join(best + ([f"{self._failed} failed"] if self._failed else []))
+    def _told_best(self) -> str:
+        if self._best is None:
+            return ""
+        return f"best {self._value(self._best)}{_setting(self._best['point'])}"
+
+    def _counts(self) -> Iterator[str]:
+        if self._running:
+            yield f"{len(self._running)} running"
+        if self._failed:
+            yield f"{self._failed} failed"
 
     def generation_finished(self, result: Row) -> None:
         """Print the line of a finished generation."""
@@ -240,6 +304,29 @@ def make_sparkline(results: Sequence[Row], metric: str) -> str:
         for end in (min(values), max(values))
     )
     return f"{metric.replace('_', ' ')} by generation:  {sparkline(values)}  ({low} to {high})"
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table, without its last columns where the terminal is too narrow, which is said."""
+    wide = console.options.update(max_width=1000)
+    left_out: list[str] = []
+    while Measurement.get(console, wide, table).maximum > console.width and len(table.columns) > 2:
+        column = next(c for c in table.columns[:0:-1] if c.header != "test acc")
+        table.columns.remove(column)
+        left_out.insert(0, str(column.header))
+    console.print(table)
+    if left_out:
+        console.print(f"left out for want of width: {', '.join(filter(None, left_out))}")
+
+
+def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table of texts whose first column names the row."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, title in enumerate(head):
+        table.add_column(title, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _measures(row: Row) -> list[str]:

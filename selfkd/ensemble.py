@@ -12,9 +12,10 @@ from rich.console import Console
 from selfkd.command import Command, base_parser, everyone
 from selfkd.compression import compress, find_members, finished
 from selfkd.config import Config, ConfigError
-from selfkd.console import Follower, make_ensemble_table, tell_interval
-from selfkd.jobs import Executor, Row
+from selfkd.console import Follower, make_ensemble_table, print_table
+from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
+from selfkd.reporting.words import compression_verdict
 from selfkd.tracking import NoTracker
 
 
@@ -68,11 +69,13 @@ def _work(
     compress(config, folder, pool, everyone(follower, tracker))
 
 
-def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str]) -> None:
+def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
     summary = finished(folder) or {}
-    console.print(make_ensemble_table(summary["rows"]))
+    print_table(console, make_ensemble_table(summary["rows"]))
+    if notes is None:
+        return
     notes = [
-        *_verdict(summary),
+        *compression_verdict(summary),
         "test acc ± half of a 95 % interval over members or seeds; ms an image, of 1 and of 128 "
         "at once, on one thread.",
         *notes,
@@ -80,29 +83,6 @@ def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str])
         f"targets:  python -m selfkd.targets ls {folder.targets(config)}",
     ]
     console.print("\n".join(notes), soft_wrap=True)
-
-
-def _verdict(summary: Row) -> list[str]:
-    chosen, share, gain = summary["chosen"], summary["share"], summary["gain"]
-    setting = (
-        f"chosen of {summary['trials']} trials on validation: T {chosen['temperature']:.3g}, "
-        f"alpha {chosen['alpha']:.3g}, average of {chosen['average']}"
-    )
-    seeds = f"{summary['seeds']} paired seeds" if summary["seeds"] else "one pair, no interval"
-    sure = gain["low"] is not None and (gain["low"] > 0 or gain["high"] < 0)
-    better = "better" if gain["value"] > 0 else "worse"
-    verdict = (
-        f"the student from its teacher is {better} than from labels only"
-        if sure
-        else "no evidence that the student from its teacher differs from labels only"
-    )
-    lines = [setting, f"{verdict}: {tell_interval(gain)} test accuracy, {seeds}"]
-    if share is None:
-        lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
-    else:
-        ends = "" if share["low"] is not None else " (no interval: too little is known for one)"
-        lines.append(f"share of the teacher's gain kept: {tell_interval(share)}{ends}")
-    return lines
 
 
 _COMMAND = Command(

@@ -27,6 +27,7 @@ from selfkd.console import (
     make_metric_table,
     make_sparkline,
     make_table,
+    print_table,
 )
 from selfkd.functions import function_reference
 from selfkd.jobs import Executor, Row
@@ -190,7 +191,7 @@ def _tell(
     console: Console,
     config: Config,
     folder: RunFolder,
-    notes: list[str],
+    notes: list[str] | None,
     *,
     command: Command | None = None,
 ) -> None:
@@ -199,10 +200,10 @@ def _tell(
         raise ConfigError(f"{folder.path} must have a summary.json once it is finished, got none")
     results, metric, trials = summary["generations"], config.search.metric, config.search.trials
     if summary["ensemble"] is None:
-        console.print(make_metric_table(results, metric))
+        print_table(console, make_metric_table(results, metric))
         said = f"{metric} is the best of {trials} trials, so it is optimistic."
     else:
-        console.print(make_table(results, summary["ensemble"]))
+        print_table(console, make_table(results, summary["ensemble"]))
         said = (
             f"val acc is the best of {trials} trials, so it is optimistic; the test "
             "split was read once a generation, after the choice"
@@ -210,7 +211,9 @@ def _tell(
         said += ", and once for each model that confirms." if config.confirm.seeds else "."
     confirmed = [row["confirmation"] for row in results if row["confirmation"]]
     if confirmed:
-        console.print(make_confirmation_table(results, summary["controls"]))
+        print_table(console, make_confirmation_table(results, summary["controls"]))
+    if notes is None:
+        return
     told = [*(confirmed[1:] or confirmed), *summary["controls"]]
     notes = [
         *(verdict for row in told for verdict in row["verdict"].split("; ")),

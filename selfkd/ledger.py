@@ -105,10 +105,10 @@ class RunFolder:
         """
         path = self.path / "data.json"
         known = load_json(path) if path.exists() else data
-        changed = [
-            f"{key}: {known.get(key)} -> {data.get(key)}"
-            for key in dict.fromkeys([*known, *data])
-            if known.get(key) != data.get(key)
+        changed = [  # facts that an older run did not write down are no change
+            f"{key}: {known[key]} -> {data.get(key)}"
+            for key in known
+            if known[key] != data.get(key)
         ]
         if changed:
             raise ConfigError(

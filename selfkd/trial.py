@@ -59,6 +59,7 @@ def check(config: Tree) -> Iterator[Row]:
                 split: len(getattr(bench.data, split).labels) for split in ("train", "val", "test")
             },
             "classes": bench.data.num_classes,
+            "class_names": list(bench.data.class_names),
             "views": bench.views.count,
             "parameters": sizes,
             "fingerprint": bench.data.fingerprint,

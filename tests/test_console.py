@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from selfkd.console import Follower, make_table
+from selfkd.console import Follower, make_table, print_table
 
 TRIAL: dict[str, Any] = {
     "stage": "generation-1",
@@ -92,3 +92,87 @@ def test_the_table_has_a_row_a_generation_and_the_ensemble_last() -> None:
         ["1", "4.00", "0.50", "90.00%", "81.25%", "0.5000", "0.0100", "75.00%", "3.0"],
         ["ensemble", "90.00%", "99.00%", "0.5000", "0.0100"],
     ]
+
+
+def live(console: Console, *, epochs: int | None = 10, quiet: bool = False) -> Follower:
+    """A stage of four trials: one done, one failed, two running."""
+    with Follower(console, epochs=epochs, quiet=quiet) as follower:
+        follower.stage_started("generation 1 of 2", 4, 0)
+        follower.trial_reported(TRIAL, [{"epoch": 5}])
+        follower.trial_reported({**TRIAL, "trial": 1}, [{"epoch": 2}])
+        follower.trial_finished(TRIAL)
+        follower.trial_finished({**TRIAL, "trial": 1, "status": "failed", "error": "bad"})
+        follower.trial_reported({**TRIAL, "trial": 2}, [{"epoch": 3}])
+        follower.trial_reported({**TRIAL, "trial": 3}, [{"epoch": 400}])
+    return follower
+
+
+def terminal(width: int) -> Console:
+    return Console(
+        file=io.StringIO(), force_terminal=True, width=width, markup=False, highlight=False
+    )
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def frame(console: Console) -> list[str]:
+    """The last lines of a live view, without what steers the terminal."""
+    text = CONTROL.sub("", written(console)).replace("\r", "\n")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("width", [40, 110])
+def test_the_live_view_fits_its_terminal(width: int) -> None:
+    console = terminal(width)
+    live(console)
+    lines = frame(console)
+    assert all(len(line) <= width for line in lines)
+    text = "\n".join(lines)
+    assert "2 running, 1 failed" in text
+    assert "best val 90.00% (T 4, alpha 0.5)" in text
+    assert "3/4" in text or "2/4" in text
+
+
+def test_the_time_left_is_estimated_from_epochs() -> None:
+    console = terminal(80)
+    live(console)
+    assert re.search(r"running, 1 failed, \d+:\d\d left", "\n".join(frame(console)))
+
+
+def test_no_color_leaves_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = terminal(80)
+    live(console)
+    codes = re.findall(r"\x1b\[([0-9;]*)m", written(console))
+    assert not [c for code in codes for c in code.split(";") if c and 30 <= int(c) <= 107]
+
+
+@pytest.mark.parametrize("width", [40, 110])
+def test_quiet_tells_only_what_fails(width: int) -> None:
+    for console in (terminal(width), Console(file=io.StringIO(), width=width, markup=False)):
+        live(console, quiet=True)
+        assert frame(console) == ["  trial 1 failed: bad"]
+
+
+def test_a_table_leaves_out_columns_on_a_narrow_terminal() -> None:
+    console = Console(file=io.StringIO(), width=40, markup=False)
+    print_table(console, make_table([RESULT], {**RESULT, "test_accuracy": 0.99}))
+    text = written(console)
+    assert all(len(line) <= 40 for line in text.splitlines())
+    assert "test acc" in text
+    assert "99.00%" in text
+    assert "…" not in text
+    assert "left out for want of width: " in text
+
+
+def test_a_table_that_fits_is_whole() -> None:
+    console = Console(file=io.StringIO(), width=90, markup=False)
+    print_table(console, make_table([RESULT], None))
+    assert "seconds" in written(console)
+    assert "left out" not in written(console)

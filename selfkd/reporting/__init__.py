@@ -1,0 +1,1 @@
+"""Run folders made readable: plain data, figures, one page, comparisons."""

@@ -1,0 +1,214 @@
+"""Statistics across runs: paired where seeds and data agree, else unpaired, which is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selfkd.console import tell_interval
+from selfkd.reporting.read import Run, Tree
+from selfkd.statistics import CONFIDENCE, Interval, mean_interval
+
+FINGERPRINTS = ("fingerprint", "val", "test")
+INCIDENTAL = ("seed", "name", "storage", "tracking", "resources", "rounds", "confirm", "targets")
+"""Keys of a config that do not change what is trained, but for the seed and how long."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a run has made: its last generation, or its student.
+
+    Args:
+        name: of it.
+        val: metric on validation by which it was chosen, optimistic.
+        test: test accuracy of the chosen model.
+        seeds: test accuracy of each fresh seed; none where nothing was confirmed.
+    """
+
+    name: str
+    val: float | None
+    test: float | None
+    seeds: tuple[float, ...] = ()
+
+    @property
+    def mean(self) -> Interval | None:
+        """Over the fresh seeds."""
+        return mean_interval(self.seeds) if self.seeds else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a run differs from another in test accuracy.
+
+    Args:
+        run: its name.
+        reference: the other's.
+        difference: of test accuracy, run minus reference.
+        paired: whether each seed of one stands beside the same of the other.
+        why: what the interval rests on, or why it is unpaired or absent.
+    """
+
+    run: str
+    reference: str
+    difference: Interval
+    paired: bool
+    why: str
+
+    @property
+    def verdict(self) -> str:
+        """In words: the same for a gain and for none."""
+        low, high = self.difference.low, self.difference.high
+        told = tell_interval(vars(self.difference))
+        if low is None or high is None:
+            return f"{self.run} against {self.reference}: {told}, {self.why}"
+        if low > 0 or high < 0:
+            better = "better" if low > 0 else "worse"
+            return f"{self.run} is {better} than {self.reference}: {told}, {self.why}"
+        return f"no evidence that {self.run} differs from {self.reference}: {told}, {self.why}"
+
+
+@dataclass(frozen=True)
+class Across:
+    """A generation over several runs of the same config with other seeds.
+
+    Args:
+        name: of the generation, or ensemble.
+        accuracies: on test, one a run.
+        mean: of them.
+        first: the difference to generation 0 of the same run; None of generation 0.
+    """
+
+    name: str
+    accuracies: tuple[float, ...]
+    mean: Interval
+    first: Interval | None = None
+
+
+def last_arm(run: Run) -> Arm | None:
+    """Return what a run has made; None where nothing is finished."""
+    if run.compression is not None:
+        student = run.compression.rows[-1]
+        seeds = student.runs if run.compression.seeds else ()
+        return Arm("student", run.compression.chosen.val_accuracy, student.test_accuracy, seeds)
+    done = [generation for generation in run.generations if generation.result is not None]
+    if not done or done[-1].result is None:
+        return None
+    last, result = done[-1], done[-1].result
+    seeds = last.confirmation.test_accuracy if last.confirmation else ()
+    name = f"generation {last.number}"
+    return Arm(name, result.value(run.metric), result.test_accuracy, seeds)
+
+
+def compare(run: Run, reference: Run) -> Comparison | None:
+    """Return how the last model of a run differs from that of another.
+
+    Paired by seed: Student's t of the differences. Else Welch's interval of the means' difference:
+
+        mean_a - mean_b ± t(df) sqrt(s_a²/n_a + s_b²/n_b)
+
+    Args:
+        run: whose gain is asked.
+        reference: against which.
+
+    Returns:
+        Without ends where a run has fewer than two fresh seeds; None without test accuracies.
+
+    Reference:
+        Welch, "The generalization of 'Student's' problem when several different population
+        variances are involved", Biometrika, 1947, https://doi.org/10.1093/biomet/34.1-2.28
+    """
+    own, other = last_arm(run), last_arm(reference)
+    if own is None or other is None or own.test is None or other.test is None:
+        return None
+    unpaired = why_unpaired(run, reference)
+    whose = "" if own.name == other.name else f", {own.name} against {other.name}"
+    a, b = own.seeds, other.seeds
+    if unpaired is None and len(a) > 1:
+        gains = [x - y for x, y in zip(a, b, strict=True)]
+        why = f"{len(a)} paired seeds{whose}"
+        return Comparison(run.name, reference.name, mean_interval(gains), True, why)
+    if len(a) > 1 and len(b) > 1:
+        why = f"unpaired (Welch, {len(a)} and {len(b)} seeds), {unpaired}{whose}"
+        return Comparison(run.name, reference.name, welch_interval(a, b), False, why)
+    few = f"no interval: {len(a)} and {len(b)} fresh seeds, confirm.seeds must be at least 2{whose}"
+    value = (a[0] if a else own.test) - (b[0] if b else other.test)
+    why = few if unpaired is None else f"{few}; {unpaired}"
+    return Comparison(run.name, reference.name, Interval(value), False, why)
+
+
+def welch_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Return the difference of two means with Welch's interval.
+
+    >>> interval = welch_interval([0.9, 0.92, 0.94], [0.8, 0.81, 0.85])
+    >>> round(interval.value, 4), round(interval.low, 4), round(interval.high, 4)
+    (0.1, 0.0457, 0.1543)
+    """
+    from scipy.stats import ttest_ind  # a second to import: only when it is used
+
+    value = sum(a) / len(a) - sum(b) / len(b)
+    if len({*a}) == len({*b}) == 1:  # no spread at all: the formula divides by it
+        return Interval(value, value, value)
+    ends = ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
+    return Interval(value, float(ends.low), float(ends.high))
+
+
+def why_unpaired(run: Run, reference: Run) -> str | None:
+    """Return why the seeds of two runs are not the same experiment twice; None where they are."""
+    marks = [[each.data.get(key) for key in FINGERPRINTS] for each in (run, reference)]
+    if None in (marks[0][0], marks[1][0]):
+        return "what data they had is not known of both"
+    if marks[0] != marks[1]:
+        names = [str(each.get("data.name", "data")) for each in (run, reference)]
+        shown = [f"{n} {m[0]}/{m[2]}" for n, m in zip(names, marks, strict=True)]
+        return f"their data differ (train/test {shown[0]} and {shown[1]})"
+    if run.command != reference.command:
+        return f"selfkd.{run.command} and selfkd.{reference.command} draw other seeds"
+    seeds = run.get("seed"), reference.get("seed")
+    if seeds[0] != seeds[1]:
+        return f"their seeds differ ({seeds[0]} and {seeds[1]})"
+    arms = last_arm(run), last_arm(reference)
+    counts = [len(arm.seeds) if arm else 0 for arm in arms]
+    if counts[0] != counts[1]:
+        return f"they have {counts[0]} and {counts[1]} fresh seeds"
+    return None
+
+
+def are_repeats(runs: Sequence[Run]) -> bool:
+    """Return whether runs of generations differ in their seed alone."""
+    if len(runs) < 2 or any(run.command != "generations" for run in runs):
+        return False
+    seeds = [run.get("seed") for run in runs]
+    same = all(_essence(run.config) == _essence(runs[0].config) for run in runs)
+    return same and None not in seeds and len(set(seeds)) == len(runs)
+
+
+def _essence(config: Tree) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in INCIDENTAL}
+    data = kept.get("data")
+    if isinstance(data, Mapping):
+        kept["data"] = {k: v for k, v in data.items() if k not in ("root", "download", "workers")}
+    return kept
+
+
+def across(runs: Sequence[Run]) -> list[Across]:
+    """Return test accuracy by generation over runs, as many generations as all have.
+
+    Differences are to generation 0 of the same run, so they are paired by run.
+    """
+    shared = min(len(run.results) for run in runs)
+    columns: list[tuple[str, list[float | None]]] = [
+        (f"generation {k}", [run.results[k].test_accuracy for run in runs]) for k in range(shared)
+    ]
+    if len({len(run.results) for run in runs}) == 1:
+        ensembles = [run.ensemble.test_accuracy if run.ensemble else None for run in runs]
+        columns.append(("ensemble of all", ensembles))
+    rows: list[Across] = []
+    for name, found in columns:
+        accuracies = tuple(value for value in found if value is not None)
+        if len(accuracies) < len(runs):
+            continue
+        gains = [b - a for a, b in zip(rows[0].accuracies, accuracies, strict=True)] if rows else []
+        first = mean_interval(gains) if gains else None
+        rows.append(Across(name, accuracies, mean_interval(accuracies), first))
+    return rows

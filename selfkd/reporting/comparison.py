@@ -1,0 +1,236 @@
+"""Several runs side by side: tables, figures, one page, plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from selfkd.reporting import charts, figures, words
+from selfkd.reporting.compare import Across, Arm, Comparison, across, are_repeats, compare, last_arm
+from selfkd.reporting.marks import Bar, Level, Line, Measure
+from selfkd.reporting.page import Page
+from selfkd.reporting.panels import Panel, Section
+from selfkd.reporting.read import Run
+from selfkd.reporting.tables import Table
+from selfkd.reporting.theme import generation_colour
+from selfkd.statistics import Interval
+
+Record = dict[str, Any]
+FIELDS = (
+    *("run", "command", "finished", "row", "temperature", "alpha", "val_accuracy"),
+    *("test_accuracy", "test_nll", "test_ece", "agreement", "seeds", "mean", "low", "high"),
+    *("parameters", "trials", "seconds"),
+)
+
+
+def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+    """Return how each further run differs from the first; none of runs that only repeat it."""
+    if are_repeats(runs):
+        return []
+    found = [compare(run, runs[0]) for run in runs[1:]]
+    return [each for each in found if each is not None]
+
+
+def repeats(runs: Sequence[Run]) -> list[Across]:
+    """Return the generations over runs that differ in their seed alone."""
+    return across(runs) if are_repeats(runs) else []
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """Return a row a run: what it is and what it has made."""
+    head = ("run", "data", "model", "what", "val", "test acc", "fresh seeds", "ensemble")
+    rows = [_run_row(run) for run in runs]
+    return Table((*head, "trained", "state"), tuple(rows)).without_empty()
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    made = last_arm(run) or Arm("", None, None)
+    student = run.get("student.name")
+    ensemble = run.ensemble.test_accuracy if run.ensemble else None
+    return (
+        *(run.name, str(run.get("data.name", "")), str(student or run.get("model.name", ""))),
+        *(made.name, words.measured(run, made.val), words.percent(made.test)),
+        *(_mean(made.mean), words.percent(ensemble), str(run.trained)),
+        "finished" if run.finished else "unfinished",
+    )
+
+
+def _mean(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    if interval.low is None or interval.high is None:
+        return words.percent(interval.value)
+    return f"{interval.value:.2%} ± {(interval.high - interval.low) / 2:.2%}"
+
+
+def _points(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    text = f"{100 * interval.value:+.2f}"
+    if interval.low is None or interval.high is None:
+        return text
+    return f"{text} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
+
+
+def repeats_table(rows: Sequence[Across]) -> Table:
+    """Return test accuracy by generation over runs of one config."""
+    return Table(
+        ("", "test acc", "vs gen. 0, points"),
+        tuple((row.name, _mean(row.mean), _points(row.first)) for row in rows),
+        f"Mean and 95 % interval over {len(rows[0].accuracies)} runs that differ in their seed "
+        "alone; differences paired by run.",
+    )
+
+
+def comparisons_table(rows: Sequence[Comparison]) -> Table:
+    """Return how each run differs from the first."""
+    return Table(
+        ("run", "against", "test acc, points", "of"),
+        tuple((r.run, r.reference, _points(r.difference), r.why) for r in rows),
+        texts=True,
+    )
+
+
+def verdicts(runs: Sequence[Run]) -> list[str]:
+    """Return what a comparison says, in words."""
+    told = [_told(each) for each in comparisons(runs)]
+    for row in repeats(runs)[1:]:
+        interval = Comparison(row.name, "generation 0", row.first or Interval(0), True, "")
+        told.append(words.sentence(interval.verdict.rstrip(", ")))
+    if repeats(runs):
+        told.append(f"Over {len(runs)} runs that differ in their seed alone, paired by run.")
+    return told or ["There is nothing to compare yet."]
+
+
+def _told(comparison: Comparison) -> str:
+    """Return a verdict as a sentence that leaves a run's name as it is."""
+    text = comparison.verdict
+    return words.sentence(text) if text.startswith("no evidence") else f"{text}."
+
+
+def comparison_page(runs: Sequence[Run]) -> Page:
+    """Return the page of several runs."""
+    told = verdicts(runs)
+    unfinished = [run.name for run in runs if not run.finished]
+    status = f"unfinished: {', '.join(unfinished)}" if unfinished else "finished"
+    parts = [
+        Section("Accuracy", tuple(_accuracy(runs))),
+        Section("Differences", tuple(_differences(runs))),
+    ]
+    return Page(
+        kind="comparison of runs",
+        title=" · ".join(run.name for run in runs),
+        status=status,
+        finished=not unfinished,
+        headlines=told,
+        facts=[],
+        problems=[problem for run in runs for problem in run.problems],
+        results=runs_table(runs),
+        sections=[part for part in parts if part.panels],
+        appendices=[],
+    )
+
+
+def _accuracy(runs: Sequence[Run]) -> list[Panel]:
+    panels = []
+    arms = [(place, run, last_arm(run)) for place, run in enumerate(runs)]
+    levels = [
+        Level(
+            run.name,
+            Bar(made.mean.value, made.mean.low, made.mean.high)
+            if made.mean
+            else Bar(made.test or 0.0),
+            made.seeds,
+            generation_colour(place),
+        )
+        for place, run, made in arms
+        if made is not None and made.test is not None
+    ]
+    if levels:
+        text = "Accuracy on test of the last model of each run: " + "; ".join(
+            f"{level.name} {words.percent(level.bar.value)}" for level in levels
+        )
+        panels.append(
+            Panel(
+                "Last model of each run",
+                f"{text}. Squares with an interval are means over fresh seeds, the others one "
+                "model each.",
+                charts.levels(levels, measure=Measure("accuracy on test")),
+                runs_table(runs),
+            )
+        )
+    lines = [
+        Line(run.name, [r.generation for r in known], [r.test_accuracy for r in known], place)
+        for place, run in enumerate(runs)
+        if (known := [r for r in run.results if r.test_accuracy is not None])
+    ]
+    if lines:
+        numbers = sorted({int(x) for line in lines for x in line.x})
+        by_run = [dict(zip(line.x, line.y, strict=True)) for line in lines]
+        rows = [(str(k), *(words.percent(of.get(k)) for of in by_run)) for k in numbers]
+        panels.append(
+            Panel(
+                "Test accuracy per generation",
+                "Of the chosen models, one a generation and run.",
+                figures.curves(lines, x="generation", measure=Measure("accuracy on test")),
+                Table(("generation", *(line.name for line in lines)), tuple(rows)),
+            )
+        )
+    return panels
+
+
+def _differences(runs: Sequence[Run]) -> list[Panel]:
+    measure = Measure("difference in test accuracy")
+    found, repeated = comparisons(runs), repeats(runs)
+    panels = []
+    if found:
+        levels = [Level(f"{row.run} − {row.reference}", _bar(row.difference)) for row in found]
+        panels.append(
+            Panel(
+                f"Against {runs[0].name}",
+                " ".join(_told(row) for row in found),
+                charts.levels(levels, measure=measure, reference=0),
+                comparisons_table(found),
+            )
+        )
+    if len(repeated) > 1:
+        levels = [
+            Level(row.name, _bar(row.first), colour=generation_colour(place + 1))
+            for place, row in enumerate(repeated[1:])
+            if row.first
+        ]
+        panels.append(
+            Panel(
+                "Generations against generation 0 of the same run",
+                "; ".join(f"{row.name} {_points(row.first)} points" for row in repeated[1:]) + ".",
+                charts.levels(levels, measure=measure, reference=0),
+                repeats_table(repeated),
+            )
+        )
+    return panels
+
+
+def _bar(interval: Interval) -> Bar:
+    return Bar(interval.value, interval.low, interval.high)
+
+
+def records(run: Run) -> list[Record]:
+    """Return a run as flat rows for programs: its generations and ensemble, or its table."""
+    same = {"run": run.name, "command": run.command, "finished": run.finished}
+    rows: list[Record] = []
+    for generation in run.generations:
+        if generation.result is None:
+            continue
+        row = generation.result.model_dump()
+        confirmed = generation.confirmation
+        if confirmed is not None:
+            mean = confirmed.mean
+            row |= {"mean": mean.value_, "low": mean.low, "high": mean.high}
+            row["seeds"] = confirmed.seeds
+        rows.append({**row, **same, "row": f"generation {generation.number}"})
+    if run.ensemble is not None:
+        rows.append({**run.ensemble.model_dump(), **same, "row": "ensemble of all"})
+    for measured in run.compression.rows if run.compression else ():
+        row = measured.model_dump()
+        rows.append({**row, **same, "row": measured.name, "seeds": len(measured.runs) or None})
+    return [{field: row.get(field) for field in FIELDS} for row in rows]

@@ -1,0 +1,178 @@
+"""The figures of a run of generations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from selfkd.reporting import figures, tables, words
+from selfkd.reporting.diagnosis_panels import diagnosis_sections
+from selfkd.reporting.marks import Level, Line, Measure, Step, ends_of
+from selfkd.reporting.panels import Panel, Section, bar, measure, placed, values
+from selfkd.reporting.read import Generation, Run
+from selfkd.reporting.schema import Trial
+
+
+def generation_sections(run: Run) -> Iterator[Section]:
+    """Yield accuracy, T and alpha, learning, and what is known of calibration and classes."""
+    yield Section("Accuracy", tuple(_accuracy(run)))
+    yield Section(
+        "Temperature and alpha",
+        tuple(_maps(run)),
+        "Each dot is a trial, the ring the chosen one. All maps share one scale of colours.",
+    )
+    yield Section("Learning", tuple(_learning(run)))
+    yield from diagnosis_sections(run)
+
+
+def _accuracy(run: Run) -> Iterator[Panel]:
+    own = "accuracy" not in run.metric  # the test accuracy has another scale then
+    steps = [
+        Step(
+            number=generation.number,
+            trials=values(run, generation.trials),
+            chosen=_chosen_value(run, generation),
+            test=None if own or not generation.result else generation.result.test_accuracy,
+            confirmed=bar(generation.confirmation.mean)
+            if generation.confirmation and not own
+            else None,
+        )
+        for generation in run.generations
+    ]
+    ensemble = run.ensemble.test_accuracy if run.ensemble and not own else None
+    controls = () if own else tuple(Level(c.title or c.name, bar(c.mean)) for c in run.controls)
+    figure = figures.accuracy_per_generation(
+        steps, measure=measure(run), ensemble=ensemble, controls=controls
+    )
+    yield Panel(
+        "Accuracy per generation" if not own else f"{run.metric} per generation",
+        _accuracy_text(run),
+        figure,
+        tables.generations_table(run),
+    )
+
+
+def _chosen_value(run: Run, generation: Generation) -> tuple[int, float] | None:
+    result = generation.result
+    value = None if result is None else result.value(run.metric)
+    return None if result is None or value is None else (result.trial, value)
+
+
+def _accuracy_text(run: Run) -> str:
+    results = run.results
+    if not results:
+        return "Trials of generation 0 on validation; none is chosen yet."
+    first, last = results[0], results[-1]
+    text = (
+        f"From generation {first.generation} to {last.generation}, the chosen model's "
+        f"{words.named(run.metric)} goes from {words.measured(run, first.value(run.metric))} "
+        f"to {words.measured(run, last.value(run.metric))}"
+    )
+    if first.test_accuracy is not None and last.test_accuracy is not None:
+        text += (
+            f" and its accuracy on test from {words.percent(first.test_accuracy)} to "
+            f"{words.percent(last.test_accuracy)}"
+        )
+    return text + ". The choice was made on validation, so that figure is optimistic."
+
+
+def _maps(run: Run) -> Iterator[Panel]:
+    taught = [generation for generation in run.generations if generation.number > 0]
+    found = {generation.number: placed(run, generation.trials) for generation in taught}
+    everywhere = [point for points in found.values() for point in points]
+    if not everywhere:
+        return
+    bounds = ends_of([value for _, _, value in everywhere])
+    temperatures = ends_of([t for t, _, _ in everywhere])
+    for generation in taught:
+        points, chosen = found[generation.number], _chosen(generation)
+        if not points:
+            continue
+        setting = run.setting(chosen) if chosen else None
+        figure = figures.setting_map(
+            points,
+            measure=measure(run),
+            chosen=setting,
+            bounds=bounds,
+            temperatures=temperatures,
+        )
+        yield Panel(
+            f"Generation {generation.number}",
+            _map_text(run, generation, points, setting),
+            figure,
+            tables.trials_table(run, generation.trials, chosen.trial if chosen else None),
+            small=True,
+        )
+
+
+def _chosen(generation: Generation) -> Trial | None:
+    if generation.result is None:
+        return None
+    wanted = generation.result.trial
+    return next((trial for trial in generation.trials if trial.trial == wanted), None)
+
+
+def _map_text(
+    run: Run,
+    generation: Generation,
+    points: Sequence[tuple[float, float, float]],
+    chosen: tuple[float, float] | None,
+) -> str:
+    low, high = ends_of([value for _, _, value in points])
+    text = f"{len(points)} trials, from {words.measured(run, low)} to {words.measured(run, high)}"
+    if chosen is None:
+        return f"{text}; none is chosen yet."
+    return f"{text}; chosen: T {chosen[0]:.3g}, alpha {chosen[1]:.2f}."
+
+
+def _learning(run: Run) -> Iterator[Panel]:
+    names = [f"generation {result.generation}" for result in run.results]
+    numbers = [result.generation for result in run.results]
+    histories = [result.history for result in run.results]
+    first = {key for history in histories for row in history for key in _numbers(row)}
+    for key, title, logarithmic in (
+        (run.metric, measure(run).title, False),
+        ("val_nll", "NLL on validation", True),
+        ("hard_loss", "cross-entropy with the labels, training", True),
+    ):
+        if key not in first or (key == "val_nll" and run.metric == key):
+            continue
+        curves = [
+            {
+                row.epoch: value
+                for row in history
+                if (value := row.value(key)) is not None and math.isfinite(value)
+            }
+            for history in histories
+        ]
+        percent = "accuracy" in key
+        yield Panel(
+            f"{title[:1].upper()}{title[1:]} by epoch",
+            words.sentence(
+                f"{title} of the chosen models while they learn{_last(names, curves, percent)}"
+            ),
+            figures.curves(
+                [
+                    Line(name, list(curve), list(curve.values()), number)
+                    for name, curve, number in zip(names, curves, numbers, strict=True)
+                ],
+                x="epoch",
+                measure=Measure(title, percent=percent),
+                logarithmic=logarithmic and all(v > 0 for c in curves for v in c.values()),
+            ),
+            tables.curve_table(names, curves, ".2%" if percent else ".4g"),
+        )
+
+
+def _numbers(row: object) -> Iterator[str]:
+    values = row.model_dump() if hasattr(row, "model_dump") else {}
+    yield from (key for key, value in values.items() if isinstance(value, int | float))
+
+
+def _last(names: Sequence[str], curves: Sequence[dict[int, float]], percent: bool) -> str:
+    ends = [
+        f"{list(curve.values())[-1]:{'.2%' if percent else '.4g'}} of {name}"
+        for name, curve in zip(names, curves, strict=True)
+        if curve
+    ]
+    return f"; at the end {', '.join(ends)}" if ends else ""

@@ -1,0 +1,121 @@
+"""What figures draw, and small parts that they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selfkd.reporting.theme import ACCENT, literal
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is drawn: its name, and whether it is a fraction that is shown as a percentage."""
+
+    title: str
+    percent: bool = True
+    larger_is_better: bool = True
+
+    @property
+    def format(self) -> str:
+        """D3's format of a value."""
+        return ".2%" if self.percent else ".4g"
+
+    @property
+    def tick(self) -> str:
+        """D3's format of a tick."""
+        return "~%" if self.percent else "~g"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with the ends of its interval, if it has them."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A generation in the figure of accuracies."""
+
+    number: int
+    trials: Sequence[tuple[int, float]] = ()
+    """Number and validation metric of each trial."""
+    chosen: tuple[int, float] | None = None
+    """Number and validation metric of the chosen trial."""
+    test: float | None = None
+    confirmed: Bar | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named curve."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    number: int = 0
+    """Chooses colour and dash."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A named value with its interval and the values that it is the mean of."""
+
+    name: str
+    bar: Bar
+    points: Sequence[float] = ()
+    colour: str = ACCENT
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A response over T (columns) and alpha (rows)."""
+
+    temperatures: Sequence[float]
+    alphas: Sequence[float]
+    values: Sequence[Sequence[float]]
+
+
+def error_bar(bar: Bar, *, ends: tuple[float, float] | None = None) -> dict[str, Any]:
+    if bar.low is None or bar.high is None:
+        return {"visible": False}
+    low, high = (
+        (bar.low, bar.high) if ends is None else (max(bar.low, ends[0]), min(bar.high, ends[1]))
+    )
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [max(high - bar.value, 0.0)],
+        "arrayminus": [max(bar.value - low, 0.0)],
+        "thickness": 1.5,
+        "width": 5,
+    }
+
+
+def finite(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def ends_of(values: Sequence[float]) -> tuple[float, float]:
+    known = finite(values) or [0.0, 1.0]
+    return min(known), max(known)
+
+
+def shown(value: float, measure: Measure) -> str:
+    return f"{value:.2%}" if measure.percent else f"{value:.4g}"
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return a text on several lines, as plotly breaks them; literal otherwise."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and len(lines[-1]) + len(word) < width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "<br>".join(literal(line) for line in lines)

@@ -1,0 +1,204 @@
+"""A run as one HTML file that asks no server for anything."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from selfkd.files import save_text
+from selfkd.reporting import tables, words
+from selfkd.reporting.lineages import generation_sections
+from selfkd.reporting.panels import Section
+from selfkd.reporting.read import Run, read_run
+from selfkd.reporting.students import compression_sections
+from selfkd.reporting.tables import Table
+from selfkd.reporting.theme import generation_colour
+from selfkd.reporting.watch import REPORT
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script of the page, and the digest by which the page's policy allows it, alone."""
+
+    text: Markup
+
+    @property
+    def digest(self) -> Markup:
+        """As a source of a content security policy."""
+        digest = hashlib.sha256(self.text.encode()).digest()
+        return Markup(f"'sha256-{base64.b64encode(digest).decode()}'")  # noqa: S704 - base64
+
+
+@dataclass(frozen=True)
+class Link:
+    """A model in the chain of teachers."""
+
+    name: str
+    hash: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Appendix:
+    """A table that stands without a figure."""
+
+    title: str
+    table: Table
+    text: str = ""
+    chain: Sequence[Link] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What stands on a page, from top to bottom."""
+
+    kind: str
+    title: str
+    status: str
+    finished: bool
+    headlines: Sequence[str]
+    facts: Sequence[tuple[str, str]]
+    problems: Sequence[str]
+    results: Table
+    sections: Sequence[Section]
+    appendices: Sequence[Appendix]
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Write the report of a run, whole or not at all.
+
+    Args:
+        folder: of the run.
+        output: file to write; `report.html` in the run folder when not given.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: it is no run folder, or has no result yet.
+    """
+    output = output or folder / REPORT
+    save_text(output, render(run_page(read_run(folder))))
+    return output
+
+
+def render(page: Page) -> str:
+    """Return a page as HTML; every text of it is escaped."""
+    scripts = [Script(_trusted(get_plotlyjs())), Script(_trusted(_asset("page.js")))]
+    parts: Mapping[str, Any] = vars(page)
+    html: str = _template().render(
+        **parts,
+        scripts=scripts,
+        style=_trusted(_asset("page.css")),
+        drawn=_drawn,
+        version=metadata.version("selfkd"),
+        now=f"{datetime.now():%Y-%m-%d %H:%M}",
+    )
+    return html
+
+
+@cache
+def _template() -> Any:
+    loader = PackageLoader("selfkd.reporting", "assets")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html")
+
+
+def _asset(name: str) -> str:
+    return (resources.files("selfkd.reporting") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _trusted(text: str) -> Markup:
+    return Markup(text)  # noqa: S704 - files of this package and of plotly
+
+
+def _drawn(figure: go.Figure) -> Markup:
+    """Return a figure as JSON that ends no script element."""
+    text: str = figure.to_json(validate=False)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)  # noqa: S704 - nothing is left in it that HTML could take for its own
+
+
+def run_page(run: Run) -> Page:
+    """Return what the report of a run shows."""
+    ensemble = run.command == "ensemble"
+    results = tables.generations_table(run)
+    if ensemble:
+        results = (
+            tables.compression_table(run.compression.rows)
+            if run.compression
+            else tables.cost_table(run)
+        )
+    parts = compression_sections(run) if ensemble else generation_sections(run)
+    return Page(
+        kind="many teachers, one student" if ensemble else "born-again generations",
+        title=run.name,
+        status=words.status(run),
+        finished=run.finished,
+        headlines=words.headlines(run),
+        facts=_facts(run),
+        problems=run.problems,
+        results=results,
+        sections=[section for section in parts if section.panels],
+        appendices=[part for part in _appendices(run) if part.table.rows],
+    )
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    images = run.data.get("images")
+    sizes = images if isinstance(images, Mapping) else {}
+    split = " / ".join(f"{sizes[name]:,}" for name in ("train", "val", "test") if name in sizes)
+    parameters = run.results[-1].parameters if run.results else None
+    student = run.get("student.name")
+    model = str(run.get("model.name", "")) + (f" → {student}" if student else "")
+    started = run.starts[-1].get("started") if run.starts else None
+    facts = [
+        ("data", str(run.get("data.name", ""))),
+        ("train / val / test images", split),
+        ("model", model),
+        ("parameters", words.size(parameters)),
+        ("models trained", str(run.trained)),
+        ("seed", str(run.get("seed", ""))),
+        ("started", str(started or "")[:16].replace("T", " ")),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _appendices(run: Run) -> list[Appendix]:
+    seconds = sum(result.seconds for result in run.results)
+    cost = f"{run.trained} models were trained" + (
+        f", in {words.duration(seconds)} of generations." if seconds else "."
+    )
+    chain = [
+        Link(f"generation {result.generation}", result.hash, generation_colour(result.generation))
+        for result in run.results
+    ]
+    environment = run.starts[-1] if run.starts else {}
+    restarts = f"Of the last of {len(run.starts)} starts." if len(run.starts) > 1 else ""
+    return [
+        Appendix("Lineage", tables.lineage_table(run), chain=chain),
+        Appendix("Members", tables.members_table(run), "The best on validation first."),
+        Appendix("Cost", tables.cost_table(run), cost),
+        Appendix(
+            "Environment",
+            tables.tree_table(environment),
+            f"The machine that the run was started on. {restarts}",
+        ),
+        Appendix("Config", tables.tree_table(run.config), "As in config.yaml.", folded=True),
+    ]

@@ -1,0 +1,329 @@
+"""A run folder as plain data: what is there, what is damaged, what is still to come."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from selfkd.config import ConfigError, parse_yaml
+from selfkd.files import load_json
+from selfkd.reporting.schema import (
+    Compression,
+    Confirmation,
+    Control,
+    Diagnostics,
+    Measured,
+    Part,
+    Result,
+    Trial,
+)
+
+Tree = Mapping[str, Any]
+P = TypeVar("P", bound=Part)
+DISTILL = "distill.temperature", "distill.alpha"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generation: its trials, and its result once it has one."""
+
+    number: int
+    trials: tuple[Trial, ...]
+    result: Result | None = None
+    diagnostics: Mapping[str, Diagnostics] = field(default_factory=dict)
+    """Of `val` and `test`."""
+    confirmation: Confirmation | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run.
+
+    Args:
+        path: its folder.
+        command: that it was started by, `generations` or `ensemble`.
+        config: as its config.yaml says.
+        data: the facts of its data.
+        starts: the environment of each start, the latest last.
+        generations: those with a result, in order; the last may have none yet.
+        stages: trials of a run of `ensemble`, by stage.
+        members: the teachers of a run of `ensemble`, the best first.
+        ensemble: of all generations.
+        controls: of equal cost.
+        stopped: why it ended before its last round.
+        compression: the summary of a run of `ensemble`.
+        problems: files that are damaged, and how.
+        missing: what it has not done yet; nothing of a finished run.
+        label: what it is called where the name of its folder is not enough.
+    """
+
+    path: Path
+    command: str
+    config: Tree
+    data: Tree
+    starts: tuple[Tree, ...] = ()
+    generations: tuple[Generation, ...] = ()
+    stages: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
+    members: tuple[Tree, ...] = ()
+    ensemble: Measured | None = None
+    controls: tuple[Control, ...] = ()
+    stopped: str | None = None
+    compression: Compression | None = None
+    problems: tuple[str, ...] = ()
+    missing: str | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called: the name of its folder, if nothing else tells it apart."""
+        return self.label or self.path.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.missing is None
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """The results of the finished generations."""
+        return tuple(g.result for g in self.generations if g.result is not None)
+
+    @property
+    def metric(self) -> str:
+        """What the best trial is chosen by."""
+        return str(self.get("search.metric", "val_accuracy"))
+
+    @property
+    def trained(self) -> int:
+        """How many models were trained, in whole or in part."""
+        return sum(len(trials) for trials in self.stages.values()) + sum(
+            len(generation.trials) for generation in self.generations
+        )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value of the config by its dotted key."""
+        value: Any = self.config
+        for word in key.split("."):
+            if not isinstance(value, Mapping) or word not in value:
+                return default
+            value = value[word]
+        return value
+
+    def setting(self, trial: Trial) -> tuple[float, float] | None:
+        """Return T and alpha of a trial; None where they are no numbers."""
+        values = [trial.point.get(key, self.get(key)) for key in DISTILL]
+        if not all(isinstance(value, int | float) for value in values):
+            return None
+        return float(values[0]), float(values[1])
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, its number where it has none."""
+        names = self.data.get("class_names")
+        if isinstance(names, list) and 0 <= label < len(names):
+            return str(names[label])
+        return str(label)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Args:
+        path: of the folder; the run may be finished, stopped or going on.
+
+    Returns:
+        What is there; damaged files are named in `problems` and left out.
+
+    Raises:
+        ConfigError: it is no run folder, or has no result yet.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {path}")
+    run = _Reader(path.absolute()).run()
+    if not run.generations and not run.stages:
+        damaged = "".join(f"\n  {problem}" for problem in run.problems)
+        raise ConfigError(
+            f"RUN must have a result, got {path}, where no trial has ended yet{damaged}"
+        )
+    return run
+
+
+class _Reader:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._problems: list[str] = []
+
+    def run(self) -> Run:
+        path = self._path
+        command = path / "command"
+        started = command.read_text().strip() if command.is_file() else "generations"
+        config = self._config()
+        data = self._tree(path / "data.json")
+        starts = self._load(path / "environment.json")
+        own = self._compression() if started == "ensemble" else self._lineage(config)
+        return Run(
+            path=path,
+            command=started,
+            config=config,
+            data=data,
+            starts=tuple(row for row in starts if isinstance(row, dict))
+            if isinstance(starts, list)
+            else (),
+            problems=tuple(self._problems),
+            **own,
+        )
+
+    def _config(self) -> Tree:
+        path = self._path / "config.yaml"
+        try:
+            tree: Tree = parse_yaml(path.read_text(), str(path))
+        except (ConfigError, OSError, UnicodeDecodeError) as error:
+            self._problems.append(f"{path} is damaged: {error}")
+            return {}
+        return tree
+
+    # --- born-again generations ---
+
+    def _lineage(self, config: Tree) -> dict[str, Any]:
+        generations = tuple(self._generations())
+        summary = self._tree(self._path / "summary.json")
+        rows = summary.get("generations")
+        done = sum(generation.result is not None for generation in generations)
+        whole = isinstance(rows, list) and len(rows) == done and done > 0
+        stopped = summary.get("stopped") if whole else None
+        ensemble = summary.get("ensemble") if whole else None
+        controls = summary.get("controls") if whole else None
+        where = f"{self._name('summary.json')} at "
+        return {
+            "generations": generations,
+            "ensemble": self._part(Measured, ensemble, where + "ensemble"),
+            "controls": tuple(
+                control
+                for row in (controls if isinstance(controls, list) else ())
+                if (control := self._part(Control, row, where + "controls")) is not None
+            ),
+            "stopped": stopped if isinstance(stopped, str) else None,
+            "missing": _missing(config, generations, done=done, whole=whole, stopped=stopped),
+        }
+
+    def _generations(self) -> Iterator[Generation]:
+        for folder in sorted(self._path.glob("generation_*")):
+            number = re.fullmatch(r"generation_(\d+)", folder.name)
+            if number is None:
+                continue
+            raw = self._load(folder / "result.json")
+            name = self._name(f"{folder.name}/result.json")
+            diagnostics: Any = None
+            if isinstance(raw, dict):
+                diagnostics = raw.pop("diagnostics", None)
+            result = self._part(Result, raw, name)
+            confirmation = self._load(folder / "confirmation.json")
+            trials = tuple(self._trials(folder))
+            if result is None and not trials:
+                continue
+            yield Generation(
+                number=int(number[1]),
+                trials=trials,
+                result=result,
+                diagnostics=dict(self._diagnostics(diagnostics, name)),
+                confirmation=self._part(
+                    Confirmation, confirmation, self._name(f"{folder.name}/confirmation.json")
+                ),
+            )
+
+    def _diagnostics(self, raw: Any, name: str) -> Iterator[tuple[str, Diagnostics]]:
+        for split in ("val", "test"):
+            part = raw.get(split) if isinstance(raw, dict) else None
+            read = self._part(Diagnostics, part, f"{name} at diagnostics.{split}")
+            if read is not None:
+                yield split, read
+
+    def _trials(self, folder: Path) -> Iterator[Trial]:
+        for path in sorted(folder.glob("trial_*/result.json")):
+            raw = self._load(path)
+            trial = self._part(Trial, raw, self._name(str(path.relative_to(self._path))))
+            if trial is not None:
+                yield trial
+
+    # --- many teachers, one student ---
+
+    def _compression(self) -> dict[str, Any]:
+        stages = {
+            folder.name: trials
+            for folder in sorted(self._path.iterdir())
+            if folder.is_dir() and (trials := tuple(self._trials(folder)))
+        }
+        members = self._tree(self._path / "members" / "result.json").get("members")
+        summary = self._load(self._path / "summary.json")
+        compression = self._part(Compression, summary, self._name("summary.json"))
+        return {
+            "stages": stages,
+            "members": tuple(row for row in members if isinstance(row, dict))
+            if isinstance(members, list)
+            else (),
+            "compression": compression,
+            "missing": None if compression else f"no summary yet, {self._count(stages)}",
+        }
+
+    def _count(self, stages: Mapping[str, tuple[Trial, ...]]) -> str:
+        counts = [f"{len(rows)} of {name}" for name, rows in stages.items()]
+        return f"trials done: {', '.join(counts) or 'none'}"
+
+    # --- files ---
+
+    def _name(self, path: str) -> str:
+        return str(self._path / path)
+
+    def _tree(self, path: Path) -> Tree:
+        raw = self._load(path)
+        if raw is not None and not isinstance(raw, dict):
+            self._problems.append(f"{path} is damaged: it must be a mapping")
+        return raw if isinstance(raw, dict) else {}
+
+    def _load(self, path: Path) -> Any:
+        """Return what a JSON file holds; None where it is absent or damaged."""
+        return self._try(lambda: load_json(path) if path.is_file() else None, path)
+
+    def _try(self, read: Callable[[], Any], path: Path) -> Any:
+        try:
+            return read()
+        except ValueError as error:
+            self._problems.append(str(error).removesuffix(": remove it and resume"))
+        except OSError as error:
+            self._problems.append(f"{path} cannot be read: {error.strerror}")
+        return None
+
+    def _part(self, kind: type[P], raw: Any, name: str) -> P | None:
+        """Return a part; None where it is absent or damaged, which is told."""
+        if raw is None:
+            return None
+        try:
+            return kind.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(word) for word in first["loc"])
+            self._problems.append(f"{name} is damaged: {where or 'all of it'}: {first['msg']}")
+            return None
+
+
+def _missing(
+    config: Tree, generations: tuple[Generation, ...], *, done: int, whole: bool, stopped: Any
+) -> str | None:
+    """Return what a lineage has not done yet; None where nothing is left."""
+    rounds = config.get("rounds")
+    wanted = rounds + 1 if isinstance(rounds, int) and not isinstance(rounds, bool) else None
+    if whole and (stopped or wanted is None or done >= wanted):
+        return None
+    search = config.get("search")
+    trials = search.get("trials") if isinstance(search, dict) else None
+    text = f"{done} of {wanted} generations done" if wanted else f"{done} generations done"
+    unmade = [generation for generation in generations if generation.result is None]
+    if unmade:
+        last = unmade[-1]
+        of = f" of {trials}" if isinstance(trials, int) else ""
+        text += f", {len(last.trials)}{of} trials of generation {last.number}"
+    return text

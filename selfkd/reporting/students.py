@@ -1,0 +1,125 @@
+"""The figures of a run of many teachers and one student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from selfkd.reporting import charts, figures, tables, words
+from selfkd.reporting.marks import Bar, Level, Line, Measure
+from selfkd.reporting.panels import Panel, Section, bar, measure, placed
+from selfkd.reporting.read import Run
+from selfkd.reporting.schema import Trial
+from selfkd.reporting.tables import Table
+from selfkd.reporting.theme import ACCENT, NEUTRAL, PALETTE
+
+ACCURACY = Measure("accuracy on test")
+
+
+def compression_sections(run: Run) -> Iterator[Section]:
+    """Yield accuracy and the share of the gain, T and alpha, learning."""
+    yield Section("Accuracy", tuple(_compression(run)))
+    yield Section(
+        "Temperature and alpha",
+        tuple(_student_map(run)),
+        "Each dot is a trial of the student, the ring the chosen one.",
+    )
+    yield Section("Learning", tuple(_student_learning(run)))
+
+
+def _compression(run: Run) -> Iterator[Panel]:
+    if run.compression is None:
+        return
+    rows = [row for row in run.compression.rows if row.test_accuracy is not None]
+    colours = [NEUTRAL] * (len(rows) - 2) + [PALETTE[1], ACCENT]
+    drawn = [
+        Level(row.name, Bar(row.test_accuracy, row.low, row.high), row.runs, colour)
+        for row, colour in zip(rows, colours, strict=True)
+        if row.test_accuracy is not None
+    ]
+    yield Panel(
+        "Teachers and student",
+        "Accuracy on test, with 95 % intervals where several models were trained: "
+        + "; ".join(f"{row.name} {words.percent(row.test_accuracy)}" for row in rows)
+        + ".",
+        charts.levels(drawn, measure=ACCURACY),
+        tables.compression_table(run.compression.rows),
+    )
+    yield from _share(run)
+
+
+def _share(run: Run) -> Iterator[Panel]:
+    compression = run.compression
+    if compression is None or compression.share is None:
+        return
+    share = compression.share
+    shown = [
+        Level("share of the gain kept", bar(share)),
+    ]
+    table = Table(
+        ("", "value and 95 % interval"),
+        (
+            ("student over labels only, test accuracy", words.difference(compression.gain)),
+            ("share of the teacher's gain kept", words.difference(share)),
+        ),
+    )
+    yield Panel(
+        "Share of the teacher's gain that the student keeps",
+        f"Labels only stands at 0 %, the teacher at 100 %: {words.difference(share)}. An interval "
+        "that goes beyond the frame is cut there.",
+        charts.levels(
+            shown, measure=Measure("labels only 0 %, teacher 100 %"), reference=1, ends=(-0.25, 1.5)
+        ),
+        table,
+    )
+
+
+def _student_map(run: Run) -> Iterator[Panel]:
+    trials = run.stages.get("student", ())
+    points = placed(run, trials)
+    if not points:
+        return
+    chosen = _student(run)
+    setting = run.setting(chosen) if chosen else None
+    text = f"{len(points)} trials" + (
+        f"; chosen: T {setting[0]:.3g}, alpha {setting[1]:.2f}." if setting else "."
+    )
+    yield Panel(
+        "The student's trials",
+        text,
+        figures.setting_map(points, measure=measure(run), chosen=setting),
+        tables.trials_table(run, trials, chosen.trial if chosen else None),
+    )
+
+
+def _student(run: Run) -> Trial | None:
+    if run.compression is None:
+        return None
+    mark = run.compression.chosen.hash
+    return next((t for t in run.stages.get("student", ()) if t.hash == mark), None)
+
+
+def _student_learning(run: Run) -> Iterator[Panel]:
+    trials = run.stages.get("student", ())
+    curves = [
+        {row.epoch: v for row in t.history if (v := row.value(run.metric)) is not None}
+        for t in trials
+    ]
+    kept = [(t, curve) for t, curve in zip(trials, curves, strict=True) if curve]
+    if not kept:
+        return
+    names = [f"trial {trial.trial}" for trial, _ in kept]
+    chosen = _student(run)
+    yield Panel(
+        "The student's trials by epoch",
+        "Validation accuracy of each trial while it learns"
+        + (f"; trial {chosen.trial} was chosen." if chosen else "."),
+        figures.curves(
+            [
+                Line(name, list(curve), list(curve.values()), place + 1)
+                for place, (name, (_, curve)) in enumerate(zip(names, kept, strict=True))
+            ],
+            x="epoch",
+            measure=measure(run),
+        ),
+        tables.curve_table(names, [curve for _, curve in kept], ".2%"),
+    )

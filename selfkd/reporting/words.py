@@ -1,0 +1,175 @@
+"""What a run says, in words: the same words for a gain and for none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from selfkd.console import tell_interval
+from selfkd.jobs import Row
+from selfkd.reporting.read import Generation, Run
+from selfkd.reporting.schema import Estimate, Result, plain
+
+
+def percent(value: float | None) -> str:
+    """Return a fraction as a percentage; nothing for none."""
+    return "" if value is None else f"{value:.2%}"
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """Return a number; nothing for none."""
+    return "" if value is None else format(value, form)
+
+
+def mean(estimate: Estimate | None) -> str:
+    """Return a mean accuracy with half of its interval."""
+    if estimate is None:
+        return ""
+    if estimate.low is None or estimate.high is None:
+        return percent(estimate.value_)
+    return f"{estimate.value_:.2%} ± {(estimate.high - estimate.low) / 2:.2%}"
+
+
+def difference(estimate: Estimate | None) -> str:
+    """Return a difference of accuracies with its interval."""
+    return "" if estimate is None else tell_interval(dict(plain(estimate)))
+
+
+def points(estimate: Estimate | None) -> str:
+    """Return a difference of accuracies with its interval, in points, for a table's cell."""
+    if estimate is None:
+        return ""
+    text = f"{100 * estimate.value_:+.2f}"
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
+
+
+def measured(run: Run, value: float | None) -> str:
+    """Return a value of what the trials are chosen by."""
+    return percent(value) if "accuracy" in run.metric else number(value, ".4g")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> duration(42.31), duration(600), duration(7260)
+    ('42.3 s', '10 min', '2 h 1 min')
+    """
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def size(count: float | None) -> str:
+    """Return a number of parameters, shortly."""
+    if count is None:
+        return ""
+    for unit, at in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= at:
+            return f"{count / at:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def status(run: Run) -> str:
+    """Return whether a run is done, and what it has not done."""
+    return "finished" if run.missing is None else f"unfinished: {run.missing}"
+
+
+def headlines(run: Run) -> list[str]:
+    """Return what a run says, the most important first."""
+    if run.command == "ensemble":
+        return list(_of_compression(run))
+    return list(_of_generations(run))
+
+
+def _of_generations(run: Run) -> Iterator[str]:
+    done = [generation for generation in run.generations if generation.result is not None]
+    verdicts = [generation.confirmation for generation in done]
+    told = [each.verdict for each in verdicts if each is not None and each.verdict]
+    yield from (sentence(text) for text in reversed(told))
+    if run.stopped:
+        yield sentence(run.stopped)
+    if done and not told:
+        yield from _unconfirmed(run, done)
+    yield from (sentence(control.verdict) for control in run.controls if control.verdict)
+    if run.ensemble is not None and run.ensemble.test_accuracy is not None:
+        yield (
+            f"The ensemble of all {len(done)} generations is right on "
+            f"{percent(run.ensemble.test_accuracy)} of the test images."
+        )
+    if not done:
+        yield "No generation is finished yet."
+
+
+def _unconfirmed(run: Run, done: list[Generation]) -> Iterator[str]:
+    results = [generation.result for generation in done if generation.result is not None]
+    sign = -1 if run.get("search.mode") == "min" else 1
+    best = max(results, key=lambda row: _key(row.value(run.metric), sign))
+    first = results[0]
+    yield (
+        f"Generation {best.generation} has the best {named(run.metric)}: "
+        f"{measured(run, best.value(run.metric))}{_tests(first, best)}."
+    )
+    if len(results) > 1:
+        yield (
+            "Each figure is of one model, so there is no interval and no verdict: confirm.seeds "
+            "trains the chosen settings again on fresh seeds."
+        )
+
+
+def _key(value: float | None, sign: int) -> float:
+    return -math.inf if value is None or math.isnan(value) else sign * value
+
+
+def _tests(first: Result, best: Result) -> str:
+    if best.test_accuracy is None:
+        return ""
+    text = f"; it is right on {percent(best.test_accuracy)} of the test images"
+    if first is not best and first.test_accuracy is not None:
+        text += f", generation {first.generation} on {percent(first.test_accuracy)}"
+    return text
+
+
+def named(metric: str) -> str:
+    """Return a metric as people call it."""
+    return {"val_accuracy": "validation accuracy", "val_nll": "validation NLL"}.get(metric, metric)
+
+
+def _of_compression(run: Run) -> Iterator[str]:
+    if run.compression is None:
+        yield "The student is not measured yet."
+        return
+    _, *lines = compression_verdict(dict(plain(run.compression)))
+    yield from (sentence(line) for line in lines)
+
+
+def sentence(text: str) -> str:
+    """Return a text as a sentence: a capital, a full stop."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def compression_verdict(summary: Row) -> list[str]:
+    """Return what a run of `python -m selfkd.ensemble` says: the setting, the gain, the share."""
+    chosen, share, gain = summary["chosen"], summary["share"], summary["gain"]
+    setting = (
+        f"chosen of {summary['trials']} trials on validation: T {chosen['temperature']:.3g}, "
+        f"alpha {chosen['alpha']:.3g}, average of {chosen['average']}"
+    )
+    seeds = f"{summary['seeds']} paired seeds" if summary["seeds"] else "one pair, no interval"
+    sure = gain["low"] is not None and (gain["low"] > 0 or gain["high"] < 0)
+    better = "better" if gain["value"] > 0 else "worse"
+    verdict = (
+        f"the student from its teacher is {better} than from labels only"
+        if sure
+        else "no evidence that the student from its teacher differs from labels only"
+    )
+    lines = [setting, f"{verdict}: {tell_interval(gain)} test accuracy, {seeds}"]
+    if share is None:
+        lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
+    else:
+        ends = "" if share["low"] is not None else " (no interval: too little is known for one)"
+        lines.append(f"share of the teacher's gain kept: {tell_interval(share)}{ends}")
+    return lines

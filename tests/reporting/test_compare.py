@@ -1,0 +1,146 @@
+"""Statistics across runs, against SciPy, and what is said of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from run_folders import DATA, ensemble_run, generations_run
+from scipy import stats
+
+from selfkd.reporting.compare import (
+    across,
+    are_repeats,
+    compare,
+    last_arm,
+    welch_interval,
+    why_unpaired,
+)
+from selfkd.reporting.read import Run, read_run
+
+
+def make(path: Path, **options: Any) -> Run:
+    return read_run(generations_run(path, **options))
+
+
+def seeds(run: Run) -> tuple[float, ...]:
+    arm = last_arm(run)
+    assert arm is not None
+    return arm.seeds
+
+
+def test_same_data_and_seeds_are_paired(tmp_path: Path) -> None:
+    base = make(tmp_path / "base")
+    other = make(tmp_path / "other", lift=0.01, settings=("train.lr=0.1",))
+    found = compare(other, base)
+    assert found is not None
+    assert found.paired
+    gains = np.array(seeds(other)) - np.array(seeds(base))
+    assert found.difference.value == pytest.approx(gains.mean())
+    assert found.why == "3 paired seeds"
+    assert found.verdict.startswith("other is better than base: +")
+
+
+def test_paired_interval_is_students(tmp_path: Path) -> None:
+    base, other = make(tmp_path / "base"), make(tmp_path / "other", trials=5)
+    found = compare(other, base)
+    assert found is not None
+    gains = np.array(seeds(other)) - np.array(seeds(base))
+    ends = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    assert found.difference.low == pytest.approx(ends.low)
+    assert found.difference.high == pytest.approx(ends.high)
+
+
+def test_welch_is_scipys_formula() -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(0.9, 0.01, 3), generator.normal(0.89, 0.03, 7)
+    interval = welch_interval(a.tolist(), b.tolist())
+    va, vb = a.var(ddof=1) / 3, b.var(ddof=1) / 7
+    df = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 6)
+    half = stats.t.ppf(0.975, df) * np.sqrt(va + vb)
+    assert interval.value == pytest.approx(a.mean() - b.mean())
+    assert interval.low == pytest.approx(a.mean() - b.mean() - half)
+    assert interval.high == pytest.approx(a.mean() - b.mean() + half)
+
+
+def test_welch_without_any_spread_has_no_width() -> None:
+    interval = welch_interval([0.9, 0.9], [0.8, 0.8])
+    assert (interval.low, interval.high) == (interval.value, interval.value)
+
+
+def test_welch_covers_the_truth() -> None:
+    generator = np.random.default_rng(1)
+    hits = 0
+    for _ in range(1000):
+        a, b = generator.normal(0.9, 0.01, 4), generator.normal(0.88, 0.02, 6)
+        interval = welch_interval(a.tolist(), b.tolist())
+        assert interval.low is not None
+        assert interval.high is not None
+        hits += interval.low <= 0.02 <= interval.high
+    assert 930 <= hits <= 975
+
+
+OTHER_DATA = {**DATA, "fingerprint": "aaaa", "test": "bbbb"}
+UNPAIRED = [
+    ({"data": OTHER_DATA}, r"their data differ \(train/test digits aaaa/bbbb and digits ed6c"),
+    ({"seed": 7}, r"their seeds differ \(7 and 0\)"),
+    ({"seeds": 5}, r"they have 5 and 3 fresh seeds"),
+    ({"data": {"classes": 10}}, r"what data they had is not known of both"),
+]
+
+
+@pytest.mark.parametrize(("options", "why"), UNPAIRED)
+def test_unpaired_says_why(tmp_path: Path, options: dict[str, object], why: str) -> None:
+    found = compare(make(tmp_path / "other", **options), make(tmp_path / "base"))
+    assert found is not None
+    assert not found.paired
+    assert found.difference.low is not None
+    assert re.search(why, found.why)
+    assert "unpaired (Welch" in found.why
+
+
+def test_runs_of_two_commands_are_unpaired(tmp_path: Path) -> None:
+    base, other = make(tmp_path / "base"), read_run(ensemble_run(tmp_path / "ensemble"))
+    assert why_unpaired(other, base) == "selfkd.ensemble and selfkd.generations draw other seeds"
+    found = compare(other, base)
+    assert found is not None
+    assert found.why.endswith("student against generation 2")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_two_seeds_there_is_no_interval(tmp_path: Path, count: int) -> None:
+    found = compare(make(tmp_path / "a", seeds=count), make(tmp_path / "b", seeds=count))
+    assert found is not None
+    assert found.difference.low is None
+    assert f"no interval: {count} and {count} fresh seeds" in found.verdict
+    assert "better" not in found.verdict
+
+
+def test_repeats_are_averaged_and_paired_by_run(tmp_path: Path) -> None:
+    runs = [make(tmp_path / f"run-{seed}", seed=seed) for seed in range(4)]
+    assert are_repeats(runs)
+    rows = across(runs)
+    assert [row.name for row in rows] == [
+        *("generation 0", "generation 1", "generation 2", "ensemble of all")
+    ]
+    table = np.array([[result.test_accuracy for result in run.results] for run in runs])
+    assert rows[2].accuracies == pytest.approx(table[:, 2])
+    ends = stats.ttest_rel(table[:, 2], table[:, 0]).confidence_interval(0.95)
+    assert rows[2].first is not None
+    assert rows[2].first.low == pytest.approx(ends.low)
+    assert rows[2].first.high == pytest.approx(ends.high)
+
+
+def test_another_setting_or_the_same_seed_is_no_repeat(tmp_path: Path) -> None:
+    base = make(tmp_path / "base")
+    assert not are_repeats([base])
+    assert not are_repeats([base, make(tmp_path / "again")])
+    assert not are_repeats([base, make(tmp_path / "lr", seed=1, settings=("train.lr=0.1",))])
+
+
+def test_runs_of_different_length_share_their_first_generations(tmp_path: Path) -> None:
+    runs = [make(tmp_path / "a", rounds=3), make(tmp_path / "b", rounds=1, seed=1)]
+    assert [row.name for row in across(runs)] == ["generation 0", "generation 1"]

@@ -1,0 +1,190 @@
+"""`python -m selfkd.report`, as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_folders import DATA, ensemble_run, generations_run
+
+from selfkd import report
+
+BASE, OTHER = ("run-a", {}), ("run-b", {"lift": 0.01, "settings": ("train.lr=0.1",)})
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two runs that can be compared; the working folder is theirs."""
+    for name, options in (BASE, OTHER):
+        generations_run(tmp_path / name, **options)  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_one_run_gets_its_page_and_its_table(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main(["run-a"]) == 0
+    printed = capsys.readouterr().out
+    assert "generation 2: better than generation 0".capitalize() in printed
+    assert "vs gen. 0, points" in printed
+    assert f"report:  {runs / 'run-a' / 'report.html'}" in printed
+    assert (runs / "run-a" / "report.html").stat().st_size > 1_000_000
+
+
+def test_several_runs_get_one_page_and_a_verdict(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main(["run-a", "run-b"]) == 0
+    printed = capsys.readouterr().out
+    assert "run-b is better than run-a: +" in printed
+    assert "3 paired seeds" in printed
+    assert "run-b is better than run-a" in (runs / "comparison.html").read_text()
+
+
+def test_different_data_are_compared_unpaired_and_it_says_why(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generations_run(runs / "run-c", data={**DATA, "test": "ffff", "fingerprint": "eeee"})
+    assert report.main(["run-a", "run-c", "--format", "table"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "unpaired (Welch, 3 and 3 seeds), their data differ (train/test digits eeee/ffff" in printed
+    )
+    assert not (runs / "comparison.html").exists()
+
+
+def test_repeats_over_seeds(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generations_run(runs / "run-d", seed=1)
+    assert report.main(["run-a", "run-d", "--format", "table"]) == 0
+    printed = capsys.readouterr().out
+    assert "over 2 runs that differ in their seed alone" in printed
+
+
+def test_csv_has_a_row_a_generation(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["run-a", "run-b", "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["run"], row["row"]) for row in rows[:4]] == [
+        *(("run-a", f"generation {k}") for k in range(3)),
+        ("run-a", "ensemble of all"),
+    ]
+    result = json.loads((runs / "run-b" / "generation_002" / "result.json").read_text())
+    assert float(rows[6]["test_accuracy"]) == result["test_accuracy"]
+    assert rows[6]["seeds"] == "3"
+
+
+def test_json_is_whole_and_valid(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = runs / "run-a" / "generation_001" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "test_nll": float("nan")}))
+    assert report.main(["run-a", "run-b", "--format", "json"]) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    tree = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert [run["name"] for run in tree["runs"]] == ["run-a", "run-b"]
+    assert tree["runs"][0]["rows"][1]["test_nll"] is None
+    assert tree["comparisons"][0]["paired"] is True
+
+
+@pytest.mark.parametrize("form", ["html", "table", "csv", "json"])
+def test_output_goes_where_it_is_sent(
+    runs: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    assert report.main(["run-a", "--format", form, "--output", "deep/out"]) == 0
+    assert len((runs / "deep" / "out").read_text()) > 200
+    assert not (runs / "run-a" / "report.html").exists()
+    assert len(capsys.readouterr().out.splitlines()) <= 1
+
+
+def test_a_run_that_goes_on_is_marked(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generations_run(runs / "going", rounds=4, done=2)
+    assert report.main(["going"]) == 0
+    assert "unfinished: 2 of 5 generations done" in capsys.readouterr().out
+    assert report.main(["run-a", "going", "--format", "table"]) == 0
+    printed = capsys.readouterr().out
+    assert "going is unfinished" in printed
+    assert "generation 1 against generation 2" in printed
+
+
+def test_a_run_of_an_ensemble(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ensemble_run(runs / "many")
+    assert report.main(["many"]) == 0
+    assert "Share of the teacher's gain kept: +72.00%" in capsys.readouterr().out
+
+
+def test_a_damaged_file_is_named_and_the_rest_reported(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = runs / "run-a" / "generation_001" / "result.json"
+    damaged.write_text("{")
+    assert report.main(["run-a", "run-b"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"warning: {damaged} is damaged")
+    assert "run-b is better than run-a" in captured.out
+
+
+def test_runs_of_the_same_name_are_told_apart(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generations_run(runs / "elsewhere" / "run-a", lift=0.01, settings=("train.lr=0.1",))
+    assert report.main(["run-a", "elsewhere/run-a", "run-a/", "--format", "json"]) == 0
+    names = [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]]
+    assert names == [str(runs / "run-a"), str(runs / "elsewhere" / "run-a")]
+
+
+FAULTS = [
+    (["nothing"], "error: RUN must be a run folder (with a config.yaml), got {}/nothing"),
+    (["empty"], "error: RUN must have a result, got {}/empty, where no trial has ended yet"),
+    (["run-a", "nothing"], "error: RUN must be a run folder (with a config.yaml), got {}/nothing"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), FAULTS)
+def test_a_mistake_is_one_message(
+    runs: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (runs / "empty").mkdir()
+    (runs / "empty" / "config.yaml").write_text("rounds: 1\n")
+    assert report.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err == message.format(runs) + "\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["run-a", "--format", "pdf"]])
+def test_usage(runs: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        report.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "file").write_text("")
+    assert report.main(["run-a", "--format", "html", "--output", "file/report.html"]) == 1
+    assert "choose an --output" in capsys.readouterr().err
+
+
+def test_the_commands_start_without_plotly_and_torch() -> None:
+    code = (
+        "import sys, selfkd.report, selfkd.generations, selfkd.ensemble, selfkd.reporting.watch;"
+        "print([m for m in ('torch', 'plotly', 'jinja2', 'scipy', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_report_needs_no_torch(runs: Path) -> None:
+    code = (
+        "import sys, selfkd.report; code = selfkd.report.main(['run-a', 'run-b']);"
+        "print(code, [m for m in ('torch', 'ray', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"

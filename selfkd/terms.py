@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.layers import Features
+from selfkd.losses.distillation import is_nan
 from selfkd.losses.features import Projection, hint_loss
 
 
@@ -125,7 +126,11 @@ class FeatureTerms:
             return teacher(inputs)
 
     def losses(self, projections: nn.ModuleDict) -> dict[str, Tensor]:
-        """Return each term's loss, unweighted, with its graph."""
+        """Return each term's loss, unweighted, with its graph.
+
+        Raises:
+            ValueError: a teacher's feature is NaN, and so the loss (on the CPU only).
+        """
         return {name: self._loss(name, term, projections) for name, term in self._terms.items()}
 
     def _loss(self, name: str, term: FeatureTerm, projections: nn.ModuleDict) -> Tensor:
@@ -134,6 +139,8 @@ class FeatureTerms:
             if term.project is not None:
                 student = projections[_key(name, number)](student)
             losses.append(term.loss(student, teacher))
+            if is_nan(losses[-1].detach()):
+                _check_no_nan(name, term.of_teacher, teacher)
         return torch.stack(losses).mean()
 
     def _pairs(self, term: FeatureTerm) -> Sequence[tuple[Tensor, Tensor]]:
@@ -155,6 +162,15 @@ class FeatureTerms:
 
 def _key(name: str, number: int) -> str:
     return f"{name.replace('.', '_')}_{number}"
+
+
+def _check_no_nan(name: str, path: str, features: Tensor) -> None:
+    rows = features.flatten(1).isnan().any(dim=1).nonzero()
+    if len(rows):
+        raise ValueError(
+            f"features {path!r} of the teacher must be numbers for {name}, got nan in row "
+            f"{int(rows[0])}"
+        )
 
 
 def _check_weight(weight: float) -> None:

@@ -179,6 +179,24 @@ def test_nan_of_the_teacher_is_named(batch: tuple[Tensor, Tensor]) -> None:
         Distiller(teacher)(student(torch.zeros(8, 6)), labels, inputs=inputs)
 
 
+def test_nan_of_the_teacher_s_features_is_named(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student, teacher, distiller = setting()
+
+    def spoil(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[2, 1] = torch.nan
+        return output
+
+    teacher.module[2].register_forward_hook(spoil)  # type: ignore[index]
+    teacher.module[3].register_forward_hook(  # type: ignore[index]
+        lambda module, args, output: output.nan_to_num()
+    )
+    distiller = Distiller(teacher, terms=distiller.terms, student=student)
+    with pytest.raises(ValueError, match=r"'2' of the teacher must be numbers for hint, .* row 2"):
+        distiller(student(inputs), labels, inputs=inputs)
+
+
 # --- copies and wrappers ---
 
 

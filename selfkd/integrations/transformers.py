@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from selfkd.layers import copy_layers
-from selfkd.losses.distillation import check_settings
+from selfkd.losses.distillation import Average, check_settings
 from selfkd.losses.features import (
     Projection,
     attention_matrices,
@@ -25,7 +25,7 @@ from selfkd.losses.features import (
     hidden_state_loss,
 )
 from selfkd.losses.sequences import sequence_terms
-from selfkd.teacher import Teacher
+from selfkd.teacher import Ensemble, Teacher
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -57,6 +57,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     the split into micro-batches, and into processes unless `average_tokens_across_devices` is off,
     changes nothing. `label_smoothing_factor` of `args` is that of hard_loss.
 
+    It is a mixin too: `class Mine(DistillationTrainer, Seq2SeqTrainer)` distils in another trainer.
+
     The terms are logged by name, before weighting, as means over the steps since the last log. In
     evaluation the loss is the same sum.
 
@@ -64,10 +66,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         model: the student.
         args: as for `Trainer`.
         teacher: a frozen copy is taken (`selfkd.Teacher`); its inputs are the student's. It is in
-            no checkpoint.
+            no checkpoint. Of several, an ensemble, the logits are averaged; their hidden states and
+            attention are not compared.
         temperature: T, above 0.
         alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
             is still asked, for soft_loss in the log.
+        average: of an ensemble's `probabilities` or `logits`.
         hidden_weight: of the mean squared error of hidden states, at least 0.
         cosine_weight: of 1 - cos of the student's last hidden states and the teacher's, at least 0.
         attention_weight: of the mean squared error of attention probabilities, at least 0. Both
@@ -116,9 +120,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         model: PreTrainedModel,
         args: TrainingArguments,
         *,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | Sequence[PreTrainedModel],
         temperature: float = 2.0,
         alpha: float = 0.5,
+        average: Average = "probabilities",
         hidden_weight: float = 0.0,
         cosine_weight: float = 0.0,
         attention_weight: float = 0.0,
@@ -133,7 +138,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        check_settings(temperature, alpha, "probabilities", 0.0)
+        check_settings(temperature, alpha, average, 0.0)
+        teachers = list(teacher) if isinstance(teacher, Sequence) else [teacher]
         self.weights = {
             "hidden": hidden_weight, "cosine": cosine_weight, "attention": attention_weight
         }  # fmt: skip
@@ -141,9 +147,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}_weight must be >= 0 and finite, got {weight}")
         self.temperature, self.alpha, self.shift_labels = temperature, alpha, shift_labels
-        self.layer_map = (
-            _layer_map(model, teacher, layer_map) if any(self.weights.values()) else None
-        )
+        self.average = average
+        self.layer_map = None
+        if any(self.weights.values()):
+            if len(teachers) != 1:
+                raise ValueError(
+                    "teacher must be one model where hidden states or attention are compared, got "
+                    f"{len(teachers)}"
+                )
+            self.layer_map = _layer_map(model, teachers[0], layer_map)
         self.projection: Projection | None = None
         super().__init__(
             model=model,
@@ -158,9 +170,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._check_devices()
-        self.teacher = Teacher(teacher).to(self.args.device)
+        self.teacher: Teacher | Ensemble = (
+            Ensemble(teachers) if len(teachers) != 1 else Teacher(teachers[0])
+        ).to(self.args.device)
         if hidden_weight or cosine_weight:
-            self._make_projection(teacher)
+            self._make_projection(teachers[0])
         self._wanted = {
             "return_dict": True,
             "output_hidden_states": bool(hidden_weight or cosine_weight),
@@ -245,11 +259,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         whole = num_items_in_batch if model.training else None
         labels, tokens_part, pairs_part = self._parts(inputs, whole)
         targets = self._targets(inputs)
-        student_logits, teacher_logits, targets = (
-            # of a row with one label as of a sequence of one token
-            tensor[:, None] if targets.ndim == 1 else tensor
-            for tensor in (outputs.logits, answers.logits, targets)
-        )
+        teacher_logits = answers[0].logits
+        if len(answers) > 1:
+            teacher_logits = torch.stack([answer.logits for answer in answers])
+        student_logits = outputs.logits
+        if targets.ndim == 1:  # a row with one label is a sequence of one token
+            student_logits, targets = student_logits[:, None], targets[:, None]
+            teacher_logits = teacher_logits.unsqueeze(-2)
         terms = sequence_terms(
             student_logits,
             teacher_logits,
@@ -257,10 +273,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             temperature=self.temperature,
             alpha=self.alpha,
             label_smoothing=self.args.label_smoothing_factor,
+            average=self.average,
             normalizer=labels,
         )._asdict()
         loss = terms.pop("loss")
-        for name, term in self._feature_terms(outputs, answers, inputs.get("attention_mask")):
+        for name, term in self._feature_terms(outputs, answers[0], inputs.get("attention_mask")):
             terms[f"{name}_loss"] = term * (pairs_part if name == "attention" else tokens_part)
             loss = loss + self.weights[name] * terms[f"{name}_loss"]
         if whole is not None and self.args.average_tokens_across_devices:
@@ -273,9 +290,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         left_out = ("hidden_states", "attentions")
         return loss, {name: value for name, value in outputs.items() if name not in left_out}
 
-    def _ask(self, inputs: Mapping[str, Any]) -> Any:
+    def _ask(self, inputs: Mapping[str, Any]) -> list[Any]:
+        members = self.teacher.members if isinstance(self.teacher, Ensemble) else [self.teacher]
         with torch.no_grad(), self.accelerator.autocast():
-            return self.teacher.module.eval()(**inputs, **self._wanted)
+            return [member.module.eval()(**inputs, **self._wanted) for member in members]
 
     def _targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Labels `[batch]` or `[batch, length]`, each at the place of the logits that give it."""

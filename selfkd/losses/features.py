@@ -7,7 +7,9 @@ detached; only `crd_loss` says otherwise. Gradients are finite also where a tens
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -530,11 +532,12 @@ def hidden_state_loss(
         raise ValueError(
             f"layer_map must be of layers in [0, {len(teacher_states)}), got {list(layer_map)}"
         )
-    losses = [
+    losses = (
         _token_mean_square(student, teacher_states[layer], mask)
         for student, layer in zip(student_states, layer_map, strict=True)
-    ]
-    return sum(losses[1:], losses[0]) / len(losses)
+    )
+    # one by one, so that in the backward pass a layer's gradient is added while it is in cache
+    return functools.reduce(operator.add, losses) / len(student_states)
 
 
 def cosine_embedding(

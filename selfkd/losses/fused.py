@@ -137,11 +137,11 @@ def _losses_and_gradient(
         else:
             _mix(teacher, shares, scale, work=here[1:], out=p_t)
             torch.log2(p_t, out=p_1)
-            total_t.fill_(1)
+            torch.mul(p_t[:, :1], 0, out=total_t).add_(1)  # NaN where a member's is
         torch.gather(p_s, 1, label, out=log_y)
         if label_smoothing:
             log_y.lerp_(p_s.mean(-1, True), label_smoothing)
-        torch.nansum(p_1.sub_(p_s).mul_(p_t), -1, True, out=cross)  # 0 log 0 = 0
+        torch.nansum(p_1.sub_(p_s).mul_(p_t), -1, True, out=cross)  # 0 log 0 = 0; NaN is in total_t
         torch.sum(torch.mul(p_s, temperature, out=p_1).exp2_(), -1, True, out=total_1)
         torch.sum(p_s.exp2_(), -1, True, out=total_s)
         p_s.mul_(total_s.reciprocal().mul_(soft_weight))

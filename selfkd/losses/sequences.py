@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -11,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfkd.losses.distillation import (
+    Average,
     DistillationTerms,
+    check_labels,
     check_settings,
-    distillation_terms,
     hard_loss,
+    is_nan,
+    unchecked_terms,
 )
 from selfkd.losses.fused import weigh
-from selfkd.losses.sparse import SparseLogits, check_sparse, sparse_terms
+from selfkd.losses.sparse import SparseLogits, check_sparse, unchecked_sparse_terms
 
 
 class SampledTargets(NamedTuple):
@@ -37,10 +41,27 @@ class SampledTargets(NamedTuple):
         return _each(self, lambda tensor: tensor.to(device))
 
 
-TokenTeacher = Tensor | SparseLogits | SampledTargets
-"""`[batch, length, vocabulary]`, or `[batch, length, k]` of those that know less."""
+class LinearLogits(NamedTuple):
+    """A teacher's logits `hidden @ weight.T + bias`, made chunk by chunk, never held as a whole."""
 
-_Teacher = TypeVar("_Teacher", Tensor, SparseLogits, SampledTargets, TokenTeacher)
+    hidden: Tensor
+    """`[batch, length, width]`, of its last layer."""
+    weight: Tensor
+    """`[vocabulary, width]`, of its linear head."""
+    bias: Tensor | None = None
+    """`[vocabulary]`."""
+
+    def to(self, device: torch.device | str | int) -> LinearLogits:
+        """Return a copy on `device`."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return LinearLogits(self.hidden.to(device), self.weight.to(device), bias)
+
+
+TokenTeacher = Tensor | SparseLogits | SampledTargets | LinearLogits
+"""`[batch, length, vocabulary]`, or `[batch, length, k]` of those that know less. Of an ensemble
+logits, or the largest of them, may be `[members, batch, length, ...]`."""
+
+_Teacher = TypeVar("_Teacher", Tensor, SparseLogits, SampledTargets, LinearLogits, TokenTeacher)
 _Rows = Tensor | slice
 
 
@@ -48,6 +69,8 @@ class _Settings(NamedTuple):
     temperature: float
     alpha: float
     label_smoothing: float
+    average: Average
+    weights: Sequence[float] | Tensor | None
 
 
 def sequence_terms(
@@ -60,6 +83,8 @@ def sequence_terms(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     label_smoothing: float = 0.0,
+    average: Average = "probabilities",
+    weights: Sequence[float] | Tensor | None = None,
     normalizer: float | Tensor | None = None,
     chunk: int = 64,
 ) -> DistillationTerms:
@@ -80,14 +105,17 @@ def sequence_terms(
     Args:
         student_logits: `[batch, length, vocabulary]`, floating point. Computed in float32 or
             wider.
-        teacher: logits `[batch, length, vocabulary]`, `SparseLogits` `[batch, length, k]`, or
-            `SampledTargets` `[batch, length, samples]` drawn at this T. Never gets a gradient.
+        teacher: logits `[batch, length, vocabulary]`, `SparseLogits` `[batch, length, k]`, either
+            also `[members, ...]` of an ensemble, `LinearLogits`, or `SampledTargets`
+            `[batch, length, samples]` drawn at this T. Never gets a gradient.
         labels: the token to follow, `[batch, length]`, int64.
         temperature: T, above 0.
         alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
         ignore_index: the label of tokens that are not valid: they enter neither term.
         mask: `[batch, length]`, bool: true for tokens that count, if their labels do.
         label_smoothing: of the hard term, in [0, 1].
+        average: of an ensemble's `probabilities` or `logits`.
+        weights: of the ensemble's members in that average, with sum 1.
         normalizer: what takes the place of n, above 0.
         chunk: tokens computed at once, at least 1.
 
@@ -95,7 +123,8 @@ def sequence_terms(
         Scalars of at least float32, 0 where no token is valid. Only `loss` carries the graph.
 
     Raises:
-        ValueError: a setting out of range, shapes that do not match, a label out of range.
+        ValueError: a setting out of range, shapes that do not match, a label out of range, a
+            teacher's NaN (values are looked at on the CPU only).
         TypeError: logits that are not floating point, labels that are not int64.
         RuntimeError: in backward, where the gradient is asked for twice or differentiated.
 
@@ -109,7 +138,7 @@ def sequence_terms(
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
         https://arxiv.org/abs/1503.02531
     """
-    settings = _Settings(temperature, alpha, label_smoothing)
+    settings = _Settings(temperature, alpha, label_smoothing, average, weights)
     if student_logits.ndim != 3 or not student_logits.is_floating_point():
         raise ValueError(
             "student_logits must be floating-point [batch, length, vocabulary], got "
@@ -144,6 +173,8 @@ def linear_sequence_terms(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     label_smoothing: float = 0.0,
+    average: Average = "probabilities",
+    weights: Sequence[float] | Tensor | None = None,
     normalizer: float | Tensor | None = None,
     chunk: int = 64,
 ) -> DistillationTerms:
@@ -151,7 +182,11 @@ def linear_sequence_terms(
 
     A chunk's logits are made, used for the loss and the gradients of `hidden`, `weight` and `bias`,
     and dropped. The extra memory is these gradients, in float32 or wider, and work for one chunk;
-    it does not grow with length times vocabulary.
+    it does not grow with length times vocabulary. With `LinearLogits` as teacher nothing does.
+
+    There, on a GPU, in float32 without autocast, without label smoothing and with a gradient,
+    `liger-kernel` does it if installed (`selfkd[liger]`): its loss is this one. In half precision
+    it takes the divergence in that precision too, so there it is not used.
 
     Args:
         hidden: `[batch, length, width]`, of the model's last layer.
@@ -164,6 +199,8 @@ def linear_sequence_terms(
         ignore_index: the label of tokens that are not valid.
         mask: `[batch, length]`, bool.
         label_smoothing: of the hard term, in [0, 1].
+        average: of an ensemble's `probabilities` or `logits`.
+        weights: of the ensemble's members in that average, with sum 1.
         normalizer: what takes the place of the number of valid tokens, above 0.
         chunk: tokens computed at once, at least 1.
 
@@ -190,7 +227,7 @@ def linear_sequence_terms(
         Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024,
         https://arxiv.org/abs/2410.10989
     """
-    settings = _Settings(temperature, alpha, label_smoothing)
+    settings = _Settings(temperature, alpha, label_smoothing, average, weights)
     if hidden.ndim != 3 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "hidden must be [batch, length, width] and weight [vocabulary, width], got "
@@ -201,6 +238,14 @@ def linear_sequence_terms(
     like = hidden.detach()[..., :1].expand(*hidden.shape[:2], len(weight))  # of the logits' shape
     tokens = _Tokens(like, teacher, labels, ignore_index, mask, settings, normalizer)
     inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if (
+        needs_gradient
+        and isinstance(teacher, LinearLogits)
+        and len(tokens.rows)
+        and liger_fits(*inputs, *teacher, label_smoothing=label_smoothing)
+    ):
+        return _liger_terms(hidden, weight, bias, teacher, tokens)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     flat, head, *shift = (tensor.detach().to(dtype) for tensor in inputs)
@@ -210,7 +255,7 @@ def linear_sequence_terms(
     def logits_of(rows: _Rows) -> Tensor:
         return F.linear(flat[rows], head, *shift).to(wide)
 
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+    if not needs_gradient:
         return tokens.terms(logits_of, None, chunk)
     gradients = [
         torch.zeros_like(cast, dtype=torch.promote_types(tensor.dtype, wide))
@@ -236,6 +281,45 @@ def linear_sequence_terms(
             gradient.div_(tokens.count)
     loss = _GradientsAtHand.apply(terms.loss, gradients, *inputs)
     return terms._replace(loss=loss)
+
+
+def liger_fits(*tensors: Tensor | None, label_smoothing: float = 0.0) -> bool:
+    """Whether `liger-kernel` is there for these tensors, and its loss equals `sequence_terms`.
+
+    >>> liger_fits(torch.ones(1, 2, 3), torch.ones(4, 3))  # not on a GPU
+    False
+    """
+    return (
+        label_smoothing == 0
+        and all(t.is_cuda and t.dtype == torch.float32 for t in tensors if t is not None)
+        and not torch.is_autocast_enabled("cuda")
+        and importlib.util.find_spec("liger_kernel") is not None
+    )
+
+
+def _liger_terms(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: LinearLogits, tokens: _Tokens
+) -> DistillationTerms:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    temperature, alpha = tokens.settings.temperature, tokens.settings.alpha
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=1 - alpha,
+        weight_soft_loss=alpha * temperature**2,  # its soft loss is without T^2
+        beta=0.0,  # the end at which its divergence is KL(p_t || p_s)
+        temperature=temperature,
+        compiled=hidden.is_cuda,
+        return_soft_hard_loss=True,
+    )
+    student, states = (h.flatten(0, 1)[tokens.rows] for h in (hidden, teacher.hidden.detach()))
+    labels = tokens.labels[tokens.rows]
+    total, soft, hard = loss(
+        student, weight, states, teacher.weight.detach(), labels, bias, teacher.bias
+    )
+    share = len(tokens.rows) / tokens.count  # it takes the mean
+    return DistillationTerms(
+        total * share, hard.detach() * share, temperature**2 * soft.detach() * share
+    )
 
 
 def sampled_targets(
@@ -302,12 +386,14 @@ class _Tokens:
         normalizer: float | Tensor | None,
     ) -> None:
         check_settings(
-            settings.temperature, settings.alpha, "probabilities", settings.label_smoothing
+            settings.temperature, settings.alpha, settings.average, settings.label_smoothing
         )
-        _check_teacher(teacher, student_logits, settings.temperature)
+        _check_teacher(teacher, student_logits, settings)
         shape = student_logits.shape[:2]
         if labels.shape != shape:
             raise ValueError(f"labels must be {list(shape)}, got {list(labels.shape)}")
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be class indices of torch.int64, got {labels.dtype}")
         if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
             raise ValueError(
                 f"mask must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}"
@@ -318,11 +404,14 @@ class _Tokens:
         if mask is not None:
             valid = valid & mask
         self.rows = valid.flatten().nonzero()[:, 0]
-        self.all = valid.numel()
+        self.shape = shape
         self.count = max(1, len(self.rows)) if normalizer is None else normalizer
-        self.teacher = _each(teacher, lambda tensor: tensor.detach().flatten(0, 1))
+        self.axis = int(_has_members(teacher))  # of the tokens
+        self.teacher = _each(teacher, lambda t: t.detach().flatten(self.axis, self.axis + 1))
         self.labels = labels.flatten()
         self.settings = settings
+        if len(self.rows):
+            check_labels(self.labels[self.rows], student_logits.shape[-1])
 
     def terms(
         self,
@@ -345,21 +434,46 @@ class _Tokens:
                 (gradient,) = torch.autograd.grad(terms.loss, logits)
                 collect(rows, gradient.mul_(len(logits)))
         hard, soft = (sums / self.count).to(dtype).unbind()
+        if is_nan(soft):
+            self._check_no_nan()
         return DistillationTerms(weigh(hard, soft, self.settings.alpha), hard, soft)
 
     def _chunks(self, chunk: int) -> Sequence[_Rows]:
-        if len(self.rows) == self.all:  # views, where an index would copy
-            return [slice(start, start + chunk) for start in range(0, self.all, chunk)]
+        if len(self.rows) == len(self.labels):  # views, where an index would copy
+            return [slice(start, start + chunk) for start in range(0, len(self.rows), chunk)]
         return torch.split(self.rows, chunk) if len(self.rows) else ()
 
     def _of_chunk(self, logits: Tensor, rows: _Rows) -> DistillationTerms:
-        teacher, labels = _each(self.teacher, lambda tensor: tensor[rows]), self.labels[rows]
+        place = (slice(None),) * self.axis + (rows,)
+        teacher, labels = _each(self.teacher, lambda tensor: tensor[place]), self.labels[rows]
         settings = self.settings._asdict()
-        if isinstance(teacher, SparseLogits):
-            return sparse_terms(logits, teacher, labels, **settings)
         if isinstance(teacher, SampledTargets):
             return _sampled_terms(logits, teacher, labels, self.settings)
-        return distillation_terms(logits, teacher, labels, **settings)
+        if isinstance(teacher, SparseLogits):
+            del settings["average"]
+            return unchecked_sparse_terms(logits, teacher, labels, **settings)
+        if isinstance(teacher, LinearLogits):
+            with torch.no_grad():
+                teacher = F.linear(*teacher)
+        return unchecked_terms(logits, teacher, labels, **settings)
+
+    def _check_no_nan(self) -> None:
+        """Raise ValueError for a teacher's NaN, naming the token."""
+        found = torch.zeros_like(self.labels, dtype=torch.bool)
+
+        def look(tensor: Tensor) -> Tensor:
+            others = tuple(dim for dim in range(tensor.ndim) if dim != self.axis)
+            nan = tensor.isnan()
+            found.logical_or_(nan.any(others) if others else nan)
+            return tensor
+
+        _each(self.teacher, look)
+        rows = self.rows[found[self.rows]]
+        if len(rows):
+            row, token = divmod(int(rows[0]), self.shape[1])
+            raise ValueError(
+                f"teacher must have numbers for soft_loss, got nan in token {token} of row {row}"
+            )
 
 
 def _sampled_terms(
@@ -373,21 +487,33 @@ def _sampled_terms(
 
 
 def _each(teacher: _Teacher, change: Callable[[Tensor], Tensor]) -> _Teacher:
+    """Return the teacher with its tensors of tokens changed."""
     if isinstance(teacher, Tensor):
         return change(teacher)
     if isinstance(teacher, SparseLogits):
         return SparseLogits(*map(change, teacher))
+    if isinstance(teacher, LinearLogits):
+        return teacher._replace(hidden=change(teacher.hidden))
     indices, weights, log_p, temperature = teacher
     return SampledTargets(change(indices), change(weights), change(log_p), temperature)
 
 
-def _check_teacher(teacher: TokenTeacher, student_logits: Tensor, temperature: float) -> None:
+def _has_members(teacher: TokenTeacher) -> bool:
+    if isinstance(teacher, SparseLogits):
+        return teacher.values.ndim == 4
+    return isinstance(teacher, Tensor) and teacher.ndim == 4
+
+
+def _check_teacher(teacher: TokenTeacher, student_logits: Tensor, settings: _Settings) -> None:
     shape = list(student_logits.shape)
+    if settings.weights is not None and not _has_members(teacher):
+        raise ValueError("weights must be None where teacher is not [members, ...], got some")
     if isinstance(teacher, SparseLogits):
         check_sparse(teacher, student_logits)
-        if teacher.values.ndim != 3:
+        if _has_members(teacher) and settings.average == "logits":
             raise ValueError(
-                f"teacher must be one, [batch, length, k], got {list(teacher.values.shape)}"
+                "average must be 'probabilities' where teacher is SparseLogits of several "
+                "members, got 'logits'"
             )
     elif isinstance(teacher, SampledTargets):
         shapes = {tensor.shape for tensor in teacher[:3]}
@@ -396,14 +522,25 @@ def _check_teacher(teacher: TokenTeacher, student_logits: Tensor, temperature: f
                 f"teacher must be sampled {[*shape[:2], 'samples']}, got "
                 f"{[list(tensor.shape) for tensor in teacher[:3]]}"
             )
-        if teacher.temperature != temperature:
+        if teacher.temperature != settings.temperature:
             raise ValueError(
                 f"temperature must be that of the sampled targets, {teacher.temperature}, got "
-                f"{temperature}"
+                f"{settings.temperature}"
             )
-    elif list(teacher.shape) != shape:
+    elif isinstance(teacher, LinearLogits):
+        hidden, weight, bias = teacher
+        width = weight.shape[-1]
+        if list(hidden.shape) != [*shape[:2], width] or list(weight.shape) != [shape[2], width]:
+            raise ValueError(
+                f"teacher must have hidden {[*shape[:2], 'width']} and weight "
+                f"{[shape[2], 'width']}, got {list(hidden.shape)} and {list(weight.shape)}"
+            )
+        if bias is not None and list(bias.shape) != shape[2:]:
+            raise ValueError(f"teacher must have bias {shape[2:]}, got {list(bias.shape)}")
+    elif list(teacher.shape[-3:]) != shape or teacher.ndim > 4 or not len(teacher):
         raise ValueError(
-            f"teacher must be {shape} as the student's logits are, got {list(teacher.shape)}"
+            f"teacher must be {shape} as the student's logits are, or that for each of the "
+            f"members, got {list(teacher.shape)}"
         )
 
 

@@ -15,6 +15,7 @@ from selfkd.losses.distillation import (
     check_settings,
     check_weights,
     hard_loss,
+    is_nan,
 )
 from selfkd.losses.fused import weigh
 
@@ -121,8 +122,33 @@ def sparse_terms(
         https://arxiv.org/abs/1503.02531
     """
     check_settings(temperature, alpha, "probabilities", label_smoothing)
-    hard = hard_loss(student_logits, labels, label_smoothing=label_smoothing)
     check_sparse(teacher, student_logits)
+    terms = unchecked_sparse_terms(
+        student_logits,
+        teacher,
+        labels,
+        temperature=temperature,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        weights=weights,
+    )
+    if is_nan(terms.soft_loss):
+        _check_no_nan(teacher)
+    return terms
+
+
+def unchecked_sparse_terms(
+    student_logits: Tensor,
+    teacher: SparseLogits,
+    labels: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float = 0.0,
+    weights: Sequence[float] | Tensor | None = None,
+) -> DistillationTerms:
+    """`sparse_terms` of a teacher that fits; its NaN is one of the soft loss."""
+    hard = hard_loss(student_logits, labels, label_smoothing=label_smoothing)
     shares: Sequence[float] = [1.0]
     if weights is not None:
         shares = check_weights(weights, teacher.values)
@@ -161,7 +187,15 @@ def bucket_divergence(log_p_s: Tensor, teacher: SparseLogits, temperature: float
         log_q_s = torch.cat([log_q_s, masked.logsumexp(-1, keepdim=True)], dim=-1)
     log_q_t = F.log_softmax(z_t, dim=-1)
     q_t = log_q_t.exp()
-    return torch.where(q_t > 0, q_t * (log_q_t - log_q_s), 0.0).sum(-1)  # 0 log 0 = 0
+    return torch.where(q_t == 0, 0.0, q_t * (log_q_t - log_q_s)).sum(-1)  # 0 log 0 = 0, NaN stays
+
+
+def _check_no_nan(teacher: SparseLogits) -> None:
+    rows = (teacher.values.isnan().any(dim=-1) | teacher.rest.isnan()).nonzero()
+    if len(rows):
+        *member, row = rows[0].tolist()
+        of = f" of member {member[0]}" if member else ""
+        raise ValueError(f"teacher must have numbers for soft_loss, got nan in row {row}{of}")
 
 
 def check_sparse(teacher: SparseLogits, student_logits: Tensor) -> None:

@@ -26,6 +26,7 @@ from selfkd.integrations.transformers import (  # noqa: E402
     DistillationTrainer,
     start_from_teacher,
 )
+from selfkd.losses import distillation_terms  # noqa: E402
 
 VOCABULARY, CLASSES = 64, 4
 EVERY_TERM = {
@@ -378,6 +379,65 @@ def test_attention_needs_eager_models(tmp_path: Path) -> None:
 def test_faults_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(make_bert(layers=2), make_bert(layers=4), [], tmp_path, settings=settings)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.parametrize("case", ["SequenceClassification", "gpt2"])
+def test_several_teachers_are_one_by_their_average(case: str, average: str, tmp_path: Path) -> None:
+    student, teacher = models(case)
+    other = copy.deepcopy(teacher)
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    settings = {"temperature": 3.0, "alpha": 1.0, "average": average}
+    trainer = make_trainer(student, [teacher, other], rows_of(case), tmp_path, settings=settings)
+    inputs = collate(rows_of(case))
+    loss = trainer.compute_loss(student, inputs)
+    with torch.no_grad():
+        asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        z_s, *z_t = (model.eval()(**asked).logits for model in (student, teacher, other))
+    labels = inputs["labels"]
+    if case == "gpt2":
+        z_s, z_t, labels = z_s[:, :-1], [z[:, :-1] for z in z_t], labels[:, 1:]
+    terms = distillation_terms(
+        z_s[labels != -100], torch.stack([z[labels != -100] for z in z_t]), labels[labels != -100],
+        temperature=3.0, alpha=1.0, average=average,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, terms.loss)
+    trainer.train()
+    assert trainer.state.log_history[0]["soft_loss"] > 0
+
+
+def test_several_teachers_have_logits_only(tmp_path: Path) -> None:
+    student, teacher = models("SequenceClassification")
+    with pytest.raises(ValueError, match=r"teacher must be one model where .* are compared, got 2"):
+        make_trainer(student, [teacher, teacher], [], tmp_path)
+
+
+def test_it_is_a_mixin_for_other_trainers(tmp_path: Path) -> None:
+    class Mine(DistillationTrainer, transformers.Seq2SeqTrainer):  # type: ignore[misc]
+        pass
+
+    torch.manual_seed(0)
+    student, teacher = (
+        transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+                decoder_start_token_id=0,
+            )
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    args = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", logging_steps=1,
+        disable_tqdm=True, save_strategy="no", predict_with_generate=True,
+    )  # fmt: skip
+    rows = make_rows(8, tokens=True)
+    trainer = Mine(
+        student, args, teacher=teacher, data_collator=collate, train_dataset=rows, eval_dataset=rows
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["soft_loss"] > 0
+    assert trainer.predict(rows, max_length=5).predictions.shape[0] == 8  # generated
 
 
 def test_inputs_must_have_labels(tmp_path: Path) -> None:

@@ -560,14 +560,39 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
         ({"labels": torch.tensor([0, -100, 2, 0])}, r"labels must be in \[0, 3\), got -100"),
     ],
 )
-def test_tensors_that_do_not_match(arguments: dict[str, Tensor], message: str) -> None:
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_tensors_that_do_not_match(
+    arguments: dict[str, Tensor], message: str, with_gradient: bool
+) -> None:
     good = {
         "student_logits": torch.zeros(4, 3),
         "teacher_logits": torch.zeros(4, 3),
         "labels": torch.zeros(4, dtype=torch.int64),
-    }
+    } | arguments
+    good["student_logits"] = good["student_logits"].clone().requires_grad_(with_gradient)
     with pytest.raises(ValueError, match=message):
-        distillation_terms(**good | arguments, temperature=2.0, alpha=0.5)
+        distillation_terms(**good, temperature=2.0, alpha=0.5)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.parametrize("members", [None, 1, 3])
+def test_nan_of_the_teacher_is_named_by_its_row(
+    members: int | None, average: Any, with_gradient: bool
+) -> None:
+    student, teacher, labels = make_batch(4, 3, members)
+    student = student.detach().requires_grad_(with_gradient)
+    loss = partial(distillation_terms, temperature=2.0, alpha=0.5, average=average)
+    teacher[..., 0, 0] = -torch.inf  # impossible, no fault
+    loss(student, teacher, labels)
+    member = "" if members is None else f" of member {members - 1}"
+    (teacher if members is None else teacher[-1])[2, 1] = torch.nan
+    with pytest.raises(
+        ValueError, match=f"teacher_logits must be numbers for soft_loss, got nan in row 2{member}$"
+    ):
+        loss(student, teacher, labels)
+    teacher = teacher.nan_to_num()  # a student that diverged is not the teacher's fault
+    assert loss(student.detach().fill_(torch.nan), teacher, labels).loss.isnan()
 
 
 def test_types_that_do_not_fit() -> None:

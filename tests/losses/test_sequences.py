@@ -15,7 +15,9 @@ from torch import Tensor
 
 from selfkd.losses import sequences
 from selfkd.losses.sequences import (
+    LinearLogits,
     SampledTargets,
+    liger_fits,
     linear_sequence_terms,
     sampled_targets,
     sequence_terms,
@@ -224,6 +226,48 @@ def test_drawn_targets_are_drawn_from_the_power() -> None:
     assert targets.to("meta").weights.device.type == "meta"
 
 
+# --- an ensemble -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, [0.2, 0.5, 0.3], [0.0, 1.0, 0.0]])
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_members_are_averaged_token_by_token(
+    masked: bool, average: Any, weights: list[float] | None
+) -> None:
+    student, one, labels, mask = make_batch()
+    members = torch.stack([one, one.flip(-1), one.roll(1, -1) * 3])
+    shares = np.array(weights or [1 / 3] * 3)[:, None, None, None]
+    if average == "logits":
+        teacher = torch.from_numpy((shares * members.numpy()).sum(0))
+    else:  # logits at T that have the mean of the members' probabilities
+        p = (shares * softmax(members.numpy() / 3, axis=-1)).sum(0)
+        teacher = torch.from_numpy(3 * np.log(p))
+    if not masked:
+        labels, mask = labels.clamp(min=0), torch.ones_like(mask)
+    expected, hard, soft, gradient = reference(
+        student, teacher, labels, (labels != -100) & mask, **SETTINGS
+    )
+    settings = SETTINGS | {"average": average, "weights": weights, "mask": mask, "chunk": 3}
+    terms = sequence_terms(student, members, labels, **settings)
+    np.testing.assert_allclose([term.item() for term in terms], [expected, hard, soft], rtol=1e-12)
+    np.testing.assert_allclose(gradient_of(terms.loss, student), gradient, atol=1e-14)
+
+
+def test_the_largest_logits_of_members() -> None:
+    student, one, labels, mask = make_batch()
+    sparse = sparsify(torch.stack([one, one.flip(-1)]), 3)
+    valid = (labels != -100) & mask
+    picked = SparseLogits(*(tensor[:, valid] for tensor in sparse))
+    weights = [0.3, 0.7]
+    expected = sparse_terms(student[valid], picked, labels[valid], weights=weights, **SETTINGS)
+    terms = sequence_terms(student, sparse, labels, mask=mask, weights=weights, **SETTINGS)
+    torch.testing.assert_close(tuple(terms), tuple(expected))
+    torch.testing.assert_close(
+        gradient_of(terms.loss, student), gradient_of(expected.loss, student)
+    )
+
+
 # --- the fused head ----------------------------------------------------------------------------
 
 
@@ -278,6 +322,86 @@ def test_fused_head_in_autocast() -> None:
         torch.testing.assert_close(gradient, other, rtol=0.03, atol=0.005)
 
 
+def make_linear_teacher(dtype: torch.dtype = torch.float64) -> LinearLogits:
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((BATCH, LENGTH, WIDTH + 1), (VOCABULARY, WIDTH + 1), (VOCABULARY,))
+    return LinearLogits(
+        *(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    )
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_a_teacher_s_head_equals_its_logits(chunk: int) -> None:
+    _, _, labels, mask = make_batch()
+    inputs, teacher = make_head(), make_linear_teacher()
+    for tensor in teacher:
+        assert tensor is not None
+        tensor.requires_grad_()
+    settings = SETTINGS | {"bias": inputs[2], "mask": mask, "chunk": chunk}
+    loss = partial(linear_sequence_terms, *inputs[:2], labels=labels, **settings)
+    expected, actual = loss(teacher=F.linear(*teacher)), loss(teacher=teacher)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.loss, inputs), torch.autograd.grad(expected.loss, inputs)
+    )
+    assert all(tensor.grad is None for tensor in teacher if tensor is not None)
+    assert teacher.to("meta").weight.device.type == "meta"
+
+
+LIGER_SETTINGS: dict[str, Any] = {"temperature": 3.0, "alpha": 0.6}
+
+
+@pytest.mark.parametrize("normalizer", [None, 17])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_liger_kernel_has_the_same_loss(with_bias: bool, normalizer: int | None) -> None:
+    """Its own code, which runs on a CPU if it is not compiled."""
+    pytest.importorskip("liger_kernel")
+    _, _, labels, mask = make_batch()
+    hidden, weight, bias = (tensor.detach().float().requires_grad_() for tensor in make_head())
+    teacher = make_linear_teacher(torch.float32)
+    inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
+    teacher = teacher if with_bias else teacher._replace(bias=None)
+    settings = LIGER_SETTINGS | {"bias": bias if with_bias else None, "mask": mask}
+    settings["normalizer"] = normalizer
+    expected = linear_sequence_terms(hidden, weight, teacher, labels, **settings)
+    tokens = sequences._Tokens(
+        F.linear(*inputs), teacher, labels, -100, mask,
+        sequences._Settings(3.0, 0.6, 0.0, "probabilities", None), normalizer,
+    )  # fmt: skip
+    actual = sequences._liger_terms(hidden, weight, settings["bias"], teacher, tokens)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
+    torch.testing.assert_close(
+        torch.autograd.grad(2 * actual.loss, inputs), torch.autograd.grad(2 * expected.loss, inputs)
+    )
+
+
+def test_liger_kernel_is_for_gpus_only() -> None:
+    hidden, weight, bias = make_head(torch.float32)
+    assert not liger_fits(hidden, weight, bias, *make_linear_teacher(torch.float32))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_liger_kernel_is_chosen_where_it_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel")
+    called = []
+    own = sequences._liger_terms
+    monkeypatch.setattr(sequences, "_liger_terms", lambda *a: called.append(1) or own(*a))
+    labels = make_batch()[2].cuda()
+    hidden, weight, _ = (t.detach().cuda().requires_grad_() for t in make_head(torch.float32))
+    teacher = make_linear_teacher(torch.float32).to("cuda")
+    loss = partial(linear_sequence_terms, hidden, weight, labels=labels, **LIGER_SETTINGS)
+    expected = loss(teacher=F.linear(*teacher))
+    assert not called
+    torch.testing.assert_close(tuple(loss(teacher=teacher)), tuple(expected))
+    assert len(called) == 1
+    loss(teacher=teacher, label_smoothing=0.1)
+    with torch.no_grad():
+        loss(teacher=teacher)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss(teacher=teacher)
+    assert len(called) == 1
+
+
 # --- precision, edges --------------------------------------------------------------------------
 
 
@@ -317,9 +441,29 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
             r"teacher must have values \[2, 5, 'k'\].*got \[2, 4, 2\]",
         ),
         (
-            {"teacher": sparsify(torch.zeros(3, 2, 5, 7), 2)},
-            r"teacher must be one, \[batch, length, k\], got \[3, 2, 5, 2\]",
+            {"teacher": sparsify(torch.zeros(3, 2, 5, 7), 2), "average": "logits"},
+            "average must be 'probabilities' where teacher is SparseLogits of several members",
         ),
+        ({"teacher": torch.zeros(3, 1, 2, 5, 7)}, r"teacher must be \[2, 5, 7\].*got \[3, 1, 2, 5"),
+        ({"teacher": torch.zeros(0, 2, 5, 7)}, r"each of the members, got \[0, 2, 5, 7\]"),
+        ({"weights": [1.0]}, r"weights must be None where teacher is not \[members, \.\.\.\]"),
+        (
+            {"teacher": torch.zeros(2, 2, 5, 7), "weights": [0.5, 0.6]},
+            "weights must be >= 0 and of sum 1, got",
+        ),
+        (
+            {"teacher": LinearLogits(torch.zeros(2, 5, 3), torch.zeros(6, 3))},
+            r"teacher must have hidden \[2, 5, 'width'\].*got \[2, 5, 3\] and \[6, 3\]",
+        ),
+        (
+            {"teacher": LinearLogits(torch.zeros(2, 4, 3), torch.zeros(7, 3))},
+            r"teacher must have hidden \[2, 5, 'width'\].*got \[2, 4, 3\] and \[7, 3\]",
+        ),
+        (
+            {"teacher": LinearLogits(torch.zeros(2, 5, 3), torch.zeros(7, 3), torch.zeros(6))},
+            r"teacher must have bias \[7\], got \[6\]",
+        ),
+        ({"average": "mean"}, "average must be 'probabilities' or 'logits', got 'mean'"),
         (
             {"teacher": sampled_targets(torch.zeros(2, 5, 7), 2, temperature=1.0)},
             r"temperature must be that of the sampled targets, 1\.0, got 2\.0",
@@ -337,6 +481,31 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> Non
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         sequence_terms(**arguments | changes)
+
+
+@pytest.mark.parametrize("kind", ["logits", "members", "largest", "drawn", "head"])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_nan_of_the_teacher_is_named_by_its_token(kind: str, with_gradient: bool) -> None:
+    student, teacher, labels, mask = make_batch()
+    student.requires_grad_(with_gradient)
+    head = make_linear_teacher()
+    teachers: dict[str, Any] = {
+        "logits": teacher,
+        "members": torch.stack([teacher, teacher]),
+        "largest": sparsify(teacher, 3),
+        "drawn": sampled_targets(teacher, 2, temperature=3.0),
+        "head": head,
+    }
+    one = teachers[kind]
+    tensor = {"logits": one, "members": one, "head": head.hidden}.get(kind)
+    if tensor is None:
+        tensor = one.values if kind == "largest" else one.log_p
+    tensor[..., 1, 2, 0] = torch.nan
+    tensor[..., 0, 1, 0] = torch.nan  # masked
+    with pytest.raises(ValueError, match="numbers for soft_loss, got nan in token 2 of row 1"):
+        sequence_terms(student, one, labels, mask=mask, chunk=2, **SETTINGS)
+    student = student.detach().fill_(torch.nan)
+    assert sequence_terms(student, teachers["logits"].nan_to_num(), labels, **SETTINGS)[2].isnan()
 
 
 def test_heads_and_draws_that_do_not_fit() -> None:
@@ -364,8 +533,8 @@ def test_no_chunk_is_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(len(logits))
         return terms_of(logits, *args, **settings)
 
-    terms_of = sequences.distillation_terms
-    monkeypatch.setattr(sequences, "distillation_terms", count)
+    terms_of = sequences.unchecked_terms
+    monkeypatch.setattr(sequences, "unchecked_terms", count)
     linear_sequence_terms(hidden, weight, teacher, labels, mask=mask, chunk=3, **SETTINGS)
     assert sizes == [3, 3]
     assert isinstance(sampled_targets(teacher, 1, temperature=1.0), SampledTargets)

@@ -316,5 +316,19 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
         sparse_terms(**arguments | changes)
 
 
+@pytest.mark.parametrize("members", [(), (2,)])
+@pytest.mark.parametrize("place", ["values", "rest"])
+def test_nan_of_the_teacher_is_named_by_its_row(place: str, members: tuple[int, ...]) -> None:
+    teacher = sparsify(torch.randn(*members, 4, 3), 2)
+    if place == "rest":
+        teacher.rest[..., 2] = torch.nan
+    else:
+        teacher.values[..., 2, 1] = torch.nan
+    message = "got nan in row 2" + (" of member 0$" if members else "$")
+    student, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        sparse_terms(student, teacher, labels, temperature=2.0, alpha=0.5)
+
+
 def test_moves_as_a_whole() -> None:
     assert {tensor.device.type for tensor in GOOD.to("meta")} == {"meta"}

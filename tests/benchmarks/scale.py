@@ -14,7 +14,6 @@ workers is printed apart: here all of them start on the cores of one machine.
 from __future__ import annotations
 
 import argparse
-import gc
 import heapq
 import os
 import random
@@ -86,7 +85,6 @@ class Watch:
         return lambda *_: None
 
     def generation_finished(self, result: Mapping[str, Any]) -> None:
-        gc.collect()
         self.walls.append(time.perf_counter() - self._begin)
         self.memory.append(self._process.memory_info().rss / 2**20)
         self.cpu.append(self._cpu())
@@ -95,6 +93,7 @@ class Watch:
 
 def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[str, float]:
     import ray
+    import scipy.stats  # noqa: F401 - the command, too, imports it while Ray starts
     from ray.cluster_utils import Cluster
 
     from selfkd.command import everyone

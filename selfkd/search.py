@@ -175,7 +175,8 @@ class _Desk(_Unsaved, FIFOScheduler):
         self.closed = False
         self.live: dict[str, Trial | None] = {}
         self._over: list[Trial] = []
-        self._released: dict[str, float] = {}  # jobs that a hold was ended for, and when
+        self._waiting: set[str] = set()  # jobs without a worker, when a hold last looked
+        self._released: dict[str, float] = {}  # those that a hold was ended for, and when
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closed:
@@ -234,17 +235,25 @@ class _Desk(_Unsaved, FIFOScheduler):
         live, now = self.live.items(), time.monotonic()
         running = {name for name, trial in live if trial and trial.status == Trial.RUNNING}
         self.warm = max(self.warm, len(running))
-        waiting = self.batch.running.keys() - running if self.batch else set()
+        jobs = self.batch.running if self.batch else {}
+        waiting = jobs.keys() - running
+        for name in self._waiting - waiting:
+            self._served(name)
+        self._waiting = waiting
         self._released = {
-            name: since
-            for name, since in self._released.items()
-            if name in waiting and now - since < RELEASE_SECONDS
+            name: since for name, since in self._released.items() if now - since < RELEASE_SECONDS
         }
-        unserved = waiting - self._released.keys()
-        if not unserved:
+        if len(self._released) >= len(waiting):
             return str(TrialScheduler.CONTINUE)
-        self._released[unserved.pop()] = now
+        first = next(name for name in jobs if name in waiting and name not in self._released)
+        self._released[first] = now
         return str(TrialScheduler.STOP)
+
+    def _served(self, name: str) -> None:
+        """Forget a release: a job has started, not always the one that it was meant for."""
+        if name not in self._released:
+            name = next(iter(self._released), "")
+        self._released.pop(name, None)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Row) -> None:
         job = self._job(trial)
@@ -257,7 +266,9 @@ class _Desk(_Unsaved, FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """A worker died: Tune repeats the trial, or tells the searcher that it gave up."""
-        self._released.pop(trial.trial_id, None)
+        if trial.trial_id in self._waiting:
+            self._waiting.remove(trial.trial_id)
+            self._served(trial.trial_id)
         if self.batch and self._job(trial):
             self.batch.scheduler.on_trial_error(tune_controller, trial)
 

@@ -170,9 +170,16 @@ def main() -> None:
     parser.add_argument("--mean", type=float, help="seconds of a trial; by default 0.5 to 10")
     args = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    paths = [HERE, str(Path(HERE).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        HERE,
+        str(Path(HERE).parent / "faults"),
+        str(Path(HERE).parents[1]),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    sys.path[:0] = paths[:2]
+    sys.path[:0] = paths[:3]
+    from nodes import apart
+
     print(f"{args.generations} generations of {args.trials} trials; {os.cpu_count()} cores\n")
     print(
         "slots  trial s   wall s  ideal s  used raw  wait at ends      USED  lost s/trial  "
@@ -181,7 +188,8 @@ def main() -> None:
     for slots in (int(text) for text in args.slots.split(",")):
         count = args.trials * args.generations
         mean = args.mean or min(10.0, max(0.5, 120 * slots / count))
-        row = measure(slots, trials=args.trials, generations=args.generations, mean=mean)
+        with apart():
+            row = measure(slots, trials=args.trials, generations=args.generations, mean=mean)
         print(
             f"{slots:5} {mean:8.1f} {row['wall']:8.1f} {row['ideal']:8.1f} {row['raw']:9.1%} "
             f"{row['tail']:13.1%} {row['used']:9.1%} {row['lost']:13.2f} {row['switch']:13.2f} "

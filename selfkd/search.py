@@ -37,6 +37,19 @@ RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above
 MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
 
 
+class _Parcel:
+    """A job on its way to a worker; a plain dict Tune would copy, flatten and print."""
+
+    def __init__(self, job: Job) -> None:
+        self.kind, self.payload = job.kind, dict(job.payload)
+
+    def __deepcopy__(self, memo: object) -> _Parcel:
+        return self
+
+    def __repr__(self) -> str:
+        return self.kind
+
+
 class Worker(tune.Trainable):
     """A warm process: `step` advances the generator that does the job."""
 
@@ -45,7 +58,7 @@ class Worker(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
-        self._job = new_config["job"]
+        self._job: _Parcel | None = new_config["job"]
         self._rows: Iterator[Row] | None = None
         self._seconds: float = new_config["report_seconds"]
         return True
@@ -57,7 +70,7 @@ class Worker(tune.Trainable):
         rows: list[Row] = []
         end = time.monotonic() + self._seconds
         try:
-            self._rows = self._rows or self._run_job(**self._job)
+            self._rows = self._rows or self._run_job(self._job.kind, self._job.payload)
             for row in self._rows:
                 rows.append(row)
                 if time.monotonic() >= end:
@@ -161,7 +174,9 @@ class _Desk(_Unsaved, FIFOScheduler):
         self.batch: _Batch | None = None
         self.closed = False
         self.live: dict[str, Trial | None] = {}
-        self._released: dict[str, float] = {}  # jobs that a hold was ended for, and when
+        self._over: list[Trial] = []
+        self._waiting: set[str] = set()  # jobs without a worker, when a hold last looked
+        self._released: dict[str, float] = {}  # those that a hold was ended for, and when
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closed:
@@ -171,9 +186,8 @@ class _Desk(_Unsaved, FIFOScheduler):
         if self.batch is not None and (job := self.batch.ask()) is not None:
             self.batch.running[trial_id] = job
             self.live[trial_id] = None
-            plain = {"kind": job.kind, "payload": dict(job.payload)}
             seconds = self.batch.report_seconds and self._at_least(self.batch.report_seconds)
-            return {"job": plain, "report_seconds": seconds}
+            return {"job": _Parcel(job), "report_seconds": seconds}
         if len(self.live) < self.warm:
             self.live[trial_id] = None
             return {"job": None, "report_seconds": self._at_least(HOLD_SECONDS)}
@@ -199,6 +213,8 @@ class _Desk(_Unsaved, FIFOScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         self.live[trial.trial_id] = trial
+        while self._over and self._over[0].status in (Trial.TERMINATED, Trial.ERROR):
+            _empty(self._over.pop(0))
         if self.batch and self._job(trial):
             self.batch.scheduler.on_trial_add(tune_controller, trial)
 
@@ -219,17 +235,25 @@ class _Desk(_Unsaved, FIFOScheduler):
         live, now = self.live.items(), time.monotonic()
         running = {name for name, trial in live if trial and trial.status == Trial.RUNNING}
         self.warm = max(self.warm, len(running))
-        waiting = self.batch.running.keys() - running if self.batch else set()
+        jobs = self.batch.running if self.batch else {}
+        waiting = jobs.keys() - running
+        for name in self._waiting - waiting:
+            self._served(name)
+        self._waiting = waiting
         self._released = {
-            name: since
-            for name, since in self._released.items()
-            if name in waiting and now - since < RELEASE_SECONDS
+            name: since for name, since in self._released.items() if now - since < RELEASE_SECONDS
         }
-        unserved = waiting - self._released.keys()
-        if not unserved:
+        if len(self._released) >= len(waiting):
             return str(TrialScheduler.CONTINUE)
-        self._released[unserved.pop()] = now
+        first = next(name for name in jobs if name in waiting and name not in self._released)
+        self._released[first] = now
         return str(TrialScheduler.STOP)
+
+    def _served(self, name: str) -> None:
+        """Forget a release: a job has started, not always the one that it was meant for."""
+        if name not in self._released:
+            name = next(iter(self._released), "")
+        self._released.pop(name, None)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Row) -> None:
         job = self._job(trial)
@@ -238,10 +262,13 @@ class _Desk(_Unsaved, FIFOScheduler):
             self.batch.scheduler.on_trial_complete(tune_controller, trial, result)
             self._end(trial.trial_id, error=result.get("error"))
         self.live.pop(trial.trial_id, None)
+        self._over.append(trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """A worker died: Tune repeats the trial, or tells the searcher that it gave up."""
-        self._released.pop(trial.trial_id, None)
+        if trial.trial_id in self._waiting:
+            self._waiting.remove(trial.trial_id)
+            self._served(trial.trial_id)
         if self.batch and self._job(trial):
             self.batch.scheduler.on_trial_error(tune_controller, trial)
 
@@ -364,6 +391,13 @@ class _StopWhenClosed(_Unsaved, tune.Stopper):
 
     def stop_all(self) -> bool:
         return self._desk.closed
+
+
+def _empty(trial: Trial) -> None:
+    """Take from a trial that is over what Tune would keep of it as long as the run lasts."""
+    trial.config, trial.evaluated_params = {}, {}
+    metadata = trial.run_metadata
+    metadata.metric_analysis, metadata.metric_n_steps, metadata.last_result = {}, {}, {}
 
 
 def _asha(early: EarlyStopping) -> TrialScheduler:

@@ -14,7 +14,6 @@ workers is printed apart: here all of them start on the cores of one machine.
 from __future__ import annotations
 
 import argparse
-import gc
 import heapq
 import os
 import random
@@ -86,7 +85,6 @@ class Watch:
         return lambda *_: None
 
     def generation_finished(self, result: Mapping[str, Any]) -> None:
-        gc.collect()
         self.walls.append(time.perf_counter() - self._begin)
         self.memory.append(self._process.memory_info().rss / 2**20)
         self.cpu.append(self._cpu())
@@ -95,6 +93,7 @@ class Watch:
 
 def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[str, float]:
     import ray
+    import scipy.stats  # noqa: F401 - the command, too, imports it while Ray starts
     from ray.cluster_utils import Cluster
 
     from selfkd.command import everyone
@@ -171,9 +170,16 @@ def main() -> None:
     parser.add_argument("--mean", type=float, help="seconds of a trial; by default 0.5 to 10")
     args = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    paths = [HERE, str(Path(HERE).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        HERE,
+        str(Path(HERE).parent / "faults"),
+        str(Path(HERE).parents[1]),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    sys.path[:0] = paths[:2]
+    sys.path[:0] = paths[:3]
+    from nodes import apart
+
     print(f"{args.generations} generations of {args.trials} trials; {os.cpu_count()} cores\n")
     print(
         "slots  trial s   wall s  ideal s  used raw  wait at ends      USED  lost s/trial  "
@@ -182,7 +188,8 @@ def main() -> None:
     for slots in (int(text) for text in args.slots.split(",")):
         count = args.trials * args.generations
         mean = args.mean or min(10.0, max(0.5, 120 * slots / count))
-        row = measure(slots, trials=args.trials, generations=args.generations, mean=mean)
+        with apart():
+            row = measure(slots, trials=args.trials, generations=args.generations, mean=mean)
         print(
             f"{slots:5} {mean:8.1f} {row['wall']:8.1f} {row['ideal']:8.1f} {row['raw']:9.1%} "
             f"{row['tail']:13.1%} {row['used']:9.1%} {row['lost']:13.2f} {row['switch']:13.2f} "

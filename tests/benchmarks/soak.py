@@ -30,8 +30,8 @@ from record import record  # noqa: E402
 
 SETTINGS = [
     "model.args={width: 8}",
-    "train.epochs=4",
-    "search.trials=3",
+    "train.epochs=3",
+    "search.trials=2",
     "targets.shard_size=200",
     "rounds=2",
 ]

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
+from nodes import Nodes, apart
 
 from selfkd.jobs import Batch, Job, Row
 from selfkd.search import Pool
@@ -17,40 +16,6 @@ from selfkd.trials import run_all
 
 ENTRY = "pool_jobs:run_job"
 PATIENCE = 120.0
-
-
-class Nodes:
-    """A cluster whose head has nothing to train on, and nodes with a GPU each."""
-
-    def __init__(self) -> None:
-        # a dead node is noticed sooner than by default, or these tests would take a minute more
-        quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick}
-        )
-        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="CRITICAL")
-        self._nodes: dict[str, Any] = {}
-
-    def add(self) -> str:
-        node = self._cluster.add_node(num_cpus=2, num_gpus=1)
-        self._nodes[node.node_id] = node
-        return str(node.node_id)
-
-    def lose(self, name: str) -> None:
-        """As when its machine is switched off."""
-        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
-
-    def have(self, count: int) -> list[str]:
-        """Add nodes or lose some until there are so many."""
-        while len(self._nodes) < count:
-            self.add()
-        while len(self._nodes) > count:
-            self.lose(next(iter(self._nodes)))
-        return list(self._nodes)
-
-    def close(self) -> None:
-        ray.shutdown()
-        self._cluster.shutdown()
 
 
 class Followed(Batch):
@@ -91,9 +56,11 @@ def train(count: int, **payload: Any) -> list[Job]:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    nodes = Nodes()
-    yield nodes
-    nodes.close()
+    with apart():
+        nodes = Nodes()
+        nodes.join()
+        yield nodes
+        nodes.close()
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +152,19 @@ def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool) -> None:
     assert [outcome.row["node"] for outcome in batch.outcomes] == [back] * 3
 
 
-def test_a_trial_outlives_any_number_of_nodes_as_long_as_it_gets_further(
-    nodes: Nodes, pool: Pool
+@pytest.mark.parametrize("losses", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_trial_outlives_its_nodes_as_long_as_it_gets_further(
+    nodes: Nodes, pool: Pool, losses: int
 ) -> None:
     """A retry is counted only where a worker died no later than one before it."""
-    batch = Followed(pool, train(1, epochs=200, pause=0.05))
-    for epochs in (5, 30, 60, 90):
+    nodes.have(1)
+    batch = Followed(pool, train(1, epochs=40 * losses, pause=0.05))
+    for reached in range(5, 30 * losses, 30):
         nodes.have(1)
-        until(lambda epochs=epochs: batch.rows and batch.rows[-1]["epoch"] > epochs)  # type: ignore[misc]
+        until(lambda reached=reached: bool(batch.rows) and batch.rows[-1]["epoch"] > reached)
         nodes.lose(batch.last_node("job 0"))
     nodes.have(1)
     batch.wait()
-    assert [row["epoch"] for row in batch.rows[-200:]] == list(range(1, 201))
+    epochs = [row["epoch"] for row in batch.rows]
+    assert epochs[-40 * losses :] == list(range(1, 40 * losses + 1))
+    assert epochs.count(1) == 1 + losses

@@ -22,6 +22,7 @@ from selfkd.files import save_text
 from selfkd.reporting.read import Run, read_run
 from selfkd.reporting.tables import Table
 from selfkd.reporting.watch import REPORT
+from selfkd.storage import as_path
 
 FAILED, USAGE = 1, 2
 COMPARISON = "comparison.html"
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read(names: Sequence[str]) -> list[Run]:
     """Read runs, each once, called by their paths where their names are the same."""
-    paths = list(dict.fromkeys(Path(name).expanduser().absolute() for name in names))
+    paths = list(dict.fromkeys(as_path(name).expanduser().absolute() for name in names))
     counts = Counter(path.name for path in paths)
     runs = [read_run(path) for path in paths]
     return [replace(run, label=str(run.path)) if counts[run.path.name] > 1 else run for run in runs]
@@ -93,7 +94,7 @@ def _write(runs: Sequence[Run], output: Path | None) -> Path:
 
     page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
     path = output or (runs[0].path / REPORT if len(runs) == 1 else Path(COMPARISON))
-    save_text(path, render(page))
+    save_text(path, render(page), patience=0)
     return path
 
 

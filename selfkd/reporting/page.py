@@ -91,7 +91,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         ConfigError: it is no run folder, or has no result yet.
     """
     output = output or folder / REPORT
-    save_text(output, render(run_page(read_run(folder))))
+    save_text(output, render(run_page(read_run(folder))), patience=0)  # no run waits for it
     return output
 
 

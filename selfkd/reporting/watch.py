@@ -33,7 +33,15 @@ class Reporter:
 
     def generation_finished(self, result: Row) -> None:
         """Write it again with one more generation; once for all those done before a resume."""
-        following = self._folder / f"generation_{result['generation'] + 1:03d}" / "result.json"
+        if not self._result(result["generation"] + 1).exists():
+            self.write()
+
+    def _result(self, generation: int) -> Path:
+        return self._folder / f"generation_{generation:03d}" / "result.json"
+
+    def generation_confirmed(self, confirmation: Row) -> None:
+        """Write it again with what fresh seeds say; once for all those done before a resume."""
+        following = self._result(confirmation["generation"] + 1).with_name("confirmation.json")
         if not following.exists():
             self.write()
 

@@ -13,6 +13,7 @@ from run_folders import generations_run
 from selfkd import environment
 from selfkd.reporting import page
 from selfkd.reporting.watch import Reporter
+from selfkd.tracking import NoTracker
 
 
 def test_writes_after_a_generation_and_once_after_a_resume(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_a_failure_is_logged_and_stops_nothing(
 ) -> None:
     path = generations_run(tmp_path / "run")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(page, "save_text", fail)
@@ -53,6 +54,11 @@ def test_a_failed_rewrite_leaves_the_last_page(
     Reporter(path).write()
     assert (path / "report.html").read_text() == before
     assert not list(path.glob(".report.html.*"))
+
+
+def test_hears_all_that_a_tracker_hears(tmp_path: Path) -> None:
+    told = {name for name in vars(NoTracker) if not name.startswith("_")}
+    assert told - {"close", "description"} <= set(dir(Reporter))
 
 
 def test_every_start_is_written_down(tmp_path: Path) -> None:

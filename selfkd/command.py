@@ -48,6 +48,7 @@ class Command:
         tell: prints the result; gets what is to be said beside it.
         stem: of a run's name where the user gives none; the data's name when not given.
         again: what of the command line must be given again to continue.
+        most: trials that are run at a time, if there is room.
     """
 
     name: str
@@ -58,6 +59,9 @@ class Command:
     tell: Callable[[Console, Config, RunFolder, list[str]], None]
     stem: str | None = None
     again: str = ""
+    most: Callable[[Config], int] = lambda config: max(
+        config.search.trials, config.members.trained()
+    )
 
     def main(self, arguments: argparse.Namespace, flags: dict[str, Any]) -> int:
         """Run the command; return its exit code.
@@ -158,7 +162,7 @@ class Command:
 
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
-                workers = min(slots, max(config.search.trials, config.members.trained()))
+                workers = min(slots, self.most(config))
                 entry = "selfkd.trial:run_job"
                 with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
                     self.work(config, folder, pool, follower, tracker)
@@ -185,6 +189,18 @@ def base_parser(name: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--verbose", action="store_true", help="show what Ray prints")
     return parser
+
+
+def add_members(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of commands that have several teachers."""
+    parser.add_argument("--members", type=int, help="models that are trained")
+    parser.add_argument(
+        "--from",
+        metavar="RUN",
+        action="append",
+        dest="runs",
+        help="run folder whose models are members; may be given several times",
+    )
 
 
 def _at_home(config: Config) -> Config:

@@ -91,7 +91,7 @@ class Follower:
         self._start(title, trials, done)
         if not self._console.is_terminal:
             kept = f", {done} of them done before" if done else ""
-            self.say(f"{title}: {_count(trials, 'trial')}{kept}")
+            self.say(f"{title}: {count(trials, 'trial')}{kept}")
 
     def _start(self, title: str, total: int | None, done: int = 0) -> None:
         self._best, self._failed = None, 0
@@ -148,7 +148,7 @@ class Follower:
             + f"{_setting(result['point'])}"
         )
         if len(result["models"]) < result["wanted_models"]:
-            self.say(f"  only {_count(len(result['models']), 'trial')} of it can teach")
+            self.say(f"  only {count(len(result['models']), 'trial')} of it can teach")
 
 
 def make_table(results: Sequence[Row], ensemble: Row | None) -> Table:
@@ -198,7 +198,12 @@ def _setting(point: Row) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> count(1, "seed"), count(3, "seed")
+    ('1 seed', '3 seeds')
+    """
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
@@ -239,7 +244,7 @@ def make_ensemble_table(rows: Sequence[Row]) -> Table:
             val,
             test,
             *rest,
-            _short(row["parameters"]),
+            short(row["parameters"]),
             f"{row['ms_1']:.3g}",
             f"{row['ms_128']:.3g}",
         )
@@ -254,7 +259,12 @@ def tell_interval(interval: Row) -> str:
     return f"{text} [{interval['low']:+.2%}, {interval['high']:+.2%}]"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Return a number in three digits.
+
+    >>> short(24_100), short(640)
+    ('24.1 k', '640')
+    """
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -51,6 +51,7 @@ class Command:
         tell: prints the result; gets what is to be said beside it, or None for the table alone.
         stem: of a run's name where the user gives none; the data's name when not given.
         again: what of the command line must be given again to continue.
+        most: trials that are run at a time, if there is room.
     """
 
     name: str
@@ -61,6 +62,9 @@ class Command:
     tell: Callable[[Console, Config, RunFolder, list[str] | None], None]
     stem: str | None = None
     again: str = ""
+    most: Callable[[Config], int] = lambda config: max(
+        config.search.trials, config.members.trained()
+    )
 
     def main(self, arguments: argparse.Namespace, flags: dict[str, Any]) -> int:
         """Run the command; return its exit code.
@@ -194,7 +198,7 @@ class Command:
                 meanwhile.join()
                 from selfkd.search import Pool
 
-                workers = min(slots, max(config.search.trials, config.members.trained()))
+                workers = min(slots, self.most(config))
                 entry = "selfkd.trial:run_job"
                 with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
                     try:
@@ -265,6 +269,18 @@ def _refuse_relative(config: Config | None, outputs: Mapping[str, str]) -> None:
     ]
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def add_members(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of commands that have several teachers."""
+    parser.add_argument("--members", type=int, help="models that are trained")
+    parser.add_argument(
+        "--from",
+        metavar="RUN",
+        action="append",
+        dest="runs",
+        help="run folder whose models are members; may be given several times",
+    )
 
 
 def _at_home(config: Config) -> Config:

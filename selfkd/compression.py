@@ -75,6 +75,76 @@ def compress(
     return _Compression(config, folder, executor, listener).run()
 
 
+def teach(
+    config: Config, folder: RunFolder, executor: Executor, listener: CompressionListener
+) -> Callable[[Config], list[Row]]:
+    """Make the teachers of a run and let them answer the training images; what is done is kept.
+
+    Returns:
+        What gives a student's config its teachers: `hash`, `checkpoint`, perhaps `weight`.
+
+    Raises:
+        ConfigError: the data, the models or the members are not as the config says.
+        RunError: all trials of a stage failed.
+    """
+    work = _Compression(config, folder, executor, listener)
+    _, sources = work._teach()
+    return partial(work._teachers, sources)
+
+
+def measure_models(
+    config: Config,
+    folder: RunFolder,
+    executor: Executor,
+    listener: Listener,
+    models: Sequence[tuple[Sequence[Row], str]],
+    timed: Sequence[int],
+) -> list[Row]:
+    """Measure models, and averages of several, on validation and test; time some of them.
+
+    Args:
+        config: of the run.
+        folder: where predictions go.
+        executor: does the work.
+        listener: is told of it.
+        models: `hash` and `checkpoint` of those whose answers are averaged, and how.
+        timed: positions in `models`.
+
+    Returns:
+        A row for each: `val_accuracy`, `test_accuracy`, `test_nll`, `test_ece`; of those that are
+        timed `parameters` and milliseconds an image, `ms_1` and `ms_128`, too.
+    """
+    work = _Compression(config, folder, executor, listener)
+    rows = work._measured(models)
+    costs = work._costs([models[number][0] for number in timed])
+    for number, cost in zip(timed, costs, strict=True):
+        rows[number] |= cost
+    return rows
+
+
+def check_members(config: Config) -> None:
+    """Check what can be known of members from elsewhere before anything starts.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    for run in config.members.runs:
+        find_members(run)
+    for file in config.members.checkpoints:
+        for path in (file.path, file.classes):
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"members.checkpoints must be files, got {path}")
+
+
+def tell_members(config: Config) -> str:
+    """Return who teaches, in words."""
+    members = config.members
+    parts = [f"{members.trained()} members on labels"] if members.trained() else []
+    parts += [f"those of {run}" for run in members.runs]
+    parts += [f"{len(members.checkpoints)} from files"] if members.checkpoints else []
+    return ", ".join(parts)
+
+
 def find_members(run: str) -> list[Path]:
     """Return the checkpoints of an earlier run's models: its generations', or its members'.
 
@@ -97,9 +167,20 @@ class _Compression:
     config: Config
     folder: RunFolder
     executor: Executor
-    listener: CompressionListener
+    listener: Any  # a CompressionListener; a Listener where only measuring is asked for
 
     def run(self) -> Row:
+        members, sources = self._teach()
+        student = self._search("student", self._student_plan(sources), taught=True)
+        labels = self._labels_only()
+        pairs = self._confirm(student, labels, sources)
+        summary = self._measure(members, sources, student, pairs)
+        save_json(self.folder.path / "summary.json", summary)
+        self.listener.compressed(summary)
+        return summary
+
+    def _teach(self) -> tuple[list[Row], dict[Source, list[Row]]]:
+        """Return the members and what is made of them, which has answered the training images."""
         checked = self._ask("check")
         if "fault" in checked:
             raise ConfigError(checked["fault"])
@@ -110,13 +191,7 @@ class _Compression:
         sources = self._sources(members)
         if not self.config.distill.live:
             self._label(sources)
-        student = self._search("student", self._student_plan(sources), taught=True)
-        labels = self._labels_only()
-        pairs = self._confirm(student, labels, sources)
-        summary = self._measure(members, sources, student, pairs)
-        save_json(self.folder.path / "summary.json", summary)
-        self.listener.compressed(summary)
-        return summary
+        return members, sources
 
     # --- the members ---
 
@@ -426,21 +501,12 @@ class _Compression:
     ) -> Row:
         chosen = self.config.at(student["point"])
         teachers = self._teachers(sources, chosen)
-        alone = [row for rows in sources.values() for row in rows]
-        alone += [row for pair in pairs for row in pair]
-        predicted = self._predictions(alone)
         ensembles = dict(_ensembles(sources, self.config.distill.average))
         ensembles["the student's teacher"] = (teachers, chosen.distill.average)
         singles = [[row] for row in sources["members"]] + [[row] for pair in pairs for row in pair]
         asked = [(rows, average) for rows, average in ensembles.values()]
         asked += [(rows, "probabilities") for rows in singles]
-        measured = self._ask(
-            "measure",
-            ensembles=[
-                {"members": [{**row, **predicted[row["hash"]]} for row in rows], "average": average}
-                for rows, average in asked
-            ],
-        )["rows"]
+        measured = self._measured(asked)
         of_ensembles = dict(zip(ensembles, measured, strict=False))
         rest = measured[len(ensembles) :]
         of_members = rest[: len(members)]
@@ -478,6 +544,16 @@ class _Compression:
             "gain": asdict(mean_interval(gained)),
             "share": share and asdict(share),
         }
+
+    def _measured(self, models: Sequence[tuple[Sequence[Row], str]]) -> list[Row]:
+        """Measure averages of models on validation and test."""
+        predicted = self._predictions([row for rows, _ in models for row in rows])
+        ensembles = [
+            {"members": [{**row, **predicted[row["hash"]]} for row in rows], "average": average}
+            for rows, average in models
+        ]
+        measured: list[Row] = self._ask("measure", ensembles=ensembles)["rows"]
+        return measured
 
     def _predictions(self, rows: Sequence[Row]) -> dict[str, Row]:
         """Let each model answer validation and test images; return the files by hash."""

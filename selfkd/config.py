@@ -198,6 +198,20 @@ class ConfirmConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class CapacityConfig:
+    """Students of growing size, of the same teachers."""
+
+    key: str = Field(default="model.args.width", pattern=r"^(model|student)\.(name|args\.\w+)$")
+    """What makes a student larger: an argument of its network, or the network itself
+    (`model.name`). It is of `student` where that is given; the teachers keep their size."""
+    values: list[Any] = Field(default_factory=lambda: [2, 4, 8, 16, 32], min_length=1)
+    """Of the key, one a student."""
+    search: bool = False
+    """Search T and alpha (`search.space`) for each size, `search.trials` trials each; else all
+    students get `distill.temperature` and `distill.alpha`."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class SearchConfig:
     """The trials of a generation."""
 
@@ -256,7 +270,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Config:
-    """A whole run of `selfkd.generations` or of `selfkd.ensemble`."""
+    """A whole run of `selfkd.generations`, `selfkd.ensemble` or `selfkd.capacity`."""
 
     rounds: int | Literal["auto"] = 5
     """`selfkd.generations`: born-again generations after generation 0; `auto` goes on until two in
@@ -277,12 +291,14 @@ class Config:
     distill: DistillConfig = Field(default_factory=DistillConfig)
     targets: TargetsConfig = Field(default_factory=TargetsConfig)
     members: MembersConfig = Field(default_factory=MembersConfig)
-    """`selfkd.ensemble`: who teaches."""
+    """`selfkd.ensemble` and `selfkd.capacity`: who teaches."""
     confirm: ConfirmConfig = Field(default_factory=ConfirmConfig)
     """How the result is believed."""
     controls: list[Control] = Field(default_factory=list)
     """`selfkd.generations`: what else could have made the gain, at equal cost: an ensemble of
     seeds, label smoothing, dkpp (the teacher's doubts in random order), teacher_free."""
+    capacity: CapacityConfig = Field(default_factory=CapacityConfig)
+    """`selfkd.capacity`: which students."""
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     checkpoint: KeptConfig = Field(default_factory=KeptConfig)
@@ -342,7 +358,7 @@ _ADAPTER = TypeAdapter(Config)
 # What a trial may not differ in: its generation shares these with all other trials.
 _FIXED = (
     *("rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
-    *("controls", "search", "resources", "checkpoint", "tracking"),
+    *("controls", "search", "resources", "checkpoint", "tracking", "capacity"),
 )
 _OF_TEACHERS = ("distill.", "members.")
 _FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b")

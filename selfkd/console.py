@@ -137,7 +137,7 @@ class Follower:
         self._start(title, trials, done)
         if self._plain:
             kept = f", {done} of them done before" if done else ""
-            self.say(f"{title}: {_count(trials, 'trial')}{kept}")
+            self.say(f"{title}: {count(trials, 'trial')}{kept}")
 
     def _start(self, title: str, total: int | None, done: int = 0) -> None:
         self._best, self._failed, self._done = None, 0, done
@@ -216,14 +216,14 @@ class Follower:
             + f"{_setting(result['point'])}"
         )
         if len(result["models"]) < result["wanted_models"]:
-            self.say(f"  only {_count(len(result['models']), 'trial')} of it can teach")
+            self.say(f"  only {count(len(result['models']), 'trial')} of it can teach")
 
     def generation_confirmed(self, confirmation: Row) -> None:
         """Print the mean of a generation's setting on fresh seeds; the end has the verdicts."""
         form = _form(confirmation.get("metric", "test accuracy"))
         self.say(
             f"generation {confirmation['generation']} again on "
-            f"{_count(len(confirmation['seeds']), 'fresh seed')}: "
+            f"{count(len(confirmation['seeds']), 'fresh seed')}: "
             f"{_plus_minus(confirmation['mean'], form)}"
         )
 
@@ -256,7 +256,7 @@ def make_confirmation_table(results: Sequence[Row], controls: Sequence[Row]) -> 
     seeds = max(len(row["seeds"]) for row in rows)
     form = _form(metric)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(f"{_count(seeds, 'fresh seed')}", justify="left")
+    table.add_column(f"{count(seeds, 'fresh seed')}", justify="left")
     for column in (f"mean {metric}", "vs generation 0", "vs one before", "McNemar p"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -355,7 +355,12 @@ def _setting(point: Row) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> count(1, "seed"), count(3, "seed")
+    ('1 seed', '3 seeds')
+    """
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
@@ -396,7 +401,7 @@ def make_ensemble_table(rows: Sequence[Row]) -> Table:
             val,
             test,
             *rest,
-            _short(row["parameters"]),
+            short(row["parameters"]),
             f"{row['ms_1']:.3g}",
             f"{row['ms_128']:.3g}",
         )
@@ -411,7 +416,12 @@ def tell_interval(interval: Row) -> str:
     return f"{text} [{interval['low']:+.2%}, {interval['high']:+.2%}]"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Return a number in three digits.
+
+    >>> short(24_100), short(640)
+    ('24.1 k', '640')
+    """
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

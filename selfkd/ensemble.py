@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from selfkd.command import Command, base_parser, everyone
-from selfkd.compression import compress, find_members, finished
-from selfkd.config import Config, ConfigError
+from selfkd.command import Command, add_members, base_parser, everyone
+from selfkd.compression import check_members, compress, finished, tell_members
+from selfkd.config import Config
 from selfkd.console import Follower, make_ensemble_table, print_table
 from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
@@ -24,14 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = base_parser(
         "ensemble", "Train several models, average them, and distil the average into one."
     )
-    parser.add_argument("--members", type=int, help="models that are trained")
-    parser.add_argument(
-        "--from",
-        metavar="RUN",
-        action="append",
-        dest="runs",
-        help="run folder whose models are members; may be given several times",
-    )
+    add_members(parser)
     return parser
 
 
@@ -42,24 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _COMMAND.main(arguments, flags)
 
 
-def _check(config: Config) -> None:
-    for run in config.members.runs:
-        find_members(run)
-    for file in config.members.checkpoints:
-        for path in (file.path, file.classes):
-            if path is not None and not Path(path).is_file():
-                raise ConfigError(f"members.checkpoints must be files, got {path}")
-
-
 def _greet(config: Config) -> str:
-    members = config.members
-    parts = [f"{members.trained()} members on labels"] if members.trained() else []
-    parts += [f"those of {run}" for run in members.runs]
-    parts += [f"{len(members.checkpoints)} from files"] if members.checkpoints else []
     student = config.student or config.model
     return (
-        f"{', '.join(parts)}, then {config.search.trials} trials of one student, {student.name} "
-        f"on {config.data.name}, and {config.confirm.seeds} fresh seeds to confirm the best"
+        f"{tell_members(config)}, then {config.search.trials} trials of one student, "
+        f"{student.name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to confirm "
+        "the best"
     )
 
 
@@ -87,7 +67,7 @@ def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] 
 
 _COMMAND = Command(
     name="ensemble",
-    check=_check,
+    check=check_members,
     greet=_greet,
     is_finished=lambda config, folder: finished(folder) is not None,
     work=_work,

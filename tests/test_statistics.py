@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfkd.statistics import mean_interval, ratio_interval
+from selfkd.statistics import holm, mean_interval, paired_p, ratio_interval
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -76,3 +76,27 @@ def test_a_ratio_to_what_may_be_nothing_has_no_interval() -> None:
     single = ratio_interval([0.1], [0.2])
     assert single is not None
     assert (single.value, single.low) == (0.5, None)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_the_paired_p_is_scipys(n: int) -> None:
+    first, second = np.random.default_rng(n).normal(0, 1, (2, n)).tolist()
+    assert paired_p(first, second) == pytest.approx(stats.ttest_rel(first, second).pvalue)
+
+
+def test_without_spread_there_is_no_test() -> None:
+    assert paired_p([0.5], [0.25]) is None
+    assert paired_p([0.3, 0.4], [0.1, 0.2]) is None
+    with pytest.raises(ValueError, match="values must be pairs, got 2 and 1"):
+        paired_p([0.1, 0.2], [0.1])
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.02, 0.03, 0.005]) == pytest.approx([0.03, 0.04, 0.04, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_claims_falsely_in_at_most_one_family_of_twenty() -> None:
+    uniform = np.random.default_rng(0).random((4000, 5))
+    assert np.mean([min(holm(row.tolist())) <= 0.05 for row in uniform]) < 0.06

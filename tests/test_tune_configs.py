@@ -32,13 +32,15 @@ def test_all_are_here() -> None:
         "cifar100_densenet_ban",
         "folder",
         "mnist_ensemble",
+        "digits_capacity",
     }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_opens_with_its_command_time_and_hardware(path: Path) -> None:
     head = path.read_text().split("\n\n")[0]
-    command = "ensemble" if path.stem.endswith("ensemble") else "generations"
+    command = path.stem.rpartition("_")[2]
+    command = command if command in ("capacity", "ensemble") else "generations"
     assert f"python -m selfkd.{command} --config tune_configs/{path.name}" in head
     assert "Expected:" in head
     assert re.search(r"GPU|cores", head)

@@ -1,0 +1,129 @@
+"""`python -m selfkd.capacity`: where distillation helps, over the student's size."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from selfkd.command import Command, add_members, base_parser, everyone
+from selfkd.compression import check_members, finished, tell_members
+from selfkd.config import Config, parse_yaml
+from selfkd.console import Follower, count, print_table, short, tell_interval
+from selfkd.jobs import Executor, Row
+from selfkd.ledger import RunFolder
+from selfkd.sizes import check_sizes, grow, trainings
+from selfkd.tracking import NoTracker
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = base_parser(
+        "capacity", "Train students of growing size from labels only and from the same teachers."
+    )
+    add_members(parser)
+    parser.add_argument("--key", help="what makes a student larger, such as model.args.width")
+    parser.add_argument("--values", nargs="+", metavar="VALUE", help="of the key, one a student")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = make_parser().parse_args(argv)
+    values = arguments.values and [parse_yaml(value, "--values") for value in arguments.values]
+    flags: dict[str, Any] = {"members.count": arguments.members, "members.runs": arguments.runs}
+    flags |= {"capacity.key": arguments.key, "capacity.values": values}
+    return _COMMAND.main(arguments, flags)
+
+
+def make_capacity_table(summary: Row) -> Table:
+    """Return the table of a capacity curve: a row a size, the smallest first, then the teacher."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(summary["key"].rpartition(".")[2], justify="right")
+    for column in ("params", "labels only", "distilled", "difference", "p, Holm"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("distillation", justify="left", no_wrap=True)
+    for size in summary["sizes"]:
+        p = size["p_holm"]
+        table.add_row(
+            str(size["value"]),
+            short(size["parameters"]),
+            _mean(size["labels"]),
+            _mean(size["taught"]),
+            tell_interval(size["difference"]),
+            "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
+            size["verdict"],
+        )
+    teacher = summary["teacher"]
+    table.add_section()
+    accuracy = f"{teacher['test_accuracy']:.2%}"
+    table.add_row("teacher", short(teacher["parameters"]), accuracy, "", "", "", "")
+    return table
+
+
+def _mean(arm: Row) -> str:
+    half = "" if arm["low"] is None else f" ± {(arm['high'] - arm['low']) / 2:.2%}"
+    return f"{arm['value']:.2%}{half}"
+
+
+def _check(config: Config) -> None:
+    check_members(config)
+    check_sizes(config)
+
+
+def _greet(config: Config) -> str:
+    capacity = config.capacity
+    values = ", ".join(map(str, capacity.values))
+    how = (
+        f"{config.search.trials} trials for each"
+        if capacity.search
+        else f"T {config.distill.temperature:.3g}, alpha {config.distill.alpha:.3g}"
+    )
+    return (
+        f"{tell_members(config)}, then students with {capacity.key} {values} on "
+        f"{config.data.name}, from labels only and distilled ({how}), "
+        f"{count(config.confirm.seeds, 'paired seed')} each"
+    )
+
+
+def _work(
+    config: Config, folder: RunFolder, pool: Executor, follower: Follower, tracker: NoTracker
+) -> None:
+    grow(config, folder, pool, everyone(follower, tracker))
+
+
+def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
+    summary = finished(folder) or {}
+    print_table(console, make_capacity_table(summary))
+    if notes is None:
+        return
+    seeds = summary["seeds"]
+    lines = [
+        summary["verdict"],
+        f"test accuracy, mean ± half of a 95 % interval over {count(seeds, 'seed')}, for these "
+        "teachers and this test split; the verdict is a paired t test's at 5 %, by Holm for the "
+        f"{len(summary['sizes'])} sizes looked at.",
+        *notes,
+        f"models:  {folder.path}/students/*/student.safetensors, the best taught one of each size",
+    ]
+    if summary["searched"]:
+        lines.append(f"T and alpha against size:  python -m selfkd.response {folder.path}")
+    console.print("\n".join(lines), soft_wrap=True)
+
+
+_COMMAND = Command(
+    name="capacity",
+    check=_check,
+    greet=_greet,
+    is_finished=lambda config, folder: finished(folder) is not None,
+    work=_work,
+    tell=_tell,
+    most=lambda config: max(trainings(config), config.members.trained()),
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

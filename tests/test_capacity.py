@@ -1,0 +1,146 @@
+"""`python -m selfkd.capacity`, as a user runs it: real Ray, real offline W&B; and its table."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from selfkd.capacity import main, make_capacity_table
+from selfkd.files import load_json
+from selfkd.response import main as response
+
+TINY = [
+    "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
+    "train.epochs=2",
+    "confirm.seeds=2",
+    "capacity.search=true",
+    "search.trials=5",
+]
+
+
+def run(folder: Path, *arguments: str, settings: list[str]) -> subprocess.CompletedProcess[str]:
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return subprocess.run(
+        [sys.executable, "-m", "selfkd.capacity", *arguments, *sets],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = ["--members", "1", "--values", "2", "8", "--name", "whole"]
+    done = run(folder, *arguments, settings=TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return folder / "runs" / "whole", done.stdout
+
+
+def test_prints_what_it_does_a_table_and_a_verdict(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    summary = load_json(folder / "summary.json")
+    assert (
+        "1 members on labels, then students with model.args.width 2, 8 on digits, from labels only "
+        "and distilled (5 trials for each), 2 paired seeds each"
+    ) in printed
+    assert summary["verdict"] in printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith(("     2", "     8"))]
+    assert [row[:2] for row in rows] == [["2", "160"], ["8", "610"]]
+    assert "by Holm for the 2 sizes looked at" in printed
+
+
+def test_every_student_is_tracked_with_its_size(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1 + 2 * 5 + 2 * 2 * 2
+
+
+def test_a_finished_run_prints_its_table_again(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    again = run(folder.parents[1], "--resume", str(folder), settings=[])
+    assert again.returncode == 0
+    table = [line for line in printed.splitlines() if "±" in line and "mean" not in line]
+    assert table
+    assert all(line in again.stdout for line in table)
+
+
+def test_t_and_alpha_against_size_are_read_from_it(
+    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert response([str(whole[0])]) == 0
+    printed = capsys.readouterr().out
+    assert "student 2" in printed
+    assert "with the student's size, for ten times the parameters: " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--key", "train.lr"], "command line: capacity.key: must match"),
+        (["--key", "student.args.width"], "capacity.key must begin with model., as student is not"),
+        (["--values", "4", "4"], "capacity.values must be different ones, got [4, 4]"),
+        (["--from", "nowhere"], "must be a run folder"),
+        (["--set", "confirm.seeds=0"], "confirm.seeds must be at least 1, got 0"),
+        (["--values", "[4"], "--values: must be YAML"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def size(value: int, verdict: str, p: float | None) -> dict[str, Any]:
+    ends = {"low": None, "high": None} if p is None else {"low": 0.9, "high": 0.92}
+    gain = {"value": 0.01, "low": None if p is None else 0.005, "high": 0.015}
+    arm = {"value": 0.91, **ends}
+    row = {"value": value, "parameters": 300 * value, "labels": arm, "taught": arm}
+    return {**row, "difference": gain, "p_holm": p, "verdict": verdict}
+
+
+def test_the_table_fits_a_log_and_shows_what_has_no_interval() -> None:
+    sizes = [size(2, "helps", 0.0002), size(8, "no evidence", 0.4), size(16, "unknown", None)]
+    teacher = {"parameters": 120_000, "test_accuracy": 0.97}
+    output = io.StringIO()
+    table = make_capacity_table({"key": "model.args.width", "sizes": sizes, "teacher": teacher})
+    Console(file=output, width=110).print(table)
+    lines = output.getvalue().splitlines()
+    assert "< 0.001" in lines[3]
+    assert "91.00% ± 1.00%" in lines[3]
+    assert "+1.00% [+0.50%, +1.50%]" in lines[4]
+    assert "±" not in lines[5]
+    assert any("120 k" in line and "97.00%" in line for line in lines)
+
+
+def test_starts_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from selfkd.capacity import main; "
+        "assert main(['--set', 'confirm.seeds=0']) == 2; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
+
+
+def test_flags_and_file_make_the_same_config(tmp_path: Path) -> None:
+    from selfkd.config import load_config
+
+    (tmp_path / "c.yaml").write_text(json.dumps({"capacity": {"values": [2, 8]}}))
+    by_flag = load_config(flags={"capacity.values": [2, 8]})
+    assert load_config(tmp_path / "c.yaml") == by_flag

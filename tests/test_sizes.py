@@ -1,0 +1,299 @@
+"""Students of growing size, in one process: what is trained, paired, measured, kept, refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selfkd.budget import measured
+from selfkd.checkpoint import load_tensors
+from selfkd.config import Config, ConfigError, load_config
+from selfkd.data import load_data
+from selfkd.files import load_json
+from selfkd.jobs import InProcess, Row
+from selfkd.ledger import RunFolder
+from selfkd.response import read_stages
+from selfkd.sizes import check_sizes, grow, trainings
+from selfkd.trial import run_job
+
+TINY = [
+    "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
+    "train={epochs: 2, batch_size: 20}",
+    "members=2",
+    "capacity.values=[8, 2]",
+    "confirm.seeds=2",
+    "search.trials=2",
+]
+
+
+class Ear:
+    """A listener that remembers stages and notes."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int, int]] = []
+        self.notes: list[str] = []
+
+    def working(self, title: str, parts: int) -> None:
+        pass
+
+    def worked(self, row: Row) -> None:
+        pass
+
+    def stage_started(self, title: str, trials: int, done: int) -> None:
+        self.stages.append((title, trials, done))
+
+    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
+        pass
+
+    def trial_finished(self, trial: Row) -> None:
+        pass
+
+    def noted(self, text: str) -> None:
+        self.notes.append(text)
+
+    def compressed(self, summary: Row) -> None:
+        pass
+
+
+class Count:
+    """Does jobs for real, and remembers them."""
+
+    def __init__(self, fail: Callable[[Mapping[str, Any]], bool] | None = None) -> None:
+        self.jobs: list[tuple[str, Mapping[str, Any]]] = []
+        self.fail = fail
+
+    def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        self.jobs.append((kind, payload))
+        if kind == "cost":  # half a second each: timed where it is what is tested
+            rows = [{"parameters": 1, "ms_1": 1.0, "ms_128": 0.1}] * len(payload["models"])
+            yield {"rows": rows}
+            return
+        if kind == "train" and self.fail and self.fail(payload):
+            raise OSError("broken")
+        yield from run_job(kind, payload)
+
+    def kinds(self, kind: str) -> list[Mapping[str, Any]]:
+        return [payload for name, payload in self.jobs if name == kind]
+
+
+def start(folder: Path, *settings: str, name: str = "run") -> tuple[Config, RunFolder]:
+    config = load_config(settings=[*TINY, *settings])
+    check_sizes(config)
+    return config, RunFolder.create(folder / name, config, command="capacity")
+
+
+def run(
+    folder: Path, *settings: str, name: str = "run", count: Count | None = None
+) -> tuple[Row, RunFolder, Ear, Count]:
+    config, place = start(folder, *settings, name=name)
+    ear, count = Ear(), count or Count()
+    return grow(config, place, InProcess(count), ear), place, ear, count
+
+
+Done = tuple[Row, RunFolder, Ear, Count]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return run(tmp_path_factory.mktemp("done"))
+
+
+def test_teachers_then_all_students_on_paired_seeds(done: Done) -> None:
+    _, _, ear, count = done
+    assert [(title, trials) for title, trials, _ in ear.stages] == [
+        ("members on labels", 2),
+        ("students of 2 sizes, labels only and taught, 2 seeds", 8),
+    ]
+    assert len(count.kinds("label")) == 2  # once, for all sizes
+    students = count.kinds("train")[2:]
+    assert [len(job["teachers"]) for job in students] == [0, 0, 2, 2] * 2
+    assert [job["model"]["args"]["width"] for job in students] == [2] * 4 + [8] * 4
+    seeds = [job["seed"] for job in students]
+    assert seeds[:2] == seeds[2:4] == seeds[4:6] == seeds[6:]
+    assert seeds[0] != seeds[1]
+    assert trainings(load_config(settings=TINY)) == 8
+    assert {job["model"]["args"]["width"] for job in count.kinds("train")[:2]} == {16}
+
+
+def test_sizes_come_smallest_first_with_their_parameters(done: Done) -> None:
+    summary, *_ = done
+    assert [(size["value"], size["parameters"]) for size in summary["sizes"]] == [
+        (2, 64 * 2 + 2 + 2 * 10 + 10),
+        (8, 64 * 8 + 8 + 8 * 10 + 10),
+    ]
+    assert {(size["temperature"], size["alpha"]) for size in summary["sizes"]} == {(4.0, 0.9)}
+
+
+def test_the_figures_are_those_of_the_predictions(done: Done) -> None:
+    summary, folder, _, _ = done
+    labels = load_data("digits").test.labels.numpy()
+    rows = [load_json(folder.path / f"students/trial_00{n}/result.json") for n in range(8)]
+    accuracy = []
+    for row in rows:
+        tensors, _ = load_tensors(folder.path / "predictions" / f"{row['hash']}.safetensors")
+        accuracy.append(float((tensors["test"].numpy().argmax(1) == labels).mean()))
+    small, large = summary["sizes"]
+    assert small["labels"]["runs"] == pytest.approx(accuracy[:2])
+    assert small["taught"]["runs"] == pytest.approx(accuracy[2:4])
+    assert large["taught"]["runs"] == pytest.approx(accuracy[6:])
+    gain = np.subtract(accuracy[6:], accuracy[4:6])
+    assert large["difference"]["value"] == pytest.approx(gain.mean())
+
+
+def test_the_summary_is_kept_and_the_best_taught_student_of_each_size(done: Done) -> None:
+    summary, folder, _, _ = done
+    assert load_json(folder.path / "summary.json") == summary
+    left = {str(p.relative_to(folder.path)) for p in folder.path.glob("students/*/*.safetensors")}
+    assert left == {size["checkpoint"] for size in summary["sizes"]}
+    for size in summary["sizes"]:
+        trial = load_json((folder.path / size["checkpoint"]).with_name("result.json"))
+        assert trial["teachers"]
+        assert trial["point"]["model.args.width"] == size["value"]
+
+
+def test_a_budget_is_made_of_it(done: Done) -> None:
+    _, folder, _, _ = done
+    found = measured(str(folder.path), value="8")
+    assert (found["items"], found["trials"], found["teacher_ms"]) == (200, 1, 0.1)
+    assert found["train_seconds"] > 0
+
+
+class Stop:
+    """An executor that is interrupted after so many jobs."""
+
+    def __init__(self, count: Count, jobs: int) -> None:
+        self.count, self.left = count, jobs
+
+    def run(self, jobs: Any, **options: Any) -> None:
+        executor = self
+
+        class Counted:
+            def ask(self) -> Any:
+                job = jobs.ask()
+                if job is not None:
+                    executor.left -= 1
+                    if executor.left < 0:
+                        raise KeyboardInterrupt
+                return job
+
+            report, tell = jobs.report, jobs.tell
+
+        InProcess(self.count).run(Counted(), **options)
+
+
+@pytest.mark.parametrize("jobs", [1, 4, 9, 14, 18])
+def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path: Path, done: Done, jobs: int) -> None:
+    config, folder = start(tmp_path)
+    first, again = Count(), Count()
+    with pytest.raises(KeyboardInterrupt):
+        grow(config, folder, Stop(first, jobs), Ear())
+    folder, config = RunFolder.open(folder.path)
+    summary = grow(config, folder, InProcess(again), Ear())
+    expected = deepcopy(done[0])
+    for row in (*summary["sizes"], *expected["sizes"]):
+        row.pop("train_seconds")  # a clock's
+    assert summary == expected
+    assert len(first.kinds("train")) + len(again.kinds("train")) == 10
+
+
+def test_t_and_alpha_may_be_searched_for_each_size(tmp_path: Path) -> None:
+    space = "search.space={train.lr: {loguniform: [0.01, 0.1]}, distill.alpha: {uniform: [0, 1]}}"
+    summary, folder, ear, count = run(
+        tmp_path, "capacity.search=true", "confirm.seeds=1", space, "members=1"
+    )
+    assert [title for title, _, _ in ear.stages] == [
+        "members on labels",
+        "search for student 2 from labels only",
+        "search for student 2 from the teachers",
+        "search for student 8 from labels only",
+        "search for student 8 from the teachers",
+        "students of 2 sizes, labels only and taught, 1 seed",
+    ]
+    students = [job for job in count.kinds("train") if job["stage"] == "students"]
+    for size, job in zip(summary["sizes"], students[1::2], strict=True):
+        trials = [
+            load_json(path)
+            for path in sorted((folder.path / size["search"]).glob("trial_*/result.json"))
+        ]
+        best = max(trials, key=lambda row: (row["val_accuracy"], -row["val_nll"]))
+        assert job["config"]["distill"]["alpha"] == best["point"]["distill.alpha"] == size["alpha"]
+        assert job["config"]["train"]["lr"] == best["point"]["train.lr"]
+        assert size["trials"] == 2
+    stages, _ = read_stages(folder.path)
+    assert [(stage.name, stage.parameters) for stage in stages] == [
+        ("student 2", 160),
+        ("student 8", 610),
+    ]
+    assert summary["verdict"].startswith("one seed: no interval")
+
+
+def test_the_key_may_be_the_network_or_of_another_student(tmp_path: Path) -> None:
+    summary, *_ = run(
+        tmp_path,
+        "student={name: selfkd_cnn, args: {width: 2}}",
+        "capacity={key: student.name, values: [selfkd_cnn, selfkd_mlp]}",
+        "members=1",
+        "confirm.seeds=1",
+        "train.epochs=1",
+    )
+    assert {size["value"] for size in summary["sizes"]} == {"selfkd_cnn", "selfkd_mlp"}
+
+
+def test_a_pair_that_fails_is_left_out_and_told(tmp_path: Path) -> None:
+    def second_of_the_small(payload: Mapping[str, Any]) -> bool:
+        return str(payload["student"]).endswith("students/trial_001/student.safetensors")
+
+    summary, _, ear, _ = run(tmp_path, "members=1", count=Count(second_of_the_small))
+    assert ear.notes == ["only 1 of the 2 pairs of student 2 were trained"]
+    assert [len(size["labels"]["runs"]) for size in summary["sizes"]] == [1, 2]
+    assert summary["sizes"][0]["verdict"] == "unknown"
+
+
+def test_a_size_without_a_pair_is_left_out_and_none_at_all_is_an_error(tmp_path: Path) -> None:
+    def taught(payload: Mapping[str, Any]) -> bool:
+        return bool(payload["teachers"])
+
+    with pytest.raises(RuntimeError, match="no pair of students could be trained"):
+        run(tmp_path, "members=1", "confirm.seeds=1", count=Count(taught))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["capacity.key=student.args.width"], r"capacity.key must begin with model\., as student"),
+        (["student={name: selfkd_mlp}"], r"must begin with student\., as there is a student"),
+        (["capacity.values=[4, 4]"], r"capacity.values must be different ones, got \[4, 4\]"),
+        (
+            ["search.space={model.args.width: {randint: [2, 4]}}"],
+            "search.space must not hold capacity.key, got model.args.width in both",
+        ),
+        (["confirm.seeds=0"], "confirm.seeds must be at least 1, got 0"),
+        (["train.init=teacher"], "train.init must be fresh for students of other sizes"),
+        (["capacity={key: model.name, values: [1]}"], "capacity.values: model.name: must be"),
+        (["capacity.values=[]"], "capacity.values: must .* at least 1 item"),
+        (["capacity.key=train.lr"], "capacity.key: must match"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path, *settings)
+
+
+def test_students_that_cannot_be_made_are_all_named_before_teachers_are_trained(
+    tmp_path: Path,
+) -> None:
+    count = Count()
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, "capacity.values=[0, 4, wide]", count=count)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("capacity.values 0: ")
+    assert "width must be at least 1, got 0" in first
+    assert second.startswith("capacity.values wide: ")
+    assert count.kinds("train") == []

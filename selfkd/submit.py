@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import selfkd
 from selfkd import ensemble, generations
-from selfkd.command import FAILED, INTERRUPTED, USAGE
+from selfkd.command import FAILED, INTERRUPTED, USAGE, relative_paths
 from selfkd.config import ConfigError, load_config, parse_yaml
 
 if TYPE_CHECKING:
@@ -147,8 +147,15 @@ def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
     missing = [name for name in options.env if name not in os.environ]
     if missing:
         raise ConfigError(f"--env must name set variables, got {', '.join(missing)}")
+    named = [("--resume", arguments.resume)]
+    named += [("--from", run) for run in getattr(arguments, "runs", None) or ()]
+    config = None
     if arguments.resume is None or arguments.config:
-        load_config(arguments.config, settings=arguments.settings)
+        config = load_config(arguments.config, settings=arguments.settings)
+        named += [("storage", config.storage)] if arguments.resume is None else []
+    faults = relative_paths(config, *named)
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def stage(

@@ -84,9 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     parser = make_parser()
-    options, command = parser.parse_args(words[:split]), words[split + 1 :]
+    options, unknown = parser.parse_known_args(words[:split])
+    command = words[split + 1 :]
     if not command or command[0] not in COMMANDS:
         parser.error("after -- must come generations or ensemble with its options")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (the command's stand after --)")
     arguments = COMMANDS[command[0]]().parse_args(command[1:])
     try:
         return _submit(options, words[:split], command, arguments)

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
@@ -116,14 +116,14 @@ class Command:
         flags = {**flags, "seed": arguments.seed, "name": arguments.name}
         if arguments.resume is None:
             config = load_config(arguments.config, settings=arguments.settings, flags=flags)
-            _refuse_relative(config, {"storage": config.storage})
+            _refuse_relative(config, ("storage", config.storage))
             config = _at_home(config)
             self.check(config)
             stem = (self.stem or config.data.name).replace("/", "-")
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
             path = as_path(config.storage).expanduser() / (config.name or now)
             return RunFolder.create(path, config, command=self.name), config
-        _refuse_relative(None, {"--resume": arguments.resume})
+        _refuse_relative(None, ("--resume", arguments.resume))
         folder, stored = RunFolder.open(as_path(arguments.resume))
         folder.check_command(self.name)
         if arguments.config:
@@ -133,7 +133,7 @@ class Command:
             config = load_config(arguments.config, settings=arguments.settings, flags=flags)
         else:
             config = merge_settings(stored, settings=arguments.settings, flags=flags)
-        _refuse_relative(config, {})
+        _refuse_relative(config)
         config = _at_home(config)
         folder.check_change(stored, config)
         return folder, config
@@ -247,26 +247,29 @@ def base_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse_relative(config: Config | None, outputs: Mapping[str, str]) -> None:
-    """In a Ray job, refuse paths in its working folder, which is removed with the job.
+def relative_paths(config: Config | None, *named: tuple[str, str | None]) -> list[str]:
+    """Return what is wrong with the relative paths of a Ray job: its own folder ends with it.
 
-    Raises:
-        ConfigError: with every such path.
+    Args:
+        config: of the run, where it is known.
+        named: further paths, each after what gives it.
     """
-    if not inside_job():
-        return
-    paths: dict[str, str | None] = dict(outputs)
+    paths = list(named)
     if config is not None:
-        paths["data.root"] = config.data.root or os.environ.get("SELFKD_DATA")
-        paths["targets.root"] = config.targets.root
-        paths |= {f"--from {run}": run for run in config.members.runs}
-        paths |= {f"members.checkpoints {c.path}": c.path for c in config.members.checkpoints}
-    faults = [
-        f"{key}: must be absolute (or a URI) in a Ray job, whose own folder is removed with it, "
-        f"got {path!r}" + (": --set storage=/shared/runs" if key == "storage" else "")
-        for key, path in paths.items()
+        paths += [("data.root", config.data.root), ("targets.root", config.targets.root)]
+        paths += [("--from", run) for run in config.members.runs]
+        paths += [("members.checkpoints", file.path) for file in config.members.checkpoints]
+    return [
+        f"{name}: must be absolute (or a URI) in a Ray job, whose own folder is removed with it, "
+        f"got {path!r}" + (": --set storage=/shared/runs" if name == "storage" else "")
+        for name, path in paths
         if path and "://" not in path and not as_path(path).expanduser().is_absolute()
     ]
+
+
+def _refuse_relative(config: Config | None, *named: tuple[str, str | None]) -> None:
+    surroundings = ("SELFKD_DATA", os.environ.get("SELFKD_DATA"))
+    faults = relative_paths(config, surroundings, *named) if inside_job() else []
     if faults:
         raise ConfigError("\n".join(faults))
 

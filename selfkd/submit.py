@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import selfkd
 from selfkd import ensemble, generations
-from selfkd.command import FAILED, INTERRUPTED, USAGE
+from selfkd.command import FAILED, INTERRUPTED, USAGE, relative_paths
 from selfkd.config import ConfigError, load_config, parse_yaml
 
 if TYPE_CHECKING:
@@ -84,9 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     parser = make_parser()
-    options, command = parser.parse_args(words[:split]), words[split + 1 :]
+    options, unknown = parser.parse_known_args(words[:split])
+    command = words[split + 1 :]
     if not command or command[0] not in COMMANDS:
         parser.error("after -- must come generations or ensemble with its options")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (the command's stand after --)")
     arguments = COMMANDS[command[0]]().parse_args(command[1:])
     try:
         return _submit(options, words[:split], command, arguments)
@@ -147,8 +150,15 @@ def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
     missing = [name for name in options.env if name not in os.environ]
     if missing:
         raise ConfigError(f"--env must name set variables, got {', '.join(missing)}")
+    named = [("--resume", arguments.resume)]
+    named += [("--from", run) for run in getattr(arguments, "runs", None) or ()]
+    config = None
     if arguments.resume is None or arguments.config:
-        load_config(arguments.config, settings=arguments.settings)
+        config = load_config(arguments.config, settings=arguments.settings)
+        named += [("storage", config.storage)] if arguments.resume is None else []
+    faults = relative_paths(config, *named)
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def stage(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from selfkd import capacity, ensemble, generations
+from selfkd import capacity, ensemble, generations, submit
 from selfkd.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ COMMANDS = [
     line.replace("\\\n", " ").partition("  #")[0]
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in re.split(r"(?<!\\)\n", block)
-    if re.search(r"python -m selfkd\.(generations|ensemble|capacity)", line)
+    if re.search(r"python -m selfkd\.(generations|ensemble|capacity|submit)", line)
 ]
 
 
@@ -35,9 +35,12 @@ def test_the_two_commands_come_first_and_ci_runs_the_second() -> None:
 def test_every_command_is_understood(command: str) -> None:
     words = shlex.split(command)
     module = next(word for word in words if word.startswith("selfkd."))
+    words = words[words.index(module) + 1 :]
+    if module == "selfkd.submit":
+        submit.make_parser().parse_args(words[: words.index("--")])
+        module, *words = words[words.index("--") + 1 :]
     modules = {"generations": generations, "ensemble": ensemble, "capacity": capacity}
-    parser = modules[module.removeprefix("selfkd.")].make_parser()
-    arguments = parser.parse_args(words[words.index(module) + 1 :])
+    arguments = modules[module.removeprefix("selfkd.")].make_parser().parse_args(words)
     config = ROOT / arguments.config if arguments.config else None
     load_config(config, settings=arguments.settings)
 

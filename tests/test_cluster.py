@@ -1,0 +1,259 @@
+"""Joining a cluster, and what is checked before a run: real heads, nodes and autoscalers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
+from ray.cluster_utils import Cluster
+from ray_head import ROOT, ray_head
+
+from selfkd import cluster
+from selfkd.cluster import connect, find_slots
+from selfkd.config import ConfigError
+
+LIMIT = 240
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, address: str) -> str:
+    """Return why an address is refused, which must be said in seconds and without Ray started."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as error, connect():
+        pass
+    assert time.monotonic() - start < 10
+    assert not ray.is_initialized()
+    return str(error.value)
+
+
+def test_an_unreachable_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refused(monkeypatch, "127.0.0.1:1")
+    assert re.search(r"RAY_ADDRESS must answer, got \S+:1: .*refused; is the cluster up", said)
+
+
+def test_an_address_where_something_else_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 2.0)
+    with socket.create_server(("", 0)) as server:
+        said = refused(monkeypatch, f"127.0.0.1:{server.getsockname()[1]}")
+    assert "must be a Ray cluster" in said
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001"])
+def test_an_address_of_another_kind(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refused(monkeypatch, address)
+    assert f"got {address}: from outside the cluster submit a job" in said
+
+
+def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "RAY_ADDRESS must" in refused(monkeypatch, "nowhere.invalid:6379")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """Two nodes on this machine; the second has a fake GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
+        made.add_node(num_cpus=2, num_gpus=1)
+        patch.setenv("RAY_ADDRESS", made.address)
+        yield made
+        made.shutdown()
+
+
+@pytest.fixture
+def joined(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is told, while joined to the two nodes."""
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    with connect() as was_there:
+        assert was_there
+        yield []
+
+
+def slots(told: list[str], storage: Path, **needs: Any) -> int:
+    return find_slots(storage=storage, joined=True, tell=told.append, **needs)
+
+
+def test_slots_are_counted_over_nodes_that_see_the_storage(
+    joined: list[str], tmp_path: Path
+) -> None:
+    assert slots(joined, tmp_path, cpu=1, gpu=0) == 3
+    assert slots(joined, tmp_path, cpu=0.5, gpu=0.5) == 2
+    assert joined == []
+    assert list(tmp_path.iterdir()) == []  # no marker is left
+
+
+def test_what_no_node_has_is_refused_in_seconds(joined: list[str], tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as error:
+        slots(joined, tmp_path, cpu=1, gpu=2)
+    assert time.monotonic() - start < 10
+    for part in ("asked for 1 CPU and 2 GPU a trial", "has 2 CPU and 1 GPU", "resources.wait"):
+        assert part in str(error.value)
+    assert joined == ["waiting for a node with 1 CPU and 2 GPU: none has it yet (0 s)"]
+
+
+def test_a_node_that_joins_late_is_waited_for(
+    joined: list[str], nodes: Cluster, tmp_path: Path
+) -> None:
+    started = []
+
+    def tell(text: str) -> None:
+        joined.append(text)
+        if not started:
+            started.append(nodes.add_node(num_cpus=1, num_gpus=2))
+
+    needs = {"cpu": 1.0, "gpu": 2.0}
+    try:
+        found = find_slots(**needs, storage=tmp_path, joined=True, wait=LIMIT, tell=tell)
+    finally:
+        for node in started:
+            nodes.remove_node(node)
+    assert found == 1
+
+
+def test_a_storage_that_a_node_cannot_see(
+    joined: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The marker is gone when the nodes look for it."""
+    monkeypatch.setattr(Path, "touch", lambda path: None)
+    with pytest.raises(ConfigError) as error:
+        slots(joined, tmp_path, cpu=1, gpu=0)
+    said = str(error.value)
+    assert f"every node sees and writes to, got {tmp_path}" in said
+    assert said.count("cannot see it (No such file or directory)") == 2
+
+
+def test_a_storage_that_hangs_on_a_node_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "STORAGE_SECONDS", 0.2)
+    monkeypatch.setattr(cluster, "open", lambda *_: time.sleep(2), raising=False)
+    fault, _ = cluster._look._function(str(tmp_path / "file"))
+    assert fault == "has no answer from it within 0.2 s"
+
+
+def test_a_node_that_does_not_answer_holds_nothing_up(
+    joined: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "NODE_SECONDS", 0.0)
+    assert slots(joined, tmp_path, cpu=1, gpu=0) == 3
+    assert "did not say within 0 s" in joined[0]
+
+
+def test_nodes_of_another_version(
+    joined: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other code is refused; another torch is said, once."""
+    ours = cluster._versions()
+    monkeypatch.setattr(cluster, "_versions", lambda: {**ours, "torch": "1.0"})
+    assert slots(joined, tmp_path, cpu=1, gpu=0) == 3
+    (said,) = joined
+    assert "different versions of torch, 1.0 here and" in said
+    monkeypatch.setattr(cluster, "_versions", lambda: {**ours, "selfkd": "00000000"})
+    with pytest.raises(ConfigError, match="the same selfkd, got 00000000 here and"):
+        slots(joined, tmp_path, cpu=1, gpu=0)
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+    reason="needs the right to make a mount namespace",
+)
+def test_a_node_with_a_folder_of_its_own_in_the_storages_place(
+    joined: list[str], nodes: Cluster, tmp_path: Path
+) -> None:
+    """What a cluster without a network folder looks like: the path is there, the files are not."""
+    temporary = tempfile.mkdtemp(prefix="rn", dir="/tmp")
+    start = f"ray start --address={nodes.address} --num-cpus=1 --temp-dir={temporary} --block"
+    start += " --dashboard-agent-listen-port=0 --metrics-export-port=0"
+    node = subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs {tmp_path} && exec {start}"],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        before = len(cluster._nodes())
+        deadline = time.monotonic() + LIMIT
+        while len(cluster._nodes()) == before:
+            assert node.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        with pytest.raises(ConfigError) as error:
+            slots(joined, tmp_path, cpu=1, gpu=0)
+        assert str(error.value).count("cannot see it") == 1
+    finally:
+        node.terminate()
+        node.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def test_an_autoscaler_is_waited_for_and_asked_no_longer_than_needed(tmp_path: Path) -> None:
+    """Its GPU nodes do not exist yet; more GPUs than a node of it has are refused."""
+    kinds = {
+        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 2, "GPU": 1}, "node_config": {}, "max_workers": 1},
+    }
+    config = {**BASE_READONLY_CONFIG, "max_workers": 1, "available_node_types": kinds}
+    config |= {"idle_timeout_minutes": 5}
+    code = f"""
+from pathlib import Path
+from selfkd.cluster import connect, find_slots
+storage = Path({str(tmp_path)!r})
+with connect() as joined:
+    for gpu, wait in ((1, None), (3, 0)):
+        try:
+            found = find_slots(
+                cpu=1, gpu=gpu, storage=storage, joined=joined, wait=wait, tell=print
+            )
+            print("slots:", found)
+        except ValueError as error:
+            print("refused:", error)
+"""
+    with ray_head(tmp_path, cpus=1, autoscaling=config) as head:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=head.env(RAY_ADDRESS=head.gcs),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "waiting for a node with 1 CPU and 1 GPU" in done.stdout
+    assert "slots: 1" in done.stdout, done.stdout
+    assert re.search(
+        r"refused: .*3 GPU a trial, but the largest node has 2 CPU and 1 GPU", done.stdout
+    )
+
+
+def test_a_dashboard_is_on_loopback_and_only_when_asked_for(tmp_path: Path) -> None:
+    code = """
+import ray
+from selfkd.cluster import connect
+for verbose in (False, True):
+    with connect(verbose=verbose):
+        print("dashboard:", ray._private.worker._global_node.webui_url or "none")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    without, with_it = re.findall(r"^dashboard: (.*)", done.stdout, re.MULTILINE)
+    assert without == "none"
+    assert with_it.startswith("127.0.0.1:")

@@ -1,0 +1,133 @@
+"""The cluster file and the job manifest of the examples, against what reads them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from selfkd import generations, submit
+from selfkd.config import load_config
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "examples" / "cluster.yaml"
+JOB = ROOT / "examples" / "rayjob.yaml"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    prepared: dict[str, Any] = prepare_config(yaml.safe_load(CLUSTER.read_text()))
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(JOB.read_text())
+    return loaded
+
+
+def test_ray_accepts_the_cluster_file(cluster: dict[str, Any]) -> None:
+    """By the schema of `ray up` itself, with the defaults of its provider filled in."""
+    validate_config(cluster)
+    assert cluster["provider"]["type"] == "aws"
+
+
+def test_ray_would_refuse_a_key_that_it_does_not_know(cluster: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="max_worker"):
+        validate_config({**cluster, "max_worker": 3})
+
+
+def test_gpu_workers_come_and_go_and_the_head_trains_nothing(cluster: dict[str, Any]) -> None:
+    types = cluster["available_node_types"]
+    assert types[cluster["head_node_type"]]["resources"] == {"CPU": 0}
+    (gpu,) = (kind for kind in types.values() if kind["resources"].get("GPU"))
+    assert (gpu["min_workers"], gpu["max_workers"]) == (0, cluster["max_workers"])
+    trial = load_config(ROOT / "tune_configs" / "cifar100_wrn28.yaml").resources
+    assert trial.cpu <= gpu["resources"]["CPU"]
+    assert trial.gpu <= gpu["resources"]["GPU"]
+
+
+def test_the_cluster_keeps_to_itself(cluster: dict[str, Any]) -> None:
+    """Every node has the token, and the dashboard is reached through SSH only."""
+    assert cluster["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert any("RAY_AUTH_MODE=token" in line for line in cluster["setup_commands"])
+    start = " ".join(cluster["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in start
+
+
+def test_nodes_get_every_package_that_selfkd_needs(cluster: dict[str, Any]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = " ".join(cluster["setup_commands"])
+    for requirement in project["dependencies"]:
+        name, version = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(>=[\d.]+)", requirement).groups()  # type: ignore[union-attr]
+        assert re.search(rf'"{name}(\[[\w,]+\])?({version}|==[\d.]+)"', installed), requirement
+
+
+def test_commands_in_the_cluster_file_are_understood() -> None:
+    text = CLUSTER.read_text().replace("\\\n#", "")
+    (line,) = re.findall(r"python -m selfkd\.submit (.*)", text)
+    before, _, after = line.partition(" -- ")
+    submit.make_parser().parse_args(shlex.split(before))
+    arguments = generations.make_parser().parse_args(shlex.split(after)[1:])
+    config = load_config(ROOT / arguments.config, settings=arguments.settings)
+    assert submit.relative_paths(config, ("storage", config.storage)) == []
+
+
+def test_the_jobs_entrypoint_is_understood(job: dict[str, Any]) -> None:
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "selfkd.generations"]
+    arguments = generations.make_parser().parse_args(words[3:])
+    path = ROOT / Path(arguments.config).relative_to("/opt/selfkd")
+    config = load_config(path, settings=arguments.settings, flags={"rounds": arguments.rounds})
+    assert config.rounds == 5
+    assert submit.relative_paths(config, ("storage", config.storage)) == []
+
+
+def test_the_jobs_pods_fit_its_trials(job: dict[str, Any]) -> None:
+    words = shlex.split(job["spec"]["entrypoint"])
+    arguments = generations.make_parser().parse_args(words[3:])
+    path = ROOT / Path(arguments.config).relative_to("/opt/selfkd")
+    trial = load_config(path, settings=arguments.settings).resources
+    (workers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert trial.cpu <= float(limits["cpu"])
+    assert 0 < trial.gpu <= float(limits["nvidia.com/gpu"])
+    assert limits == container["resources"]["requests"]  # as Ray counts them
+
+
+def test_the_jobs_structure(job: dict[str, Any]) -> None:
+    """KubeRay's own schema is on no package index: names as in its API reference of 1.6."""
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+    assert isinstance(yaml.safe_load(spec["runtimeEnvYAML"]), dict)
+    assert set(spec) == {
+        *("entrypoint", "runtimeEnvYAML", "shutdownAfterJobFinishes"),
+        *("ttlSecondsAfterFinished", "rayClusterSpec"),
+    }
+    assert set(cluster) == {
+        *("rayVersion", "authOptions", "enableInTreeAutoscaling"),
+        *("headGroupSpec", "workerGroupSpecs"),
+    }
+    assert cluster["authOptions"] == {"mode": "token"}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
+        volumes = group["template"]["spec"]["volumes"]
+        assert [volume["name"] for volume in volumes] == ["shared"]
+
+
+def test_kubernetes_accepts_the_jobs_pods(job: dict[str, Any]) -> None:
+    """Where the Kubernetes client is installed: its models know every key of a pod."""
+    models = pytest.importorskip("kubernetes.client")
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        models.V1PodTemplateSpec.model_validate(group["template"])

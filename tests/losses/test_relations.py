@@ -75,6 +75,17 @@ def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
 
 
 @each_loss
+def test_a_common_offset_does_not_cost_digits(name: str) -> None:
+    # whole numbers, exact with the offset too
+    student, teacher = ((10 * x.detach()).round().float() for x in make_batch())
+    gradients = []
+    for offset in (0, 2**20):
+        moved = (student + offset).requires_grad_()
+        gradients.append(gradient_of(LOSSES[name](moved, teacher), moved))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+
+
+@each_loss
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_reference_in_float64(name: str, shape: tuple[int, int, int]) -> None:
     student, teacher = make_batch(*shape)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from selfkd.command import Command, add_members, base_parser, everyone
 from selfkd.compression import check_members, finished, tell_members
-from selfkd.config import Config, parse_yaml
+from selfkd.config import Config
 from selfkd.console import Follower, count, print_table, short, tell_interval
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
@@ -34,10 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
-    values = arguments.values and [parse_yaml(value, "--values") for value in arguments.values]
+    if arguments.values:
+        arguments.settings.append(f"capacity.values=[{', '.join(arguments.values)}]")
     flags: dict[str, Any] = {"members.count": arguments.members, "members.runs": arguments.runs}
-    flags |= {"capacity.key": arguments.key, "capacity.values": values}
-    return _COMMAND.main(arguments, flags)
+    return _COMMAND.main(arguments, {**flags, "capacity.key": arguments.key})
 
 
 def make_capacity_table(summary: Row) -> Table:

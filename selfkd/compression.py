@@ -139,7 +139,8 @@ def check_members(config: Config) -> None:
 def tell_members(config: Config) -> str:
     """Return who teaches, in words."""
     members = config.members
-    parts = [f"{members.trained()} members on labels"] if members.trained() else []
+    count = members.trained()
+    parts = [f"{count} member{'' if count == 1 else 's'} on labels"] if count else []
     parts += [f"those of {run}" for run in members.runs]
     parts += [f"{len(members.checkpoints)} from files"] if members.checkpoints else []
     return ", ".join(parts)

@@ -276,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             notes += faults
             stages += own
             if not own:
-                raise ConfigError(f"RUN must have trials with a teacher that are done, got {run}")
+                raise ConfigError(
+                    f"RUN must have completed trials with a teacher and a val_accuracy, got {run}"
+                )
         found = find_responses(stages)
     except (ValueError, OSError) as error:
         print("\n".join([*notes, f"error: {error}"]), file=sys.stderr)  # noqa: T201

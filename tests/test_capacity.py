@@ -50,7 +50,7 @@ def test_prints_what_it_does_a_table_and_a_verdict(whole: tuple[Path, str]) -> N
     folder, printed = whole
     summary = load_json(folder / "summary.json")
     assert (
-        "1 members on labels, then students with model.args.width 2, 8 on digits, from labels only "
+        "1 member on labels, then students with model.args.width 2, 8 on digits, from labels only "
         "and distilled (5 trials for each), 2 paired seeds each"
     ) in printed
     assert summary["verdict"] in printed
@@ -90,7 +90,7 @@ def test_t_and_alpha_against_size_are_read_from_it(
         (["--values", "4", "4"], "capacity.values must be different ones, got [4, 4]"),
         (["--from", "nowhere"], "must be a run folder"),
         (["--set", "confirm.seeds=0"], "confirm.seeds must be at least 1, got 0"),
-        (["--values", "[4"], "--values: must be YAML"),
+        (["--values", "[4"], "--set capacity.values: must be YAML"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(

@@ -104,7 +104,7 @@ def test_what_is_no_run_or_has_no_trials_is_refused(
     assert main([str(empty.path)]) == 2
     error = capsys.readouterr().err
     assert error.splitlines() == [
-        f"error: RUN must have trials with a teacher that are done, got {empty.path}"
+        f"error: RUN must have completed trials with a teacher and a val_accuracy, got {empty.path}"
     ]
 
 

@@ -203,7 +203,7 @@ class Command:
                 with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
                     try:
                         self.work(config, folder, pool, follower, everyone(reporter, tracker))
-                        reporter.write()
+                        reporter.finish()
                     except KeyboardInterrupt:
                         # first of all: a Ray job that is stopped is killed after three seconds
                         self._say_stopped(folder)

@@ -57,7 +57,7 @@ def generations_run(
         diagnostics: whether results have them; older runs have none.
         settings: of the config.
     """
-    rolled = random.Random(seed)
+    rolled = random.Random(f"{seed} {lift} {trials}")
     done = rounds + 1 if done is None else done
     texts = (f"search.trials={trials}", f"confirm.seeds={seeds}", *settings)
     config = load_config(settings=texts, flags={"rounds": rounds, "seed": seed})
@@ -78,7 +78,7 @@ def generations_run(
         if seeds:
             accuracy = [test - 0.003 * rolled.random() for _ in range(seeds)]
             baseline = baseline or accuracy
-            row["confirmation"] = _confirmation(number, accuracy, baseline)
+            row["confirmation"] = _confirmation(number, accuracy, baseline, seed)
             save_json(folder / "confirmation.json", row["confirmation"])
         rows.append(row)
     if done <= rounds:
@@ -250,7 +250,7 @@ def _diagnostics(test: float, number: int, rolled: random.Random, classes: int) 
     }
 
 
-def _confirmation(number: int, accuracy: list[float], baseline: list[float]) -> Row:
+def _confirmation(number: int, accuracy: list[float], baseline: list[float], seed: int) -> Row:
     mean = sum(accuracy) / len(accuracy)
     gain = mean - sum(baseline) / len(baseline)
     against = {"value": gain, "low": gain - 0.004, "high": gain + 0.004}
@@ -258,7 +258,7 @@ def _confirmation(number: int, accuracy: list[float], baseline: list[float]) -> 
     ends = {"low": None, "high": None} if single else {"low": mean - 0.004, "high": mean + 0.004}
     verdict = "better than" if gain > 0.004 else "no evidence of a difference to"
     return {
-        "seeds": len(accuracy),
+        "seeds": [1000 * seed + k for k in range(len(accuracy))],
         "test_accuracy": accuracy,
         "mean": {"value": mean, **ends},
         "first": against if number else None,

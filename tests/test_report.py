@@ -63,7 +63,7 @@ def test_repeats_over_seeds(runs: Path, capsys: pytest.CaptureFixture[str]) -> N
     generations_run(runs / "run-d", seed=1)
     assert report.main(["run-a", "run-d", "--format", "table"]) == 0
     printed = capsys.readouterr().out
-    assert "over 2 runs that differ in their seed alone" in printed
+    assert "paired in 2 runs that differ in their seed alone" in printed
 
 
 def test_csv_has_a_row_a_generation(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

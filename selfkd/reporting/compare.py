@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfkd.console import tell_interval
+from selfkd import verdicts
 from selfkd.reporting.read import Run, Tree
-from selfkd.statistics import CONFIDENCE, Interval, mean_interval
+from selfkd.statistics import CONFIDENCE, Interval, mean_interval, paired_interval
 
 FINGERPRINTS = ("fingerprint", "val", "test")
 INCIDENTAL = ("seed", "name", "storage", "tracking", "resources", "rounds", "confirm", "targets")
@@ -24,12 +24,14 @@ class Arm:
         val: metric on validation by which it was chosen, optimistic.
         test: test accuracy of the chosen model.
         seeds: test accuracy of each fresh seed; none where nothing was confirmed.
+        marks: the seeds themselves, where they were written down.
     """
 
     name: str
     val: float | None
     test: float | None
     seeds: tuple[float, ...] = ()
+    marks: tuple[int, ...] = ()
 
     @property
     def mean(self) -> Interval | None:
@@ -58,14 +60,13 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In words: the same for a gain and for none."""
-        low, high = self.difference.low, self.difference.high
-        told = tell_interval(vars(self.difference))
-        if low is None or high is None:
-            return f"{self.run} against {self.reference}: {told}, {self.why}"
-        if low > 0 or high < 0:
-            better = "better" if low > 0 else "worse"
-            return f"{self.run} is {better} than {self.reference}: {told}, {self.why}"
-        return f"no evidence that {self.run} differs from {self.reference}: {told}, {self.why}"
+        if self.difference.low is None:
+            told = verdicts.tell(vars(self.difference))
+            return (
+                f"no evidence that {self.run} is better than {self.reference} "
+                f"(difference {told}, {self.why})"
+            )
+        return verdicts.compare(self.run, self.reference, vars(self.difference), self.why)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ def last_arm(run: Run) -> Arm | None:
     if not done or done[-1].result is None:
         return None
     last, result = done[-1], done[-1].result
-    seeds = last.confirmation.test_accuracy if last.confirmation else ()
-    name = f"generation {last.number}"
-    return Arm(name, result.value(run.metric), result.test_accuracy, seeds)
+    confirmed, name = last.confirmation, f"generation {last.number}"
+    seeds = confirmed.test_accuracy if confirmed else ()
+    marks = confirmed.seeds if confirmed and not isinstance(confirmed.seeds, int) else ()
+    return Arm(name, result.value(run.metric), result.test_accuracy, seeds, marks)
 
 
 def compare(run: Run, reference: Run) -> Comparison | None:
@@ -124,10 +126,12 @@ def compare(run: Run, reference: Run) -> Comparison | None:
     unpaired = why_unpaired(run, reference)
     whose = "" if own.name == other.name else f", {own.name} against {other.name}"
     a, b = own.seeds, other.seeds
-    if unpaired is None and len(a) > 1:
-        gains = [x - y for x, y in zip(a, b, strict=True)]
-        why = f"{len(a)} paired seeds{whose}"
-        return Comparison(run.name, reference.name, mean_interval(gains), True, why)
+    pairs = _pairs(own, other) if unpaired is None else ([], [])
+    if len(pairs[0]) > 1:
+        found, why = paired_interval(*pairs), f"{len(pairs[0])} paired seeds{whose}"
+        if found.low is None:
+            why += ", the same in all: no interval"
+        return Comparison(run.name, reference.name, found, True, why)
     if len(a) > 1 and len(b) > 1:
         why = f"unpaired (Welch, {len(a)} and {len(b)} seeds), {unpaired}{whose}"
         return Comparison(run.name, reference.name, welch_interval(a, b), False, why)
@@ -135,6 +139,15 @@ def compare(run: Run, reference: Run) -> Comparison | None:
     value = (a[0] if a else own.test) - (b[0] if b else other.test)
     why = few if unpaired is None else f"{few}; {unpaired}"
     return Comparison(run.name, reference.name, Interval(value), False, why)
+
+
+def _pairs(own: Arm, other: Arm) -> tuple[list[float], list[float]]:
+    """Return accuracies by shared seed; by their order where the seeds were not written down."""
+    if not own.marks or not other.marks:
+        return list(own.seeds), list(other.seeds)
+    by_seed = [dict(zip(arm.marks, arm.seeds, strict=True)) for arm in (own, other)]
+    shared = [mark for mark in own.marks if mark in by_seed[1]]
+    return [by_seed[0][mark] for mark in shared], [by_seed[1][mark] for mark in shared]
 
 
 def welch_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
@@ -147,8 +160,8 @@ def welch_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
     from scipy.stats import ttest_ind  # a second to import: only when it is used
 
     value = sum(a) / len(a) - sum(b) / len(b)
-    if len({*a}) == len({*b}) == 1:  # no spread at all: the formula divides by it
-        return Interval(value, value, value)
+    if len({*a}) == len({*b}) == 1:  # no spread at all, which the formula divides by
+        return Interval(value)
     ends = ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
     return Interval(value, float(ends.low), float(ends.high))
 
@@ -167,10 +180,15 @@ def why_unpaired(run: Run, reference: Run) -> str | None:
     seeds = run.get("seed"), reference.get("seed")
     if seeds[0] != seeds[1]:
         return f"their seeds differ ({seeds[0]} and {seeds[1]})"
-    arms = last_arm(run), last_arm(reference)
-    counts = [len(arm.seeds) if arm else 0 for arm in arms]
-    if counts[0] != counts[1]:
-        return f"they have {counts[0]} and {counts[1]} fresh seeds"
+    own, other = last_arm(run), last_arm(reference)
+    if own is None or other is None:
+        return None
+    if own.marks and other.marks:
+        shared = len(set(own.marks) & set(other.marks))
+        few = min(len(own.marks), len(other.marks)) < 2  # which is said in any case
+        return None if shared > 1 or few else f"they share {shared} fresh seeds"
+    if len(own.seeds) != len(other.seeds):
+        return f"they have {len(own.seeds)} and {len(other.seeds)} fresh seeds"
     return None
 
 
@@ -208,7 +226,6 @@ def across(runs: Sequence[Run]) -> list[Across]:
         accuracies = tuple(value for value in found if value is not None)
         if len(accuracies) < len(runs):
             continue
-        gains = [b - a for a, b in zip(rows[0].accuracies, accuracies, strict=True)] if rows else []
-        first = mean_interval(gains) if gains else None
+        first = paired_interval(accuracies, rows[0].accuracies) if rows else None
         rows.append(Across(name, accuracies, mean_interval(accuracies), first))
     return rows

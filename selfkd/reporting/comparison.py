@@ -95,10 +95,9 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     """Return what a comparison says, in words."""
     told = [_told(each) for each in comparisons(runs)]
     for row in repeats(runs)[1:]:
-        interval = Comparison(row.name, "generation 0", row.first or Interval(0), True, "")
-        told.append(words.sentence(interval.verdict.rstrip(", ")))
-    if repeats(runs):
-        told.append(f"Over {len(runs)} runs that differ in their seed alone, paired by run.")
+        found = row.first or Interval(0)
+        why = f"paired in {len(runs)} runs that differ in their seed alone"
+        told.append(words.sentence(Comparison(row.name, "generation 0", found, True, why).verdict))
     return told or ["There is nothing to compare yet."]
 
 
@@ -226,7 +225,7 @@ def records(run: Run) -> list[Record]:
         if confirmed is not None:
             mean = confirmed.mean
             row |= {"mean": mean.value_, "low": mean.low, "high": mean.high}
-            row["seeds"] = confirmed.seeds
+            row["seeds"] = confirmed.count
         rows.append({**row, **same, "row": f"generation {generation.number}"})
     if run.ensemble is not None:
         rows.append({**run.ensemble.model_dump(), **same, "row": "ensemble of all"})

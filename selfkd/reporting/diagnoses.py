@@ -9,6 +9,8 @@ from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Confusion
 from selfkd.reporting.tables import MOST_ROWS, Table, left_out
 
+Pair = tuple[int | str, int | str]
+
 
 def calibration_table(generations: Sequence[Generation]) -> Table:
     """Return calibration on validation and test, as it is and after one temperature."""
@@ -53,8 +55,9 @@ def agreement_table(generations: Sequence[Generation]) -> Table:
     for generation in generations:
         confirmed = generation.confirmation
         test = generation.diagnostics.get("test")
-        mcnemar = confirmed.mcnemar if confirmed else None
-        agreement = generation.result.agreement if generation.result else None
+        result = generation.result
+        mcnemar = (result.mcnemar if result else None) or (confirmed.mcnemar if confirmed else None)
+        agreement = result.agreement if result else None
         rows.append(
             (
                 str(generation.number),
@@ -71,7 +74,7 @@ def agreement_table(generations: Sequence[Generation]) -> Table:
 
 def confusion_table(
     run: Run,
-    pairs: Sequence[tuple[int, int]],
+    pairs: Sequence[Pair],
     names: Sequence[str],
     found: Sequence[Sequence[Confusion]],
 ) -> Table:
@@ -84,7 +87,7 @@ def confusion_table(
     )
 
 
-def pair_name(run: Run, pair: tuple[int, int]) -> str:
+def pair_name(run: Run, pair: Pair) -> str:
     """Return a pair of classes as people read it."""
     return f"{run.class_name(pair[0])} → {run.class_name(pair[1])}"
 

@@ -80,7 +80,7 @@ def _confusions(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     if not columns:
         return
     names, found_by = [name for name, _ in columns], [rows for _, rows in columns]
-    total: Counter[tuple[int, int]] = Counter()
+    total: Counter[diagnoses.Pair] = Counter()
     for rows in found_by:
         for each in rows:
             total[each.label, each.predicted] += each.count

@@ -31,6 +31,7 @@ from selfkd.reporting.theme import (
     literal,
 )
 
+RING = "#d55e00"  # of a chosen trial: in no map of colours
 JITTER = 0.24  # of a generation's trials around its number
 
 
@@ -249,7 +250,8 @@ def setting_map(
                 marker={
                     "size": 22,
                     "symbol": "circle-open",
-                    "line": {"width": 2.5, "color": "#d55e00"},
+                    "color": RING,
+                    "line": {"width": 2.5, "color": RING},
                 },
                 cliponaxis=False,
                 hoverinfo="skip",
@@ -307,6 +309,7 @@ def curves(
             for line in lines
         ]
     )
+    longest = max((len(line.x) for line in lines), default=0)
     scale: dict[str, Any] = {"type": "log", "dtick": "D2"} if logarithmic else {}
     settled = finite([y for line in lines for y in line.y[len(line.y) // 4 :]])
     if settled and not logarithmic:
@@ -316,7 +319,7 @@ def curves(
     figure.update_layout(
         layout(
             height=340,
-            xaxis=axis(x, showgrid=False),
+            xaxis=axis(x, showgrid=False, tickformat="d", **({"dtick": 1} if longest < 12 else {})),
             yaxis=axis(measure.title, tickformat=measure.tick, **scale),
         )
     )

@@ -7,8 +7,17 @@ from collections.abc import Iterator, Sequence
 
 from selfkd.reporting import figures, tables, words
 from selfkd.reporting.diagnosis_panels import diagnosis_sections
-from selfkd.reporting.marks import Level, Line, Measure, Step, ends_of
-from selfkd.reporting.panels import Panel, Section, bar, measure, placed, values
+from selfkd.reporting.marks import Bar, Level, Line, Measure, Step, ends_of
+from selfkd.reporting.panels import (
+    Panel,
+    Section,
+    bar,
+    measure,
+    placed,
+    surface,
+    tell_surface,
+    values,
+)
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Trial
 
@@ -19,7 +28,8 @@ def generation_sections(run: Run) -> Iterator[Section]:
     yield Section(
         "Temperature and alpha",
         tuple(_maps(run)),
-        "Each dot is a trial, the ring the chosen one. All maps share one scale of colours.",
+        "Each dot is a trial, the ring the chosen one, the ground what a Gaussian process makes of "
+        "them where they are enough. All maps share one scale of colours.",
     )
     yield Section("Learning", tuple(_learning(run)))
     yield from diagnosis_sections(run)
@@ -33,9 +43,7 @@ def _accuracy(run: Run) -> Iterator[Panel]:
             trials=values(run, generation.trials),
             chosen=_chosen_value(run, generation),
             test=None if own or not generation.result else generation.result.test_accuracy,
-            confirmed=bar(generation.confirmation.mean)
-            if generation.confirmation and not own
-            else None,
+            confirmed=_confirmed(run, generation, own=own),
         )
         for generation in run.generations
     ]
@@ -48,8 +56,15 @@ def _accuracy(run: Run) -> Iterator[Panel]:
         "Accuracy per generation" if not own else f"{run.metric} per generation",
         _accuracy_text(run),
         figure,
-        tables.generations_table(run),
+        tables.all_trials_table(run),
     )
+
+
+def _confirmed(run: Run, generation: Generation, *, own: bool) -> Bar | None:
+    found = generation.confirmation
+    if found is None or (own and found.metric != run.metric):
+        return None
+    return bar(found.mean)
 
 
 def _chosen_value(run: Run, generation: Generation) -> tuple[int, float] | None:
@@ -95,6 +110,7 @@ def _maps(run: Run) -> Iterator[Panel]:
             chosen=setting,
             bounds=bounds,
             temperatures=temperatures,
+            surface=surface(points),
         )
         yield Panel(
             f"Generation {generation.number}",
@@ -122,7 +138,7 @@ def _map_text(
     text = f"{len(points)} trials, from {words.measured(run, low)} to {words.measured(run, high)}"
     if chosen is None:
         return f"{text}; none is chosen yet."
-    return f"{text}; chosen: T {chosen[0]:.3g}, alpha {chosen[1]:.2f}."
+    return f"{text}; chosen: T {chosen[0]:.3g}, alpha {chosen[1]:.2f}. {tell_surface(points)}"
 
 
 def _learning(run: Run) -> Iterator[Panel]:

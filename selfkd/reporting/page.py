@@ -183,7 +183,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _appendices(run: Run) -> list[Appendix]:
     seconds = sum(result.seconds for result in run.results)
     cost = f"{run.trained} models were trained" + (
-        f", in {words.duration(seconds)} of generations." if seconds else "."
+        f"; the generations took {words.duration(seconds)}." if seconds else "."
     )
     chain = [
         Link(f"generation {result.generation}", result.hash, generation_colour(result.generation))

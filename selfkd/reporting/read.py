@@ -25,6 +25,7 @@ from selfkd.reporting.schema import (
 
 Tree = Mapping[str, Any]
 P = TypeVar("P", bound=Part)
+TRIALS = "trial_*/result.json"
 DISTILL = "distill.temperature", "distill.alpha"
 
 
@@ -52,6 +53,7 @@ class Run:
         starts: the environment of each start, the latest last.
         generations: those with a result, in order; the last may have none yet.
         stages: trials of a run of `ensemble`, by stage.
+        further: trials on fresh seeds and of controls.
         members: the teachers of a run of `ensemble`, the best first.
         ensemble: of all generations.
         controls: of equal cost.
@@ -69,6 +71,7 @@ class Run:
     starts: tuple[Tree, ...] = ()
     generations: tuple[Generation, ...] = ()
     stages: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
+    further: tuple[Trial, ...] = ()
     members: tuple[Tree, ...] = ()
     ensemble: Measured | None = None
     controls: tuple[Control, ...] = ()
@@ -101,9 +104,9 @@ class Run:
     @property
     def trained(self) -> int:
         """How many models were trained, in whole or in part."""
-        return sum(len(trials) for trials in self.stages.values()) + sum(
-            len(generation.trials) for generation in self.generations
-        )
+        stages = sum(len(trials) for trials in self.stages.values())
+        chosen_among = sum(len(generation.trials) for generation in self.generations)
+        return stages + chosen_among + len(self.further)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the config by its dotted key."""
@@ -121,8 +124,10 @@ class Run:
             return None
         return float(values[0]), float(values[1])
 
-    def class_name(self, label: int) -> str:
+    def class_name(self, label: int | str) -> str:
         """Return the name of a class, its number where it has none."""
+        if isinstance(label, str):
+            return label
         names = self.data.get("class_names")
         if isinstance(names, list) and 0 <= label < len(names):
             return str(names[label])
@@ -200,6 +205,7 @@ class _Reader:
         where = f"{self._name('summary.json')} at "
         return {
             "generations": generations,
+            "further": tuple(self._further()),
             "ensemble": self._part(Measured, ensemble, where + "ensemble"),
             "controls": tuple(
                 control
@@ -242,8 +248,16 @@ class _Reader:
             if read is not None:
                 yield split, read
 
+    def _further(self) -> Iterator[Trial]:
+        """Yield the trials that no generation chose among."""
+        places = sorted(self._path.glob("generation_*/confirm/"))
+        for root in ("labels", "controls"):
+            places += sorted({path.parent.parent for path in (self._path / root).rglob(TRIALS)})
+        for place in places:
+            yield from self._trials(place)
+
     def _trials(self, folder: Path) -> Iterator[Trial]:
-        for path in sorted(folder.glob("trial_*/result.json")):
+        for path in sorted(folder.glob(TRIALS)):
             raw = self._load(path)
             trial = self._part(Trial, raw, self._name(str(path.relative_to(self._path))))
             if trial is not None:

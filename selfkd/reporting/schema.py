@@ -40,10 +40,10 @@ class Bin(Part):
 
 
 class Confusion(Part):
-    """How often images of a class were taken for another."""
+    """How often images of a class were taken for another; classes by name, or by number."""
 
-    label: int
-    predicted: int
+    label: str | int
+    predicted: str | int
     count: int
 
 
@@ -83,13 +83,21 @@ class McNemar(Part):
 class Confirmation(Part):
     """A generation's setting, trained again on fresh seeds."""
 
-    seeds: int
+    seeds: tuple[int, ...] | int
+    """The seeds, or only how many there were."""
     test_accuracy: tuple[float, ...] = ()
+    metric: str = "test_accuracy"
+    """What a training function of the user's own is measured by, else test accuracy."""
     mean: Estimate
     first: Estimate | None = None
     previous: Estimate | None = None
     mcnemar: McNemar | None = None
     verdict: str | None = None
+
+    @property
+    def count(self) -> int:
+        """How many seeds there were."""
+        return self.seeds if isinstance(self.seeds, int) else len(self.seeds)
 
 
 class Control(Part):
@@ -153,6 +161,7 @@ class Result(Part):
     failed: int = 0
     train_seconds: float = 0.0
     seconds: float = 0.0
+    mcnemar: McNemar | None = None
 
 
 class Measured(Part):

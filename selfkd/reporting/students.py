@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from selfkd.reporting import charts, figures, tables, words
 from selfkd.reporting.marks import Bar, Level, Line, Measure
-from selfkd.reporting.panels import Panel, Section, bar, measure, placed
+from selfkd.reporting.panels import Panel, Section, bar, measure, placed, surface, tell_surface
 from selfkd.reporting.read import Run
 from selfkd.reporting.schema import Trial
 from selfkd.reporting.tables import Table
@@ -85,8 +85,8 @@ def _student_map(run: Run) -> Iterator[Panel]:
     )
     yield Panel(
         "The student's trials",
-        text,
-        figures.setting_map(points, measure=measure(run), chosen=setting),
+        f"{text} {tell_surface(points)}".strip(),
+        figures.setting_map(points, measure=measure(run), chosen=setting, surface=surface(points)),
         tables.trials_table(run, trials, chosen.trial if chosen else None),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfkd.reporting import words
-from selfkd.reporting.read import Generation, Run
+from selfkd.reporting.read import DISTILL, Generation, Run
 from selfkd.reporting.schema import Measured, Result, Trial
 
 MOST_ROWS = 200
@@ -77,9 +77,9 @@ def _generation_row(run: Run, generation: Generation) -> tuple[str, ...]:
         words.number(result.alpha, ".2f"),
         words.measured(run, result.value(run.metric)),
         words.percent(result.test_accuracy),
-        words.mean(confirmed.mean) if confirmed else "",
-        words.points(confirmed.first) if confirmed else "",
-        words.points(confirmed.previous) if confirmed else "",
+        words.confirmed(confirmed),
+        words.gained(confirmed, "first"),
+        words.gained(confirmed, "previous"),
         words.number(result.test_nll),
         words.number(result.test_ece),
         words.percent(result.agreement),
@@ -94,9 +94,32 @@ def _ensemble_row(row: Measured) -> tuple[str, ...]:
     )
 
 
+def all_trials_table(run: Run) -> Table:
+    """Return a row a trial of all generations: the points of the figure of accuracies."""
+    rows = [
+        (
+            f"generation {generation.number}, trial {trial.trial}",
+            words.measured(run, trial.value(run.metric)),
+            _what_became(trial, generation.result.trial if generation.result else None),
+            words.percent(chosen.test_accuracy) if chosen else "",
+        )
+        for generation in run.generations
+        for trial in generation.trials
+        for chosen in [_if_chosen(generation, trial)]
+    ]
+    head = ("trial", _column(run.metric), "", "test acc")
+    note = left_out(len(rows), "trials")
+    return Table(head, tuple(rows[:MOST_ROWS]), note).without_empty()
+
+
+def _if_chosen(generation: Generation, trial: Trial) -> Result | None:
+    result = generation.result
+    return result if result is not None and result.trial == trial.trial else None
+
+
 def trials_table(run: Run, trials: Sequence[Trial], chosen: int | None) -> Table:
     """Return a row a trial: what was tried and what it gave."""
-    keys = sorted({key for trial in trials for key in trial.point})
+    keys = sorted({key for trial in trials for key in trial.point}, key=_distill_first)
     short = {"distill.temperature": "T", "distill.alpha": "alpha"}
     head = ("trial", *(short.get(key, key) for key in keys), _column(run.metric), "seconds", "")
     rows = [
@@ -110,6 +133,10 @@ def trials_table(run: Run, trials: Sequence[Trial], chosen: int | None) -> Table
         for trial in trials[:MOST_ROWS]
     ]
     return Table(head, tuple(rows), left_out(len(trials), "trials")).without_empty()
+
+
+def _distill_first(key: str) -> tuple[int, str]:
+    return (DISTILL.index(key) if key in DISTILL else len(DISTILL)), key
 
 
 def _what_became(trial: Trial, chosen: int | None) -> str:
@@ -146,9 +173,14 @@ def cost_table(run: Run) -> Table:
         failed = sum(trial.status == "failed" for trial in trials)
         seconds = sum(trial.train_seconds for trial in trials)
         rows.append((name, str(len(trials)), str(failed or ""), f"{seconds:.1f}", "", ""))
-    seconds = sum(r.train_seconds for r in run.results) + sum(
-        trial.train_seconds for trials in run.stages.values() for trial in trials
-    )
+    if run.further:
+        failed = sum(trial.status == "failed" for trial in run.further)
+        spent = f"{sum(trial.train_seconds for trial in run.further):.1f}"
+        name = "fresh seeds and controls"
+        rows.append((name, str(len(run.further)), str(failed or ""), spent, "", ""))
+    others = [*run.further, *(trial for trials in run.stages.values() for trial in trials)]
+    seconds = sum(result.train_seconds for result in run.results)
+    seconds += sum(trial.train_seconds for trial in others)
     wall = sum(result.seconds for result in run.results)
     rows.append(("all", str(run.trained), "", f"{seconds:.1f}", f"{wall:.1f}" if wall else "", ""))
     first = "generation" if run.command == "generations" else "stage"

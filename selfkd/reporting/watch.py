@@ -1,9 +1,10 @@
-"""Keeps a run's report up to date while it goes on; never stops it."""
+"""Keeps a run's report up to date while it goes on; never stops it and hardly slows it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from selfkd.jobs import Row
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Writes `report.html` after each generation; a failure is logged and changes nothing.
+    """Writes `report.html` after each generation, beside the run; a failure is only logged.
 
     Args:
         folder: of the run.
@@ -21,6 +22,8 @@ class Reporter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="report")
+        self._next: Future[None] | None = None
 
     def write(self) -> None:
         """Write the report as things stand."""
@@ -29,25 +32,32 @@ class Reporter:
 
             write_report(self._folder)
         except Exception as error:  # noqa: BLE001 - a report must never stop the training
-            logger.warning("report.html was not written: %s: %s", type(error).__name__, error)
+            logger.warning("%s was not written: %s: %s", REPORT, type(error).__name__, error)
+
+    def finish(self) -> None:
+        """Write it for the last time."""
+        self._write_soon()
+        self._writer.shutdown(wait=True)
+
+    def _write_soon(self) -> None:
+        """Write it when the one before is written; one that has not begun will tell it all."""
+        if self._next is None or self._next.running() or self._next.done():
+            self._next = self._writer.submit(self.write)
 
     def generation_finished(self, result: Row) -> None:
-        """Write it again with one more generation; once for all those done before a resume."""
+        """Write it with one more generation; once for all those done before a resume."""
         if not self._result(result["generation"] + 1).exists():
-            self.write()
-
-    def _result(self, generation: int) -> Path:
-        return self._folder / f"generation_{generation:03d}" / "result.json"
+            self._write_soon()
 
     def generation_confirmed(self, confirmation: Row) -> None:
-        """Write it again with what fresh seeds say; once for all those done before a resume."""
+        """Write it with what fresh seeds say; once for all those done before a resume."""
         following = self._result(confirmation["generation"] + 1).with_name("confirmation.json")
         if not following.exists():
-            self.write()
+            self._write_soon()
 
     def compressed(self, summary: Row) -> None:
-        """Write it again with the student."""
-        self.write()
+        """Write it with the student."""
+        self._write_soon()
 
     def working(self, title: str, parts: int) -> None:
         """Nothing."""
@@ -66,3 +76,6 @@ class Reporter:
 
     def noted(self, text: str) -> None:
         """Nothing."""
+
+    def _result(self, generation: int) -> Path:
+        return self._folder / f"generation_{generation:03d}" / "result.json"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from selfkd.console import tell_interval
 from selfkd.jobs import Row
 from selfkd.reporting.read import Generation, Run
-from selfkd.reporting.schema import Estimate, Result, plain
+from selfkd.reporting.schema import Confirmation, Estimate, Result, plain
 
 
 def percent(value: float | None) -> str:
@@ -50,6 +51,27 @@ def measured(run: Run, value: float | None) -> str:
     return percent(value) if "accuracy" in run.metric else number(value, ".4g")
 
 
+def confirmed(confirmation: Confirmation | None) -> str:
+    """Return the mean over fresh seeds with half of its interval."""
+    if confirmation is None:
+        return ""
+    if "acc" in confirmation.metric:
+        return mean(confirmation.mean)
+    found = confirmation.mean
+    half = "" if found.high is None else f" ± {found.high - found.value_:.2g}"
+    return f"{found.value_:.4g}{half}"
+
+
+def gained(confirmation: Confirmation | None, other: Literal["first", "previous"]) -> str:
+    """Return the difference to generation 0 or to the one before."""
+    found: Estimate | None = getattr(confirmation, other, None)
+    if confirmation is None or found is None or "acc" in confirmation.metric:
+        return points(found)
+    if found.low is None or found.high is None:
+        return f"{found.value_:+.4g}"
+    return f"{found.value_:+.4g} [{found.low:+.4g}, {found.high:+.4g}]"
+
+
 def duration(seconds: float) -> str:
     """Return a time as people say it.
 
@@ -88,12 +110,14 @@ def _of_generations(run: Run) -> Iterator[str]:
     done = [generation for generation in run.generations if generation.result is not None]
     verdicts = [generation.confirmation for generation in done]
     told = [each.verdict for each in verdicts if each is not None and each.verdict]
-    yield from (sentence(text) for text in reversed(told))
+    for text in reversed(told):
+        yield from (sentence(part) for part in text.split("; "))
     if run.stopped:
         yield sentence(run.stopped)
     if done and not told:
         yield from _unconfirmed(run, done)
-    yield from (sentence(control.verdict) for control in run.controls if control.verdict)
+    for control in run.controls:
+        yield from (sentence(part) for part in (control.verdict or "").split("; ") if part)
     if run.ensemble is not None and run.ensemble.test_accuracy is not None:
         yield (
             f"The ensemble of all {len(done)} generations is right on "

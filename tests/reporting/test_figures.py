@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from selfkd.reporting.charts import class_accuracy, counts, levels
-from selfkd.reporting.figures import accuracy_per_generation, curves, reliability, setting_map
+from selfkd.reporting.figures import RING, accuracy_per_generation, curves, reliability, setting_map
 from selfkd.reporting.marks import Bar, Level, Line, Measure, Step, Surface
 from selfkd.reporting.theme import PALETTE, generation_colour, generation_dash
 
@@ -69,6 +69,7 @@ def test_a_map_marks_the_choice_and_takes_a_surface() -> None:
     assert [list(row) for row in response.z] == [[0.9, 0.91], [0.92, 0.95]]
     assert trials.marker.color == (0.9, 0.95)
     assert (ring.x, ring.y) == ((20.0,), (1.0,))
+    assert ring.marker.color == RING  # an open symbol is drawn in the colour of its fill
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0.5, 1)
     assert figure.layout.xaxis.type == "log"
 

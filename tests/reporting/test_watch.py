@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -18,11 +19,47 @@ from selfkd.tracking import NoTracker
 
 def test_writes_after_a_generation_and_once_after_a_resume(tmp_path: Path) -> None:
     path = generations_run(tmp_path / "run", rounds=4, done=2)
-    reporter = Reporter(path)
+    written: list[int] = []
+
+    class Counted(Reporter):
+        def write(self) -> None:
+            written.append(1)
+            super().write()
+
+    reporter = Counted(path)
     reporter.generation_finished({"generation": 0})  # told again: generation 1 is done too
-    assert not (path / "report.html").exists()
+    reporter.generation_confirmed({"generation": 0})
+    time.sleep(0.2)
+    assert not written
     reporter.generation_finished({"generation": 1})
+    deadline = time.monotonic() + 120
+    while not (path / "report.html").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert "unfinished" in (path / "report.html").read_text()
+    reporter.finish()
+    assert len(written) == 2
+
+
+def test_a_report_that_has_not_begun_tells_all_that_happens_until_then(tmp_path: Path) -> None:
+    path = generations_run(tmp_path / "run", rounds=4, done=2)
+    begun, go_on = threading.Event(), threading.Event()
+    written: list[int] = []
+
+    class Slow(Reporter):
+        def write(self) -> None:
+            begun.set()
+            go_on.wait(60)
+            written.append(1)
+
+    reporter = Slow(path)
+    reporter.generation_finished({"generation": 1})
+    assert begun.wait(60)
+    for _ in range(5):  # the run goes on meanwhile
+        reporter.generation_finished({"generation": 1})
+    go_on.set()
+    reporter.finish()
+    assert len(written) == 2
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), TypeError("odd")])
@@ -39,7 +76,9 @@ def test_a_failure_is_logged_and_stops_nothing(
 
     monkeypatch.setattr(page, "save_text", fail)
     with caplog.at_level(logging.WARNING):
-        Reporter(path).generation_finished({"generation": 2})
+        reporter = Reporter(path)
+        reporter.generation_finished({"generation": 2})
+        reporter.finish()
     assert f"report.html was not written: {type(error).__name__}" in caplog.text
     assert not (path / "report.html").exists()
 

@@ -12,10 +12,11 @@ from rich.console import Console
 from selfkd.command import Command, base_parser, everyone
 from selfkd.compression import compress, find_members, finished
 from selfkd.config import Config, ConfigError
-from selfkd.console import Follower, make_ensemble_table, tell_interval
+from selfkd.console import Follower, make_ensemble_table
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.tracking import NoTracker
+from selfkd.verdicts import compare, count_seeds, tell
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,20 +89,14 @@ def _verdict(summary: Row) -> list[str]:
         f"chosen of {summary['trials']} trials on validation: T {chosen['temperature']:.3g}, "
         f"alpha {chosen['alpha']:.3g}, average of {chosen['average']}"
     )
-    seeds = f"{summary['seeds']} paired seeds" if summary["seeds"] else "one pair, no interval"
-    sure = gain["low"] is not None and (gain["low"] > 0 or gain["high"] < 0)
-    better = "better" if gain["value"] > 0 else "worse"
-    verdict = (
-        f"the student from its teacher is {better} than from labels only"
-        if sure
-        else "no evidence that the student from its teacher differs from labels only"
-    )
-    lines = [setting, f"{verdict}: {tell_interval(gain)} test accuracy, {seeds}"]
+    pairs = count_seeds(max(1, summary["seeds"]))
+    student, labels = "the student from its teacher", "the same from labels only"
+    lines = [setting, compare(student, labels, gain, f"test accuracy, {pairs}")]
     if share is None:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:
         ends = "" if share["low"] is not None else " (no interval: too little is known for one)"
-        lines.append(f"share of the teacher's gain kept: {tell_interval(share)}{ends}")
+        lines.append(f"share of the teacher's gain kept: {tell(share)}{ends}")
     return lines
 
 

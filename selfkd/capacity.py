@@ -13,11 +13,12 @@ from rich.table import Table
 from selfkd.command import Command, add_members, base_parser, everyone
 from selfkd.compression import check_members, finished, tell_members
 from selfkd.config import Config
-from selfkd.console import Follower, count, print_table, short, tell_interval
+from selfkd.console import Follower, count, print_table, short
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.sizes import check_sizes, grow, trainings
 from selfkd.tracking import NoTracker
+from selfkd.verdicts import tell
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -54,7 +55,7 @@ def make_capacity_table(summary: Row) -> Table:
             short(size["parameters"]),
             _mean(size["labels"]),
             _mean(size["taught"]),
-            tell_interval(size["difference"]),
+            tell(size["difference"]),
             "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
             size["verdict"],
         )

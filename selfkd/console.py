@@ -257,7 +257,7 @@ def make_confirmation_table(results: Sequence[Row], controls: Sequence[Row]) -> 
     form = _form(metric)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(f"{count(seeds, 'fresh seed')}", justify="left")
-    for column in (f"mean {metric}", "vs generation 0", "vs one before", "McNemar p"):
+    for column in (f"mean {metric}", "vs generation 0", "vs one before", "McNemar"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -406,14 +406,6 @@ def make_ensemble_table(rows: Sequence[Row]) -> Table:
             f"{row['ms_128']:.3g}",
         )
     return table
-
-
-def tell_interval(interval: Row) -> str:
-    """Return an estimate with its interval, as percentages."""
-    text = f"{interval['value']:+.2%}"
-    if interval["low"] is None:
-        return text
-    return f"{text} [{interval['low']:+.2%}, {interval['high']:+.2%}]"
 
 
 def short(number: float) -> str:

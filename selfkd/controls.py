@@ -41,7 +41,7 @@ from selfkd.verdicts import compare
 TITLES: dict[Control, str] = {
     "seeds": "ensemble of seeds",
     "label_smoothing": "label smoothing",
-    "dkpp": "permuted dark knowledge",
+    "dkpp": "permuted knowledge",
     "teacher_free": "teacher-free",
 }
 SMOOTHING = {"uniform": [0.0, 0.5]}

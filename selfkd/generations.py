@@ -212,6 +212,10 @@ def _tell(
     confirmed = [row["confirmation"] for row in results if row["confirmation"]]
     if confirmed:
         print_table(console, make_confirmation_table(results, summary["controls"]))
+        said += (
+            "\n± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
+            "images (bootstrap). McNemar: exact p of a chosen model and its teacher."
+        )
     if notes is None:
         return
     told = [*(confirmed[1:] or confirmed), *summary["controls"]]

@@ -68,8 +68,11 @@ class PermutedTargets:
             softened = logits.float() / self._temperature
             mean = ensemble_logits(softened, average=self._average, weights=self._weights)
             logits = mean * self._temperature
-        mark = zlib.crc32(index.cpu().numpy().tobytes(), view)
-        generator = torch.Generator(logits.device).manual_seed(self._seed << 32 | mark)
+        # 32 bits: torch's generator on the CPU takes no more of a seed
+        mark = zlib.crc32(
+            index.cpu().numpy().tobytes(), zlib.crc32(f"{self._seed}/{view}".encode())
+        )
+        generator = torch.Generator(logits.device).manual_seed(mark)
         return permute_nontarget(logits, generator=generator)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ def compare(
         name: of what may be better.
         other: of what it is compared with.
         difference: `value`, `low` and `high` of name less other.
-        pairs: what was paired, such as `5 paired seeds`; a single one begins with `1 `.
+        pairs: what was paired, such as `5 paired seeds`.
         mode: whether more is better.
         form: of a difference.
 
@@ -96,8 +97,8 @@ def compare(
     if is_better(difference, mode="min" if mode == "max" else "max"):
         return f"{name} is worse than {other}: {said}, {pairs}"
     if difference["low"] is None:
-        why = ", so no interval" if pairs.startswith("1 ") else ", the same in all: no interval"
-        pairs += why
+        single = re.search(r"\b1 paired", pairs)
+        pairs += ", so no interval" if single else ", the same in all: no interval"
     return f"no evidence that {name} is better than {other} (difference {said}, {pairs})"
 
 

@@ -298,7 +298,7 @@ def test_the_baseline_is_searched_as_long_where_there_is_something_to_search(
         (load_json(folder.path / f"labels/trial_00{n}/result.json") for n in (0, 1)),
         key=lambda row: (row["val_accuracy"], -row["val_nll"]),
     )
-    confirmed = [job for job in count.kinds("train") if job["stage"] == "confirm"]
+    confirmed = [job for job in count.kinds("train") if job["stage"] == "confirm_labels"]
     assert confirmed[0]["config"]["train"]["lr"] == best["point"]["train.lr"]
 
 
@@ -318,7 +318,10 @@ def test_generations_of_an_earlier_run_are_members(
     summary, folder, ear, count = run(
         tmp_path, f"members={{count: null, runs: ['{earlier}']}}", "confirm.seeds=1"
     )
-    assert [job["stage"] for job in count.kinds("train")] == ["student"] * 2 + ["confirm"] * 2
+    assert [job["stage"] for job in count.kinds("train")] == ["student"] * 2 + [
+        "confirm_labels",
+        "confirm_student",
+    ]
     assert named(summary, "single member, mean of 3")
     assert ear.notes == []  # they learnt from the same images
     hashes = {row["hash"] for row in load_json(folder.path / "members/result.json")["members"]}

@@ -55,6 +55,9 @@ def faults(write, text="", settings=(), flags=None):
         ("rounds: 1", ["rounds=2"], {"rounds": 4}, 4),
         ("rounds: 1", [], {"rounds": None}, 1),
         ("", [], {"rounds": 0}, 0),
+        ("rounds: auto", [], {}, "auto"),
+        ("rounds: auto", [], {"rounds": 3}, 3),
+        ("", [], {"rounds": "auto"}, "auto"),
     ],
 )
 def test_flags_win_over_set_over_yaml_over_defaults(write, text, settings, flags, rounds):
@@ -161,12 +164,14 @@ def test_a_whole_number_will_do_for_a_fraction():
 
 
 STRICT = [
-    ("rounds", "-1", "must be greater than or equal to 0, got -1"),
-    ("rounds", "1.5", "must be a valid integer, got 1.5"),
-    ("rounds", "3.0", "must be a valid integer, got 3.0"),
-    ("rounds", "true", "must be a valid integer, got True"),
-    ("rounds", "'3'", "must be a valid integer, got '3'"),
-    ("rounds", "null", "must be a valid integer, got None"),
+    ("rounds", "-1", "must be a whole number of at least 0, or auto, got -1"),
+    ("rounds", "1.5", "must be a whole number of at least 0, or auto, got 1.5"),
+    ("rounds", "3.0", "must be a whole number of at least 0, or auto, got 3.0"),
+    ("rounds", "true", "must be a whole number of at least 0, or auto, got True"),
+    ("rounds", "'3'", "must be a whole number of at least 0, or auto, got '3'"),
+    ("rounds", "many", "must be a whole number of at least 0, or auto, got 'many'"),
+    ("rounds_max", "0", "must be greater than or equal to 1, got 0"),
+    ("rounds", "null", "must be a whole number of at least 0, or auto, got None"),
     ("seed", "-1", "must be greater than or equal to 0, got -1"),
     ("name", "3", "must be a valid string, got 3"),
     ("name", "a/b", "must match pattern '^[\\w][\\w.-]*$', got 'a/b'"),
@@ -220,7 +225,7 @@ def test_a_bad_value_is_named_with_source_and_key(write, key, value, message):
 
 def test_a_bad_flag_is_named(write):
     assert faults(write, "rounds: 1", ["rounds=2"], {"rounds": -3}) == [
-        "command line: rounds: must be greater than or equal to 0, got -3"
+        "command line: rounds: must be a whole number of at least 0, or auto, got -3"
     ]
 
 
@@ -269,7 +274,7 @@ def test_the_nearest_source_is_named(write):
         ),
         ("search.trials: 3", "search.trials: unknown key: did you mean search?"),
         ("search: {spaces: {}}", "search.spaces: unknown key: did you mean search.space, "),
-        ("zzz: 1", "zzz: unknown key (known: rounds, seed, name, storage, data, "),
+        ("zzz: 1", "zzz: unknown key (known: rounds, rounds_max, seed, name, storage, data, "),
         ("1: 2", "1: unknown key (known: rounds, "),
     ],
 )
@@ -303,7 +308,7 @@ def test_all_faults_come_at_once(write):
     starts = [
         "--set must be dotted.key=value, got 'rounds'",
         "--set train.epochs: must be YAML: ",
-        "--set: rounds: must be greater than or equal to 0, got -1",
+        "--set: rounds: must be a whole number of at least 0, or auto, got -1",
         "command line: seed: must be greater than or equal to 0, got -2",
         "run.yaml: train.batch_size: must be a valid integer, got '3'",
         "run.yaml: train.lr: must be a finite number, got nan",
@@ -569,3 +574,45 @@ def test_a_config_is_frozen():
 def test_settings_that_contradict_each_other(setting, line):
     with pytest.raises(ConfigError, match=re.escape(line)):
         load_config(settings=[setting])
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (
+            ["rounds=auto", "confirm.seeds=1"],
+            "--set: confirm.seeds: must be at least 2 with rounds auto: one seed is no evidence, "
+            "got 1",
+        ),
+        (
+            ["controls=[dkpp]", "confirm.seeds=0"],
+            "--set: confirm.seeds: must be at least 1 with controls, which are confirmed too, "
+            "got 0",
+        ),
+        (
+            ["controls=[dkpp]", "rounds=0"],
+            "--set: rounds: must be at least 1 with controls, which stand beside generation 1, "
+            "got 0",
+        ),
+        (
+            ["controls=[seeds, dkpp]", "distill.live=true"],
+            "--set: controls: dkpp permutes the teacher's stored answers, all of each: leave out "
+            "distill.live and targets.top_k, or dkpp",
+        ),
+    ],
+)
+def test_what_makes_a_result_believed_must_fit_together(settings, fault):
+    with pytest.raises(ConfigError) as error:
+        load_config(settings=settings)
+    assert str(error.value) == fault
+
+
+def test_an_unknown_control_is_refused():
+    with pytest.raises(ConfigError, match=r"controls.0: must be 'seeds', 'label_smoothing', .*'x'"):
+        load_config(settings=["controls=[x]"])
+
+
+def test_the_most_rounds_are_those_asked_for_or_the_limit_of_auto():
+    assert load_config(settings=["rounds=3"]).most_rounds == 3
+    assert load_config(settings=["rounds=auto"]).most_rounds == 10
+    assert load_config(settings=["rounds=auto", "rounds_max=4"]).most_rounds == 4

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from selfkd.console import Follower, make_table, print_table
+from selfkd.console import (
+    Follower,
+    make_confirmation_table,
+    make_sparkline,
+    make_table,
+    print_table,
+)
 
 TRIAL: dict[str, Any] = {
     "stage": "generation-1",
@@ -176,3 +182,77 @@ def test_a_table_that_fits_is_whole() -> None:
     print_table(console, make_table([RESULT], None))
     assert "seconds" in written(console)
     assert "left out" not in written(console)
+
+
+def confirmation(generation: int, **more: Any) -> dict[str, Any]:
+    found = {"value": 0.0064, "low": -0.0109, "high": 0.0237}
+    return {
+        "generation": generation,
+        "seeds": [1, 2, 3],
+        "test_accuracy": [0.95, 0.96, 0.97],
+        "mean": {"value": 0.9593, "low": 0.9545, "high": 0.9641},
+        "first": found if generation else None,
+        "previous": {"value": -0.0008, "low": None, "high": None} if generation else None,
+        "mcnemar": {"only_student": 3, "only_teacher": 1, "p": 0.625} if generation else None,
+        "verdict": "x",
+        **more,
+    }
+
+
+def printed(table: Any) -> str:
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_confirmation_has_means_and_paired_differences_in_80_columns() -> None:
+    results = [{"confirmation": confirmation(number)} for number in (0, 10)]
+    controls = [
+        {
+            "title": "ensemble of 11 seeds",
+            "mean": {"value": 0.9593, "low": 0.95, "high": 0.97},
+            "first": {"value": -0.1064, "low": -0.1209, "high": -0.0937},
+        }
+    ]
+    lines = [
+        line.rstrip() for line in printed(make_confirmation_table(results, controls)).split("\n")
+    ]
+    assert [line.strip() for line in lines if re.search(r"\d", line)] == [
+        "3 fresh seeds         mean test acc  vs generation 0  vs one before  McNemar",
+        "generation 0         95.93% ± 0.48%",
+        "generation 10        95.93% ± 0.48%   +0.64% ± 1.73%         -0.08%     0.62",
+        "ensemble of 11 seeds 95.93% ± 1.07%  -10.64% ± 1.45%",
+    ]
+
+
+def test_a_metric_that_is_no_accuracy_is_shown_as_it_is() -> None:
+    of = {"mean": {"value": 4.5, "low": 4.25, "high": 4.75}, "metric": "loss", "mcnemar": None}
+    results = [{"confirmation": confirmation(0, **of), "loss": 9.0}]
+    assert "mean loss" in printed(make_confirmation_table(results, []))
+    assert "4.5 ± 0.25" in printed(make_confirmation_table(results, []))
+    assert make_sparkline(results, "loss") == "loss by generation:  ▄  (4.5 to 4.5)"
+
+
+def test_the_sparkline_is_of_the_confirmation_where_there_is_one() -> None:
+    low = confirmation(1, mean={"value": 0.5, "low": None, "high": None})
+    results = [
+        {"confirmation": confirmation(0), "test_accuracy": 0.1},
+        {"confirmation": low, "test_accuracy": 0.2},
+    ]
+    line = "mean test accuracy by generation:  █▁  (50.00% to 95.93%)"
+    assert make_sparkline(results, "val_accuracy") == line
+    bare = [{**row, "confirmation": None} for row in results]
+    line = "test accuracy by generation:  ▁█  (10.00% to 20.00%)"
+    assert make_sparkline(bare, "val_accuracy") == line
+
+
+def test_a_log_says_whose_trial_confirms() -> None:
+    output = io.StringIO()
+    console = Console(file=output, width=110, markup=False, highlight=False)
+    with Follower(console) as follower:
+        follower.trial_finished({**TRIAL, "stage": "confirm-2", "point": {}})
+        follower.generation_confirmed(confirmation(2))
+    assert output.getvalue().splitlines() == [
+        "  confirm 2, trial 0: val 90.00%, 2.0 s",
+        "generation 2 again on 3 fresh seeds: 95.93% ± 0.48%",
+    ]

@@ -64,8 +64,9 @@ def test_prints_what_it_does_a_table_and_a_verdict(whole: tuple[Path, str]) -> N
     assert len(rows) == 6
     for row in rows:
         assert re.search(rf"{re.escape(row['name'])} .*{row['test_accuracy']:.2%}", printed)
-    assert re.search(r"share of the teacher's gain kept: (none|[+-]\d+\.\d\d%)", printed)
-    assert re.search(r"from labels only: [+-]\d.*% \[.*\] test accuracy, 2 paired seeds", printed)
+    assert re.search(r"share of the teacher's gain kept: (none|[+-]\d+\.\d\d %)", printed)
+    said = r"the same from labels only( \(difference|:) [+-]\d.* %.*, test accuracy, 2 paired seeds"
+    assert re.search(said, printed)
     assert f"model:  {folder}/student.safetensors" in printed
 
 
@@ -82,7 +83,7 @@ def test_wandb_has_a_run_a_trial_and_the_table(whole: tuple[Path, str]) -> None:
     folder, _ = whole
     run_id = RunFolder(folder).run_id
     runs = sorted(path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*"))
-    stages = [("members", 3), ("student", 2), ("confirm", 4)]
+    stages = [("members", 3), ("student", 2), ("confirm_labels", 2), ("confirm_student", 2)]
     trials = [f"{run_id}-{stage}-t{n}" for stage, count in stages for n in range(count)]
     assert runs == sorted([*trials, f"{run_id}-ensemble"])
     rows = history(folder, f"{run_id}-ensemble")

@@ -23,6 +23,7 @@ TINY = [
     "model.args={width: 4}",
     "train.epochs=3",
     "search.trials=3",
+    "confirm.seeds=2",
 ]
 
 
@@ -69,7 +70,27 @@ def test_prints_what_it_does_a_table_and_what_to_type_next(whole: tuple[Path, st
     assert "wandb sync" in printed
     assert f"--resume {folder} --rounds 3" in printed
     assert re.search(r"everything else added -?\d+\.\d s \(-?\d+% of the training\)", printed)
-    assert printed.count("trial 0: val") == 3  # plain lines where there is no terminal
+    assert printed.count("  trial 0: val") == 3  # plain lines where there is no terminal
+    assert printed.count("  confirm 2, trial") == 2
+
+
+def test_prints_what_is_believed(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    assert "3 trials each, confirmed on 2 fresh seeds" in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [row["confirmation"] for row in summary["generations"]]
+    assert "2 fresh seeds" in printed
+    for row in rows:
+        line = rf"\n generation {row['generation']} +{row['mean']['value']:.2%}"
+        assert re.search(line, printed)
+    assert re.search(
+        rf"{rows[2]['previous']['value']:+.2%}.* {rows[2]['mcnemar']['p']:.2g} \n", printed
+    )
+    for row in rows[1:]:
+        assert all(verdict in printed.splitlines() for verdict in row["verdict"].split("; "))
+    assert re.search(r"\nmean test accuracy by generation:  [▁-█]{3}  \(", printed)
+    tables = [line for line in printed.splitlines() if line.startswith(" ")]
+    assert max(len(line.rstrip()) for line in tables if "trial" not in line) <= 80
 
 
 def test_run_folder(whole: tuple[Path, str]) -> None:
@@ -83,6 +104,7 @@ def test_run_folder(whole: tuple[Path, str]) -> None:
     assert len(stored) == 2  # each teacher was asked once, for all trials
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["generations"]) == 3
+    assert (summary["controls"], summary["stopped"]) == ([], None)
     assert 0 < summary["ensemble"]["test_accuracy"] <= 1
 
 
@@ -99,6 +121,7 @@ def test_wandb_has_a_run_a_trial_and_the_lineage(whole: tuple[Path, str]) -> Non
     run_id = RunFolder(folder).run_id
     runs = sorted(path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*"))
     trials = [f"{run_id}-g{generation}-t{trial}" for generation in range(3) for trial in range(3)]
+    trials += [f"{run_id}-confirm-{generation}-t{n}" for generation in range(3) for n in range(2)]
     assert runs == sorted([*trials, f"{run_id}-lineage"])
     rows = history(folder, f"{run_id}-lineage")
     assert [row["generation"] for row in rows] == [0, 1, 2]
@@ -176,7 +199,7 @@ def test_stopped_and_resumed_equals_undisturbed(
         (["--set", "distill.alpha=1.5"], "distill.alpha: must be less than or equal to 1, got 1.5"),
         (["--set", "distill.temperature=0"], "distill.temperature: must be greater than 0, got 0"),
         (["--set", "distill.temperature=.nan"], "must be a finite number, got nan"),
-        (["--rounds", "-1"], "rounds: must be greater than or equal to 0, got -1"),
+        (["--rounds", "-1"], "rounds: must be a whole number of at least 0, or auto, got -1"),
         (["--set", "search.space={x.y: {uniform: [0, 1]}}"], "x.y: is no config key"),
         (
             ["--set", "search.space.distill.alpha={uniform: [1, 0]}"],
@@ -185,6 +208,15 @@ def test_stopped_and_resumed_equals_undisturbed(
         (["--config", "nowhere.yaml"], "--config must be a readable file, got nowhere.yaml"),
         (["--resume", "nowhere"], "--resume must be a run folder"),
         (["--set", "storage=/dev/null"], "must be writable"),
+        (["--rounds", "some"], "rounds: must be a whole number of at least 0, or auto, got 'some'"),
+        (
+            ["--rounds", "auto", "--set", "confirm.seeds=1"],
+            "confirm.seeds: must be at least 2 with",
+        ),
+        (
+            ["--train", __file__ + ":main", "--set", "controls=[dkpp]"],
+            "controls must be empty with --train",
+        ),
         (["--name", "a/b"], "name: must match"),
         (["--set", "tracking=online"], "tracking.mode must be offline where there is no key"),
     ],
@@ -286,3 +318,35 @@ def test_a_damaged_ledger_is_one_message(
     (folder / "generation_001" / "result.json").write_text("{")
     assert main(["--resume", str(folder)]) == 2
     assert "generation_001/result.json is damaged" in capsys.readouterr().err
+
+
+def test_auto_stops_and_controls_are_added_to_a_finished_run(tmp_path: Path) -> None:
+    """Two epochs are not enough for a gain: it stops; what is asked for later is done alone."""
+    settings = [
+        *("data.train_size=100", "model={name: selfkd_mlp, args: {width: 8, depth: 1}}"),
+        *("train.epochs=2", "search.trials=2", "confirm.seeds=2", "rounds_max=3", "tracking=none"),
+        # a teacher that is hardly heard changes next to nothing
+        "search.space={distill.alpha: {uniform: [0, 0.001]}}",
+    ]
+    done = run(tmp_path, "--rounds", "auto", "--name", "auto", settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "at most 3 born-again, until two in a row show no gain" in done.stdout
+    folder = tmp_path / "runs" / "auto"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["generations"]) == 3
+    assert summary["stopped"] in done.stdout.splitlines()
+    assert summary["stopped"].startswith("stopped after generation 2: ")
+    before = ledger(folder)
+    more = ["controls=[seeds, label_smoothing, dkpp, teacher_free]"]
+    done = run(tmp_path, "--resume", str(folder), settings=more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ledger(folder) == before
+    summary = json.loads((folder / "summary.json").read_text())
+    names = ["seeds", "label_smoothing", "dkpp", "teacher_free"]
+    assert [row["name"] for row in summary["controls"]] == names
+    for row in summary["controls"]:
+        assert re.search(rf"\n {row['title']} +{row['mean']['value']:.2%}", done.stdout)
+        assert all(verdict in done.stdout.splitlines() for verdict in row["verdict"].split("; "))
+    again = run(tmp_path, "--resume", str(folder), settings=[])
+    assert "no trial was left to run" not in again.stdout  # it did not even start Ray
+    assert again.stdout.count("teacher-free") == done.stdout.count("teacher-free") - 1

@@ -12,7 +12,7 @@ from selfkd.config import Config, ConfigError, load_config
 from selfkd.files import load_json
 from selfkd.jobs import InProcess, Job, Row
 from selfkd.ledger import RunFolder
-from selfkd.lineage import born_again, finished, measure_ensemble
+from selfkd.lineage import born_again, complete, finished
 from selfkd.trial import run_job
 from selfkd.trials import RunError, trial_seed
 
@@ -44,6 +44,12 @@ class Ear:
 
     def trial_finished(self, trial: Row) -> None:
         self.heard.append(("finished", trial["stage"], trial["trial"], trial["status"]))
+
+    def noted(self, text: str) -> None:
+        self.heard.append(("noted", text))
+
+    def generation_confirmed(self, confirmation: Row) -> None:
+        self.heard.append(("confirmed", confirmation["generation"]))
 
     def generation_finished(self, result: Row) -> None:
         self.heard.append(("chosen", result["generation"], result["trial"]))
@@ -256,7 +262,7 @@ def test_finished_generations_are_told_again_but_not_trained_again(tmp_path: Pat
     born_again(config, folder, InProcess(Fake({})), Ear())
     fake, ear = Fake({}), Ear()
     born_again(config, folder, InProcess(fake), ear)
-    assert fake.jobs == []
+    assert [kind for kind, _ in fake.jobs] == ["check"]
     assert [heard[:2] for heard in ear.heard] == [("chosen", 0), ("chosen", 1), ("chosen", 2)]
 
 
@@ -338,9 +344,8 @@ def test_the_whole_on_real_digits_is_the_same_run_to_run(tmp_path: Path) -> None
         config, folder = start(tmp_path / name, "rounds=1", "search.trials=2")
         results = born_again(config, folder, InProcess(run_job), Ear())
         assert finished(config, folder) is None
-        ensemble = measure_ensemble(config, folder, InProcess(run_job), results)
-        assert finished(config, folder) == (results, ensemble)
-        report = load_json(folder.path / "summary.json")
+        report = complete(config, folder, InProcess(run_job), Ear(), results)
+        assert finished(config, folder) == report == load_json(folder.path / "summary.json")
         for row in report["generations"]:
             row.pop("seconds"), row.pop("train_seconds")
         found.append((report, [result["hash"] for result in results]))

@@ -245,6 +245,8 @@ def test_a_missing_function_is_code_2(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_python_raises_what_the_command_prints(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rounds: must be greater than or equal to 0, got -1"):
+    with pytest.raises(
+        ValueError, match="rounds: must be a whole number of at least 0, or auto, got -1"
+    ):
         selfkd.generations(steps, rounds=-1, settings=[f"storage={tmp_path}"])
     assert not list(tmp_path.iterdir())

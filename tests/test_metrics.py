@@ -5,10 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax, logsumexp, softmax
-from sklearn.metrics import accuracy_score, log_loss
+from scipy.special import log_softmax, logsumexp, rel_entr, softmax
+from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, log_loss
 
-from selfkd.metrics import accuracy, agreement, ece, ensemble_logits, nll
+from selfkd.metrics import (
+    accuracy,
+    agreement,
+    brier,
+    class_accuracy,
+    confusions,
+    ece,
+    ensemble_logits,
+    fit_temperature,
+    mean_kl,
+    nll,
+    reliability,
+)
 
 
 def make_logits(rows=500, classes=10, scale=3.0, seed=0):
@@ -127,3 +139,92 @@ def test_a_log_of_probabilities_can_be_measured_like_logits():
     assert nll(log_probabilities, labels) == pytest.approx(nll(logits, labels), rel=1e-5)
     assert ece(log_probabilities, labels) == pytest.approx(ece(logits, labels), abs=1e-6)
     assert accuracy(log_probabilities, labels) == accuracy(logits, labels)
+
+
+@pytest.mark.parametrize("classes", [3, 10, 100])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1000.0])
+def test_brier_is_sklearns(classes, scale):
+    logits, labels = make_logits(classes=classes, scale=scale)
+    probabilities = softmax(logits.double().numpy(), axis=1)
+    expected = brier_score_loss(
+        labels.numpy(), probabilities, labels=range(classes), scale_by_half=False
+    )
+    assert brier(logits, labels) == pytest.approx(expected, rel=1e-9)
+
+
+def test_brier_of_known_cases():
+    # of all classes, and both the label's and the others' errors count
+    assert brier(torch.zeros(1, 4), torch.tensor([2])) == pytest.approx(0.75**2 + 3 * 0.25**2)
+    assert brier(torch.tensor([[50.0, 0.0]]), torch.tensor([1])) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 1000.0])
+def test_reliability_bins_make_the_ece(scale):
+    logits, labels = make_logits(rows=2000, scale=scale)
+    labels = torch.where(torch.arange(2000) % 3 == 0, (labels + 1) % 10, labels)
+    rows = reliability(logits, labels)
+    assert [round(row["low"] * 15) for row in rows] == list(range(15))
+    assert [row["high"] for row in rows[:-1]] == [row["low"] for row in rows[1:]]
+    assert sum(row["count"] for row in rows) == 2000
+    full = [row for row in rows if row["count"]]
+    gaps = [row["count"] / 2000 * abs(row["accuracy"] - row["confidence"]) for row in full]
+    assert sum(gaps) == pytest.approx(ece(logits, labels), abs=1e-6)
+    assert all(row["low"] <= row["confidence"] <= row["high"] for row in full)
+    empty = [row for row in rows if not row["count"]]
+    assert all(row["confidence"] is None and row["accuracy"] is None for row in empty)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
+def test_the_fitted_temperature_is_that_of_the_labels(sharpness):
+    """Labels drawn from softmax(z): of logits z s, the temperature is s."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 5, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert fit_temperature(sharpness * logits, labels) == pytest.approx(sharpness, rel=0.03)
+
+
+def test_the_fitted_temperature_has_the_least_nll():
+    logits, labels = make_logits(scale=2.0)
+    found = fit_temperature(logits, labels)
+    best = nll(logits.double() / found, labels)
+    assert all(best <= nll(logits.double() / (found * factor), labels) for factor in (0.98, 1.02))
+    assert accuracy(logits / found, labels) == accuracy(logits, labels)
+
+
+def test_without_an_error_there_is_no_temperature_to_fit():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    assert fit_temperature(logits, torch.tensor([0, 1])) == 1.0
+
+
+def test_a_model_that_knows_nothing_has_a_bounded_temperature():
+    logits = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
+    assert fit_temperature(logits, torch.tensor([1, 1])) == pytest.approx(20, rel=0.01)
+
+
+def test_class_accuracy_and_confusions_are_the_confusion_matrix():
+    logits, labels = make_logits(classes=5, scale=0.7)
+    labels = labels % 4  # of the last class there is none
+    predicted = logits.argmax(1)
+    matrix = confusion_matrix(labels.numpy(), predicted.numpy(), labels=range(5))
+    *found, absent = class_accuracy(logits, labels)
+    assert absent is None
+    assert found == pytest.approx((matrix.diagonal() / matrix.sum(1).clip(1))[:4].tolist())
+    rows = confusions(predicted, labels, names="abcde")
+    assert len(rows) == 10
+    for row in rows:
+        place = "abcde".index(row["label"]), "abcde".index(row["predicted"])
+        assert place[0] != place[1]
+        assert row["count"] == matrix[place]
+    counts = [row["count"] for row in rows]
+    assert counts == sorted(counts, reverse=True)
+    np.fill_diagonal(matrix, 0)
+    assert counts == sorted(matrix.flatten().tolist(), reverse=True)[:10]
+
+
+def test_mean_kl_is_scipys():
+    one, two = make_logits(seed=0)[0], make_logits(seed=1)[0]
+    p, q = (softmax(logits.double().numpy(), axis=1) for logits in (one, two))
+    assert mean_kl(one, two) == pytest.approx(rel_entr(p, q).sum(1).mean(), rel=1e-9)
+    assert mean_kl(one, one) == pytest.approx(0, abs=1e-12)
+    assert mean_kl(one, two) != pytest.approx(mean_kl(two, one), rel=1e-3)
+    assert math.isfinite(mean_kl(1e4 * one, 1e4 * two))

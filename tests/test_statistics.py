@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfkd.statistics import holm, mean_interval, paired_p, ratio_interval
+from selfkd.statistics import (
+    Interval,
+    holm,
+    mcnemar,
+    mean_interval,
+    mean_over_images,
+    paired_interval,
+    paired_p,
+    ratio_interval,
+)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -31,7 +40,7 @@ def test_no_value_is_refused() -> None:
         ratio_interval([1.0, 2.0], [1.0])
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_intervals_of_means_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
     rng = np.random.default_rng(0)
     held = [
@@ -100,3 +109,117 @@ def test_holm_by_hand() -> None:
 def test_holm_claims_falsely_in_at_most_one_family_of_twenty() -> None:
     uniform = np.random.default_rng(0).random((4000, 5))
     assert np.mean([min(holm(row.tolist())) <= 0.05 for row in uniform]) < 0.06
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_the_interval_of_paired_differences_is_scipys(n: int) -> None:
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(0.96, 0.01, n).tolist(), rng.normal(0.95, 0.01, n).tolist()
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    found = paired_interval(a, b)
+    assert found.value == pytest.approx(np.mean(a) - np.mean(b))
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+
+
+def test_differences_that_are_all_the_same_have_no_interval() -> None:
+    """Of 1,197 images one more is right on every seed: by chance, or not; nothing tells."""
+    other = [1149 / 1197, 1153 / 1197, 1160 / 1197]
+    one_more = np.float32(np.add(other, 1 / 1197)).tolist()  # as a float32 mean has it
+    found = paired_interval(one_more, other)
+    assert found.value == pytest.approx(1 / 1197, rel=1e-3)
+    assert (found.low, found.high) == (None, None)
+    assert mean_interval([0.9, 0.9]) == Interval(0.9)
+    assert paired_interval([0.9], [0.8]).low is None
+
+
+def test_what_is_not_paired_is_refused() -> None:
+    with pytest.raises(ValueError, match="values must be pairs, got 2 and 1"):
+        paired_interval([0.1, 0.2], [0.1])
+    with pytest.raises(ValueError, match="values must be pairs, got 0 and 0"):
+        paired_interval([], [])
+
+
+def sure(interval: Interval) -> bool:
+    return (
+        interval.low is not None
+        and interval.high is not None
+        and not (interval.low <= 0 <= interval.high)
+    )
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("gain", [0.0, 0.004])
+def test_paired_intervals_hold_the_true_gain_as_often_as_they_say(seeds: int, gain: float) -> None:
+    """A seed moves both accuracies, and each of them alone."""
+    rng = np.random.default_rng(seeds)
+    held = []
+    for _ in range(4000):
+        shared = 0.96 + rng.normal(0, 0.004, seeds)
+        student = shared + gain + rng.normal(0, 0.003, seeds)
+        found = paired_interval(student.tolist(), (shared + rng.normal(0, 0.003, seeds)).tolist())
+        assert found.low is not None
+        assert found.high is not None
+        held.append(found.low <= gain <= found.high)
+    assert 0.94 < np.mean(held) < 0.96
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("images", [100, 360, 1197, 10_000])
+@pytest.mark.parametrize("spread", [0.001, 0.004])
+def test_there_is_seldom_evidence_where_there_is_no_gain(
+    seeds: int, images: int, spread: float
+) -> None:
+    """Accuracies of so many images, in steps of one: what is called better or worse is not."""
+    rng = np.random.default_rng(seeds)
+    a, b = np.round((0.96 + rng.normal(0, spread, (2, 3000, seeds))) * images) / images
+    found = [paired_interval(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    assert np.mean([sure(interval) for interval in found]) <= 0.06
+
+
+def test_mcnemar_is_scipys_exact_binomial_test() -> None:
+    assert mcnemar(10, 2) == pytest.approx(2 * stats.binom.cdf(2, 12, 0.5))
+    assert mcnemar(2, 10) == mcnemar(10, 2)
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
+    assert mcnemar(0, 6) == pytest.approx(2 / 64)
+    with pytest.raises(ValueError, match="counts must be at least 0, got -1 and 2"):
+        mcnemar(-1, 2)
+
+
+@pytest.mark.parametrize("disagree", [0.02, 0.05])
+def test_mcnemar_seldom_tells_models_apart_that_are_equally_good(disagree: float) -> None:
+    rng = np.random.default_rng(0)
+    apart = rng.binomial(1200, disagree, 1000)
+    first = rng.binomial(apart, 0.5)
+    found = [mcnemar(int(b), int(n - b)) for b, n in zip(first, apart, strict=True)]
+    assert 0.01 < np.mean(np.less(found, 0.05)) <= 0.06
+
+
+def test_bootstrap_over_images_is_that_of_the_binomial() -> None:
+    """Means of resampled hits are binomial: the ends are its quantiles, up to the resampling."""
+    found = mean_over_images([1.0] * 900 + [0.0] * 100)
+    assert found.value == 0.9
+    low, high = stats.binom(1000, 0.9).ppf([0.025, 0.975]) / 1000
+    assert found.low == pytest.approx(low, abs=0.0015)
+    assert found.high == pytest.approx(high, abs=0.0015)
+    assert found == mean_over_images([1.0] * 900 + [0.0] * 100)
+
+
+def test_hits_that_are_all_the_same_have_no_interval() -> None:
+    assert mean_over_images([1.0, 1.0, 1.0]) == Interval(1.0)
+    with pytest.raises(ValueError, match="values must be at least one, got none"):
+        mean_over_images([])
+
+
+@pytest.mark.parametrize(("images", "accuracy"), [(300, 0.9), (600, 0.96)])
+def test_intervals_over_images_hold_the_truth_as_often_as_they_say(
+    images: int, accuracy: float
+) -> None:
+    rng = np.random.default_rng(7)
+    held = []
+    for _ in range(400):
+        hits = (rng.random(images) < accuracy).astype(float)
+        found = mean_over_images(hits)
+        assert found.low is not None
+        assert found.high is not None
+        held.append(found.low <= accuracy <= found.high)
+    assert 0.93 <= np.mean(held) <= 0.97

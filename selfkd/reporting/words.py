@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from selfkd.console import tell_interval
 from selfkd.jobs import Row
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Confirmation, Estimate, Result, plain
+from selfkd.verdicts import compare, count_seeds, tell
 
 
 def percent(value: float | None) -> str:
@@ -33,7 +33,7 @@ def mean(estimate: Estimate | None) -> str:
 
 def difference(estimate: Estimate | None) -> str:
     """Return a difference of accuracies with its interval."""
-    return "" if estimate is None else tell_interval(dict(plain(estimate)))
+    return "" if estimate is None else tell(dict(plain(estimate)))
 
 
 def points(estimate: Estimate | None) -> str:
@@ -182,18 +182,12 @@ def compression_verdict(summary: Row) -> list[str]:
         f"chosen of {summary['trials']} trials on validation: T {chosen['temperature']:.3g}, "
         f"alpha {chosen['alpha']:.3g}, average of {chosen['average']}"
     )
-    seeds = f"{summary['seeds']} paired seeds" if summary["seeds"] else "one pair, no interval"
-    sure = gain["low"] is not None and (gain["low"] > 0 or gain["high"] < 0)
-    better = "better" if gain["value"] > 0 else "worse"
-    verdict = (
-        f"the student from its teacher is {better} than from labels only"
-        if sure
-        else "no evidence that the student from its teacher differs from labels only"
-    )
-    lines = [setting, f"{verdict}: {tell_interval(gain)} test accuracy, {seeds}"]
+    pairs = count_seeds(max(1, summary["seeds"]))
+    student, labels = "the student from its teacher", "the same from labels only"
+    lines = [setting, compare(student, labels, gain, f"test accuracy, {pairs}")]
     if share is None:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:
         ends = "" if share["low"] is not None else " (no interval: too little is known for one)"
-        lines.append(f"share of the teacher's gain kept: {tell_interval(share)}{ends}")
+        lines.append(f"share of the teacher's gain kept: {tell(share)}{ends}")
     return lines

@@ -1,0 +1,96 @@
+"""What controls learn from: the teacher's answers without what it knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.special import softmax
+from torch import Tensor
+
+from selfkd.distiller import Distiller
+from selfkd.knowledge import PermutedTargets, VirtualTargets
+from selfkd.losses.sparse import SparseLogits, sparsify
+
+LOGITS = 3 * torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+INDEX = torch.tensor([4, 40, 7, 11])
+
+
+def stored(index: Tensor, view: int) -> Tensor:
+    return LOGITS[index] + view
+
+
+def test_the_largest_stays_and_the_rest_is_in_another_order() -> None:
+    found = PermutedTargets(stored, temperature=4.0, seed=1)(INDEX, 0)
+    given = LOGITS[INDEX]
+    assert torch.equal(found.argmax(1), given.argmax(1))
+    assert torch.equal(found.amax(1), given.amax(1))
+    assert torch.equal(found.sort(1).values, given.sort(1).values)
+    assert all(not torch.equal(row, other) for row, other in zip(found, given, strict=True))
+
+
+def test_the_order_depends_on_seed_view_and_images_alone() -> None:
+    targets = PermutedTargets(stored, temperature=4.0, seed=1)
+    first = targets(INDEX, 0)
+    targets(torch.tensor([1, 2]), 0)  # another batch in between, as before a resume
+    assert torch.equal(targets(INDEX, 0), first)
+    assert torch.equal(PermutedTargets(stored, temperature=4.0, seed=1)(INDEX, 0), first)
+    assert not torch.equal(PermutedTargets(stored, temperature=4.0, seed=2)(INDEX, 0), first)
+    assert not torch.equal(targets(INDEX, 1), first + 1)
+    assert not torch.equal(targets(INDEX.flip(0), 0), first.flip(0))
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_of_an_ensemble_the_average_is_permuted(average: str) -> None:
+    members = torch.stack([LOGITS, LOGITS.flip(1) * 2])
+    targets = PermutedTargets(
+        lambda index, view: members[:, index],
+        temperature=3.0,
+        average=average,  # type: ignore[arg-type]
+        weights=[0.75, 0.25],
+        seed=0,
+    )
+    softened = softmax(targets(INDEX, 0).double().numpy() / 3, axis=1)
+    one, two = (each[INDEX].double().numpy() / 3 for each in members)
+    if average == "probabilities":
+        expected = 0.75 * softmax(one, axis=1) + 0.25 * softmax(two, axis=1)
+    else:
+        expected = softmax(0.75 * one + 0.25 * two, axis=1)
+    assert torch.tensor(softened).sort(1).values.numpy() == pytest.approx(
+        torch.tensor(expected).sort(1).values.numpy(), abs=1e-6
+    )
+    assert (softened.argmax(1) == expected.argmax(1)).all()
+
+
+def test_an_ensemble_that_is_sure_stays_finite() -> None:
+    members = torch.tensor([[[900.0, 0.0, -900.0]], [[800.0, 0.0, -900.0]]])
+    targets = PermutedTargets(lambda index, view: members, temperature=1.0, seed=0)
+    assert bool(targets(torch.tensor([0]), 0).isfinite().all())
+
+
+def test_the_largest_logits_alone_cannot_be_permuted() -> None:
+    def sparse(index: Tensor, view: int) -> SparseLogits:
+        return sparsify(LOGITS[index], 3)
+
+    with pytest.raises(ValueError, match="targets must hold all logits to be permuted"):
+        PermutedTargets(sparse, temperature=1.0, seed=0)(INDEX, 0)
+
+
+def test_a_virtual_teacher_knows_the_labels_and_nothing_else() -> None:
+    labels = torch.arange(50) % 10
+    targets = VirtualTargets(labels, classes=10)
+    found = targets(INDEX, 3).exp()
+    assert torch.equal(found.argmax(1), labels[INDEX])
+    assert found.amax(1).tolist() == pytest.approx([0.9] * 4)
+    assert found.sort(1).values[:, :9].numpy() == pytest.approx(0.1 / 9)
+
+
+def test_both_are_targets_of_a_distiller() -> None:
+    student = torch.zeros(4, 10, requires_grad=True)
+    labels = INDEX % 10
+    for targets in (
+        PermutedTargets(stored, temperature=2.0, seed=0),
+        VirtualTargets(torch.arange(50) % 10, classes=10),
+    ):
+        terms = Distiller(targets=targets, temperature=2.0, alpha=0.5)(student, labels, index=INDEX)
+        terms["loss"].backward()
+        assert terms["soft_loss"] > 0

@@ -193,7 +193,10 @@ class WandbTracker(NoTracker):
 
     def _finish(self, trial: Row) -> None:
         run, stage = self._trial(trial), trial["stage"]
-        run.do(_summarise({name: trial[name] for name in SUMMARY if trial.get(name) is not None}))
+        found = {name: trial[name] for name in SUMMARY if trial.get(name) is not None}
+        if "val_accuracy" in found:  # a lineage has a val_accuracy, too
+            found["trial_val_accuracy"] = found["val_accuracy"]
+        run.do(_summarise(found))
         run.left_code = 1 if trial["status"] == "failed" else 0
         del self._trials[run.run_id], self._epochs[run.run_id]
         if trial["status"] == "completed" and stage.startswith("generation-"):
@@ -240,7 +243,7 @@ class WandbTracker(NoTracker):
             for name, value in result.items()
             if name not in HIDDEN and value is not None and not isinstance(value, list | dict)
         }
-        lineage.do(_log(plain))
+        lineage.do(_log(plain | _calibration(result)))
         lineage.do(_summarise(self._best_and_last()))
         _, run = self._best.pop(f"generation-{result['generation']}", (None, None))
         chosen = self._id({"stage": f"generation-{result['generation']}", "trial": result["trial"]})
@@ -336,6 +339,14 @@ class WandbTracker(NoTracker):
         self._work.put(None)
         self._thread.join(timeout=self._runs.START_SECONDS + self._config.tracking.wait)
         self._session.close()
+
+
+def _calibration(result: Row) -> Row:
+    """Return what is known of a generation's calibration and fidelity on the test split."""
+    known = (result.get("diagnostics") or {}).get("test") or {}
+    scaled = {f"scaled_{name}": value for name, value in (known.get("scaled") or {}).items()}
+    found = {name: known.get(name) for name in ("brier", "kl")} | scaled
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _log(row: Row) -> Callable[[Any], None]:

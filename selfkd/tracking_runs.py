@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
-
 from selfkd.tracking_host import answers
 
 START_SECONDS = 10.0
@@ -40,7 +39,6 @@ class LoggedRun:
         self._start = start
         self._done: list[Work] = []
         self._once: set[str] = set()
-        self.uploads: list[Any] = []
         self.whole = True
         """Whether all of it has been logged when it is closed."""
         self.run = start()
@@ -52,7 +50,6 @@ class LoggedRun:
 
     def reopen(self) -> None:
         """Open it anew, and log all of it again."""
-        self.uploads = []
         self.run = self._start()
         for work in self._done:
             work(self.run)
@@ -91,12 +88,9 @@ class LoggedRun:
             artifact = make()
             artifact.finalize()
             names = [] if used else ["latest", *aliases]
-            how = {"is_user_created": used, "use_after_commit": used}
-            if run.offline:
-                run._interface.publish_artifact(run, artifact, names, None, **how)
-            else:
-                deliver = run._interface.deliver_artifact
-                self.uploads.append(deliver(run, artifact, names, None, 0, **how))
+            run._interface.publish_artifact(
+                run, artifact, names, is_user_created=used, use_after_commit=used
+            )
 
         self.do(work)
 
@@ -135,7 +129,8 @@ class Session:
         self._lock = threading.Lock()
         self._answered = -PROBE_SECONDS
         self._warned = False
-        wandb.setup(wandb.Settings(show_info=False, show_warnings=False))
+        wandb.setup(wandb.Settings(silent=True))
+        logging.getLogger("wandb").propagate = False  # it has files of its own
 
     def open(
         self,
@@ -252,7 +247,7 @@ class Session:
         self.online = False
         with contextlib.suppress(Exception, SystemExit):
             wandb.teardown()
-        wandb.setup(wandb.Settings(show_info=False, show_warnings=False))
+        wandb.setup(wandb.Settings(silent=True))
         for logged in self._open.values():
             logged.reopen()
 
@@ -273,10 +268,8 @@ class Session:
     def _finish(self, logged: LoggedRun, exit_code: int) -> None:
         try:
             logged.run.finish(exit_code=exit_code)
-            for upload in logged.uploads:
-                said = upload.wait_or(timeout=1).response.log_artifact_response.error_message
-                if said:
-                    raise RuntimeError(said)
+            if not logged.run.offline and _went_wrong(logged.folder):
+                raise RuntimeError("W&B's process could not send all of it")
         except Exception as error:  # noqa: BLE001 - it stays among the unsent
             log.debug("%s is not sent: %s", logged.run_id, error)
             return
@@ -331,6 +324,13 @@ def _marker(folder: Path, run_id: str) -> Path:
     return folder / f"run-{run_id}.wandb.synced"
 
 
+def _went_wrong(folder: Path) -> bool:
+    """Return whether W&B's process tells of an error; of artifacts it does so nowhere else."""
+    with contextlib.suppress(OSError):
+        return '"level":"ERROR' in (folder / "logs" / "debug-internal.log").read_text()
+    return False
+
+
 def _ignore_stop() -> None:
     log.warning("a run was stopped in W&B: training goes on; Ctrl-C stops it, resumable")
 
@@ -374,3 +374,8 @@ def make_artifact(
     if reference is not None:
         artifact.add_reference(reference, checksum=reference.startswith("file://"))
     return artifact
+
+
+def default_entity() -> str:
+    """Return whose projects are meant where no entity is given."""
+    return str(wandb.Api().default_entity)

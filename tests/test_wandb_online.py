@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from wandb_server import KEY, WandbServer
 
+import wandb
 from selfkd import tracking_runs
 from selfkd.config import load_config
 from selfkd.files import save_json
@@ -207,8 +208,7 @@ def test_a_wrong_key_loses_nothing(
         follow(tracker, tmp_path, 1)
         assert time.monotonic() - start < PROMPT
         tracker.close()
-    assert caplog.text.count("401") == 1
-    assert "tracking goes on offline" in caplog.text
+    assert caplog.text.count("user is not logged in): tracking goes on offline") == 1
     assert "wandb sync --include-online" in tracker.description
     assert not server.runs
     server.refuse = False
@@ -333,7 +333,15 @@ def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
     }
     texts = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "selfkd.generations", "--rounds", "1", "--name", "a", *texts]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray:  # a cluster of its own
+        done = subprocess.run(
+            command,
+            env={**os.environ, "RAY_TMPDIR": ray},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"W&B: online, {server.url}/tester/selfkd/groups/a" in " ".join(done.stdout.split())
     assert KEY not in done.stdout + done.stderr

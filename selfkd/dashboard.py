@@ -161,7 +161,7 @@ def _calibration() -> Section:
 
 
 def _own_entity() -> str:
-    from selfkd.tracking_runs import default_entity
+    from selfkd.tracking_logged import default_entity
 
     return default_entity()
 

@@ -14,12 +14,18 @@ from selfkd.config import Config, ConfigError, to_tree
 from selfkd.files import fetch, load_json
 from selfkd.jobs import Row
 from selfkd.tracking_host import answers, base_url, has_key
+from selfkd.tracking_rows import (
+    best_and_last,
+    confirmation_summary,
+    epoch_row,
+    generation_row,
+    intervals,
+    trial_rank,
+    trial_summary,
+)
 
 if TYPE_CHECKING:
-    from selfkd.tracking_runs import LoggedRun
-
-HIDDEN = ("history", "models", "predictions", "point", "hash")
-SUMMARY = ("status", "error", "val_accuracy", "val_nll", "train_seconds")
+    from selfkd.tracking_logged import LoggedRun
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +88,11 @@ class WandbTracker(NoTracker):
         config: Config,
         run: Path | None = None,
     ) -> None:
-        from selfkd import tracking_artifacts, tracking_runs  # wandb: half a second
+        # imported here: wandb takes half a second
+        from selfkd import tracking_artifacts, tracking_logged, tracking_runs
 
-        self._runs = tracking_runs
+        self._show = tracking_logged
+        self._start_seconds = tracking_runs.START_SECONDS
         self._folder, self._run_folder = folder, folder if run is None else run
         self._name, self._run_id, self._config = name, run_id, config
         self._session = tracking_runs.Session(
@@ -182,7 +190,7 @@ class WandbTracker(NoTracker):
         for row in rows:
             if row["epoch"] > self._epochs[run_id]:  # a trial whose worker died begins again
                 self._epochs[run_id] = row["epoch"]
-                run.do(_log({name: row[name] for name in row if name not in HIDDEN}))
+                run.do(_log(epoch_row(row)))
 
     def trial_finished(self, trial: Row) -> None:
         """Write the summary and close the trial's run; the best of a generation waits for its end.
@@ -193,14 +201,12 @@ class WandbTracker(NoTracker):
 
     def _finish(self, trial: Row) -> None:
         run, stage = self._trial(trial), trial["stage"]
-        found = {name: trial[name] for name in SUMMARY if trial.get(name) is not None}
-        if "val_accuracy" in found:  # a lineage has a val_accuracy, too
-            found["trial_val_accuracy"] = found["val_accuracy"]
-        run.do(_summarise(found))
+        run.do(_summarise(trial_summary(trial)))
         run.left_code = 1 if trial["status"] == "failed" else 0
         del self._trials[run.run_id], self._epochs[run.run_id]
         if trial["status"] == "completed" and stage.startswith("generation-"):
-            rank = self._rank(trial)
+            search = self._config.search
+            rank = trial_rank(trial, metric=search.metric, mode=search.mode)
             before = self._best.get(stage)
             if before is None or rank < before[0]:
                 run.whole = False
@@ -217,12 +223,6 @@ class WandbTracker(NoTracker):
                 run.add_artifact(model, aliases=[f"member-{trial['trial']}"])
         self._session.finish(run, run.left_code)
 
-    def _rank(self, trial: Row) -> tuple[float, float, int]:
-        search = self._config.search
-        value = trial.get(search.metric) or 0.0
-        value = -value if search.mode == "max" else value
-        return value, trial.get("val_nll", 0.0), trial["trial"]
-
     def generation_finished(self, result: Row) -> None:
         """Log one step of the lineage, and the model; after a resume all finished ones come."""
         self._work.put(lambda: self._generation(result))
@@ -238,13 +238,10 @@ class WandbTracker(NoTracker):
         )
         self._lineage = lineage
         self._results.append(result)
-        plain = {
-            name: value
-            for name, value in result.items()
-            if name not in HIDDEN and value is not None and not isinstance(value, list | dict)
-        }
-        lineage.do(_log(plain | _calibration(result)))
-        lineage.do(_summarise(self._best_and_last()))
+        lineage.do(_log(generation_row(result)))
+        search = self._config.search
+        found = best_and_last(self._results, metric=search.metric, mode=search.mode)
+        lineage.do(_summarise(found))
         _, run = self._best.pop(f"generation-{result['generation']}", (None, None))
         chosen = self._id({"stage": f"generation-{result['generation']}", "trial": result["trial"]})
         for rank, (alias, model) in enumerate(self._artifacts.models(result)):
@@ -258,30 +255,14 @@ class WandbTracker(NoTracker):
             run.whole = True
             self._session.finish(run, 0)
 
-    def _best_and_last(self) -> Row:
-        """Return what a table of runs is sorted by; the best is that on validation."""
-        metric, sign = self._config.search.metric, 1 if self._config.search.mode == "max" else -1
-        last = self._results[-1]
-        best = max(self._results, key=lambda result: sign * (result.get(metric) or 0.0))
-        found = {"generations": len(self._results), "best_generation": best["generation"]}
-        for name in dict.fromkeys([metric, "val_accuracy", "test_accuracy"]):
-            rows = {f"best_{name}": best, f"last_{name}": last}
-            found |= {key: row[name] for key, row in rows.items() if row.get(name) is not None}
-        return found
-
     def generation_confirmed(self, confirmation: Row) -> None:
         """Put the last confirmed generation's gain into the lineage's summary and notes."""
 
         def work() -> None:
             if self._lineage is None:
                 return
-            found = {"confirmed_generation": confirmation.get("generation")}
-            for name, key in (("confirmed", "mean"), ("gain", "first"), ("step_gain", "previous")):
-                for end, value in (confirmation.get(key) or {}).items():
-                    found[name if end == "value" else f"{name}_{end}"] = value
             self._verdict = confirmation.get("verdict")
-            found["verdict"] = self._verdict
-            self._lineage.do(_summarise({k: v for k, v in found.items() if v is not None}))
+            self._lineage.do(_summarise(confirmation_summary(confirmation)))
             self._lineage.do(_note(self._verdict))
 
         self._work.put(work)
@@ -300,11 +281,8 @@ class WandbTracker(NoTracker):
             for number, row in enumerate(summary["rows"]):
                 plain = {k: v for k, v in row.items() if k != "runs" and v is not None}
                 run.do(_log({"row": number, **plain}))
-            found = {"student_test_accuracy": summary["rows"][-1]["test_accuracy"]}
-            values = {"gain": summary["gain"], "share_kept": summary["share"] or {}}
-            for name, interval in values.items():
-                for end, value in interval.items():
-                    found[name if end == "value" else f"{name}_{end}"] = value
+            found = intervals({"gain": summary["gain"], "share_kept": summary["share"]})
+            found["student_test_accuracy"] = summary["rows"][-1]["test_accuracy"]
             run.do(_summarise(found))
             path = self._run_folder / "student.safetensors"
             model = self._artifacts.model(path, {"hash": "student", **summary.get("chosen", {})})
@@ -321,10 +299,10 @@ class WandbTracker(NoTracker):
             return
         report = self._run_folder / "report.html"
         if report.exists():
-            page = self._runs.make_html(fetch(report))
+            page = self._show.make_html(fetch(report))
             lineage.do(_summarise({"report": page}))
         for path in sorted(self._run_folder.glob("*.png")):
-            picture = self._runs.make_image(fetch(path))
+            picture = self._show.make_image(fetch(path))
             lineage.do(_summarise({path.stem: picture}))
         if self._config.tracking.alerts:
             text = self._verdict or f"{len(self._results)} generations"
@@ -337,16 +315,8 @@ class WandbTracker(NoTracker):
         self._closed = True
         self._work.put(self._end)
         self._work.put(None)
-        self._thread.join(timeout=self._runs.START_SECONDS + self._config.tracking.wait)
+        self._thread.join(timeout=self._start_seconds + self._config.tracking.wait)
         self._session.close()
-
-
-def _calibration(result: Row) -> Row:
-    """Return what is known of a generation's calibration and fidelity on the test split."""
-    known = (result.get("diagnostics") or {}).get("test") or {}
-    scaled = {f"scaled_{name}": value for name, value in (known.get("scaled") or {}).items()}
-    found = {name: known.get(name) for name in ("brier", "kl")} | scaled
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _log(row: Row) -> Callable[[Any], None]:

@@ -10,9 +10,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import wandb
 from wandb_files import history, records
 
+import wandb
 from selfkd import tracking, tracking_runs
 from selfkd.config import Config, ConfigError, load_config
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker

@@ -169,7 +169,8 @@ class Command:
         from selfkd.cluster import connect, find_slots
 
         resources, name = config.resources, folder.path.name
-        tracker = make_tracker(config, name=name, run_id=folder.run_id, folder=folder.local)
+        where, run_id = folder.local, folder.run_id
+        tracker = make_tracker(config, name=name, run_id=run_id, folder=where, run=folder.path)
         if not arguments.quiet:
             console.print(tracker.description, soft_wrap=True)
         record(folder.path)

@@ -266,6 +266,12 @@ class TrackingConfig:
     """auto: online when there is a key and the host answers, else offline."""
     project: str = Field(default="selfkd", min_length=1)
     entity: str | None = None
+    wait: float = Field(default=30.0, gt=0)
+    """The most seconds to wait at the end for what is not sent yet."""
+    upload_targets: bool = False
+    """Send the teachers' stored answers, too, and not only say where they are."""
+    alerts: bool = False
+    """Send an alert with the verdict when the run ends."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import netrc
 import os
 import queue
-import shutil
-import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal
 
 from selfkd.config import Config, ConfigError, to_tree
+from selfkd.files import fetch, load_json
 from selfkd.jobs import Row
+from selfkd.tracking_host import answers, base_url, has_key
+from selfkd.tracking_rows import (
+    best_and_last,
+    confirmation_summary,
+    epoch_row,
+    generation_row,
+    intervals,
+    trial_rank,
+    trial_summary,
+)
 
-REACH_SECONDS = 3.0
-EARLIER_HOST = "api.wandb.ai"  # under which wandb login kept keys before, and still finds them
-START_SECONDS = 10.0
-DRAIN_SECONDS = 60.0
-HIDDEN = ("history", "models", "predictions", "point", "hash")
+if TYPE_CHECKING:
+    from selfkd.tracking_logged import LoggedRun
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +73,9 @@ class WandbTracker(NoTracker):
         mode: `online` or `offline`.
         name: of the run: the group of its trials.
         run_id: start of the stable ids of its W&B runs.
-        folder: where W&B writes.
+        folder: where W&B writes, on this machine.
         config: of the run.
+        run: the run folder, with the results and models; `folder` when not given.
     """
 
     def __init__(
@@ -82,29 +86,52 @@ class WandbTracker(NoTracker):
         run_id: str,
         folder: Path,
         config: Config,
+        run: Path | None = None,
     ) -> None:
-        import wandb  # half a second: only when it is used
+        # imported here: wandb takes half a second
+        from selfkd import tracking_artifacts, tracking_logged, tracking_runs
 
-        self._wandb = wandb
-        self._mode = mode
-        self._folder = folder
+        self._show = tracking_logged
+        self._start_seconds = tracking_runs.START_SECONDS
+        self._folder, self._run_folder = folder, folder if run is None else run
         self._name, self._run_id, self._config = name, run_id, config
-        self._trials: dict[tuple[str, int], Any] = {}
-        self._lineage: Any = None
-        self._broken = False
+        self._session = tracking_runs.Session(
+            online=mode == "online",
+            url=base_url() if mode == "online" else "",
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+            group=name,
+            folder=folder,
+            wait=config.tracking.wait,
+        )
+        self._artifacts = tracking_artifacts.Artifacts(config, name=name, folder=self._run_folder)
+        self._done = self._session.done()
+        self._trials: dict[str, LoggedRun] = {}
+        self._epochs: dict[str, int] = {}
+        self._best: dict[str, tuple[tuple[float, float, int], LoggedRun]] = {}
+        self._results: list[Row] = []
+        self._verdict: str | None = None
+        self._lineage: LoggedRun | None = None
+        self._broken = self._closed = False
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
         self._thread.start()
+        self._work.put(self._replay)
 
     @property
     def description(self) -> str:  # type: ignore[override]
-        """Say where the run can be seen."""
-        if self._mode == "online":
-            return f"W&B: online, project {self._config.tracking.project}, group {self._name}"
-        return (
-            f"W&B: offline, in {self._folder / 'wandb'}; "
-            f"send it with: wandb sync {self._folder / 'wandb'}/offline-run-*"
-        )
+        """Say where the run can be seen, and what is not there yet."""
+        session, folder = self._session, self._folder / "wandb"
+        if not session.wanted_online:
+            return f"W&B: offline, in {folder}; send it with: wandb sync {folder}"
+        place = session.page or f"project {self._config.tracking.project}, group {self._name}"
+        if self._closed and session.unsent:
+            count = len(session.unsent)
+            return (
+                f"W&B: {count} run{'s' if count > 1 else ''} could not be sent whole to {place}; "
+                f"send the rest with: wandb sync --include-online {folder}"
+            )
+        return f"W&B: online, {place}"
 
     def _loop(self) -> None:
         while (work := self._work.get()) is not None:
@@ -116,106 +143,127 @@ class WandbTracker(NoTracker):
                 self._broken = True
                 log.warning("W&B tracking stops, training goes on: %s", error)
 
-    def _open(self, run_id: str, axis: str, job_type: str, config: Mapping[str, Any]) -> Any:
-        # what is logged again after a resume replaces what an interrupted run left offline
-        for left in (self._folder / "wandb").glob(f"offline-run-*-{run_id}"):
-            shutil.rmtree(left, ignore_errors=True)
-        run = self._start(run_id, job_type, config)
-        run.define_metric(axis)
-        run.define_metric("*", step_metric=axis)
-        return run
+    def _replay(self) -> None:
+        """Log the trials that are done and were not logged whole: a start before was killed."""
+        for path in sorted(self._run_folder.glob("*/**/result.json")):
+            if path.parent.name.startswith("trial_"):
+                trial = load_json(path)
+                if trial["status"] != "failed" and self._id(trial) not in self._done:
+                    self._report(trial, trial["history"])
+                    self._finish(trial)
 
-    def _start(self, run_id: str, job_type: str, config: Mapping[str, Any]) -> Any:
-        settings = self._wandb.Settings(
-            console="off",
-            silent=True,
-            disable_git=True,
-            disable_code=True,
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_transaction_log_flush_interval=2,
-            init_timeout=START_SECONDS,
-        )
-        try:
-            return self._wandb.init(
-                project=self._config.tracking.project,
-                entity=self._config.tracking.entity,
-                group=self._name,
-                job_type=job_type,
-                id=run_id,
-                name=run_id,
-                config=dict(config),
-                dir=str(self._folder),
-                mode=self._mode,
-                resume="allow" if self._mode == "online" else None,
-                reinit="create_new",
-                settings=settings,
-            )
-        except self._wandb.errors.Error as error:
-            if self._mode == "offline":
-                raise
-            log.warning("W&B does not answer (%s): tracking goes on offline", error)
-            self._wandb.teardown()
-            self._mode = "offline"
-            self._trials.clear()
-            self._lineage = None
-            return self._start(run_id, job_type, config)
+    def _id(self, trial: Row) -> str:
+        stage, _, generation = trial["stage"].partition("-")
+        short = f"g{generation}" if stage == "generation" else trial["stage"]
+        return f"{self._run_id}-{short}-t{trial['trial']}"
 
-    def _trial(self, trial: Row) -> Any:
-        key = (trial["stage"], trial["trial"])
-        if key not in self._trials:
+    def _tags(self, *more: str) -> list[str]:
+        return [tag[:64] for tag in (self._config.data.name, self._config.model.name, *more)]
+
+    def _trial(self, trial: Row) -> LoggedRun:
+        run_id = self._id(trial)
+        if run_id not in self._trials:
             config = to_tree(self._config.at(trial["point"]))
             config |= {name: trial[name] for name in ("trial", "teachers")}
             config["trial_seed"] = trial["seed"]
-            stage, _, generation = trial["stage"].partition("-")
-            if generation:
+            generation = trial["stage"].partition("-")[2]
+            if generation.isdigit():
                 config["generation"] = int(generation)
-            short = f"g{generation}" if stage == "generation" else trial["stage"]
-            run_id = f"{self._run_id}-{short}-t{key[1]}"
-            self._trials[key] = self._open(run_id, "epoch", trial["stage"], config)
-        return self._trials[key]
+            run = self._session.open(
+                run_id,
+                axis="epoch",
+                job_type=trial["stage"],
+                config=config,
+                tags=self._tags(trial["stage"]),
+            )
+            self._artifacts.use(run, trial["teachers"], self._lineage)
+            self._trials[run_id] = run
+            self._epochs[run_id] = -1
+        return self._trials[run_id]
 
     def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
         """Log epochs."""
+        self._work.put(lambda: self._report(trial, rows))
 
-        def work() -> None:
-            run = self._trial(trial)
-            for row in rows:
-                if row["epoch"] > _already(run, "epoch"):
-                    run.log({name: value for name, value in row.items() if name not in HIDDEN})
-
-        self._work.put(work)
+    def _report(self, trial: Row, rows: Sequence[Row]) -> None:
+        run, run_id = self._trial(trial), self._id(trial)
+        for row in rows:
+            if row["epoch"] > self._epochs[run_id]:  # a trial whose worker died begins again
+                self._epochs[run_id] = row["epoch"]
+                run.do(_log(epoch_row(row)))
 
     def trial_finished(self, trial: Row) -> None:
-        """Write the summary and close the trial's run."""
+        """Write the summary and close the trial's run; the best of a generation waits for its end.
 
-        def work() -> None:
-            run = self._trial(trial)
-            for name in ("status", "error", "val_accuracy", "val_nll", "train_seconds"):
-                if trial.get(name) is not None:
-                    run.summary[name] = trial[name]
-            run.finish(exit_code=1 if trial["status"] == "failed" else 0)
-            del self._trials[trial["stage"], trial["trial"]]
+        The run of the trial that is chosen has the model as its artifact.
+        """
+        self._work.put(lambda: self._finish(trial))
 
-        self._work.put(work)
+    def _finish(self, trial: Row) -> None:
+        run, stage = self._trial(trial), trial["stage"]
+        run.do(_summarise(trial_summary(trial)))
+        run.left_code = 1 if trial["status"] == "failed" else 0
+        del self._trials[run.run_id], self._epochs[run.run_id]
+        if trial["status"] == "completed" and stage.startswith("generation-"):
+            search = self._config.search
+            rank = trial_rank(trial, metric=search.metric, mode=search.mode)
+            before = self._best.get(stage)
+            if before is None or rank < before[0]:
+                run.whole = False
+                self._best[stage] = rank, run
+                if before is None:
+                    return
+                run = before[1]
+                run.whole = True
+        elif trial["status"] == "completed" and stage == "members" and "hash" in trial:
+            path = self._run_folder / "members" / f"trial_{trial['trial']:03d}"
+            facts = {"hash": trial["hash"], "member": trial["trial"]}
+            model = self._artifacts.model(path / "student.safetensors", facts, kind="member")
+            if model is not None:
+                run.add_artifact(model, aliases=[f"member-{trial['trial']}"])
+        self._session.finish(run, run.left_code)
 
     def generation_finished(self, result: Row) -> None:
-        """Log one step of the lineage; after a resume all finished generations come again."""
+        """Log one step of the lineage, and the model; after a resume all finished ones come."""
+        self._work.put(lambda: self._generation(result))
+
+    def _generation(self, result: Row) -> None:
+        lineage = self._lineage or self._session.open(
+            f"{self._run_id}-lineage",
+            axis="generation",
+            job_type="lineage",
+            config=to_tree(self._config),
+            tags=self._tags("lineage"),
+            left_code=0,
+        )
+        self._lineage = lineage
+        self._results.append(result)
+        lineage.do(_log(generation_row(result)))
+        search = self._config.search
+        found = best_and_last(self._results, metric=search.metric, mode=search.mode)
+        lineage.do(_summarise(found))
+        _, run = self._best.pop(f"generation-{result['generation']}", (None, None))
+        chosen = self._id({"stage": f"generation-{result['generation']}", "trial": result["trial"]})
+        for rank, (alias, model) in enumerate(self._artifacts.models(result)):
+            if model is None:
+                continue
+            if rank == 0 and run is not None and run.run_id == chosen:
+                run.add_artifact(model, aliases=[alias])
+            elif rank or chosen not in self._done:  # else an earlier start has logged it
+                lineage.add_artifact(model, aliases=[alias])
+        if run is not None:
+            run.whole = True
+            self._session.finish(run, 0)
+
+    def generation_confirmed(self, confirmation: Row) -> None:
+        """Put the last confirmed generation's gain into the lineage's summary and notes."""
 
         def work() -> None:
             if self._lineage is None:
-                self._lineage = self._open(
-                    f"{self._run_id}-lineage", "generation", "lineage", to_tree(self._config)
-                )
-            if result["generation"] > _already(self._lineage, "generation"):
-                plain = {
-                    name: value
-                    for name, value in result.items()
-                    if name not in HIDDEN
-                    and value is not None
-                    and not isinstance(value, list | dict)
-                }
-                self._lineage.log(plain)
+                return
+            self._verdict = confirmation.get("verdict")
+            self._lineage.do(_summarise(confirmation_summary(confirmation)))
+            self._lineage.do(_note(self._verdict))
 
         self._work.put(work)
 
@@ -223,85 +271,97 @@ class WandbTracker(NoTracker):
         """Write the table of an ensemble and its student, a step a row, and what is gained."""
 
         def work() -> None:
-            run = self._open(f"{self._run_id}-ensemble", "row", "ensemble", to_tree(self._config))
+            run = self._session.open(
+                f"{self._run_id}-ensemble",
+                axis="row",
+                job_type="ensemble",
+                config=to_tree(self._config),
+                tags=self._tags("ensemble"),
+            )
             for number, row in enumerate(summary["rows"]):
                 plain = {k: v for k, v in row.items() if k != "runs" and v is not None}
-                run.log({"row": number, **plain})
-            values = {"gain": summary["gain"], "share_kept": summary["share"] or {}}
-            for name, interval in values.items():
-                for end, value in interval.items():
-                    run.summary[name if end == "value" else f"{name}_{end}"] = value
-            run.summary["student_test_accuracy"] = summary["rows"][-1]["test_accuracy"]
-            run.finish()
+                run.do(_log({"row": number, **plain}))
+            found = intervals({"gain": summary["gain"], "share_kept": summary["share"]})
+            found["student_test_accuracy"] = summary["rows"][-1]["test_accuracy"]
+            run.do(_summarise(found))
+            path = self._run_folder / "student.safetensors"
+            model = self._artifacts.model(path, {"hash": "student", **summary.get("chosen", {})})
+            if model is not None:
+                run.add_artifact(model)
+            self._session.finish(run, 0)
 
         self._work.put(work)
+
+    def _end(self) -> None:
+        """Show the report and the pictures of the run folder, and what was found."""
+        lineage = self._lineage
+        if lineage is None:
+            return
+        report = self._run_folder / "report.html"
+        if report.exists():
+            page = self._show.make_html(fetch(report))
+            lineage.do(_summarise({"report": page}))
+        for path in sorted(self._run_folder.glob("*.png")):
+            picture = self._show.make_image(fetch(path))
+            lineage.do(_summarise({path.stem: picture}))
+        if self._config.tracking.alerts:
+            text = self._verdict or f"{len(self._results)} generations"
+            lineage.do(lambda run: run.alert(f"selfkd: {self._name} has ended", text))
 
     def close(self) -> None:
         """Finish what is open; wait for it, but not for ever."""
-
-        def work() -> None:
-            for run in self._trials.values():
-                run.finish(exit_code=1)
-            if self._lineage is not None:
-                self._lineage.finish()
-
-        self._work.put(work)
+        if self._closed:
+            return
+        self._closed = True
+        self._work.put(self._end)
         self._work.put(None)
-        self._thread.join(timeout=DRAIN_SECONDS)
+        self._thread.join(timeout=self._start_seconds + self._config.tracking.wait)
+        self._session.close()
 
 
-def _already(run: Any, axis: str) -> int:
-    """Return how far an online run had come before it was resumed."""
-    return int(run.summary.get(axis, -1)) if getattr(run, "resumed", False) else -1
+def _log(row: Row) -> Callable[[Any], None]:
+    return lambda run: run.log(row)
 
 
-def make_tracker(config: Config, *, name: str, run_id: str, folder: Path) -> NoTracker:
+def _summarise(values: Row) -> Callable[[Any], None]:
+    return lambda run: run.summary.update(values)
+
+
+def _note(text: str | None) -> Callable[[Any], None]:
+    def work(run: Any) -> None:
+        run.notes = text
+
+    return work
+
+
+def make_tracker(
+    config: Config, *, name: str, run_id: str, folder: Path, run: Path | None = None
+) -> NoTracker:
     """Make the tracker that a config asks for; `auto` is online only where that will work.
+
+    Args:
+        config: of the run.
+        name: of the run.
+        run_id: start of the ids of its W&B runs.
+        folder: where W&B writes, on this machine.
+        run: the run folder, where that is another.
 
     Raises:
         ConfigError: online is asked for, and there is no key.
     """
     mode = config.tracking.mode
-    host = urlsplit(_base_url()) if mode in ("auto", "online") else urlsplit("")
-    has_key = _has_key(host.netloc)
     if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
         mode = "none"
     elif mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
         mode = "offline"
     elif mode == "auto":
-        mode = "online" if has_key and _answers(host) else "offline"
+        url = base_url()
+        mode = "online" if has_key(url) and answers(url) else "offline"
     if mode == "none":
         return NoTracker()
-    if mode == "online" and not has_key:
+    if mode == "online" and not has_key(base_url()):
         raise ConfigError(
             "tracking.mode must be offline where there is no key, got online: "
             "run wandb login or set WANDB_API_KEY"
         )
-    return WandbTracker(mode, name=name, run_id=run_id, folder=folder, config=config)
-
-
-def _base_url() -> str:
-    """Return the host that the installed client talks to; its default has changed before."""
-    if "WANDB_BASE_URL" in os.environ:
-        return os.environ["WANDB_BASE_URL"]
-    import wandb
-
-    return str(wandb.Settings().base_url)
-
-
-def _has_key(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        known = netrc.netrc(os.environ.get("NETRC")).hosts
-        return host in known or ("WANDB_BASE_URL" not in os.environ and EARLIER_HOST in known)
-    return False
-
-
-def _answers(host: Any) -> bool:
-    port = host.port or (443 if host.scheme == "https" else 80)
-    try:
-        with socket.create_connection((host.hostname, port), timeout=REACH_SECONDS):
-            return True
-    except OSError:
-        return False
+    return WandbTracker(mode, name=name, run_id=run_id, folder=folder, config=config, run=run)

@@ -13,7 +13,7 @@ import pytest
 import wandb
 from wandb_files import history, records
 
-from selfkd import tracking
+from selfkd import tracking, tracking_runs
 from selfkd.config import Config, ConfigError, load_config
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
 
@@ -170,7 +170,7 @@ def test_an_online_run_whose_host_does_not_answer_goes_on_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A host that accepts and never answers: bounded waiting, nothing lost."""
-    monkeypatch.setattr(tracking, "START_SECONDS", 2.0)
+    monkeypatch.setattr(tracking_runs, "START_SECONDS", 2.0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with socket.socket() as mute, caplog.at_level(logging.WARNING):
         mute.bind(("127.0.0.1", 0))
@@ -232,7 +232,7 @@ def test_the_key_of_wandb_login_is_found(
     netrc.write_text(f"machine {machine}\n  login user\n  password {'0' * 40}\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    monkeypatch.setattr(tracking, "_answers", lambda host: True)
+    monkeypatch.setattr(tracking, "answers", lambda url: True)
     tracker = make_tracker(Config(), name="a", run_id="a", folder=tmp_path)
     tracker.close()
     assert ("online" in tracker.description) == found

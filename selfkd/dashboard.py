@@ -1,0 +1,175 @@
+"""`python -m selfkd.dashboard`: the saved view of a W&B project, to see runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from selfkd.tracking_host import answers, base_url, has_key
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Section, Workspace
+
+USAGE, FAILED = 2, 1
+NAME = "selfkd: generations"
+DEFAULT_PROJECT = "selfkd"
+INSTALL = "pip install 'selfkd[workspace]'"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m selfkd.dashboard",
+        description="Save a view in a W&B project: accuracy per generation, T and alpha.",
+    )
+    parser.add_argument("--project", default=DEFAULT_PROJECT, help="of the runs")
+    parser.add_argument("--entity", help="user or team; your own by default")
+    parser.add_argument("--name", default=NAME, help="of the view")
+    parser.add_argument(
+        "--json", action="store_true", help="print the view; needs neither a key nor a network"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ImportError:
+        return _fail(f"selfkd.dashboard needs wandb-workspaces: {INSTALL}", USAGE)
+    if arguments.json:
+        view = make_workspace(arguments.entity or "", arguments.project, name=arguments.name)
+        print(to_json(view))  # noqa: T201
+        return 0
+    if not has_key(base_url()):
+        missing = "there is no W&B key: run wandb login or set WANDB_API_KEY (or print with --json)"
+        return _fail(missing, USAGE)
+    if not answers(base_url()):
+        return _fail(f"{base_url()} does not answer: print the view with --json", FAILED)
+    try:
+        entity = arguments.entity or _own_entity()
+        view = make_workspace(entity, arguments.project, name=arguments.name).save()
+    except Exception as error:  # noqa: BLE001 - the library raises what its network raises
+        return _fail(f"the view could not be saved: {error}", FAILED)
+    print(f"view saved: {view.url}")  # noqa: T201
+    return 0
+
+
+def make_workspace(entity: str, project: str, *, name: str = NAME) -> Workspace:
+    """Return the view of a project, not saved yet.
+
+    Trials and lineages are runs of one project: each panel draws the runs that have its metrics.
+
+    Args:
+        entity: user or team.
+        project: of the runs.
+        name: of the view.
+    """
+    from wandb_workspaces.workspaces import RunsetSettings, Workspace
+
+    return Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[_generations(), _search(), _calibration()],
+        runset_settings=RunsetSettings(
+            pinned_columns=[
+                *("run:displayName", "run:jobType", "summary:best_test_accuracy"),
+                *("summary:gain", "summary:gain_low", "summary:gain_high", "summary:verdict"),
+            ]
+        ),
+    )
+
+
+def to_json(view: Workspace) -> str:
+    """Return a view as W&B keeps it."""
+    text: str = view._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2)
+    return text
+
+
+def _generations() -> Section:
+    import wandb_workspaces.reports.v2 as panels
+    from wandb_workspaces.workspaces import Section
+
+    axis = {"x": "generation", "title_x": "generation"}
+    return Section(
+        name="accuracy per generation",
+        is_open=True,
+        panels=[
+            panels.LinePlot(title="test accuracy", y=["test_accuracy"], **axis),
+            panels.LinePlot(title="validation accuracy", y=["val_accuracy"], **axis),
+            panels.LinePlot(title="agreement with the teacher", y=["agreement"], **axis),
+            panels.BarPlot(
+                title="gain over generation 0",
+                metrics=[panels.SummaryMetric("gain")],
+                orientation="h",
+            ),
+        ],
+    )
+
+
+def _search() -> Section:
+    import wandb_workspaces.reports.v2 as panels
+    from wandb_workspaces.workspaces import Section
+
+    temperature = panels.Config("distill.temperature")
+    alpha = panels.Config("distill.alpha")
+    accuracy = panels.SummaryMetric("trial_val_accuracy")  # which a lineage does not have
+    column = panels.ParallelCoordinatesPlotColumn
+    return Section(
+        name="T and alpha",
+        is_open=True,
+        panels=[
+            panels.ParallelCoordinatesPlot(
+                title="what the trials did",
+                columns=[
+                    column(metric=panels.Config("generation"), display_name="generation"),
+                    column(metric=temperature, display_name="T", log=True),
+                    column(metric=alpha, display_name="alpha"),
+                    column(metric=accuracy, display_name="validation accuracy"),
+                ],
+            ),
+            panels.ScatterPlot(
+                title="validation accuracy over T and alpha",
+                x=temperature,
+                y=alpha,
+                z=accuracy,
+                log_x=True,
+            ),
+            panels.LinePlot(title="learning curves", x="epoch", y=["val_accuracy"]),
+        ],
+    )
+
+
+def _calibration() -> Section:
+    import wandb_workspaces.reports.v2 as panels
+    from wandb_workspaces.workspaces import Section
+
+    axis = {"x": "generation", "title_x": "generation"}
+    return Section(
+        name="calibration",
+        is_open=True,
+        panels=[
+            panels.LinePlot(title="ECE, 15 bins", y=["ece"], **axis),
+            panels.LinePlot(title="NLL", y=["nll"], **axis),
+            panels.LinePlot(title="Brier score", y=["brier"], **axis),
+        ],
+    )
+
+
+def _own_entity() -> str:
+    from selfkd.tracking_logged import default_entity
+
+    return default_entity()
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

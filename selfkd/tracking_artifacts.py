@@ -1,0 +1,113 @@
+"""What a run makes and uses, as artifacts of W&B: models, and the teachers' stored answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfkd.config import Config
+from selfkd.files import fetch, load_json
+from selfkd.jobs import Row
+from selfkd.storage import RemotePath, as_path
+from selfkd.tracking_logged import LoggedRun, make_artifact
+
+FACTS = ("temperature", "alpha", "val_accuracy", "val_nll", "test_accuracy", "nll", "ece")
+MANIFEST = ("teacher", "data", "views", "images", "classes", "top_k")
+
+Make = Callable[[], Any]
+
+
+class Artifacts:
+    """The artifacts of a run.
+
+    Args:
+        config: of the run.
+        name: of the run, with which theirs begin.
+        folder: of the run.
+    """
+
+    def __init__(self, config: Config, *, name: str, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:100]
+        self._models: dict[str, Make] = {}
+
+    def model(self, path: Path, facts: Row, *, kind: str = "student") -> Make | None:
+        """Return what makes the artifact of a model, where its file is there.
+
+        Args:
+            path: of its checkpoint.
+            facts: that are shown beside it; its `hash` among them.
+            kind: of the model: the artifact's name ends with it.
+        """
+        if not path.exists():
+            return None
+        file = fetch(path)
+        facts = {"data": self._config.data.name, **facts}
+
+        def make() -> Any:
+            return make_artifact(f"{self._name}-{kind}", "model", facts=facts, file=file)
+
+        self._models[facts["hash"]] = make
+        return make
+
+    def models(self, result: Row) -> list[tuple[str, Make | None]]:
+        """Return the alias and the maker of each model of a generation, the chosen one first."""
+        generation, config = result["generation"], self._config
+        network = config.student if generation and config.student else config.model
+        shared = {
+            "generation": generation,
+            "model": network.name,
+            "teachers": [teacher["hash"] for teacher in result["teachers"]],
+        }
+        found = []
+        for rank, model in enumerate(result["models"]):
+            facts = {**shared, "hash": model["hash"], "rank": rank}
+            if not rank:
+                facts |= {key: result[key] for key in FACTS if result.get(key) is not None}
+            alias = f"generation-{generation}" + (f"-rank-{rank}" if rank else "")
+            path = model.get("checkpoint")
+            found.append((alias, self.model(self._folder / path, facts) if path else None))
+        return found
+
+    def use(self, run: LoggedRun, teachers: Sequence[str], keeper: LoggedRun | None) -> None:
+        """Say that a run learns from teachers, by their stored answers where there are any.
+
+        Args:
+            run: that learns.
+            teachers: their hashes.
+            keeper: the run that the stored answers are artifacts of.
+        """
+        for teacher in teachers:
+            if teacher in self._models:
+                run.add_artifact(self._models[teacher], used=True)
+            for targets in self._targets(teacher):
+                if keeper is not None:
+                    keeper.add_artifact(targets, aliases=[f"teacher-{teacher}"], once=teacher)
+                run.add_artifact(targets, used=True)
+
+    def _targets(self, teacher: str) -> list[Make]:
+        root = self._config.targets.root
+        store = self._folder / "targets" if root is None else as_path(root).expanduser()
+        manifests = sorted((store.absolute() / teacher).glob("*/manifest.json"))
+        return [self._make_targets(manifest) for manifest in manifests]
+
+    def _make_targets(self, manifest: Path) -> Make:
+        known = load_json(manifest)
+        facts = {key: known[key] for key in MANIFEST if known.get(key) is not None}
+        remote = isinstance(manifest, RemotePath)
+        reference = str(manifest) if remote else manifest.as_uri()
+        folder = manifest.parent if self._config.tracking.upload_targets and not remote else None
+
+        def make() -> Any:
+            return make_artifact(
+                f"{self._name}-soft-targets",
+                "dataset",
+                facts=facts,
+                description="a teacher's logits for each image and view",
+                folder=folder,
+                reference=None if folder else reference,
+            )
+
+        return make

@@ -1,0 +1,70 @@
+"""W&B's host: where it is, whether there is a key for it, whether it answers. Asks no one else."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import netrc
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from urllib.parse import urlsplit
+
+REACH_SECONDS = 3.0
+EARLIER_HOST = "api.wandb.ai"  # under which wandb login kept keys before, and still finds them
+
+
+def base_url() -> str:
+    """Return the host that the installed client talks to; its default has changed before."""
+    if "WANDB_BASE_URL" in os.environ:
+        return os.environ["WANDB_BASE_URL"]
+    import wandb
+
+    return str(wandb.Settings().base_url)
+
+
+def has_key(url: str) -> bool:
+    """Return whether there is a key for a host: in WANDB_API_KEY, or where `wandb login` puts it.
+
+    >>> os.environ["WANDB_API_KEY"] = "an example"
+    >>> has_key("https://example.com")
+    True
+    >>> del os.environ["WANDB_API_KEY"]
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(url).netloc
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        known = netrc.netrc(os.environ.get("NETRC")).hosts
+        return host in known or ("WANDB_BASE_URL" not in os.environ and EARLIER_HOST in known)
+    return False
+
+
+def answers(url: str, *, seconds: float = REACH_SECONDS) -> bool:
+    """Return whether a host says anything within some seconds, through a proxy if there is one.
+
+    Args:
+        url: of the host.
+        seconds: to wait, the look-up of its name included.
+    """
+    said: list[bool] = []
+    asking = threading.Thread(target=lambda: said.append(_asked(url, seconds)), daemon=True)
+    asking.start()
+    asking.join(seconds)  # a look-up of a name has no time-out of its own
+    return bool(said and said[0])
+
+
+def _asked(url: str, seconds: float) -> bool:
+    if urlsplit(url).scheme not in ("http", "https"):
+        return False
+    try:
+        with urllib.request.urlopen(url, timeout=seconds):  # noqa: S310 - http or https
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:  # W&B's client trusts other certificates than Python
+        return isinstance(error.reason, ssl.SSLError)
+    except (OSError, ValueError, http.client.HTTPException):
+        return False

@@ -1,0 +1,111 @@
+"""One run in W&B, which can be opened again with all that was logged to it; and what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+Work = Callable[[Any], None]
+
+
+class LoggedRun:
+    """A run of W&B that can be opened again: it remembers what was logged to it."""
+
+    def __init__(self, run_id: str, start: Callable[[], Any], *, left_code: int) -> None:
+        self.run_id, self.left_code = run_id, left_code
+        self._start = start
+        self._done: list[Work] = []
+        self._once: set[str] = set()
+        self.whole = True
+        """Whether all of it has been logged when it is closed."""
+        self.run = start()
+
+    def do(self, work: Work) -> None:
+        """Log something."""
+        self._done.append(work)
+        work(self.run)
+
+    def reopen(self) -> None:
+        """Open it anew, and log all of it again."""
+        self.run = self._start()
+        for work in self._done:
+            work(self.run)
+
+    @property
+    def folder(self) -> Path:
+        """Where its file is."""
+        return Path(self.run.dir).parent
+
+    def add_artifact(
+        self,
+        make: Callable[[], Any],
+        *,
+        aliases: Sequence[str] = (),
+        used: bool = False,
+        once: str | None = None,
+    ) -> None:
+        """Log an artifact, or use one: at once, and whether or not there is a network.
+
+        W&B's own `log_artifact` asks the host first and fails without it; its `use_artifact` of
+        something that is not on the host yet does not exist offline. What both write in the end is
+        this record. A used artifact is told by its content, which the host finds again.
+
+        Args:
+            make: returns the artifact; called again when the run is opened again.
+            aliases: beside `latest`.
+            used: by the run, which did not make it.
+            once: of what is logged under this name, all but the first is left out.
+        """
+        if once is not None and once in self._once:
+            return
+        if once is not None:
+            self._once.add(once)
+
+        def work(run: Any) -> None:
+            artifact = make()
+            artifact.finalize()
+            names = [] if used else ["latest", *aliases]
+            run._interface.publish_artifact(
+                run, artifact, names, is_user_created=used, use_after_commit=used
+            )
+
+        self.do(work)
+
+
+def make_html(path: Path) -> Any:
+    """Return a page as W&B shows it."""
+    return wandb.Html(path.read_text(), inject=False, data_is_not_path=True)
+
+
+def make_image(path: Path) -> Any:
+    """Return a picture as W&B shows it."""
+    return wandb.Image(str(path))
+
+
+def make_artifact(
+    name: str,
+    type: str,
+    *,
+    facts: Mapping[str, Any],
+    file: Path | None = None,
+    folder: Path | None = None,
+    reference: str | None = None,
+    description: str | None = None,
+) -> Any:
+    """Return an artifact of a file or a folder, which stay where they are, or of a reference."""
+    artifact = wandb.Artifact(name, type, description=description, metadata=dict(facts))
+    if file is not None:
+        artifact.add_file(str(file), policy="immutable")
+    if folder is not None:
+        artifact.add_dir(str(folder), policy="immutable")
+    if reference is not None:
+        artifact.add_reference(reference, checksum=reference.startswith("file://"))
+    return artifact
+
+
+def default_entity() -> str:
+    """Return whose projects are meant where no entity is given."""
+    return str(wandb.Api().default_entity)

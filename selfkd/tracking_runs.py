@@ -1,0 +1,282 @@
+"""Runs in W&B: online where the host answers, else in files that can be sent; nothing waits long.
+
+What is logged is in a file of this machine before it is sent. A run that could not be sent whole is
+sent again from its file at the end, or by the user's `wandb sync`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from selfkd.tracking_host import answers
+from selfkd.tracking_logged import LoggedRun
+
+START_SECONDS = 10.0
+TRANSMIT_SECONDS: float | None = None
+"""Between two requests of a run; W&B's own default when not given."""
+PROBE_SECONDS = 10.0
+"""For which the host is taken to answer after it has."""
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """The runs of one process.
+
+    Args:
+        online: whether to send them.
+        url: of W&B's host.
+        project: of all runs.
+        entity: whose project it is; W&B's default when not given.
+        group: of all runs.
+        folder: where W&B writes.
+        wait: the most seconds to wait for a run to be sent at its end.
+    """
+
+    def __init__(
+        self,
+        *,
+        online: bool,
+        url: str,
+        project: str,
+        entity: str | None,
+        group: str,
+        folder: Path,
+        wait: float,
+    ) -> None:
+        self.online = self.wanted_online = online
+        self.unsent: dict[str, Path] = {}
+        self.page: str | None = None
+        self._url, self._project, self._entity, self._group = url, project, entity, group
+        self._folder, self._wait = folder, wait
+        self._open: dict[str, LoggedRun] = {}
+        self._finishing: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._answered = -PROBE_SECONDS
+        self._warned = False
+        wandb.setup(wandb.Settings(silent=True))
+        logging.getLogger("wandb").propagate = False  # it has files of its own
+
+    def open(
+        self,
+        run_id: str,
+        *,
+        axis: str,
+        job_type: str,
+        config: Mapping[str, Any],
+        tags: Sequence[str] = (),
+        left_code: int = 1,
+    ) -> LoggedRun:
+        """Open a run.
+
+        Args:
+            run_id: the same after a resume: what is logged then replaces what was.
+            axis: the metric that all others are drawn over.
+            job_type: of the run.
+            config: of the run.
+            tags: of the run.
+            left_code: its exit code where it is open at the end.
+        """
+
+        def start() -> Any:
+            run = self._start(run_id, job_type, config, tags)
+            run.define_metric(axis)
+            run.define_metric("*", step_metric=axis)
+            return run
+
+        logged = LoggedRun(run_id, start, left_code=left_code)
+        self._open[run_id] = logged
+        if self.page is None and not logged.run.offline:
+            self.page = f"{logged.run.project_url}/groups/{self._group}"
+        return logged
+
+    def _start(
+        self, run_id: str, job_type: str, config: Mapping[str, Any], tags: Sequence[str]
+    ) -> Any:
+        for left in (self._folder / "wandb").glob(f"*run-*-{run_id}"):
+            shutil.rmtree(left, ignore_errors=True)
+        mode: Literal["online", "offline"] = "online" if self._reaches() else "offline"
+        start = partial(self._init, run_id, job_type, config, tags)
+        try:
+            return start(mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            self._give_up(error)
+            return self._start(run_id, job_type, config, tags)
+
+    def _init(
+        self,
+        run_id: str,
+        job_type: str,
+        config: Mapping[str, Any],
+        tags: Sequence[str],
+        mode: Literal["online", "offline"],
+    ) -> Any:
+        return wandb.init(
+            project=self._project,
+            entity=self._entity,
+            group=self._group,
+            job_type=job_type,
+            id=run_id,
+            name=run_id,
+            config=dict(config),
+            tags=list(tags),
+            dir=str(self._folder),
+            mode=mode,
+            reinit="create_new",
+            settings=self._settings(),
+        )
+
+    def _settings(self) -> Any:
+        return wandb.Settings(
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_transaction_log_flush_interval=2,
+            x_file_stream_transmit_interval=TRANSMIT_SECONDS,
+            x_graphql_retry_max=3,  # of which finish_timeout knows nothing
+            x_graphql_retry_wait_min_seconds=1,
+            x_graphql_retry_wait_max_seconds=4,
+            x_graphql_timeout_seconds=10,
+            x_file_transfer_retry_max=3,
+            init_timeout=START_SECONDS,
+            finish_timeout=self._wait,
+            finish_timeout_raises=True,
+            stop_fn=_ignore_stop,
+        )
+
+    def _reaches(self) -> bool:
+        """Return whether the next run may go online; the host is asked now and then."""
+        if not self.online:
+            return False
+        if time.monotonic() - self._answered > PROBE_SECONDS:
+            if not answers(self._url):
+                self._warn("W&B does not answer: its files are written, and sent at the end")
+                return False
+            self._answered = time.monotonic()
+        return True
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            log.warning("%s", text)
+        self._warned = True
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on offline: a run's id is free for that only when W&B's process is a new one."""
+        reason = str(error).partition("\n")[0]
+        self._warn(f"W&B does not take this run ({reason}): tracking goes on offline")
+        self.online = False
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()
+        wandb.setup(wandb.Settings(silent=True))
+        for logged in self._open.values():
+            logged.reopen()
+
+    def finish(self, logged: LoggedRun, exit_code: int) -> None:
+        """Close a run; what is not sent of it yet is sent meanwhile."""
+        self._open.pop(logged.run_id, None)
+        if logged.run.offline:
+            self._finish(logged, exit_code)
+            return
+        thread = threading.Thread(
+            target=self._finish, args=(logged, exit_code), name="tracking-end", daemon=True
+        )
+        with self._lock:
+            self.unsent[logged.run_id] = logged.folder
+            self._finishing.append(thread)
+        thread.start()
+
+    def _finish(self, logged: LoggedRun, exit_code: int) -> None:
+        try:
+            logged.run.finish(exit_code=exit_code)
+            if not logged.run.offline and _went_wrong(logged.folder):
+                raise RuntimeError("W&B's process could not send all of it")
+        except Exception as error:  # noqa: BLE001 - it stays among the unsent
+            log.debug("%s is not sent: %s", logged.run_id, error)
+            return
+        with self._lock:
+            self._mark(logged)
+            if not logged.run.offline:
+                del self.unsent[logged.run_id]
+                _marker(logged.folder, logged.run_id).touch()  # as wandb sync does: it skips it
+            elif self.wanted_online:
+                self.unsent[logged.run_id] = logged.folder
+
+    def close(self) -> None:
+        """Finish what is open and send what is not sent; wait for it, but not for ever."""
+        for logged in list(self._open.values()):
+            with contextlib.suppress(Exception):  # W&B's process may have been stopped
+                self.finish(logged, logged.left_code)
+        end = time.monotonic() + self._wait + 1
+        for thread in self._finishing:
+            thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in self._finishing):
+            _end_service()
+        if self.unsent and answers(self._url):
+            self._sync()
+
+    def _sync(self) -> None:
+        """Send from their files the runs that are not sent yet."""
+        command = [sys.executable, "-m", "wandb", "sync", "--include-online"]
+        paths = [str(path) for path in self.unsent.values()]
+        with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+            subprocess.run(  # noqa: S603 - W&B's own command
+                [*command, *paths], capture_output=True, timeout=self._wait, check=False
+            )
+        for run_id, path in list(self.unsent.items()):
+            if _marker(path, run_id).exists():
+                del self.unsent[run_id]
+
+    @property
+    def _ledger(self) -> Path:
+        return self._folder / "wandb" / "done.txt"
+
+    def _mark(self, logged: LoggedRun) -> None:
+        if logged.whole:
+            with self._ledger.open("a") as file:
+                file.write(f"{logged.run_id}\n")
+
+    def done(self) -> set[str]:
+        """Return the ids of the runs that are whole, from this start and those before."""
+        return set(self._ledger.read_text().split()) if self._ledger.exists() else set()
+
+
+def _marker(folder: Path, run_id: str) -> Path:
+    return folder / f"run-{run_id}.wandb.synced"
+
+
+def _went_wrong(folder: Path) -> bool:
+    """Return whether W&B's process tells of an error; of artifacts it does so nowhere else."""
+    with contextlib.suppress(OSError):
+        return '"level":"ERROR' in (folder / "logs" / "debug-internal.log").read_text()
+    return False
+
+
+def _ignore_stop() -> None:
+    log.warning("a run was stopped in W&B: training goes on; Ctrl-C stops it, resumable")
+
+
+def _end_service() -> None:
+    """End W&B's process, which waits for a host that does not answer; its files are written."""
+    from wandb.sdk import wandb_setup
+
+    with contextlib.suppress(Exception):
+        wandb_setup.singleton().assert_service()._proc._process.kill()
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()

@@ -1,0 +1,360 @@
+"""W&B online, against a server on loopback: what is sent, and that its faults lose nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb_server import KEY, WandbServer
+
+from selfkd import tracking_runs
+from selfkd.config import load_config
+from selfkd.files import save_json
+from selfkd.tracking import WandbTracker, make_tracker
+
+PROMPT = 1.0  # seconds for calls that must not wait; the network's time-outs are many times that
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(tracking_runs, "TRANSMIT_SECONDS", 0.5)
+    monkeypatch.setattr(tracking_runs, "PROBE_SECONDS", 0.5)
+    wandb.teardown()  # which has kept the environment of tests before
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        yield server
+        server.mute = False
+        wandb.teardown()
+
+
+def online(folder: Path, *settings: str, wait: float = 20.0) -> WandbTracker:
+    texts = ["tracking=online", f"tracking.wait={wait}", "confirm.seeds=3", *settings]
+    tracker = make_tracker(load_config(settings=texts), name="a", run_id="a-0", folder=folder)
+    assert isinstance(tracker, WandbTracker)
+    return tracker
+
+
+def trial(generation: int, number: int = 0, **changes: Any) -> dict[str, Any]:
+    return {
+        "stage": f"generation-{generation}",
+        "trial": number,
+        "seed": number,
+        "point": {"distill.alpha": 0.25} if generation else {},
+        "teachers": [f"hash-{generation - 1}-0"] if generation else [],
+        **changes,
+    }
+
+
+def epochs(count: int = 3) -> list[dict[str, Any]]:
+    return [
+        {"epoch": e, "loss": 1.0 / e, "val_accuracy": e / 10, "val_nll": 1.0, "seconds": e * 0.5}
+        for e in range(1, count + 1)
+    ]
+
+
+def ended(generation: int, number: int = 0, **changes: Any) -> dict[str, Any]:
+    return trial(
+        generation,
+        number,
+        **{
+            "status": "completed",
+            "error": None,
+            "val_accuracy": 0.3 - number / 100,
+            "val_nll": 1.0,
+            "hash": f"hash-{generation}-{number}",
+            "train_seconds": 1.5,
+            "history": epochs(),
+            **changes,
+        },
+    )
+
+
+def chosen(folder: Path, generation: int) -> dict[str, Any]:
+    """The result of a generation whose model's file is in the run folder, with its targets."""
+    checkpoint = f"generation_{generation:03d}/student.safetensors"
+    (folder / checkpoint).parent.mkdir(parents=True, exist_ok=True)
+    (folder / checkpoint).write_bytes(b"weights" * (generation + 1))
+    teachers = [{"hash": f"hash-{generation - 1}-0"}] if generation else []
+    for teacher in teachers:
+        manifest = {"teacher": teacher["hash"], "data": "d", "views": 1, "images": 9, "classes": 2}
+        save_json(folder / "targets" / teacher["hash"] / "d" / "manifest.json", manifest)
+    mark = f"hash-{generation}-0"
+    return {
+        "generation": generation,
+        "trial": 0,
+        "val_accuracy": 0.3,
+        "test_accuracy": 0.25 + generation / 100,
+        "temperature": 4.0 if generation else None,
+        "alpha": 0.25 if generation else None,
+        "point": {},
+        "history": epochs(),
+        "models": [{"hash": mark, "checkpoint": checkpoint}],
+        "teachers": teachers,
+        "hash": mark,
+    }
+
+
+def follow(tracker: WandbTracker, folder: Path, generation: int, trials: int = 2) -> None:
+    """Tell a tracker of a generation."""
+    result = chosen(folder, generation)
+    for number in range(trials):
+        for row in epochs():
+            tracker.trial_reported(trial(generation, number), [row])
+        tracker.trial_finished(ended(generation, number))
+    tracker.generation_finished(result)
+
+
+def settled(tracker: WandbTracker) -> None:
+    """Wait until a tracker has taken in what it was told."""
+    while not tracker._work.empty():
+        time.sleep(0.02)
+
+
+def assert_whole(server: WandbServer, generations: int, trials: int = 2) -> None:
+    """The server has each run once, with each step once and in order, and each model."""
+    names = [f"a-0-g{g}-t{t}" for g in range(generations) for t in range(trials)]
+    assert sorted(server.runs) == sorted([*names, "a-0-lineage"])
+    for name in names:
+        run = server.runs[name]
+        assert [row["epoch"] for row in run.history] == [1, 2, 3], name
+        assert (run.summary["status"], run.exit_code) == ("completed", 0), name
+    lineage = server.runs["a-0-lineage"]
+    assert [row["generation"] for row in lineage.history] == list(range(generations))
+    models = [version for version in server.versions if version.type == "model"]
+    assert {tuple(sorted(m.aliases - {"latest"})) for m in models} == {
+        (f"generation-{g}",) for g in range(generations)
+    }
+    assert all(m.state == "COMMITTED" and m.files for m in models)
+
+
+def sync(folder: Path) -> None:
+    """Do what the tracker says at the end of a run that could not be sent."""
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder / "wandb")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_an_online_run_sends(tmp_path: Path, server: WandbServer) -> None:
+    tracker = online(tmp_path)
+    for generation in range(3):
+        follow(tracker, tmp_path, generation)
+    gain = {"value": 0.02, "low": 0.01, "high": 0.03}
+    tracker.generation_confirmed(
+        {"generation": 2, "mean": {"value": 0.9}, "first": gain, "previous": gain, "verdict": "so"}
+    )
+    (tmp_path / "report.html").write_text("<p>whole</p>")
+    tracker.close()
+    assert tracker.description == f"W&B: online, {server.url}/tester/selfkd/groups/a"
+    assert_whole(server, generations=3)
+
+    run = server.runs["a-0-g1-t1"]
+    assert (run.values["groupName"], run.values["jobType"]) == ("a", "generation-1")
+    assert run.values["tags"] == ["digits", "selfkd_cnn", "generation-1"]
+    assert (run.config["generation"], run.config["distill"]["alpha"]) == (1, 0.25)
+
+    lineage = server.runs["a-0-lineage"]
+    summary = lineage.summary
+    assert (summary["best_test_accuracy"], summary["last_test_accuracy"]) == (0.25, 0.27)
+    assert (summary["gain"], summary["gain_low"], summary["gain_high"]) == (0.02, 0.01, 0.03)
+    assert (summary["verdict"], lineage.values["notes"]) == ("so", "so")
+    assert lineage.files[summary["report"]["path"]] == b"<p>whole</p>"
+
+    # the trial that was chosen made the model, the trials of the next generation learned from it
+    models = {min(v.aliases - {"latest"}): v for v in server.versions if v.type == "model"}
+    for generation in range(3):
+        model = models[f"generation-{generation}"]
+        assert model.producer == f"a-0-g{generation}-t0"
+        taught = {f"a-0-g{generation + 1}-t{t}" for t in range(2)} if generation < 2 else set()
+        assert model.consumers == taught
+        assert model.files == {"student.safetensors": b"weights" * (generation + 1)}
+        assert model.metadata["hash"] == f"hash-{generation}-0"
+    assert models["generation-1"].metadata["temperature"] == 4.0
+    targets = [v for v in server.versions if v.type == "dataset"]
+    assert [(v.producer, v.files) for v in targets] == [("a-0-lineage", {})] * 2
+    assert [v.consumers for v in targets] == [{f"a-0-g{g}-t{t}" for t in range(2)} for g in (1, 2)]
+    (entry,) = targets[0].manifest["contents"].values()
+    assert entry["ref"] == (tmp_path / "targets/hash-0-0/d/manifest.json").as_uri()
+
+    assert not server.unknown
+    assert KEY.encode() not in server.seen
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if KEY.encode() in path.read_bytes()]
+    print(json.dumps(server.kinds(), indent=1))
+
+
+def test_a_wrong_key_loses_nothing(
+    tmp_path: Path, server: WandbServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.refuse = True
+    with caplog.at_level(logging.WARNING, "selfkd"):
+        tracker = online(tmp_path, wait=5)
+        start = time.monotonic()
+        follow(tracker, tmp_path, 0)
+        follow(tracker, tmp_path, 1)
+        assert time.monotonic() - start < PROMPT
+        tracker.close()
+    assert caplog.text.count("user is not logged in): tracking goes on offline") == 1
+    assert "wandb sync --include-online" in tracker.description
+    assert not server.runs
+    server.refuse = False
+    sync(tmp_path)
+    assert_whole(server, generations=2)
+
+
+def test_a_slow_server_gets_all_and_holds_up_nothing(tmp_path: Path, server: WandbServer) -> None:
+    server.delay = 0.5
+    tracker = online(tmp_path)
+    start = time.monotonic()
+    follow(tracker, tmp_path, 0)
+    assert time.monotonic() - start < PROMPT
+    tracker.close()
+    assert "online" in tracker.description
+    server.delay = 0.0
+    assert_whole(server, generations=1)
+
+
+def test_a_server_that_dies_holds_up_nothing_and_the_rest_can_be_sent(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    tracker = online(tmp_path, wait=5)
+    follow(tracker, tmp_path, 0)
+    tracker.trial_reported(trial(1), epochs(1))
+    assert server.wait_for(lambda: "a-0-g1-t0" in server.runs and server.versions)
+    server.stop()
+    start = time.monotonic()
+    follow(tracker, tmp_path, 1)
+    assert time.monotonic() - start < PROMPT
+    tracker.close()
+    assert time.monotonic() - start < 60
+    assert f"wandb sync --include-online {tmp_path / 'wandb'}" in tracker.description
+    server.start()
+    sync(tmp_path)
+    assert_whole(server, generations=2)
+
+
+def test_a_server_that_comes_back_gets_all_without_help(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    tracker = online(tmp_path)
+    follow(tracker, tmp_path, 0)
+    tracker.trial_reported(trial(1), epochs(1))
+    assert server.wait_for(lambda: bool(server.runs.get("a-0-g1-t0", server.runs)))
+    settled(tracker)
+    server.stop()
+    follow(tracker, tmp_path, 1)
+    settled(tracker)
+    server.start()
+    tracker.close()
+    assert "could not" not in tracker.description
+    assert_whole(server, generations=2)
+
+
+def test_a_server_that_falls_silent_holds_up_nothing(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_runs, "START_SECONDS", 3.0)
+    tracker = online(tmp_path, wait=5)
+    follow(tracker, tmp_path, 0)
+    assert server.wait_for(lambda: bool(server.versions))
+    server.mute = True
+    start = time.monotonic()
+    follow(tracker, tmp_path, 1)
+    assert time.monotonic() - start < PROMPT
+    tracker.close()
+    assert time.monotonic() - start < 90
+    assert "wandb sync" in tracker.description
+    server.mute = False
+    sync(tmp_path)
+    assert_whole(server, generations=2)
+
+
+def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    """What the ledger has and W&B may not: trials that ended just before."""
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        from selfkd import tracking_runs
+        import test_wandb_online as t
+        folder = Path(sys.argv[1])
+        tracker = t.online(folder)
+        t.follow(tracker, folder, 0)
+        tracker.trial_reported(t.trial(1), t.epochs(2))
+        t.settled(tracker)
+        for number in range(2):
+            result = t.ended(1, number)
+            t.save_json(folder / f"generation_001/trial_{number:03d}/result.json", result)
+            tracker.trial_finished(result)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    tracker = online(tmp_path)
+    tracker.generation_finished(chosen(tmp_path, 0))
+    tracker.generation_finished(chosen(tmp_path, 1))
+    tracker.close()
+    for number in range(2):
+        run = server.runs[f"a-0-g1-t{number}"]
+        assert [row["epoch"] for row in run.history] == [1, 2, 3]
+        assert run.summary["status"] == "completed"
+    assert [row["generation"] for row in server.runs["a-0-lineage"].history] == [0, 1]
+    models = [version for version in server.versions if version.type == "model"]
+    assert {min(m.aliases - {"latest"}) for m in models} == {"generation-0", "generation-1"}
+
+
+def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
+    settings = {
+        "storage": str(tmp_path),
+        "tracking": "auto",
+        "search.trials": 2,
+        "train.epochs": 2,
+        "confirm.seeds": 2,
+    }
+    texts = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "selfkd.generations", "--rounds", "1", "--name", "a", *texts]
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray:  # a cluster of its own
+        done = subprocess.run(
+            command,
+            env={**os.environ, "RAY_TMPDIR": ray},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"W&B: online, {server.url}/tester/selfkd/groups/a" in " ".join(done.stdout.split())
+    assert KEY not in done.stdout + done.stderr
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert KEY.encode() not in server.seen
+    assert not server.unknown
+    (lineage,) = [run for name, run in server.runs.items() if name.endswith("-lineage")]
+    assert [row["generation"] for row in lineage.history] == [0, 1]
+    assert "generation 1" in lineage.summary["verdict"]
+    models = [version for version in server.versions if version.type == "model"]
+    first = next(model for model in models if "generation-0" in model.aliases)
+    taught = [name for name in server.runs if "-g1-t" in name or "-confirm-1-t" in name]
+    assert len(taught) == 4
+    assert first.consumers == set(taught)
+    print(json.dumps(server.kinds(), indent=1))

@@ -12,16 +12,20 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfkd.config import ConfigError
+from selfkd.group import fitting
 
 
 @contextmanager
-def connect(*, cpu: float, gpu: float, storage: Path, verbose: bool = False) -> Iterator[int]:
-    """Start Ray here, or join the cluster that RAY_ADDRESS names; yield how many workers fit.
+def connect(
+    *, cpu: float, gpu: float, storage: Path, workers: int = 1, verbose: bool = False
+) -> Iterator[int]:
+    """Start Ray here, or join the cluster that RAY_ADDRESS names; yield how many trials fit.
 
     Args:
         cpu: CPUs of one worker.
         gpu: GPUs of one worker.
         storage: folder that every node must see.
+        workers: of one trial; they may be on several nodes.
         verbose: let Ray and its workers print.
 
     Raises:
@@ -35,8 +39,8 @@ def connect(*, cpu: float, gpu: float, storage: Path, verbose: bool = False) -> 
     )
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        slots = sum(_fits(node["Resources"], cpu, gpu) for node in nodes)
-        if slots == 0:
+        found = sum(fitting(node["Resources"], cpu, gpu) for node in nodes)
+        if found == 0:
             most = [
                 max(node["Resources"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")
             ]
@@ -45,17 +49,16 @@ def connect(*, cpu: float, gpu: float, storage: Path, verbose: bool = False) -> 
                 f"but the largest node has {most[0]:g} CPU and {most[1]:g} GPU: "
                 "set resources.cpu and resources.gpu to what there is"
             )
+        if found < workers:
+            raise ConfigError(
+                f"resources.workers must be at most {found}, as many with {cpu:g} CPU and {gpu:g} "
+                f"GPU each as the nodes hold, got {workers}"
+            )
         if len(nodes) > 1:
             _check_storage(nodes, storage)
-        yield slots
+        yield found // workers
     finally:
         ray.shutdown()
-
-
-def _fits(resources: dict[str, float], cpu: float, gpu: float) -> int:
-    """Return how many workers fit on a node."""
-    fits = int(resources.get("CPU", 0.0) / cpu)
-    return min(fits, int(resources.get("GPU", 0.0) / gpu)) if gpu > 0 else fits
 
 
 def _check_storage(nodes: list[dict[str, str]], storage: Path) -> None:

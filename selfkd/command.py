@@ -150,7 +150,13 @@ class Command:
         meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
         meanwhile.start()
         follower = Follower(console, metric=config.search.metric, mode=config.search.mode)
-        ray = connect(cpu=resources.cpu, gpu=resources.gpu, storage=folder.path, verbose=verbose)
+        ray = connect(
+            cpu=resources.cpu,
+            gpu=resources.gpu,
+            workers=resources.workers,
+            storage=folder.path,
+            verbose=verbose,
+        )
         try:
             with follower, ray as slots:
                 meanwhile.join()
@@ -159,8 +165,14 @@ class Command:
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
                 workers = min(slots, max(config.search.trials, config.members.trained()))
-                entry = "selfkd.trial:run_job"
-                with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
+                pool = Pool(
+                    "selfkd.trial:run_job",
+                    cpu=resources.cpu,
+                    gpu=resources.gpu,
+                    warm=workers,
+                    workers=resources.workers,
+                )
+                with pool:
                     self.work(config, folder, pool, follower, tracker)
         finally:
             tracker.close()

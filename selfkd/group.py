@@ -25,6 +25,12 @@ from selfkd.jobs import Row, load_entry
 TRAIN = "train"  # the kind of job that a group does
 POLL_SECONDS = 0.2
 ROOM_SECONDS = 2.0
+_SETTINGS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_SECONDS),
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process each: a lost trial is repeated anyway
+}
 _RAISED = "raised"  # key of the row in which a job's own error comes
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
@@ -110,9 +116,8 @@ def _train(
 
     All that runs for it is owned by this task, and ends with it.
     """
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 

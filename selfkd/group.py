@@ -18,7 +18,10 @@ from typing import Any
 
 import ray
 from ray.util.queue import Queue
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from selfkd.jobs import Row, load_entry
 
@@ -58,23 +61,33 @@ class Group:
             JobError: the job raised.
             WorkerLostError: a process died.
         """
-        # the trial's own place has no room for it
-        options = {"scheduling_strategy": PlacementGroupSchedulingStrategy(None)}
-        arguments = (entry, kind, dict(payload))
-        if kind == TRAIN:
-            rows = _train.options(**options).remote(*arguments, self.workers, self.cpu, self.gpu)
-        else:
-            rows = _work.options(num_cpus=self.cpu, num_gpus=self.gpu, **options).remote(*arguments)
-        try:
-            for reference in rows:
-                row: Row = ray.get(reference)
-                if _RAISED in row:
-                    raise JobError(row[_RAISED])
-                yield row
-        except ray.exceptions.RayError as error:
-            raise WorkerLostError(str(error)) from error
-        finally:
-            ray.cancel(rows, force=True)
+        if kind != TRAIN:
+            task = _work.options(
+                num_cpus=self.cpu,
+                num_gpus=self.gpu,
+                # the trial's own place has no room for it
+                scheduling_strategy=PlacementGroupSchedulingStrategy(None),
+            )
+            yield from _followed(task.remote(entry, kind, dict(payload)))
+            return
+        here = ray.get_runtime_context().get_node_id()
+        task = _train.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+        with tempfile.TemporaryDirectory(prefix="selfkd-train-") as folder:
+            yield from _followed(task.remote(entry, dict(payload), self, folder))
+
+
+def _followed(rows: Any) -> Iterator[Row]:
+    """Yield the rows of a task; closing this kills it, and what it owns dies with it."""
+    try:
+        for reference in rows:
+            row: Row = ray.get(reference)
+            if _RAISED in row:
+                raise JobError(row[_RAISED])
+            yield row
+    except ray.exceptions.RayError as error:
+        raise WorkerLostError(str(error)) from error
+    finally:
+        ray.cancel(rows, force=True)
 
 
 class Room:
@@ -109,10 +122,8 @@ def _work(entry: str, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")
-def _train(
-    entry: str, kind: str, payload: Mapping[str, Any], workers: int, cpu: float, gpu: float
-) -> Iterator[Row]:
-    """Do a job on every rank of a group; yield what the first rank yields.
+def _train(entry: str, payload: Mapping[str, Any], group: Group, folder: str) -> Iterator[Row]:
+    """Train on every rank of a group; yield what the first rank yields.
 
     All that runs for it is owned by this task, and ends with it.
     """
@@ -122,37 +133,37 @@ def _train(
     from ray.train.torch import TorchTrainer
 
     rows = Queue(actor_options={"num_cpus": 0})
-    with tempfile.TemporaryDirectory(prefix="selfkd-train-") as folder:
-        trainer = TorchTrainer(
-            _on_rank,
-            train_loop_config={"entry": entry, "kind": kind, "payload": payload, "rows": rows},
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=gpu > 0,
-                resources_per_worker={"CPU": cpu, "GPU": gpu} if gpu > 0 else {"CPU": cpu},
-            ),
-            run_config=RunConfig(name="group", storage_path=folder),
-        )
-        failure: list[BaseException] = []
+    each = {"CPU": group.cpu, "GPU": group.gpu}
+    trainer = TorchTrainer(
+        _on_rank,
+        train_loop_config={"entry": entry, "payload": payload, "rows": rows},
+        scaling_config=ScalingConfig(
+            num_workers=group.workers,
+            use_gpu=group.gpu > 0,
+            resources_per_worker={kind: count for kind, count in each.items() if count > 0},
+        ),
+        run_config=RunConfig(name="group", storage_path=folder),
+    )
+    failure: list[BaseException] = []
 
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
-                failure.append(error)
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+            failure.append(error)
 
-        thread = threading.Thread(target=fit, name="train", daemon=True)
-        thread.start()
-        raised = None
-        while thread.is_alive() or not rows.empty():
-            try:
-                row = rows.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if _RAISED not in row:
-                yield row
-            else:
-                raised = raised or row  # the first: others may be because of it
+    thread = threading.Thread(target=fit, name="train", daemon=True)
+    thread.start()
+    raised = None
+    while thread.is_alive() or not rows.empty():
+        try:
+            row = rows.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            continue
+        if _RAISED not in row:
+            yield row
+        else:
+            raised = raised or row  # the first: others may be because of it
     if raised is not None:
         yield raised
     elif failure:
@@ -165,7 +176,7 @@ def _on_rank(config: Mapping[str, Any]) -> None:
 
     rows: Queue = config["rows"]
     try:
-        for row in load_entry(config["entry"])(config["kind"], config["payload"]):
+        for row in load_entry(config["entry"])(TRAIN, config["payload"]):
             if dist.get_rank() == 0:
                 rows.put(row)
     except Exception as error:

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from selfkd.trial import run_job as run_selfkd_job
-
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield an epoch's row; a rank fails, or dies, as asked."""
@@ -47,6 +45,8 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def train_together(rank: int, size: int, folder: str, jobs: list[dict[str, Any]]) -> None:
     """Do jobs on this rank, one after the other; `stop` epochs into a job it ends, if asked."""
+    from selfkd.trial import run_job as run_selfkd_job  # seconds, which other jobs do not need
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     for number, job in enumerate(jobs):

@@ -15,6 +15,19 @@ from selfkd.jobs import Batch, EarlyStopping, Job, Row
 from selfkd.search import Pool
 from selfkd.trial import run_job
 
+USERS = """
+import torch
+import torch.distributed as dist
+
+def train_fn(trial):
+    for epoch in (1, 2):
+        total = torch.tensor(float(dist.get_rank()))
+        dist.all_reduce(total)
+        if trial.ranks.first:
+            model = torch.nn.Linear(1, 1)
+            trial.report({"val_accuracy": total.item()}, student=model, checkpoint={"epoch": epoch})
+"""
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
@@ -96,11 +109,14 @@ def test_stopping_a_trial_ends_its_group(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_the_loss_curve_is_that_of_one_worker(cluster: None, tmp_path: Path) -> None:
-    """With the same global batch, from labels and from a teacher's stored answers."""
+    """With the same global batch, from labels and from stored answers; users' functions too."""
     teacher = taught(tmp_path)
     cases = {"labels": {}, "taught": teacher}
+    (tmp_path / "mine.py").write_text(USERS)
+    own = payload(tmp_path / "own", *PLAIN, function=f"{tmp_path}/mine.py:train_fn")
     batch = Batch(
         [Job("train", payload(tmp_path / name, *PLAIN, **more)) for name, more in cases.items()]
+        + [Job("train", own)]
     )
     rows: dict[str, list[Row]] = {}
 
@@ -110,7 +126,9 @@ def test_the_loss_curve_is_that_of_one_worker(cluster: None, tmp_path: Path) -> 
     batch.report = report  # type: ignore[method-assign]
     with Pool("selfkd.trial:run_job", cpu=1, gpu=0, warm=2, workers=2) as pool:
         pool.run(batch)
-    assert [outcome.error for outcome in batch.outcomes] == [None, None]
+    assert [outcome.error for outcome in batch.outcomes] == [None] * 3
+    assert [row["val_accuracy"] for row in rows["own"]] == [1.0, 1.0]  # ranks 0 and 1
+    assert (tmp_path / "own" / "student.safetensors").exists()
     for name, more in cases.items():
         alone = list(run_job("train", payload(tmp_path / "alone" / name, *PLAIN, **more)))
         assert len(rows[name]) == len(alone) == 2

@@ -27,6 +27,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfkd.config import ConfigError
+from selfkd.group import fitting
 from selfkd.storage import RemotePath, as_path
 
 CONNECT_SECONDS = 3.0  # for the head's port to open
@@ -140,16 +141,18 @@ def find_slots(
     *,
     cpu: float,
     gpu: float,
+    workers: int = 1,
     storage: Path,
     joined: bool,
     wait: float | None = None,
     tell: Callable[[str], None],
 ) -> int:
-    """Check that the cluster can do the work; return how many workers fit on it now.
+    """Check that the cluster can do the work; return how many trials fit on it now.
 
     Args:
         cpu: CPUs of one worker.
         gpu: GPUs of one worker.
+        workers: of one trial; they may be on several nodes.
         storage: folder that every node must see.
         joined: whether the cluster was there before this process, so that nodes may join it.
         wait: seconds to wait for a node that a worker fits on; when not given, as long as an
@@ -160,9 +163,9 @@ def find_slots(
         ConfigError: no node has what a worker needs, one does not see the storage, or one has
             another version of selfkd.
     """
-    slots = _count_slots(cpu, gpu)
+    slots = _count_slots(cpu, gpu, workers)
     if slots == 0 and joined:
-        slots = _wait_for_nodes(cpu, gpu, wait, tell)
+        slots = _wait_for_nodes(cpu, gpu, workers, wait, tell)
     nodes = _nodes()
     if slots == 0:
         most = [
@@ -170,6 +173,11 @@ def find_slots(
             for kind in ("CPU", "GPU")
         ]
         later = "" if not joined else ", or resources.wait to the seconds until there is more"
+        if found := _count_slots(cpu, gpu, 1):
+            raise ConfigError(
+                f"resources.workers must be at most {found}, as many with {cpu:g} CPU and {gpu:g} "
+                f"GPU each as the nodes hold, got {workers}: set it to that{later}"
+            )
         raise ConfigError(
             f"resources must fit on a node: asked for {cpu:g} CPU and {gpu:g} GPU a trial, "
             f"but the largest node has {most[0]:g} CPU and {most[1]:g} GPU: "
@@ -184,28 +192,24 @@ def _nodes() -> list[Node]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _count_slots(cpu: float, gpu: float) -> int:
-    return sum(_fits(node["Resources"], cpu, gpu) for node in _nodes())
+def _count_slots(cpu: float, gpu: float, workers: int) -> int:
+    return sum(fitting(node["Resources"], cpu, gpu) for node in _nodes()) // workers
 
 
-def _fits(resources: Mapping[str, float], cpu: float, gpu: float) -> int:
-    """Return how many workers fit on a node."""
-    fits = int(resources.get("CPU", 0.0) / cpu)
-    return min(fits, int(resources.get("GPU", 0.0) / gpu)) if gpu > 0 else fits
-
-
-def _wait_for_nodes(cpu: float, gpu: float, wait: float | None, tell: Callable[[str], None]) -> int:
+def _wait_for_nodes(
+    cpu: float, gpu: float, workers: int, wait: float | None, tell: Callable[[str], None]
+) -> int:
     """Wait until a worker fits on a node; return how many do, or 0 when none came.
 
     A placement group asks an autoscaler for the node; unlike `request_resources` it asks no longer
     than this process lives, and takes no other's request back.
     """
     bundle = {"CPU": cpu, **({"GPU": gpu} if gpu > 0 else {})}
-    asked = placement_group([bundle])
+    asked = placement_group([bundle] * workers)
     start = told = time.monotonic()
     end = start + (LOOK_SECONDS if wait is None else wait)
     try:
-        while not (slots := _count_slots(cpu, gpu)) and time.monotonic() < end:
+        while not (slots := _count_slots(cpu, gpu, workers)) and time.monotonic() < end:
             starting = _starts_nodes()
             if starting and wait is None:
                 end = time.monotonic() + LOOK_SECONDS

@@ -191,6 +191,7 @@ class Command:
                 slots = find_slots(
                     cpu=resources.cpu,
                     gpu=resources.gpu,
+                    workers=resources.workers,
                     storage=folder.path,
                     joined=joined,
                     wait=resources.wait,
@@ -200,8 +201,13 @@ class Command:
                 from selfkd.search import Pool
 
                 workers = min(slots, self.most(config))
-                entry = "selfkd.trial:run_job"
-                with Pool(entry, cpu=resources.cpu, gpu=resources.gpu, warm=workers) as pool:
+                with Pool(
+                    "selfkd.trial:run_job",
+                    cpu=resources.cpu,
+                    gpu=resources.gpu,
+                    warm=workers,
+                    workers=resources.workers,
+                ) as pool:
                     try:
                         self.work(config, folder, pool, follower, everyone(reporter, tracker))
                         reporter.finish()

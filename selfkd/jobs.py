@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -37,6 +38,24 @@ class EarlyStopping:
     """Of a whole trial."""
     metric: str = "val_accuracy"
     mode: Literal["max", "min"] = "max"
+
+
+def load_entry(entry: str) -> Callable[[str, Mapping[str, Any]], Iterator[Row]]:
+    """Import `module:function`, which does jobs; a failure is raised by the jobs."""
+    module, _, name = entry.partition(":")
+    try:
+        function: Callable[[str, Mapping[str, Any]], Iterator[Row]] = getattr(
+            importlib.import_module(module), name
+        )
+    except (ImportError, AttributeError) as error:
+        failure = error
+    else:
+        return function
+
+    def fail(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        raise failure
+
+    return fail
 
 
 class Jobs(Protocol):

@@ -42,8 +42,8 @@ class Trial:
                 trial.report({"val_accuracy": accuracy}, student=student)
 
     With `resources.workers` above 1 it runs on every rank, with `torch.distributed` initialised:
-    it divides its batches and wraps its student itself. Only what the first rank reports counts,
-    but every rank reports, and asks for `checkpoint` where one does.
+    it divides its batches and wraps its student itself. Only what the first rank reports counts;
+    `checkpoint` is the same on all, but the random numbers that it brings back are the first's.
 
     A training function may also be a generator that yields rows, as the built-in one does.
     """
@@ -141,7 +141,7 @@ class Trial:
             facts = {"stage": self.stage, "seed": self.seed}
             facts["parameters"] = parameters_count(student)
             row["hash"] = save_tensors(self.path, student.state_dict(), facts)
-        self.progress.reached(row, checkpoint)
+        self.progress.reached(row, checkpoint, together=False)
         if self._tell is not None:
             self._tell(row)
 
@@ -187,6 +187,7 @@ def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
     Raises:
         ValueError: it reported no student, or not the metric that the choice is made by.
     """
+    _ = trial.progress  # all ranks look for what was kept before one of them goes on
     if inspect.isgeneratorfunction(function):
         yield from function(trial)
         return

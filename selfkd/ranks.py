@@ -49,7 +49,12 @@ class Ranks:
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """Return the model with gradients that are the means over the ranks'."""
-        return model if self.size == 1 else DistributedDataParallel(model)
+        if self.size == 1:
+            return model
+        # else its buckets are divided anew after the first step, and a resumed run would add up
+        # the ranks' gradients in another order than one that was not stopped
+        keep_buckets = next(model.parameters()).device.type == "cpu"
+        return DistributedDataParallel(model, find_unused_parameters=keep_buckets)
 
     def mean_loss(self, loss: Tensor, count: int) -> Tensor:
         """Return a loss whose mean over the ranks is the mean over all `count` images.

@@ -29,7 +29,8 @@ DAMAGED: tuple[type[Exception], ...] = (
 class Progress:
     """The rows of a trial so far, and what it goes on from if it is interrupted.
 
-    Where several ranks train one student, each makes this and calls its methods; the first writes.
+    Where several ranks train one student, each makes one of these, at the same time; the first
+    writes.
 
     Args:
         path: of the file.
@@ -77,7 +78,7 @@ class Progress:
         """Seconds that the rows so far took."""
         return float(self.rows[-1]["seconds"]) if self.rows else 0.0
 
-    def reached(self, row: Row, state: Mapping[str, Any] | None) -> None:
+    def reached(self, row: Row, state: Mapping[str, Any] | None, *, together: bool = True) -> None:
         """Take in the row of an epoch; write, where it is time.
 
         What a user should know is put into the row, as `note`.
@@ -85,10 +86,12 @@ class Progress:
         Args:
             row: of the epoch.
             state: tensors, state dicts, numbers and text to go on from; none at the end.
+            together: every rank calls this; else the first rank's random numbers alone are kept.
         """
         self.rows.append(dict(row))
-        if state is not None and self._ranks.agree(self._is_due()):
-            self._write(state)
+        ranks = self._ranks if together else Ranks()
+        if state is not None and ranks.agree(self._is_due()):
+            self._write(state, ranks.collect(_drawn()))
         if self._note is not None:
             row["note"], self._note = self._note, None
 
@@ -97,11 +100,11 @@ class Progress:
         waited = time.monotonic() - self._written_at
         return by_epochs or (self._seconds is not None and waited >= self._seconds)
 
-    def _write(self, state: Mapping[str, Any]) -> None:
+    def _write(self, state: Mapping[str, Any], drawn: list[dict[str, Any]]) -> None:
         kept = {
             "made_from": self._key,
             "rows": self.rows,
-            "random": self._ranks.collect(_drawn()),
+            "random": drawn,
             "state": dict(state),
         }
         self._written, self._written_at = len(self.rows), time.monotonic()

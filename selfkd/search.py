@@ -8,13 +8,13 @@ processes for reuse (of idle actors it keeps only one). A hold ends as soon as a
 
 from __future__ import annotations
 
-import importlib
 import os
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -28,10 +28,12 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row
+from selfkd.group import TRAIN, Group, JobError, Room, WorkerLostError
+from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row, load_entry
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
+COORDINATOR = {"cpu": 0, "memory": 2**20}  # Tune's trials must ask for something
 RELEASE_SECONDS = 10.0  # after which a worker set free for a job that has none was lost on its way
 RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
 MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
@@ -53,13 +55,17 @@ class _Parcel:
 class Worker(tune.Trainable):
     """A warm process: `step` advances the generator that does the job."""
 
+    _rows: Iterator[Row] | None = None
+
     def setup(self, config: Mapping[str, Any]) -> None:
-        self._run_job = _load(config["entry"])  # here, so that a hold warms a worker up
+        entry, group = config["entry"], config["group"]
+        # imported here, so that a hold warms a worker up
+        self._run_job = load_entry(entry) if group is None else partial(Group(*group).run, entry)
         self.reset_config(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        self.cleanup()
         self._job: _Parcel | None = new_config["job"]
-        self._rows: Iterator[Row] | None = None
         self._seconds: float = new_config["report_seconds"]
         return True
 
@@ -75,30 +81,26 @@ class Worker(tune.Trainable):
                 rows.append(row)
                 if time.monotonic() >= end:
                     return {**rows[-1], "rows": rows}
+        except WorkerLostError:
+            raise  # Tune repeats the trial
+        except JobError as error:
+            return {"rows": rows, "error": str(error), "done": True}
         except Exception as error:  # noqa: BLE001 - a job that raises would raise again: no retry
             return {"rows": rows, "error": f"{type(error).__name__}: {error}", "done": True}
         return {**(rows[-1] if rows else {}), "rows": rows, "done": True}
 
-
-def _load(entry: str) -> Callable[..., Iterator[Row]]:
-    """Import `module:function`; a failure is raised by the jobs, which can report it."""
-    module, _, name = entry.partition(":")
-    try:
-        function: Callable[..., Iterator[Row]] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        failure = error
-    else:
-        return function
-
-    def fail(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
-        raise failure
-
-    return fail
+    def cleanup(self) -> None:
+        """End a job that is stopped early, and with it what runs elsewhere for it."""
+        rows, self._rows = self._rows, None
+        if isinstance(rows, Generator):
+            rows.close()
 
 
 class _Batch:
-    def __init__(self, jobs: Jobs, *, early: EarlyStopping | None, limit: int | None) -> None:
-        self.jobs, self.limit = jobs, limit
+    def __init__(
+        self, jobs: Jobs, *, early: EarlyStopping | None, limit: int | None, pool: Pool
+    ) -> None:
+        self.jobs, self.limit, self.pool = jobs, limit, pool
         self.report_seconds = REPORT_SECONDS if early is None else 0.0
         self.scheduler = FIFOScheduler() if early is None else _asha(early)
         self.exhausted = False
@@ -110,7 +112,8 @@ class _Batch:
         self.failure: Exception | None = None
 
     def ask(self) -> Job | None:
-        if self.limit is not None and len(self.running) >= self.limit:
+        full = self.limit is not None and len(self.running) >= self.limit
+        if full or not self.pool.has_room([*self.running.values()]):
             return None
         if self.again:
             return self.again.pop()
@@ -314,16 +317,20 @@ class Pool:
         cpu: CPUs of one worker (a fraction is allowed).
         gpu: GPUs of one worker (a fraction is allowed).
         warm: workers started at once and kept while nothing runs.
+        workers: how many train one student together; the trials are then coordinators.
     """
 
-    def __init__(self, entry: str, *, cpu: float, gpu: float, warm: int) -> None:
+    def __init__(self, entry: str, *, cpu: float, gpu: float, warm: int, workers: int = 1) -> None:
         self._desk = _Desk(warm)
+        self._workers, self._room = workers, Room(cpu=cpu, gpu=gpu)
+        group = None if workers == 1 else (workers, cpu, gpu)
+        own = {"cpu": cpu, "gpu": gpu} if group is None else COORDINATOR
         self._failure: BaseException | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="selfkd-tune-")
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(8, 2 * warm))
         self._tuner = tune.Tuner(
-            tune.with_resources(Worker, {"cpu": cpu, "gpu": gpu}),
-            param_space={"entry": entry},
+            tune.with_resources(Worker, own),
+            param_space={"entry": entry, "group": group},
             tune_config=tune.TuneConfig(
                 search_alg=_Feed(self._desk),
                 scheduler=self._desk,
@@ -357,6 +364,16 @@ class Pool:
         self._thread.join(timeout=10)
         self._folder.cleanup()
 
+    def has_room(self, running: Sequence[Job]) -> bool:
+        """Whether the nodes hold one more job like those that run; Tune itself sees to single ones.
+
+        A coordinator takes next to nothing, so Tune would start all of them at once.
+        """
+        if self._workers == 1 or not running:
+            return True
+        sizes = [self._workers if job.kind == TRAIN else 1 for job in running]
+        return sum(sizes) + sizes[-1] <= self._room()
+
     def run(
         self, jobs: Jobs, *, early: EarlyStopping | None = None, limit: int | None = None
     ) -> None:
@@ -371,7 +388,7 @@ class Pool:
             RuntimeError: the pool has stopped.
             Exception: what `jobs` raised.
         """
-        batch = _Batch(jobs, early=early, limit=limit)
+        batch = _Batch(jobs, early=early, limit=limit, pool=self)
         self._desk.inbox.put(batch)
         while not batch.finished.wait(timeout=0.2):
             if not self._thread.is_alive():

@@ -148,7 +148,8 @@ class Training:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned."""
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            if state[name]:  # a scaler that was not in use has none
+                part.load_state_dict(state[name])
         self.generator.set_state(state["order"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.seconds = state["seconds"]

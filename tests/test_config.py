@@ -205,6 +205,10 @@ STRICT = [
     ("data.train_size", "2.5", "must be a valid integer, got 2.5"),
     ("resources.cpu", "0", "must be greater than 0, got 0"),
     ("resources.gpu", "-1", "must be greater than or equal to 0, got -1"),
+    ("resources.workers", "0", "must be greater than or equal to 1, got 0"),
+    ("resources.workers", "1.5", "must be a valid integer, got 1.5"),
+    ("checkpoint.seconds", "-1", "must be greater than or equal to 0, got -1"),
+    ("checkpoint.epochs", "0", "must be greater than or equal to 1, got 0"),
     ("tracking", "maybe", "must be 'auto', 'online', 'offline' or 'none', got 'maybe'"),
     ("train", "3", "must be an object, got 3"),
     ("train", "[1]", "must be an object, got [1]"),
@@ -221,6 +225,20 @@ def test_a_bad_value_is_named_with_source_and_key(write, key, value, message):
     for part in reversed(key.split(".")):
         text = f"{{{part}: {text}}}"
     assert faults(write, text) == [f"run.yaml: {shown}: {message}"]
+
+
+def test_workers_of_one_student_have_whole_gpus(write):
+    settings = ["resources={gpu: 0.5, workers: 2}"]
+    assert faults(write, settings=settings) == [
+        "--set: resources.gpu: must be whole with several resources.workers, got 0.5"
+    ]
+    for gpu, workers in ((0.5, 1), (0, 2), (2, 2)):
+        load_config(settings=[f"resources={{gpu: {gpu}, workers: {workers}}}"])
+
+
+def test_checkpoints_can_be_left_out():
+    config = load_config(settings=["checkpoint={seconds: null, epochs: null}"])
+    assert (config.checkpoint.seconds, config.checkpoint.epochs) == (None, None)
 
 
 def test_a_bad_flag_is_named(write):

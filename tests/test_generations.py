@@ -260,6 +260,7 @@ def test_resume_with_a_changed_config_says_what_differs(
     ("settings", "message"),
     [
         (["resources.gpu=1"], r"asked for 1 CPU and 1 GPU a trial, .* has \d+ CPU and 0 GPU"),
+        (["resources.workers=999"], r"resources.workers must be at most \d+, .* got 999"),
         (["model.name=selfkd_cmn"], r"timm model name, got 'selfkd_cmn': did you mean selfkd_cnn"),
     ],
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,8 +20,10 @@ from torch import nn
 
 from selfkd.checkpoint import load_tensors
 from selfkd.config import load_config, to_tree
+from selfkd.files import load_json
 from selfkd.jobs import CHECKPOINT, InProcess, Row
 from selfkd.ledger import RunFolder
+from selfkd.lineage import born_again
 from selfkd.loop import Trial, run_function
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress
@@ -490,3 +495,62 @@ def test_a_trial_that_goes_on_is_heard_once(tmp_path: Path) -> None:
     (result,) = run_stage(config, folder, Dies(run_job), heard, stage).values()
     assert heard.epochs == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in result["history"]] == [1, 2, 3, 4, 5, 6]
+
+
+# --- through real Ray ---
+
+
+def test_a_killed_driver_s_trials_go_on(tmp_path: Path) -> None:
+    """As if undisturbed, and the epochs before the kill are not trained again."""
+    settings = [
+        "checkpoint={seconds: null, epochs: 1}",
+        "model={name: selfkd_cnn, args: {width: 8}}",
+        "train={epochs: 40, ema: 0.9}",
+        "data={jitter: 1, views: 2}",
+        "search.trials=2",
+        "tracking=none",
+    ]
+    whole = load_config(settings=settings, flags={"rounds": 0, "storage": str(tmp_path)})
+    undisturbed = RunFolder.create(tmp_path / "whole", whole)
+    born_again(whole, undisturbed, InProcess(run_job), Heard())
+
+    sets = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "selfkd.generations"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--rounds", "0", "--name", "killed", *sets],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        folder = tmp_path / "runs" / "killed"
+        path = folder / "generation_000" / "trial_000" / CHECKPOINT
+        deadline = time.monotonic() + 600
+        while not (path.exists() and len(kept_rows(path)) >= 3):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        process.kill()
+        process.wait(timeout=60)
+    before = kept_rows(path)
+    assert 3 <= len(before) < 40
+    assert not path.with_name("result.json").exists(), "it was done before it was killed"
+    done = subprocess.run(
+        [*command, "--resume", str(folder)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for trial in (0, 1):
+        place = f"generation_000/trial_00{trial}/result.json"
+        one, two = load_json(folder / place), load_json(undisturbed.path / place)
+        assert plain(one["history"]) == plain(two["history"])
+        assert one["hash"] == two["hash"]
+    result = load_json(path.with_name("result.json"))
+    assert result["history"][: len(before)] == before  # by their seconds too
+    assert result["train_seconds"] == result["history"][-1]["seconds"] > before[-1]["seconds"]
+    assert not list(folder.rglob(CHECKPOINT))
+
+
+def kept_rows(path: Path) -> list[Row]:
+    rows: list[Row] = torch.load(path, weights_only=True)["rows"]
+    return rows

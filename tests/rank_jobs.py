@@ -1,0 +1,58 @@
+"""What tests let several processes do together: with gloo, met at a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield an epoch's row; a rank fails, or dies, as asked."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    for epoch in range(1, payload.get("epochs", 1) + 1):
+        time.sleep(payload.get("pause", 0.0))
+        if "trace" in payload:
+            Path(payload["trace"]).with_suffix(f".{rank}").write_text(str(epoch))
+        if payload.get("fails") == rank and epoch == 2:
+            raise ValueError(f"rank {rank} fails")
+        died = Path(payload.get("died", "."))
+        if payload.get("dies") == rank and epoch == 2 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        total = torch.tensor([rank + 1.0])
+        if size > 1:
+            dist.all_reduce(total)
+        yield {
+            "epoch": epoch,
+            "rank": rank,
+            "size": size,
+            "sum": total.item(),
+            "pid": os.getpid(),
+            "name": payload.get("name"),
+            "val_accuracy": payload.get("accuracy", 0.5),
+        }
+
+
+def train_together(rank: int, size: int, folder: str, jobs: list[dict[str, Any]]) -> None:
+    """Do jobs on this rank, one after the other; `stop` epochs into a job it ends, if asked."""
+    from selfkd.trial import run_job as run_selfkd_job  # seconds, which other jobs do not need
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    for number, job in enumerate(jobs):
+        torch.manual_seed(1000 * number + rank)  # as in a process of its own
+        rows = list(islice(run_selfkd_job("train", job["payload"]), job["stop"]))
+        if rank == 0:
+            Path(folder, f"rows_{number}.json").write_text(json.dumps(rows))
+        dist.barrier()
+    dist.destroy_process_group()

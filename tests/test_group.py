@@ -1,0 +1,137 @@
+"""Several workers that train one student, on real Ray: Ray Train inside the pool's trials."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from test_ranks import PLAIN, payload, taught
+
+from selfkd.jobs import Batch, EarlyStopping, Job, Row
+from selfkd.search import Pool
+from selfkd.trial import run_job
+
+USERS = """
+import torch
+import torch.distributed as dist
+
+def train_fn(trial):
+    for epoch in (1, 2):
+        total = torch.tensor(float(dist.get_rank()))
+        dist.all_reduce(total)
+        if trial.ranks.first:
+            model = torch.nn.Linear(1, 1)
+            trial.report({"val_accuracy": total.item()}, student=model, checkpoint={"epoch": epoch})
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, log_to_driver=False, logging_level="CRITICAL", include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pool(cluster: None) -> Iterator[Pool]:
+    with Pool("rank_jobs:run_job", cpu=1, gpu=0, warm=2, workers=2) as pool:
+        yield pool
+
+
+class Recorded(Batch):
+    """A batch that keeps every row it hears, by job."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        super().__init__(jobs)
+        self.rows: dict[str, list[Row]] = {}
+
+    def report(self, job: Job, rows: Any) -> None:
+        self.rows.setdefault(job.payload.get("name", ""), []).extend(rows)
+
+
+def test_training_is_done_by_a_group_and_the_first_rank_reports(pool: Pool) -> None:
+    batch = Recorded([Job("train", {"name": name, "epochs": 3}) for name in ("a", "b", "c")])
+    pool.run(batch)
+    assert [outcome.error for outcome in batch.outcomes] == [None] * 3
+    for rows in batch.rows.values():
+        assert [row["epoch"] for row in rows] == [1, 2, 3]
+        assert {(row["rank"], row["size"], row["sum"]) for row in rows} == {(0, 2, 3.0)}
+
+
+def test_other_jobs_get_one_warm_worker(pool: Pool) -> None:
+    batch = Recorded([Job("label", {"name": str(n), "epochs": 2}) for n in range(8)])
+    pool.run(batch)
+    rows = [row for job in batch.rows.values() for row in job]
+    assert [row["size"] for row in rows] == [1] * 16
+    assert len({row["pid"] for row in rows}) < 8
+
+
+def test_what_a_rank_raises_fails_the_job(pool: Pool) -> None:
+    batch = Recorded([Job("train", {"name": "a", "epochs": 3, "fails": 1})])
+    pool.run(batch)
+    assert [outcome.error for outcome in batch.outcomes] == ["ValueError: rank 1 fails"]
+    assert [row["epoch"] for row in batch.rows["a"]] == [1]  # it was not tried again
+    batch = Recorded([Job("label", {"name": "a", "epochs": 3, "fails": 0})])
+    pool.run(batch)
+    assert [outcome.error for outcome in batch.outcomes] == ["ValueError: rank 0 fails"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_whose_rank_dies_is_repeated(pool: Pool, tmp_path: Path, rank: int) -> None:
+    job = {"name": "a", "epochs": 3, "dies": rank, "died": str(tmp_path / "died")}
+    batch = Recorded([Job("train", job)])
+    pool.run(batch)
+    assert (tmp_path / "died").exists()
+    assert [(outcome.error, outcome.row["epoch"]) for outcome in batch.outcomes] == [(None, 3)]
+
+
+def test_stopping_a_trial_ends_its_group(pool: Pool, tmp_path: Path) -> None:
+    """The workers are free for others: all four CPUs can be had again."""
+    jobs = [
+        {"name": f"{number}", "epochs": 60, "pause": 0.2, "accuracy": accuracy}
+        for number, accuracy in enumerate((0.9, 0.1))
+    ]
+    batch = Recorded([Job("train", {**job, "trace": str(tmp_path / job["name"])}) for job in jobs])
+    pool.run(batch, early=EarlyStopping(60))
+    ended = {outcome.job.payload["name"]: outcome for outcome in batch.outcomes}
+    if not ended["1"].stopped:  # it was ahead of the better one at every rung
+        pytest.skip("the worse trial was never compared")
+    reached = [int((tmp_path / f"1.{rank}").read_text()) for rank in (0, 1)]
+    assert max(reached) < 60
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_the_loss_curve_is_that_of_one_worker(cluster: None, tmp_path: Path) -> None:
+    """With the same global batch, from labels and from stored answers; users' functions too."""
+    teacher = taught(tmp_path)
+    cases = {"labels": {}, "taught": teacher}
+    (tmp_path / "mine.py").write_text(USERS)
+    own = payload(tmp_path / "own", *PLAIN, function=f"{tmp_path}/mine.py:train_fn")
+    batch = Batch(
+        [Job("train", payload(tmp_path / name, *PLAIN, **more)) for name, more in cases.items()]
+        + [Job("train", own)]
+    )
+    rows: dict[str, list[Row]] = {}
+
+    def report(job: Job, new: Any) -> None:
+        rows.setdefault(Path(job.payload["student"]).parent.name, []).extend(new)
+
+    batch.report = report  # type: ignore[method-assign]
+    with Pool("selfkd.trial:run_job", cpu=1, gpu=0, warm=2, workers=2) as pool:
+        pool.run(batch)
+    assert [outcome.error for outcome in batch.outcomes] == [None] * 3
+    assert [row["val_accuracy"] for row in rows["own"]] == [1.0, 1.0]  # ranks 0 and 1
+    assert (tmp_path / "own" / "student.safetensors").exists()
+    for name, more in cases.items():
+        alone = list(run_job("train", payload(tmp_path / "alone" / name, *PLAIN, **more)))
+        assert len(rows[name]) == len(alone) == 2
+        for one, other in zip(alone, rows[name], strict=True):
+            for key in ("loss", "hard_loss", "val_nll", *(["soft_loss"] if more else [])):
+                assert other[key] == pytest.approx(one[key], abs=1e-4), (name, key)

@@ -21,7 +21,7 @@ from selfkd import generations, submit
 from selfkd.ledger import RunFolder
 
 TINY = ["search.trials=2", "train.epochs=2", "model.args={width: 4}"]
-LIMIT = 240  # seconds that a loaded machine may take; nothing here waits for that long
+LIMIT = 600  # seconds that a loaded machine may take; nothing here waits for that long
 TRAIN = """
 from helper import make_student
 

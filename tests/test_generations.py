@@ -106,6 +106,11 @@ def test_run_folder(whole: tuple[Path, str]) -> None:
     assert len(summary["generations"]) == 3
     assert (summary["controls"], summary["stopped"]) == ([], None)
     assert 0 < summary["ensemble"]["test_accuracy"] <= 1
+    report = (folder / "report.html").read_text()
+    assert "unfinished" not in report
+    assert all(result["hash"] in report for result in ledger(folder))
+    (start,) = json.loads((folder / "environment.json").read_text())
+    assert start["versions"]["ray"]
 
 
 def test_each_generation_learns_from_the_one_before(whole: tuple[Path, str]) -> None:

@@ -76,7 +76,7 @@ def _confusions(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
         if found.confusions:
             columns.append((f"gen. {generation.number}", found.confusions))
     if tested and tested[-1].diagnostics["test"].teacher_confusions:
-        columns.append(("teacher", tested[-1].diagnostics["test"].teacher_confusions))
+        columns.append(("both", tested[-1].diagnostics["test"].teacher_confusions))
     if not columns:
         return
     names, found_by = [name for name, _ in columns], [rows for _, rows in columns]
@@ -87,10 +87,11 @@ def _confusions(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     pairs = [pair for pair, _ in total.most_common(MOST_PAIRS)]
     table = diagnoses.confusion_table(run, pairs, names, found_by)
     counts = [[int(cell) if cell else None for cell in row[1:]] for row in table.rows]
+    shared = " Both: errors of the last generation that its teacher makes, too."
     yield Panel(
         "Confusions on test",
         f"The {len(pairs)} pairs of classes that are most often confused; the first is "
-        f"{table.rows[0][0]}.",
+        f"{table.rows[0][0]}.{shared if names[-1] == 'both' else ''}",
         charts.counts([row[0] for row in table.rows], names, counts),
         table,
     )

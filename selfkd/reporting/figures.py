@@ -358,7 +358,7 @@ def reliability(
                 name=f"generation {number}",
                 line={
                     "color": generation_colour(number),
-                    "width": 1.5,
+                    "width": 1,
                     "dash": generation_dash(number),
                 },
                 marker={"size": [5 + 13 * math.sqrt(count / most) for _, _, count in bins]},

@@ -105,6 +105,7 @@ def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] 
     seeds = summary["seeds"]
     lines = [
         summary["verdict"],
+        *summary["said"],
         f"test accuracy, mean ± half of a 95 % interval over {count(seeds, 'seed')}, for these "
         "teachers and this test split; the verdict is a paired t test's at 5 %, by Holm for the "
         f"{len(summary['sizes'])} sizes looked at.",

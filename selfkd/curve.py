@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
-from selfkd.console import short
+import numpy as np
+
+from selfkd.console import short, tell_interval
 from selfkd.jobs import Row
 from selfkd.statistics import Interval, holm, mean_interval, paired_p
 
@@ -60,38 +61,65 @@ def judge(sizes: Sequence[Row]) -> None:
             size["verdict"] = "unknown" if single else "no evidence"
 
 
-def tell_curve(sizes: Sequence[Row]) -> str:
-    """Return in words where distillation helps, and why it does not elsewhere."""
+def mean_gain(sizes: Sequence[Row]) -> Row | None:
+    """Return the difference averaged over all sizes, with its interval over seeds.
+
+    Sizes share their seeds, so each seed gives one mean; a single question, nothing to correct.
+    None where a size lacks a seed.
+    """
+    gains = [np.subtract(size["taught"]["runs"], size["labels"]["runs"]).tolist() for size in sizes]
+    if len({len(of_size) for of_size in gains}) != 1:
+        return None
+    return asdict(mean_interval(np.mean(gains, axis=0).tolist()))
+
+
+def tell_curve(sizes: Sequence[Row], gain: Row | None) -> list[str]:
+    """Return in words where distillation helps, on average, and why it does not elsewhere.
+
+    Args:
+        sizes: judged.
+        gain: `mean_gain` of them.
+
+    Returns:
+        The verdict, and what else there is to say.
+    """
     if all(size["verdict"] == "unknown" for size in sizes):
-        return "one seed: no interval, so nothing is said of where distillation helps"
-    parts = []
-    helps = _ranges(sizes, "helps")
-    hurts = _ranges(sizes, "hurts")
-    if helps:
-        parts.append(f"distillation helps {helps}")
-    if hurts:
-        parts.append(f"distillation hurts {hurts}")
-    if not helps and not hurts:
-        parts.append(
-            "no evidence that distillation helps at any of the sizes, "
-            f"{_ranges(sizes, 'no evidence')}"
+        return ["one seed: no interval, so nothing is said of where distillation helps"]
+    lines = [_verdict(sizes)]
+    if gain is not None and gain["low"] is not None and len(sizes) > 1:
+        sure = "it helps" if gain["low"] > 0 else "it hurts" if gain["high"] < 0 else "no evidence"
+        lines.append(f"on average over the {len(sizes)} sizes: {tell_interval(gain)}, {sure}")
+    unsure = [size for size in sizes if size["verdict"] == "no evidence"]
+    alone = [size for size in unsure if size["p"] is not None and size["p"] <= SIGNIFICANT]
+    large = [size for size in unsure if not _has_room(size)]
+    small = [size for size in unsure if _has_room(size)]
+    if alone:
+        lines.append(
+            f"{_listed(alone)}: the interval leaves out 0, but among {len(sizes)} sizes looked at "
+            "that may be chance; more seeds would tell (confirm.seeds)"
         )
-    elif any(size["verdict"] not in ("helps", "hurts") for size in sizes):
-        parts.append("no evidence outside")
-    told = "; ".join(parts)
-    large = [size for size in sizes if size["verdict"] == "no evidence" and not _has_room(size)]
-    small = [size for size in sizes if size["verdict"] == "no evidence" and _has_room(size)]
     if large:
-        told += (
-            f". Large enough without a teacher, as far as these seeds tell: {_listed(large)} "
-            "(labels alone are not evidently below the teacher)"
+        lines.append(
+            f"{_listed(large)}: labels alone are not evidently below the teacher: perhaps large "
+            "enough without it"
         )
     if small:
-        told += (
-            f". Below the teacher with labels alone, and not evidently helped: {_listed(small)} "
-            "(too small to follow it, or too few seeds to see)"
+        lines.append(
+            f"{_listed(small)}: below the teacher with labels alone and not evidently helped: too "
+            "small to follow it, or too few seeds"
         )
-    return told
+    return lines
+
+
+def _verdict(sizes: Sequence[Row]) -> str:
+    helps, hurts = _ranges(sizes, "helps"), _ranges(sizes, "hurts")
+    parts = [f"distillation helps {helps}"] if helps else []
+    parts += [f"distillation hurts {hurts}"] if hurts else []
+    if not parts:
+        return f"no evidence that distillation helps at any one size {_ranges(sizes)}"
+    if any(size["verdict"] not in ("helps", "hurts") for size in sizes):
+        parts.append("no evidence outside")
+    return "; ".join(parts)
 
 
 def _has_room(size: Row) -> bool:
@@ -104,16 +132,17 @@ def _listed(sizes: Sequence[Row]) -> str:
     return ", ".join(short(size["parameters"]) for size in sizes) + " parameters"
 
 
-def _ranges(sizes: Sequence[Row], verdict: str) -> str:
-    """Return where a verdict holds: `from 3 k to 12 k parameters, at 50 k parameters`."""
+def _ranges(sizes: Sequence[Row], verdict: str | None = None) -> str:
+    """Return where a verdict holds, or any: `from 3 k to 12 k parameters and at 50 k …`."""
     groups: list[list[Row]] = []
-    before: Any = None
+    before = False
     for size in sizes:
-        if size["verdict"] == verdict:
-            if before != verdict:
-                groups.append([])
+        holds = verdict in (None, size["verdict"])
+        if holds and not before:
+            groups.append([])
+        if holds:
             groups[-1].append(size)
-        before = size["verdict"]
+        before = holds
     ends = [(short(group[0]["parameters"]), short(group[-1]["parameters"])) for group in groups]
     return " and ".join(
         f"at {first} parameters" if first == last else f"from {first} to {last} parameters"

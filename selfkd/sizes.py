@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from selfkd.compression import CompressionListener, measure_models, teach
 from selfkd.config import Config, ConfigError, to_tree
 from selfkd.console import count
-from selfkd.curve import compare_size, judge, tell_curve
+from selfkd.curve import compare_size, judge, mean_gain, tell_curve
 from selfkd.files import save_json
 from selfkd.jobs import Executor, Row, run_one
 from selfkd.ledger import RunFolder
@@ -42,7 +42,8 @@ def grow(
         The summary, saved as `summary.json`: the `teacher`, and for each of `sizes`, the smallest
         first, `value` of the key, `parameters`, test accuracy from `labels` and `taught` (`value`,
         `low`, `high`, `runs`), their paired `difference`, `p` and `p_holm`, the `room` between
-        labels only and the teacher, and a `verdict`; `verdict` in words over all.
+        labels only and the teacher, and a `verdict`; `mean_gain` over the sizes; `verdict` and what
+        else is `said` in words.
 
     Raises:
         ConfigError: the data, the models or the members are not as the config says.
@@ -237,6 +238,8 @@ class _Growth:
         if not sizes:
             raise RuntimeError("no pair of students could be trained on one seed")
         judge(sizes)
+        gain = mean_gain(sizes)
+        verdict, *said = tell_curve(sizes, gain)
         return {
             "key": config.capacity.key,
             "seeds": config.confirm.seeds,
@@ -244,7 +247,9 @@ class _Growth:
             "trials": config.search.trials if config.capacity.search else 0,
             "teacher": teacher,
             "sizes": sizes,
-            "verdict": tell_curve(sizes),
+            "mean_gain": gain,
+            "verdict": verdict,
+            "said": said,
         }
 
     def _cost(self, row: Row, pairs: Sequence[tuple[Row, Row]], point: tuple[Point, Point]) -> Row:

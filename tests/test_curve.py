@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfkd.curve import compare_size, judge, tell_curve
+from selfkd.curve import compare_size, judge, mean_gain, tell_curve
 from selfkd.jobs import Row
 
 
@@ -28,7 +28,8 @@ def size(parameters: int, gain: float, *, room: float = 0.05, seeds: int = 5) ->
 def curve(*sizes: Row) -> tuple[list[str], str]:
     rows = list(sizes)
     judge(rows)
-    return [row["verdict"] for row in rows], tell_curve(rows)
+    told = tell_curve(rows, mean_gain(rows))
+    return [row["verdict"] for row in rows], "\n".join(told)
 
 
 def test_a_size_is_compared_by_the_paired_t_test() -> None:
@@ -50,11 +51,30 @@ def test_helps_in_the_middle() -> None:
     sizes = [size(600, 0.0), size(3000, 0.02), size(12_000, 0.02), size(50_000, 0.0, room=0.0)]
     verdicts, told = curve(*sizes)
     assert verdicts == ["no evidence", "helps", "helps", "no evidence"]
-    assert told.startswith(
-        "distillation helps from 3 k to 12 k parameters; no evidence outside. Large enough "
-        "without a teacher, as far as these seeds tell: 50 k parameters"
+    assert told.splitlines()[0] == (
+        "distillation helps from 3 k to 12 k parameters; no evidence outside"
     )
-    assert "Below the teacher with labels alone, and not evidently helped: 600 parameters" in told
+    assert "on average over the 4 sizes: +1." in told
+    assert "\n50 k parameters: labels alone are not evidently below the teacher" in told
+    assert "\n600 parameters: below the teacher with labels alone and not evidently helped" in told
+
+
+def test_the_mean_gain_is_over_seeds_of_means_over_sizes() -> None:
+    sizes = [size(1000, 0.02, seeds=4), size(2000, 0.01, seeds=4)]
+    gains = np.subtract(*([[row[arm]["runs"] for row in sizes] for arm in ("taught", "labels")]))
+    expected = stats.ttest_1samp(gains.mean(axis=0), 0).confidence_interval()
+    found = mean_gain(sizes)
+    assert found is not None
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert mean_gain([*sizes, size(3000, 0.0, seeds=3)]) is None
+
+
+def test_what_only_looks_clear_alone_is_said() -> None:
+    rows = [size(1000 * (n + 1), 0.0) for n in range(6)]
+    rows[2]["p"] = 0.03
+    verdicts, told = curve(*rows)
+    assert set(verdicts) == {"no evidence"}
+    assert "3 k parameters: the interval leaves out 0, but among 6 sizes looked at" in told
 
 
 @pytest.mark.parametrize(
@@ -66,7 +86,7 @@ def test_helps_in_the_middle() -> None:
         ([-0.02, -0.02, 0.0], "distillation hurts from 1 k to 2 k parameters; no evidence outside"),
         (
             [0.0, 0.0, 0.0],
-            "no evidence that distillation helps at any of the sizes, from 1 k to 3 k parameters",
+            "no evidence that distillation helps at any one size from 1 k to 3 k parameters",
         ),
     ],
 )

@@ -7,9 +7,10 @@ from dataclasses import asdict
 
 import numpy as np
 
-from selfkd.console import short, tell_interval
+from selfkd.console import short
 from selfkd.jobs import Row
 from selfkd.statistics import Interval, holm, mean_interval, paired_p
+from selfkd.verdicts import tell
 
 SIGNIFICANT = 0.05
 
@@ -88,7 +89,7 @@ def tell_curve(sizes: Sequence[Row], gain: Row | None) -> list[str]:
     lines = [_verdict(sizes)]
     if gain is not None and gain["low"] is not None and len(sizes) > 1:
         sure = "it helps" if gain["low"] > 0 else "it hurts" if gain["high"] < 0 else "no evidence"
-        lines.append(f"on average over the {len(sizes)} sizes: {tell_interval(gain)}, {sure}")
+        lines.append(f"on average over the {len(sizes)} sizes: {tell(gain)}, {sure}")
     unsure = [size for size in sizes if size["verdict"] == "no evidence"]
     alone = [size for size in unsure if size["p"] is not None and size["p"] <= SIGNIFICANT]
     large = [size for size in unsure if not _has_room(size)]

@@ -125,7 +125,7 @@ def test_the_table_fits_a_log_and_shows_what_has_no_interval() -> None:
     lines = output.getvalue().splitlines()
     assert "< 0.001" in lines[3]
     assert "91.00% ± 1.00%" in lines[3]
-    assert "+1.00% [+0.50%, +1.50%]" in lines[4]
+    assert "+1.00 % [+0.50, +1.50]" in lines[4]
     assert "±" not in lines[5]
     assert any("120 k" in line and "97.00%" in line for line in lines)
 

@@ -316,7 +316,7 @@ def _weighted_members(
 
 def _fused_is_faster(student_logits: Tensor) -> bool:
     return (
-        student_logits.device.type == "cpu"
+        student_logits.is_cpu
         and student_logits.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -370,7 +370,7 @@ def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tenso
 
 def _on_cpu(tensor: Tensor) -> bool:
     """Whether values may be looked at: a GPU is not waited for, nor a compiler stopped."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def is_nan(value: Tensor) -> bool:

@@ -616,7 +616,7 @@ def attention_matrices(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
         raise ValueError(
             f"student must have {teacher.shape[2]} tokens as teacher has, got {student.shape[2]}"
         )
-    valid = _valid(mask, student[:, 0, 0])
+    valid = _valid(mask, (len(student), student.shape[3]), student.device)
     if student.shape[1] != teacher.shape[1]:
         student, teacher = (a.mean(dim=1, keepdim=True) for a in (student, teacher))
     difference = student - teacher
@@ -805,7 +805,7 @@ def _tokens(
             "student's states must be [batch, tokens, width] as the teacher's "
             f"{list(teacher.shape)}, got {list(student.shape)}: Projection maps widths"
         )
-    valid = _valid(mask, student[..., 0])
+    valid = _valid(mask, student.shape[:-1], student.device)
     if valid is not None:
         student, teacher = (
             states.masked_fill(~valid[..., None], 0.0) for states in (student, teacher)
@@ -813,14 +813,14 @@ def _tokens(
     return student, teacher, valid
 
 
-def _valid(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+def _valid(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
     if mask is None:
         return None
     if mask.is_floating_point():
         raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
-    if mask.shape != tokens.shape:
-        raise ValueError(f"mask must be {list(tokens.shape)}, got {list(mask.shape)}")
-    return mask.to(tokens.device).bool()
+    if mask.shape != shape:
+        raise ValueError(f"mask must be {list(shape)}, got {list(mask.shape)}")
+    return mask.to(device).bool()
 
 
 def _mean_of_valid(values: Tensor, valid: Tensor | None) -> Tensor:
@@ -858,7 +858,10 @@ def _wide(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             f"got {len(teacher)}"
         )
     dtype = torch.promote_types(student.dtype, torch.float32)
-    return student.to(dtype), teacher.detach().to(dtype)
+    teacher = teacher.detach()
+    if student.dtype != dtype or teacher.dtype != dtype:  # a call that does nothing takes time too
+        student, teacher = student.to(dtype), teacher.to(dtype)
+    return student, teacher
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -115,7 +115,7 @@ def _losses_and_gradient(
     hard_weight, soft_weight = (1 - alpha) / batch, alpha * temperature / batch
     indices = labels.unsqueeze(1)
     parts = (
-        tensor.tensor_split(chunks, dim)
+        tensor.tensor_split(chunks, dim) if chunks > 1 else (tensor,)
         for tensor, dim in (
             (student_logits, 0),
             (teacher_logits, -2),

@@ -500,9 +500,7 @@ def check_finite(name: str, values: Tensor) -> None:
 
 def _is_finite(value: Tensor) -> bool:
     """Whether a scalar on the CPU is; a GPU is not waited for, nor a compiler stopped."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    return math.isfinite(value.item())
+    return not value.is_cpu or torch.compiler.is_compiling() or math.isfinite(value.item())
 
 
 def _pair(
@@ -524,9 +522,9 @@ def _pair(
             f"teacher_logits must be {list(shape)} as student_logits are, or that for each of the "
             f"members, got {list(teacher_logits.shape)}"
         )
-    dtype = _wide(student_logits)
-    teacher = _teacher(teacher_logits, finite=finite).to(dtype)
-    student = student_logits.to(dtype)
+    student, teacher = _widened(student_logits), _teacher(teacher_logits, finite=finite)
+    if teacher.dtype != student.dtype:
+        teacher = teacher.to(student.dtype)
     return (
         (student, teacher) if temperature == 1 else (student / temperature, teacher / temperature)
     )
@@ -542,8 +540,13 @@ def _teacher(teacher_logits: Tensor, *, finite: bool = True) -> Tensor:
         )
     if finite:
         check_finite("teacher_logits", teacher_logits)
-    teacher = teacher_logits.detach().to(_wide(teacher_logits))
+    teacher = _widened(teacher_logits.detach())
     return teacher if teacher.ndim == 2 else teacher.mean(dim=0)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In float32 or wider; the quickest way where nothing is to be done."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(_wide(tensor))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

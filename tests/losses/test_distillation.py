@@ -605,6 +605,15 @@ def test_types_that_do_not_fit() -> None:
         soft_targets(torch.zeros(3), temperature=1.0)
 
 
+@pytest.mark.parametrize("members", [None, 3])
+def test_the_teacher_has_no_graph_where_the_student_has_none(members: int | None) -> None:
+    student, teacher, labels = make_batch(4, 3, members)
+    terms = distillation_terms(
+        student.detach(), teacher.requires_grad_(), labels, temperature=2.0, alpha=0.5
+    )
+    assert not terms.loss.requires_grad
+
+
 # --- wrong versions are rejected ---------------------------------------------------------------
 
 

@@ -140,7 +140,12 @@ def test_a_storage_that_hangs_on_a_node_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "STORAGE_SECONDS", 0.2)
-    monkeypatch.setattr(cluster, "open", lambda *_: time.sleep(2), raising=False)
+
+    def hang(*_: object) -> None:
+        time.sleep(1)
+        raise OSError("gone at last")
+
+    monkeypatch.setattr(cluster, "open", hang, raising=False)
     fault, _ = cluster._look._function(str(tmp_path / "file"))
     assert fault == "has no answer from it within 0.2 s"
 
@@ -157,12 +162,17 @@ def test_nodes_of_another_version(
     joined: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other code is refused; another torch is said, once."""
-    ours = cluster._versions()
-    monkeypatch.setattr(cluster, "_versions", lambda: {**ours, "torch": "1.0"})
+    ours, here = cluster._versions(), os.getpid()
+
+    def differ(**versions: str) -> None:
+        found = {**ours, **versions}
+        monkeypatch.setattr(cluster, "_versions", lambda: found if os.getpid() == here else ours)
+
+    differ(torch="1.0")
     assert slots(joined, tmp_path, cpu=1, gpu=0) == 3
     (said,) = joined
     assert "different versions of torch, 1.0 here and" in said
-    monkeypatch.setattr(cluster, "_versions", lambda: {**ours, "selfkd": "00000000"})
+    differ(selfkd="00000000")
     with pytest.raises(ConfigError, match="the same selfkd, got 00000000 here and"):
         slots(joined, tmp_path, cpu=1, gpu=0)
 

@@ -8,6 +8,7 @@ processes for reuse (of idle actors it keeps only one). A hold ends as soon as a
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import tempfile
@@ -21,6 +22,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a line of our own, no traceback
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a run resumes from its own folder
 
 from ray import tune
@@ -37,6 +39,9 @@ COORDINATOR = {"cpu": 0, "memory": 2**20}  # Tune's trials must ask for somethin
 RELEASE_SECONDS = 10.0  # after which a worker set free for a job that has none was lost on its way
 RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
 MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
+
+
+log = logging.getLogger(__name__)
 
 
 class _Parcel:
@@ -272,7 +277,9 @@ class _Desk(_Unsaved, FIFOScheduler):
         if trial.trial_id in self._waiting:
             self._waiting.remove(trial.trial_id)
             self._served(trial.trial_id)
-        if self.batch and self._job(trial):
+        job = self._job(trial)
+        if self.batch and job:
+            log.warning("a worker was lost in mid-%s; what it did is done again", job.kind)
             self.batch.scheduler.on_trial_error(tune_controller, trial)
 
     def give_up(self, trial_id: str) -> None:

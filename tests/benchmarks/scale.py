@@ -106,7 +106,9 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
     from selfkd.search import Pool
 
     start = time.perf_counter()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     left = slots
     while left > 0:
         cluster.add_node(num_cpus=min(8, left), num_gpus=min(8, left))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 
@@ -39,7 +40,11 @@ class Nodes:
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "_system_config": system if quick else {}},
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": False,
+                "_system_config": system if quick else {},
+            },
         )
         self.address = str(self._cluster.address)
         self._nodes: dict[str, Any] = {}
@@ -57,6 +62,12 @@ class Nodes:
     def lose(self, name: str) -> None:
         """As when its machine is switched off."""
         self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+
+    def workers(self, name: str) -> list[psutil.Process]:
+        """Return the processes of a node that train."""
+        (raylet,) = self._nodes[name].all_processes["raylet"]
+        children = psutil.Process(raylet.process.pid).children()
+        return [child for child in children if "Trainable" in " ".join(child.cmdline())]
 
     def have(self, count: int) -> list[str]:
         """Add nodes or lose some until there are so many; return their ids."""

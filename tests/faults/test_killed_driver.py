@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,12 +55,6 @@ MOMENTS = {  # when the driver is killed: the event, and what is done a second t
     "ensemble of all generations": ("doing measure", ("ensemble",)),
     "summary written beside": ("writing summary.json", ("ensemble",)),
 }
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    with Driver() as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")

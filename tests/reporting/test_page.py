@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 from browser import (
     CHROMIUM,
@@ -29,7 +30,7 @@ from selenium.webdriver import Chrome
 
 from selfkd.config import ConfigError
 from selfkd.reporting.comparison import comparison_page
-from selfkd.reporting.page import render, write_report
+from selfkd.reporting.page import _drawn, render, write_report
 from selfkd.reporting.read import read_run
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -289,3 +290,10 @@ def test_nothing_is_left_of_a_report_that_could_not_be_written(tmp_path: Path) -
     with pytest.raises(ConfigError):
         write_report(path)
     assert sorted(path.iterdir()) == before
+
+
+def test_a_figure_never_ends_its_script() -> None:
+    evil = {"data": [{"type": "scatter", "text": ["</script><script>", "<!--"]}]}
+    drawn = _drawn(go.Figure(evil))
+    assert not set("<>&") & set(drawn)
+    assert json.loads(drawn)["data"][0]["text"] == ["</script><script>", "<!--"]

@@ -113,6 +113,7 @@ class WandbTracker(NoTracker):
         self._verdict: str | None = None
         self._lineage: LoggedRun | None = None
         self._broken = self._closed = False
+        self._handled = 0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
         self._thread.start()
@@ -135,6 +136,7 @@ class WandbTracker(NoTracker):
 
     def _loop(self) -> None:
         while (work := self._work.get()) is not None:
+            self._handled += 1
             if self._broken:
                 continue
             try:
@@ -315,7 +317,10 @@ class WandbTracker(NoTracker):
         self._closed = True
         self._work.put(self._end)
         self._work.put(None)
-        self._thread.join(timeout=self._start_seconds + self._config.tracking.wait)
+        handled = -1
+        while self._thread.is_alive() and handled != self._handled:
+            handled = self._handled
+            self._thread.join(timeout=2 * self._start_seconds + 10)
         self._session.close()
 
 

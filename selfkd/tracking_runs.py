@@ -182,8 +182,7 @@ class Session:
         reason = str(error).partition("\n")[0]
         self._warn(f"W&B does not take this run ({reason}): tracking goes on offline")
         self.online = False
-        with contextlib.suppress(Exception, SystemExit):
-            wandb.teardown()
+        _end_service()
         wandb.setup(wandb.Settings(silent=True))
         for logged in self._open.values():
             logged.reopen()

@@ -13,7 +13,7 @@ import pytest
 import wandb
 from wandb_files import history, records
 
-from selfkd import tracking, tracking_runs
+from selfkd import tracking
 from selfkd.config import Config, ConfigError, load_config
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
 
@@ -41,6 +41,9 @@ RESULT = {
     "hash": "abc",
     "teachers": [],
 }
+
+
+RANKED = {"status": "completed", "error": None, "train_seconds": 1.5}
 
 
 def finished(**changes: Any) -> dict[str, Any]:
@@ -166,24 +169,82 @@ def test_auto_with_a_key_but_no_host_is_offline_soon(
     assert "offline" in tracker.description
 
 
-def test_an_online_run_whose_host_does_not_answer_goes_on_offline(
+def test_an_online_run_whose_host_does_not_answer_is_written_to_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A host that accepts and never answers: bounded waiting, nothing lost."""
-    monkeypatch.setattr(tracking_runs, "START_SECONDS", 2.0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with socket.socket() as mute, caplog.at_level(logging.WARNING):
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
-        tracker = make_tracker(Config(), name="run-a", run_id="run-a-0", folder=tmp_path)
-        assert "online" in tracker.description
+        config = load_config(settings=["tracking=online"])
+        tracker = make_tracker(config, name="run-a", run_id="run-a-0", folder=tmp_path)
         tracker.trial_reported(TRIAL, EPOCHS)  # returns, though nothing has answered
-        tracker.trial_finished(finished())
+        tracker.trial_finished(finished(status="stopped"))
         tracker.close()
-    assert "goes on offline" in caplog.text
-    assert "offline" in tracker.description
+    assert "does not answer" in caplog.text
+    assert f"wandb sync --include-online {tmp_path / 'wandb'}" in tracker.description
     assert [row["epoch"] for row in history(tmp_path, "run-a-0-g1-t2")] == [1, 2, 3]
+
+
+def test_auto_takes_a_host_that_says_nothing_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        tracker = make_tracker(Config(), name="a", run_id="a", folder=tmp_path)
+        tracker.close()
+    assert tracker.description.startswith("W&B: offline")
+
+
+def test_the_chosen_trial_has_the_model_and_those_it_teaches_use_it(tmp_path: Path) -> None:
+    """Offline as well: what `wandb sync` sends makes the graph of teachers and students."""
+    checkpoint = "generation_000/student.safetensors"
+    (tmp_path / "generation_000").mkdir()
+    (tmp_path / checkpoint).write_bytes(b"weights")
+    first = {**TRIAL, "stage": "generation-0", "trial": 1, "teachers": [], "point": {}}
+    result = {**RESULT, "models": [{"hash": "abc", "checkpoint": checkpoint}]}
+    tracker = offline(tmp_path)
+    for number, accuracy in ((0, 0.1), (1, 0.3), (2, 0.2)):
+        trial = {**first, "trial": number}
+        tracker.trial_reported(trial, EPOCHS)
+        tracker.trial_finished({**trial, **RANKED, "val_accuracy": accuracy})
+    tracker.generation_finished(result)
+    tracker.trial_reported(TRIAL, EPOCHS)
+    tracker.close()
+
+    def artifacts(run_id: str) -> list[dict[str, Any]]:
+        return [r["artifact"] for r in records(tmp_path, run_id) if r["type"] == "artifact"]
+
+    (made,) = artifacts("run-a-0-g0-t1")
+    (used,) = artifacts("run-a-0-g1-t2")
+    assert not [*artifacts("run-a-0-g0-t0"), *artifacts("run-a-0-lineage")]
+    assert made["aliases"] == ["latest", "generation-0"]
+    assert (made["name"], made["type"]) == ("run-a-student", "model")
+    assert used["use_after_commit"]
+    assert used["user_created"]
+    assert used["digest"] == made["digest"]
+
+
+def test_a_summary_has_the_gain_and_the_verdict(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    tracker.generation_finished(RESULT)
+    tracker.generation_finished({**RESULT, "generation": 1, "test_accuracy": 0.7})
+    gain = {"value": 0.02, "low": None, "high": None}
+    confirmation = {"generation": 1, "first": gain, "previous": None, "verdict": "one pair"}
+    tracker.generation_confirmed(confirmation)
+    tracker.close()
+    summary: dict[str, Any] = {}
+    for record in records(tmp_path, "run-a-0-lineage"):
+        if record["type"] == "summary":
+            summary |= record["summary"].get("update", {})
+    assert (summary["gain"], summary["verdict"]) == (0.02, "one pair")
+    assert "gain_low" not in summary
+    assert (summary["last_test_accuracy"], summary["best_test_accuracy"]) == (0.7, 0.8)
 
 
 def test_a_broken_tracker_stops_no_training(

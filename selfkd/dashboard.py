@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from selfkd.tracking_host import answers, base_url, has_key
+from selfkd.tracking.host import answers, base_url, has_key
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -161,7 +161,7 @@ def _calibration() -> Section:
 
 
 def _own_entity() -> str:
-    from selfkd.tracking_logged import default_entity
+    from selfkd.tracking.logged import default_entity
 
     return default_entity()
 

@@ -13,7 +13,6 @@ import pytest
 import wandb
 from wandb_files import history, records
 
-from selfkd import tracking
 from selfkd.config import Config, ConfigError, load_config
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
 

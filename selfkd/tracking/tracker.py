@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from selfkd.config import Config, ConfigError, to_tree
 from selfkd.files import fetch, load_json
 from selfkd.jobs import Row
-from selfkd.tracking_host import answers, base_url, has_key
-from selfkd.tracking_rows import (
+from selfkd.tracking.host import answers, base_url, has_key
+from selfkd.tracking.rows import (
     best_and_last,
     confirmation_summary,
     epoch_row,
@@ -25,7 +25,7 @@ from selfkd.tracking_rows import (
 )
 
 if TYPE_CHECKING:
-    from selfkd.tracking_logged import LoggedRun
+    from selfkd.tracking.logged import LoggedRun
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,13 @@ class WandbTracker(NoTracker):
         run: Path | None = None,
     ) -> None:
         # imported here: wandb takes half a second
-        from selfkd import tracking_artifacts, tracking_logged, tracking_runs
+        from selfkd.tracking import artifacts, logged, runs
 
-        self._show = tracking_logged
-        self._start_seconds = tracking_runs.START_SECONDS
+        self._show = logged
+        self._start_seconds = runs.START_SECONDS
         self._folder, self._run_folder = folder, folder if run is None else run
         self._name, self._run_id, self._config = name, run_id, config
-        self._session = tracking_runs.Session(
+        self._session = runs.Session(
             online=mode == "online",
             url=base_url() if mode == "online" else "",
             project=config.tracking.project,
@@ -104,7 +104,7 @@ class WandbTracker(NoTracker):
             folder=folder,
             wait=config.tracking.wait,
         )
-        self._artifacts = tracking_artifacts.Artifacts(config, name=name, folder=self._run_folder)
+        self._artifacts = artifacts.Artifacts(config, name=name, folder=self._run_folder)
         self._done = self._session.done()
         self._trials: dict[str, LoggedRun] = {}
         self._epochs: dict[str, int] = {}

@@ -11,7 +11,7 @@ from selfkd.config import Config
 from selfkd.files import fetch, load_json
 from selfkd.jobs import Row
 from selfkd.storage import RemotePath, as_path
-from selfkd.tracking_logged import LoggedRun, make_artifact
+from selfkd.tracking.logged import LoggedRun, make_artifact
 
 FACTS = ("temperature", "alpha", "val_accuracy", "val_nll", "test_accuracy", "nll", "ece")
 MANIFEST = ("teacher", "data", "views", "images", "classes", "top_k")

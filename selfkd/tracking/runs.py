@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import wandb
 
-from selfkd.tracking_host import answers
-from selfkd.tracking_logged import LoggedRun
+from selfkd.tracking.host import answers
+from selfkd.tracking.logged import LoggedRun
 
 START_SECONDS = 10.0
 TRANSMIT_SECONDS: float | None = None

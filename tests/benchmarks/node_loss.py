@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=3)
     args = parser.parse_args()
-    print(f"{os.cpu_count()} cores; seconds from the loss of a node to its trial on another")
+    lines = [f"{os.cpu_count()} cores; seconds from the loss of a node to its trial on another"]
     with apart():
         nodes = Nodes(quick=False)
         nodes.have(2)
@@ -73,8 +73,9 @@ def main() -> None:
                 found = [lose_one(nodes, pool, warm=warm) for _ in range(args.times)]
                 where = "a node that is there, idle" if warm else "a node that joins then"
                 times = ", ".join(f"{seconds:.1f}" for seconds in found)
-                print(f"{where:28} median {statistics.median(found):5.1f} s of {times}", flush=True)
+                lines.append(f"{where:28} median {statistics.median(found):5.1f} s of {times}")
         nodes.close()
+    print("\n".join(lines))  # at the end: Ray prints the last words of every node
 
 
 if __name__ == "__main__":

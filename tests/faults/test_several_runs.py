@@ -20,7 +20,7 @@ def test_two_runs_label_the_same_teacher_at_once(
     """Both write the same shards; what each finds is what it would have found alone."""
     settings = [
         *(line for line in SETTINGS if not line.startswith("targets.")),
-        f"targets={{root: {tmp_path / 'shared'}, shard_size: 100}}",
+        f"targets={{root: {tmp_path / 'shared'}, shard_size: 20}}",
         "data={views: 2, jitter: 1}",
     ]
     found: dict[str, tuple[int, str]] = {}

@@ -15,6 +15,7 @@ from wandb_files import history, records
 
 from selfkd.config import Config, ConfigError, load_config
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
+from selfkd.tracking import tracker as tracking
 
 TRIAL = {
     "stage": "generation-1",

@@ -77,7 +77,7 @@ def drive(folder: str, settings: list[str], pattern: str | None, number: int) ->
     from selfkd.config import load_config
     from selfkd.jobs import InProcess
     from selfkd.ledger import RunFolder
-    from selfkd.lineage import born_again, measure_ensemble
+    from selfkd.lineage import born_again, complete
 
     path = Path(folder)
     death = Death(path, pattern, number)
@@ -89,7 +89,7 @@ def drive(folder: str, settings: list[str], pattern: str | None, number: int) ->
         run = RunFolder.create(path, config)
     executor = InProcess(death.job)
     results = born_again(config, run, executor, death)  # type: ignore[arg-type]
-    measure_ensemble(config, run, executor, results)
+    complete(config, run, executor, death, results)  # type: ignore[arg-type]
 
 
 class Driver:

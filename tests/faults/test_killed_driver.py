@@ -22,6 +22,7 @@ SETTINGS = [
     "search.trials=2",
     "rounds=1",
     "targets.shard_size=80",
+    "confirm.seeds=1",
 ]
 WORK = {  # what counts as work, by the event that it begins with or ends in
     "check of the data": "doing check",
@@ -51,9 +52,10 @@ MOMENTS = {  # when the driver is killed: the event, and what is done a second t
     "labelling, shard written beside": ("writing .*/shard_00001", (CHECK, "shard")),
     "labelling, first shard done": ("^worked written", (CHECK,)),
     "mid-trial of a taught trial": ("^trial_reported generation-1 0 epoch 1", (CHECK, "trial")),
-    "before the students are pruned": ("wrote generation_001/result", ()),
-    "ensemble of all generations": ("doing measure", ("ensemble",)),
-    "summary written beside": ("writing summary.json", ("ensemble",)),
+    "before the students are pruned": ("wrote generation_001/result", (CHECK,)),
+    "mid-trial of a confirmation": ("^trial_reported confirm-1 0 epoch 1", (CHECK, "trial")),
+    "ensemble of all generations": ("doing measure", (CHECK, "ensemble")),
+    "summary written beside": ("writing summary.json", (CHECK, "ensemble")),
 }
 
 

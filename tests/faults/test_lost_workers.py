@@ -22,6 +22,7 @@ SETTINGS = [
     "search.trials=2",
     "rounds=1",
     "targets.shard_size=10",
+    "confirm.seeds=0",
 ]
 SHARDS = "targets/*/*/view_000/shard_*"
 PATIENCE = 240.0

@@ -18,7 +18,7 @@ from record import record
 
 SETTINGS = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
-    "train={epochs: 150, batch_size: 64}",
+    "train={epochs: 800, batch_size: 64}",
     "search.trials=2",
     "rounds=1",
     "targets.shard_size=10",
@@ -91,7 +91,7 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
         host = f"http://127.0.0.1:{mute.getsockname()[1]}"
         command = Command(tmp_path, nodes.address, WANDB_BASE_URL=host, WANDB_API_KEY="0" * 40)
         command.until(lambda: command.found("data.json") and nodes.workers(first))
-        time.sleep(1.0)
+        time.sleep(0.5)
         assert command.found("generation_000/trial_*/result.json") == 0
         nodes.workers(first)[0].kill()
         command.until(lambda: command.found(SHARDS) > 3)
@@ -99,7 +99,7 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
         nodes.add()
         asked = command.found(SHARDS)
         command.until(lambda: command.found(SHARDS) == len(list(whole.glob(SHARDS))))
-        time.sleep(1.0)
+        time.sleep(0.5)
         assert command.found("generation_001/trial_*/result.json") == 0
         nodes.lose(second)
         printed = command.end()

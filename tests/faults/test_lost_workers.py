@@ -21,7 +21,7 @@ SETTINGS = [
     "train={epochs: 800, batch_size: 64}",
     "search.trials=2",
     "rounds=1",
-    "targets.shard_size=10",
+    "targets.shard_size=2",
     "confirm.seeds=0",
 ]
 SHARDS = "targets/*/*/view_000/shard_*"

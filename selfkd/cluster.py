@@ -319,7 +319,7 @@ def _look(path: str) -> tuple[str | None, dict[str, str]]:
             if isinstance(seen, RemotePath):
                 seen.stat()
             else:
-                with seen.open("r+b"):
+                with open(path, "r+b"):
                     pass
             faults.append(None)
         except OSError as error:

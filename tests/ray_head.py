@@ -74,6 +74,7 @@ def ray_head(
         extra = [f"--autoscaling-config={config}"]
         head_environment["RAY_FAKE_CLUSTER"] = "1"
     temporary = tempfile.mkdtemp(prefix="rh", dir="/tmp")  # short: it holds sockets
+    head_environment["RAY_TMPDIR"] = temporary  # of nodes that it starts: none else finds them
     command = [
         *("ray", "start", "--head", "--block", f"--port={port}", f"--num-cpus={cpus}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),

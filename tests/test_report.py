@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_is_marked(runs: Path, capsys: pytest.CaptureFixture[
 def test_a_run_of_an_ensemble(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ensemble_run(runs / "many")
     assert report.main(["many"]) == 0
-    assert "Share of the teacher's gain kept: +72.00%" in capsys.readouterr().out
+    assert "Share of the teacher's gain kept: 72.00 % [31.00, 420.00]" in capsys.readouterr().out
 
 
 def test_a_damaged_file_is_named_and_the_rest_reported(

@@ -282,7 +282,7 @@ def test_what_may_change_on_resume_changes_nothing(tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_written_stops_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, write: object) -> None:
+    def full(path: Path, write: object, *, patience: float) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("selfkd.resume.replace", full)

@@ -175,6 +175,15 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
+def share_kept(value: float) -> str:
+    """Return a share, which is no difference.
+
+    >>> share_kept(0.72)
+    '72.00 %'
+    """
+    return f"{value:.2%}".replace("%", " %")
+
+
 def compression_verdict(summary: Row) -> list[str]:
     """Return what a run of `python -m selfkd.ensemble` says: the setting, the gain, the share."""
     chosen, share, gain = summary["chosen"], summary["share"], summary["gain"]
@@ -189,5 +198,5 @@ def compression_verdict(summary: Row) -> list[str]:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:
         ends = "" if share["low"] is not None else " (no interval: too little is known for one)"
-        lines.append(f"share of the teacher's gain kept: {tell(share)}{ends}")
+        lines.append(f"share of the teacher's gain kept: {tell(share, form=share_kept)}{ends}")
     return lines

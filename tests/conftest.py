@@ -8,6 +8,7 @@ from pathlib import Path
 # before ray or wandb is imported: workers and sub-processes inherit it
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["SELFKD_PATIENCE"] = "5"  # seconds: tests have disks that stay full
 for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 os.environ["NETRC"] = os.devnull

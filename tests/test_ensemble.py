@@ -107,8 +107,8 @@ def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: 
     ("number", "moment"),
     [
         (signal.SIGKILL, "targets/*/*/view_000/*.safetensors"),
-        (signal.SIGINT, "members/trial_001/result.json"),
-        (signal.SIGTERM, "student.safetensors"),
+        pytest.param(signal.SIGINT, "members/trial_001/result.json", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "student.safetensors", marks=pytest.mark.slow),
     ],
     ids=["kill while labelling", "ctrl-c", "terminate"],
 )

@@ -105,7 +105,7 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
         printed = command.end()
     assert asked < len(list(whole.glob(SHARDS)))
     assert record(command.run) == record(whole)
-    assert "goes on offline" in printed
+    assert "W&B: offline" in printed
     assert printed.count("a worker was lost in mid-") >= 2
     assert "Traceback" not in printed
     assert command.found("wandb/offline-run-*-lineage")

@@ -146,6 +146,7 @@ def test_check_gives_the_facts(bench):
         "facts": {
             "images": {"train": 200, "val": 400, "test": 1197},
             "classes": 10,
+            "class_names": list("0123456789"),
             "views": 8,
             "parameters": {"0": 1210, "1": 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10},
         }

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
+from selfkd.console import short
 from selfkd.jobs import Row
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Confirmation, Estimate, Result, plain
@@ -86,12 +87,7 @@ def duration(seconds: float) -> str:
 
 def size(count: float | None) -> str:
     """Return a number of parameters, shortly."""
-    if count is None:
-        return ""
-    for unit, at in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= at:
-            return f"{count / at:.3g} {unit}"
-    return f"{count:.0f}"
+    return "" if count is None else short(round(count))
 
 
 def status(run: Run) -> str:

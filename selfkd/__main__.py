@@ -6,7 +6,17 @@ import importlib
 import sys
 
 COMMANDS = (
-    *("budget", "capacity", "ensemble", "generations", "report", "response", "submit", "targets"),
+    *(
+        "budget",
+        "capacity",
+        "ensemble",
+        "generations",
+        "report",
+        "response",
+        "study",
+        "submit",
+        "targets",
+    ),
 )
 
 

@@ -35,6 +35,7 @@ def _load_data(config: DataConfig, seed: int, device: str) -> Data:
         download=config.download,
         train_size=config.train_size,
         val_size=config.val_size,
+        classes=config.classes,
         image_size=config.image_size,
         in_memory=config.in_memory,
         seed=seed,

@@ -41,6 +41,8 @@ class DataConfig:
     """How many training images, stratified by label; all of them when not given."""
     val_size: int | None = Field(default=None, ge=1)
     """How many images are held out to choose by; each data set has its own default."""
+    classes: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Train on images of these classes alone; validation and test keep all."""
     image_size: int | None = Field(default=None, ge=1)
     """Side in pixels that a folder's images are resized and cropped to."""
     in_memory: bool | None = None
@@ -212,6 +214,50 @@ class CapacityConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class ArmConfig:
+    """One setting of a study, trained on each seed."""
+
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Dotted config keys and values in which it differs from the config."""
+    teacher: str | list[str] | None = None
+    """Arms that teach it, those of the same seed, or `members` (those of `--from`); it learns from
+    labels only when not given."""
+    knowledge: Literal["whole", "permuted", "virtual"] = "whole"
+    """What is learnt of the teacher: all of it; its doubts in random order (dkpp); or, of no
+    teacher at all, a virtual one's (teacher_free)."""
+    average: list[str] = Field(default_factory=list)
+    """Arms whose ensemble this is, seed by seed: nothing is trained."""
+    seeds: int | None = Field(default=None, ge=1)
+    """How many, from the first on; `confirm.seeds` when not given."""
+
+    @property
+    def teachers(self) -> list[str]:
+        """The names of those that teach it."""
+        return [self.teacher] if isinstance(self.teacher, str) else self.teacher or []
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ContrastConfig:
+    """Two arms of a study whose difference is asked for."""
+
+    arm: str
+    to: str
+    """The arm that it is compared with."""
+    towards: str | None = None
+    """An arm, or `members`: which share of the way from `to` to it is gone?"""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class StudyConfig:
+    """`selfkd.study`: settings side by side, on the same seeds."""
+
+    arms: dict[str, ArmConfig] = Field(default_factory=dict)
+    """By name; an arm stands after those that teach it."""
+    compare: list[ContrastConfig] = Field(default_factory=list)
+    """What is asked; each arm with the first one when not given."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class SearchConfig:
     """The trials of a generation."""
 
@@ -276,7 +322,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Config:
-    """A whole run of `selfkd.generations`, `selfkd.ensemble` or `selfkd.capacity`."""
+    """A whole run of `selfkd.generations`, `ensemble`, `capacity` or `study`."""
 
     rounds: int | Literal["auto"] = 5
     """`selfkd.generations`: born-again generations after generation 0; `auto` goes on until two in
@@ -297,7 +343,7 @@ class Config:
     distill: DistillConfig = Field(default_factory=DistillConfig)
     targets: TargetsConfig = Field(default_factory=TargetsConfig)
     members: MembersConfig = Field(default_factory=MembersConfig)
-    """`selfkd.ensemble` and `selfkd.capacity`: who teaches."""
+    """`selfkd.ensemble`, `selfkd.capacity` and `selfkd.study`: who teaches."""
     confirm: ConfirmConfig = Field(default_factory=ConfirmConfig)
     """How the result is believed."""
     controls: list[Control] = Field(default_factory=list)
@@ -305,6 +351,8 @@ class Config:
     seeds, label smoothing, dkpp (the teacher's doubts in random order), teacher_free."""
     capacity: CapacityConfig = Field(default_factory=CapacityConfig)
     """`selfkd.capacity`: which students."""
+    study: StudyConfig = Field(default_factory=StudyConfig)
+    """`selfkd.study`: which settings are compared."""
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     checkpoint: KeptConfig = Field(default_factory=KeptConfig)
@@ -364,10 +412,10 @@ _ADAPTER = TypeAdapter(Config)
 # What a trial may not differ in: its generation shares these with all other trials.
 _FIXED = (
     *("rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
-    *("controls", "search", "resources", "checkpoint", "tracking", "capacity"),
+    *("controls", "search", "resources", "checkpoint", "tracking", "capacity", "study"),
 )
 _OF_TEACHERS = ("distill.", "members.")
-_FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b")
+_FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b|study\.arms\b")
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
@@ -419,6 +467,8 @@ def _located(key: str, sources: Mapping[str, str]) -> str:
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if not known:
+        return ""
     return f": did you mean {', '.join(close)}?" if close else f" (known: {', '.join(known)})"
 
 
@@ -431,7 +481,8 @@ def _known_keys() -> list[str]:
 def _leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        nested = isinstance(value, dict) and not dotted.endswith((".args", "space", "params"))
+        free = (".args", "space", "params", ".arms")
+        nested = isinstance(value, dict) and not dotted.endswith(free)
         if inner or not nested:
             yield dotted, value
         if nested:

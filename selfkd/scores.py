@@ -39,7 +39,8 @@ def score(
     """
     bench = Bench(config)
     mark = bench.hash(student)
-    splits = SPLITS if predictions is not None or diagnose else SPLITS[1:]
+    seen = bench.config.data.classes
+    splits = SPLITS if predictions is not None or diagnose or seen else SPLITS[1:]
     logits = {split: bench.answer(student, split) for split in splits}
     if predictions is not None:
         by_name = {str(split): answers for split, answers in logits.items()}
@@ -53,6 +54,8 @@ def score(
             taught[split] = metrics.ensemble_logits(torch.stack(answers))
         row["agreement"] = metrics.agreement(logits["test"], taught["test"])
         row["mcnemar"] = compare_errors(logits["test"], taught["test"], bench.labels("test"))
+    if seen:
+        row["unseen"] = of_unseen(bench, logits, seen)
     if diagnose:
         row["diagnostics"] = diagnoses(bench, logits, taught)
     yield row
@@ -65,6 +68,35 @@ def measure_test(bench: Bench, logits: Mapping[Split, Tensor]) -> Row:
         "test_accuracy": metrics.accuracy(logits["test"], labels),
         "test_nll": metrics.nll(logits["test"], labels),
         "test_ece": metrics.ece(logits["test"], labels),
+    }
+
+
+def of_unseen(bench: Bench, logits: Mapping[Split, Tensor], seen: Sequence[int]) -> Row:
+    """Return what becomes of classes that a student has seen no image of.
+
+    Args:
+        bench: has the labels.
+        logits: of the student, on validation and test.
+        seen: the classes that it was trained on images of.
+
+    Returns:
+        The `classes` that it has not seen, the `bias` of `metrics.fit_bias` that is added to
+        their logits, fitted on validation, test accuracy by class without and with it, and
+        `test_accuracy` with it.
+    """
+    classes = [label for label in range(bench.data.num_classes) if label not in seen]
+    if not classes:
+        return {"classes": []}
+    bias = metrics.fit_bias(logits["val"], bench.labels("val"), classes=classes)
+    labels = bench.labels("test")
+    shifted = logits["test"].double()
+    shifted[:, classes] += bias
+    return {
+        "classes": classes,
+        "bias": bias,
+        "class_accuracy": metrics.class_accuracy(logits["test"], labels),
+        "biased_class_accuracy": metrics.class_accuracy(shifted, labels),
+        "test_accuracy": metrics.accuracy(shifted, labels),
     }
 
 

@@ -307,15 +307,25 @@ def label(
     *,
     title: str,
     teachers: Sequence[Row],
+    facts: Row | None = None,
 ) -> None:
     """Let teachers answer every view of every training image that is not stored yet.
 
     The work is split by teacher, view and shard of images; a part that fails is done again alone.
 
+    Args:
+        config: of those who are taught.
+        folder: of the run.
+        executor: does the work.
+        listener: is told of it.
+        title: for people.
+        teachers: `located`.
+        facts: of the data of `config`, where it is other than the run's.
+
     Raises:
         RunError: a part failed again.
     """
-    facts = load_json(folder.path / "data.json")
+    facts = facts or load_json(folder.path / "data.json")
     shards = -(-facts["images"]["train"] // config.targets.shard_size)
     settings = to_tree(config)
     jobs = [

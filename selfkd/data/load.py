@@ -39,6 +39,7 @@ def load_data(
     download: bool = False,
     train_size: int | None = None,
     val_size: int | None = None,
+    classes: Sequence[int] | None = None,
     image_size: int | None = None,
     in_memory: bool | None = None,
     seed: int = 0,
@@ -60,6 +61,8 @@ where there is no val; val is the test split where there is no test |
         download: fetch the data into `root` when it is not there.
         train_size: images to train on, at least one for each class.
         val_size: images to choose by; the same ones whatever `train_size` is.
+        classes: those whose images are trained on, all when not given; validation and test have
+            all, and so have the logits.
         image_size: side in pixels. A set's own by default; for folders and timm's sets the
             shorter side of the first training image, at most 64.
         in_memory: hold all images as uint8 tensors, or decode a folder's or timm set's images
@@ -89,8 +92,9 @@ where there is no val; val is the test split where there is no test |
     if val_size is not None and val_size < 1:
         raise ValueError(f"data.val_size must be at least 1, got {val_size}")
     source = _open(name, root, download, image_size)
-    splits = _split(source, train_size, val_size, seed)
-    _check_classes(splits[0], source.class_names)
+    wanted = _wanted(classes, source.class_names)
+    splits = _split(source, train_size, val_size, wanted, seed)
+    _check_classes(splits[0], source.class_names, wanted)
     train, val, test = (_held(name, split, image_size, in_memory, splits) for split in splits)
     mean, std = source.statistics or _statistics(train)
     size = train.images.shape[-1] if isinstance(train.images, Tensor) else train.images.image_size
@@ -120,8 +124,16 @@ def _open(
     )
 
 
+def _wanted(classes: Sequence[int] | None, class_names: Sequence[str]) -> list[int]:
+    """The classes to train on."""
+    wanted = list(range(len(class_names)) if classes is None else dict.fromkeys(classes))
+    if wrong := [label for label in wanted if not 0 <= label < len(class_names)]:
+        raise ValueError(f"data.classes must be in [0, {len(class_names) - 1}], got {wrong[0]}")
+    return wanted
+
+
 def _split(
-    source: Source, train_size: int | None, val_size: int | None, seed: int
+    source: Source, train_size: int | None, val_size: int | None, wanted: list[int], seed: int
 ) -> tuple[Split, Split, Split]:
     pool, val, test = source.pool, source.val, source.test
     if val is not None and val_size is not None:
@@ -130,12 +142,15 @@ def _split(
                 f"data.val_size must be at most {len(val)}, the images in val, got {val_size}"
             )
         val = val.take(subset(val.labels, val_size, seed=seed))
+    if train_size is None and len(wanted) == len(source.class_names):
+        train_size = source.train_size
     in_train, in_val, in_test = divide(
         pool.labels,
-        train_size=source.train_size if train_size is None else train_size,
+        train_size=train_size,
         val_size=0 if val else source.val_size if val_size is None else val_size,
         test_size=source.test_size,
         num_classes=len(source.class_names),
+        classes=wanted,
         seed=seed,
     )
     return pool.take(in_train), val or pool.take(in_val), test or pool.take(in_test)
@@ -167,9 +182,9 @@ def _held(
     return split
 
 
-def _check_classes(train: Split, class_names: tuple[str, ...]) -> None:
+def _check_classes(train: Split, class_names: tuple[str, ...], wanted: Sequence[int]) -> None:
     counts = train.labels.bincount(minlength=len(class_names)).tolist()
-    absent = [repr(name) for name, count in zip(class_names, counts, strict=True) if not count]
+    absent = [repr(class_names[label]) for label in wanted if not counts[label]]
     if absent:
         raise ValueError(f"every class must have a training image, got none of {', '.join(absent)}")
 

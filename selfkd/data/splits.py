@@ -1,5 +1,7 @@
 """Stratified splits as pure functions of (seed, image position)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ def divide(
     val_size: int,
     test_size: int = 0,
     num_classes: int,
+    classes: Sequence[int] | None = None,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a pool of images into train, val and test, each with the classes in proportion.
@@ -28,6 +31,7 @@ def divide(
         val_size: images to choose by; 0 where they are not part of the pool.
         test_size: images to test on at most, 0 where the test set is not part of the pool.
         num_classes: the training split has at least one image of each, where the pool does.
+        classes: those that train has images of; all when not given.
         seed: any integer.
 
     Returns:
@@ -42,11 +46,12 @@ def divide(
         >>> labels[train].bincount().tolist(), labels[val].bincount().tolist()
         ([2, 2], [3, 3])
     """
-    least = num_classes if train_size is None else train_size
+    wanted = range(num_classes) if classes is None else classes
+    least = len(wanted) if train_size is None else train_size
     room = len(labels) - least - int(test_size > 0)
-    if least < num_classes:
+    if least < len(wanted):
         raise ValueError(
-            f"data.train_size must be at least the number of classes ({num_classes}), got {least}"
+            f"data.train_size must be at least the number of classes ({len(wanted)}), got {least}"
         )
     if room < int(val_size > 0):
         raise ValueError(
@@ -62,6 +67,12 @@ def divide(
     val, rest = _take(labels, everything, val_size, seed, _VAL)
     test_size = min(test_size, len(rest) - least)
     test, rest = _take(labels, rest, test_size, seed, _TEST)
+    rest = rest[torch.isin(labels[rest], torch.tensor(wanted, dtype=labels.dtype))]
+    if train_size is not None and train_size > len(rest):
+        raise ValueError(
+            f"data.train_size must be at most {len(rest)}, the images of data.classes, "
+            f"got {train_size}"
+        )
     train, _ = _take(labels, rest, len(rest) if train_size is None else train_size, seed, _TRAIN)
     return train, val, test
 

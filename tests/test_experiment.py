@@ -1,0 +1,259 @@
+"""Arms side by side, in one process: who teaches whom, what is paired, measured, kept, refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from selfkd.checkpoint import load_tensors
+from selfkd.config import Config, ConfigError, load_config
+from selfkd.data import load_data
+from selfkd.experiment import check_study, experiment, trainings
+from selfkd.files import load_json
+from selfkd.jobs import InProcess, Row
+from selfkd.ledger import RunFolder
+from selfkd.trial import run_job
+
+TINY = [
+    "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
+    "train={epochs: 2, batch_size: 20}",
+    "confirm.seeds=3",
+]
+ARMS = """study={
+  arms: {
+    labels: {},
+    born_again: {teacher: labels, set: {distill.temperature: 4, distill.alpha: 1}},
+    few: {set: {data.train_size: 50, train.epochs: 1}, seeds: 2},
+    one: {seeds: 1, set: {data.jitter: 1, data.views: 2}},
+    of_one: {teacher: one},
+    of_two: {teacher: [labels, born_again], set: {distill.alpha: 0.5}},
+    no_three: {teacher: one, set: {data.classes: [0, 1, 2, 4, 5, 6, 7, 8, 9], distill.alpha: 1}},
+    permuted: {teacher: labels, knowledge: permuted},
+    both: {average: [labels, born_again]},
+  },
+  compare: [
+    {arm: born_again, to: labels},
+    {arm: labels, to: few, towards: both},
+  ]}"""
+
+
+class Ear:
+    """A listener that remembers what was trained and labelled."""
+
+    def __init__(self) -> None:
+        self.trained = 0
+        self.labelled = 0
+
+    def working(self, title: str, parts: int) -> None:
+        pass
+
+    def worked(self, row: Row) -> None:
+        self.labelled += row.get("state") == "written"
+
+    def stage_started(self, title: str, trials: int, done: int) -> None:
+        self.trained += trials - done
+
+    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
+        pass
+
+    def trial_finished(self, trial: Row) -> None:
+        pass
+
+    def noted(self, text: str) -> None:
+        assert "members from elsewhere learnt from other images" in text
+
+    def compressed(self, summary: Row) -> None:
+        pass
+
+
+def study(path: Path, *settings: str) -> tuple[RunFolder, Row, Ear]:
+    config = load_config(settings=[*TINY, *settings])
+    check_study(config)
+    folder = RunFolder.create(path, config, command="study") if not path.exists() else None
+    folder = folder or RunFolder(path)
+    ear = Ear()
+    return folder, experiment(config, folder, InProcess(run_job), ear), ear
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Row, Ear]:
+    return study(tmp_path_factory.mktemp("runs") / "whole", ARMS)
+
+
+def trials(folder: RunFolder, arm: str) -> list[Row]:
+    return [load_json(path) for path in sorted((folder.path / "arms" / arm).glob("*/result.json"))]
+
+
+def arm(summary: Row, name: str) -> Row:
+    row: Row = next(row for row in summary["arms"] if row["name"] == name)
+    return row
+
+
+def test_arms_share_their_seeds_and_each_is_taught_by_that_of_its_own(
+    whole: tuple[RunFolder, Row, Ear],
+) -> None:
+    folder, _, _ = whole
+    labels, born_again = trials(folder, "labels"), trials(folder, "born_again")
+    assert len(labels) == len({row["seed"] for row in labels}) == 3
+    assert [row["seed"] for row in born_again] == [row["seed"] for row in labels]
+    assert [row["teachers"] for row in born_again] == [[row["hash"]] for row in labels]
+    of_two = [row["teachers"] for row in trials(folder, "of_two")]
+    assert of_two == [[a["hash"], b["hash"]] for a, b in zip(labels, born_again, strict=True)]
+    (one,) = trials(folder, "one")
+    assert [row["teachers"] for row in trials(folder, "of_one")] == [[one["hash"]]] * 3
+    assert [row["seed"] for row in trials(folder, "few")] == [row["seed"] for row in labels[:2]]
+
+
+def test_an_arm_is_trained_as_it_says(whole: tuple[RunFolder, Row, Ear]) -> None:
+    folder, _, ear = whole
+    assert [len(row["history"]) for row in trials(folder, "few")] == [1, 1]
+    assert "soft_loss" in trials(folder, "born_again")[0]["history"][0]
+    assert "soft_loss" not in trials(folder, "labels")[0]["history"][0]
+    assert ear.trained == trainings(load_config(settings=[*TINY, ARMS])) == 21
+    # one shard each: three of labels and of born_again, one of one, and one for no_three's images
+    assert ear.labelled == 8
+
+
+def test_accuracies_are_those_of_the_saved_predictions(whole: tuple[RunFolder, Row, Ear]) -> None:
+    folder, summary, _ = whole
+    labels = load_data("digits").test.labels
+    runs = arm(summary, "labels")["runs"]
+    for number, row in enumerate(runs):
+        logits, _ = load_tensors(
+            folder.path / "arms" / "labels" / f"trial_{number:03d}" / "predictions.safetensors"
+        )
+        wrong = int((logits["test"].argmax(dim=1) != labels).sum())
+        assert row["errors"] == wrong
+        assert row["test_accuracy"] == pytest.approx(1 - wrong / len(labels), abs=1e-6)
+    values = [row["errors"] for row in runs]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    mean = arm(summary, "labels")["errors"]
+    assert (mean["value"], mean["low"], mean["high"]) == pytest.approx((np.mean(values), low, high))
+
+
+def test_an_average_is_the_ensemble_of_the_arms_seed_by_seed(
+    whole: tuple[RunFolder, Row, Ear],
+) -> None:
+    folder, summary, _ = whole
+    labels = load_data("digits").test.labels
+    for number, row in enumerate(arm(summary, "both")["runs"]):
+        files = [
+            folder.path / "arms" / name / f"trial_{number:03d}" / "predictions.safetensors"
+            for name in ("labels", "born_again")
+        ]
+        mean = sum(load_tensors(file)[0]["test"].softmax(dim=1) for file in files)
+        assert isinstance(mean, torch.Tensor)
+        assert row["errors"] == int((mean.argmax(dim=1) != labels).sum())
+
+
+def test_differences_are_paired_by_seed(whole: tuple[RunFolder, Row, Ear]) -> None:
+    _, summary, _ = whole
+    first, second = summary["contrasts"]
+    values, others = (
+        [row["test_accuracy"] for row in arm(summary, name)["runs"]]
+        for name in ("born_again", "labels")
+    )
+    interval = stats.ttest_rel(values, others).confidence_interval(0.95)
+    found = first["difference"]
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    assert "3 paired seeds" in first["verdict"]
+    few, labels, both = (
+        np.mean([row["test_accuracy"] for row in arm(summary, name)["runs"][:2]])
+        for name in ("few", "labels", "both")
+    )
+    assert "2 paired seeds" in second["verdict"]
+    assert second["share"]["value"] == pytest.approx((labels - few) / (both - few))
+
+
+def test_a_class_that_was_not_seen_gets_one_bias_from_validation(
+    whole: tuple[RunFolder, Row, Ear],
+) -> None:
+    folder, summary, _ = whole
+    data = load_data("digits")
+    assert not (load_data("digits", classes=[0, 1]).train.labels > 1).any()
+    for number, row in enumerate(arm(summary, "no_three")["runs"]):
+        path = folder.path / "arms" / "no_three" / f"trial_{number:03d}" / "predictions.safetensors"
+        logits, _ = load_tensors(path)
+        unseen = row["unseen"]
+        assert unseen["classes"] == [3]
+        assert unseen["bias"] > 0
+        assert unseen["class_accuracy"][3] < unseen["biased_class_accuracy"][3]
+
+        def wrong(split: str, bias: float, logits: dict[str, torch.Tensor] = logits) -> int:
+            shifted = logits[split].double()
+            shifted[:, 3] += bias
+            return int((shifted.argmax(dim=1) != getattr(data, split).labels).sum())
+
+        assert unseen["errors"] == wrong("test", unseen["bias"])
+        found = wrong("val", unseen["bias"])
+        assert found == min(wrong("val", bias) for bias in np.linspace(-20, 20, 2001))
+    assert "unseen" not in arm(summary, "labels")["runs"][0]
+
+
+def test_a_second_start_trains_and_tests_nothing_again(
+    whole: tuple[RunFolder, Row, Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, summary, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("score.json")}
+    _, again, ear = study(folder.path, ARMS)
+    assert ear.trained == ear.labelled == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("score.json")} == before
+    assert again == summary
+
+
+def test_members_of_another_run_teach(whole: tuple[RunFolder, Row, Ear], tmp_path: Path) -> None:
+    folder, _, _ = whole
+    student = folder.path / "arms" / "labels" / "trial_000" / "student.safetensors"
+    member = {"path": str(student), "model": "selfkd_mlp", "args": {"width": 16, "depth": 1}}
+    _, summary, _ = study(
+        tmp_path / "run",
+        f"members.checkpoints=[{member}]",
+        "study={arms: {labels: {}, taught: {teacher: members}}, "
+        "compare: [{arm: taught, to: labels, towards: members}]}",
+    )
+    assert summary["members"]["count"] == 1
+    assert summary["contrasts"][0]["share"] is not None or summary["members"]["errors"]
+    assert len(arm(summary, "taught")["runs"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("study={arms: {}}", "study.arms must have at least one arm"),
+        ("study={arms: {a: {teacher: b}, b: {}}}", "stand before it (members), got 'b'"),
+        ("study={arms: {a: {teacher: members}}}", "members must be given, by --from RUN"),
+        (
+            "study={arms: {a: {seeds: 2}, b: {teacher: a}}}",
+            "a must have 1 seed or at least as many",
+        ),
+        ("study={arms: {a: {}, b: {average: [a], set: {train.lr: 1}}}}", "must have average alone"),
+        ("study={arms: {a: {knowledge: permuted}}}", "must be given with knowledge permuted"),
+        ("study={arms: {a: {}, b: {teacher: a, knowledge: virtual}}}", "must not be given"),
+        ("study={arms: {a: {set: {data.name: mnist}}}}", "got data.name"),
+        ("study={arms: {a: {set: {search.trials: 2}}}}", "got search.trials"),
+        ("study={arms: {a: {set: {train.epochs: 0}}}}", "study.arms.a.set: train.epochs: must be"),
+        ("study={arms: {a/b: {}}}", "a name must be of letters"),
+        ("study={arms: {members: {}}}", "and not members"),
+        ("study={arms: {a: {}}, compare: [{arm: a, to: c}]}", "must name arms (a), got 'c'"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: str, message: str) -> None:
+    config: Config = load_config(settings=[*TINY, settings])
+    with pytest.raises(ConfigError) as caught:
+        check_study(config)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_key_of_an_arm_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"study\.arms\.a\.colour: unknown key"):
+        load_config(settings=["study={arms: {a: {colour: red}}}"])
+
+
+def test_a_class_that_the_data_lacks_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"study\.arms\.a: data\.classes must be in \[0, 9\]"):
+        study(tmp_path / "run", "study={arms: {a: {set: {data.classes: [0, 10]}}}}")

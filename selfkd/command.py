@@ -52,6 +52,7 @@ class Command:
         stem: of a run's name where the user gives none; the data's name when not given.
         again: what of the command line must be given again to continue.
         most: trials that are run at a time, if there is room.
+        reports: whether its runs have a report.html.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Command:
     most: Callable[[Config], int] = lambda config: max(
         config.search.trials, config.members.trained()
     )
+    reports: bool = True
 
     def main(self, arguments: argparse.Namespace, flags: dict[str, Any]) -> int:
         """Run the command; return its exit code.
@@ -209,8 +211,10 @@ class Command:
                     workers=resources.workers,
                 ) as pool:
                     try:
-                        self.work(config, folder, pool, follower, everyone(reporter, tracker))
-                        reporter.finish()
+                        listeners = [reporter, tracker] if self.reports else [tracker]
+                        self.work(config, folder, pool, follower, everyone(*listeners))
+                        if self.reports:
+                            reporter.finish()
                     except KeyboardInterrupt:
                         # first of all: a Ray job that is stopped is killed after three seconds
                         self._say_stopped(folder)
@@ -222,7 +226,8 @@ class Command:
             tracker.close()
             folder.bring("wandb")
         cost = _cost(time.perf_counter() - start, follower.train_seconds, workers)
-        return [*follower.notes, cost, tracker.description, f"report:  {folder.path / REPORT}"]
+        where_to_look = [f"report:  {folder.path / REPORT}"] if self.reports else []
+        return [*follower.notes, cost, tracker.description, *where_to_look]
 
 
 class _Stopped(KeyboardInterrupt):

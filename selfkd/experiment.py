@@ -13,7 +13,7 @@ from pathlib import Path
 
 from selfkd.arms import confirm_seeds
 from selfkd.compression import CompressionListener, find_members, measure_models, teach
-from selfkd.config import ArmConfig, Config, ConfigError, ContrastConfig, to_tree
+from selfkd.config import ArmConfig, Config, ConfigError, ContrastConfig, DataConfig, to_tree
 from selfkd.files import load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
@@ -184,16 +184,24 @@ class _Experiment:
     ) -> dict[str, list[Row]]:
         """Train arms side by side; return the completed trials of each, in order of the seeds."""
         config, stages, teachers = self.config, [], dict[str, list[list[Row]]]()
+        labelled = set[tuple[str, DataConfig]]()
         for name in names:
             arm = config.study.arms[name]
             seeds = confirm_seeds(config, _seeds(config, arm))
             teachers[name] = [
                 self._teachers(arm, number, done, members) for number in range(len(seeds))
             ]
-            asked = {row["hash"]: row for each in teachers[name] for row in each}
-            if asked and not self._own(arm).distill.live:
+            own = self._own(arm)
+            asked = {
+                row["hash"]: row
+                for each in teachers[name]
+                for row in each
+                if (row["hash"], own.data) not in labelled
+            }
+            if asked and not own.distill.live:
+                labelled |= {(mark, own.data) for mark in asked}
                 label(
-                    self._own(arm),
+                    own,
                     self.folder,
                     self.executor,
                     self.listener,

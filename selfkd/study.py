@@ -131,6 +131,7 @@ _COMMAND = Command(
     work=_work,
     tell=_tell,
     most=trainings,
+    reports=False,
 )
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -743,3 +744,35 @@ def test_real_mnist():
     pixels = data.train.images.double() / 255
     assert data.mean[0] == pytest.approx(pixels.mean().item(), abs=1e-3)
     assert data.std[0] == pytest.approx(pixels.std().item(), abs=1e-3)
+
+
+def test_training_images_can_be_of_some_classes_alone() -> None:
+    whole, some = load_data("digits"), load_data("digits", classes=[7, 3])
+    assert set(some.train.labels.tolist()) == {3, 7}
+    assert torch.equal(some.val.images, whole.val.images)
+    assert torch.equal(some.test.labels, whole.test.labels)
+    assert some.num_classes == 10
+    assert some.fingerprint != whole.fingerprint
+    kept = torch.isin(whole.train.labels, torch.tensor([3, 7]))
+    assert torch.equal(some.train.images, whole.train.images[kept])
+
+
+def test_a_part_of_some_classes_is_nested_and_in_proportion() -> None:
+    small, large = (load_data("digits", classes=[1, 2, 3], train_size=n).train for n in (9, 30))
+    assert small.labels.bincount().tolist() == [0, 3, 3, 3]
+    inside = {image.numpy().tobytes() for image in large.images}
+    assert {image.numpy().tobytes() for image in small.images} <= inside
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": [10]}, r"data.classes must be in \[0, 9\], got 10"),
+        ({"classes": [-1]}, r"data.classes must be in \[0, 9\], got -1"),
+        ({"classes": [1, 2], "train_size": 1}, r"at least the number of classes \(2\), got 1"),
+        ({"classes": [1], "train_size": 400}, "at most .* the images of data.classes, got 400"),
+    ],
+)
+def test_classes_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_data("digits", **settings)

@@ -16,6 +16,7 @@ from selfkd.metrics import (
     confusions,
     ece,
     ensemble_logits,
+    fit_bias,
     fit_temperature,
     mean_kl,
     nll,
@@ -228,3 +229,32 @@ def test_mean_kl_is_scipys():
     assert mean_kl(one, one) == pytest.approx(0, abs=1e-12)
     assert mean_kl(one, two) != pytest.approx(mean_kl(two, one), rel=1e-3)
     assert math.isfinite(mean_kl(1e4 * one, 1e4 * two))
+
+
+@pytest.mark.parametrize("classes", [[3], [0, 1, 2, 4], [2, 4]])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bias_of_some_classes_leaves_the_fewest_errors(classes: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(60, 5, generator=generator) * 3
+    labels = torch.randint(5, (60,), generator=generator)
+
+    def wrong(bias: float) -> int:
+        shifted = logits.double()
+        shifted[:, classes] += bias
+        return int((shifted.argmax(dim=1) != labels).sum())
+
+    found = fit_bias(logits, labels, classes=classes)
+    assert wrong(found) == min(wrong(float(bias)) for bias in np.linspace(-25, 25, 20_001))
+    assert wrong(found - 1e-9) == wrong(found + 1e-9) == wrong(found)  # it lies on no threshold
+
+
+def test_the_bias_of_a_class_that_is_never_right_is_finite() -> None:
+    logits = torch.tensor([[5.0, 0.0], [4.0, 0.0]])
+    assert fit_bias(logits, torch.tensor([0, 0]), classes=[1]) < 4
+    assert fit_bias(logits, torch.tensor([1, 1]), classes=[1]) > 5
+
+
+@pytest.mark.parametrize("classes", [[], [0, 1]])
+def test_a_bias_is_of_some_classes(classes: list[int]) -> None:
+    with pytest.raises(ValueError, match="some of all 2"):
+        fit_bias(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), classes=classes)

@@ -148,6 +148,13 @@ def read_run(path: Path) -> Run:
     """
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {path}")
+    command = path / "command"
+    started = command.read_text().strip() if command.is_file() else "generations"
+    if started not in ("generations", "ensemble"):
+        raise ConfigError(
+            f"RUN must be of selfkd.generations or selfkd.ensemble, got {path}, of "
+            f"selfkd.{started}, which prints its table by --resume {path}"
+        )
     run = _Reader(path.absolute()).run()
     if not run.generations and not run.stages:
         damaged = "".join(f"\n  {problem}" for problem in run.problems)

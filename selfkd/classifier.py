@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from selfkd.bench import Bench
 from selfkd.checkpoint import load_tensors
 from selfkd.config import TrainConfig, to_tree
 from selfkd.data import Data
-from selfkd.distiller import Distiller
+from selfkd.distiller import Distiller, Loss
 from selfkd.jobs import Row
-from selfkd.knowledge import Knowledge, PermutedTargets, VirtualTargets
+from selfkd.knowledge import ConfidenceWeighted, Knowledge, PermutedTargets, VirtualTargets
 from selfkd.loop import Trial
 from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.storage import as_path
@@ -71,7 +70,7 @@ def train_classifier(
     rows = fit(
         training,
         data,
-        _distiller(bench, trial.teachers, trial.targets, knowledge, trial.seed),
+        _distiller(bench, trial, knowledge),
         epochs=epochs,
         batch_size=options.batch_size,
         views=bench.views,
@@ -155,14 +154,9 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
     return special, shift
 
 
-def _distiller(
-    bench: Bench,
-    teachers: Sequence[Mapping[str, Any]],
-    targets: Path,
-    knowledge: Knowledge,
-    seed: int,
-) -> Distiller:
+def _distiller(bench: Bench, trial: Trial, knowledge: Knowledge) -> Loss:
     distill, smoothing = bench.config.distill, bench.config.train.label_smoothing
+    teachers = trial.teachers
     if knowledge == "virtual":
         return Distiller(
             targets=VirtualTargets(bench.labels("train"), classes=bench.data.num_classes),
@@ -181,11 +175,19 @@ def _distiller(
         teacher = Ensemble([bench.teacher(member["checkpoint"]) for member in teachers])
     else:
         stored = open_store(
-            targets,
+            trial.targets,
             [member["hash"] for member in teachers],
             data=bench.data_key,
             average=distill.average,
             weights=weights,
+        )
+    if knowledge == "confidence" and stored is not None:
+        return ConfidenceWeighted(
+            stored,
+            average=distill.average,
+            weights=None if averaged else weights,
+            label_smoothing=smoothing,
+            mean=trial.ranks.mean,
         )
     if knowledge == "permuted" and stored is not None:
         permuted = PermutedTargets(
@@ -193,7 +195,7 @@ def _distiller(
             temperature=distill.temperature,
             average=distill.average,
             weights=None if averaged else weights,
-            seed=seed,
+            seed=trial.seed,
         )
         return Distiller(
             targets=permuted,

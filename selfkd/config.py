@@ -188,7 +188,7 @@ class MembersConfig:
         return self.count or len(self.models) or (0 if given else 5)
 
 
-Control = Literal["seeds", "label_smoothing", "dkpp", "teacher_free"]
+Control = Literal["seeds", "label_smoothing", "dkpp", "cwtm", "teacher_free"]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -348,7 +348,8 @@ class Config:
     """How the result is believed."""
     controls: list[Control] = Field(default_factory=list)
     """`selfkd.generations`: what else could have made the gain, at equal cost: an ensemble of
-    seeds, label smoothing, dkpp (the teacher's doubts in random order), teacher_free."""
+    seeds, label smoothing, dkpp (the teacher's doubts in random order), cwtm (labels, weighted by
+    how sure the teacher is), teacher_free."""
     capacity: CapacityConfig = Field(default_factory=CapacityConfig)
     """`selfkd.capacity`: which students."""
     study: StudyConfig = Field(default_factory=StudyConfig)
@@ -682,12 +683,14 @@ def _trust_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if config.controls and not config.most_rounds:
         where = _located("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which stand beside generation 1, got 0"
-    if "dkpp" in config.controls and (config.distill.live or config.targets.top_k is not None):
+    if config.distill.live or config.targets.top_k is not None:
         where = _located("controls", sources)
-        yield (
-            f"{where}: dkpp permutes the teacher's stored answers, all of each: leave out "
-            "distill.live and targets.top_k, or dkpp"
-        )
+        for name in ("dkpp", "cwtm"):
+            if name in config.controls:
+                yield (
+                    f"{where}: {name} needs the teacher's stored answers, all of each: leave out "
+                    f"distill.live and targets.top_k, or {name}"
+                )
 
 
 def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:

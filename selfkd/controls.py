@@ -42,10 +42,12 @@ TITLES: dict[Control, str] = {
     "seeds": "ensemble of seeds",
     "label_smoothing": "label smoothing",
     "dkpp": "permuted knowledge",
+    "cwtm": "confidence weights",
     "teacher_free": "teacher-free",
 }
 SMOOTHING = {"uniform": [0.0, 0.5]}
-KNOWLEDGE = {"dkpp": "permuted", "teacher_free": "virtual"}
+KNOWLEDGE = {"dkpp": "permuted", "cwtm": "confidence", "teacher_free": "virtual"}
+TAUGHT: tuple[Control, ...] = ("dkpp", "cwtm")  # by the teacher of generation 1
 
 
 def run_controls(
@@ -112,7 +114,7 @@ def _search(
     results: Sequence[Row],
 ) -> tuple[Row, Arm]:
     """Return the best trial of a control, and how it is trained again."""
-    teachers = located(folder, results[1]["teachers"]) if name == "dkpp" else []
+    teachers = located(folder, results[1]["teachers"]) if name in TAUGHT else []
     if teachers:  # they are there, unless somebody has removed them
         title = f"{TITLES[name]}: the answers of generation 0"
         label(config, folder, executor, listener, title=title, teachers=teachers)
@@ -151,9 +153,10 @@ def _search(
 
 
 def _space(config: Config, name: Control) -> dict[str, Distribution]:
-    if name != "label_smoothing":
-        return config.space(taught=True)
-    return {"train.label_smoothing": Distribution.parse(SMOOTHING), **config.space(taught=False)}
+    if name == "label_smoothing":
+        smoothing = Distribution.parse(SMOOTHING)
+        return {"train.label_smoothing": smoothing, **config.space(taught=False)}
+    return config.space(taught=name != "cwtm")  # whose loss has neither T nor alpha
 
 
 def _row(

@@ -22,6 +22,21 @@ class StoredLogits(Protocol):
         """Return `[batch, classes]` or `[members, batch, classes]` for images `[batch]`."""
 
 
+class Loss(Protocol):
+    """What a training loop asks of a `Distiller`."""
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        labels: Tensor,
+        *,
+        inputs: Any = None,
+        index: Tensor | None = None,
+        view: int = 0,
+    ) -> dict[str, Tensor]:
+        """Return the terms of a batch's loss by name; `loss` has the graph."""
+
+
 class Distiller:
     """Loss terms for a training loop: of a live teacher, of stored soft targets, or of labels only.
 

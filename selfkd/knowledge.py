@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from selfkd.losses.logits import permute_nontarget, teacher_free_logits
+from selfkd.losses.distillation import hard_loss
+from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, teacher_free_logits
 from selfkd.losses.sparse import SparseLogits
 from selfkd.metrics import ensemble_logits
 
-Knowledge = Literal["whole", "permuted", "virtual"]
-"""Of a teacher: all of it, its doubts in random order, or that of a virtual teacher."""
+Knowledge = Literal["whole", "permuted", "confidence", "virtual"]
+"""Of a teacher: all of it, its doubts in random order, how sure it is, or that of a virtual one."""
 CONFIDENCE = 0.9  # of a virtual teacher, as Yuan et al. have it at least
 
 
@@ -61,19 +62,90 @@ class PermutedTargets:
         Raises:
             ValueError: only the largest logits are stored.
         """
-        logits = self._targets(index, view)
-        if isinstance(logits, SparseLogits):
-            raise ValueError("targets must hold all logits to be permuted, got the largest only")
-        if logits.ndim == 3:
-            softened = logits.float() / self._temperature
-            mean = ensemble_logits(softened, average=self._average, weights=self._weights)
-            logits = mean * self._temperature
+        logits = _of_one_teacher(
+            self._targets(index, view),
+            temperature=self._temperature,
+            average=self._average,
+            weights=self._weights,
+        )
         # 32 bits: torch's generator on the CPU takes no more of a seed
         mark = zlib.crc32(
             index.cpu().numpy().tobytes(), zlib.crc32(f"{self._seed}/{view}".encode())
         )
         generator = torch.Generator(logits.device).manual_seed(mark)
         return permute_nontarget(logits, generator=generator)
+
+
+class ConfidenceWeighted:
+    """A loss of labels in which images count as much as the teacher is sure of them: CWTM.
+
+        mean_i w_i CE(y_i, p_s_i)       w_i = max_k p_t_ik / mean_j max_k p_t_jk
+
+    with means over the batch. It takes the place of a `Distiller` in a training loop.
+
+    Args:
+        targets: stored logits of one teacher, or of the members of an ensemble.
+        average: of the members' `probabilities` or `logits`.
+        weights: of the members in that average.
+        label_smoothing: share of the labels' mass spread over all classes, in [0, 1].
+        mean: over j; where processes share a batch, one over all of it.
+
+    Reference:
+        Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
+
+    >>> stored = torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log()
+    >>> loss = ConfidenceWeighted(lambda index, view: stored[index])
+    >>> logits, labels = torch.tensor([[0.0, 0.0], [0.0, 50.0]]), torch.tensor([0, 1])
+    >>> loss(logits, labels, index=torch.tensor([0, 1]))
+    {'loss': tensor(0.4159), 'hard_loss': tensor(0.3466)}
+    """
+
+    def __init__(
+        self,
+        targets: Callable[[Tensor, int], Tensor | SparseLogits],
+        *,
+        average: Literal["probabilities", "logits"] = "probabilities",
+        weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        mean: Callable[[Tensor], Tensor] = torch.mean,
+    ) -> None:
+        self._targets = targets
+        self._average = average
+        self._weights = weights
+        self._label_smoothing = label_smoothing
+        self._mean = mean
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        labels: Tensor,
+        *,
+        inputs: Any = None,
+        index: Tensor | None = None,
+        view: int = 0,
+    ) -> dict[str, Tensor]:
+        """Return `loss`, with the graph, and `hard_loss`, the same with all weights 1.
+
+        Raises:
+            ValueError: no `index`, only the largest logits are stored, or as `hard_loss`.
+        """
+        if index is None:
+            raise ValueError("index must be given where targets are stored, got None")
+        teacher_logits = _of_one_teacher(
+            self._targets(index, view),
+            temperature=1.0,
+            average=self._average,
+            weights=self._weights,
+        )
+        loss = confidence_weighted_loss(
+            student_logits,
+            teacher_logits.to(student_logits.device),
+            labels,
+            label_smoothing=self._label_smoothing,
+            mean=self._mean,
+        )
+        hard = hard_loss(student_logits.detach(), labels, label_smoothing=self._label_smoothing)
+        return {"loss": loss, "hard_loss": hard}
 
 
 class VirtualTargets:
@@ -102,3 +174,23 @@ class VirtualTargets:
         """Return log-probabilities `[batch, classes]` of images; all views have the same."""
         labels = self._labels[index.to(self._labels.device)]
         return teacher_free_logits(labels, classes=self._classes, confidence=self._confidence)
+
+
+def _of_one_teacher(
+    logits: Tensor | SparseLogits,
+    *,
+    temperature: float,
+    average: Literal["probabilities", "logits"],
+    weights: Sequence[float] | None,
+) -> Tensor:
+    """Return logits `[batch, classes]`; of members those of their average at a temperature.
+
+    Raises:
+        ValueError: only the largest logits are stored.
+    """
+    if isinstance(logits, SparseLogits):
+        raise ValueError("targets must hold all logits of the teacher, got the largest only")
+    if logits.ndim == 2:
+        return logits
+    softened = logits.float() / temperature
+    return ensemble_logits(softened, average=average, weights=weights) * temperature

@@ -71,6 +71,12 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of `[share]` values over all ranks."""
+        total, count = self.sum(torch.stack([values.sum(), values.new_tensor(len(values))]))
+        mean: Tensor = total / count
+        return mean
+
     def gather(self, part: Tensor, count: int, *, device: str) -> Tensor:
         """Return all `count` rows, of which this rank has its share; on the CPU.
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from selfkd import metrics
 from selfkd.data import Data
-from selfkd.distiller import Distiller
+from selfkd.distiller import Loss
 from selfkd.ranks import Ranks
 from selfkd.teacher import Teacher
 from selfkd.views import Views
@@ -158,7 +158,7 @@ class Training:
 def fit(
     training: Training,
     data: Data,
-    distiller: Distiller,
+    distiller: Loss,
     *,
     epochs: int,
     batch_size: int,

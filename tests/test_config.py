@@ -614,8 +614,13 @@ def test_settings_that_contradict_each_other(setting, line):
         ),
         (
             ["controls=[seeds, dkpp]", "distill.live=true"],
-            "--set: controls: dkpp permutes the teacher's stored answers, all of each: leave out "
+            "--set: controls: dkpp needs the teacher's stored answers, all of each: leave out "
             "distill.live and targets.top_k, or dkpp",
+        ),
+        (
+            ["controls=[cwtm]", "targets.top_k=3"],
+            "--set: controls: cwtm needs the teacher's stored answers, all of each: leave out "
+            "distill.live and targets.top_k, or cwtm",
         ),
     ],
 )

@@ -29,7 +29,7 @@ TINY = [
     "rounds=1",
     "confirm.seeds=3",
 ]
-ALL = "controls=[seeds, label_smoothing, dkpp, teacher_free]"
+ALL = "controls=[seeds, label_smoothing, dkpp, cwtm, teacher_free]"
 
 
 class Ear:
@@ -85,14 +85,14 @@ def control(summary: Row, name: str) -> Row:
     return row
 
 
-@pytest.mark.parametrize("name", ["label_smoothing", "dkpp", "teacher_free"])
+@pytest.mark.parametrize("name", ["label_smoothing", "dkpp", "cwtm", "teacher_free"])
 def test_each_arm_has_as_many_trials_and_the_same_seeds(done: Any, name: str) -> None:
     config, _, summary, count, ear = done
     searched, confirmed = count.trained(f"control_{name}"), count.trained(f"control_{name}_confirm")
     assert len(searched) == len(count.trained("generation-1")) == 3
     assert [job["seed"] for job in confirmed] == confirm_seeds(config)
     assert [job["seed"] for job in count.trained("confirm-1")] == confirm_seeds(config)
-    assert ("controls on the same fresh seeds", 9, 0) in ear.stages
+    assert ("controls on the same fresh seeds", 12, 0) in ear.stages
     row = control(summary, name)
     born_again = summary["generations"][1]["confirmation"]["test_accuracy"]
     first = summary["generations"][0]["confirmation"]["test_accuracy"]
@@ -129,6 +129,16 @@ def test_permuted_knowledge_has_the_teacher_of_generation_1(done: Any) -> None:
     assert len({job["config"]["distill"]["temperature"] for job in jobs[:3]}) == 3
 
 
+def test_confidence_weights_have_that_teacher_and_search_neither_t_nor_alpha(done: Any) -> None:
+    config, _, summary, count, _ = done
+    jobs = [*count.trained("control_cwtm"), *count.trained("control_cwtm_confirm")]
+    assert {job["knowledge"] for job in jobs} == {"confidence"}
+    (first, *_) = count.trained("generation-1")
+    assert all(job["teachers"] == first["teachers"] for job in jobs)
+    assert all(job["config"] == to_tree(config) for job in jobs)
+    assert control(summary, "cwtm")["point"] == {}
+
+
 def test_teacher_free_has_no_teacher(done: Any) -> None:
     _, _, _, count, _ = done
     jobs = [*count.trained("control_teacher_free"), *count.trained("control_teacher_free_confirm")]
@@ -141,13 +151,13 @@ def test_controls_learn_something_else_than_generation_1(done: Any) -> None:
     _, folder, _, count, _ = done
     (job, *_) = count.trained("generation-1")
     losses = {}
-    for knowledge in ("whole", "permuted", "virtual"):
+    for knowledge in ("whole", "confidence", "virtual", "permuted"):
         student = str(folder.path / "other" / knowledge / "student.safetensors")
         rows = list(run_job("train", {**job, "knowledge": knowledge, "student": student}))
-        losses[knowledge] = [row["soft_loss"] for row in rows]
-    assert losses["whole"] != losses["permuted"] != losses["virtual"]
+        losses[knowledge] = [row["loss"] for row in rows]
+    assert len(set(map(tuple, losses.values()))) == 4
     again = list(run_job("train", {**job, "knowledge": "permuted", "student": student}))
-    assert [row["soft_loss"] for row in again] == losses["permuted"]
+    assert [row["loss"] for row in again] == losses["permuted"]
 
 
 def test_the_ensemble_of_seeds_is_as_large_as_that_of_generations(done: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from torch import Tensor
 
 from selfkd.distiller import Distiller
-from selfkd.knowledge import PermutedTargets, VirtualTargets
+from selfkd.knowledge import ConfidenceWeighted, PermutedTargets, VirtualTargets
 from selfkd.losses.sparse import SparseLogits, sparsify
 
 LOGITS = 3 * torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
@@ -71,8 +72,52 @@ def test_the_largest_logits_alone_cannot_be_permuted() -> None:
     def sparse(index: Tensor, view: int) -> SparseLogits:
         return sparsify(LOGITS[index], 3)
 
-    with pytest.raises(ValueError, match="targets must hold all logits to be permuted"):
+    with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):
         PermutedTargets(sparse, temperature=1.0, seed=0)(INDEX, 0)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_labels_weigh_as_much_as_the_teacher_is_sure(members: int, smoothing: float) -> None:
+    every = torch.stack([LOGITS.half(), LOGITS.flip(1).half() * 2])[:members]
+    weights = [0.75, 0.25] if members == 2 else None
+    loss = ConfidenceWeighted(
+        lambda index, view: every[:, index] if members == 2 else every[0, index],
+        weights=weights,
+        label_smoothing=smoothing,
+    )
+    student = LOGITS[INDEX + 1].double().requires_grad_()
+    terms = loss(student, INDEX % 10, index=INDEX, view=3)
+    terms["loss"].backward()
+
+    p_t = softmax(every[:, INDEX].double().numpy(), axis=2)
+    confidence = np.average(p_t, axis=0, weights=weights).max(1)
+    w = confidence / confidence.mean()
+    q = (1 - smoothing) * np.eye(10)[INDEX % 10] + smoothing / 10
+    losses = -(q * log_softmax(student.detach().numpy(), axis=1)).sum(1)
+    assert terms["loss"].item() == pytest.approx((w * losses).mean(), rel=1e-6)
+    assert terms["hard_loss"].item() == pytest.approx(losses.mean(), rel=1e-12)
+    gradient = w[:, None] * (softmax(student.detach().numpy(), axis=1) - q) / len(w)
+    assert student.grad is not None
+    assert student.grad.numpy() == pytest.approx(gradient, rel=1e-5, abs=1e-8)
+    assert not terms["hard_loss"].requires_grad
+
+
+def test_a_teacher_that_is_as_sure_of_all_leaves_the_labels_alone() -> None:
+    loss = ConfidenceWeighted(lambda index, view: torch.eye(10)[index % 10] * 5)
+    terms = loss(LOGITS[INDEX], INDEX % 10, index=INDEX)
+    assert terms["loss"].item() == pytest.approx(terms["hard_loss"].item(), rel=1e-6)
+
+
+def test_confidence_needs_images_and_all_logits() -> None:
+    logits, labels = LOGITS[INDEX], INDEX % 10
+    with pytest.raises(ValueError, match="index must be given where targets are stored, got None"):
+        ConfidenceWeighted(stored)(logits, labels)
+    sparse = ConfidenceWeighted(lambda index, view: sparsify(LOGITS[index], 3))
+    with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):
+        sparse(logits, labels, index=INDEX)
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], got 2"):
+        ConfidenceWeighted(stored, label_smoothing=2)(logits, labels, index=INDEX)
 
 
 def test_a_virtual_teacher_knows_the_labels_and_nothing_else() -> None:

@@ -31,6 +31,7 @@ CASES = {
     "clipped": (*PLAIN, "train.clip_grad=0.5", "train.ema=0.9", "train.warmup_epochs=1"),
     "views": (*PLAIN, "data.jitter=1", "data.views=2", "train.optimizer=adamw", "train.lr=0.01"),
 }
+SURE = {"knowledge": "confidence"}
 DROPOUT = (*PLAIN, "model.args={width: 12, depth: 1, drop_rate: 0.4}", "train.ema=0.9")
 NORM = (*PLAIN, "model={name: selfkd_cnn, args: {width: 4}}", "train.ema=0.9")
 
@@ -60,6 +61,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[R
         for name, settings in CASES.items()
     }
     jobs["taught"] = {"payload": payload(root / "taught", *PLAIN, **teacher), "stop": None}
+    sure = payload(root / "weighted", *PLAIN, **teacher, **SURE)
+    jobs["weighted"] = {"payload": sure, "stop": None}
     for name, settings in (("dropout", DROPOUT), ("norm", NORM)):
         whole = payload(root / name, *settings)
         part = payload(root / f"{name} again", *settings)
@@ -91,12 +94,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_tensors(folder / "student.safetensors")[0]
 
 
-@pytest.mark.parametrize("name", [*CASES, "taught"])
+@pytest.mark.parametrize("name", [*CASES, "taught", "weighted"])
 def test_three_train_as_one(
     together: dict[str, tuple[list[Row], Path]], tmp_path: Path, name: str
 ) -> None:
     rows, folder = together[name]
-    more = {} if name != "taught" else _same_teacher(folder)
+    more = {} if name in CASES else _same_teacher(folder)
+    more |= SURE if name == "weighted" else {}
     settings = CASES.get(name, PLAIN)
     alone = list(run_job("train", payload(tmp_path, *settings, **more)))
     assert len(rows) == len(alone)

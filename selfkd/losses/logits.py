@@ -8,6 +8,7 @@ the mean of the members' probabilities instead, give `T soft_targets(...).log()`
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -356,13 +357,16 @@ def hard_teacher_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.cross_entropy(student, teacher.argmax(dim=-1))
 
 
-def confidence_weights(teacher_logits: Tensor) -> Tensor:
+def confidence_weights(
+    teacher_logits: Tensor, *, mean: Callable[[Tensor], Tensor] = torch.mean
+) -> Tensor:
     """How sure the teacher is of each row, against the batch.
 
         w_i = max_k p_t_ik / mean_j max_k p_t_jk
 
     Args:
         teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        mean: over j; where processes share a batch, one over all of it.
 
     Returns:
         Weights `[batch]` of mean 1, float32 or wider, without a graph.
@@ -378,11 +382,16 @@ def confidence_weights(teacher_logits: Tensor) -> Tensor:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
     """
     confidence = F.softmax(_teacher(teacher_logits), dim=-1).amax(dim=-1)
-    return confidence / confidence.mean()
+    return confidence / mean(confidence)
 
 
 def confidence_weighted_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> Tensor:
     """Cross-entropy with the labels, weighted by the teacher's confidence: born-again's CWTM.
 
@@ -392,12 +401,14 @@ def confidence_weighted_loss(
         student_logits: `[batch, classes]`.
         teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
         labels: class indices y `[batch]`, int64.
+        label_smoothing: share of the labels' mass spread over all classes, in [0, 1].
+        mean: of the teacher's confidence, as for `confidence_weights`.
 
     Returns:
         Scalar, in nats.
 
     Raises:
-        ValueError: a label out of range; others as `soft_cross_entropy`.
+        ValueError: a label or the smoothing out of range; others as `soft_cross_entropy`.
         TypeError: labels that are not int64; others as `soft_cross_entropy`.
 
     >>> student_logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
@@ -410,8 +421,9 @@ def confidence_weighted_loss(
     """
     student, teacher = _pair(student_logits, teacher_logits)
     _check_labels(labels, student)
-    losses = F.cross_entropy(student, labels, reduction="none")
-    return (confidence_weights(teacher) * losses).mean()
+    check_settings(1.0, 0.0, "probabilities", label_smoothing)
+    losses = F.cross_entropy(student, labels, reduction="none", label_smoothing=label_smoothing)
+    return (confidence_weights(teacher, mean=mean) * losses).mean()
 
 
 def permute_nontarget(teacher_logits: Tensor, *, generator: torch.Generator) -> Tensor:

@@ -222,9 +222,9 @@ class ArmConfig:
     teacher: str | list[str] | None = None
     """Arms that teach it, those of the same seed, or `members` (those of `--from`); it learns from
     labels only when not given."""
-    knowledge: Literal["whole", "permuted", "virtual"] = "whole"
-    """What is learnt of the teacher: all of it; its doubts in random order (dkpp); or, of no
-    teacher at all, a virtual one's (teacher_free)."""
+    knowledge: Literal["whole", "permuted", "confidence", "virtual"] = "whole"
+    """What is learnt of the teacher: all of it; its doubts in random order (dkpp); its confidence
+    alone (cwtm); or, of no teacher at all, a virtual one's (teacher_free)."""
     average: list[str] = Field(default_factory=list)
     """Arms whose ensemble this is, seed by seed: nothing is trained."""
     seeds: int | None = Field(default=None, ge=1)

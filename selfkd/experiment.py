@@ -62,7 +62,7 @@ def _faults(config: Config) -> Iterator[str]:
                 yield f"{where}: {other} must have 1 seed or at least as many as {name}"
         if arm.average and (arm.set or arm.teachers):
             yield f"{where}: must have average alone, with nothing to train, or no average"
-        if arm.knowledge == "permuted" and not arm.teachers:
+        if arm.knowledge in ("permuted", "confidence") and not arm.teachers:
             yield f"{where}.teacher must be given with knowledge {arm.knowledge}"
         if arm.knowledge == "virtual" and arm.teachers:
             yield f"{where}.teacher must not be given with knowledge virtual, got {arm.teacher!r}"

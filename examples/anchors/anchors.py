@@ -50,6 +50,8 @@ class Run:
     command: str
     teacher: bool = False
     """Whether the teacher of A1 is given to it."""
+    train: str = ""
+    """A training function of its own, in this folder."""
 
 
 def load(name: str) -> Row:
@@ -271,6 +273,19 @@ def judge_a16(result: Row) -> Judgement:
     return Judgement(text, "reported")
 
 
+def judge_a17(result: Row) -> Judgement:
+    rows = result["summary"]["closed_form"]
+    difference = max(row["difference"] for row in rows)
+    errors = [row["test_mse"] for row in rows]
+    lowest = int(np.argmin(errors))
+    inside = 0 < lowest < len(errors) - 1
+    return Judgement(
+        f"largest difference {difference:.1e}; test MSE {errors[0]:.4f}, lowest "
+        f"{errors[lowest]:.4f} in generation {lowest}, {errors[-1]:.4f} in generation {len(errors) - 1}",
+        _met(difference <= 1e-8 and inside),
+    )
+
+
 RUNS = (
     Run(name="a01_teacher", command="generations"),
     Run(name="a02_a03_student", command="study", teacher=True),
@@ -286,6 +301,7 @@ RUNS = (
     Run(name="a14_digits_cnn", command="study"),
     Run(name="a14_digits_resnet8", command="study"),
     Run(name="a14_digits_resnet20", command="study"),
+    Run(name="a17_ridge", command="generations", train="a17_ridge.py:train_ridge"),
 )
 ANCHORS = (
     Anchor(
@@ -409,5 +425,13 @@ ANCHORS = (
             ),
             ("A16", "controls", "all help a little", "reported", judge_a16),
         )
+    ),
+    Anchor(
+        key="A17",
+        title="ridge regression, closed form",
+        run="a17_ridge",
+        published="exact (Mobahi et al., 2020)",
+        accept="matched to 1e-8, error U-shaped over rounds",
+        judge=judge_a17,
     ),
 )

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from a17_ridge import compare
 from anchors import ANCHORS, RESULTS, RUNS, Row, Run
 
 from selfkd.config import Config, dump_config, from_tree, load_config, parse_yaml
@@ -73,11 +74,12 @@ def reproduce(run: Run, runs: Path, *, data: str | None = None, tenth: bool = Fa
         command += ["--config", str(path), "--name", run.name, "--set", f"storage={runs}"]
         command += ["--set", f"data.root={data}"] if data else []
         command += ["--from", str(runs / TEACHER)] if run.teacher else []
+    command += ["--train", str(HERE / run.train)] if run.train else []
     code = subprocess.run(command, check=False).returncode  # noqa: S603 - our own command
     if code == 0:
         target = (runs if tenth else RESULTS) / f"{run.name}.json"
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(collect(folder), indent=1) + "\n")
+        target.write_text(json.dumps(collect(run, folder), indent=1) + "\n")
     return code
 
 
@@ -99,17 +101,24 @@ def _tenth(epochs: int) -> int:
     return max(1, epochs // 10)
 
 
-def collect(folder: Path) -> Row:
+def collect(run: Run, folder: Path) -> Row:
     """Return the result of a finished run: its settings, what came out, machine and time."""
     config = from_tree(parse_yaml((folder / "config.yaml").read_text(), "config.yaml"))
     machine = json.loads((folder / "environment.json").read_text())[-1]
+    facts = json.loads((folder / "data.json").read_text())
     trials = [json.loads(path.read_text()) for path in folder.rglob("trial_*/result.json")]
+    summary = _without(json.loads((folder / "summary.json").read_text()), DROPPED)
+    if run.train:  # of ridge regression: generations beside their closed form
+        rows = compare(folder)
+        summary["closed_form"] = [
+            {"test_mse": row.test_mse, "difference": row.difference} for row in rows
+        ]
     return {
         "config": settings(config),
         "machine": {key: machine[key] for key in ("cpu", "cpus", "gpus", "versions")},
         "core_minutes": round(sum(trial["train_seconds"] for trial in trials) / 60, 1),
-        "test_images": json.loads((folder / "data.json").read_text())["images"]["test"],
-        "summary": _without(json.loads((folder / "summary.json").read_text()), DROPPED),
+        "test_images": facts.get("images", {}).get("test"),
+        "summary": summary,
     }
 
 
@@ -148,11 +157,12 @@ def results_page() -> str:
         if anchor.run not in done:
             done.add(anchor.run)
             run = next(run for run in RUNS if run.name == anchor.run)
-            teacher = f" --from runs/{TEACHER}" if run.teacher else ""
+            more = f" --from runs/{TEACHER}" if run.teacher else ""
+            more += f" --train examples/anchors/{run.train}" if run.train else ""
             made.append(
                 f"| {anchor.run} | `python -m selfkd.{run.command} --config "
-                f"tune_configs/anchors/{run.name}.yaml --name {run.name}{teacher}` | "
-                f"{result['core_minutes']:.0f} | {_machine(result)} |"
+                f"tune_configs/anchors/{run.name}.yaml --name {run.name}{more}` | "
+                f"{result['core_minutes']:.1f} | {_machine(result)} |"
             )
     notes = (HERE / "notes.md").read_text() if (HERE / "notes.md").exists() else ""
     head = ["| run | command | core-minutes | hardware |", "|---|---|---|---|"]

@@ -34,6 +34,7 @@ def module(name: str) -> ModuleType:
     return loaded
 
 
+module("a17_ridge")
 anchors, run = module("anchors"), module("run")
 STORED = [anchor for anchor in anchors.ANCHORS if (anchors.RESULTS / f"{anchor.run}.json").exists()]
 MISSED = {"A3"}
@@ -55,7 +56,7 @@ def test_a_config_opens_with_its_command(path: Path) -> None:
     if path.stem in known:
         assert f"python -m selfkd.{known[path.stem].command} " in head
         assert ("--from runs/a01_teacher" in head) == known[path.stem].teacher
-    assert re.search(r"Expected: .*minutes", head)
+    assert re.search(r"Expected: .*minute", head)
 
 
 def test_every_run_has_a_config_and_every_anchor_a_run() -> None:

@@ -281,7 +281,8 @@ def judge_a17(result: Row) -> Judgement:
     inside = 0 < lowest < len(errors) - 1
     return Judgement(
         f"largest difference {difference:.1e}; test MSE {errors[0]:.4f}, lowest "
-        f"{errors[lowest]:.4f} in generation {lowest}, {errors[-1]:.4f} in generation {len(errors) - 1}",
+        f"{errors[lowest]:.4f} in generation {lowest}, {errors[-1]:.4f} in generation "
+        f"{len(errors) - 1}",
         _met(difference <= 1e-8 and inside),
     )
 

@@ -352,7 +352,8 @@ def _arm_row(name: str, runs: Sequence[Row], images: int) -> Row:
     for row in runs:
         row["errors"] = _errors(row, images)
         if (row.get("unseen") or {}).get("classes"):
-            row["unseen"]["errors"] = _errors(row["unseen"], images)
+            for biased in (row["unseen"], row["unseen"]["all_biased"]):
+                biased["errors"] = _errors(biased, images)
     found: Row = {
         "name": name,
         "runs": list(runs),
@@ -360,9 +361,13 @@ def _arm_row(name: str, runs: Sequence[Row], images: int) -> Row:
         "errors": asdict(mean_interval([float(row["errors"]) for row in runs])),
         "val_accuracy": sum(row["val_accuracy"] for row in runs) / len(runs),
     }
-    unseen = [row["unseen"]["errors"] for row in runs if "errors" in (row.get("unseen") or {})]
+    unseen = [row["unseen"] for row in runs if "errors" in (row.get("unseen") or {})]
     if unseen:
-        found["biased_errors"] = asdict(mean_interval([float(errors) for errors in unseen]))
+        for key, rows in (
+            ("biased_errors", unseen),
+            ("all_biased_errors", [row["all_biased"] for row in unseen]),
+        ):
+            found[key] = asdict(mean_interval([float(row["errors"]) for row in rows]))
     agreements = [row["agreement"] for row in runs if "agreement" in row]
     if agreements:
         found["agreement"] = asdict(mean_interval(agreements))

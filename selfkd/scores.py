@@ -82,7 +82,8 @@ def of_unseen(bench: Bench, logits: Mapping[Split, Tensor], seen: Sequence[int])
     Returns:
         The `classes` that it has not seen, the `bias` of `metrics.fit_bias` that is added to
         their logits, fitted on validation, test accuracy by class without and with it, and
-        `test_accuracy` with it.
+        `test_accuracy` with it; and the same of the `biases` of all classes
+        (`metrics.fit_biases`), as `all_biased`.
     """
     classes = [label for label in range(bench.data.num_classes) if label not in seen]
     if not classes:
@@ -91,12 +92,19 @@ def of_unseen(bench: Bench, logits: Mapping[Split, Tensor], seen: Sequence[int])
     labels = bench.labels("test")
     shifted = logits["test"].double()
     shifted[:, classes] += bias
+    biases = metrics.fit_biases(logits["val"], bench.labels("val"), classes=classes)
     return {
         "classes": classes,
         "bias": bias,
         "class_accuracy": metrics.class_accuracy(logits["test"], labels),
         "biased_class_accuracy": metrics.class_accuracy(shifted, labels),
         "test_accuracy": metrics.accuracy(shifted, labels),
+        "all_biased": {
+            "biases": biases,
+            "test_accuracy": metrics.accuracy(
+                logits["test"].double() + torch.tensor(biases), labels
+            ),
+        },
     }
 
 

@@ -43,7 +43,15 @@ def make_study_table(summary: Row) -> Table:
     """Return the table of a study: a row an arm, in the order of the config."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("arm", justify="left")
-    for column in ("seeds", "test errors", "test acc", "agreement", "with bias", "val acc"):
+    for column in (
+        "seeds",
+        "test errors",
+        "test acc",
+        "agreement",
+        "one bias",
+        "biases",
+        "val acc",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for arm in summary["arms"]:
         table.add_row(
@@ -53,6 +61,7 @@ def make_study_table(summary: Row) -> Table:
             _spread(arm["mean"], "{:.2%}"),
             _spread(arm.get("agreement"), "{:.2%}"),
             _spread(arm.get("biased_errors"), "{:.1f}"),
+            _spread(arm.get("all_biased_errors"), "{:.1f}"),
             f"{arm['val_accuracy']:.2%}",
         )
     members = summary["members"]
@@ -61,7 +70,7 @@ def make_study_table(summary: Row) -> Table:
         accuracy = f"{members['test_accuracy']:.2%}"
         name = f"members ({members['count']})"
         val = f"{members['val_accuracy']:.2%}"
-        table.add_row(name, "", str(members["errors"]), accuracy, "", "", val)
+        table.add_row(name, "", str(members["errors"]), accuracy, "", "", "", val)
     return table
 
 
@@ -118,8 +127,8 @@ def _tell_bias(summary: Row) -> list[str]:
     if not biased:
         return []
     return [
-        f"with bias: errors after one bias, fitted on validation, for the classes that "
-        f"{', '.join(biased)} saw no image of."
+        f"one bias: errors with one number added to the classes that {', '.join(biased)} saw no "
+        "image of; biases: with one for each class. Both are fitted on validation."
     ]
 
 

@@ -17,6 +17,7 @@ from selfkd.metrics import (
     ece,
     ensemble_logits,
     fit_bias,
+    fit_biases,
     fit_temperature,
     mean_kl,
     nll,
@@ -246,6 +247,26 @@ def test_the_bias_of_some_classes_leaves_the_fewest_errors(classes: list[int], s
     found = fit_bias(logits, labels, classes=classes)
     assert wrong(found) == min(wrong(float(bias)) for bias in np.linspace(-25, 25, 20_001))
     assert wrong(found - 1e-9) == wrong(found + 1e-9) == wrong(found)  # it lies on no threshold
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_biases_of_all_classes_are_no_worse_than_one_and_cannot_be_bettered_one_by_one(
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (80,), generator=generator)
+    logits = torch.randn(80, 4, generator=generator) + 2 * torch.eye(4)[labels]
+    logits[:, 2:] += 3
+
+    def wrong(biases: torch.Tensor) -> int:
+        return int(((logits.double() + biases).argmax(dim=1) != labels).sum())
+
+    found = torch.tensor(fit_biases(logits, labels, classes=[0, 1]), dtype=torch.float64)
+    one = fit_bias(logits, labels, classes=[0, 1]) * torch.tensor([1.0, 1, 0, 0]).double()
+    assert wrong(found) <= wrong(one) < wrong(torch.zeros(4))
+    steps = torch.linspace(-8, 8, 801, dtype=torch.float64)
+    for label in torch.eye(4, dtype=torch.float64):
+        assert all(wrong(found + step * label) >= wrong(found) for step in steps)
 
 
 def test_the_bias_of_a_class_that_is_never_right_is_finite() -> None:

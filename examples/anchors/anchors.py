@@ -178,9 +178,14 @@ def judge_a6(result: Row) -> Judgement:
     runs = _arm(result, "sevens_and_eights")["runs"]
     images = result["summary"]["images"]
     before = np.array([row["errors"] for row in runs]) / images
-    after = np.array([row["unseen"]["errors"] for row in runs]) / images
+    one = np.array([row["unseen"]["errors"] for row in runs]) / images
+    after = np.array([row["unseen"]["all_biased"]["errors"] for row in runs]) / images
     met = after.mean() <= 0.2 and after.mean() <= before.mean() / 2
-    return Judgement(f"{told(before, '{:.1%}')} → {told(after, '{:.1%}')}", _met(bool(met)))
+    return Judgement(
+        f"{told(before, '{:.1%}')} → {told(after, '{:.1%}')}",
+        _met(bool(met)),
+        f"with biases of all classes; one for 7 and 8 together leaves {told(one, '{:.1%}')}",
+    )
 
 
 def judge_a7(result: Row) -> Judgement:

@@ -1,5 +1,6 @@
 import math
 import pickle
+from functools import partial
 
 import pytest
 import timm
@@ -23,9 +24,11 @@ SMALL = {
     "selfkd_resnet20": {"width": 4},
     "selfkd_resnet32": {"width": 4},
     "selfkd_resnet56": {"width": 2},
+    "selfkd_preresnet20": {"depth": 10},
     "selfkd_wrn28": {"depth": 10, "k": 1},
     "selfkd_densenet": {"depth": 10, "growth_rate": 4},
 }
+CIFAR10 = {"num_classes": 10, "in_chans": 3}
 
 
 def small(name, *, num_classes=10, in_chans=1, image_size=8, **args):
@@ -119,7 +122,9 @@ def test_a_pickled_network_answers_the_same(name):
         (make_resnet, {"depth": 56}, "0.85M"),
         (make_resnet, {"depth": 110}, "1.7M"),
         # Zagoruyko and Komodakis 2016, table 4
+        (partial(make_model, "selfkd_preresnet20", image_size=32), CIFAR10, "0.27M"),
         (make_wide_resnet, {"depth": 40, "k": 1}, "0.6M"),
+        (make_wide_resnet, {"k": 2}, "1.5M"),
         (make_wide_resnet, {"depth": 40, "k": 2}, "2.2M"),
         (make_wide_resnet, {"depth": 16, "k": 8}, "11.0M"),
         (make_wide_resnet, {"depth": 22, "k": 8}, "17.2M"),
@@ -131,6 +136,18 @@ def test_a_pickled_network_answers_the_same(name):
         (make_densenet, {"depth": 190, "growth_rate": 40}, "25.6M"),
         (make_densenet, {"depth": 40, "bottleneck": False, "compression": 1}, "1.0M"),
         (make_densenet, {"depth": 100, "bottleneck": False, "compression": 1}, "7.0M"),
+        # Furlanello et al. 2018 say 16.1M: neither bottlenecks nor compression left out come closer
+        (make_densenet, {"depth": 90, "growth_rate": 60, "num_classes": 100}, "15.2M"),
+        (
+            make_densenet,
+            {"depth": 90, "growth_rate": 60, "num_classes": 100, "compression": 1},
+            "22.0M",
+        ),
+        (
+            make_densenet,
+            {"depth": 90, "growth_rate": 60, "num_classes": 100, "bottleneck": False},
+            "74.1M",
+        ),
     ],
 )
 def test_parameters_are_as_many_as_published(make, args, published):

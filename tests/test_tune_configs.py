@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
 
 from selfkd.config import ModelConfig, TrainConfig, load_config
+from selfkd.jobs import InProcess
+from selfkd.ledger import RunFolder
+from selfkd.lineage import born_again
 from selfkd.models import make_model
 from selfkd.train import make_optimizer, make_scheduler
+from selfkd.trial import run_job
 
 FOLDER = Path(__file__).parents[1] / "tune_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -20,6 +28,33 @@ SHAPES = {
     "cifar10": (10, 3, 32),
     "cifar100": (100, 3, 32),
 }
+CIFAR = [path for path in CONFIGS if path.stem.startswith("cifar")]
+SMALL = {
+    "selfkd_resnet20": "{depth: 8}",
+    "selfkd_preresnet20": "{depth: 10}",
+    "selfkd_wrn28": "{depth: 10, k: 1}",
+    "selfkd_densenet": "{depth: 10, growth_rate: 4}",
+}
+
+
+class Ear:
+    """A listener that hears nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of noise, as large as CIFAR's images."""
+    root, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label in "ab":
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = noise.integers(256, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{number}.png")
+    return root
 
 
 def test_all_are_here() -> None:
@@ -28,7 +63,9 @@ def test_all_are_here() -> None:
         "digits",
         "mnist",
         "cifar10_resnet20",
+        "cifar10_preresnet20",
         "cifar100_wrn28",
+        "cifar100_wrn28_2",
         "cifar100_densenet_ban",
         "folder",
         "mnist_ensemble",
@@ -82,3 +119,40 @@ def test_the_paper_s_setting_is_in_the_born_again_space() -> None:
     space = load_config(FOLDER / "cifar100_densenet_ban.yaml").space(taught=True)
     assert space["distill.alpha"].contains(1.0)
     assert space["distill.temperature"].contains(1.0)
+
+
+@pytest.mark.parametrize("path", CIFAR, ids=lambda path: path.stem)
+def test_networks_for_a_gpu_take_a_step_at_their_full_size(path: Path) -> None:
+    config = load_config(path)
+    classes, in_chans, size = SHAPES[config.data.name]
+    network = make_model(
+        config.model.name,
+        config.model.args,
+        num_classes=classes,
+        in_chans=in_chans,
+        image_size=size,
+    )
+    logits = network(torch.randn(2, in_chans, size, size))
+    cross_entropy(logits, torch.tensor([0, classes - 1])).backward()
+    assert logits.shape == (2, classes)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("path", CIFAR, ids=lambda path: path.stem)
+def test_what_is_for_a_gpu_is_born_again_on_small_data(
+    path: Path, images: Path, tmp_path: Path
+) -> None:
+    """All of the config but its network's size, on the CPU, without CIFAR."""
+    whole = load_config(path)
+    settings = [
+        f"data={{name: folder, root: {images}, image_size: 32, val_size: 4, views: 2}}",
+        f"model.args={SMALL[whole.model.name]}",
+        *("rounds=1", "train.epochs=1", "train.warmup_epochs=0", "search.trials=1"),
+        *("resources.gpu=0", "tracking=none"),
+    ]
+    config = load_config(path, settings=settings)
+    run = RunFolder.create(tmp_path / "run", config)
+    results = born_again(config, run, InProcess(run_job), Ear())
+    assert [len(result["teachers"]) for result in results] == [0, 1]
+    assert 0 <= results[1]["test_accuracy"] <= 1
+    assert whole.confirm.seeds >= 3

@@ -3,6 +3,7 @@
 selfkd_mlp        flatten, `depth` hidden layers of `width` units
 selfkd_cnn        three convolutions with batch norm
 selfkd_resnet8    CIFAR ResNet; also selfkd_resnet20, selfkd_resnet32, selfkd_resnet56
+selfkd_preresnet20   the same with norm and activation first: WRN-22-1, whose depth counts shortcuts
 selfkd_wrn28      WRN-28-10; `depth` and `k` make any other
 selfkd_densenet   DenseNet-BC-100-12; `depth` and `growth_rate` make any other
 """

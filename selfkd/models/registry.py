@@ -23,6 +23,7 @@ BUILDERS: dict[str, Callable[..., Classifier]] = {
     "selfkd_resnet20": partial(make_resnet, depth=20),
     "selfkd_resnet32": partial(make_resnet, depth=32),
     "selfkd_resnet56": partial(make_resnet, depth=56),
+    "selfkd_preresnet20": partial(make_wide_resnet, depth=22, k=1),  # less its two 1x1 shortcuts
     "selfkd_wrn28": make_wide_resnet,
     "selfkd_densenet": make_densenet,
 }
@@ -56,7 +57,8 @@ def make_model(
 
     Args:
         name: a name of timm's, `resnet18` or `resnet50.a1_in1k`, or one of `selfkd_mlp`,
-            `selfkd_cnn`, `selfkd_resnet8` (20, 32, 56), `selfkd_wrn28`, `selfkd_densenet`.
+            `selfkd_cnn`, `selfkd_resnet8` (20, 32, 56), `selfkd_preresnet20`, `selfkd_wrn28`,
+            `selfkd_densenet`.
         args: further keyword arguments of that network; they win over the ones below.
         num_classes: how many classes.
         in_chans: channels of the inputs.

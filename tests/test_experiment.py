@@ -191,7 +191,7 @@ def test_a_class_that_was_not_seen_gets_one_bias_from_validation(
 
         assert unseen["errors"] == wrong("test", unseen["bias"])
         found = wrong("val", unseen["bias"])
-        assert found == min(wrong("val", bias) for bias in np.linspace(-20, 20, 2001))
+        assert found <= min(wrong("val", bias) for bias in np.linspace(-20, 20, 20_001))
     assert "unseen" not in arm(summary, "labels")["runs"][0]
 
 

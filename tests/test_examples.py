@@ -10,7 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from scipy import stats
+
+from selfkd.checkpoint import save_tensors
+from selfkd.config import dump_config, load_config
+from selfkd.data import load_data
 
 PLAIN = "plain_loop.py"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -101,3 +107,34 @@ def test_a_transformer_of_half_the_depth_learns_from_a_whole_one(tmp_path: Path)
     found = dict(re.findall(r"^(.+?) +(\d+\.\d) %$", printed, flags=re.MULTILINE))
     assert list(found) == ["teacher", "labels only", "distilled", "generation 2"]
     assert all(float(accuracy) > 80 for accuracy in found.values())
+
+
+def test_the_mythical_digit_is_drawn_and_told(tmp_path: Path) -> None:
+    """Of three kinds of threes, each has its frame; the story has the figures of the run."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import mythical_digit as mythical
+    finally:
+        sys.path.pop(0)
+    config = load_config(settings=["study={arms: {no_three: {set: {data.classes: [0, 1, 2]}}}}"])
+    labels = load_data("digits").test.labels
+    logits = 10 * torch.nn.functional.one_hot(labels, 10).float()
+    threes = torch.nonzero(labels == 3).flatten()
+    logits[threes[1]] = torch.eye(10)[8] + 0.5 * torch.eye(10)[3]  # right with a bias of 1
+    logits[threes[2]] = 9 * torch.eye(10)[8]  # wrong even then
+    trial = tmp_path / "arms" / "no_three" / "trial_000"
+    trial.mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    save_tensors(trial / "predictions.safetensors", {"test": logits}, {})
+    unseen = {"classes": [3], "bias": 1.0, "errors": 1}
+    unseen |= {"class_accuracy": [0.0] * 3 + [0.9], "biased_class_accuracy": [0.0] * 3 + [0.95]}
+    (trial / "score.json").write_text(json.dumps({"unseen": unseen}))
+    mythical.draw(tmp_path, tmp_path / "threes.png")
+    with Image.open(tmp_path / "threes.png") as picture:
+        step = picture.width // mythical.COLUMNS
+        frames = [picture.getpixel((place * step + 2, 2)) for place in range(4)]
+    assert frames == [mythical.GREEN, mythical.BLUE, mythical.RED, mythical.GREEN]
+    row = {"errors": 20, "unseen": unseen}
+    summary = {"images": 1197, "members": {"errors": 7}, "arms": [{"runs": [row]}]}
+    story = mythical.tell(summary)
+    assert all(part in story for part in ("7 of 1,197", "errs on 20", "90.0%", "+1.00", "95.0%"))

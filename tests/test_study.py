@@ -1,0 +1,129 @@
+"""`python -m selfkd.study`, as a user runs it: real Ray, real offline W&B; and its table."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from selfkd.files import load_json
+from selfkd.report import main as report
+from selfkd.study import main, make_study_table
+
+STUDY = """
+data: {name: digits}
+model: {name: selfkd_mlp, args: {width: 16, depth: 1}}
+train: {epochs: 2}
+confirm: {seeds: 2}
+study:
+  arms:
+    labels: {}
+    no_three: {teacher: labels, set: {data.classes: [0, 1, 2, 4, 5, 6, 7, 8, 9]}}
+    both: {average: [labels, no_three]}
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "selfkd.study", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "study.yaml").write_text(STUDY)
+    done = run(folder, "--config", "study.yaml", "--name", "whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return folder / "runs" / "whole", done.stdout
+
+
+def test_prints_what_it_does_a_table_and_verdicts(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    summary = load_json(folder / "summary.json")
+    assert "3 arms (labels, no_three, both) on digits, 4 trainings on 2 seeds" in printed
+    assert [row["verdict"] in printed for row in summary["contrasts"]] == [True, True]
+    assert [(row["arm"], row["to"]) for row in summary["contrasts"]] == [
+        ("no_three", "labels"),
+        ("both", "labels"),
+    ]
+    rows = [line.split() for line in printed.splitlines() if line.startswith((" labels", " both"))]
+    assert [row[:2] for row in rows] == [["labels", "2"], ["both", "2"]]
+    assert "one bias: errors with one number added to the classes that no_three saw no" in printed
+    assert "report" not in printed
+
+
+def test_every_student_is_tracked(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 4
+
+
+def test_a_finished_study_prints_its_table_again(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    again = run(folder.parents[1], "--resume", str(folder))
+    assert again.returncode == 0
+    table = [line for line in printed.splitlines() if "±" in line]
+    assert table
+    assert all(line in again.stdout for line in table)
+
+
+def test_a_study_has_no_report_and_says_where_its_table_is(
+    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report([str(whole[0])]) == 2
+    assert "of selfkd.study, which prints its table by --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "study.arms must have at least one arm"),
+        (["--from", "nowhere", "--set", "study.arms={a: {}}"], "must be a run folder"),
+        (["--set", "study.arms={a: {teacher: b}}"], "must name arms that stand before it"),
+        (["--set", "study.arms={a: {seeds: 0}}"], "study.arms.a.seeds: must be"),
+        (["--set", "study.arms={a: {}}", "--set", "confirm.seeds=0"], "must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_shows_what_has_no_interval_and_the_members() -> None:
+    one: dict[str, Any] = {"value": 88.0, "low": None, "high": None}
+    arm = {
+        "name": "taught",
+        "runs": [{}],
+        "errors": one,
+        "mean": {"value": 0.9912, "low": 0.99, "high": 0.9924},
+        "val_accuracy": 0.99,
+        "agreement": {**one, "value": 0.995},
+    }
+    members = {"count": 2, "errors": 70, "test_accuracy": 0.993, "val_accuracy": 0.992}
+    output = io.StringIO()
+    Console(file=output, width=110).print(make_study_table({"arms": [arm], "members": members}))
+    taught, teachers = (line for line in output.getvalue().splitlines() if "9" in line)
+    assert "88.0 " in taught
+    assert "99.12% ± 0.12%" in taught
+    assert "99.50%" in taught
+    assert teachers.split() == ["members", "(2)", "70", "99.30%", "99.20%"]

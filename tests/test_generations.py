@@ -151,8 +151,11 @@ def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: 
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        (signal.SIGKILL, "generation_001/trial_001/result.json"),
-        (signal.SIGINT, "generation_000/trial_000/result.json"),
+        # kills are also in test_resume, test_ensemble and faults, Ctrl-C in faults and test_submit
+        pytest.param(
+            signal.SIGKILL, "generation_001/trial_001/result.json", marks=pytest.mark.slow
+        ),
+        pytest.param(signal.SIGINT, "generation_000/trial_000/result.json", marks=pytest.mark.slow),
         (signal.SIGTERM, "generation_001/result.json"),
     ],
     ids=["kill", "ctrl-c", "terminate"],
@@ -265,7 +268,11 @@ def test_resume_with_a_changed_config_says_what_differs(
     ("settings", "message"),
     [
         (["resources.gpu=1"], r"asked for 1 CPU and 1 GPU a trial, .* has \d+ CPU and 0 GPU"),
-        (["resources.workers=999"], r"resources.workers must be at most \d+, .* got 999"),
+        pytest.param(
+            ["resources.workers=999"],
+            r"resources.workers must be at most \d+, .* got 999",
+            marks=pytest.mark.slow,  # said in the same place as what no node has
+        ),
         (["model.name=selfkd_cmn"], r"timm model name, got 'selfkd_cmn': did you mean selfkd_cnn"),
     ],
 )
@@ -310,6 +317,7 @@ def test_a_relative_data_root_is_found_and_kept_absolute(tmp_path: Path) -> None
             for number in range(count):
                 Image.new("L", (8, 8), shade + number).save(folder / f"{number}.png")
     settings = ["data.name=folder", "data.root=images", "search.trials=1", "train.epochs=1"]
+    settings += ["confirm.seeds=0", "tracking=none"]
     done = run(tmp_path, "--rounds", "0", "--name", "a", settings=settings)
     assert done.returncode == 0, done.stdout + done.stderr
     config = (tmp_path / "runs" / "a" / "config.yaml").read_text()

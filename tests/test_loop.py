@@ -205,6 +205,7 @@ SETTINGS = [
     "search.mode=min",
     "search.trials=2",
     "params.lr=0.5",
+    "confirm.seeds=0",
     "tracking=none",
 ]
 

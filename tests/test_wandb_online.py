@@ -216,6 +216,7 @@ def test_a_wrong_key_loses_nothing(
     assert_whole(server, generations=2)
 
 
+@pytest.mark.slow  # others of these tests have servers that are worse than slow
 def test_a_slow_server_gets_all_and_holds_up_nothing(tmp_path: Path, server: WandbServer) -> None:
     server.delay = 0.5
     tracker = online(tmp_path)

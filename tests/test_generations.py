@@ -151,12 +151,13 @@ def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: 
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        # kills are also in test_resume, test_ensemble and faults, Ctrl-C in faults and test_submit
-        pytest.param(
+        pytest.param(  # test_resume has a kill too, and faults have many
             signal.SIGKILL, "generation_001/trial_001/result.json", marks=pytest.mark.slow
         ),
-        pytest.param(signal.SIGINT, "generation_000/trial_000/result.json", marks=pytest.mark.slow),
-        (signal.SIGTERM, "generation_001/result.json"),
+        (signal.SIGINT, "generation_000/trial_000/result.json"),
+        pytest.param(  # a job that is stopped, in test_submit, gets this
+            signal.SIGTERM, "generation_001/result.json", marks=pytest.mark.slow
+        ),
     ],
     ids=["kill", "ctrl-c", "terminate"],
 )

@@ -210,6 +210,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow  # test_submit has --train through the command, test_examples a loop
 def test_the_command_makes_generations_of_a_user_s_loop(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(USERS)
     sets = [part for setting in SETTINGS for part in ("--set", setting)]

@@ -86,6 +86,7 @@ def test_trials_at_half_a_gpu_share_a_card(nodes: Nodes) -> None:
     assert {row["gpus"] for row in labelling.rows} == {"0"}
 
 
+@pytest.mark.slow  # test_lost_workers has it through the command
 def test_a_node_lost_in_mid_trial(nodes: Nodes, pool: Pool) -> None:
     """Its trial begins again elsewhere; the other node's is not disturbed."""
     names = nodes.have(2)

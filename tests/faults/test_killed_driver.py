@@ -57,17 +57,6 @@ MOMENTS = {  # when the driver is killed: the event, and what is done a second t
     "ensemble of all generations": ("doing measure", (CHECK, "ensemble")),
     "summary written beside": ("writing summary.json", (CHECK, "ensemble")),
 }
-SLOW = {  # between two of the others, which lose as much
-    "data not yet checked",
-    "start of generation 0",
-    "student written beside",
-    "between trials",
-    "while measuring",
-    "generation's result just renamed",
-    "between generations",
-    "labelling begins",
-    "ensemble of all generations",
-}
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +73,7 @@ def work(events: Sequence[str]) -> Counter[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("moment", "lost"),
-    [
-        pytest.param(*moment, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name, moment in MOMENTS.items()
-    ],
-)
+@pytest.mark.parametrize(("moment", "lost"), MOMENTS.values(), ids=MOMENTS)
 def test_killed_and_resumed_equals_undisturbed(
     driver: Driver, whole: Path, tmp_path: Path, moment: str, lost: Sequence[str]
 ) -> None:

@@ -39,7 +39,7 @@ def make_student():
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with ray_head(tmp_path_factory.mktemp("head"), cpus=1) as head:
+    with ray_head(tmp_path_factory.mktemp("head")) as head:
         yield head
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.services import get_webui_url_from_internal_kv
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -35,6 +37,7 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process each: a lost trial is repeated anyway
 }
 _RAISED = "raised"  # key of the row in which a job's own error comes
+_PLACE = "place"  # key of the first row, in which comes what Ray holds free for a group
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
@@ -77,17 +80,26 @@ class Group:
 
 
 def _followed(rows: Any) -> Iterator[Row]:
-    """Yield the rows of a task; closing this kills it, and what it owns dies with it."""
+    """Yield the rows of a task; closing this kills it, and what it owns dies with it.
+
+    But for the group's place: while the driver lives, Ray frees none that an actor has asked for.
+    """
+    place = None
     try:
         for reference in rows:
             row: Row = ray.get(reference)
             if _RAISED in row:
                 raise JobError(row[_RAISED])
-            yield row
+            if _PLACE in row:
+                place = row[_PLACE]
+            else:
+                yield row
     except ray.exceptions.RayError as error:
         raise WorkerLostError(str(error)) from error
     finally:
         ray.cancel(rows, force=True)
+        if place is not None:
+            remove_placement_group(place)
 
 
 class Room:
@@ -132,9 +144,22 @@ def _train(entry: str, payload: Mapping[str, Any], group: Group, folder: str) ->
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            """Leave out, where there is no dashboard, what asks it whether the group still lives.
+
+            It would ask at the dashboard's usual port: there may be another cluster's, which knows
+            no such group, and the group would be ended in its midst.
+            """
+            callbacks: list[Any] = super()._create_default_callbacks()
+            if get_webui_url_from_internal_kv():
+                return callbacks
+            cleaner = "PlacementGroupCleanerCallback"
+            return [one for one in callbacks if type(one).__name__ != cleaner]
+
     rows = Queue(actor_options={"num_cpus": 0})
     each = {"CPU": group.cpu, "GPU": group.gpu}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _on_rank,
         train_loop_config={"entry": entry, "payload": payload, "rows": rows},
         scaling_config=ScalingConfig(
@@ -175,6 +200,8 @@ def _on_rank(config: Mapping[str, Any]) -> None:
     import torch.distributed as dist
 
     rows: Queue = config["rows"]
+    if dist.get_rank() == 0:
+        rows.put({_PLACE: get_current_placement_group()})
     try:
         for row in load_entry(config["entry"])(TRAIN, config["payload"]):
             if dist.get_rank() == 0:

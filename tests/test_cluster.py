@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,12 +142,15 @@ def test_a_storage_that_hangs_on_a_node_is_said(
 ) -> None:
     monkeypatch.setattr(cluster, "STORAGE_SECONDS", 0.2)
 
+    over = threading.Event()
+
     def hang(*_: object) -> None:
-        time.sleep(1)
+        over.wait()
         raise OSError("gone at last")
 
     monkeypatch.setattr(cluster, "open", hang, raising=False)
     fault, _ = cluster._look._function(str(tmp_path / "file"))
+    over.set()
     assert fault == "has no answer from it within 0.2 s"
 
 
@@ -258,13 +262,15 @@ for verbose in (False, True):
         print("dashboard:", ray._private.worker._global_node.webui_url or "none")
 """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**environment, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as own:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, "RAY_TMPDIR": own},  # else it joins the nodes above
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
     without, with_it = re.findall(r"^dashboard: (.*)", done.stdout, re.MULTILINE)
     assert without == "none"
     assert with_it.startswith("127.0.0.1:")

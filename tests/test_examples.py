@@ -57,9 +57,9 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_text().count("<path") > 5
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, str(EXAMPLES / name), *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -102,10 +102,20 @@ def test_loops_of_other_libraries_are_born_again(name: str, tmp_path: Path) -> N
     assert all(float(accuracy) > 90 for accuracy in found)
 
 
-def test_a_transformer_of_half_the_depth_learns_from_a_whole_one(tmp_path: Path) -> None:
-    printed = run("transformers_trainer.py", tmp_path)
+@pytest.mark.parametrize(
+    ("steps", "right"),
+    [
+        (10, 0.0),  # that models of half the depth learn is in integrations/test_transformers
+        pytest.param(400, 80.0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_transformer_of_half_the_depth_learns_from_a_whole_one(
+    tmp_path: Path, steps: int, right: float
+) -> None:
+    printed = run("transformers_trainer.py", tmp_path, "--steps", str(steps))
     found = dict(re.findall(r"^(.+?) +(\d+\.\d) %$", printed, flags=re.MULTILINE))
     assert list(found) == ["teacher", "labels only", "distilled", "generation 2"]
+<<<<<<< HEAD
     assert all(float(accuracy) > 80 for accuracy in found.values())
 
 
@@ -138,3 +148,6 @@ def test_the_mythical_digit_is_drawn_and_told(tmp_path: Path) -> None:
     summary = {"images": 1197, "members": {"errors": 7}, "arms": [{"runs": [row]}]}
     story = mythical.tell(summary)
     assert all(part in story for part in ("7 of 1,197", "errs on 20", "90.0%", "+1.00", "95.0%"))
+=======
+    assert all(float(accuracy) > right for accuracy in found.values())
+>>>>>>> ci

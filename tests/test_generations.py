@@ -151,9 +151,13 @@ def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: 
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        (signal.SIGKILL, "generation_001/trial_001/result.json"),
+        pytest.param(  # test_resume has a kill too, and faults have many
+            signal.SIGKILL, "generation_001/trial_001/result.json", marks=pytest.mark.slow
+        ),
         (signal.SIGINT, "generation_000/trial_000/result.json"),
-        (signal.SIGTERM, "generation_001/result.json"),
+        pytest.param(  # a job that is stopped, in test_submit, gets this
+            signal.SIGTERM, "generation_001/result.json", marks=pytest.mark.slow
+        ),
     ],
     ids=["kill", "ctrl-c", "terminate"],
 )
@@ -265,7 +269,11 @@ def test_resume_with_a_changed_config_says_what_differs(
     ("settings", "message"),
     [
         (["resources.gpu=1"], r"asked for 1 CPU and 1 GPU a trial, .* has \d+ CPU and 0 GPU"),
-        (["resources.workers=999"], r"resources.workers must be at most \d+, .* got 999"),
+        pytest.param(
+            ["resources.workers=999"],
+            r"resources.workers must be at most \d+, .* got 999",
+            marks=pytest.mark.slow,  # said in the same place as what no node has
+        ),
         (["model.name=selfkd_cmn"], r"timm model name, got 'selfkd_cmn': did you mean selfkd_cnn"),
     ],
 )
@@ -310,6 +318,7 @@ def test_a_relative_data_root_is_found_and_kept_absolute(tmp_path: Path) -> None
             for number in range(count):
                 Image.new("L", (8, 8), shade + number).save(folder / f"{number}.png")
     settings = ["data.name=folder", "data.root=images", "search.trials=1", "train.epochs=1"]
+    settings += ["confirm.seeds=0", "tracking=none"]
     done = run(tmp_path, "--rounds", "0", "--name", "a", settings=settings)
     assert done.returncode == 0, done.stdout + done.stderr
     config = (tmp_path / "runs" / "a" / "config.yaml").read_text()

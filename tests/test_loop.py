@@ -205,10 +205,12 @@ SETTINGS = [
     "search.mode=min",
     "search.trials=2",
     "params.lr=0.5",
+    "confirm.seeds=0",
     "tracking=none",
 ]
 
 
+@pytest.mark.slow  # test_submit has --train through the command, test_examples a loop
 def test_the_command_makes_generations_of_a_user_s_loop(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(USERS)
     sets = [part for setting in SETTINGS for part in ("--set", setting)]

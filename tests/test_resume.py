@@ -508,6 +508,7 @@ def test_a_killed_driver_s_trials_go_on(tmp_path: Path) -> None:
         "train={epochs: 40, ema: 0.9}",
         "data={jitter: 1, views: 2}",
         "search.trials=2",
+        "confirm.seeds=0",
         "tracking=none",
     ]
     whole = load_config(settings=settings, flags={"rounds": 0, "storage": str(tmp_path)})

@@ -11,7 +11,8 @@ from pathlib import Path
 from ray_head import ROOT
 
 SECRETS = ("WANDB_API_KEY", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-TINY = ["search.trials=2", "train.epochs=2", "model.args={width: 4}", "tracking.mode=offline"]
+TINY = ["search.trials=1", "train.epochs=2", "model.args={width: 4}", "tracking.mode=offline"]
+TINY += ["confirm.seeds=0"]
 
 
 def test_no_secret_is_written_or_printed(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_run_lives_in_a_bucket(bucket: dict[str, str], tmp_path: Path) -> None
     """Started, resumed for one more generation, and used by the next run's targets."""
 
     def run(*arguments: str) -> str:
-        settings = ("model.args={width: 4}", "train.epochs=2", "search.trials=2", "confirm.seeds=0")
+        settings = ("model.args={width: 4}", "train.epochs=2", "search.trials=1", "confirm.seeds=0")
         sets = [part for setting in settings for part in ("--set", setting)]
         done = subprocess.run(
             [sys.executable, "-m", "selfkd.generations", *arguments, *sets],

@@ -21,6 +21,7 @@ from selfkd import generations, submit
 from selfkd.ledger import RunFolder
 
 TINY = ["search.trials=2", "train.epochs=2", "model.args={width: 4}"]
+TINY += ["confirm.seeds=0", "tracking=none"]
 LIMIT = 600  # seconds that a loaded machine may take; nothing here waits for that long
 TRAIN = """
 from helper import make_student
@@ -184,22 +185,36 @@ def test_a_working_dir_over_rays_limit_and_the_way_out(head: Head, tmp_path: Pat
     assert job in known.stdout + known.stderr
 
 
+TOKENS: dict[str, tuple[dict[str, str | None], str]] = {
+    "mode": (
+        {"RAY_AUTH_MODE": None},
+        "RAY_AUTH_MODE must be token here, got none (a token lies in",
+    ),
+    "missing": (
+        {"HOME": "/nonexistent"},
+        "there is no token in /nonexistent/.ray/auth_token",
+    ),
+    "wrong": (
+        {"RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"},
+        "the token in RAY_AUTH_TOKEN must be the cluster's, and it is another",
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("way", "fault"),
     [
-        ({"RAY_AUTH_MODE": None}, "RAY_AUTH_MODE must be token here, got none (a token lies in"),
-        ({"HOME": "/nonexistent"}, "there is no token in /nonexistent/.ray/auth_token"),
-        (
-            {"RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"},
-            "the token in RAY_AUTH_TOKEN must be the cluster's, and it is another",
-        ),
+        ("submit", "wrong"),
+        ("join", "mode"),
+        ("join", "missing"),
+        # the words are one function's, which hears the same of both ways
+        pytest.param("submit", "mode", marks=pytest.mark.slow),
+        pytest.param("submit", "missing", marks=pytest.mark.slow),
+        pytest.param("join", "wrong", marks=pytest.mark.slow),
     ],
-    ids=["mode", "missing", "wrong"],
 )
-@pytest.mark.parametrize("way", ["submit", "join"])
-def test_the_token_is_asked_for_in_words(
-    head: Head, tmp_path: Path, changes: dict[str, str | None], message: str, way: str
-) -> None:
+def test_the_token_is_asked_for_in_words(head: Head, tmp_path: Path, way: str, fault: str) -> None:
+    changes, message = TOKENS[fault]
     command = submitted(head, "--", "generations", *settings(tmp_path))
     if way == "join":
         changes = {**changes, "RAY_ADDRESS": head.gcs}

@@ -216,6 +216,7 @@ def test_a_wrong_key_loses_nothing(
     assert_whole(server, generations=2)
 
 
+@pytest.mark.slow  # others of these tests have servers that are worse than slow
 def test_a_slow_server_gets_all_and_holds_up_nothing(tmp_path: Path, server: WandbServer) -> None:
     server.delay = 0.5
     tracker = online(tmp_path)
@@ -228,6 +229,7 @@ def test_a_slow_server_gets_all_and_holds_up_nothing(tmp_path: Path, server: Wan
     assert_whole(server, generations=1)
 
 
+@pytest.mark.slow  # one that falls silent is worse
 def test_a_server_that_dies_holds_up_nothing_and_the_rest_can_be_sent(
     tmp_path: Path, server: WandbServer
 ) -> None:

@@ -111,9 +111,8 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
     assert command.found("wandb/offline-run-*-lineage")
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
-)
+@pytest.mark.slow  # test_killed_driver has it in one process, test_generations through the command
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_while_labelling(
     nodes: Nodes, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -86,6 +86,7 @@ def test_trials_at_half_a_gpu_share_a_card(nodes: Nodes) -> None:
     assert {row["gpus"] for row in labelling.rows} == {"0"}
 
 
+@pytest.mark.slow  # test_lost_workers has it through the command
 def test_a_node_lost_in_mid_trial(nodes: Nodes, pool: Pool) -> None:
     """Its trial begins again elsewhere; the other node's is not disturbed."""
     names = nodes.have(2)
@@ -104,6 +105,7 @@ def test_a_node_lost_in_mid_trial(nodes: Nodes, pool: Pool) -> None:
     assert {outcome.row["node"] for outcome in batch.outcomes} == {*names} - {lost}
 
 
+@pytest.mark.slow  # test_lost_workers has it through the command
 def test_a_node_lost_in_mid_labelling(nodes: Nodes, pool: Pool) -> None:
     """Every shard is answered for once, those of the lost node by another."""
     names = nodes.have(2)
@@ -129,6 +131,7 @@ def test_a_node_lost_in_mid_labelling(nodes: Nodes, pool: Pool) -> None:
     assert sorted(row["name"] for row in told) == sorted(row["name"] for row in rows)
 
 
+@pytest.mark.slow  # test_lost_workers has it through the command
 def test_a_node_that_joins_late_is_used(nodes: Nodes, pool: Pool) -> None:
     nodes.have(1)
     batch = Followed(pool, train(8, epochs=8, pause=0.25))

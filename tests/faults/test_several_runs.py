@@ -13,7 +13,11 @@ from test_killed_driver import SETTINGS
 from selfkd.targets import main
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["both to the end", "one killed in between"])
+@pytest.mark.parametrize(
+    "killed",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["both to the end", "one killed in between"],
+)
 def test_two_runs_label_the_same_teacher_at_once(
     driver: Driver, tmp_path: Path, killed: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from selfkd import capacity, ensemble, generations, submit
+from selfkd import capacity, ensemble, generations, study, submit
 from selfkd.config import load_config
+from selfkd.experiment import check_study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +21,7 @@ COMMANDS = [
     line.replace("\\\n", " ").partition("  #")[0]
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in re.split(r"(?<!\\)\n", block)
-    if re.search(r"python -m selfkd\.(generations|ensemble|capacity|submit)", line)
+    if re.search(r"python -m selfkd\.(generations|ensemble|capacity|study|submit)", line)
 ]
 
 
@@ -39,7 +40,12 @@ def test_every_command_is_understood(command: str) -> None:
     if module == "selfkd.submit":
         submit.make_parser().parse_args(words[: words.index("--")])
         module, *words = words[words.index("--") + 1 :]
-    modules = {"generations": generations, "ensemble": ensemble, "capacity": capacity}
+    modules = {
+        "generations": generations,
+        "ensemble": ensemble,
+        "capacity": capacity,
+        "study": study,
+    }
     arguments = modules[module.removeprefix("selfkd.")].make_parser().parse_args(words)
     config = ROOT / arguments.config if arguments.config else None
     load_config(config, settings=arguments.settings)
@@ -51,6 +57,12 @@ def test_inline_settings_are_understood() -> None:
     for setting in settings:
         if "dotted.key" not in setting:
             load_config(settings=[setting])
+
+
+def test_the_study_is_understood(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(study:.*?)```", README, re.DOTALL)
+    (tmp_path / "study.yaml").write_text(block)
+    check_study(load_config(tmp_path / "study.yaml"))
 
 
 def test_plug_in_example_runs() -> None:

@@ -37,7 +37,11 @@ def module(name: str) -> ModuleType:
 module("a17_ridge")
 anchors, run = module("anchors"), module("run")
 STORED = [anchor for anchor in anchors.ANCHORS if (anchors.RESULTS / f"{anchor.run}.json").exists()]
-MISSED = {"A3", "A5"}
+MISSED = {
+    ("A3", "a02_a03_student"),
+    ("A5", "a05_mythical_digit"),
+    ("A14", "a14_mnist_mlp"),
+}
 """What is known to miss its band: RESULTS.md says why."""
 
 
@@ -45,7 +49,7 @@ def recheck(name: str) -> None:
     """Judge what is stored of a run again."""
     for anchor in (anchor for anchor in STORED if anchor.run == name):
         outcome = anchor.judge(anchors.load(name)).outcome
-        assert outcome != "missed" or anchor.key in MISSED, anchor.key
+        assert outcome != "missed" or (anchor.key, anchor.run) in MISSED, anchor.key
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -207,6 +207,7 @@ def judge_a8(result: Row) -> Judgement:
         f"all data {told(full)}, 1,800 hard {told(hard)}, 1,800 soft {told(soft)}: {share:.0%} of "
         "the gap closed",
         _met(share >= 0.4),
+        f"all data has {len(full)} seeds, the others {len(hard)}",
     )
 
 

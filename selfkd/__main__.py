@@ -6,17 +6,8 @@ import importlib
 import sys
 
 COMMANDS = (
-    *(
-        "budget",
-        "capacity",
-        "ensemble",
-        "generations",
-        "report",
-        "response",
-        "study",
-        "submit",
-        "targets",
-    ),
+    *("budget", "capacity", "ensemble", "generations", "report"),
+    *("response", "study", "submit", "targets"),
 )
 
 

@@ -131,12 +131,16 @@ class _Experiment:
 
     def run(self) -> Row:
         arms = self.config.study.arms
-        facts = {name: self._check(name, arm) for name, arm in arms.items() if not arm.average}
+        facts = {
+            name: self._check(self._own(arm), f"study.arms.{name}: ")
+            for name, arm in arms.items()
+            if not arm.average
+        }
         members = self._members()
         trials: dict[str, list[Row]] = {}
         for names in self._waves():
             trials |= self._train(names, trials, members, facts)
-        measured = self._measure(trials, members)
+        measured = self._measure(trials)
         summary = self._summary(measured, members)
         save_json(self.folder.path / "summary.json", summary)
         return summary
@@ -144,21 +148,18 @@ class _Experiment:
     def _own(self, arm: ArmConfig) -> Config:
         return self.config.at(arm.set)
 
-    def _check(self, name: str, arm: ArmConfig) -> Row:
-        """Return the facts of an arm's data."""
-        checked = run_one(self.executor, "check", config=to_tree(self._own(arm)))
+    def _check(self, config: Config, where: str = "") -> Row:
+        """Return the facts of a config's data."""
+        checked = run_one(self.executor, "check", config=to_tree(config))
         if "fault" in checked:
-            raise ConfigError(f"study.arms.{name}: {checked['fault']}")
+            raise ConfigError(f"{where}{checked['fault']}")
         facts: Row = checked["facts"]
         return facts
 
     def _members(self) -> list[Row]:
         """Return the teachers from elsewhere."""
         if not any(MEMBERS in arm.teachers for arm in self.config.study.arms.values()):
-            checked = run_one(self.executor, "check", config=to_tree(self.config))
-            if "fault" in checked:
-                raise ConfigError(checked["fault"])
-            self.folder.keep(self.config, checked["facts"])
+            self.folder.keep(self.config, self._check(self.config))
             return []
         return teach(self.config, self.folder, self.executor, self.listener)(self.config)
 
@@ -263,9 +264,7 @@ class _Experiment:
             found.append({"hash": row["hash"], "checkpoint": row["checkpoint"]})
         return found
 
-    def _measure(
-        self, trials: dict[str, list[Row]], members: Sequence[Row]
-    ) -> dict[str, list[Row]]:
+    def _measure(self, trials: dict[str, list[Row]]) -> dict[str, list[Row]]:
         """Measure each student, and each average of students, on the test split once."""
         waiting = []
         for name, rows in trials.items():
@@ -317,14 +316,13 @@ class _Experiment:
         images = load_json(self.folder.path / "data.json")["images"]["test"]
         rows = {name: _arm_row(name, runs, images) for name, runs in measured.items()}
         summary: Row = {"images": images, "seeds": self.config.confirm.seeds, "members": None}
+        towards = {**rows}
         if members:
             asked = (members, self.config.distill.average)
             (row,) = measure_models(
                 self.config, self.folder, self.executor, self.listener, [asked], [0]
             )
             summary["members"] = {"count": len(members), **row, "errors": _errors(row, images)}
-        towards = {**rows}
-        if members:
             towards[MEMBERS] = {"runs": [{"number": 0, **summary["members"]}]}
         summary["arms"] = list(rows.values())
         summary["contrasts"] = [
@@ -400,9 +398,3 @@ def _contrast(contrast: ContrastConfig, arms: dict[str, Row], towards: dict[str,
 def count_trained(arms: int) -> str:
     """Return how many arms are trained side by side, in words."""
     return "one arm" if arms == 1 else f"{arms} arms side by side"
-
-
-def finished(folder: RunFolder) -> Row | None:
-    """Return the summary of a study that has nothing left to do, else None."""
-    path = folder.path / "summary.json"
-    return load_json(path) if path.exists() else None

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from selfkd.command import Command, base_parser, everyone
+from selfkd.compression import finished
 from selfkd.config import Config
 from selfkd.console import Follower, count, print_table
-from selfkd.experiment import check_study, experiment, finished, trainings
+from selfkd.experiment import check_study, experiment, trainings
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.tracking import NoTracker

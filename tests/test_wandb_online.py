@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from wandb_server import KEY, WandbServer
 
-import wandb
 from selfkd.config import load_config
 from selfkd.files import save_json
 from selfkd.tracking import WandbTracker, make_tracker

@@ -16,7 +16,7 @@ from selfkd.compression import CompressionListener, find_members, measure_models
 from selfkd.config import ArmConfig, Config, ConfigError, ContrastConfig, DataConfig, to_tree
 from selfkd.files import load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
-from selfkd.ledger import RunFolder
+from selfkd.ledger import RunError, RunFolder
 from selfkd.space import Point, Points
 from selfkd.statistics import mean_interval, paired_interval, ratio_interval
 from selfkd.storage import as_path
@@ -43,6 +43,8 @@ def check_study(config: Config) -> None:
 
 def _faults(config: Config) -> Iterator[str]:
     arms, before = config.study.arms, list[str]()
+    if config.student is not None:
+        yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
     if not arms:
         yield "study.arms must have at least one arm, got none: see tune_configs/anchors/"
     if config.confirm.seeds < 1:
@@ -113,7 +115,8 @@ def experiment(
         `val_accuracy`, `test_accuracy`, `errors`, `agreement` with its teachers, and of classes
         that it was trained on no image of, `unseen`), the `mean` of test accuracy and of `errors`
         with intervals; `members`, if they teach; and of each of `contrasts` the paired
-        `difference`, the `share` of the way to a third, and a `verdict`.
+        `difference` (none where no seed is in both), the `share` of the way to a third, and a
+        `verdict`.
 
     Raises:
         ConfigError: the data, the models or the members are not as the config says.
@@ -258,11 +261,16 @@ class _Experiment:
             if name == MEMBERS:
                 found += members
                 continue
-            row = next(iter(_of_seed(done[name], number)), None)
+            row = next(iter(self._of_seed(name, done[name], number)), None)
             if row is None:
                 raise ConfigError(f"the trial of {name} that is to teach seed {number} has failed")
             found.append({"hash": row["hash"], "checkpoint": row["checkpoint"]})
         return found
+
+    def _of_seed(self, name: str, rows: Sequence[Row], number: int) -> list[Row]:
+        """Return an arm's row of a seed, or that of its only seed; none if it failed."""
+        alone = name == MEMBERS or _seeds(self.config, self.config.study.arms[name]) == 1
+        return [row for row in rows if alone or row["number"] == number]
 
     def _measure(self, trials: dict[str, list[Row]]) -> dict[str, list[Row]]:
         """Measure each student, and each average of students, on the test split once."""
@@ -303,11 +311,16 @@ class _Experiment:
         """Measure the ensemble of arms, seed by seed."""
         found, ensembles = [], []
         for number, seed in enumerate(confirm_seeds(self.config, _seeds(self.config, arm))):
-            rows = [row for name in arm.average for row in _of_seed(trials[name], number)]
+            rows = [
+                row for name in arm.average for row in self._of_seed(name, trials[name], number)
+            ]
             if len(rows) == len(arm.average):
                 found.append({"number": number, "seed": seed})
                 members = [{"hash": r["hash"], "predictions": _predictions(r)} for r in rows]
                 ensembles.append({"members": members})
+        if not found:
+            arms = " and ".join(arm.average)
+            raise RunError(f"{arms} have no seed on which all were trained, so no average")
         config = to_tree(self.config)
         rows = run_one(self.executor, "measure", config=config, ensembles=ensembles)["rows"]
         return [{**own, **row} for own, row in zip(found, rows, strict=True)]
@@ -326,20 +339,42 @@ class _Experiment:
             towards[MEMBERS] = {"runs": [{"number": 0, **summary["members"]}]}
         summary["arms"] = list(rows.values())
         summary["contrasts"] = [
-            _contrast(contrast, rows, towards) for contrast in contrasts(self.config)
+            self._contrast(contrast, rows, towards) for contrast in contrasts(self.config)
         ]
         return summary
+
+    def _contrast(
+        self, contrast: ContrastConfig, arms: dict[str, Row], towards: dict[str, Row]
+    ) -> Row:
+        """Return the paired difference of two arms, and which share of the way to a third it is."""
+        own, other = arms[contrast.arm]["runs"], arms[contrast.to]["runs"]
+        pairs = [(a, b) for a in own for b in other if a["number"] == b["number"]]
+        if not pairs:
+            verdict = f"{contrast.arm} and {contrast.to} have no seed on which both were trained"
+            return {**asdict(contrast), "difference": None, "verdict": verdict, "share": None}
+        values, others = (
+            [row["test_accuracy"] for row in side] for side in zip(*pairs, strict=True)
+        )
+        difference = asdict(paired_interval(values, others))
+        verdict = compare(contrast.arm, contrast.to, difference, count_seeds(len(pairs)))
+        row = {**asdict(contrast), "difference": difference, "verdict": verdict, "share": None}
+        if contrast.towards:
+            third = towards[contrast.towards]["runs"]
+            ways = [
+                (
+                    row["test_accuracy"] - pair["test_accuracy"],
+                    end["test_accuracy"] - pair["test_accuracy"],
+                )
+                for row, pair in pairs
+                for end in self._of_seed(contrast.towards, third, row["number"])
+            ]
+            share = ratio_interval(*zip(*ways, strict=True)) if ways else None
+            row["share"] = None if share is None else asdict(share)
+        return row
 
 
 def _predictions(row: Row) -> str:
     return str(as_path(row["checkpoint"]).with_name("predictions.safetensors"))
-
-
-def _of_seed(rows: Sequence[Row], number: int) -> list[Row]:
-    """Return the row of a seed, or the only one; none if it failed."""
-    if len(rows) == 1 and rows[0]["number"] == 0:
-        return list(rows)
-    return [row for row in rows if row["number"] == number]
 
 
 def _errors(row: Row, images: int) -> int:
@@ -370,29 +405,6 @@ def _arm_row(name: str, runs: Sequence[Row], images: int) -> Row:
     if agreements:
         found["agreement"] = asdict(mean_interval(agreements))
     return found
-
-
-def _contrast(contrast: ContrastConfig, arms: dict[str, Row], towards: dict[str, Row]) -> Row:
-    """Return the paired difference of two arms, and which share of the way to a third it is."""
-    own, other = arms[contrast.arm]["runs"], arms[contrast.to]["runs"]
-    pairs = [(a, b) for a in own for b in other if a["number"] == b["number"]]
-    values, others = ([row["test_accuracy"] for row in side] for side in zip(*pairs, strict=True))
-    difference = asdict(paired_interval(values, others))
-    verdict = compare(contrast.arm, contrast.to, difference, count_seeds(len(pairs)))
-    row = {**asdict(contrast), "difference": difference, "verdict": verdict, "share": None}
-    if contrast.towards:
-        third = towards[contrast.towards]["runs"]
-        ways = [
-            (
-                row["test_accuracy"] - pair["test_accuracy"],
-                end["test_accuracy"] - pair["test_accuracy"],
-            )
-            for row, pair in pairs
-            for end in _of_seed(third, row["number"])
-        ]
-        share = ratio_interval(*zip(*ways, strict=True)) if ways else None
-        row["share"] = None if share is None else asdict(share)
-    return row
 
 
 def count_trained(arms: int) -> str:

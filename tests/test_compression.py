@@ -20,10 +20,9 @@ from selfkd.config import Config, ConfigError, load_config
 from selfkd.data import load_data
 from selfkd.files import load_json, save_json
 from selfkd.jobs import InProcess, Row
-from selfkd.ledger import RunFolder
+from selfkd.ledger import RunError, RunFolder
 from selfkd.models import make_model
 from selfkd.trial import run_job
-from selfkd.trials import RunError
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

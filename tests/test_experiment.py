@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from selfkd.data import load_data
 from selfkd.experiment import check_study, experiment, trainings
 from selfkd.files import load_json
 from selfkd.jobs import InProcess, Row
-from selfkd.ledger import RunFolder
+from selfkd.ledger import RunError, RunFolder
 from selfkd.trial import run_job
 
+RunJob = Callable[[str, Mapping[str, Any]], Iterator[Row]]
+MEMBERS = "members from elsewhere learnt from other images"
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
     "train={epochs: 2, batch_size: 20}",
@@ -45,7 +48,8 @@ ARMS = """study={
 class Ear:
     """A listener that remembers what was trained and labelled."""
 
-    def __init__(self) -> None:
+    def __init__(self, notes: str) -> None:
+        self.notes = notes
         self.trained = 0
         self.labelled = 0
 
@@ -65,18 +69,20 @@ class Ear:
         pass
 
     def noted(self, text: str) -> None:
-        assert "members from elsewhere learnt from other images" in text
+        assert self.notes in text
 
     def compressed(self, summary: Row) -> None:
         pass
 
 
-def study(path: Path, *settings: str) -> tuple[RunFolder, Row, Ear]:
+def study(
+    path: Path, *settings: str, run_job: RunJob = run_job, notes: str = MEMBERS
+) -> tuple[RunFolder, Row, Ear]:
     config = load_config(settings=[*TINY, *settings])
     check_study(config)
     folder = RunFolder.create(path, config, command="study") if not path.exists() else None
     folder = folder or RunFolder(path)
-    ear = Ear()
+    ear = Ear(notes)
     return folder, experiment(config, folder, InProcess(run_job), ear), ear
 
 
@@ -240,6 +246,7 @@ def test_members_of_another_run_teach(whole: tuple[RunFolder, Row, Ear], tmp_pat
         ("study={arms: {a/b: {}}}", "a name must be of letters"),
         ("study={arms: {members: {}}}", "and not members"),
         ("study={arms: {a: {}}, compare: [{arm: a, to: c}]}", "must name arms (a), got 'c'"),
+        ("student={name: selfkd_cnn}", "student: not of a study, got selfkd_cnn"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: str, message: str) -> None:
@@ -257,3 +264,36 @@ def test_an_unknown_key_of_an_arm_is_named() -> None:
 def test_a_class_that_the_data_lacks_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"study\.arms\.a: data\.classes must be in \[0, 9\]"):
         study(tmp_path / "run", "study={arms: {a: {set: {data.classes: [0, 10]}}}}")
+
+
+def losing(*trials: str) -> RunJob:
+    """Return what does jobs, but fails those trials."""
+
+    def lose(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        if any(trial in str(payload.get("student")) for trial in trials) and kind == "train":
+            raise RuntimeError("out of memory")
+        return run_job(kind, payload)
+
+    return lose
+
+
+def test_arms_that_share_no_seed_are_not_compared(tmp_path: Path) -> None:
+    lose = losing("arms/a/trial_000", "arms/b/trial_001", "arms/b/trial_002")
+    _, summary, _ = study(
+        tmp_path / "run",
+        "study={arms: {a: {}, b: {}, c: {}}}",
+        run_job=lose,
+        notes="trials of",
+    )
+    assert [len(row["runs"]) for row in summary["arms"]] == [2, 1, 3]
+    to_b, to_c = summary["contrasts"]
+    assert (to_b["difference"], to_b["share"]) == (None, None)
+    assert to_b["verdict"] == "b and a have no seed on which both were trained"
+    assert "2 paired seeds" in to_c["verdict"]
+
+
+def test_an_average_without_any_seed_of_all_is_told(tmp_path: Path) -> None:
+    lose = losing("arms/a/trial_000", "arms/b/trial_001", "arms/b/trial_002")
+    arms = "study={arms: {a: {}, b: {}, both: {average: [a, b]}}}"
+    with pytest.raises(RunError, match="a and b have no seed on which all were trained"):
+        study(tmp_path / "run", arms, run_job=lose, notes="trials of")

@@ -11,10 +11,10 @@ import pytest
 from selfkd.config import Config, ConfigError, load_config
 from selfkd.files import load_json
 from selfkd.jobs import InProcess, Job, Row
-from selfkd.ledger import RunFolder
+from selfkd.ledger import RunError, RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.trial import run_job
-from selfkd.trials import RunError, trial_seed
+from selfkd.trials import trial_seed
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

@@ -305,6 +305,7 @@ RUNS = (
     Run(name="a09_ensemble", command="ensemble"),
     Run(name="a10_agreement", command="study", teacher=True),
     Run(name="a14_mnist_mlp", command="study"),
+    Run(name="a14_mnist_mlp_jittered", command="study"),
     Run(name="a14_digits_cnn", command="study"),
     Run(name="a14_digits_resnet8", command="study"),
     Run(name="a14_digits_resnet20", command="study"),
@@ -418,6 +419,7 @@ ANCHORS = (
         )
         for what, run in (
             ("MLP, 1,000 images of MNIST", "a14_mnist_mlp"),
+            ("MLP, 1,000 jittered images of MNIST", "a14_mnist_mlp_jittered"),
             ("CNN, 200 digits", "a14_digits_cnn"),
             ("ResNet-8, 200 digits", "a14_digits_resnet8"),
             ("ResNet-20, 200 digits", "a14_digits_resnet20"),

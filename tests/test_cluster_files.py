@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from selfkd import generations, submit
@@ -123,6 +126,27 @@ def test_the_jobs_structure(job: dict[str, Any]) -> None:
         assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
         volumes = group["template"]["spec"]["volumes"]
         assert [volume["name"] for volume in volumes] == ["shared"]
+
+
+def test_what_travels_as_the_working_directory_is_the_code_and_not_what_lies_beside_it(
+    tmp_path: Path,
+) -> None:
+    """As Ray packs it, which matches a name without a leading slash in every folder."""
+    folder = tmp_path / "repository"
+    shutil.copytree(ROOT / "selfkd", folder / "selfkd")
+    for name in (".rayignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    left = ("runs/digits/config.yaml", "data/cifar/batch", "wandb/run/log", ".venv/x", ".git/HEAD")
+    for name in left:
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    for respected in (False, True):  # Ray can be told to leave .gitignore unread
+        packed = tmp_path / f"{respected}.zip"
+        create_package(str(folder), packed, include_gitignore=respected)
+        names = set(zipfile.ZipFile(packed).namelist())
+        code = {str(file.relative_to(ROOT)) for file in (ROOT / "selfkd").rglob("*.py")}
+        assert "selfkd/data/folder.py" in code <= names
+        assert not names & set(left)
 
 
 def test_kubernetes_accepts_the_jobs_pods(job: dict[str, Any]) -> None:

@@ -153,8 +153,8 @@ def _calibration() -> Section:
         name="calibration",
         is_open=True,
         panels=[
-            panels.LinePlot(title="ECE, 15 bins", y=["ece"], **axis),
-            panels.LinePlot(title="NLL", y=["nll"], **axis),
+            panels.LinePlot(title="ECE, 15 bins", y=["test_ece"], **axis),
+            panels.LinePlot(title="NLL", y=["test_nll"], **axis),
             panels.LinePlot(title="Brier score", y=["brier"], **axis),
         ],
     )

@@ -72,7 +72,14 @@ def _read(names: Sequence[str]) -> list[Run]:
 def _report(runs: Sequence[Run], wanted: str | None, output: Path | None) -> None:
     if wanted in ("csv", "json"):
         _put((_csv if wanted == "csv" else _json)(runs), output)
-        return
+    else:
+        _show_all(runs, wanted, output)
+    for problem in [problem for run in runs for problem in run.problems]:
+        print(f"warning: {problem}; went on without it", file=sys.stderr)  # noqa: T201
+
+
+def _show_all(runs: Sequence[Run], wanted: str | None, output: Path | None) -> None:
+    """Print the table and write the page, or what is wanted of the two."""
     console = make_console()
     if wanted != "html":
         if wanted == "table" and output is not None:
@@ -84,8 +91,6 @@ def _report(runs: Sequence[Run], wanted: str | None, output: Path | None) -> Non
     if wanted != "table":
         written = _write(runs, output)
         console.print(f"report:  {written}", soft_wrap=True)
-    for problem in [problem for run in runs for problem in run.problems]:
-        print(f"warning: {problem}; went on without it", file=sys.stderr)  # noqa: T201
 
 
 def _write(runs: Sequence[Run], output: Path | None) -> Path:

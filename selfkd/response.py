@@ -20,8 +20,17 @@ from selfkd.files import load_json
 from selfkd.ledger import RunFolder
 from selfkd.statistics import Interval
 from selfkd.storage import as_path
-from selfkd.surface import EVIDENCE, Drift, Effect, Response, Trial, drift, unfit
-from selfkd.surface import fit_response as fit_response
+from selfkd.surface import (
+    EVIDENCE,
+    Drift,
+    Effect,
+    Response,
+    Trial,
+    drift,
+    fit_response,
+    search_range,
+    unfit,
+)
 
 USAGE = 2
 KEYS = ("distill.temperature", "distill.alpha")
@@ -119,11 +128,8 @@ def _stage(
     space = config.space(taught=True)
     ranges: list[tuple[float, float] | None] = []
     for column, key in enumerate(KEYS):
-        values = [trial[column] for trial in trials]
-        ends = [*values]
-        if key in space:
-            ends += [float(value) for value in space[key].values]  # of a range, or its choices
-        ranges.append((min(ends), max(ends)) if len(set(values)) > 1 else None)
+        searched = [float(value) for value in space[key].values] if key in space else []
+        ranges.append(search_range([trial[column] for trial in trials], searched))
     return Stage(
         run=folder.path.name,
         name=name,

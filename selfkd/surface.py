@@ -105,6 +105,23 @@ def unfit(trials: Sequence[Trial]) -> str | None:
     return None
 
 
+def search_range(values: Sequence[float], searched: Sequence[float]) -> tuple[float, float] | None:
+    """Return the range of temperature or alpha that trials were drawn from.
+
+    Args:
+        values: of the trials.
+        searched: the ends of a searched range, or its choices; none where they are not known.
+
+    Returns:
+        None where the trials have a single value.
+
+    >>> search_range([2.0, 5.0], [1.0, 10.0]), search_range([4.0, 4.0], [1.0, 10.0])
+    ((1.0, 10.0), None)
+    """
+    ends = [*values, *searched]
+    return (min(ends), max(ends)) if len(set(values)) > 1 else None
+
+
 def fit_response(
     trials: Sequence[Trial],
     *,

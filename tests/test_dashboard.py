@@ -13,6 +13,13 @@ import pytest
 from wandb_server import KEY
 
 from selfkd import dashboard
+from selfkd.config import load_config
+from selfkd.files import load_json
+from selfkd.jobs import InProcess
+from selfkd.ledger import RunFolder
+from selfkd.lineage import born_again
+from selfkd.tracking.rows import generation_row
+from selfkd.trial import run_job
 
 GOLDEN = Path(__file__).with_name("dashboard.json")
 
@@ -31,13 +38,37 @@ def test_the_view_is_the_golden_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert found == json.loads(GOLDEN.read_text())
 
 
-def test_the_view_shows_what_runs_log() -> None:
+def panels() -> list[dict[str, Any]]:
+    sections = json.loads(GOLDEN.read_text())["spec"]["section"]["panelBankConfig"]["sections"]
+    return [panel for section in sections for panel in section["panels"]]
+
+
+def test_the_view_shows_what_trials_log() -> None:
     text = GOLDEN.read_text()
-    for key in ("test_accuracy", "config:distill.value.temperature", "summary:trial_val_accuracy"):
+    for key in ("config:distill.value.temperature", "summary:trial_val_accuracy"):
         assert f'"{key}"' in text
-    sections = json.loads(text)["spec"]["section"]["panelBankConfig"]["sections"]
-    kinds = {panel["viewType"] for section in sections for panel in section["panels"]}
+    kinds = {panel["viewType"] for panel in panels()}
     assert {"Run History Line Plot", "Parallel Coordinates Plot", "Scatter Plot"} <= kinds
+
+
+def test_the_view_shows_what_a_lineage_logs(tmp_path: Path) -> None:
+    class Ear:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: None
+
+    tiny = ["model={name: selfkd_mlp, args: {width: 8, depth: 1}}", "train.epochs=1", "rounds=1"]
+    config = load_config(settings=[*tiny, "search.trials=1", "confirm.seeds=0"])
+    folder = RunFolder.create(tmp_path / "run", config)
+    born_again(config, folder, InProcess(run_job), Ear())
+    logged = generation_row(load_json(folder.path / "generation_001" / "result.json"))
+    drawn = {
+        name
+        for panel in panels()
+        if panel["config"].get("xAxis") == "generation"
+        for name in panel["config"]["metrics"]
+    }
+    assert {"test_accuracy", "test_ece"} <= drawn
+    assert drawn <= set(logged)
 
 
 def test_project_entity_and_name_are_those_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,15 +118,19 @@ def test_a_run_of_an_ensemble(runs: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "Share of the teacher's gain kept: 72.00 % [31.00, 420.00]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["html", "table", "csv", "json"])
 def test_a_damaged_file_is_named_and_the_rest_reported(
-    runs: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
     damaged = runs / "run-a" / "generation_001" / "result.json"
     damaged.write_text("{")
-    assert report.main(["run-a", "run-b"]) == 0
+    assert report.main(["run-a", "run-b", "--format", form]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith(f"warning: {damaged} is damaged")
-    assert "run-b is better than run-a" in captured.out
+    told = (runs / "comparison.html").read_text() if form == "html" else captured.out
+    assert (
+        "run-b,generations,True,generation 2," if form == "csv" else "run-b is better than run-a"
+    ) in told
 
 
 def test_runs_of_the_same_name_are_told_apart(

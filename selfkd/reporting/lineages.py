@@ -12,10 +12,10 @@ from selfkd.reporting.panels import (
     Panel,
     Section,
     bar,
+    completed,
     measure,
     placed,
-    surface,
-    tell_surface,
+    response,
     values,
 )
 from selfkd.reporting.read import Generation, Run
@@ -97,24 +97,26 @@ def _maps(run: Run) -> Iterator[Panel]:
     everywhere = [point for points in found.values() for point in points]
     if not everywhere:
         return
-    bounds = ends_of([value for _, _, value in everywhere])
+    whole = [trial for generation in taught for trial in completed(generation.trials)]
+    bounds = ends_of([value for _, _, value in placed(run, whole) or everywhere])
     temperatures = ends_of([t for t, _, _ in everywhere])
     for generation in taught:
         points, chosen = found[generation.number], _chosen(generation)
         if not points:
             continue
         setting = run.setting(chosen) if chosen else None
+        surface, best = response(run, generation.trials)
         figure = figures.setting_map(
             points,
             measure=measure(run),
             chosen=setting,
             bounds=bounds,
             temperatures=temperatures,
-            surface=surface(points),
+            surface=surface,
         )
         yield Panel(
             f"Generation {generation.number}",
-            _map_text(run, generation, points, setting),
+            f"{_map_text(run, points, setting)} {best}".strip(),
             figure,
             tables.trials_table(run, generation.trials, chosen.trial if chosen else None),
             small=True,
@@ -129,16 +131,13 @@ def _chosen(generation: Generation) -> Trial | None:
 
 
 def _map_text(
-    run: Run,
-    generation: Generation,
-    points: Sequence[tuple[float, float, float]],
-    chosen: tuple[float, float] | None,
+    run: Run, points: Sequence[tuple[float, float, float]], chosen: tuple[float, float] | None
 ) -> str:
     low, high = ends_of([value for _, _, value in points])
     text = f"{len(points)} trials, from {words.measured(run, low)} to {words.measured(run, high)}"
     if chosen is None:
         return f"{text}; none is chosen yet."
-    return f"{text}; chosen: T {chosen[0]:.3g}, alpha {chosen[1]:.2f}. {tell_surface(points)}"
+    return f"{text}; chosen: T {chosen[0]:.3g}, alpha {chosen[1]:.2f}."
 
 
 def _learning(run: Run) -> Iterator[Panel]:

@@ -10,13 +10,14 @@ from functools import lru_cache
 import plotly.graph_objects as go
 
 from selfkd.reporting.marks import Bar, Measure, Surface
-from selfkd.reporting.read import Run
+from selfkd.reporting.read import DISTILL, Run
 from selfkd.reporting.schema import Estimate, Trial
 from selfkd.reporting.tables import Table
-from selfkd.surface import Response, fit_response
+from selfkd.surface import Response, fit_response, search_range
 
 Place = tuple[float, float, float]
 """Temperature, alpha, and what was reached there."""
+Ends = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -65,26 +66,33 @@ def placed(run: Run, trials: Sequence[Trial]) -> list[Place]:
     return [(*at, value) for at, value in found if at is not None and value is not None]
 
 
+def completed(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that ran to their end: what others reached is of fewer epochs."""
+    return [trial for trial in trials if trial.status == "completed"]
+
+
 @lru_cache(maxsize=64)  # a run that goes on is drawn again and again
-def _response(points: tuple[Place, ...]) -> Response | None:
-    return fit_response(points)
+def _response(points: tuple[Place, ...], ranges: tuple[Ends, Ends]) -> Response | None:
+    return fit_response(points, temperatures=ranges[0], alphas=ranges[1])
 
 
-def surface(points: Sequence[Place]) -> Surface | None:
-    """Return the response that is fitted to trials; None where they do not settle a surface."""
-    found = _response(tuple(points))
+def response(run: Run, trials: Sequence[Trial]) -> tuple[Surface | None, str]:
+    """Return the response that is fitted to the completed trials, and in words where it is best.
+
+    Both are of a search; none and nothing where the trials do not settle a surface.
+    """
+    sign = 1 if measure(run).larger_is_better else -1
+    points = tuple((t, alpha, sign * value) for t, alpha, value in placed(run, completed(trials)))
+    ranges = [
+        search_range([point[column] for point in points], run.searched(key))
+        for column, key in enumerate(DISTILL)
+    ]
+    found = _response(points, (ranges[0], ranges[1]))
     if found is None or min(len(found.temperatures), len(found.alphas)) < 2:
-        return None
-    return Surface(found.temperatures, found.alphas, list(zip(*found.mean, strict=True)))
-
-
-def tell_surface(points: Sequence[Place]) -> str:
-    """Return in words where the fitted response is best; nothing where there is none."""
-    found = _response(tuple(points))
-    if found is None or surface(points) is None:
-        return ""
+        return None, ""
+    values = [[sign * value for value in row] for row in zip(*found.mean, strict=True)]
     t, alpha = found.best_temperature, found.best_alpha
-    return (
+    return Surface(found.temperatures, found.alphas, values), (
         f"The fitted surface is best at T {t.value:.3g} [{t.low:.3g}, {t.high:.3g}], "
         f"alpha {alpha.value:.2f} [{alpha.low:.2f}, {alpha.high:.2f}]."
     )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfkd.config import ConfigError, parse_yaml
+from selfkd.config import ConfigError, from_tree, parse_yaml
 from selfkd.files import load_json
 from selfkd.reporting.schema import (
     Compression,
@@ -123,6 +123,15 @@ class Run:
         if not all(isinstance(value, int | float) for value in values):
             return None
         return float(values[0]), float(values[1])
+
+    def searched(self, key: str) -> list[float]:
+        """Return the ends of the range that a number was searched in, or its choices."""
+        try:
+            domain = from_tree(dict(self.config)).space(taught=True).get(key)
+        except ConfigError:  # of another version
+            return []
+        values = () if domain is None else domain.values
+        return [float(value) for value in values if isinstance(value, int | float)]
 
     def class_name(self, label: int | str) -> str:
         """Return the name of a class, its number where it has none."""

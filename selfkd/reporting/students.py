@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from selfkd.reporting import charts, figures, tables, words
-from selfkd.reporting.marks import Bar, Level, Line, Measure
-from selfkd.reporting.panels import Panel, Section, bar, measure, placed, surface, tell_surface
+from selfkd.reporting.marks import Bar, Level, Line, Measure, ends_of
+from selfkd.reporting.panels import Panel, Section, bar, completed, measure, placed, response
 from selfkd.reporting.read import Run
 from selfkd.reporting.schema import Trial
 from selfkd.reporting.tables import Table
@@ -83,10 +83,19 @@ def _student_map(run: Run) -> Iterator[Panel]:
     text = f"{len(points)} trials" + (
         f"; chosen: T {setting[0]:.3g}, alpha {setting[1]:.2f}." if setting else "."
     )
+    surface, best = response(run, trials)
+    whole = placed(run, completed(trials)) or points
+    figure = figures.setting_map(
+        points,
+        measure=measure(run),
+        chosen=setting,
+        bounds=ends_of([value for _, _, value in whole]),
+        surface=surface,
+    )
     yield Panel(
         "The student's trials",
-        f"{text} {tell_surface(points)}".strip(),
-        figures.setting_map(points, measure=measure(run), chosen=setting, surface=surface(points)),
+        f"{text} {best}".strip(),
+        figure,
         tables.trials_table(run, trials, chosen.trial if chosen else None),
     )
 

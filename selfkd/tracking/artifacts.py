@@ -13,7 +13,15 @@ from selfkd.jobs import Row
 from selfkd.storage import RemotePath, as_path
 from selfkd.tracking.logged import LoggedRun, make_artifact
 
-FACTS = ("temperature", "alpha", "val_accuracy", "val_nll", "test_accuracy", "nll", "ece")
+FACTS = (
+    "temperature",
+    "alpha",
+    "val_accuracy",
+    "val_nll",
+    "test_accuracy",
+    "test_nll",
+    "test_ece",
+)
 MANIFEST = ("teacher", "data", "views", "images", "classes", "top_k")
 
 Make = Callable[[], Any]

@@ -37,8 +37,8 @@ def trial_rank(trial: Row, *, metric: str, mode: str) -> tuple[float, float, int
 def generation_row(result: Row) -> Row:
     """Return what is drawn of a generation, its calibration on the test split included.
 
-    >>> generation_row({"generation": 1, "nll": 0.5, "diagnostics": {"test": {"brier": 0.1}}})
-    {'generation': 1, 'nll': 0.5, 'brier': 0.1}
+    >>> generation_row({"generation": 1, "test_nll": 0.5, "diagnostics": {"test": {"brier": 0.1}}})
+    {'generation': 1, 'test_nll': 0.5, 'brier': 0.1}
     """
     known = (result.get("diagnostics") or {}).get("test") or {}
     scaled = {f"scaled_{name}": value for name, value in (known.get("scaled") or {}).items()}

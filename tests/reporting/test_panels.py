@@ -1,0 +1,86 @@
+"""The response that a report draws over T and alpha: of which trials, and which way is better."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from run_folders import generations_run
+
+from selfkd.files import load_json, save_json
+from selfkd.reporting.lineages import generation_sections
+from selfkd.reporting.panels import response
+from selfkd.reporting.read import Run, read_run
+
+SETTINGS = list(itertools.product((1.5, 4.0, 12.0), (0.2, 0.5, 0.8)))
+
+
+def bowl(temperature: float, alpha: float) -> float:
+    """Return 0 at T = 4 and alpha = 0.5, more elsewhere."""
+    return 0.3 * abs(temperature - 4) / 8 + abs(alpha - 0.5)
+
+
+def made(path: Path, key: str, value: Callable[[float, float], float], *settings: str) -> Run:
+    """Make a run whose trials of generation 1 reached what a function says."""
+    generations_run(path, rounds=1, trials=len(SETTINGS), settings=settings)
+    for number, (temperature, alpha) in enumerate(SETTINGS):
+        file = path / "generation_001" / f"trial_{number:03d}" / "result.json"
+        point = {"distill.temperature": temperature, "distill.alpha": alpha}
+        save_json(file, {**load_json(file), "point": point, key: value(temperature, alpha)})
+    return read_run(path)
+
+
+def told(run: Run) -> str:
+    (_, text) = response(run, run.generations[1].trials)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("key", "sign", "settings"),
+    [
+        ("val_accuracy", -1, ()),
+        ("val_nll", 1, ("search.metric=val_nll", "search.mode=min")),
+    ],
+)
+def test_the_best_point_is_the_best_by_the_runs_own_metric(
+    tmp_path: Path, key: str, sign: int, settings: tuple[str, ...]
+) -> None:
+    run = made(tmp_path / "run", key, lambda t, alpha: 0.9 + sign * 0.1 * bowl(t, alpha), *settings)
+    surface, text = response(run, run.generations[1].trials)
+    assert surface is not None
+    cells = [(v, t, a) for row, a in zip(surface.values, surface.alphas, strict=True)
+             for v, t in zip(row, surface.temperatures, strict=True)]  # fmt: skip
+    value, temperature, alpha = (max if sign < 0 else min)(cells)
+    assert (temperature, alpha) == (pytest.approx(4, rel=0.3), pytest.approx(0.5, abs=0.1))
+    assert value == pytest.approx(0.9, abs=0.03)
+    assert f"best at T {temperature:.3g} [" in text
+    assert f"alpha {alpha:.2f} [" in text
+    maps = next(s for s in generation_sections(run) if s.title == "Temperature and alpha")
+    assert text in maps.panels[0].text
+
+
+def test_trials_that_did_not_run_to_their_end_are_no_part_of_it(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", "val_accuracy", lambda t, alpha: 0.9 - 0.1 * bowl(t, alpha))
+    before = told(run)
+    folder = run.path / "generation_001"
+    for number, status in enumerate(("stopped", "failed"), start=len(SETTINGS)):
+        row = load_json(folder / "trial_000" / "result.json")
+        point = {"distill.temperature": 2.0, "distill.alpha": 0.3}
+        row |= {"trial": number, "status": status, "point": point, "val_accuracy": 0.1}
+        save_json(folder / f"trial_{number:03d}" / "result.json", row)
+    run = read_run(run.path)
+    assert len(run.generations[1].trials) == len(SETTINGS) + 2
+    assert told(run) == before
+    maps = next(s for s in generation_sections(run) if s.title == "Temperature and alpha")
+    assert maps.panels[0].figure.layout.coloraxis.cmin > 0.8
+
+
+def test_it_reaches_over_what_was_searched(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", "val_accuracy", lambda t, alpha: 0.9 - 0.1 * bowl(t, alpha))
+    surface, _ = response(run, run.generations[1].trials)
+    assert surface is not None
+    searched = run.searched("distill.temperature")
+    assert (surface.temperatures[0], surface.temperatures[-1]) == (min(searched), max(searched))
+    assert run.searched("distill.nothing") == []

@@ -27,7 +27,7 @@ from selfkd.files import remove_tree
 from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
 from selfkd.lock import Lock, LockedError
-from selfkd.reporting.watch import REPORT, Reporter
+from selfkd.reporting.watch import REPORT, Reporter, make_plots
 from selfkd.storage import as_path
 from selfkd.tracking import NoTracker, make_tracker
 
@@ -172,7 +172,14 @@ class Command:
 
         resources, name = config.resources, folder.path.name
         where, run_id = folder.local, folder.run_id
-        tracker = make_tracker(config, name=name, run_id=run_id, folder=where, run=folder.path)
+        tracker = make_tracker(
+            config,
+            name=name,
+            run_id=run_id,
+            folder=where,
+            run=folder.path,
+            plots=make_plots if self.reports else None,
+        )
         if not arguments.quiet:
             console.print(tracker.description, soft_wrap=True)
         record(folder.path)

@@ -247,6 +247,66 @@ def test_a_summary_has_the_gain_and_the_verdict(tmp_path: Path) -> None:
     assert (summary["last_test_accuracy"], summary["best_test_accuracy"]) == (0.7, 0.8)
 
 
+COMPRESSED = {
+    "rows": [
+        {"name": "student, labels only", "test_accuracy": 0.93, "runs": [0.92, 0.94]},
+        {"name": "student, from its teacher", "test_accuracy": 0.95, "runs": [0.95, 0.95]},
+    ],
+    "seeds": 2,
+    "gain": {"value": 0.02, "low": 0.01, "high": 0.03},
+    "share": None,
+    "chosen": {},
+}
+
+
+def test_the_run_of_an_ensemble_has_its_report_notes_and_verdict(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("<p>whole</p>")
+    tracker = offline(tmp_path, "tracking.alerts=true")
+    tracker.compressed(COMPRESSED)
+    tracker.close()
+    assert [row["row"] for row in history(tmp_path, "run-a-0-ensemble")] == [0, 1]
+    found = records(tmp_path, "run-a-0-ensemble")
+    summary: dict[str, Any] = {}
+    for record in found:
+        if record["type"] == "summary":
+            summary |= record["summary"].get("update", {})
+    assert summary["report"]["_type"] == "html-file"
+    assert summary["verdict"].startswith("the student is better than labels only: +2.00 %")
+    notes = [r["run"].get("notes") for r in found if r["type"] == "run"]
+    assert notes[-1] == summary["verdict"]
+    (alert,) = (r["alert"] for r in found if r["type"] == "alert")
+    assert (alert["title"], alert["text"]) == ("selfkd: run-a has ended", summary["verdict"])
+    assert [r["exit"].get("exit_code", 0) for r in found if r["type"] == "exit"] == [0]
+
+
+def test_there_is_no_alert_unless_asked_for(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    tracker.generation_finished(RESULT)
+    tracker.close()
+    assert not [r for r in records(tmp_path, "run-a-0-lineage") if r["type"] == "alert"]
+
+
+@pytest.mark.parametrize("upload", [False, True])
+def test_soft_targets_are_a_reference_unless_they_are_to_be_sent(
+    tmp_path: Path, upload: bool
+) -> None:
+    manifest = tmp_path / "targets" / "abc" / "d" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"teacher": "abc", "data": "d"}')
+    tracker = offline(tmp_path, f"tracking.upload_targets={str(upload).lower()}")
+    tracker.generation_finished(RESULT)
+    tracker.trial_reported(TRIAL, EPOCHS)
+    tracker.close()
+    (targets,) = (
+        record["artifact"]
+        for record in records(tmp_path, "run-a-0-lineage")
+        if record["type"] == "artifact"
+    )
+    assert targets["type"] == "dataset"
+    (entry,) = targets["manifest"]["contents"]
+    assert ("local_path" in entry, "ref" in entry) == (upload, not upload)
+
+
 def test_a_broken_tracker_stops_no_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 import wandb
 from wandb_server import KEY, WandbServer
@@ -41,9 +42,15 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbSer
         wandb.teardown()
 
 
+def draw(folder: Path) -> dict[str, Any]:
+    """Return the figures of a run folder."""
+    return {"Accuracy": go.Figure(go.Scatter(x=[0, 1], y=[0.25, 0.5], name=folder.name))}
+
+
 def online(folder: Path, *settings: str, wait: float = 20.0) -> WandbTracker:
     texts = ["tracking=online", f"tracking.wait={wait}", "confirm.seeds=3", *settings]
-    tracker = make_tracker(load_config(settings=texts), name="a", run_id="a-0", folder=folder)
+    config = load_config(settings=texts)
+    tracker = make_tracker(config, name="a", run_id="a-0", folder=folder, plots=draw)
     assert isinstance(tracker, WandbTracker)
     return tracker
 
@@ -172,6 +179,8 @@ def test_what_an_online_run_sends(tmp_path: Path, server: WandbServer) -> None:
     assert (summary["gain"], summary["gain_low"], summary["gain_high"]) == (0.02, 0.01, 0.03)
     assert (summary["verdict"], lineage.values["notes"]) == ("so", "so")
     assert lineage.files[summary["report"]["path"]] == b"<p>whole</p>"
+    plot = json.loads(lineage.files[summary["Accuracy"]["path"]])
+    assert (plot["data"][0]["name"], plot["data"][0]["type"]) == (tmp_path.name, "scatter")
 
     # the trial that was chosen made the model, the trials of the next generation learned from it
     models = {min(v.aliases - {"latest"}): v for v in server.versions if v.type == "model"}
@@ -297,6 +306,7 @@ def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
         folder = Path(sys.argv[1])
         tracker = t.online(folder)
         t.follow(tracker, folder, 0)
+        t.save_json(folder / "generation_000/result.json", t.chosen(folder, 0))
         tracker.trial_reported(t.trial(1), t.epochs(2))
         t.settled(tracker)
         for number in range(2):
@@ -323,6 +333,8 @@ def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
     assert [row["generation"] for row in server.runs["a-0-lineage"].history] == [0, 1]
     models = [version for version in server.versions if version.type == "model"]
     assert {min(m.aliases - {"latest"}) for m in models} == {"generation-0", "generation-1"}
+    (teacher,) = (model for model in models if "generation-0" in model.aliases)
+    assert teacher.consumers == {"a-0-g1-t0", "a-0-g1-t1"}
 
 
 def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:

@@ -6,11 +6,28 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from selfkd.jobs import Row
 
 REPORT = "report.html"
 logger = logging.getLogger(__name__)
+
+
+def make_plots(folder: Path) -> dict[str, Any]:
+    """Return the figures of accuracy and of T and alpha of a run, by their titles.
+
+    A failure is only logged: what is drawn must never stop a training.
+    """
+    try:
+        from selfkd.reporting.page import run_page  # plotly: only when it is needed
+        from selfkd.reporting.read import read_run
+
+        sections = run_page(read_run(folder)).sections[:2]
+        return {panel.title: panel.figure for section in sections for panel in section.panels}
+    except Exception as error:  # noqa: BLE001
+        logger.warning("no plots of %s: %s: %s", folder, type(error).__name__, error)
+        return {}
 
 
 class Reporter:

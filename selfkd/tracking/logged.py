@@ -80,9 +80,9 @@ def make_html(path: Path) -> Any:
     return wandb.Html(path.read_text(), inject=False, data_is_not_path=True)
 
 
-def make_image(path: Path) -> Any:
-    """Return a picture as W&B shows it."""
-    return wandb.Image(str(path))
+def make_plot(figure: Any) -> Any:
+    """Return a figure of plotly as W&B shows it."""
+    return wandb.Plotly(figure)
 
 
 def make_artifact(

@@ -6,7 +6,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,11 +23,13 @@ from selfkd.tracking.rows import (
     trial_rank,
     trial_summary,
 )
+from selfkd.verdicts import compare, count_seeds
 
 if TYPE_CHECKING:
     from selfkd.tracking.logged import LoggedRun
 
 log = logging.getLogger(__name__)
+Plots = Callable[[Path], Mapping[str, Any]]
 
 
 class NoTracker:
@@ -76,6 +78,7 @@ class WandbTracker(NoTracker):
         folder: where W&B writes, on this machine.
         config: of the run.
         run: the run folder, with the results and models; `folder` when not given.
+        plots: returns plotly's figures of a run folder, by their names.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class WandbTracker(NoTracker):
         folder: Path,
         config: Config,
         run: Path | None = None,
+        plots: Plots | None = None,
     ) -> None:
         # imported here: wandb takes half a second
         from selfkd.tracking import artifacts, logged, runs
@@ -95,6 +99,7 @@ class WandbTracker(NoTracker):
         self._start_seconds = runs.START_SECONDS
         self._folder, self._run_folder = folder, folder if run is None else run
         self._name, self._run_id, self._config = name, run_id, config
+        self._plots = plots
         self._session = runs.Session(
             online=mode == "online",
             url=base_url() if mode == "online" else "",
@@ -112,6 +117,7 @@ class WandbTracker(NoTracker):
         self._results: list[Row] = []
         self._verdict: str | None = None
         self._lineage: LoggedRun | None = None
+        self._ensemble: LoggedRun | None = None
         self._broken = self._closed = False
         self._handled = 0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -147,6 +153,8 @@ class WandbTracker(NoTracker):
 
     def _replay(self) -> None:
         """Log the trials that are done and were not logged whole: a start before was killed."""
+        for path in sorted(self._run_folder.glob("generation_*/result.json")):
+            self._artifacts.models(load_json(path))  # which those trials learnt from
         for path in sorted(self._run_folder.glob("*/**/result.json")):
             if path.parent.name.startswith("trial_"):
                 trial = load_json(path)
@@ -279,36 +287,40 @@ class WandbTracker(NoTracker):
                 job_type="ensemble",
                 config=to_tree(self._config),
                 tags=self._tags("ensemble"),
+                left_code=0,
             )
+            self._ensemble = run
             for number, row in enumerate(summary["rows"]):
                 plain = {k: v for k, v in row.items() if k != "runs" and v is not None}
                 run.do(_log({"row": number, **plain}))
             found = intervals({"gain": summary["gain"], "share_kept": summary["share"]})
             found["student_test_accuracy"] = summary["rows"][-1]["test_accuracy"]
-            run.do(_summarise(found))
+            pairs = count_seeds(max(1, summary["seeds"]))
+            self._verdict = compare("the student", "labels only", summary["gain"], pairs)
+            run.do(_summarise({**found, "verdict": self._verdict}))
+            run.do(_note(self._verdict))
             path = self._run_folder / "student.safetensors"
             model = self._artifacts.model(path, {"hash": "student", **summary.get("chosen", {})})
             if model is not None:
                 run.add_artifact(model)
-            self._session.finish(run, 0)
 
         self._work.put(work)
 
     def _end(self) -> None:
-        """Show the report and the pictures of the run folder, and what was found."""
-        lineage = self._lineage
-        if lineage is None:
+        """Show the report of the run folder and its plots, and what was found."""
+        whole = self._lineage or self._ensemble
+        if whole is None:
             return
         report = self._run_folder / "report.html"
         if report.exists():
             page = self._show.make_html(fetch(report))
-            lineage.do(_summarise({"report": page}))
-        for path in sorted(self._run_folder.glob("*.png")):
-            picture = self._show.make_image(fetch(path))
-            lineage.do(_summarise({path.stem: picture}))
+            whole.do(_summarise({"report": page}))
+        figures = self._plots(self._run_folder) if self._plots is not None else {}
+        for name, figure in figures.items():
+            whole.do(_summarise({name: self._show.make_plot(figure)}))
         if self._config.tracking.alerts:
             text = self._verdict or f"{len(self._results)} generations"
-            lineage.do(lambda run: run.alert(f"selfkd: {self._name} has ended", text))
+            whole.do(lambda run: run.alert(f"selfkd: {self._name} has ended", text))
 
     def close(self) -> None:
         """Finish what is open; wait for it, but not for ever."""
@@ -340,7 +352,13 @@ def _note(text: str | None) -> Callable[[Any], None]:
 
 
 def make_tracker(
-    config: Config, *, name: str, run_id: str, folder: Path, run: Path | None = None
+    config: Config,
+    *,
+    name: str,
+    run_id: str,
+    folder: Path,
+    run: Path | None = None,
+    plots: Plots | None = None,
 ) -> NoTracker:
     """Make the tracker that a config asks for; `auto` is online only where that will work.
 
@@ -350,6 +368,7 @@ def make_tracker(
         run_id: start of the ids of its W&B runs.
         folder: where W&B writes, on this machine.
         run: the run folder, where that is another.
+        plots: returns plotly's figures of a run folder, by their names.
 
     Raises:
         ConfigError: online is asked for, and there is no key.
@@ -369,4 +388,6 @@ def make_tracker(
             "tracking.mode must be offline where there is no key, got online: "
             "run wandb login or set WANDB_API_KEY"
         )
-    return WandbTracker(mode, name=name, run_id=run_id, folder=folder, config=config, run=run)
+    return WandbTracker(
+        mode, name=name, run_id=run_id, folder=folder, config=config, run=run, plots=plots
+    )

@@ -10,13 +10,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from selfkd.space import Distribution, Point
+from selfkd.storage import PLAIN_URI, has_password
 
 Tree = dict[str, Any]
 STORAGES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
@@ -27,13 +35,22 @@ class ConfigError(ValueError):
     """A user's mistake: every fault on a line of its own, with its source, key and value."""
 
 
+def _without_password(value: str) -> str:
+    if has_password(value):
+        raise ValueError(PLAIN_URI)
+    return value
+
+
+Place = Annotated[str, AfterValidator(_without_password)]
+
+
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DataConfig:
     """What is learnt from."""
 
     name: str = "digits"
     """digits, mnist, fashion_mnist, cifar10, cifar100, folder, or a timm data set name."""
-    root: str | None = None
+    root: Place | None = None
     """Where the data lies; the environment variable SELFKD_DATA when it is not given."""
     download: bool = False
     """Fetch the data into root when it is not there."""
@@ -121,7 +138,7 @@ class DistillConfig:
 class TargetsConfig:
     """The stored answers of teachers."""
 
-    root: str | None = None
+    root: Place | None = None
     """Folder that runs may share, so that no teacher is asked twice; the run's own by default."""
     top_k: int | None = Field(default=None, ge=1)
     """Keep only an image's largest logits, for very many classes; all of them when not given."""
@@ -133,13 +150,13 @@ class TargetsConfig:
 class CheckpointConfig:
     """A trained network from elsewhere."""
 
-    path: str
+    path: Place
     """A safetensors or state-dict file."""
     model: str
     """Its timm name."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the model."""
-    classes: str | None = None
+    classes: Place | None = None
     """YAML or JSON list of its class names, in the order of its logits; the data's when not
     given."""
     mean: list[float] | None = None
@@ -161,7 +178,7 @@ class MembersConfig:
     """Their networks, taken in turn; `model` for all when not given."""
     same_init: bool = False
     """Start all members of one network from the same weights, as soups need."""
-    runs: list[str] = Field(default_factory=list)
+    runs: list[Place] = Field(default_factory=list)
     """Run folders whose models are members (`--from`)."""
     checkpoints: list[CheckpointConfig] = Field(default_factory=list)
     """Trained networks from elsewhere."""
@@ -331,7 +348,7 @@ class Config:
     seed: int = Field(default=0, ge=0)
     """Of the split, the views, the search and every trial."""
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
-    storage: str = "runs"
+    storage: Place = "runs"
     """Folder that holds the run folders, or its URI, such as s3://bucket/runs."""
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 16}))
@@ -373,7 +390,7 @@ class Config:
         if scheme is not None and (scheme not in STORAGES or "?" in value):
             raise ValueError(
                 "must be a folder that all nodes see, or a URI that starts with one of "
-                f"{', '.join(STORAGES)} and has no query, got {value!r}"
+                f"{', '.join(STORAGES)} and has no query, got {value.partition('?')[0]!r}"
             )
         return value
 

@@ -11,6 +11,11 @@ from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+")
+_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]+:/+[^/[]*:(?!\d+(/|$))", re.IGNORECASE)  # a port is none
+PLAIN_URI = (
+    "must have no user:password@ in its URI, which would be written to files and logs: the "
+    "environment gives it (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or the machine's own role"
+)
 _WHOLE_OBJECTS = ("s3", "gcs", "abfs")  # where an upload is seen whole or not at all
 _CHUNK = 2**22
 
@@ -18,10 +23,24 @@ _CHUNK = 2**22
 def as_path(text: str | Path) -> Path:
     """Return the path that a user or a ledger wrote: a local one, or a URI such as `s3://a/b`.
 
+    Raises:
+        ValueError: the URI has a password in it.
+
     >>> as_path("s3://bucket/runs") / "a", as_path("runs").name
     (RemotePath('s3://bucket/runs/a'), 'runs')
     """
+    if has_password(str(text)):
+        raise ValueError(f"a path {PLAIN_URI}")
     return RemotePath(text) if _REMOTE.match(str(text)) else Path(text)
+
+
+def has_password(text: str) -> bool:
+    """Say whether a URI has a password before its host, or what is no host with a port.
+
+    >>> has_password("s3://key:secret@bucket/a"), has_password("hdfs://user@host:8020/a:b@c")
+    (True, False)
+    """
+    return _PASSWORD.match(text) is not None
 
 
 class RemotePath(PosixPath):

@@ -20,6 +20,7 @@ import selfkd
 from selfkd import ensemble, generations
 from selfkd.command import FAILED, INTERRUPTED, USAGE, relative_paths
 from selfkd.config import ConfigError, load_config, parse_yaml
+from selfkd.storage import PLAIN_URI, has_password
 
 if TYPE_CHECKING:
     from selfkd.remote import End
@@ -156,7 +157,8 @@ def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
     if arguments.resume is None or arguments.config:
         config = load_config(arguments.config, settings=arguments.settings)
         named += [("storage", config.storage)] if arguments.resume is None else []
-    faults = relative_paths(config, *named)
+    faults = [f"{name}: {PLAIN_URI}" for name, path in named if path and has_password(path)]
+    faults += relative_paths(config, *named)
     if faults:
         raise ConfigError("\n".join(faults))
 

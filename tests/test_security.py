@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from ray_head import ROOT
+
+from selfkd import ensemble, generations, submit
 
 SECRETS = ("WANDB_API_KEY", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 TINY = ["search.trials=1", "train.epochs=2", "model.args={width: 4}", "tracking.mode=offline"]
@@ -42,3 +45,52 @@ def test_no_secret_is_written_or_printed(tmp_path: Path) -> None:
         if value.encode() in content
     ]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("generations", ["--set", "storage={}"]),
+        ("generations", ["--set", "data.root={}"]),
+        ("generations", ["--set", "targets.root={}"]),
+        ("generations", ["--resume", "{}"]),
+        ("ensemble", ["--from", "{}"]),
+        ("ensemble", ["--set", "members.checkpoints=[{{path: '{}', model: a}}]"]),
+        ("ensemble", ["--set", "members.checkpoints=[{{path: a, model: a, classes: '{}'}}]"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://KEY:{}@bucket/a",
+        "S3:///KEY:{}@bucket",
+        "abfs://:{}@host/a",
+        "ftp://a:{}@b",
+        "s3://a:{}/x@b",
+    ],
+)
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_password_in_a_path_is_refused_and_not_repeated(
+    command: str, words: list[str], uri: str, outside: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = f"x{secrets.token_hex(8)}"
+    words = [word.format(uri.format(secret)) for word in words]
+    if outside:
+        words = ["--address", "h:1", "--", command, *words]
+        assert submit.main(words) == 2
+    else:
+        assert {"generations": generations, "ensemble": ensemble}[command].main(words) == 2
+    said = capsys.readouterr()
+    assert "must have no user:password@ in its URI" in said.err
+    assert secret not in said.out + said.err
+
+
+def test_nor_is_one_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SELFKD_DATA", "s3://KEY:hidden@bucket")
+    assert generations.main(["--set", f"storage={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert "must have no user:password@" in said
+    assert "hidden" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -144,7 +144,7 @@ def test_one_driver_at_a_time(root: Path) -> None:
     ("setting", "message"),
     [
         ("storage=ftp://host/runs", "storage: must be a folder that all nodes see, or a URI"),
-        ("storage=s3://b?endpoint_override=x", "has no query, got 's3://b?endpoint_override=x'"),
+        ("storage=s3://b?endpoint_override=x", "has no query, got 's3://b'"),
     ],
 )
 def test_bad_uris(setting: str, message: str) -> None:

@@ -544,7 +544,17 @@ class _Compression:
             "seeds": len(pairs) if self.config.confirm.seeds else 0,
             "gain": asdict(mean_interval(gained)),
             "share": share and asdict(share),
+            "diagnostics": self._diagnose(chosen, pairs[0], teachers),
         }
+
+    def _diagnose(self, chosen: Config, pair: tuple[Row, Row], teachers: Sequence[Row]) -> Row:
+        """Return calibration of a student from labels and of one from its teacher, and fidelity."""
+        found = {}
+        for name, row, taught_by in zip(("labels", "student"), pair, ((), teachers), strict=True):
+            asked = {"student": row["checkpoint"], "teachers": list(taught_by), "diagnose": True}
+            scored = run_one(self.executor, "score", config=to_tree(chosen), **asked)
+            found[name] = scored["diagnostics"]
+        return found
 
     def _measured(self, models: Sequence[tuple[Sequence[Row], str]]) -> list[Row]:
         """Measure averages of models on validation and test."""

@@ -34,7 +34,8 @@ def score(
         config: of the run.
         student: checkpoint of the model.
         predictions: file that its validation and test logits are saved to, if any.
-        teachers: `checkpoint` of each of its teachers, for the agreement with them.
+        teachers: `checkpoint`, perhaps `weight`, of each of its teachers, for the agreement with
+            their average.
         diagnose: whether to look at it closely, on both splits: see `diagnoses`.
     """
     bench = Bench(config)
@@ -49,9 +50,14 @@ def score(
     row = {"hash": mark, "parameters": size, **measure_test(bench, logits)}
     taught: dict[Split, Tensor] = {}
     if teachers:
+        weights = [member["weight"] for member in teachers if "weight" in member]
         for split in splits:
             answers = [bench.answer(member["checkpoint"], split) for member in teachers]
-            taught[split] = metrics.ensemble_logits(torch.stack(answers))
+            taught[split] = metrics.ensemble_logits(
+                torch.stack(answers),
+                average=bench.config.distill.average,
+                weights=weights or None,
+            )
         row["agreement"] = metrics.agreement(logits["test"], taught["test"])
         row["mcnemar"] = compare_errors(logits["test"], taught["test"], bench.labels("test"))
     if seen:

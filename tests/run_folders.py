@@ -132,6 +132,11 @@ def ensemble_run(path: Path, *, done: bool = True, seed: int = 0) -> Path:
         "gain": {"value": 0.0117, "low": 0.004, "high": 0.0194},
         "share": {"value": 0.72, "low": 0.31, "high": 4.2},
     }
+    of_labels, of_student = (_diagnostics(0.95, number, rolled, 10) for number in (0, 1))
+    summary["diagnostics"] = {
+        "labels": {"val": of_labels, "test": of_labels},
+        "student": {"val": of_student, "test": of_student},
+    }
     save_json(path / "summary.json", summary)
     return path
 

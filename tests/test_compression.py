@@ -153,6 +153,24 @@ def test_the_table_is_that_of_the_predictions(done: tuple[Row, RunFolder, Ear, C
         assert row["test_accuracy"] == pytest.approx((scores.argmax(1) == labels).mean())
 
 
+def test_students_are_diagnosed_and_the_taught_one_beside_its_teacher(
+    done: tuple[Row, RunFolder, Ear, Count],
+) -> None:
+    summary, folder, _, _ = done
+    labels = load_data("digits").test.labels.numpy()
+    members = load_json(folder.path / "members" / "result.json")["members"]
+    taught = load_json(folder.path / "confirm" / "student" / "trial_000" / "result.json")
+    student = logits(folder, taught["hash"], "test").argmax(1)
+    average = summary["chosen"]["average"]
+    each = [logits(folder, row["hash"], "test") for row in members]
+    teacher = np.mean([softmax(one, 1) if average == "probabilities" else one for one in each], 0)
+    found = summary["diagnostics"]["student"]["test"]
+    assert found["agreement"] == pytest.approx((student == teacher.argmax(1)).mean())
+    assert found["accuracy"] == pytest.approx((student == labels).mean())
+    assert summary["diagnostics"]["labels"]["test"]["agreement"] is None
+    assert {"val", "test"} == set(summary["diagnostics"]["labels"])
+
+
 def test_the_share_is_of_the_gain_over_labels_only(done: tuple[Row, RunFolder, Ear, Count]) -> None:
     summary, *_ = done
     labels, taught = (named(summary, f"student, {name}")["runs"] for name in ("labels", "from"))

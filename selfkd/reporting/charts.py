@@ -77,9 +77,9 @@ def counts(
 
 
 def class_accuracy(
-    classes: Sequence[str], models: Sequence[tuple[int, Sequence[float | None]]]
+    classes: Sequence[str], models: Sequence[tuple[int, str, Sequence[float | None]]]
 ) -> go.Figure:
-    """Draw accuracy by class, a dot a generation."""
+    """Draw accuracy by class, a dot a model, of which number and title are given."""
     names = [literal(name) for name in classes]
     figure = go.Figure(
         [
@@ -87,16 +87,16 @@ def class_accuracy(
                 x=list(values),
                 y=names,
                 mode="markers",
-                name=f"generation {number}",
+                name=title,
                 marker={
                     "color": generation_colour(number),
                     "size": 10,
                     "opacity": 0.85,
                     "symbol": ("circle", "diamond", "square", "cross")[number % 4],
                 },
-                hovertemplate=f"generation {number}, %{{y}}: %{{x:.2%}}<extra></extra>",
+                hovertemplate=f"{title}, %{{y}}: %{{x:.2%}}<extra></extra>",
             )
-            for number, values in models
+            for number, title, values in models
         ]
     )
     figure.update_layout(

@@ -24,7 +24,7 @@ def _calibrations(generations: Sequence[Generation]) -> Iterator[tuple[str, ...]
         for split, found in generation.diagnostics.items():
             scaled = found.scaled
             yield (
-                *(str(generation.number), split, words.number(found.nll)),
+                *(generation.short, split, words.number(found.nll)),
                 *(words.number(found.brier), words.number(found.ece)),
                 words.number(scaled.temperature, ".3f") if scaled else "",
                 words.number(scaled.nll) if scaled else "",
@@ -37,7 +37,7 @@ def reliability_table(generations: Sequence[Generation]) -> Table:
     """Return the bins of all generations on the test split, those without images left out."""
     rows = [
         (
-            f"{generation.number}, {part.low:.2f} to {part.high:.2f}",
+            f"{generation.short}, {part.low:.2f} to {part.high:.2f}",
             str(part.count),
             words.percent(part.confidence),
             words.percent(part.accuracy),
@@ -60,7 +60,7 @@ def agreement_table(generations: Sequence[Generation]) -> Table:
         agreement = result.agreement if result else None
         rows.append(
             (
-                str(generation.number),
+                generation.short,
                 words.percent(agreement if agreement is not None or not test else test.agreement),
                 words.number(test.kl if test else None),
                 str(mcnemar.only_student) if mcnemar else "",
@@ -103,5 +103,5 @@ def class_table(run: Run, generations: Sequence[Generation]) -> Table:
         )
         for label in range(min(classes, MOST_ROWS))
     ]
-    head = ("class", *(f"generation {generation.number}" for generation in generations))
+    head = ("class", *(generation.title for generation in generations))
     return Table(head, tuple(rows), left_out(classes, "classes"))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from selfkd.reporting import charts, diagnoses, figures, words
-from selfkd.reporting.marks import Measure
+from selfkd.reporting.marks import Bar, Level, Measure
 from selfkd.reporting.panels import Panel, Section
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Confusion
@@ -16,9 +16,11 @@ MOST_PAIRS, MOST_CLASSES = 10, 20
 
 def diagnosis_sections(run: Run) -> Iterator[Section]:
     """Yield calibration, student and teacher, classes; without panels where nothing is known."""
-    tested = [generation for generation in run.generations if "test" in generation.diagnostics]
+    models = run.generations or run.students
+    tested = [model for model in models if "test" in model.diagnostics]
     yield Section("Calibration", tuple(_reliability(tested)))
-    yield Section("Student and teacher", (*_agreement(run), *_confusions(run, tested)))
+    agreement = _student_agreement(run) if run.students else _agreement(run)
+    yield Section("Student and teacher", (*agreement, *_confusions(run, tested)))
     yield Section("Classes", tuple(_classes(run, tested)))
 
 
@@ -29,6 +31,7 @@ def _reliability(tested: Sequence[Generation]) -> Iterator[Panel]:
     models = [
         (
             generation.number,
+            generation.title,
             [
                 (part.confidence, part.accuracy, part.count)
                 for part in generation.diagnostics["test"].reliability
@@ -37,9 +40,7 @@ def _reliability(tested: Sequence[Generation]) -> Iterator[Panel]:
         )
         for generation in binned
     ]
-    errors = ", ".join(
-        f"generation {g.number} {words.number(g.diagnostics['test'].ece)}" for g in binned
-    )
+    errors = ", ".join(f"{g.title} {words.number(g.diagnostics['test'].ece)}" for g in binned)
     text = (
         "Below the diagonal a model is surer than right, above it less sure; the larger a dot, the "
         f"more images. ECE on test: {errors}."
@@ -69,12 +70,28 @@ def _agreement(run: Run) -> Iterator[Panel]:
     )
 
 
+def _student_agreement(run: Run) -> Iterator[Panel]:
+    """Yield how closely the student of an ensemble follows its teacher."""
+    student = run.students[-1]
+    test = student.diagnostics.get("test")
+    if test is None or test.agreement is None:
+        return
+    yield Panel(
+        "Agreement with the teacher",
+        f"The student names the same class as its teacher on {words.percent(test.agreement)} of "
+        f"the test images; KL {words.number(test.kl)} nats.",
+        charts.levels([Level("agreement", Bar(test.agreement))], measure=Measure("agreement")),
+        diagnoses.agreement_table([student]),
+    )
+
+
 def _confusions(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     columns: list[tuple[str, Sequence[Confusion]]] = []
     for generation in tested:
         found = generation.diagnostics["test"]
         if found.confusions:
-            columns.append((f"gen. {generation.number}", found.confusions))
+            title = generation.name or f"gen. {generation.number}"
+            columns.append((title, found.confusions))
     if tested and tested[-1].diagnostics["test"].teacher_confusions:
         columns.append(("both", tested[-1].diagnostics["test"].teacher_confusions))
     if not columns:
@@ -87,7 +104,7 @@ def _confusions(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     pairs = [pair for pair, _ in total.most_common(MOST_PAIRS)]
     table = diagnoses.confusion_table(run, pairs, names, found_by)
     counts = [[int(cell) if cell else None for cell in row[1:]] for row in table.rows]
-    shared = " Both: errors of the last generation that its teacher makes, too."
+    shared = f" Both: errors of {tested[-1].title} that its teacher makes, too."
     yield Panel(
         "Confusions on test",
         f"The {len(pairs)} pairs of classes that are most often confused; the first is "
@@ -108,6 +125,7 @@ def _classes(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     models = [
         (
             g.number,
+            g.title,
             [c[label] if label < len(c) else None for label in shown],
         )
         for g in scored
@@ -119,7 +137,7 @@ def _classes(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     yield Panel(
         "Accuracy by class",
         f"Accuracy on test of {'each ' if some == 'class' else ''}{some}; the hardest for "
-        f"generation {scored[-1].number} is {run.class_name(hardest[0])}, "
+        f"{scored[-1].title} is {run.class_name(hardest[0])}, "
         f"{words.percent(last[hardest[0]])}.",
         charts.class_accuracy([run.class_name(label) for label in shown], models),
         diagnoses.class_table(run, scored),

@@ -327,12 +327,12 @@ def curves(
 
 
 def reliability(
-    models: Sequence[tuple[int, Sequence[tuple[float, float, int]]]],
+    models: Sequence[tuple[int, str, Sequence[tuple[float, float, int]]]],
 ) -> go.Figure:
-    """Draw reliability diagrams: accuracy over confidence, a curve a generation.
+    """Draw reliability diagrams: accuracy over confidence, a curve a model.
 
     Args:
-        models: number of each generation, and mean confidence, accuracy and count of its bins.
+        models: number and title of each, and mean confidence, accuracy and count of its bins.
 
     Reference:
         Guo et al., "On Calibration of Modern Neural Networks", 2017,
@@ -348,14 +348,14 @@ def reliability(
             hoverinfo="skip",
         )
     )
-    most = max((count for _, bins in models for _, _, count in bins), default=1)
-    for number, bins in models:
+    most = max((count for *_, bins in models for _, _, count in bins), default=1)
+    for number, title, bins in models:
         figure.add_trace(
             go.Scatter(
                 x=[confidence for confidence, _, _ in bins],
                 y=[accuracy for _, accuracy, _ in bins],
                 mode="lines+markers",
-                name=f"generation {number}",
+                name=title,
                 line={
                     "color": generation_colour(number),
                     "width": 1,
@@ -363,7 +363,7 @@ def reliability(
                 },
                 marker={"size": [5 + 13 * math.sqrt(count / most) for _, _, count in bins]},
                 customdata=[count for _, _, count in bins],
-                hovertemplate=f"generation {number}: %{{y:.1%}} right at %{{x:.1%}} sure, "
+                hovertemplate=f"{title}: %{{y:.1%}} right at %{{x:.1%}} sure, "
                 "%{customdata} images<extra></extra>",
             )
         )

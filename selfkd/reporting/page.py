@@ -18,7 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from selfkd.files import save_text
-from selfkd.reporting import tables, words
+from selfkd.reporting import diagnoses, tables, words
 from selfkd.reporting.lineages import generation_sections
 from selfkd.reporting.panels import Section
 from selfkd.reporting.read import Run, read_run
@@ -191,7 +191,13 @@ def _appendices(run: Run) -> list[Appendix]:
     ]
     environment = run.starts[-1] if run.starts else {}
     restarts = f"Of the last of {len(run.starts)} starts." if len(run.starts) > 1 else ""
+    tested = [model for model in run.generations or run.students if model.diagnostics]
     return [
+        Appendix(
+            "Calibration",
+            diagnoses.calibration_table(tested),
+            "Best T divides all logits: it has the lowest NLL on validation (Guo et al., 2017).",
+        ),
         Appendix("Lineage", tables.lineage_table(run), chain=chain),
         Appendix("Members", tables.members_table(run), "The best on validation first."),
         Appendix("Cost", tables.cost_table(run), cost),

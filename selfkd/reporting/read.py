@@ -26,6 +26,7 @@ from selfkd.reporting.schema import (
 Tree = Mapping[str, Any]
 P = TypeVar("P", bound=Part)
 TRIALS = "trial_*/result.json"
+STUDENTS = {"labels": "from labels only", "student": "from its teacher"}
 DISTILL = "distill.temperature", "distill.alpha"
 
 
@@ -39,6 +40,18 @@ class Generation:
     diagnostics: Mapping[str, Diagnostics] = field(default_factory=dict)
     """Of `val` and `test`."""
     confirmation: Confirmation | None = None
+    name: str = ""
+    """What it is called where it is no generation: a student of an ensemble."""
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        return self.name or f"generation {self.number}"
+
+    @property
+    def short(self) -> str:
+        """What it is called where it is known what it is."""
+        return self.name or f"{self.number}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Run:
         generations: those with a result, in order; the last may have none yet.
         stages: trials of a run of `ensemble`, by stage.
         further: trials on fresh seeds and of controls.
+        students: of a run of `ensemble`, with what is known of their calibration.
         members: the teachers of a run of `ensemble`, the best first.
         ensemble: of all generations.
         controls: of equal cost.
@@ -72,6 +86,7 @@ class Run:
     generations: tuple[Generation, ...] = ()
     stages: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
     further: tuple[Trial, ...] = ()
+    students: tuple[Generation, ...] = ()
     members: tuple[Tree, ...] = ()
     ensemble: Measured | None = None
     controls: tuple[Control, ...] = ()
@@ -289,15 +304,25 @@ class _Reader:
         }
         members = self._tree(self._path / "members" / "result.json").get("members")
         summary = self._load(self._path / "summary.json")
-        compression = self._part(Compression, summary, self._name("summary.json"))
+        name = self._name("summary.json")
+        known = summary.pop("diagnostics", None) if isinstance(summary, dict) else None
+        compression = self._part(Compression, summary, name)
         return {
             "stages": stages,
+            "students": tuple(self._students(known, name)),
             "members": tuple(row for row in members if isinstance(row, dict))
             if isinstance(members, list)
             else (),
             "compression": compression,
             "missing": None if compression else f"no summary yet, {self._count(stages)}",
         }
+
+    def _students(self, known: Any, name: str) -> Iterator[Generation]:
+        for number, (key, title) in enumerate(STUDENTS.items()):
+            found = known.get(key) if isinstance(known, dict) else None
+            read = dict(self._diagnostics(found, name))
+            if read:
+                yield Generation(number=number, trials=(), diagnostics=read, name=title)
 
     def _count(self, stages: Mapping[str, tuple[Trial, ...]]) -> str:
         counts = [f"{len(rows)} of {name}" for name, rows in stages.items()]

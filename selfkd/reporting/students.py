@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from selfkd.reporting import charts, figures, tables, words
+from selfkd.reporting.diagnosis_panels import diagnosis_sections
 from selfkd.reporting.marks import Bar, Level, Line, Measure, ends_of
 from selfkd.reporting.panels import Panel, Section, bar, completed, measure, placed, response
 from selfkd.reporting.read import Run
@@ -16,7 +17,7 @@ ACCURACY = Measure("accuracy on test")
 
 
 def compression_sections(run: Run) -> Iterator[Section]:
-    """Yield accuracy and the share of the gain, T and alpha, learning."""
+    """Yield accuracy and the share of the gain, T and alpha, learning, calibration, classes."""
     yield Section("Accuracy", tuple(_compression(run)))
     yield Section(
         "Temperature and alpha",
@@ -24,6 +25,7 @@ def compression_sections(run: Run) -> Iterator[Section]:
         "Each dot is a trial of the student, the ring the chosen one.",
     )
     yield Section("Learning", tuple(_student_learning(run)))
+    yield from diagnosis_sections(run)
 
 
 def _compression(run: Run) -> Iterator[Panel]:

@@ -51,7 +51,7 @@ def test_generations_have_the_same_colours_everywhere() -> None:
     accuracy = accuracy_per_generation(STEPS, measure=ACCURACY)
     (tested,) = named(accuracy, "chosen, test")
     learning = curves([Line("generation 1", [1, 2], [0.1, 0.2], 1)], x="epoch", measure=ACCURACY)
-    sure = reliability([(1, [(0.5, 0.4, 3)])])
+    sure = reliability([(1, "generation 1", [(0.5, 0.4, 3)])])
     assert tested.marker.color[1] == generation_colour(1)
     assert learning.data[0].line.color == generation_colour(1)
     assert sure.data[1].line.color == generation_colour(1)
@@ -90,7 +90,7 @@ def test_names_are_no_markup() -> None:
     shown = [
         levels([Level(evil, Bar(0.5))], measure=ACCURACY).to_json(),
         counts([evil], [evil], [[1]]).to_json(),
-        class_accuracy([evil], [(0, [0.5])]).to_json(),
+        class_accuracy([evil], [(0, "generation 0", [0.5])]).to_json(),
         curves([Line(evil, [1], [1])], x="epoch", measure=ACCURACY).to_json(),
     ]
     for text in shown:

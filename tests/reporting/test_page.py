@@ -268,9 +268,16 @@ def test_all_parts_are_there(pages: dict[str, Path]) -> None:
         *("Accuracy per generation", "Temperature and alpha", "Reliability on test", "Config"),
         *("Agreement with the teacher", "Confusions on test", "Accuracy by class", "Lineage"),
         *("Cost", "Environment", "Learning", "generation 3: better than generation 0"),
+        *("Brier at best T", "Best T divides all logits"),
     ):
         assert title.lower() in text.lower(), title
-    assert "Share of the teacher" in pages["ensemble"].read_text()
+    text = pages["ensemble"].read_text()
+    for title in (
+        *("Share of the teacher", "Reliability on test", "from its teacher", "Confusions on test"),
+        *("The student names the same class as its teacher on 95.00", "Accuracy by class"),
+        *("Calibration", "Brier at best T", "both"),
+    ):
+        assert title in text, title
 
 
 def test_a_damaged_file_is_named_on_the_page(tmp_path: Path) -> None:

@@ -55,15 +55,22 @@ def connect(*, verbose: bool = False) -> Iterator[bool]:
     address = _find_address()
     if address is not None:
         _check_address(address)
-    ray.init(
-        log_to_driver=verbose,
-        logging_level="INFO" if verbose else "ERROR",
-        include_dashboard=verbose if address is None else None,  # on loopback, as Ray does
-    )
     try:
+        _start(verbose, alone=address is None)
         yield address is not None
     finally:
         ray.shutdown()
+
+
+def _start(verbose: bool, *, alone: bool) -> None:
+    try:
+        ray.init(
+            log_to_driver=verbose,
+            logging_level="INFO" if verbose else "ERROR",
+            include_dashboard=verbose if alone else None,  # on loopback, as Ray does
+        )
+    except SystemExit:  # by Ray's own handler of SIGTERM
+        raise KeyboardInterrupt from None
 
 
 def _find_address() -> str | None:

@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
@@ -52,7 +53,6 @@ class Command:
         stem: of a run's name where the user gives none; the data's name when not given.
         again: what of the command line must be given again to continue.
         most: trials that are run at a time, if there is room.
-        reports: whether its runs have a report.html.
     """
 
     name: str
@@ -66,7 +66,6 @@ class Command:
     most: Callable[[Config], int] = lambda config: max(
         config.search.trials, config.members.trained()
     )
-    reports: bool = True
 
     def main(self, arguments: argparse.Namespace, flags: dict[str, Any]) -> int:
         """Run the command; return its exit code.
@@ -78,8 +77,9 @@ class Command:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         folder = None
         try:
-            folder, config = self._prepare(arguments, flags)
-            self._run(folder, config, arguments)
+            with interruptible():
+                folder, config = self._prepare(arguments, flags)
+                self._run(folder, config, arguments)
         except KeyboardInterrupt as stop:
             if not isinstance(stop, _Stopped):
                 self._say_stopped(folder)
@@ -100,8 +100,9 @@ class Command:
             ConfigError: as for exit code 2.
             RuntimeError: as for exit code 1.
         """
-        folder, config = self._prepare(arguments, flags)
-        self._run(folder, config, arguments)
+        with interruptible():
+            folder, config = self._prepare(arguments, flags)
+            self._run(folder, config, arguments)
         return folder, config
 
     def resume(self, folder: RunFolder) -> str:
@@ -178,7 +179,7 @@ class Command:
             run_id=run_id,
             folder=where,
             run=folder.path,
-            plots=make_plots if self.reports else None,
+            plots=make_plots,
         )
         if not arguments.quiet:
             console.print(tracker.description, soft_wrap=True)
@@ -195,8 +196,7 @@ class Command:
         )
         try:
             with follower, connect(verbose=arguments.verbose) as joined:
-                if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGTERM, _interrupt)  # after Ray has set its own
+                _heed_sigterm()  # again: Ray has set a handler of its own
                 slots = find_slots(
                     cpu=resources.cpu,
                     gpu=resources.gpu,
@@ -218,10 +218,8 @@ class Command:
                     workers=resources.workers,
                 ) as pool:
                     try:
-                        listeners = [reporter, tracker] if self.reports else [tracker]
-                        self.work(config, folder, pool, follower, everyone(*listeners))
-                        if self.reports:
-                            reporter.finish()
+                        self.work(config, folder, pool, follower, everyone(reporter, tracker))
+                        reporter.finish()
                     except KeyboardInterrupt:
                         # first of all: a Ray job that is stopped is killed after three seconds
                         self._say_stopped(folder)
@@ -233,8 +231,8 @@ class Command:
             tracker.close()
             folder.bring("wandb")
         cost = _cost(time.perf_counter() - start, follower.train_seconds, workers)
-        where_to_look = [f"report:  {folder.path / REPORT}"] if self.reports else []
-        return [*follower.notes, cost, tracker.description, *where_to_look]
+        where_to_look = f"report:  {folder.path / REPORT}"
+        return [*follower.notes, cost, tracker.description, where_to_look]
 
 
 class _Stopped(KeyboardInterrupt):
@@ -348,6 +346,24 @@ def _leave_now() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(INTERRUPTED)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM be what Ctrl-C is, and afterwards what it was before."""
+    before = _heed_sigterm()
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _heed_sigterm() -> Any:
+    """Return the handler that was there; none where this is not the thread that gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,7 +1,14 @@
-"""Inside a Ray job: what a command refuses there."""
+"""Inside a Ray job: what a command refuses there. And how a command is stopped before Ray is up."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,3 +74,63 @@ def test_outside_a_job_relative_paths_are_relative_to_the_user(
     (tmp_path / "runs").touch()
     assert generations.main([]) == 2
     assert "must be writable" in capsys.readouterr().err
+
+
+def train_fn(trial: object) -> None:
+    """Never called."""
+
+
+@pytest.fixture
+def terminated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where runs lie that get SIGTERM while they look for a cluster."""
+
+    @contextlib.contextmanager
+    def connect(*, verbose: bool) -> Iterator[bool]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield False
+
+    monkeypatch.setattr("selfkd.cluster.connect", connect)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "a"
+
+
+def test_a_run_that_is_terminated_before_ray_is_up_can_be_continued(
+    terminated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert generations.main(["--name", "a", "--set", "tracking=none"]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"python -m selfkd.generations --resume {terminated}" in capsys.readouterr().out
+
+
+def test_who_calls_from_python_gets_an_interrupt_and_his_own_handler_back(
+    terminated: Path,
+) -> None:
+    def mine(*_: object) -> None:
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generations.generations(train_fn, name="a", settings=["tracking=none"])
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.slow  # as above, but for the real Ray, which has handlers of its own while it starts
+@pytest.mark.parametrize("seconds", [0.0, 2.0, 4.0])
+def test_a_process_that_is_terminated_early(tmp_path: Path, seconds: float) -> None:
+    command = [sys.executable, "-m", "selfkd.generations", "--name", "a", "--set", "tracking=none"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "runs" / "a" / "config.yaml").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert f"--resume {tmp_path}/runs/a" in printed
+    assert "Traceback" not in printed

@@ -7,8 +7,10 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +26,7 @@ ANSWER_SECONDS = 5.0
 PENDING_SECONDS = 10.0  # how often a job that waits says why
 STOP_SECONDS = 60.0  # for a job that was asked to stop
 RETRIES = 20  # of a connection that was lost, a second apart
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOO_LARGE = "413"
 LOST = (aiohttp.ClientError, requests.RequestException, RuntimeError, OSError)
 
@@ -102,7 +105,34 @@ def submit(
         raise ConfigError(f"the job was refused: {_short(error)}") from None
 
 
-def follow(client: JobSubmissionClient, job: str, *, write: Say, tell: Say) -> End:
+@contextmanager
+def kept(tell: Say) -> Iterator[Sequence[int]]:
+    """Keep Ctrl-C and SIGTERM for later, as a job that is being submitted may run all the same.
+
+    A second one is not kept: KeyboardInterrupt.
+
+    Args:
+        tell: gets what is to be said of it.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+        tell("stopping; once more Ctrl-C leaves at once")
+
+    before = [(number, signal.signal(number, hear)) for number in SIGNALS]
+    try:
+        yield heard
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def follow(
+    client: JobSubmissionClient, job: str, *, write: Say, tell: Say, heard: Sequence[int] = ()
+) -> End:
     """Follow a job to its end; Ctrl-C and SIGTERM stop it, and a second one leaves it alone.
 
     Args:
@@ -110,8 +140,9 @@ def follow(client: JobSubmissionClient, job: str, *, write: Say, tell: Say) -> E
         job: its submission id.
         write: gets the log as it grows.
         tell: gets what is to be said beside the log.
+        heard: signals that have come before: the job is stopped at once.
     """
-    return asyncio.run(_Follower(client, job, write, tell).follow())
+    return asyncio.run(_Follower(client, job, write, tell).follow(heard))
 
 
 class _Follower:
@@ -120,7 +151,7 @@ class _Follower:
         self.asked = asyncio.Event()  # to stop
         self.seen = 0  # characters of the log
 
-    async def follow(self) -> End:
+    async def follow(self, heard: Sequence[int]) -> End:
         tail = asyncio.create_task(self._tail())
         beside = [asyncio.create_task(work) for work in (self._tell_pending(), self._stop(tail))]
         loop = asyncio.get_running_loop()
@@ -130,16 +161,20 @@ class _Follower:
                 tail.cancel()
             self.asked.set()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        before = [(number, signal.getsignal(number)) for number in SIGNALS]
+        for number in SIGNALS:
             loop.add_signal_handler(number, interrupt)
+        if heard:
+            interrupt()
         try:
             with contextlib.suppress(asyncio.CancelledError):
                 await tail
         finally:
             for task in beside:
                 task.cancel()
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number, handler in before:
                 loop.remove_signal_handler(number)
+                signal.signal(number, handler)
         return await self._end()
 
     async def _info(self) -> Any:

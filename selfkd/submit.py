@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import selfkd
 from selfkd import ensemble, generations
-from selfkd.command import FAILED, INTERRUPTED, USAGE, relative_paths
+from selfkd.command import FAILED, INTERRUPTED, USAGE, interruptible, relative_paths
 from selfkd.config import ConfigError, load_config, parse_yaml
 from selfkd.storage import PLAIN_URI, has_password
 
@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (the command's stand after --)")
     arguments = COMMANDS[command[0]]().parse_args(command[1:])
     try:
-        return _submit(options, words[:split], command, arguments)
+        with interruptible():
+            return _submit(options, words[:split], command, arguments)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return USAGE if isinstance(error, ConfigError) else FAILED
@@ -113,19 +114,27 @@ def _submit(
 
     client = remote.open_client(options.address)
     job = options.name or f"selfkd-{command[0]}-{datetime.now():%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    with tempfile.TemporaryDirectory(prefix="selfkd-submit-") as folder:
+    at = f"--address {shlex.quote(options.address)} {shlex.quote(job)}"
+    staging = tempfile.TemporaryDirectory(prefix="selfkd-submit-")
+    with staging as folder:
         staged = stage(Path(folder), command, arguments, working_dir=options.working_dir)
         environment = runtime_env(options, Path(folder))
         words = [options.python, "-m", f"selfkd.{staged[0]}", *staged[1:]]
-        remote.submit(client, job=job, entrypoint=shlex.join(words), runtime_env=environment)
-    at = f"--address {shlex.quote(options.address)} {shlex.quote(job)}"
-    if options.no_wait:
-        print(job)  # noqa: T201
-        _tell(f"follow it: ray job logs --follow {at}\nstop it:   ray job stop {at}")
-        return 0
-    _tell(f"submitted {job} to {options.address}")
-    log = _Log()
-    end = remote.follow(client, job, write=log.write, tell=_tell)
+        with remote.kept(_tell) as heard:
+            try:
+                entrypoint = shlex.join(words)
+                remote.submit(client, job=job, entrypoint=entrypoint, runtime_env=environment)
+                staging.cleanup()  # all of it has been sent, and the job may take days
+                if options.no_wait and not heard:
+                    print(job)  # noqa: T201
+                    _tell(f"follow it: ray job logs --follow {at}\nstop it:   ray job stop {at}")
+                    return 0
+                _tell(f"submitted {job} to {options.address}")
+                log = _Log()
+                end = remote.follow(client, job, write=log.write, tell=_tell, heard=heard)
+            except KeyboardInterrupt:
+                _tell(f"left {job}, which may be running; stop it: ray job stop {at}")
+                return INTERRUPTED
     if end.status not in ("SUCCEEDED", "FAILED", "STOPPED"):
         _tell(f"left {job}, which is {end.status}; stop it: ray job stop {at}")
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shlex
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray_head import ROOT, Head, ray_head
@@ -150,6 +153,103 @@ def test_ctrl_c_stops_the_job_and_what_it_prints_continues_it(head: Head, tmp_pa
     done = run([sys.executable, *shlex.split(again)[1:]], tmp_path, head.env())
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(RunFolder(folder).results()) == 3
+
+
+class Cluster:
+    """Takes one job, and sends signals to the client while it is being submitted."""
+
+    def __init__(self, *signals: signal.Signals) -> None:
+        self.signals, self.status = signals, "PENDING"
+
+    def submit_job(self, **_: Any) -> None:
+        for number in self.signals:
+            os.kill(os.getpid(), number)
+        self.status = "RUNNING"
+
+    def stop_job(self, job: str) -> bool:
+        self.status = "STOPPED"
+        return True
+
+    def get_job_info(self, job: str) -> Any:
+        status = SimpleNamespace(value=self.status, is_terminal=lambda: self.status == "STOPPED")
+        return SimpleNamespace(status=status, driver_exit_code=None, message="")
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "selfkd: five generations; run folder /shared/runs/a\n"
+        while self.status == "RUNNING":
+            await asyncio.sleep(0.01)
+
+
+def submit_to(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    from selfkd import remote
+
+    monkeypatch.setattr(remote, "open_client", lambda address: cluster)
+    words = ["--address", "h:1", "--name", "mine", *options, "--", "generations"]
+    before = [signal.getsignal(number) for number in remote.SIGNALS]
+    code = submit.main([*words, "--set", "storage=/shared"])
+    assert [signal.getsignal(number) for number in remote.SIGNALS] == before
+    return code
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [(), ("--no-wait",)])
+def test_a_job_that_was_interrupted_while_it_was_submitted_is_stopped(
+    number: signal.Signals,
+    options: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cluster = Cluster(number)
+    assert submit_to(cluster, monkeypatch, *options) == 130
+    assert cluster.status == "STOPPED"
+    said = capsys.readouterr().err
+    assert "submit: stopped mine; continue with:" in said
+    assert "-- generations --resume /shared/runs/a" in said
+
+
+def test_who_interrupts_twice_is_told_what_may_be_running(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit_to(Cluster(signal.SIGINT, signal.SIGTERM), monkeypatch) == 130
+    said = capsys.readouterr().err
+    assert (
+        "left mine, which may be running; stop it: ray job stop --address http://h:1 mine" in said
+    )
+    assert "no job was submitted" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_anything_was_sent_there_is_no_job(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "stage", lambda *_, **__: os.kill(os.getpid(), number))
+    cluster = Cluster()
+    assert submit_to(cluster, monkeypatch) == 130
+    assert cluster.status == "PENDING"
+    assert "stopped; no job was submitted" in capsys.readouterr().err
+
+
+TERMINATED = """
+import os, signal, sys
+from ray.job_submission import JobSubmissionClient as Client
+from selfkd import submit
+submit_job = Client.submit_job
+def interrupted(*words, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return submit_job(*words, **options)
+Client.submit_job = interrupted
+raise SystemExit(submit.main())
+"""
+
+
+@pytest.mark.slow  # as above, but for Ray's own client and head
+def test_a_job_that_was_only_just_submitted_can_be_stopped(head: Head, tmp_path: Path) -> None:
+    words = submitted(head, "--", "generations", *settings(tmp_path), options=("--name", "early"))
+    done = run([sys.executable, "-c", TERMINATED, *words[3:]], tmp_path, head.env())
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert "stopped early" in done.stderr
+    status = ["ray", "job", "status", "--address", head.dashboard, "early"]
+    assert "Job 'early' was stopped" in run(status, tmp_path, head.env()).stdout
 
 
 def test_rays_own_job_command_does_the_same(head: Head, tmp_path: Path) -> None:

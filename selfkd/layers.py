@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from selfkd.teacher import unwrap
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module")
+"""Where `torch.compile` and `FullyShardedDataParallel` keep what they are put around."""
 
 
 class Features:
     """Captures what named submodules return, while it is entered.
 
-    The hooks sit on the modules inside what `torch.compile`, `DataParallel` or
-    `DistributedDataParallel` put around them, and are gone after the block. Each forward pass of
+    The hooks sit on the modules inside what `torch.compile`, `DataParallel`,
+    `DistributedDataParallel` or `FullyShardedDataParallel` put around them, and are gone after the
+    block. Each forward pass of
     `model` forgets what the one before returned; of a submodule that runs twice in one, the last
     output is kept. Of a tuple or list, the first tensor is taken.
 
@@ -77,12 +80,13 @@ class Features:
         if self._handles:
             raise RuntimeError("Features must be entered once at a time, got a second time")
         self._forget()
-        self._handles = [self._wrapped.register_forward_pre_hook(self._forget)]
+        self._handles = [self._wrapped.register_forward_pre_hook(_Hook(self._forget))]
         for name in dict.fromkeys(name for names in self._found.values() for name in names):
-            self._handles.append(self._modules[name].register_forward_hook(self._keep_as(name)))
+            hook = _Hook(self._keep, (name,))
+            self._handles.append(self._modules[name].register_forward_hook(hook))
         for module in set(self._modules.values()):
             if getattr(module, "inplace", False):
-                self._handles.append(module.register_forward_pre_hook(self._save_from))
+                self._handles.append(module.register_forward_pre_hook(_Hook(self._save_from)))
         return self
 
     def __exit__(
@@ -108,11 +112,10 @@ class Features:
         features = [self._read(name) for name in self._found[path]]
         return features if _is_pattern(path) else features[0]
 
-    def __deepcopy__(self, memo: object) -> Features:
-        """Return one that captures nothing: what a copy of the hooked model gets."""
-        inert = object.__new__(Features)
-        inert.__dict__ = {**self.__dict__, "_outputs": {}, "_versions": {}, "_handles": []}
-        return inert
+    def __getstate__(self) -> dict[str, Any]:
+        """Of one that captures nothing: what a copy of the hooked model gets, pickled or not."""
+        nothing: dict[str, Any] = {"_wrapped": None, "_modules": {}, "_handles": []}
+        return {**self.__dict__, **nothing, "_outputs": {}, "_versions": {}}
 
     def count(self, path: str) -> int:
         """How many submodules a path of `paths` names."""
@@ -138,21 +141,18 @@ class Features:
         self._outputs.clear()
         self._versions.clear()
 
-    def _keep_as(self, name: str) -> Any:
-        def keep(module: nn.Module, _inputs: object, output: object) -> None:
-            if module is not self._modules[name]:
-                return
-            tensor = _first_tensor(name, output)
-            if self._detach:
-                tensor = tensor.detach()
-            # a compiler gives no version to go by, nor does inference mode
-            if self._clone or torch.compiler.is_compiling() or tensor.is_inference():
-                tensor = tensor.clone()
-            else:
-                self._versions[name] = tensor._version
-            self._outputs[name] = tensor
-
-        return keep
+    def _keep(self, name: str, module: nn.Module, _inputs: object, output: object) -> None:
+        if module is not self._modules.get(name):
+            return
+        tensor = _first_tensor(name, output)
+        if self._detach:
+            tensor = tensor.detach()
+        # a compiler gives no version to go by, nor does inference mode
+        if self._clone or torch.compiler.is_compiling() or tensor.is_inference():
+            tensor = tensor.clone()
+        else:
+            self._versions[name] = tensor._version
+        self._outputs[name] = tensor
 
     def _save_from(self, _module: nn.Module, inputs: tuple[object, ...]) -> None:
         """Clone what shares memory with the input that is about to be overwritten."""
@@ -162,6 +162,57 @@ class Features:
         for name in [name for name in self._versions if _place(self._outputs[name]) in places]:
             self._outputs[name] = self._read(name).clone()
             del self._versions[name]
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """A hook of `Features`: it can be pickled with its module, and told from those of others."""
+
+    act: Callable[..., None]
+    first: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any) -> None:
+        self.act(*self.first, *args)
+
+
+def drop_hooks(model: nn.Module) -> nn.Module:
+    """Take off what `Features` left on a copy of a model that it was looking at; return it."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
+    return model
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return what compiling, (distributed) data parallelism or FSDP were put around.
+
+    >>> model = nn.Linear(4, 3)
+    >>> unwrap(DataParallel(torch.compile(model))) is model
+    True
+    """
+    while True:
+        if isinstance(module, DataParallel | DistributedDataParallel):
+            module = module.module
+            continue
+        inner = (getattr(module, name, None) for name in _WRAPPED)
+        original = next((found for found in inner if isinstance(found, nn.Module)), None)
+        if original is None:
+            return module
+        module = original
+
+
+def check_whole(name: str, module: nn.Module) -> None:
+    """Raise ValueError where this process has but a shard of the parameters, as under FSDP."""
+    sharded = any(hasattr(value, "full_tensor") for value in module.parameters()) or any(
+        _WRAPPED[1] in part._modules for part in module.modules()
+    )
+    if sharded:
+        raise ValueError(
+            f"{name} must have its parameters whole, got shards of {type(module).__name__}: load "
+            "its full state dict into a fresh network on every rank, and give that "
+            "(get_model_state_dict of torch.distributed.checkpoint.state_dict, full_state_dict)"
+        )
 
 
 def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, str]) -> list[str]:
@@ -220,8 +271,8 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules: dict[str, nn.Module] = {}
     for path, module in unwrap(model).named_modules(remove_duplicate=False):
-        # a compiled submodule before what is in it: its hooks always run
-        modules.setdefault(".".join(p for p in path.split(".") if p != "_orig_mod"), module)
+        # a wrapped submodule before what is in it: its hooks always run
+        modules.setdefault(".".join(p for p in path.split(".") if p not in _WRAPPED), module)
     return modules
 
 

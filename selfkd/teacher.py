@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from selfkd.layers import check_whole, drop_hooks, unwrap
 
 Stats = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each channel, on images scaled to [0, 1]."""
@@ -19,7 +20,8 @@ class Teacher:
     `state_dict()`, `train()` and `to()` of the parent pass it by. Call `to` on the teacher itself.
     The copy shares nothing with `module`, which may go on training; `module` itself is not
     changed. What `torch.compile`, `DataParallel` or `DistributedDataParallel` put around it is
-    taken off, so compiling the teacher is for the caller to do.
+    taken off, so compiling the teacher is for the caller to do, and so are the hooks of a
+    distiller's feature terms.
 
     Where the teacher was trained on inputs normalised otherwise than the ones it will be given,
     they are normalised again, channel by channel:
@@ -37,8 +39,9 @@ class Teacher:
 
     Raises:
         TypeError: `module` is no `nn.Module`.
-        ValueError: `trained_stats` without `input_stats`, statistics of different lengths, or a
-            standard deviation that is not positive.
+        ValueError: `trained_stats` without `input_stats`, statistics of different lengths, a
+            standard deviation that is not positive, or a module of which each process has a shard
+            (FSDP).
 
     Reference:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
@@ -61,7 +64,8 @@ class Teacher:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        self.module = copy.deepcopy(unwrap(module)).requires_grad_(False).eval()
+        check_whole("module", module)
+        self.module = drop_hooks(copy.deepcopy(unwrap(module))).requires_grad_(False).eval()
         self._affine = _renormalisation(input_stats, trained_stats)
         in_order = columns is None or list(columns) == list(range(len(columns)))
         self._columns = None if in_order else torch.tensor(columns)
@@ -196,16 +200,6 @@ class Ensemble:
 
     def __repr__(self) -> str:
         return f"Ensemble({self.members})"
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(module, DataParallel | DistributedDataParallel):
-            module = module.module
-        elif isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
-            module = original
-        else:
-            return module
 
 
 def _renormalisation(given: Stats | None, trained: Stats | None) -> tuple[Tensor, Tensor] | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from selfkd.layers import Features, copy_layers
+from selfkd import Teacher
+from selfkd.layers import Features, copy_layers, unwrap
 
 
 class Block(nn.Module):
@@ -245,6 +248,22 @@ def test_works_inside_parallel_wrappers(
     with Features(model, PATHS) as captured:
         model(inputs)
     assert_captured(captured, net, inputs)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")
+def test_works_inside_fsdp_whose_student_is_no_teacher(net: Net, inputs: Tensor) -> None:
+    shard = partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)
+    net.stem = shard(net.stem)
+    model = shard(net)
+    assert unwrap(model) is unwrap(torch.compile(model)) is net
+    with Features(model, PATHS) as captured:
+        logits = model(inputs)
+        assert captured["stem"].shape == (5, 8)
+        assert len(captured["blocks.*.linear"]) == 11
+    assert torch.equal(model(inputs), logits)
+    with pytest.raises(ValueError, match="module must have its parameters whole, got shards of Fu"):
+        Teacher(model)
 
 
 def test_data_parallel_over_several_devices_is_refused(net: Net) -> None:

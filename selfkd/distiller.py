@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from selfkd.losses import Average, distillation_terms
 from selfkd.losses.distillation import check_settings, hard_loss
 from selfkd.losses.sparse import SparseLogits, sparse_terms
 from selfkd.teacher import Teacher
-from selfkd.terms import FeatureTerm, FeatureTerms, LogitTerm, Term, parse_terms
+from selfkd.terms import FeatureTerm, FeatureTerms, LogitTerm, Term, check_paths, parse_terms
 
 
 class StoredLogits(Protocol):
@@ -44,7 +47,12 @@ class Distiller:
 
     It is no `nn.Module` and holds nothing that is trained, so it never enters the state of a model.
     The loss is a mean over the batch: the mean over micro-batches of equal size is the loss of the
-    whole. The settings may be changed between steps, as a schedule of `alpha` does.
+    whole, and with `normalizer` the sum over any. The settings may be changed between steps, as a
+    schedule of `alpha` does.
+
+    Where several processes train (`torch.distributed`), what the terms learn starts from the first
+    one's and has the mean of their gradients, as `DistributedDataParallel` does for the student:
+    make the distiller on each of them, after `init_process_group`.
 
     Args:
         teacher: maps inputs to logits `[batch, classes]`, or `[members, batch, classes]` of an
@@ -113,13 +121,19 @@ class Distiller:
         self.label_smoothing = label_smoothing
         self.terms = parse_terms(terms or {})
         self._features: FeatureTerms | None = None
+        self._means: list[RemovableHandle] = []
         self.projections = nn.ModuleDict()
         if self.teacher is not None or self.targets is not None:
             self.attach(student)
+        elif student is not None:  # a wrong path is not to wait for a teacher
+            check_paths(self._feature_terms(), student)
+
+    def _feature_terms(self) -> dict[str, FeatureTerm]:
+        return {name: term for name, term in self.terms.items() if isinstance(term, FeatureTerm)}
 
     def attach(self, student: nn.Module | None) -> None:
         """Capture the features of `student` from now on, as after a copy, which captures none."""
-        wanted = {name: t for name, t in self.terms.items() if isinstance(t, FeatureTerm)}
+        wanted = self._feature_terms()
         if not wanted:
             return
         if not isinstance(self.teacher, Teacher):
@@ -134,12 +148,29 @@ class Distiller:
         if not len(self.projections):
             device = next(student.parameters()).device
             self.projections = self._features.make_projections().to(device)
+        self._keep_in_step()
+
+    def _keep_in_step(self) -> None:
+        """Learn the same in all processes: they start from the first, with mean gradients."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        for parameter in self.parameters():
+            dist.broadcast(parameter.detach(), 0)
+            hook = parameter.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
+            self._means.append(hook)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether what the terms learn is kept the same in several processes."""
+        return bool(self._means)
 
     def detach(self) -> None:
         """Take what captures features off the student."""
         if self._features is not None:
             self._features.close()
-        self._features = None
+        for handle in self._means:
+            handle.remove()
+        self._features, self._means = None, []
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what the terms learn, their projections: give them to your optimiser too."""
@@ -155,7 +186,7 @@ class Distiller:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the student's hooks to the student."""
-        return {**self.__dict__, "_features": None}
+        return {**self.__dict__, "_features": None, "_means": []}
 
     def __call__(
         self,
@@ -165,8 +196,14 @@ class Distiller:
         inputs: Any = None,
         index: Tensor | None = None,
         view: int = 0,
+        normalizer: float | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss terms of a batch, by name.
+
+        Over micro-batches of unlike sizes, give the number of images of all of them as `normalizer`
+        and add the losses up: the sum is the loss of the whole. That holds for what is a mean over
+        images, not for what compares or weighs the images of a batch: similarity-preserving, PKT,
+        RKD, `dist_loss`, `confidence_weighted_loss`, and batch normalisation in the student.
 
         Args:
             student_logits: `[batch, classes]`.
@@ -174,6 +211,7 @@ class Distiller:
             inputs: what the teacher is asked; needed with `teacher`.
             index: numbers of the images `[batch]`; needed with `targets`.
             view: number of the images' augmentation, for `targets`.
+            normalizer: what takes the place of the batch's number of images in each mean, above 0.
 
         Returns:
             `loss`, with the graph, `hard_loss`, where a teacher was asked `soft_loss`, and the
@@ -182,9 +220,24 @@ class Distiller:
 
         Raises:
             ValueError: `inputs` or `index` is needed and missing, mean logits are asked of sparse
-                ones, or as `distillation_terms`.
+                ones, a normalizer of 0 or less, or as `distillation_terms`.
             TypeError: as `distillation_terms`.
         """
+        if isinstance(normalizer, int | float) and not 0 < normalizer < math.inf:
+            raise ValueError(f"normalizer must be > 0 and finite, got {normalizer}")
+        terms = self._terms(student_logits, labels, inputs, index, view)
+        if normalizer is None:
+            return terms
+        return {name: term * (len(labels) / normalizer) for name, term in terms.items()}
+
+    def _terms(
+        self,
+        student_logits: Tensor,
+        labels: Tensor,
+        inputs: Any,
+        index: Tensor | None,
+        view: int,
+    ) -> dict[str, Tensor]:
         # further terms ask the teacher at any alpha
         unasked = self.alpha == 0 and not self.terms
         teacher_logits = None if unasked else self._ask(inputs, index, view)
@@ -263,3 +316,9 @@ class Distiller:
     def __repr__(self) -> str:
         source = self.targets if self.teacher is None else self.teacher
         return f"Distiller({source}, temperature={self.temperature}, alpha={self.alpha})"
+
+
+def _mean_over_processes(gradient: Tensor) -> Tensor:
+    mean = gradient / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean

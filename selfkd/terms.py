@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from selfkd.layers import Features
 from selfkd.losses.distillation import is_nan
-from selfkd.losses.features import Projection, hint_loss
+from selfkd.losses.features import Projection, hint_loss, reconcile
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class FeatureTerm:
         student: path of a submodule, as `named_modules` has it; `*` between dots makes a list.
         teacher: the same of the teacher; the student's path when not given.
         weight: of this term in the loss, 0 or more.
-        loss: of the student's and the teacher's features; with lists, the mean over pairs.
+        loss: of the student's and the teacher's features; with lists, the mean over pairs. For
+            `hint_loss` maps of different sizes are pooled to the smaller (`reconcile`).
         project: (student's channels, teacher's channels): learn a map between them, as hints
             need where they differ. Its parameters are `distiller.parameters()`.
 
@@ -93,6 +94,10 @@ class FeatureTerms:
         terms: by name.
         student: whose features are captured in each forward pass, until `close`.
         teacher: module that is asked for its features.
+
+    Raises:
+        ValueError: a path of no submodule, or one that names more or fewer of the student than of
+            the teacher.
     """
 
     def __init__(
@@ -103,6 +108,8 @@ class FeatureTerms:
         self._student = Features(student, paths)
         of_teacher = list(dict.fromkeys(term.of_teacher for term in terms.values()))
         self._teacher = Features(teacher, of_teacher, detach=True)
+        for term in terms.values():
+            self._check_count(term)
         self._student.__enter__()
 
     def close(self) -> None:
@@ -138,26 +145,33 @@ class FeatureTerms:
         for number, (student, teacher) in enumerate(self._pairs(term)):
             if term.project is not None:
                 student = projections[_key(name, number)](student)
+            if term.loss is hint_loss and student.ndim == teacher.ndim == 4:
+                student, teacher = reconcile(student, teacher)
             losses.append(term.loss(student, teacher))
             if is_nan(losses[-1].detach()):
                 _check_no_nan(name, term.of_teacher, teacher)
         return torch.stack(losses).mean()
 
     def _pairs(self, term: FeatureTerm) -> Sequence[tuple[Tensor, Tensor]]:
-        """Return the features of student and teacher that belong together.
-
-        Raises:
-            ValueError: the student's list is longer or shorter than the teacher's.
-        """
+        """Return the features of student and teacher that belong together."""
         student, teacher = self._student[term.student], self._teacher[term.of_teacher]
         students = student if isinstance(student, list) else [student]
         teachers = teacher if isinstance(teacher, list) else [teacher]
-        if len(students) != len(teachers):
+        return list(zip(students, teachers, strict=True))
+
+    def _check_count(self, term: FeatureTerm) -> None:
+        found, expected = self._student.count(term.student), self._teacher.count(term.of_teacher)
+        if found != expected:
             raise ValueError(
                 f"{term.student!r} must name as many submodules as {term.of_teacher!r} "
-                f"({len(teachers)}), got {len(students)}"
+                f"({expected}), got {found}"
             )
-        return list(zip(students, teachers, strict=True))
+
+
+def check_paths(terms: Mapping[str, FeatureTerm], student: nn.Module) -> None:
+    """Raise ValueError where a term's path is that of no submodule of the student."""
+    if terms:
+        Features(student, [term.student for term in terms.values()])
 
 
 def _key(name: str, number: int) -> str:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from selfkd.distiller import Distiller
 from selfkd.losses import SparseLogits, distillation_terms, sparse_terms, sparsify
 from selfkd.losses.distillation import hard_loss
+from selfkd.losses.logits import logit_mse
 from selfkd.teacher import Ensemble, Teacher
+from selfkd.terms import LogitTerm
 
 BATCH, FEATURES, CLASSES = 6, 4, 3
 
@@ -215,6 +217,35 @@ def test_loss_does_not_depend_on_the_split_into_micro_batches() -> None:
         )
     ]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+@pytest.mark.parametrize("source", ["store", "sparse", "teacher", "labels"])
+def test_micro_batches_of_unlike_sizes_add_up(source: str) -> None:
+    student_logits, labels, asked = make_step()
+    store = Store(2)
+    distiller = {
+        "store": Distiller(targets=store),
+        "sparse": Distiller(targets=lambda index, view: sparsify(store(index, view), 2)),
+        "teacher": Distiller(
+            nn.Linear(FEATURES, CLASSES),
+            terms={"mse": LogitTerm(lambda z_s, z_t, _: logit_mse(z_s, z_t), weight=0.5)},
+        ),
+        "labels": Distiller(label_smoothing=0.1),
+    }[source]
+    whole = distiller(student_logits, labels, **asked)
+    parts = [
+        distiller(
+            student_logits[part],
+            labels[part],
+            normalizer=BATCH,
+            **{name: value[part] for name, value in asked.items()},
+        )
+        for part in torch.arange(BATCH).split([1, 3, 2])
+    ]
+    torch.testing.assert_close({name: sum(p[name] for p in parts) for name in whole}, whole)
+    for value in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="normalizer must be > 0 and finite, got"):
+            distiller(student_logits, labels, normalizer=value, **asked)
 
 
 def test_stored_logits_go_to_the_students_device() -> None:

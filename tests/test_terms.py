@@ -6,6 +6,7 @@ import copy
 import pickle
 import socket
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from selfkd import Distiller, Teacher
+from selfkd.layers import Features
 from selfkd.losses.distillation import distillation_terms
 from selfkd.losses.features import attention_transfer, hint_loss
 from selfkd.losses.logits import dkd_loss, soft_cross_entropy
@@ -164,11 +168,16 @@ def test_bad_terms(make: Callable[[nn.Module, Teacher], object], message: str) -
         make(make_net(5), Teacher(make_net(5)))
 
 
-def test_lists_of_different_lengths_are_refused(batch: tuple[Tensor, Tensor]) -> None:
-    inputs, labels = batch
-    student, _, distiller = setting(terms={"a": FeatureTerm("[02]", "[024]")})
+def test_lists_of_different_lengths_are_refused_at_the_start() -> None:
+    student = make_net(5)
     with pytest.raises(ValueError, match=r"'\[02\]' must name as many submodules as"):
-        distiller(student(inputs), labels, inputs=inputs)
+        Distiller(make_net(5), terms={"a": FeatureTerm("[02]", "[024]")}, student=student)
+    assert all(not module._forward_hooks for module in student.modules())
+
+
+def test_a_wrong_path_does_not_wait_for_a_teacher() -> None:
+    with pytest.raises(ValueError, match=r"path must be .* got '9'"):
+        Distiller(terms={"a": {"student": "9"}}, student=make_net(5))
 
 
 def test_nan_of_the_teacher_is_named(batch: tuple[Tensor, Tensor]) -> None:
@@ -197,6 +206,23 @@ def test_nan_of_the_teacher_s_features_is_named(batch: tuple[Tensor, Tensor]) ->
         distiller(student(inputs), labels, inputs=inputs)
 
 
+def test_hints_of_maps_are_pooled_to_the_smaller(batch: tuple[Tensor, Tensor]) -> None:
+    """As between neighbouring stages of a ResNet, with a projection of the channels."""
+    torch.manual_seed(0)
+    teacher = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
+    student = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
+    terms = {"hint": {"student": "layer2", "teacher": "layer3", "project": (128, 256)}}
+    distiller = Distiller(teacher, terms=terms, student=student)
+    images = torch.randn(8, 3, 32, 32)
+    with Features(student, ["layer2"]) as found, Features(teacher.eval(), ["layer3"]) as expected:
+        logits = student(images)
+        teacher(images)
+    hint = distiller(logits, batch[1], inputs=images)["hint"]
+    maps = distiller.projections["hint_0"](F.avg_pool2d(found["layer2"], 2))
+    assert hint.item() == pytest.approx(F.mse_loss(maps, expected["layer3"]).item(), rel=1e-5)
+    assert hint > 0
+
+
 # --- copies and wrappers ---
 
 
@@ -209,6 +235,39 @@ def test_a_copy_of_the_student_is_a_teacher_of_its_own(batch: tuple[Tensor, Tens
     copied(torch.zeros(3, 6))
     before = distiller(logits, labels, inputs=inputs)["hint"]
     assert before == distiller(student(inputs), labels, inputs=inputs)["hint"]
+
+
+def through_a_file(model: nn.Module) -> nn.Module:
+    file = BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, through_a_file])
+def test_an_attached_student_is_copied_without_what_looks_at_it(
+    batch: tuple[Tensor, Tensor], clone: Callable[[nn.Module], nn.Module]
+) -> None:
+    inputs, labels = batch
+    student, _, distiller = setting()
+    student[4].register_forward_hook(mark)  # type: ignore[index]
+    logits = student(inputs)  # what was captured has a graph, which cannot be copied
+    copied = clone(student)
+    assert torch.equal(copied(torch.zeros(3, 6)), student(torch.zeros(3, 6)))
+    logits = student(inputs)
+    expected = distiller(logits, labels, inputs=inputs)["hint"]
+    copied(torch.zeros(3, 6))
+    assert distiller(logits, labels, inputs=inputs)["hint"] == expected
+    for taught in (Teacher(student), Teacher(copied)):
+        hooks = [hook for m in taught.module.modules() for hook in m._forward_hooks.values()]
+        assert hooks == [mark]  # those of others stay
+        assert not taught.module._forward_pre_hooks
+    assert len(student[2]._forward_hooks) == 1  # type: ignore[index]
+
+
+def mark(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + 1
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
@@ -332,6 +391,9 @@ def _worker(rank: int, port: int, kind: str, folder: str) -> None:
     assert gradient is not None
     full: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
     torch.save(full, Path(folder) / f"{rank}.pt")
+    if kind == "fsdp":
+        with pytest.raises(ValueError, match="module must have its parameters whole, got shards"):
+            Teacher(student)
     dist.destroy_process_group()
 
 
@@ -346,6 +408,57 @@ def test_gradients_are_those_of_one_process(
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found, student[0].weight.grad)  # type: ignore[index]
+
+
+def _projecting(rank: int, port: int, kind: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    student, teacher = make_net(5), make_net(9)
+    wrapped: nn.Module = student
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(student)
+    else:
+        fully_shard(student)
+    torch.manual_seed(2 + rank)  # each process would start from a projection of its own
+    distiller = Distiller(teacher, terms=PROJECTING, student=wrapped)
+    distiller.detach()
+    distiller.attach(wrapped)  # averaged once, not twice
+    torch.manual_seed(1)
+    inputs, labels = torch.randn(8, 6), torch.randint(4, (8,))
+    mine = slice(rank * 4, rank * 4 + 4)
+    for step in range(2):
+        optimizer = torch.optim.SGD(distiller.parameters(), lr=0.5)
+        terms = distiller(wrapped(inputs[mine]), labels[mine], inputs=inputs[mine])
+        terms["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.save(distiller.state_dict(), Path(folder) / f"{rank}_{step}.pt")
+    dist.destroy_process_group()
+
+
+PROJECTING = {"hint": FeatureTerm("2", weight=0.5, project=(5, 9))}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_learn_one_projection(
+    tmp_path: Path, batch: tuple[Tensor, Tensor], kind: str
+) -> None:
+    inputs, labels = batch
+    torch.manual_seed(0)
+    student, teacher = make_net(5), make_net(9)
+    torch.manual_seed(2)
+    distiller = Distiller(teacher, terms=PROJECTING, student=student)
+    assert not distiller.in_step
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.5)
+    mp.spawn(_projecting, args=(_free_port(), kind, str(tmp_path)), nprocs=2)
+    for step in range(2):
+        distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{rank}_{step}.pt", weights_only=True)
+            torch.testing.assert_close(found, dict(distiller.state_dict()))
 
 
 def test_a_term_may_be_the_only_one(batch: tuple[Tensor, Tensor]) -> None:

@@ -17,8 +17,9 @@ def place(distiller: Distiller, device: torch.device) -> None:
 
 def check_processes(distiller: Distiller, processes: int) -> None:
     """Raise ValueError where the distiller's projections would differ between processes."""
-    if processes > 1 and len(distiller.projections):
+    if processes > 1 and len(distiller.projections) and not distiller.in_step:
         raise ValueError(
-            "distiller must learn no projections where several processes train, as their "
-            f"gradients are not averaged, got {len(distiller.projections)} in {processes} processes"
+            "distiller must be attached to its student after init_process_group, or its "
+            f"projections would differ between processes, got {len(distiller.projections)} in "
+            f"{processes} processes: distiller.attach(student)"
         )

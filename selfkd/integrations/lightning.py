@@ -73,8 +73,8 @@ class DistillationCallback(Callback):
         """Wrap `training_step` and listen to the student.
 
         Raises:
-            ValueError: `path` is of no submodule, the module optimises by itself, or the distiller
-                learns projections and several processes train.
+            ValueError: `path` is of no submodule, the module optimises by itself, or several
+                processes train and the distiller learns projections that are not in step.
         """
         if not pl_module.automatic_optimization:
             raise ValueError(

@@ -38,6 +38,10 @@ except ImportError as error:
     ) from error
 
 
+_TIMMS = {"task_loss": "hard_loss", "kd_loss": "soft_loss"}
+"""What timm calls a term of the loss -> what it is called here."""
+
+
 class DistillationTask(ClassificationTask):  # type: ignore[misc]
     """timm's training task with the loss of a `Distiller`.
 
@@ -66,7 +70,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
     >>> result = task(torch.ones(2, 4), torch.tensor([0, 2]))
     >>> result["loss"].backward()
     >>> sorted(result)
-    ['hard_loss', 'loss', 'output', 'soft_loss']
+    ['hard_loss', 'kd_loss', 'loss', 'output', 'soft_loss', 'task_loss']
 
     Reference:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
@@ -90,7 +94,8 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
 
         Returns:
             `output`, the logits `[batch, classes]`; `loss`, with the graph; and the distiller's
-            other terms, for logging.
+            other terms, for logging, of them `hard_loss` and `soft_loss` also by timm's names,
+            `task_loss` and `kd_loss`.
 
         Raises:
             TypeError: `target` is not of integers, as Mixup leaves it.
@@ -99,12 +104,13 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         labels, index = _labels_and_index(target)
         logits = self.trainable_module(input)
         terms = self.distiller(logits, labels, inputs=input, index=index, view=self.view)
-        return {"output": logits, **terms}
+        theirs = {name: terms[ours] for name, ours in _TIMMS.items() if ours in terms}
+        return {"output": logits, **theirs, **terms}
 
     def prepare_distributed(
         self, device_ids: list[Any] | None = None, **ddp_kwargs: Any
     ) -> DistillationTask:
-        """As timm's; ValueError where the distiller learns projections."""
+        """As timm's; ValueError where the distiller learns projections that are not in step."""
         check_processes(self.distiller, torch.distributed.get_world_size())
         super().prepare_distributed(device_ids, **ddp_kwargs)
         return self

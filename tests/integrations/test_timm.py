@@ -92,6 +92,9 @@ def test_is_timms_own_task_for_one_teacher(temperature: float, alpha: float) -> 
     torch.testing.assert_close(result["output"], their_result["output"])
     torch.testing.assert_close(result["hard_loss"], their_result["task_loss"].detach())
     torch.testing.assert_close(result["soft_loss"], their_result["kd_loss"])
+    assert set(their_result) <= set(result)  # what reads the result of timm's task reads ours
+    torch.testing.assert_close(result["task_loss"], result["hard_loss"])
+    torch.testing.assert_close(result["kd_loss"], result["soft_loss"])
 
 
 def test_labels_only_an_ensemble_and_further_terms() -> None:
@@ -99,7 +102,7 @@ def test_labels_only_an_ensemble_and_further_terms() -> None:
     inputs, labels = make_batch()
     logits = student(inputs)
     plain = DistillationTask(student, Distiller())(inputs, labels)
-    assert set(plain) == {"output", "loss", "hard_loss"}
+    assert set(plain) == {"output", "loss", "hard_loss", "task_loss"}
     torch.testing.assert_close(plain["loss"], nn.functional.cross_entropy(logits, labels))
 
     averaged = DistillationTask(student, Distiller(Ensemble(members), **SETTINGS))(inputs, labels)
@@ -304,10 +307,12 @@ def test_projections_are_trained_clipped_and_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(resumed.distiller.state_dict(), task.distiller.state_dict())
 
 
-def test_projections_in_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_projections_that_would_differ_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     student = make_net()
-    with pytest.raises(ValueError, match=r"learn no projections .*, got 1 in 2 processes"):
+    with pytest.raises(ValueError, match=r"be attached .* after .*, got 1 in 2 processes"):
         DistillationTask(student, projecting(student)).prepare_distributed()
 
 

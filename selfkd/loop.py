@@ -19,12 +19,14 @@ from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import Config, ModelConfig
 from selfkd.distiller import Distiller
 from selfkd.jobs import CHECKPOINT, OWN, Row
+from selfkd.layers import check_whole, unwrap
 from selfkd.ledger import lasting
 from selfkd.models import parameters_count
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress
 from selfkd.storage import as_path
 from selfkd.teacher import Ensemble, Teacher
+from selfkd.terms import Term
 
 
 @dataclass(kw_only=True)
@@ -82,23 +84,30 @@ class Trial:
         return int(number) if number else 0
 
     def distiller(
-        self, student: nn.Module, *, make_teacher: Callable[[], nn.Module] | None = None
+        self,
+        student: nn.Module,
+        *,
+        make_teacher: Callable[[], nn.Module] | None = None,
+        terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
     ) -> Distiller:
         """Return the loss of this trial: of labels in generation 0, then of its teachers too.
 
         T, alpha and the average are those of the trial's config.
 
         Args:
-            student: of which the teachers have the architecture; it is not changed.
+            student: of which the teachers have the architecture, in whatever wrapper; its weights
+                are not changed.
             make_teacher: makes a network of the teachers' architecture where it is another.
+            terms: further terms of the loss, as `Distiller` has them; those of features see the
+                student, and need a single teacher.
         """
         distill, smoothing = self.config.distill, self.config.train.label_smoothing
         if not self.teachers:
-            return Distiller(label_smoothing=smoothing)
+            return Distiller(label_smoothing=smoothing, terms=terms, student=student)
         members = []
         for row in self.teachers:
             tensors, _ = load_tensors(as_path(row["checkpoint"]))
-            network = make_teacher() if make_teacher else copy.deepcopy(student)
+            network = unwrap(make_teacher()) if make_teacher else copy.deepcopy(unwrap(student))
             try:
                 network.load_state_dict(tensors)
             except RuntimeError as error:
@@ -114,6 +123,8 @@ class Trial:
             alpha=distill.alpha,
             average=distill.average,
             label_smoothing=smoothing,
+            terms=terms,
+            student=student,
         )
 
     def report(
@@ -127,12 +138,13 @@ class Trial:
 
         Args:
             metrics: by name; with `search.metric` among them, which the choice is made by.
-            student: what has been trained so far.
+            student: what has been trained so far, in whatever wrapper; whole, not in shards.
             checkpoint: what `checkpoint` gives back if the trial is interrupted: tensors, state
                 dicts, numbers and text. It is written as often as the config's `checkpoint` says.
 
         Raises:
             TypeError: the checkpoint holds other things.
+            ValueError: each rank has but a shard of the student (FSDP).
         """
         row: Row = {"epoch": len(self.progress.rows) + 1}
         row |= {name: float(value) for name, value in metrics.items()}
@@ -140,7 +152,8 @@ class Trial:
         if student is not None and self.ranks.first:
             facts = {"stage": self.stage, "seed": self.seed}
             facts["parameters"] = parameters_count(student)
-            row["hash"] = save_tensors(self.path, student.state_dict(), facts)
+            check_whole("student", student)
+            row["hash"] = save_tensors(self.path, unwrap(student).state_dict(), facts)
         self.progress.reached(row, checkpoint, together=False)
         if self._tell is not None:
             self._tell(row)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel
 
 import selfkd
 from selfkd import Ensemble, Teacher
@@ -22,6 +23,8 @@ from selfkd.functions import function_reference, load_function
 from selfkd.generations import main
 from selfkd.jobs import Row
 from selfkd.loop import Trial, run_function
+from selfkd.losses.logits import logit_mse
+from selfkd.terms import LogitTerm
 from selfkd.train import fit
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +145,47 @@ def test_a_student_of_another_architecture_needs_make_teacher(tmp_path: Path) ->
         born_again.distiller(student)
     distiller = born_again.distiller(student, make_teacher=lambda: nn.Linear(2, 2))
     assert distiller(student(torch.ones(1, 2)), torch.tensor([0]), inputs=torch.ones(1, 2))
+
+
+def compile_eagerly(model: nn.Module) -> nn.Module:
+    compiled: nn.Module = torch.compile(model, backend="eager")
+    return compiled
+
+
+@pytest.mark.parametrize("wrap", [compile_eagerly, DataParallel])
+def test_a_wrapped_student_teaches_a_bare_one_and_the_other_way_round(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    trial, model = make_trial(tmp_path / "one"), nn.Linear(2, 2)
+    trial.report({"val_accuracy": 0.5}, student=wrap(model))
+    assert sorted(load_tensors(trial.path)[0]) == ["bias", "weight"]
+    row = {"hash": "x", "checkpoint": str(trial.path)}
+    born_again = make_trial(tmp_path / "two", stage="generation-1", teachers=[row])
+    for student in (nn.Linear(2, 2), wrap(nn.Linear(2, 2))):
+        for make_teacher in (None, lambda: wrap(nn.Linear(2, 2))):
+            teacher = born_again.distiller(student, make_teacher=make_teacher).teacher
+            assert isinstance(teacher, Teacher)
+            torch.testing.assert_close(teacher.module.state_dict(), model.state_dict())
+
+
+def test_further_terms_from_the_first_generation_on(tmp_path: Path) -> None:
+    inputs, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
+    terms = {
+        "hint": {"student": "0", "weight": 0.5},
+        "mse": LogitTerm(lambda z_s, z_t, _: logit_mse(z_s, z_t)),
+    }
+    teachers: list[dict[str, str]] = []
+    for generation in range(3):
+        stage = f"generation-{generation}"
+        trial = make_trial(tmp_path / stage, stage=stage, teachers=teachers)
+        student = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+        found = trial.distiller(student, terms=terms)(student(inputs), labels, inputs=inputs)
+        assert ({"hint", "mse"} <= set(found)) == (generation > 0)
+        found["loss"].backward()
+        trial.report({"val_accuracy": 0.5}, student=student)
+        teachers = [{"hash": "x", "checkpoint": str(trial.path)}]
+    with pytest.raises(ValueError, match=r"path must be that of a submodule .* got 'typo'"):
+        make_trial(tmp_path).distiller(student, terms={"hint": {"student": "typo"}})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from selfkd.files import load_json, save_json
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 20.0
-"""A driver of another machine whose lock shows no new beat for so long is dead."""
+"""A driver of another machine, or container, whose lock shows no new beat for so long is dead."""
 _SETTLE_SECONDS = 0.2
 _FILE = "lock.json"
 
@@ -34,7 +34,8 @@ class Lock:
 
     A file in the folder says who holds it and gets a new beat every few seconds, so it works on
     any storage. The holder's death shows at once on its own machine, where its process can be
-    looked for, and elsewhere by the missing beat. Clocks are not compared.
+    looked for, and elsewhere, such as in another container, by the missing beat. Clocks are not
+    compared.
 
     Args:
         folder: the run folder.
@@ -75,8 +76,8 @@ class Lock:
                 self._path.unlink(missing_ok=True)
 
     def _write(self, beat: int) -> None:
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-        save_json(self._path, {**me, "token": self._token, "beat": beat})
+        me = {"pid": os.getpid(), "started": _started(os.getpid())}
+        save_json(self._path, {**_place(), **me, "token": self._token, "beat": beat})
 
     def _is_mine(self) -> bool:
         holder = _read(self._path)
@@ -107,7 +108,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _lives(path: Path, holder: dict[str, Any]) -> bool:
-    if holder["host"] == socket.gethostname():
+    here = _place()  # a lock of an older version tells less of its own
+    if all(holder.get(key, value) == value for key, value in here.items()):
         return bool(_started(holder["pid"]) == holder["started"] is not None)
     log.warning(
         "waiting %.0f s to see whether the driver on %s still lives", STALE_SECONDS, holder["host"]
@@ -121,6 +123,18 @@ def _lives(path: Path, holder: dict[str, Any]) -> bool:
         if now != holder:
             return True
     return False
+
+
+def _place() -> dict[str, str | None]:
+    """Return what drivers share that see each other's processes; none of a fact that is not known.
+
+    Machines of one image may have one name, and so have containers on the network of their host.
+    """
+    boot, processes = None, None
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        processes = os.readlink("/proc/self/ns/pid")
+    return {"host": socket.gethostname(), "boot": boot, "processes": processes}
 
 
 def _started(pid: int) -> str | None:

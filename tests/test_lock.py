@@ -51,20 +51,38 @@ def test_another_process_with_the_number_of_the_dead_one(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("beats", [True, False])
-def test_a_driver_of_another_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool
+@pytest.mark.parametrize("differs", ["host", "boot", "processes"])
+def test_a_driver_of_another_machine_or_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differs: str, beats: bool
 ) -> None:
-    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    """Its process is not to be seen here, whatever its number."""
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1.0)
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    place = lock._place()
     if not beats:
-        holder = {"host": "elsewhere", "pid": 1, "started": "1", "token": "t", "beat": 3}
+        holder = {**place, differs: "elsewhere", "pid": 1, "started": "1", "token": "t", "beat": 3}
         save_json(tmp_path / "lock.json", holder)
         with Lock(tmp_path):
             return
     with Lock(tmp_path), monkeypatch.context() as patch:
-        patch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
+        patch.setattr(lock, "_place", lambda: {**place, differs: "elsewhere"})
+        patch.setattr(lock, "_started", lambda pid: None)
         with pytest.raises(LockedError, match="another driver"):
             Lock(tmp_path).__enter__()
+
+
+def test_a_lock_of_an_older_version_tells_its_host_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Lock(tmp_path):
+        holder = json.loads((tmp_path / "lock.json").read_text())
+    old = {key: holder[key] for key in ("host", "pid", "started", "token", "beat")}
+    save_json(tmp_path / "lock.json", {**old, "started": "1"})
+    with Lock(tmp_path):
+        assert "waiting" not in caplog.text
+    save_json(tmp_path / "lock.json", old)
+    with pytest.raises(LockedError, match="another driver"):
+        Lock(tmp_path).__enter__()
 
 
 def test_of_two_at_the_same_moment_one_goes_on(
@@ -85,7 +103,8 @@ def test_whoever_loses_the_folder_stops(tmp_path: Path, monkeypatch: pytest.Monk
     def work() -> None:
         with held:
             save_json(tmp_path / "lock.json", other)
-            time.sleep(30)
+            for _ in range(300):  # a single long sleep would not be interrupted
+                time.sleep(0.1)
 
     with pytest.raises(KeyboardInterrupt):
         work()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.special import rel_entr
 from torch import Tensor
 
@@ -631,3 +632,261 @@ def test_embeddings_that_do_not_fit_the_memory_are_refused() -> None:
         ]:
             with pytest.raises(error, match=message):
                 loss(student, teacher, memory, drawn)
+
+
+# --- wrong versions are rejected ---------------------------------------------------------------
+
+
+def check_loss(name: str, loss: Loss) -> None:
+    """Raise AssertionError unless `loss` is the loss of that name."""
+    for seed in range(2):
+        _, student, teacher = make(name, seed=seed)
+        value = loss(student, teacher.requires_grad_())
+        expected = reference(name, student.detach().numpy(), teacher.detach().numpy())
+        np.testing.assert_allclose(value.item(), expected, rtol=1e-9)
+        value.backward()
+        assert teacher.grad is None, "the teacher got a gradient"
+    zeros = torch.zeros_like(student, requires_grad=True)
+    value = loss(zeros, teacher)
+    assert value.isfinite()
+    assert torch.autograd.grad(value, zeros)[0].isfinite().all()
+
+
+def naive(s: Tensor, t: Tensor, *, name: str, wrong: str = "") -> Tensor:
+    """Each loss in a few lines, with one thing in it `wrong`."""
+    kind, _, detail = name.partition(" ")
+    if wrong != "teacher not detached":
+        t = t.detach()
+    if kind in ("hint", "attention_transfer"):
+        losses = {"hint": naive_hint, "attention_transfer": naive_attention_transfer}
+        return losses[kind](s, t, detail, wrong)
+    if kind in ("similarity_preserving", "pkt"):
+        return (naive_similarity if kind == "similarity_preserving" else naive_pkt)(s, t, wrong)
+    mask = MASK.bool()
+    if detail != "masked" or wrong == "mask ignored":
+        mask = torch.ones_like(mask)
+    return {"hidden_state": naive_hidden, "cosine": naive_cosine, "matrices": naive_matrices}[kind](
+        s, t, mask, wrong
+    )
+
+
+def naive_unit(x: Tensor, dims: int | tuple[int, ...] = -1, wrong: str = "") -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    return x / (norm if wrong == "0 / 0 of zeros" else norm.clamp_min(1e-12))
+
+
+def naive_hint(s: Tensor, t: Tensor, _detail: str, wrong: str) -> Tensor:
+    if wrong == "directions only":
+        s, t = naive_unit(s), naive_unit(t)
+    difference = s - t
+    if wrong == "not squared":
+        return difference.abs().mean()
+    if wrong == "sum of a sample, halved":
+        return difference.square().sum() / 2 / len(s)
+    return difference.square().mean() / (2 if wrong == "half" else 1)
+
+
+def naive_attention_transfer(s: Tensor, t: Tensor, detail: str, wrong: str) -> Tensor:
+    power = 1.0 if wrong == "power left out" else float(detail or 2)
+    maps = []
+    for features in (s, t):
+        a = features if wrong == "signs kept" else features.abs()
+        if wrong == "features pooled, not maps":
+            a = F.adaptive_avg_pool2d(features, (2, 4)).abs()
+        a = a.pow(power).sum(1, keepdim=True)
+        if wrong == "normalised, then pooled":
+            a = naive_unit(a, (2, 3))
+        maps.append(a)
+    maps = [a.flatten(1) for a in reconcile(maps[0], maps[1])]
+    if wrong == "normalised over the batch":
+        maps = [naive_unit(a, 0) for a in maps]
+    elif wrong not in ("not normalised", "normalised, then pooled"):
+        maps = [naive_unit(a, wrong=wrong) for a in maps]
+    difference = maps[0] - maps[1]
+    if wrong == "distance, not its square":
+        return torch.linalg.vector_norm(difference, dim=1).mean()
+    if wrong == "sum over positions":
+        return difference.square().sum(1).mean()
+    return difference.square().mean()
+
+
+def naive_similarity(s: Tensor, t: Tensor, wrong: str) -> Tensor:
+    grams = []
+    for features in (s, t):
+        rows = features.flatten(1)
+        if wrong == "samples normalised, not rows of G":
+            rows = naive_unit(rows)
+        gram = rows @ rows.T
+        if wrong == "normalised as a whole":
+            gram = naive_unit(gram, (0, 1))
+        elif wrong not in ("not normalised", "samples normalised, not rows of G"):
+            gram = naive_unit(gram, wrong=wrong)
+        grams.append(gram)
+    squares = (grams[0] - grams[1]).square()
+    if wrong == "diagonal left out":
+        return squares[~torch.eye(len(s), dtype=torch.bool)].mean()
+    return squares.sum() / len(s) ** {"by batch, not its square": 1, "sum": 0}.get(wrong, 2)
+
+
+def naive_pkt(s: Tensor, t: Tensor, wrong: str) -> Tensor:
+    shares = []
+    for features in (s, t):
+        units = naive_unit(features.flatten(1), wrong=wrong)
+        cosines = units @ units.T
+        kernel = (cosines if wrong == "kernel not shifted" else (1 + cosines) / 2) + 1e-7
+        if wrong == "softmax of cosines":
+            kernel = cosines.exp()
+        if wrong != "diagonal kept":
+            kernel = kernel[~torch.eye(len(s), dtype=torch.bool)].view(len(s), -1)
+        by = {"probabilities over all pairs": kernel.sum(), "not normalised": 1.0}
+        shares.append(kernel / by.get(wrong, kernel.sum(1, keepdim=True)))
+    p_s, p_t = shares[::-1] if wrong == "p and q swapped" else shares
+    divergences = (p_t * (p_t / p_s).log()).sum(1)
+    if wrong == "mean over neighbours too":
+        return divergences.mean() / len(s)
+    return divergences.sum() if wrong == "sum over the batch" else divergences.mean()
+
+
+def naive_mean(values: Tensor, valid: Tensor, wrong: str) -> Tensor:
+    """Over what is valid; rows are the first dimension."""
+    valid = valid.expand_as(values)
+    if wrong == "padding counted":
+        return (values * valid).mean()
+    if wrong == "mean of the rows' means":
+        rows = [row[mask].mean() for row, mask in zip(values, valid, strict=True) if mask.any()]
+        return torch.stack(rows).mean()
+    return values[valid].mean()
+
+
+def naive_hidden(s: Tensor, t: Tensor, mask: Tensor, wrong: str) -> Tensor:
+    layers = {"the first layers": (0, 1), "the last layers": (2, 3)}.get(wrong, (1, 3))
+    squares = [(s[i] - t[j]).square() for i, j in enumerate(layers)]
+    losses = torch.stack([naive_mean(each, mask[..., None], wrong) for each in squares])
+    if wrong == "last layer only":
+        return losses[-1]
+    if wrong == "sum over width":
+        return losses.mean() * s.shape[-1]
+    return losses.sum() if wrong == "layers added up" else losses.mean()
+
+
+def naive_cosine(s: Tensor, t: Tensor, mask: Tensor, wrong: str) -> Tensor:
+    if wrong == "directions of whole rows":
+        s, t = (x.masked_fill(~mask[..., None], 0).flatten(1)[:, None] for x in (s, t))
+        mask = mask.any(1, keepdim=True)
+    if wrong == "cosines over tokens":
+        return (1 - (naive_unit(s, 1) * naive_unit(t, 1)).sum(1)).mean()
+    u = s if wrong == "student not normalised" else naive_unit(s, wrong=wrong)
+    v = t if wrong == "teacher not normalised" else naive_unit(t, wrong=wrong)
+    cosines = (u * v).sum(-1)
+    if wrong == "similarity for distance":
+        return naive_mean(cosines, mask, wrong)
+    return naive_mean(
+        cosines.square() if wrong == "square of the cosine" else 1 - cosines, mask, wrong
+    )
+
+
+def naive_matrices(s: Tensor, t: Tensor, mask: Tensor, wrong: str) -> Tensor:
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    if wrong == "columns of padding read":
+        pairs = mask[:, None, :, None]
+    if wrong == "rows of padding read":
+        pairs = mask[:, None, None, :]
+    if wrong == "softmax of scores":
+        s, t = s.softmax(-1), t.softmax(-1)
+    if wrong == "first heads only":
+        s, t = s[:, :1], t[:, :1]
+    if s.shape[1] != t.shape[1] or wrong == "heads averaged first":
+        s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)
+    heads = s.shape[1]
+    loss = naive_mean((s - t).square(), pairs.expand_as(s), wrong)
+    if wrong == "sum over heads":
+        return loss * heads
+    return loss * s.shape[-1] if wrong == "by tokens, not their square" else loss
+
+
+OF_MASKS = ("mask ignored", "padding counted", "mean of the rows' means")
+ZEROS = "0 / 0 of zeros"
+WRONG: dict[str, tuple[str, ...]] = {
+    "hint": ("half", "not squared", "sum of a sample, halved", "directions only"),
+    "attention_transfer": (
+        ZEROS,
+        "not normalised",
+        "normalised over the batch",
+        "power left out",
+        "distance, not its square",
+        "sum over positions",
+    ),
+    "attention_transfer 1": (
+        "signs kept",
+        "not normalised",
+        "normalised, then pooled",
+        "features pooled, not maps",
+    ),
+    "attention_transfer 1.5": ("power left out", "not normalised"),
+    "similarity_preserving": (
+        ZEROS,
+        "not normalised",
+        "normalised as a whole",
+        "samples normalised, not rows of G",
+        "diagonal left out",
+        "by batch, not its square",
+        "sum",
+    ),
+    "pkt": (
+        ZEROS,
+        "p and q swapped",
+        "diagonal kept",
+        "kernel not shifted",
+        "softmax of cosines",
+        "probabilities over all pairs",
+        "not normalised",
+        "mean over neighbours too",
+        "sum over the batch",
+    ),
+    "hidden_state": (
+        "layers added up",
+        "the first layers",
+        "the last layers",
+        "last layer only",
+        "sum over width",
+    ),
+    "hidden_state masked": OF_MASKS,
+    "cosine": (
+        ZEROS,
+        "similarity for distance",
+        "square of the cosine",
+        "student not normalised",
+        "teacher not normalised",
+        "directions of whole rows",
+        "cosines over tokens",
+    ),
+    "cosine masked": (*OF_MASKS, "directions of whole rows"),
+    "matrices": (
+        "heads averaged first",
+        "first heads only",
+        "sum over heads",
+        "by tokens, not their square",
+        "softmax of scores",
+    ),
+    "matrices masked": (
+        *OF_MASKS,
+        "first heads only",
+        "columns of padding read",
+        "rows of padding read",
+    ),
+}
+
+
+@every_loss
+def test_right_versions_pass_the_check(name: str) -> None:
+    check_loss(name, LOSSES[name][0])
+    check_loss(name, partial(naive, name=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [(name, wrong) for name in WRONG for wrong in (*WRONG[name], "teacher not detached")],
+)
+def test_wrong_versions_fail_the_check(name: str, wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check_loss(name, partial(naive, name=name, wrong=wrong))

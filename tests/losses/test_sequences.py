@@ -538,3 +538,134 @@ def test_no_chunk_is_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     linear_sequence_terms(hidden, weight, teacher, labels, mask=mask, chunk=3, **SETTINGS)
     assert sizes == [3, 3]
     assert isinstance(sampled_targets(teacher, 1, temperature=1.0), SampledTargets)
+
+
+# --- wrong versions are rejected ---------------------------------------------------------------
+
+Loss = Callable[..., Tensor]
+
+
+def right(student: Tensor, teacher: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    return sequence_terms(student, teacher, labels, **settings).loss
+
+
+def check_loss(loss: Loss) -> None:
+    """Raise AssertionError unless `loss` is the loss of a sequence."""
+    for normalizer in (None, 17):
+        student, teacher, labels, mask = make_batch()
+        valid = (labels != -100) & mask
+        settings = SETTINGS | {"normalizer": normalizer}
+        expected, *_, gradient = reference(student, teacher, labels, valid, **settings)
+        value = loss(student, teacher.requires_grad_(), labels, mask=mask, **settings)
+        np.testing.assert_allclose(value.item(), expected, rtol=1e-9)
+        value.backward()
+        assert student.grad is not None
+        np.testing.assert_allclose(student.grad, gradient, atol=1e-12)
+        assert teacher.grad is None, "the teacher got a gradient"
+    try:
+        loss(student, torch.full_like(teacher, torch.nan), labels, mask=mask, **settings)
+    except ValueError:
+        return
+    raise AssertionError("NaN was accepted")
+
+
+def naive(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    normalizer: float | None,
+    wrong: str = "",
+) -> Tensor:
+    """The loss in a few lines, with one thing in it `wrong`."""
+    if teacher.isnan().any():
+        if wrong != "NaN passes":
+            raise ValueError
+        teacher = teacher.nan_to_num()
+    if wrong != "teacher not detached":
+        teacher = teacher.detach()
+    valid = (labels != -100) & mask
+    valid = {"mask ignored": labels != -100, "ignored labels counted": mask}.get(wrong, valid)
+    if wrong == "labels shifted":
+        labels = labels.roll(-1, 1)
+    if wrong == "students shifted":
+        student = student.roll(1, 1)
+    t_s = 1.0 if wrong in ("T on the teacher only", "T ignored") else temperature
+    t_t = 1.0 if wrong in ("T on the student only", "T ignored") else temperature
+    log_p_s, p_t = (student / t_s).log_softmax(-1), (teacher / t_t).softmax(-1)
+    if wrong == "softmax over the tokens":
+        log_p_s, p_t = (student / t_s).log_softmax(1), (teacher / t_t).softmax(1)
+    if wrong == "probabilities for logs":
+        log_p_s = log_p_s.exp()
+    each = F.kl_div(log_p_s, p_t, reduction="none").sum(-1)
+    if wrong == "p and q swapped":
+        each = (log_p_s.exp() * (log_p_s - p_t.log())).sum(-1)
+    if wrong == "cross-entropy for the divergence":
+        each = -(p_t * log_p_s).sum(-1)
+    soft = each * temperature ** {"T squared missing": 0, "T once": 1}.get(wrong, 2)
+    scaled = student / (temperature if wrong == "T on the labels too" else 1)
+    smoothing = 0.0 if wrong == "smoothing left out" else label_smoothing
+    hard = F.cross_entropy(
+        scaled.mT, labels.clamp(min=0), reduction="none", label_smoothing=smoothing
+    )
+    if wrong == "weights swapped":
+        alpha = 1 - alpha
+    n = int(valid.sum()) if normalizer is None or wrong == "normalizer ignored" else normalizer
+    if wrong == "mean over all places":
+        n = normalizer or labels.numel()
+    if wrong == "mean over the vocabulary too":
+        n *= student.shape[-1]
+    if wrong == "sum over the tokens":
+        n = 1
+    if wrong == "soft term of padding too":
+        return ((1 - alpha) * hard[valid].sum() + alpha * soft[mask].sum()) / n
+    if wrong == "normalizer of the labels only":
+        return (1 - alpha) * hard[valid].sum() / n + alpha * soft[valid].mean()
+    loss = (1 - alpha) * hard + alpha * soft
+    if wrong == "mean of the rows' means":
+        return torch.stack([row[here].mean() for row, here in zip(loss, valid, strict=True)]).mean()
+    return loss[valid].sum() / n
+
+
+WRONG = (
+    "NaN passes",
+    "teacher not detached",
+    "mask ignored",
+    "ignored labels counted",
+    "soft term of padding too",
+    "labels shifted",
+    "students shifted",
+    "T squared missing",
+    "T once",
+    "T on the student only",
+    "T on the teacher only",
+    "T on the labels too",
+    "T ignored",
+    "softmax over the tokens",
+    "probabilities for logs",
+    "p and q swapped",
+    "cross-entropy for the divergence",
+    "smoothing left out",
+    "weights swapped",
+    "mean over all places",
+    "mean over the vocabulary too",
+    "mean of the rows' means",
+    "sum over the tokens",
+    "normalizer ignored",
+    "normalizer of the labels only",
+)
+
+
+@pytest.mark.parametrize("loss", [right, naive])
+def test_right_versions_pass_the_check(loss: Loss) -> None:
+    check_loss(loss)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_versions_fail_the_check(wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check_loss(partial(naive, wrong=wrong))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -332,3 +334,168 @@ def test_nan_of_the_teacher_is_named_by_its_row(place: str, members: tuple[int, 
 
 def test_moves_as_a_whole() -> None:
     assert {tensor.device.type for tensor in GOOD.to("meta")} == {"meta"}
+
+
+# --- wrong versions are rejected ---------------------------------------------------------------
+
+Loss = Callable[..., Tensor]
+KNOWN = 3
+
+
+def right(student: Tensor, teacher: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    """The loss of full logits, of which the largest are kept."""
+    return sparse_terms(student, sparsify(teacher, KNOWN), labels, **settings).loss
+
+
+def check_loss(loss: Loss) -> None:
+    """Raise AssertionError unless `loss` is that of the teacher's largest logits."""
+    for members, weights in ((None, None), (3, None), (3, [0.5, 0.2, 0.3])):
+        student, teacher, labels = make_batch(members=members)
+        shares = np.array(weights or [1 / (members or 1)] * (members or 1))
+        for temperature in (0.5, 4.0):
+            hard = F.cross_entropy(student, labels, label_smoothing=0.1).item()
+            soft = reference_soft_loss(
+                student, teacher.detach(), KNOWN, temperature=temperature, weights=shares
+            )
+            settings: dict[str, Any] = {
+                "temperature": temperature, "alpha": 0.3, "label_smoothing": 0.1,
+                "weights": weights,
+            }  # fmt: skip
+            value = loss(student, teacher.requires_grad_(), labels, **settings)
+            np.testing.assert_allclose(value.item(), 0.7 * hard + 0.3 * soft, rtol=1e-9)
+            value.backward()
+            assert student.grad is not None
+            assert student.grad.isfinite().all()
+            assert teacher.grad is None, "the teacher got a gradient"
+    sure = torch.tensor([[240.0, 200.0, 160.0, 0.0, 0.0, 0.0, 0.0]], requires_grad=True)  # float32
+    teacher, settings["weights"] = sure.detach() / 80, None
+    value = loss(sure, teacher, torch.tensor([0]), **settings)
+    soft = reference_soft_loss(
+        sure.double(), teacher.double(), KNOWN, temperature=temperature, weights=np.ones(1)
+    )
+    hard = F.cross_entropy(sure, torch.tensor([0]), label_smoothing=0.1).item()
+    np.testing.assert_allclose(value.item(), 0.7 * hard + 0.3 * soft, rtol=1e-5)
+    try:
+        loss(student, torch.full_like(student, torch.nan), labels, **settings)
+    except ValueError:
+        return
+    raise AssertionError("NaN was accepted")
+
+
+def naive(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    weights: list[float] | None,
+    wrong: str = "",
+) -> Tensor:
+    """The loss in a few lines, with one thing in it `wrong`."""
+    if teacher.isnan().any():
+        if wrong != "NaN passes":
+            raise ValueError
+        teacher = teacher.nan_to_num()
+    if wrong != "teacher not detached":
+        teacher = teacher.detach()
+    members = teacher.reshape(-1, *student.shape)
+    if weights is None or wrong == "weights of the members ignored":
+        weights = [1 / len(members)] * len(members)
+    if wrong == "first member only":
+        members, weights = members[:1], [1.0]
+    if wrong == "logits of the members averaged":
+        members, weights = members.mean(0, keepdim=True), [1.0]
+    soft = torch.stack(
+        [
+            share * naive_divergence(student, member, temperature, wrong)
+            for share, member in zip(weights, members, strict=True)
+        ]
+    ).sum()
+    soft = soft * temperature ** {"T squared missing": 0, "T once": 1}.get(wrong, 2)
+    smoothing = 0.0 if wrong == "smoothing left out" else label_smoothing
+    scaled = student / (temperature if wrong == "T on the labels too" else 1)
+    hard = F.cross_entropy(scaled, labels, label_smoothing=smoothing)
+    if wrong == "weights swapped":
+        alpha = 1 - alpha
+    return (1 - alpha) * hard + alpha * soft
+
+
+def naive_divergence(student: Tensor, teacher: Tensor, temperature: float, wrong: str) -> Tensor:
+    values, indices = teacher.topk(KNOWN)
+    known = torch.zeros_like(teacher, dtype=torch.bool).scatter(-1, indices, True)
+    t_s = 1.0 if wrong in ("T on the teacher only", "T ignored") else temperature
+    t_t = 1.0 if wrong in ("T on the student only", "T ignored") else temperature
+    log_p = (student / t_s).log_softmax(-1)
+    log_s, z_t = log_p.gather(-1, indices), values / t_t
+    rest = teacher.masked_fill(known, -torch.inf).logsumexp(-1, keepdim=True)
+    others = student.shape[-1] - (0 if wrong == "spread over all classes" else KNOWN)
+    spread = (1 - 1 / t_t) * np.log(others)
+    bucket = rest / t_t + (0.0 if wrong == "bucket of one class" else spread)
+    if wrong == "bucket not tempered":
+        bucket = rest
+    rest_s = log_p.masked_fill(known, -torch.inf).logsumexp(-1, keepdim=True)
+    if wrong == "1 - p of the student":
+        rest_s = (1 - log_s.exp().sum(-1, keepdim=True)).log()
+    if wrong == "the student's bucket spread too":
+        z_s = student.masked_fill(known, -torch.inf).logsumexp(-1, keepdim=True) / t_s + spread
+        log_s = torch.cat([student.gather(-1, indices) / t_s, z_s], -1).log_softmax(-1)
+    elif wrong != "bucket dropped from the start":
+        log_s = torch.cat([log_s, rest_s], -1)
+    if wrong == "the student's own largest":
+        log_s = torch.cat([log_p.topk(KNOWN).values, rest_s], -1)
+    if wrong == "bucket dropped from the start":  # as if there were no other classes
+        log_s, log_t = log_s.log_softmax(-1), z_t.log_softmax(-1)
+    else:
+        log_t = torch.cat([z_t, bucket], -1).log_softmax(-1)
+    if wrong == "bucket dropped":
+        log_s, log_t = log_s[:, :-1], log_t[:, :-1]
+    if wrong == "p and q swapped":
+        log_s, log_t = log_t, log_s
+    divergences = log_t.exp() * (log_t - log_s)
+    if wrong == "cross-entropy for the divergence":
+        divergences = -log_t.exp() * log_s
+    if wrong == "mean over classes too":
+        return divergences.mean()
+    return divergences.sum() if wrong == "sum over the batch" else divergences.sum(-1).mean()
+
+
+WRONG = (
+    "NaN passes",
+    "teacher not detached",
+    "bucket dropped",
+    "bucket dropped from the start",
+    "bucket of one class",
+    "bucket not tempered",
+    "spread over all classes",
+    "the student's bucket spread too",
+    "the student's own largest",
+    "1 - p of the student",
+    "first member only",
+    "logits of the members averaged",
+    "weights of the members ignored",
+    "weights swapped",
+    "T squared missing",
+    "T once",
+    "T on the student only",
+    "T on the teacher only",
+    "T on the labels too",
+    "T ignored",
+    "p and q swapped",
+    "cross-entropy for the divergence",
+    "smoothing left out",
+    "mean over classes too",
+    "sum over the batch",
+)
+
+
+@pytest.mark.parametrize("loss", [right, naive])
+def test_right_versions_pass_the_check(loss: Loss) -> None:
+    check_loss(loss)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_versions_fail_the_check(wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check_loss(partial(naive, wrong=wrong))

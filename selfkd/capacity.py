@@ -125,7 +125,6 @@ _COMMAND = Command(
     work=_work,
     tell=_tell,
     most=lambda config: max(trainings(config), config.members.trained()),
-    reports=False,
 )
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ def _read(names: Sequence[str]) -> list[Run]:
     paths = list(dict.fromkeys(as_path(name).expanduser().absolute() for name in names))
     counts = Counter(path.name for path in paths)
     runs = [read_run(path) for path in paths]
+    alone = [run for run in runs if run.curve or run.study]
+    if alone and len(runs) > 1:
+        raise ConfigError(
+            f"RUN of selfkd.{alone[0].command} stands alone, got {alone[0].path} beside others"
+        )
     return [replace(run, label=str(run.path)) if counts[run.path.name] > 1 else run for run in runs]
 
 
@@ -109,14 +114,7 @@ def _print(console: Console, runs: Sequence[Run]) -> None:
     if len(runs) == 1:
         run = runs[0]
         console.print(f"{run.name}: {words.status(run)}", soft_wrap=True)
-        shown = (
-            tables.compression_table(run.compression.rows)
-            if run.compression
-            else tables.generations_table(run)
-            if run.generations
-            else tables.cost_table(run)
-        )
-        _show(console, shown)
+        _show(console, tables.results_table(run))
         console.print("\n".join(words.headlines(run)), soft_wrap=True)
         return
     _show(console, comparison.runs_table(runs))

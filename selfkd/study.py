@@ -141,7 +141,6 @@ _COMMAND = Command(
     work=_work,
     tell=_tell,
     most=trainings,
-    reports=False,
 )
 
 if __name__ == "__main__":

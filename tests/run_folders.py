@@ -141,6 +141,65 @@ def ensemble_run(path: Path, *, done: bool = True, seed: int = 0) -> Path:
     return path
 
 
+def capacity_run(path: Path) -> Path:
+    """Make the folder of a capacity curve of three sizes."""
+    _begin(
+        path, "capacity", dump_config(load_config(settings=("capacity.values=[2, 8, 32]",))), DATA
+    )
+    sizes = []
+    for place, value in enumerate((2, 8, 32)):
+        labels, taught = 0.80 + 0.05 * place, 0.83 + 0.05 * place
+        sizes.append(
+            {
+                "value": value,
+                "parameters": 100 * 4**place,
+                "labels": {**_ends(labels, 0.01), "runs": [labels - 0.004, labels + 0.004]},
+                "taught": {**_ends(taught, 0.01), "runs": [taught - 0.004, taught + 0.004]},
+                "difference": _ends(0.03, 0.02),
+                "p_holm": 0.01 if place else None,
+                "verdict": "helps" if place else "unknown",
+            }
+        )
+    summary = {
+        "key": "model.args.width",
+        "seeds": 2,
+        "teacher": {**_measured("", 0.964), "parameters": 120_000},
+        "sizes": sizes,
+        "verdict": "distillation helps from 400 to 1.6 k parameters; no evidence outside",
+        "said": ["on average over the 3 sizes: +3.00 % [+1.00, +5.00], it helps"],
+    }
+    save_json(path / "summary.json", summary)
+    return path
+
+
+def study_run(path: Path) -> Path:
+    """Make the folder of a study of two arms with teachers from elsewhere."""
+    settings = ("study={arms: {labels: {}, taught: {teacher: labels}}}", "confirm.seeds=2")
+    _begin(path, "study", dump_config(load_config(settings=settings)), DATA)
+    arms = [
+        {
+            "name": name,
+            "runs": [{"test_accuracy": mean - 0.003}, {"test_accuracy": mean + 0.003}],
+            "mean": _ends(mean, 0.02),
+            "errors": _ends((1 - mean) * 1197, 5.0),
+            **({"agreement": _ends(0.97, 0.01)} if name == "taught" else {}),
+        }
+        for name, mean in (("labels", 0.93), ("taught", 0.95))
+    ]
+    verdict = "taught is better than labels: +2.00 % [+1.00, +3.00], 2 paired seeds"
+    summary = {
+        "arms": arms,
+        "contrasts": [{"arm": "taught", "to": "labels", "verdict": verdict}],
+        "members": {"count": 1, "test_accuracy": 0.97, "errors": 36},
+    }
+    save_json(path / "summary.json", summary)
+    return path
+
+
+def _ends(value: float, half: float) -> Row:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
 def _begin(path: Path, command: str, config: str, data: Row) -> None:
     path.mkdir(parents=True)
     save_text(path / "command", command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import subprocess
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from selfkd.capacity import main, make_capacity_table
 from selfkd.files import load_json
+from selfkd.report import main as report
 from selfkd.response import main as response
 
 TINY = [
@@ -71,6 +73,20 @@ def test_a_finished_run_prints_its_table_again(whole: tuple[Path, str]) -> None:
     table = [line for line in printed.splitlines() if "±" in line and "mean" not in line]
     assert table
     assert all(line in again.stdout for line in table)
+
+
+def test_the_curve_is_drawn(whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = whole
+    assert "Accuracy over parameters" in (folder / "report.html").read_text()
+    assert report([str(folder), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    sizes = load_json(folder / "summary.json")["sizes"]
+    arms = {f"{size['value']}, distilled": size["taught"] for size in sizes}
+    arms |= {f"{size['value']}, labels only": size["labels"] for size in sizes}
+    assert {row["row"]: float(row["mean"]) for row in rows} == pytest.approx(
+        {name: arm["value"] for name, arm in arms.items()}
+    )
+    assert {row["seeds"] for row in rows} == {"2"}
 
 
 def test_t_and_alpha_against_size_are_read_from_it(

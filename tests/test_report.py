@@ -7,10 +7,11 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_folders import DATA, ensemble_run, generations_run
+from run_folders import DATA, capacity_run, ensemble_run, generations_run, study_run
 
 from selfkd import report
 
@@ -116,6 +117,23 @@ def test_a_run_of_an_ensemble(runs: Path, capsys: pytest.CaptureFixture[str]) ->
     ensemble_run(runs / "many")
     assert report.main(["many"]) == 0
     assert "Share of the teacher's gain kept: 72.00 % [31.00, 420.00]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "verdict"),
+    [(capacity_run, "Distillation helps from 400"), (study_run, "Taught is better than labels")],
+)
+def test_what_stands_side_by_side_is_not_compared(
+    runs: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], Path],
+    verdict: str,
+) -> None:
+    make(runs / "own")
+    assert report.main(["own"]) == 0
+    assert verdict in capsys.readouterr().out
+    assert report.main(["run-a", "own"]) == 2
+    assert f"stands alone, got {runs / 'own'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["html", "table", "csv", "json"])

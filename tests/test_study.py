@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import html
 import io
 import subprocess
 import sys
@@ -60,7 +62,7 @@ def test_prints_what_it_does_a_table_and_verdicts(whole: tuple[Path, str]) -> No
     rows = [line.split() for line in printed.splitlines() if line.startswith((" labels", " both"))]
     assert [row[:2] for row in rows] == [["labels", "2"], ["both", "2"]]
     assert "one bias: errors with one number added to the classes that no_three saw no" in printed
-    assert "report" not in printed
+    assert "report.html" in printed
 
 
 def test_every_student_is_tracked(whole: tuple[Path, str]) -> None:
@@ -77,11 +79,19 @@ def test_a_finished_study_prints_its_table_again(whole: tuple[Path, str]) -> Non
     assert all(line in again.stdout for line in table)
 
 
-def test_a_study_has_no_report_and_says_where_its_table_is(
-    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert report([str(whole[0])]) == 2
-    assert "of selfkd.study, which prints its table by --resume" in capsys.readouterr().err
+def test_a_study_has_a_report(whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, printed = whole
+    page = (folder / "report.html").read_text()
+    assert f"report:  {folder / 'report.html'}" in " ".join(printed.split("\n"))
+    summary = load_json(folder / "summary.json")
+    assert "Arms side by side" in page
+    for contrast in summary["contrasts"]:
+        assert contrast["verdict"][1:40] in html.unescape(page)
+    assert report([str(folder), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    means = {arm["name"]: arm["mean"]["value"] for arm in summary["arms"]}
+    assert {row["row"]: float(row["mean"]) for row in rows} == pytest.approx(means)
+    assert report([str(folder), str(folder.parent)]) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from selfkd.reporting.marks import Level, Measure, ends_of, error_bar, shown, wrapped
+from selfkd.reporting.marks import Bar, Level, Measure, ends_of, error_bar, shown, wrapped
 from selfkd.reporting.theme import NEUTRAL, axis, generation_colour, layout, literal
 
 
@@ -104,6 +104,61 @@ def class_accuracy(
             height=120 + 24 * len(names),
             xaxis=axis("accuracy on test", tickformat="~%"),
             yaxis=axis("", type="category", autorange="reversed", ticks=""),
+        )
+    )
+    return figure
+
+
+def over_parameters(
+    arms: Sequence[tuple[str, str, Sequence[tuple[float, Bar, Sequence[float]]]]],
+    *,
+    measure: Measure,
+    reference: float | None = None,
+) -> go.Figure:
+    """Draw values over the number of parameters, with intervals and the seeds behind them.
+
+    Args:
+        arms: name, colour, and of each size the parameters, the mean and its seeds' values.
+        measure: what they are.
+        reference: where a thin line stands, such as the teacher.
+    """
+    figure = go.Figure()
+    for name, colour, sizes in arms:
+        figure.add_trace(
+            go.Scatter(
+                x=[count for count, _, values in sizes for _ in values],
+                y=[value for *_, values in sizes for value in values],
+                mode="markers",
+                marker={"color": colour, "size": 6, "opacity": 0.4},
+                showlegend=False,
+                hovertemplate=f"{name}, one seed: %{{y:{measure.format}}}<extra></extra>",
+            )
+        )
+        bars = [error_bar(mean) for _, mean, _ in sizes]
+        figure.add_trace(
+            go.Scatter(
+                x=[count for count, *_ in sizes],
+                y=[mean.value for _, mean, _ in sizes],
+                error_y={
+                    **next((each for each in bars if "array" in each), {"visible": False}),
+                    "array": [each.get("array", [0])[0] for each in bars],
+                    "arrayminus": [each.get("arrayminus", [0])[0] for each in bars],
+                },
+                mode="lines+markers",
+                name=name,
+                line={"color": colour, "width": 1.5},
+                marker={"color": colour, "size": 9},
+                hovertemplate=f"{name}, %{{x:,}} parameters: %{{y:{measure.format}}}"
+                "<extra></extra>",
+            )
+        )
+    if reference is not None:
+        figure.add_hline(y=reference, line={"color": NEUTRAL, "width": 1, "dash": "dot"})
+    figure.update_layout(
+        layout(
+            height=380,
+            xaxis=axis("parameters", type="log"),
+            yaxis=axis(measure.title, tickformat=measure.tick),
         )
     )
     return figure

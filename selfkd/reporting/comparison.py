@@ -11,6 +11,7 @@ from selfkd.reporting.marks import Bar, Level, Line, Measure
 from selfkd.reporting.page import Page
 from selfkd.reporting.panels import Panel, Section
 from selfkd.reporting.read import Run
+from selfkd.reporting.schema import Estimate, Seeds
 from selfkd.reporting.tables import Table
 from selfkd.reporting.theme import generation_colour
 from selfkd.statistics import Interval
@@ -232,4 +233,21 @@ def records(run: Run) -> list[Record]:
     for measured in run.compression.rows if run.compression else ():
         row = measured.model_dump()
         rows.append({**row, **same, "row": measured.name, "seeds": len(measured.runs) or None})
+    for size in run.curve.sizes if run.curve else ():
+        for name, arm in (("labels only", size.labels), ("distilled", size.taught)):
+            rows.append(
+                {
+                    **same,
+                    "row": f"{size.value_}, {name}",
+                    "parameters": size.parameters,
+                    **_ends(arm),
+                }
+            )
+    for each in run.study.arms if run.study else ():
+        rows.append({**same, "row": each.name, **_ends(each.mean), "seeds": len(each.runs)})
     return [{field: row.get(field) for field in FIELDS} for row in rows]
+
+
+def _ends(estimate: Estimate) -> Record:
+    found: Record = {"mean": estimate.value_, "low": estimate.low, "high": estimate.high}
+    return {**found, "seeds": len(estimate.runs)} if isinstance(estimate, Seeds) else found

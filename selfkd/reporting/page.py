@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -22,10 +22,18 @@ from selfkd.reporting import diagnoses, tables, words
 from selfkd.reporting.lineages import generation_sections
 from selfkd.reporting.panels import Section
 from selfkd.reporting.read import Run, read_run
+from selfkd.reporting.side_by_side import curve_sections, study_sections
 from selfkd.reporting.students import compression_sections
 from selfkd.reporting.tables import Table
 from selfkd.reporting.theme import generation_colour
 from selfkd.reporting.watch import REPORT
+
+KINDS: Mapping[str, tuple[str, Callable[[Run], Iterable[Section]]]] = {
+    "generations": ("born-again generations", generation_sections),
+    "ensemble": ("many teachers, one student", compression_sections),
+    "capacity": ("students of growing size", curve_sections),
+    "study": ("settings side by side", study_sections),
+}
 
 
 @dataclass(frozen=True)
@@ -137,25 +145,17 @@ def _drawn(figure: go.Figure) -> Markup:
 
 def run_page(run: Run) -> Page:
     """Return what the report of a run shows."""
-    ensemble = run.command == "ensemble"
-    results = tables.generations_table(run)
-    if ensemble:
-        results = (
-            tables.compression_table(run.compression.rows)
-            if run.compression
-            else tables.cost_table(run)
-        )
-    parts = compression_sections(run) if ensemble else generation_sections(run)
+    kind, sections = KINDS[run.command]
     return Page(
-        kind="many teachers, one student" if ensemble else "born-again generations",
+        kind=kind,
         title=run.name,
         status=words.status(run),
         finished=run.finished,
         headlines=words.headlines(run),
         facts=_facts(run),
         problems=run.problems,
-        results=results,
-        sections=[section for section in parts if section.panels],
+        results=tables.results_table(run),
+        sections=[section for section in sections(run) if section.panels],
         appendices=[part for part in _appendices(run) if part.table.rows],
     )
 

@@ -16,16 +16,23 @@ from selfkd.reporting.schema import (
     Compression,
     Confirmation,
     Control,
+    Curve,
     Diagnostics,
     Measured,
     Part,
     Result,
+    Study,
     Trial,
 )
 
 Tree = Mapping[str, Any]
 P = TypeVar("P", bound=Part)
 TRIALS = "trial_*/result.json"
+SIDE_BY_SIDE: Mapping[str, tuple[str, type[Part]]] = {
+    "capacity": ("curve", Curve),
+    "study": ("study", Study),
+}
+COMMANDS = ("generations", "ensemble", *SIDE_BY_SIDE)
 STUDENTS = {"labels": "from labels only", "student": "from its teacher"}
 DISTILL = "distill.temperature", "distill.alpha"
 
@@ -60,7 +67,7 @@ class Run:
 
     Args:
         path: its folder.
-        command: that it was started by, `generations` or `ensemble`.
+        command: that it was started by, one of `COMMANDS`.
         config: as its config.yaml says.
         data: the facts of its data.
         starts: the environment of each start, the latest last.
@@ -73,6 +80,8 @@ class Run:
         controls: of equal cost.
         stopped: why it ended before its last round.
         compression: the summary of a run of `ensemble`.
+        curve: the summary of a run of `capacity`.
+        study: the summary of a run of `study`.
         problems: files that are damaged, and how.
         missing: what it has not done yet; nothing of a finished run.
         label: what it is called where the name of its folder is not enough.
@@ -92,6 +101,8 @@ class Run:
     controls: tuple[Control, ...] = ()
     stopped: str | None = None
     compression: Compression | None = None
+    curve: Curve | None = None
+    study: Study | None = None
     problems: tuple[str, ...] = ()
     missing: str | None = None
     label: str = ""
@@ -174,13 +185,10 @@ def read_run(path: Path) -> Run:
         raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {path}")
     command = path / "command"
     started = command.read_text().strip() if command.is_file() else "generations"
-    if started not in ("generations", "ensemble"):
-        raise ConfigError(
-            f"RUN must be of selfkd.generations or selfkd.ensemble, got {path}, of "
-            f"selfkd.{started}, which prints its table by --resume {path}"
-        )
+    if started not in COMMANDS:
+        raise ConfigError(f"RUN must be of selfkd.{', '.join(COMMANDS)}, got {path}, of {started}")
     run = _Reader(path.absolute()).run()
-    if not run.generations and not run.stages:
+    if not (run.generations or run.stages or run.curve or run.study):
         damaged = "".join(f"\n  {problem}" for problem in run.problems)
         raise ConfigError(
             f"RUN must have a result, got {path}, where no trial has ended yet{damaged}"
@@ -200,7 +208,10 @@ class _Reader:
         config = self._config()
         data = self._tree(path / "data.json")
         starts = self._load(path / "environment.json")
-        own = self._compression() if started == "ensemble" else self._lineage(config)
+        if started in SIDE_BY_SIDE:
+            own = self._side_by_side(*SIDE_BY_SIDE[started])
+        else:
+            own = self._compression() if started == "ensemble" else self._lineage(config)
         return Run(
             path=path,
             command=started,
@@ -316,6 +327,15 @@ class _Reader:
             "compression": compression,
             "missing": None if compression else f"no summary yet, {self._count(stages)}",
         }
+
+    def _side_by_side(self, name: str, kind: type[Part]) -> dict[str, Any]:
+        """Return the summary of sizes or arms; the trials are counted, not shown."""
+        path = self._path / "summary.json"
+        found = self._part(kind, self._load(path), self._name("summary.json"))
+        places = {place.parent.parent for place in self._path.glob(f"**/{TRIALS}")}
+        trials = tuple(trial for place in sorted(places) for trial in self._trials(place))
+        missing = None if found else f"no summary yet, {len(trials)} trials done"
+        return {name: found, "further": trials, "missing": missing}
 
     def _students(self, known: Any, name: str) -> Iterator[Generation]:
         for number, (key, title) in enumerate(STUDENTS.items()):

@@ -201,6 +201,80 @@ class Compression(Part):
     share: Estimate | None = None
 
 
+class Seeds(Estimate):
+    """A mean over seeds with its interval, and what each of them reached."""
+
+    runs: tuple[float, ...] = ()
+
+
+class Size(Part):
+    """A student of a capacity curve."""
+
+    value_: int | float | str = Field(alias="value")
+    parameters: float
+    labels: Seeds
+    taught: Seeds
+    difference: Estimate
+    p_holm: float | None = None
+    verdict: str = ""
+
+
+class Curve(Part):
+    """The summary of `python -m selfkd.capacity`."""
+
+    key: str
+    seeds: int
+    sizes: tuple[Size, ...]
+    teacher: Measured
+    verdict: str
+    said: tuple[str, ...] = ()
+
+
+class ArmRun(Part):
+    """A seed of an arm of a study."""
+
+    test_accuracy: float
+
+
+class StudyArm(Part):
+    """An arm of a study."""
+
+    name: str
+    runs: tuple[ArmRun, ...]
+    mean: Estimate
+    errors: Estimate
+    agreement: Estimate | None = None
+    biased_errors: Estimate | None = None
+    all_biased_errors: Estimate | None = None
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """Accuracy on test, one a seed."""
+        return tuple(run.test_accuracy for run in self.runs)
+
+
+class Contrast(Part):
+    """A comparison of two arms, in words."""
+
+    verdict: str
+
+
+class Teachers(Part):
+    """The teachers of a study that come from elsewhere."""
+
+    count: int
+    test_accuracy: float | None = None
+    errors: float | None = None
+
+
+class Study(Part):
+    """The summary of `python -m selfkd.study`."""
+
+    arms: tuple[StudyArm, ...]
+    contrasts: tuple[Contrast, ...] = ()
+    members: Teachers | None = None
+
+
 def plain(part: Part) -> Mapping[str, Any]:
     """Return a part as the plain data that it was read from."""
     return part.model_dump(by_alias=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from selfkd.reporting import words
 from selfkd.reporting.read import DISTILL, Generation, Run
-from selfkd.reporting.schema import Measured, Result, Trial
+from selfkd.reporting.schema import Curve, Estimate, Measured, Result, Study, Trial
 
 MOST_ROWS = 200
 """Of a table of classes or trials: a page stays readable."""
@@ -37,6 +37,17 @@ class Table:
             self.note,
             self.texts,
         )
+
+
+def results_table(run: Run) -> Table:
+    """Return the table of a run, as its command prints it, or what it has trained so far."""
+    if run.compression is not None:
+        return compression_table(run.compression.rows)
+    if run.curve is not None:
+        return capacity_table(run.curve)
+    if run.study is not None:
+        return study_table(run.study)
+    return generations_table(run) if run.generations else cost_table(run)
 
 
 def generations_table(run: Run) -> Table:
@@ -266,3 +277,55 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
         elif value not in (None, {}, []):
             shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             yield f"{prefix}{key}", shown
+
+
+def capacity_table(curve: Curve) -> Table:
+    """Return a row a size, the smallest first, then the teacher."""
+    rows = [
+        (
+            str(size.value_),
+            words.size(size.parameters),
+            words.mean(size.labels),
+            words.mean(size.taught),
+            words.points(size.difference),
+            words.number(size.p_holm, ".3g"),
+            size.verdict,
+        )
+        for size in curve.sizes
+    ]
+    teacher = curve.teacher
+    accuracy = words.percent(teacher.test_accuracy)
+    rows.append(("teacher", words.size(teacher.parameters), accuracy, "", "", "", ""))
+    head = (curve.key.rpartition(".")[2], "params", "labels only", "distilled")
+    return Table((*head, "difference, points", "p, Holm", "distillation"), tuple(rows))
+
+
+def study_table(study: Study) -> Table:
+    """Return a row an arm, in the order of the config, then the teachers from elsewhere."""
+    rows = [
+        (
+            arm.name,
+            str(len(arm.runs)),
+            _errors(arm.errors),
+            words.mean(arm.mean),
+            words.mean(arm.agreement),
+            _errors(arm.biased_errors),
+            _errors(arm.all_biased_errors),
+        )
+        for arm in study.arms
+    ]
+    if study.members is not None:
+        accuracy = words.percent(study.members.test_accuracy)
+        errors = words.number(study.members.errors, ".0f")
+        rows.append((f"members ({study.members.count})", "", errors, accuracy, "", "", ""))
+    head = ("arm", "seeds", "test errors", "test acc", "agreement")
+    return Table((*head, "errors, one bias", "errors, biases"), tuple(rows)).without_empty()
+
+
+def _errors(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    text = words.number(estimate.value_, ".1f")
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ± {(estimate.high - estimate.low) / 2:.1f}"

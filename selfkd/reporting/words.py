@@ -99,6 +99,10 @@ def headlines(run: Run) -> list[str]:
     """Return what a run says, the most important first."""
     if run.command == "ensemble":
         return list(_of_compression(run))
+    if run.curve is not None:
+        return [sentence(line) for line in (run.curve.verdict, *run.curve.said)]
+    if run.study is not None:
+        return [sentence(contrast.verdict) for contrast in run.study.contrasts]
     return list(_of_generations(run))
 
 

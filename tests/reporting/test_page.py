@@ -25,7 +25,7 @@ from browser import (
     screenshot,
     show,
 )
-from run_folders import DATA, ensemble_run, generations_run
+from run_folders import DATA, capacity_run, ensemble_run, generations_run, study_run
 from selenium.webdriver import Chrome
 
 from selfkd.config import ConfigError
@@ -34,7 +34,9 @@ from selfkd.reporting.page import _drawn, render, write_report
 from selfkd.reporting.read import read_run
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-PAGES = ("generations", "ensemble", "going", "older", "comparison")
+PAGES = ("generations", "ensemble", "capacity", "study", "going", "older", "comparison")
+FEWEST = {"capacity": 1, "study": 1}  # figures
+COMPARED = ("generations", "ensemble", "going", "older")
 browser_needed = pytest.mark.skipif(
     not (CHROMIUM and DRIVER) and "SELFKD_BROWSER" not in os.environ,  # CI must have them
     reason="chromium and chromedriver are not installed",
@@ -48,13 +50,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = {
         "generations": generations_run(folder / "generations", rounds=3),
         "ensemble": ensemble_run(folder / "ensemble"),
+        "capacity": capacity_run(folder / "capacity"),
+        "study": study_run(folder / "study"),
         "going": generations_run(folder / "going", rounds=4, done=2),
         "older": generations_run(folder / "older", seeds=0, diagnostics=False, rounds=8),
     }
     made = {name: write_report(path) for name, path in runs.items()}
     made["comparison"] = folder / "comparison.html"
     made["comparison"].write_text(
-        render(comparison_page([read_run(path) for path in runs.values()]))
+        render(comparison_page([read_run(runs[name]) for name in COMPARED]))
     )
     return made
 
@@ -98,7 +102,7 @@ def test_draws_all_and_asks_for_nothing(
     asked = [url for url in requests(driver) if not url.startswith("data:")]
     assert asked == [pages[name].as_uri()]
     drawn = plots(driver)
-    assert len(drawn) >= 2
+    assert len(drawn) >= FEWEST.get(name, 2)
     for plot in drawn:
         assert plot["width"] == pytest.approx(plot["room"], abs=2), plot
         assert plot["height"] > 80, plot
@@ -243,7 +247,7 @@ class _Figures(HTMLParser):
 def test_every_figure_has_words_and_a_table(pages: dict[str, Path], name: str) -> None:
     parser = _Figures()
     parser.feed(pages[name].read_text())
-    assert len(parser.figures) >= 2
+    assert len(parser.figures) >= FEWEST.get(name, 2)
     for figure in parser.figures:
         assert figure == {"caption": 1, "label": 1, "table": 1}
 
@@ -278,6 +282,8 @@ def test_all_parts_are_there(pages: dict[str, Path]) -> None:
         *("Calibration", "Brier at best T", "both"),
     ):
         assert title in text, title
+    assert "Accuracy over parameters" in pages["capacity"].read_text()
+    assert "Taught is better than labels" in pages["study"].read_text()
 
 
 def test_a_damaged_file_is_named_on_the_page(tmp_path: Path) -> None:

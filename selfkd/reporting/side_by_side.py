@@ -1,0 +1,69 @@
+"""The figures of sizes side by side (capacity) and of arms side by side (a study)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from selfkd.reporting import charts, words
+from selfkd.reporting.marks import Bar, Level, Measure
+from selfkd.reporting.panels import Panel, Section, bar
+from selfkd.reporting.read import Run
+from selfkd.reporting.tables import capacity_table, study_table
+from selfkd.reporting.theme import ACCENT, NEUTRAL
+
+ACCURACY = Measure("accuracy on test")
+
+
+def curve_sections(run: Run) -> Iterator[Section]:
+    """Yield accuracy over parameters, from labels only and distilled."""
+    if run.curve is None:
+        return
+    curve = run.curve
+    arms = [
+        (name, colour, [(size.parameters, bar(pick), pick.runs) for size, pick in picked])
+        for name, colour, picked in (
+            ("labels only", NEUTRAL, [(size, size.labels) for size in curve.sizes]),
+            ("distilled", ACCENT, [(size, size.taught) for size in curve.sizes]),
+        )
+    ]
+    teacher = curve.teacher.test_accuracy
+    told = "; ".join(
+        f"{words.size(size.parameters)}: {words.percent(size.labels.value_)} and "
+        f"{words.percent(size.taught.value_)}"
+        for size in curve.sizes
+    )
+    yield Section(
+        "Accuracy",
+        (
+            Panel(
+                "Accuracy over parameters",
+                f"Labels only and distilled on test, with 95 % intervals over seeds: {told}. The "
+                f"dotted line is the teacher, {words.percent(teacher)}.",
+                charts.over_parameters(arms, measure=ACCURACY, reference=teacher),
+                capacity_table(curve),
+            ),
+        ),
+    )
+
+
+def study_sections(run: Run) -> Iterator[Section]:
+    """Yield accuracy of the arms."""
+    if run.study is None:
+        return
+    study = run.study
+    drawn = [Level(arm.name, bar(arm.mean), arm.accuracies) for arm in study.arms]
+    if study.members is not None and study.members.test_accuracy is not None:
+        whole = Bar(study.members.test_accuracy)
+        drawn.append(Level(f"members ({study.members.count})", whole, (), NEUTRAL))
+    told = "; ".join(f"{arm.name} {words.percent(arm.mean.value_)}" for arm in study.arms)
+    yield Section(
+        "Accuracy",
+        (
+            Panel(
+                "Arms side by side",
+                f"Accuracy on test with 95 % intervals over the seeds that all share: {told}.",
+                charts.levels(drawn, measure=ACCURACY),
+                study_table(study),
+            ),
+        ),
+    )

@@ -110,7 +110,7 @@ def fetch(path: Path) -> Path:
     mark = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime}".encode()).hexdigest()[:32]
     copy = cache_folder() / mark / path.name
     if not copy.exists():
-        replace(copy, lambda beside: path.download(Path(beside)))
+        patiently(path, lambda: replace(copy, lambda beside: path.download(Path(beside))))
     return copy
 
 

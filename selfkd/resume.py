@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from selfkd.files import fetch, replace
+from selfkd.files import fetch, patiently, replace
 from selfkd.jobs import CHECKPOINT, Row
 from selfkd.ranks import Ranks
 
@@ -117,24 +118,31 @@ class Progress:
                 self._check_readable()
 
     def _check_readable(self) -> None:
-        """Read the first one back: what is not plain data could never be gone on from."""
+        """Read the first one back: what is not plain data could never be gone on from.
+
+        Where that fails by the storage, the next one is read.
+        """
         if self._readable:
             return
         try:
             torch.load(fetch(self._path), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError) as error:
+            self._note = f"{CHECKPOINT} could not be read back, training goes on: {error}"
         except pickle.UnpicklingError as error:
-            self._path.unlink()
+            with contextlib.suppress(OSError):
+                self._path.unlink()
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise TypeError(
                 "checkpoint must hold tensors, state dicts, numbers and text, "
                 f"got {found[1] if found else error}"
             ) from None
-        self._readable = True
+        else:
+            self._readable = True
 
 
 def _read(path: Path, key: str) -> tuple[dict[str, Any] | None, str | None]:
     """Return what was kept, or why it is not used."""
-    if not path.exists():
+    if not patiently(path, path.exists):
         return None, None
     try:
         local = fetch(path)

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from selfkd.checkpoint import load_tensors, save_tensors
-from selfkd.files import fetch, load_json, save_json
+from selfkd.files import fetch, load_json, patiently, save_json
 from selfkd.losses.sparse import SparseLogits
 from selfkd.storage import as_path
 
@@ -132,7 +132,7 @@ def load_manifest(root: Path, teacher: str, data: str) -> Manifest:
         ValueError: the manifest is damaged, or is another store's; names it.
     """
     path = _manifest_path(root, teacher, data)
-    if not path.exists():
+    if not patiently(path, path.exists):
         raise FileNotFoundError(f"no such store: {path.parent}: labelling writes it")
     tree = load_json(path)
     try:
@@ -420,7 +420,7 @@ def remember_user(root: Path, teacher: str, data: str, run: Path) -> None:
     run = run.absolute()
     name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
     path = store_path(root, teacher, data) / "used_by" / f"{name}.json"
-    if not path.exists():
+    if not patiently(path, path.exists):
         save_json(path, {"run": str(run)})
 
 
@@ -500,7 +500,7 @@ def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tupl
 
 def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
     """Read all bytes of a shard; raise ValueError, naming the file, if it is not what it should."""
-    if not path.exists():
+    if not patiently(path, path.exists):
         raise FileNotFoundError(f"no such shard: {path}: labelling writes it")
     tensors, facts = load_tensors(path)
     expected = _facts(manifest, view, shard)
@@ -523,8 +523,9 @@ def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
 def _map_shard(root: Path, manifest: Manifest, view: int, shard: int) -> dict[str, NDArray[Any]]:
     """Map a shard, checked unless this process has done so."""
     path = shard_path(root, manifest, view=view, shard=shard)
-    path = fetch(path) if path.exists() else path
-    stat = path.stat() if path.exists() else None
+    there = patiently(path, path.exists)
+    path = fetch(path) if there else path
+    stat = path.stat() if there else None
     what = (manifest.images, manifest.classes, manifest.top_k, manifest.shard_size)
     mark = (path, stat and stat.st_size, stat and stat.st_mtime_ns, what)
     if mark not in _CHECKED:

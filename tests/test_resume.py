@@ -291,6 +291,28 @@ def test_a_checkpoint_that_cannot_be_written_stops_no_training(
     assert "could not be written, training goes on: [Errno 28]" in rows[0]["note"]
 
 
+def test_a_checkpoint_that_cannot_be_read_back_stops_none_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at again with the next one, which still has to be plain data."""
+    faults = iter([OSError(5, "Input/output error")])
+
+    def away(path: Path) -> Path:
+        for fault in faults:
+            raise fault
+        return path
+
+    monkeypatch.setattr("selfkd.resume.fetch", away)
+    progress = Progress(tmp_path / CHECKPOINT, made_from={}, ranks=Ranks(), seconds=0.0, epochs=1)
+    row: Row = {"epoch": 1}
+    progress.reached(row, {"a": torch.zeros(1)})
+    assert row["note"] == (
+        "checkpoint.pt could not be read back, training goes on: [Errno 5] Input/output error"
+    )
+    with pytest.raises(TypeError, match="must hold tensors"):
+        progress.reached({"epoch": 2}, {"a": Path()})
+
+
 @pytest.mark.parametrize(
     ("often", "written"),
     [

@@ -8,8 +8,9 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,18 @@ from selfkd.config import Config, ConfigError
 from selfkd.files import fetch, link, load_json, remove_tree, replace, save_json
 from selfkd.ledger import RunFolder
 from selfkd.lock import Lock
+from selfkd.ranks import Ranks
+from selfkd.resume import Progress
 from selfkd.storage import RemotePath, _file_system, as_path
-from selfkd.store import Manifest, check_shard, data_key, list_stores, open_store, write_shard
+from selfkd.store import (
+    Manifest,
+    check_shard,
+    data_key,
+    list_stores,
+    load_manifest,
+    open_store,
+    write_shard,
+)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +141,49 @@ def test_checkpoints_and_stores(root: Path) -> None:
     assert torch.equal(stored, expected)
     (info,) = list_stores(root)
     assert (info.present, info.expected) == (2, 2)
+
+
+def progress(path: Path) -> Progress:
+    return Progress(path, made_from={}, seconds=None, epochs=None, ranks=Ranks())
+
+
+@pytest.mark.parametrize("read", [load_tensors, progress, lambda at: load_manifest(at, "a", "b")])
+def test_a_storage_that_does_not_answer_is_asked_again(
+    read: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow tells of a network that fails by an OSError without a number."""
+    answers: list[bool | OSError] = [OSError("AWS Error NETWORK_CONNECTION"), False]
+
+    def exists(self: RemotePath) -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(RemotePath, "exists", exists)
+    if read is progress:
+        assert read(as_path("s3://b/file")).state is None
+    else:
+        with pytest.raises(FileNotFoundError, match="no such"):
+            read(as_path("s3://b/file"))
+    assert answers == []
+
+
+def test_a_download_that_breaks_off_is_begun_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    faults = [OSError("AWS Error NETWORK_CONNECTION")]
+
+    def download(self: RemotePath, local: Path) -> None:
+        local.write_text("half")
+        if faults:
+            raise faults.pop()
+        local.write_text("whole")
+
+    monkeypatch.setenv("SELFKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(RemotePath, "stat", lambda self: os.stat(os.devnull))
+    monkeypatch.setattr(RemotePath, "download", download)
+    assert fetch(as_path("s3://b/file")).read_text() == "whole"
 
 
 def test_one_driver_at_a_time(root: Path) -> None:

@@ -168,6 +168,15 @@ def test_a_wrapped_student_teaches_a_bare_one_and_the_other_way_round(
             torch.testing.assert_close(teacher.module.state_dict(), model.state_dict())
 
 
+def test_a_shard_of_a_student_is_not_saved_as_the_whole(tmp_path: Path) -> None:
+    sharded = nn.Sequential()
+    sharded.add_module("_fsdp_wrapped_module", nn.Linear(2, 2))  # as FSDP has it
+    trial = make_trial(tmp_path)
+    with pytest.raises(ValueError, match="student must have its parameters whole, got shards of"):
+        trial.report({"val_accuracy": 0.5}, student=sharded)
+    assert not trial.path.exists()
+
+
 def test_further_terms_from_the_first_generation_on(tmp_path: Path) -> None:
     inputs, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
     terms = {

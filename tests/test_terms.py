@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -208,6 +207,8 @@ def test_nan_of_the_teacher_s_features_is_named(batch: tuple[Tensor, Tensor]) ->
 
 def test_hints_of_maps_are_pooled_to_the_smaller(batch: tuple[Tensor, Tensor]) -> None:
     """As between neighbouring stages of a ResNet, with a projection of the channels."""
+    from timm.models.resnet import BasicBlock, ResNet  # seconds, which spawned processes save
+
     torch.manual_seed(0)
     teacher = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
     student = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)

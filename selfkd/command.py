@@ -216,6 +216,7 @@ class Command:
                     gpu=resources.gpu,
                     warm=workers,
                     workers=resources.workers,
+                    run=(str(folder.path), run_id),
                 ) as pool:
                     try:
                         self.work(config, folder, pool, follower, everyone(reporter, tracker))

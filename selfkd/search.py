@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import socket
 import tempfile
 import threading
 import time
@@ -30,8 +31,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from selfkd.files import patiently
 from selfkd.group import TRAIN, Group, JobError, Room, WorkerLostError
 from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row, load_entry
+from selfkd.storage import as_path
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
@@ -39,7 +42,10 @@ COORDINATOR = {"cpu": 0, "memory": 2**20}  # Tune's trials must ask for somethin
 RELEASE_SECONDS = 10.0  # after which a worker set free for a job that has none was lost on its way
 RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
 MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
-
+LASTING = (  # of what the system may refuse: a job that names a wrong file would again
+    *(FileNotFoundError, FileExistsError, PermissionError),
+    *(IsADirectoryError, NotADirectoryError),
+)
 
 log = logging.getLogger(__name__)
 
@@ -66,22 +72,26 @@ class Worker(tune.Trainable):
         entry, group = config["entry"], config["group"]
         # imported here, so that a hold warms a worker up
         self._run_job = load_entry(entry) if group is None else partial(Group(*group).run, entry)
+        self._unseen: tuple[str, str] | None = config["run"]
         self.reset_config(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
         self.cleanup()
         self._job: _Parcel | None = new_config["job"]
         self._seconds: float = new_config["report_seconds"]
+        self._fault: OSError | None = None
         return True
 
     def step(self) -> Row:
+        if self._fault is not None:
+            raise self._fault  # Tune repeats the trial: the storage may be there again
         if self._job is None:
             time.sleep(self._seconds)
             return {"held": True}
         rows: list[Row] = []
         end = time.monotonic() + self._seconds
         try:
-            self._rows = self._rows or self._run_job(self._job.kind, self._job.payload)
+            self._rows = self._rows or self._begin(self._job)
             for row in self._rows:
                 rows.append(row)
                 if time.monotonic() >= end:
@@ -91,14 +101,41 @@ class Worker(tune.Trainable):
         except JobError as error:
             return {"rows": rows, "error": str(error), "done": True}
         except Exception as error:  # noqa: BLE001 - a job that raises would raise again: no retry
-            return {"rows": rows, "error": f"{type(error).__name__}: {error}", "done": True}
+            told = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and not isinstance(error, LASTING):
+                self._fault = error
+                return {**(rows[-1] if rows else {}), "rows": rows, "fault": told}
+            return {"rows": rows, "error": told, "done": True}
         return {**(rows[-1] if rows else {}), "rows": rows, "done": True}
+
+    def _begin(self, job: _Parcel) -> Iterator[Row]:
+        """Start a job; before the first, see whether this node, which may have joined late, can.
+
+        A folder that is not the run's would be made here, and lost.
+        """
+        if self._unseen is not None:
+            folder, run_id = self._unseen
+            if _found(folder) != run_id:
+                raise OSError(
+                    "storage must be a folder that every node sees, got "
+                    f"{folder}, which {socket.gethostname()} does not see"
+                )
+            self._unseen = None
+        return self._run_job(job.kind, job.payload)
 
     def cleanup(self) -> None:
         """End a job that is stopped early, and with it what runs elsewhere for it."""
         rows, self._rows = self._rows, None
         if isinstance(rows, Generator):
             rows.close()
+
+
+def _found(folder: str) -> str | None:
+    path = as_path(folder) / "run_id"
+    try:
+        return patiently(path, path.read_text)
+    except FileNotFoundError:
+        return None
 
 
 class _Batch:
@@ -113,6 +150,7 @@ class _Batch:
         self.running: dict[str, Job] = {}
         self.last_rows: dict[str, Row] = {}
         self.furthest: dict[str, int] = {}
+        self.faults: dict[str, str | None] = {}  # of storage, as each trial last told
         self.finished = threading.Event()
         self.failure: Exception | None = None
 
@@ -273,13 +311,14 @@ class _Desk(_Unsaved, FIFOScheduler):
         self._over.append(trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """A worker died: Tune repeats the trial, or tells the searcher that it gave up."""
+        """A worker died, or its storage failed: Tune repeats the trial, or gives it up."""
         if trial.trial_id in self._waiting:
             self._waiting.remove(trial.trial_id)
             self._served(trial.trial_id)
         job = self._job(trial)
         if self.batch and job:
-            log.warning("a worker was lost in mid-%s; what it did is done again", job.kind)
+            what = self.batch.faults.get(trial.trial_id) or "a worker was lost"
+            log.warning("%s in mid-%s; what it did is done again", what, job.kind)
             self.batch.scheduler.on_trial_error(tune_controller, trial)
 
     def give_up(self, trial_id: str) -> None:
@@ -290,14 +329,18 @@ class _Desk(_Unsaved, FIFOScheduler):
             # Tune repeats no trial whose worker dies as it is handed over from another
             self.batch.again.append(self.batch.running.pop(trial_id))
         else:
-            self._end(trial_id, error=f"its worker died {1 + MAX_FAILURES} times in the same place")
+            fault = self.batch.faults.get(trial_id)
+            what = f"{fault}:" if fault else "its worker died"
+            self._end(trial_id, error=f"{what} {1 + MAX_FAILURES} times in the same place")
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         self.live.pop(trial.trial_id, None)
 
     def _report(self, trial: Trial, job: Job, result: Row) -> None:
-        rows = result.get("rows")
-        if rows and self.batch is not None:
+        if self.batch is None:
+            return
+        self.batch.faults[trial.trial_id] = result.get("fault")
+        if rows := result.get("rows"):
             self.batch.last_rows[trial.trial_id] = rows[-1]
             if rows[-1].get("epoch", 0) > self.batch.furthest.get(trial.trial_id, 0):
                 # so that a long trial outlives any number of nodes, but not its own fault
@@ -325,9 +368,19 @@ class Pool:
         gpu: GPUs of one worker (a fraction is allowed).
         warm: workers started at once and kept while nothing runs.
         workers: how many train one student together; the trials are then coordinators.
+        run: run folder that every worker must see, and what stands in its `run_id`.
     """
 
-    def __init__(self, entry: str, *, cpu: float, gpu: float, warm: int, workers: int = 1) -> None:
+    def __init__(
+        self,
+        entry: str,
+        *,
+        cpu: float,
+        gpu: float,
+        warm: int,
+        workers: int = 1,
+        run: tuple[str, str] | None = None,
+    ) -> None:
         self._desk = _Desk(warm)
         self._workers, self._room = workers, Room(cpu=cpu, gpu=gpu)
         group = None if workers == 1 else (workers, cpu, gpu)
@@ -337,7 +390,7 @@ class Pool:
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(8, 2 * warm))
         self._tuner = tune.Tuner(
             tune.with_resources(Worker, own),
-            param_space={"entry": entry, "group": group},
+            param_space={"entry": entry, "group": group, "run": run},
             tune_config=tune.TuneConfig(
                 search_alg=_Feed(self._desk),
                 scheduler=self._desk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -20,6 +21,11 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         time.sleep(payload.get("pause", 0.0))
         if kind == "fail" and epoch == 2:
             raise ValueError(f"{payload['name']} fails")
+        if kind == "lacks" and epoch == 2:
+            raise FileNotFoundError(f"{payload['name']} names no file")
+        if kind == "away" and died is not None and (payload.get("always") or not died.exists()):
+            died.touch()
+            raise OSError(errno.EIO, "the storage is away")
         if kind == "die" and died is not None and (payload.get("always") or not died.exists()):
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)

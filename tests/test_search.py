@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from selfkd.jobs import Batch, EarlyStopping, Job, Outcome, run_one
-from selfkd.search import Pool
+from selfkd.search import Pool, Worker, _Parcel
 
 ENTRY = "pool_jobs:run_job"
 
@@ -111,6 +111,51 @@ def test_a_killed_worker_is_replaced_and_its_job_repeated(pool: Pool, tmp_path: 
         "dies once": None,
         "goes on": None,
     }
+
+
+def test_a_job_whose_storage_fails_is_repeated_and_one_that_lacks_a_file_is_not(
+    pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = Recorded(
+        [
+            Job("away", {"name": "away", "died": str(tmp_path / "died"), "epochs": 2}),
+            Job("lacks", {"name": "lacks", "epochs": 3}),
+        ]
+    )
+    pool.run(batch)
+    errors = {o.job.payload["name"]: o.error for o in batch.outcomes}
+    assert errors == {"away": None, "lacks": "FileNotFoundError: lacks names no file"}
+    assert [row["epoch"] for row in batch.rows["lacks"]] == [1]
+    assert "OSError: [Errno 5] the storage is away in mid-away; what it did is" in caplog.text
+
+
+@pytest.mark.slow  # three workers are started
+def test_a_storage_that_stays_away_fails_the_job_in_the_end(pool: Pool, tmp_path: Path) -> None:
+    batch = jobs(1, kind="away", died=str(tmp_path / "died"), always=True)
+    pool.run(batch)
+    (outcome,) = batch.outcomes
+    assert outcome.error == "OSError: [Errno 5] the storage is away: 3 times in the same place"
+    pool.run(jobs(2))  # and the pool is still there
+
+
+def one_row(kind: str, payload: Any) -> Iterator[dict[str, Any]]:
+    yield {"epoch": 1}
+
+
+def test_a_worker_that_does_not_see_the_run_says_so_and_fails(tmp_path: Path) -> None:
+    """A node that joined late was not among those that were looked at before."""
+    config = {"entry": f"{__name__}:one_row", "group": None, "report_seconds": 1.0}
+    config |= {"job": _Parcel(Job("train", {})), "run": (str(tmp_path), "digits-1")}
+    fault = f"OSError: storage must be a folder that every node sees, got {tmp_path}, which "
+    for found in (None, "digits-2"):
+        if found is not None:
+            (tmp_path / "run_id").write_text(found)
+        worker = Worker(config)
+        assert worker.step()["fault"].startswith(fault)
+        with pytest.raises(OSError, match="does not see"):
+            worker.step()
+    (tmp_path / "run_id").write_text("digits-1")
+    assert Worker(config).step()["epoch"] == 1
 
 
 def test_a_job_that_kills_every_worker_fails_in_the_end(pool: Pool, tmp_path: Path) -> None:

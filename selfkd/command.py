@@ -217,6 +217,7 @@ class Command:
                     warm=workers,
                     workers=resources.workers,
                     run=(str(folder.path), run_id),
+                    tell=follower.say,
                 ) as pool:
                     try:
                         self.work(config, folder, pool, follower, everyone(reporter, tracker))

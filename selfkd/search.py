@@ -26,10 +26,12 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a line of our own, no traceback
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a run resumes from its own folder
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.placement_group import placement_group_table
 
 from selfkd.files import patiently
 from selfkd.group import TRAIN, Group, JobError, Room, WorkerLostError
@@ -41,6 +43,7 @@ HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
 COORDINATOR = {"cpu": 0, "memory": 2**20}  # Tune's trials must ask for something
 RELEASE_SECONDS = 10.0  # after which a worker set free for a job that has none was lost on its way
 RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
+BUSY_SECONDS = 10.0  # without a worker, after which is said that others hold the cluster
 MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
 LASTING = (  # of what the system may refuse: a job that names a wrong file would again
     *(FileNotFoundError, FileExistsError, PermissionError),
@@ -369,6 +372,7 @@ class Pool:
         warm: workers started at once and kept while nothing runs.
         workers: how many train one student together; the trials are then coordinators.
         run: run folder that every worker must see, and what stands in its `run_id`.
+        tell: says, where others hold the cluster, that this is waited for.
     """
 
     def __init__(
@@ -380,9 +384,11 @@ class Pool:
         warm: int,
         workers: int = 1,
         run: tuple[str, str] | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self._desk = _Desk(warm)
         self._workers, self._room = workers, Room(cpu=cpu, gpu=gpu)
+        self._tell, self._needs = tell, f"{cpu:g} CPU and {gpu:g} GPU"
         group = None if workers == 1 else (workers, cpu, gpu)
         own = {"cpu": cpu, "gpu": gpu} if group is None else COORDINATOR
         self._failure: BaseException | None = None
@@ -417,6 +423,7 @@ class Pool:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._began = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -455,8 +462,37 @@ class Pool:
                 raise RuntimeError(
                     f"Ray Tune stopped before the jobs were done: {self._failure}"
                 ) from self._failure
+            if self._tell is not None and time.monotonic() - self._began > BUSY_SECONDS:
+                self._tell_if_waiting(self._tell)
         if batch.failure is not None:
             raise batch.failure
+
+    def _tell_if_waiting(self, tell: Callable[[str], None]) -> None:
+        """Look once whether there are workers: those that there are stay until the run ends."""
+        places = _places()
+        if not places:
+            return  # Tune has asked for none yet
+        self._tell = None
+        if set(places) == {"NO_RESOURCES"}:
+            tell(
+                f"no worker has started for {BUSY_SECONDS:g} s: others hold the cluster, of which "
+                f"a run keeps its workers to its end; this one waits for {self._needs} to be free"
+            )
+
+
+def _places() -> list[str]:
+    """Return how far Ray has come with each place for a worker that this driver has asked for."""
+    job = ray.get_runtime_context().get_job_id()
+    return [
+        place["stats"]["scheduling_state"]
+        for name, place in placement_group_table().items()
+        if name.endswith(job) and place["state"] != "REMOVED" and _holds_more(place["bundles"])
+    ]
+
+
+def _holds_more(bundles: Mapping[int, Mapping[str, float]]) -> bool:
+    """Whether a place holds more than a coordinator's."""
+    return any({"CPU", "GPU"} & bundle.keys() for bundle in bundles.values())
 
 
 class _StopWhenClosed(_Unsaved, tune.Stopper):

@@ -45,6 +45,35 @@ class Recorded(Batch):
         self.rows.setdefault(job.payload["name"], []).extend(rows)
 
 
+@ray.remote
+class Holder:
+    """Takes what it was given, as another run does."""
+
+
+def test_who_waits_for_others_is_told_so_once(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands first, before the pool of this module has taken what there is."""
+    monkeypatch.setattr("selfkd.search.BUSY_SECONDS", 1.0)
+    other = Holder.options(num_cpus=2).remote()  # type: ignore[attr-defined]
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        ray.kill(other)
+
+    batch = jobs(2)
+    with Pool(ENTRY, cpu=1, gpu=0, warm=1, tell=tell) as pool:
+        pool.run(batch)
+    assert len(batch.outcomes) == 2
+    assert len(said) == 1
+    assert "no worker has started for 1 s: others hold the cluster" in said[0]
+    said.clear()
+    with Pool(ENTRY, cpu=1, gpu=0, warm=1, tell=tell) as pool:
+        pool.run(jobs(1, pause=0.5))
+    assert said == []
+
+
 def test_all_jobs_run_once_and_end_with_their_last_row(pool: Pool) -> None:
     batch = jobs(7, epochs=3)
     pool.run(batch)

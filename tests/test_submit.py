@@ -243,7 +243,10 @@ raise SystemExit(submit.main())
 
 
 @pytest.mark.slow  # as above, but for Ray's own client and head
-def test_a_job_that_was_only_just_submitted_can_be_stopped(head: Head, tmp_path: Path) -> None:
+def test_a_job_that_was_only_just_submitted_can_be_stopped(
+    first: tuple[Path, list[tuple[str, bool]], int], head: Head, tmp_path: Path
+) -> None:
+    """After another job, as a head that has only just started takes none."""
     words = submitted(head, "--", "generations", *settings(tmp_path), options=("--name", "early"))
     done = run([sys.executable, "-c", TERMINATED, *words[3:]], tmp_path, head.env())
     assert done.returncode == 130, done.stdout + done.stderr

@@ -111,7 +111,12 @@ def judge_a3(result: Row) -> Judgement:
     remark = (
         "" if taught.mean() <= 85 and share >= 0.85 else "the stretch (85, 85 %) is not reached"
     )
-    return Judgement(f"{told(taught)}, {share:.0%} of the gap closed", _met(met), remark)
+    (contrast,) = result["summary"]["contrasts"]
+    ends = contrast["share"]  # Fieller's 95 % interval
+    between = f"[{ends['low']:.0%}, {ends['high']:.0%}]"
+    return Judgement(
+        f"{told(taught)}, {share:.0%} {between} of the gap closed", _met(met), remark
+    )
 
 
 def _closed(result: Row, labels: float, taught: float) -> float:

@@ -114,9 +114,7 @@ def judge_a3(result: Row) -> Judgement:
     (contrast,) = result["summary"]["contrasts"]
     ends = contrast["share"]  # Fieller's 95 % interval
     between = f"[{ends['low']:.0%}, {ends['high']:.0%}]"
-    return Judgement(
-        f"{told(taught)}, {share:.0%} {between} of the gap closed", _met(met), remark
-    )
+    return Judgement(f"{told(taught)}, {share:.0%} {between} of the gap closed", _met(met), remark)
 
 
 def _closed(result: Row, labels: float, taught: float) -> float:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(arguments.output).expanduser() if arguments.output else None
     try:
         _report(_read(arguments.runs), arguments.format, output)
-    except ConfigError as error:
+    except ValueError as error:
         return _fault(str(error), USAGE)
     except OSError as error:
         return _fault(f"{error.filename or output}: {error.strerror}; choose an --output", FAILED)

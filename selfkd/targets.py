@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = _make_parser().parse_args(argv)
     console = make_console()
-    root = as_path(arguments.path).expanduser()
-    root = root / "targets" if (root / "config.yaml").exists() else root
-    if not root.is_dir():
-        return _fault(f"PATH must be a targets folder or a run folder, got {arguments.path}")
     try:
+        root = as_path(arguments.path).expanduser()
+        root = root / "targets" if (root / "config.yaml").exists() else root
+        if not root.is_dir():
+            return _fault(f"PATH must be a targets folder or a run folder, got {arguments.path}")
         if arguments.do == "ls":
             return _list(console, root)
         if arguments.do == "gc":

@@ -14,6 +14,7 @@ import pytest
 from run_folders import DATA, capacity_run, ensemble_run, generations_run, study_run
 
 from selfkd import report
+from selfkd.storage import PLAIN_URI
 
 BASE, OTHER = ("run-a", {}), ("run-b", {"lift": 0.01, "settings": ("train.lr=0.1",)})
 
@@ -163,6 +164,7 @@ def test_runs_of_the_same_name_are_told_apart(
 FAULTS = [
     (["nothing"], "error: RUN must be a run folder (with a config.yaml), got {}/nothing"),
     (["empty"], "error: RUN must have a result, got {}/empty, where no trial has ended yet"),
+    (["s3://key:secret@bucket/a"], f"error: a path {PLAIN_URI}"),
     (["run-a", "nothing"], "error: RUN must be a run folder (with a config.yaml), got {}/nothing"),
 ]
 

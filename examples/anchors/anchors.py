@@ -48,8 +48,8 @@ class Run:
 
     name: str
     command: str
-    teacher: bool = False
-    """Whether the teacher of A1 is given to it."""
+    teacher: str = ""
+    """The run whose model is its teacher."""
     train: str = ""
     """A training function of its own, in this folder."""
 
@@ -298,15 +298,16 @@ def judge_a17(result: Row) -> Judgement:
 
 RUNS = (
     Run(name="a01_teacher", command="generations"),
-    Run(name="a02_a03_student", command="study", teacher=True),
-    Run(name="a03b_searched", command="ensemble", teacher=True),
-    Run(name="a04_temperature", command="study", teacher=True),
-    Run(name="a05_mythical_digit", command="study", teacher=True),
-    Run(name="a06_sevens_and_eights", command="study", teacher=True),
-    Run(name="a07_smoothed_teacher", command="study", teacher=True),
-    Run(name="a08_few_images", command="study", teacher=True),
+    Run(name="a02_a03_student", command="study", teacher="a01_teacher"),
+    Run(name="a03b_searched", command="ensemble", teacher="a01_teacher"),
+    Run(name="teacher_88", command="generations"),
+    Run(name="a04_temperature", command="study", teacher="teacher_88"),
+    Run(name="a05_mythical_digit", command="study", teacher="a01_teacher"),
+    Run(name="a06_sevens_and_eights", command="study", teacher="teacher_88"),
+    Run(name="a07_smoothed_teacher", command="study", teacher="teacher_88"),
+    Run(name="a08_few_images", command="study", teacher="teacher_88"),
     Run(name="a09_ensemble", command="ensemble"),
-    Run(name="a10_agreement", command="study", teacher=True),
+    Run(name="a10_agreement", command="study", teacher="teacher_88"),
     Run(name="a14_mnist_mlp", command="study"),
     Run(name="a14_mnist_mlp_jittered", command="study"),
     Run(name="a14_digits_cnn", command="study"),

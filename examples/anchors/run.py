@@ -1,7 +1,7 @@
 """Reproduce the published results: run what is asked for, keep what comes out, write the table.
 
     python examples/anchors/run.py --data PATH                  # all, about 5 core-hours
-    python examples/anchors/run.py --data PATH a02_a03_student  # one, after a01_teacher
+    python examples/anchors/run.py --data PATH a01_teacher a02_a03_student  # some, a teacher first
     python examples/anchors/run.py --table                      # RESULTS.md again, no training
 
 PATH holds torchvision's MNIST folder. Everything is run by selfkd's own commands, two one-thread
@@ -29,7 +29,6 @@ from selfkd.ledger import lasting
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "tune_configs" / "anchors"
 DROPPED = ("checkpoint", "predictions", "diagnostics", "mcnemar", "history", "hash", "models")
-TEACHER = "a01_teacher"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +72,7 @@ def reproduce(run: Run, runs: Path, *, data: str | None = None, tenth: bool = Fa
             path.write_text(dump_config(shrunk(load_config(CONFIGS / path.name))))
         command += ["--config", str(path), "--name", run.name, "--set", f"storage={runs}"]
         command += ["--set", f"data.root={data}"] if data else []
-        command += ["--from", str(runs / TEACHER)] if run.teacher else []
+        command += ["--from", str(runs / run.teacher)] if run.teacher else []
     command += ["--train", str(HERE / run.train)] if run.train else []
     code = subprocess.run(command, check=False).returncode  # noqa: S603 - our own command
     if code == 0:
@@ -157,7 +156,7 @@ def results_page() -> str:
         if anchor.run not in done:
             done.add(anchor.run)
             run = next(run for run in RUNS if run.name == anchor.run)
-            more = f" --from runs/{TEACHER}" if run.teacher else ""
+            more = f" --from runs/{run.teacher}" if run.teacher else ""
             more += f" --train examples/anchors/{run.train}" if run.train else ""
             made.append(
                 f"| {anchor.run} | `python -m selfkd.{run.command} --config "

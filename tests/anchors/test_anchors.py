@@ -58,7 +58,8 @@ def test_a_config_opens_with_its_command(path: Path) -> None:
     assert f"--config tune_configs/anchors/{path.name}" in head
     if path.stem in known:
         assert f"python -m selfkd.{known[path.stem].command} " in head
-        assert ("--from runs/a01_teacher" in head) == known[path.stem].teacher
+        teacher = known[path.stem].teacher
+        assert (f"--from runs/{teacher} " in head) == ("--from" in head) == bool(teacher)
     assert re.search(r"Expected: .*minute", head)
 
 
@@ -116,7 +117,7 @@ def test_a_tenth_runs_and_can_be_judged(name: str, runs: Path) -> None:
         pytest.skip("SELFKD_DATA must hold MNIST")
     recheck(name)
     teacher = next(row for row in anchors.RUNS if row.name == name).teacher
-    names = [*([run.TEACHER] if teacher else []), name]
+    names = [*([teacher] if teacher else []), name]
     assert run.main([*names, "--tenth", "--runs", str(runs)]) == 0
     result = json.loads((runs / f"{name}.json").read_text())
     for anchor in (a for a in anchors.ANCHORS if a.run == name and a.key != "A3b"):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -71,7 +70,9 @@ def _adopt_file(bench: Bench, source: CheckpointConfig, save: Path) -> None:
     network = bench.make(model)
     try:
         network.load_state_dict(load_state_dict(source.path))
-    except (RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - reading what is no checkpoint may end in any error
         first = str(error).strip().splitlines()
         raise ValueError(
             f"{source.path} must fit {source.model!r} with {source.args} for "

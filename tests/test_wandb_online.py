@@ -366,6 +366,7 @@ def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
     (lineage,) = [run for name, run in server.runs.items() if name.endswith("-lineage")]
     assert [row["generation"] for row in lineage.history] == [0, 1]
     assert "generation 1" in lineage.summary["verdict"]
+    assert lineage.summary["accuracy_per_generation"]["_type"] == "plotly-file"
     models = [version for version in server.versions if version.type == "model"]
     first = next(model for model in models if "generation-0" in model.aliases)
     taught = [name for name in server.runs if "-g1-t" in name or "-confirm-1-t" in name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_plots(folder: Path) -> dict[str, Any]:
-    """Return the figures of accuracy and of T and alpha of a run, by their titles.
+    """Return the figures of accuracy and of T and alpha of a run, by their titles as plain names.
 
     A failure is only logged: what is drawn must never stop a training.
     """
@@ -24,7 +25,8 @@ def make_plots(folder: Path) -> dict[str, Any]:
         from selfkd.reporting.read import read_run
 
         sections = run_page(read_run(folder)).sections[:2]
-        return {panel.title: panel.figure for section in sections for panel in section.panels}
+        panels = [panel for section in sections for panel in section.panels]
+        return {re.sub(r"\W+", "_", panel.title.lower()): panel.figure for panel in panels}
     except Exception as error:  # noqa: BLE001
         logger.warning("no plots of %s: %s: %s", folder, type(error).__name__, error)
         return {}

@@ -13,6 +13,7 @@ from typing import Any
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -78,8 +79,13 @@ def complaints(driver: webdriver.Chrome) -> list[dict[str, Any]]:
 
 
 def screenshot(driver: webdriver.Chrome, path: Path) -> Path:
-    """Save a picture of the whole page."""
-    size = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+    """Save a picture of the whole page, once it is laid out: a busy machine takes its time."""
+
+    def laid_out(driver: webdriver.Chrome) -> dict[str, float] | None:
+        size = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        return size if size["width"] and size["height"] else None
+
+    size = WebDriverWait(driver, 60).until(laid_out)
     clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
     taken = driver.execute_cdp_cmd(
         "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}

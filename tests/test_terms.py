@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import socket
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -365,15 +364,9 @@ def test_attention_maps_of_networks_of_other_widths(batch: tuple[Tensor, Tensor]
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-def _worker(rank: int, port: int, kind: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank: int, kind: str, folder: str) -> None:
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     student, teacher = make_net(5), Teacher(make_net(5))
@@ -405,14 +398,15 @@ def test_gradients_are_those_of_one_process(
     inputs, labels = batch
     student, _, distiller = setting()
     distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
-    mp.spawn(_worker, args=(_free_port(), kind, str(tmp_path)), nprocs=2)
+    mp.spawn(_worker, args=(kind, str(tmp_path)), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found, student[0].weight.grad)  # type: ignore[index]
 
 
-def _projecting(rank: int, port: int, kind: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _projecting(rank: int, kind: str, folder: str) -> None:
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     student, teacher = make_net(5), make_net(9)
@@ -452,7 +446,7 @@ def test_processes_learn_one_projection(
     distiller = Distiller(teacher, terms=PROJECTING, student=student)
     assert not distiller.in_step
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.5)
-    mp.spawn(_projecting, args=(_free_port(), kind, str(tmp_path)), nprocs=2)
+    mp.spawn(_projecting, args=(kind, str(tmp_path)), nprocs=2)
     for step in range(2):
         distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
         optimizer.step()

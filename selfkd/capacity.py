@@ -6,19 +6,18 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from selfkd.command import Command, add_members, base_parser, everyone
 from selfkd.compression import check_members, finished, tell_members
 from selfkd.config import Config
-from selfkd.console import Follower, count, print_table, short
-from selfkd.jobs import Executor, Row
+from selfkd.console import Follower, count, print_rows
+from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
+from selfkd.reporting.read import read_run
+from selfkd.reporting.tables import results_table
 from selfkd.sizes import check_sizes, grow, trainings
 from selfkd.tracking import NoTracker
-from selfkd.verdicts import tell
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,36 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.settings.append(f"capacity.values=[{', '.join(arguments.values)}]")
     flags: dict[str, Any] = {"members.count": arguments.members, "members.runs": arguments.runs}
     return _COMMAND.main(arguments, {**flags, "capacity.key": arguments.key})
-
-
-def make_capacity_table(summary: Row) -> Table:
-    """Return the table of a capacity curve: a row a size, the smallest first, then the teacher."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(summary["key"].rpartition(".")[2], justify="right")
-    for column in ("params", "labels only", "distilled", "difference", "p, Holm"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("distillation", justify="left", no_wrap=True)
-    for size in summary["sizes"]:
-        p = size["p_holm"]
-        table.add_row(
-            str(size["value"]),
-            short(size["parameters"]),
-            _mean(size["labels"]),
-            _mean(size["taught"]),
-            tell(size["difference"]),
-            "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
-            size["verdict"],
-        )
-    teacher = summary["teacher"]
-    table.add_section()
-    accuracy = f"{teacher['test_accuracy']:.2%}"
-    table.add_row("teacher", short(teacher["parameters"]), accuracy, "", "", "", "")
-    return table
-
-
-def _mean(arm: Row) -> str:
-    half = "" if arm["low"] is None else f" ± {(arm['high'] - arm['low']) / 2:.2%}"
-    return f"{arm['value']:.2%}{half}"
 
 
 def _check(config: Config) -> None:
@@ -99,7 +68,8 @@ def _work(
 
 def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
     summary = finished(folder) or {}
-    print_table(console, make_capacity_table(summary))
+    table = results_table(read_run(folder.path))
+    print_rows(console, table.head, table.rows)
     if notes is None:
         return
     seeds = summary["seeds"]

@@ -319,14 +319,14 @@ def print_table(console: Console, table: Table) -> None:
         console.print(f"left out for want of width: {', '.join(filter(None, left_out))}")
 
 
-def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of texts whose first column names the row."""
+def print_rows(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of texts whose first column names the row."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for place, title in enumerate(head):
         table.add_column(title, justify="right" if place else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    return table
+    print_table(console, table)
 
 
 def _measures(row: Row) -> list[str]:

@@ -62,6 +62,7 @@ class Group:
 
         Raises:
             JobError: the job raised.
+            OSError: the system refused something to the job, its storage for one.
             WorkerLostError: a process died.
         """
         if kind != TRAIN:
@@ -89,7 +90,8 @@ def _followed(rows: Any) -> Iterator[Row]:
         for reference in rows:
             row: Row = ray.get(reference)
             if _RAISED in row:
-                raise JobError(row[_RAISED])
+                raised = row[_RAISED]
+                raise raised if isinstance(raised, OSError) else JobError(raised)
             if _PLACE in row:
                 place = row[_PLACE]
             else:
@@ -130,7 +132,14 @@ def _work(entry: str, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
     try:
         yield from load_entry(entry)(kind, payload)
     except Exception as error:  # noqa: BLE001 - told to whoever waits, as the trial itself does
-        yield {_RAISED: f"{type(error).__name__}: {error}"}
+        yield _told(error)
+
+
+def _told(error: Exception) -> Row:
+    """Return the row of what a job raised: what the system refused as it is, the rest in words."""
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        return {_RAISED: error}
+    return {_RAISED: f"{type(error).__name__}: {error}"}
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")
@@ -209,5 +218,5 @@ def _on_rank(config: Mapping[str, Any]) -> None:
     except Exception as error:
         # where a rank died the others' talk fails: that is no fault of the job
         if not (isinstance(error, RuntimeError) and _LOST.search(str(error))):
-            rows.put({_RAISED: f"{type(error).__name__}: {error}"})
+            rows.put(_told(error))
         raise

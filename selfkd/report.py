@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from selfkd.config import ConfigError
-from selfkd.console import make_console, plain_table, print_table
+from selfkd.console import make_console, print_rows
 from selfkd.files import save_text
 from selfkd.reporting.read import Run, read_run
 from selfkd.reporting.tables import Table
@@ -128,7 +128,7 @@ def _print(console: Console, runs: Sequence[Run]) -> None:
 
 
 def _show(console: Console, table: Table) -> None:
-    print_table(console, plain_table(table.head, table.rows))
+    print_rows(console, table.head, table.rows)
     if table.note:
         console.print(table.note, soft_wrap=True)
 

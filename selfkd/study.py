@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from selfkd.command import Command, base_parser, everyone
 from selfkd.compression import finished
 from selfkd.config import Config
-from selfkd.console import Follower, count, print_table
+from selfkd.console import Follower, count, print_rows
 from selfkd.experiment import check_study, experiment, trainings
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
+from selfkd.reporting.read import read_run
+from selfkd.reporting.tables import results_table
 from selfkd.tracking import NoTracker
 
 
@@ -38,50 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
     return _COMMAND.main(arguments, {"members.runs": arguments.runs})
-
-
-def make_study_table(summary: Row) -> Table:
-    """Return the table of a study: a row an arm, in the order of the config."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("arm", justify="left")
-    for column in (
-        "seeds",
-        "test errors",
-        "test acc",
-        "agreement",
-        "one bias",
-        "biases",
-        "val acc",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for arm in summary["arms"]:
-        table.add_row(
-            arm["name"],
-            str(len(arm["runs"])),
-            _spread(arm["errors"], "{:.1f}"),
-            _spread(arm["mean"], "{:.2%}"),
-            _spread(arm.get("agreement"), "{:.2%}"),
-            _spread(arm.get("biased_errors"), "{:.1f}"),
-            _spread(arm.get("all_biased_errors"), "{:.1f}"),
-            f"{arm['val_accuracy']:.2%}",
-        )
-    members = summary["members"]
-    if members:
-        table.add_section()
-        accuracy = f"{members['test_accuracy']:.2%}"
-        name = f"members ({members['count']})"
-        val = f"{members['val_accuracy']:.2%}"
-        table.add_row(name, "", str(members["errors"]), accuracy, "", "", "", val)
-    return table
-
-
-def _spread(interval: Row | None, form: str) -> str:
-    if interval is None:
-        return ""
-    text = form.format(interval["value"])
-    if interval["low"] is None:
-        return text
-    return f"{text} ± {form.format((interval['high'] - interval['low']) / 2)}"
 
 
 def _tell_contrast(row: Row) -> str:
@@ -109,7 +65,8 @@ def _work(
 
 def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
     summary = finished(folder) or {}
-    print_table(console, make_study_table(summary))
+    table = results_table(read_run(folder.path))
+    print_rows(console, table.head, table.rows)
     if notes is None:
         return
     lines = [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import selfkd
-from selfkd import ensemble, generations
+from selfkd import capacity, ensemble, generations, study
 from selfkd.command import FAILED, INTERRUPTED, USAGE, interruptible, relative_paths
 from selfkd.config import ConfigError, load_config, parse_yaml
 from selfkd.storage import PLAIN_URI, has_password
@@ -25,7 +25,12 @@ from selfkd.storage import PLAIN_URI, has_password
 if TYPE_CHECKING:
     from selfkd.remote import End
 
-COMMANDS = {"generations": generations.make_parser, "ensemble": ensemble.make_parser}
+COMMANDS = {
+    "generations": generations.make_parser,
+    "ensemble": ensemble.make_parser,
+    "capacity": capacity.make_parser,
+    "study": study.make_parser,
+}
 FILES = "files"  # folder of the job that holds what the command names
 FILE_OPTIONS = ("--config", "--train")
 RUN_FOLDER = re.compile(r"^selfkd: .*; run folder (.+)$", re.MULTILINE)
@@ -39,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Run a command of selfkd as a job on a Ray cluster: its package and the files "
         "that the command names travel, data, runs and caches do not. Prints the job's log, and "
         "ends with its exit code; Ctrl-C stops the job, which can be continued.",
-        usage="%(prog)s [options] -- {generations,ensemble} [options of the command]",
+        usage=f"%(prog)s [options] -- {{{','.join(COMMANDS)}}} [options of the command]",
     )
     parser.add_argument(
         "--address",
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(words[:split])
     command = words[split + 1 :]
     if not command or command[0] not in COMMANDS:
-        parser.error("after -- must come generations or ensemble with its options")
+        parser.error(f"after -- must come one of {', '.join(COMMANDS)} with its options")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (the command's stand after --)")
     arguments = COMMANDS[command[0]]().parse_args(command[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,9 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if payload.get("fails") == rank and epoch == 2:
             raise ValueError(f"rank {rank} fails")
         died = Path(payload.get("died", "."))
+        if payload.get("away") == rank and epoch == 2 and not died.exists():
+            died.touch()
+            raise OSError(errno.EIO, "the storage is away")
         if payload.get("dies") == rank and epoch == 2 and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)

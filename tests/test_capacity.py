@@ -8,12 +8,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from selfkd.capacity import main, make_capacity_table
+from selfkd.capacity import main
 from selfkd.files import load_json
 from selfkd.report import main as report
 from selfkd.response import main as response
@@ -122,28 +120,6 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     assert error.startswith("error: ")
     assert message in error
     assert list(tmp_path.iterdir()) == []
-
-
-def size(value: int, verdict: str, p: float | None) -> dict[str, Any]:
-    ends = {"low": None, "high": None} if p is None else {"low": 0.9, "high": 0.92}
-    gain = {"value": 0.01, "low": None if p is None else 0.005, "high": 0.015}
-    arm = {"value": 0.91, **ends}
-    row = {"value": value, "parameters": 300 * value, "labels": arm, "taught": arm}
-    return {**row, "difference": gain, "p_holm": p, "verdict": verdict}
-
-
-def test_the_table_fits_a_log_and_shows_what_has_no_interval() -> None:
-    sizes = [size(2, "helps", 0.0002), size(8, "no evidence", 0.4), size(16, "unknown", None)]
-    teacher = {"parameters": 120_000, "test_accuracy": 0.97}
-    output = io.StringIO()
-    table = make_capacity_table({"key": "model.args.width", "sizes": sizes, "teacher": teacher})
-    Console(file=output, width=110).print(table)
-    lines = output.getvalue().splitlines()
-    assert "< 0.001" in lines[3]
-    assert "91.00% ± 1.00%" in lines[3]
-    assert "+1.00 % [+0.50, +1.50]" in lines[4]
-    assert "±" not in lines[5]
-    assert any("120 k" in line and "97.00%" in line for line in lines)
 
 
 def test_starts_without_torch(tmp_path: Path) -> None:

@@ -8,14 +8,12 @@ import io
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
 from selfkd.files import load_json
 from selfkd.report import main as report
-from selfkd.study import main, make_study_table
+from selfkd.study import main
 
 STUDY = """
 data: {name: digits}
@@ -117,23 +115,3 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     assert error.startswith("error: ")
     assert message in error
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_table_shows_what_has_no_interval_and_the_members() -> None:
-    one: dict[str, Any] = {"value": 88.0, "low": None, "high": None}
-    arm = {
-        "name": "taught",
-        "runs": [{}],
-        "errors": one,
-        "mean": {"value": 0.9912, "low": 0.99, "high": 0.9924},
-        "val_accuracy": 0.99,
-        "agreement": {**one, "value": 0.995},
-    }
-    members = {"count": 2, "errors": 70, "test_accuracy": 0.993, "val_accuracy": 0.992}
-    output = io.StringIO()
-    Console(file=output, width=110).print(make_study_table({"arms": [arm], "members": members}))
-    taught, teachers = (line for line in output.getvalue().splitlines() if "9" in line)
-    assert "88.0 " in taught
-    assert "99.12% ± 0.12%" in taught
-    assert "99.50%" in taught
-    assert teachers.split() == ["members", "(2)", "70", "99.30%", "99.20%"]

@@ -370,6 +370,8 @@ def test_an_address_that_does_not_answer_is_one_message_in_seconds(
         (["--address", "h:1", "--", "generations"], "storage: must be absolute"),
         (["--address", "h:1", "--", "generations", "--resume", "runs/a"], "--resume: must be abs"),
         (["--address", "h:1", "--", "ensemble", "--from", "runs/a"], "--from: must be absolute"),
+        (["--address", "h:1", "--", "study", "--from", "runs/a"], "--from: must be absolute"),
+        (["--address", "h:1", "--", "capacity", "--values", "2"], "storage: must be absolute"),
         (["--address", "h:1", "--", "generations", "--set", "trian.lr=1"], "did you mean train"),
         (["--address", "ray://h:1", "--", "generations", "OK"], "--address must be http://HOST"),
         (["--env", "NOT_SET", "--address", "h:1", "--", "generations", "OK"], "got NOT_SET"),
@@ -398,7 +400,8 @@ def test_without_a_command_it_says_how(
     with pytest.raises(SystemExit) as end:
         submit.main(["--address", "h:1", *words])
     assert end.value.code == 2
-    assert "after -- must come generations or ensemble" in capsys.readouterr().err
+    message = "after -- must come one of generations, ensemble, capacity, study"
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(

@@ -243,6 +243,7 @@ class StudyArm(Part):
     runs: tuple[ArmRun, ...]
     mean: Estimate
     errors: Estimate
+    val_accuracy: float | None = None
     agreement: Estimate | None = None
     biased_errors: Estimate | None = None
     all_biased_errors: Estimate | None = None
@@ -263,6 +264,7 @@ class Teachers(Part):
     """The teachers of a study that come from elsewhere."""
 
     count: int
+    val_accuracy: float | None = None
     test_accuracy: float | None = None
     errors: float | None = None
 

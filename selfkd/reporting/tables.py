@@ -288,7 +288,7 @@ def capacity_table(curve: Curve) -> Table:
             words.mean(size.labels),
             words.mean(size.taught),
             words.points(size.difference),
-            words.number(size.p_holm, ".3g"),
+            words.p_value(size.p_holm),
             size.verdict,
         )
         for size in curve.sizes
@@ -308,6 +308,7 @@ def study_table(study: Study) -> Table:
             str(len(arm.runs)),
             _errors(arm.errors),
             words.mean(arm.mean),
+            words.percent(arm.val_accuracy),
             words.mean(arm.agreement),
             _errors(arm.biased_errors),
             _errors(arm.all_biased_errors),
@@ -315,10 +316,11 @@ def study_table(study: Study) -> Table:
         for arm in study.arms
     ]
     if study.members is not None:
-        accuracy = words.percent(study.members.test_accuracy)
-        errors = words.number(study.members.errors, ".0f")
-        rows.append((f"members ({study.members.count})", "", errors, accuracy, "", "", ""))
-    head = ("arm", "seeds", "test errors", "test acc", "agreement")
+        members = study.members
+        errors = words.number(members.errors, ".0f")
+        accuracies = words.percent(members.test_accuracy), words.percent(members.val_accuracy)
+        rows.append((f"members ({members.count})", "", errors, *accuracies, "", "", ""))
+    head = ("arm", "seeds", "test errors", "test acc", "val acc", "agreement")
     return Table((*head, "errors, one bias", "errors, biases"), tuple(rows)).without_empty()
 
 

@@ -32,6 +32,15 @@ def mean(estimate: Estimate | None) -> str:
     return f"{estimate.value_:.2%} ± {(estimate.high - estimate.low) / 2:.2%}"
 
 
+def p_value(value: float | None) -> str:
+    """Return a p value, as exactly as it means anything.
+
+    >>> p_value(0.0412), p_value(0.00002)
+    ('0.041', '< 0.001')
+    """
+    return "< 0.001" if value is not None and value < 0.001 else number(value, ".3f")
+
+
 def difference(estimate: Estimate | None) -> str:
     """Return a difference of accuracies with its interval."""
     return "" if estimate is None else tell(dict(plain(estimate)))

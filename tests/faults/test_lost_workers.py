@@ -93,7 +93,7 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
         command.until(lambda: command.found("data.json") and nodes.workers(first))
         time.sleep(0.5)
         assert command.found("generation_000/trial_*/result.json") == 0
-        nodes.workers(first)[0].kill()
+        command.until(lambda: [worker.kill() for worker in nodes.workers(first)[:1]])
         command.until(lambda: command.found(SHARDS) > 3)
         nodes.lose(first)
         nodes.add()

@@ -119,7 +119,7 @@ def test_a_failing_job_ends_the_client_with_its_own_code(
 
 def test_ctrl_c_stops_the_job_and_what_it_prints_continues_it(head: Head, tmp_path: Path) -> None:
     words = ["--", "generations", "--rounds", "2", "--name", "stopped"]
-    words += settings(tmp_path, "train.epochs=40")
+    words += settings(tmp_path, "train.epochs=25")
     log = tmp_path / "log"
     with log.open("w") as output:
         client = subprocess.Popen(

@@ -116,8 +116,7 @@ class WandbTracker(NoTracker):
         self._best: dict[str, tuple[tuple[float, float, int], LoggedRun]] = {}
         self._results: list[Row] = []
         self._verdict: str | None = None
-        self._lineage: LoggedRun | None = None
-        self._ensemble: LoggedRun | None = None
+        self._whole: LoggedRun | None = None  # beside its trials
         self._broken = self._closed = False
         self._handled = 0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -186,10 +185,22 @@ class WandbTracker(NoTracker):
                 config=config,
                 tags=self._tags(trial["stage"]),
             )
-            self._artifacts.use(run, trial["teachers"], self._lineage)
+            self._artifacts.use(run, trial["teachers"], self._whole)
             self._trials[run_id] = run
             self._epochs[run_id] = -1
         return self._trials[run_id]
+
+    def _open_whole(self, kind: str, *, axis: str) -> LoggedRun:
+        if self._whole is None:
+            self._whole = self._session.open(
+                f"{self._run_id}-{kind}",
+                axis=axis,
+                job_type=kind,
+                config=to_tree(self._config),
+                tags=self._tags(kind),
+                left_code=0,
+            )
+        return self._whole
 
     def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
         """Log epochs."""
@@ -238,15 +249,7 @@ class WandbTracker(NoTracker):
         self._work.put(lambda: self._generation(result))
 
     def _generation(self, result: Row) -> None:
-        lineage = self._lineage or self._session.open(
-            f"{self._run_id}-lineage",
-            axis="generation",
-            job_type="lineage",
-            config=to_tree(self._config),
-            tags=self._tags("lineage"),
-            left_code=0,
-        )
-        self._lineage = lineage
+        lineage = self._open_whole("lineage", axis="generation")
         self._results.append(result)
         lineage.do(_log(generation_row(result)))
         search = self._config.search
@@ -269,11 +272,11 @@ class WandbTracker(NoTracker):
         """Put the last confirmed generation's gain into the lineage's summary and notes."""
 
         def work() -> None:
-            if self._lineage is None:
+            if self._whole is None:
                 return
             self._verdict = confirmation.get("verdict")
-            self._lineage.do(_summarise(confirmation_summary(confirmation)))
-            self._lineage.do(_note(self._verdict))
+            self._whole.do(_summarise(confirmation_summary(confirmation)))
+            self._whole.do(_note(self._verdict))
 
         self._work.put(work)
 
@@ -281,15 +284,7 @@ class WandbTracker(NoTracker):
         """Write the table of an ensemble and its student, a step a row, and what is gained."""
 
         def work() -> None:
-            run = self._session.open(
-                f"{self._run_id}-ensemble",
-                axis="row",
-                job_type="ensemble",
-                config=to_tree(self._config),
-                tags=self._tags("ensemble"),
-                left_code=0,
-            )
-            self._ensemble = run
+            run = self._open_whole("ensemble", axis="row")
             for number, row in enumerate(summary["rows"]):
                 plain = {k: v for k, v in row.items() if k != "runs" and v is not None}
                 run.do(_log({"row": number, **plain}))
@@ -308,7 +303,7 @@ class WandbTracker(NoTracker):
 
     def _end(self) -> None:
         """Show the report of the run folder and its plots, and what was found."""
-        whole = self._lineage or self._ensemble
+        whole = self._whole
         if whole is None:
             return
         report = self._run_folder / "report.html"

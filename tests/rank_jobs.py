@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -47,16 +49,30 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def train_together(rank: int, size: int, folder: str, jobs: list[dict[str, Any]]) -> None:
+def on_ranks(work: Callable[..., None], size: int, folder: Path, *more: Any) -> None:
+    """Call `work(rank, folder, *more)` in so many processes, which are one group."""
+    mp.spawn(_on_rank, (work, size, folder, more), nprocs=size)
+
+
+def _on_rank(
+    rank: int, work: Callable[..., None], size: int, folder: Path, more: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    # at a file: the server of tcp:// may abort a process that ends
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    work(rank, folder, *more)
+    dist.barrier()
+    dist.destroy_process_group()
+    gc.collect()  # a wrapped model is a cycle, whose threads should end before the process
+
+
+def train_together(rank: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
     """Do jobs on this rank, one after the other; `stop` epochs into a job it ends, if asked."""
     from selfkd.trial import run_job as run_selfkd_job  # seconds, which other jobs do not need
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     for number, job in enumerate(jobs):
         torch.manual_seed(1000 * number + rank)  # as in a process of its own
         rows = list(islice(run_selfkd_job("train", job["payload"]), job["stop"]))
         if rank == 0:
-            Path(folder, f"rows_{number}.json").write_text(json.dumps(rows))
+            (folder / f"rows_{number}.json").write_text(json.dumps(rows))
         dist.barrier()
-    dist.destroy_process_group()

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from rank_jobs import train_together
+from rank_jobs import on_ranks, train_together
 
 from selfkd.checkpoint import load_tensors
 from selfkd.config import load_config, to_tree
@@ -69,7 +68,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[R
         jobs[name] = {"payload": whole, "stop": None}
         jobs[f"{name} part"] = {"payload": part, "stop": 1}
         jobs[f"{name} again"] = {"payload": part, "stop": None}
-    mp.spawn(train_together, (RANKS, str(root), list(jobs.values())), nprocs=RANKS)
+    on_ranks(train_together, RANKS, root, list(jobs.values()))
     return {
         name: (json.loads((root / f"rows_{number}.json").read_text()), root / name)
         for number, name in enumerate(jobs)

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from rank_jobs import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -364,10 +363,7 @@ def test_attention_maps_of_networks_of_other_widths(batch: tuple[Tensor, Tensor]
     )
 
 
-def _worker(rank: int, kind: str, folder: str) -> None:
-    meet = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _worker(rank: int, folder: Path, kind: str) -> None:
     torch.manual_seed(0)
     student, teacher = make_net(5), Teacher(make_net(5))
     wrapped: nn.Module = student
@@ -384,11 +380,10 @@ def _worker(rank: int, kind: str, folder: str) -> None:
     gradient = student[0].weight.grad
     assert gradient is not None
     full: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    torch.save(full, Path(folder) / f"{rank}.pt")
+    torch.save(full, folder / f"{rank}.pt")
     if kind == "fsdp":
         with pytest.raises(ValueError, match="module must have its parameters whole, got shards"):
             Teacher(student)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -398,16 +393,13 @@ def test_gradients_are_those_of_one_process(
     inputs, labels = batch
     student, _, distiller = setting()
     distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
-    mp.spawn(_worker, args=(kind, str(tmp_path)), nprocs=2)
+    on_ranks(_worker, 2, tmp_path, kind)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found, student[0].weight.grad)  # type: ignore[index]
 
 
-def _projecting(rank: int, kind: str, folder: str) -> None:
-    meet = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _projecting(rank: int, folder: Path, kind: str) -> None:
     torch.manual_seed(0)
     student, teacher = make_net(5), make_net(9)
     wrapped: nn.Module = student
@@ -428,8 +420,7 @@ def _projecting(rank: int, kind: str, folder: str) -> None:
         terms["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch.save(distiller.state_dict(), Path(folder) / f"{rank}_{step}.pt")
-    dist.destroy_process_group()
+        torch.save(distiller.state_dict(), folder / f"{rank}_{step}.pt")
 
 
 PROJECTING = {"hint": FeatureTerm("2", weight=0.5, project=(5, 9))}
@@ -446,7 +437,7 @@ def test_processes_learn_one_projection(
     distiller = Distiller(teacher, terms=PROJECTING, student=student)
     assert not distiller.in_step
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.5)
-    mp.spawn(_projecting, args=(kind, str(tmp_path)), nprocs=2)
+    on_ranks(_projecting, 2, tmp_path, kind)
     for step in range(2):
         distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
         optimizer.step()

@@ -14,8 +14,8 @@ from selfkd.config import Config
 from selfkd.console import Follower, count, print_rows
 from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
-from selfkd.reporting.read import read_run
-from selfkd.reporting.tables import results_table
+from selfkd.reporting.schema import Curve
+from selfkd.reporting.tables import capacity_table
 from selfkd.sizes import check_sizes, grow, trainings
 from selfkd.tracking import NoTracker
 
@@ -68,7 +68,7 @@ def _work(
 
 def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
     summary = finished(folder) or {}
-    table = results_table(read_run(folder.path))
+    table = capacity_table(Curve.model_validate(summary))
     print_rows(console, table.head, table.rows)
     if notes is None:
         return

@@ -14,8 +14,8 @@ from selfkd.console import Follower, count, print_rows
 from selfkd.experiment import check_study, experiment, trainings
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
-from selfkd.reporting.read import read_run
-from selfkd.reporting.tables import results_table
+from selfkd.reporting.schema import Study
+from selfkd.reporting.tables import study_table
 from selfkd.tracking import NoTracker
 
 
@@ -65,7 +65,7 @@ def _work(
 
 def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
     summary = finished(folder) or {}
-    table = results_table(read_run(folder.path))
+    table = study_table(Study.model_validate(summary))
     print_rows(console, table.head, table.rows)
     if notes is None:
         return

@@ -392,7 +392,9 @@ class Pool:
         group = None if workers == 1 else (workers, cpu, gpu)
         own = {"cpu": cpu, "gpu": gpu} if group is None else COORDINATOR
         self._failure: BaseException | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="selfkd-tune-")
+        self._folder = tempfile.TemporaryDirectory(  # Tune may still write when it is left
+            prefix="selfkd-tune-", ignore_cleanup_errors=True
+        )
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(8, 2 * warm))
         self._tuner = tune.Tuner(
             tune.with_resources(Worker, own),
@@ -468,12 +470,12 @@ class Pool:
             raise batch.failure
 
     def _tell_if_waiting(self, tell: Callable[[str], None]) -> None:
-        """Look once whether there are workers: those that there are stay until the run ends."""
-        places = _places()
-        if not places:
-            return  # Tune has asked for none yet
-        self._tell = None
-        if set(places) == {"NO_RESOURCES"}:
+        """Look until there is a worker, which then stays, or others are seen to have it all."""
+        places = set(_places())
+        if "FINISHED" in places:
+            self._tell = None
+        elif places == {"NO_RESOURCES"}:
+            self._tell = None
             tell(
                 f"no worker has started for {BUSY_SECONDS:g} s: others hold the cluster, of which "
                 f"a run keeps its workers to its end; this one waits for {self._needs} to be free"

@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # by default 15: workers that starve beside the tests of another process, which are not that nice
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
 # any `ray.init()` joins the cluster that Ray's folder names, a user's own or one of another test
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: it holds sockets
 atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)

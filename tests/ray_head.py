@@ -36,13 +36,16 @@ class Head:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Return ports that nothing takes by chance before they are used: below the ephemeral ones."""
+    first = 20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    found = []
+    for port in range(first, first + 1_000):
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)):
+                found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no port is free")
 
 
 @contextmanager
@@ -63,6 +66,7 @@ def ray_head(
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": os.environ["RAY_worker_niceness"],  # noqa: SIM112 - its own spelling
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "WANDB_MODE": "offline",

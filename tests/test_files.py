@@ -176,7 +176,7 @@ def mount(*options):
 mount("-o", "size=1m")
 {fault}
 threading.Timer(1.5, mend).start()
-save_text(disk / "row", "x" * 50_000)
+save_text(disk / "row", "x" * 50_000, patience=60)
 print(len((disk / "row").read_text()), sorted(os.listdir(disk)))
 """
     command = ["unshare", "-m", sys.executable, "-c", script, str(tmp_path)]

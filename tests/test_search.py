@@ -271,7 +271,6 @@ def test_closing_stops_what_runs(cluster: None) -> None:
         waiter = threading.Thread(target=wait, args=(pool,))
         waiter.start()
         time.sleep(4.0)
-        start = time.monotonic()
-    waiter.join(timeout=5)
-    assert time.monotonic() - start < 12
+    waiter.join(timeout=60)
+    assert not waiter.is_alive()
     assert "stopped before the jobs were done" in str(failure[0])

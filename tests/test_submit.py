@@ -32,6 +32,16 @@ from helper import make_student
 def train_fn(trial):
     trial.report({"val_accuracy": 0.5}, student=make_student())
 """
+GATED = """
+import time
+from pathlib import Path
+from torch import nn
+
+def train_fn(trial):
+    while trial.generation == 1 and not Path(trial.params["gate"]).exists():
+        time.sleep(0.05)
+    trial.report({"val_accuracy": 0.5}, student=nn.Linear(2, 2))
+"""
 HELPER = """
 from torch import nn
 
@@ -118,9 +128,10 @@ def test_a_failing_job_ends_the_client_with_its_own_code(
 
 
 def test_ctrl_c_stops_the_job_and_what_it_prints_continues_it(head: Head, tmp_path: Path) -> None:
-    words = ["--", "generations", "--rounds", "2", "--name", "stopped"]
-    words += settings(tmp_path, "train.epochs=25")
-    log = tmp_path / "log"
+    (tmp_path / "train.py").write_text(GATED)
+    gate, log = tmp_path / "gate", tmp_path / "log"
+    words = ["--", "generations", "--train", "train.py:train_fn", "--rounds", "2"]
+    words += ["--name", "stopped", "--set", f"storage={tmp_path}", "--set", f"params.gate={gate}"]
     with log.open("w") as output:
         client = subprocess.Popen(
             submitted(head, *words, options=("--name", "my-job")),
@@ -130,7 +141,7 @@ def test_ctrl_c_stops_the_job_and_what_it_prints_continues_it(head: Head, tmp_pa
             stderr=subprocess.STDOUT,
         )
         deadline = time.monotonic() + LIMIT
-        while "trial 0: val" not in log.read_text():
+        while "generation 1 of 2" not in log.read_text():
             assert client.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
@@ -142,14 +153,16 @@ def test_ctrl_c_stops_the_job_and_what_it_prints_continues_it(head: Head, tmp_pa
     assert "Traceback" not in text
     folder = tmp_path / "stopped"
     assert f"python -m selfkd.generations --resume {folder}" in text  # the job's own last words
-    assert len(RunFolder(folder).results()) < 3
+    assert len(RunFolder(folder).results()) == 1
     *_, again = text.strip().splitlines()
     assert (
         again.split()
         == (
-            f"python -m selfkd.submit --address {head.dashboard} -- generations --resume {folder}"
+            f"python -m selfkd.submit --address {head.dashboard} -- "
+            f"generations --resume {folder} --train train.py:train_fn"
         ).split()
     )
+    gate.touch()
     done = run([sys.executable, *shlex.split(again)[1:]], tmp_path, head.env())
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(RunFolder(folder).results()) == 3

@@ -27,7 +27,7 @@ SETTINGS = [
 ]
 TRAINS = "generation_{:03d}/trial_*/checkpoint.pt"
 SHARDS = "targets/*/*/view_000/shard_*"
-PATIENCE = 240.0
+PATIENCE = 600.0
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
 ) -> None:
     """In one run, with a W&B host that accepts and never answers.
 
-    The workers are killed in mid-trial, a node is lost in mid-labelling, another in mid-trial; the
-    one that is left at the end has joined late.
+    The workers are killed in mid-trial, a node is lost in mid-labelling, the other in mid-trial;
+    one that joins then does the rest.
     """
     first, second = nodes.have(2)
     with socket.socket() as mute:
@@ -97,14 +97,12 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
             worker.kill()
         command.until(lambda: command.found(SHARDS) > 3)
         nodes.lose(first)
-        nodes.add()
-        asked = command.found(SHARDS)
-        command.until(lambda: command.found(SHARDS) == len(list(whole.glob(SHARDS))))
-        # the late node may have no worker yet: the other has, and is the first to get a trial
+        answered = command.found(SHARDS)
         command.until(lambda: command.found(TRAINS.format(1)))
         nodes.lose(second)
+        nodes.add()
         printed = command.end()
-    assert asked < len(list(whole.glob(SHARDS)))
+    assert answered < len(list(whole.glob(SHARDS)))
     assert record(command.run) == record(whole)
     assert "W&B: offline" in printed
     assert printed.count("a worker was lost in mid-train") >= 2

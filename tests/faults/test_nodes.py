@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,11 +71,14 @@ def pool(nodes: Nodes) -> Iterator[Pool]:
         yield pool
 
 
-def test_trials_at_half_a_gpu_share_a_card(nodes: Nodes) -> None:
+def test_trials_at_half_a_gpu_share_a_card(nodes: Nodes, tmp_path: Path) -> None:
     """And labelling runs in the same workers, on the same cards."""
     nodes.have(1)
+    gate = tmp_path / "gate"
     with Pool(ENTRY, cpu=0.5, gpu=0.5, warm=2) as pool:
-        batch = Followed(pool, train(2, epochs=4, pause=0.5))
+        batch = Followed(pool, train(2, epochs=4, pause=0.1, gate=str(gate)))
+        until(lambda: len({row["pid"] for row in batch.rows}) == 2)
+        gate.touch()
         batch.wait()
         labelling = Followed(pool, [Job("label", {"name": f"shard {n}"}) for n in range(4)])
         labelling.wait()
@@ -142,12 +146,14 @@ def test_a_node_that_joins_late_is_used(nodes: Nodes, pool: Pool) -> None:
     assert sum(outcome.row["node"] == late for outcome in batch.outcomes) >= 2
 
 
-def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool) -> None:
+def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool, tmp_path: Path) -> None:
     """Without a GPU anywhere the run waits, and goes on when there is one again."""
     names = nodes.have(2)
-    batch = Followed(pool, train(3, epochs=10, pause=0.2))
+    gate = tmp_path / "gate"
+    batch = Followed(pool, train(3, epochs=10, pause=0.05, gate=str(gate)))
     until(lambda: batch.nodes() == set(names))
     nodes.have(0)
+    gate.touch()
     time.sleep(3.0)
     assert batch.outcomes == []
     back = nodes.add()
@@ -157,15 +163,17 @@ def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool) -> None:
 
 @pytest.mark.parametrize("losses", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_trial_outlives_its_nodes_as_long_as_it_gets_further(
-    nodes: Nodes, pool: Pool, losses: int
+    nodes: Nodes, pool: Pool, tmp_path: Path, losses: int
 ) -> None:
     """A retry is counted only where a worker died no later than one before it."""
     nodes.have(1)
-    batch = Followed(pool, train(1, epochs=40 * losses, pause=0.05))
+    gate = tmp_path / "gate"
+    batch = Followed(pool, train(1, epochs=40 * losses, pause=0.05, gate=str(gate)))
     for reached in range(5, 30 * losses, 30):
         nodes.have(1)
         until(lambda reached=reached: bool(batch.rows) and batch.rows[-1]["epoch"] > reached)
         nodes.lose(batch.last_node("job 0"))
+    gate.touch()
     nodes.have(1)
     batch.wait()
     epochs = [row["epoch"] for row in batch.rows]

@@ -57,8 +57,12 @@ def test_a_report_that_has_not_begun_tells_all_that_happens_until_then(tmp_path:
     assert begun.wait(60)
     for _ in range(5):  # the run goes on meanwhile
         reporter.generation_finished({"generation": 1})
+    end = threading.Thread(target=reporter.finish)
+    end.start()
+    while not reporter._writer._shutdown:
+        time.sleep(0.01)
     go_on.set()
-    reporter.finish()
+    end.join(60)
     assert len(written) == 2
 
 

@@ -16,16 +16,15 @@ import ray
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield `epochs` rows, `pause` seconds apart; fail, or die, as asked.
 
-    The last row waits for the file `gate`, where one is named.
+    Where a file `gate` is named, rows go on until it is there.
     """
     node, begin = ray.get_runtime_context().get_node_id(), time.time()
     died = Path(payload["died"]) if "died" in payload else None
     gate = Path(payload["gate"]) if "gate" in payload else None
-    epochs = payload.get("epochs", 1)
-    for epoch in range(1, epochs + 1):
+    epoch, epochs = 0, payload.get("epochs", 1)
+    while epoch < epochs or (gate is not None and not gate.exists()):
+        epoch += 1
         time.sleep(payload.get("pause", 0.0))
-        while epoch == epochs and gate is not None and not gate.exists():
-            time.sleep(0.05)
         if kind == "fail" and epoch == 2:
             raise ValueError(f"{payload['name']} fails")
         if kind == "lacks" and epoch == 2:

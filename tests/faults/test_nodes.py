@@ -153,9 +153,9 @@ def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool, tmp_path: Path) -
     batch = Followed(pool, train(3, epochs=10, pause=0.05, gate=str(gate)))
     until(lambda: batch.nodes() == set(names))
     nodes.have(0)
-    gate.touch()
     time.sleep(3.0)
     assert batch.outcomes == []
+    gate.touch()  # not before: a worker lives on for a moment when its node is gone
     back = nodes.add()
     batch.wait()
     assert [outcome.row["node"] for outcome in batch.outcomes] == [back] * 3
@@ -173,7 +173,8 @@ def test_a_trial_outlives_its_nodes_as_long_as_it_gets_further(
         nodes.have(1)
         until(lambda reached=reached: bool(batch.rows) and batch.rows[-1]["epoch"] > reached)
         nodes.lose(batch.last_node("job 0"))
-    gate.touch()
+    time.sleep(3.0)
+    gate.touch()  # not before: a worker lives on for a moment when its node is gone
     nodes.have(1)
     batch.wait()
     epochs = [row["epoch"] for row in batch.rows]

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -91,11 +92,19 @@ class Lock:
                 if not self._is_mine():
                     self.lost = True
                     log.error("%s was taken by another driver: this one stops", self._path.parent)
-                    _thread.interrupt_main()
+                    _interrupt_main()
                     return
                 self._write(beat)
             except OSError as error:  # what the run itself writes decides whether it can go on
                 log.warning("%s: %s", self._path, error)
+
+
+def _interrupt_main() -> None:
+    """As Ctrl-C does, or where that is ignored, as in a script's background job, as SIGTERM."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        _thread.interrupt_main()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

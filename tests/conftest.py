@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
+# a script's background job ignores Ctrl-C, and so would all processes that tests start and stop
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # before ray or wandb is imported: workers and sub-processes inherit it
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

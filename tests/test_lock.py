@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from selfkd import lock
+from selfkd.command import interruptible
 from selfkd.files import save_json
 from selfkd.lock import Lock, LockedError
 
@@ -95,7 +97,11 @@ def test_of_two_at_the_same_moment_one_goes_on(
         Lock(tmp_path).__enter__()
 
 
-def test_whoever_loses_the_folder_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_whoever_loses_the_folder_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Any
+) -> None:
+    """A script's background job, too, which ignores Ctrl-C."""
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     other = {"host": "b", "pid": 1, "started": "1", "token": "other", "beat": 0}
     held = Lock(tmp_path)
@@ -106,8 +112,12 @@ def test_whoever_loses_the_folder_stops(tmp_path: Path, monkeypatch: pytest.Monk
                 save_json(tmp_path / "lock.json", other)  # again: a beat may have come between
                 time.sleep(0.1)
 
-    with pytest.raises(KeyboardInterrupt):
-        work()
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with interruptible(), pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert held.lost
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "other"
 

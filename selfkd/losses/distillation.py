@@ -383,7 +383,11 @@ def check_labels(labels: Tensor, classes: int) -> None:
     if _on_cpu(labels):
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high >= classes:
-            raise ValueError(f"labels must be in [0, {classes}), got {low if low < 0 else high}")
+            away = ""
+            if low == -100:  # of tokens that are not to count, in PyTorch and transformers
+                away = ": leave such rows out, or give sequences to sequence_terms (ignore_index)"
+            wrong = low if low < 0 else high
+            raise ValueError(f"labels must be in [0, {classes}), got {wrong}{away}")
 
 
 def _check_no_nan(teacher_logits: Tensor) -> None:

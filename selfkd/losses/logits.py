@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfkd.losses.distillation import check_settings
+from selfkd.losses.distillation import check_labels, check_settings
 
 
 def soft_cross_entropy(
@@ -625,7 +625,5 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
         raise ValueError(f"labels must be [{batch}], one a row, got {list(labels.shape)}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be class indices of torch.int64, got {labels.dtype}")
-    if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in torch.aminmax(labels))
-        if low < 0 or high >= classes:
-            raise ValueError(f"labels must be in [0, {classes}), got {low if low < 0 else high}")
+    if batch:
+        check_labels(labels, classes)

@@ -571,8 +571,8 @@ def cosine_embedding(
     """
     student, teacher, valid = _tokens(student_hidden, teacher_hidden, mask)
     cosines = (student * teacher).sum(dim=-1)
-    for states in (student, teacher):
-        cosines = cosines / torch.linalg.vector_norm(states, dim=-1).clamp_min(_LEAST)
+    for states in (student, teacher):  # backward is faster than that of a norm
+        cosines = cosines * states.square().sum(dim=-1).clamp_min(_LEAST**2).rsqrt()
     return _mean_of_valid(1 - cosines, valid)
 
 

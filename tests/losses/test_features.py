@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -461,8 +462,7 @@ def reference_scores(anchors: Tensor, bank: Tensor, contrast: Tensor) -> Array:
     return np.einsum("bd,bkd->bk", unit(anchors.detach().numpy()), rows) / 0.07
 
 
-@pytest.mark.parametrize("negatives", [1, 2, 9])  # gathered first, or last
-def test_crd_equals_reference_in_float64(negatives: int) -> None:
+def check_crd(crd: Callable[..., Tensor], negatives: int) -> None:
     """On the first batch, and on one after with the constants of the first."""
     memory = make_memory()
     constants: list[float] = []
@@ -480,16 +480,72 @@ def test_crd_equals_reference_in_float64(negatives: int) -> None:
             p = np.exp(scores) / constants[side]
             h = p / (p + negatives / IMAGES)
             expected -= (np.log(h[:, 0]) + np.log(1 - h[:, 1:]).sum(1)).mean()
-        loss = partial(crd_loss, memory=memory, contrast=contrast)
+        loss = partial(crd, memory=memory, contrast=contrast)
         np.testing.assert_allclose(loss(student, teacher).item(), expected, rtol=1e-6)
         if seed:  # the first batch has its own constants, which have no gradient
-            assert torch.autograd.gradcheck(loss, (student, teacher))
+            assert torch.autograd.gradcheck(loss, (student, teacher), raise_exception=False)
         before = memory.state_dict()
         loss(student, teacher)
         after = memory.state_dict()
         assert all(torch.equal(before[k], after[k]) or before[k].isnan().any() for k in before)
         memory.update(student, teacher, contrast)
     np.testing.assert_allclose(memory.log_constants, np.log(constants), rtol=1e-6)
+
+
+@pytest.mark.parametrize("negatives", [1, 2, 9])  # gathered first, or last
+def test_crd_equals_reference_in_float64(negatives: int) -> None:
+    check_crd(crd_loss, negatives)
+
+
+def naive_crd(
+    s: Tensor, t: Tensor, memory: ContrastiveMemory, contrast: Tensor, *, wrong: str = ""
+) -> Tensor:
+    """`crd_loss` in a few lines, with one thing in it `wrong`."""
+    negatives = contrast.shape[1] - 1
+    banks = [memory.teacher, memory.student]
+    if wrong == "rows of its own":
+        banks.reverse()
+    if wrong == "teacher detached":
+        t = t.detach() + 0 * t
+    losses = []
+    for x, bank, stored in zip((s, t), banks, memory.log_constants, strict=True):
+        anchors = x if wrong == "not normalised" else F.normalize(x, dim=-1)
+        scores = torch.einsum("bd,bkd->bk", anchors, bank[contrast].to(x.dtype))
+        scores = scores / (1.0 if wrong == "T left out" else 0.07)
+        log_z = stored.to(x.dtype)
+        if stored.isnan() or wrong == "Z of each batch":
+            images = 1 if wrong == "Z without n" else IMAGES
+            log_z = math.log(images) + scores.detach().exp().mean().log()
+        p = (scores - log_z).exp()
+        h = p / (p + (1 if wrong == "one negative" else negatives) / IMAGES)
+        if wrong == "softmax over the rows":
+            losses.append(-F.log_softmax(scores, dim=-1)[:, 0])
+            continue
+        first = 0 if wrong == "the image among its negatives" else 1
+        rejected = (1 - h[:, first:]).log()
+        away = rejected.mean(1) if wrong == "mean over negatives" else rejected.sum(1)
+        losses.append(-h[:, 0].log() - (0 if wrong == "no negatives" else away))
+    if wrong == "student's side only":
+        return losses[0].mean()
+    return torch.stack(losses).sum() / (1 if wrong == "sum over the batch" else len(s))
+
+
+def test_the_right_version_of_crd_passes_the_check() -> None:
+    check_crd(naive_crd, 9)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("rows of its own", "teacher detached", "not normalised", "T left out"),
+        *("Z of each batch", "Z without n", "one negative", "softmax over the rows"),
+        *("the image among its negatives", "mean over negatives", "no negatives"),
+        *("student's side only", "sum over the batch"),
+    ],
+)
+def test_wrong_versions_of_crd_fail_the_check(wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        check_crd(partial(naive_crd, wrong=wrong), 9)
 
 
 def test_crd_constant_of_the_first_batch_has_no_gradient() -> None:

@@ -49,7 +49,7 @@ def test_another_process_with_the_number_of_the_dead_one(tmp_path: Path) -> None
         holder = json.loads((tmp_path / "lock.json").read_text())
     save_json(tmp_path / "lock.json", {**holder, "started": "1"})
     with Lock(tmp_path):
-        pass
+        assert json.loads((tmp_path / "lock.json").read_text())["started"] == holder["started"]
 
 
 @pytest.mark.parametrize("beats", [True, False])
@@ -125,7 +125,7 @@ def test_whoever_loses_the_folder_stops(
 def test_a_damaged_lock_is_no_lock(tmp_path: Path) -> None:
     (tmp_path / "lock.json").write_text('{"host": ')
     with Lock(tmp_path):
-        pass
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
 
 
 def test_the_command_refuses_a_folder_that_is_worked_on(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from selfkd.files import save_json
 from selfkd.tracking import WandbTracker, make_tracker
 from selfkd.tracking import runs as tracking_runs
 
+PROMPT = 1.0  # seconds for calls that must not wait; the network's time-outs are many times that
+
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
@@ -125,10 +127,12 @@ def follow(tracker: WandbTracker, folder: Path, generation: int, trials: int = 2
 
 
 def follow_without_waiting(tracker: WandbTracker, folder: Path, generation: int) -> None:
-    """Tell a tracker of a generation, and see that no call waits for its thread."""
+    """Tell a tracker of a generation, and see that no call waits for its thread or the network."""
     told, held = threading.Event(), list[bool]()
     tracker._work.put(lambda: held.append(told.wait(60)))
+    start = time.monotonic()
     follow(tracker, folder, generation)
+    assert time.monotonic() - start < PROMPT
     assert not held
     told.set()
 

@@ -557,7 +557,10 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
         ({"teacher_logits": torch.zeros(1, 1, 4, 3)}, r"teacher_logits must .*\[1, 1, 4, 3\]"),
         ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, r"labels must be \[4\].*got \[4, 1\]"),
         ({"labels": torch.tensor([0, 1, 3, 0])}, r"labels must be in \[0, 3\), got 3"),
-        ({"labels": torch.tensor([0, -100, 2, 0])}, r"got -100: leave such rows out, or give"),
+        (
+            {"labels": torch.tensor([0, -100, 2, 0])},
+            r"labels must be in \[0, 3\), got -100: leave such rows out, or give",
+        ),
     ],
 )
 @pytest.mark.parametrize("with_gradient", [False, True])

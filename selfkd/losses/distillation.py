@@ -378,6 +378,12 @@ def is_nan(value: Tensor) -> bool:
     return _on_cpu(value) and math.isnan(value.item())
 
 
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor of another kind."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise ValueError for a label out of range, if they may be looked at."""
     if _on_cpu(labels):

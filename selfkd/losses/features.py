@@ -1,7 +1,7 @@
 """Distillation of what is inside: feature maps, relations within a batch, tokens, attention.
 
 Each loss is a mean over the batch in float32 or wider, in autocast too. The teacher's tensors are
-detached; only `crd_loss` says otherwise. Gradients are finite also where a tensor is 0.
+detached. Gradients are finite also where a tensor is 0.
 `selfkd.layers.Features` captures what these losses compare.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from selfkd.losses.distillation import check_floating
 
 _LEAST = 1e-12
 """Magnitudes below it count as 0, so that a division has a bounded gradient."""
@@ -166,7 +168,7 @@ def attention_transfer(
     student, teacher = _pair(student_features, teacher_features)
     _check_maps(student, teacher)
     maps = reconcile(_attention_map(student, power), _attention_map(teacher, power))
-    student, teacher = (_unit(a.flatten(start_dim=1)) for a in maps)
+    student, teacher = (unit(a.flatten(start_dim=1)) for a in maps)
     return F.mse_loss(student, teacher)
 
 
@@ -199,7 +201,7 @@ def similarity_preserving(student_features: Tensor, teacher_features: Tensor) ->
     """
     student, teacher = _pair(student_features, teacher_features)
     student, teacher = (
-        _unit(_gram(features.flatten(start_dim=1), _largest(features)))
+        unit(_gram(features.flatten(start_dim=1), _largest(features)))
         for features in (student, teacher)
     )
     return F.mse_loss(student, teacher)
@@ -238,221 +240,6 @@ def pkt(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     student, teacher = _pair(student_features, teacher_features)
     loss: Tensor = _Pkt.apply(student.flatten(start_dim=1), teacher.flatten(start_dim=1))
     return loss
-
-
-class ContrastiveMemory:
-    """What `crd_loss` remembers: an embedding of each image by student and by teacher.
-
-    A step draws, computes the loss, and updates after the backward pass:
-
-        contrast = memory.draw(indices, negatives=16384, generator=generator)
-        loss = crd_loss(student_embeddings, teacher_embeddings, memory, contrast)
-        loss.backward()
-        memory.update(student_embeddings, teacher_embeddings, contrast)
-
-    `state_dict` has all that a run changes. The generator that is drawn from is the caller's.
-
-    Args:
-        images: how many there are.
-        dim: of the embeddings.
-        labels: class of each image `[images]`; with them negatives are images of other classes,
-            without them any other images.
-        temperature: T, above 0.
-        momentum: share of the old row that an update keeps, in [0, 1).
-        generator: of the first rows, drawn on its device.
-
-    Raises:
-        ValueError: a setting out of range, labels that are not one an image or all the same.
-
-    >>> memory = ContrastiveMemory(10, 4, labels=torch.arange(10) % 2)
-    >>> contrast = memory.draw(torch.tensor([3, 8]), negatives=5)
-    >>> contrast[:, 0], (contrast[:, 1:] % 2).tolist()
-    (tensor([3, 8]), [[0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
-
-    Reference:
-        Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020,
-        https://arxiv.org/abs/1910.10699
-    """
-
-    def __init__(
-        self,
-        images: int,
-        dim: int,
-        *,
-        labels: Tensor | None = None,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        if images < 2 or dim < 1:
-            raise ValueError(f"images must be >= 2 and dim >= 1, got {images} and {dim}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        if labels is not None and labels.shape != (images,):
-            raise ValueError(f"labels must be [{images}], one an image, got {list(labels.shape)}")
-        self.temperature, self.momentum = temperature, momentum
-        device = None if generator is None else generator.device
-        bound = math.sqrt(3 / dim)  # rows of norm 1 on average
-        self.student, self.teacher = (
-            torch.empty(images, dim, device=device).uniform_(-bound, bound, generator=generator)
-            for _ in range(2)
-        )
-        self.log_constants = torch.full((2,), math.nan, device=device)
-        """log Z of the student's and of the teacher's scores; NaN until the first update."""
-        self._fixed = False  # known without waiting for a GPU
-        self._set_classes(torch.arange(images) if labels is None else labels)
-
-    def _set_classes(self, labels: Tensor) -> None:
-        device = self.student.device
-        _, classes, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-        if len(counts) < 2:
-            raise ValueError("labels must be of 2 classes or more, got 1")
-        self._classes, self._counts = classes.to(device), counts.to(device)
-        self._starts = self._counts.cumsum(0) - self._counts
-        self._by_class = self._classes.argsort(stable=True)
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The tensors that a run changes, not copied."""
-        return {
-            "student": self.student, "teacher": self.teacher, "log_constants": self.log_constants
-        }  # fmt: skip
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the tensors that a run changes."""
-        return {name: tensor.clone() for name, tensor in self.state.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` returned.
-
-        Raises:
-            ValueError: other names or shapes than this memory has.
-        """
-        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        expected = {name: list(tensor.shape) for name, tensor in self.state.items()}
-        if shapes != expected:
-            raise ValueError(f"state must be of {expected}, got {shapes}")
-        for name, tensor in self.state.items():
-            tensor.copy_(state[name])
-        self._fixed = not bool(self.log_constants.isnan().any())
-
-    def to(self, device: torch.device | str | int) -> ContrastiveMemory:
-        """Move to `device` in place and return itself."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-        return self
-
-    def draw(
-        self, indices: Tensor, *, negatives: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draw the images that each image of a batch is compared with, with replacement.
-
-        Args:
-            indices: which image each row of the batch is, `[batch]`, each at most once.
-            negatives: how many a row, at least 1.
-            generator: drawn from on its own device.
-
-        Returns:
-            Indices `[batch, 1 + negatives]`, a row's own image first.
-
-        Raises:
-            ValueError: `negatives` out of range; on the CPU, an index out of range or twice.
-            TypeError: indices that are not int64.
-        """
-        if negatives < 1:
-            raise ValueError(f"negatives must be >= 1, got {negatives}")
-        _check_indices(indices, len(self.student))
-        device = self.student.device
-        indices = indices.to(device)
-        shape = (len(indices), negatives)
-        source = device if generator is None else generator.device
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=source)
-        own = self._classes[indices]
-        count, start = self._counts[own][:, None], self._starts[own][:, None]
-        # a place among all images sorted by class, those of the own class left out
-        place = (uniform.to(device) * (len(self.student) - count)).long()
-        others = self._by_class[place + count * (place >= start)]
-        return torch.cat([indices[:, None], others], dim=1)
-
-    @torch.no_grad()
-    def update(
-        self, student_embeddings: Tensor, teacher_embeddings: Tensor, contrast: Tensor
-    ) -> None:
-        """Move the rows of a batch towards its embeddings; the first time, fix the constants Z.
-
-            row = unit(momentum row + (1 - momentum) unit(embedding))
-
-        Call it after the backward pass, which reads the rows.
-
-        Args:
-            student_embeddings: `[batch, dim]`.
-            teacher_embeddings: `[batch, dim]`.
-            contrast: what `draw` returned.
-
-        Raises:
-            ValueError, TypeError: as `crd_loss`.
-        """
-        embeddings = _embeddings(student_embeddings, teacher_embeddings, self, contrast)
-        if not self._fixed:
-            scores = _scores(*embeddings, self, contrast)
-            self.log_constants.copy_(_log_constants(scores, len(self.student)))
-            self._fixed = True
-        indices = contrast[:, 0]
-        for bank, rows in zip((self.student, self.teacher), embeddings, strict=True):
-            mixed = self.momentum * bank[indices] + (1 - self.momentum) * rows
-            bank.index_copy_(0, indices, _unit(mixed).to(bank.dtype))
-
-
-def crd_loss(
-    student_embeddings: Tensor,
-    teacher_embeddings: Tensor,
-    memory: ContrastiveMemory,
-    contrast: Tensor,
-) -> Tensor:
-    """Contrastive representation distillation: noise-contrastive estimation of the same image.
-
-        - mean over the batch of [log h_0 + sum_k log(1 - h_k)]        h = P / (P + negatives / n)
-        P_k = exp(<unit(x), row_k> / T) / Z        n = number of images
-
-    with x of the student and rows of the teacher, plus the same the other way round. k = 0 is the
-    image itself, k >= 1 are the negatives. Z is n times the mean of exp over the first batch, then
-    kept. As the authors' code, without its 1e-7. Changes nothing: `memory.update` does.
-
-    Args:
-        student_embeddings: `[batch, dim]`, of a `Projection` of the student's features.
-        teacher_embeddings: `[batch, dim]`, of a `Projection` of the teacher's. Here the gradient
-            does pass, as the paper learns both maps: detach the features before they are
-            projected, or the embeddings where the map is not to be learned.
-        memory: of rows `[n, dim]`, T and Z.
-        contrast: what `memory.draw` returned for the batch.
-
-    Returns:
-        Scalar, in nats.
-
-    Raises:
-        ValueError: shapes that do not match.
-        TypeError: embeddings that are not floating point, indices that are not int64.
-
-    >>> memory = ContrastiveMemory(6, 4)
-    >>> contrast = memory.draw(torch.tensor([0, 1]), negatives=3)
-    >>> crd_loss(torch.zeros(2, 4), torch.zeros(2, 4), memory, contrast)  # P = 1 / n
-    tensor(4.4987)
-
-    Reference:
-        Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020,
-        https://arxiv.org/abs/1910.10699
-    """
-    embeddings = _embeddings(student_embeddings, teacher_embeddings, memory, contrast)
-    scores = _scores(*embeddings, memory, contrast)
-    images, negatives = len(memory.student), contrast.shape[1] - 1
-    stored = memory.log_constants.to(scores.dtype)
-    log_z = torch.where(stored.isnan(), _log_constants(scores.detach(), images), stored)
-    log_odds = scores - log_z[:, None, None] - math.log(negatives / images)
-    log_h, log_not_h = F.logsigmoid(log_odds[..., 0]), F.logsigmoid(-log_odds[..., 1:])
-    return -(log_h + log_not_h.sum(dim=-1)).mean(dim=-1).sum()
 
 
 def every_other(student_layers: int, teacher_layers: int) -> list[int]:
@@ -641,7 +428,7 @@ class _Pkt(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         units, norms = _units_and_norms(student)
         kernel = _kernel(units)
-        p_s, p_t = (_shares(k) for k in (kernel, _kernel(_unit(teacher))))
+        p_s, p_t = (_shares(k) for k in (kernel, _kernel(unit(teacher))))
         ctx.save_for_backward(student, units, norms, kernel, p_t)
         return (p_t * (p_t / p_s).log()).sum(dim=1).mean()
 
@@ -716,7 +503,7 @@ def _largest(values: Tensor) -> Tensor:
     return torch.maximum(-low, high).clamp_min(_LEAST)
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def unit(vectors: Tensor) -> Tensor:
     """Rows by their L2 norm; those of zeros stay."""
     return _units_and_norms(vectors)[0]
 
@@ -726,65 +513,6 @@ def _units_and_norms(vectors: Tensor) -> tuple[Tensor, Tensor]:
     scaled = vectors / largest  # of norm >= 1, unless nearly 0
     norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp_min(0.5)
     return scaled / norms, largest * norms
-
-
-def _scores(
-    student: Tensor, teacher: Tensor, memory: ContrastiveMemory, contrast: Tensor
-) -> Tensor:
-    """`<unit(x), row> / T` of the student's and of the teacher's, `[2, batch, 1 + negatives]`."""
-    scores = [
-        _products(anchors, bank.to(anchors.dtype), contrast)
-        for anchors, bank in ((student, memory.teacher), (teacher, memory.student))
-    ]
-    return torch.stack(scores) / memory.temperature
-
-
-def _products(anchors: Tensor, bank: Tensor, contrast: Tensor) -> Tensor:
-    """Of each anchor with its rows of the bank, the way that takes less memory."""
-    with torch.autocast(anchors.device.type, enabled=False):
-        if len(bank) <= contrast.shape[1] * bank.shape[1]:
-            return (anchors @ bank.t()).gather(1, contrast)
-        return torch.bmm(bank[contrast], anchors[..., None])[..., 0]
-
-
-def _log_constants(scores: Tensor, images: int) -> Tensor:
-    """`log Z`, two of them: n times the mean of the exponentials."""
-    scores = scores.flatten(start_dim=1)
-    return torch.logsumexp(scores, dim=1) + math.log(images / scores.shape[1])
-
-
-def _embeddings(
-    student: Tensor, teacher: Tensor, memory: ContrastiveMemory, contrast: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return unit vectors, checked; neither detached."""
-    named = {"student_embeddings": student, "teacher_embeddings": teacher}
-    expected = [len(contrast), memory.student.shape[1]]
-    for name, embeddings in named.items():
-        _check_floating(name, embeddings)
-        if list(embeddings.shape) != expected:
-            raise ValueError(f"{name} must be {expected}, got {list(embeddings.shape)}")
-    if contrast.dtype != torch.int64:
-        raise TypeError(f"contrast must be indices of torch.int64, got {contrast.dtype}")
-    if contrast.ndim != 2 or contrast.shape[1] < 2 or not len(contrast):
-        raise ValueError(
-            f"contrast must be [batch, 1 + negatives], as draw returns, got {list(contrast.shape)}"
-        )
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return _unit(student.to(dtype)), _unit(teacher.to(dtype))
-
-
-def _check_indices(indices: Tensor, images: int) -> None:
-    if indices.dtype != torch.int64:
-        raise TypeError(f"indices must be torch.int64, got {indices.dtype}")
-    if indices.ndim != 1 or not len(indices):
-        raise ValueError(f"indices must be [batch], got {list(indices.shape)}")
-    if indices.device.type != "cpu":  # a GPU is not waited for
-        return
-    low, high = (int(bound) for bound in torch.aminmax(indices))
-    if low < 0 or high >= images:
-        raise ValueError(f"indices must be in [0, {images}), got {low if low < 0 else high}")
-    if len(torch.unique(indices)) < len(indices):
-        raise ValueError(f"indices must have each image at most once, got {indices.tolist()}")
 
 
 def _token_mean_square(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -848,7 +576,7 @@ def _pair(student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, T
 def _wide(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return student and teacher of one batch in float32 or wider, the teacher detached."""
     for name, tensor in named.items():
-        _check_floating(name, tensor)
+        check_floating(name, tensor)
         if tensor.ndim < 2 or not tensor.numel():
             raise ValueError(f"{name} must be [batch, ...] and not empty, got {list(tensor.shape)}")
     (student_name, student), (teacher_name, teacher) = named.items()
@@ -862,8 +590,3 @@ def _wide(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if student.dtype != dtype or teacher.dtype != dtype:  # a call that does nothing takes time too
         student, teacher = student.to(dtype), teacher.to(dtype)
     return student, teacher
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfkd.losses.distillation import check_labels, check_settings
+from selfkd.losses.distillation import check_floating, check_labels, check_settings
 
 
 def soft_cross_entropy(
@@ -288,7 +288,7 @@ def standardize_logits(logits: Tensor, *, eps: float = 1e-6) -> Tensor:
         https://arxiv.org/abs/2403.01427
     """
     _check_weight("eps", eps)
-    _check_floating("logits", logits)
+    check_floating("logits", logits)
     rows = logits.to(_wide(logits))
     high, low = rows.detach().amax(-1, keepdim=True), rows.detach().amin(-1, keepdim=True)
     varies = high - low > eps * torch.maximum(high.abs(), low.abs())
@@ -525,7 +525,7 @@ def _pair(
     """Return both, checked, wide, divided by the temperature, the teacher as one and detached."""
     if temperature != 1:
         check_settings(temperature, 0.0, "probabilities", 0.0)
-    _check_floating("student_logits", student_logits)
+    check_floating("student_logits", student_logits)
     shape = student_logits.shape
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"student_logits must be [batch, classes], got shape {tuple(shape)}")
@@ -544,7 +544,7 @@ def _pair(
 
 def _teacher(teacher_logits: Tensor, *, finite: bool = True) -> Tensor:
     """Return `[batch, classes]`, checked, wide, detached."""
-    _check_floating("teacher_logits", teacher_logits)
+    check_floating("teacher_logits", teacher_logits)
     if teacher_logits.ndim not in (2, 3) or not teacher_logits.numel():
         raise ValueError(
             "teacher_logits must be [batch, classes] or [members, batch, classes], "
@@ -602,11 +602,6 @@ def _centre(p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
     rounding = 10 * torch.finfo(p.dtype).eps * math.sqrt(p.shape[dim])
     return centred, norm.masked_fill(norm <= rounding * mean.detach(), math.inf)
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
 def _check_weight(name: str, weight: float) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchdistill.losses import mid_level
 
 from selfkd.losses import distillation_loss, features, logits, relations
+from selfkd.losses.contrast import ContrastiveMemory, crd_loss
 
 Loss = Callable[..., Tensor]
 T = 4.0
@@ -87,10 +88,10 @@ def make_embeddings(batch: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def our_crd() -> Case:
     """With the update; without drawing, which torchdistill leaves to the data loader."""
-    memory = features.ContrastiveMemory(IMAGES, 128)
+    memory = ContrastiveMemory(IMAGES, 128)
 
     def loss(student: Tensor, teacher: Tensor, contrast: Tensor) -> Tensor:
-        return features.crd_loss(student, teacher, memory, contrast)
+        return crd_loss(student, teacher, memory, contrast)
 
     return Case("crd_loss", loss, their_crd(), make_embeddings, ((64, 128),), memory.update)
 

@@ -108,7 +108,7 @@ class Bench:
         """Return the network of a checkpoint, and its facts.
 
         Raises:
-            ValueError: it was trained for other classes.
+            ValueError: it was trained for other classes, or is of no network that can be made.
         """
         tensors, facts = load_tensors(as_path(checkpoint))
         here = self.data.class_names
@@ -117,9 +117,13 @@ class Bench:
                 f"{checkpoint} was trained for other classes than {self.data.name}'s: "
                 f"{_few(facts['classes'])} instead of {_few(here)}"
             )
-        network = self.make(ModelConfig(**facts["model"]))
+        try:
+            model = ModelConfig.of_checkpoint(facts["model"])
+            network = self.make(model)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
         network.load_state_dict(tensors)
-        return network, facts
+        return network, {**facts, "model": {"name": model.name, "args": model.args}}
 
     def teacher(self, checkpoint: str) -> Teacher:
         """Return a checkpoint's network as a teacher of this data, its classes in order."""

@@ -223,7 +223,7 @@ class _Compression:
                 "this run's training images: where these were its validation or test images, "
                 "the figures flatter them"
             )
-        keys = ("hash", "model", "val_accuracy", "val_nll")
+        keys = ("hash", "model", *self._keys())
         return [
             {**{key: row[key] for key in keys}, "checkpoint": job["save"]}
             for row, job in zip(rows, jobs, strict=True)
@@ -283,8 +283,7 @@ class _Compression:
                     {
                         "hash": row["hash"],
                         "model": {"name": model.name, "args": model.args},
-                        "val_accuracy": row["val_accuracy"],
-                        "val_nll": row["val_nll"],
+                        **{key: row[key] for key in self._keys()},
                         "checkpoint": str(stage.trial(row["trial"]) / "student.safetensors"),
                     }
                 )
@@ -293,7 +292,14 @@ class _Compression:
         members = [*trained, *adopted]
         for row in members:
             row["checkpoint"] = self.folder.relative(as_path(row["checkpoint"]))
-        return sorted(members, key=lambda row: (-row["val_accuracy"], row["val_nll"]))
+        sign = -1 if self.config.search.mode == "max" else 1
+        return sorted(
+            members, key=lambda row: (sign * row[self.config.search.metric], row["val_nll"])
+        )
+
+    def _keys(self) -> list[str]:
+        """Return what is known of a member on validation, what it is chosen by among it."""
+        return list(dict.fromkeys(["val_accuracy", "val_nll", self.config.search.metric]))
 
     # --- what teaches ---
 
@@ -373,7 +379,7 @@ class _Compression:
         def plan(number: int, point: Point) -> Plan:
             return Plan(
                 config=config,
-                model=ModelConfig(**model),
+                model=ModelConfig.of_checkpoint(model),
                 seed=trial_seed(config.seed, "specialists", number),
                 more={
                     "specialist": clusters[number],
@@ -452,6 +458,8 @@ class _Compression:
                 seed=trial_seed(self.config.seed, name, -1),
             ),
             early_stopping=True,
+            metric=self.config.search.metric,
+            mode=self.config.search.mode,
         )
         best = self._run(stage)[0]
         save = self.folder.path / f"{name}.safetensors"
@@ -537,7 +545,7 @@ class _Compression:
                 "temperature": chosen.distill.temperature,
                 "alpha": chosen.distill.alpha,
                 "average": chosen.distill.average,
-                "val_accuracy": student["val_accuracy"],
+                **{key: student[key] for key in self._keys()},
                 "hash": student["hash"],
             },
             "trials": self.config.search.trials,
@@ -602,6 +610,8 @@ class _Compression:
             trials=trials,
             plan=plan,
             proposer=Points([{}] * trials),
+            metric=self.config.search.metric,
+            mode=self.config.search.mode,
         )
 
     def _trials(self, stage: Stage) -> dict[int, Row]:

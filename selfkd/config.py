@@ -43,6 +43,39 @@ def _without_password(value: str) -> str:
 
 Place = Annotated[str, AfterValidator(_without_password)]
 
+RESERVED_ARGS = (
+    *("model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"),
+    *("cache_dir", "scriptable", "exportable", "no_jit", "model_cls", "variant", "model_cfg"),
+    *("feature_cfg", "pretrained_strict", "pretrained_filter_fn", "kwargs_filter"),
+    *("pretrained_model_args",),
+)
+"""What timm takes for itself: where weights come from, and how they are loaded."""
+
+
+def _plain_args(args: dict[str, Any]) -> dict[str, Any]:
+    for key, value in args.items():
+        if key == "pretrained" and isinstance(value, bool):
+            continue
+        if key in RESERVED_ARGS:
+            raise ValueError(f"must be arguments of the network alone, got {key}")
+        if not _is_plain(value):
+            raise ValueError(
+                f"{key} must be true, false, a number, a word without / : . or a list of these, "
+                f"got {value!r}"
+            )
+    return args
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part) for part in value)
+    if isinstance(value, str):
+        return re.fullmatch(r"[\w+ -]*", value) is not None
+    return value is None or isinstance(value, bool | int | float)
+
+
+ModelArgs = Annotated[dict[str, Any], AfterValidator(_plain_args)]
+
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DataConfig:
@@ -81,8 +114,30 @@ class ModelConfig:
     """A network: any name that `timm.create_model` knows."""
 
     name: str = "selfkd_cnn"
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the model."""
+    args: ModelArgs = Field(default_factory=dict)
+    """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` begins
+    with timm's own weights."""
+
+    @classmethod
+    def of_checkpoint(cls, model: object) -> ModelConfig:
+        """Return the network that a file describes, of whatever origin.
+
+        Arguments that say where weights come from are left out: the weights are in the file.
+
+        Args:
+            model: `name` and `args`, as a checkpoint's metadata has them.
+
+        Raises:
+            ValueError: it is none, or an argument is not plain.
+        """
+        if not isinstance(model, Mapping) or not isinstance(args := model.get("args"), Mapping):
+            raise ValueError(f"model must have a name and args, got {model!r}")
+        kept = {key: value for key, value in args.items() if key not in RESERVED_ARGS}
+        try:
+            return cls(name=model.get("name"), args=kept)  # type: ignore[arg-type]
+        except ValidationError as error:
+            faults = "; ".join(_faults(error, {}))
+            raise ValueError(f"model must be described by plain values: {faults}") from None
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -154,7 +209,7 @@ class CheckpointConfig:
     """A safetensors or state-dict file."""
     model: str
     """Its timm name."""
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: ModelArgs = Field(default_factory=dict)
     """Keyword arguments of the model."""
     classes: Place | None = None
     """YAML or JSON list of its class names, in the order of its logits; the data's when not

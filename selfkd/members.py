@@ -135,7 +135,7 @@ def soup(config: Tree, checkpoints: Sequence[str], save: str, greedy: bool) -> I
         config: of the run.
         checkpoints: the best on validation first.
         save: file for the average.
-        greedy: take only those that do not lower the accuracy on validation.
+        greedy: take only those that do not make `search.metric` worse.
     """
     bench = Bench(config)
     states, facts = zip(*(load_tensors(as_path(path)) for path in checkpoints), strict=True)
@@ -151,15 +151,19 @@ def soup(config: Tree, checkpoints: Sequence[str], save: str, greedy: bool) -> I
             update_bn((inputs for inputs, _, _ in batches), network)
         return network
 
-    def accuracy(state: dict[str, Tensor]) -> float:
-        return evaluate(pour(state), bench.data, device=bench.device)["accuracy"]
+    search = bench.config.search
+
+    def value(state: dict[str, Tensor]) -> float:
+        measured = evaluate(pour(state), bench.data, device=bench.device)
+        found = measured[search.metric.removeprefix("val_")]
+        return found if search.mode == "max" else -found
 
     taken = list(range(len(states)))
     if greedy:
-        mean, taken = greedy_soup(states, accuracy)
+        mean, taken = greedy_soup(states, value)
     else:
         mean = average_weights(states)
-    model = ModelConfig(**facts[0]["model"])
+    model = ModelConfig.of_checkpoint(facts[0]["model"])
     more = {"soup": [facts[number]["hash"] for number in taken]}
     yield {"hash": bench.save(as_path(save), pour(mean), model, more), "taken": taken}
 

@@ -160,6 +160,8 @@ class _Growth:
                 config, config.space(taught=taught), seed=trial_seed(config.seed, name, -1)
             ),
             early_stopping=True,
+            metric=config.search.metric,
+            mode=config.search.mode,
         )
         trials = run_stage(config, self.folder, self.executor, self.listener, stage)
         for number in trials:  # the ledger keeps their results
@@ -192,6 +194,8 @@ class _Growth:
             trials=len(settings),
             plan=plan,
             proposer=Points(settings),
+            metric=config.search.metric,
+            mode=config.search.mode,
         )
         trials = run_stage(config, self.folder, self.executor, self.listener, stage)
         done = {
@@ -255,8 +259,9 @@ class _Growth:
     def _cost(self, row: Row, pairs: Sequence[tuple[Row, Row]], point: tuple[Point, Point]) -> Row:
         """Return what a student costs to run and took to train, and where the best of it lies."""
         taught = [own for _, own in pairs]
-        best = max(taught, key=lambda own: (own["val_accuracy"], -own["val_nll"]))
         config = self.config
+        sign = 1 if config.search.mode == "max" else -1
+        best = max(taught, key=lambda own: (sign * own[config.search.metric], -own["val_nll"]))
         searched = config.search.trials if config.capacity.search else 1
         seconds = sum(own["train_seconds"] for own in taught) / len(taught)
         return {

@@ -24,6 +24,9 @@ from selfkd.store import check_shard, remember_user, write_shard
 from selfkd.train import make_optimizer
 
 
+METRICS = ("val_accuracy", "val_nll")  # of what `fit` reports, what is measured on validation
+
+
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
     """Do the job that `kind` names; yield what it reports."""
     return _JOBS[kind](**payload)
@@ -34,6 +37,11 @@ def check(config: Tree) -> Iterator[Row]:
     try:
         bench = Bench(config)
         settings = bench.config
+        if settings.search.metric not in METRICS:
+            raise ValueError(
+                f"search.metric must be one of {', '.join(METRICS)}, "
+                f"got {settings.search.metric}: a training function of your own reports others"
+            )
         sizes = {}
         for generation, model in enumerate((settings.model, settings.student or settings.model)):
             network = _tried(bench, model)

@@ -587,3 +587,20 @@ def test_a_lineage_is_a_source_of_members(tmp_path: Path) -> None:
     models = [{"hash": "a", "checkpoint": "generation_000/student.safetensors"}]
     save_json(done.generation(0) / "result.json", {"models": models})
     assert find_members(str(done.path)) == [done.generation(0) / "student.safetensors"]
+
+
+def test_the_metric_of_the_search_orders_members_and_chooses_the_student(tmp_path: Path) -> None:
+    by_nll = ("search.metric=val_nll", "search.mode=min", "confirm.seeds=1", "search.trials=4")
+    by_nll += ("members.compare=[greedy_soup]", "members.same_init=true", "train.epochs=8")
+    summary, folder, _, _ = run(tmp_path, *by_nll)
+    members = load_json(folder.path / "members" / "result.json")["members"]
+    assert members == sorted(members, key=lambda row: row["val_nll"])
+    trials = [load_json(path) for path in folder.path.glob("student/trial_*/result.json")]
+    best = min(trials, key=lambda row: row["val_nll"])
+    assert summary["chosen"]["hash"] == best["hash"]
+    assert summary["chosen"]["val_nll"] == best["val_nll"]
+
+
+def test_a_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"search\.metric must be one of val_accuracy, val_nll"):
+        run(tmp_path, "search.metric=f1")

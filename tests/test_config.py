@@ -1,11 +1,13 @@
 """The schema: what wins over what, and every mistake named with its source, key and value."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 
 from selfkd.config import (
+    RESERVED_ARGS,
     Config,
     ConfigError,
     DataConfig,
@@ -639,3 +641,77 @@ def test_the_most_rounds_are_those_asked_for_or_the_limit_of_auto():
     assert load_config(settings=["rounds=3"]).most_rounds == 3
     assert load_config(settings=["rounds=auto"]).most_rounds == 10
     assert load_config(settings=["rounds=auto", "rounds_max=4"]).most_rounds == 4
+
+
+EVIL = [
+    {"pretrained": "x"},
+    {"pretrained_cfg": {"url": "http://127.0.0.1/x.py"}},
+    {"cache_dir": "."},
+    {"checkpoint_path": "x"},
+    {"act_layer": "os.system"},
+    {"act_layer": "file:x"},
+    {"act_layer": "../x"},
+    {"blocks": [1, ["a/b"]]},
+    {"cfg": {"a": 1}},
+]
+
+
+@pytest.mark.parametrize("args", EVIL)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.args={}",
+        "student={{name: resnet18, args: {}}}",
+        "members=[{{name: resnet18, args: {}}}]",
+        "members.checkpoints=[{{path: a, model: resnet18, args: {}}}]",
+    ],
+)
+def test_arguments_that_are_not_plain_ones_of_the_network_are_refused(setting, args):
+    with pytest.raises(ConfigError, match=r"args: (must be arguments of the network alone|\w+ must be)"):
+        load_config(settings=[setting.format(json.dumps(args))])
+
+
+@pytest.mark.parametrize(
+    "key", ["search.space.model.args.act_layer", "capacity.values", "study.arms"]
+)
+def test_nor_do_they_come_in_by_a_search_or_an_arm(key):
+    values = {
+        "search.space.model.args.act_layer": {"choice": ["os.system"]},
+    }
+    if key in values:
+        with pytest.raises(ConfigError, match="act_layer must be"):
+            load_config(settings=[f"{key}={json.dumps(values[key])}"])
+    else:
+        with pytest.raises(ConfigError, match="act_layer must be"):
+            Config().at({"model.args.act_layer": "os.system"})
+
+
+def test_weights_of_timms_own_may_be_asked_for():
+    assert load_config(settings=["model.args.pretrained=true"]).model.args["pretrained"] is True
+
+
+def test_the_reserved_arguments_are_those_that_timm_names():
+    from selfkd.models import reserved_args
+
+    assert set(RESERVED_ARGS) == reserved_args()
+
+
+def test_a_checkpoints_network_has_no_word_on_where_weights_come_from():
+    args = {"pretrained": True, "cache_dir": ".", "pretrained_cfg": {"url": "x"}, "width": 4}
+    model = ModelConfig.of_checkpoint({"name": "selfkd_cnn", "args": args})
+    assert (model.name, model.args) == ("selfkd_cnn", {"width": 4})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        None,
+        {"name": "selfkd_cnn"},
+        {"name": ["selfkd_cnn"], "args": {}},
+        {"name": "selfkd_cnn", "args": {"act_layer": "os.system"}},
+        {"name": "selfkd_cnn", "args": [1]},
+    ],
+)
+def test_a_checkpoint_of_no_plain_network_is_refused(model):
+    with pytest.raises(ValueError, match="model must"):
+        ModelConfig.of_checkpoint(model)

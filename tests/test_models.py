@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from selfkd.models import (
+    known_args,
     make_cnn,
     make_densenet,
     make_mlp,
@@ -285,8 +286,6 @@ def test_unknown_names_are_refused_with_a_suggestion(name, message):
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("selfkd_mlp", {"widht": 3}, "unexpected keyword argument 'widht'"),
-        ("resnet10t", {"widht": 3}, "unexpected keyword argument 'widht'"),
         ("selfkd_mlp", {"width": "wide"}, "'str'"),
         ("selfkd_resnet20", {"depth": 19}, "depth must be 6n"),
         ("selfkd_cnn", {"pretrained": True}, "No pretrained weights exist"),
@@ -306,3 +305,46 @@ def test_nothing_is_downloaded_unless_asked(monkeypatch):
     assert not asked
     make_model("resnet10t", {"pretrained": True}, num_classes=3, in_chans=1, image_size=28)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("selfkd_cnn", {"depth": 3}),
+        ("selfkd_mlp", {"widht": 3}),
+        ("resnet10t", {"widht": 3}),
+        ("resnet18", {"features_only": True}),
+        ("resnet18", {"out_indices": [1]}),
+        ("regnety_002", {"no_such": 1}),
+    ],
+)
+def test_arguments_that_the_network_does_not_know_are_refused(name, args):
+    (key,) = args
+    with pytest.raises(ValueError, match=f"model.args must be arguments of '{name}', got '{key}'"):
+        make_model(name, args, num_classes=3, in_chans=1, image_size=32)
+
+
+def test_a_close_name_is_suggested():
+    with pytest.raises(ValueError, match=r"got 'widht': did you mean width\?"):
+        make_model("selfkd_mlp", {"widht": 3}, num_classes=3, in_chans=1, image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("resnet18", {"drop_rate": 0.1}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 1}),
+        ("regnety_002", {"drop_path_rate": 0.1, "wa": 30.0}),
+        ("selfkd_resnet8", {"width": 4}),
+    ],
+)
+def test_arguments_of_the_class_and_its_config_are_known(name, args):
+    make_model(name, args, num_classes=3, in_chans=3, image_size=32)
+
+
+def test_looking_for_what_a_network_knows_draws_no_random_numbers():
+    known_args.cache_clear()
+    torch.manual_seed(0)
+    known_args("resnet18")
+    drawn = torch.rand(1)
+    assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(0)))

@@ -94,3 +94,21 @@ def test_nor_is_one_of_the_environment(
     assert "must have no user:password@" in said
     assert "hidden" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["cache_dir: .", "pretrained_cfg: {url: 'http://127.0.0.1:9/x.py'}", "act_layer: os.system"],
+)
+def test_a_foreign_config_that_would_fetch_or_run_is_refused_at_resume(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (
+        ("config.yaml", f"model:\n  name: resnet18\n  args:\n    {line}\n"),
+        ("command", "generations"),
+        ("run_id", "x"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert generations.main(["--resume", str(tmp_path)]) == 2
+    assert "model.args: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["command", "config.yaml", "run_id"]

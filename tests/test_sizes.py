@@ -297,3 +297,15 @@ def test_students_that_cannot_be_made_are_all_named_before_teachers_are_trained(
     assert "width must be at least 1, got 0" in first
     assert second.startswith("capacity.values wide: ")
     assert count.kinds("train") == []
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_metric_of_the_search_chooses(tmp_path: Path, mode: str) -> None:
+    summary, folder, _, _ = run(
+        *(tmp_path, "capacity.search=true", "confirm.seeds=1", "members=1", "search.trials=4"),
+        *("search.metric=val_nll", f"search.mode={mode}", "train.epochs=6"),
+    )
+    for size in summary["sizes"]:
+        paths = (folder.path / size["search"]).glob("trial_*/result.json")
+        best = (min if mode == "min" else max)(map(load_json, paths), key=lambda r: r["val_nll"])
+        assert size["alpha"] == best["point"]["distill.alpha"]

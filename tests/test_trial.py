@@ -561,3 +561,36 @@ def test_learning_works_at_all(bench):
     )
     assert born_again[-1]["val_accuracy"] > 0.85
     assert not math.isclose(born_again[-1]["val_nll"], rows[-1]["val_nll"])
+
+
+def renamed_args(trained, bench, args):
+    tensors, facts = load_tensors(Path(trained.teacher["checkpoint"]))
+    path = bench.folder / "one" / "student.safetensors"
+    model = facts["model"]
+    save_tensors(
+        path, tensors, {**facts, "model": {**model, "args": {**model["args"], **args}}}
+    )
+
+
+def test_where_a_foreign_checkpoint_says_weights_come_from_is_left_out(
+    bench, trained, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    url = {"url": "http://127.0.0.1:9/timm.py", "num_classes": 10}
+    renamed_args(trained, bench, {"pretrained": True, "cache_dir": ".", "pretrained_cfg": url})
+    assert bench.score("one")["test_accuracy"] == trained.score("one")["test_accuracy"]
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"act_layer": "os.system"}, "model must be described by plain values"),
+        ({"act_layer": {"a": 1}}, "model must be described by plain values"),
+        ({"features_only": True}, "model.args must be arguments of 'selfkd_mlp'"),
+    ],
+)
+def test_a_foreign_checkpoint_of_no_plain_network_is_refused(bench, trained, args, message):
+    renamed_args(trained, bench, args)
+    with pytest.raises(ValueError, match=rf"student\.safetensors cannot be rebuilt: .*{message}"):
+        bench.score("one")

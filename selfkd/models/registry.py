@@ -1,11 +1,14 @@
 """The reference networks under their names in timm's registry, and `make_model` for any name."""
 
+import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
-from functools import partial
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
@@ -70,7 +73,7 @@ def make_model(
         A module from `[batch, in_chans, image_size, image_size]` to logits `[batch, classes]`.
 
     Raises:
-        ValueError: no such name, or `args` with which this network cannot be made.
+        ValueError: no such name, or `args` that this network does not know or cannot be made with.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -83,11 +86,49 @@ def make_model(
     if name in BUILDERS:
         known["img_size"] = image_size
     given = dict(args or {})
+    for key in given:
+        if key not in known_args(name) | reserved_args():
+            close = ", ".join(difflib.get_close_matches(key, known_args(name)))
+            raise ValueError(
+                f"model.args must be arguments of {name!r}, got {key!r}"
+                + (f": did you mean {close}?" if close else "")
+            )
     try:
         model: nn.Module = timm.create_model(name, **{**known, **given})
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model.args must suit {name!r}, got {given}: {error}") from error
     return model
+
+
+@lru_cache(maxsize=64)
+def known_args(name: str) -> frozenset[str]:
+    """Names of the arguments of a network's class and of the function that makes it.
+
+    >>> sorted(known_args("selfkd_cnn"))
+    ['drop_rate', 'img_size', 'in_chans', 'num_classes', 'width']
+    """
+    if name in BUILDERS:
+        return frozenset(_parameters(BUILDERS[name]))
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        network = timm.create_model(name)  # its class is known only once one is made
+    factory = timm.model_entrypoint(name.partition(".")[0])
+    return frozenset([*_parameters(type(network)), *_parameters(factory)]) - reserved_args()
+
+
+@lru_cache(maxsize=1)
+def reserved_args() -> frozenset[str]:
+    """Names of what timm takes for itself: where weights come from, and how they are loaded."""
+    return frozenset([*_parameters(timm.create_model), *_parameters(build_model_with_cfg)])
+
+
+def _parameters(function: Callable[..., Any]) -> Iterator[str]:
+    """Yield the names of a function's parameters, and of the fields of a config among them."""
+    function = function.func if isinstance(function, partial) else function
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            yield parameter.name
+        if dataclasses.is_dataclass(parameter.annotation):
+            yield from (field.name for field in dataclasses.fields(parameter.annotation))
 
 
 def parameters_count(model: nn.Module) -> int:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from selfkd.distiller import Distiller as Distiller
+    from selfkd.generations import run_generations as generations
+    from selfkd.generations import run_generations as run_generations
     from selfkd.losses import distillation_loss as distillation_loss
     from selfkd.models import make_model as make_model
     from selfkd.teacher import Ensemble as Ensemble
@@ -19,8 +23,18 @@ _HOMES = {
     "Teacher": "selfkd.teacher",
     "distillation_loss": "selfkd.losses",
     "make_model": "selfkd.models",
+    "run_generations": "selfkd.generations",
 }
-__all__ = ["Distiller", "Ensemble", "Teacher", "distillation_loss", "make_model"]
+__all__ = [
+    "Distiller",
+    "Ensemble",
+    "Teacher",
+    "__version__",
+    "distillation_loss",
+    "generations",
+    "make_model",
+    "run_generations",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -29,3 +43,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'selfkd' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

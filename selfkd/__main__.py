@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib
 import sys
 
+from selfkd import __version__
+
 COMMANDS = (
-    *("budget", "capacity", "ensemble", "generations", "report"),
+    *("budget", "capacity", "dashboard", "ensemble", "generations", "report"),
     *("response", "study", "submit", "targets"),
 )
 
 
 def main() -> int:
     """Run a sub-command; return its exit code."""
+    if sys.argv[1:2] == ["--version"]:
+        print(f"selfkd {__version__}")  # noqa: T201
+        return 0
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         asked_for_help = sys.argv[1:2] in (["-h"], ["--help"])
-        usage = f"usage: selfkd {{{','.join(COMMANDS)}}} …   (selfkd COMMAND --help)"
+        usage = f"usage: selfkd {{{','.join(COMMANDS)}}} …   (selfkd COMMAND --help, selfkd --version)"
         print(usage, file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
     code: int = importlib.import_module(f"selfkd.{sys.argv[1]}").main(sys.argv[2:])

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _command(arguments.train).main(arguments, {"rounds": arguments.rounds})
 
 
-def generations(
+def run_generations(
     train_fn: Callable[[Any], object] | str,
     *,
     rounds: int | Literal["auto"] = 5,
@@ -244,7 +244,7 @@ _COMMAND = Command(
 class _Callable(types.ModuleType):
     """This module, which is the Python function of its name as well."""
 
-    __call__ = staticmethod(generations)
+    __call__ = staticmethod(run_generations)
 
 
 if __name__ == "__main__":

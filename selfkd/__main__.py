@@ -20,7 +20,9 @@ def main() -> int:
         return 0
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         asked_for_help = sys.argv[1:2] in (["-h"], ["--help"])
-        usage = f"usage: selfkd {{{','.join(COMMANDS)}}} …   (selfkd COMMAND --help, selfkd --version)"
+        usage = (
+            f"usage: selfkd {{{','.join(COMMANDS)}}} …   (selfkd COMMAND --help, selfkd --version)"
+        )
         print(usage, file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
     code: int = importlib.import_module(f"selfkd.{sys.argv[1]}").main(sys.argv[2:])

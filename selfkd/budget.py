@@ -14,8 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from selfkd.compression import TITLES
-from selfkd.config import ConfigError
 from selfkd.console import make_console
+from selfkd.errors import ConfigError
 from selfkd.files import load_json
 from selfkd.jobs import Row
 from selfkd.ledger import RunFolder

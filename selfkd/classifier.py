@@ -15,6 +15,7 @@ from selfkd.checkpoint import load_tensors
 from selfkd.config import TrainConfig, to_tree
 from selfkd.data import Data
 from selfkd.distiller import Distiller, Loss
+from selfkd.errors import NonFiniteLossError
 from selfkd.jobs import Row
 from selfkd.knowledge import ConfidenceWeighted, Knowledge, PermutedTargets, VirtualTargets
 from selfkd.loop import Trial
@@ -22,14 +23,7 @@ from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.storage import as_path
 from selfkd.store import open_store
 from selfkd.teacher import Ensemble
-from selfkd.train import (
-    NonFiniteLossError,
-    Training,
-    fit,
-    make_average,
-    make_optimizer,
-    make_scheduler,
-)
+from selfkd.train import Training, fit, make_average, make_optimizer, make_scheduler
 
 
 def train_classifier(

@@ -26,7 +26,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from selfkd.config import ConfigError
+from selfkd.errors import ConfigError
 from selfkd.group import fitting
 from selfkd.storage import RemotePath, as_path
 

@@ -21,13 +21,14 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.config import Config, ConfigError, load_config, merge_settings
+from selfkd.config import Config, load_config, merge_settings
 from selfkd.console import Follower, make_console
 from selfkd.environment import record
+from selfkd.errors import ConfigError, LockedError
 from selfkd.files import remove_tree
 from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
-from selfkd.lock import Lock, LockedError
+from selfkd.lock import Lock
 from selfkd.reporting.watch import REPORT, Reporter, make_plots
 from selfkd.storage import as_path
 from selfkd.tracking import NoTracker, make_tracker

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfkd.arms import Arm, pair, retrain
-from selfkd.config import Config, ConfigError, ModelConfig, Source, to_tree
+from selfkd.config import Config, ModelConfig, Source, to_tree
+from selfkd.errors import ConfigError
 from selfkd.files import link, load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder

@@ -23,16 +23,13 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from selfkd.errors import ConfigError
 from selfkd.space import Distribution, Point
 from selfkd.storage import PLAIN_URI, has_password
 
 Tree = dict[str, Any]
 STORAGES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ConfigError(ValueError):
-    """A user's mistake: every fault on a line of its own, with its source, key and value."""
 
 
 def _without_password(value: str) -> str:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from selfkd.arms import confirm_seeds
 from selfkd.compression import CompressionListener, find_members, measure_models, teach
-from selfkd.config import ArmConfig, Config, ConfigError, ContrastConfig, DataConfig, to_tree
+from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, to_tree
+from selfkd.errors import ConfigError, RunError
 from selfkd.files import load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
-from selfkd.ledger import RunError, RunFolder
+from selfkd.ledger import RunFolder
 from selfkd.space import Point, Points
 from selfkd.statistics import mean_interval, paired_interval, ratio_interval
 from selfkd.storage import as_path

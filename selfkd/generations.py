@@ -20,7 +20,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from selfkd.command import Command, base_parser, everyone, inside_job
-from selfkd.config import Config, ConfigError
+from selfkd.config import Config
 from selfkd.console import (
     Follower,
     make_confirmation_table,
@@ -29,6 +29,7 @@ from selfkd.console import (
     make_table,
     print_table,
 )
+from selfkd.errors import ConfigError
 from selfkd.functions import function_reference
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder

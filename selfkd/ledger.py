@@ -5,15 +5,8 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from selfkd.config import (
-    Config,
-    ConfigError,
-    differences,
-    dump_config,
-    flat,
-    from_tree,
-    parse_yaml,
-)
+from selfkd.config import Config, differences, dump_config, flat, from_tree, parse_yaml
+from selfkd.errors import ConfigError
 from selfkd.files import cache_folder, link, load_json, save_json, save_text
 from selfkd.jobs import Row
 from selfkd.storage import RemotePath, as_path
@@ -22,10 +15,6 @@ RESUMABLE = (
     *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
     *("targets.root", "checkpoint.", "controls"),
 )
-
-
-class RunError(RuntimeError):
-    """A run cannot go on: says why, and what to do."""
 
 
 class RunFolder:

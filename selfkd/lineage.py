@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from selfkd.config import Config, ConfigError, to_tree
+from selfkd.config import Config, to_tree
 from selfkd.confirm import (
     ConfirmListener,
     baseline_row,
@@ -19,6 +19,7 @@ from selfkd.confirm import (
     stop_reason,
 )
 from selfkd.controls import run_controls
+from selfkd.errors import ConfigError
 from selfkd.files import link, load_json, save_json
 from selfkd.jobs import OWN, Executor, Row, run_one
 from selfkd.ledger import RunFolder

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from selfkd.config import ConfigError
+from selfkd.errors import LockedError
 from selfkd.files import load_json, save_json
 
 BEAT_SECONDS = 5.0
@@ -24,10 +24,6 @@ _SETTLE_SECONDS = 0.2
 _FILE = "lock.json"
 
 log = logging.getLogger(__name__)
-
-
-class LockedError(ConfigError):
-    """Another driver works in the folder."""
 
 
 class Lock:

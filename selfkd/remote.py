@@ -20,7 +20,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from selfkd.cluster import token_message
-from selfkd.config import ConfigError
+from selfkd.errors import ConfigError
 
 ANSWER_SECONDS = 5.0
 PENDING_SECONDS = 10.0  # how often a job that waits says why

@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.config import ConfigError
 from selfkd.console import make_console, print_rows
+from selfkd.errors import ConfigError
 from selfkd.files import save_text
 from selfkd.reporting.read import Run, read_run
 from selfkd.reporting.tables import Table

@@ -14,8 +14,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from selfkd.config import Config, ConfigError
+from selfkd.config import Config
 from selfkd.console import make_console
+from selfkd.errors import ConfigError
 from selfkd.files import load_json
 from selfkd.ledger import RunFolder
 from selfkd.statistics import Interval

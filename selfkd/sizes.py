@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from selfkd.compression import CompressionListener, measure_models, teach
-from selfkd.config import Config, ConfigError, to_tree
+from selfkd.config import Config, to_tree
 from selfkd.console import count
 from selfkd.curve import compare_size, judge, mean_gain, tell_curve
+from selfkd.errors import ConfigError
 from selfkd.files import save_json
 from selfkd.jobs import Executor, Row, run_one
 from selfkd.ledger import RunFolder

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from selfkd import metrics
 from selfkd.data import Data
 from selfkd.distiller import Loss
+from selfkd.errors import NonFiniteLossError
 from selfkd.ranks import Ranks
 from selfkd.teacher import Teacher
 from selfkd.views import Views
@@ -28,10 +29,6 @@ EVAL_BATCH = 1000
 EVAL_VALUES = 2**22  # of a batch of large images
 ALONE = Ranks()
 CHECK_STEPS = 100  # how often a loss is looked at: on a GPU each look waits for it
-
-
-class NonFiniteLossError(ArithmeticError):
-    """Training diverged; says at which epoch and step."""
 
 
 def make_optimizer(

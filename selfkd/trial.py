@@ -23,7 +23,6 @@ from selfkd.storage import as_path
 from selfkd.store import check_shard, remember_user, write_shard
 from selfkd.train import make_optimizer
 
-
 METRICS = ("val_accuracy", "val_nll")  # of what `fit` reports, what is measured on validation
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from selfkd.config import Config, ModelConfig, to_tree
+from selfkd.errors import RunError
 from selfkd.files import load_json, save_json
 from selfkd.jobs import CHECKPOINT, Batch, EarlyStopping, Executor, Job, Outcome, Row
-from selfkd.ledger import RunError, RunFolder
+from selfkd.ledger import RunFolder
 from selfkd.space import Distribution, Optuna, Point, Points, Proposer, make_points
 from selfkd.storage import as_path
 

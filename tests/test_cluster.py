@@ -23,7 +23,7 @@ from ray_head import ROOT, ray_head
 
 from selfkd import cluster
 from selfkd.cluster import connect, find_slots
-from selfkd.config import ConfigError
+from selfkd.errors import ConfigError
 
 LIMIT = 600
 

@@ -9,7 +9,6 @@ import pytest
 from selfkd.config import (
     RESERVED_ARGS,
     Config,
-    ConfigError,
     DataConfig,
     DistillConfig,
     ModelConfig,
@@ -23,6 +22,7 @@ from selfkd.config import (
     parse_yaml,
     to_tree,
 )
+from selfkd.errors import ConfigError
 from selfkd.space import Distribution
 
 
@@ -667,7 +667,9 @@ EVIL = [
     ],
 )
 def test_arguments_that_are_not_plain_ones_of_the_network_are_refused(setting, args):
-    with pytest.raises(ConfigError, match=r"args: (must be arguments of the network alone|\w+ must be)"):
+    with pytest.raises(
+        ConfigError, match=r"args: (must be arguments of the network alone|\w+ must be)"
+    ):
         load_config(settings=[setting.format(json.dumps(args))])
 
 

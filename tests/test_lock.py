@@ -15,8 +15,9 @@ import pytest
 
 from selfkd import lock
 from selfkd.command import interruptible
+from selfkd.errors import LockedError
 from selfkd.files import save_json
-from selfkd.lock import Lock, LockedError
+from selfkd.lock import Lock
 
 HOLD = "import sys, time; from pathlib import Path; from selfkd.lock import Lock\n" \
     "with Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip

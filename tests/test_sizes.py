@@ -12,8 +12,9 @@ import pytest
 
 from selfkd.budget import measured
 from selfkd.checkpoint import load_tensors
-from selfkd.config import Config, ConfigError, load_config
+from selfkd.config import Config, load_config
 from selfkd.data import load_data
+from selfkd.errors import ConfigError
 from selfkd.files import load_json
 from selfkd.jobs import InProcess, Row
 from selfkd.ledger import RunFolder

@@ -17,7 +17,8 @@ import torch
 from s3_server import BUCKET, s3_server
 
 from selfkd.checkpoint import load_tensors, save_tensors
-from selfkd.config import Config, ConfigError
+from selfkd.config import Config
+from selfkd.errors import ConfigError
 from selfkd.files import fetch, link, load_json, remove_tree, replace, save_json
 from selfkd.ledger import RunFolder
 from selfkd.lock import Lock

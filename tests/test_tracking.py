@@ -13,7 +13,8 @@ import pytest
 import wandb
 from wandb_files import history, records
 
-from selfkd.config import Config, ConfigError, load_config
+from selfkd.config import Config, load_config
+from selfkd.errors import ConfigError
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
 from selfkd.tracking import tracker as tracking
 

@@ -14,8 +14,8 @@ from selfkd import bench as bench_module
 from selfkd.checkpoint import load_tensors, save_tensors, tensors_hash
 from selfkd.config import load_config, to_tree
 from selfkd.data import load_data
+from selfkd.errors import NonFiniteLossError
 from selfkd.metrics import ece
-from selfkd.train import NonFiniteLossError
 from selfkd.trial import run_job
 from selfkd.views import Views
 
@@ -567,9 +567,7 @@ def renamed_args(trained, bench, args):
     tensors, facts = load_tensors(Path(trained.teacher["checkpoint"]))
     path = bench.folder / "one" / "student.safetensors"
     model = facts["model"]
-    save_tensors(
-        path, tensors, {**facts, "model": {**model, "args": {**model["args"], **args}}}
-    )
+    save_tensors(path, tensors, {**facts, "model": {**model, "args": {**model["args"], **args}}})
 
 
 def test_where_a_foreign_checkpoint_says_weights_come_from_is_left_out(

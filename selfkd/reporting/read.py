@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfkd.config import ConfigError, from_tree, parse_yaml
+from selfkd.config import from_tree, parse_yaml
+from selfkd.errors import ConfigError
 from selfkd.files import load_json
 from selfkd.reporting.schema import (
     Compression,

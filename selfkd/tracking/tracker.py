@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from selfkd.config import Config, ConfigError, to_tree
+from selfkd.config import Config, to_tree
+from selfkd.errors import ConfigError
 from selfkd.files import fetch, load_json
 from selfkd.jobs import Row
 from selfkd.tracking.host import answers, base_url, has_key

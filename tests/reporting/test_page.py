@@ -28,7 +28,7 @@ from browser import (
 from run_folders import DATA, capacity_run, ensemble_run, generations_run, study_run
 from selenium.webdriver import Chrome
 
-from selfkd.config import ConfigError
+from selfkd.errors import ConfigError
 from selfkd.reporting.comparison import comparison_page
 from selfkd.reporting.page import _drawn, render, write_report
 from selfkd.reporting.read import read_run

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from run_folders import ensemble_run, generations_run
 
-from selfkd.config import ConfigError
+from selfkd.errors import ConfigError
 from selfkd.reporting.read import read_run
 
 

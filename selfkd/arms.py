@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from selfkd.analysis.statistics import mean_interval, paired_interval
+from selfkd.analysis.verdicts import count_seeds
 from selfkd.config import Config, to_tree
 from selfkd.jobs import Executor, Job, Row
 from selfkd.ledger import RunFolder
 from selfkd.space import Points
-from selfkd.statistics import mean_interval, paired_interval
 from selfkd.trials import Listener, Plan, Stage, run_all, run_stages, trial_seed
-from selfkd.verdicts import count_seeds
 
 TITLE = "confirmation on fresh seeds"
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from selfkd.analysis.statistics import Interval, mean_interval, ratio_interval
 from selfkd.arms import Arm, pair, retrain
 from selfkd.config import Config, ModelConfig, Source, to_tree
 from selfkd.errors import ConfigError
@@ -20,7 +21,6 @@ from selfkd.files import link, load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.space import Distribution, Point, Points
-from selfkd.statistics import Interval, mean_interval, ratio_interval
 from selfkd.storage import as_path
 from selfkd.trials import (
     Listener,

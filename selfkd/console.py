@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from selfkd.analysis.verdicts import sparkline
 from selfkd.jobs import Row
-from selfkd.verdicts import sparkline
 
 LOG_WIDTH = 110  # where there is no terminal to ask
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from selfkd.analysis.verdicts import compare
 from selfkd.arms import (
     Arm,
     ArmsListener,
@@ -36,7 +37,6 @@ from selfkd.trials import (
     run_stage,
     trial_seed,
 )
-from selfkd.verdicts import compare
 
 TITLES: dict[Control, str] = {
     "seeds": "ensemble of seeds",

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import numpy as np
 
+from selfkd.analysis.statistics import Interval, holm, mean_interval, paired_p
+from selfkd.analysis.verdicts import tell
 from selfkd.console import short
 from selfkd.jobs import Row
-from selfkd.statistics import Interval, holm, mean_interval, paired_p
-from selfkd.verdicts import tell
 
 SIGNIFICANT = 0.05
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
+from selfkd.analysis.verdicts import compare, count_seeds
 from selfkd.arms import confirm_seeds
 from selfkd.compression import CompressionListener, find_members, measure_models, teach
 from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, to_tree
@@ -19,10 +21,8 @@ from selfkd.files import load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.space import Point, Points
-from selfkd.statistics import mean_interval, paired_interval, ratio_interval
 from selfkd.storage import as_path
 from selfkd.trials import Plan, Stage, label, run_all, run_stages
-from selfkd.verdicts import compare, count_seeds
 
 MEMBERS = "members"
 FREE = ("data.train_size", "data.classes", "data.crop", "data.flip", "data.jitter", "data.views")

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from selfkd.analysis.metrics import ensemble_logits
 from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, teacher_free_logits
 from selfkd.losses.sparse import SparseLogits
-from selfkd.metrics import ensemble_logits
 
 Knowledge = Literal["whole", "permuted", "confidence", "virtual"]
 """Of a teacher: all of it, its doubts in random order, how sure it is, or that of a virtual one."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.benchmark import Timer
 
-from selfkd import metrics
+from selfkd.analysis import metrics
 from selfkd.bench import Bench, Split
 from selfkd.blends import average_weights, fit_weights, greedy_soup
 from selfkd.checkpoint import load_tensors

@@ -14,14 +14,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from selfkd.config import Config
-from selfkd.console import make_console
-from selfkd.errors import ConfigError
-from selfkd.files import load_json
-from selfkd.ledger import RunFolder
-from selfkd.statistics import Interval
-from selfkd.storage import as_path
-from selfkd.surface import (
+from selfkd.analysis.response import (
     EVIDENCE,
     Drift,
     Effect,
@@ -32,6 +25,13 @@ from selfkd.surface import (
     search_range,
     unfit,
 )
+from selfkd.analysis.statistics import Interval
+from selfkd.config import Config
+from selfkd.console import make_console
+from selfkd.errors import ConfigError
+from selfkd.files import load_json
+from selfkd.ledger import RunFolder
+from selfkd.storage import as_path
 
 USAGE = 2
 KEYS = ("distill.temperature", "distill.alpha")

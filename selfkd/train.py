@@ -16,7 +16,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from selfkd import metrics
+from selfkd.analysis import metrics
 from selfkd.data import Data
 from selfkd.distiller import Loss
 from selfkd.errors import NonFiniteLossError

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from selfkd.analysis.response import Effect
+from selfkd.analysis.statistics import Interval
 from selfkd.config import load_config
 from selfkd.files import save_json
 from selfkd.ledger import RunFolder
 from selfkd.response import find_responses, main, read_stages, tell_effect
-from selfkd.statistics import Interval
-from selfkd.surface import Effect
 
 
 def make_run(

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
 from torch import nn
 
-from selfkd import metrics
+from selfkd.analysis import metrics
 from selfkd.data import Data, Split
 from selfkd.distiller import Distiller
 from selfkd.specialists import (

@@ -12,7 +12,7 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from selfkd import metrics
+from selfkd.analysis import metrics
 from selfkd.data import Data, Split, load_data
 from selfkd.distiller import Distiller
 from selfkd.errors import NonFiniteLossError

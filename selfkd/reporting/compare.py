@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfkd import verdicts
+from selfkd.analysis import verdicts
+from selfkd.analysis.statistics import CONFIDENCE, Interval, mean_interval, paired_interval
 from selfkd.reporting.read import Run, Tree
-from selfkd.statistics import CONFIDENCE, Interval, mean_interval, paired_interval
 
 FINGERPRINTS = ("fingerprint", "val", "test")
 INCIDENTAL = ("seed", "name", "storage", "tracking", "resources", "rounds", "confirm", "targets")

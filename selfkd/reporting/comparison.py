@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from selfkd.analysis.statistics import Interval
 from selfkd.reporting import charts, figures, words
 from selfkd.reporting.compare import Across, Arm, Comparison, across, are_repeats, compare, last_arm
 from selfkd.reporting.marks import Bar, Level, Line, Measure
@@ -14,7 +15,6 @@ from selfkd.reporting.read import Run
 from selfkd.reporting.schema import Estimate, Seeds
 from selfkd.reporting.tables import Table
 from selfkd.reporting.theme import generation_colour
-from selfkd.statistics import Interval
 
 Record = dict[str, Any]
 FIELDS = (

@@ -9,11 +9,11 @@ from functools import lru_cache
 
 import plotly.graph_objects as go
 
+from selfkd.analysis.response import Response, fit_response, search_range
 from selfkd.reporting.marks import Bar, Measure, Surface
 from selfkd.reporting.read import DISTILL, Run
 from selfkd.reporting.schema import Estimate, Trial
 from selfkd.reporting.tables import Table
-from selfkd.surface import Response, fit_response, search_range
 
 Place = tuple[float, float, float]
 """Temperature, alpha, and what was reached there."""

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
+from selfkd.analysis.verdicts import compare, count_seeds, tell
 from selfkd.console import short
 from selfkd.jobs import Row
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Confirmation, Estimate, Result, plain
-from selfkd.verdicts import compare, count_seeds, tell
 
 
 def percent(value: float | None) -> str:

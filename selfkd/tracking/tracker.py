@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from selfkd.analysis.verdicts import compare, count_seeds
 from selfkd.config import Config, to_tree
 from selfkd.errors import ConfigError
 from selfkd.files import fetch, load_json
@@ -24,7 +25,6 @@ from selfkd.tracking.rows import (
     trial_rank,
     trial_summary,
 )
-from selfkd.verdicts import compare, count_seeds
 
 if TYPE_CHECKING:
     from selfkd.tracking.logged import LoggedRun

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from selfkd.verdicts import compare, is_better, plain, sparkline, tell_mean
+from selfkd.analysis.verdicts import compare, is_better, plain, sparkline, tell_mean
 
 
 def interval(value: float, low: float | None, high: float | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfkd.statistics import (
+from selfkd.analysis.statistics import (
     Interval,
     holm,
     mcnemar,

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from selfkd.statistics import Interval
-from selfkd.surface import EVIDENCE, Response, drift, fit_response, unfit
+from selfkd.analysis.response import EVIDENCE, Response, drift, fit_response, unfit
+from selfkd.analysis.statistics import Interval
 
 NOISE = 0.003
 Surface = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]

@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, log_loss
 
-from selfkd.metrics import (
+from selfkd.analysis.metrics import (
     accuracy,
     agreement,
     brier,

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selfkd.checkpoint import load_tensors
 from selfkd.config import from_tree, parse_yaml
 from selfkd.data import load_data
-from selfkd.files import load_json
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import load_json
 
 DIGIT = 3
 STUDY = "a05_mythical_digit"

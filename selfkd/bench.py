@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.data import Data, load_data
-from selfkd.files import load_json
 from selfkd.models import make_model, parameters_count
 from selfkd.specialists import Specialist, combine
-from selfkd.storage import as_path
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.files import load_json
+from selfkd.storage.remote import as_path
 from selfkd.store import Manifest, data_key
 from selfkd.teacher import Teacher
 from selfkd.train import predict

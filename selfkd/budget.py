@@ -16,10 +16,10 @@ from rich.table import Table
 from selfkd.compression import TITLES
 from selfkd.console import make_console
 from selfkd.errors import ConfigError
-from selfkd.files import load_json
 from selfkd.jobs import Row
 from selfkd.ledger import RunFolder
-from selfkd.storage import as_path
+from selfkd.storage.files import load_json
+from selfkd.storage.remote import as_path
 
 USAGE = 2
 PASSES = 3.0

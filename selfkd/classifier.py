@@ -11,7 +11,6 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from selfkd.bench import Bench
-from selfkd.checkpoint import load_tensors
 from selfkd.config import TrainConfig, to_tree
 from selfkd.data import Data
 from selfkd.distiller import Distiller, Loss
@@ -20,7 +19,8 @@ from selfkd.jobs import Row
 from selfkd.knowledge import ConfidenceWeighted, Knowledge, PermutedTargets, VirtualTargets
 from selfkd.loop import Trial
 from selfkd.specialists import Specialist, relabel, specialist_split
-from selfkd.storage import as_path
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.remote import as_path
 from selfkd.store import open_store
 from selfkd.teacher import Ensemble
 from selfkd.train import Training, fit, make_average, make_optimizer, make_scheduler

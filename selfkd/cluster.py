@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfkd.errors import ConfigError
 from selfkd.group import fitting
-from selfkd.storage import RemotePath, as_path
+from selfkd.storage.remote import RemotePath, as_path
 
 CONNECT_SECONDS = 3.0  # for the head's port to open
 ANSWER_SECONDS = 5.0  # for what is behind it to be Ray

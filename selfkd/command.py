@@ -25,12 +25,12 @@ from selfkd.config import Config, load_config, merge_settings
 from selfkd.console import Follower, make_console
 from selfkd.environment import record
 from selfkd.errors import ConfigError, LockedError
-from selfkd.files import remove_tree
 from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder
-from selfkd.lock import Lock
 from selfkd.reporting.watch import REPORT, Reporter, make_plots
-from selfkd.storage import as_path
+from selfkd.storage.files import remove_tree
+from selfkd.storage.lock import Lock
+from selfkd.storage.remote import as_path
 from selfkd.tracking import NoTracker, make_tracker
 
 INTERRUPTED = 130

@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from selfkd.errors import ConfigError
 from selfkd.space import Distribution, Point
-from selfkd.storage import PLAIN_URI, has_password
+from selfkd.storage.remote import PLAIN_URI, has_password
 
 Tree = dict[str, Any]
 STORAGES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")

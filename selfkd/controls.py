@@ -21,11 +21,11 @@ from selfkd.arms import (
 )
 from selfkd.config import Config, Control, to_tree
 from selfkd.confirm import labels_only
-from selfkd.files import load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.space import Distribution, Point
-from selfkd.storage import as_path
+from selfkd.storage.files import load_json, save_json
+from selfkd.storage.remote import as_path
 from selfkd.trials import (
     Plan,
     Stage,

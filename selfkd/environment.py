@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from selfkd.files import load_json, save_json
+from selfkd.storage.files import load_json, save_json
 
 PACKAGES = (
     *("selfkd", "torch", "torchvision", "timm", "ray", "wandb", "numpy", "scipy"),

@@ -17,11 +17,11 @@ from selfkd.arms import confirm_seeds
 from selfkd.compression import CompressionListener, find_members, measure_models, teach
 from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, to_tree
 from selfkd.errors import ConfigError, RunError
-from selfkd.files import load_json, save_json
 from selfkd.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.space import Point, Points
-from selfkd.storage import as_path
+from selfkd.storage.files import load_json, save_json
+from selfkd.storage.remote import as_path
 from selfkd.trials import Plan, Stage, label, run_all, run_stages
 
 MEMBERS = "members"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from selfkd.config import Config, differences, dump_config, flat, from_tree, parse_yaml
 from selfkd.errors import ConfigError
-from selfkd.files import cache_folder, link, load_json, save_json, save_text
 from selfkd.jobs import Row
-from selfkd.storage import RemotePath, as_path
+from selfkd.storage.files import cache_folder, link, load_json, save_json, save_text
+from selfkd.storage.remote import RemotePath, as_path
 
 RESUMABLE = (
     *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn, set_num_threads
 
-from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import Config, ModelConfig
 from selfkd.distiller import Distiller
 from selfkd.jobs import CHECKPOINT, OWN, Row
@@ -24,7 +23,8 @@ from selfkd.ledger import lasting
 from selfkd.models import parameters_count
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress
-from selfkd.storage import as_path
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.remote import as_path
 from selfkd.teacher import Ensemble, Teacher
 from selfkd.terms import Term
 

@@ -16,12 +16,12 @@ from torch.utils.benchmark import Timer
 from selfkd.analysis import metrics
 from selfkd.bench import Bench, Split
 from selfkd.blends import average_weights, fit_weights, greedy_soup
-from selfkd.checkpoint import load_tensors
 from selfkd.config import CheckpointConfig, ModelConfig, Tree, parse_yaml
 from selfkd.jobs import Row
 from selfkd.scores import SPLITS, load_predictions, measure_test
 from selfkd.specialists import cluster_classes
-from selfkd.storage import as_path
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.remote import as_path
 from selfkd.train import evaluate
 
 TIMED_SECONDS = 0.5

@@ -18,11 +18,11 @@ from rich.console import Console
 
 from selfkd.console import make_console, print_rows
 from selfkd.errors import ConfigError
-from selfkd.files import save_text
 from selfkd.reporting.read import Run, read_run
 from selfkd.reporting.tables import Table
 from selfkd.reporting.watch import REPORT
-from selfkd.storage import as_path
+from selfkd.storage.files import save_text
+from selfkd.storage.remote import as_path
 
 FAILED, USAGE = 1, 2
 COMPARISON = "comparison.html"

@@ -29,9 +29,9 @@ from selfkd.analysis.statistics import Interval
 from selfkd.config import Config
 from selfkd.console import make_console
 from selfkd.errors import ConfigError
-from selfkd.files import load_json
 from selfkd.ledger import RunFolder
-from selfkd.storage import as_path
+from selfkd.storage.files import load_json
+from selfkd.storage.remote import as_path
 
 USAGE = 2
 KEYS = ("distill.temperature", "distill.alpha")

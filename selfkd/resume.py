@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from selfkd.files import fetch, patiently, replace
 from selfkd.jobs import CHECKPOINT, Row
 from selfkd.ranks import Ranks
+from selfkd.storage.files import fetch, patiently, replace
 
 DAMAGED: tuple[type[Exception], ...] = (
     *(OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError),

@@ -12,11 +12,11 @@ from torch import Tensor
 from selfkd.analysis import metrics
 from selfkd.analysis.statistics import mcnemar, mean_over_images
 from selfkd.bench import Bench, Split
-from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import Tree
 from selfkd.jobs import Row
 from selfkd.models import parameters_count
-from selfkd.storage import as_path
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.remote import as_path
 
 SPLITS: tuple[Split, Split] = ("val", "test")  # what is predicted and kept
 

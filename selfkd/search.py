@@ -33,10 +33,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import placement_group_table
 
-from selfkd.files import patiently
 from selfkd.group import TRAIN, Group, JobError, Room, WorkerLostError
 from selfkd.jobs import EarlyStopping, Job, Jobs, Outcome, Row, load_entry
-from selfkd.storage import as_path
+from selfkd.storage.files import patiently
+from selfkd.storage.remote import as_path
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
 HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits

@@ -14,11 +14,11 @@ from selfkd.config import Config, to_tree
 from selfkd.console import count
 from selfkd.curve import compare_size, judge, mean_gain, tell_curve
 from selfkd.errors import ConfigError
-from selfkd.files import save_json
 from selfkd.jobs import Executor, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.space import Point, Points
-from selfkd.storage import as_path
+from selfkd.storage.files import save_json
+from selfkd.storage.remote import as_path
 from selfkd.trials import Plan, Stage, make_proposer, ranked, run_stage, trial_seed
 
 DISTILL = ("distill.temperature", "distill.alpha")

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from selfkd.checkpoint import load_tensors, save_tensors
-from selfkd.files import fetch, load_json, patiently, save_json
 from selfkd.losses.sparse import SparseLogits
-from selfkd.storage import as_path
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.files import fetch, load_json, patiently, save_json
+from selfkd.storage.remote import as_path
 
 DEFAULT_SHARD = 16_384
 """Images a shard."""
@@ -39,7 +39,7 @@ _VERSION = 1
 _MAPS = 16_384  # files mapped at once; Linux allows a process 65,530 mappings
 _DAY = 86_400.0
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # as selfkd.files.replace names them
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # as selfkd.storage.files.replace names them
 _CHECKED: set[tuple[object, ...]] = set()  # what identifies the shards that were whole
 
 

@@ -21,7 +21,7 @@ from selfkd import capacity, ensemble, generations, study
 from selfkd.command import FAILED, INTERRUPTED, USAGE, interruptible, relative_paths
 from selfkd.config import load_config, parse_yaml
 from selfkd.errors import ConfigError
-from selfkd.storage import PLAIN_URI, has_password
+from selfkd.storage.remote import PLAIN_URI, has_password
 
 if TYPE_CHECKING:
     from selfkd.remote import End

@@ -16,8 +16,8 @@ from torch import Tensor
 from selfkd.bench import Bench
 from selfkd.config import from_tree, merge_settings, to_tree
 from selfkd.console import make_console
-from selfkd.files import remove_tree
-from selfkd.storage import as_path
+from selfkd.storage.files import remove_tree
+from selfkd.storage.remote import as_path
 from selfkd.store import (
     Manifest,
     SoftTargets,

@@ -11,7 +11,6 @@ from torch import nn
 
 from selfkd import members, scores
 from selfkd.bench import Bench, Split
-from selfkd.checkpoint import load_tensors
 from selfkd.classifier import train_classifier
 from selfkd.config import ModelConfig, Tree, from_tree
 from selfkd.data import fingerprint
@@ -19,7 +18,8 @@ from selfkd.functions import load_function
 from selfkd.jobs import Row
 from selfkd.loop import Trial, run_function
 from selfkd.models import parameters_count
-from selfkd.storage import as_path
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.remote import as_path
 from selfkd.store import check_shard, remember_user, write_shard
 from selfkd.train import make_optimizer
 

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 
 from selfkd.config import Config, ModelConfig, to_tree
 from selfkd.errors import RunError
-from selfkd.files import load_json, save_json
 from selfkd.jobs import CHECKPOINT, Batch, EarlyStopping, Executor, Job, Outcome, Row
 from selfkd.ledger import RunFolder
 from selfkd.space import Distribution, Optuna, Point, Points, Proposer, make_points
-from selfkd.storage import as_path
+from selfkd.storage.files import load_json, save_json
+from selfkd.storage.remote import as_path
 
 ATTEMPTS = 2  # at a part that fails, beside what the executor does for dead workers
 

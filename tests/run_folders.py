@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.config import dump_config, load_config
-from selfkd.files import save_json, save_text
+from selfkd.storage.files import save_json, save_text
 
 Row = dict[str, Any]
 DATA: Row = {

@@ -14,8 +14,8 @@ import pytest
 
 from selfkd.budget import Budget, budget, main, measured, tell_budget
 from selfkd.config import load_config
-from selfkd.files import save_json
 from selfkd.ledger import RunFolder
+from selfkd.storage.files import save_json
 
 TOKENS = ["--teacher", "10", "--student", "0.5", "--per", "1e6", "--items", "1e9"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from selfkd.capacity import main
-from selfkd.files import load_json
 from selfkd.report import main as report
 from selfkd.response import main as response
+from selfkd.storage.files import load_json
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

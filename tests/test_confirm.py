@@ -11,14 +11,14 @@ import pytest
 from scipy import stats
 
 from selfkd.arms import Arm, confirm_seeds, pair, retrain
-from selfkd.checkpoint import load_tensors
 from selfkd.config import Config, load_config, to_tree
 from selfkd.confirm import confirm_generations, load_confirmations, stop_reason
 from selfkd.errors import RunError
-from selfkd.files import load_json
 from selfkd.jobs import InProcess, Job, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import load_json
 from selfkd.trial import run_job
 from selfkd.trials import Plan
 

@@ -13,12 +13,12 @@ from scipy.stats import ttest_rel
 
 from selfkd.arms import confirm_seeds
 from selfkd.bench import Bench
-from selfkd.checkpoint import load_tensors
 from selfkd.config import Config, load_config, to_tree
-from selfkd.files import load_json
 from selfkd.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import load_json
 from selfkd.trial import run_job
 
 TINY = [

@@ -14,10 +14,10 @@ from wandb_server import KEY
 
 from selfkd import dashboard
 from selfkd.config import load_config
-from selfkd.files import load_json
 from selfkd.jobs import InProcess
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
+from selfkd.storage.files import load_json
 from selfkd.tracking.rows import generation_row
 from selfkd.trial import run_job
 

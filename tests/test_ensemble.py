@@ -14,8 +14,8 @@ import pytest
 from wandb_files import history
 
 from selfkd.ensemble import main
-from selfkd.files import load_json
 from selfkd.ledger import RunFolder
+from selfkd.storage.files import load_json
 
 TINY = ["model.args={width: 4}", "train.epochs=3", "search.trials=2", "confirm.seeds=2"]
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from selfkd.checkpoint import save_tensors
 from selfkd.config import dump_config, load_config
 from selfkd.data import load_data
+from selfkd.storage.checkpoint import save_tensors
 
 PLAIN = "plain_loop.py"
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -11,14 +11,14 @@ import pytest
 import torch
 from scipy import stats
 
-from selfkd.checkpoint import load_tensors
 from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiment import check_study, experiment, trainings
-from selfkd.files import load_json
 from selfkd.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import load_json
 from selfkd.trial import run_job
 
 RunJob = Callable[[str, Mapping[str, Any]], Iterator[Row]]

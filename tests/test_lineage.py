@@ -10,10 +10,10 @@ import pytest
 
 from selfkd.config import Config, load_config
 from selfkd.errors import ConfigError, RunError
-from selfkd.files import load_json
 from selfkd.jobs import InProcess, Job, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
+from selfkd.storage.files import load_json
 from selfkd.trial import run_job
 from selfkd.trials import trial_seed
 

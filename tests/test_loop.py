@@ -16,14 +16,14 @@ from torch.nn.parallel import DataParallel
 
 import selfkd
 from selfkd import Ensemble, Teacher
-from selfkd.checkpoint import load_tensors
 from selfkd.config import load_config
-from selfkd.files import load_json
 from selfkd.functions import function_reference, load_function
 from selfkd.generations import main
 from selfkd.jobs import Row
 from selfkd.loop import Trial, run_function
 from selfkd.losses.logits import logit_mse
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import load_json
 from selfkd.terms import LogitTerm
 from selfkd.train import fit
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from rank_jobs import on_ranks, train_together
 
-from selfkd.checkpoint import load_tensors
 from selfkd.config import load_config, to_tree
 from selfkd.data import Data, Split
 from selfkd.jobs import Row
 from selfkd.ranks import Ranks
+from selfkd.storage.checkpoint import load_tensors
 from selfkd.trial import run_job
 
 RANKS = 3

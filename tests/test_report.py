@@ -14,7 +14,7 @@ import pytest
 from run_folders import DATA, capacity_run, ensemble_run, generations_run, study_run
 
 from selfkd import report
-from selfkd.storage import PLAIN_URI
+from selfkd.storage.remote import PLAIN_URI
 
 BASE, OTHER = ("run-a", {}), ("run-b", {"lift": 0.01, "settings": ("train.lr=0.1",)})
 

@@ -13,9 +13,9 @@ import pytest
 from selfkd.analysis.response import Effect
 from selfkd.analysis.statistics import Interval
 from selfkd.config import load_config
-from selfkd.files import save_json
 from selfkd.ledger import RunFolder
 from selfkd.response import find_responses, main, read_stages, tell_effect
+from selfkd.storage.files import save_json
 
 
 def make_run(

@@ -13,10 +13,10 @@ from scipy.special import rel_entr, softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
 from selfkd.bench import Bench
-from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import ModelConfig, load_config, to_tree
 from selfkd.jobs import Row
 from selfkd.scores import compare_errors, contrast, diagnosis, score
+from selfkd.storage.checkpoint import load_tensors, save_tensors
 
 CONFIG = to_tree(load_config(settings=["model={name: selfkd_mlp, args: {width: 16, depth: 1}}"]))
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from selfkd.budget import measured
-from selfkd.checkpoint import load_tensors
 from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError
-from selfkd.files import load_json
 from selfkd.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.response import read_stages
 from selfkd.sizes import check_sizes, grow, trainings
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import load_json
 from selfkd.trial import run_job
 
 TINY = [

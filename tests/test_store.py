@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from scipy.special import logsumexp, softmax
 
-from selfkd import checkpoint, store
-from selfkd.checkpoint import load_tensors, save_tensors
+from selfkd import store
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.remote import checkpoint
 from selfkd.store import (
     Manifest,
     check_shard,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from selfkd.files import load_json
 from selfkd.report import main as report
+from selfkd.storage.files import load_json
 from selfkd.study import main
 
 STUDY = """

@@ -12,10 +12,10 @@ from sklearn.metrics import log_loss
 
 from selfkd import bench as bench_module
 from selfkd.analysis.metrics import ece
-from selfkd.checkpoint import load_tensors, save_tensors, tensors_hash
 from selfkd.config import load_config, to_tree
 from selfkd.data import load_data
 from selfkd.errors import NonFiniteLossError
+from selfkd.storage.checkpoint import load_tensors, save_tensors, tensors_hash
 from selfkd.trial import run_job
 from selfkd.views import Views
 

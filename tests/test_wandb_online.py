@@ -22,7 +22,7 @@ import wandb
 from wandb_server import KEY, WandbServer
 
 from selfkd.config import load_config
-from selfkd.files import save_json
+from selfkd.storage.files import save_json
 from selfkd.tracking import WandbTracker, make_tracker
 from selfkd.tracking import runs as tracking_runs
 

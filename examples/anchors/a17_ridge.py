@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from selfkd.checkpoint import load_tensors
 from selfkd.ledger import RunFolder
 from selfkd.loop import Trial
+from selfkd.storage.checkpoint import load_tensors
 
 Array = NDArray[np.float64]
 

@@ -17,7 +17,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from selfkd.files import save_text
 from selfkd.reporting import diagnoses, tables, words
 from selfkd.reporting.lineages import generation_sections
 from selfkd.reporting.panels import Section
@@ -27,6 +26,7 @@ from selfkd.reporting.students import compression_sections
 from selfkd.reporting.tables import Table
 from selfkd.reporting.theme import generation_colour
 from selfkd.reporting.watch import REPORT
+from selfkd.storage.files import save_text
 
 KINDS: Mapping[str, tuple[str, Callable[[Run], Iterable[Section]]]] = {
     "generations": ("born-again generations", generation_sections),

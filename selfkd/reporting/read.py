@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from selfkd.config import from_tree, parse_yaml
 from selfkd.errors import ConfigError
-from selfkd.files import load_json
 from selfkd.reporting.schema import (
     Compression,
     Confirmation,
@@ -25,6 +24,7 @@ from selfkd.reporting.schema import (
     Study,
     Trial,
 )
+from selfkd.storage.files import load_json
 
 Tree = Mapping[str, Any]
 P = TypeVar("P", bound=Part)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.config import Config
-from selfkd.files import fetch, load_json
 from selfkd.jobs import Row
-from selfkd.storage import RemotePath, as_path
+from selfkd.storage.files import fetch, load_json
+from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tracking.logged import LoggedRun, make_artifact
 
 FACTS = (

@@ -99,11 +99,11 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
     from selfkd.command import everyone
     from selfkd.config import load_config
     from selfkd.console import Follower, make_console
-    from selfkd.files import load_json
     from selfkd.jobs import Batch, Job
     from selfkd.ledger import RunFolder
     from selfkd.lineage import born_again
     from selfkd.search import Pool
+    from selfkd.storage.files import load_json
 
     start = time.perf_counter()
     cluster = Cluster(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selfkd.checkpoint import load_tensors
-from selfkd.files import load_json
 from selfkd.ledger import RunFolder
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import load_json
 
 CLOCK = {"seconds", "train_seconds"}
 

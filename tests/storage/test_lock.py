@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from selfkd import lock
 from selfkd.command import interruptible
 from selfkd.errors import LockedError
-from selfkd.files import save_json
-from selfkd.lock import Lock
+from selfkd.storage.files import save_json
+from selfkd.storage.lock import Lock
+from selfkd.storage.remote import lock
 
-HOLD = "import sys, time; from pathlib import Path; from selfkd.lock import Lock\n" \
+HOLD = "import sys, time; from pathlib import Path; from selfkd.storage.lock import Lock\n" \
     "with Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfkd.storage import RemotePath
+from selfkd.storage.remote import RemotePath
 
 PATIENCE = float(os.environ.get("SELFKD_PATIENCE", "120"))
 """Seconds that a storage which is full, read-only or away is waited for."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selfkd.checkpoint import load_tensors, save_tensors, tensors_hash
+from selfkd.storage.checkpoint import load_tensors, save_tensors, tensors_hash
 
 DTYPES = [
     torch.float64,
@@ -187,7 +187,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         Path(beside).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("selfkd.checkpoint.save_file", fail)
+    monkeypatch.setattr("selfkd.storage.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_tensors(path, {"x": torch.zeros(1)}, {"version": 2})
     assert load_tensors(path)[1]["version"] == 1

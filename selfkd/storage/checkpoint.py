@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfkd.files import fetch, patiently, replace
+from selfkd.storage.files import fetch, patiently, replace
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -16,15 +16,15 @@ import pytest
 import torch
 from s3_server import BUCKET, s3_server
 
-from selfkd.checkpoint import load_tensors, save_tensors
 from selfkd.config import Config
 from selfkd.errors import ConfigError
-from selfkd.files import fetch, link, load_json, remove_tree, replace, save_json
 from selfkd.ledger import RunFolder
-from selfkd.lock import Lock
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress
-from selfkd.storage import RemotePath, _file_system, as_path
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.files import fetch, link, load_json, remove_tree, replace, save_json
+from selfkd.storage.lock import Lock
+from selfkd.storage.remote import RemotePath, _file_system, as_path
 from selfkd.store import (
     Manifest,
     check_shard,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from selfkd import files
-from selfkd.files import load_json, patiently, replace, save_json, save_text
+from selfkd.storage.files import load_json, patiently, replace, save_json, save_text
+from selfkd.storage.remote import files
 
 
 def test_a_file_and_its_folder_are_made(tmp_path):
@@ -169,7 +169,7 @@ def test_a_disk_that_fails_for_a_while(tmp_path, fault):
     script = f"""
 import os, subprocess, sys, threading
 from pathlib import Path
-from selfkd.files import save_text
+from selfkd.storage.files import save_text
 disk = Path(sys.argv[1])
 def mount(*options):
     subprocess.run(["mount", *options, "-t", "tmpfs", "tmpfs", str(disk)], check=True)

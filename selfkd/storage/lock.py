@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from selfkd.errors import LockedError
-from selfkd.files import load_json, save_json
+from selfkd.storage.files import load_json, save_json
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 20.0

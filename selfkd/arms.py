@@ -14,10 +14,10 @@ from typing import Protocol
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
 from selfkd.analysis.verdicts import count_seeds
-from selfkd.config import Config, to_tree
+from selfkd.config.schema import Config, to_tree
+from selfkd.config.space import Points
 from selfkd.jobs import Executor, Job, Row
 from selfkd.ledger import RunFolder
-from selfkd.space import Points
 from selfkd.trials import Listener, Plan, Stage, run_all, run_stages, trial_seed
 
 TITLE = "confirmation on fresh seeds"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
+from selfkd.config.schema import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.data import Data, load_data
 from selfkd.models import make_model, parameters_count
 from selfkd.specialists import Specialist, combine

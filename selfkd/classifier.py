@@ -11,7 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from selfkd.bench import Bench
-from selfkd.config import TrainConfig, to_tree
+from selfkd.config.schema import TrainConfig, to_tree
 from selfkd.data import Data
 from selfkd.distiller import Distiller, Loss
 from selfkd.errors import NonFiniteLossError

@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.config import Config, load_config, merge_settings
+from selfkd.config.schema import Config, load_config, merge_settings
 from selfkd.console import Follower, make_console
 from selfkd.environment import record
 from selfkd.errors import ConfigError, LockedError

@@ -19,11 +19,11 @@ from selfkd.arms import (
     remove_students,
     retrain,
 )
-from selfkd.config import Config, Control, to_tree
+from selfkd.config.schema import Config, Control, to_tree
+from selfkd.config.space import Distribution, Point
 from selfkd.confirm import labels_only
 from selfkd.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
-from selfkd.space import Distribution, Point
 from selfkd.storage.files import load_json, save_json
 from selfkd.storage.remote import as_path
 from selfkd.trials import (

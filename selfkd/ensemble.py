@@ -10,7 +10,7 @@ from rich.console import Console
 
 from selfkd.command import Command, add_members, base_parser, everyone
 from selfkd.compression import check_members, compress, finished, tell_members
-from selfkd.config import Config
+from selfkd.config.schema import Config
 from selfkd.console import Follower, make_ensemble_table, print_table
 from selfkd.jobs import Executor
 from selfkd.ledger import RunFolder

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from selfkd.command import Command, base_parser, everyone, inside_job
-from selfkd.config import Config
+from selfkd.config.schema import Config
 from selfkd.console import (
     Follower,
     make_confirmation_table,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from selfkd.config import Config, differences, dump_config, flat, from_tree, parse_yaml
+from selfkd.config.schema import Config, differences, dump_config, flat, from_tree, parse_yaml
 from selfkd.errors import ConfigError
 from selfkd.jobs import Row
 from selfkd.storage.files import cache_folder, link, load_json, save_json, save_text

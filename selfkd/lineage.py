@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from selfkd.config import Config, to_tree
+from selfkd.config.schema import Config, to_tree
+from selfkd.config.space import Point
 from selfkd.confirm import (
     ConfirmListener,
     baseline_row,
@@ -22,7 +23,6 @@ from selfkd.controls import run_controls
 from selfkd.errors import ConfigError
 from selfkd.jobs import OWN, Executor, Row, run_one
 from selfkd.ledger import RunFolder
-from selfkd.space import Point
 from selfkd.storage.files import link, load_json, save_json
 from selfkd.trials import (
     Plan,

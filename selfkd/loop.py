@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn, set_num_threads
 
-from selfkd.config import Config, ModelConfig
+from selfkd.config.schema import Config, ModelConfig
 from selfkd.distiller import Distiller
 from selfkd.jobs import CHECKPOINT, OWN, Row
 from selfkd.layers import check_whole, unwrap

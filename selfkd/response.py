@@ -26,7 +26,7 @@ from selfkd.analysis.response import (
     unfit,
 )
 from selfkd.analysis.statistics import Interval
-from selfkd.config import Config
+from selfkd.config.schema import Config
 from selfkd.console import make_console
 from selfkd.errors import ConfigError
 from selfkd.ledger import RunFolder

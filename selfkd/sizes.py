@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from selfkd.compression import CompressionListener, measure_models, teach
-from selfkd.config import Config, to_tree
+from selfkd.config.schema import Config, to_tree
+from selfkd.config.space import Point, Points
 from selfkd.console import count
 from selfkd.curve import compare_size, judge, mean_gain, tell_curve
 from selfkd.errors import ConfigError
 from selfkd.jobs import Executor, Row, run_one
 from selfkd.ledger import RunFolder
-from selfkd.space import Point, Points
 from selfkd.storage.files import save_json
 from selfkd.storage.remote import as_path
 from selfkd.trials import Plan, Stage, make_proposer, ranked, run_stage, trial_seed

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from selfkd.command import Command, base_parser, everyone
 from selfkd.compression import finished
-from selfkd.config import Config
+from selfkd.config.schema import Config
 from selfkd.console import Follower, count, print_rows
 from selfkd.experiment import check_study, experiment, trainings
 from selfkd.jobs import Executor, Row

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from selfkd.bench import Bench
-from selfkd.config import from_tree, merge_settings, to_tree
+from selfkd.config.schema import from_tree, merge_settings, to_tree
 from selfkd.console import make_console
 from selfkd.storage.files import remove_tree
 from selfkd.storage.remote import as_path

@@ -12,7 +12,7 @@ from torch import nn
 from selfkd import members, scores
 from selfkd.bench import Bench, Split
 from selfkd.classifier import train_classifier
-from selfkd.config import ModelConfig, Tree, from_tree
+from selfkd.config.schema import ModelConfig, Tree, from_tree
 from selfkd.data import fingerprint
 from selfkd.functions import load_function
 from selfkd.jobs import Row

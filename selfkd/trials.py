@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from selfkd.config import Config, ModelConfig, to_tree
+from selfkd.config.schema import Config, ModelConfig, to_tree
+from selfkd.config.space import Distribution, Optuna, Point, Points, Proposer, make_points
 from selfkd.errors import RunError
 from selfkd.jobs import CHECKPOINT, Batch, EarlyStopping, Executor, Job, Outcome, Row
 from selfkd.ledger import RunFolder
-from selfkd.space import Distribution, Optuna, Point, Points, Proposer, make_points
 from selfkd.storage.files import load_json, save_json
 from selfkd.storage.remote import as_path
 

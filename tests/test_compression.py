@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from scipy.special import softmax
 
 from selfkd.compression import compress, find_members, finished
-from selfkd.config import Config, load_config
+from selfkd.config.schema import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
 from selfkd.jobs import InProcess, Row

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from selfkd.arms import Arm, confirm_seeds, pair, retrain
-from selfkd.config import Config, load_config, to_tree
+from selfkd.config.schema import Config, load_config, to_tree
 from selfkd.confirm import confirm_generations, load_confirmations, stop_reason
 from selfkd.errors import RunError
 from selfkd.jobs import InProcess, Job, Row

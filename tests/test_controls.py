@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 
 from selfkd.arms import confirm_seeds
 from selfkd.bench import Bench
-from selfkd.config import Config, load_config, to_tree
+from selfkd.config.schema import Config, load_config, to_tree
 from selfkd.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished

@@ -13,7 +13,7 @@ import pytest
 from wandb_server import KEY
 
 from selfkd import dashboard
-from selfkd.config import load_config
+from selfkd.config.schema import load_config
 from selfkd.jobs import InProcess
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again

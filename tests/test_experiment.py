@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from selfkd.config import Config, load_config
+from selfkd.config.schema import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiment import check_study, experiment, trainings

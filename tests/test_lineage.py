@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from selfkd.config import Config, load_config
+from selfkd.config.schema import Config, load_config
 from selfkd.errors import ConfigError, RunError
 from selfkd.jobs import InProcess, Job, Row
 from selfkd.ledger import RunFolder

@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel
 
 import selfkd
 from selfkd import Ensemble, Teacher
-from selfkd.config import load_config
+from selfkd.config.schema import load_config
 from selfkd.functions import function_reference, load_function
 from selfkd.generations import main
 from selfkd.jobs import Row

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rank_jobs import on_ranks, train_together
 
-from selfkd.config import load_config, to_tree
+from selfkd.config.schema import load_config, to_tree
 from selfkd.data import Data, Split
 from selfkd.jobs import Row
 from selfkd.ranks import Ranks

@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from selfkd.config import load_config, to_tree
+from selfkd.config.schema import load_config, to_tree
+from selfkd.config.space import Points
 from selfkd.jobs import CHECKPOINT, InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
 from selfkd.loop import Trial, run_function
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress
-from selfkd.space import Points
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.train import Training, make_average, make_optimizer, make_scheduler

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from selfkd.budget import measured
-from selfkd.config import Config, load_config
+from selfkd.config.schema import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError
 from selfkd.jobs import InProcess, Row

@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss
 
 from selfkd import bench as bench_module
 from selfkd.analysis.metrics import ece
-from selfkd.config import load_config, to_tree
+from selfkd.config.schema import load_config, to_tree
 from selfkd.data import load_data
 from selfkd.errors import NonFiniteLossError
 from selfkd.storage.checkpoint import load_tensors, save_tensors, tensors_hash

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from selfkd.config import ModelConfig, TrainConfig, load_config
+from selfkd.config.schema import ModelConfig, TrainConfig, load_config
 from selfkd.jobs import InProcess
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again

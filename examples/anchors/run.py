@@ -23,7 +23,7 @@ from typing import Any
 from a17_ridge import compare
 from anchors import ANCHORS, RESULTS, RUNS, Row, Run
 
-from selfkd.config import Config, dump_config, from_tree, load_config, parse_yaml
+from selfkd.config.schema import Config, dump_config, from_tree, load_config, parse_yaml
 from selfkd.ledger import lasting
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfkd.config import from_tree, parse_yaml
+from selfkd.config.schema import from_tree, parse_yaml
 from selfkd.errors import ConfigError
 from selfkd.reporting.schema import (
     Compression,

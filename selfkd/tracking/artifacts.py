@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.config import Config
+from selfkd.config.schema import Config
 from selfkd.jobs import Row
 from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path

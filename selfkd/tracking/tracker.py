@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfkd.analysis.verdicts import compare, count_seeds
-from selfkd.config import Config, to_tree
+from selfkd.config.schema import Config, to_tree
 from selfkd.errors import ConfigError
 from selfkd.jobs import Row
 from selfkd.storage.files import fetch, load_json

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfkd.config import load_config
+from selfkd.config.schema import load_config
 from selfkd.functions import load_function
 from selfkd.jobs import InProcess
 from selfkd.ledger import RunFolder

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from selfkd import Distiller, Ensemble, make_model
 from selfkd.bench import Bench
-from selfkd.config import ModelConfig, load_config, to_tree
+from selfkd.config.schema import ModelConfig, load_config, to_tree
 from selfkd.data import Data, load_data
 from selfkd.jobs import Batch, Job
 from selfkd.store import Manifest, data_key, open_store, write_shard

@@ -97,7 +97,7 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
     from ray.cluster_utils import Cluster
 
     from selfkd.command import everyone
-    from selfkd.config import load_config
+    from selfkd.config.schema import load_config
     from selfkd.console import Follower, make_console
     from selfkd.jobs import Batch, Job
     from selfkd.ledger import RunFolder

@@ -130,7 +130,7 @@ def test_a_damaged_lock_is_no_lock(tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_a_folder_that_is_worked_on(tmp_path: Path) -> None:
-    from selfkd.config import Config
+    from selfkd.config.schema import Config
     from selfkd.generations import main
     from selfkd.ledger import RunFolder
 

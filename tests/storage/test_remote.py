@@ -16,7 +16,7 @@ import pytest
 import torch
 from s3_server import BUCKET, s3_server
 
-from selfkd.config import Config
+from selfkd.config.schema import Config
 from selfkd.errors import ConfigError
 from selfkd.ledger import RunFolder
 from selfkd.ranks import Ranks
@@ -203,7 +203,7 @@ def test_one_driver_at_a_time(root: Path) -> None:
     ],
 )
 def test_bad_uris(setting: str, message: str) -> None:
-    from selfkd.config import load_config
+    from selfkd.config.schema import load_config
 
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(settings=[setting])

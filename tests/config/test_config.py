@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from selfkd.config import (
+from selfkd.config.schema import (
     RESERVED_ARGS,
     Config,
     DataConfig,
@@ -22,8 +22,8 @@ from selfkd.config import (
     parse_yaml,
     to_tree,
 )
+from selfkd.config.space import Distribution
 from selfkd.errors import ConfigError
-from selfkd.space import Distribution
 
 
 @pytest.fixture
@@ -374,7 +374,7 @@ def test_a_file_that_is_no_config(write, text, message):
         "!!python/object/apply:os.system ['touch {}']",
         "name: !!python/object/apply:os.system ['touch {}']",
         "name: !!python/name:os.system",
-        "name: !!python/object:selfkd.config.Config {{}}",
+        "name: !!python/object:selfkd.config.schema.Config {{}}",
     ],
 )
 def test_yaml_makes_no_python_objects(write, tmp_path, text):

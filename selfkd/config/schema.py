@@ -23,8 +23,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from selfkd.config.space import Distribution, Point
 from selfkd.errors import ConfigError
-from selfkd.space import Distribution, Point
 from selfkd.storage.remote import PLAIN_URI, has_password
 
 Tree = dict[str, Any]

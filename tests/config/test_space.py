@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from scipy.stats import qmc
 
-from selfkd.space import Distribution, Optuna, Points, make_points
+from selfkd.config.space import Distribution, Optuna, Points, make_points
 
 LR = Distribution("loguniform", (1e-4, 1.0))
 ALPHA = Distribution("uniform", (0, 1))

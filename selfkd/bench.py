@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from selfkd.config.schema import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.data import Data, load_data
+from selfkd.data.augmentation import Views
 from selfkd.models import make_model, parameters_count
 from selfkd.specialists import Specialist, combine
 from selfkd.storage.checkpoint import load_tensors, save_tensors
@@ -21,7 +22,6 @@ from selfkd.storage.remote import as_path
 from selfkd.store import Manifest, data_key
 from selfkd.teacher import Teacher
 from selfkd.train import predict
-from selfkd.views import Views
 
 AUGMENTED_VIEWS = 8
 Split = Literal["train", "val", "test"]

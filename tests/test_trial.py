@@ -14,10 +14,10 @@ from selfkd import bench as bench_module
 from selfkd.analysis.metrics import ece
 from selfkd.config.schema import load_config, to_tree
 from selfkd.data import load_data
+from selfkd.data.augmentation import Views
 from selfkd.errors import NonFiniteLossError
 from selfkd.storage.checkpoint import load_tensors, save_tensors, tensors_hash
 from selfkd.trial import run_job
-from selfkd.views import Views
 
 TINY = (
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from selfkd.data.augmentation import Views
 from selfkd.ranks import Ranks
-from selfkd.views import Views
 
 from .stream import Stream
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from selfkd.views import random_bits
+from selfkd.data.augmentation import random_bits
 
 _VAL, _TEST, _TRAIN = -1, -2, -3  # streams of their own; views count up from 0
 

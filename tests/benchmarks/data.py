@@ -19,7 +19,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from selfkd.data import Data, load_data
-from selfkd.views import Views
+from selfkd.data.augmentation import Views
 
 TARGET = 1.5
 

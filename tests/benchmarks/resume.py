@@ -18,12 +18,12 @@ from statistics import median
 import torch
 
 from selfkd.data import Data, Split
+from selfkd.data.augmentation import Views
 from selfkd.distiller import Distiller
 from selfkd.models import make_model
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress
 from selfkd.train import Training, fit, make_average, make_optimizer, make_scheduler
-from selfkd.views import Views
 
 CIFAR = 50_000
 TARGET = 0.03

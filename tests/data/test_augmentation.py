@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
-from selfkd.views import Views, random_bits
+from selfkd.data.augmentation import Views, random_bits
 
 RECIPES = [
     Views(jitter=2, count=8),

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import selfkd.data.load
 from selfkd.data import Data, Split, batches, load_data
+from selfkd.data.augmentation import Views
 from selfkd.data.splits import divide, subset
-from selfkd.views import Views
 
 DATA = os.environ.get("SELFKD_DATA")
 CLASSES = ("ant", "bee", "cat")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from selfkd import Distiller
 from selfkd.data import Data, load_data
+from selfkd.distill.terms import FeatureTerm, LogitTerm
 from selfkd.losses.features import attention_transfer
 from selfkd.losses.logits import dist_loss
-from selfkd.terms import FeatureTerm, LogitTerm
 
 EPOCHS, BATCH, NARROW, WIDE = 12, 25, 6, 24
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from selfkd.distiller import Distiller as Distiller
+    from selfkd.distill.distiller import Distiller as Distiller
+    from selfkd.distill.teacher import Ensemble as Ensemble
+    from selfkd.distill.teacher import Teacher as Teacher
     from selfkd.generations import run_generations as generations
     from selfkd.generations import run_generations as run_generations
     from selfkd.losses import distillation_loss as distillation_loss
     from selfkd.models import make_model as make_model
-    from selfkd.teacher import Ensemble as Ensemble
-    from selfkd.teacher import Teacher as Teacher
 
 # imported when asked for: the command line starts without torch
 _HOMES = {
-    "Distiller": "selfkd.distiller",
-    "Ensemble": "selfkd.teacher",
-    "Teacher": "selfkd.teacher",
+    "Distiller": "selfkd.distill.distiller",
+    "Ensemble": "selfkd.distill.teacher",
+    "Teacher": "selfkd.distill.teacher",
     "distillation_loss": "selfkd.losses",
     "make_model": "selfkd.models",
     "run_generations": "selfkd.generations",

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from selfkd.config.schema import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.data import Data, load_data
 from selfkd.data.augmentation import Views
+from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
 from selfkd.specialists import Specialist, combine
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path
 from selfkd.store import Manifest, data_key
-from selfkd.teacher import Teacher
 from selfkd.train import predict
 
 AUGMENTED_VIEWS = 8

@@ -13,7 +13,8 @@ from torch import nn
 from selfkd.bench import Bench
 from selfkd.config.schema import TrainConfig, to_tree
 from selfkd.data import Data
-from selfkd.distiller import Distiller, Loss
+from selfkd.distill.distiller import Distiller, Loss
+from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.jobs import Row
 from selfkd.knowledge import ConfidenceWeighted, Knowledge, PermutedTargets, VirtualTargets
@@ -22,7 +23,6 @@ from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.store import open_store
-from selfkd.teacher import Ensemble
 from selfkd.train import Training, fit, make_average, make_optimizer, make_scheduler
 
 

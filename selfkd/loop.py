@@ -16,17 +16,17 @@ from typing import Any
 from torch import nn, set_num_threads
 
 from selfkd.config.schema import Config, ModelConfig
-from selfkd.distiller import Distiller
+from selfkd.distill.distiller import Distiller
+from selfkd.distill.features import check_whole, unwrap
+from selfkd.distill.teacher import Ensemble, Teacher
+from selfkd.distill.terms import Term
 from selfkd.jobs import CHECKPOINT, OWN, Row
-from selfkd.layers import check_whole, unwrap
 from selfkd.ledger import lasting
 from selfkd.models import parameters_count
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
-from selfkd.teacher import Ensemble, Teacher
-from selfkd.terms import Term
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,8 @@ from torch.utils.benchmark import Timer
 
 from selfkd.analysis import metrics
 from selfkd.bench import Bench, Split
-from selfkd.blends import average_weights, fit_weights, greedy_soup
 from selfkd.config.schema import CheckpointConfig, ModelConfig, Tree, parse_yaml
+from selfkd.distill.averaging import average_weights, fit_weights, greedy_soup
 from selfkd.jobs import Row
 from selfkd.scores import SPLITS, load_predictions, measure_test
 from selfkd.specialists import cluster_classes

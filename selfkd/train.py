@@ -19,10 +19,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from selfkd.analysis import metrics
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
-from selfkd.distiller import Loss
+from selfkd.distill.distiller import Loss
+from selfkd.distill.teacher import Teacher
 from selfkd.errors import NonFiniteLossError
 from selfkd.ranks import Ranks
-from selfkd.teacher import Teacher
 
 Precision = Literal["none", "bfloat16", "float16"]
 EVAL_BATCH = 1000

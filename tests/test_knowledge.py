@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor
 
-from selfkd.distiller import Distiller
+from selfkd.distill.distiller import Distiller
 from selfkd.knowledge import ConfidenceWeighted, PermutedTargets, VirtualTargets
 from selfkd.losses.sparse import SparseLogits, sparsify
 

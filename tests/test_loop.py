@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel
 import selfkd
 from selfkd import Ensemble, Teacher
 from selfkd.config.schema import load_config
+from selfkd.distill.terms import LogitTerm
 from selfkd.functions import function_reference, load_function
 from selfkd.generations import main
 from selfkd.jobs import Row
@@ -24,7 +25,6 @@ from selfkd.loop import Trial, run_function
 from selfkd.losses.logits import logit_mse
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.terms import LogitTerm
 from selfkd.train import fit
 
 ROOT = Path(__file__).parents[1]

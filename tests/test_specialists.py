@@ -12,7 +12,7 @@ from torch import nn
 
 from selfkd.analysis import metrics
 from selfkd.data import Data, Split
-from selfkd.distiller import Distiller
+from selfkd.distill.distiller import Distiller
 from selfkd.specialists import (
     Specialist,
     _without_singletons,

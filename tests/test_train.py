@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from selfkd.analysis import metrics
 from selfkd.data import Data, Split, load_data
 from selfkd.data.augmentation import Views
-from selfkd.distiller import Distiller
+from selfkd.distill.distiller import Distiller
 from selfkd.errors import NonFiniteLossError
 from selfkd.models import make_model
 from selfkd.targets import SoftTargets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from selfkd.distiller import Distiller
+from selfkd.distill.distiller import Distiller
 
 
 def place(distiller: Distiller, device: torch.device) -> None:

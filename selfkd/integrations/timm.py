@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from selfkd.distiller import Distiller
+from selfkd.distill.distiller import Distiller
 from selfkd.integrations.common import check_processes, place
 
 try:

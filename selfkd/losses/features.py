@@ -2,7 +2,7 @@
 
 Each loss is a mean over the batch in float32 or wider, in autocast too. The teacher's tensors are
 detached. Gradients are finite also where a tensor is 0.
-`selfkd.layers.Features` captures what these losses compare.
+`selfkd.distill.features.Features` captures what these losses compare.
 """
 
 from __future__ import annotations

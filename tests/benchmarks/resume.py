@@ -19,7 +19,7 @@ import torch
 
 from selfkd.data import Data, Split
 from selfkd.data.augmentation import Views
-from selfkd.distiller import Distiller
+from selfkd.distill.distiller import Distiller
 from selfkd.models import make_model
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress

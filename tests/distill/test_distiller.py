@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selfkd.distiller import Distiller
+from selfkd.distill.distiller import Distiller
+from selfkd.distill.teacher import Ensemble, Teacher
+from selfkd.distill.terms import LogitTerm
 from selfkd.losses import SparseLogits, distillation_terms, sparse_terms, sparsify
 from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import logit_mse
-from selfkd.teacher import Ensemble, Teacher
-from selfkd.terms import LogitTerm
 
 BATCH, FEATURES, CLASSES = 6, 4, 3
 

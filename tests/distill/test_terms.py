@@ -18,11 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from selfkd import Distiller, Teacher
-from selfkd.layers import Features
+from selfkd.distill.features import Features
+from selfkd.distill.terms import FeatureTerm, LogitTerm
 from selfkd.losses.distillation import distillation_terms
 from selfkd.losses.features import attention_transfer, hint_loss
 from selfkd.losses.logits import dkd_loss, soft_cross_entropy
-from selfkd.terms import FeatureTerm, LogitTerm
 
 
 def make_net(width: int, *, inplace: bool = False) -> nn.Sequential:

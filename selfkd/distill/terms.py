@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfkd.layers import Features
+from selfkd.distill.features import Features
 from selfkd.losses.distillation import is_nan
 from selfkd.losses.features import Projection, hint_loss, reconcile
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from selfkd import Teacher
-from selfkd.layers import Features, copy_layers, unwrap
+from selfkd.distill.features import Features, copy_layers, unwrap
 
 
 class Block(nn.Module):

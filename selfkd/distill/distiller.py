@@ -11,11 +11,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from selfkd.distill.teacher import Teacher
+from selfkd.distill.terms import (
+    FeatureTerm,
+    FeatureTerms,
+    LogitTerm,
+    Term,
+    check_paths,
+    parse_terms,
+)
 from selfkd.losses import Average, distillation_terms
 from selfkd.losses.distillation import check_settings, hard_loss
 from selfkd.losses.sparse import SparseLogits, sparse_terms
-from selfkd.teacher import Teacher
-from selfkd.terms import FeatureTerm, FeatureTerms, LogitTerm, Term, check_paths, parse_terms
 
 
 class StoredLogits(Protocol):
@@ -57,7 +64,7 @@ class Distiller:
     Args:
         teacher: maps inputs to logits `[batch, classes]`, or `[members, batch, classes]` of an
             ensemble; called without gradients. Of an `nn.Module`, a frozen copy is taken
-            (`selfkd.teacher.Teacher`).
+            (`selfkd.distill.teacher.Teacher`).
         targets: maps `(index, view)` to stored logits of either shape, or to the largest of them
             (`SparseLogits`).
         temperature: T, above 0.

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.models import make_cnn
-from selfkd.teacher import Ensemble, Teacher
 
 
 def network(classes=4):

@@ -16,9 +16,7 @@ from torch import Tensor
 from selfkd.bench import Bench
 from selfkd.config.schema import from_tree, merge_settings, to_tree
 from selfkd.console import make_console
-from selfkd.storage.files import remove_tree
-from selfkd.storage.remote import as_path
-from selfkd.store import (
+from selfkd.soft_targets.store import (
     Manifest,
     SoftTargets,
     StoreInfo,
@@ -28,6 +26,8 @@ from selfkd.store import (
     sweep,
     unused,
 )
+from selfkd.storage.files import remove_tree
+from selfkd.storage.remote import as_path
 
 DIFFER, USAGE = 1, 2
 TOLERANCE = 0.01

@@ -18,9 +18,9 @@ from selfkd.functions import load_function
 from selfkd.jobs import Row
 from selfkd.loop import Trial, run_function
 from selfkd.models import parameters_count
+from selfkd.soft_targets.store import check_shard, remember_user, write_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
-from selfkd.store import check_shard, remember_user, write_shard
 from selfkd.train import make_optimizer
 
 METRICS = ("val_accuracy", "val_nll")  # of what `fit` reports, what is measured on validation

@@ -26,7 +26,7 @@ from selfkd.losses.sparse import SparseLogits, sparse_terms
 
 
 class StoredLogits(Protocol):
-    """What a store of soft targets does, such as `selfkd.store.SoftTargets`."""
+    """What a store of soft targets does, such as `selfkd.soft_targets.store.SoftTargets`."""
 
     def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
         """Return `[batch, classes]` or `[members, batch, classes]` for images `[batch]`."""

@@ -28,7 +28,7 @@ from selfkd.bench import Bench
 from selfkd.config.schema import ModelConfig, load_config, to_tree
 from selfkd.data import Data, load_data
 from selfkd.jobs import Batch, Job
-from selfkd.store import Manifest, data_key, open_store, write_shard
+from selfkd.soft_targets.store import Manifest, data_key, open_store, write_shard
 
 MEMBERS = 10
 BATCH = 128

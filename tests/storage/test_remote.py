@@ -21,11 +21,7 @@ from selfkd.errors import ConfigError
 from selfkd.ledger import RunFolder
 from selfkd.ranks import Ranks
 from selfkd.resume import Progress
-from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.files import fetch, link, load_json, remove_tree, replace, save_json
-from selfkd.storage.lock import Lock
-from selfkd.storage.remote import RemotePath, _file_system, as_path
-from selfkd.store import (
+from selfkd.soft_targets.store import (
     Manifest,
     check_shard,
     data_key,
@@ -34,6 +30,10 @@ from selfkd.store import (
     open_store,
     write_shard,
 )
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.files import fetch, link, load_json, remove_tree, replace, save_json
+from selfkd.storage.lock import Lock
+from selfkd.storage.remote import RemotePath, _file_system, as_path
 
 
 @pytest.fixture(scope="module")

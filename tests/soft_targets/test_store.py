@@ -17,10 +17,8 @@ import torch
 from safetensors import SafetensorError
 from scipy.special import logsumexp, softmax
 
-from selfkd import store
-from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.remote import checkpoint
-from selfkd.store import (
+from selfkd.soft_targets import store
+from selfkd.soft_targets.store import (
     Manifest,
     check_shard,
     data_key,
@@ -35,6 +33,8 @@ from selfkd.store import (
     unused,
     write_shard,
 )
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.remote import checkpoint
 
 IMAGES, CLASSES, SHARD = 20, 5, 7  # shards of 7, 7 and 6 images
 
@@ -724,7 +724,7 @@ _READER = """
 import sys
 from pathlib import Path
 import torch
-from selfkd.store import open_store
+from selfkd.soft_targets.store import open_store
 
 def own():
     lines = Path("/proc/self/status").read_text().splitlines()

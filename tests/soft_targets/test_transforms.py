@@ -9,8 +9,8 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 
 from selfkd.distill.distiller import Distiller
-from selfkd.knowledge import ConfidenceWeighted, PermutedTargets, VirtualTargets
 from selfkd.losses.sparse import SparseLogits, sparsify
+from selfkd.soft_targets.transforms import ConfidenceWeighted, PermutedTargets, VirtualTargets
 
 LOGITS = 3 * torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
 INDEX = torch.tensor([4, 40, 7, 11])

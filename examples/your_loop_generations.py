@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import selfkd
-from selfkd.loop import Trial
+from selfkd.training.trial import Trial
 
 LENGTH, EPOCHS, BATCH = 12, 12, 32
 

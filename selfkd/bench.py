@@ -21,7 +21,7 @@ from selfkd.specialists import Specialist, combine
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path
-from selfkd.train import predict
+from selfkd.training.fit import predict
 
 AUGMENTED_VIEWS = 8
 Split = Literal["train", "val", "test"]

@@ -17,7 +17,6 @@ from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.jobs import Row
-from selfkd.loop import Trial
 from selfkd.soft_targets.store import open_store
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
@@ -28,7 +27,8 @@ from selfkd.soft_targets.transforms import (
 from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
-from selfkd.train import Training, fit, make_average, make_optimizer, make_scheduler
+from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
+from selfkd.training.trial import Trial
 
 
 def train_classifier(

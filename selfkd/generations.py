@@ -30,11 +30,11 @@ from selfkd.console import (
     print_table,
 )
 from selfkd.errors import ConfigError
-from selfkd.functions import function_reference
 from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.tracking import NoTracker
+from selfkd.training.functions import function_reference
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,7 +85,7 @@ def run_generations(
     """Train born-again generations with a training function of your own.
 
     Args:
-        train_fn: takes a `selfkd.loop.Trial`; stands at the top level of a .py file, which the
+        train_fn: takes a `selfkd.training.trial.Trial`; stands at the top level of a .py file, which the
             workers import (so what it does when run stands under `if __name__ == "__main__"`).
             Or its reference, `path/file.py:name`.
         rounds: born-again generations after generation 0; `auto` stops by itself.

@@ -22,7 +22,7 @@ from selfkd.scores import SPLITS, load_predictions, measure_test
 from selfkd.specialists import cluster_classes
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
-from selfkd.train import evaluate
+from selfkd.training.fit import evaluate
 
 TIMED_SECONDS = 0.5
 CLUSTER_TEMPERATURE = 4.0

@@ -14,14 +14,14 @@ from selfkd.bench import Bench, Split
 from selfkd.classifier import train_classifier
 from selfkd.config.schema import ModelConfig, Tree, from_tree
 from selfkd.data import fingerprint
-from selfkd.functions import load_function
 from selfkd.jobs import Row
-from selfkd.loop import Trial, run_function
 from selfkd.models import parameters_count
 from selfkd.soft_targets.store import check_shard, remember_user, write_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
-from selfkd.train import make_optimizer
+from selfkd.training.fit import make_optimizer
+from selfkd.training.functions import load_function
+from selfkd.training.trial import Trial, run_function
 
 METRICS = ("val_accuracy", "val_nll")  # of what `fit` reports, what is measured on validation
 

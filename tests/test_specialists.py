@@ -21,7 +21,7 @@ from selfkd.specialists import (
     relabel,
     specialist_split,
 )
-from selfkd.train import Training, fit, predict
+from selfkd.training.fit import Training, fit, predict
 
 # Clusters
 

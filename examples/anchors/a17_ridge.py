@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from selfkd.ledger import RunFolder
-from selfkd.loop import Trial
 from selfkd.storage.checkpoint import load_tensors
+from selfkd.training.trial import Trial
 
 Array = NDArray[np.float64]
 

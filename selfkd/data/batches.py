@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from selfkd.data.augmentation import Views
-from selfkd.ranks import Ranks
+from selfkd.training.ranks import Ranks
 
 from .stream import Stream
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from selfkd.config.schema import load_config
-from selfkd.functions import load_function
 from selfkd.jobs import InProcess
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
+from selfkd.training.functions import load_function
 from selfkd.trial import run_job
 
 ROOT = Path(__file__).parents[2]

@@ -21,9 +21,9 @@ from selfkd.data import Data, Split
 from selfkd.data.augmentation import Views
 from selfkd.distill.distiller import Distiller
 from selfkd.models import make_model
-from selfkd.ranks import Ranks
-from selfkd.resume import Progress
-from selfkd.train import Training, fit, make_average, make_optimizer, make_scheduler
+from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
+from selfkd.training.progress import Progress
+from selfkd.training.ranks import Ranks
 
 CIFAR = 50_000
 TARGET = 0.03

@@ -19,8 +19,6 @@ from s3_server import BUCKET, s3_server
 from selfkd.config.schema import Config
 from selfkd.errors import ConfigError
 from selfkd.ledger import RunFolder
-from selfkd.ranks import Ranks
-from selfkd.resume import Progress
 from selfkd.soft_targets.store import (
     Manifest,
     check_shard,
@@ -34,6 +32,8 @@ from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import fetch, link, load_json, remove_tree, replace, save_json
 from selfkd.storage.lock import Lock
 from selfkd.storage.remote import RemotePath, _file_system, as_path
+from selfkd.training.progress import Progress
+from selfkd.training.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

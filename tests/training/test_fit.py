@@ -19,7 +19,7 @@ from selfkd.distill.distiller import Distiller
 from selfkd.errors import NonFiniteLossError
 from selfkd.models import make_model
 from selfkd.targets import SoftTargets
-from selfkd.train import Training, evaluate, fit, make_optimizer, make_scheduler, predict
+from selfkd.training.fit import Training, evaluate, fit, make_optimizer, make_scheduler, predict
 
 CLASSES = 3
 
@@ -286,7 +286,7 @@ def test_predict_changes_nothing_and_makes_no_graph(training):
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_predict_answers_every_image_in_its_place(monkeypatch, split):
-    monkeypatch.setattr("selfkd.train.EVAL_BATCH", 7)
+    monkeypatch.setattr("selfkd.training.fit.EVAL_BATCH", 7)
     data = make_data()
     student = make_student().eval()
     expected = student(make_inputs(data, split).float()).detach()

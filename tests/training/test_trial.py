@@ -18,14 +18,14 @@ import selfkd
 from selfkd import Ensemble, Teacher
 from selfkd.config.schema import load_config
 from selfkd.distill.terms import LogitTerm
-from selfkd.functions import function_reference, load_function
 from selfkd.generations import main
 from selfkd.jobs import Row
-from selfkd.loop import Trial, run_function
 from selfkd.losses.logits import logit_mse
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.train import fit
+from selfkd.training.fit import fit
+from selfkd.training.functions import function_reference, load_function
+from selfkd.training.trial import Trial, run_function
 
 ROOT = Path(__file__).parents[1]
 

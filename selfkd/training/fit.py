@@ -22,7 +22,7 @@ from selfkd.data.augmentation import Views
 from selfkd.distill.distiller import Loss
 from selfkd.distill.teacher import Teacher
 from selfkd.errors import NonFiniteLossError
-from selfkd.ranks import Ranks
+from selfkd.training.ranks import Ranks
 
 Precision = Literal["none", "bfloat16", "float16"]
 EVAL_BATCH = 1000

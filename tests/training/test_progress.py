@@ -23,12 +23,12 @@ from selfkd.config.space import Points
 from selfkd.jobs import CHECKPOINT, InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
-from selfkd.loop import Trial, run_function
-from selfkd.ranks import Ranks
-from selfkd.resume import Progress
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.train import Training, make_average, make_optimizer, make_scheduler
+from selfkd.training.fit import Training, make_average, make_optimizer, make_scheduler
+from selfkd.training.progress import Progress
+from selfkd.training.ranks import Ranks
+from selfkd.training.trial import Trial, run_function
 from selfkd.trial import run_job
 from selfkd.trials import Plan, Stage, run_stage
 
@@ -170,13 +170,13 @@ def test_it_goes_on_rather_than_begin_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    monkeypatch.setattr("selfkd.train._descend", _counted(steps))
+    monkeypatch.setattr("selfkd.training.fit._descend", _counted(steps))
     interrupted(lambda: train(tmp_path, *SMALL), 4)
     assert len(steps) == 6 * 3  # three batches an epoch: none of them twice
 
 
 def _counted(steps: list[int]) -> Any:
-    from selfkd.train import _descend
+    from selfkd.training.fit import _descend
 
     def descend(training: Training, *arguments: Any) -> None:
         steps.append(training.step)
@@ -285,7 +285,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_no_training(
     def full(path: Path, write: object, *, patience: float) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("selfkd.resume.replace", full)
+    monkeypatch.setattr("selfkd.training.progress.replace", full)
     rows = list(train(tmp_path, *SMALL))
     assert len(rows) == 6
     assert "could not be written, training goes on: [Errno 28]" in rows[0]["note"]
@@ -302,7 +302,7 @@ def test_a_checkpoint_that_cannot_be_read_back_stops_none_either(
             raise fault
         return path
 
-    monkeypatch.setattr("selfkd.resume.fetch", away)
+    monkeypatch.setattr("selfkd.training.progress.fetch", away)
     progress = Progress(tmp_path / CHECKPOINT, made_from={}, ranks=Ranks(), seconds=0.0, epochs=1)
     row: Row = {"epoch": 1}
     progress.reached(row, {"a": torch.zeros(1)})

@@ -23,10 +23,10 @@ from selfkd.distill.terms import Term
 from selfkd.jobs import CHECKPOINT, OWN, Row
 from selfkd.ledger import lasting
 from selfkd.models import parameters_count
-from selfkd.ranks import Ranks
-from selfkd.resume import Progress
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
+from selfkd.training.progress import Progress
+from selfkd.training.ranks import Ranks
 
 
 @dataclass(kw_only=True)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from selfkd.jobs import CHECKPOINT, Row
-from selfkd.ranks import Ranks
 from selfkd.storage.files import fetch, patiently, replace
+from selfkd.training.ranks import Ranks
 
 DAMAGED: tuple[type[Exception], ...] = (
     *(OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError),

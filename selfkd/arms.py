@@ -16,7 +16,7 @@ from selfkd.analysis.statistics import mean_interval, paired_interval
 from selfkd.analysis.verdicts import count_seeds
 from selfkd.config.schema import Config, to_tree
 from selfkd.config.space import Points
-from selfkd.jobs import Executor, Job, Row
+from selfkd.execution.jobs import Executor, Job, Row
 from selfkd.ledger import RunFolder
 from selfkd.trials import Listener, Plan, Stage, run_all, run_stages, trial_seed
 

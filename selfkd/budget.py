@@ -16,7 +16,7 @@ from rich.table import Table
 from selfkd.compression import TITLES
 from selfkd.console import make_console
 from selfkd.errors import ConfigError
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.ledger import RunFolder
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path

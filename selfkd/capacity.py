@@ -12,7 +12,7 @@ from selfkd.command import Command, add_members, base_parser, everyone
 from selfkd.compression import check_members, finished, tell_members
 from selfkd.config.schema import Config
 from selfkd.console import Follower, count, print_rows
-from selfkd.jobs import Executor
+from selfkd.execution.jobs import Executor
 from selfkd.ledger import RunFolder
 from selfkd.reporting.schema import Curve
 from selfkd.reporting.tables import capacity_table

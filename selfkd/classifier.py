@@ -16,7 +16,7 @@ from selfkd.data import Data
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.soft_targets.store import open_store
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,

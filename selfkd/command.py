@@ -25,7 +25,7 @@ from selfkd.config.schema import Config, load_config, merge_settings
 from selfkd.console import Follower, make_console
 from selfkd.environment import record
 from selfkd.errors import ConfigError, LockedError
-from selfkd.jobs import Executor
+from selfkd.execution.jobs import Executor
 from selfkd.ledger import RunFolder
 from selfkd.reporting.watch import REPORT, Reporter, make_plots
 from selfkd.storage.files import remove_tree
@@ -170,7 +170,7 @@ class Command:
         """Do what is left of a run; return what to say of it."""
         start = time.perf_counter()
         # imported here, where bad input has been refused: ray takes a second
-        from selfkd.cluster import connect, find_slots
+        from selfkd.execution.cluster import connect, find_slots
 
         resources, name = config.resources, folder.path.name
         where, run_id = folder.local, folder.run_id
@@ -208,7 +208,7 @@ class Command:
                     tell=follower.say,
                 )
                 meanwhile.join()
-                from selfkd.search import Pool
+                from selfkd.execution.pool import Pool
 
                 workers = min(slots, self.most(config))
                 with Pool(
@@ -329,7 +329,7 @@ def _absolute(path: str) -> str:
 
 def _import_the_rest() -> None:
     """Import what takes seconds and is needed later, while Ray waits for its own processes."""
-    for module in ("selfkd.search", "scipy.stats"):
+    for module in ("selfkd.execution.pool", "scipy.stats"):
         importlib.import_module(module)
 
 

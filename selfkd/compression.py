@@ -18,7 +18,7 @@ from selfkd.arms import Arm, pair, retrain
 from selfkd.config.schema import Config, ModelConfig, Source, to_tree
 from selfkd.config.space import Distribution, Point, Points
 from selfkd.errors import ConfigError
-from selfkd.jobs import Executor, Job, Row, run_one
+from selfkd.execution.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.storage.files import link, load_json, save_json
 from selfkd.storage.remote import as_path

@@ -13,7 +13,7 @@ from typing import Protocol
 from selfkd.analysis.verdicts import compare, is_better, percent, plain, tell, tell_mean
 from selfkd.arms import Arm, ArmsListener, difference, measure, remove_students, retrain
 from selfkd.config.schema import Config
-from selfkd.jobs import Executor, Row
+from selfkd.execution.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.storage.files import load_json, save_json
 from selfkd.trials import Plan, generation_plan, located

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfkd.analysis.verdicts import sparkline
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 
 LOG_WIDTH = 110  # where there is no terminal to ask
 

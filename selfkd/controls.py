@@ -22,7 +22,7 @@ from selfkd.arms import (
 from selfkd.config.schema import Config, Control, to_tree
 from selfkd.config.space import Distribution, Point
 from selfkd.confirm import labels_only
-from selfkd.jobs import Executor, Job, Row, run_one
+from selfkd.execution.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.storage.files import load_json, save_json
 from selfkd.storage.remote import as_path

@@ -18,7 +18,7 @@ from selfkd.compression import CompressionListener, find_members, measure_models
 from selfkd.config.schema import ArmConfig, Config, ContrastConfig, DataConfig, to_tree
 from selfkd.config.space import Point, Points
 from selfkd.errors import ConfigError, RunError
-from selfkd.jobs import Executor, Job, Row, run_one
+from selfkd.execution.jobs import Executor, Job, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.storage.files import load_json, save_json
 from selfkd.storage.remote import as_path

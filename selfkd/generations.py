@@ -30,7 +30,7 @@ from selfkd.console import (
     print_table,
 )
 from selfkd.errors import ConfigError
-from selfkd.jobs import Executor, Row
+from selfkd.execution.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.tracking import NoTracker

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from selfkd.config.schema import Config, differences, dump_config, flat, from_tree, parse_yaml
 from selfkd.errors import ConfigError
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.storage.files import cache_folder, link, load_json, save_json, save_text
 from selfkd.storage.remote import RemotePath, as_path
 

@@ -21,7 +21,7 @@ from selfkd.confirm import (
 )
 from selfkd.controls import run_controls
 from selfkd.errors import ConfigError
-from selfkd.jobs import OWN, Executor, Row, run_one
+from selfkd.execution.jobs import OWN, Executor, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.storage.files import link, load_json, save_json
 from selfkd.trials import (

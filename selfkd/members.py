@@ -17,7 +17,7 @@ from selfkd.analysis import metrics
 from selfkd.bench import Bench, Split
 from selfkd.config.schema import CheckpointConfig, ModelConfig, Tree, parse_yaml
 from selfkd.distill.averaging import average_weights, fit_weights, greedy_soup
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.scores import SPLITS, load_predictions, measure_test
 from selfkd.specialists import cluster_classes
 from selfkd.storage.checkpoint import load_tensors

@@ -13,7 +13,7 @@ from selfkd.analysis import metrics
 from selfkd.analysis.statistics import mcnemar, mean_over_images
 from selfkd.bench import Bench, Split
 from selfkd.config.schema import Tree
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.models import parameters_count
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path

@@ -15,7 +15,7 @@ from selfkd.config.space import Point, Points
 from selfkd.console import count
 from selfkd.curve import compare_size, judge, mean_gain, tell_curve
 from selfkd.errors import ConfigError
-from selfkd.jobs import Executor, Row, run_one
+from selfkd.execution.jobs import Executor, Row, run_one
 from selfkd.ledger import RunFolder
 from selfkd.storage.files import save_json
 from selfkd.storage.remote import as_path

@@ -11,8 +11,8 @@ from selfkd.command import Command, base_parser, everyone
 from selfkd.compression import finished
 from selfkd.config.schema import Config
 from selfkd.console import Follower, count, print_rows
+from selfkd.execution.jobs import Executor, Row
 from selfkd.experiment import check_study, experiment, trainings
-from selfkd.jobs import Executor, Row
 from selfkd.ledger import RunFolder
 from selfkd.reporting.schema import Study
 from selfkd.reporting.tables import study_table

@@ -24,7 +24,7 @@ from selfkd.errors import ConfigError
 from selfkd.storage.remote import PLAIN_URI, has_password
 
 if TYPE_CHECKING:
-    from selfkd.remote import End
+    from selfkd.execution.submission import End
 
 COMMANDS = {
     "generations": generations.make_parser,
@@ -116,7 +116,9 @@ def _submit(
     arguments: argparse.Namespace,
 ) -> int:
     check(options, arguments)
-    from selfkd import remote  # ray takes seconds: after all that can be refused without it
+    from selfkd.execution import (
+        submission as remote,  # ray takes seconds: after all that can be refused without it
+    )
 
     client = remote.open_client(options.address)
     job = options.name or f"selfkd-{command[0]}-{datetime.now():%m%d-%H%M%S}-{secrets.token_hex(2)}"

@@ -14,7 +14,7 @@ from selfkd.bench import Bench, Split
 from selfkd.classifier import train_classifier
 from selfkd.config.schema import ModelConfig, Tree, from_tree
 from selfkd.data import fingerprint
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.models import parameters_count
 from selfkd.soft_targets.store import check_shard, remember_user, write_shard
 from selfkd.storage.checkpoint import load_tensors

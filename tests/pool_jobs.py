@@ -50,7 +50,7 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _die_when_handed_over(died: Path) -> None:
-    from selfkd.search import Worker
+    from selfkd.execution.pool import Worker
 
     def die(worker: Worker, config: Mapping[str, Any]) -> bool:
         died.touch()

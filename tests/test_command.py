@@ -89,7 +89,7 @@ def terminated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         os.kill(os.getpid(), signal.SIGTERM)
         yield False
 
-    monkeypatch.setattr("selfkd.cluster.connect", connect)
+    monkeypatch.setattr("selfkd.execution.cluster.connect", connect)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs" / "a"
 

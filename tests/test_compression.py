@@ -18,7 +18,7 @@ from selfkd.compression import compress, find_members, finished
 from selfkd.config.schema import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
-from selfkd.jobs import InProcess, Row
+from selfkd.execution.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.models import make_model
 from selfkd.storage.checkpoint import load_tensors

@@ -14,7 +14,7 @@ from selfkd.arms import Arm, confirm_seeds, pair, retrain
 from selfkd.config.schema import Config, load_config, to_tree
 from selfkd.confirm import confirm_generations, load_confirmations, stop_reason
 from selfkd.errors import RunError
-from selfkd.jobs import InProcess, Job, Row
+from selfkd.execution.jobs import InProcess, Job, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.storage.checkpoint import load_tensors

@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 from selfkd.arms import confirm_seeds
 from selfkd.bench import Bench
 from selfkd.config.schema import Config, load_config, to_tree
-from selfkd.jobs import InProcess, Row
+from selfkd.execution.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.storage.checkpoint import load_tensors

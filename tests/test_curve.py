@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from selfkd.curve import compare_size, judge, mean_gain, tell_curve
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 
 
 def measured(values: list[float]) -> list[Row]:

@@ -14,7 +14,7 @@ from wandb_server import KEY
 
 from selfkd import dashboard
 from selfkd.config.schema import load_config
-from selfkd.jobs import InProcess
+from selfkd.execution.jobs import InProcess
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
 from selfkd.storage.files import load_json

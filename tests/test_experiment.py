@@ -14,8 +14,8 @@ from scipy import stats
 from selfkd.config.schema import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
+from selfkd.execution.jobs import InProcess, Row
 from selfkd.experiment import check_study, experiment, trainings
-from selfkd.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json

@@ -10,7 +10,7 @@ import pytest
 
 from selfkd.config.schema import Config, load_config
 from selfkd.errors import ConfigError, RunError
-from selfkd.jobs import InProcess, Job, Row
+from selfkd.execution.jobs import InProcess, Job, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.storage.files import load_json

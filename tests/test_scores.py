@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
 from selfkd.bench import Bench
 from selfkd.config.schema import ModelConfig, load_config, to_tree
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.scores import compare_errors, contrast, diagnosis, score
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 

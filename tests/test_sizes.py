@@ -14,7 +14,7 @@ from selfkd.budget import measured
 from selfkd.config.schema import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError
-from selfkd.jobs import InProcess, Row
+from selfkd.execution.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.response import read_stages
 from selfkd.sizes import check_sizes, grow, trainings

@@ -194,7 +194,7 @@ class Cluster:
 
 
 def submit_to(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
-    from selfkd import remote
+    from selfkd.execution import submission as remote
 
     monkeypatch.setattr(remote, "open_client", lambda address: cluster)
     words = ["--address", "h:1", "--name", "mine", *options, "--", "generations"]
@@ -364,7 +364,7 @@ def silent() -> Iterator[str]:
 def test_an_address_that_does_not_answer_is_one_message_in_seconds(
     kind: str, silent: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from selfkd import remote  # its import is not what is timed
+    from selfkd.execution import submission as remote  # its import is not what is timed
 
     assert remote.ANSWER_SECONDS < 10
     address = silent if kind == "silent" else "127.0.0.1:1"

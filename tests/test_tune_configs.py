@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from selfkd.config.schema import ModelConfig, TrainConfig, load_config
-from selfkd.jobs import InProcess
+from selfkd.execution.jobs import InProcess
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
 from selfkd.models import make_model

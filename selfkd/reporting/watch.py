@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 
 REPORT = "report.html"
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from selfkd.analysis.verdicts import compare, count_seeds, tell
 from selfkd.console import short
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Confirmation, Estimate, Result, plain
 

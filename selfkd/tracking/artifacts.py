@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.config.schema import Config
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tracking.logged import LoggedRun, make_artifact

@@ -20,7 +20,7 @@ from selfkd.distill.distiller import Distiller
 from selfkd.distill.features import check_whole, unwrap
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import Term
-from selfkd.jobs import CHECKPOINT, OWN, Row
+from selfkd.execution.jobs import CHECKPOINT, OWN, Row
 from selfkd.ledger import lasting
 from selfkd.models import parameters_count
 from selfkd.storage.checkpoint import load_tensors, save_tensors

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from selfkd.config.schema import load_config
-from selfkd.jobs import InProcess
+from selfkd.execution.jobs import InProcess
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
 from selfkd.training.functions import load_function

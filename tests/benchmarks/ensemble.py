@@ -27,7 +27,7 @@ from selfkd import Distiller, Ensemble, make_model
 from selfkd.bench import Bench
 from selfkd.config.schema import ModelConfig, load_config, to_tree
 from selfkd.data import Data, load_data
-from selfkd.jobs import Batch, Job
+from selfkd.execution.jobs import Batch, Job
 from selfkd.soft_targets.store import Manifest, data_key, open_store, write_shard
 
 MEMBERS = 10
@@ -156,8 +156,8 @@ def epoch(data: Data, rounds: int, steps: int) -> None:
 
 
 def search(root: str, epochs: int, trials: int) -> None:
-    from selfkd.cluster import connect
-    from selfkd.search import Pool
+    from selfkd.execution.cluster import connect
+    from selfkd.execution.pool import Pool
 
     settings = [
         "data.name=mnist",

@@ -99,10 +99,10 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
     from selfkd.command import everyone
     from selfkd.config.schema import load_config
     from selfkd.console import Follower, make_console
-    from selfkd.jobs import Batch, Job
+    from selfkd.execution.jobs import Batch, Job
+    from selfkd.execution.pool import Pool
     from selfkd.ledger import RunFolder
     from selfkd.lineage import born_again
-    from selfkd.search import Pool
     from selfkd.storage.files import load_json
 
     start = time.perf_counter()

@@ -75,7 +75,7 @@ def _plain(value: Any) -> str:
 def drive(folder: str, settings: list[str], pattern: str | None, number: int) -> None:
     """Start a run, or continue it, as the command does; die at an event."""
     from selfkd.config.schema import load_config
-    from selfkd.jobs import InProcess
+    from selfkd.execution.jobs import InProcess
     from selfkd.ledger import RunFolder
     from selfkd.lineage import born_again, complete
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from nodes import Nodes, apart
 
-from selfkd.jobs import Batch, Job, Row
-from selfkd.search import Pool
+from selfkd.execution.jobs import Batch, Job, Row
+from selfkd.execution.pool import Pool
 from selfkd.trials import run_all
 
 ENTRY = "pool_jobs:run_job"

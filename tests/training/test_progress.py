@@ -20,7 +20,7 @@ from torch import nn
 
 from selfkd.config.schema import load_config, to_tree
 from selfkd.config.space import Points
-from selfkd.jobs import CHECKPOINT, InProcess, Row
+from selfkd.execution.jobs import CHECKPOINT, InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
 from selfkd.storage.checkpoint import load_tensors
@@ -501,7 +501,7 @@ def test_a_trial_that_goes_on_is_heard_once(tmp_path: Path) -> None:
             disturb()
             for row in run_job(job.kind, job.payload):
                 jobs.report(job, [row])
-            from selfkd.jobs import Outcome
+            from selfkd.execution.jobs import Outcome
 
             jobs.tell(Outcome(job, row))
 

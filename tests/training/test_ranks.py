@@ -12,7 +12,7 @@ from rank_jobs import on_ranks, train_together
 
 from selfkd.config.schema import load_config, to_tree
 from selfkd.data import Data, Split
-from selfkd.jobs import Row
+from selfkd.execution.jobs import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.training.ranks import Ranks
 from selfkd.trial import run_job

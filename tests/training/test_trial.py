@@ -18,8 +18,8 @@ import selfkd
 from selfkd import Ensemble, Teacher
 from selfkd.config.schema import load_config
 from selfkd.distill.terms import LogitTerm
+from selfkd.execution.jobs import Row
 from selfkd.generations import main
-from selfkd.jobs import Row
 from selfkd.losses.logits import logit_mse
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json

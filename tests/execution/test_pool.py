@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import ray
 
-from selfkd.jobs import Batch, EarlyStopping, Job, Outcome, run_one
-from selfkd.search import Pool, Worker, _Parcel
+from selfkd.execution.jobs import Batch, EarlyStopping, Job, Outcome, run_one
+from selfkd.execution.pool import Pool, Worker, _Parcel
 
 ENTRY = "pool_jobs:run_job"
 
@@ -54,7 +54,7 @@ def test_who_waits_for_others_is_told_so_once(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stands first, before the pool of this module has taken what there is."""
-    monkeypatch.setattr("selfkd.search.BUSY_SECONDS", 1.0)
+    monkeypatch.setattr("selfkd.execution.pool.BUSY_SECONDS", 1.0)
     other = Holder.options(num_cpus=2).remote()  # type: ignore[attr-defined]
     said: list[str] = []
 

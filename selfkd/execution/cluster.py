@@ -27,7 +27,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfkd.errors import ConfigError
-from selfkd.group import fitting
+from selfkd.execution.group import fitting
 from selfkd.storage.remote import RemotePath, as_path
 
 CONNECT_SECONDS = 3.0  # for the head's port to open

@@ -19,8 +19,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from selfkd.cluster import token_message
 from selfkd.errors import ConfigError
+from selfkd.execution.cluster import token_message
 
 ANSWER_SECONDS = 5.0
 PENDING_SECONDS = 10.0  # how often a job that waits says why

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from selfkd.jobs import Row, load_entry
+from selfkd.execution.jobs import Row, load_entry
 
 TRAIN = "train"  # the kind of job that a group does
 POLL_SECONDS = 0.2

@@ -21,9 +21,9 @@ from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 from ray.cluster_utils import Cluster
 from ray_head import ROOT, ray_head
 
-from selfkd import cluster
-from selfkd.cluster import connect, find_slots
 from selfkd.errors import ConfigError
+from selfkd.execution import cluster
+from selfkd.execution.cluster import connect, find_slots
 
 LIMIT = 600
 
@@ -230,7 +230,7 @@ def test_an_autoscaler_is_waited_for_and_asked_no_longer_than_needed(tmp_path: P
     config |= {"idle_timeout_minutes": 5}
     code = f"""
 from pathlib import Path
-from selfkd.cluster import connect, find_slots
+from selfkd.execution.cluster import connect, find_slots
 storage = Path({str(tmp_path)!r})
 with connect() as joined:
     for gpu, wait in ((1, None), (3, 0)):
@@ -261,7 +261,7 @@ with connect() as joined:
 def test_a_dashboard_is_on_loopback_and_only_when_asked_for(tmp_path: Path) -> None:
     code = """
 import ray
-from selfkd.cluster import connect
+from selfkd.execution.cluster import connect
 for verbose in (False, True):
     with connect(verbose=verbose):
         print("dashboard:", ray._private.worker._global_node.webui_url or "none")

@@ -11,8 +11,8 @@ import pytest
 import ray
 from test_ranks import PLAIN, payload, taught
 
-from selfkd.jobs import Batch, EarlyStopping, Job, Row
-from selfkd.search import Pool
+from selfkd.execution.jobs import Batch, EarlyStopping, Job, Row
+from selfkd.execution.pool import Pool
 from selfkd.trial import run_job
 
 USERS = """

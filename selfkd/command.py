@@ -212,7 +212,7 @@ class Command:
 
                 workers = min(slots, self.most(config))
                 with Pool(
-                    "selfkd.trial:run_job",
+                    "selfkd.worker.jobs:run_job",
                     cpu=resources.cpu,
                     gpu=resources.gpu,
                     warm=workers,

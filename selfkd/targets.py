@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from selfkd.bench import Bench
 from selfkd.config.schema import from_tree, merge_settings, to_tree
 from selfkd.console import make_console
 from selfkd.soft_targets.store import (
@@ -28,6 +27,7 @@ from selfkd.soft_targets.store import (
 )
 from selfkd.storage.files import remove_tree
 from selfkd.storage.remote import as_path
+from selfkd.tasks.images.task import Bench
 
 DIFFER, USAGE = 1, 2
 TOLERANCE = 0.01

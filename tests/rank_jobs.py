@@ -68,7 +68,9 @@ def _on_rank(
 
 def train_together(rank: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
     """Do jobs on this rank, one after the other; `stop` epochs into a job it ends, if asked."""
-    from selfkd.trial import run_job as run_selfkd_job  # seconds, which other jobs do not need
+    from selfkd.worker.jobs import (
+        run_job as run_selfkd_job,  # seconds, which other jobs do not need
+    )
 
     for number, job in enumerate(jobs):
         torch.manual_seed(1000 * number + rank)  # as in a process of its own

@@ -23,7 +23,7 @@ from selfkd.ledger import RunFolder
 from selfkd.models import make_model
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json, save_json
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

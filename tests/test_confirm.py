@@ -19,8 +19,8 @@ from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.trial import run_job
 from selfkd.trials import Plan
+from selfkd.worker.jobs import run_job
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

@@ -12,14 +12,14 @@ from scipy.special import softmax
 from scipy.stats import ttest_rel
 
 from selfkd.arms import confirm_seeds
-from selfkd.bench import Bench
 from selfkd.config.schema import Config, load_config, to_tree
 from selfkd.execution.jobs import InProcess, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.trial import run_job
+from selfkd.tasks.images.task import Bench
+from selfkd.worker.jobs import run_job
 
 TINY = [
     "data.train_size=100",

@@ -19,7 +19,7 @@ from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
 from selfkd.storage.files import load_json
 from selfkd.tracking.rows import generation_row
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 GOLDEN = Path(__file__).with_name("dashboard.json")
 

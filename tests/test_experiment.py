@@ -19,7 +19,7 @@ from selfkd.experiment import check_study, experiment, trainings
 from selfkd.ledger import RunFolder
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 RunJob = Callable[[str, Mapping[str, Any]], Iterator[Row]]
 MEMBERS = "members from elsewhere learnt from other images"

@@ -14,8 +14,8 @@ from selfkd.execution.jobs import InProcess, Job, Row
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again, complete, finished
 from selfkd.storage.files import load_json
-from selfkd.trial import run_job
 from selfkd.trials import trial_seed
+from selfkd.worker.jobs import run_job
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

@@ -20,7 +20,7 @@ from selfkd.response import read_stages
 from selfkd.sizes import check_sizes, grow, trainings
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from selfkd.config.schema import load_config, to_tree
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.targets import main
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 SETTINGS = [
     "model={name: selfkd_mlp, args: {width: 8, depth: 1}}",

@@ -18,7 +18,7 @@ from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
 from selfkd.models import make_model
 from selfkd.training.fit import make_optimizer, make_scheduler
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 FOLDER = Path(__file__).parents[1] / "tune_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

@@ -14,7 +14,7 @@ OWN = ("epoch", "seconds", "hash", "checkpoint", "note")  # of a trial's row; al
 
 @dataclass(frozen=True)
 class Job:
-    """A unit of work: `kind` names the function of `selfkd.trial`, `payload` is plain data."""
+    """A unit of work: `kind` names the function of `selfkd.worker.jobs`, `payload` is plain data."""
 
     kind: str
     payload: Mapping[str, Any]

@@ -16,7 +16,7 @@ from selfkd.execution.jobs import InProcess
 from selfkd.ledger import RunFolder
 from selfkd.lineage import born_again
 from selfkd.training.functions import load_function
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "anchors" / "a17_ridge.py"

@@ -24,11 +24,11 @@ from timm.task import LogitDistillationTask
 from torch import Tensor, nn
 
 from selfkd import Distiller, Ensemble, make_model
-from selfkd.bench import Bench
 from selfkd.config.schema import ModelConfig, load_config, to_tree
 from selfkd.data import Data, load_data
 from selfkd.execution.jobs import Batch, Job
 from selfkd.soft_targets.store import Manifest, data_key, open_store, write_shard
+from selfkd.tasks.images.task import Bench
 
 MEMBERS = 10
 BATCH = 128
@@ -196,7 +196,7 @@ def search(root: str, epochs: int, trials: int) -> None:
 
         with (
             connect(cpu=1, gpu=0, storage=folder) as slots,
-            Pool("selfkd.trial:run_job", cpu=1, gpu=0, warm=slots) as pool,
+            Pool("selfkd.worker.jobs:run_job", cpu=1, gpu=0, warm=slots) as pool,
         ):
             timed(pool, [Job("check", {"config": tree})] * slots)  # imports, data
             labels = timed(pool, train(taught=False))

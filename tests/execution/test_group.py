@@ -13,7 +13,7 @@ from test_ranks import PLAIN, payload, taught
 
 from selfkd.execution.jobs import Batch, EarlyStopping, Job, Row
 from selfkd.execution.pool import Pool
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 USERS = """
 import torch
@@ -119,7 +119,7 @@ def test_stopping_a_trial_ends_its_group(pool: Pool, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def training(cluster: None) -> Iterator[Pool]:
-    with Pool("selfkd.trial:run_job", cpu=1, gpu=0, warm=1, workers=2) as pool:
+    with Pool("selfkd.worker.jobs:run_job", cpu=1, gpu=0, warm=1, workers=2) as pool:
         yield pool
 
 

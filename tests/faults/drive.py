@@ -47,7 +47,7 @@ class Death:
 
     def job(self, kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """What stands for the worker."""
-        from selfkd.trial import run_job
+        from selfkd.worker.jobs import run_job
 
         self.event(f"doing {kind}")
         yield from run_job(kind, payload)
@@ -125,7 +125,7 @@ class Driver:
 
 def serve() -> None:
     import selfkd.lineage
-    import selfkd.trial  # noqa: F401 - imported once for all forks
+    import selfkd.worker.jobs  # noqa: F401 - imported once for all forks
 
     for line in sys.stdin:
         reads, writes = os.pipe()

@@ -29,8 +29,8 @@ from selfkd.training.fit import Training, make_average, make_optimizer, make_sch
 from selfkd.training.progress import Progress
 from selfkd.training.ranks import Ranks
 from selfkd.training.trial import Trial, run_function
-from selfkd.trial import run_job
 from selfkd.trials import Plan, Stage, run_stage
+from selfkd.worker.jobs import run_job
 
 EVERY_EPOCH = "checkpoint={seconds: null, epochs: 1}"
 ALL = (

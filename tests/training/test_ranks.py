@@ -15,7 +15,7 @@ from selfkd.data import Data, Split
 from selfkd.execution.jobs import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.training.ranks import Ranks
-from selfkd.trial import run_job
+from selfkd.worker.jobs import run_job
 
 RANKS = 3
 PLAIN = (

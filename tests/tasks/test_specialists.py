@@ -13,7 +13,7 @@ from torch import nn
 from selfkd.analysis import metrics
 from selfkd.data import Data, Split
 from selfkd.distill.distiller import Distiller
-from selfkd.specialists import (
+from selfkd.tasks.images.specialists import (
     Specialist,
     _without_singletons,
     cluster_classes,

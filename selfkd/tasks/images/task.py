@@ -17,10 +17,10 @@ from selfkd.data.augmentation import Views
 from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
 from selfkd.soft_targets.store import Manifest, data_key
-from selfkd.specialists import Specialist, combine
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path
+from selfkd.tasks.images.specialists import Specialist, combine
 from selfkd.training.fit import predict
 
 AUGMENTED_VIEWS = 8

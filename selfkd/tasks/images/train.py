@@ -10,7 +10,6 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from selfkd.bench import Bench
 from selfkd.config.schema import TrainConfig, to_tree
 from selfkd.data import Data
 from selfkd.distill.distiller import Distiller, Loss
@@ -24,9 +23,10 @@ from selfkd.soft_targets.transforms import (
     PermutedTargets,
     VirtualTargets,
 )
-from selfkd.specialists import Specialist, relabel, specialist_split
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
+from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
+from selfkd.tasks.images.task import Bench
 from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
 from selfkd.training.trial import Trial
 

@@ -14,15 +14,15 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.benchmark import Timer
 
 from selfkd.analysis import metrics
-from selfkd.bench import Bench, Split
 from selfkd.config.schema import CheckpointConfig, ModelConfig, Tree, parse_yaml
 from selfkd.distill.averaging import average_weights, fit_weights, greedy_soup
 from selfkd.execution.jobs import Row
-from selfkd.scores import SPLITS, load_predictions, measure_test
-from selfkd.specialists import cluster_classes
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
+from selfkd.tasks.images.specialists import cluster_classes
+from selfkd.tasks.images.task import Bench, Split
 from selfkd.training.fit import evaluate
+from selfkd.worker.evaluate import SPLITS, load_predictions, measure_test
 
 TIMED_SECONDS = 0.5
 CLUSTER_TEMPERATURE = 4.0

@@ -10,14 +10,14 @@ import torch
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
-from selfkd import bench as bench_module
 from selfkd.analysis.metrics import ece
 from selfkd.config.schema import load_config, to_tree
 from selfkd.data import load_data
 from selfkd.data.augmentation import Views
 from selfkd.errors import NonFiniteLossError
 from selfkd.storage.checkpoint import load_tensors, save_tensors, tensors_hash
-from selfkd.trial import run_job
+from selfkd.tasks.images import task as bench_module
+from selfkd.worker.jobs import run_job
 
 TINY = (
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",

@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfkd import members, scores
-from selfkd.bench import Bench, Split
-from selfkd.classifier import train_classifier
 from selfkd.config.schema import ModelConfig, Tree, from_tree
 from selfkd.data import fingerprint
 from selfkd.execution.jobs import Row
@@ -19,9 +16,13 @@ from selfkd.models import parameters_count
 from selfkd.soft_targets.store import check_shard, remember_user, write_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
+from selfkd.tasks.images.task import Bench, Split
+from selfkd.tasks.images.train import train_classifier
 from selfkd.training.fit import make_optimizer
 from selfkd.training.functions import load_function
 from selfkd.training.trial import Trial, run_function
+from selfkd.worker import ensembling as members
+from selfkd.worker import evaluate as scores
 
 METRICS = ("val_accuracy", "val_nll")  # of what `fit` reports, what is measured on validation
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from selfkd.analysis import metrics
 from selfkd.analysis.statistics import mcnemar, mean_over_images
-from selfkd.bench import Bench, Split
 from selfkd.config.schema import Tree
 from selfkd.execution.jobs import Row
 from selfkd.models import parameters_count
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
+from selfkd.tasks.images.task import Bench, Split
 
 SPLITS: tuple[Split, Split] = ("val", "test")  # what is predicted and kept
 
@@ -117,7 +117,7 @@ def of_unseen(bench: Bench, logits: Mapping[Split, Tensor], seen: Sequence[int])
 def compare_errors(student: Tensor, teacher: Tensor, labels: Tensor) -> Row:
     """Return how many images only one of two models has right, and McNemar's exact p.
 
-    >>> from selfkd.scores import compare_errors
+    >>> from selfkd.worker.evaluate import compare_errors
     >>> one, other = torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)
     >>> compare_errors(one, other, torch.tensor([0, 0, 0]))
     {'only_student': 3, 'only_teacher': 0, 'p': 0.25}

@@ -12,11 +12,11 @@ import torch
 from scipy.special import rel_entr, softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
-from selfkd.bench import Bench
 from selfkd.config.schema import ModelConfig, load_config, to_tree
 from selfkd.execution.jobs import Row
-from selfkd.scores import compare_errors, contrast, diagnosis, score
 from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.tasks.images.task import Bench
+from selfkd.worker.evaluate import compare_errors, contrast, diagnosis, score
 
 CONFIG = to_tree(load_config(settings=["model={name: selfkd_mlp, args: {width: 16, depth: 1}}"]))
 

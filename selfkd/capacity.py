@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from selfkd.command import Command, add_members, base_parser, everyone
-from selfkd.compression import check_members, finished, tell_members
 from selfkd.config.schema import Config
 from selfkd.console import Follower, count, print_rows
 from selfkd.execution.jobs import Executor
-from selfkd.ledger import RunFolder
+from selfkd.experiments.capacity import check_sizes, grow, trainings
+from selfkd.experiments.ensemble import check_members, finished, tell_members
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.schema import Curve
 from selfkd.reporting.tables import capacity_table
-from selfkd.sizes import check_sizes, grow, trainings
 from selfkd.tracking import NoTracker
 
 

@@ -26,7 +26,7 @@ from selfkd.console import Follower, make_console
 from selfkd.environment import record
 from selfkd.errors import ConfigError, LockedError
 from selfkd.execution.jobs import Executor
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.watch import REPORT, Reporter, make_plots
 from selfkd.storage.files import remove_tree
 from selfkd.storage.lock import Lock

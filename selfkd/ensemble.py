@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from selfkd.command import Command, add_members, base_parser, everyone
-from selfkd.compression import check_members, compress, finished, tell_members
 from selfkd.config.schema import Config
 from selfkd.console import Follower, make_ensemble_table, print_table
 from selfkd.execution.jobs import Executor
-from selfkd.ledger import RunFolder
+from selfkd.experiments.ensemble import check_members, compress, finished, tell_members
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.words import compression_verdict
 from selfkd.tracking import NoTracker
 

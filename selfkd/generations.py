@@ -31,8 +31,8 @@ from selfkd.console import (
 )
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import Executor, Row
-from selfkd.ledger import RunFolder
-from selfkd.lineage import born_again, complete, finished
+from selfkd.experiments.generations import born_again, complete, finished
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.tracking import NoTracker
 from selfkd.training.functions import function_reference
 

@@ -29,7 +29,7 @@ from selfkd.analysis.statistics import Interval
 from selfkd.config.schema import Config
 from selfkd.console import make_console
 from selfkd.errors import ConfigError
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from selfkd.command import Command, base_parser, everyone
-from selfkd.compression import finished
 from selfkd.config.schema import Config
 from selfkd.console import Follower, count, print_rows
 from selfkd.execution.jobs import Executor, Row
-from selfkd.experiment import check_study, experiment, trainings
-from selfkd.ledger import RunFolder
+from selfkd.experiments.ensemble import finished
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.study import check_study, experiment, trainings
 from selfkd.reporting.schema import Study
 from selfkd.reporting.tables import study_table
 from selfkd.tracking import NoTracker

@@ -14,7 +14,7 @@ import pytest
 
 from selfkd.budget import Budget, budget, main, measured, tell_budget
 from selfkd.config.schema import load_config
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import save_json
 
 TOKENS = ["--teacher", "10", "--student", "0.5", "--per", "1e6", "--items", "1e9"]

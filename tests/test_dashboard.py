@@ -15,8 +15,8 @@ from wandb_server import KEY
 from selfkd import dashboard
 from selfkd.config.schema import load_config
 from selfkd.execution.jobs import InProcess
-from selfkd.ledger import RunFolder
-from selfkd.lineage import born_again
+from selfkd.experiments.generations import born_again
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import load_json
 from selfkd.tracking.rows import generation_row
 from selfkd.worker.jobs import run_job

@@ -14,7 +14,7 @@ import pytest
 from wandb_files import history
 
 from selfkd.ensemble import main
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import load_json
 
 TINY = ["model.args={width: 4}", "train.epochs=3", "search.trials=2", "confirm.seeds=2"]

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from wandb_files import history
 
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.generations import main
-from selfkd.ledger import RunFolder
 
 TINY = [
     "model.args={width: 4}",

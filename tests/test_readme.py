@@ -13,7 +13,7 @@ from torch import nn
 
 from selfkd import capacity, ensemble, generations, study, submit
 from selfkd.config.schema import load_config
-from selfkd.experiment import check_study
+from selfkd.experiments.study import check_study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -21,7 +21,7 @@ import pytest
 from ray_head import ROOT, Head, ray_head
 
 from selfkd import generations, submit
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
 
 TINY = ["search.trials=2", "train.epochs=2", "model.args={width: 4}"]
 TINY += ["confirm.seeds=0", "tracking=none"]

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from selfkd.config.schema import ModelConfig, TrainConfig, load_config
 from selfkd.execution.jobs import InProcess
-from selfkd.ledger import RunFolder
-from selfkd.lineage import born_again
+from selfkd.experiments.generations import born_again
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.models import make_model
 from selfkd.training.fit import make_optimizer, make_scheduler
 from selfkd.worker.jobs import run_job

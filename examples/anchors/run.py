@@ -24,7 +24,7 @@ from a17_ridge import compare
 from anchors import ANCHORS, RESULTS, RUNS, Row, Run
 
 from selfkd.config.schema import Config, dump_config, from_tree, load_config, parse_yaml
-from selfkd.ledger import lasting
+from selfkd.experiments.run_folder import lasting
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "tune_configs" / "anchors"

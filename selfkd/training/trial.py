@@ -21,7 +21,7 @@ from selfkd.distill.features import check_whole, unwrap
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import Term
 from selfkd.execution.jobs import CHECKPOINT, OWN, Row
-from selfkd.ledger import lasting
+from selfkd.experiments.run_folder import lasting
 from selfkd.models import parameters_count
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path

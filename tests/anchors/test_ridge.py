@@ -13,8 +13,8 @@ import pytest
 
 from selfkd.config.schema import load_config
 from selfkd.execution.jobs import InProcess
-from selfkd.ledger import RunFolder
-from selfkd.lineage import born_again
+from selfkd.experiments.generations import born_again
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.training.functions import load_function
 from selfkd.worker.jobs import run_job
 

@@ -101,8 +101,8 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
     from selfkd.console import Follower, make_console
     from selfkd.execution.jobs import Batch, Job
     from selfkd.execution.pool import Pool
-    from selfkd.ledger import RunFolder
-    from selfkd.lineage import born_again
+    from selfkd.experiments.generations import born_again
+    from selfkd.experiments.run_folder import RunFolder
     from selfkd.storage.files import load_json
 
     start = time.perf_counter()

@@ -76,8 +76,8 @@ def drive(folder: str, settings: list[str], pattern: str | None, number: int) ->
     """Start a run, or continue it, as the command does; die at an event."""
     from selfkd.config.schema import load_config
     from selfkd.execution.jobs import InProcess
-    from selfkd.ledger import RunFolder
-    from selfkd.lineage import born_again, complete
+    from selfkd.experiments.generations import born_again, complete
+    from selfkd.experiments.run_folder import RunFolder
 
     path = Path(folder)
     death = Death(path, pattern, number)
@@ -124,7 +124,7 @@ class Driver:
 
 
 def serve() -> None:
-    import selfkd.lineage
+    import selfkd.experiments.generations
     import selfkd.worker.jobs  # noqa: F401 - imported once for all forks
 
     for line in sys.stdin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 

@@ -13,7 +13,7 @@ from nodes import Nodes, apart
 
 from selfkd.execution.jobs import Batch, Job, Row
 from selfkd.execution.pool import Pool
-from selfkd.trials import run_all
+from selfkd.experiments.stages import run_all
 
 ENTRY = "pool_jobs:run_job"
 PATIENCE = 120.0

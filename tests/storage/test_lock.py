@@ -131,8 +131,8 @@ def test_a_damaged_lock_is_no_lock(tmp_path: Path) -> None:
 
 def test_the_command_refuses_a_folder_that_is_worked_on(tmp_path: Path) -> None:
     from selfkd.config.schema import Config
+    from selfkd.experiments.run_folder import RunFolder
     from selfkd.generations import main
-    from selfkd.ledger import RunFolder
 
     RunFolder.create(tmp_path / "run", Config())
     first = hold(tmp_path / "run")

@@ -18,7 +18,7 @@ from s3_server import BUCKET, s3_server
 
 from selfkd.config.schema import Config
 from selfkd.errors import ConfigError
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.soft_targets.store import (
     Manifest,
     check_shard,

@@ -21,15 +21,15 @@ from torch import nn
 from selfkd.config.schema import load_config, to_tree
 from selfkd.config.space import Points
 from selfkd.execution.jobs import CHECKPOINT, InProcess, Row
-from selfkd.ledger import RunFolder
-from selfkd.lineage import born_again
+from selfkd.experiments.generations import born_again
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.stages import Plan, Stage, run_stage
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.training.fit import Training, make_average, make_optimizer, make_scheduler
 from selfkd.training.progress import Progress
 from selfkd.training.ranks import Ranks
 from selfkd.training.trial import Trial, run_function
-from selfkd.trials import Plan, Stage, run_stage
 from selfkd.worker.jobs import run_job
 
 EVERY_EPOCH = "checkpoint={seconds: null, epochs: 1}"

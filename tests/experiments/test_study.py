@@ -15,8 +15,8 @@ from selfkd.config.schema import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
 from selfkd.execution.jobs import InProcess, Row
-from selfkd.experiment import check_study, experiment, trainings
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.study import check_study, experiment, trainings
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.worker.jobs import run_job

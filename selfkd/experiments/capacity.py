@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from selfkd.compression import CompressionListener, measure_models, teach
 from selfkd.config.schema import Config, to_tree
 from selfkd.config.space import Point, Points
 from selfkd.console import count
-from selfkd.curve import compare_size, judge, mean_gain, tell_curve
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import Executor, Row, run_one
-from selfkd.ledger import RunFolder
+from selfkd.experiments.curve import compare_size, judge, mean_gain, tell_curve
+from selfkd.experiments.ensemble import CompressionListener, measure_models, teach
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.stages import Plan, Stage, make_proposer, ranked, run_stage, trial_seed
 from selfkd.storage.files import save_json
 from selfkd.storage.remote import as_path
-from selfkd.trials import Plan, Stage, make_proposer, ranked, run_stage, trial_seed
 
 DISTILL = ("distill.temperature", "distill.alpha")
 Teach = Callable[[Config], list[Row]]

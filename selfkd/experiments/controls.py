@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfkd.analysis.verdicts import compare
-from selfkd.arms import (
+from selfkd.config.schema import Config, Control, to_tree
+from selfkd.config.space import Distribution, Point
+from selfkd.execution.jobs import Executor, Job, Row, run_one
+from selfkd.experiments.arms import (
     Arm,
     ArmsListener,
     confirm_seeds,
@@ -19,14 +22,9 @@ from selfkd.arms import (
     remove_students,
     retrain,
 )
-from selfkd.config.schema import Config, Control, to_tree
-from selfkd.config.space import Distribution, Point
-from selfkd.confirm import labels_only
-from selfkd.execution.jobs import Executor, Job, Row, run_one
-from selfkd.ledger import RunFolder
-from selfkd.storage.files import load_json, save_json
-from selfkd.storage.remote import as_path
-from selfkd.trials import (
+from selfkd.experiments.confirm import labels_only
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.stages import (
     Plan,
     Stage,
     label,
@@ -37,6 +35,8 @@ from selfkd.trials import (
     run_stage,
     trial_seed,
 )
+from selfkd.storage.files import load_json, save_json
+from selfkd.storage.remote import as_path
 
 TITLES: dict[Control, str] = {
     "seeds": "ensemble of seeds",

@@ -12,19 +12,18 @@ from typing import Protocol
 
 from selfkd.config.schema import Config, to_tree
 from selfkd.config.space import Point
-from selfkd.confirm import (
+from selfkd.errors import ConfigError
+from selfkd.execution.jobs import OWN, Executor, Row, run_one
+from selfkd.experiments.confirm import (
     ConfirmListener,
     baseline_row,
     confirm_generations,
     load_confirmations,
     stop_reason,
 )
-from selfkd.controls import run_controls
-from selfkd.errors import ConfigError
-from selfkd.execution.jobs import OWN, Executor, Row, run_one
-from selfkd.ledger import RunFolder
-from selfkd.storage.files import link, load_json, save_json
-from selfkd.trials import (
+from selfkd.experiments.controls import run_controls
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.stages import (
     Plan,
     Stage,
     generation_plan,
@@ -35,6 +34,7 @@ from selfkd.trials import (
     run_stage,
     trial_seed,
 )
+from selfkd.storage.files import link, load_json, save_json
 
 
 class LineageListener(ConfirmListener, Protocol):
@@ -55,7 +55,7 @@ def born_again(
     """Train generation 0 and `config.rounds` born-again generations; finished ones are kept.
 
     With `rounds: auto` each is confirmed at once, and the last is the one after which
-    `selfkd.confirm.stop_reason` gives a reason to stop.
+    `selfkd.experiments.confirm.stop_reason` gives a reason to stop.
 
     Args:
         config: of the run.

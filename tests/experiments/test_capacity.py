@@ -15,9 +15,9 @@ from selfkd.config.schema import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import InProcess, Row
-from selfkd.ledger import RunFolder
+from selfkd.experiments.capacity import check_sizes, grow, trainings
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.response import read_stages
-from selfkd.sizes import check_sizes, grow, trainings
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.worker.jobs import run_job

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfkd.analysis.statistics import Interval, mean_interval, ratio_interval
-from selfkd.arms import Arm, pair, retrain
 from selfkd.config.schema import Config, ModelConfig, Source, to_tree
 from selfkd.config.space import Distribution, Point, Points
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import Executor, Job, Row, run_one
-from selfkd.ledger import RunFolder
-from selfkd.storage.files import link, load_json, save_json
-from selfkd.storage.remote import as_path
-from selfkd.trials import (
+from selfkd.experiments.arms import Arm, pair, retrain
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.stages import (
     Listener,
     Plan,
     Stage,
@@ -33,6 +31,8 @@ from selfkd.trials import (
     run_stage,
     trial_seed,
 )
+from selfkd.storage.files import link, load_json, save_json
+from selfkd.storage.remote import as_path
 
 MEMBERS = "members/result"
 BATCHES = (1, 128)  # of images whose answers are timed

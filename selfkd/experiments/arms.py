@@ -17,8 +17,8 @@ from selfkd.analysis.verdicts import count_seeds
 from selfkd.config.schema import Config, to_tree
 from selfkd.config.space import Points
 from selfkd.execution.jobs import Executor, Job, Row
-from selfkd.ledger import RunFolder
-from selfkd.trials import Listener, Plan, Stage, run_all, run_stages, trial_seed
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.stages import Listener, Plan, Stage, run_all, run_stages, trial_seed
 
 TITLE = "confirmation on fresh seeds"
 

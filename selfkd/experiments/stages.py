@@ -12,7 +12,7 @@ from selfkd.config.schema import Config, ModelConfig, to_tree
 from selfkd.config.space import Distribution, Optuna, Point, Points, Proposer, make_points
 from selfkd.errors import RunError
 from selfkd.execution.jobs import CHECKPOINT, Batch, EarlyStopping, Executor, Job, Outcome, Row
-from selfkd.ledger import RunFolder
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import load_json, save_json
 from selfkd.storage.remote import as_path
 

@@ -11,10 +11,10 @@ import pytest
 from selfkd.config.schema import Config, load_config
 from selfkd.errors import ConfigError, RunError
 from selfkd.execution.jobs import InProcess, Job, Row
-from selfkd.ledger import RunFolder
-from selfkd.lineage import born_again, complete, finished
+from selfkd.experiments.generations import born_again, complete, finished
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.stages import trial_seed
 from selfkd.storage.files import load_json
-from selfkd.trials import trial_seed
 from selfkd.worker.jobs import run_job
 
 TINY = [

@@ -13,7 +13,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from selfkd.console import make_console
+from selfkd.cli.progress import make_console
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import Row
 from selfkd.experiments.ensemble import TITLES

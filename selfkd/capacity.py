@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.command import Command, add_members, base_parser, everyone
+from selfkd.cli.command import Command, add_members, base_parser, everyone
+from selfkd.cli.progress import Follower, count, print_rows
 from selfkd.config.schema import Config
-from selfkd.console import Follower, count, print_rows
 from selfkd.execution.jobs import Executor
 from selfkd.experiments.capacity import check_sizes, grow, trainings
 from selfkd.experiments.ensemble import check_members, finished, tell_members

@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from selfkd.command import Command, base_parser, everyone, inside_job
-from selfkd.config.schema import Config
-from selfkd.console import (
+from selfkd.cli.command import Command, base_parser, everyone, inside_job
+from selfkd.cli.progress import (
     Follower,
     make_confirmation_table,
     make_metric_table,
@@ -29,6 +28,7 @@ from selfkd.console import (
     make_table,
     print_table,
 )
+from selfkd.config.schema import Config
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import Executor, Row
 from selfkd.experiments.generations import born_again, complete, finished

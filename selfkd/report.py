@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.console import make_console, print_rows
+from selfkd.cli.progress import make_console, print_rows
 from selfkd.errors import ConfigError
 from selfkd.reporting.read import Run, read_run
 from selfkd.reporting.tables import Table

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from selfkd.command import Command, base_parser, everyone
+from selfkd.cli.command import Command, base_parser, everyone
+from selfkd.cli.progress import Follower, count, print_rows
 from selfkd.config.schema import Config
-from selfkd.console import Follower, count, print_rows
 from selfkd.execution.jobs import Executor, Row
 from selfkd.experiments.ensemble import finished
 from selfkd.experiments.run_folder import RunFolder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import selfkd
 from selfkd import capacity, ensemble, generations, study
-from selfkd.command import FAILED, INTERRUPTED, USAGE, interruptible, relative_paths
+from selfkd.cli.command import FAILED, INTERRUPTED, USAGE, interruptible, relative_paths
 from selfkd.config.schema import load_config, parse_yaml
 from selfkd.errors import ConfigError
 from selfkd.storage.remote import PLAIN_URI, has_password

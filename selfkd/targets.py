@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from selfkd.cli.progress import make_console
 from selfkd.config.schema import from_tree, merge_settings, to_tree
-from selfkd.console import make_console
 from selfkd.soft_targets.store import (
     Manifest,
     SoftTargets,

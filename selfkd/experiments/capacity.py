@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from selfkd.cli.progress import count
 from selfkd.config.schema import Config, to_tree
 from selfkd.config.space import Point, Points
-from selfkd.console import count
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import Executor, Row, run_one
 from selfkd.experiments.curve import compare_size, judge, mean_gain, tell_curve

@@ -9,7 +9,7 @@ import numpy as np
 
 from selfkd.analysis.statistics import Interval, holm, mean_interval, paired_p
 from selfkd.analysis.verdicts import tell
-from selfkd.console import short
+from selfkd.cli.progress import short
 from selfkd.execution.jobs import Row
 
 SIGNIFICANT = 0.05

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from selfkd.analysis.verdicts import compare, count_seeds, tell
-from selfkd.console import short
+from selfkd.cli.progress import short
 from selfkd.execution.jobs import Row
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Confirmation, Estimate, Result, plain

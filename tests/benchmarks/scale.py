@@ -96,9 +96,9 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
     import scipy.stats  # noqa: F401 - the command, too, imports it while Ray starts
     from ray.cluster_utils import Cluster
 
-    from selfkd.command import everyone
+    from selfkd.cli.command import everyone
+    from selfkd.cli.progress import Follower, make_console
     from selfkd.config.schema import load_config
-    from selfkd.console import Follower, make_console
     from selfkd.execution.jobs import Batch, Job
     from selfkd.execution.pool import Pool
     from selfkd.experiments.generations import born_again

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.console import print_rows
+from selfkd.cli.progress import print_rows
 from selfkd.reporting.schema import Curve, Study
 from selfkd.reporting.tables import Table, capacity_table, study_table
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from run_folders import generations_run
 
-from selfkd import environment
+from selfkd.cli import environment
 from selfkd.reporting import page
 from selfkd.reporting.watch import Reporter
 from selfkd.tracking import NoTracker

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from selfkd.command import interruptible
+from selfkd.cli.command import interruptible
 from selfkd.errors import LockedError
 from selfkd.storage.files import save_json
 from selfkd.storage.lock import Lock

@@ -21,9 +21,9 @@ from typing import Any
 
 from rich.console import Console
 
+from selfkd.cli.environment import record
+from selfkd.cli.progress import Follower, make_console
 from selfkd.config.schema import Config, load_config, merge_settings
-from selfkd.console import Follower, make_console
-from selfkd.environment import record
 from selfkd.errors import ConfigError, LockedError
 from selfkd.execution.jobs import Executor
 from selfkd.experiments.run_folder import RunFolder

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from selfkd.console import (
+from selfkd.cli.progress import (
     Follower,
     make_confirmation_table,
     make_sparkline,

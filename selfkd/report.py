@@ -99,7 +99,7 @@ def _show_all(runs: Sequence[Run], wanted: str | None, output: Path | None) -> N
 
 
 def _write(runs: Sequence[Run], output: Path | None) -> Path:
-    from selfkd.reporting.comparison import comparison_page  # plotly: only where it is needed
+    from selfkd.reporting.comparison_page import comparison_page  # plotly: only where it is needed
     from selfkd.reporting.page import render, run_page
 
     page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
@@ -109,7 +109,8 @@ def _write(runs: Sequence[Run], output: Path | None) -> Path:
 
 
 def _print(console: Console, runs: Sequence[Run]) -> None:
-    from selfkd.reporting import comparison, tables, words
+    from selfkd.reporting import comparison_page as comparison
+    from selfkd.reporting import tables, words
 
     if len(runs) == 1:
         run = runs[0]
@@ -134,7 +135,7 @@ def _show(console: Console, table: Table) -> None:
 
 
 def _csv(runs: Sequence[Run]) -> str:
-    from selfkd.reporting.comparison import FIELDS, records
+    from selfkd.reporting.comparison_page import FIELDS, records
 
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
@@ -144,7 +145,7 @@ def _csv(runs: Sequence[Run]) -> str:
 
 
 def _json(runs: Sequence[Run]) -> str:
-    from selfkd.reporting.comparison import comparisons, records, repeats
+    from selfkd.reporting.comparison_page import comparisons, records, repeats
 
     tree = {
         "runs": [

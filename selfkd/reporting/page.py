@@ -17,14 +17,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from selfkd.reporting import diagnoses, tables, words
-from selfkd.reporting.lineages import generation_sections
-from selfkd.reporting.panels import Section
+from selfkd.reporting import tables, words
+from selfkd.reporting.figures.theme import generation_colour
 from selfkd.reporting.read import Run, read_run
-from selfkd.reporting.side_by_side import curve_sections, study_sections
-from selfkd.reporting.students import compression_sections
+from selfkd.reporting.sections import calibration as diagnoses
+from selfkd.reporting.sections.arms import curve_sections, study_sections
+from selfkd.reporting.sections.ensemble import compression_sections
+from selfkd.reporting.sections.generations import generation_sections
+from selfkd.reporting.sections.panels import Section
 from selfkd.reporting.tables import Table
-from selfkd.reporting.theme import generation_colour
 from selfkd.reporting.watch import REPORT
 from selfkd.storage.files import save_text
 

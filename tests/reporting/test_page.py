@@ -29,7 +29,7 @@ from run_folders import DATA, capacity_run, ensemble_run, generations_run, study
 from selenium.webdriver import Chrome
 
 from selfkd.errors import ConfigError
-from selfkd.reporting.comparison import comparison_page
+from selfkd.reporting.comparison_page import comparison_page
 from selfkd.reporting.page import _drawn, render, write_report
 from selfkd.reporting.read import read_run
 

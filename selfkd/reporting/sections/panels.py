@@ -10,7 +10,7 @@ from functools import lru_cache
 import plotly.graph_objects as go
 
 from selfkd.analysis.response import Response, fit_response, search_range
-from selfkd.reporting.marks import Bar, Measure, Surface
+from selfkd.reporting.figures.style import Bar, Measure, Surface
 from selfkd.reporting.read import DISTILL, Run
 from selfkd.reporting.schema import Estimate, Trial
 from selfkd.reporting.tables import Table

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from selfkd.reporting import charts, words
-from selfkd.reporting.marks import Bar, Level, Measure
-from selfkd.reporting.panels import Panel, Section, bar
+from selfkd.reporting import words
+from selfkd.reporting.figures.generations import charts
+from selfkd.reporting.figures.style import Bar, Level, Measure
+from selfkd.reporting.figures.theme import ACCENT, NEUTRAL
 from selfkd.reporting.read import Run
+from selfkd.reporting.sections.panels import Panel, Section, bar
 from selfkd.reporting.tables import capacity_table, study_table
-from selfkd.reporting.theme import ACCENT, NEUTRAL
 
 ACCURACY = Measure("accuracy on test")
 

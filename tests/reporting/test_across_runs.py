@@ -12,7 +12,7 @@ import pytest
 from run_folders import DATA, ensemble_run, generations_run
 from scipy import stats
 
-from selfkd.reporting.compare import (
+from selfkd.reporting.across_runs import (
     across,
     are_repeats,
     compare,

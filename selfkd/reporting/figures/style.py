@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfkd.reporting.theme import ACCENT, literal
+from selfkd.reporting.figures.theme import ACCENT, literal
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from selfkd.reporting import figures, tables, words
-from selfkd.reporting.diagnosis_panels import diagnosis_sections
-from selfkd.reporting.marks import Bar, Level, Line, Measure, Step, ends_of
-from selfkd.reporting.panels import (
+from selfkd.reporting import tables, words
+from selfkd.reporting.figures.generations import generations as figures
+from selfkd.reporting.figures.style import Bar, Level, Line, Measure, Step, ends_of
+from selfkd.reporting.read import Generation, Run
+from selfkd.reporting.schema import Trial
+from selfkd.reporting.sections.diagnostics import diagnosis_sections
+from selfkd.reporting.sections.panels import (
     Panel,
     Section,
     bar,
@@ -18,8 +21,6 @@ from selfkd.reporting.panels import (
     response,
     values,
 )
-from selfkd.reporting.read import Generation, Run
-from selfkd.reporting.schema import Trial
 
 
 def generation_sections(run: Run) -> Iterator[Section]:

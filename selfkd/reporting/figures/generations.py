@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from selfkd.reporting.marks import (
+from selfkd.reporting.figures.style import (
     Bar,
     Level,
     Line,
@@ -20,7 +20,7 @@ from selfkd.reporting.marks import (
     finite,
     wrapped,
 )
-from selfkd.reporting.theme import (
+from selfkd.reporting.figures.theme import (
     ACCENT,
     NEUTRAL,
     SCALE,

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from run_folders import generations_run
 
-from selfkd.reporting.lineages import generation_sections
-from selfkd.reporting.panels import response
 from selfkd.reporting.read import Run, read_run
+from selfkd.reporting.sections.generations import generation_sections
+from selfkd.reporting.sections.panels import response
 from selfkd.storage.files import load_json, save_json
 
 SETTINGS = list(itertools.product((1.5, 4.0, 12.0), (0.2, 0.5, 0.8)))

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from selfkd.reporting import charts, figures, tables, words
-from selfkd.reporting.diagnosis_panels import diagnosis_sections
-from selfkd.reporting.marks import Bar, Level, Line, Measure, ends_of
-from selfkd.reporting.panels import Panel, Section, bar, completed, measure, placed, response
+from selfkd.reporting import tables, words
+from selfkd.reporting.figures.generations import charts
+from selfkd.reporting.figures.generations import generations as figures
+from selfkd.reporting.figures.style import Bar, Level, Line, Measure, ends_of
+from selfkd.reporting.figures.theme import ACCENT, NEUTRAL, PALETTE
 from selfkd.reporting.read import Run
 from selfkd.reporting.schema import Trial
+from selfkd.reporting.sections.diagnostics import diagnosis_sections
+from selfkd.reporting.sections.panels import (
+    Panel,
+    Section,
+    bar,
+    completed,
+    measure,
+    placed,
+    response,
+)
 from selfkd.reporting.tables import Table
-from selfkd.reporting.theme import ACCENT, NEUTRAL, PALETTE
 
 ACCURACY = Measure("accuracy on test")
 

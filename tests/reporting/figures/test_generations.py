@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
-from selfkd.reporting.charts import class_accuracy, counts, levels
-from selfkd.reporting.figures import RING, accuracy_per_generation, curves, reliability, setting_map
-from selfkd.reporting.marks import Bar, Level, Line, Measure, Step, Surface
-from selfkd.reporting.theme import PALETTE, generation_colour, generation_dash
+from selfkd.reporting.figures.charts import class_accuracy, counts, levels
+from selfkd.reporting.figures.generations import (
+    RING,
+    accuracy_per_generation,
+    curves,
+    reliability,
+    setting_map,
+)
+from selfkd.reporting.figures.style import Bar, Level, Line, Measure, Step, Surface
+from selfkd.reporting.figures.theme import PALETTE, generation_colour, generation_dash
 
 ACCURACY = Measure("accuracy")
 STEPS = [

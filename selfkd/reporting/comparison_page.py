@@ -6,15 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from selfkd.analysis.statistics import Interval
-from selfkd.reporting import charts, figures, words
-from selfkd.reporting.compare import Across, Arm, Comparison, across, are_repeats, compare, last_arm
-from selfkd.reporting.marks import Bar, Level, Line, Measure
+from selfkd.reporting import words
+from selfkd.reporting.across_runs import (
+    Across,
+    Arm,
+    Comparison,
+    across,
+    are_repeats,
+    compare,
+    last_arm,
+)
+from selfkd.reporting.figures.generations import charts
+from selfkd.reporting.figures.generations import generations as figures
+from selfkd.reporting.figures.style import Bar, Level, Line, Measure
+from selfkd.reporting.figures.theme import generation_colour
 from selfkd.reporting.page import Page
-from selfkd.reporting.panels import Panel, Section
 from selfkd.reporting.read import Run
 from selfkd.reporting.schema import Estimate, Seeds
+from selfkd.reporting.sections.panels import Panel, Section
 from selfkd.reporting.tables import Table
-from selfkd.reporting.theme import generation_colour
 
 Record = dict[str, Any]
 FIELDS = (

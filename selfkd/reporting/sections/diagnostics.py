@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from selfkd.reporting import charts, diagnoses, figures, words
-from selfkd.reporting.marks import Bar, Level, Measure
-from selfkd.reporting.panels import Panel, Section
+from selfkd.reporting import words
+from selfkd.reporting.figures.generations import charts
+from selfkd.reporting.figures.generations import generations as figures
+from selfkd.reporting.figures.style import Bar, Level, Measure
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.schema import Confusion
+from selfkd.reporting.sections import calibration as diagnoses
+from selfkd.reporting.sections.panels import Panel, Section
 
 MOST_PAIRS, MOST_CLASSES = 10, 20
 

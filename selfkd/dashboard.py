@@ -161,7 +161,7 @@ def _calibration() -> Section:
 
 
 def _own_entity() -> str:
-    from selfkd.tracking.logged import default_entity
+    from selfkd.tracking.run import default_entity
 
     return default_entity()
 

@@ -11,7 +11,7 @@ from selfkd.config.schema import Config
 from selfkd.execution.jobs import Row
 from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path
-from selfkd.tracking.logged import LoggedRun, make_artifact
+from selfkd.tracking.run import LoggedRun, make_artifact
 
 FACTS = (
     "temperature",

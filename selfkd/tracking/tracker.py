@@ -27,7 +27,7 @@ from selfkd.tracking.rows import (
 )
 
 if TYPE_CHECKING:
-    from selfkd.tracking.logged import LoggedRun
+    from selfkd.tracking.run import LoggedRun
 
 log = logging.getLogger(__name__)
 Plots = Callable[[Path], Mapping[str, Any]]
@@ -94,7 +94,9 @@ class WandbTracker(NoTracker):
         plots: Plots | None = None,
     ) -> None:
         # imported here: wandb takes half a second
-        from selfkd.tracking import artifacts, logged, runs
+        from selfkd.tracking import artifacts
+        from selfkd.tracking import run as logged
+        from selfkd.tracking import session as runs
 
         self._show = logged
         self._start_seconds = runs.START_SECONDS

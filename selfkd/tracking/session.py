@@ -21,7 +21,7 @@ from typing import Any, Literal
 import wandb
 
 from selfkd.tracking.host import answers
-from selfkd.tracking.logged import LoggedRun
+from selfkd.tracking.run import LoggedRun
 
 START_SECONDS = 10.0
 TRANSMIT_SECONDS: float | None = None

@@ -24,7 +24,7 @@ from wandb_server import KEY, WandbServer
 from selfkd.config.schema import load_config
 from selfkd.storage.files import save_json
 from selfkd.tracking import WandbTracker, make_tracker
-from selfkd.tracking import runs as tracking_runs
+from selfkd.tracking import session as tracking_runs
 
 PROMPT = 1.0  # seconds for calls that must not wait; the network's time-outs are many times that
 
@@ -309,7 +309,7 @@ def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
     code = """
         import os, signal, sys
         from pathlib import Path
-        from selfkd.tracking import runs as tracking_runs
+        from selfkd.tracking import session as tracking_runs
         import test_wandb_online as t
         folder = Path(sys.argv[1])
         tracker = t.online(folder)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selfkd.config.schema import from_tree, parse_yaml
+from selfkd.config import from_tree, parse_yaml
 from selfkd.data import load_data
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json

@@ -13,11 +13,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from selfkd.cli.progress import make_console
+from selfkd.cli.terminal import make_console
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import Row
 from selfkd.experiments.ensemble import TITLES
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import Row
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path
 

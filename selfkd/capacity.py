@@ -8,15 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
+from selfkd.analysis.verdicts import count
 from selfkd.cli.command import Command, add_members, base_parser, everyone
-from selfkd.cli.progress import Follower, count, print_rows
-from selfkd.config.schema import Config
+from selfkd.cli.progress import Follower
+from selfkd.cli.terminal import print_rows
+from selfkd.config import Config
 from selfkd.execution.jobs import Executor
 from selfkd.experiments.capacity import check_sizes, grow, trainings
 from selfkd.experiments.ensemble import check_members, finished, tell_members
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.reporting.schema import Curve
 from selfkd.reporting.tables import capacity_table
+from selfkd.results import Curve
 from selfkd.tracking import NoTracker
 
 

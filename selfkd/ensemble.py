@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from selfkd.cli.command import Command, add_members, base_parser, everyone
-from selfkd.cli.progress import Follower, make_ensemble_table, print_table
-from selfkd.config.schema import Config
+from selfkd.cli.progress import Follower
+from selfkd.cli.terminal import make_ensemble_table, print_table
+from selfkd.config import Config
 from selfkd.execution.jobs import Executor
 from selfkd.experiments.ensemble import check_members, compress, finished, tell_members
 from selfkd.experiments.run_folder import RunFolder

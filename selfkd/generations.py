@@ -20,19 +20,20 @@ from typing import Any, Literal
 from rich.console import Console
 
 from selfkd.cli.command import Command, base_parser, everyone, inside_job
-from selfkd.cli.progress import (
-    Follower,
+from selfkd.cli.progress import Follower
+from selfkd.cli.terminal import (
     make_confirmation_table,
     make_metric_table,
     make_sparkline,
     make_table,
     print_table,
 )
-from selfkd.config.schema import Config
+from selfkd.config import Config
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import Executor, Row
+from selfkd.execution.jobs import Executor
 from selfkd.experiments.generations import born_again, complete, finished
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import Row
 from selfkd.tracking import NoTracker
 from selfkd.training.functions import function_reference
 
@@ -85,8 +86,9 @@ def run_generations(
     """Train born-again generations with a training function of your own.
 
     Args:
-        train_fn: takes a `selfkd.training.trial.Trial`; stands at the top level of a .py file, which the
-            workers import (so what it does when run stands under `if __name__ == "__main__"`).
+        train_fn: takes a `selfkd.training.trial.Trial`; stands at the top level of a .py file,
+            which workers import (what it does when run stands under `if __name__ ==
+            "__main__"`).
             Or its reference, `path/file.py:name`.
         rounds: born-again generations after generation 0; `auto` stops by itself.
         space: dotted keys and distributions, `{"params.lr": {"loguniform": [1e-3, 1e-1]}}`; by

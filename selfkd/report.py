@@ -16,11 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.cli.progress import make_console, print_rows
+from selfkd.cli.terminal import make_console, print_rows
 from selfkd.errors import ConfigError
-from selfkd.reporting.read import Run, read_run
+from selfkd.reporting.read import REPORT, Run, read_run
 from selfkd.reporting.tables import Table
-from selfkd.reporting.watch import REPORT
 from selfkd.storage.files import save_text
 from selfkd.storage.remote import as_path
 

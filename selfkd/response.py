@@ -26,8 +26,8 @@ from selfkd.analysis.response import (
     unfit,
 )
 from selfkd.analysis.statistics import Interval
-from selfkd.cli.progress import make_console
-from selfkd.config.schema import Config
+from selfkd.cli.terminal import make_console
+from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import load_json

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from selfkd.analysis.verdicts import count
 from selfkd.cli.command import Command, base_parser, everyone
-from selfkd.cli.progress import Follower, count, print_rows
-from selfkd.config.schema import Config
-from selfkd.execution.jobs import Executor, Row
+from selfkd.cli.progress import Follower
+from selfkd.cli.terminal import print_rows
+from selfkd.config import Config
+from selfkd.execution.jobs import Executor
 from selfkd.experiments.ensemble import finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import check_study, experiment, trainings
-from selfkd.reporting.schema import Study
 from selfkd.reporting.tables import study_table
+from selfkd.results import Row, Study
 from selfkd.tracking import NoTracker
 
 

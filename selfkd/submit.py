@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import selfkd
-from selfkd import capacity, ensemble, generations, study
+from selfkd import capacity, ensemble, study
 from selfkd.cli.command import FAILED, INTERRUPTED, USAGE, interruptible, relative_paths
-from selfkd.config.schema import load_config, parse_yaml
+from selfkd.config import load_config, parse_yaml
 from selfkd.errors import ConfigError
+from selfkd.generations import make_parser as generations_parser
 from selfkd.storage.remote import PLAIN_URI, has_password
 
 if TYPE_CHECKING:
     from selfkd.execution.submission import End
 
 COMMANDS = {
-    "generations": generations.make_parser,
+    "generations": generations_parser,
     "ensemble": ensemble.make_parser,
     "capacity": capacity.make_parser,
     "study": study.make_parser,

@@ -13,18 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from selfkd.cli.progress import make_console
-from selfkd.config.schema import from_tree, merge_settings, to_tree
-from selfkd.soft_targets.store import (
-    Manifest,
-    SoftTargets,
-    StoreInfo,
-    check_shard,
-    list_stores,
-    open_store,
-    sweep,
-    unused,
-)
+from selfkd.cli.terminal import make_console
+from selfkd.config import from_tree, merge_settings, to_tree
+from selfkd.soft_targets.manifest import Manifest
+from selfkd.soft_targets.store import SoftTargets, check_shard, open_store
+from selfkd.soft_targets.upkeep import StoreInfo, list_stores, sweep, unused
 from selfkd.storage.files import remove_tree
 from selfkd.storage.remote import as_path
 from selfkd.tasks.images.task import Bench

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from selfkd.config.schema import dump_config, load_config
+from selfkd.config import dump_config, load_config
 from selfkd.storage.files import save_json, save_text
 
 Row = dict[str, Any]

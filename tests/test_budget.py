@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from selfkd.budget import Budget, budget, main, measured, tell_budget
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import save_json
 

@@ -131,7 +131,7 @@ def test_starts_without_torch(tmp_path: Path) -> None:
 
 
 def test_flags_and_file_make_the_same_config(tmp_path: Path) -> None:
-    from selfkd.config.schema import load_config
+    from selfkd.config import load_config
 
     (tmp_path / "c.yaml").write_text(json.dumps({"capacity": {"values": [2, 8]}}))
     by_flag = load_config(flags={"capacity.values": [2, 8]})

@@ -16,7 +16,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from selfkd import generations, submit
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "examples" / "cluster.yaml"

@@ -13,7 +13,7 @@ import pytest
 from wandb_server import KEY
 
 from selfkd import dashboard
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 from selfkd.execution.jobs import InProcess
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from selfkd.config.schema import dump_config, load_config
+from selfkd.config import dump_config, load_config
 from selfkd.data import load_data
 from selfkd.storage.checkpoint import save_tensors
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from selfkd import capacity, ensemble, generations, study, submit
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 from selfkd.experiments.study import check_study
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 
 from selfkd.analysis.response import Effect
 from selfkd.analysis.statistics import Interval
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.response import find_responses, main, read_stages, tell_effect
 from selfkd.storage.files import save_json

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from selfkd.config.schema import load_config, to_tree
+from selfkd.config import load_config, to_tree
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.targets import main
 from selfkd.worker.jobs import run_job

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from selfkd.config.schema import ModelConfig, TrainConfig, load_config
+from selfkd.config import ModelConfig, TrainConfig, load_config
 from selfkd.execution.jobs import InProcess
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder

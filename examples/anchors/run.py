@@ -23,8 +23,7 @@ from typing import Any
 from a17_ridge import compare
 from anchors import ANCHORS, RESULTS, RUNS, Row, Run
 
-from selfkd.config.schema import Config, dump_config, from_tree, load_config, parse_yaml
-from selfkd.experiments.run_folder import lasting
+from selfkd.config import Config, dump_config, from_tree, load_config, parse_yaml, resume_invariant
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "tune_configs" / "anchors"
@@ -123,7 +122,7 @@ def collect(run: Run, folder: Path) -> Row:
 
 def settings(config: Config) -> Row:
     """Return what makes a run what it is, by dotted key: nothing of where it was made."""
-    return {key: value for key, value in lasting(config).items() if key != "members.runs"}
+    return {key: value for key, value in resume_invariant(config).items() if key != "members.runs"}
 
 
 def _without(tree: Any, keys: Sequence[str]) -> Any:

@@ -1,1 +1,1 @@
-"""TODO"""
+"""What numbers say: metrics of predictions, statistics over seeds, verdicts in words."""

@@ -122,3 +122,24 @@ def sparkline(values: Sequence[float]) -> str:
         return SPARKS[3] * len(values)
     top = len(SPARKS) - 1
     return "".join(SPARKS[round((value - low) / (high - low) * top + 1e-9)] for value in values)
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> count(1, "seed"), count(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def short(number: float) -> str:
+    """Return a number in three digits.
+
+    >>> short(24_100), short(640)
+    ('24.1 k', '640')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

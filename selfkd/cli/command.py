@@ -22,12 +22,14 @@ from typing import Any
 from rich.console import Console
 
 from selfkd.cli.environment import record
-from selfkd.cli.progress import Follower, make_console
-from selfkd.config.schema import Config, load_config, merge_settings
+from selfkd.cli.progress import Follower
+from selfkd.cli.terminal import make_console
+from selfkd.config import Config, load_config, merge_settings
 from selfkd.errors import ConfigError, LockedError
 from selfkd.execution.jobs import Executor
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.reporting.watch import REPORT, Reporter, make_plots
+from selfkd.reporting.read import REPORT
+from selfkd.reporting.watch import Reporter, make_plots
 from selfkd.storage.files import remove_tree
 from selfkd.storage.lock import Lock
 from selfkd.storage.remote import as_path

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     ConfigDict,
@@ -462,7 +458,7 @@ class Config:
         """Return the search space with a teacher, or without: no keys that are about one."""
         specs = dict(self.search.space)
         if not taught:
-            specs = {key: spec for key, spec in specs.items() if not key.startswith(_OF_TEACHERS)}
+            specs = {key: spec for key, spec in specs.items() if not key.startswith(OF_TEACHERS)}
             specs |= self.search.labels_only_space
         return {key: Distribution.parse(spec) for key, spec in specs.items()}
 
@@ -474,23 +470,13 @@ class Config:
         """
         tree = to_tree(self)
         for key, value in point.items():
-            _put(tree, key, value)
+            put(tree, key, value)
         return from_tree(tree)
 
 
 _ADAPTER = TypeAdapter(Config)
-# What a trial may not differ in: its generation shares these with all other trials.
-_FIXED = (
-    *("rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
-    *("controls", "search", "resources", "checkpoint", "tracking", "capacity", "study"),
-)
-_OF_TEACHERS = ("distill.", "members.")
+OF_TEACHERS = ("distill.", "members.")
 _FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b|study\.arms\b")
-_FIXED_KEYS = (
-    *("distill.teacher", "distill.live"),
-    *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
-    *("members.compare", "members.cycles", "members.clusters"),
-)
 
 
 def to_tree(config: Config) -> Tree:
@@ -517,17 +503,17 @@ def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]
         key = ".".join(path)
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section = ".".join(path[:-1])
-            known = [k for k in _known_keys() if k.rpartition(".")[0] == section]
-            message = f"unknown key{_did_you_mean(key, known)}"
+            known = [k for k in known_keys() if k.rpartition(".")[0] == section]
+            message = f"unknown key{did_you_mean(key, known)}"
         elif fault["type"] == "value_error":
             message = fault["msg"].removeprefix("Value error, ")
         else:
             condition = fault["msg"].removeprefix("Input should be ").removeprefix("String should ")
             message = f"must be {condition}, got {fault['input']!r}".replace("be match", "match")
-        yield f"{_located(key, sources)}: {message}"
+        yield f"{locate_key(key, sources)}: {message}"
 
 
-def _located(key: str, sources: Mapping[str, str]) -> str:
+def locate_key(key: str, sources: Mapping[str, str]) -> str:
     """Return a key after its source: its own, one of something in it, or of what it is in."""
     inside = [k for k in sources if k.startswith(f"{key}.")]
     around = [key[: dot.start()] for dot in re.finditer(r"\.", key)][::-1]
@@ -535,20 +521,20 @@ def _located(key: str, sources: Mapping[str, str]) -> str:
     return f"{source}: {key}" if source else key
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if not known:
         return ""
     return f": did you mean {', '.join(close)}?" if close else f" (known: {', '.join(known)})"
 
 
-def _known_keys() -> list[str]:
+def known_keys() -> list[str]:
     tree = to_tree(Config())
     tree["student"] = to_tree(Config())["model"]
-    return [key for key, _ in _leaves(tree, "", inner=True)]
+    return [key for key, _ in leaves(tree, "", inner=True)]
 
 
-def _leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[str, Any]]:
+def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         free = (".args", "space", "params", ".arms")
@@ -556,10 +542,10 @@ def _leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[s
         if inner or not nested:
             yield dotted, value
         if nested:
-            yield from _leaves(value, f"{dotted}.", inner=inner)
+            yield from leaves(value, f"{dotted}.", inner=inner)
 
 
-def _put(tree: Tree, key: str, value: Any) -> None:
+def put(tree: Tree, key: str, value: Any) -> None:
     """Set a value by its dotted key; of a section only what is given changes."""
     if key == "tracking" and isinstance(value, str):
         key = "tracking.mode"
@@ -567,7 +553,7 @@ def _put(tree: Tree, key: str, value: Any) -> None:
         key = "members.count" if isinstance(value, int) else "members.models"
     if isinstance(value, dict) and value and not _FREE.match(key):
         for inner, inner_value in value.items():
-            _put(tree, f"{key}.{inner}", inner_value)
+            put(tree, f"{key}.{inner}", inner_value)
         return
     inside_space = re.match(r"(search)\.(space|labels_only_space)\.(.+)", key)
     *parents, last = inside_space.groups() if inside_space else key.split(".")
@@ -577,223 +563,3 @@ def _put(tree: Tree, key: str, value: Any) -> None:
             tree[parent] = dict(SearchConfig().space) if whole else {}
         tree = tree[parent]
     tree[last] = value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the numbers that people write (1e-3 is one), and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag in _NO_KEYS:
-                raise yaml.constructor.ConstructorError(
-                    problem="keys must be text", problem_mark=key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around what `_Loader` would take for a number."""
-
-
-_NO_KEYS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Read YAML safely; `1e-3` is a number.
-
-    >>> parse_yaml("lr: 1e-3", "x.yaml")
-    {'lr': 0.001}
-    """
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: must be YAML: {' '.join(str(error).split())}") from None
-
-
-def load_config(
-    path: str | Path | None = None,
-    *,
-    settings: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
-) -> Config:
-    """Read a config: flags over `--set` over YAML over defaults.
-
-    Args:
-        path: a YAML file.
-        settings: `dotted.key=value` texts.
-        flags: dotted keys with values already parsed; None values are left out.
-
-    Raises:
-        ConfigError: with every fault found.
-
-    >>> load_config(settings=["train.lr=1e-2"], flags={"rounds": 2}).train.lr
-    0.01
-    """
-    tree: Tree = {}
-    sources: dict[str, str] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config must be a readable file, got {path}: {error}") from None
-        tree = parse_yaml(text, str(path)) or {}
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: must be a mapping of config keys, got {tree!r}")
-        sources = {key: str(path) for key, _ in _leaves(tree, "", inner=True)}
-        for section in ("tracking", "members"):
-            if section in tree:
-                _put(tree, section, tree.pop(section))
-    return _overlay(tree, sources, settings, flags or {})
-
-
-def merge_settings(config: Config, *, settings: Sequence[str], flags: Mapping[str, Any]) -> Config:
-    """Return a config with flags over `--set` over its own values.
-
-    Raises:
-        ConfigError: with every fault found.
-    """
-    return _overlay(to_tree(config), {}, settings, flags)
-
-
-def _overlay(
-    tree: Tree, sources: dict[str, str], settings: Sequence[str], flags: Mapping[str, Any]
-) -> Config:
-    faults = []
-    given: list[tuple[str, Any, str]] = []
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            faults.append(f"--set must be dotted.key=value, got {setting!r}")
-            continue
-        try:
-            given.append((key, parse_yaml(text, f"--set {key}"), "--set"))
-        except ConfigError as error:
-            faults.append(str(error))
-    given += [(key, value, "command line") for key, value in flags.items() if value is not None]
-    for key, value, source in given:
-        _put(tree, key, value)
-        sources |= {k: source for k, _ in _leaves({key: value}, "", inner=True)}
-    try:
-        config = from_tree(tree, sources)
-        faults.extend(_space_faults(config, sources))
-    except ConfigError as error:
-        faults.append(str(error))
-        with suppress(ConfigError):  # its search space may be readable all the same
-            faults.extend(_space_faults(from_tree({"search": tree.get("search")}), sources))
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return config
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Return a config's values by dotted key."""
-    return dict(_leaves(to_tree(config), ""))
-
-
-def _space_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
-    """Faults between settings, such as a search space that its config cannot follow."""
-    teacher, trials = config.distill.teacher, config.search.trials
-    if teacher.startswith("top:") and int(teacher[4:]) > trials:
-        where = _located("distill.teacher", sources)
-        yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
-    yield from _trust_faults(config, sources)
-    members = config.members
-    for checkpoint in members.checkpoints:
-        if (checkpoint.mean is None) != (checkpoint.std is None):
-            where = _located("members.checkpoints", sources)
-            yield f"{where}: must have mean and std or neither, got one of {checkpoint.path}"
-    averages = (config.distill.average, str(config.search.space.get("distill.average")))
-    if config.targets.top_k is not None and any("logits" in average for average in averages):
-        where = _located("targets.top_k", sources)
-        yield f"{where}: cannot go with distill.average logits: an average needs all logits"
-    if config.distill.live and "specialists" in (members.source, *members.compare):
-        where = _located("distill.live", sources)
-        yield f"{where}: must be false with specialists, whose answers are stored, got True"
-    if config.search.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
-        where = _located("search.algorithm", sources)
-        yield f"{where}: optuna is not installed: pip install 'selfkd[optuna]'"
-    resources = config.resources
-    if resources.workers > 1 and resources.gpu % 1:
-        where = _located("resources.gpu", sources)
-        yield f"{where}: must be whole with several resources.workers, got {resources.gpu:g}"
-    epochs, warmup = config.train.epochs, config.train.warmup_epochs
-    if warmup >= epochs:
-        where = _located("train.warmup_epochs", sources)
-        yield f"{where}: must be less than train.epochs ({epochs}), got {warmup}"
-    for name in ("space", "labels_only_space"):
-        space: dict[str, Any] = getattr(config.search, name)
-        for key, spec in space.items():
-            where = _located(f"search.{name}.{key}", sources)
-            if name == "labels_only_space" and key.startswith(_OF_TEACHERS):
-                yield f"{where}: cannot be searched on labels only: there is no teacher"
-            else:
-                yield from (f"{where}: {fault}" for fault in _entry_faults(config, key, spec))
-
-
-def _trust_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
-    """Faults of what makes a result believed."""
-    seeds, where = config.confirm.seeds, _located("confirm.seeds", sources)
-    if config.rounds == "auto" and seeds < 2:
-        yield f"{where}: must be at least 2 with rounds auto: one seed is no evidence, got {seeds}"
-    if config.controls and not seeds:
-        yield f"{where}: must be at least 1 with controls, which are confirmed too, got {seeds}"
-    if config.controls and not config.most_rounds:
-        where = _located("rounds", sources)
-        yield f"{where}: must be at least 1 with controls, which stand beside generation 1, got 0"
-    if config.distill.live or config.targets.top_k is not None:
-        where = _located("controls", sources)
-        for name in ("dkpp", "cwtm"):
-            if name in config.controls:
-                yield (
-                    f"{where}: {name} needs the teacher's stored answers, all of each: leave out "
-                    f"distill.live and targets.top_k, or {name}"
-                )
-
-
-def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
-    known = [k for k in _known_keys() if "." in k and k.split(".")[0] not in _FIXED]
-    if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
-        yield "cannot be searched: all trials of a run share it"
-        return
-    if key not in known and not re.fullmatch(r"((model|student)\.args|params)\.\w+", key):
-        yield f"is no config key{_did_you_mean(key, known)}"
-        return
-    try:
-        distribution = Distribution.parse(spec)
-    except ValueError as error:
-        yield str(error)
-        return
-    ends = (distribution.at(0.0), distribution.at(1.0))
-    for value in distribution.values if distribution.kind == "choice" else ends:
-        try:
-            config.at({key: value})
-        except ConfigError as error:
-            yield from (line.removeprefix(f"{key}: ") for line in str(error).splitlines())
-
-
-def dump_config(config: Config) -> str:
-    """Return a config as YAML."""
-    text: str = yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
-    return text
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Return `key: old -> new` for every value that differs."""
-    before, after = flat(old), flat(new)
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-    ]

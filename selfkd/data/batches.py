@@ -1,6 +1,6 @@
 """Splits and the batches read from them, the same whether images are in memory or streamed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from selfkd.data.augmentation import Views
-from selfkd.training.ranks import Ranks
 
 from .stream import Stream
 
@@ -87,7 +86,7 @@ class Data:
         drop_last: bool = False,
         workers: int = 0,
         rows: range | None = None,
-        ranks: Ranks | None = None,
+        share: Callable[[int], range] | None = None,
     ) -> Iterator[Batch]:
         """Batches of one split by name; see `selfkd.data.batches`."""
         if split not in ("train", "val", "test"):
@@ -104,7 +103,7 @@ class Data:
             drop_last=drop_last,
             workers=workers,
             rows=rows,
-            ranks=ranks,
+            share=share,
         )
 
 
@@ -121,7 +120,7 @@ def batches(
     drop_last: bool = False,
     workers: int = 0,
     rows: range | None = None,
-    ranks: Ranks | None = None,
+    share: Callable[[int], range] | None = None,
 ) -> Iterator[Batch]:
     """One pass over a split, or over some of its images.
 
@@ -139,8 +138,8 @@ def batches(
         drop_last: leave out a last batch that is not full.
         workers: processes that decode streamed images; images in memory need none.
         rows: the images to read, all when not given.
-        ranks: of processes that share each batch, all with the same order: this one gets its
-            part, and the first image where its part is empty.
+        share: Positions that this process reads of a batch of so many images, where several
+            processes share each batch in the same order; the first image where it has none.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
@@ -168,19 +167,19 @@ def batches(
         order = order[shuffle.cpu()]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
-    chunks = _chunks(order, batch_size, ranks)
+    chunks = _chunks(order, batch_size, share)
     if isinstance(split.images, Tensor):
-        raw = _gathered(split.images, _chunks(order.to(split.images.device), batch_size, ranks))
+        raw = _gathered(split.images, _chunks(order.to(split.images.device), batch_size, share))
     else:
         raw = _decoded(split.images, chunks, workers, torch.device(device))
     return _finished(raw, chunks, split.labels, mean, std, views, view, torch.device(device))
 
 
-def _chunks(order: Tensor, batch_size: int, ranks: Ranks | None) -> list[Tensor]:
+def _chunks(order: Tensor, batch_size: int, share: Callable[[int], range] | None) -> list[Tensor]:
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if ranks is None:
+    if share is None:
         return chunks
-    parts = [ranks.share(len(chunk)) for chunk in chunks]
+    parts = [share(len(chunk)) for chunk in chunks]
     return [
         chunk[part.start : part.stop] if part else chunk[:1]
         for chunk, part in zip(chunks, parts, strict=True)

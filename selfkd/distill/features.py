@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -11,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DataParallel
 from torch.utils.hooks import RemovableHandle
 
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module")
-"""Where `torch.compile` and `FullyShardedDataParallel` keep what they are put around."""
+from selfkd.distill.layers import check_path, modules_by_path, no_submodule
 
 
 class Features:
@@ -65,7 +63,7 @@ class Features:
     ) -> None:
         if isinstance(paths, str) or not paths:
             raise ValueError(f"paths must be a list of at least one path, got {paths!r}")
-        modules = _modules(model)
+        modules = modules_by_path(model)
         devices = _devices(model)
         if devices > 1:
             raise ValueError(f"model must be on one device of DataParallel, got {devices}")
@@ -184,98 +182,6 @@ def drop_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return what compiling, (distributed) data parallelism or FSDP were put around.
-
-    >>> model = nn.Linear(4, 3)
-    >>> unwrap(DataParallel(torch.compile(model))) is model
-    True
-    """
-    while True:
-        if isinstance(module, DataParallel | DistributedDataParallel):
-            module = module.module
-            continue
-        inner = (getattr(module, name, None) for name in _WRAPPED)
-        original = next((found for found in inner if isinstance(found, nn.Module)), None)
-        if original is None:
-            return module
-        module = original
-
-
-def check_whole(name: str, module: nn.Module) -> None:
-    """Raise ValueError where this process has but a shard of the parameters, as under FSDP."""
-    sharded = any(hasattr(value, "full_tensor") for value in module.parameters()) or any(
-        _WRAPPED[1] in part._modules for part in module.modules()
-    )
-    if sharded:
-        raise ValueError(
-            f"{name} must have its parameters whole, got shards of {type(module).__name__}: load "
-            "its full state dict into a fresh network on every rank, and give that "
-            "(get_model_state_dict of torch.distributed.checkpoint.state_dict, full_state_dict)"
-        )
-
-
-def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, str]) -> list[str]:
-    """Start layers of a student from a teacher's: copies parameters and buffers, in place.
-
-    Nothing is copied where anything does not fit, and nothing is shared afterwards.
-
-    Args:
-        student: is changed.
-        teacher: is not.
-        mapping: path of a submodule of the student -> path of the teacher's that it starts from.
-
-    Returns:
-        Names of the student's parameters and buffers that were copied to.
-
-    Raises:
-        TypeError: student or teacher is no `nn.Module`.
-        ValueError: a path that no submodule has, or submodules of other names or shapes.
-
-    >>> teacher = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
-    >>> student = nn.Sequential(*(nn.Linear(2, 2) for _ in range(2)))
-    >>> copy_layers(student, teacher, {"0": "1", "1": "3"})
-    ['0.weight', '0.bias', '1.weight', '1.bias']
-    >>> torch.equal(student[1].weight, teacher[3].weight)
-    True
-
-    Reference:
-        Sanh et al., "DistilBERT, a distilled version of BERT", 2019,
-        https://arxiv.org/abs/1910.01108
-    """
-    students, teachers = _modules(student), _modules(teacher)
-    copies: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, source in mapping.items():
-        _check_path(path, students)
-        _check_path(source, teachers)
-        tensors, sources = _tensors(students[path]), _tensors(teachers[source])
-        shapes, expected = _shapes(tensors), _shapes(sources)
-        if shapes != expected:
-            fault = next(
-                key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key)
-            )
-            raise ValueError(
-                f"{path!r} of the student must have {fault!r} of shape {expected.get(fault)} as "
-                f"{source!r} of the teacher, got {shapes.get(fault)}"
-            )
-        copies |= {f"{path}.{key}".lstrip("."): (tensors[key], sources[key]) for key in tensors}
-    with torch.no_grad():
-        for tensor, value in copies.values():
-            tensor.copy_(value)
-    return list(copies)
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Submodules by path, in order, inside of what is wrapped around `model` and around them."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    modules: dict[str, nn.Module] = {}
-    for path, module in unwrap(model).named_modules(remove_duplicate=False):
-        # a wrapped submodule before what is in it: its hooks always run
-        modules.setdefault(".".join(p for p in path.split(".") if p not in _WRAPPED), module)
-    return modules
-
-
 def _devices(model: nn.Module) -> int:
     """Of the first `DataParallel` around the model."""
     while not isinstance(model, DataParallel):
@@ -288,7 +194,7 @@ def _devices(model: nn.Module) -> int:
 
 def _match(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
     if not _is_pattern(path):
-        _check_path(path, modules)
+        check_path(path, modules)
         return [path]
     parts = path.split(".")
     found = [
@@ -299,23 +205,12 @@ def _match(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
         and all(map(fnmatchcase, name.split("."), parts))
     ]
     if not found:
-        raise ValueError(_no_submodule(path, modules))
+        raise ValueError(no_submodule(path, modules))
     return found
 
 
 def _is_pattern(path: str) -> bool:
     return any(character in path for character in "*?[")
-
-
-def _check_path(path: str, modules: Iterable[str]) -> None:
-    if path not in modules:
-        raise ValueError(_no_submodule(path, modules))
-
-
-def _no_submodule(path: str, modules: Iterable[str]) -> str:
-    names = [name for name in modules if name]
-    close = difflib.get_close_matches(path, names) or names[:3]
-    return f"path must be that of a submodule ({', '.join(close)}, ...), got {path!r}"
 
 
 def _first_tensor(name: str, output: object) -> Tensor:
@@ -332,12 +227,3 @@ def _first_tensor(name: str, output: object) -> Tensor:
 
 def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = dict(unwrap(module).named_parameters(remove_duplicate=False))
-    return named | dict(unwrap(module).named_buffers(remove_duplicate=False))
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}

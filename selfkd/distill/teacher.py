@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from selfkd.distill.features import check_whole, drop_hooks, unwrap
+from selfkd.distill.features import drop_hooks
+from selfkd.distill.layers import check_whole, unwrap
 
 Stats = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each channel, on images scaled to [0, 1]."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Who does the jobs: a pool of Ray workers, groups of them, clusters. Ray stays here."""

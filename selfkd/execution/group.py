@@ -25,7 +25,8 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from selfkd.execution.jobs import Row, load_entry
+from selfkd.execution.jobs import load_entry
+from selfkd.results import Row
 
 TRAIN = "train"  # the kind of job that a group does
 POLL_SECONDS = 0.2

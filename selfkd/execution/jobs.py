@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-Row = dict[str, Any]
-CHECKPOINT = "checkpoint.pt"  # in the folder of a trial that is not done
-OWN = ("epoch", "seconds", "hash", "checkpoint", "note")  # of a trial's row; all else is a metric
+from selfkd.results import Row
 
 
 @dataclass(frozen=True)
 class Job:
-    """A unit of work: `kind` names the function of `selfkd.worker.jobs`, `payload` is plain data."""
+    """A unit of work: `kind` names a function of `selfkd.worker`, `payload` is plain data."""
 
     kind: str
     payload: Mapping[str, Any]

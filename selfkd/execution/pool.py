@@ -34,7 +34,8 @@ from ray.tune.search import Searcher
 from ray.util.placement_group import placement_group_table
 
 from selfkd.execution.group import TRAIN, Group, JobError, Room, WorkerLostError
-from selfkd.execution.jobs import EarlyStopping, Job, Jobs, Outcome, Row, load_entry
+from selfkd.execution.jobs import EarlyStopping, Job, Jobs, Outcome, load_entry
+from selfkd.results import Row
 from selfkd.storage.files import patiently
 from selfkd.storage.remote import as_path
 

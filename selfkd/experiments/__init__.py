@@ -1,1 +1,1 @@
-"""TODO"""
+"""What is trained and chosen: the engine, and the recipes over it."""

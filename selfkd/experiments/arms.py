@@ -14,11 +14,12 @@ from typing import Protocol
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
 from selfkd.analysis.verdicts import count_seeds
-from selfkd.config.schema import Config, to_tree
+from selfkd.config import Config, to_tree
 from selfkd.config.space import Points
-from selfkd.execution.jobs import Executor, Job, Row
+from selfkd.execution.jobs import Executor, Job
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import Listener, Plan, Stage, run_all, run_stages, trial_seed
+from selfkd.results import Row
 
 TITLE = "confirmation on fresh seeds"
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from selfkd.cli.progress import count
-from selfkd.config.schema import Config, to_tree
+from selfkd.analysis.verdicts import count
+from selfkd.config import Config, to_tree
 from selfkd.config.space import Point, Points
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import Executor, Row, run_one
+from selfkd.execution.jobs import Executor, run_one
 from selfkd.experiments.curve import compare_size, judge, mean_gain, tell_curve
 from selfkd.experiments.ensemble import CompressionListener, measure_models, teach
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import Plan, Stage, make_proposer, ranked, run_stage, trial_seed
+from selfkd.results import Row
 from selfkd.storage.files import save_json
 from selfkd.storage.remote import as_path
 

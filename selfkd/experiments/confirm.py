@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 from selfkd.analysis.verdicts import compare, is_better, percent, plain, tell, tell_mean
-from selfkd.config.schema import Config
-from selfkd.execution.jobs import Executor, Row
+from selfkd.config import Config
+from selfkd.execution.jobs import Executor
 from selfkd.experiments.arms import Arm, ArmsListener, difference, measure, remove_students, retrain
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import Plan, generation_plan, located
+from selfkd.results import Row
 from selfkd.storage.files import load_json, save_json
 
 PATIENCE = 2  # generations in a row without evidence of a gain, after which `rounds: auto` stops

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfkd.analysis.verdicts import compare
-from selfkd.config.schema import Config, Control, to_tree
+from selfkd.config import Config, Control, to_tree
 from selfkd.config.space import Distribution, Point
-from selfkd.execution.jobs import Executor, Job, Row, run_one
+from selfkd.execution.jobs import Executor, Job, run_one
 from selfkd.experiments.arms import (
     Arm,
     ArmsListener,
@@ -35,6 +35,7 @@ from selfkd.experiments.stages import (
     run_stage,
     trial_seed,
 )
+from selfkd.results import Row
 from selfkd.storage.files import load_json, save_json
 from selfkd.storage.remote import as_path
 

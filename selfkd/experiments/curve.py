@@ -8,9 +8,8 @@ from dataclasses import asdict
 import numpy as np
 
 from selfkd.analysis.statistics import Interval, holm, mean_interval, paired_p
-from selfkd.analysis.verdicts import tell
-from selfkd.cli.progress import short
-from selfkd.execution.jobs import Row
+from selfkd.analysis.verdicts import short, tell
+from selfkd.results import Row
 
 SIGNIFICANT = 0.05
 

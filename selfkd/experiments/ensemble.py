@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfkd.analysis.statistics import Interval, mean_interval, ratio_interval
-from selfkd.config.schema import Config, ModelConfig, Source, to_tree
+from selfkd.config import Config, ModelConfig, Source, to_tree
 from selfkd.config.space import Distribution, Point, Points
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import Executor, Job, Row, run_one
+from selfkd.execution.jobs import Executor, Job, run_one
 from selfkd.experiments.arms import Arm, pair, retrain
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import (
@@ -31,6 +31,7 @@ from selfkd.experiments.stages import (
     run_stage,
     trial_seed,
 )
+from selfkd.results import Row
 from selfkd.storage.files import link, load_json, save_json
 from selfkd.storage.remote import as_path
 

@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from selfkd.config.schema import Config, to_tree
+from selfkd.config import Config, to_tree
 from selfkd.config.space import Point
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import OWN, Executor, Row, run_one
+from selfkd.execution.jobs import Executor, run_one
 from selfkd.experiments.confirm import (
     ConfirmListener,
     baseline_row,
@@ -34,6 +34,7 @@ from selfkd.experiments.stages import (
     run_stage,
     trial_seed,
 )
+from selfkd.results import OWN, Row
 from selfkd.storage.files import link, load_json, save_json
 
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from selfkd.config.schema import Config, differences, dump_config, flat, from_tree, parse_yaml
+from selfkd.config import RESUMABLE, Config, differences, dump_config, from_tree, parse_yaml
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import Row
+from selfkd.results import Row
 from selfkd.storage.files import cache_folder, link, load_json, save_json, save_text
 from selfkd.storage.remote import RemotePath, as_path
-
-RESUMABLE = (
-    *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
-    *("targets.root", "checkpoint.", "controls"),
-)
 
 
 class RunFolder:
@@ -145,11 +140,6 @@ class RunFolder:
     def relative(self, path: Path) -> str:
         """Return a path as the ledger keeps it, so that a run folder can be moved."""
         return str(path.relative_to(self.path))
-
-
-def lasting(config: Config) -> Row:
-    """Return what of a config cannot change when a run is continued, by dotted key."""
-    return {key: value for key, value in flat(config).items() if not key.startswith(RESUMABLE)}
 
 
 def _never_began(path: Path) -> bool:

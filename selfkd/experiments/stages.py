@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from selfkd.config.schema import Config, ModelConfig, to_tree
+from selfkd.config import Config, ModelConfig, to_tree
 from selfkd.config.space import Distribution, Optuna, Point, Points, Proposer, make_points
 from selfkd.errors import RunError
-from selfkd.execution.jobs import CHECKPOINT, Batch, EarlyStopping, Executor, Job, Outcome, Row
+from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, Outcome
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import CHECKPOINT, Row
 from selfkd.storage.files import load_json, save_json
 from selfkd.storage.remote import as_path
 

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
 from selfkd.analysis.verdicts import compare, count_seeds
-from selfkd.config.schema import ArmConfig, Config, ContrastConfig, DataConfig, to_tree
+from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, to_tree
 from selfkd.config.space import Point, Points
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import Executor, Job, Row, run_one
+from selfkd.execution.jobs import Executor, Job, run_one
 from selfkd.experiments.arms import confirm_seeds
 from selfkd.experiments.ensemble import CompressionListener, find_members, measure_models, teach
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import Plan, Stage, label, run_all, run_stages
+from selfkd.results import Row
 from selfkd.storage.files import load_json, save_json
 from selfkd.storage.remote import as_path
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfkd.distill.features import copy_layers
+from selfkd.distill.layers import copy_layers
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.losses.distillation import Average, check_settings
 from selfkd.losses.features import (
@@ -476,6 +476,6 @@ def _path_of_layers(model: PreTrainedModel) -> str:
     if len(paths) != 1:
         raise ValueError(
             f"student must have one list of its {count} layers, got {paths}: use "
-            "selfkd.distill.features.copy_layers"
+            "selfkd.distill.layers.copy_layers"
         )
     return paths[0]

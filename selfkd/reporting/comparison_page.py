@@ -16,15 +16,14 @@ from selfkd.reporting.across_runs import (
     compare,
     last_arm,
 )
-from selfkd.reporting.figures.generations import charts
-from selfkd.reporting.figures.generations import generations as figures
-from selfkd.reporting.figures.style import Bar, Level, Line, Measure
-from selfkd.reporting.figures.theme import generation_colour
+from selfkd.reporting.figures import charts
+from selfkd.reporting.figures import generations as figures
+from selfkd.reporting.figures.style import Bar, Level, Line, Measure, generation_colour
 from selfkd.reporting.page import Page
 from selfkd.reporting.read import Run
-from selfkd.reporting.schema import Estimate, Seeds
 from selfkd.reporting.sections.panels import Panel, Section
 from selfkd.reporting.tables import Table
+from selfkd.results import Estimate, Seeds
 
 Record = dict[str, Any]
 FIELDS = (

@@ -18,15 +18,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from selfkd.reporting import tables, words
-from selfkd.reporting.figures.theme import generation_colour
-from selfkd.reporting.read import Run, read_run
-from selfkd.reporting.sections import calibration as diagnoses
+from selfkd.reporting.figures.style import generation_colour
+from selfkd.reporting.read import REPORT, Run, read_run
+from selfkd.reporting.sections import diagnostics
 from selfkd.reporting.sections.arms import curve_sections, study_sections
 from selfkd.reporting.sections.ensemble import compression_sections
 from selfkd.reporting.sections.generations import generation_sections
 from selfkd.reporting.sections.panels import Section
 from selfkd.reporting.tables import Table
-from selfkd.reporting.watch import REPORT
 from selfkd.storage.files import save_text
 
 KINDS: Mapping[str, tuple[str, Callable[[Run], Iterable[Section]]]] = {
@@ -196,7 +195,7 @@ def _appendices(run: Run) -> list[Appendix]:
     return [
         Appendix(
             "Calibration",
-            diagnoses.calibration_table(tested),
+            diagnostics.calibration_table(tested),
             "Best T divides all logits: it has the lowest NLL on validation (Guo et al., 2017).",
         ),
         Appendix("Lineage", tables.lineage_table(run), chain=chain),

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfkd.config.schema import from_tree, parse_yaml
+from selfkd.config import from_tree, parse_yaml
 from selfkd.errors import ConfigError
-from selfkd.reporting.schema import (
+from selfkd.results import (
     Compression,
     Confirmation,
     Control,
@@ -28,6 +28,7 @@ from selfkd.storage.files import load_json
 
 Tree = Mapping[str, Any]
 P = TypeVar("P", bound=Part)
+REPORT = "report.html"
 TRIALS = "trial_*/result.json"
 SIDE_BY_SIDE: Mapping[str, tuple[str, type[Part]]] = {
     "capacity": ("curve", Curve),

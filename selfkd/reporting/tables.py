@@ -8,7 +8,7 @@ from typing import Any
 
 from selfkd.reporting import words
 from selfkd.reporting.read import DISTILL, Generation, Run
-from selfkd.reporting.schema import Curve, Estimate, Measured, Result, Study, Trial
+from selfkd.results import Curve, Estimate, Measured, Result, Study, Trial
 
 MOST_ROWS = 200
 """Of a table of classes or trials: a page stays readable."""

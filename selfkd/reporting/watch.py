@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from selfkd.execution.jobs import Row
+from selfkd.reporting.read import REPORT
+from selfkd.results import Row
 
-REPORT = "report.html"
 logger = logging.getLogger(__name__)
 
 

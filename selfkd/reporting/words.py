@@ -6,11 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from selfkd.analysis.verdicts import compare, count_seeds, tell
-from selfkd.cli.progress import short
-from selfkd.execution.jobs import Row
+from selfkd.analysis.verdicts import compare, count_seeds, short, tell
 from selfkd.reporting.read import Generation, Run
-from selfkd.reporting.schema import Confirmation, Estimate, Result, plain
+from selfkd.results import Confirmation, Estimate, Result, Row, plain
 
 
 def percent(value: float | None) -> str:

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Cached teacher logits on disk: written once a view, read by every student."""

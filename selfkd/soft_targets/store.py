@@ -8,12 +8,7 @@ with the store; small views are packed into one array.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -25,148 +20,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 from selfkd.losses.sparse import SparseLogits
+from selfkd.soft_targets.manifest import (
+    DEFAULT_SHARD,
+    Manifest,
+    check_same,
+    load_manifest,
+    manifest_path,
+    save_manifest,
+    shard_path,
+)
 from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.files import fetch, load_json, patiently, save_json
-from selfkd.storage.remote import as_path
+from selfkd.storage.files import fetch, patiently
 
-DEFAULT_SHARD = 16_384
-"""Images a shard."""
 PACK_LIMIT = 64 * 2**20
 """Bytes of packed views that an open store may hold in memory."""
 
 ShardState = Literal["absent", "whole", "damaged"]
-_VERSION = 1
 _MAPS = 16_384  # files mapped at once; Linux allows a process 65,530 mappings
-_DAY = 86_400.0
-_SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # as selfkd.storage.files.replace names them
 _CHECKED: set[tuple[object, ...]] = set()  # what identifies the shards that were whole
-
-
-def data_key(fingerprint: str, recipe: Mapping[str, Any], *, top_k: int | None = None) -> str:
-    """Return the key of what was asked: the images, the recipe of their views, the format.
-
-    >>> data_key("abc", {"jitter": 2}) == data_key("abc", {"jitter": 2}, top_k=5)
-    False
-    """
-    parts = [fingerprint, dict(recipe), *([] if top_k is None else [{"top_k": top_k}])]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a store holds: one teacher's answers to one data set under one view recipe.
-
-    >>> recipe = {"flip": True}
-    >>> manifest = Manifest(
-    ...     teacher="9f0c", data=data_key("abc", recipe), fingerprint="abc", recipe=recipe,
-    ...     views=8, images=50_000, classes=10,
-    ... )
-    >>> manifest.shards, manifest.rows(3)
-    (4, range(49152, 50000))
-    """
-
-    teacher: str
-    """Hash of the teacher."""
-    data: str
-    """`data_key` of fingerprint, recipe and top_k."""
-    fingerprint: str
-    """Of the images."""
-    recipe: dict[str, Any]
-    """Of their views."""
-    views: int
-    images: int
-    classes: int
-    dtype: str = "float16"
-    top_k: int | None = None
-    """Largest logits that are kept of an image; all when None."""
-    shard_size: int = DEFAULT_SHARD
-    """Images a shard; the last one may have fewer."""
-    origin: dict[str, Any] = field(default_factory=dict)
-    """How to make the teacher again, for whoever wants to check its answers."""
-
-    def __post_init__(self) -> None:
-        for name in ("views", "images", "classes", "shard_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.dtype != "float16":
-            raise ValueError(f"dtype must be float16, got {self.dtype}")
-        if self.top_k is not None and not 1 <= self.top_k < self.classes:
-            raise ValueError(f"top_k must be in [1, {self.classes - 1}], got {self.top_k}")
-        key = data_key(self.fingerprint, self.recipe, top_k=self.top_k)
-        if self.data != key:
-            raise ValueError(
-                f"data must be {key}, the key of fingerprint, recipe and top_k, got {self.data}"
-            )
-
-    @property
-    def shards(self) -> int:
-        """Number of shards of a view."""
-        return -(-self.images // self.shard_size)
-
-    def rows(self, shard: int) -> range:
-        """Return the images of a shard."""
-        if not 0 <= shard < self.shards:
-            raise ValueError(f"shard must be in [0, {self.shards}), got {shard}")
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.images))
-
-
-def store_path(root: Path, teacher: str, data: str) -> Path:
-    """Return the folder of a store."""
-    return root / teacher / data
-
-
-def shard_path(root: Path, manifest: Manifest, *, view: int, shard: int) -> Path:
-    """Return the file of a shard."""
-    folder = store_path(root, manifest.teacher, manifest.data)
-    return folder / f"view_{view:03d}" / f"shard_{shard:05d}.safetensors"
-
-
-def load_manifest(root: Path, teacher: str, data: str) -> Manifest:
-    """Read what a store says of itself.
-
-    Raises:
-        FileNotFoundError: there is no such store.
-        ValueError: the manifest is damaged, or is another store's; names it.
-    """
-    path = _manifest_path(root, teacher, data)
-    if not patiently(path, path.exists):
-        raise FileNotFoundError(f"no such store: {path.parent}: labelling writes it")
-    tree = load_json(path)
-    try:
-        if (version := tree.pop("version")) != _VERSION:
-            raise ValueError(f"version must be {_VERSION}, got {version}")
-        manifest = Manifest(**tree)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
-    if (manifest.teacher, manifest.data) != (teacher, data):
-        raise ValueError(
-            f"{path} must be of {teacher}/{data}, got {manifest.teacher}/{manifest.data}: "
-            "remove it and resume"
-        )
-    return manifest
-
-
-def save_manifest(root: Path, manifest: Manifest) -> None:
-    """Say what a store holds, before its shards are written.
-
-    Views that are there already stay; a damaged manifest is replaced.
-
-    Raises:
-        ValueError: the store has other images, classes or shards.
-    """
-    try:
-        stored = load_manifest(root, manifest.teacher, manifest.data)
-    except (FileNotFoundError, ValueError):
-        stored = None
-    if stored is not None:
-        _check_same(root, stored, manifest)
-        manifest = replace(manifest, views=max(stored.views, manifest.views))
-    if manifest != stored:
-        path = _manifest_path(root, manifest.teacher, manifest.data)
-        save_json(path, {"version": _VERSION, **asdict(manifest)})
 
 
 def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits: Tensor) -> Path:
@@ -215,7 +86,7 @@ def check_shard(root: Path, manifest: Manifest, *, view: int, shard: int) -> Sha
         return "absent"
     except ValueError:
         return "damaged"
-    _check_same(root, stored, manifest)
+    check_same(root, stored, manifest)
     if view >= stored.views:
         return "absent"
     path = shard_path(root, manifest, view=view, shard=shard)
@@ -383,7 +254,7 @@ def open_store(
         for name in ("images", "classes", "top_k"):
             here, first = getattr(manifest, name), getattr(manifests[0], name)
             if here != first:
-                path = _manifest_path(root, manifest.teacher, data)
+                path = manifest_path(root, manifest.teacher, data)
                 raise ValueError(
                     f"{path} must have {name} {first}, as {manifests[0].teacher} has, got {here}"
                 )
@@ -394,67 +265,6 @@ def open_store(
             "the other classes' are not known"
         )
     return SoftTargets(root.absolute(), manifests, weights=shares if mean else None)
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """A store as it is found on disk."""
-
-    path: Path
-    manifest: Manifest | None
-    """None where it is missing or damaged."""
-    bytes: int
-    """Of all its files."""
-    present: int
-    """Shards that are there, unchecked."""
-    expected: int
-    """Shards of all views; 0 without a manifest."""
-    users: list[Path]
-    """Run folders that asked for it and still exist."""
-    leftovers: list[Path]
-    """Temporary files, of writers at work or killed."""
-
-
-def remember_user(root: Path, teacher: str, data: str, run: Path) -> None:
-    """Note that a run uses a store; best before the store is written."""
-    run = run.absolute()
-    name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
-    path = store_path(root, teacher, data) / "used_by" / f"{name}.json"
-    if not patiently(path, path.exists):
-        save_json(path, {"run": str(run)})
-
-
-def list_stores(root: Path) -> list[StoreInfo]:
-    """Return what stores there are, by path."""
-    return [_info(root, path) for path in _stores(root)]
-
-
-def unused(root: Path) -> list[StoreInfo]:
-    """Return the stores of which no user exists any more, or ever did."""
-    return [info for info in list_stores(root) if not info.users]
-
-
-def sweep(root: Path, *, seconds: float = _DAY) -> list[Path]:
-    """Remove what killed writers left in stores, once it is so old; return what was removed."""
-    removed = []
-    for store in _stores(root):
-        for path, (_, changed) in _files(store).items():
-            if _TEMPORARY.fullmatch(path.name) and time.time() - changed > seconds:
-                path.unlink(missing_ok=True)
-                removed.append(path)
-    return removed
-
-
-def _manifest_path(root: Path, teacher: str, data: str) -> Path:
-    return store_path(root, teacher, data) / "manifest.json"
-
-
-def _check_same(root: Path, stored: Manifest, manifest: Manifest) -> None:
-    for name in ("images", "classes", "shard_size"):
-        there, here = getattr(stored, name), getattr(manifest, name)
-        if there != here:
-            path = _manifest_path(root, stored.teacher, stored.data)
-            raise ValueError(f"{name} must be {there}, as in {path}, got {here}")
 
 
 def _check_place(manifest: Manifest, view: int, shard: int) -> range:
@@ -565,46 +375,3 @@ def _shares(members: int, weights: Sequence[float] | None) -> list[float]:
     if not (0 < total < float("inf") and min(weights) >= 0):
         raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
     return [weight / total for weight in weights]
-
-
-def _stores(root: Path) -> Iterator[Path]:
-    for path in sorted(root.glob("*/*/")):
-        if (path / "manifest.json").exists() or any(path.glob("view_*/")):
-            yield path
-
-
-def _files(folder: Path) -> dict[Path, tuple[int, float]]:
-    """Return size and time of all files; those that vanish meanwhile are left out."""
-    found = {}
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                stat = path.stat()
-                found[path] = (stat.st_size, stat.st_mtime)
-        except FileNotFoundError:
-            continue
-    return found
-
-
-def _info(root: Path, path: Path) -> StoreInfo:
-    files = _files(path)
-    try:
-        manifest = load_manifest(root, path.parent.name, path.name)
-    except (FileNotFoundError, ValueError):
-        manifest = None
-    matches = [_SHARD.fullmatch(file.relative_to(path).as_posix()) for file in files]
-    places = [(int(match[1]), int(match[2])) for match in matches if match]
-    if manifest is not None:
-        views, shards = manifest.views, manifest.shards
-        places = [(view, shard) for view, shard in places if view < views and shard < shards]
-    records = [file for file in files if file.match("used_by/*.json")]
-    runs = [as_path(load_json(file)["run"]) for file in records]
-    return StoreInfo(
-        path=path,
-        manifest=manifest,
-        bytes=sum(size for size, _ in files.values()),
-        present=len(places),
-        expected=0 if manifest is None else manifest.views * manifest.shards,
-        users=sorted(run for run in runs if run.exists()),
-        leftovers=[file for file in files if _TEMPORARY.fullmatch(file.name)],
-    )

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Files that are whole or absent, here or in remote storage."""

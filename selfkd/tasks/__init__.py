@@ -1,1 +1,1 @@
-"""TODO"""
+"""What is learnt: one package a kind of data, behind one protocol."""

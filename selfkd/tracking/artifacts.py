@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.config.schema import Config
-from selfkd.execution.jobs import Row
+from selfkd.config import Config
+from selfkd.results import Row
 from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tracking.run import LoggedRun, make_artifact

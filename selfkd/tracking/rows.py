@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from selfkd.execution.jobs import Row
+from selfkd.results import Row
 
 HIDDEN = ("history", "models", "predictions", "point", "hash")
 OF_TRIAL = ("status", "error", "val_accuracy", "val_nll", "train_seconds")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfkd.analysis.verdicts import compare, count_seeds
-from selfkd.config.schema import Config, to_tree
+from selfkd.config import Config, to_tree
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import Row
+from selfkd.results import Row
 from selfkd.storage.files import fetch, load_json
 from selfkd.tracking.host import answers, base_url, has_key
 from selfkd.tracking.rows import (

@@ -205,7 +205,7 @@ def fit(
             view=view,
             device=device,
             workers=workers,
-            ranks=ranks,
+            share=ranks.share,
         )
         for number, (inputs, labels, index) in enumerate(batches):
             count = min(batch_size, len(data.train) - number * batch_size)

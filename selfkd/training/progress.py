@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from selfkd.execution.jobs import CHECKPOINT, Row
+from selfkd.results import CHECKPOINT, Row
 from selfkd.storage.files import fetch, patiently, replace
 from selfkd.training.ranks import Ranks
 

@@ -15,14 +15,13 @@ from typing import Any
 
 from torch import nn, set_num_threads
 
-from selfkd.config.schema import Config, ModelConfig
+from selfkd.config import Config, ModelConfig, resume_invariant
 from selfkd.distill.distiller import Distiller
-from selfkd.distill.features import check_whole, unwrap
+from selfkd.distill.layers import check_whole, unwrap
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import Term
-from selfkd.execution.jobs import CHECKPOINT, OWN, Row
-from selfkd.experiments.run_folder import lasting
 from selfkd.models import parameters_count
+from selfkd.results import CHECKPOINT, OWN, Row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
 from selfkd.training.progress import Progress
@@ -178,7 +177,7 @@ class Trial:
         return Progress(
             self.path.with_name(CHECKPOINT),
             made_from={
-                "config": lasting(self.config),
+                "config": resume_invariant(self.config),
                 "stage": self.stage,
                 "seed": self.seed,
                 "model": asdict(self.model),

@@ -1,1 +1,1 @@
-"""TODO"""
+"""What a worker does: from plain data to plain data."""

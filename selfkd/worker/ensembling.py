@@ -14,9 +14,9 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.benchmark import Timer
 
 from selfkd.analysis import metrics
-from selfkd.config.schema import CheckpointConfig, ModelConfig, Tree, parse_yaml
+from selfkd.config import CheckpointConfig, ModelConfig, Tree, parse_yaml
 from selfkd.distill.averaging import average_weights, fit_weights, greedy_soup
-from selfkd.execution.jobs import Row
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.images.specialists import cluster_classes

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from selfkd.analysis import metrics
 from selfkd.analysis.statistics import mcnemar, mean_over_images
-from selfkd.config.schema import Tree
-from selfkd.execution.jobs import Row
+from selfkd.config import Tree
 from selfkd.models import parameters_count
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.images.task import Bench, Split

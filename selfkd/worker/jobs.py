@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfkd.config.schema import ModelConfig, Tree, from_tree
+from selfkd.config import ModelConfig, Tree, from_tree
 from selfkd.data import fingerprint
-from selfkd.execution.jobs import Row
 from selfkd.models import parameters_count
-from selfkd.soft_targets.store import check_shard, remember_user, write_shard
+from selfkd.results import Row
+from selfkd.soft_targets.store import check_shard, write_shard
+from selfkd.soft_targets.upkeep import remember_user
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.images.task import Bench, Split

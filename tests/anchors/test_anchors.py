@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "tune_configs" / "anchors").glob("*.yaml"))

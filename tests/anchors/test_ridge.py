@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 from selfkd.execution.jobs import InProcess
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder

@@ -24,10 +24,11 @@ from timm.task import LogitDistillationTask
 from torch import Tensor, nn
 
 from selfkd import Distiller, Ensemble, make_model
-from selfkd.config.schema import ModelConfig, load_config, to_tree
+from selfkd.config import ModelConfig, load_config, to_tree
 from selfkd.data import Data, load_data
 from selfkd.execution.jobs import Batch, Job
-from selfkd.soft_targets.store import Manifest, data_key, open_store, write_shard
+from selfkd.soft_targets.manifest import Manifest, data_key
+from selfkd.soft_targets.store import open_store, write_shard
 from selfkd.tasks.images.task import Bench
 
 MEMBERS = 10

@@ -26,8 +26,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.ge
 
 from nodes import Nodes, apart  # noqa: E402
 
-from selfkd.execution.jobs import Batch, Job, Row  # noqa: E402
+from selfkd.execution.jobs import Batch, Job  # noqa: E402
 from selfkd.execution.pool import Pool  # noqa: E402
+from selfkd.results import Row  # noqa: E402
 
 
 class Rows(Batch):

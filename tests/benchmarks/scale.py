@@ -97,8 +97,9 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
     from ray.cluster_utils import Cluster
 
     from selfkd.cli.command import everyone
-    from selfkd.cli.progress import Follower, make_console
-    from selfkd.config.schema import load_config
+    from selfkd.cli.progress import Follower
+    from selfkd.cli.terminal import make_console
+    from selfkd.config import load_config
     from selfkd.execution.jobs import Batch, Job
     from selfkd.execution.pool import Pool
     from selfkd.experiments.generations import born_again

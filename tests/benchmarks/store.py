@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from selfkd.soft_targets import store
-from selfkd.soft_targets.store import Manifest, SoftTargets, data_key, open_store, write_shard
+from selfkd.soft_targets.manifest import Manifest, data_key
+from selfkd.soft_targets.store import SoftTargets, open_store, write_shard
 
 CALLS = 300
 TARGET = 150.0

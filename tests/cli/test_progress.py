@@ -9,13 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from selfkd.cli.progress import (
-    Follower,
-    make_confirmation_table,
-    make_sparkline,
-    make_table,
-    print_table,
-)
+from selfkd.cli.progress import Follower
+from selfkd.cli.terminal import make_confirmation_table, make_sparkline, make_table, print_table
 
 TRIAL: dict[str, Any] = {
     "stage": "generation-1",

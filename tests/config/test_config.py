@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from selfkd.config.schema import (
+from selfkd.config import (
     RESERVED_ARGS,
     Config,
     DataConfig,

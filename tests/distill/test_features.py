@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from selfkd import Teacher
-from selfkd.distill.features import Features, copy_layers, unwrap
+from selfkd.distill.features import Features
+from selfkd.distill.layers import copy_layers, unwrap
 
 
 class Block(nn.Module):

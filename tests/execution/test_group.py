@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import ray
-from test_ranks import PLAIN, payload, taught
+from train_jobs import PLAIN, payload, taught
 
-from selfkd.execution.jobs import Batch, EarlyStopping, Job, Row
+from selfkd.execution.jobs import Batch, EarlyStopping, Job
 from selfkd.execution.pool import Pool
+from selfkd.results import Row
 from selfkd.worker.jobs import run_job
 
 USERS = """

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from selfkd.budget import measured
-from selfkd.config.schema import Config, load_config
+from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import InProcess, Row
+from selfkd.execution.jobs import InProcess
 from selfkd.experiments.capacity import check_sizes, grow, trainings
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.response import read_stages
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.worker.jobs import run_job

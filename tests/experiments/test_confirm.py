@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfkd.config.schema import Config, load_config, to_tree
+from selfkd.config import Config, load_config, to_tree
 from selfkd.errors import RunError
-from selfkd.execution.jobs import InProcess, Job, Row
+from selfkd.execution.jobs import InProcess, Job
 from selfkd.experiments.arms import Arm, confirm_seeds, pair, retrain
 from selfkd.experiments.confirm import confirm_generations, load_confirmations, stop_reason
 from selfkd.experiments.generations import born_again, complete, finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import Plan
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.worker.jobs import run_job

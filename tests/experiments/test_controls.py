@@ -11,11 +11,12 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import ttest_rel
 
-from selfkd.config.schema import Config, load_config, to_tree
-from selfkd.execution.jobs import InProcess, Row
+from selfkd.config import Config, load_config, to_tree
+from selfkd.execution.jobs import InProcess
 from selfkd.experiments.arms import confirm_seeds
 from selfkd.experiments.generations import born_again, complete, finished
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.tasks.images.task import Bench

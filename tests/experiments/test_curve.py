@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfkd.execution.jobs import Row
 from selfkd.experiments.curve import compare_size, judge, mean_gain, tell_curve
+from selfkd.results import Row
 
 
 def measured(values: list[float]) -> list[Row]:

@@ -14,13 +14,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.special import softmax
 
-from selfkd.config.schema import Config, load_config
+from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import InProcess, Row
+from selfkd.execution.jobs import InProcess
 from selfkd.experiments.ensemble import compress, find_members, finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.models import make_model
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json, save_json
 from selfkd.worker.jobs import run_job

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from selfkd.config.schema import Config, load_config
+from selfkd.config import Config, load_config
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import InProcess, Job, Row
+from selfkd.execution.jobs import InProcess, Job
 from selfkd.experiments.generations import born_again, complete, finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
+from selfkd.results import Row
 from selfkd.storage.files import load_json
 from selfkd.worker.jobs import run_job
 

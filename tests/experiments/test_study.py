@@ -11,12 +11,13 @@ import pytest
 import torch
 from scipy import stats
 
-from selfkd.config.schema import Config, load_config
+from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import InProcess, Row
+from selfkd.execution.jobs import InProcess
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import check_study, experiment, trainings
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.worker.jobs import run_job

@@ -74,7 +74,7 @@ def _plain(value: Any) -> str:
 
 def drive(folder: str, settings: list[str], pattern: str | None, number: int) -> None:
     """Start a run, or continue it, as the command does; die at an event."""
-    from selfkd.config.schema import load_config
+    from selfkd.config import load_config
     from selfkd.execution.jobs import InProcess
     from selfkd.experiments.generations import born_again, complete
     from selfkd.experiments.run_folder import RunFolder

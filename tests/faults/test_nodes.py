@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from nodes import Nodes, apart
 
-from selfkd.execution.jobs import Batch, Job, Row
+from selfkd.execution.jobs import Batch, Job
 from selfkd.execution.pool import Pool
 from selfkd.experiments.stages import run_all
+from selfkd.results import Row
 
 ENTRY = "pool_jobs:run_job"
 PATIENCE = 120.0

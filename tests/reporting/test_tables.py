@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.cli.progress import print_rows
-from selfkd.reporting.schema import Curve, Study
+from selfkd.cli.terminal import print_rows
 from selfkd.reporting.tables import Table, capacity_table, study_table
+from selfkd.results import Curve, Study
 
 
 def size(value: int, verdict: str, p: float | None) -> dict[str, Any]:

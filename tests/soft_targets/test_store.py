@@ -18,23 +18,18 @@ from safetensors import SafetensorError
 from scipy.special import logsumexp, softmax
 
 from selfkd.soft_targets import store
-from selfkd.soft_targets.store import (
+from selfkd.soft_targets.manifest import (
     Manifest,
-    check_shard,
     data_key,
-    list_stores,
     load_manifest,
-    open_store,
-    remember_user,
     save_manifest,
     shard_path,
     store_path,
-    sweep,
-    unused,
-    write_shard,
 )
+from selfkd.soft_targets.store import check_shard, open_store, write_shard
+from selfkd.soft_targets.upkeep import list_stores, remember_user, sweep, unused
+from selfkd.storage import checkpoint
 from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.remote import checkpoint
 
 IMAGES, CLASSES, SHARD = 20, 5, 7  # shards of 7, 7 and 6 images
 

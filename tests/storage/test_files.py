@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from selfkd.storage import files
 from selfkd.storage.files import load_json, patiently, replace, save_json, save_text
-from selfkd.storage.remote import files
 
 
 def test_a_file_and_its_folder_are_made(tmp_path):

@@ -15,9 +15,9 @@ import pytest
 
 from selfkd.cli.command import interruptible
 from selfkd.errors import LockedError
+from selfkd.storage import lock
 from selfkd.storage.files import save_json
 from selfkd.storage.lock import Lock
-from selfkd.storage.remote import lock
 
 HOLD = "import sys, time; from pathlib import Path; from selfkd.storage.lock import Lock\n" \
     "with Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_damaged_lock_is_no_lock(tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_a_folder_that_is_worked_on(tmp_path: Path) -> None:
-    from selfkd.config.schema import Config
+    from selfkd.config import Config
     from selfkd.experiments.run_folder import RunFolder
     from selfkd.generations import main
 

@@ -16,18 +16,12 @@ import pytest
 import torch
 from s3_server import BUCKET, s3_server
 
-from selfkd.config.schema import Config
+from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.soft_targets.store import (
-    Manifest,
-    check_shard,
-    data_key,
-    list_stores,
-    load_manifest,
-    open_store,
-    write_shard,
-)
+from selfkd.soft_targets.manifest import Manifest, data_key, load_manifest
+from selfkd.soft_targets.store import check_shard, open_store, write_shard
+from selfkd.soft_targets.upkeep import list_stores
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import fetch, link, load_json, remove_tree, replace, save_json
 from selfkd.storage.lock import Lock
@@ -203,7 +197,7 @@ def test_one_driver_at_a_time(root: Path) -> None:
     ],
 )
 def test_bad_uris(setting: str, message: str) -> None:
-    from selfkd.config.schema import load_config
+    from selfkd.config import load_config
 
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(settings=[setting])

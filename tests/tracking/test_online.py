@@ -21,7 +21,7 @@ import pytest
 import wandb
 from wandb_server import KEY, WandbServer
 
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 from selfkd.storage.files import save_json
 from selfkd.tracking import WandbTracker, make_tracker
 from selfkd.tracking import session as tracking_runs

@@ -13,7 +13,7 @@ import pytest
 import wandb
 from wandb_files import history, records
 
-from selfkd.config.schema import Config, load_config
+from selfkd.config import Config, load_config
 from selfkd.errors import ConfigError
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
 from selfkd.tracking import tracker as tracking

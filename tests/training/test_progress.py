@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from selfkd.config.schema import load_config, to_tree
+from selfkd.config import load_config, to_tree
 from selfkd.config.space import Points
-from selfkd.execution.jobs import CHECKPOINT, InProcess, Row
+from selfkd.execution.jobs import InProcess
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import Plan, Stage, run_stage
+from selfkd.results import CHECKPOINT, Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.training.fit import Training, make_average, make_optimizer, make_scheduler

@@ -9,20 +9,15 @@ from typing import Any
 import pytest
 import torch
 from rank_jobs import on_ranks, train_together
+from train_jobs import PLAIN, payload, taught
 
-from selfkd.config.schema import load_config, to_tree
 from selfkd.data import Data, Split
-from selfkd.execution.jobs import Row
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.training.ranks import Ranks
 from selfkd.worker.jobs import run_job
 
 RANKS = 3
-PLAIN = (
-    "model={name: selfkd_mlp, args: {width: 12, depth: 1}}",
-    "data.train_size=41",  # batches of 20, 20 and 1: two of three ranks have nothing of it
-    "train={epochs: 2, batch_size: 20, lr: 0.05, label_smoothing: 0.1}",
-)
 CASES = {
     "plain": PLAIN,
     "uneven": (*PLAIN, "train.batch_size=16"),
@@ -33,21 +28,6 @@ CASES = {
 SURE = {"knowledge": "confidence"}
 DROPOUT = (*PLAIN, "model.args={width: 12, depth: 1, drop_rate: 0.4}", "train.ema=0.9")
 NORM = (*PLAIN, "model={name: selfkd_cnn, args: {width: 4}}", "train.ema=0.9")
-
-
-def payload(folder: Path, *settings: str, **more: Any) -> dict[str, Any]:
-    often = "checkpoint={seconds: null, epochs: 1}"
-    config = to_tree(load_config(settings=[often, *settings]))
-    return {
-        "config": config,
-        "stage": "generation-0",
-        "seed": 7,
-        "model": config["model"],
-        "teachers": [],
-        "targets": str(folder / "targets"),
-        "student": str(folder / "student.safetensors"),
-        **more,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +53,6 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[R
         name: (json.loads((root / f"rows_{number}.json").read_text()), root / name)
         for number, name in enumerate(jobs)
     }
-
-
-def taught(root: Path) -> dict[str, Any]:
-    rows = list(run_job("train", payload(root / "teacher", *PLAIN)))
-    teacher = str(root / "teacher" / "student.safetensors")
-    place = {"targets": str(root / "targets"), "view": 0, "shard": 0, "run": str(root)}
-    config = payload(root, *PLAIN)["config"]
-    list(run_job("label", {"config": config, "checkpoint": teacher, **place}))
-    teachers = [{"hash": rows[-1]["hash"], "checkpoint": teacher}]
-    return {"stage": "generation-1", "teachers": teachers, "targets": place["targets"]}
 
 
 def untimed(rows: list[Row]) -> list[Row]:
@@ -163,7 +133,7 @@ def test_the_parts_of_each_batch_are_the_batch() -> None:
 
     def indices(ranks: Ranks | None) -> list[list[int]]:
         generator = torch.Generator().manual_seed(3)
-        batches = data.batches("train", batch_size=3, generator=generator, ranks=ranks)
+        batches = data.batches("train", batch_size=3, generator=generator, share=ranks.share)
         return [index.tolist() for _, _, index in batches]
 
     whole = indices(None)

@@ -16,11 +16,11 @@ from torch.nn.parallel import DataParallel
 
 import selfkd
 from selfkd import Ensemble, Teacher
-from selfkd.config.schema import load_config
+from selfkd.config import load_config
 from selfkd.distill.terms import LogitTerm
-from selfkd.execution.jobs import Row
 from selfkd.generations import main
 from selfkd.losses.logits import logit_mse
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.training.fit import fit

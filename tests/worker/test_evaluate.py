@@ -12,8 +12,8 @@ import torch
 from scipy.special import rel_entr, softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
-from selfkd.config.schema import ModelConfig, load_config, to_tree
-from selfkd.execution.jobs import Row
+from selfkd.config import ModelConfig, load_config, to_tree
+from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.tasks.images.task import Bench
 from selfkd.worker.evaluate import compare_errors, contrast, diagnosis, score

@@ -11,7 +11,7 @@ from scipy.special import softmax
 from sklearn.metrics import log_loss
 
 from selfkd.analysis.metrics import ece
-from selfkd.config.schema import load_config, to_tree
+from selfkd.config import load_config, to_tree
 from selfkd.data import load_data
 from selfkd.data.augmentation import Views
 from selfkd.errors import NonFiniteLossError

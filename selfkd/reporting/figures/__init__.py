@@ -1,1 +1,1 @@
-"""TODO"""
+"""Figures of a report, from plain values."""

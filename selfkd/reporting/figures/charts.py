@@ -6,8 +6,20 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from selfkd.reporting.figures.style import Bar, Level, Measure, ends_of, error_bar, shown, wrapped
-from selfkd.reporting.figures.theme import NEUTRAL, axis, generation_colour, layout, literal
+from selfkd.reporting.figures.style import (
+    NEUTRAL,
+    Bar,
+    Level,
+    Measure,
+    axis,
+    ends_of,
+    error_bar,
+    generation_colour,
+    layout,
+    literal,
+    shown,
+    wrapped,
+)
 
 
 def dots_per_generation(values: Sequence[tuple[int, float]], *, measure: Measure) -> go.Figure:

@@ -9,26 +9,24 @@ from typing import Any
 import plotly.graph_objects as go
 
 from selfkd.reporting.figures.style import (
+    ACCENT,
+    NEUTRAL,
+    SCALE,
     Bar,
     Level,
     Line,
     Measure,
     Step,
     Surface,
+    axis,
     ends_of,
     error_bar,
     finite,
-    wrapped,
-)
-from selfkd.reporting.figures.theme import (
-    ACCENT,
-    NEUTRAL,
-    SCALE,
-    axis,
     generation_colour,
     generation_dash,
     layout,
     literal,
+    wrapped,
 )
 
 RING = "#d55e00"  # of a chosen trial: in no map of colours

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Sections of a report: the figures of a run with their words and tables."""

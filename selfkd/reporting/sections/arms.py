@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from selfkd.reporting import words
-from selfkd.reporting.figures.generations import charts
-from selfkd.reporting.figures.style import Bar, Level, Measure
-from selfkd.reporting.figures.theme import ACCENT, NEUTRAL
+from selfkd.reporting.figures import charts
+from selfkd.reporting.figures.style import ACCENT, NEUTRAL, Bar, Level, Measure
 from selfkd.reporting.read import Run
 from selfkd.reporting.sections.panels import Panel, Section, bar
 from selfkd.reporting.tables import capacity_table, study_table

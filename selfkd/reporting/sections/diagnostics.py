@@ -1,4 +1,4 @@
-"""The figures of calibration, of agreement with the teacher, of confusions and classes."""
+"""Calibration, agreement with the teacher, confusions and classes: figures and tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from selfkd.reporting import words
-from selfkd.reporting.figures.generations import charts
-from selfkd.reporting.figures.generations import generations as figures
+from selfkd.reporting.figures import charts
+from selfkd.reporting.figures import generations as figures
 from selfkd.reporting.figures.style import Bar, Level, Measure
 from selfkd.reporting.read import Generation, Run
-from selfkd.reporting.schema import Confusion
-from selfkd.reporting.sections import calibration as diagnoses
 from selfkd.reporting.sections.panels import Panel, Section
+from selfkd.reporting.tables import MOST_ROWS, Table, left_out
+from selfkd.results import Confusion
 
 MOST_PAIRS, MOST_CLASSES = 10, 20
 
@@ -52,7 +52,7 @@ def _reliability(tested: Sequence[Generation]) -> Iterator[Panel]:
         "Reliability on test",
         text,
         figures.reliability(models),
-        diagnoses.reliability_table(binned),
+        reliability_table(binned),
     )
 
 
@@ -69,7 +69,7 @@ def _agreement(run: Run) -> Iterator[Panel]:
         charts.dots_per_generation(
             [(n, v) for n, v in values if v is not None], measure=Measure("agreement")
         ),
-        diagnoses.agreement_table(taught),
+        agreement_table(taught),
     )
 
 
@@ -84,7 +84,7 @@ def _student_agreement(run: Run) -> Iterator[Panel]:
         f"The student names the same class as its teacher on {words.percent(test.agreement)} of "
         f"the test images; KL {words.number(test.kl)} nats.",
         charts.levels([Level("agreement", Bar(test.agreement))], measure=Measure("agreement")),
-        diagnoses.agreement_table([student]),
+        agreement_table([student]),
     )
 
 
@@ -100,12 +100,12 @@ def _confusions(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     if not columns:
         return
     names, found_by = [name for name, _ in columns], [rows for _, rows in columns]
-    total: Counter[diagnoses.Pair] = Counter()
+    total: Counter[Pair] = Counter()
     for rows in found_by:
         for each in rows:
             total[each.label, each.predicted] += each.count
     pairs = [pair for pair, _ in total.most_common(MOST_PAIRS)]
-    table = diagnoses.confusion_table(run, pairs, names, found_by)
+    table = confusion_table(run, pairs, names, found_by)
     counts = [[int(cell) if cell else None for cell in row[1:]] for row in table.rows]
     shared = f" Both: errors of {tested[-1].title} that its teacher makes, too."
     yield Panel(
@@ -143,5 +143,103 @@ def _classes(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
         f"{scored[-1].title} is {run.class_name(hardest[0])}, "
         f"{words.percent(last[hardest[0]])}.",
         charts.class_accuracy([run.class_name(label) for label in shown], models),
-        diagnoses.class_table(run, scored),
+        class_table(run, scored),
     )
+
+
+Pair = tuple[int | str, int | str]
+
+
+def calibration_table(generations: Sequence[Generation]) -> Table:
+    """Return calibration on validation and test, as it is and after one temperature."""
+    head: tuple[str, ...] = ("generation", "split", "NLL", "Brier", "ECE", "best T")
+    head += ("NLL at best T", "Brier at best T", "ECE at best T")
+    return Table(head, tuple(_calibrations(generations))).without_empty()
+
+
+def _calibrations(generations: Sequence[Generation]) -> Iterator[tuple[str, ...]]:
+    for generation in generations:
+        for split, found in generation.diagnostics.items():
+            scaled = found.scaled
+            yield (
+                *(generation.short, split, words.number(found.nll)),
+                *(words.number(found.brier), words.number(found.ece)),
+                words.number(scaled.temperature, ".3f") if scaled else "",
+                words.number(scaled.nll) if scaled else "",
+                words.number(scaled.brier) if scaled else "",
+                words.number(scaled.ece) if scaled else "",
+            )
+
+
+def reliability_table(generations: Sequence[Generation]) -> Table:
+    """Return the bins of all generations on the test split, those without images left out."""
+    rows = [
+        (
+            f"{generation.short}, {part.low:.2f} to {part.high:.2f}",
+            str(part.count),
+            words.percent(part.confidence),
+            words.percent(part.accuracy),
+        )
+        for generation in generations
+        for part in generation.diagnostics["test"].reliability
+        if part.count
+    ]
+    return Table(("generation, confidence", "images", "mean confidence", "accuracy"), tuple(rows))
+
+
+def agreement_table(generations: Sequence[Generation]) -> Table:
+    """Return how closely each generation follows its teacher."""
+    rows = []
+    for generation in generations:
+        confirmed = generation.confirmation
+        test = generation.diagnostics.get("test")
+        result = generation.result
+        mcnemar = (result.mcnemar if result else None) or (confirmed.mcnemar if confirmed else None)
+        agreement = result.agreement if result else None
+        rows.append(
+            (
+                generation.short,
+                words.percent(agreement if agreement is not None or not test else test.agreement),
+                words.number(test.kl if test else None),
+                str(mcnemar.only_student) if mcnemar else "",
+                str(mcnemar.only_teacher) if mcnemar else "",
+                words.number(mcnemar.p, ".3g") if mcnemar else "",
+            )
+        )
+    head = ("generation", "agrees on", "KL, nats", "only it is right", "only its teacher is")
+    return Table((*head, "p (McNemar)"), tuple(rows)).without_empty()
+
+
+def confusion_table(
+    run: Run,
+    pairs: Sequence[Pair],
+    names: Sequence[str],
+    found: Sequence[Sequence[Confusion]],
+) -> Table:
+    """Return a row a pair of classes, a column a model."""
+    counts = [{(each.label, each.predicted): each.count for each in rows} for rows in found]
+    return Table(
+        ("label, taken for", *names),
+        tuple((pair_name(run, pair), *(str(of.get(pair, "")) for of in counts)) for pair in pairs),
+        "Empty: not among the model's most frequent confusions.",
+    )
+
+
+def pair_name(run: Run, pair: Pair) -> str:
+    """Return a pair of classes as people read it."""
+    return f"{run.class_name(pair[0])} → {run.class_name(pair[1])}"
+
+
+def class_table(run: Run, generations: Sequence[Generation]) -> Table:
+    """Return accuracy by class, a column a generation."""
+    columns = [generation.diagnostics["test"].class_accuracy for generation in generations]
+    classes = max(len(column) for column in columns)
+    rows = [
+        (
+            run.class_name(label),
+            *(words.percent(c[label] if label < len(c) else None) for c in columns),
+        )
+        for label in range(min(classes, MOST_ROWS))
+    ]
+    head = ("class", *(generation.title for generation in generations))
+    return Table(head, tuple(rows), left_out(classes, "classes"))

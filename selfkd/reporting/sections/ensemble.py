@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from selfkd.reporting import tables, words
-from selfkd.reporting.figures.generations import charts
-from selfkd.reporting.figures.generations import generations as figures
-from selfkd.reporting.figures.style import Bar, Level, Line, Measure, ends_of
-from selfkd.reporting.figures.theme import ACCENT, NEUTRAL, PALETTE
+from selfkd.reporting.figures import charts
+from selfkd.reporting.figures import generations as figures
+from selfkd.reporting.figures.style import (
+    ACCENT,
+    NEUTRAL,
+    PALETTE,
+    Bar,
+    Level,
+    Line,
+    Measure,
+    ends_of,
+)
 from selfkd.reporting.read import Run
-from selfkd.reporting.schema import Trial
 from selfkd.reporting.sections.diagnostics import diagnosis_sections
 from selfkd.reporting.sections.panels import (
     Panel,
@@ -22,6 +29,7 @@ from selfkd.reporting.sections.panels import (
     response,
 )
 from selfkd.reporting.tables import Table
+from selfkd.results import Trial
 
 ACCURACY = Measure("accuracy on test")
 

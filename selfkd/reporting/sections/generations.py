@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from selfkd.reporting import tables, words
-from selfkd.reporting.figures.generations import generations as figures
+from selfkd.reporting.figures import generations as figures
 from selfkd.reporting.figures.style import Bar, Level, Line, Measure, Step, ends_of
 from selfkd.reporting.read import Generation, Run
-from selfkd.reporting.schema import Trial
 from selfkd.reporting.sections.diagnostics import diagnosis_sections
 from selfkd.reporting.sections.panels import (
     Panel,
@@ -21,6 +20,7 @@ from selfkd.reporting.sections.panels import (
     response,
     values,
 )
+from selfkd.results import Trial
 
 
 def generation_sections(run: Run) -> Iterator[Section]:

@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 from selfkd.analysis.response import Response, fit_response, search_range
 from selfkd.reporting.figures.style import Bar, Measure, Surface
 from selfkd.reporting.read import DISTILL, Run
-from selfkd.reporting.schema import Estimate, Trial
 from selfkd.reporting.tables import Table
+from selfkd.results import Estimate, Trial
 
 Place = tuple[float, float, float]
 """Temperature, alpha, and what was reached there."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Classifiers of images."""

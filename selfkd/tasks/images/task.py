@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from selfkd.config.schema import Config, DataConfig, ModelConfig, Tree, from_tree
+from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.data import Data, load_data
 from selfkd.data.augmentation import Views
 from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
-from selfkd.soft_targets.store import Manifest, data_key
+from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path

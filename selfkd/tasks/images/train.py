@@ -10,12 +10,12 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from selfkd.config.schema import TrainConfig, to_tree
+from selfkd.config import TrainConfig, to_tree
 from selfkd.data import Data
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
-from selfkd.execution.jobs import Row
+from selfkd.results import Row
 from selfkd.soft_targets.store import open_store
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,

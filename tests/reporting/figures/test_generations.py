@@ -15,8 +15,17 @@ from selfkd.reporting.figures.generations import (
     reliability,
     setting_map,
 )
-from selfkd.reporting.figures.style import Bar, Level, Line, Measure, Step, Surface
-from selfkd.reporting.figures.theme import PALETTE, generation_colour, generation_dash
+from selfkd.reporting.figures.style import (
+    PALETTE,
+    Bar,
+    Level,
+    Line,
+    Measure,
+    Step,
+    Surface,
+    generation_colour,
+    generation_dash,
+)
 
 ACCURACY = Measure("accuracy")
 STEPS = [

@@ -7,6 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Row = dict[str, Any]
+CHECKPOINT = "checkpoint.pt"  # in the folder of a trial that is not done
+OWN = ("epoch", "seconds", "hash", "checkpoint", "note")  # of a trial's row; all else is a metric
+
 
 class Part(BaseModel):
     """A part of a file."""

@@ -1,0 +1,167 @@
+"""A config read from YAML, `--set` and flags, and written again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfkd.config.schema import Config, Tree, from_tree, leaves, put, to_tree
+from selfkd.config.validate import settings_faults
+from selfkd.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with the numbers that people write (1e-3 is one), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag in _NO_KEYS:
+                raise yaml.constructor.ConstructorError(
+                    problem="keys must be text", problem_mark=key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around what `_Loader` would take for a number."""
+
+
+_NO_KEYS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read YAML safely; `1e-3` is a number.
+
+    >>> parse_yaml("lr: 1e-3", "x.yaml")
+    {'lr': 0.001}
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: must be YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(
+    path: str | Path | None = None,
+    *,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read a config: flags over `--set` over YAML over defaults.
+
+    Args:
+        path: a YAML file.
+        settings: `dotted.key=value` texts.
+        flags: dotted keys with values already parsed; None values are left out.
+
+    Raises:
+        ConfigError: with every fault found.
+
+    >>> load_config(settings=["train.lr=1e-2"], flags={"rounds": 2}).train.lr
+    0.01
+    """
+    tree: Tree = {}
+    sources: dict[str, str] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config must be a readable file, got {path}: {error}") from None
+        tree = parse_yaml(text, str(path)) or {}
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: must be a mapping of config keys, got {tree!r}")
+        sources = {key: str(path) for key, _ in leaves(tree, "", inner=True)}
+        for section in ("tracking", "members"):
+            if section in tree:
+                put(tree, section, tree.pop(section))
+    return _overlay(tree, sources, settings, flags or {})
+
+
+def merge_settings(config: Config, *, settings: Sequence[str], flags: Mapping[str, Any]) -> Config:
+    """Return a config with flags over `--set` over its own values.
+
+    Raises:
+        ConfigError: with every fault found.
+    """
+    return _overlay(to_tree(config), {}, settings, flags)
+
+
+def _overlay(
+    tree: Tree, sources: dict[str, str], settings: Sequence[str], flags: Mapping[str, Any]
+) -> Config:
+    faults = []
+    given: list[tuple[str, Any, str]] = []
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            faults.append(f"--set must be dotted.key=value, got {setting!r}")
+            continue
+        try:
+            given.append((key, parse_yaml(text, f"--set {key}"), "--set"))
+        except ConfigError as error:
+            faults.append(str(error))
+    given += [(key, value, "command line") for key, value in flags.items() if value is not None]
+    for key, value, source in given:
+        put(tree, key, value)
+        sources |= {k: source for k, _ in leaves({key: value}, "", inner=True)}
+    try:
+        config = from_tree(tree, sources)
+        faults.extend(settings_faults(config, sources))
+    except ConfigError as error:
+        faults.append(str(error))
+        with suppress(ConfigError):  # its search space may be readable all the same
+            faults.extend(settings_faults(from_tree({"search": tree.get("search")}), sources))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return a config's values by dotted key."""
+    return dict(leaves(to_tree(config), ""))
+
+
+def dump_config(config: Config) -> str:
+    """Return a config as YAML."""
+    text: str = yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
+    return text
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return `key: old -> new` for every value that differs."""
+    before, after = flat(old), flat(new)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+RESUMABLE = (
+    *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
+    *("targets.root", "checkpoint.", "controls"),
+)
+
+
+def resume_invariant(config: Config) -> dict[str, Any]:
+    """Return what of a config cannot change when a run is continued, by dotted key."""
+    return {key: value for key, value in flat(config).items() if not key.startswith(RESUMABLE)}

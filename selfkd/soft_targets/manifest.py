@@ -1,0 +1,156 @@
+"""What a store of soft targets says of itself, and where it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from selfkd.storage.files import load_json, patiently, save_json
+
+DEFAULT_SHARD = 16_384
+"""Images a shard."""
+
+
+_VERSION = 1
+
+
+def data_key(fingerprint: str, recipe: Mapping[str, Any], *, top_k: int | None = None) -> str:
+    """Return the key of what was asked: the images, the recipe of their views, the format.
+
+    >>> data_key("abc", {"jitter": 2}) == data_key("abc", {"jitter": 2}, top_k=5)
+    False
+    """
+    parts = [fingerprint, dict(recipe), *([] if top_k is None else [{"top_k": top_k}])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds: one teacher's answers to one data set under one view recipe.
+
+    >>> recipe = {"flip": True}
+    >>> manifest = Manifest(
+    ...     teacher="9f0c", data=data_key("abc", recipe), fingerprint="abc", recipe=recipe,
+    ...     views=8, images=50_000, classes=10,
+    ... )
+    >>> manifest.shards, manifest.rows(3)
+    (4, range(49152, 50000))
+    """
+
+    teacher: str
+    """Hash of the teacher."""
+    data: str
+    """`data_key` of fingerprint, recipe and top_k."""
+    fingerprint: str
+    """Of the images."""
+    recipe: dict[str, Any]
+    """Of their views."""
+    views: int
+    images: int
+    classes: int
+    dtype: str = "float16"
+    top_k: int | None = None
+    """Largest logits that are kept of an image; all when None."""
+    shard_size: int = DEFAULT_SHARD
+    """Images a shard; the last one may have fewer."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """How to make the teacher again, for whoever wants to check its answers."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "images", "classes", "shard_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.dtype != "float16":
+            raise ValueError(f"dtype must be float16, got {self.dtype}")
+        if self.top_k is not None and not 1 <= self.top_k < self.classes:
+            raise ValueError(f"top_k must be in [1, {self.classes - 1}], got {self.top_k}")
+        key = data_key(self.fingerprint, self.recipe, top_k=self.top_k)
+        if self.data != key:
+            raise ValueError(
+                f"data must be {key}, the key of fingerprint, recipe and top_k, got {self.data}"
+            )
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of a view."""
+        return -(-self.images // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        """Return the images of a shard."""
+        if not 0 <= shard < self.shards:
+            raise ValueError(f"shard must be in [0, {self.shards}), got {shard}")
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.images))
+
+
+def store_path(root: Path, teacher: str, data: str) -> Path:
+    """Return the folder of a store."""
+    return root / teacher / data
+
+
+def shard_path(root: Path, manifest: Manifest, *, view: int, shard: int) -> Path:
+    """Return the file of a shard."""
+    folder = store_path(root, manifest.teacher, manifest.data)
+    return folder / f"view_{view:03d}" / f"shard_{shard:05d}.safetensors"
+
+
+def load_manifest(root: Path, teacher: str, data: str) -> Manifest:
+    """Read what a store says of itself.
+
+    Raises:
+        FileNotFoundError: there is no such store.
+        ValueError: the manifest is damaged, or is another store's; names it.
+    """
+    path = manifest_path(root, teacher, data)
+    if not patiently(path, path.exists):
+        raise FileNotFoundError(f"no such store: {path.parent}: labelling writes it")
+    tree = load_json(path)
+    try:
+        if (version := tree.pop("version")) != _VERSION:
+            raise ValueError(f"version must be {_VERSION}, got {version}")
+        manifest = Manifest(**tree)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
+    if (manifest.teacher, manifest.data) != (teacher, data):
+        raise ValueError(
+            f"{path} must be of {teacher}/{data}, got {manifest.teacher}/{manifest.data}: "
+            "remove it and resume"
+        )
+    return manifest
+
+
+def save_manifest(root: Path, manifest: Manifest) -> None:
+    """Say what a store holds, before its shards are written.
+
+    Views that are there already stay; a damaged manifest is replaced.
+
+    Raises:
+        ValueError: the store has other images, classes or shards.
+    """
+    try:
+        stored = load_manifest(root, manifest.teacher, manifest.data)
+    except (FileNotFoundError, ValueError):
+        stored = None
+    if stored is not None:
+        check_same(root, stored, manifest)
+        manifest = replace(manifest, views=max(stored.views, manifest.views))
+    if manifest != stored:
+        path = manifest_path(root, manifest.teacher, manifest.data)
+        save_json(path, {"version": _VERSION, **asdict(manifest)})
+
+
+def manifest_path(root: Path, teacher: str, data: str) -> Path:
+    return store_path(root, teacher, data) / "manifest.json"
+
+
+def check_same(root: Path, stored: Manifest, manifest: Manifest) -> None:
+    for name in ("images", "classes", "shard_size"):
+        there, here = getattr(stored, name), getattr(manifest, name)
+        if there != here:
+            path = manifest_path(root, stored.teacher, stored.data)
+            raise ValueError(f"{name} must be {there}, as in {path}, got {here}")

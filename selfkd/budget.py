@@ -15,16 +15,28 @@ from rich.table import Table
 
 from selfkd.cli.terminal import make_console
 from selfkd.errors import ConfigError
-from selfkd.experiments.ensemble import TITLES
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.results import Row
-from selfkd.storage.files import load_json
+from selfkd.results import (
+    CapacitySummary,
+    EnsembleSummary,
+    GenerationsSummary,
+    Size,
+    TableRow,
+    TeacherRow,
+    TrialResult,
+)
 from selfkd.storage.remote import as_path
+from selfkd.storage.rows import load_row
 
 USAGE = 2
 PASSES = 3.0
 """Forward passes that a training step costs: the backward pass is worth two (Kaplan et al.)."""
 HOUR_MS = 3_600_000.0
+KINDS: dict[str, type[CapacitySummary | EnsembleSummary | GenerationsSummary]] = {
+    "ensemble": EnsembleSummary,
+    "capacity": CapacitySummary,
+    "generations": GenerationsSummary,
+}
 MEASURED = ("teacher_ms", "student_ms", "train_seconds")
 
 
@@ -186,58 +198,59 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"--from must be a run folder (with a config.yaml), got {run}")
     folder, config = RunFolder.open(path)
+    kind = KINDS.get((path / "command").read_text())
+    if kind is None:
+        raise ConfigError(f"--from must be a run of selfkd.{', '.join(KINDS)}, got {run}")
     if not (folder.path / "summary.json").exists():
         raise ConfigError(f"--from must be a finished run (with a summary.json), got {run}")
-    summary = load_json(folder.path / "summary.json")
     found: dict[str, float] = {"epochs": config.train.epochs}
-    if (folder.path / "data.json").exists() and "images" in (
-        facts := load_json(folder.path / "data.json")
-    ):
-        found |= {"items": facts["images"]["train"], "views": facts["views"]}
-    if "sizes" in summary:
-        return found | _of_capacity(summary, batch, value)
-    if "generations" in summary:
-        return found | _of_generations(summary)
-    return found | _of_ensemble(folder, summary, batch)
+    if "train" in folder.facts.items:
+        found |= {"items": folder.facts.items["train"], "views": folder.facts.views}
+    match load_row(kind, folder.path / "summary.json"):
+        case CapacitySummary() as summary:
+            return found | _of_capacity(summary, batch, value)
+        case GenerationsSummary() as summary:
+            return found | _of_generations(summary)
+        case summary:
+            return found | _of_ensemble(folder, summary, batch)
 
 
-def _of_ensemble(folder: RunFolder, summary: Row, batch: int) -> dict[str, float]:
-    teacher = summary["teacher"]
-    title, count = TITLES[teacher["source"]], teacher["members"]
-    names = [f"ensemble of {count}, {summary['chosen']['average']}", f"{title}, of {count}", title]
-    rows = {row["name"]: row for row in summary["rows"]}
-    found = {"student_ms": summary["rows"][-1][f"ms_{batch}"]}
-    for name in names:
-        if name in rows:
-            found["teacher_ms"] = rows[name][f"ms_{batch}"]
-            break
-    trials = [load_json(path) for path in folder.path.glob("student/trial_*/result.json")]
-    seconds = sum(trial["train_seconds"] for trial in trials)
-    return found | {"trials": len(trials), "train_seconds": seconds}
-
-
-def _of_generations(summary: Row) -> dict[str, float]:
-    born_again = summary["generations"][1:]
-    if not born_again:
-        return {}
+def _of_ensemble(folder: RunFolder, summary: EnsembleSummary, batch: int) -> dict[str, float]:
+    paths = folder.path.glob("student/trial_*/result.json")
+    trials = [load_row(TrialResult, path) for path in paths]
     return {
-        "trials": sum(row["trials"] for row in born_again),
-        "train_seconds": sum(row["train_seconds"] for row in born_again),
+        "trials": len(trials),
+        "train_seconds": sum(trial.train_seconds for trial in trials),
+        **_milliseconds(batch, teacher=summary.teacher, student=summary.rows[-1]),
     }
 
 
-def _of_capacity(summary: Row, batch: int, value: str | None) -> dict[str, float]:
-    sizes = {str(size["value"]): size for size in summary["sizes"]}
+def _of_generations(summary: GenerationsSummary) -> dict[str, float]:
+    born_again = summary.generations[1:]
+    if not born_again:
+        return {}
+    return {
+        "trials": sum(row.trials for row in born_again),
+        "train_seconds": sum(row.train_seconds for row in born_again),
+    }
+
+
+def _of_capacity(summary: CapacitySummary, batch: int, value: str | None) -> dict[str, float]:
+    sizes = {str(size.value): size for size in summary.sizes}
     if value not in sizes:
         known = ", ".join(sizes)
         raise ConfigError(f"--value must be one of the run's students ({known}), got {value}")
     size = sizes[value]
     return {
-        "teacher_ms": summary["teacher"][f"ms_{batch}"],
-        "student_ms": size[f"ms_{batch}"],
-        "trials": size["trials"],
-        "train_seconds": size["train_seconds"],
+        "trials": size.trials,
+        "train_seconds": size.train_seconds,
+        **_milliseconds(batch, teacher=summary.teacher, student=size),
     }
+
+
+def _milliseconds(batch: int, **models: TeacherRow | TableRow | Size) -> dict[str, float]:
+    found = {f"{name}_ms": getattr(model, f"ms_{batch}") for name, model in models.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def make_parser() -> argparse.ArgumentParser:

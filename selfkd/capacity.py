@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, add_members, base_parser, everyone
-from selfkd.cli.progress import Follower
-from selfkd.cli.terminal import print_rows
+from selfkd.cli.command import Command, Options, Told, add_members, base_parser
 from selfkd.config import Config
-from selfkd.execution.jobs import Executor
-from selfkd.experiments.capacity import check_sizes, grow, trainings
-from selfkd.experiments.ensemble import check_members, finished, tell_members
+from selfkd.experiments.capacity import check_sizes, finished, grow, trainings
+from selfkd.experiments.members import check_members, describe_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import capacity_table
-from selfkd.results import Curve
-from selfkd.tracking import NoTracker
+from selfkd.results import CapacitySummary
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,7 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_members(parser)
     parser.add_argument("--key", help="what makes a student larger, such as model.args.width")
-    parser.add_argument("--values", nargs="+", metavar="VALUE", help="of the key, one a student")
+    parser.add_argument(
+        "--values", nargs="+", metavar="VALUE", help="values of the key, one a student"
+    )
     return parser
 
 
@@ -40,6 +37,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.settings.append(f"capacity.values=[{', '.join(arguments.values)}]")
     flags: dict[str, Any] = {"members.count": arguments.members, "members.runs": arguments.runs}
     return _COMMAND.main(arguments, {**flags, "capacity.key": arguments.key})
+
+
+def run_capacity(
+    *,
+    config: str | Path | None = None,
+    key: str | None = None,
+    values: Sequence[Any] | None = None,
+    members: int | None = None,
+    runs: Sequence[str] | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    resume: str | Path | None = None,
+    settings: Sequence[str] = (),
+    quiet: bool = False,
+) -> CapacitySummary:
+    """Train students of growing size from labels only and from the same teachers.
+
+    What is not given is as the config says, its defaults or those of a resumed run.
+
+    Args:
+        config: YAML file.
+        key: Dotted key that makes a student larger, such as `model.args.width`.
+        values: Values of the key, one a student.
+        members: Number of teachers that are trained.
+        runs: Run folders whose models are teachers.
+        seed: Seed of the split, the search and all trials.
+        name: Name of the run folder.
+        resume: Run folder to continue.
+        settings: Further `dotted.key=value` texts, as after `--set`.
+        quiet: Whether the table and errors only are printed.
+
+    Raises:
+        ValueError: A setting is not as it must be.
+        RuntimeError: All trials of a stage failed.
+
+    Reference:
+        Cho, Hariharan, "On the Efficacy of Knowledge Distillation", 2019,
+        https://arxiv.org/abs/1910.01348
+    """
+    flags: dict[str, Any] = {"members.count": members, "members.runs": runs and list(runs)}
+    flags |= {"capacity.key": key, "capacity.values": values and list(values)}
+    flags |= {"seed": seed, "name": name}
+    options = Options(config=config, settings=settings, flags=flags, resume=resume, quiet=quiet)
+    return _COMMAND.run(options)[2]
 
 
 def _check(config: Config) -> None:
@@ -56,46 +97,34 @@ def _greet(config: Config) -> str:
         else f"T {config.distill.temperature:.3g}, alpha {config.distill.alpha:.3g}"
     )
     return (
-        f"{tell_members(config)}, then students with {capacity.key} {values} on "
+        f"{describe_members(config)}, then students with {capacity.key} {values} on "
         f"{config.data.name}, from labels only and distilled ({how}), "
         f"{count(config.confirm.seeds, 'paired seed')} each"
     )
 
 
-def _work(
-    config: Config, folder: RunFolder, pool: Executor, follower: Follower, tracker: NoTracker
-) -> None:
-    grow(config, folder, pool, everyone(follower, tracker))
-
-
-def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
-    summary = finished(folder) or {}
-    table = capacity_table(Curve.model_validate(summary))
-    print_rows(console, table.head, table.rows)
-    if notes is None:
-        return
-    seeds = summary["seeds"]
-    lines = [
-        summary["verdict"],
-        *summary["said"],
-        f"test accuracy, mean ± half of a 95 % interval over {count(seeds, 'seed')}, for these "
-        "teachers and this test split; the verdict is a paired t test's at 5 %, by Holm for the "
-        f"{len(summary['sizes'])} sizes looked at.",
-        *notes,
-        f"models:  {folder.path}/students/*/student.safetensors, the best taught one of each size",
+def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> Told:
+    after = [
+        f"models:  {folder.path}/students/*/trial_*/student.safetensors, the best distilled one of "
+        "each size"
     ]
-    if summary["searched"]:
-        lines.append(f"T and alpha against size:  python -m selfkd.response {folder.path}")
-    console.print("\n".join(lines), soft_wrap=True)
+    if summary.searched:
+        after.append(f"T and alpha against size:  python -m selfkd.response {folder.path}")
+    said = (
+        f"test accuracy, mean ± half of a 95 % interval over {count(summary.seeds, 'seed')}, for "
+        "these teachers and this test split; the verdict is a paired t test's at 5 %, by Holm for "
+        f"the {len(summary.sizes)} sizes looked at."
+    )
+    return Told([capacity_table(summary)], [summary.verdict, *summary.said, said], after)
 
 
 _COMMAND = Command(
     name="capacity",
     check=_check,
     greet=_greet,
-    is_finished=lambda config, folder: finished(folder) is not None,
-    work=_work,
-    tell=_tell,
+    finished=lambda config, folder: finished(folder),
+    work=grow,
+    describe=_describe,
     most=lambda config: max(trainings(config), config.members.trained()),
 )
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from selfkd.cli.command import Command, add_members, base_parser, everyone
-from selfkd.cli.progress import Follower
-from selfkd.cli.terminal import make_ensemble_table, print_table
+from selfkd.cli.command import Command, Options, Told, add_members, base_parser
 from selfkd.config import Config
-from selfkd.execution.jobs import Executor
-from selfkd.experiments.ensemble import check_members, compress, finished, tell_members
+from selfkd.experiments.ensemble import compress, finished
+from selfkd.experiments.members import check_members, describe_members
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.reporting.words import compression_verdict
-from selfkd.tracking import NoTracker
+from selfkd.reporting.tables import ensemble_table
+from selfkd.reporting.words import describe_ensemble
+from selfkd.results import EnsembleSummary
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,44 +33,78 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _COMMAND.main(arguments, flags)
 
 
+def run_ensemble(
+    *,
+    config: str | Path | None = None,
+    members: int | None = None,
+    runs: Sequence[str] | None = None,
+    trials: int | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    resume: str | Path | None = None,
+    settings: Sequence[str] = (),
+    quiet: bool = False,
+) -> EnsembleSummary:
+    """Train several models, average them, and distil the average into one.
+
+    What is not given is as the config says, its defaults or those of a resumed run.
+
+    Args:
+        config: YAML file.
+        members: Number of models that are trained.
+        runs: Run folders whose models are members.
+        trials: Number of trials of the student.
+        seed: Seed of the split, the search and all trials.
+        name: Name of the run folder.
+        resume: Run folder to continue.
+        settings: Further `dotted.key=value` texts, as after `--set`.
+        quiet: Whether the table and errors only are printed.
+
+    Raises:
+        ValueError: A setting is not as it must be.
+        RuntimeError: All trials of a stage failed.
+
+    Reference:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
+        https://arxiv.org/abs/1503.02531
+    """
+    flags: dict[str, Any] = {"members.count": members, "members.runs": runs and list(runs)}
+    flags |= {"search.trials": trials, "seed": seed, "name": name}
+    options = Options(config=config, settings=settings, flags=flags, resume=resume, quiet=quiet)
+    return _COMMAND.run(options)[2]
+
+
 def _greet(config: Config) -> str:
     student = config.student or config.model
     return (
-        f"{tell_members(config)}, then {config.search.trials} trials of one student, "
+        f"{describe_members(config)}, then {config.search.trials} trials of one student, "
         f"{student.name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to confirm "
         "the best"
     )
 
 
-def _work(
-    config: Config, folder: RunFolder, pool: Executor, follower: Follower, tracker: NoTracker
-) -> None:
-    compress(config, folder, pool, everyone(follower, tracker))
-
-
-def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
-    summary = finished(folder) or {}
-    print_table(console, make_ensemble_table(summary["rows"]))
-    if notes is None:
-        return
-    notes = [
-        *compression_verdict(summary),
-        "test acc ± half of a 95 % interval over members or seeds; ms an image, of 1 and of 128 "
-        "at once, on one thread.",
-        *notes,
-        f"model:  {folder.path}/student.safetensors",
-        f"targets:  python -m selfkd.targets ls {folder.targets(config)}",
-    ]
-    console.print("\n".join(notes), soft_wrap=True)
+def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Told:
+    return Told(
+        [ensemble_table(summary.rows)],
+        [
+            *describe_ensemble(summary),
+            "test acc ± half of a 95 % interval over members or seeds; ms an image, of 1 and of "
+            "128 at once, on one thread.",
+        ],
+        [
+            f"model:  {folder.path}/student.safetensors",
+            f"targets:  python -m selfkd.targets ls {folder.targets(config)}",
+        ],
+    )
 
 
 _COMMAND = Command(
     name="ensemble",
     check=check_members,
     greet=_greet,
-    is_finished=lambda config, folder: finished(folder) is not None,
-    work=_work,
-    tell=_tell,
+    finished=lambda config, folder: finished(folder),
+    work=compress,
+    describe=_describe,
 )
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shlex
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -17,31 +15,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
-from selfkd.cli.command import Command, base_parser, everyone, inside_job
-from selfkd.cli.progress import Follower
-from selfkd.cli.terminal import (
-    make_confirmation_table,
-    make_metric_table,
-    make_sparkline,
-    make_table,
-    print_table,
-)
+from selfkd.analysis.verdicts import count, sparkline
+from selfkd.cli.command import Command, Options, Told, base_parser
+from selfkd.cli.signals import inside_job
 from selfkd.config import Config
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import Executor
-from selfkd.experiments.generations import born_again, complete, finished
+from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.results import Row
-from selfkd.tracking import NoTracker
+from selfkd.reporting.tables import confirmation_table, own_metrics_table, printed_table
+from selfkd.results import GenerationResult, GenerationsSummary
 from selfkd.training.functions import function_reference
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = base_parser(
-        "generations", "Train a model on labels, then born-again generations that learn from it."
+        "generations",
+        "Train a model on labels, then born-again generations that are distilled from it.",
     )
     parser.add_argument(
         "--rounds",
@@ -71,65 +61,67 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_generations(
-    train_fn: Callable[[Any], object] | str,
+    train_fn: Callable[[Any], object] | str | None = None,
     *,
-    rounds: int | Literal["auto"] = 5,
+    config: str | Path | None = None,
+    rounds: int | Literal["auto"] | None = None,
     space: Mapping[str, Any] | None = None,
-    trials: int = 8,
-    metric: str = "val_accuracy",
-    mode: str = "max",
-    seed: int = 0,
+    trials: int | None = None,
+    metric: str | None = None,
+    mode: Literal["max", "min"] | None = None,
+    seed: int | None = None,
     name: str | None = None,
     resume: str | Path | None = None,
     settings: Sequence[str] = (),
-) -> list[Row]:
-    """Train born-again generations with a training function of your own.
+    quiet: bool = False,
+) -> list[GenerationResult]:
+    """Train born-again generations, with a training function of your own if you have one.
+
+    What is not given is as the config says, its defaults or those of a resumed run.
 
     Args:
-        train_fn: takes a `selfkd.training.trial.Trial`; stands at the top level of a .py file,
-            which workers import (what it does when run stands under `if __name__ ==
-            "__main__"`).
-            Or its reference, `path/file.py:name`.
-        rounds: born-again generations after generation 0; `auto` stops by itself.
-        space: dotted keys and distributions, `{"params.lr": {"loguniform": [1e-3, 1e-1]}}`; by
-            default T and alpha.
-        trials: of each generation.
-        metric: that `train_fn` reports, by which the best trial is chosen.
-        mode: `max` or `min`.
-        seed: of the search and all trials.
-        name: of the run folder.
-        resume: run folder to continue; its settings stay but for `rounds`.
-        settings: further `dotted.key=value` texts, as after `--set`.
+        train_fn: Function that takes a `selfkd.training.trial.Trial`, at the top level of a .py
+            file, which workers import (what that file does when run stands under `if __name__ ==
+            "__main__"`); or its reference, `path/file.py:name`. The built-in training of the
+            config's model when not given.
+        config: YAML file.
+        rounds: Number of born-again generations after generation 0; `auto` stops by itself.
+        space: Dotted keys and distributions, `{"params.lr": {"loguniform": [1e-3, 1e-1]}}`.
+        trials: Number of trials of each generation.
+        metric: Metric of validation by which the best trial is chosen; `train_fn` reports it.
+        mode: Whether more of it is better, or less.
+        seed: Seed of the search and of all trials.
+        name: Name of the run folder.
+        resume: Run folder to continue.
+        settings: Further `dotted.key=value` texts, as after `--set`.
+        quiet: Whether the table and errors only are printed.
 
     Returns:
-        The result of each generation, as in its `result.json`; `models[0]["checkpoint"]` is the
+        The result of each generation, as in its `result.json`; `models[0].checkpoint` is the
         chosen student's file within the run folder.
 
     Raises:
-        ValueError: a setting, or `train_fn`, is not as it must be.
-        RuntimeError: all trials of a generation failed.
+        ValueError: A setting, or `train_fn`, is not as it must be.
+        RuntimeError: All trials of a generation failed.
 
     Reference:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
     """
-    reference = train_fn if isinstance(train_fn, str) else function_reference(train_fn)
-    arguments = ["--train", reference, "--rounds", str(rounds)]
-    texts = list(settings)
-    if resume is None:
-        texts += [f"search.trials={trials}", f"search.metric={metric}", f"search.mode={mode}"]
-        texts += [] if space is None else [f"search.space={json.dumps(dict(space))}"]
-        arguments += ["--seed", str(seed), *(["--name", name] if name else [])]
-    else:
-        arguments += ["--resume", str(resume)]
-    for text in texts:
-        arguments += ["--set", text]
-    folder, config = _command(reference).run(
-        make_parser().parse_args(arguments), {"rounds": rounds}
+    reference = function_reference(train_fn) if callable(train_fn) else train_fn
+    flags: dict[str, Any] = {
+        "rounds": rounds,
+        "search.space": space,
+        "search.trials": trials,
+        "seed": seed,
+    }
+    flags |= {"search.metric": metric, "search.mode": mode, "name": name}
+    folder, found, _ = _command(reference).run(
+        Options(config=config, settings=settings, flags=flags, resume=resume, quiet=quiet)
     )
-    return folder.results()[: config.most_rounds + 1]
+    return folder.results()[: found.most_rounds + 1]
 
 
-def _command(reference: str | None) -> Command:
+def _command(reference: str | None) -> Command[GenerationsSummary]:
     if reference is None:
         return _COMMAND
     path, colon, name = reference.rpartition(":")
@@ -145,18 +137,14 @@ def _command(reference: str | None) -> Command:
         if not colon or not Path(path).expanduser().is_file():
             raise ConfigError(f"--train must be path/file.py:function, got {reference!r}")
 
-    def greet(config: Config) -> str:
-        return f"{_plan(config)}, trained by {reference}"
-
     command = dataclasses.replace(
         _COMMAND,
         check=check,
-        greet=greet,
-        work=partial(_work, function=reference),
+        greet=lambda config: f"{_plan(config)}, trained by {reference}",
+        function=reference,
         stem=f"{Path(path).stem}-{name}",
-        again=f" --train {shlex.quote(reference)}",
     )
-    return dataclasses.replace(command, tell=partial(_tell, command=command))
+    return dataclasses.replace(command, describe=partial(_describe, command=command))
 
 
 def _greet(config: Config) -> str:
@@ -168,79 +156,72 @@ def _plan(config: Config) -> str:
     again = f"{most} born-again ({most + 1} in all)"
     if config.rounds == "auto":
         again = f"at most {most} born-again, until two in a row show no gain"
-    confirmed = f", confirmed on {seeds} fresh seed" + ("s" if seeds > 1 else "") if seeds else ""
+    confirmed = f", confirmed on {count(seeds, 'fresh seed')}" if seeds else ""
     return f"generation 0 on labels, then {again}, {trials} trials each{confirmed}"
 
 
-def _is_finished(config: Config, folder: RunFolder) -> bool:
-    return finished(config, folder) is not None
-
-
-def _work(
+def _describe(
     config: Config,
     folder: RunFolder,
-    pool: Executor,
-    follower: Follower,
-    tracker: NoTracker,
+    summary: GenerationsSummary,
     *,
-    function: str | None = None,
-) -> None:
-    listener = everyone(follower, tracker)
-    results = born_again(config, folder, pool, listener, function=function)
-    complete(config, folder, pool, listener, results, function=function)
-
-
-def _tell(
-    console: Console,
-    config: Config,
-    folder: RunFolder,
-    notes: list[str] | None,
-    *,
-    command: Command | None = None,
-) -> None:
-    summary = finished(config, folder)
-    if summary is None:
-        raise ConfigError(f"{folder.path} must have a summary.json once it is finished, got none")
-    results, metric, trials = summary["generations"], config.search.metric, config.search.trials
-    if summary["ensemble"] is None:
-        print_table(console, make_metric_table(results, metric))
+    command: Command[GenerationsSummary] | None = None,
+) -> Told:
+    metric, trials = config.search.metric, config.search.trials
+    confirmed, results = summary.confirmations, summary.generations
+    if summary.ensemble is None:
+        tables = [own_metrics_table(results, metric)]
         said = f"{metric} is the best of {trials} trials, so it is optimistic."
     else:
-        print_table(console, make_table(results, summary["ensemble"]))
+        tables = [printed_table(summary)]
         said = (
             f"val acc is the best of {trials} trials, so it is optimistic; the test "
             "split was read once a generation, after the choice"
         )
-        said += ", and once for each model that confirms." if config.confirm.seeds else "."
-    confirmed = [row["confirmation"] for row in results if row["confirmation"]]
+        said += ", and once for each model that confirms." if confirmed else "."
     if confirmed:
-        print_table(console, make_confirmation_table(results, summary["controls"]))
+        tables.append(confirmation_table(summary))
         said += (
             "\n± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
             "images (bootstrap). McNemar: exact p of a chosen model and its teacher."
         )
-    if notes is None:
-        return
-    told = [*(confirmed[1:] or confirmed), *summary["controls"]]
-    notes = [
-        *(verdict for row in told for verdict in row["verdict"].split("; ")),
-        *([summary["stopped"]] if summary["stopped"] else []),
-        make_sparkline(results, metric),
-        said,
-        *notes,
-        f"models:  {folder.path}/generation_*/student.safetensors",
-        f"more generations:  {(command or _COMMAND).resume(folder)} --rounds {len(results)}",
-    ]
-    console.print("\n".join(notes), soft_wrap=True)
+    return Told(
+        tables,
+        [
+            *(verdict for row in confirmed[1:] or confirmed for verdict in row.verdicts),
+            *(verdict for row in summary.controls for verdict in row.verdicts),
+            *([summary.stopped] if summary.stopped else []),
+            _sparkline(summary, metric),
+            said,
+        ],
+        [
+            f"models:  {folder.path}/generation_*/student.safetensors",
+            f"more generations:  {(command or _COMMAND).resume(folder)} --rounds {len(results)}",
+        ],
+    )
+
+
+def _sparkline(summary: GenerationsSummary, metric: str) -> str:
+    """Return a line of the generations' metric: of the fresh seeds where there are any."""
+    results, confirmed = summary.generations, summary.confirmations
+    if len(confirmed) == len(results):
+        values = [row.mean.value for row in confirmed]
+        metric = confirmed[0].metric.replace("test_accuracy", "mean test accuracy")
+    else:
+        metric = "test_accuracy" if "test_accuracy" in results[0].metrics else metric
+        values = [row.metrics[metric] for row in results]
+    form = ".2%" if "accuracy" in metric else ".4g"
+    low, high = (format(end, form) for end in (min(values), max(values)))
+    return f"{metric.replace('_', ' ')} by generation:  {sparkline(values)}  ({low} to {high})"
 
 
 _COMMAND = Command(
     name="generations",
     check=lambda config: None,
     greet=_greet,
-    is_finished=_is_finished,
-    work=_work,
-    tell=_tell,
+    finished=finished,
+    work=born_again,
+    describe=_describe,
 )
 
 

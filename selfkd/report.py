@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.cli.terminal import make_console, print_rows
+from selfkd.cli.terminal import make_console, print_table
 from selfkd.errors import ConfigError
 from selfkd.reporting.read import REPORT, Run, read_run
 from selfkd.reporting.tables import Table
@@ -65,7 +65,7 @@ def _read(names: Sequence[str]) -> list[Run]:
     paths = list(dict.fromkeys(as_path(name).expanduser().absolute() for name in names))
     counts = Counter(path.name for path in paths)
     runs = [read_run(path) for path in paths]
-    alone = [run for run in runs if run.curve or run.study]
+    alone = [run for run in runs if run.capacity_summary or run.study_summary]
     if alone and len(runs) > 1:
         raise ConfigError(
             f"RUN of selfkd.{alone[0].command} stands alone, got {alone[0].path} beside others"
@@ -128,7 +128,7 @@ def _print(console: Console, runs: Sequence[Run]) -> None:
 
 
 def _show(console: Console, table: Table) -> None:
-    print_rows(console, table.head, table.rows)
+    print_table(console, table)
     if table.note:
         console.print(table.note, soft_wrap=True)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -25,15 +25,16 @@ from selfkd.analysis.response import (
     search_range,
     unfit,
 )
-from selfkd.analysis.statistics import Interval
 from selfkd.cli.terminal import make_console
 from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.storage.files import load_json
+from selfkd.results import Facts, Interval, SearchesOfSizes, TrialResult
 from selfkd.storage.remote import as_path
+from selfkd.storage.rows import load_row
 
 USAGE = 2
+T = TypeVar("T")
 KEYS = ("distill.temperature", "distill.alpha")
 
 
@@ -76,20 +77,21 @@ def read_stages(run: str | Path) -> tuple[list[Stage], list[str]]:
         raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {run}")
     folder, config = RunFolder.open(path)
     notes: list[str] = []
-    facts = _read(folder.path / "data.json", notes) if (path / "data.json").exists() else {}
+    file = folder.path / "data.json"
+    facts = _read(Facts, file, notes) if file.exists() else None
     stages = []
-    for name, generation, size, place in _places(folder.path, facts or {}, notes):
+    for name, generation, size, place in _places(folder.path, facts, notes):
         trials = _trials(place, config, notes)
         if trials:
-            stages.append(_stage(folder, config, facts or {}, name, generation, size, trials))
+            stages.append(_stage(folder, config, facts, name, generation, size, trials))
     return stages, notes
 
 
 def _places(
-    path: Path, facts: dict[str, Any], notes: list[str]
+    path: Path, facts: Facts | None, notes: list[str]
 ) -> Iterator[tuple[str, int | None, int | None, Path]]:
     """Yield name, generation, parameters and folder of each search with a teacher."""
-    size = facts.get("parameters", {}).get("1")
+    size = facts.parameters.get("student") if facts is not None else None
     for place in sorted(path.glob("generation_*")):
         number = int(place.name.removeprefix("generation_"))
         if number:
@@ -98,20 +100,19 @@ def _places(
     if (path / "student").is_dir():
         yield "student", None, size, path / "student"
     if (path / "students.json").exists():
-        for row in (_read(path / "students.json", notes) or {}).get("students", []):
-            yield f"student {row['value']}", None, row["parameters"], path / row["search"]
+        found = _read(SearchesOfSizes, path / "students.json", notes)
+        for row in found.students if found is not None else ():
+            yield f"student {row.value}", None, row.parameters, path / row.search
 
 
 def _trials(place: Path, config: Config, notes: list[str]) -> list[Trial]:
     trials = []
     for path in sorted(place.glob("trial_*/result.json")):
-        row = _read(path, notes)
-        if row is None or row.get("status") != "completed":
+        row = _read(TrialResult, path, notes)
+        value = None if row is None else row.metric("val_accuracy")
+        if row is None or row.status != "completed" or value is None or not math.isfinite(value):
             continue
-        value, point = row.get("val_accuracy"), row.get("point", {})
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            continue
-        distill = config.distill
+        distill, point = config.distill, row.point
         temperature = point.get(KEYS[0], distill.temperature)
         trials.append((float(temperature), float(point.get(KEYS[1], distill.alpha)), float(value)))
     return trials
@@ -120,13 +121,13 @@ def _trials(place: Path, config: Config, notes: list[str]) -> list[Trial]:
 def _stage(
     folder: RunFolder,
     config: Config,
-    facts: dict[str, Any],
+    facts: Facts | None,
     name: str,
     generation: int | None,
     size: int | None,
     trials: list[Trial],
 ) -> Stage:
-    space = config.space(taught=True)
+    space = config.space(with_teacher=True)
     ranges: list[tuple[float, float] | None] = []
     for column, key in enumerate(KEYS):
         searched = [float(value) for value in space[key].values] if key in space else []
@@ -136,17 +137,17 @@ def _stage(
         name=name,
         generation=generation,
         parameters=size,
-        data=facts.get("fingerprint"),
+        data=facts.fingerprints.get("train") if facts is not None else None,
         trials=trials,
         ranges=(ranges[0], ranges[1]),
         others=[key for key in space if key not in KEYS],
     )
 
 
-def _read(path: Path, notes: list[str]) -> Any:
-    """Return what a file holds; of a damaged one None, and a note that names it."""
+def _read(kind: type[T], path: Path, notes: list[str]) -> T | None:
+    """Return a row; of a damaged one None, and a note that names it."""
     try:
-        return load_json(path)
+        return load_row(kind, path)
     except (ValueError, OSError) as error:
         notes.append(f"left out: {error}")
         return None
@@ -268,7 +269,7 @@ def tell(found: Sequence[Found]) -> list[str]:
     if others:
         lines.append(f"searched too, and noise to this fit: {', '.join(others)}")
     if len({each.stage.data for each in found}) > 1:
-        lines.append("the runs learnt from different data: a drift with size may be the data's")
+        lines.append("the runs are of different data: a drift with size may be the data's")
     return lines
 
 

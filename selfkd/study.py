@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-
-from rich.console import Console
+from pathlib import Path
+from typing import Any
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, base_parser, everyone
-from selfkd.cli.progress import Follower
-from selfkd.cli.terminal import print_rows
+from selfkd.cli.command import Command, Options, Told, add_from, base_parser
 from selfkd.config import Config
-from selfkd.execution.jobs import Executor
-from selfkd.experiments.ensemble import finished
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.study import check_study, experiment, trainings
+from selfkd.experiments.study import check_study, compare_arms, finished, trainings
 from selfkd.reporting.tables import study_table
-from selfkd.results import Row, Study
-from selfkd.tracking import NoTracker
+from selfkd.results import ContrastResult, StudySummary
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -26,12 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = base_parser(
         "study", "Train settings side by side on the same seeds, and compare them in pairs."
     )
-    parser.add_argument(
-        "--from",
-        metavar="RUN",
-        action="append",
-        dest="runs",
-        help="run folder whose models are the teacher `members`; may be given several times",
+    add_from(
+        parser,
+        "run folder whose models are the teacher `members`; may be given several times",
     )
     return parser
 
@@ -42,13 +34,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _COMMAND.main(arguments, {"members.runs": arguments.runs})
 
 
-def _tell_contrast(row: Row) -> str:
-    share = row["share"]
+def run_study(
+    *,
+    config: str | Path | None = None,
+    runs: Sequence[str] | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    resume: str | Path | None = None,
+    settings: Sequence[str] = (),
+    quiet: bool = False,
+) -> StudySummary:
+    """Train settings side by side on the same seeds, and compare them in pairs.
+
+    What is not given is as the config says, its defaults or those of a resumed run.
+
+    Args:
+        config: YAML file with the arms, `study.arms`.
+        runs: Run folders whose models are the teacher `members`.
+        seed: Seed of the split and all trials.
+        name: Name of the run folder.
+        resume: Run folder to continue.
+        settings: Further `dotted.key=value` texts, as after `--set`.
+        quiet: Whether the table and errors only are printed.
+
+    Raises:
+        ValueError: A setting is not as it must be.
+        RuntimeError: All trials of an arm failed.
+    """
+    flags: dict[str, Any] = {"members.runs": runs and list(runs), "seed": seed, "name": name}
+    options = Options(config=config, settings=settings, flags=flags, resume=resume, quiet=quiet)
+    return _COMMAND.run(options)[2]
+
+
+def _describe_contrast(row: ContrastResult) -> str:
+    share = row.share
     if share is None:
-        return str(row["verdict"])
-    ends = "" if share["low"] is None else f" [{share['low']:.0%}, {share['high']:.0%}]"
-    gone = f"{share['value']:.0%}{ends} of the way from {row['to']} to {row['towards']}"
-    return f"{row['verdict']}; {gone}"
+        return row.verdict
+    ends = "" if share.low is None else f" [{share.low:.0%}, {share.high:.0%}]"
+    closed = f"{share.value:.0%}{ends} of the gap from {row.to} to {row.reference} closed"
+    return f"{row.verdict}; {closed}"
 
 
 def _greet(config: Config) -> str:
@@ -59,31 +83,20 @@ def _greet(config: Config) -> str:
     )
 
 
-def _work(
-    config: Config, folder: RunFolder, pool: Executor, follower: Follower, tracker: NoTracker
-) -> None:
-    experiment(config, folder, pool, everyone(follower, tracker))
+def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Told:
+    said = (
+        f"± is half of a 95 % interval over seeds (Student's t), on {summary.images:,} test "
+        "images; differences are paired by seed, shares have Fieller's interval."
+    )
+    return Told(
+        [study_table(summary)],
+        [*map(_describe_contrast, summary.contrasts), said, *_describe_bias(summary)],
+        [f"models:  {folder.path}/arms/*/trial_*/student.safetensors"],
+    )
 
 
-def _tell(console: Console, config: Config, folder: RunFolder, notes: list[str] | None) -> None:
-    summary = finished(folder) or {}
-    table = study_table(Study.model_validate(summary))
-    print_rows(console, table.head, table.rows)
-    if notes is None:
-        return
-    lines = [
-        *map(_tell_contrast, summary["contrasts"]),
-        f"± is half of a 95 % interval over seeds (Student's t), on {summary['images']:,} test "
-        "images; differences are paired by seed, shares have Fieller's interval.",
-        *_tell_bias(summary),
-        *notes,
-        f"models:  {folder.path}/arms/*/trial_*/student.safetensors",
-    ]
-    console.print("\n".join(lines), soft_wrap=True)
-
-
-def _tell_bias(summary: Row) -> list[str]:
-    biased = [arm["name"] for arm in summary["arms"] if "biased_errors" in arm]
+def _describe_bias(summary: StudySummary) -> list[str]:
+    biased = [arm.name for arm in summary.arms if arm.biased_errors is not None]
     if not biased:
         return []
     return [
@@ -96,9 +109,9 @@ _COMMAND = Command(
     name="study",
     check=check_study,
     greet=_greet,
-    is_finished=lambda config, folder: finished(folder) is not None,
-    work=_work,
-    tell=_tell,
+    finished=lambda config, folder: finished(folder),
+    work=compare_arms,
+    describe=_describe,
     most=trainings,
 )
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import selfkd
 from selfkd import capacity, ensemble, study
-from selfkd.cli.command import FAILED, INTERRUPTED, USAGE, interruptible, relative_paths
+from selfkd.cli.command import FAILED, USAGE
+from selfkd.cli.signals import INTERRUPTED, interruptible
 from selfkd.config import load_config, parse_yaml
+from selfkd.config.paths import relative_paths
 from selfkd.errors import ConfigError
 from selfkd.generations import make_parser as generations_parser
 from selfkd.storage.remote import PLAIN_URI, has_password

@@ -1,4 +1,4 @@
-"""`python -m selfkd.targets`: list, verify and clear out the stored answers of teachers."""
+"""`python -m selfkd.targets`: list, verify and clear out the cached logits of teachers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from selfkd.soft_targets.store import SoftTargets, check_shard, open_store
 from selfkd.soft_targets.upkeep import StoreInfo, list_stores, sweep, unused
 from selfkd.storage.files import remove_tree
 from selfkd.storage.remote import as_path
-from selfkd.tasks.images.task import Bench
+from selfkd.tasks import make_task
 
 DIFFER, USAGE = 1, 2
 TOLERANCE = 0.01
@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m selfkd.targets", description="The stored answers of teachers."
+        prog="python -m selfkd.targets", description="The cached logits of teachers."
     )
     commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
     what = {
         "ls": "list what is stored for which teacher",
-        "verify": "ask the teachers again for some images and compare",
+        "verify": "run the teachers again on some images and compare",
         "gc": "remove what no run refers to",
     }
     for name, text in what.items():
@@ -68,7 +68,7 @@ def _make_parser() -> argparse.ArgumentParser:
                 action="append",
                 default=[],
                 dest="settings",
-                help="change the labelling run's config, for example --set data.root=PATH",
+                help="change the config of the run, for example --set data.root=PATH",
             )
     return parser
 
@@ -136,12 +136,12 @@ def _verify(console: Console, root: Path, *, rows: int, settings: Sequence[str])
             fault = next(_faults(root, info, info.manifest, rows, settings), None)
         except FileNotFoundError as error:
             unknown += 1
-            console.print(f"{name}: cannot be asked again: {error}", soft_wrap=True)
+            console.print(f"{name}: cannot be checked: {error}", soft_wrap=True)
             continue
         if fault is not None:
             console.print(f"{name}: {fault}", soft_wrap=True)
             return DIFFER
-        console.print(f"{name}: {rows} images a view as the teacher says", soft_wrap=True)
+        console.print(f"{name}: {rows} images a view are as the teacher predicts", soft_wrap=True)
     return USAGE if unknown else 0
 
 
@@ -158,26 +158,27 @@ def _faults(
     if not as_path(checkpoint).exists():
         raise FileNotFoundError(f"its checkpoint {checkpoint} is gone")
     config = merge_settings(from_tree(manifest.origin["config"]), settings=settings, flags={})
-    bench = Bench(to_tree(config))
-    if bench.data_key != manifest.data:
-        yield "the data or its views are not those that were labelled"
-    if bench.hash(checkpoint) != manifest.teacher:
-        yield f"{checkpoint} is not the teacher that was asked"
+    task = make_task(to_tree(config))
+    digest = task.digest(checkpoint)
+    if task.manifest(digest, {}).data != manifest.data:
+        yield "the data or its views are not those of the cached logits"
+    if digest != manifest.teacher:
+        yield f"{checkpoint} is not the teacher whose logits are cached"
     stored = open_store(root, [manifest.teacher], data=manifest.data)
     generator = torch.Generator().manual_seed(0)
     for view in range(manifest.views):
         sample = torch.randperm(manifest.images, generator=generator)[:rows].sort().values
         for row in sample.tolist():
-            answer = bench.answer(checkpoint, "train", view=view, rows=range(row, row + 1))
-            off = _distance(stored, answer, row, view)
+            logits = task.predict(checkpoint, "train", view=view, items=range(row, row + 1))
+            off = _distance(stored, logits, row, view)
             if off > TOLERANCE:
-                yield f"row {row} of view {view} differs by {off:.3g} from the teacher's answer"
+                yield f"row {row} of view {view} differs by {off:.3g} from the teacher's logits"
 
 
-def _distance(stored: SoftTargets, answer: Tensor, row: int, view: int) -> float:
+def _distance(stored: SoftTargets, logits: Tensor, row: int, view: int) -> float:
     """Return the largest difference of a row, beside what its own size makes."""
     found = stored(torch.tensor([row]), view)
-    shifted = answer[0].float() - answer[0].max()
+    shifted = logits[0].float() - logits[0].max()
     if isinstance(found, Tensor):
         there, here = found[0].float(), shifted.clamp(min=torch.finfo(torch.float16).min)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfkd.analysis.statistics import Interval
+from selfkd.results import Interval
 
 Array = NDArray[np.float64]
 Trial = tuple[float, float, float]

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selfkd.results import Interval
+
 CONFIDENCE = 0.95
 RESAMPLES = 1999
 SAME = 1e-6  # of their size: values this close are equal, as far as single precision tells
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its interval; no ends where the sample does not bound it."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 def paired_p(values: Sequence[float], others: Sequence[float]) -> float | None:

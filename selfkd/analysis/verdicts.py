@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
-Row = Mapping[str, Any]
+from selfkd.results import Interval
+
 Mode = Literal["max", "min"]
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -29,45 +30,51 @@ def plain(value: float) -> str:
     return f"{value:+.4g}"
 
 
-def tell(interval: Row, *, form: Callable[[float], str] = percent) -> str:
+def metric_format(metric: str) -> Callable[[float], str]:
+    """Return how differences of a metric are written: of an accuracy as fractions."""
+    return percent if "acc" in metric else plain
+
+
+def format_difference(interval: Interval, *, form: Callable[[float], str] = percent) -> str:
     """Return a difference with its interval, if it has one.
 
-    >>> tell({"value": 0.004, "low": 0.001, "high": 0.007})
+    >>> format_difference(Interval(0.004, 0.001, 0.007))
     '+0.40 % [+0.10, +0.70]'
     """
-    if interval["low"] is None:
-        return form(interval["value"])
-    low, high = (form(interval[end]).removesuffix(" %") for end in ("low", "high"))
-    return f"{form(interval['value'])} [{low}, {high}]"
+    if interval.low is None or interval.high is None:
+        return form(interval.value)
+    low, high = (form(end).removesuffix(" %") for end in (interval.low, interval.high))
+    return f"{form(interval.value)} [{low}, {high}]"
 
 
-def tell_mean(interval: Row, seeds: int, *, form: Callable[[float], str] = percent) -> str:
+def format_mean(interval: Interval, seeds: int, *, form: Callable[[float], str] = percent) -> str:
     """Return a mean over seeds with its interval, if it has one.
 
-    >>> tell_mean({"value": 0.96, "low": 0.95, "high": 0.97}, 3)
+    >>> format_mean(Interval(0.96, 0.95, 0.97), 3)
     '96.00 % [95.00, 97.00], mean of 3 seeds'
-    >>> tell_mean({"value": 0.96, "low": None, "high": None}, 1)
+    >>> format_mean(Interval(0.96), 1)
     '96.00 %, one seed, so no interval'
     """
     of = f"mean of {seeds} seeds" if seeds > 1 else "one seed, so no interval"
-    return f"{tell(interval, form=lambda value: form(value).removeprefix('+'))}, {of}"
+    told = format_difference(interval, form=lambda value: form(value).removeprefix("+"))
+    return f"{told}, {of}"
 
 
-def is_better(interval: Row | None, *, mode: Mode = "max") -> bool:
+def is_better(interval: Interval | None, *, mode: Mode = "max") -> bool:
     """Say whether an interval of a difference is evidence of a gain: all of it on one side of 0.
 
-    >>> is_better({"value": 0.004, "low": 0.001, "high": 0.007})
+    >>> is_better(Interval(0.004, 0.001, 0.007))
     True
     """
-    if interval is None or interval["low"] is None:
+    if interval is None or interval.low is None or interval.high is None:
         return False
-    return bool(interval["low"] > 0 if mode == "max" else interval["high"] < 0)
+    return interval.low > 0 if mode == "max" else interval.high < 0
 
 
-def compare(
+def describe_difference(
     name: str,
     other: str,
-    difference: Row,
+    difference: Interval,
     pairs: str,
     *,
     mode: Mode = "max",
@@ -76,27 +83,27 @@ def compare(
     """Return what a difference says.
 
     Args:
-        name: of what may be better.
-        other: of what it is compared with.
-        difference: `value`, `low` and `high` of name less other.
-        pairs: what was paired, such as `5 paired seeds`.
-        mode: whether more is better.
-        form: of a difference.
+        name: Name of what may be better.
+        other: Name of what it is compared with.
+        difference: Difference of the first less the second.
+        pairs: Pairs that the difference is of, such as `5 paired seeds`.
+        mode: Whether more is better, or less.
+        form: Format of a difference.
 
-    >>> found = {"value": -0.001, "low": -0.006, "high": 0.004}
-    >>> compare("generation 3", "generation 2", found, "5 paired seeds")
+    >>> found = Interval(-0.001, -0.006, 0.004)
+    >>> describe_difference("generation 3", "generation 2", found, "5 paired seeds")
     'no evidence that generation 3 is better than generation 2 (difference -0.10 % [-0.60, +0.40], \
 5 paired seeds)'
-    >>> found = {"value": 0.004, "low": 0.001, "high": 0.007}
-    >>> compare("generation 2", "generation 1", found, "5 paired seeds")
+    >>> found = Interval(0.004, 0.001, 0.007)
+    >>> describe_difference("generation 2", "generation 1", found, "5 paired seeds")
     'generation 2 is better than generation 1: +0.40 % [+0.10, +0.70], 5 paired seeds'
     """
-    said = tell(difference, form=form)
+    said = format_difference(difference, form=form)
     if is_better(difference, mode=mode):
         return f"{name} is better than {other}: {said}, {pairs}"
     if is_better(difference, mode="min" if mode == "max" else "max"):
         return f"{name} is worse than {other}: {said}, {pairs}"
-    if difference["low"] is None:
+    if difference.low is None:
         single = re.search(r"\b1 paired", pairs)
         pairs += ", so no interval" if single else ", the same in all: no interval"
     return f"no evidence that {name} is better than {other} (difference {said}, {pairs})"

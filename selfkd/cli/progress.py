@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.text import Text
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.terminal import metric_format, percent, plus_minus
-from selfkd.results import Row
+from selfkd.config import Config
+from selfkd.reporting.words import plus_minus
+from selfkd.results import (
+    Event,
+    GenerationConfirmed,
+    GenerationFinished,
+    GenerationResult,
+    Measured,
+    Message,
+    Point,
+    StageStarted,
+    TaskProgressed,
+    TaskStarted,
+    TrialFinished,
+    TrialProgressed,
+    TrialResult,
+)
 
 
 class _Live(Progress):
@@ -39,35 +55,24 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Follower:
-    """Shows a run: a live view on a terminal, plain lines elsewhere.
+class ProgressReporter:
+    """Shows the events of a run: a live view on a terminal, plain lines elsewhere.
 
     Args:
-        console: to print on.
-        metric: what trials are chosen by.
-        mode: `max` or `min`.
-        epochs: of a trial, for an estimate of the time left; trials are counted whole without.
-        quiet: whether nothing but what fails is told.
+        console: Console to print on.
+        config: Config of the run.
+        quiet: Whether nothing but what fails is told.
     """
 
-    def __init__(
-        self,
-        console: Console,
-        *,
-        metric: str = "val_accuracy",
-        mode: str = "max",
-        epochs: int | None = None,
-        quiet: bool = False,
-    ) -> None:
-        self._console, self._quiet, self._epochs = console, quiet, epochs
+    def __init__(self, console: Console, config: Config, *, quiet: bool = False) -> None:
+        self._console, self._quiet = console, quiet
+        self._epochs, self._metric = config.train.epochs, config.search.metric
+        self._sign = 1 if config.search.mode == "max" else -1
         self._plain = not console.is_terminal
         self._running: dict[tuple[str, int], float] = {}
-        self._done = 0
-        self._metric, self._sign = metric, 1 if mode == "max" else -1
+        self._done = self._failed = self._remade = 0
+        self._best: TrialResult | None = None
         self.notes: list[str] = []
-        self._remade = 0
-        self._best: Row | None = None
-        self._failed = 0
         self.train_seconds = 0.0
         self._progress = _Live(
             BarColumn(bar_width=20),
@@ -82,7 +87,7 @@ class Follower:
             "starting Ray and its workers", total=None, counts="", best=""
         )
 
-    def __enter__(self) -> Follower:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -92,40 +97,47 @@ class Follower:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if not self._quiet:
-            self._fail(text)
+            self._print(text)
 
-    def _fail(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._progress.console.print(text, soft_wrap=True)
 
-    def working(self, title: str, parts: int) -> None:
-        """Start the bar of work in parts."""
-        self._remade = 0
-        self._start(title, parts)
-        if self._plain and parts > 1:
-            self.say(f"{title}: {parts} parts")
-
-    def worked(self, row: Row) -> None:
-        """Count a part; what was damaged and had to be made again is told."""
-        if row.get("state") == "remade":
-            self._remade += 1
-            self.say(f"  a damaged part of the stored soft targets was made again ({self._remade})")
-        self._done += 1
-        self._update()
-
-    def compressed(self, summary: Row) -> None:
-        """Nothing: the table says it."""
-
-    def noted(self, text: str) -> None:
-        """Print a note now, and keep it for the end."""
-        self.notes.append(f"note:  {text}")
-        self.say(f"  {text}")
-
-    def stage_started(self, title: str, trials: int, done: int) -> None:
-        """Start the bar of a stage."""
-        self._start(title, trials, done)
-        if self._plain:
-            kept = f", {done} of them done before" if done else ""
-            self.say(f"{title}: {count(trials, 'trial')}{kept}")
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case TaskStarted(title, parts):
+                self._remade = 0
+                self._start(title, parts)
+                if self._plain and parts > 1:
+                    self.say(f"{title}: {parts} parts")
+            case TaskProgressed(state):
+                if state == "remade":
+                    self._remade += 1
+                    self.say(
+                        f"  a damaged part of the cached logits was made again ({self._remade})"
+                    )
+                self._done += 1
+                self._update()
+            case StageStarted(title, trials, done):
+                self._start(title, trials, done)
+                if self._plain:
+                    kept = f", {done} of them done before" if done else ""
+                    self.say(f"{title}: {count(trials, 'trial')}{kept}")
+            case TrialProgressed(trial, epochs):
+                part = epochs[-1].epoch / self._epochs  # a user's own loop may go on for longer
+                self._running[trial.stage, trial.trial] = min(part, 0.99)
+                self._update()
+            case TrialFinished(trial):
+                self._finish(trial)
+            case GenerationFinished(result):
+                self._say_generation(result)
+            case GenerationConfirmed(confirmation):
+                seeds = count(len(confirmation.seeds), "fresh seed")
+                mean = plus_minus(confirmation.mean, confirmation.metric)
+                self.say(f"generation {confirmation.generation} again on {seeds}: {mean}")
+            case Message(text):
+                self.notes.append(f"note:  {text}")
+                self.say(f"  {text}")
 
     def _start(self, title: str, total: int | None, done: int = 0) -> None:
         self._best, self._failed, self._done = None, 0, done
@@ -135,58 +147,45 @@ class Follower:
         )
 
     def _update(self) -> None:
+        best = self._best
         self._progress.update(
             self._task,
             completed=self._done + sum(self._running.values()),
             counts=", ".join(self._counts()),
-            best=self._told_best(),
+            best="" if best is None else f"best {self._value(best)}{_setting(best.point)}",
         )
 
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        """Show how far a trial has come."""
-        part = rows[-1]["epoch"] / self._epochs if self._epochs else 0.0
-        self._running[trial["stage"], trial["trial"]] = min(
-            part, 0.99
-        )  # a loop of the user's own may go on
-        self._update()
-
-    def trial_finished(self, trial: Row) -> None:
+    def _finish(self, trial: TrialResult) -> None:
         """Count a trial; a failed one says why."""
-        self.train_seconds += trial["train_seconds"]
-        self._running.pop((trial["stage"], trial["trial"]), None)
+        self.train_seconds += trial.train_seconds
+        self._running.pop((trial.stage, trial.trial), None)
         self._done += 1
         # those of several stages run side by side
-        of = f"{trial['stage'].replace('-', ' ')}, " if "confirm" in trial["stage"] else ""
-        name = f"  {of}trial {trial['trial']}"
-        if trial["status"] == "failed":
+        of = f"{trial.stage.replace('-', ' ')}, " if "confirm" in trial.stage else ""
+        name = f"  {of}trial {trial.trial}"
+        if trial.status == "failed":
             self._failed += 1
-            self._fail(f"{name} failed: {trial['error']}")
+            self._print(f"{name} failed: {trial.error}")
         else:
-            stopped = trial["status"] == "stopped"
-            if not stopped and self._is_best(trial):
+            if trial.status == "completed" and self._is_best(trial):
                 self._best = trial
             if self._plain:
-                self.say(
-                    f"{name}: {self._value(trial)}"
-                    f"{_setting(trial['point'])}, {trial['train_seconds']:.1f} s"
-                    + (" (stopped early)" if stopped else "")
-                )
+                early = " (stopped early)" if trial.status == "stopped" else ""
+                told = f"{self._value(trial)}{_setting(trial.point)}"
+                self.say(f"{name}: {told}, {trial.train_seconds:.1f} s{early}")
         self._update()
 
-    def _is_best(self, trial: Row) -> bool:
+    def _is_best(self, trial: TrialResult) -> bool:
         if self._best is None:
             return True
-        return bool(self._sign * (trial[self._metric] - self._best[self._metric]) > 0)
+        own, best = trial.metrics[self._metric], self._best.metrics[self._metric]
+        return self._sign * (own - best) > 0
 
-    def _value(self, row: Row) -> str:
+    def _value(self, row: Measured) -> str:
+        value = row.metrics[self._metric]
         if self._metric == "val_accuracy":
-            return f"val {percent(row['val_accuracy'])}"
-        return f"{self._metric} {row[self._metric]:.4g}"
-
-    def _told_best(self) -> str:
-        if self._best is None:
-            return ""
-        return f"best {self._value(self._best)}{_setting(self._best['point'])}"
+            return f"val {value:.2%}"
+        return f"{self._metric} {value:.4g}"
 
     def _counts(self) -> Iterator[str]:
         if self._running:
@@ -194,29 +193,17 @@ class Follower:
         if self._failed:
             yield f"{self._failed} failed"
 
-    def generation_finished(self, result: Row) -> None:
-        """Print the line of a finished generation."""
-        agrees = result.get("agreement")
-        test = f", test {percent(result['test_accuracy'])}" if "test_accuracy" in result else ""
-        self.say(
-            f"generation {result['generation']}: {self._value(result)}{test}"
-            + (f", agrees with its teacher on {percent(agrees)}" if agrees is not None else "")
-            + f"{_setting(result['point'])}"
-        )
-        if len(result["models"]) < result["wanted_models"]:
-            self.say(f"  only {count(len(result['models']), 'trial')} of it can teach")
-
-    def generation_confirmed(self, confirmation: Row) -> None:
-        """Print the mean of a generation's setting on fresh seeds; the end has the verdicts."""
-        form = metric_format(confirmation.get("metric", "test accuracy"))
-        self.say(
-            f"generation {confirmation['generation']} again on "
-            f"{count(len(confirmation['seeds']), 'fresh seed')}: "
-            f"{plus_minus(confirmation['mean'], form)}"
-        )
+    def _say_generation(self, result: GenerationResult) -> None:
+        tested, agreement = result.metric("test_accuracy"), result.metric("agreement")
+        parts = [f"generation {result.generation}: {self._value(result)}"]
+        parts += [f"test {tested:.2%}"] if tested is not None else []
+        parts += [f"teacher agreement {agreement:.2%}"] if agreement is not None else []
+        self.say(", ".join(parts) + _setting(result.point))
+        if len(result.models) < result.wanted_models:
+            self.say(f"  only {count(len(result.models), 'trial')} of it can teach")
 
 
-def _setting(point: Row) -> str:
+def _setting(point: Point) -> str:
     short = {"distill.temperature": "T", "distill.alpha": "alpha"}
     parts = [
         f"{short.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{key} {value}"

@@ -238,10 +238,6 @@ class MembersConfig:
     """Further teachers to make and to show in the table."""
     use: int | None = Field(default=None, ge=1)
     """How many members teach, the best on validation first; all when not given."""
-    cycles: int | None = Field(default=None, ge=2)
-    """Snapshots: cycles of the learning rate within one run; as many as members by default."""
-    clusters: int | None = Field(default=None, ge=2)
-    """Specialists: how many; a tenth of the classes by default, at least 2."""
 
     def sources(self) -> list[Source]:
         """Return every teacher that is asked for, without the search space's."""
@@ -287,9 +283,10 @@ class ArmConfig:
     teacher: str | list[str] | None = None
     """Arms that teach it, those of the same seed, or `members` (those of `--from`); it learns from
     labels only when not given."""
-    knowledge: Literal["whole", "permuted", "confidence", "virtual"] = "whole"
-    """What is learnt of the teacher: all of it; its doubts in random order (dkpp); its confidence
-    alone (cwtm); or, of no teacher at all, a virtual one's (teacher_free)."""
+    target_transform: Literal["none", "permuted", "confidence", "virtual"] = "none"
+    """Transform of the teacher logits: none; permuted below the largest (DKPP); reduced to the
+    teacher's confidence, which weighs the labels (CWTM); or the logits of a virtual teacher that
+    knows the labels alone (teacher-free)."""
     average: list[str] = Field(default_factory=list)
     """Arms whose ensemble this is, seed by seed: nothing is trained."""
     seeds: int | None = Field(default=None, ge=1)
@@ -308,8 +305,8 @@ class ContrastConfig:
     arm: str
     to: str
     """The arm that it is compared with."""
-    towards: str | None = None
-    """An arm, or `members`: which share of the way from `to` to it is gone?"""
+    reference: str | None = None
+    """An arm, or `members`: which fraction of the gap from `to` to it is closed?"""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -454,10 +451,10 @@ class Config:
         """The most born-again generations that there will be."""
         return self.rounds_max if self.rounds == "auto" else self.rounds
 
-    def space(self, *, taught: bool) -> dict[str, Distribution]:
+    def space(self, *, with_teacher: bool) -> dict[str, Distribution]:
         """Return the search space with a teacher, or without: no keys that are about one."""
         specs = dict(self.search.space)
-        if not taught:
+        if not with_teacher:
             specs = {key: spec for key, spec in specs.items() if not key.startswith(OF_TEACHERS)}
             specs |= self.search.labels_only_space
         return {key: Distribution.parse(spec) for key, spec in specs.items()}

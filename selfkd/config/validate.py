@@ -21,7 +21,7 @@ _FIXED = (
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
-    *("members.compare", "members.cycles", "members.clusters"),
+    "members.compare",
 )
 
 

@@ -1,179 +1,429 @@
-"""Arms: settings that are trained again on fresh seeds, the same for all, and compared in pairs.
+"""The engine: an arm is a setting, which is searched, replicated on fresh seeds and evaluated.
 
-A chosen model is the best of many, so its figures flatter it. Its setting on fresh seeds is chosen
-by nobody; and where two settings share their seeds, and with them initialisation and order, the
-difference of each pair says what the setting does.
+A chosen model is the best of many, so its metrics are optimistic. Its setting on fresh seeds is
+chosen by nobody; and where two settings share their seeds, and with them initialisation and order,
+the difference of each pair says what the setting does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
 from selfkd.analysis.verdicts import count_seeds
-from selfkd.config import Config, to_tree
-from selfkd.config.space import Points
-from selfkd.execution.jobs import Executor, Job
-from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.stages import Listener, Plan, Stage, run_all, run_stages, trial_seed
-from selfkd.results import Row
+from selfkd.config import Config, ModelConfig, to_tree
+from selfkd.config.space import Distribution, Points
+from selfkd.errors import ConfigError, RunError
+from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, Outcome, run_one
+from selfkd.experiments.run_folder import RunFolder, student_file
+from selfkd.experiments.stages import Stage, make_proposer, run_stages, trial_seed
+from selfkd.results import (
+    Evaluation,
+    Events,
+    Facts,
+    Interval,
+    Message,
+    Model,
+    Point,
+    Replicated,
+    Row,
+    TaskProgressed,
+    TaskStarted,
+    TrialResult,
+    from_row,
+)
+from selfkd.storage.files import link
+from selfkd.storage.rows import load_row, save_row
 
+ATTEMPTS = 2  # at a part that fails, beside what the executor does for dead workers
+BATCHES = (1, 128)  # numbers of items whose prediction is timed
 TITLE = "confirmation on fresh seeds"
 
-
-class ArmsListener(Listener, Protocol):
-    """Whoever wants to follow arms as well as their stages."""
-
-    def noted(self, text: str) -> None:
-        """Something that a user should know."""
+Teachers = Callable[[Config, int], Sequence[Model]]
+"""Teachers of a trial, by its config and its number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A setting that is trained again."""
+    """A setting."""
 
     name: str
-    """Of its stage."""
+    """Name of its stage: in W&B, in messages and in the seeds of its search."""
+    title: str = TITLE
     folder: Path
-    plan: Plan
-    """Of each trial, but for its seed."""
+    """Folder of its trials."""
+    point: Point = field(default_factory=dict)
+    """Settings in which it differs from the config, by dotted key."""
+    teachers: Teachers = lambda config, number: ()
+    network: Callable[[Config, int], ModelConfig] = lambda config, number: (
+        config.student or config.model
+    )
+    options: Callable[[int], Row] = lambda number: {}
+    """Further arguments of the training job, by number."""
+    space: Mapping[str, Distribution] = field(default_factory=dict)
+    """What its search varies."""
+    seeds: Sequence[int] | None = None
+    """Fresh seeds that it is replicated on; those of the run's confirmation when not given."""
+    seed_name: str | int | None = None
+    """Name that the seeds of its search come from; its own when not given."""
+
+    def model(self, run: Run, trial: TrialResult) -> Model:
+        """Return the student of a trial."""
+        path = student_file(self.folder, trial.trial)
+        return Model(trial.hash, run.folder.relative(path))
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The trials of a search."""
+
+    trials: Sequence[TrialResult]
+    ranked: Sequence[TrialResult]
+    """Those that completed, best first."""
+    models: Sequence[Model]
+    """Students that are kept, best first."""
+
+    @property
+    def best(self) -> TrialResult:
+        """The trial that was chosen."""
+        return self.ranked[0]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model to evaluate, and what of it."""
+
+    model: Model
+    teachers: Sequence[Model] = ()
+    """Teachers for the agreement with their average."""
+    diagnose: bool = False
+    """Whether to look at calibration and confusions too."""
+    config: Config | None = None
+    """Config of its data; the run's when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run at work."""
+
+    config: Config
+    folder: RunFolder
+    executor: Executor
+    events: Events
+    function: str | None = None
+    """Reference of a user's training function, `path/file.py:name`."""
+
+    # --- trials ---
+
+    def search(
+        self, arm: Arm, *, save: Path | None = None, keep: int = 1, last: Point | None = None
+    ) -> Searched:
+        """Search an arm's space on validation; trials that are done are kept.
+
+        Args:
+            arm: Setting to search from.
+            save: File for the best trial's student; no student is kept when not given.
+            keep: Number of students that are kept, the best first.
+            last: Winner of a search before, which is tried first.
+
+        Raises:
+            RunError: All trials failed.
+        """
+        search, config = self.config.search, self.config
+        named = arm.name if arm.seed_name is None else arm.seed_name
+        early = EarlyStopping(config.train.epochs, search.metric, search.mode)
+        proposer = make_proposer(
+            config, arm.space, seed=trial_seed(config.seed, named, -1), last=last
+        )
+        stage = Stage(
+            name=arm.name,
+            folder=arm.folder,
+            seeds=[trial_seed(config.seed, named, number) for number in range(search.trials)],
+            proposer=proposer,
+            payload=partial(self._payload, arm),
+            metric=search.metric,
+            mode=search.mode,
+            early=early if search.scheduler == "asha" else None,
+        )
+        (trials,) = run_stages(self.executor, self.events, [stage], title=arm.title)
+        ranked = stage.ranked(trials)
+        kept = [arm.model(self, trial) for trial in ranked[: keep if save else 0]]
+        if save is not None:
+            source = self.folder.path / kept[0].checkpoint
+            if source.exists():
+                link(source, save)
+            kept[0] = Model(kept[0].hash, self.folder.relative(save))
+        others = {model.checkpoint for model in kept}
+        for trial in trials:
+            if arm.model(self, trial).checkpoint not in others:
+                student_file(arm.folder, trial.trial).unlink(missing_ok=True)
+        return Searched(trials, ranked, kept)
+
+    def replicate(self, arms: Sequence[Arm], *, title: str = TITLE) -> list[list[TrialResult]]:
+        """Train each arm on each of its seeds, all side by side; what is done is kept.
+
+        Returns:
+            For each arm the completed trials, in order of the seeds.
+
+        Raises:
+            RunError: All trials of an arm failed.
+        """
+        search = self.config.search
+        stages = []
+        for arm in arms:
+            seeds = confirm_seeds(self.config) if arm.seeds is None else arm.seeds
+            stages.append(
+                Stage(
+                    name=arm.name,
+                    folder=arm.folder,
+                    seeds=seeds,
+                    proposer=Points([{}] * len(seeds)),
+                    payload=partial(self._payload, arm),
+                    metric=search.metric,
+                    mode=search.mode,
+                )
+            )
+        found = run_stages(self.executor, self.events, stages, title=title)
+        done = [[trial for trial in rows if trial.status == "completed"] for rows in found]
+        asked = sum(len(stage.seeds) for stage in stages)
+        if failed := asked - sum(map(len, done)):
+            self.events(Message(f"{failed} of the {asked} trials of the {title} failed"))
+        return done
+
+    def _payload(self, arm: Arm, number: int, point: Point) -> Row:
+        point = {**arm.point, **point}
+        own = self.config.at(point)
+        model = arm.network(own, number)
+        function = {"function": self.function} if self.function else {}
+        return {
+            "config": to_tree(own),
+            "point": point,
+            "model": {"name": model.name, "args": model.args},
+            "teachers": self.located(arm.teachers(own, number)),
+            "targets": str(self.folder.targets(self.config)),
+            **function,
+            **arm.options(number),
+        }
+
+    def located(self, models: Sequence[Model]) -> list[Row]:
+        """Return models with their checkpoints where a worker finds them."""
+        return [
+            {
+                "hash": model.hash,
+                "checkpoint": str(self.folder.path / model.checkpoint),
+                **({} if model.weight is None else {"weight": model.weight}),
+            }
+            for model in models
+        ]
+
+    def cache_teacher_logits(
+        self,
+        teachers: Sequence[Model],
+        *,
+        title: str,
+        config: Config | None = None,
+        facts: Facts | None = None,
+    ) -> None:
+        """Cache the logits of teachers for every view of every training item, once.
+
+        The work is split by teacher, view and shard of items; a part that fails is done again
+        alone.
+
+        Args:
+            teachers: Models whose logits are cached.
+            title: Name of the work, for people.
+            config: Config of the students; the run's when not given.
+            facts: Facts of its data, where it is other than the run's.
+
+        Raises:
+            RunError: A part failed again.
+        """
+        config, facts = config or self.config, facts or self.folder.facts
+        shards = -(-facts.items["train"] // config.targets.shard_size)
+        place = {"targets": str(self.folder.targets(config)), "run": str(self.folder.path)}
+        parts = [
+            {"checkpoint": teacher["checkpoint"], "view": view, "shard": shard, **place}
+            for teacher in self.located(teachers)
+            for view in range(facts.views)
+            for shard in range(shards)
+        ]
+        self.jobs(title, "cache_teacher_logits", parts, config=config)
+
+    # --- measuring ---
+
+    def evaluate(
+        self, requests: Sequence[Request], *, title: str, keep: bool = True
+    ) -> list[Evaluation]:
+        """Evaluate models on validation and test, each once.
+
+        Args:
+            requests: Models, and what of them.
+            title: Name of the work, for people.
+            keep: Whether their logits and what was found are kept, for averages and for a resume;
+                else the test split alone is read.
+        """
+        found: dict[str, Evaluation] = {}
+        waiting = {}
+        for request in requests:
+            file = self.folder.path / "predictions" / f"{request.model.hash}.json"
+            known = load_row(Evaluation, file) if keep and file.exists() else None
+            if known is not None and (known.diagnostics or not request.diagnose):
+                found[request.model.hash] = known
+            else:
+                waiting[request.model.hash] = request
+        payloads = [self._request(request, keep=keep) for request in waiting.values()]
+        rows = self.jobs(title, "evaluate", payloads) if payloads else []
+        for mark, row in zip(waiting, rows, strict=True):
+            found[mark] = from_row(Evaluation, row)
+            if keep:
+                save_row(self.folder.path / "predictions" / f"{mark}.json", found[mark])
+        return [found[request.model.hash] for request in requests]
+
+    def _request(self, request: Request, *, keep: bool) -> Row:
+        (model,) = self.located([request.model])
+        return {
+            "config": to_tree(request.config or self.config),
+            "student": model["checkpoint"],
+            "predictions": self._predictions(model["hash"]) if keep else None,
+            "teachers": self.located(request.teachers),
+            "diagnose": request.diagnose,
+        }
+
+    def _predictions(self, mark: str) -> str:
+        return str(self.folder.path / "predictions" / f"{mark}.safetensors")
+
+    def average(self, ensembles: Sequence[tuple[Sequence[Model], str]]) -> list[Evaluation]:
+        """Evaluate averages of models that were evaluated and kept."""
+        asked = [
+            {"members": self.predicted(models), "average": average} for models, average in ensembles
+        ]
+        rows = self.job("average", ensembles=asked)["rows"]
+        return [from_row(Evaluation, row) for row in rows]
+
+    def predicted(self, models: Sequence[Model]) -> list[Row]:
+        """Return models with the files of their logits."""
+        return [
+            {**row, "predictions": self._predictions(row["hash"])} for row in self.located(models)
+        ]
+
+    def time(self, models: Sequence[Sequence[Model]]) -> list[Row]:
+        """Return parameters and milliseconds an item of models, or of several one after another."""
+        self.events(TaskStarted("timing the predictions", 1))
+        asked = [[row["checkpoint"] for row in self.located(rows)] for rows in models]
+        distinct = [list(paths) for paths in dict.fromkeys(map(tuple, asked))]
+        rows = self.job("time", models=distinct, batches=list(BATCHES))["rows"]
+        return [rows[distinct.index(paths)] for paths in asked]
+
+    def measure(
+        self, arms: Sequence[Arm], trials: Sequence[Sequence[TrialResult]], *, title: str
+    ) -> list[Replicated]:
+        """Measure the replicas of each arm: on the test split, each model once.
+
+        A user's training function has no test split here: its own metric is the measure.
+        """
+        chosen_by = self.config.search.metric
+        values: list[list[float]] = [[t.metrics[chosen_by] for t in rows] for rows in trials]
+        validation, metric = values, chosen_by
+        if self.function is None:
+            metric = f"test_{self.folder.facts.metric}"
+            asked = [
+                Request(arm.model(self, trial))
+                for arm, rows in zip(arms, trials, strict=True)
+                for trial in rows
+            ]
+            tested = iter(self.evaluate(asked, title=title, keep=False))
+            values = [[next(tested).metrics[metric] for _ in rows] for rows in trials]
+        return [
+            Replicated(
+                seeds=tuple(trial.seed for trial in rows),
+                metric=metric,
+                values=tuple(own),
+                validation=tuple(of_validation),
+                mean=mean_interval(own),
+            )
+            for rows, own, of_validation in zip(trials, values, validation, strict=True)
+        ]
+
+    # --- jobs ---
+
+    def check(self, config: Config | None = None, *, where: str = "") -> Facts:
+        """Return the facts of a config's data and networks, which a worker has tried.
+
+        Raises:
+            ConfigError: They are not as the config says.
+        """
+        if self.function is None:
+            checked = self.job("check", config=config)
+        else:
+            checked = run_one(self.executor, "check_function", function=self.function)
+        if "fault" in checked:
+            raise ConfigError(f"{where}{checked['fault']}")
+        return from_row(Facts, checked["facts"])
+
+    def job(self, kind: str, config: Config | None = None, **payload: Any) -> Row:
+        """Run a single job; return its last row."""
+        return run_one(self.executor, kind, config=to_tree(config or self.config), **payload)
+
+    def jobs(
+        self, title: str, kind: str, payloads: Sequence[Row], *, config: Config | None = None
+    ) -> list[Row]:
+        """Run jobs side by side, once more those that fail; return the last row of each.
+
+        Raises:
+            RunError: A job failed again.
+        """
+        settings = {"config": to_tree(config or self.config)}
+        jobs = [Job(kind, settings | payload) for payload in payloads]
+        self.events(TaskStarted(title, len(jobs)))
+        rows: dict[int, Row] = {}
+        for _ in range(ATTEMPTS):
+            batch = _Parts([job for job in jobs if id(job) not in rows], self.events)
+            self.executor.run(batch)
+            rows |= {id(done.job): done.row for done in batch.outcomes if done.error is None}
+            if len(rows) == len(jobs):
+                return [rows[id(job)] for job in jobs]
+        errors = [outcome.error for outcome in batch.outcomes if outcome.error is not None]
+        raise RunError(f"{title} failed: {errors[0]}")
+
+
+class _Parts(Batch):
+    def __init__(self, jobs: Sequence[Job], events: Events) -> None:
+        super().__init__(jobs)
+        self._events = events
+
+    def tell(self, outcome: Outcome) -> None:
+        super().tell(outcome)
+        if outcome.error is None:
+            self._events(TaskProgressed(outcome.row.get("state")))
 
 
 def confirm_seeds(config: Config, count: int | None = None) -> list[int]:
-    """Return the seeds of the confirmation: those of no other trial, the same for every arm."""
+    """Return the fresh seeds: those of no other trial, the same for every arm."""
     count = config.confirm.seeds if count is None else count
     return [trial_seed(config.seed, "confirm", number) for number in range(count)]
 
 
-def retrain(
-    config: Config,
-    folder: RunFolder,
-    executor: Executor,
-    listener: ArmsListener,
-    arms: Sequence[Arm],
-    *,
-    title: str = TITLE,
-    seeds: Sequence[int] | None = None,
-) -> list[list[Row]]:
-    """Train each arm on each seed, all side by side; what is done is kept.
-
-    Args:
-        config: of the run.
-        folder: what is done.
-        executor: runs the trials.
-        listener: is told of everything.
-        arms: what is trained.
-        title: for people.
-        seeds: those of `confirm_seeds` when not given.
-
-    Returns:
-        For each arm the completed trials, in order of the seeds: the ledger's result with the
-        `checkpoint`.
-
-    Raises:
-        RunError: all trials of an arm failed.
-    """
-    seeds = confirm_seeds(config) if seeds is None else seeds
-
-    def stage(arm: Arm) -> Stage:
-        return Stage(
-            name=arm.name,
-            title=title,
-            folder=arm.folder,
-            trials=len(seeds),
-            plan=lambda number, _: replace(arm.plan, seed=seeds[number]),
-            proposer=Points([{}] * len(seeds)),
-            metric=config.search.metric,
-            mode=config.search.mode,
-        )
-
-    stages = [stage(arm) for arm in arms]
-    found = run_stages(config, folder, executor, listener, stages, title=title)
-    done = [
-        [
-            {**row, "checkpoint": str(stage.trial(number) / "student.safetensors")}
-            for number, row in sorted(trials.items())
-            if row["status"] == "completed"
-        ]
-        for stage, trials in zip(stages, found, strict=True)
-    ]
-    failed = len(arms) * len(seeds) - sum(map(len, done))
-    if failed:
-        listener.noted(f"{failed} of the {len(arms) * len(seeds)} trials of the {title} failed")
-    return done
-
-
-def pair(trials: Sequence[Row], others: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Return the trials of two arms that share a seed."""
-    by_seed = {row["seed"]: row for row in others}
-    return [(row, by_seed[row["seed"]]) for row in trials if row["seed"] in by_seed]
-
-
-def measure(
-    config: Config,
-    executor: Executor,
-    listener: Listener,
-    arms: Sequence[Sequence[Row]],
-    *,
-    function: str | None = None,
-) -> list[Row]:
-    """Measure the trials of each arm: on the test split, each model once.
-
-    A training function of the user's own has no test split here: its metric is the measure.
-
-    Returns:
-        For each arm `seeds`, `test_accuracy` and `validation` (the search's metric) in the order
-        of the seeds, and their `mean`; of a function's arms `values` and the name of the `metric`.
-    """
-    metric, settings = config.search.metric, to_tree(config)
-    rows: list[Row] = [
-        {
-            "seeds": [trial["seed"] for trial in trials],
-            "test_accuracy": [],
-            "validation": [trial[metric] for trial in trials],
-        }
-        for trials in arms
-    ]
-    if function is None:
-        jobs = [
-            Job("score", {"config": settings, "student": trial["checkpoint"]})
-            for trials in arms
-            for trial in trials
-        ]
-        tested = iter(run_all(executor, listener, "testing what was confirmed", jobs))
-        for row in rows:
-            row["test_accuracy"] = [next(tested)["test_accuracy"] for _ in row["seeds"]]
-    else:
-        for row in rows:
-            row |= {"metric": metric, "values": row["validation"]}
-    for row in rows:
-        row["mean"] = asdict(mean_interval(_values(row)))
-    return rows
-
-
-def difference(measured: Row, other: Row, *, key: str = "test_accuracy") -> tuple[Row | None, str]:
-    """Return the paired difference of two measured arms, and how many seeds were paired."""
-    by_seed = dict(zip(other["seeds"], _values(other, key), strict=True))
+def contrast(
+    measured: Replicated, other: Replicated, *, key: Literal["values", "validation"] = "values"
+) -> tuple[Interval | None, str]:
+    """Return the paired difference of two arms, and how many seeds were paired."""
+    by_seed = dict(zip(other.seeds, getattr(other, key), strict=True))
     pairs = [
         (value, by_seed[seed])
-        for seed, value in zip(measured["seeds"], _values(measured, key), strict=True)
+        for seed, value in zip(measured.seeds, getattr(measured, key), strict=True)
         if seed in by_seed
     ]
     if not pairs:
         return None, count_seeds(0)
     values, others = zip(*pairs, strict=True)
-    return asdict(paired_interval(values, others)), count_seeds(len(pairs))
+    return paired_interval(values, others), count_seeds(len(pairs))
 
 
-def _values(measured: Row, key: str = "test_accuracy") -> list[float]:
-    values: list[float] = measured["values"] if "values" in measured else measured[key]
-    return values
-
-
-def remove_students(arm: Path) -> None:
-    """Remove the students of an arm that has been measured: the ledger keeps their results."""
-    for student in arm.glob("trial_*/student.safetensors"):
+def remove_students(folder: Path) -> None:
+    """Remove the students of an arm that has been measured; their results stay."""
+    for student in folder.glob("trial_*/student.safetensors"):
         student.unlink()

@@ -1,191 +1,160 @@
-"""Confirmation of generations: each one's chosen setting, trained again on the same fresh seeds.
+"""Confirmation of generations: each one's chosen setting, replicated on the same fresh seeds.
 
-Teachers stay those of the lineage: what is confirmed is the setting, given its teacher.
+Teachers stay those of the run: what is confirmed is the setting, given its teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
-from selfkd.analysis.verdicts import compare, is_better, percent, plain, tell, tell_mean
+from selfkd.analysis.verdicts import (
+    describe_difference,
+    format_difference,
+    format_mean,
+    is_better,
+    metric_format,
+)
 from selfkd.config import Config
-from selfkd.execution.jobs import Executor
-from selfkd.experiments.arms import Arm, ArmsListener, difference, measure, remove_students, retrain
+from selfkd.experiments.arms import Arm, Run, contrast, remove_students
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.stages import Plan, generation_plan, located
-from selfkd.results import Row
-from selfkd.storage.files import load_json, save_json
+from selfkd.results import (
+    Confirmation,
+    ControlResult,
+    GenerationConfirmed,
+    GenerationResult,
+    Replicated,
+)
+from selfkd.storage.rows import load_row, save_row
 
 PATIENCE = 2  # generations in a row without evidence of a gain, after which `rounds: auto` stops
 
 
-class ConfirmListener(ArmsListener, Protocol):
-    """Whoever wants to follow a confirmation as well as its arms."""
-
-    def generation_confirmed(self, confirmation: Row) -> None:
-        """A generation has been confirmed; also told of those done before a resume."""
-
-
-def confirm_generations(
-    config: Config,
-    folder: RunFolder,
-    executor: Executor,
-    listener: ConfirmListener,
-    results: Sequence[Row],
-    *,
-    function: str | None = None,
-) -> list[Row]:
+def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[Confirmation]:
     """Confirm the generations that are not confirmed yet; return the confirmations of all.
 
-    Each is kept as `confirmation.json` in its generation's folder: `seeds`, `test_accuracy` of
-    each, their `mean`, the paired difference to generation 0 (`first`) and to the generation before
-    (`previous`), `mcnemar` of the chosen model and its teacher, and the `verdict` in words. Where
-    `student` differs from `model`, `first` is the difference to the student's own network from
-    labels only.
-
-    Args:
-        config: of the run.
-        folder: what is done.
-        executor: runs the trials.
-        listener: is told of everything.
-        results: of the generations.
-        function: reference of a training function of the user's own.
+    Each is kept as `confirmation.json` in its generation's folder. Where `student` differs from
+    `model`, the difference to generation 0 is that to the student's own network from labels only.
 
     Raises:
-        RunError: all trials of a generation's confirmation failed.
+        RunError: All trials of a generation's confirmation failed.
     """
+    config, folder = run.config, run.folder
     if not config.confirm.seeds:
         return []
-    missing = [row for row in results if not _path(folder, row["generation"]).exists()]
-    arms = {f"confirm-{row['generation']}": _arm(config, folder, row, function) for row in missing}
-    own_baseline = _has_own_baseline(config, results, function)
+    waiting = [row for row in results if not _path(folder, row.generation).exists()]
+    arms = [_arm(run, row) for row in waiting]
+    own_network = config.student is not None and run.function is None and len(results) > 1
     baseline = _baseline_path(folder)
-    if own_baseline and not baseline.exists():
-        arms["labels"] = _baseline_arm(config, folder, results[0])
-    measured: dict[str, Row] = {}
+    if own_network and not baseline.exists():
+        where, point = baseline.parent / "confirm", results[0].point
+        arms.append(Arm(name="confirm_labels", folder=where, point=point))
+    measured: list[Replicated] = []
     if arms:
-        trained = retrain(config, folder, executor, listener, list(arms.values()))
-        found = measure(config, executor, listener, trained, function=function)
-        measured = dict(zip(arms, found, strict=True))
-    if "labels" in measured:
-        save_json(baseline, measured["labels"])
+        trials = run.replicate(arms)
+        measured = run.measure(arms, trials, title="testing what was confirmed")
+    if len(measured) > len(waiting):
+        save_row(baseline, measured[-1])
         remove_students(baseline.parent / "confirm")
-    confirmations: list[Row] = []
+    by_generation = {row.generation: own for row, own in zip(waiting, measured, strict=False)}
+    confirmations: list[Confirmation] = []
     for result in results:
-        path = _path(folder, result["generation"])
+        path = _path(folder, result.generation)
         if not path.exists():
-            row = measured[f"confirm-{result['generation']}"]
-            row = _confirmation(config, folder, result, row, confirmations)
-            save_json(path, row)
+            own = by_generation[result.generation]
+            confirmation = _confirmation(run, result, own, confirmations)
+            save_row(path, confirmation)
             remove_students(path.parent / "confirm")
-            listener.generation_confirmed(row)
-        confirmations.append(load_json(path))
+            run.events(GenerationConfirmed(confirmation))
+        confirmations.append(load_row(Confirmation, path))
     return confirmations
 
 
-def labels_only(config: Config, folder: RunFolder, confirmations: Sequence[Row]) -> tuple[str, Row]:
+def labels_only(folder: RunFolder, confirmations: Sequence[Confirmation]) -> tuple[str, Replicated]:
     """Return what born-again generations are compared with: its name, and its measured arm."""
     path = _baseline_path(folder)
     if path.exists():
-        return "the same network from labels only", load_json(path)
+        return "the same network from labels only", load_row(Replicated, path)
     return "generation 0", confirmations[0]
 
 
-def baseline_row(config: Config, folder: RunFolder, confirmations: Sequence[Row]) -> Row | None:
+def baseline_row(run: Run, confirmations: Sequence[Confirmation]) -> ControlResult | None:
     """Return the row of the student's own network from labels only, where it is another."""
-    path = _baseline_path(folder)
+    path = _baseline_path(run.folder)
     if not path.exists():
         return None
-    row: Row = load_json(path)
-    title = f"{(config.student or config.model).name}, labels only"
-    said = tell_mean(row["mean"], len(row["seeds"]))
-    first, _ = difference(row, confirmations[0])
-    return {"name": "labels", "title": title, **row, "first": first, "verdict": f"{title}: {said}"}
+    measured = load_row(Replicated, path)
+    title = f"{(run.config.student or run.config.model).name}, labels only"
+    first, _ = contrast(measured, confirmations[0])
+    verdict = f"{title}: {format_mean(measured.mean, len(measured.seeds))}"
+    return ControlResult(
+        **vars(measured), name="labels", title=title, first=first, verdicts=(verdict,)
+    )
 
 
-def _has_own_baseline(config: Config, results: Sequence[Row], function: str | None) -> bool:
-    return config.student is not None and function is None and len(results) > 1
-
-
-def _baseline_path(folder: RunFolder) -> Path:
-    return folder.path / "labels" / "confirmation.json"
-
-
-def load_confirmations(folder: RunFolder, generations: int) -> list[Row]:
+def load_confirmations(folder: RunFolder, generations: int) -> list[Confirmation]:
     """Return the confirmations of the first generations, as far as they are done."""
     paths = [_path(folder, generation) for generation in range(generations)]
-    return [load_json(path) for path in paths if path.exists()]
+    return [load_row(Confirmation, path) for path in paths if path.exists()]
 
 
 def _path(folder: RunFolder, generation: int) -> Path:
     return folder.generation(generation) / "confirmation.json"
 
 
-def _arm(config: Config, folder: RunFolder, result: Row, function: str | None) -> Arm:
-    generation = result["generation"]
-    plan = generation_plan(
-        config,
-        result["point"],
-        generation=generation,
-        seed=0,
-        teachers=located(folder, result["teachers"]),
-        function=function,
+def _baseline_path(folder: RunFolder) -> Path:
+    return folder.path / "labels" / "confirmation.json"
+
+
+def _arm(run: Run, result: GenerationResult) -> Arm:
+    generation = result.generation
+    return Arm(
+        name=f"confirm-{generation}",
+        folder=run.folder.generation(generation) / "confirm",
+        point=result.point,
+        teachers=lambda own, number: result.teachers,
+        network=lambda own, number: (own.student if generation else None) or own.model,
     )
-    name, where = f"confirm-{generation}", folder.generation(generation) / "confirm"
-    return Arm(name=name, folder=where, plan=plan)
-
-
-def _baseline_arm(config: Config, folder: RunFolder, first: Row) -> Arm:
-    """Return the student's network, trained as generation 0 was."""
-    own = config.at(first["point"])
-    plan = Plan(config=own, model=own.student or own.model, seed=0)
-    return Arm(name="confirm_labels", folder=folder.path / "labels" / "confirm", plan=plan)
 
 
 def _confirmation(
-    config: Config, folder: RunFolder, result: Row, measured: Row, before: Sequence[Row]
-) -> Row:
-    generation, metric = result["generation"], measured.get("metric", "test_accuracy")
-    name, form = f"generation {generation}", _form(metric)
-    row = {"generation": generation, **measured, "first": None, "previous": None}
-    row["mcnemar"] = result.get("mcnemar")
+    run: Run, result: GenerationResult, measured: Replicated, before: Sequence[Confirmation]
+) -> Confirmation:
+    generation = result.generation
+    name, form = f"generation {generation}", metric_format(measured.metric)
+    own = {**vars(measured), "generation": generation, "mcnemar": result.mcnemar}
     if not generation:
-        said = tell_mean(measured["mean"], len(measured["seeds"]), form=form)
-        return {**row, "verdict": f"{name}: {said}"}
-    mode = config.search.mode if "metric" in measured else "max"
-    others = {"previous": (f"generation {generation - 1}", before[-1])}
-    others["first"] = labels_only(config, folder, before)
+        verdict = f"{name}: {format_mean(measured.mean, len(measured.seeds), form=form)}"
+        return Confirmation(**own, verdicts=(verdict,))
+    mode = "max" if run.function is None else run.config.search.mode
+    previous, pairs = contrast(measured, before[-1])
+    other, baseline = labels_only(run.folder, before)
+    first, pairs_of_first = contrast(measured, baseline)
     verdicts = {}
-    for key, (other, of_other) in others.items():
-        row[key], pairs = difference(measured, of_other)
-        if row[key] is not None:
-            verdicts[other] = compare(name, other, row[key], pairs, mode=mode, form=form)
-    said = "; ".join(verdicts.values())
-    return {**row, "verdict": said or f"{name} shares no seed with another"}
+    for what, found, of in (
+        (f"generation {generation - 1}", previous, pairs),
+        (other, first, pairs_of_first),
+    ):
+        if found is not None:
+            verdicts[what] = describe_difference(name, what, found, of, mode=mode, form=form)
+    told = tuple(verdicts.values()) or (f"{name} shares no seed with another",)
+    return Confirmation(**own, first=first, previous=previous, verdicts=told)
 
 
-def _form(metric: str) -> Callable[[float], str]:
-    return percent if "accuracy" in metric else plain
-
-
-def stop_reason(config: Config, confirmations: Sequence[Row]) -> str | None:
+def stop_reason(config: Config, confirmations: Sequence[Confirmation]) -> str | None:
     """Return why `rounds: auto` stops after these generations, if it does.
 
     The choice to stop sees validation only: the test split is for what is reported.
     """
-    metric = config.search.metric
-    found = []
-    for before, row in pairwise(confirmations):
-        found.append(difference(row, before, key="validation"))
+    metric, mode = config.search.metric, config.search.mode
+    found = [contrast(row, before, key="validation") for before, row in pairwise(confirmations)]
     last = found[-PATIENCE:]
-    if len(last) < PATIENCE or any(is_better(gain, mode=config.search.mode) for gain, _ in last):
+    if len(last) < PATIENCE or any(is_better(gain, mode=mode) for gain, _ in last):
         return None
     generation = len(confirmations) - 1
     told = [
-        f"generation {number} {tell(gain, form=_form(metric))}"
+        f"generation {number} {format_difference(gain, form=metric_format(metric))}"
         for number, (gain, _) in enumerate(last, start=generation - PATIENCE + 1)
         if gain is not None
     ]

@@ -1,19 +1,21 @@
-"""The run folder: a ledger of what is done."""
+"""The run folder: what is done, and where everything lies."""
 
 from __future__ import annotations
 
 import secrets
 from pathlib import Path
 
+from selfkd import __version__
 from selfkd.config import RESUMABLE, Config, differences, dump_config, from_tree, parse_yaml
 from selfkd.errors import ConfigError
-from selfkd.results import Row
-from selfkd.storage.files import cache_folder, link, load_json, save_json, save_text
+from selfkd.results import FORMAT, STUDENT, Facts, GenerationResult
+from selfkd.storage.files import cache_folder, link, save_text
 from selfkd.storage.remote import RemotePath, as_path
+from selfkd.storage.rows import load_row, save_row
 
 
 class RunFolder:
-    """The ledger of a run: what is in it is done."""
+    """A run's folder: what is in it is done."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -23,40 +25,53 @@ class RunFolder:
         """Start a new run folder, of one of the commands.
 
         Raises:
-            ConfigError: it exists already, or cannot be written.
+            ConfigError: It exists already, or cannot be written.
         """
         if path.exists() and not _never_began(path):
             raise ConfigError(
                 f"run folder {path} exists already: continue it with --resume {path}, "
                 "or choose another --name"
             )
+        folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             save_text(path / "run_id", f"{path.name}-{secrets.token_hex(4)}", patience=0)
             save_text(path / "command", command, patience=0)
-            save_text(path / "config.yaml", dump_config(config), patience=0)
+            folder.save_config(config, patience=0)
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(f"run folder {path} must be writable: {reason}") from None
-        return cls(path)
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, Config]:
         """Open a run folder to continue it.
 
         Raises:
-            ConfigError: it is no run folder.
+            ConfigError: It is no run folder, or one of another format.
         """
-        config = path / "config.yaml"
-        if not config.is_file():
+        file = path / "config.yaml"
+        if not file.is_file():
             raise ConfigError(f"--resume must be a run folder (with a config.yaml), got {path}")
-        return cls(path), from_tree(parse_yaml(config.read_text(), str(config)))
+        tree = parse_yaml(file.read_text(), str(file))
+        found = tree.pop("format", None) if isinstance(tree, dict) else None
+        if found != FORMAT:
+            raise ConfigError(
+                f"{path} is of format {found}, and selfkd {__version__} continues format {FORMAT}: "
+                "continue it with the version that began it, or start a new run"
+            )
+        return cls(path), from_tree(tree, dict.fromkeys(tree, str(file)))
+
+    def save_config(self, config: Config, *, patience: float | None = None) -> None:
+        """Write config.yaml."""
+        text = f"format: {FORMAT}\n{dump_config(config)}"
+        save_text(self.path / "config.yaml", text, patience=patience)
 
     def check_command(self, command: str) -> None:
         """Check that a run is continued by the command that it was started by.
 
         Raises:
-            ConfigError: it was another.
+            ConfigError: It was another.
         """
         started_by = (self.path / "command").read_text()
         if started_by != command:
@@ -69,7 +84,7 @@ class RunFolder:
         """Check that a changed config is no other experiment.
 
         Raises:
-            ConfigError: with what differs.
+            ConfigError: It is; says what differs.
         """
         refused = [line for line in differences(old, new) if not line.startswith(RESUMABLE)]
         if refused:
@@ -81,30 +96,35 @@ class RunFolder:
         if new.most_rounds + 1 < done:
             raise ConfigError(f"rounds must be at least the {done - 1} done, got {new.most_rounds}")
 
-    def keep(self, config: Config, data: Row) -> None:
+    def keep(self, config: Config, facts: Facts) -> None:
         """Write down the config of this start and the facts of the data.
 
         Raises:
-            ConfigError: the run was started on other data.
+            ConfigError: The run was started on other data.
         """
         path = self.path / "data.json"
-        known = load_json(path) if path.exists() else data
-        changed = [  # facts that an older run did not write down are no change
-            f"{key}: {known[key]} -> {data.get(key)}"
-            for key in known
-            if known[key] != data.get(key)
+        known = load_row(Facts, path) if path.exists() else facts
+        changed = [
+            f"{key}: {value} -> {getattr(facts, key)}"
+            for key, value in vars(known).items()
+            if value != getattr(facts, key, value)
         ]
         if changed:
             raise ConfigError(
                 f"{self.path} was started on other data, so it cannot be resumed on this:\n  "
                 + "\n  ".join(changed)
             )
-        save_json(path, data)
-        save_text(self.path / "config.yaml", dump_config(config))
+        save_row(path, facts)
+        self.save_config(config)
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of the data."""
+        return load_row(Facts, self.path / "data.json")
 
     @property
     def run_id(self) -> str:
-        """The name of this run among all runs of that name, made when it began."""
+        """Name of this run among all runs of that name, made when it began."""
         return (self.path / "run_id").read_text()
 
     @property
@@ -114,7 +134,7 @@ class RunFolder:
             return self.path
         return cache_folder() / "runs" / self.run_id
 
-    def bring(self, name: str) -> None:
+    def upload(self, name: str) -> None:
         """Put into remote storage what was written to the local folder of that name."""
         if self.local != self.path:
             for file in (self.local / name).rglob("*"):
@@ -122,7 +142,7 @@ class RunFolder:
                     link(file, self.path / file.relative_to(self.local))
 
     def targets(self, config: Config) -> Path:
-        """Return where the soft targets lie."""
+        """Return the folder of the cached teacher logits."""
         root = config.targets.root
         return self.path / "targets" if root is None else as_path(root).expanduser().absolute()
 
@@ -130,16 +150,26 @@ class RunFolder:
         """Return the folder of a generation."""
         return self.path / f"generation_{generation:03d}"
 
-    def results(self) -> list[Row]:
+    def results(self) -> list[GenerationResult]:
         """Return the results of the finished generations, in order."""
-        results: list[Row] = []
+        results: list[GenerationResult] = []
         while (path := self.generation(len(results)) / "result.json").exists():
-            results.append(load_json(path))
+            results.append(load_row(GenerationResult, path))
         return results
 
     def relative(self, path: Path) -> str:
-        """Return a path as the ledger keeps it, so that a run folder can be moved."""
+        """Return a path as rows keep it, so that a run folder can be moved."""
         return str(path.relative_to(self.path))
+
+
+def trial_folder(stage: Path, number: int) -> Path:
+    """Return the folder of a trial."""
+    return stage / f"trial_{number:03d}"
+
+
+def student_file(stage: Path, number: int) -> Path:
+    """Return the file of a trial's student."""
+    return trial_folder(stage, number) / STUDENT
 
 
 def _never_began(path: Path) -> bool:

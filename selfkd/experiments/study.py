@@ -1,40 +1,46 @@
-"""An experiment: settings side by side, each trained on the same seeds.
+"""A study: settings side by side, each replicated on the same seeds.
 
 What a search finds is the best of many. What a setting does is seen where nothing else differs: the
 seeds, and with them initialisation and order, are the same for all arms, and each difference is
-taken seed by seed. An arm may be the teacher of a later one, so whole lineages are repeated.
+taken seed by seed. An arm may be the teacher of a later one, so whole chains are repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
-from selfkd.analysis.verdicts import compare, count_seeds
-from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, to_tree
-from selfkd.config.space import Point, Points
+from selfkd.analysis.verdicts import count, count_seeds, describe_difference
+from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import Executor, Job, run_one
-from selfkd.experiments.arms import confirm_seeds
-from selfkd.experiments.ensemble import CompressionListener, find_members, measure_models, teach
+from selfkd.experiments.arms import Arm, Request, Run, confirm_seeds
+from selfkd.experiments.members import find_members, make_teachers
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.stages import Plan, Stage, label, run_all, run_stages
-from selfkd.results import Row
-from selfkd.storage.files import load_json, save_json
-from selfkd.storage.remote import as_path
+from selfkd.results import (
+    ArmResult,
+    ArmRun,
+    ContrastResult,
+    Facts,
+    Interval,
+    MembersRow,
+    Model,
+    RunFinished,
+    StudySummary,
+    TrialResult,
+)
+from selfkd.storage.rows import load_row, save_row
 
 MEMBERS = "members"
 FREE = ("data.train_size", "data.classes", "data.crop", "data.flip", "data.jitter", "data.views")
-"""What an arm may change of the data: its training images and their views."""
+"""What an arm may change of the data: its training items and their views."""
 
 
 def check_study(config: Config) -> None:
     """Check what can be known of the arms before anything starts.
 
     Raises:
-        ConfigError: with every fault.
+        ConfigError: With every fault.
     """
     faults = list(_faults(config))
     if faults:
@@ -66,10 +72,14 @@ def _faults(config: Config) -> Iterator[str]:
                 yield f"{where}: {other} must have 1 seed or at least as many as {name}"
         if arm.average and (arm.set or arm.teachers):
             yield f"{where}: must have average alone, with nothing to train, or no average"
-        if arm.knowledge in ("permuted", "confidence") and not arm.teachers:
-            yield f"{where}.teacher must be given with knowledge {arm.knowledge}"
-        if arm.knowledge == "virtual" and arm.teachers:
-            yield f"{where}.teacher must not be given with knowledge virtual, got {arm.teacher!r}"
+        transform = arm.target_transform
+        if transform in ("permuted", "confidence") and not arm.teachers:
+            yield f"{where}.teacher must be given with target_transform {transform}"
+        if transform == "virtual" and arm.teachers:
+            yield (
+                f"{where}.teacher must not be given with target_transform virtual, "
+                f"got {arm.teacher!r}"
+            )
         for key in arm.set:
             data = key.startswith("data.") and key not in FREE
             if data or key.split(".")[0] not in ("data", "model", "train", "distill"):
@@ -80,9 +90,9 @@ def _faults(config: Config) -> Iterator[str]:
         except ConfigError as error:
             yield from (f"{where}.set: {line}" for line in str(error).splitlines())
         before.append(name)
-    for number, contrast in enumerate(config.study.compare):
-        for name in filter(None, (contrast.arm, contrast.to, contrast.towards)):
-            if name not in arms and not (name == MEMBERS and name == contrast.towards):
+    for number, compared in enumerate(config.study.compare):
+        for name in filter(None, (compared.arm, compared.to, compared.reference)):
+            if name not in arms and not (name == MEMBERS and name == compared.reference):
                 yield f"study.compare.{number}: must name arms ({', '.join(arms)}), got {name!r}"
 
 
@@ -90,325 +100,235 @@ def _seeds(config: Config, arm: ArmConfig) -> int:
     return arm.seeds or config.confirm.seeds
 
 
-def contrasts(config: Config) -> list[ContrastConfig]:
-    """Return what is compared: what is asked for, else each arm with the first one."""
-    first, *others = config.study.arms
-    return config.study.compare or [ContrastConfig(arm=name, to=first) for name in others]
-
-
 def trainings(config: Config) -> int:
     """Return how many students are trained."""
     return sum(_seeds(config, arm) for arm in config.study.arms.values() if not arm.average)
 
 
-def experiment(
-    config: Config, folder: RunFolder, executor: Executor, listener: CompressionListener
-) -> Row:
+def compare_arms(run: Run) -> StudySummary:
     """Train and measure the arms of a study; what is done is kept.
 
-    Args:
-        config: of the run.
-        folder: what is done, and where the rest goes.
-        executor: runs the trials.
-        listener: is told of everything.
-
     Returns:
-        The summary, saved as `summary.json`: of each of `arms` its `runs`, one a seed (`seed`,
-        `val_accuracy`, `test_accuracy`, `errors`, `agreement` with its teachers, and of classes
-        that it was trained on no image of, `unseen`), the `mean` of test accuracy and of `errors`
-        with intervals; `members`, if they teach; and of each of `contrasts` the paired
-        `difference` (none where no seed is in both), the `share` of the way to a third, and a
-        `verdict`.
+        The summary, which is saved as `summary.json`.
 
     Raises:
-        ConfigError: the data, the models or the members are not as the config says.
-        RunError: all trials of an arm failed.
+        ConfigError: The data, the models or the members are not as the config says.
+        RunError: All trials of an arm failed.
     """
-    return _Experiment(config, folder, executor, listener).run()
+    return _Study(run).finish()
 
 
-@dataclass(frozen=True)
-class _Experiment:
-    config: Config
-    folder: RunFolder
-    executor: Executor
-    listener: CompressionListener
+def finished(folder: RunFolder) -> StudySummary | None:
+    """Return the summary of a run that has nothing left to do, else None."""
+    path = folder.path / "summary.json"
+    return load_row(StudySummary, path) if path.exists() else None
 
-    def run(self) -> Row:
-        arms = self.config.study.arms
+
+class _Study:
+    """The arms of a study as they are trained."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.configs = run, run.config.study.arms
+        self.arms: dict[str, Arm] = {}
+        self.trials: dict[str, list[TrialResult]] = {}
+        self._cached = set[tuple[str, DataConfig]]()
+
+    def finish(self) -> StudySummary:
+        run, config = self.run, self.run.config
         facts = {
-            name: self._check(self._own(arm), f"study.arms.{name}: ")
-            for name, arm in arms.items()
+            name: run.check(config.at(arm.set), where=f"study.arms.{name}: ")
+            for name, arm in self.configs.items()
             if not arm.average
         }
-        members = self._members()
-        trials: dict[str, list[Row]] = {}
+        if any(MEMBERS in arm.teachers for arm in self.configs.values()):
+            self.members = make_teachers(run).of(config)
+        else:
+            self.members = []
+            run.folder.keep(config, run.check())
         for names in self._waves():
-            trials |= self._train(names, trials, members, facts)
-        measured = self._measure(trials)
-        summary = self._summary(measured, members)
-        save_json(self.folder.path / "summary.json", summary)
+            self._train(names, facts)
+        summary = self._summary({name: self._measure(name) for name in self.configs})
+        save_row(run.folder.path / "summary.json", summary)
+        run.events(RunFinished(summary))
         return summary
-
-    def _own(self, arm: ArmConfig) -> Config:
-        return self.config.at(arm.set)
-
-    def _check(self, config: Config, where: str = "") -> Row:
-        """Return the facts of a config's data."""
-        checked = run_one(self.executor, "check", config=to_tree(config))
-        if "fault" in checked:
-            raise ConfigError(f"{where}{checked['fault']}")
-        facts: Row = checked["facts"]
-        return facts
-
-    def _members(self) -> list[Row]:
-        """Return the teachers from elsewhere."""
-        if not any(MEMBERS in arm.teachers for arm in self.config.study.arms.values()):
-            self.folder.keep(self.config, self._check(self.config))
-            return []
-        return teach(self.config, self.folder, self.executor, self.listener)(self.config)
 
     def _waves(self) -> list[list[str]]:
         """Return the arms that can be trained side by side, one lot after the other."""
         depth: dict[str, int] = {}
-        for name, arm in self.config.study.arms.items():
+        for name, arm in self.configs.items():
             if not arm.average:
                 taught = [depth.get(other, 0) for other in arm.teachers]
                 depth[name] = 1 + max(taught, default=0)
         lots = sorted(set(depth.values()))
         return [[name for name in depth if depth[name] == lot] for lot in lots]
 
-    def _path(self, name: str) -> Path:
-        return self.folder.path / "arms" / name
-
-    def _train(
-        self,
-        names: Sequence[str],
-        done: dict[str, list[Row]],
-        members: Sequence[Row],
-        facts: dict[str, Row],
-    ) -> dict[str, list[Row]]:
-        """Train arms side by side; return the completed trials of each, in order of the seeds."""
-        config, stages, teachers = self.config, [], dict[str, list[list[Row]]]()
-        labelled = set[tuple[str, DataConfig]]()
+    def _train(self, names: Sequence[str], facts: Mapping[str, Facts]) -> None:
+        """Train arms side by side."""
+        run = self.run
         for name in names:
-            arm = config.study.arms[name]
-            seeds = confirm_seeds(config, _seeds(config, arm))
-            teachers[name] = [
-                self._teachers(arm, number, done, members) for number in range(len(seeds))
-            ]
-            own = self._own(arm)
-            asked = {
-                row["hash"]: row
-                for each in teachers[name]
-                for row in each
-                if (row["hash"], own.data) not in labelled
+            arm, own = self.configs[name], run.config.at(self.configs[name].set)
+            seeds = confirm_seeds(run.config, _seeds(run.config, arm))
+            teachers = [self._teachers(arm, number) for number in range(len(seeds))]
+            options = {} if arm.target_transform == "none" else {"transform": arm.target_transform}
+            self.arms[name] = Arm(
+                name=name,
+                folder=run.folder.path / "arms" / name,
+                point=arm.set,
+                teachers=lambda config, number, teachers=teachers: teachers[number],  # type: ignore[misc]
+                network=lambda config, number: config.model,
+                options=lambda number, options=options: options,  # type: ignore[misc]
+                seeds=seeds,
+            )
+            waiting = {
+                model.hash: model
+                for models in teachers
+                for model in models
+                if (model.hash, own.data) not in self._cached
             }
-            if asked and not own.distill.live:
-                labelled |= {(mark, own.data) for mark in asked}
-                label(
-                    own,
-                    self.folder,
-                    self.executor,
-                    self.listener,
-                    title=f"labelling for {name}",
-                    teachers=list(asked.values()),
-                    facts=facts[name],
-                )
-            stages.append(self._stage(name, arm, seeds, teachers[name]))
+            if waiting and not own.distill.live:
+                self._cached |= {(digest, own.data) for digest in waiting}
+                title = f"caching teacher logits for {name}"
+                models = list(waiting.values())
+                run.cache_teacher_logits(models, title=title, config=own, facts=facts[name])
         title = f"{', '.join(names)}: {count_trained(len(names))}"
-        found = run_stages(config, self.folder, self.executor, self.listener, stages, title=title)
-        trials = {}
-        for name, stage, rows in zip(names, stages, found, strict=True):
-            trials[name] = [
-                {
-                    **row,
-                    "number": number,
-                    "checkpoint": str(stage.trial(number) / "student.safetensors"),
-                    "taught_by": teachers[name][number],
-                }
-                for number, row in sorted(rows.items())
-                if row["status"] == "completed"
-            ]
-            failed = len(rows) - len(trials[name])
-            if failed:
-                self.listener.noted(f"{failed} of the {len(rows)} trials of {name} failed")
-        return trials
+        found = run.replicate([self.arms[name] for name in names], title=title)
+        self.trials |= dict(zip(names, found, strict=True))
 
-    def _stage(
-        self, name: str, arm: ArmConfig, seeds: Sequence[int], teachers: Sequence[Sequence[Row]]
-    ) -> Stage:
-        own = self._own(arm)
-        more = {} if arm.knowledge == "whole" else {"knowledge": arm.knowledge}
-        plan = Plan(config=own, model=own.model, seed=0, more=more)
-
-        def planned(number: int, point: Point) -> Plan:
-            return replace(plan, seed=seeds[number], teachers=teachers[number])
-
-        return Stage(
-            name=name,
-            title=name,
-            folder=self._path(name),
-            trials=len(seeds),
-            plan=planned,
-            proposer=Points([arm.set] * len(seeds)),
-        )
-
-    def _teachers(
-        self, arm: ArmConfig, number: int, done: dict[str, list[Row]], members: Sequence[Row]
-    ) -> list[Row]:
-        """Return those who teach the trial of a seed: `hash`, `checkpoint`, perhaps `weight`."""
-        found: list[Row] = []
+    def _teachers(self, arm: ArmConfig, number: int) -> list[Model]:
+        """Return the teachers of the trial of a seed."""
+        found: list[Model] = []
         for name in arm.teachers:
             if name == MEMBERS:
-                found += members
+                found += self.members
                 continue
-            row = next(iter(self._of_seed(name, done[name], number)), None)
-            if row is None:
+            trials = self._of_seed(name, number)
+            if not trials:
                 raise ConfigError(f"the trial of {name} that is to teach seed {number} has failed")
-            found.append({"hash": row["hash"], "checkpoint": row["checkpoint"]})
+            found.append(self.arms[name].model(self.run, trials[0]))
         return found
 
-    def _of_seed(self, name: str, rows: Sequence[Row], number: int) -> list[Row]:
-        """Return an arm's row of a seed, or that of its only seed; none if it failed."""
-        alone = name == MEMBERS or _seeds(self.config, self.config.study.arms[name]) == 1
-        return [row for row in rows if alone or row["number"] == number]
+    def _of_seed(self, name: str, number: int) -> list[TrialResult]:
+        """Return an arm's trial of a seed, or that of its only seed; none if it failed."""
+        alone = _seeds(self.run.config, self.configs[name]) == 1
+        return [trial for trial in self.trials[name] if alone or trial.trial == number]
 
-    def _measure(self, trials: dict[str, list[Row]]) -> dict[str, list[Row]]:
-        """Measure each student, and each average of students, on the test split once."""
-        waiting = []
-        for name, rows in trials.items():
-            own = to_tree(self._own(self.config.study.arms[name]))
-            for row in rows:
-                path = as_path(row["checkpoint"]).with_name("score.json")
-                payload = {
-                    "config": own,
-                    "student": row["checkpoint"],
-                    "predictions": _predictions(row),
-                    "teachers": row["taught_by"],
-                }
-                if not path.exists():
-                    waiting.append((path, Job("score", payload)))
-        jobs = [job for _, job in waiting]
-        scores = run_all(self.executor, self.listener, "testing", jobs) if jobs else []
-        for (path, _), score in zip(waiting, scores, strict=True):
-            save_json(path, score)
-        keys = ("number", "seed", "hash", "val_accuracy", "val_nll", "train_seconds")
-        measured = {}
-        for name, arm in self.config.study.arms.items():
-            if arm.average:
-                measured[name] = self._averages(arm, trials)
-                continue
-            measured[name] = [
-                {
-                    **{key: row[key] for key in keys},
-                    "checkpoint": self.folder.relative(as_path(row["checkpoint"])),
-                    **load_json(as_path(row["checkpoint"]).with_name("score.json")),
-                }
-                for row in trials[name]
-            ]
-        return measured
+    def _measure(self, name: str) -> list[ArmRun]:
+        """Evaluate each student of an arm, or each average of students, on the test split once."""
+        run, config = self.run, self.run.config
+        if self.configs[name].average:
+            return self._averages(name)
+        arm, own = self.arms[name], config.at(self.configs[name].set)
+        models = [arm.model(run, trial) for trial in self.trials[name]]
+        requests = [
+            Request(model, arm.teachers(own, trial.trial), config=own)
+            for model, trial in zip(models, self.trials[name], strict=True)
+        ]
+        found = run.evaluate(requests, title=f"testing {name}") if requests else []
+        return [
+            ArmRun(
+                number=trial.trial,
+                seed=trial.seed,
+                hash=trial.hash,
+                parameters=evaluation.parameters,
+                train_seconds=trial.train_seconds,
+                checkpoint=model.checkpoint,
+                unseen=evaluation.unseen,
+                metrics=evaluation.metrics,
+            )
+            for trial, model, evaluation in zip(self.trials[name], models, found, strict=True)
+        ]
 
-    def _averages(self, arm: ArmConfig, trials: dict[str, list[Row]]) -> list[Row]:
-        """Measure the ensemble of arms, seed by seed."""
+    def _averages(self, name: str) -> list[ArmRun]:
+        """Evaluate the ensemble of arms, seed by seed."""
+        run, arm = self.run, self.configs[name]
         found, ensembles = [], []
-        for number, seed in enumerate(confirm_seeds(self.config, _seeds(self.config, arm))):
-            rows = [
-                row for name in arm.average for row in self._of_seed(name, trials[name], number)
-            ]
-            if len(rows) == len(arm.average):
-                found.append({"number": number, "seed": seed})
-                members = [{"hash": r["hash"], "predictions": _predictions(r)} for r in rows]
-                ensembles.append({"members": members})
+        for number, seed in enumerate(confirm_seeds(run.config, _seeds(run.config, arm))):
+            trials = [(other, t) for other in arm.average for t in self._of_seed(other, number)]
+            if len(trials) == len(arm.average):
+                found.append((number, seed))
+                models = [self.arms[other].model(run, trial) for other, trial in trials]
+                ensembles.append((models, "probabilities"))
         if not found:
             arms = " and ".join(arm.average)
             raise RunError(f"{arms} have no seed on which all were trained, so no average")
-        config = to_tree(self.config)
-        rows = run_one(self.executor, "measure", config=config, ensembles=ensembles)["rows"]
-        return [{**own, **row} for own, row in zip(found, rows, strict=True)]
-
-    def _summary(self, measured: dict[str, list[Row]], members: Sequence[Row]) -> Row:
-        images = load_json(self.folder.path / "data.json")["images"]["test"]
-        rows = {name: _arm_row(name, runs, images) for name, runs in measured.items()}
-        summary: Row = {"images": images, "seeds": self.config.confirm.seeds, "members": None}
-        towards = {**rows}
-        if members:
-            asked = (members, self.config.distill.average)
-            (row,) = measure_models(
-                self.config, self.folder, self.executor, self.listener, [asked], [0]
-            )
-            summary["members"] = {"count": len(members), **row, "errors": _errors(row, images)}
-            towards[MEMBERS] = {"runs": [{"number": 0, **summary["members"]}]}
-        summary["arms"] = list(rows.values())
-        summary["contrasts"] = [
-            self._contrast(contrast, rows, towards) for contrast in contrasts(self.config)
+        return [
+            ArmRun(number=number, seed=seed, metrics=row.metrics)
+            for (number, seed), row in zip(found, run.average(ensembles), strict=True)
         ]
-        return summary
+
+    # --- the summary ---
+
+    def _summary(self, measured: Mapping[str, Sequence[ArmRun]]) -> StudySummary:
+        run, config = self.run, self.run.config
+        items, metric = run.folder.facts.items["test"], f"test_{run.folder.facts.metric}"
+        rows = {name: _arm_result(name, runs, metric) for name, runs in measured.items()}
+        members, reference = None, {name: row.runs for name, row in rows.items()}
+        if self.members:
+            run.evaluate([Request(m) for m in self.members], title="testing the members")
+            (row,) = run.average([(self.members, config.distill.average)])
+            (cost,) = run.time([self.members])
+            members = MembersRow(count=len(self.members), metrics=row.metrics, **cost)
+            reference[MEMBERS] = (ArmRun(number=0, seed=0, metrics=members.metrics),)
+        first, *others = config.study.arms
+        asked = config.study.compare or [ContrastConfig(arm=name, to=first) for name in others]
+        return StudySummary(
+            images=items,
+            seeds=config.confirm.seeds,
+            arms=tuple(rows.values()),
+            contrasts=tuple(self._contrast(each, reference, metric) for each in asked),
+            members=members,
+        )
 
     def _contrast(
-        self, contrast: ContrastConfig, arms: dict[str, Row], towards: dict[str, Row]
-    ) -> Row:
-        """Return the paired difference of two arms, and which share of the way to a third it is."""
-        own, other = arms[contrast.arm]["runs"], arms[contrast.to]["runs"]
-        pairs = [(a, b) for a in own for b in other if a["number"] == b["number"]]
+        self, asked: ContrastConfig, runs: Mapping[str, Sequence[ArmRun]], metric: str
+    ) -> ContrastResult:
+        """Return the paired difference of two arms, and the fraction of a gap that it closes."""
+        asked_for: Any = vars(asked)
+        pairs = [(a, b) for a in runs[asked.arm] for b in runs[asked.to] if a.number == b.number]
         if not pairs:
-            verdict = f"{contrast.arm} and {contrast.to} have no seed on which both were trained"
-            return {**asdict(contrast), "difference": None, "verdict": verdict, "share": None}
+            verdict = f"{asked.arm} and {asked.to} have no seed on which both were trained"
+            return ContrastResult(**asked_for, verdict=verdict)
         values, others = (
-            [row["test_accuracy"] for row in side] for side in zip(*pairs, strict=True)
+            [row.metrics[metric] for row in side] for side in zip(*pairs, strict=True)
         )
-        difference = asdict(paired_interval(values, others))
-        verdict = compare(contrast.arm, contrast.to, difference, count_seeds(len(pairs)))
-        row = {**asdict(contrast), "difference": difference, "verdict": verdict, "share": None}
-        if contrast.towards:
-            third = towards[contrast.towards]["runs"]
-            ways = [
-                (
-                    row["test_accuracy"] - pair["test_accuracy"],
-                    end["test_accuracy"] - pair["test_accuracy"],
-                )
-                for row, pair in pairs
-                for end in self._of_seed(contrast.towards, third, row["number"])
+        difference = paired_interval(values, others)
+        seeds = count_seeds(len(pairs))
+        verdict = describe_difference(asked.arm, asked.to, difference, seeds)
+        share = None
+        if asked.reference:
+            ends = runs[asked.reference]
+            alone = asked.reference == MEMBERS or len(ends) == 1
+            gaps = [
+                (a.metrics[metric] - b.metrics[metric], end.metrics[metric] - b.metrics[metric])
+                for a, b in pairs
+                for end in ends
+                if alone or end.number == a.number
             ]
-            share = ratio_interval(*zip(*ways, strict=True)) if ways else None
-            row["share"] = None if share is None else asdict(share)
-        return row
+            share = ratio_interval(*zip(*gaps, strict=True)) if gaps else None
+        return ContrastResult(**asked_for, difference=difference, share=share, verdict=verdict)
 
 
-def _predictions(row: Row) -> str:
-    return str(as_path(row["checkpoint"]).with_name("predictions.safetensors"))
+def _arm_result(name: str, runs: Sequence[ArmRun], metric: str) -> ArmResult:
+    def mean(values: Sequence[float | None]) -> Interval | None:
+        known = [value for value in values if value is not None]
+        return mean_interval(known) if known else None
 
-
-def _errors(row: Row, images: int) -> int:
-    return round(float(1 - row["test_accuracy"]) * images)
-
-
-def _arm_row(name: str, runs: Sequence[Row], images: int) -> Row:
-    for row in runs:
-        row["errors"] = _errors(row, images)
-        if (row.get("unseen") or {}).get("classes"):
-            for biased in (row["unseen"], row["unseen"]["all_biased"]):
-                biased["errors"] = _errors(biased, images)
-    found: Row = {
-        "name": name,
-        "runs": list(runs),
-        "mean": asdict(mean_interval([row["test_accuracy"] for row in runs])),
-        "errors": asdict(mean_interval([float(row["errors"]) for row in runs])),
-        "val_accuracy": sum(row["val_accuracy"] for row in runs) / len(runs),
-    }
-    unseen = [row["unseen"] for row in runs if "errors" in (row.get("unseen") or {})]
-    if unseen:
-        for key, rows in (
-            ("biased_errors", unseen),
-            ("all_biased_errors", [row["all_biased"] for row in unseen]),
-        ):
-            found[key] = asdict(mean_interval([float(row["errors"]) for row in rows]))
-    agreements = [row["agreement"] for row in runs if "agreement" in row]
-    if agreements:
-        found["agreement"] = asdict(mean_interval(agreements))
-    return found
+    unseen = [run.unseen for run in runs if run.unseen is not None and run.unseen.classes]
+    names = [key for key in runs[0].metrics if key.startswith("val_")]
+    return ArmResult(
+        name=name,
+        runs=tuple(runs),
+        mean=mean_interval([run.metrics[metric] for run in runs]),
+        errors=mean([run.metric("test_errors") for run in runs]),
+        metrics={key: sum(run.metrics[key] for run in runs) / len(runs) for key in names},
+        agreement=mean([run.metric("agreement") for run in runs]),
+        biased_errors=mean([row.metric("test_errors") for row in unseen]),
+        all_biased_errors=mean(
+            [row.all_biased.metric("test_errors") for row in unseen if row.all_biased]
+        ),
+    )
 
 
 def count_trained(arms: int) -> str:
     """Return how many arms are trained side by side, in words."""
-    return "one arm" if arms == 1 else f"{arms} arms side by side"
+    return "one arm" if arms == 1 else f"{count(arms, 'arm')} side by side"

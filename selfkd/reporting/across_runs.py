@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfkd.analysis import verdicts
-from selfkd.analysis.statistics import CONFIDENCE, Interval, mean_interval, paired_interval
+from selfkd.analysis.statistics import CONFIDENCE, mean_interval, paired_interval
 from selfkd.reporting.read import Run, Tree
+from selfkd.results import Interval
 
-FINGERPRINTS = ("fingerprint", "val", "test")
 INCIDENTAL = ("seed", "name", "storage", "tracking", "resources", "rounds", "confirm", "targets")
 """Keys of a config that do not change what is trained, but for the seed and how long."""
 
@@ -20,23 +20,23 @@ class Arm:
     """What a run has made: its last generation, or its student.
 
     Args:
-        name: of it.
-        val: metric on validation by which it was chosen, optimistic.
-        test: test accuracy of the chosen model.
-        seeds: test accuracy of each fresh seed; none where nothing was confirmed.
-        marks: the seeds themselves, where they were written down.
+        name: Name of it.
+        val: Metric on validation by which it was chosen, optimistic.
+        test: Test accuracy of the chosen model.
+        values: Test accuracy of each fresh seed; none where nothing was confirmed.
+        seeds: The seeds themselves, where they were written down.
     """
 
     name: str
     val: float | None
     test: float | None
-    seeds: tuple[float, ...] = ()
-    marks: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
 
     @property
     def mean(self) -> Interval | None:
-        """Over the fresh seeds."""
-        return mean_interval(self.seeds) if self.seeds else None
+        """Mean over the fresh seeds."""
+        return mean_interval(self.values) if self.values else None
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Comparison:
     """How a run differs from another in test accuracy.
 
     Args:
-        run: its name.
-        reference: the other's.
-        difference: of test accuracy, run minus reference.
-        paired: whether each seed of one stands beside the same of the other.
-        why: what the interval rests on, or why it is unpaired or absent.
+        run: Name of the run.
+        reference: Name of the other.
+        difference: Difference in test accuracy, run less reference.
+        paired: Whether each seed of one stands beside the same of the other.
+        why: What the interval rests on, or why it is unpaired or absent.
     """
 
     run: str
@@ -61,12 +61,12 @@ class Comparison:
     def verdict(self) -> str:
         """In words: the same for a gain and for none."""
         if self.difference.low is None:
-            told = verdicts.tell(vars(self.difference))
+            told = verdicts.format_difference(self.difference)
             return (
                 f"no evidence that {self.run} is better than {self.reference} "
                 f"(difference {told}, {self.why})"
             )
-        return verdicts.compare(self.run, self.reference, vars(self.difference), self.why)
+        return verdicts.describe_difference(self.run, self.reference, self.difference, self.why)
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,23 @@ class Across:
 
 def last_arm(run: Run) -> Arm | None:
     """Return what a run has made; None where nothing is finished."""
-    if run.compression is not None:
-        student = run.compression.rows[-1]
-        seeds = student.runs if run.compression.seeds else ()
-        return Arm("student", run.compression.chosen.val_accuracy, student.test_accuracy, seeds)
+    if (summary := run.ensemble_summary) is not None:
+        student, chosen = summary.rows[-1], summary.chosen.metric(run.metric)
+        seeds = student.runs if summary.seeds else ()
+        return Arm("student", chosen, student.metric("test_accuracy"), seeds)
     done = [generation for generation in run.generations if generation.result is not None]
     if not done or done[-1].result is None:
         return None
     last, result = done[-1], done[-1].result
     confirmed, name = last.confirmation, f"generation {last.number}"
-    seeds = confirmed.test_accuracy if confirmed else ()
-    marks = confirmed.seeds if confirmed and not isinstance(confirmed.seeds, int) else ()
-    return Arm(name, result.value(run.metric), result.test_accuracy, seeds, marks)
+    known = confirmed is not None and confirmed.metric == "test_accuracy"
+    return Arm(
+        name,
+        result.metric(run.metric),
+        result.metric("test_accuracy"),
+        values=confirmed.values if confirmed and known else (),
+        seeds=confirmed.seeds if confirmed and known else (),
+    )
 
 
 def compare(run: Run, reference: Run) -> Comparison | None:
@@ -125,7 +130,7 @@ def compare(run: Run, reference: Run) -> Comparison | None:
         return None
     unpaired = why_unpaired(run, reference)
     whose = "" if own.name == other.name else f", {own.name} against {other.name}"
-    a, b = own.seeds, other.seeds
+    a, b = own.values, other.values
     pairs = _pairs(own, other) if unpaired is None else ([], [])
     if len(pairs[0]) > 1:
         found, why = paired_interval(*pairs), f"{len(pairs[0])} paired seeds{whose}"
@@ -143,11 +148,11 @@ def compare(run: Run, reference: Run) -> Comparison | None:
 
 def _pairs(own: Arm, other: Arm) -> tuple[list[float], list[float]]:
     """Return accuracies by shared seed; by their order where the seeds were not written down."""
-    if not own.marks or not other.marks:
-        return list(own.seeds), list(other.seeds)
-    by_seed = [dict(zip(arm.marks, arm.seeds, strict=True)) for arm in (own, other)]
-    shared = [mark for mark in own.marks if mark in by_seed[1]]
-    return [by_seed[0][mark] for mark in shared], [by_seed[1][mark] for mark in shared]
+    if not own.seeds or not other.seeds:
+        return list(own.values), list(other.values)
+    by_seed = [dict(zip(arm.seeds, arm.values, strict=True)) for arm in (own, other)]
+    shared = [seed for seed in own.seeds if seed in by_seed[1]]
+    return [by_seed[0][seed] for seed in shared], [by_seed[1][seed] for seed in shared]
 
 
 def welch_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
@@ -168,12 +173,15 @@ def welch_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 def why_unpaired(run: Run, reference: Run) -> str | None:
     """Return why the seeds of two runs are not the same experiment twice; None where they are."""
-    marks = [[each.data.get(key) for key in FINGERPRINTS] for each in (run, reference)]
-    if None in (marks[0][0], marks[1][0]):
+    if run.facts is None or reference.facts is None:
         return "what data they had is not known of both"
-    if marks[0] != marks[1]:
+    digests = [each.fingerprints for each in (run.facts, reference.facts)]
+    if digests[0] != digests[1]:
         names = [str(each.get("data.name", "data")) for each in (run, reference)]
-        shown = [f"{n} {m[0]}/{m[2]}" for n, m in zip(names, marks, strict=True)]
+        shown = [
+            f"{name} {own.get('train')}/{own.get('test')}"
+            for name, own in zip(names, digests, strict=True)
+        ]
         return f"their data differ (train/test {shown[0]} and {shown[1]})"
     if run.command != reference.command:
         return f"selfkd.{run.command} and selfkd.{reference.command} draw other seeds"
@@ -183,12 +191,12 @@ def why_unpaired(run: Run, reference: Run) -> str | None:
     own, other = last_arm(run), last_arm(reference)
     if own is None or other is None:
         return None
-    if own.marks and other.marks:
-        shared = len(set(own.marks) & set(other.marks))
-        few = min(len(own.marks), len(other.marks)) < 2  # which is said in any case
+    if own.seeds and other.seeds:
+        shared = len(set(own.seeds) & set(other.seeds))
+        few = min(len(own.seeds), len(other.seeds)) < 2  # which is said in any case
         return None if shared > 1 or few else f"they share {shared} fresh seeds"
-    if len(own.seeds) != len(other.seeds):
-        return f"they have {len(own.seeds)} and {len(other.seeds)} fresh seeds"
+    if len(own.values) != len(other.values):
+        return f"they have {len(own.values)} and {len(other.values)} fresh seeds"
     return None
 
 
@@ -216,10 +224,11 @@ def across(runs: Sequence[Run]) -> list[Across]:
     """
     shared = min(len(run.results) for run in runs)
     columns: list[tuple[str, list[float | None]]] = [
-        (f"generation {k}", [run.results[k].test_accuracy for run in runs]) for k in range(shared)
+        (f"generation {k}", [run.results[k].metric("test_accuracy") for run in runs])
+        for k in range(shared)
     ]
     if len({len(run.results) for run in runs}) == 1:
-        ensembles = [run.ensemble.test_accuracy if run.ensemble else None for run in runs]
+        ensembles = [run.ensemble.metric("test_accuracy") if run.ensemble else None for run in runs]
         columns.append(("ensemble of all", ensembles))
     rows: list[Across] = []
     for name, found in columns:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from selfkd.analysis.statistics import Interval
 from selfkd.reporting import words
 from selfkd.reporting.across_runs import (
     Across,
@@ -23,7 +22,7 @@ from selfkd.reporting.page import Page
 from selfkd.reporting.read import Run
 from selfkd.reporting.sections.panels import Panel, Section
 from selfkd.reporting.tables import Table
-from selfkd.results import Estimate, Seeds
+from selfkd.results import Interval, Seeds, to_row
 
 Record = dict[str, Any]
 FIELDS = (
@@ -56,7 +55,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 def _run_row(run: Run) -> tuple[str, ...]:
     made = last_arm(run) or Arm("", None, None)
     student = run.get("student.name")
-    ensemble = run.ensemble.test_accuracy if run.ensemble else None
+    ensemble = run.ensemble.metric("test_accuracy") if run.ensemble else None
     return (
         *(run.name, str(run.get("data.name", "")), str(student or run.get("model.name", ""))),
         *(made.name, words.measured(run, made.val), words.percent(made.test)),
@@ -149,7 +148,7 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
             Bar(made.mean.value, made.mean.low, made.mean.high)
             if made.mean
             else Bar(made.test or 0.0),
-            made.seeds,
+            made.values,
             generation_colour(place),
         )
         for place, run, made in arms
@@ -169,9 +168,14 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
             )
         )
     lines = [
-        Line(run.name, [r.generation for r in known], [r.test_accuracy for r in known], place)
+        Line(
+            run.name,
+            [r.generation for r in known],
+            [r.metric("test_accuracy") for r in known],
+            place,
+        )
         for place, run in enumerate(runs)
-        if (known := [r for r in run.results if r.test_accuracy is not None])
+        if (known := [r for r in run.results if "test_accuracy" in r.metrics])
     ]
     if lines:
         numbers = sorted({int(x) for line in lines for x in line.x})
@@ -230,33 +234,33 @@ def records(run: Run) -> list[Record]:
     for generation in run.generations:
         if generation.result is None:
             continue
-        row = generation.result.model_dump()
+        row = to_row(generation.result)
         confirmed = generation.confirmation
         if confirmed is not None:
             mean = confirmed.mean
-            row |= {"mean": mean.value_, "low": mean.low, "high": mean.high}
-            row["seeds"] = confirmed.count
+            row |= {"mean": mean.value, "low": mean.low, "high": mean.high}
+            row["seeds"] = len(confirmed.seeds)
         rows.append({**row, **same, "row": f"generation {generation.number}"})
     if run.ensemble is not None:
-        rows.append({**run.ensemble.model_dump(), **same, "row": "ensemble of all"})
-    for measured in run.compression.rows if run.compression else ():
-        row = measured.model_dump()
+        rows.append({**to_row(run.ensemble), **same, "row": "ensemble of all"})
+    for measured in run.ensemble_summary.rows if run.ensemble_summary else ():
+        row = to_row(measured)
         rows.append({**row, **same, "row": measured.name, "seeds": len(measured.runs) or None})
-    for size in run.curve.sizes if run.curve else ():
-        for name, arm in (("labels only", size.labels), ("distilled", size.taught)):
+    for size in run.capacity_summary.sizes if run.capacity_summary else ():
+        for name, arm in (("labels only", size.labels), ("distilled", size.distilled)):
             rows.append(
                 {
                     **same,
-                    "row": f"{size.value_}, {name}",
+                    "row": f"{size.value}, {name}",
                     "parameters": size.parameters,
                     **_ends(arm),
                 }
             )
-    for each in run.study.arms if run.study else ():
+    for each in run.study_summary.arms if run.study_summary else ():
         rows.append({**same, "row": each.name, **_ends(each.mean), "seeds": len(each.runs)})
     return [{field: row.get(field) for field in FIELDS} for row in rows]
 
 
-def _ends(estimate: Estimate) -> Record:
-    found: Record = {"mean": estimate.value_, "low": estimate.low, "high": estimate.high}
+def _ends(estimate: Interval | Seeds) -> Record:
+    found: Record = {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
     return {**found, "seeds": len(estimate.runs)} if isinstance(estimate, Seeds) else found

@@ -22,7 +22,7 @@ from selfkd.reporting.figures.style import generation_colour
 from selfkd.reporting.read import REPORT, Run, read_run
 from selfkd.reporting.sections import diagnostics
 from selfkd.reporting.sections.arms import curve_sections, study_sections
-from selfkd.reporting.sections.ensemble import compression_sections
+from selfkd.reporting.sections.ensemble import ensemble_sections
 from selfkd.reporting.sections.generations import generation_sections
 from selfkd.reporting.sections.panels import Section
 from selfkd.reporting.tables import Table
@@ -30,7 +30,7 @@ from selfkd.storage.files import save_text
 
 KINDS: Mapping[str, tuple[str, Callable[[Run], Iterable[Section]]]] = {
     "generations": ("born-again generations", generation_sections),
-    "ensemble": ("many teachers, one student", compression_sections),
+    "ensemble": ("many teachers, one student", ensemble_sections),
     "capacity": ("students of growing size", curve_sections),
     "study": ("settings side by side", study_sections),
 }
@@ -161,8 +161,7 @@ def run_page(run: Run) -> Page:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    images = run.data.get("images")
-    sizes = images if isinstance(images, Mapping) else {}
+    sizes = run.facts.items if run.facts is not None else {}
     split = " / ".join(f"{sizes[name]:,}" for name in ("train", "val", "test") if name in sizes)
     parameters = run.results[-1].parameters if run.results else None
     student = run.get("student.name")
@@ -170,7 +169,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     started = run.starts[-1].get("started") if run.starts else None
     facts = [
         ("data", str(run.get("data.name", ""))),
-        ("train / val / test images", split),
+        (f"train / val / test {run.unit}", split),
         ("model", model),
         ("parameters", words.size(parameters)),
         ("models trained", str(run.trained)),

@@ -8,31 +8,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from selfkd.config import from_tree, parse_yaml
 from selfkd.errors import ConfigError
 from selfkd.results import (
-    Compression,
+    FORMAT,
+    CapacitySummary,
     Confirmation,
-    Control,
-    Curve,
+    ControlResult,
     Diagnostics,
-    Measured,
-    Part,
-    Result,
-    Study,
-    Trial,
+    EnsembleSummary,
+    Evaluation,
+    Facts,
+    GenerationResult,
+    GenerationsSummary,
+    Member,
+    Members,
+    StudySummary,
+    TrialResult,
+    from_row,
 )
 from selfkd.storage.files import load_json
 
 Tree = Mapping[str, Any]
-P = TypeVar("P", bound=Part)
+T = TypeVar("T")
 REPORT = "report.html"
 TRIALS = "trial_*/result.json"
-SIDE_BY_SIDE: Mapping[str, tuple[str, type[Part]]] = {
-    "capacity": ("curve", Curve),
-    "study": ("study", Study),
+SIDE_BY_SIDE: Mapping[str, tuple[str, type[Any]]] = {
+    "capacity": ("capacity_summary", CapacitySummary),
+    "study": ("study_summary", StudySummary),
 }
 COMMANDS = ("generations", "ensemble", *SIDE_BY_SIDE)
 STUDENTS = {"labels": "from labels only", "student": "from its teacher"}
@@ -44,8 +47,8 @@ class Generation:
     """A generation: its trials, and its result once it has one."""
 
     number: int
-    trials: tuple[Trial, ...]
-    result: Result | None = None
+    trials: tuple[TrialResult, ...]
+    result: GenerationResult | None = None
     diagnostics: Mapping[str, Diagnostics] = field(default_factory=dict)
     """Of `val` and `test`."""
     confirmation: Confirmation | None = None
@@ -71,7 +74,7 @@ class Run:
         path: its folder.
         command: that it was started by, one of `COMMANDS`.
         config: as its config.yaml says.
-        data: the facts of its data.
+        facts: Facts of its data, if they are known.
         starts: the environment of each start, the latest last.
         generations: those with a result, in order; the last may have none yet.
         stages: trials of a run of `ensemble`, by stage.
@@ -81,9 +84,9 @@ class Run:
         ensemble: of all generations.
         controls: of equal cost.
         stopped: why it ended before its last round.
-        compression: the summary of a run of `ensemble`.
-        curve: the summary of a run of `capacity`.
-        study: the summary of a run of `study`.
+        ensemble_summary: Summary of a run of `ensemble`.
+        capacity_summary: Summary of a run of `capacity`.
+        study_summary: Summary of a run of `study`.
         problems: files that are damaged, and how.
         missing: what it has not done yet; nothing of a finished run.
         label: what it is called where the name of its folder is not enough.
@@ -92,19 +95,19 @@ class Run:
     path: Path
     command: str
     config: Tree
-    data: Tree
+    facts: Facts | None
     starts: tuple[Tree, ...] = ()
     generations: tuple[Generation, ...] = ()
-    stages: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
-    further: tuple[Trial, ...] = ()
+    stages: Mapping[str, tuple[TrialResult, ...]] = field(default_factory=dict)
+    further: tuple[TrialResult, ...] = ()
     students: tuple[Generation, ...] = ()
-    members: tuple[Tree, ...] = ()
-    ensemble: Measured | None = None
-    controls: tuple[Control, ...] = ()
+    members: tuple[Member, ...] = ()
+    ensemble: Evaluation | None = None
+    controls: tuple[ControlResult, ...] = ()
     stopped: str | None = None
-    compression: Compression | None = None
-    curve: Curve | None = None
-    study: Study | None = None
+    ensemble_summary: EnsembleSummary | None = None
+    capacity_summary: CapacitySummary | None = None
+    study_summary: StudySummary | None = None
     problems: tuple[str, ...] = ()
     missing: str | None = None
     label: str = ""
@@ -120,7 +123,7 @@ class Run:
         return self.missing is None
 
     @property
-    def results(self) -> tuple[Result, ...]:
+    def results(self) -> tuple[GenerationResult, ...]:
         """The results of the finished generations."""
         return tuple(g.result for g in self.generations if g.result is not None)
 
@@ -128,6 +131,11 @@ class Run:
     def metric(self) -> str:
         """What the best trial is chosen by."""
         return str(self.get("search.metric", "val_accuracy"))
+
+    @property
+    def unit(self) -> str:
+        """Word for the items of its data."""
+        return self.facts.unit if self.facts is not None else "images"
 
     @property
     def trained(self) -> int:
@@ -145,7 +153,7 @@ class Run:
             value = value[word]
         return value
 
-    def setting(self, trial: Trial) -> tuple[float, float] | None:
+    def setting(self, trial: TrialResult) -> tuple[float, float] | None:
         """Return T and alpha of a trial; None where they are no numbers."""
         values = [trial.point.get(key, self.get(key)) for key in DISTILL]
         if not all(isinstance(value, int | float) for value in values):
@@ -155,7 +163,7 @@ class Run:
     def searched(self, key: str) -> list[float]:
         """Return the ends of the range that a number was searched in, or its choices."""
         try:
-            domain = from_tree(dict(self.config)).space(taught=True).get(key)
+            domain = from_tree(dict(self.config)).space(with_teacher=True).get(key)
         except ConfigError:  # of another version
             return []
         values = () if domain is None else domain.values
@@ -165,9 +173,9 @@ class Run:
         """Return the name of a class, its number where it has none."""
         if isinstance(label, str):
             return label
-        names = self.data.get("class_names")
-        if isinstance(names, list) and 0 <= label < len(names):
-            return str(names[label])
+        names = self.facts.names if self.facts is not None else ()
+        if 0 <= label < len(names):
+            return names[label]
         return str(label)
 
 
@@ -190,7 +198,7 @@ def read_run(path: Path) -> Run:
     if started not in COMMANDS:
         raise ConfigError(f"RUN must be of selfkd.{', '.join(COMMANDS)}, got {path}, of {started}")
     run = _Reader(path.absolute()).run()
-    if not (run.generations or run.stages or run.curve or run.study):
+    if not (run.generations or run.stages or run.capacity_summary or run.study_summary):
         damaged = "".join(f"\n  {problem}" for problem in run.problems)
         raise ConfigError(
             f"RUN must have a result, got {path}, where no trial has ended yet{damaged}"
@@ -208,17 +216,17 @@ class _Reader:
         command = path / "command"
         started = command.read_text().strip() if command.is_file() else "generations"
         config = self._config()
-        data = self._tree(path / "data.json")
+        facts = self._row(Facts, "data.json")
         starts = self._load(path / "environment.json")
         if started in SIDE_BY_SIDE:
             own = self._side_by_side(*SIDE_BY_SIDE[started])
         else:
-            own = self._compression() if started == "ensemble" else self._lineage(config)
+            own = self._ensemble() if started == "ensemble" else self._lineage(config)
         return Run(
             path=path,
             command=started,
             config=config,
-            data=data,
+            facts=facts,
             starts=tuple(row for row in starts if isinstance(row, dict))
             if isinstance(starts, list)
             else (),
@@ -229,35 +237,34 @@ class _Reader:
     def _config(self) -> Tree:
         path = self._path / "config.yaml"
         try:
-            tree: Tree = parse_yaml(path.read_text(), str(path))
+            tree: Any = parse_yaml(path.read_text(), str(path))
         except (ConfigError, OSError, UnicodeDecodeError) as error:
             self._problems.append(f"{path} is damaged: {error}")
             return {}
-        return tree
+        if not isinstance(tree, dict):
+            self._problems.append(f"{path} is damaged: it must be a mapping")
+            return {}
+        found = tree.get("format")
+        if found != FORMAT:
+            self._problems.append(f"{path} is of format {found}, {FORMAT} is read")
+        return {key: value for key, value in tree.items() if key != "format"}
 
     # --- born-again generations ---
 
     def _lineage(self, config: Tree) -> dict[str, Any]:
         generations = tuple(self._generations())
-        summary = self._tree(self._path / "summary.json")
-        rows = summary.get("generations")
+        summary = self._row(GenerationsSummary, "summary.json")
         done = sum(generation.result is not None for generation in generations)
-        whole = isinstance(rows, list) and len(rows) == done and done > 0
-        stopped = summary.get("stopped") if whole else None
-        ensemble = summary.get("ensemble") if whole else None
-        controls = summary.get("controls") if whole else None
-        where = f"{self._name('summary.json')} at "
+        whole = summary is not None and 0 < done == len(summary.generations)
+        found = summary if summary is not None and whole else GenerationsSummary(generations=())
+        missing = _missing(config, generations, done=done, whole=whole, stopped=found.stopped)
         return {
             "generations": generations,
             "further": tuple(self._further()),
-            "ensemble": self._part(Measured, ensemble, where + "ensemble"),
-            "controls": tuple(
-                control
-                for row in (controls if isinstance(controls, list) else ())
-                if (control := self._part(Control, row, where + "controls")) is not None
-            ),
-            "stopped": stopped if isinstance(stopped, str) else None,
-            "missing": _missing(config, generations, done=done, whole=whole, stopped=stopped),
+            "ensemble": found.ensemble,
+            "controls": found.controls,
+            "stopped": found.stopped,
+            "missing": missing,
         }
 
     def _generations(self) -> Iterator[Generation]:
@@ -265,13 +272,7 @@ class _Reader:
             number = re.fullmatch(r"generation_(\d+)", folder.name)
             if number is None:
                 continue
-            raw = self._load(folder / "result.json")
-            name = self._name(f"{folder.name}/result.json")
-            diagnostics: Any = None
-            if isinstance(raw, dict):
-                diagnostics = raw.pop("diagnostics", None)
-            result = self._part(Result, raw, name)
-            confirmation = self._load(folder / "confirmation.json")
+            result = self._row(GenerationResult, f"{folder.name}/result.json")
             trials = tuple(self._trials(folder))
             if result is None and not trials:
                 continue
@@ -279,20 +280,11 @@ class _Reader:
                 number=int(number[1]),
                 trials=trials,
                 result=result,
-                diagnostics=dict(self._diagnostics(diagnostics, name)),
-                confirmation=self._part(
-                    Confirmation, confirmation, self._name(f"{folder.name}/confirmation.json")
-                ),
+                diagnostics={} if result is None else result.diagnostics,
+                confirmation=self._row(Confirmation, f"{folder.name}/confirmation.json"),
             )
 
-    def _diagnostics(self, raw: Any, name: str) -> Iterator[tuple[str, Diagnostics]]:
-        for split in ("val", "test"):
-            part = raw.get(split) if isinstance(raw, dict) else None
-            read = self._part(Diagnostics, part, f"{name} at diagnostics.{split}")
-            if read is not None:
-                yield split, read
-
-    def _further(self) -> Iterator[Trial]:
+    def _further(self) -> Iterator[TrialResult]:
         """Yield the trials that no generation chose among."""
         places = sorted(self._path.glob("generation_*/confirm/"))
         for root in ("labels", "controls"):
@@ -300,66 +292,49 @@ class _Reader:
         for place in places:
             yield from self._trials(place)
 
-    def _trials(self, folder: Path) -> Iterator[Trial]:
+    def _trials(self, folder: Path) -> Iterator[TrialResult]:
         for path in sorted(folder.glob(TRIALS)):
-            raw = self._load(path)
-            trial = self._part(Trial, raw, self._name(str(path.relative_to(self._path))))
+            trial = self._row(TrialResult, str(path.relative_to(self._path)))
             if trial is not None:
                 yield trial
 
     # --- many teachers, one student ---
 
-    def _compression(self) -> dict[str, Any]:
+    def _ensemble(self) -> dict[str, Any]:
         stages = {
             folder.name: trials
             for folder in sorted(self._path.iterdir())
             if folder.is_dir() and (trials := tuple(self._trials(folder)))
         }
-        members = self._tree(self._path / "members" / "result.json").get("members")
-        summary = self._load(self._path / "summary.json")
-        name = self._name("summary.json")
-        known = summary.pop("diagnostics", None) if isinstance(summary, dict) else None
-        compression = self._part(Compression, summary, name)
+        members = self._row(Members, "members/result.json")
+        summary = self._row(EnsembleSummary, "summary.json")
         return {
             "stages": stages,
-            "students": tuple(self._students(known, name)),
-            "members": tuple(row for row in members if isinstance(row, dict))
-            if isinstance(members, list)
-            else (),
-            "compression": compression,
-            "missing": None if compression else f"no summary yet, {self._count(stages)}",
+            "students": tuple(self._students(summary)),
+            "members": members.members if members is not None else (),
+            "ensemble_summary": summary,
+            "missing": None if summary else f"no summary yet, {self._count(stages)}",
         }
 
-    def _side_by_side(self, name: str, kind: type[Part]) -> dict[str, Any]:
+    def _side_by_side(self, name: str, kind: type[Any]) -> dict[str, Any]:
         """Return the summary of sizes or arms; the trials are counted, not shown."""
-        path = self._path / "summary.json"
-        found = self._part(kind, self._load(path), self._name("summary.json"))
+        found = self._row(kind, "summary.json")
         places = {place.parent.parent for place in self._path.glob(f"**/{TRIALS}")}
         trials = tuple(trial for place in sorted(places) for trial in self._trials(place))
         missing = None if found else f"no summary yet, {len(trials)} trials done"
         return {name: found, "further": trials, "missing": missing}
 
-    def _students(self, known: Any, name: str) -> Iterator[Generation]:
+    def _students(self, summary: EnsembleSummary | None) -> Iterator[Generation]:
         for number, (key, title) in enumerate(STUDENTS.items()):
-            found = known.get(key) if isinstance(known, dict) else None
-            read = dict(self._diagnostics(found, name))
-            if read:
-                yield Generation(number=number, trials=(), diagnostics=read, name=title)
+            known = summary.diagnostics.get(key) if summary is not None else None
+            if known:
+                yield Generation(number=number, trials=(), diagnostics=known, name=title)
 
-    def _count(self, stages: Mapping[str, tuple[Trial, ...]]) -> str:
+    def _count(self, stages: Mapping[str, tuple[TrialResult, ...]]) -> str:
         counts = [f"{len(rows)} of {name}" for name, rows in stages.items()]
         return f"trials done: {', '.join(counts) or 'none'}"
 
     # --- files ---
-
-    def _name(self, path: str) -> str:
-        return str(self._path / path)
-
-    def _tree(self, path: Path) -> Tree:
-        raw = self._load(path)
-        if raw is not None and not isinstance(raw, dict):
-            self._problems.append(f"{path} is damaged: it must be a mapping")
-        return raw if isinstance(raw, dict) else {}
 
     def _load(self, path: Path) -> Any:
         """Return what a JSON file holds; None where it is absent or damaged."""
@@ -374,17 +349,19 @@ class _Reader:
             self._problems.append(f"{path} cannot be read: {error.strerror}")
         return None
 
-    def _part(self, kind: type[P], raw: Any, name: str) -> P | None:
-        """Return a part; None where it is absent or damaged, which is told."""
-        if raw is None:
-            return None
-        try:
-            return kind.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(word) for word in first["loc"])
-            self._problems.append(f"{name} is damaged: {where or 'all of it'}: {first['msg']}")
-            return None
+    def _row(self, kind: type[T], name: str) -> T | None:
+        """Return a row, without what is damaged in it, which is told; None where there is none."""
+        raw = self._load(self._path / name)
+        while raw is not None:
+            try:
+                return from_row(kind, raw)
+            except ValueError as error:
+                self._problems.append(f"{self._path / name} is damaged: {error}")
+                field = re.match(r"\w+", str(error))
+                if not isinstance(raw, dict) or field is None or field[0] not in raw:
+                    return None
+                raw = {key: value for key, value in raw.items() if key != field[0]}
+        return None
 
 
 def _missing(

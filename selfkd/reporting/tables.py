@@ -6,9 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selfkd.analysis.verdicts import count
 from selfkd.reporting import words
 from selfkd.reporting.read import DISTILL, Generation, Run
-from selfkd.results import Curve, Estimate, Measured, Result, Study, Trial
+from selfkd.results import (
+    CapacitySummary,
+    Evaluation,
+    GenerationResult,
+    GenerationsSummary,
+    Interval,
+    Measured,
+    StudySummary,
+    TableRow,
+    TrialResult,
+)
 
 MOST_ROWS = 200
 """Of a table of classes or trials: a page stays readable."""
@@ -23,6 +34,8 @@ class Table:
     note: str = ""
     texts: bool = False
     """Whether the cells are words, which stand left."""
+    rules: tuple[int, ...] = ()
+    """Rows above which a rule stands on a terminal."""
 
     def without_empty(self) -> Table:
         """Return the table without columns that say nothing."""
@@ -41,12 +54,12 @@ class Table:
 
 def results_table(run: Run) -> Table:
     """Return the table of a run, as its command prints it, or what it has trained so far."""
-    if run.compression is not None:
-        return compression_table(run.compression.rows)
-    if run.curve is not None:
-        return capacity_table(run.curve)
-    if run.study is not None:
-        return study_table(run.study)
+    if run.ensemble_summary is not None:
+        return ensemble_table(run.ensemble_summary.rows)
+    if run.capacity_summary is not None:
+        return capacity_table(run.capacity_summary)
+    if run.study_summary is not None:
+        return study_table(run.study_summary)
     return generations_table(run) if run.generations else cost_table(run)
 
 
@@ -57,7 +70,7 @@ def generations_table(run: Run) -> Table:
         rows.append(_ensemble_row(run.ensemble))
     rows += [
         (
-            *(control.title or control.name, "", "", "", "", words.mean(control.mean)),
+            *(control.title, "", "", "", "", words.mean(control.mean)),
             *(words.points(control.first), "", "", "", ""),
         )
         for control in run.controls
@@ -86,23 +99,88 @@ def _generation_row(run: Run, generation: Generation) -> tuple[str, ...]:
         str(generation.number),
         words.number(result.temperature, ".2f"),
         words.number(result.alpha, ".2f"),
-        words.measured(run, result.value(run.metric)),
-        words.percent(result.test_accuracy),
+        words.measured(run, result.metric(run.metric)),
+        words.percent(result.metric("test_accuracy")),
         words.confirmed(confirmed),
         words.gained(confirmed, "first"),
         words.gained(confirmed, "previous"),
-        words.number(result.test_nll),
-        words.number(result.test_ece),
-        words.percent(result.agreement),
+        words.number(result.metric("test_nll")),
+        words.number(result.metric("test_ece")),
+        words.percent(result.metric("agreement")),
     )
 
 
-def _ensemble_row(row: Measured) -> tuple[str, ...]:
+def _ensemble_row(row: Evaluation) -> tuple[str, ...]:
+    val, test, nll, ece = _measures(row)
+    return ("ensemble of all", "", "", val, test, "", "", "", nll, ece, "")
+
+
+def _measures(row: Measured) -> tuple[str, str, str, str]:
+    """Return accuracy on validation and test, NLL and ECE."""
     return (
-        *("ensemble of all", "", "", words.percent(row.val_accuracy)),
-        *(words.percent(row.test_accuracy), "", "", ""),
-        *(words.number(row.test_nll), words.number(row.test_ece), ""),
+        words.percent(row.metric("val_accuracy")),
+        words.percent(row.metric("test_accuracy")),
+        words.number(row.metric("test_nll")),
+        words.number(row.metric("test_ece")),
     )
+
+
+def printed_table(summary: GenerationsSummary) -> Table:
+    """Return what a terminal shows of a run: a row a generation, then their ensemble."""
+    head = ("generation", "T", "alpha", "val acc", "test acc", "NLL", "ECE", "agreement", "seconds")
+    rows = [
+        (
+            str(result.generation),
+            words.number(result.temperature, ".2f"),
+            words.number(result.alpha, ".2f"),
+            *_measures(result),
+            words.percent(result.metric("agreement")),
+            f"{result.seconds:.1f}",
+        )
+        for result in summary.generations
+    ]
+    if summary.ensemble is not None:
+        rows.append(("ensemble", "", "", *_measures(summary.ensemble), "", ""))
+    return Table(head, tuple(rows), rules=(len(summary.generations),))
+
+
+def own_metrics_table(results: Sequence[GenerationResult], metric: str) -> Table:
+    """Return the table of generations whose training function reports what it likes."""
+    names = [metric, *(name for name in results[-1].metrics if name != metric)]
+    rows = [
+        (
+            str(result.generation),
+            words.number(result.temperature, ".2f"),
+            words.number(result.alpha, ".2f"),
+            *(words.number(result.metric(name), ".4g") for name in names),
+            f"{result.seconds:.1f}",
+        )
+        for result in results
+    ]
+    return Table(("generation", "T", "alpha", *names, "seconds"), tuple(rows))
+
+
+def confirmation_table(summary: GenerationsSummary) -> Table:
+    """Return what was replicated on fresh seeds: means and paired differences."""
+    confirmed, controls = summary.confirmations, summary.controls
+    metric = confirmed[0].metric
+    seeds = count(max(len(row.seeds) for row in confirmed), "fresh seed")
+    title = metric.replace("test_accuracy", "test acc")
+    head = (seeds, f"mean {title}", "vs generation 0", "vs previous", "McNemar")
+    rows = [
+        (
+            f"generation {row.generation}",
+            words.plus_minus(row.mean, metric),
+            words.plus_minus(row.first, metric, sign="+"),
+            words.plus_minus(row.previous, metric, sign="+"),
+            words.number(row.mcnemar.p if row.mcnemar else None, ".2g"),
+        )
+        for row in confirmed
+    ]
+    for row in controls:
+        first = words.plus_minus(row.first, metric, sign="+")
+        rows.append((row.title, words.plus_minus(row.mean, metric), first, "", ""))
+    return Table(head, tuple(rows), rules=(len(confirmed),))
 
 
 def all_trials_table(run: Run) -> Table:
@@ -110,9 +188,9 @@ def all_trials_table(run: Run) -> Table:
     rows = [
         (
             f"generation {generation.number}, trial {trial.trial}",
-            words.measured(run, trial.value(run.metric)),
+            words.measured(run, trial.metric(run.metric)),
             _what_became(trial, generation.result.trial if generation.result else None),
-            words.percent(chosen.test_accuracy) if chosen else "",
+            words.percent(chosen.metric("test_accuracy")) if chosen else "",
         )
         for generation in run.generations
         for trial in generation.trials
@@ -123,12 +201,12 @@ def all_trials_table(run: Run) -> Table:
     return Table(head, tuple(rows[:MOST_ROWS]), note).without_empty()
 
 
-def _if_chosen(generation: Generation, trial: Trial) -> Result | None:
+def _if_chosen(generation: Generation, trial: TrialResult) -> GenerationResult | None:
     result = generation.result
     return result if result is not None and result.trial == trial.trial else None
 
 
-def trials_table(run: Run, trials: Sequence[Trial], chosen: int | None) -> Table:
+def trials_table(run: Run, trials: Sequence[TrialResult], chosen: int | None) -> Table:
     """Return a row a trial: what was tried and what it gave."""
     keys = sorted({key for trial in trials for key in trial.point}, key=_distill_first)
     short = {"distill.temperature": "T", "distill.alpha": "alpha"}
@@ -137,7 +215,7 @@ def trials_table(run: Run, trials: Sequence[Trial], chosen: int | None) -> Table
         (
             str(trial.trial),
             *(_setting(trial.point.get(key)) for key in keys),
-            words.measured(run, trial.value(run.metric)),
+            words.measured(run, trial.metric(run.metric)),
             f"{trial.train_seconds:.1f}",
             _what_became(trial, chosen),
         )
@@ -150,7 +228,7 @@ def _distill_first(key: str) -> tuple[int, str]:
     return (DISTILL.index(key) if key in DISTILL else len(DISTILL)), key
 
 
-def _what_became(trial: Trial, chosen: int | None) -> str:
+def _what_became(trial: TrialResult, chosen: int | None) -> str:
     if trial.status == "failed":
         return f"failed: {trial.error or 'no reason is known'}"
     if trial.trial == chosen:
@@ -199,7 +277,7 @@ def cost_table(run: Run) -> Table:
     return Table((*head, "parameters"), tuple(rows)).without_empty()
 
 
-def _cost_row(result: Result) -> tuple[str, ...]:
+def _cost_row(result: GenerationResult) -> tuple[str, ...]:
     return (
         str(result.generation),
         str(result.trials),
@@ -211,7 +289,7 @@ def _cost_row(result: Result) -> tuple[str, ...]:
 
 
 def lineage_table(run: Run) -> Table:
-    """Return who taught whom, by the hashes of the models."""
+    """Return which model was distilled from which, by their hashes."""
     known = {
         model.hash: f"generation {result.generation}" + (f", trial no. {rank + 1}" if rank else "")
         for result in run.results
@@ -226,43 +304,35 @@ def lineage_table(run: Run) -> Table:
         )
         for result in run.results
     ]
-    return Table(("model", "hash", "taught by"), tuple(rows), texts=True)
+    return Table(("model", "hash", "distilled from"), tuple(rows), texts=True)
 
 
 def members_table(run: Run) -> Table:
     """Return the models that teach, the best on validation first."""
     rows = [
         (
-            str(row.get("hash", "")),
-            str(row["model"].get("name", "")) if isinstance(row.get("model"), dict) else "",
-            words.percent(_number(row.get("val_accuracy"))),
-            words.number(_number(row.get("val_nll"))),
+            row.hash,
+            str(row.model.get("name", "")),
+            words.percent(row.metric("val_accuracy")),
+            words.number(row.metric("val_nll")),
         )
         for row in run.members
     ]
     return Table(("hash", "model", "val acc", "val NLL"), tuple(rows))
 
 
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) else None
-
-
-def compression_table(rows: Sequence[Measured]) -> Table:
+def ensemble_table(rows: Sequence[TableRow]) -> Table:
     """Return the table of teachers and student: what each is worth and costs."""
     head = ("model", "val acc", "test acc", "NLL", "ECE", "parameters", "ms, 1", "ms, 128")
     texts = []
     for row in rows:
-        test = words.percent(row.test_accuracy)
+        val, test, nll, ece = _measures(row)
         if row.low is not None and row.high is not None:
             test += f" ± {(row.high - row.low) / 2:.2%}"
-        texts.append(
-            (
-                *(row.name, words.percent(row.val_accuracy), test, words.number(row.test_nll)),
-                *(words.number(row.test_ece), words.size(row.parameters)),
-                *(words.number(row.ms_1, ".3g"), words.number(row.ms_128, ".3g")),
-            )
-        )
-    return Table(head, tuple(texts), "ms an image, of 1 and of 128 at once, on one thread.")
+        costs = words.number(row.ms_1, ".3g"), words.number(row.ms_128, ".3g")
+        texts.append((row.name, val, test, nll, ece, words.size(row.parameters), *costs))
+    note = "ms an image, of 1 and of 128 at once, on one thread."
+    return Table(head, tuple(texts), note, rules=(len(texts) - 2,))
 
 
 def tree_table(tree: Mapping[str, Any]) -> Table:
@@ -279,14 +349,14 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", shown
 
 
-def capacity_table(curve: Curve) -> Table:
+def capacity_table(curve: CapacitySummary) -> Table:
     """Return a row a size, the smallest first, then the teacher."""
     rows = [
         (
-            str(size.value_),
+            str(size.value),
             words.size(size.parameters),
-            words.mean(size.labels),
-            words.mean(size.taught),
+            words.mean(size.labels.interval),
+            words.mean(size.distilled.interval),
             words.points(size.difference),
             words.p_value(size.p_holm),
             size.verdict,
@@ -294,13 +364,13 @@ def capacity_table(curve: Curve) -> Table:
         for size in curve.sizes
     ]
     teacher = curve.teacher
-    accuracy = words.percent(teacher.test_accuracy)
+    accuracy = words.percent(teacher.metric("test_accuracy"))
     rows.append(("teacher", words.size(teacher.parameters), accuracy, "", "", "", ""))
     head = (curve.key.rpartition(".")[2], "params", "labels only", "distilled")
     return Table((*head, "difference, points", "p, Holm", "distillation"), tuple(rows))
 
 
-def study_table(study: Study) -> Table:
+def study_table(study: StudySummary) -> Table:
     """Return a row an arm, in the order of the config, then the teachers from elsewhere."""
     rows = [
         (
@@ -308,7 +378,7 @@ def study_table(study: Study) -> Table:
             str(len(arm.runs)),
             _errors(arm.errors),
             words.mean(arm.mean),
-            words.percent(arm.val_accuracy),
+            words.percent(arm.metric("val_accuracy")),
             words.mean(arm.agreement),
             _errors(arm.biased_errors),
             _errors(arm.all_biased_errors),
@@ -317,17 +387,18 @@ def study_table(study: Study) -> Table:
     ]
     if study.members is not None:
         members = study.members
-        errors = words.number(members.errors, ".0f")
-        accuracies = words.percent(members.test_accuracy), words.percent(members.val_accuracy)
+        errors = words.number(members.metric("test_errors"), ".0f")
+        val, test, _, _ = _measures(members)
+        accuracies = test, val
         rows.append((f"members ({members.count})", "", errors, *accuracies, "", "", ""))
     head = ("arm", "seeds", "test errors", "test acc", "val acc", "agreement")
     return Table((*head, "errors, one bias", "errors, biases"), tuple(rows)).without_empty()
 
 
-def _errors(estimate: Estimate | None) -> str:
+def _errors(estimate: Interval | None) -> str:
     if estimate is None:
         return ""
-    text = words.number(estimate.value_, ".1f")
+    text = words.number(estimate.value, ".1f")
     if estimate.low is None or estimate.high is None:
         return text
     return f"{text} ± {(estimate.high - estimate.low) / 2:.1f}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from selfkd.reporting.read import REPORT
-from selfkd.results import Row
+from selfkd.results import Event, GenerationConfirmed, GenerationFinished, RunFinished
 
 logger = logging.getLogger(__name__)
 
@@ -63,38 +62,21 @@ class Reporter:
         if self._next is None or self._next.running() or self._next.done():
             self._next = self._writer.submit(self.write)
 
-    def generation_finished(self, result: Row) -> None:
-        """Write it with one more generation; once for all those done before a resume."""
-        if not self._result(result["generation"] + 1).exists():
-            self._write_soon()
-
-    def generation_confirmed(self, confirmation: Row) -> None:
-        """Write it with what fresh seeds say; once for all those done before a resume."""
-        following = self._result(confirmation["generation"] + 1).with_name("confirmation.json")
+    def __call__(self, event: Event) -> None:
+        """Write it with what is new; once for all those generations done before a resume."""
+        match event:
+            case GenerationFinished(result):
+                following = self._result(result.generation + 1)
+            case GenerationConfirmed(confirmation):
+                following = self._result(confirmation.generation + 1)
+                following = following.with_name("confirmation.json")
+            case RunFinished():
+                self._write_soon()
+                return
+            case _:
+                return
         if not following.exists():
             self._write_soon()
-
-    def compressed(self, summary: Row) -> None:
-        """Write it with the student."""
-        self._write_soon()
-
-    def working(self, title: str, parts: int) -> None:
-        """Nothing."""
-
-    def worked(self, row: Row) -> None:
-        """Nothing."""
-
-    def stage_started(self, title: str, trials: int, done: int) -> None:
-        """Nothing."""
-
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        """Nothing."""
-
-    def trial_finished(self, trial: Row) -> None:
-        """Nothing."""
-
-    def noted(self, text: str) -> None:
-        """Nothing."""
 
     def _result(self, generation: int) -> Path:
         return self._folder / f"generation_{generation:03d}" / "result.json"

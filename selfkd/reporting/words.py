@@ -6,9 +6,14 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from selfkd.analysis.verdicts import compare, count_seeds, short, tell
+from selfkd.analysis.verdicts import (
+    count_seeds,
+    describe_difference,
+    format_difference,
+    short,
+)
 from selfkd.reporting.read import Generation, Run
-from selfkd.results import Confirmation, Estimate, Result, Row, plain
+from selfkd.results import Confirmation, EnsembleSummary, GenerationResult, Interval
 
 
 def percent(value: float | None) -> str:
@@ -21,13 +26,25 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "" if value is None else format(value, form)
 
 
-def mean(estimate: Estimate | None) -> str:
+def mean(estimate: Interval | None) -> str:
     """Return a mean accuracy with half of its interval."""
     if estimate is None:
         return ""
     if estimate.low is None or estimate.high is None:
-        return percent(estimate.value_)
-    return f"{estimate.value_:.2%} ± {(estimate.high - estimate.low) / 2:.2%}"
+        return percent(estimate.value)
+    return f"{estimate.value:.2%} ± {(estimate.high - estimate.low) / 2:.2%}"
+
+
+def plus_minus(estimate: Interval | None, metric: str, *, sign: str = "") -> str:
+    """Return an estimate of a metric with half its interval, the larger half where they differ."""
+    if estimate is None:
+        return ""
+    form = ".2%" if "acc" in metric else ".4g"
+    text = format(estimate.value, f"{sign}{form}")
+    if estimate.low is None or estimate.high is None:
+        return text
+    half = max(estimate.high - estimate.value, estimate.value - estimate.low)
+    return f"{text} ± {format(half, form)}"
 
 
 def p_value(value: float | None) -> str:
@@ -39,16 +56,16 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else number(value, ".3f")
 
 
-def difference(estimate: Estimate | None) -> str:
+def difference(estimate: Interval | None) -> str:
     """Return a difference of accuracies with its interval."""
-    return "" if estimate is None else tell(dict(plain(estimate)))
+    return "" if estimate is None else format_difference(estimate)
 
 
-def points(estimate: Estimate | None) -> str:
+def points(estimate: Interval | None) -> str:
     """Return a difference of accuracies with its interval, in points, for a table's cell."""
     if estimate is None:
         return ""
-    text = f"{100 * estimate.value_:+.2f}"
+    text = f"{100 * estimate.value:+.2f}"
     if estimate.low is None or estimate.high is None:
         return text
     return f"{text} [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
@@ -66,18 +83,18 @@ def confirmed(confirmation: Confirmation | None) -> str:
     if "acc" in confirmation.metric:
         return mean(confirmation.mean)
     found = confirmation.mean
-    half = "" if found.high is None else f" ± {found.high - found.value_:.2g}"
-    return f"{found.value_:.4g}{half}"
+    half = "" if found.high is None else f" ± {found.high - found.value:.2g}"
+    return f"{found.value:.4g}{half}"
 
 
 def gained(confirmation: Confirmation | None, other: Literal["first", "previous"]) -> str:
-    """Return the difference to generation 0 or to the one before."""
-    found: Estimate | None = getattr(confirmation, other, None)
+    """Return the difference to generation 0 or to the previous one."""
+    found: Interval | None = getattr(confirmation, other, None)
     if confirmation is None or found is None or "acc" in confirmation.metric:
         return points(found)
     if found.low is None or found.high is None:
-        return f"{found.value_:+.4g}"
-    return f"{found.value_:+.4g} [{found.low:+.4g}, {found.high:+.4g}]"
+        return f"{found.value:+.4g}"
+    return f"{found.value:+.4g} [{found.low:+.4g}, {found.high:+.4g}]"
 
 
 def duration(seconds: float) -> str:
@@ -105,30 +122,30 @@ def status(run: Run) -> str:
 def headlines(run: Run) -> list[str]:
     """Return what a run says, the most important first."""
     if run.command == "ensemble":
-        return list(_of_compression(run))
-    if run.curve is not None:
-        return [sentence(line) for line in (run.curve.verdict, *run.curve.said)]
-    if run.study is not None:
-        return [sentence(contrast.verdict) for contrast in run.study.contrasts]
+        return list(_of_ensemble(run))
+    if (curve := run.capacity_summary) is not None:
+        return [sentence(line) for line in (curve.verdict, *curve.said)]
+    if run.study_summary is not None:
+        return [sentence(contrast.verdict) for contrast in run.study_summary.contrasts]
     return list(_of_generations(run))
 
 
 def _of_generations(run: Run) -> Iterator[str]:
     done = [generation for generation in run.generations if generation.result is not None]
     verdicts = [generation.confirmation for generation in done]
-    told = [each.verdict for each in verdicts if each is not None and each.verdict]
-    for text in reversed(told):
-        yield from (sentence(part) for part in text.split("; "))
+    told = [each.verdicts for each in verdicts if each is not None]
+    for texts in reversed(told):
+        yield from map(sentence, texts)
     if run.stopped:
         yield sentence(run.stopped)
     if done and not told:
         yield from _unconfirmed(run, done)
     for control in run.controls:
-        yield from (sentence(part) for part in (control.verdict or "").split("; ") if part)
-    if run.ensemble is not None and run.ensemble.test_accuracy is not None:
+        yield from map(sentence, control.verdicts)
+    if run.ensemble is not None and (accuracy := run.ensemble.metric("test_accuracy")) is not None:
         yield (
-            f"The ensemble of all {len(done)} generations is right on "
-            f"{percent(run.ensemble.test_accuracy)} of the test images."
+            f"The ensemble of all {len(done)} generations is right on {percent(accuracy)} of the "
+            f"test {run.unit}."
         )
     if not done:
         yield "No generation is finished yet."
@@ -137,11 +154,11 @@ def _of_generations(run: Run) -> Iterator[str]:
 def _unconfirmed(run: Run, done: list[Generation]) -> Iterator[str]:
     results = [generation.result for generation in done if generation.result is not None]
     sign = -1 if run.get("search.mode") == "min" else 1
-    best = max(results, key=lambda row: _key(row.value(run.metric), sign))
+    best = max(results, key=lambda row: _key(row.metric(run.metric), sign))
     first = results[0]
     yield (
         f"Generation {best.generation} has the best {named(run.metric)}: "
-        f"{measured(run, best.value(run.metric))}{_tests(first, best)}."
+        f"{measured(run, best.metric(run.metric))}{_tests(run, first, best)}."
     )
     if len(results) > 1:
         yield (
@@ -154,12 +171,13 @@ def _key(value: float | None, sign: int) -> float:
     return -math.inf if value is None or math.isnan(value) else sign * value
 
 
-def _tests(first: Result, best: Result) -> str:
-    if best.test_accuracy is None:
+def _tests(run: Run, first: GenerationResult, best: GenerationResult) -> str:
+    tested, of_first = best.metric("test_accuracy"), first.metric("test_accuracy")
+    if tested is None:
         return ""
-    text = f"; it is right on {percent(best.test_accuracy)} of the test images"
-    if first is not best and first.test_accuracy is not None:
-        text += f", generation {first.generation} on {percent(first.test_accuracy)}"
+    text = f"; it is right on {percent(tested)} of the test {run.unit}"
+    if first is not best and of_first is not None:
+        text += f", generation {first.generation} on {percent(of_first)}"
     return text
 
 
@@ -168,11 +186,11 @@ def named(metric: str) -> str:
     return {"val_accuracy": "validation accuracy", "val_nll": "validation NLL"}.get(metric, metric)
 
 
-def _of_compression(run: Run) -> Iterator[str]:
-    if run.compression is None:
+def _of_ensemble(run: Run) -> Iterator[str]:
+    if run.ensemble_summary is None:
         yield "The student is not measured yet."
         return
-    _, *lines = compression_verdict(dict(plain(run.compression)))
+    _, *lines = describe_ensemble(run.ensemble_summary)
     yield from (sentence(line) for line in lines)
 
 
@@ -191,19 +209,20 @@ def share_kept(value: float) -> str:
     return f"{value:.2%}".replace("%", " %")
 
 
-def compression_verdict(summary: Row) -> list[str]:
+def describe_ensemble(summary: EnsembleSummary) -> list[str]:
     """Return what a run of `python -m selfkd.ensemble` says: the setting, the gain, the share."""
-    chosen, share, gain = summary["chosen"], summary["share"], summary["gain"]
+    chosen, share = summary.chosen, summary.share
     setting = (
-        f"chosen of {summary['trials']} trials on validation: T {chosen['temperature']:.3g}, "
-        f"alpha {chosen['alpha']:.3g}, average of {chosen['average']}"
+        f"chosen of {summary.trials} trials on validation: T {chosen.temperature:.3g}, "
+        f"alpha {chosen.alpha:.3g}, average of {chosen.average}"
     )
-    pairs = count_seeds(max(1, summary["seeds"]))
+    pairs = f"test accuracy, {count_seeds(max(1, summary.seeds))}"
     student, labels = "the student from its teacher", "the same from labels only"
-    lines = [setting, compare(student, labels, gain, f"test accuracy, {pairs}")]
+    lines = [setting, describe_difference(student, labels, summary.gain, pairs)]
     if share is None:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:
-        ends = "" if share["low"] is not None else " (no interval: too little is known for one)"
-        lines.append(f"share of the teacher's gain kept: {tell(share, form=share_kept)}{ends}")
+        ends = "" if share.low is not None else " (no interval: too little is known for one)"
+        told = format_difference(share, form=share_kept)
+        lines.append(f"share of the teacher's gain kept: {told}{ends}")
     return lines

@@ -14,7 +14,7 @@ from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, teacher_free_logits
 from selfkd.losses.sparse import SparseLogits
 
-Knowledge = Literal["whole", "permuted", "confidence", "virtual"]
+Transform = Literal["none", "permuted", "confidence", "virtual"]
 """Of a teacher: all of it, its doubts in random order, how sure it is, or that of a virtual one."""
 CONFIDENCE = 0.9  # of a virtual teacher, as Yuan et al. have it at least
 

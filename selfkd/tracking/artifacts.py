@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.config import Config
-from selfkd.results import Row
+from selfkd.results import GenerationResult, Row
 from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tracking.run import LoggedRun, make_artifact
@@ -60,22 +60,23 @@ class Artifacts:
         self._models[facts["hash"]] = make
         return make
 
-    def models(self, result: Row) -> list[tuple[str, Make | None]]:
+    def models(self, result: GenerationResult) -> list[tuple[str, Make | None]]:
         """Return the alias and the maker of each model of a generation, the chosen one first."""
-        generation, config = result["generation"], self._config
+        generation, config = result.generation, self._config
         network = config.student if generation and config.student else config.model
         shared = {
             "generation": generation,
             "model": network.name,
-            "teachers": [teacher["hash"] for teacher in result["teachers"]],
+            "teachers": [teacher.hash for teacher in result.teachers],
         }
+        own = {"temperature": result.temperature, "alpha": result.alpha, **result.metrics}
         found = []
-        for rank, model in enumerate(result["models"]):
-            facts = {**shared, "hash": model["hash"], "rank": rank}
+        for rank, model in enumerate(result.models):
+            facts = {**shared, "hash": model.hash, "rank": rank}
             if not rank:
-                facts |= {key: result[key] for key in FACTS if result.get(key) is not None}
+                facts |= {key: own[key] for key in FACTS if own.get(key) is not None}
             alias = f"generation-{generation}" + (f"-rank-{rank}" if rank else "")
-            path = model.get("checkpoint")
+            path = model.checkpoint
             found.append((alias, self.model(self._folder / path, facts) if path else None))
         return found
 

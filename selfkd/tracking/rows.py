@@ -1,84 +1,85 @@
-"""What is shown in W&B of the ledger's rows: plain values under names that sort and filter well."""
+"""What is shown in W&B of a run's rows: plain values under names that sort and filter well."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from selfkd.results import Row
+from selfkd.results import Confirmation, Epoch, GenerationResult, Interval, Row, TrialResult
 
-HIDDEN = ("history", "models", "predictions", "point", "hash")
-OF_TRIAL = ("status", "error", "val_accuracy", "val_nll", "train_seconds")
 ENDS = ("value", "low", "high")
+PLAIN = ("generation", "trial", "temperature", "alpha", "parameters", "wanted_models")
+COUNTS = ("trials", "failed", "train_seconds", "seconds")
 
 
-def epoch_row(row: Row) -> Row:
+def epoch_row(epoch: Epoch) -> Row:
     """Return what is drawn of an epoch."""
-    return {name: value for name, value in row.items() if name not in HIDDEN}
+    return {"epoch": epoch.epoch, "seconds": epoch.seconds, **epoch.metrics}
 
 
-def trial_summary(trial: Row) -> Row:
+def trial_summary(trial: TrialResult) -> Row:
     """Return what is known of a trial at its end.
 
-    >>> trial_summary({"status": "completed", "error": None, "val_accuracy": 0.5})
-    {'status': 'completed', 'val_accuracy': 0.5, 'trial_val_accuracy': 0.5}
+    >>> trial = TrialResult(
+    ...     stage="a", trial=0, seed=1, status="completed", metrics={"val_accuracy": 0.5}
+    ... )
+    >>> trial_summary(trial)
+    {'status': 'completed', 'train_seconds': 0.0, 'val_accuracy': 0.5, 'trial_val_accuracy': 0.5}
     """
-    found = {name: trial[name] for name in OF_TRIAL if trial.get(name) is not None}
-    if "val_accuracy" in found:  # a lineage has a val_accuracy, too
-        found["trial_val_accuracy"] = found["val_accuracy"]
-    return found
+    found: Row = {"status": trial.status, "error": trial.error}
+    found |= {"train_seconds": trial.train_seconds}
+    found |= {name: trial.metric(name) for name in ("val_accuracy", "val_nll")}
+    found["trial_val_accuracy"] = trial.metric("val_accuracy")  # a lineage has a val_accuracy, too
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def trial_rank(trial: Row, *, metric: str, mode: str) -> tuple[float, float, int]:
+def trial_rank(trial: TrialResult, *, metric: str, mode: str) -> tuple[float, float, int]:
     """Return what orders trials, best first: the metric, ties by NLL."""
-    value = trial.get(metric) or 0.0
-    return -value if mode == "max" else value, trial.get("val_nll", 0.0), trial["trial"]
+    value = trial.metric(metric) or 0.0
+    return -value if mode == "max" else value, trial.metrics.get("val_nll", 0.0), trial.trial
 
 
-def generation_row(result: Row) -> Row:
-    """Return what is drawn of a generation, its calibration on the test split included.
-
-    >>> generation_row({"generation": 1, "test_nll": 0.5, "diagnostics": {"test": {"brier": 0.1}}})
-    {'generation': 1, 'test_nll': 0.5, 'brier': 0.1}
-    """
-    known = (result.get("diagnostics") or {}).get("test") or {}
-    scaled = {f"scaled_{name}": value for name, value in (known.get("scaled") or {}).items()}
-    row = result | {name: known.get(name) for name in ("brier", "kl")} | scaled
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in HIDDEN and value is not None and not isinstance(value, list | dict)
-    }
+def generation_row(result: GenerationResult) -> Row:
+    """Return what is drawn of a generation, its calibration on the test split included."""
+    known = result.diagnostics.get("test")
+    row: Row = {name: getattr(result, name) for name in (*PLAIN, *COUNTS)} | result.metrics
+    if known is not None:
+        row |= {name: known.metric(name) for name in ("brier", "kl")}
+        row |= {f"scaled_{name}": value for name, value in (known.scaled or {}).items()}
+    return {name: value for name, value in row.items() if value is not None}
 
 
-def best_and_last(results: Sequence[Row], *, metric: str, mode: str) -> Row:
+def best_and_last(results: Sequence[GenerationResult], *, metric: str, mode: str) -> Row:
     """Return what a table of runs is sorted by; the best generation is that on validation."""
     sign = 1 if mode == "max" else -1
-    best = max(results, key=lambda result: sign * (result.get(metric) or 0.0))
-    found: Row = {"generations": len(results), "best_generation": best["generation"]}
+    best = max(results, key=lambda result: sign * (result.metric(metric) or 0.0))
+    found: Row = {"generations": len(results), "best_generation": best.generation}
     for name in dict.fromkeys([metric, "val_accuracy", "test_accuracy"]):
-        rows = {f"best_{name}": best, f"last_{name}": results[-1]}
-        found |= {key: row[name] for key, row in rows.items() if row.get(name) is not None}
+        values = {f"best_{name}": best.metric(name), f"last_{name}": results[-1].metric(name)}
+        found |= {key: value for key, value in values.items() if value is not None}
     return found
 
 
-def intervals(named: Mapping[str, Row | None]) -> Row:
+def intervals(named: Mapping[str, Interval | None]) -> Row:
     """Return the ends of intervals under names of their own.
 
-    >>> intervals({"gain": {"value": 0.2, "low": 0.1, "high": 0.3}, "share": None})
+    >>> intervals({"gain": Interval(0.2, 0.1, 0.3), "share": None})
     {'gain': 0.2, 'gain_low': 0.1, 'gain_high': 0.3}
     """
     return {
-        name if end == "value" else f"{name}_{end}": interval[end]
+        name if end == "value" else f"{name}_{end}": value
         for name, interval in named.items()
+        if interval is not None
         for end in ENDS
-        if interval is not None and interval.get(end) is not None
+        if (value := getattr(interval, end)) is not None
     }
 
 
-def confirmation_summary(confirmation: Row) -> Row:
+def confirmation_summary(confirmation: Confirmation) -> Row:
     """Return what a confirmation says of a generation: `gain` is over generation 0."""
-    named = {"confirmed": "mean", "gain": "first", "step_gain": "previous"}
-    found = {"confirmed_generation": confirmation.get("generation")}
-    found |= intervals({name: confirmation.get(key) for name, key in named.items()})
-    found["verdict"] = confirmation.get("verdict")
-    return {name: value for name, value in found.items() if value is not None}
+    named = {
+        "confirmed": confirmation.mean,
+        "gain": confirmation.first,
+        "step_gain": confirmation.previous,
+    }
+    found: Row = {"confirmed_generation": confirmation.generation, **intervals(named)}
+    return {**found, "verdict": "; ".join(confirmation.verdicts)}

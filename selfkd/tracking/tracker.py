@@ -10,11 +10,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from selfkd.analysis.verdicts import compare, count_seeds
+from selfkd.analysis.verdicts import count_seeds, describe_difference
 from selfkd.config import Config, to_tree
 from selfkd.errors import ConfigError
-from selfkd.results import Row
-from selfkd.storage.files import fetch, load_json
+from selfkd.results import (
+    STUDENT,
+    Confirmation,
+    EnsembleSummary,
+    Epoch,
+    Event,
+    GenerationConfirmed,
+    GenerationFinished,
+    GenerationResult,
+    Row,
+    RunFinished,
+    Trial,
+    TrialFinished,
+    TrialProgressed,
+    TrialResult,
+    to_row,
+)
+from selfkd.storage.files import fetch
+from selfkd.storage.rows import load_row
 from selfkd.tracking.host import answers, base_url, has_key
 from selfkd.tracking.rows import (
     best_and_last,
@@ -38,31 +55,7 @@ class NoTracker:
 
     description = "W&B: none"
 
-    def working(self, title: str, parts: int) -> None:
-        """Nothing."""
-
-    def worked(self, row: Row) -> None:
-        """Nothing."""
-
-    def stage_started(self, title: str, trials: int, done: int) -> None:
-        """Nothing."""
-
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        """Nothing."""
-
-    def trial_finished(self, trial: Row) -> None:
-        """Nothing."""
-
-    def generation_finished(self, result: Row) -> None:
-        """Nothing."""
-
-    def generation_confirmed(self, confirmation: Row) -> None:
-        """Nothing."""
-
-    def noted(self, text: str) -> None:
-        """Nothing."""
-
-    def compressed(self, summary: Row) -> None:
+    def __call__(self, event: Event) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -117,7 +110,7 @@ class WandbTracker(NoTracker):
         self._trials: dict[str, LoggedRun] = {}
         self._epochs: dict[str, int] = {}
         self._best: dict[str, tuple[tuple[float, float, int], LoggedRun]] = {}
-        self._results: list[Row] = []
+        self._results: list[GenerationResult] = []
         self._verdict: str | None = None
         self._whole: LoggedRun | None = None  # beside its trials
         self._broken = self._closed = False
@@ -156,39 +149,40 @@ class WandbTracker(NoTracker):
     def _replay(self) -> None:
         """Log the trials that are done and were not logged whole: a start before was killed."""
         for path in sorted(self._run_folder.glob("generation_*/result.json")):
-            self._artifacts.models(load_json(path))  # which those trials learnt from
+            self._artifacts.models(load_row(GenerationResult, path))  # the teachers of those trials
         for path in sorted(self._run_folder.glob("*/**/result.json")):
             if path.parent.name.startswith("trial_"):
-                trial = load_json(path)
-                if trial["status"] != "failed" and self._id(trial) not in self._done:
-                    self._report(trial, trial["history"])
+                trial = load_row(TrialResult, path)
+                done = self._id(trial.stage, trial.trial) in self._done
+                if trial.status != "failed" and not done:
+                    self._report(trial, trial.history)
                     self._finish(trial)
 
-    def _id(self, trial: Row) -> str:
-        stage, _, generation = trial["stage"].partition("-")
-        short = f"g{generation}" if stage == "generation" else trial["stage"]
-        return f"{self._run_id}-{short}-t{trial['trial']}"
+    def _id(self, stage: str, trial: int) -> str:
+        kind, _, generation = stage.partition("-")
+        short = f"g{generation}" if kind == "generation" else stage
+        return f"{self._run_id}-{short}-t{trial}"
 
     def _tags(self, *more: str) -> list[str]:
         return [tag[:64] for tag in (self._config.data.name, self._config.model.name, *more)]
 
-    def _trial(self, trial: Row) -> LoggedRun:
-        run_id = self._id(trial)
+    def _trial(self, trial: Trial) -> LoggedRun:
+        run_id = self._id(trial.stage, trial.trial)
         if run_id not in self._trials:
-            config = to_tree(self._config.at(trial["point"]))
-            config |= {name: trial[name] for name in ("trial", "teachers")}
-            config["trial_seed"] = trial["seed"]
-            generation = trial["stage"].partition("-")[2]
+            config = to_tree(self._config.at(trial.point))
+            config |= {"trial": trial.trial, "teachers": list(trial.teachers)}
+            config["trial_seed"] = trial.seed
+            generation = trial.stage.partition("-")[2]
             if generation.isdigit():
                 config["generation"] = int(generation)
             run = self._session.open(
                 run_id,
                 axis="epoch",
-                job_type=trial["stage"],
+                job_type=trial.stage,
                 config=config,
-                tags=self._tags(trial["stage"]),
+                tags=self._tags(trial.stage),
             )
-            self._artifacts.use(run, trial["teachers"], self._whole)
+            self._artifacts.use(run, trial.teachers, self._whole)
             self._trials[run_id] = run
             self._epochs[run_id] = -1
         return self._trials[run_id]
@@ -205,30 +199,37 @@ class WandbTracker(NoTracker):
             )
         return self._whole
 
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        """Log epochs."""
-        self._work.put(lambda: self._report(trial, rows))
+    def __call__(self, event: Event) -> None:
+        """Log an event, from the tracker's own thread."""
+        match event:
+            case TrialProgressed(trial, epochs):
+                self._work.put(lambda: self._report(trial, epochs))
+            case TrialFinished(result):
+                self._work.put(lambda: self._finish(result))
+            case GenerationFinished(generation):
+                self._work.put(lambda: self._generation(generation))
+            case GenerationConfirmed(confirmation):
+                self._work.put(lambda: self._confirm(confirmation))
+            case RunFinished(EnsembleSummary() as summary):
+                self._work.put(lambda: self._ensemble(summary))
 
-    def _report(self, trial: Row, rows: Sequence[Row]) -> None:
-        run, run_id = self._trial(trial), self._id(trial)
-        for row in rows:
-            if row["epoch"] > self._epochs[run_id]:  # a trial whose worker died begins again
-                self._epochs[run_id] = row["epoch"]
-                run.do(_log(epoch_row(row)))
+    def _report(self, trial: Trial, epochs: Sequence[Epoch]) -> None:
+        run, run_id = self._trial(trial), self._id(trial.stage, trial.trial)
+        for epoch in epochs:
+            if epoch.epoch > self._epochs[run_id]:  # a trial whose worker died begins again
+                self._epochs[run_id] = epoch.epoch
+                run.do(_log(epoch_row(epoch)))
 
-    def trial_finished(self, trial: Row) -> None:
+    def _finish(self, trial: TrialResult) -> None:
         """Write the summary and close the trial's run; the best of a generation waits for its end.
 
         The run of the trial that is chosen has the model as its artifact.
         """
-        self._work.put(lambda: self._finish(trial))
-
-    def _finish(self, trial: Row) -> None:
-        run, stage = self._trial(trial), trial["stage"]
+        run, stage = self._trial(trial), trial.stage
         run.do(_summarise(trial_summary(trial)))
-        run.left_code = 1 if trial["status"] == "failed" else 0
+        run.left_code = 1 if trial.status == "failed" else 0
         del self._trials[run.run_id], self._epochs[run.run_id]
-        if trial["status"] == "completed" and stage.startswith("generation-"):
+        if trial.status == "completed" and stage.startswith("generation-"):
             search = self._config.search
             rank = trial_rank(trial, metric=search.metric, mode=search.mode)
             before = self._best.get(stage)
@@ -239,27 +240,25 @@ class WandbTracker(NoTracker):
                     return
                 run = before[1]
                 run.whole = True
-        elif trial["status"] == "completed" and stage == "members" and "hash" in trial:
-            path = self._run_folder / "members" / f"trial_{trial['trial']:03d}"
-            facts = {"hash": trial["hash"], "member": trial["trial"]}
-            model = self._artifacts.model(path / "student.safetensors", facts, kind="member")
+        elif trial.status == "completed" and stage == "members" and trial.hash:
+            path = self._run_folder / "members" / f"trial_{trial.trial:03d}"
+            facts = {"hash": trial.hash, "member": trial.trial}
+            model = self._artifacts.model(path / STUDENT, facts, kind="member")
             if model is not None:
-                run.add_artifact(model, aliases=[f"member-{trial['trial']}"])
+                run.add_artifact(model, aliases=[f"member-{trial.trial}"])
         self._session.finish(run, run.left_code)
 
-    def generation_finished(self, result: Row) -> None:
+    def _generation(self, result: GenerationResult) -> None:
         """Log one step of the lineage, and the model; after a resume all finished ones come."""
-        self._work.put(lambda: self._generation(result))
-
-    def _generation(self, result: Row) -> None:
         lineage = self._open_whole("lineage", axis="generation")
         self._results.append(result)
         lineage.do(_log(generation_row(result)))
         search = self._config.search
         found = best_and_last(self._results, metric=search.metric, mode=search.mode)
         lineage.do(_summarise(found))
-        _, run = self._best.pop(f"generation-{result['generation']}", (None, None))
-        chosen = self._id({"stage": f"generation-{result['generation']}", "trial": result["trial"]})
+        stage = f"generation-{result.generation}"
+        _, run = self._best.pop(stage, (None, None))
+        chosen = self._id(stage, result.trial)
         for rank, (alias, model) in enumerate(self._artifacts.models(result)):
             if model is None:
                 continue
@@ -271,38 +270,29 @@ class WandbTracker(NoTracker):
             run.whole = True
             self._session.finish(run, 0)
 
-    def generation_confirmed(self, confirmation: Row) -> None:
+    def _confirm(self, confirmation: Confirmation) -> None:
         """Put the last confirmed generation's gain into the lineage's summary and notes."""
-
-        def work() -> None:
-            if self._whole is None:
-                return
-            self._verdict = confirmation.get("verdict")
+        if self._whole is not None:
+            self._verdict = "; ".join(confirmation.verdicts)
             self._whole.do(_summarise(confirmation_summary(confirmation)))
             self._whole.do(_note(self._verdict))
 
-        self._work.put(work)
-
-    def compressed(self, summary: Row) -> None:
+    def _ensemble(self, summary: EnsembleSummary) -> None:
         """Write the table of an ensemble and its student, a step a row, and what is gained."""
-
-        def work() -> None:
-            run = self._open_whole("ensemble", axis="row")
-            for number, row in enumerate(summary["rows"]):
-                plain = {k: v for k, v in row.items() if k != "runs" and v is not None}
-                run.do(_log({"row": number, **plain}))
-            found = intervals({"gain": summary["gain"], "share_kept": summary["share"]})
-            found["student_test_accuracy"] = summary["rows"][-1]["test_accuracy"]
-            pairs = count_seeds(max(1, summary["seeds"]))
-            self._verdict = compare("the student", "labels only", summary["gain"], pairs)
-            run.do(_summarise({**found, "verdict": self._verdict}))
-            run.do(_note(self._verdict))
-            path = self._run_folder / "student.safetensors"
-            model = self._artifacts.model(path, {"hash": "student", **summary.get("chosen", {})})
-            if model is not None:
-                run.add_artifact(model)
-
-        self._work.put(work)
+        run = self._open_whole("ensemble", axis="row")
+        for number, row in enumerate(summary.rows):
+            plain = {k: v for k, v in to_row(row).items() if k != "runs" and v is not None}
+            run.do(_log({"row": number, **plain}))
+        found = intervals({"gain": summary.gain, "share_kept": summary.share})
+        found["student_test_accuracy"] = summary.rows[-1].metric("test_accuracy")
+        pairs = count_seeds(max(1, summary.seeds))
+        self._verdict = describe_difference("the student", "labels only", summary.gain, pairs)
+        run.do(_summarise({**found, "verdict": self._verdict}))
+        run.do(_note(self._verdict))
+        path = self._run_folder / STUDENT
+        model = self._artifacts.model(path, to_row(summary.chosen))
+        if model is not None:
+            run.add_artifact(model)
 
     def _end(self) -> None:
         """Show the report of the run folder and its plots, and what was found."""

@@ -16,20 +16,20 @@ ACCURACY = Measure("accuracy on test")
 
 def curve_sections(run: Run) -> Iterator[Section]:
     """Yield accuracy over parameters, from labels only and distilled."""
-    if run.curve is None:
+    if run.capacity_summary is None:
         return
-    curve = run.curve
+    curve = run.capacity_summary
     arms = [
-        (name, colour, [(size.parameters, bar(pick), pick.runs) for size, pick in picked])
+        (name, colour, [(size.parameters, bar(pick.interval), pick.runs) for size, pick in picked])
         for name, colour, picked in (
             ("labels only", NEUTRAL, [(size, size.labels) for size in curve.sizes]),
-            ("distilled", ACCENT, [(size, size.taught) for size in curve.sizes]),
+            ("distilled", ACCENT, [(size, size.distilled) for size in curve.sizes]),
         )
     ]
-    teacher = curve.teacher.test_accuracy
+    teacher = curve.teacher.metric("test_accuracy")
     told = "; ".join(
-        f"{words.size(size.parameters)}: {words.percent(size.labels.value_)} and "
-        f"{words.percent(size.taught.value_)}"
+        f"{words.size(size.parameters)}: {words.percent(size.labels.value)} and "
+        f"{words.percent(size.distilled.value)}"
         for size in curve.sizes
     )
     yield Section(
@@ -48,14 +48,17 @@ def curve_sections(run: Run) -> Iterator[Section]:
 
 def study_sections(run: Run) -> Iterator[Section]:
     """Yield accuracy of the arms."""
-    if run.study is None:
+    if run.study_summary is None:
         return
-    study = run.study
-    drawn = [Level(arm.name, bar(arm.mean), arm.accuracies) for arm in study.arms]
-    if study.members is not None and study.members.test_accuracy is not None:
-        whole = Bar(study.members.test_accuracy)
+    study = run.study_summary
+    drawn = [
+        Level(arm.name, bar(arm.mean), tuple(run.metrics["test_accuracy"] for run in arm.runs))
+        for arm in study.arms
+    ]
+    if study.members is not None and study.members.metric("test_accuracy") is not None:
+        whole = Bar(study.members.metrics["test_accuracy"])
         drawn.append(Level(f"members ({study.members.count})", whole, (), NEUTRAL))
-    told = "; ".join(f"{arm.name} {words.percent(arm.mean.value_)}" for arm in study.arms)
+    told = "; ".join(f"{arm.name} {words.percent(arm.mean.value)}" for arm in study.arms)
     yield Section(
         "Accuracy",
         (

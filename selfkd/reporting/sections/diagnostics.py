@@ -43,7 +43,9 @@ def _reliability(tested: Sequence[Generation]) -> Iterator[Panel]:
         )
         for generation in binned
     ]
-    errors = ", ".join(f"{g.title} {words.number(g.diagnostics['test'].ece)}" for g in binned)
+    errors = ", ".join(
+        f"{g.title} {words.number(g.diagnostics['test'].metric('ece'))}" for g in binned
+    )
     text = (
         "Below the diagonal a model is surer than right, above it less sure; the larger a dot, the "
         f"more images. ECE on test: {errors}."
@@ -57,19 +59,17 @@ def _reliability(tested: Sequence[Generation]) -> Iterator[Panel]:
 
 
 def _agreement(run: Run) -> Iterator[Panel]:
-    taught = [g for g in run.generations if g.result and g.result.agreement is not None]
-    if not taught:
+    distilled = [g for g in run.generations if g.result and "agreement" in g.result.metrics]
+    if not distilled:
         return
-    values = [(g.number, g.result.agreement) for g in taught if g.result]
+    values = [(g.number, g.result.metrics["agreement"]) for g in distilled if g.result]
     yield Panel(
         "Agreement with the teacher",
         "How often a generation names the same class as its teacher on test: "
         + ", ".join(f"generation {n} {words.percent(v)}" for n, v in values)
         + ".",
-        charts.dots_per_generation(
-            [(n, v) for n, v in values if v is not None], measure=Measure("agreement")
-        ),
-        agreement_table(taught),
+        charts.dots_per_generation(values, measure=Measure("agreement")),
+        agreement_table(distilled),
     )
 
 
@@ -77,13 +77,14 @@ def _student_agreement(run: Run) -> Iterator[Panel]:
     """Yield how closely the student of an ensemble follows its teacher."""
     student = run.students[-1]
     test = student.diagnostics.get("test")
-    if test is None or test.agreement is None:
+    agreement = None if test is None else test.metric("agreement")
+    if test is None or agreement is None:
         return
     yield Panel(
         "Agreement with the teacher",
-        f"The student names the same class as its teacher on {words.percent(test.agreement)} of "
-        f"the test images; KL {words.number(test.kl)} nats.",
-        charts.levels([Level("agreement", Bar(test.agreement))], measure=Measure("agreement")),
+        f"The student names the same class as its teacher on {words.percent(agreement)} of "
+        f"the test {run.unit}; KL {words.number(test.metric('kl'))} nats.",
+        charts.levels([Level("agreement", Bar(agreement))], measure=Measure("agreement")),
         agreement_table([student]),
     )
 
@@ -160,14 +161,12 @@ def calibration_table(generations: Sequence[Generation]) -> Table:
 def _calibrations(generations: Sequence[Generation]) -> Iterator[tuple[str, ...]]:
     for generation in generations:
         for split, found in generation.diagnostics.items():
-            scaled = found.scaled
+            scaled = found.scaled or {}
             yield (
-                *(generation.short, split, words.number(found.nll)),
-                *(words.number(found.brier), words.number(found.ece)),
-                words.number(scaled.temperature, ".3f") if scaled else "",
-                words.number(scaled.nll) if scaled else "",
-                words.number(scaled.brier) if scaled else "",
-                words.number(scaled.ece) if scaled else "",
+                *(generation.short, split),
+                *(words.number(found.metric(name)) for name in ("nll", "brier", "ece")),
+                words.number(scaled.get("temperature"), ".3f"),
+                *(words.number(scaled.get(name)) for name in ("nll", "brier", "ece")),
             )
 
 
@@ -195,18 +194,20 @@ def agreement_table(generations: Sequence[Generation]) -> Table:
         test = generation.diagnostics.get("test")
         result = generation.result
         mcnemar = (result.mcnemar if result else None) or (confirmed.mcnemar if confirmed else None)
-        agreement = result.agreement if result else None
+        agreement = result.metric("agreement") if result else None
+        if agreement is None and test is not None:
+            agreement = test.metric("agreement")
         rows.append(
             (
                 generation.short,
-                words.percent(agreement if agreement is not None or not test else test.agreement),
-                words.number(test.kl if test else None),
+                words.percent(agreement),
+                words.number(test.metric("kl") if test else None),
                 str(mcnemar.only_student) if mcnemar else "",
                 str(mcnemar.only_teacher) if mcnemar else "",
                 words.number(mcnemar.p, ".3g") if mcnemar else "",
             )
         )
-    head = ("generation", "agrees on", "KL, nats", "only it is right", "only its teacher is")
+    head = ("generation", "agreement", "KL, nats", "only it is right", "only its teacher is")
     return Table((*head, "p (McNemar)"), tuple(rows)).without_empty()
 
 

@@ -29,14 +29,14 @@ from selfkd.reporting.sections.panels import (
     response,
 )
 from selfkd.reporting.tables import Table
-from selfkd.results import Trial
+from selfkd.results import TrialResult
 
 ACCURACY = Measure("accuracy on test")
 
 
-def compression_sections(run: Run) -> Iterator[Section]:
+def ensemble_sections(run: Run) -> Iterator[Section]:
     """Yield accuracy and the share of the gain, T and alpha, learning, calibration, classes."""
-    yield Section("Accuracy", tuple(_compression(run)))
+    yield Section("Accuracy", tuple(_students(run)))
     yield Section(
         "Temperature and alpha",
         tuple(_student_map(run)),
@@ -46,39 +46,38 @@ def compression_sections(run: Run) -> Iterator[Section]:
     yield from diagnosis_sections(run)
 
 
-def _compression(run: Run) -> Iterator[Panel]:
-    if run.compression is None:
+def _students(run: Run) -> Iterator[Panel]:
+    if run.ensemble_summary is None:
         return
-    rows = [row for row in run.compression.rows if row.test_accuracy is not None]
+    rows = [row for row in run.ensemble_summary.rows if row.metric("test_accuracy") is not None]
     colours = [NEUTRAL] * (len(rows) - 2) + [PALETTE[1], ACCENT]
     drawn = [
-        Level(row.name, Bar(row.test_accuracy, row.low, row.high), row.runs, colour)
+        Level(row.name, Bar(row.metrics["test_accuracy"], row.low, row.high), row.runs, colour)
         for row, colour in zip(rows, colours, strict=True)
-        if row.test_accuracy is not None
     ]
     yield Panel(
         "Teachers and student",
         "Accuracy on test, with 95 % intervals where several models were trained: "
-        + "; ".join(f"{row.name} {words.percent(row.test_accuracy)}" for row in rows)
+        + "; ".join(f"{row.name} {words.percent(row.metric('test_accuracy'))}" for row in rows)
         + ".",
         charts.levels(drawn, measure=ACCURACY),
-        tables.compression_table(run.compression.rows),
+        tables.ensemble_table(run.ensemble_summary.rows),
     )
     yield from _share(run)
 
 
 def _share(run: Run) -> Iterator[Panel]:
-    compression = run.compression
-    if compression is None or compression.share is None:
+    summary = run.ensemble_summary
+    if summary is None or summary.share is None:
         return
-    share = compression.share
+    share = summary.share
     shown = [
         Level("share of the gain kept", bar(share)),
     ]
     table = Table(
         ("", "value and 95 % interval"),
         (
-            ("student over labels only, test accuracy", words.difference(compression.gain)),
+            ("student over labels only, test accuracy", words.difference(summary.gain)),
             ("share of the teacher's gain kept", words.difference(share)),
         ),
     )
@@ -120,17 +119,17 @@ def _student_map(run: Run) -> Iterator[Panel]:
     )
 
 
-def _student(run: Run) -> Trial | None:
-    if run.compression is None:
+def _student(run: Run) -> TrialResult | None:
+    if run.ensemble_summary is None:
         return None
-    mark = run.compression.chosen.hash
+    mark = run.ensemble_summary.chosen.hash
     return next((t for t in run.stages.get("student", ()) if t.hash == mark), None)
 
 
 def _student_learning(run: Run) -> Iterator[Panel]:
     trials = run.stages.get("student", ())
     curves = [
-        {row.epoch: v for row in t.history if (v := row.value(run.metric)) is not None}
+        {row.epoch: v for row in t.history if (v := row.metric(run.metric)) is not None}
         for t in trials
     ]
     kept = [(t, curve) for t, curve in zip(trials, curves, strict=True) if curve]

@@ -20,7 +20,7 @@ from selfkd.reporting.sections.panels import (
     response,
     values,
 )
-from selfkd.results import Trial
+from selfkd.results import TrialResult
 
 
 def generation_sections(run: Run) -> Iterator[Section]:
@@ -43,13 +43,15 @@ def _accuracy(run: Run) -> Iterator[Panel]:
             number=generation.number,
             trials=values(run, generation.trials),
             chosen=_chosen_value(run, generation),
-            test=None if own or not generation.result else generation.result.test_accuracy,
+            test=None
+            if own or not generation.result
+            else generation.result.metric("test_accuracy"),
             confirmed=_confirmed(run, generation, own=own),
         )
         for generation in run.generations
     ]
-    ensemble = run.ensemble.test_accuracy if run.ensemble and not own else None
-    controls = () if own else tuple(Level(c.title or c.name, bar(c.mean)) for c in run.controls)
+    ensemble = run.ensemble.metric("test_accuracy") if run.ensemble and not own else None
+    controls = () if own else tuple(Level(c.title, bar(c.mean)) for c in run.controls)
     figure = figures.accuracy_per_generation(
         steps, measure=measure(run), ensemble=ensemble, controls=controls
     )
@@ -61,6 +63,10 @@ def _accuracy(run: Run) -> Iterator[Panel]:
     )
 
 
+def _tested(generation: Generation) -> float | None:
+    return None if generation.result is None else generation.result.metric("test_accuracy")
+
+
 def _confirmed(run: Run, generation: Generation, *, own: bool) -> Bar | None:
     found = generation.confirmation
     if found is None or (own and found.metric != run.metric):
@@ -70,7 +76,7 @@ def _confirmed(run: Run, generation: Generation, *, own: bool) -> Bar | None:
 
 def _chosen_value(run: Run, generation: Generation) -> tuple[int, float] | None:
     result = generation.result
-    value = None if result is None else result.value(run.metric)
+    value = None if result is None else result.metric(run.metric)
     return None if result is None or value is None else (result.trial, value)
 
 
@@ -81,13 +87,14 @@ def _accuracy_text(run: Run) -> str:
     first, last = results[0], results[-1]
     text = (
         f"From generation {first.generation} to {last.generation}, the chosen model's "
-        f"{words.named(run.metric)} goes from {words.measured(run, first.value(run.metric))} "
-        f"to {words.measured(run, last.value(run.metric))}"
+        f"{words.named(run.metric)} goes from {words.measured(run, first.metric(run.metric))} "
+        f"to {words.measured(run, last.metric(run.metric))}"
     )
-    if first.test_accuracy is not None and last.test_accuracy is not None:
+    tested = first.metric("test_accuracy"), last.metric("test_accuracy")
+    if None not in tested:
         text += (
-            f" and its accuracy on test from {words.percent(first.test_accuracy)} to "
-            f"{words.percent(last.test_accuracy)}"
+            f" and its accuracy on test from {words.percent(tested[0])} to "
+            f"{words.percent(tested[1])}"
         )
     return text + ". The choice was made on validation, so that figure is optimistic."
 
@@ -124,7 +131,7 @@ def _maps(run: Run) -> Iterator[Panel]:
         )
 
 
-def _chosen(generation: Generation) -> Trial | None:
+def _chosen(generation: Generation) -> TrialResult | None:
     if generation.result is None:
         return None
     wanted = generation.result.trial
@@ -145,19 +152,19 @@ def _learning(run: Run) -> Iterator[Panel]:
     names = [f"generation {result.generation}" for result in run.results]
     numbers = [result.generation for result in run.results]
     histories = [result.history for result in run.results]
-    first = {key for history in histories for row in history for key in _numbers(row)}
+    known = {key for history in histories for row in history for key in row.metrics}
     for key, title, logarithmic in (
         (run.metric, measure(run).title, False),
         ("val_nll", "NLL on validation", True),
         ("hard_loss", "cross-entropy with the labels, training", True),
     ):
-        if key not in first or (key == "val_nll" and run.metric == key):
+        if key not in known or (key == "val_nll" and run.metric == key):
             continue
         curves = [
             {
                 row.epoch: value
                 for row in history
-                if (value := row.value(key)) is not None and math.isfinite(value)
+                if (value := row.metric(key)) is not None and math.isfinite(value)
             }
             for history in histories
         ]
@@ -178,11 +185,6 @@ def _learning(run: Run) -> Iterator[Panel]:
             ),
             tables.curve_table(names, curves, ".2%" if percent else ".4g"),
         )
-
-
-def _numbers(row: object) -> Iterator[str]:
-    values = row.model_dump() if hasattr(row, "model_dump") else {}
-    yield from (key for key, value in values.items() if isinstance(value, int | float))
 
 
 def _last(names: Sequence[str], curves: Sequence[dict[int, float]], percent: bool) -> str:

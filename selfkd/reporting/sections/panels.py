@@ -13,7 +13,7 @@ from selfkd.analysis.response import Response, fit_response, search_range
 from selfkd.reporting.figures.style import Bar, Measure, Surface
 from selfkd.reporting.read import DISTILL, Run
 from selfkd.reporting.tables import Table
-from selfkd.results import Estimate, Trial
+from selfkd.results import Interval, TrialResult
 
 Place = tuple[float, float, float]
 """Temperature, alpha, and what was reached there."""
@@ -48,25 +48,25 @@ def measure(run: Run) -> Measure:
     return Measure(title, percent=percent, larger_is_better=run.get("search.mode") != "min")
 
 
-def values(run: Run, trials: Sequence[Trial]) -> list[tuple[int, float]]:
+def values(run: Run, trials: Sequence[TrialResult]) -> list[tuple[int, float]]:
     """Return number and metric of the trials that have one."""
-    found = [(trial.trial, trial.value(run.metric)) for trial in trials]
+    found = [(trial.trial, trial.metric(run.metric)) for trial in trials]
     return [(n, value) for n, value in found if value is not None and math.isfinite(value)]
 
 
-def bar(estimate: Estimate) -> Bar:
+def bar(estimate: Interval) -> Bar:
     """Return an estimate as it is drawn."""
-    return Bar(estimate.value_, estimate.low, estimate.high)
+    return Bar(estimate.value, estimate.low, estimate.high)
 
 
-def placed(run: Run, trials: Sequence[Trial]) -> list[Place]:
+def placed(run: Run, trials: Sequence[TrialResult]) -> list[Place]:
     """Return T, alpha and metric of the trials that have all three."""
     known = dict(values(run, trials))
     found = [(run.setting(trial), known.get(trial.trial)) for trial in trials]
     return [(*at, value) for at, value in found if at is not None and value is not None]
 
 
-def completed(trials: Sequence[Trial]) -> list[Trial]:
+def completed(trials: Sequence[TrialResult]) -> list[TrialResult]:
     """Return the trials that ran to their end: what others reached is of fewer epochs."""
     return [trial for trial in trials if trial.status == "completed"]
 
@@ -76,7 +76,7 @@ def _response(points: tuple[Place, ...], ranges: tuple[Ends, Ends]) -> Response 
     return fit_response(points, temperatures=ranges[0], alphas=ranges[1])
 
 
-def response(run: Run, trials: Sequence[Trial]) -> tuple[Surface | None, str]:
+def response(run: Run, trials: Sequence[TrialResult]) -> tuple[Surface | None, str]:
     """Return the response that is fitted to the completed trials, and in words where it is best.
 
     Both are of a search; none and nothing where the trials do not settle a surface.

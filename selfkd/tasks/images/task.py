@@ -1,30 +1,46 @@
-"""Where a job works: data, views, device, and the networks of checkpoints, from a config."""
+"""Classifiers of images: data, views, networks and their checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from timm.models import load_state_dict
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
-from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
-from selfkd.data import Data, load_data
+from selfkd.analysis.metrics import fit_temperature
+from selfkd.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    Tree,
+    from_tree,
+    parse_yaml,
+)
+from selfkd.data import Data, fingerprint, load_data
 from selfkd.data.augmentation import Views
 from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
+from selfkd.results import Diagnostics, Facts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path
-from selfkd.tasks.images.specialists import Specialist, combine
-from selfkd.training.fit import predict
+from selfkd.tasks.images import evaluate
+from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
+from selfkd.tasks.task import Split
+from selfkd.training.fit import make_optimizer, predict
+from selfkd.training.trial import Trial
 
 AUGMENTED_VIEWS = 8
-Split = Literal["train", "val", "test"]
+CLUSTER_TEMPERATURE = 4.0
+METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 
 @lru_cache(maxsize=1)
@@ -49,8 +65,8 @@ def _views(config: DataConfig, seed: int) -> Views:
     return replace(views, count=count)
 
 
-class Bench:
-    """Data, views and device of a job: what its config says about where it works."""
+class ImageTask:
+    """The task of classifying images; see `selfkd.tasks.task.Task`."""
 
     def __init__(self, tree: Tree) -> None:
         self.config: Config = from_tree(tree)
@@ -61,6 +77,7 @@ class Bench:
                 f"resources.gpu must be 0 where torch finds no GPU, got {self.config.resources.gpu}"
             )
         self.data = _load_data(self.config.data, self.config.seed, self.device)
+        self.fingerprint = self.data.fingerprint
         self.views = _views(self.config.data, self.config.seed)
         top_k = self.config.targets.top_k
         if top_k is not None and top_k >= self.data.num_classes:
@@ -69,17 +86,78 @@ class Bench:
             )
         self.data_key = data_key(self.data.fingerprint, self.views.recipe, top_k=top_k)
 
-    def labels(self, split: Split) -> Tensor:
-        """Return a split's labels, on the CPU."""
-        labels: Tensor = getattr(self.data, split).labels.cpu()
-        return labels
+    # --- data and models ---
 
-    def make(self, model: ModelConfig, *, classes: int | None = None) -> nn.Module:
+    def check(self) -> Facts:
+        """Try the config's networks on two images; return the facts of them and of the data.
+
+        Raises:
+            ValueError: They do not fit; says what must be otherwise.
+        """
+        config, data, train = self.config, self.data, self.config.train
+        if config.search.metric not in METRICS:
+            raise ValueError(
+                f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}: "
+                "a training function of your own reports others"
+            )
+        for model in config.members.models:
+            self._tried(model)
+        networks = {
+            "model": self._tried(config.model),
+            "student": self._tried(config.student or config.model),
+        }
+        make_optimizer(
+            networks["student"],
+            name=train.optimizer,
+            lr=train.lr,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+        )
+        sizes = {name: parameters_count(network) for name, network in networks.items()}
+        if train.init == "teacher" and sizes["model"] != sizes["student"]:
+            raise ValueError("train.init must be fresh when student differs from model")
+        splits = {"train": data.train, "val": data.val, "test": data.test}
+        return Facts(
+            items={name: len(split.labels) for name, split in splits.items()},
+            outputs=data.num_classes,
+            names=data.class_names,
+            views=self.views.count,
+            parameters=sizes,
+            fingerprints={
+                "train": data.fingerprint,
+                "val": fingerprint(data.val, mean=data.mean, std=data.std),
+                "test": fingerprint(data.test, mean=data.mean, std=data.std),
+            },
+        )
+
+    def _tried(self, model: ModelConfig) -> nn.Module:
+        """Return a network whose logits of two images are as they should be."""
+        network = self.make(model).eval()
+        inputs, _, _ = next(
+            self.data.batches("train", batch_size=2, views=self.views, device=self.device)
+        )
+        size, classes = self.data.image_size, self.data.num_classes
+        try:
+            with torch.no_grad():
+                shape = list(network(inputs).shape)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"model must take {size}x{size} images, got {model.name!r} with {model.args}: "
+                f"{error}"
+            ) from error
+        if shape != [2, classes]:
+            raise ValueError(
+                f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
+                f"which gives {shape} for 2 images"
+            )
+        return network
+
+    def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this data."""
         network = make_model(
             model.name,
             model.args,
-            num_classes=classes or self.data.num_classes,
+            num_classes=self.data.num_classes,
             in_chans=self.data.in_chans,
             image_size=self.data.image_size,
         )
@@ -88,7 +166,7 @@ class Bench:
     def save(
         self, path: Path, network: nn.Module, model: ModelConfig, more: Mapping[str, Any]
     ) -> str:
-        """Save a network with the facts that it is loaded by; return its hash."""
+        """Save a network with what it is loaded by; return its hash."""
         data = self.data
         facts = {
             "model": {"name": model.name, "args": model.args},
@@ -105,10 +183,10 @@ class Bench:
         return save_tensors(path, network.state_dict(), facts)
 
     def load(self, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
-        """Return the network of a checkpoint, and its facts.
+        """Return the network of a checkpoint, and its metadata.
 
         Raises:
-            ValueError: it was trained for other classes, or is of no network that can be made.
+            ValueError: It was trained for other classes, or is of no network that can be made.
         """
         tensors, facts = load_tensors(as_path(checkpoint))
         here = self.data.class_names
@@ -125,6 +203,70 @@ class Bench:
         network.load_state_dict(tensors)
         return network, {**facts, "model": {"name": model.name, "args": model.args}}
 
+    def import_weights(self, source: CheckpointConfig, save: Path) -> None:
+        """Save the network of a state-dict file as a checkpoint.
+
+        Raises:
+            ValueError: Its classes or its tensors are not those of this data and network.
+        """
+        model = ModelConfig(name=source.model, args=source.args)
+        names = list(self.data.class_names)
+        if source.classes is not None:
+            listed = parse_yaml(Path(source.classes).read_text(), source.classes)
+            if not isinstance(listed, list):
+                raise ValueError(f"{source.classes} must be a list of class names, got {listed!r}")
+            names = [str(name) for name in listed]
+            if sorted(names) != sorted(self.data.class_names):
+                raise ValueError(
+                    f"{source.path} must tell {self.data.name}'s {self.data.num_classes} classes "
+                    f"apart, got {len(names)} others in {source.classes}"
+                )
+        network = self.make(model)
+        try:
+            network.load_state_dict(load_state_dict(source.path))
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - reading what is no checkpoint may end in any error
+            first = str(error).strip().splitlines()
+            raise ValueError(
+                f"{source.path} must fit {source.model!r} with {source.args} for "
+                f"{self.data.num_classes} classes: {' '.join(first[:2])}"
+            ) from None
+        more: Row = {"classes": names, "fingerprint": None, "from": source.path}
+        if source.mean is not None:
+            more |= {"mean": source.mean, "std": source.std}
+        self.save(save, network, model, more)
+
+    def digest(self, checkpoint: str) -> str:
+        """Return the hash that a checkpoint's logits are cached under."""
+        path = as_path(checkpoint)
+        facts = load_json(path) if path.suffix == ".json" else load_tensors(path)[1]
+        return str(facts["hash"])
+
+    def networks(self, checkpoint: str) -> Iterator[nn.Module]:
+        """Yield the networks that one prediction of a checkpoint takes."""
+        for part in _parts(checkpoint):
+            yield self.load(part)[0]
+
+    def refresh(self, network: nn.Module) -> None:
+        """Make the statistics of batch normalisation those of the weights."""
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+            batches = self.data.batches("train", batch_size=500, device=self.device)
+            update_bn((inputs for inputs, _, _ in batches), network)
+
+    def example(self, items: int) -> Tensor:
+        """Return inputs of so many images."""
+        size = self.data.image_size
+        return torch.zeros((items, self.data.in_chans, size, size), device=self.device)
+
+    # --- training and predicting ---
+
+    def train(self, trial: Trial, **options: Any) -> Iterator[Row]:
+        """Train a classifier; see `selfkd.tasks.images.train.train_classifier`."""
+        from selfkd.tasks.images.train import train_classifier  # it needs this module
+
+        return train_classifier(self, trial, **options)
+
     def teacher(self, checkpoint: str) -> Teacher:
         """Return a checkpoint's network as a teacher of this data, its classes in order."""
         network, facts = self.load(checkpoint)
@@ -135,44 +277,42 @@ class Bench:
             columns=[facts["classes"].index(name) for name in self.data.class_names],
         )
 
-    def networks(self, checkpoint: str) -> Iterator[nn.Module]:
-        """Yield the networks that a checkpoint's answer takes."""
-        for part in _parts(checkpoint):
-            yield self.load(part)[0]
-
-    def hash(self, checkpoint: str) -> str:
-        """Return the hash by which a checkpoint's answers are kept."""
-        path = as_path(checkpoint)
-        facts = load_json(path) if path.suffix == ".json" else load_tensors(path)[1]
-        return str(facts["hash"])
-
-    def answer(
-        self, checkpoint: str, split: Split, *, view: int | None = None, rows: range | None = None
+    def predict(
+        self,
+        checkpoint: str,
+        split: Split,
+        *,
+        view: int | None = None,
+        items: range | None = None,
     ) -> Tensor:
         """Return the logits of a checkpoint, or of a generalist with its specialists.
 
         Args:
-            checkpoint: of a network, or the JSON file that names a generalist's and its
+            checkpoint: File of a network, or the JSON file that names a generalist's and its
                 specialists' checkpoints.
-            split: what is asked.
-            view: of the images; as they are when not given.
-            rows: which images; all when not given.
+            split: Split that is predicted.
+            view: View of the images; as they are when not given.
+            items: Images that are predicted; all when not given.
         """
         generalist, *others = _parts(checkpoint)
-        logits = self._predict(self.teacher(generalist), split, view, rows)
+        logits = self._predict(self.teacher(generalist), split, view, items)
         if as_path(checkpoint).suffix != ".json":
             return logits
         specialists = []
         for part in others:
             network, facts = self.load(part)
             special = Specialist(network, facts["specialist"]).to(self.device)
-            own = self._predict(special, split, view, rows)
+            own = self._predict(special, split, view, items)
             own[:, -1] += facts["dustbin_shift"]
             specialists.append((facts["specialist"], own))
         return combine(logits, specialists)
 
+    def predict_with(self, network: nn.Module, split: Split) -> Tensor:
+        """Return the logits of a network that was made for this data."""
+        return self._predict(network, split, None, None)
+
     def _predict(
-        self, model: nn.Module | Teacher, split: Split, view: int | None, rows: range | None
+        self, model: nn.Module | Teacher, split: Split, view: int | None, items: range | None
     ) -> Tensor:
         return predict(
             model,
@@ -182,11 +322,11 @@ class Bench:
             view=view or 0,
             device=self.device,
             workers=self.config.data.workers,
-            rows=rows,
+            rows=items,
         )
 
-    def manifest(self, teacher: str, classes: int, origin: Mapping[str, Any]) -> Manifest:
-        """Return what is to be said of the store of a teacher's answers."""
+    def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
+        """Return the manifest of a teacher's cached logits."""
         return Manifest(
             teacher=teacher,
             data=self.data_key,
@@ -194,11 +334,60 @@ class Bench:
             recipe=dict(self.views.recipe),
             views=self.views.count,
             images=len(self.data.train),
-            classes=classes,
+            classes=self.data.num_classes,
             top_k=self.config.targets.top_k,
             shard_size=self.config.targets.shard_size,
             origin=dict(origin),
         )
+
+    # --- evaluation ---
+
+    def labels(self, split: Split) -> Tensor:
+        """Return a split's labels, on the CPU."""
+        labels: Tensor = getattr(self.data, split).labels.cpu()
+        return labels
+
+    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
+        """Return val_accuracy and val_nll; test_accuracy, test_nll, test_ece and test_errors."""
+        return evaluate.measure({split: (z, self.labels(split)) for split, z in logits.items()})
+
+    def hits(self, logits: Tensor, split: Split) -> Tensor:
+        """Return for each image whether its class is predicted."""
+        return logits.argmax(dim=-1) == self.labels(split)
+
+    def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:
+        """Return what becomes of classes that a student was trained on no image of."""
+        seen = self.config.data.classes
+        if not seen:
+            return None
+        labels = self.labels("val"), self.labels("test")
+        return evaluate.measure_unseen(
+            (logits["val"], logits["test"]), labels, seen=seen, classes=self.data.num_classes
+        )
+
+    def diagnose(
+        self, logits: Mapping[Split, Tensor], teacher_logits: Mapping[Split, Tensor]
+    ) -> dict[str, Diagnostics]:
+        """Return calibration, and fidelity to the teacher where there is one, of each split."""
+        temperature = fit_temperature(logits["val"], self.labels("val"))
+        names = [str(name) for name in self.data.class_names]
+        return {
+            split: evaluate.diagnosis(
+                own,
+                self.labels(split),
+                names=names,
+                temperature=temperature,
+                teacher_logits=teacher_logits.get(split),
+            )
+            for split, own in logits.items()
+        }
+
+    def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
+        """Return clusters of the classes that a generalist confuses."""
+        # softened: a confident network's errors are too few to see which classes it confuses
+        probabilities = (self.predict(checkpoint, "val") / CLUSTER_TEMPERATURE).softmax(dim=1)
+        found = cluster_classes(probabilities, clusters=clusters, seed=self.config.seed)
+        return [list(classes) for classes in found]
 
 
 def _parts(checkpoint: str) -> list[str]:
@@ -208,6 +397,5 @@ def _parts(checkpoint: str) -> list[str]:
     return [str(path.parent / part) for part in load_json(path)["parts"]]
 
 
-def _few(names: Any) -> str:
-    names = list(names)
+def _few(names: Sequence[str]) -> str:
     return f"{len(names)} classes ({', '.join(map(str, names[:5]))}{', …' if names[5:] else ''})"

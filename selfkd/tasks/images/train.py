@@ -1,4 +1,4 @@
-"""The built-in training function: a classifier, as the config says, on this data."""
+"""Training of a classifier as the config says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from selfkd.config import TrainConfig, to_tree
+from selfkd.config import TrainConfig
 from selfkd.data import Data
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
@@ -19,46 +19,47 @@ from selfkd.results import Row
 from selfkd.soft_targets.store import open_store
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
-    Knowledge,
     PermutedTargets,
+    Transform,
     VirtualTargets,
 )
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
-from selfkd.tasks.images.task import Bench
+from selfkd.tasks.images.task import ImageTask
 from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
 from selfkd.training.trial import Trial
 
 
 def train_classifier(
+    task: ImageTask,
     trial: Trial,
     *,
     start: Mapping[str, Any] | None = None,
     specialist: Sequence[int] | None = None,
     cycles: int = 1,
-    knowledge: Knowledge = "whole",
+    transform: Transform = "none",
 ) -> Iterator[Row]:
     """Train a classifier as the config says: the built-in training function.
 
     Args:
-        trial: what is trained, by which teachers.
+        task: Data and networks.
+        trial: Student and its teachers.
         start: `checkpoint` to start the weights from, or `seed` of the initialisation.
-        specialist: classes that the student is to tell apart; all others are one to it.
-        cycles: of the learning rate; the student is saved at the end of each, but for the last
-            beside the trial's own file.
-        knowledge: what is learnt of the teachers', or of a virtual one.
+        specialist: Classes that the student tells apart; all others are one to it.
+        cycles: Cycles of the learning rate; the student is saved at the end of each, but for the
+            last beside the trial's own file.
+        transform: Transform of the teacher logits.
     """
-    bench = Bench(to_tree(trial.config))
-    options, ranks = bench.config.train, trial.ranks
-    learner = _fresh(bench, trial, start or {})
-    data = bench.data
+    options, ranks = task.config.train, trial.ranks
+    learner = _fresh(task, trial, start or {})
+    data = task.data
     facts: Row = {"stage": trial.stage, "seed": trial.seed}
     if specialist is not None:
-        learner = Specialist(learner, specialist).to(bench.device)
-        data, shift = _special_data(bench.data, specialist, trial.seed)
+        learner = Specialist(learner, specialist).to(task.device)
+        data, shift = _special_data(task.data, specialist, trial.seed)
         facts |= {"specialist": list(specialist), "dustbin_shift": shift}
-    training = _training(bench, learner, options, trial.seed, len(data.train), cycles)
+    training = _training(task, learner, options, trial.seed, len(data.train), cycles)
     if not ranks.first:  # dropout differs from rank to rank
         torch.manual_seed(trial.seed + ranks.rank)
     if (state := trial.checkpoint) is not None:
@@ -69,11 +70,11 @@ def train_classifier(
     rows = fit(
         training,
         data,
-        _distiller(bench, trial, knowledge),
+        _distiller(task, trial, transform),
         epochs=epochs,
         batch_size=options.batch_size,
-        views=bench.views,
-        workers=bench.config.data.workers,
+        views=task.views,
+        workers=task.config.data.workers,
         clip_grad=options.clip_grad,
         compiled=options.compile,
         ranks=ranks,
@@ -86,7 +87,7 @@ def train_classifier(
             if rest == 0 and ranks.first:
                 path = trial.path
                 path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
-                row["hash"] = bench.save(path, best, trial.model, facts)
+                row["hash"] = task.save(path, best, trial.model, facts)
                 row["checkpoint"] = path.name
             unfinished = row["epoch"] < epochs
             trial.progress.reached(row, training.state_dict() if unfinished else None)
@@ -95,23 +96,23 @@ def train_classifier(
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
 
 
-def _fresh(bench: Bench, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
+def _fresh(task: ImageTask, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
     """Return a network to be trained, the same on all ranks."""
     torch.manual_seed(start.get("seed", trial.seed))
-    network = bench.make(trial.model)
+    network = task.make(trial.model)
     if "checkpoint" in start:
         network.load_state_dict(load_tensors(as_path(start["checkpoint"]))[0])
-    elif bench.config.train.init == "teacher" and trial.teachers:
+    elif task.config.train.init == "teacher" and trial.teachers:
         network.load_state_dict(load_tensors(as_path(trial.teachers[0]["checkpoint"]))[0])
     if "seed" in start:
         torch.manual_seed(trial.seed)
-    if trial.ranks.size > 1 and bench.device == "cuda":  # torch has none on the CPU
+    if trial.ranks.size > 1 and task.device == "cuda":  # torch has none on the CPU
         network = convert_sync_batchnorm(network)
     return network
 
 
 def _training(
-    bench: Bench, learner: nn.Module, options: TrainConfig, seed: int, images: int, cycles: int
+    task: ImageTask, learner: nn.Module, options: TrainConfig, seed: int, images: int, cycles: int
 ) -> Training:
     optimizer = make_optimizer(
         learner,
@@ -134,7 +135,7 @@ def _training(
         scheduler=scheduler,
         average=make_average(learner, decay=options.ema) if options.ema is not None else None,
         generator=torch.Generator().manual_seed(seed),
-        device=bench.device,
+        device=task.device,
         precision=options.amp,
     )
 
@@ -153,12 +154,12 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
     return special, shift
 
 
-def _distiller(bench: Bench, trial: Trial, knowledge: Knowledge) -> Loss:
-    distill, smoothing = bench.config.distill, bench.config.train.label_smoothing
+def _distiller(task: ImageTask, trial: Trial, transform: Transform) -> Loss:
+    distill, smoothing = task.config.distill, task.config.train.label_smoothing
     teachers = trial.teachers
-    if knowledge == "virtual":
+    if transform == "virtual":
         return Distiller(
-            targets=VirtualTargets(bench.labels("train"), classes=bench.data.num_classes),
+            targets=VirtualTargets(task.labels("train"), classes=task.data.num_classes),
             temperature=distill.temperature,
             alpha=distill.alpha,
             label_smoothing=smoothing,
@@ -171,16 +172,16 @@ def _distiller(bench: Bench, trial: Trial, knowledge: Knowledge) -> Loss:
     averaged = distill.average == "logits"  # by the store, once
     teacher = stored = None
     if distill.live:
-        teacher = Ensemble([bench.teacher(member["checkpoint"]) for member in teachers])
+        teacher = Ensemble([task.teacher(member["checkpoint"]) for member in teachers])
     else:
         stored = open_store(
             trial.targets,
             [member["hash"] for member in teachers],
-            data=bench.data_key,
+            data=task.data_key,
             average=distill.average,
             weights=weights,
         )
-    if knowledge == "confidence" and stored is not None:
+    if transform == "confidence" and stored is not None:
         return ConfidenceWeighted(
             stored,
             average=distill.average,
@@ -188,7 +189,7 @@ def _distiller(bench: Bench, trial: Trial, knowledge: Knowledge) -> Loss:
             label_smoothing=smoothing,
             mean=trial.ranks.mean,
         )
-    if knowledge == "permuted" and stored is not None:
+    if transform == "permuted" and stored is not None:
         permuted = PermutedTargets(
             stored,
             temperature=distill.temperature,

@@ -1,0 +1,89 @@
+"""Many teachers, one student."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from selfkd.results.evaluation import Diagnostics
+from selfkd.results.row import ROW, Interval, Measured, Point, Row
+from selfkd.results.trial import Model
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Member(Measured):
+    """A teacher of an ensemble."""
+
+    hash: str
+    checkpoint: str
+    model: Row = Field(default_factory=dict)
+    """Name and arguments of its network."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Members:
+    """The teachers of a run, the best on validation first."""
+
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class SourceResult:
+    """What was made of the members to teach."""
+
+    teachers: tuple[Model, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class TableRow(Measured):
+    """A model, or the mean of several, with what it costs."""
+
+    name: str
+    low: float | None = None
+    high: float | None = None
+    """Ends of the interval of the test metric."""
+    runs: tuple[float, ...] = ()
+    """Test metric of each model."""
+    parameters: float | None = None
+    ms_1: float | None = None
+    """Milliseconds an item, of one at a time."""
+    ms_128: float | None = None
+    """Milliseconds an item, of 128 at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Chosen(Measured):
+    """The setting that a search chose, by its metrics on validation."""
+
+    point: Point = Field(default_factory=dict)
+    temperature: float
+    alpha: float
+    average: str
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class TeacherRow(Measured):
+    """The ensemble that a student was distilled from."""
+
+    source: str
+    members: int
+    parameters: float | None = None
+    ms_1: float | None = None
+    ms_128: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class EnsembleSummary:
+    """The summary of `selfkd.ensemble`."""
+
+    rows: tuple[TableRow, ...]
+    teacher: TeacherRow
+    chosen: Chosen
+    trials: int
+    seeds: int
+    gain: Interval
+    share: Interval | None = None
+    """Share of the teacher's gain that the student keeps."""
+    diagnostics: dict[str, dict[str, Diagnostics]] = Field(default_factory=dict)
+    """Of a student from `labels` and of a distilled `student`, by split."""

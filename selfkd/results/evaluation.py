@@ -1,0 +1,80 @@
+"""A model on validation and test."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from selfkd.results.row import ROW, Measured
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class McNemar:
+    """Test items on which just one of student and teacher is right, and the exact p-value."""
+
+    only_student: int
+    only_teacher: int
+    p: float
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Bin:
+    """A bin of a reliability diagram."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Confusion:
+    """How often items of a class were taken for another; classes by name, or by number."""
+
+    label: str | int
+    predicted: str | int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Diagnostics(Measured):
+    """Calibration of a model on a split, and its fidelity to its teacher."""
+
+    scaled: dict[str, float] | None = None
+    """Calibration after one temperature that was fitted on validation."""
+    reliability: tuple[Bin, ...] = ()
+    class_accuracy: tuple[float | None, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
+    teacher_confusions: tuple[Confusion, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Biases(Measured):
+    """Test accuracy with one bias for each class."""
+
+    biases: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Unseen(Measured):
+    """What becomes of classes that a student was trained on no image of."""
+
+    classes: tuple[int, ...]
+    bias: float = 0.0
+    """Number that is added to the logits of these classes, fitted on validation."""
+    class_accuracy: tuple[float | None, ...] = ()
+    biased_class_accuracy: tuple[float | None, ...] = ()
+    all_biased: Biases | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Evaluation(Measured):
+    """A model on validation and test: `metrics` are val_…, test_… and agreement."""
+
+    hash: str
+    parameters: int = 0
+    mcnemar: McNemar | None = None
+    unseen: Unseen | None = None
+    diagnostics: dict[str, Diagnostics] = Field(default_factory=dict)
+    """By split."""

@@ -1,0 +1,94 @@
+"""Born-again generations."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from selfkd.results.evaluation import Diagnostics, Evaluation, McNemar
+from selfkd.results.row import ROW, Interval, Measured, Point
+from selfkd.results.trial import Epoch, Model
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Replicated:
+    """A setting that was trained again on fresh seeds: nobody chose among these models."""
+
+    seeds: tuple[int, ...]
+    metric: str
+    """Metric that is reported: of the test split, or that of a user's training function."""
+    values: tuple[float, ...]
+    """Metric of each seed."""
+    validation: tuple[float, ...] = ()
+    """What is chosen by (`search.metric`) of each seed."""
+    mean: Interval
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Confirmation(Replicated):
+    """The setting of a generation, replicated."""
+
+    generation: int
+    first: Interval | None = None
+    """Paired difference to generation 0."""
+    previous: Interval | None = None
+    """Paired difference to the generation before."""
+    mcnemar: McNemar | None = None
+    """Of the chosen model and its teacher."""
+    verdicts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class ControlResult(Replicated):
+    """What else of equal cost gives."""
+
+    name: str
+    title: str
+    first: Interval | None = None
+    """Difference to generation 0."""
+    born_again: Interval | None = None
+    """Difference of the born-again generations to it."""
+    verdicts: tuple[str, ...] = ()
+    models: int = 0
+    """Number of generations that an ensemble of seeds stands beside."""
+    point: Point = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class GenerationResult(Measured):
+    """A finished generation: its chosen trial, measured."""
+
+    generation: int
+    trial: int
+    point: Point = Field(default_factory=dict)
+    temperature: float | None = None
+    alpha: float | None = None
+    hash: str = ""
+    teachers: tuple[Model, ...] = ()
+    models: tuple[Model, ...] = ()
+    """Models that can teach, the chosen one first."""
+    wanted_models: int = 1
+    parameters: int | None = None
+    predictions: str | None = None
+    """File of the chosen model's logits, relative to the run folder."""
+    mcnemar: McNemar | None = None
+    diagnostics: dict[str, Diagnostics] = Field(default_factory=dict)
+    """By split."""
+    history: tuple[Epoch, ...] = ()
+    trials: int = 0
+    failed: int = 0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class GenerationsSummary:
+    """The summary of `selfkd.generations`."""
+
+    generations: tuple[GenerationResult, ...]
+    confirmations: tuple[Confirmation, ...] = ()
+    ensemble: Evaluation | None = None
+    """Of all generations."""
+    controls: tuple[ControlResult, ...] = ()
+    stopped: str | None = None
+    """Why `rounds: auto` ended."""

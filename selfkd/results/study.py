@@ -1,0 +1,69 @@
+"""Settings side by side."""
+
+from __future__ import annotations
+
+from pydantic.dataclasses import dataclass
+
+from selfkd.results.evaluation import Unseen
+from selfkd.results.row import ROW, Interval, Measured
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class ArmRun(Measured):
+    """A seed of an arm of a study."""
+
+    number: int
+    seed: int
+    hash: str = ""
+    parameters: int | None = None
+    train_seconds: float = 0.0
+    checkpoint: str | None = None
+    unseen: Unseen | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class ArmResult(Measured):
+    """An arm of a study over its seeds; `metrics` are means."""
+
+    name: str
+    runs: tuple[ArmRun, ...]
+    mean: Interval
+    errors: Interval | None = None
+    """Number of test errors."""
+    agreement: Interval | None = None
+    biased_errors: Interval | None = None
+    all_biased_errors: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class ContrastResult:
+    """Two arms of a study, compared seed by seed."""
+
+    arm: str
+    to: str
+    reference: str | None = None
+    difference: Interval | None = None
+    share: Interval | None = None
+    """Fraction of the gap from `to` to the reference that is closed."""
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class MembersRow(Measured):
+    """The teachers of a study that come from elsewhere."""
+
+    count: int
+    parameters: float | None = None
+    ms_1: float | None = None
+    ms_128: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class StudySummary:
+    """The summary of `selfkd.study`."""
+
+    images: int
+    seeds: int
+    arms: tuple[ArmResult, ...]
+    contrasts: tuple[ContrastResult, ...] = ()
+    members: MembersRow | None = None

@@ -1,0 +1,120 @@
+"""The seam: what a worker needs to know of a kind of data. All above sees this and metric names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from selfkd.config import CheckpointConfig, Config, ModelConfig
+from selfkd.results import Diagnostics, Facts, Row, Unseen
+from selfkd.soft_targets.manifest import Manifest
+from selfkd.training.trial import Trial
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, Split] = ("val", "test")
+"""What models are evaluated on."""
+
+
+class Task(Protocol):
+    """A kind of data: its splits, its models, how they are trained and what is measured."""
+
+    config: Config
+    device: str
+    fingerprint: str
+    """Hash of the training data."""
+
+    # --- data and models ---
+
+    def check(self) -> Facts:
+        """Try the config's networks on the data; return the facts of both.
+
+        Raises:
+            ValueError: They do not fit; says what must be otherwise.
+        """
+
+    def make(self, model: ModelConfig) -> nn.Module:
+        """Return a fresh network for this data."""
+
+    def save(
+        self, path: Path, network: nn.Module, model: ModelConfig, more: Mapping[str, Any]
+    ) -> str:
+        """Save a network with what it is loaded by; return its hash."""
+
+    def load(self, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
+        """Return the network of a checkpoint, and its metadata.
+
+        Raises:
+            ValueError: It is of other data, or of no network that can be made.
+        """
+
+    def import_weights(self, source: CheckpointConfig, save: Path) -> None:
+        """Save the network of a file from elsewhere as a checkpoint.
+
+        Raises:
+            ValueError: It is none for this data.
+        """
+
+    def digest(self, checkpoint: str) -> str:
+        """Return the hash that a checkpoint's logits are cached under."""
+
+    def networks(self, checkpoint: str) -> Iterator[nn.Module]:
+        """Yield the networks that one prediction of a checkpoint takes."""
+
+    def refresh(self, network: nn.Module) -> None:
+        """Make the statistics of a network's layers those of its weights, as after averaging."""
+
+    def example(self, items: int) -> Any:
+        """Return inputs of so many items, to be timed with."""
+
+    # --- training and predicting ---
+
+    def train(self, trial: Trial, **options: Any) -> Iterator[Row]:
+        """Train one student; yield a row an epoch."""
+
+    def predict(
+        self,
+        checkpoint: str,
+        split: Split,
+        *,
+        view: int | None = None,
+        items: range | None = None,
+    ) -> Tensor:
+        """Return the logits of a checkpoint.
+
+        Args:
+            checkpoint: File of the model.
+            split: Split that is predicted.
+            view: View of the items; as they are when not given.
+            items: Items that are predicted; all when not given.
+        """
+
+    def predict_with(self, network: nn.Module, split: Split) -> Tensor:
+        """Return the logits of a network that was made for this data."""
+
+    def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
+        """Return the manifest of a teacher's cached logits."""
+
+    # --- evaluation ---
+
+    def labels(self, split: Split) -> Tensor:
+        """Return a split's labels, on the CPU."""
+
+    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
+        """Return metrics of predictions, named val_… and test_…; of those that are there."""
+
+    def hits(self, logits: Tensor, split: Split) -> Tensor:
+        """Return for each item whether it is predicted rightly."""
+
+    def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:
+        """Return what becomes of outputs that a student was trained on no item of."""
+
+    def diagnose(
+        self, logits: Mapping[Split, Tensor], teacher_logits: Mapping[Split, Tensor]
+    ) -> dict[str, Diagnostics]:
+        """Return calibration, and fidelity to the teacher where there is one, of each split."""
+
+    def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
+        """Return clusters of the outputs that a model confuses, for specialists."""

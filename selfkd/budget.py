@@ -141,11 +141,11 @@ def budget(
     )
 
 
-def tell_budget(plan: Budget, *, unit: str = "item") -> str:
+def describe_budget(plan: Budget, *, unit: str = "item") -> str:
     """Return a budget as one sentence.
 
     >>> plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
-    >>> tell_budget(plan, unit="token")
+    >>> describe_budget(plan, unit="token")
     'distilling costs 11,000 and has paid for itself after 1.16 billion served tokens'
     """
     costs = f"distilling costs {_amount(plan.distilling)}"
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return USAGE
-    console, said = make_console(), tell_budget(plan, unit=arguments.unit)
+    console, said = make_console(), describe_budget(plan, unit=arguments.unit)
     if arguments.format == "json":
         told = {**asdict(plan), "unit": arguments.unit, "sentence": said, "notes": notes}
         console.print(json.dumps(told, indent=1), soft_wrap=True)

@@ -186,7 +186,7 @@ def find_drifts(found: Sequence[Found]) -> list[tuple[str, str, Drift]]:
 # --- in words ---
 
 
-def tell_effect(name: str, effect: Effect | None, noise: float) -> str:
+def describe_effect(name: str, effect: Effect | None, noise: float) -> str:
     """Return in words whether accuracy depends on T or alpha."""
     if effect is None:
         return f"{name} was not searched"
@@ -203,7 +203,7 @@ def tell_effect(name: str, effect: Effect | None, noise: float) -> str:
     )
 
 
-def tell_drift(over: str, unit: str, moved: Drift) -> str:
+def describe_drift(over: str, unit: str, moved: Drift) -> str:
     """Return a drift in words."""
     parts = []
     for name, slope, neutral in (("T", moved.temperature, 1.0), ("alpha", moved.alpha, 0.0)):
@@ -259,12 +259,12 @@ def tell(found: Sequence[Found]) -> list[str]:
         name = f"{stage.run}, {stage.name}" if several else stage.name
         (low_t, high_t), (low, high), share = response.region_bounds()
         lines += [
-            f"{name}: {tell_effect('T', response.temperature, response.noise)}",
-            f"  {tell_effect('alpha', response.alpha, response.noise)}",
+            f"{name}: {describe_effect('T', response.temperature, response.noise)}",
+            f"  {describe_effect('alpha', response.alpha, response.noise)}",
             f"  not told from the best by these trials: T {low_t:.3g} to {high_t:.3g} and alpha "
             f"{low:.2f} to {high:.2f}, {share:.0%} of what was searched",
         ]
-    lines += [tell_drift(*each) for each in find_drifts(found)]
+    lines += [describe_drift(*each) for each in find_drifts(found)]
     others = sorted({key for each in found for key in each.stage.others})
     if others:
         lines.append(f"searched too, and noise to this fit: {', '.join(others)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from selfkd.budget import Budget, budget, main, measured, tell_budget
+from selfkd.budget import Budget, budget, main, measured, describe_budget
 from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import save_json
@@ -27,7 +27,7 @@ def test_a_billion_tokens_at_ten_and_a_half_a_million() -> None:
     assert plan.saving == pytest.approx(9.5e-6)
     assert plan.break_even == pytest.approx(11_000 / 9.5e-6)
     assert plan.break_even == pytest.approx(1.16e9, rel=0.005)
-    assert tell_budget(plan, unit="token") == (
+    assert describe_budget(plan, unit="token") == (
         "distilling costs 11,000 and has paid for itself after 1.16 billion served tokens"
     )
 
@@ -55,7 +55,7 @@ def test_every_view_is_labelled_once() -> None:
 def test_a_student_that_saves_nothing_never_pays(student: float, word: str) -> None:
     plan = budget(teacher=2, student=student, items=1000, training=5, volume=10)
     assert plan.break_even is None
-    assert f"the student is {word} the teacher, there is no break-even" in tell_budget(plan)
+    assert f"the student is {word} the teacher, there is no break-even" in describe_budget(plan)
     assert plan.net is not None
     assert plan.net < 0
 

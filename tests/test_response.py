@@ -14,7 +14,7 @@ from selfkd.analysis.response import Effect
 from selfkd.analysis.statistics import Interval
 from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.response import find_responses, main, read_stages, tell_effect
+from selfkd.response import find_responses, main, read_stages, describe_effect
 from selfkd.storage.files import save_json
 
 
@@ -177,7 +177,7 @@ def test_what_is_fixed_by_the_config_is_no_variable(tmp_path: Path) -> None:
 )
 def test_effects_in_words(probability: float, high: float, words: str) -> None:
     effect = Effect(probability=probability, share=0.5, change=Interval(0.01, 0.0, high))
-    assert words in tell_effect("T", effect, 0.005)
+    assert words in describe_effect("T", effect, 0.005)
 
 
 def test_starts_without_torch(run: Path) -> None:

@@ -36,11 +36,11 @@ from ray.util.placement_group import placement_group_table
 from selfkd.execution.group import TRAIN, Group, JobError, Room, WorkerLostError
 from selfkd.execution.jobs import EarlyStopping, Job, Jobs, Outcome, load_entry
 from selfkd.results import Row
-from selfkd.storage.files import patiently
+from selfkd.storage.files import retry_io
 from selfkd.storage.remote import as_path
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
-HOLD_SECONDS = 0.05  # how soon an idle worker notices that a job waits
+IDLE_SECONDS = 0.05  # how soon an idle worker notices that a job waits
 COORDINATOR = {"cpu": 0, "memory": 2**20}  # Tune's trials must ask for something
 RELEASE_SECONDS = 10.0  # after which a worker set free for a job that has none was lost on its way
 RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
@@ -54,13 +54,13 @@ LASTING = (  # of what the system may refuse: a job that names a wrong file woul
 log = logging.getLogger(__name__)
 
 
-class _Parcel:
+class _JobSpec:
     """A job on its way to a worker; a plain dict Tune would copy, flatten and print."""
 
     def __init__(self, job: Job) -> None:
         self.kind, self.payload = job.kind, dict(job.payload)
 
-    def __deepcopy__(self, memo: object) -> _Parcel:
+    def __deepcopy__(self, memo: object) -> _JobSpec:
         return self
 
     def __repr__(self) -> str:
@@ -81,7 +81,7 @@ class Worker(tune.Trainable):
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
         self.cleanup()
-        self._job: _Parcel | None = new_config["job"]
+        self._job: _JobSpec | None = new_config["job"]
         self._seconds: float = new_config["report_seconds"]
         self._fault: OSError | None = None
         return True
@@ -112,7 +112,7 @@ class Worker(tune.Trainable):
             return {"rows": rows, "error": told, "done": True}
         return {**(rows[-1] if rows else {}), "rows": rows, "done": True}
 
-    def _begin(self, job: _Parcel) -> Iterator[Row]:
+    def _begin(self, job: _JobSpec) -> Iterator[Row]:
         """Start a job; before the first, see whether this node, which may have joined late, can.
 
         A folder that is not the run's would be made here, and lost.
@@ -137,7 +137,7 @@ class Worker(tune.Trainable):
 def _found(folder: str) -> str | None:
     path = as_path(folder) / "run_id"
     try:
-        return patiently(path, path.read_text)
+        return retry_io(path, path.read_text)
     except FileNotFoundError:
         return None
 
@@ -191,10 +191,10 @@ class _Unsaved:
         return {}
 
 
-class _Feed(_Unsaved, Searcher):
+class _JobSearcher(_Unsaved, Searcher):
     """Hands the jobs of the running batch to Tune, and holds for workers that would be idle."""
 
-    def __init__(self, desk: _Desk) -> None:
+    def __init__(self, desk: _PoolScheduler) -> None:
         super().__init__()
         self.desk = desk
 
@@ -214,7 +214,7 @@ class _Feed(_Unsaved, Searcher):
         """Nothing: see `_Unsaved`."""
 
 
-class _Desk(_Unsaved, FIFOScheduler):
+class _PoolScheduler(_Unsaved, FIFOScheduler):
     """Follows every trial of the pool and passes those of the batch to the batch's scheduler."""
 
     def __init__(self, warm: int) -> None:
@@ -237,10 +237,10 @@ class _Desk(_Unsaved, FIFOScheduler):
             self.batch.running[trial_id] = job
             self.live[trial_id] = None
             seconds = self.batch.report_seconds and self._at_least(self.batch.report_seconds)
-            return {"job": _Parcel(job), "report_seconds": seconds}
+            return {"job": _JobSpec(job), "report_seconds": seconds}
         if len(self.live) < self.warm:
             self.live[trial_id] = None
-            return {"job": None, "report_seconds": self._at_least(HOLD_SECONDS)}
+            return {"job": None, "report_seconds": self._at_least(IDLE_SECONDS)}
         return None
 
     def _at_least(self, seconds: float) -> float:
@@ -273,14 +273,14 @@ class _Desk(_Unsaved, FIFOScheduler):
             return str(TrialScheduler.STOP)
         job = self._job(trial)
         if job is None or self.batch is None:
-            return self._hold_or_release()
+            return self._idle_or_release()
         self._report(trial, job, result)
         decision: str = self.batch.scheduler.on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             self._end(trial.trial_id, stopped=True)
         return decision
 
-    def _hold_or_release(self) -> str:
+    def _idle_or_release(self) -> str:
         """End a hold only for a job that waits and has not been given another hold's worker."""
         live, now = self.live.items(), time.monotonic()
         running = {name for name, trial in live if trial and trial.status == Trial.RUNNING}
@@ -387,7 +387,7 @@ class Pool:
         run: tuple[str, str] | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self._desk = _Desk(warm)
+        self._desk = _PoolScheduler(warm)
         self._workers, self._room = workers, Room(cpu=cpu, gpu=gpu)
         self._tell, self._needs = tell, f"{cpu:g} CPU and {gpu:g} GPU"
         group = None if workers == 1 else (workers, cpu, gpu)
@@ -401,7 +401,7 @@ class Pool:
             tune.with_resources(Worker, own),
             param_space={"entry": entry, "group": group, "run": run},
             tune_config=tune.TuneConfig(
-                search_alg=_Feed(self._desk),
+                search_alg=_JobSearcher(self._desk),
                 scheduler=self._desk,
                 num_samples=-1,
                 reuse_actors=True,
@@ -499,7 +499,7 @@ def _holds_more(bundles: Mapping[int, Mapping[str, float]]) -> bool:
 
 
 class _StopWhenClosed(_Unsaved, tune.Stopper):
-    def __init__(self, desk: _Desk) -> None:
+    def __init__(self, desk: _PoolScheduler) -> None:
         self._desk = desk
 
     def __call__(self, trial_id: str, result: Row) -> bool:

@@ -111,7 +111,7 @@ def render(page: Page) -> str:
         **parts,
         scripts=scripts,
         style=_trusted(_asset("page.css")),
-        drawn=_drawn,
+        drawn=_rng_state,
         version=metadata.version("selfkd"),
         now=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
@@ -135,7 +135,7 @@ def _trusted(text: str) -> Markup:
     return Markup(text)  # noqa: S704 - files of this package and of plotly
 
 
-def _drawn(figure: go.Figure) -> Markup:
+def _rng_state(figure: go.Figure) -> Markup:
     """Return a figure as JSON that ends no script element."""
     text: str = figure.to_json(validate=False)
     for sign in "<>&":

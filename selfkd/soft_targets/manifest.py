@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from selfkd.storage.files import load_json, patiently, save_json
+from selfkd.storage.files import load_json, retry_io, save_json
 
 DEFAULT_SHARD = 16_384
 """Images a shard."""
@@ -107,7 +107,7 @@ def load_manifest(root: Path, teacher: str, data: str) -> Manifest:
         ValueError: the manifest is damaged, or is another store's; names it.
     """
     path = manifest_path(root, teacher, data)
-    if not patiently(path, path.exists):
+    if not retry_io(path, path.exists):
         raise FileNotFoundError(f"no such store: {path.parent}: labelling writes it")
     tree = load_json(path)
     try:

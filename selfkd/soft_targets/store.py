@@ -30,7 +30,7 @@ from selfkd.soft_targets.manifest import (
     shard_path,
 )
 from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.files import fetch, patiently
+from selfkd.storage.files import fetch, retry_io
 
 PACK_LIMIT = 64 * 2**20
 """Bytes of packed views that an open store may hold in memory."""
@@ -310,7 +310,7 @@ def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tupl
 
 def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
     """Read all bytes of a shard; raise ValueError, naming the file, if it is not what it should."""
-    if not patiently(path, path.exists):
+    if not retry_io(path, path.exists):
         raise FileNotFoundError(f"no such shard: {path}: labelling writes it")
     tensors, facts = load_tensors(path)
     expected = _facts(manifest, view, shard)
@@ -333,7 +333,7 @@ def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
 def _map_shard(root: Path, manifest: Manifest, view: int, shard: int) -> dict[str, NDArray[Any]]:
     """Map a shard, checked unless this process has done so."""
     path = shard_path(root, manifest, view=view, shard=shard)
-    there = patiently(path, path.exists)
+    there = retry_io(path, path.exists)
     path = fetch(path) if there else path
     stat = path.stat() if there else None
     what = (manifest.images, manifest.classes, manifest.top_k, manifest.shard_size)

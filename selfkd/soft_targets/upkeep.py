@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfkd.soft_targets.manifest import Manifest, load_manifest, store_path
-from selfkd.storage.files import load_json, patiently, save_json
+from selfkd.storage.files import load_json, retry_io, save_json
 from selfkd.storage.remote import as_path
 
 _DAY = 86_400.0
@@ -46,7 +46,7 @@ def remember_user(root: Path, teacher: str, data: str, run: Path) -> None:
     run = run.absolute()
     name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
     path = store_path(root, teacher, data) / "used_by" / f"{name}.json"
-    if not patiently(path, path.exists):
+    if not retry_io(path, path.exists):
         save_json(path, {"run": str(run)})
 
 

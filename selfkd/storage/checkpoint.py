@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfkd.storage.files import fetch, patiently, replace
+from selfkd.storage.files import fetch, retry_io, replace
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -67,7 +67,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: no such file.
         ValueError: the file is damaged; names it.
     """
-    if not patiently(path, path.exists):
+    if not retry_io(path, path.exists):
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(fetch(path), framework="pt") as file:

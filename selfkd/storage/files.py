@@ -41,7 +41,7 @@ def replace(path: Path, write: Callable[[str], object], *, patience: float | Non
     Raises:
         OSError: it cannot be written, or not yet; nothing is left under its name.
     """
-    patiently(path, lambda: _replace(path, write), patience=patience)
+    retry_io(path, lambda: _replace(path, write), patience=patience)
 
 
 def _replace(path: Path, write: Callable[[str], object]) -> None:
@@ -67,7 +67,7 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
         raise
 
 
-def patiently(path: Path, work: Callable[[], T], *, patience: float | None = None) -> T:
+def retry_io(path: Path, work: Callable[[], T], *, patience: float | None = None) -> T:
     """Return what `work` returns; what may pass, such as a full disk, is tried again for a while.
 
     Args:
@@ -106,11 +106,11 @@ def fetch(path: Path) -> Path:
     """
     if not isinstance(path, RemotePath):
         return path
-    stat = patiently(path, path.stat)
+    stat = retry_io(path, path.stat)
     mark = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime}".encode()).hexdigest()[:32]
     copy = cache_folder() / mark / path.name
     if not copy.exists():
-        patiently(path, lambda: replace(copy, lambda beside: path.download(Path(beside))))
+        retry_io(path, lambda: replace(copy, lambda beside: path.download(Path(beside))))
     return copy
 
 
@@ -139,7 +139,7 @@ def load_json(path: Path) -> Any:
         ValueError: the file is damaged; names it.
     """
     try:
-        return json.loads(patiently(path, path.read_text))
+        return json.loads(retry_io(path, path.read_text))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
 
@@ -147,7 +147,7 @@ def load_json(path: Path) -> Any:
 def link(source: Path, target: Path) -> None:
     """Let a file stand in a second place, whole or not at all, at no cost where links work."""
     if isinstance(source, RemotePath) and isinstance(target, RemotePath):
-        patiently(target, lambda: source.copy_to(target))
+        retry_io(target, lambda: source.copy_to(target))
         return
 
     def write(beside: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from selfkd.results import CHECKPOINT, Row
-from selfkd.storage.files import fetch, patiently, replace
+from selfkd.storage.files import fetch, retry_io, replace
 from selfkd.training.ranks import Ranks
 
 DAMAGED: tuple[type[Exception], ...] = (
@@ -71,7 +71,7 @@ class Progress:
         self.rows = kept["rows"]
         self._written = len(self.rows)
         if self._ranks.rank < len(kept["random"]):
-            _go_on_drawing(kept["random"][self._ranks.rank])
+            _restore_rng_state(kept["random"][self._ranks.rank])
         yield from (dict(row) for row in self.rows)
 
     @property
@@ -92,7 +92,7 @@ class Progress:
         self.rows.append(dict(row))
         ranks = self._ranks if together else Ranks()
         if state is not None and ranks.agree(self._is_due()):
-            self._write(state, ranks.collect(_drawn()))
+            self._write(state, ranks.collect(_rng_state()))
         if self._note is not None:
             row["note"], self._note = self._note, None
 
@@ -142,7 +142,7 @@ class Progress:
 
 def _read(path: Path, key: str) -> tuple[dict[str, Any] | None, str | None]:
     """Return what was kept, or why it is not used."""
-    if not patiently(path, path.exists):
+    if not retry_io(path, path.exists):
         return None, None
     try:
         local = fetch(path)
@@ -161,7 +161,7 @@ def _read(path: Path, key: str) -> tuple[dict[str, Any] | None, str | None]:
     return kept, None
 
 
-def _drawn() -> dict[str, Any]:
+def _rng_state() -> dict[str, Any]:
     """Return the states of all random numbers that training may draw."""
     name, keys, *rest = np.random.get_state()
     return {
@@ -176,7 +176,7 @@ def _on_cuda() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def _go_on_drawing(states: Mapping[str, Any]) -> None:
+def _restore_rng_state(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

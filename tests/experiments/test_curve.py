@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfkd.experiments.curve import compare_size, judge, mean_gain, tell_curve
+from selfkd.experiments.curve import compare_size, judge, mean_gain, describe_curve
 from selfkd.results import Row
 
 
@@ -28,7 +28,7 @@ def size(parameters: int, gain: float, *, room: float = 0.05, seeds: int = 5) ->
 def curve(*sizes: Row) -> tuple[list[str], str]:
     rows = list(sizes)
     judge(rows)
-    told = tell_curve(rows, mean_gain(rows))
+    told = describe_curve(rows, mean_gain(rows))
     return [row["verdict"] for row in rows], "\n".join(told)
 
 

@@ -30,7 +30,7 @@ from selenium.webdriver import Chrome
 
 from selfkd.errors import ConfigError
 from selfkd.reporting.comparison_page import comparison_page
-from selfkd.reporting.page import _drawn, render, write_report
+from selfkd.reporting.page import _rng_state, render, write_report
 from selfkd.reporting.read import read_run
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -307,6 +307,6 @@ def test_nothing_is_left_of_a_report_that_could_not_be_written(tmp_path: Path) -
 
 def test_a_figure_never_ends_its_script() -> None:
     evil = {"data": [{"type": "scatter", "text": ["</script><script>", "<!--"]}]}
-    drawn = _drawn(go.Figure(evil))
+    drawn = _rng_state(go.Figure(evil))
     assert not set("<>&") & set(drawn)
     assert json.loads(drawn)["data"][0]["text"] == ["</script><script>", "<!--"]

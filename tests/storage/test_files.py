@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from selfkd.storage import files
-from selfkd.storage.files import load_json, patiently, replace, save_json, save_text
+from selfkd.storage.files import load_json, retry_io, replace, save_json, save_text
 
 
 def test_a_file_and_its_folder_are_made(tmp_path):
@@ -149,7 +149,7 @@ def test_what_will_not_pass_is_told_at_once(tmp_path, number, patience):
         raise OSError(number, "no")
 
     with pytest.raises(OSError, match="no"):
-        patiently(tmp_path, work, patience=patience)
+        retry_io(tmp_path, work, patience=patience)
     assert calls == [1]
 
 

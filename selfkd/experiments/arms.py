@@ -163,14 +163,21 @@ class Run:
                 student_file(arm.folder, trial.trial).unlink(missing_ok=True)
         return Searched(trials, ranked, kept)
 
-    def replicate(self, arms: Sequence[Arm], *, title: str = TITLE) -> list[list[TrialResult]]:
+    def replicate(
+        self, arms: Sequence[Arm], *, title: str = TITLE, each: bool = True
+    ) -> list[list[TrialResult]]:
         """Train each arm on each of its seeds, all side by side; what is done is kept.
+
+        Args:
+            arms: Settings to train.
+            title: Name of the work, for people.
+            each: Whether some trial of each arm must complete, or only some of all.
 
         Returns:
             For each arm the completed trials, in order of the seeds.
 
         Raises:
-            RunError: All trials of an arm failed.
+            RunError: All trials of an arm failed, or of all arms.
         """
         search = self.config.search
         stages = []
@@ -187,7 +194,7 @@ class Run:
                     mode=search.mode,
                 )
             )
-        found = run_stages(self.executor, self.events, stages, title=title)
+        found = run_stages(self.executor, self.events, stages, title=title, each=each)
         done = [[trial for trial in rows if trial.status == "completed"] for rows in found]
         asked = sum(len(stage.seeds) for stage in stages)
         if failed := asked - sum(map(len, done)):

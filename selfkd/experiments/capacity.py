@@ -69,7 +69,7 @@ def grow(run: Run) -> CapacitySummary:
     arms = [arm for student in students for arm in (student.labels, student.distilled)]
     seeds = count(config.confirm.seeds, "seed")
     title = f"students of {len(students)} sizes, labels only and distilled, {seeds}"
-    trials = run.replicate(arms, title=title)
+    trials = run.replicate(arms, title=title, each=False)
     summary = _measure(run, teachers, students, trials)
     save_row(run.folder.path / "summary.json", summary)
     kept = {size.checkpoint for size in summary.sizes}

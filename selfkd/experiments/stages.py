@@ -90,25 +90,33 @@ def make_proposer(
 
 
 def run_stages(
-    executor: Executor, events: Events, stages: Sequence[Stage], *, title: str
+    executor: Executor, events: Events, stages: Sequence[Stage], *, title: str, each: bool = True
 ) -> list[list[TrialResult]]:
     """Run the trials of stages that have no result yet; return the results of all.
 
     Those of several stages are run side by side, each to its last epoch.
 
+    Args:
+        executor: Executor of the trials.
+        events: Callback for what happens.
+        stages: Stages to run.
+        title: Name of the work, for people.
+        each: Whether some trial of each stage must complete, or only some of all.
+
     Raises:
-        RunError: All trials of a stage failed.
+        RunError: All trials of a stage failed, or of all stages.
     """
-    each = [_Trials(stage, events) for stage in stages]
-    done = sum(len(trials.results) for trials in each)
+    sides = [_Trials(stage, events) for stage in stages]
+    done = sum(len(trials.results) for trials in sides)
     events(StageStarted(title, sum(len(stage.seeds) for stage in stages), done))
     alone = stages[0] if len(stages) == 1 else None
-    jobs = each[0] if alone else _Several(each)
+    jobs = sides[0] if alone else _Several(sides)
     limit = alone.proposer.limit if alone else None
     executor.run(jobs, early=alone.early if alone else None, limit=limit)
-    found = [[row for _, row in sorted(trials.results.items())] for trials in each]
-    for stage, results in zip(stages, found, strict=True):
-        if not stage.ranked(results):
+    found = [[row for _, row in sorted(trials.results.items())] for trials in sides]
+    empty = [not stage.ranked(results) for stage, results in zip(stages, found, strict=True)]
+    for stage, results, is_empty in zip(stages, found, empty, strict=True):
+        if is_empty and (each or all(empty)):
             errors = [row.error for row in results if row.error]
             raise RunError(
                 f"all {len(stage.seeds)} trials of {stage.name.replace('-', ' ')} failed; "

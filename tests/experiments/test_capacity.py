@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from engine import Count, Recorder, StopAfter, make_run, predictions, without_clock
 
 from selfkd.budget import measured
 from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError
-from selfkd.execution.jobs import InProcess
 from selfkd.experiments.capacity import check_sizes, grow, trainings
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.response import read_stages
-from selfkd.results import Row
+from selfkd.results import CapacitySummary, TrialResult
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.files import load_json
-from selfkd.worker.jobs import run_job
+from selfkd.storage.rows import load_row
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
@@ -33,71 +33,25 @@ TINY = [
 ]
 
 
-class Ear:
-    """A listener that remembers stages and notes."""
-
-    def __init__(self) -> None:
-        self.stages: list[tuple[str, int, int]] = []
-        self.notes: list[str] = []
-
-    def working(self, title: str, parts: int) -> None:
-        pass
-
-    def worked(self, row: Row) -> None:
-        pass
-
-    def stage_started(self, title: str, trials: int, done: int) -> None:
-        self.stages.append((title, trials, done))
-
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        pass
-
-    def trial_finished(self, trial: Row) -> None:
-        pass
-
-    def noted(self, text: str) -> None:
-        self.notes.append(text)
-
-    def compressed(self, summary: Row) -> None:
-        pass
-
-
-class Count:
-    """Does jobs for real, and remembers them."""
-
-    def __init__(self, fail: Callable[[Mapping[str, Any]], bool] | None = None) -> None:
-        self.jobs: list[tuple[str, Mapping[str, Any]]] = []
-        self.fail = fail
-
-    def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
-        self.jobs.append((kind, payload))
-        if kind == "cost":  # half a second each: timed where it is what is tested
-            rows = [{"parameters": 1, "ms_1": 1.0, "ms_128": 0.1}] * len(payload["models"])
-            yield {"rows": rows}
-            return
-        if kind == "train" and self.fail and self.fail(payload):
-            raise OSError("broken")
-        yield from run_job(kind, payload)
-
-    def kinds(self, kind: str) -> list[Mapping[str, Any]]:
-        return [payload for name, payload in self.jobs if name == kind]
-
-
 def start(folder: Path, *settings: str, name: str = "run") -> tuple[Config, RunFolder]:
     config = load_config(settings=[*TINY, *settings])
     check_sizes(config)
     return config, RunFolder.create(folder / name, config, command="capacity")
 
 
-def run(
-    folder: Path, *settings: str, name: str = "run", count: Count | None = None
-) -> tuple[Row, RunFolder, Ear, Count]:
+Done = tuple[CapacitySummary, RunFolder, Recorder, Count]
+
+
+def run(folder: Path, *settings: str, name: str = "run", count: Count | None = None) -> Done:
     config, place = start(folder, *settings, name=name)
-    ear, count = Ear(), count or Count()
-    return grow(config, place, InProcess(count), ear), place, ear, count
+    ear, count = Recorder(), count or Count()
+    return grow(make_run(config, place, count, ear)), place, ear, count
 
 
-Done = tuple[Row, RunFolder, Ear, Count]
+def best_of(folder: RunFolder, search: str, metric: str, sign: int) -> TrialResult:
+    paths = (folder.path / search).glob("trial_*/result.json")
+    trials = [load_row(TrialResult, path) for path in paths]
+    return max(trials, key=lambda row: (sign * row.metrics[metric], -row.metrics["val_nll"]))
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +63,9 @@ def test_teachers_then_all_students_on_paired_seeds(done: Done) -> None:
     _, _, ear, count = done
     assert [(title, trials) for title, trials, _ in ear.stages] == [
         ("members on labels", 2),
-        ("students of 2 sizes, labels only and taught, 2 seeds", 8),
+        ("students of 2 sizes, labels only and distilled, 2 seeds", 8),
     ]
-    assert len(count.kinds("label")) == 2  # once, for all sizes
+    assert len(count.kinds("cache_teacher_logits")) == 2  # once, for all sizes
     students = count.kinds("train")[2:]
     assert [len(job["teachers"]) for job in students] == [0, 0, 2, 2] * 2
     assert [job["model"]["args"]["width"] for job in students] == [2] * 4 + [8] * 4
@@ -124,38 +78,41 @@ def test_teachers_then_all_students_on_paired_seeds(done: Done) -> None:
 
 def test_sizes_come_smallest_first_with_their_parameters(done: Done) -> None:
     summary, *_ = done
-    assert [(size["value"], size["parameters"]) for size in summary["sizes"]] == [
+    assert [(size.value, size.parameters) for size in summary.sizes] == [
         (2, 64 * 2 + 2 + 2 * 10 + 10),
         (8, 64 * 8 + 8 + 8 * 10 + 10),
     ]
-    assert {(size["temperature"], size["alpha"]) for size in summary["sizes"]} == {(4.0, 0.9)}
+    assert {(size.temperature, size.alpha) for size in summary.sizes} == {(4.0, 0.9)}
 
 
 def test_the_figures_are_those_of_the_predictions(done: Done) -> None:
     summary, folder, _, _ = done
     labels = load_data("digits").test.labels.numpy()
-    rows = [load_json(folder.path / f"students/trial_00{n}/result.json") for n in range(8)]
+    arms = ("labels_001", "distilled_001", "labels_000", "distilled_000")  # the smaller one first
     accuracy = []
-    for row in rows:
-        tensors, _ = load_tensors(folder.path / "predictions" / f"{row['hash']}.safetensors")
-        accuracy.append(float((tensors["test"].numpy().argmax(1) == labels).mean()))
-    small, large = summary["sizes"]
-    assert small["labels"]["runs"] == pytest.approx(accuracy[:2])
-    assert small["taught"]["runs"] == pytest.approx(accuracy[2:4])
-    assert large["taught"]["runs"] == pytest.approx(accuracy[6:])
+    for arm in arms:
+        for number in range(2):
+            path = folder.path / "students" / arm / f"trial_00{number}" / "result.json"
+            tensors, _ = load_tensors(predictions(folder, load_row(TrialResult, path).hash))
+            accuracy.append(float((tensors["test"].numpy().argmax(1) == labels).mean()))
+    small, large = summary.sizes
+    assert small.labels.runs == pytest.approx(accuracy[:2])
+    assert small.distilled.runs == pytest.approx(accuracy[2:4])
+    assert large.distilled.runs == pytest.approx(accuracy[6:])
     gain = np.subtract(accuracy[6:], accuracy[4:6])
-    assert large["difference"]["value"] == pytest.approx(gain.mean())
+    assert large.difference.value == pytest.approx(gain.mean())
 
 
 def test_the_summary_is_kept_and_the_best_taught_student_of_each_size(done: Done) -> None:
     summary, folder, _, _ = done
-    assert load_json(folder.path / "summary.json") == summary
-    left = {str(p.relative_to(folder.path)) for p in folder.path.glob("students/*/*.safetensors")}
-    assert left == {size["checkpoint"] for size in summary["sizes"]}
-    for size in summary["sizes"]:
-        trial = load_json((folder.path / size["checkpoint"]).with_name("result.json"))
-        assert trial["teachers"]
-        assert trial["point"]["model.args.width"] == size["value"]
+    assert load_row(CapacitySummary, folder.path / "summary.json") == summary
+    left = folder.path.glob("students/*/*/*.safetensors")
+    assert {folder.relative(path) for path in left} == {size.checkpoint for size in summary.sizes}
+    for size in summary.sizes:
+        path = (folder.path / size.checkpoint).with_name("result.json")
+        trial = load_row(TrialResult, path)
+        assert trial.teachers
+        assert trial.point["model.args.width"] == size.value
 
 
 def test_a_budget_is_made_of_it(done: Done) -> None:
@@ -165,41 +122,18 @@ def test_a_budget_is_made_of_it(done: Done) -> None:
     assert found["train_seconds"] > 0
 
 
-class Stop:
-    """An executor that is interrupted after so many jobs."""
-
-    def __init__(self, count: Count, jobs: int) -> None:
-        self.count, self.left = count, jobs
-
-    def run(self, jobs: Any, **options: Any) -> None:
-        executor = self
-
-        class Counted:
-            def ask(self) -> Any:
-                job = jobs.ask()
-                if job is not None:
-                    executor.left -= 1
-                    if executor.left < 0:
-                        raise KeyboardInterrupt
-                return job
-
-            report, tell = jobs.report, jobs.tell
-
-        InProcess(self.count).run(Counted(), **options)
-
-
 @pytest.mark.parametrize("jobs", [1, 4, 9, 14, 18])
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path: Path, done: Done, jobs: int) -> None:
     config, folder = start(tmp_path)
     first, again = Count(), Count()
     with pytest.raises(KeyboardInterrupt):
-        grow(config, folder, Stop(first, jobs), Ear())
+        grow(make_run(config, folder, StopAfter(first, jobs)))
     folder, config = RunFolder.open(folder.path)
-    summary = grow(config, folder, InProcess(again), Ear())
-    expected = deepcopy(done[0])
-    for row in (*summary["sizes"], *expected["sizes"]):
-        row.pop("train_seconds")  # a clock's
-    assert summary == expected
+    summary = grow(make_run(config, folder, again))
+    found, expected = (
+        replace(each, sizes=tuple(map(without_clock, each.sizes))) for each in (summary, done[0])
+    )
+    assert found == expected
     assert len(first.kinds("train")) + len(again.kinds("train")) == 10
 
 
@@ -214,24 +148,20 @@ def test_t_and_alpha_may_be_searched_for_each_size(tmp_path: Path) -> None:
         "search for student 2 from the teachers",
         "search for student 8 from labels only",
         "search for student 8 from the teachers",
-        "students of 2 sizes, labels only and taught, 1 seed",
+        "students of 2 sizes, labels only and distilled, 1 seed",
     ]
-    students = [job for job in count.kinds("train") if job["stage"] == "students"]
-    for size, job in zip(summary["sizes"], students[1::2], strict=True):
-        trials = [
-            load_json(path)
-            for path in sorted((folder.path / size["search"]).glob("trial_*/result.json"))
-        ]
-        best = max(trials, key=lambda row: (row["val_accuracy"], -row["val_nll"]))
-        assert job["config"]["distill"]["alpha"] == best["point"]["distill.alpha"] == size["alpha"]
-        assert job["config"]["train"]["lr"] == best["point"]["train.lr"]
-        assert size["trials"] == 2
+    students = [job for job in count.kinds("train") if job["stage"].startswith("distilled_")]
+    for size, job in zip(summary.sizes, students, strict=True):
+        point = best_of(folder, size.search, "val_accuracy", 1).point
+        assert job["config"]["distill"]["alpha"] == point["distill.alpha"] == size.alpha
+        assert job["config"]["train"]["lr"] == point["train.lr"]
+        assert size.trials == 2
     stages, _ = read_stages(folder.path)
     assert [(stage.name, stage.parameters) for stage in stages] == [
         ("student 2", 160),
         ("student 8", 610),
     ]
-    assert summary["verdict"].startswith("one seed: no interval")
+    assert summary.verdict.startswith("one seed: no interval")
 
 
 def test_the_key_may_be_the_network_or_of_another_student(tmp_path: Path) -> None:
@@ -243,25 +173,30 @@ def test_the_key_may_be_the_network_or_of_another_student(tmp_path: Path) -> Non
         "confirm.seeds=1",
         "train.epochs=1",
     )
-    assert {size["value"] for size in summary["sizes"]} == {"selfkd_cnn", "selfkd_mlp"}
+    assert {size.value for size in summary.sizes} == {"selfkd_cnn", "selfkd_mlp"}
 
 
 def test_a_pair_that_fails_is_left_out_and_told(tmp_path: Path) -> None:
-    def second_of_the_small(payload: Mapping[str, Any]) -> bool:
-        return str(payload["student"]).endswith("students/trial_001/student.safetensors")
+    def second_of_the_small(kind: str, payload: Mapping[str, Any]) -> str | None:
+        student = f"{payload.get('student')}"
+        return "broken" if kind == "train" and "labels_001/trial_001" in student else None
 
     summary, _, ear, _ = run(tmp_path, "members=1", count=Count(second_of_the_small))
-    assert ear.notes == ["only 1 of the 2 pairs of student 2 were trained"]
-    assert [len(size["labels"]["runs"]) for size in summary["sizes"]] == [1, 2]
-    assert summary["sizes"][0]["verdict"] == "unknown"
+    assert ear.notes[0].startswith("1 of the 8 trials of the students of 2 sizes")
+    assert ear.notes[1:] == ["only 1 of the 2 pairs of student 2 were trained"]
+    assert [len(size.labels.runs) for size in summary.sizes] == [1, 2]
+    assert summary.sizes[0].verdict == "unknown"
 
 
 def test_a_size_without_a_pair_is_left_out_and_none_at_all_is_an_error(tmp_path: Path) -> None:
-    def taught(payload: Mapping[str, Any]) -> bool:
-        return bool(payload["teachers"])
+    def distilled(size: str, kind: str, payload: Mapping[str, Any]) -> str | None:
+        return "broken" if kind == "train" and f"distilled_{size}" in payload["stage"] else None
 
+    settings = ("members=1", "confirm.seeds=1")
+    summary, *_ = run(tmp_path, *settings, count=Count(partial(distilled, "001")), name="one")
+    assert [size.value for size in summary.sizes] == [8]
     with pytest.raises(RuntimeError, match="no pair of students could be trained"):
-        run(tmp_path, "members=1", "confirm.seeds=1", count=Count(taught))
+        run(tmp_path, *settings, count=Count(partial(distilled, "")))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +242,6 @@ def test_the_metric_of_the_search_chooses(tmp_path: Path, mode: str) -> None:
         *(tmp_path, "capacity.search=true", "confirm.seeds=1", "members=1", "search.trials=4"),
         *("search.metric=val_nll", f"search.mode={mode}", "train.epochs=6"),
     )
-    for size in summary["sizes"]:
-        paths = (folder.path / size["search"]).glob("trial_*/result.json")
-        best = (min if mode == "min" else max)(map(load_json, paths), key=lambda r: r["val_nll"])
-        assert size["alpha"] == best["point"]["distill.alpha"]
+    for size in summary.sizes:
+        best = best_of(folder, size.search, "val_nll", -1 if mode == "min" else 1)
+        assert size.alpha == best.point["distill.alpha"]

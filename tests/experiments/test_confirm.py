@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from engine import Recorder, StopAfter, make_run, without_clock
 from scipy import stats
 
 from selfkd.config import Config, load_config, to_tree
 from selfkd.errors import RunError
-from selfkd.execution.jobs import InProcess, Job
-from selfkd.experiments.arms import Arm, confirm_seeds, pair, retrain
-from selfkd.experiments.confirm import confirm_generations, load_confirmations, stop_reason
-from selfkd.experiments.generations import born_again, complete, finished
+from selfkd.experiments.arms import Arm, confirm_seeds
+from selfkd.experiments.confirm import load_confirmations, stop_reason
+from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.stages import Plan
-from selfkd.results import Row
+from selfkd.results import (
+    Confirmation,
+    GenerationsSummary,
+    Interval,
+    McNemar,
+    Model,
+    Row,
+    TrialResult,
+)
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.files import load_json
+from selfkd.storage.rows import load_row
 from selfkd.worker.jobs import run_job
 
 TINY = [
@@ -29,40 +37,6 @@ TINY = [
     "search.trials=2",
     "rounds=2",
 ]
-
-
-class Ear:
-    """A listener that remembers."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.stages: list[tuple[str, int, int]] = []
-        self.confirmed: list[int] = []
-        self.chosen: list[int] = []
-
-    def working(self, title: str, parts: int) -> None:
-        pass
-
-    def worked(self, row: Row) -> None:
-        pass
-
-    def stage_started(self, title: str, trials: int, done: int) -> None:
-        self.stages.append((title, trials, done))
-
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        pass
-
-    def trial_finished(self, trial: Row) -> None:
-        pass
-
-    def noted(self, text: str) -> None:
-        self.notes.append(text)
-
-    def generation_confirmed(self, confirmation: Row) -> None:
-        self.confirmed.append(confirmation["generation"])
-
-    def generation_finished(self, result: Row) -> None:
-        self.chosen.append(result["generation"])
 
 
 class Fake:
@@ -82,21 +56,20 @@ class Fake:
     def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
         self.jobs.append((kind, payload))
         if kind == "check":
-            yield {"facts": {"images": {"train": 200}, "views": 1}}
+            yield {"facts": {"items": {"train": 200}, "views": 1}}
         elif kind == "train":
             yield from self._train(Path(payload["student"]), payload["stage"], payload["seed"])
-        elif kind == "label":
+        elif kind == "cache_teacher_logits":
             yield {"state": "written"}
-        elif kind == "score":
-            if payload.get("predictions"):
-                Path(payload["predictions"]).write_text("")
-            row = {"test_accuracy": float(Path(payload["student"]).read_text()) - 0.01}
+        elif kind == "evaluate":
+            value, digest = Path(payload["student"]).read_text().split()
+            row: Row = {"hash": digest, "test_accuracy": float(value) - 0.01}
             row |= {"test_nll": 1.0, "test_ece": 0.1}
             if payload.get("teachers"):
                 row["mcnemar"] = {"only_student": 3, "only_teacher": 1, "p": 0.625}
             yield row
-        elif kind == "measure":
-            yield {"rows": [{"test_accuracy": 0.9}]}
+        elif kind == "average":
+            yield {"rows": [{"hash": "all", "test_accuracy": 0.9}]}
 
     def _train(self, student: Path, stage: str, seed: int) -> Iterator[Row]:
         number = int(student.parent.name[-3:])
@@ -107,7 +80,7 @@ class Fake:
         gain = self.gains[generation] if generation < len(self.gains) else 0.0
         value = 0.9 + gain + rng.normal(0, 1e-3)
         student.parent.mkdir(parents=True, exist_ok=True)
-        student.write_text(repr(value))
+        student.write_text(f"{value!r} {stage}-{number}")
         row = {"val_accuracy": value, "val_nll": 1.0, "seconds": 1.0}
         yield {"epoch": 1, **row, "hash": f"{stage}-{number}"}
 
@@ -124,16 +97,14 @@ def start(folder: Path, *settings: str) -> tuple[Config, RunFolder]:
 
 
 def whole(
-    config: Config, folder: RunFolder, fake: Any, ear: Ear | None = None, **options: Any
-) -> Row:
-    ear = ear or Ear()
-    results = born_again(config, folder, InProcess(fake), ear, **options)
-    return complete(config, folder, InProcess(fake), ear, results, **options)
+    config: Config, folder: RunFolder, do: Any, events: Recorder | None = None, **options: Any
+) -> GenerationsSummary:
+    return born_again(make_run(config, folder, do, events, **options))
 
 
 def test_every_generation_is_trained_again_on_the_same_fresh_seeds(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "confirm.seeds=3")
-    fake, ear = Fake(), Ear()
+    fake, ear = Fake(), Recorder()
     summary = whole(config, folder, fake, ear)
     assert ("confirmation on fresh seeds", 9, 0) in ear.stages  # side by side
     searched = [job for job in fake.kinds("train") if job not in fake.confirming()]
@@ -145,13 +116,13 @@ def test_every_generation_is_trained_again_on_the_same_fresh_seeds(tmp_path: Pat
     assert not {job["seed"] for job in searched} & set(seeds[0])
     for generation, jobs in enumerate(by_generation):
         result = folder.results()[generation]
-        assert all(job["config"]["distill"] == vars_of(config.at(result["point"])) for job in jobs)
+        assert all(job["config"]["distill"] == vars_of(config.at(result.point)) for job in jobs)
         assert {tuple(t["hash"] for t in job["teachers"]) for job in jobs} == {
-            tuple(t["hash"] for t in result["teachers"])
+            tuple(teacher.hash for teacher in result.teachers)
         }
         where = folder.generation(generation) / "confirm"
         assert sorted(path.name for path in where.iterdir()) == [f"trial_00{n}" for n in range(3)]
-    assert [row["confirmation"]["generation"] for row in summary["generations"]] == [0, 1, 2]
+    assert [row.generation for row in summary.confirmations] == [0, 1, 2]
     assert ear.confirmed == [0, 1, 2]
     assert not list(folder.path.rglob("confirm/*/student.safetensors"))
 
@@ -164,24 +135,25 @@ def vars_of(config: Config) -> dict[str, Any]:
 def test_means_and_paired_differences_are_scipys(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "confirm.seeds=4")
     whole(config, folder, Fake([0, 0.01, 0.01]))
-    rows = [load_json(folder.generation(g) / "confirmation.json") for g in range(3)]
-    accuracy = [row["test_accuracy"] for row in rows]
+    paths = [folder.generation(g) / "confirmation.json" for g in range(3)]
+    rows = [load_row(Confirmation, path) for path in paths]
     for row in rows:
-        expected = stats.ttest_1samp(row["test_accuracy"], 0).confidence_interval()
-        assert row["mean"]["low"] == pytest.approx(expected.low)
-        assert row["seeds"] == confirm_seeds(config)
-        assert np.subtract(row["validation"], row["test_accuracy"]) == pytest.approx(0.01)
-    assert (rows[0]["first"], rows[0]["previous"], rows[0]["mcnemar"]) == (None, None, None)
-    assert rows[1]["first"] == rows[1]["previous"]
-    for key, other in (("first", 0), ("previous", 1)):
-        expected = stats.ttest_rel(accuracy[2], accuracy[other]).confidence_interval()
-        found = rows[2][key]
-        assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
-    assert rows[2]["mcnemar"] == {"only_student": 3, "only_teacher": 1, "p": 0.625}
-    assert rows[0]["verdict"].startswith("generation 0: 8")
-    assert rows[1]["verdict"].startswith("generation 1 is better than generation 0: +")
-    assert rows[1]["verdict"].count("generation 0") == 1
-    better, since = rows[2]["verdict"].split("; ")
+        expected = stats.ttest_1samp(row.values, 0).confidence_interval()
+        assert row.mean.low == pytest.approx(expected.low)
+        assert row.seeds == tuple(confirm_seeds(config))
+        assert row.metric == "test_accuracy"
+        assert np.subtract(row.validation, row.values) == pytest.approx(0.01)
+    assert (rows[0].first, rows[0].previous, rows[0].mcnemar) == (None, None, None)
+    assert rows[1].first == rows[1].previous
+    for found, other in ((rows[2].first, 0), (rows[2].previous, 1)):
+        expected = stats.ttest_rel(rows[2].values, rows[other].values).confidence_interval()
+        assert found is not None
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert rows[2].mcnemar == McNemar(only_student=3, only_teacher=1, p=0.625)
+    assert rows[0].verdicts[0].startswith("generation 0: 8")
+    (only,) = rows[1].verdicts
+    assert only.startswith("generation 1 is better than generation 0: +")
+    better, since = rows[2].verdicts
     assert better.startswith("no evidence that generation 2 is better than generation 1 (diff")
     assert since.startswith("generation 2 is better than generation 0: +")
     assert since.endswith("4 paired seeds")
@@ -191,22 +163,23 @@ def test_each_model_is_tested_once(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "confirm.seeds=2")
     fake = Fake()
     whole(config, folder, fake)
-    tested = [job["student"] for job in fake.kinds("score")]
+    tested = [job["student"] for job in fake.kinds("evaluate")]
     assert len(tested) == len(set(tested)) == 3 + 3 * 2
     whole(config, folder, again := Fake())
-    assert again.kinds("score") == []
+    assert again.kinds("evaluate") == []
     assert again.kinds("train") == []
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "confirm.seeds=1", "rounds=1")
     summary = whole(config, folder, Fake([0, 0.05]))
-    first, second = (row["confirmation"] for row in summary["generations"])
-    assert first["mean"]["low"] is None
-    assert first["verdict"].endswith("one seed, so no interval")
-    assert second["first"]["low"] is None
-    assert second["verdict"].startswith("no evidence that generation 1 is better")
-    assert second["verdict"].endswith("1 paired seed, so no interval)")
+    first, second = summary.confirmations
+    assert first.mean.low is None
+    assert first.verdicts[0].endswith("one seed, so no interval")
+    assert second.first is not None
+    assert second.first.low is None
+    assert second.verdicts[0].startswith("no evidence that generation 1 is better")
+    assert second.verdicts[0].endswith("1 paired seed, so no interval)")
 
 
 def test_without_seeds_nothing_is_confirmed(tmp_path: Path) -> None:
@@ -214,21 +187,22 @@ def test_without_seeds_nothing_is_confirmed(tmp_path: Path) -> None:
     fake = Fake()
     summary = whole(config, folder, fake)
     assert fake.confirming() == []
-    assert [row["confirmation"] for row in summary["generations"]] == [None] * 3
+    assert summary.confirmations == ()
     assert finished(config, folder) == summary
 
 
 def test_a_failed_trial_leaves_its_pair_out(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "confirm.seeds=3", "rounds=1")
-    ear = Ear()
+    ear = Recorder()
     summary = whole(config, folder, Fake(fail=[("confirm-0", 1)]), ear)
-    first, second = (row["confirmation"] for row in summary["generations"])
+    first, second = summary.confirmations
     seeds = confirm_seeds(config)
-    assert first["seeds"] == [seeds[0], seeds[2]]
-    assert second["seeds"] == seeds
-    expected = np.mean(np.subtract(second["test_accuracy"], [0, 0, 0])[[0, 2]])
-    assert second["first"]["value"] == pytest.approx(expected - np.mean(first["test_accuracy"]))
-    assert "2 paired seeds" in second["verdict"]
+    assert first.seeds == (seeds[0], seeds[2])
+    assert second.seeds == tuple(seeds)
+    expected = np.mean([second.values[0], second.values[2]])
+    assert second.first is not None
+    assert second.first.value == pytest.approx(expected - np.mean(first.values))
+    assert "2 paired seeds" in second.verdicts[0]
     assert ear.notes == ["1 of the 6 trials of the confirmation on fresh seeds failed"]
 
 
@@ -242,27 +216,6 @@ def test_when_all_of_an_arm_fail_it_is_an_error_that_can_be_resumed(tmp_path: Pa
     assert [job["stage"] for job in again.kinds("train")] == ["confirm-1"] * 2
 
 
-class StopAfter:
-    """An executor that is interrupted after so many jobs, as by Ctrl-C or a kill."""
-
-    def __init__(self, fake: Fake, jobs: int) -> None:
-        self.fake, self.left = fake, jobs
-
-    def run(self, jobs: Any, **options: Any) -> None:
-        class Counted:
-            def ask(_) -> Job | None:  # noqa: N805 - `self` is the executor
-                job = jobs.ask()
-                if job is not None:
-                    self.left -= 1
-                    if self.left < 0:
-                        raise KeyboardInterrupt
-                return job  # type: ignore[no-any-return]
-
-            report, tell = jobs.report, jobs.tell
-
-        InProcess(self.fake).run(Counted(), **options)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("rounds", ["rounds=2", "rounds=auto"])
 @pytest.mark.parametrize("jobs", [10, 13, 15, 18, 20, 21])
 def test_resumed_equals_undisturbed(tmp_path: Path, jobs: int, rounds: str) -> None:
@@ -273,23 +226,24 @@ def test_resumed_equals_undisturbed(tmp_path: Path, jobs: int, rounds: str) -> N
     first, again = Fake(), Fake()
     stopping = StopAfter(first, jobs)
     with pytest.raises(KeyboardInterrupt):
-        complete(config, folder, stopping, Ear(), born_again(config, folder, stopping, Ear()))
+        whole(config, folder, stopping)
     assert finished(config, folder) is None
     folder, config = RunFolder.open(folder.path)
     found = whole(config, folder, again)
-    for summary in (expected, found):
-        for row in summary["generations"]:
-            row.pop("seconds")
+    expected, found = (
+        replace(summary, generations=tuple(map(without_clock, summary.generations)))
+        for summary in (expected, found)
+    )
     assert found == expected
     assert len(first.kinds("train")) + len(again.kinds("train")) == 3 * 2 + 3 * 2
 
 
 def test_it_stops_when_two_generations_in_a_row_gain_nothing(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=auto", "rounds_max=9", "confirm.seeds=3")
-    ear = Ear()
+    ear = Recorder()
     summary = whole(config, folder, Fake([0, 0.02, 0.02, 0.06, 0.06, 0.06]), ear)
     assert ear.chosen == ear.confirmed == [0, 1, 2, 3, 4, 5]
-    assert summary["stopped"].startswith(
+    assert (summary.stopped or "").startswith(
         "stopped after generation 5: 2 generations in a row without evidence of a gain over the "
         "one before (val_accuracy, 3 paired seeds: generation 4 "
     )
@@ -299,31 +253,38 @@ def test_it_stops_when_two_generations_in_a_row_gain_nothing(tmp_path: Path) -> 
 def test_it_stops_at_the_most_rounds(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=auto", "rounds_max=3", "confirm.seeds=3")
     summary = whole(config, folder, Fake([0, 0.02, 0.04, 0.06, 0.08]))
-    assert len(summary["generations"]) == 4
-    assert summary["stopped"] is None
+    assert len(summary.generations) == 4
+    assert summary.stopped is None
     assert finished(config, folder) == summary
 
 
 def test_a_loss_is_no_gain(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=auto", "confirm.seeds=3")
     summary = whole(config, folder, Fake([0, -0.02, -0.04, 0, 0]))
-    assert len(summary["generations"]) == 3
+    assert len(summary.generations) == 3
 
 
 def test_what_stopped_by_itself_can_be_sent_on(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=auto", "confirm.seeds=2")
-    assert len(whole(config, folder, Fake())["generations"]) == 3
+    assert len(whole(config, folder, Fake()).generations) == 3
     more = load_config(settings=[*TINY, "rounds=4", "confirm.seeds=2"])
     folder.check_change(config, more)
     assert finished(more, folder) is None
     summary = whole(more, folder, Fake())
-    assert len(summary["generations"]) == 5
-    assert summary["stopped"] is None
+    assert len(summary.generations) == 5
+    assert summary.stopped is None
 
 
 def test_the_choice_to_stop_sees_validation_only() -> None:
-    def row(validation: list[float], test: list[float]) -> Row:
-        return {"seeds": [1, 2, 3], "validation": validation, "test_accuracy": test}
+    def row(validation: list[float], test: list[float]) -> Confirmation:
+        return Confirmation(
+            generation=0,
+            seeds=(1, 2, 3),
+            metric="test_accuracy",
+            validation=tuple(validation),
+            values=tuple(test),
+            mean=Interval(0.9),
+        )
 
     config = load_config(settings=["rounds=auto"])
     flat, better = [0.9, 0.91, 0.9], [0.95, 0.96, 0.951]
@@ -344,12 +305,12 @@ def test_a_student_of_another_size_is_compared_with_itself_on_labels(tmp_path: P
     summary = whole(config, folder, fake)
     widths = {job["stage"]: job["model"]["args"]["width"] for job in fake.confirming()}
     assert widths == {"confirm-0": 16, "confirm-1": 8, "confirm-2": 8, "confirm_labels": 8}
-    (row,) = summary["controls"]
-    assert row["title"] == "selfkd_mlp, labels only"
-    second = summary["generations"][1]["confirmation"]
-    gain = np.subtract(second["test_accuracy"], row["test_accuracy"])
-    assert second["first"]["value"] == pytest.approx(gain.mean())
-    assert "better than the same network from labels only" in second["verdict"]
+    (row,) = summary.controls
+    assert row.title == "selfkd_mlp, labels only"
+    second = summary.confirmations[1]
+    assert second.first is not None
+    assert second.first.value == pytest.approx(np.subtract(second.values, row.values).mean())
+    assert any("better than the same network from labels only" in told for told in second.verdicts)
     whole(config, folder, again := Fake())
     assert again.kinds("train") == []
 
@@ -368,45 +329,44 @@ def test_a_function_of_the_user_s_is_confirmed_by_its_metric(tmp_path: Path) -> 
         tmp_path, "search.metric=error", "search.mode=min", "confirm.seeds=3", "rounds=1"
     )
     summary = whole(config, folder, run_job, function=f"{file}:train")
-    first, second = (row["confirmation"] for row in summary["generations"])
-    assert first["metric"] == "error"
-    assert first["test_accuracy"] == []
+    first, second = summary.confirmations
+    assert first.metric == "error"
+    assert summary.ensemble is None
     # the same seeds draw the same: all pairs differ by 1, the generation
-    assert np.subtract(first["values"], second["values"]) == pytest.approx([1, 1, 1])
-    assert second["first"]["value"] == pytest.approx(-1)
-    assert second["mcnemar"] is None
-    assert "the same in all: no interval" in second["verdict"]
+    assert np.subtract(first.values, second.values) == pytest.approx([1, 1, 1])
+    assert second.first is not None
+    assert second.first.value == pytest.approx(-1)
+    assert second.mcnemar is None
+    assert "the same in all: no interval" in second.verdicts[0]
 
 
 def test_real_models_of_a_seed_start_alike_and_are_the_same_run_to_run(tmp_path: Path) -> None:
-    """On digits: the labels-only model of a seed is the taught one's start and order."""
+    """On digits: the labels-only model of a seed has the distilled one's start and order."""
     config, folder = start(tmp_path, "rounds=1", "confirm.seeds=2", "search.trials=1")
-    ear = Ear()
-    results = born_again(config, folder, InProcess(run_job), ear)
-    own = config.at({"distill.alpha": 0.0})  # a teacher that is not asked
-    plan = Plan(config=own, model=own.model, seed=0)
-    teachers = [
-        {**row, "checkpoint": str(folder.path / row["checkpoint"])}
-        for row in results[1]["teachers"]
-    ]
+    run = make_run(config, folder)
+    confirmations = born_again(run).confirmations
+    teachers: list[Model] = list(folder.results()[1].teachers)
+    unused = {"distill.alpha": 0.0}  # a teacher that is not run
     arms = [
-        Arm(name="one", folder=folder.path / "one", plan=plan),
+        Arm(name="one", folder=folder.path / "one", point=unused),
         Arm(
             name="two",
             folder=folder.path / "two",
-            plan=Plan(config=own, model=own.model, seed=0, teachers=teachers),
+            point=unused,
+            teachers=lambda own, number: teachers,
         ),
     ]
-    pairs = pair(*retrain(config, folder, InProcess(run_job), ear, arms))
-    assert len(pairs) == 2
-    for one, two in pairs:
-        weights = [load_tensors(Path(row["checkpoint"]))[0] for row in (one, two)]
+    trials = run.replicate(arms)
+    assert [len(rows) for rows in trials] == [2, 2]
+    for one, two in zip(*trials, strict=True):
+        models = arms[0].model(run, one), arms[1].model(run, two)
+        weights = [load_tensors(folder.path / model.checkpoint)[0] for model in models]
         assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    confirmations = confirm_generations(config, folder, InProcess(run_job), ear, results)
-    assert load_confirmations(folder, 2) == confirmations
-    labels = load_json(folder.path / "one" / "trial_000" / "result.json")
-    again = load_json(folder.generation(0) / "confirm" / "trial_000" / "result.json")
-    assert labels["hash"] != again["hash"]  # the name of the stage is in the file
-    assert labels["val_accuracy"] == again["val_accuracy"]
-    assert all(0 < a <= 1 for row in confirmations for a in row["test_accuracy"])
-    assert confirmations[1]["mcnemar"]["p"] <= 1
+    assert tuple(load_confirmations(folder, 2)) == confirmations
+    path = folder.generation(0) / "confirm" / "trial_000" / "result.json"
+    again, labels = load_row(TrialResult, path), trials[0][0]
+    assert labels.hash != again.hash  # the name of the stage is in the file
+    assert labels.metrics["val_accuracy"] == again.metrics["val_accuracy"]
+    assert all(0 < a <= 1 for row in confirmations for a in row.values)
+    assert confirmations[1].mcnemar is not None
+    assert confirmations[1].mcnemar.p <= 1

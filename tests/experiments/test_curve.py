@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from selfkd.experiments.curve import compare_size, describe_curve, judge, mean_gain
 
-from selfkd.experiments.curve import compare_size, judge, mean_gain, describe_curve
 from selfkd.results import Row
 
 

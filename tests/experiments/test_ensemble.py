@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engine import Count, Recorder, StopAfter, make_run
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.special import softmax
@@ -17,14 +18,21 @@ from scipy.special import softmax
 from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import InProcess
-from selfkd.experiments.ensemble import compress, find_members, finished
+from selfkd.experiments.ensemble import compress, finished
+from selfkd.experiments.members import find_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.models import make_model
-from selfkd.results import Row
+from selfkd.results import (
+    EnsembleSummary,
+    GenerationResult,
+    Model,
+    Row,
+    RunFinished,
+    TableRow,
+)
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.files import load_json, save_json
-from selfkd.worker.jobs import run_job
+from selfkd.storage.files import load_json
+from selfkd.storage.rows import save_row
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
@@ -35,78 +43,32 @@ TINY = [
 ]
 
 
-class Ear:
-    """A listener that remembers notes and stages."""
-
-    def __init__(self) -> None:
-        self.stages: list[tuple[str, int, int]] = []
-        self.notes: list[str] = []
-        self.states: list[str] = []
-        self.summary: Row | None = None
-
-    def working(self, title: str, parts: int) -> None:
-        pass
-
-    def worked(self, row: Row) -> None:
-        self.states += [row["state"]] if "state" in row else []
-
-    def stage_started(self, title: str, trials: int, done: int) -> None:
-        self.stages.append((title, trials, done))
-
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        pass
-
-    def trial_finished(self, trial: Row) -> None:
-        pass
-
-    def noted(self, text: str) -> None:
-        self.notes.append(text)
-
-    def compressed(self, summary: Row) -> None:
-        self.summary = summary
-
-
-class Count:
-    """Does jobs for real, and remembers them."""
-
-    def __init__(self, fail: Callable[[str, Mapping[str, Any]], str | None] | None = None) -> None:
-        self.jobs: list[tuple[str, Mapping[str, Any]]] = []
-        self.fail = fail
-
-    def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
-        self.jobs.append((kind, payload))
-        if self.fail and (error := self.fail(kind, payload)):
-            raise OSError(error)
-        if kind == "cost":  # half a second each: timed where it is what is tested
-            row = {"parameters": 1, "ms_1": 1.0, "ms_128": 0.1}
-            yield {"rows": [row] * len(payload["models"])}
-        else:
-            yield from run_job(kind, payload)
-
-    def kinds(self, kind: str) -> list[Mapping[str, Any]]:
-        return [payload for name, payload in self.jobs if name == kind]
-
-
 def start(folder: Path, *settings: str, name: str = "run") -> tuple[Config, RunFolder]:
     config = load_config(settings=[*TINY, *settings])
     return config, RunFolder.create(folder / name, config, command="ensemble")
 
 
-def run(
-    folder: Path, *settings: str, name: str = "run", count: Count | None = None
-) -> tuple[Row, RunFolder, Ear, Count]:
+Done = tuple[EnsembleSummary, RunFolder, Recorder, Count]
+
+
+def run(folder: Path, *settings: str, name: str = "run", count: Count | None = None) -> Done:
     config, place = start(folder, *settings, name=name)
-    ear, count = Ear(), count or Count()
-    return compress(config, place, InProcess(count), ear), place, ear, count
+    ear, count = Recorder(), count or Count()
+    return compress(make_run(config, place, count, ear)), place, ear, count
 
 
-def named(summary: Row, start: str) -> Row:
-    (row,) = (row for row in summary["rows"] if row["name"].startswith(start))
+def named(summary: EnsembleSummary, start: str) -> TableRow:
+    (row,) = (row for row in summary.rows if row.name.startswith(start))
     return row
 
 
+def members_of(folder: RunFolder) -> list[Row]:
+    rows: list[Row] = load_json(folder.path / "members" / "result.json")["members"]
+    return rows
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, RunFolder, Ear, Count]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return run(tmp_path_factory.mktemp("done"))
 
 
@@ -116,7 +78,7 @@ def logits(folder: RunFolder, mark: str, split: str) -> np.ndarray[Any, Any]:
 
 
 def test_members_are_trained_then_the_student_then_pairs(
-    done: tuple[Row, RunFolder, Ear, Count],
+    done: Done,
 ) -> None:
     _, _, ear, count = done
     assert [(title, trials) for title, trials, _ in ear.stages] == [
@@ -129,20 +91,20 @@ def test_members_are_trained_then_the_student_then_pairs(
     assert seeds[5:7] == seeds[7:]  # pairs: labels only and taught, on the same seeds
     taught = [len(job["teachers"]) for job in count.kinds("train")]
     assert taught == [0, 0, 0, 3, 3, 0, 0, 3, 3]
-    assert len(count.kinds("label")) == 3
+    assert len(count.kinds("cache_teacher_logits")) == 3
 
 
-def test_the_table_is_that_of_the_predictions(done: tuple[Row, RunFolder, Ear, Count]) -> None:
+def test_the_table_is_that_of_the_predictions(done: Done) -> None:
     summary, folder, _, _ = done
     labels = load_data("digits").test.labels.numpy()
-    members = load_json(folder.path / "members" / "result.json")["members"]
+    members = members_of(folder)
     single = [logits(folder, row["hash"], "test") for row in members]
     accuracy = [(each.argmax(1) == labels).mean() for each in single]
-    assert named(summary, "single member, mean of 3")["test_accuracy"] == pytest.approx(
+    assert named(summary, "single member, mean of 3").metrics["test_accuracy"] == pytest.approx(
         np.mean(accuracy)
     )
     best = named(summary, "best member on validation")
-    assert best["test_accuracy"] == pytest.approx(accuracy[0])
+    assert best.metrics["test_accuracy"] == pytest.approx(accuracy[0])
     assert [row["val_accuracy"] for row in members] == sorted(
         (row["val_accuracy"] for row in members), reverse=True
     )
@@ -152,80 +114,56 @@ def test_the_table_is_that_of_the_predictions(done: tuple[Row, RunFolder, Ear, C
     }
     for average, scores in together.items():
         row = named(summary, f"ensemble of 3, {average}")
-        assert row["test_accuracy"] == pytest.approx((scores.argmax(1) == labels).mean())
+        assert row.metrics["test_accuracy"] == pytest.approx((scores.argmax(1) == labels).mean())
 
 
 def test_students_are_diagnosed_and_the_taught_one_beside_its_teacher(
-    done: tuple[Row, RunFolder, Ear, Count],
+    done: Done,
 ) -> None:
     summary, folder, _, _ = done
     labels = load_data("digits").test.labels.numpy()
-    members = load_json(folder.path / "members" / "result.json")["members"]
+    members = members_of(folder)
     taught = load_json(folder.path / "confirm" / "student" / "trial_000" / "result.json")
     student = logits(folder, taught["hash"], "test").argmax(1)
-    average = summary["chosen"]["average"]
+    average = summary.chosen.average
     each = [logits(folder, row["hash"], "test") for row in members]
     teacher = np.mean([softmax(one, 1) if average == "probabilities" else one for one in each], 0)
-    found = summary["diagnostics"]["student"]["test"]
+    found = summary.diagnostics["student"]["test"].metrics
     assert found["agreement"] == pytest.approx((student == teacher.argmax(1)).mean())
     assert found["accuracy"] == pytest.approx((student == labels).mean())
-    assert summary["diagnostics"]["labels"]["test"]["agreement"] is None
-    assert {"val", "test"} == set(summary["diagnostics"]["labels"])
+    assert "agreement" not in summary.diagnostics["labels"]["test"].metrics
+    assert {"val", "test"} == set(summary.diagnostics["labels"])
 
 
-def test_the_share_is_of_the_gain_over_labels_only(done: tuple[Row, RunFolder, Ear, Count]) -> None:
+def test_the_share_is_of_the_gain_over_labels_only(done: Done) -> None:
     summary, *_ = done
-    labels, taught = (named(summary, f"student, {name}")["runs"] for name in ("labels", "from"))
+    labels, taught = (named(summary, f"student, {name}").runs for name in ("labels", "from"))
     assert len(labels) == len(taught) == 2
     gain = np.subtract(taught, labels).mean()
-    assert summary["gain"]["value"] == pytest.approx(gain)
-    of_teacher = summary["teacher"]["test_accuracy"] - np.mean(labels)
+    assert summary.gain.value == pytest.approx(gain)
+    of_teacher = summary.teacher.metrics["test_accuracy"] - np.mean(labels)
     if of_teacher > 0:
-        assert summary["share"]["value"] == pytest.approx(gain / of_teacher)
+        assert summary.share is not None
+        assert summary.share.value == pytest.approx(gain / of_teacher)
     else:
-        assert summary["share"] is None
+        assert summary.share is None
 
 
-def test_a_finished_run_is_not_done_again(done: tuple[Row, RunFolder, Ear, Count]) -> None:
+def test_a_finished_run_is_not_done_again(done: Done) -> None:
     summary, folder, ear, _ = done
-    assert finished(folder) == summary == ear.summary
+    assert finished(folder) == summary == ear.of(RunFinished)[0].summary
     assert (folder.path / "student.safetensors").exists()
-    assert load_tensors(folder.path / "student.safetensors")[1]["hash"] == summary["chosen"]["hash"]
-
-
-class Stop:
-    """An executor that is interrupted after so many jobs."""
-
-    def __init__(self, count: Count, jobs: int) -> None:
-        self.count, self.left = count, jobs
-
-    def run(self, jobs: Any, **options: Any) -> None:
-        executor = self
-
-        class Counted:
-            def ask(self) -> Any:
-                job = jobs.ask()
-                if job is not None:
-                    executor.left -= 1
-                    if executor.left < 0:
-                        raise KeyboardInterrupt
-                return job
-
-            report, tell = jobs.report, jobs.tell
-
-        InProcess(self.count).run(Counted(), **options)
+    assert load_tensors(folder.path / "student.safetensors")[1]["hash"] == summary.chosen.hash
 
 
 @pytest.mark.parametrize("jobs", [0, 2, 4, 6, 8, 10, 13, 15])
-def test_a_resumed_run_ends_like_an_undisturbed_one(
-    tmp_path: Path, done: tuple[Row, RunFolder, Ear, Count], jobs: int
-) -> None:
+def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path: Path, done: Done, jobs: int) -> None:
     config, folder = start(tmp_path)
     first, again = Count(), Count()
     with pytest.raises(KeyboardInterrupt):
-        compress(config, folder, Stop(first, jobs), Ear())
+        compress(make_run(config, folder, StopAfter(first, jobs)))
     folder, config = RunFolder.open(folder.path)
-    summary = compress(config, folder, InProcess(again), Ear())
+    summary = compress(make_run(config, folder, again))
     assert summary == done[0]
     assert len(first.kinds("train")) + len(again.kinds("train")) == 9
 
@@ -238,7 +176,7 @@ def test_members_may_be_of_several_models(tmp_path: Path) -> None:
     _, folder, _, count = run(tmp_path, models, "members.count=3", "confirm.seeds=1")
     made = [job["model"]["name"] for job in count.kinds("train")][:3]
     assert made == ["selfkd_mlp", "selfkd_cnn", "selfkd_mlp"]
-    rows = load_json(folder.path / "members" / "result.json")["members"]
+    rows = members_of(folder)
     assert sorted(row["model"]["name"] for row in rows) == sorted(made)
 
 
@@ -250,7 +188,7 @@ def test_every_source_makes_a_row_and_may_teach(tmp_path: Path) -> None:
         "members.source=weighted",
         "confirm.seeds=1",
     )
-    names = [row["name"] for row in summary["rows"]]
+    names = [row.name for row in summary.rows]
     assert names == [
         "single member, mean of 3",
         "best member on validation",
@@ -274,11 +212,8 @@ def test_every_source_makes_a_row_and_may_teach(tmp_path: Path) -> None:
     )
     starts = {job["start"]["seed"] for job in count.kinds("train")[:3]}
     assert len(starts) == 1  # one initialisation for all members
-    assert summary["teacher"]["source"] == "weighted"
-    states = [
-        load_tensors(folder.path / row["checkpoint"])[0]
-        for row in load_json(folder.path / "members" / "result.json")["members"]
-    ]
+    assert summary.teacher.source == "weighted"
+    states = [load_tensors(folder.path / row["checkpoint"])[0] for row in members_of(folder)]
     soup, facts = load_tensors(folder.path / "sources" / "soup.safetensors")
     assert len(facts["soup"]) == 3
     for name, tensor in soup.items():
@@ -293,7 +228,7 @@ def test_the_number_of_members_and_the_average_may_be_searched(tmp_path: Path) -
     settings = [space, "members.same_init=true", "search.trials=8", "confirm.seeds=1"]
     summary, folder, _, count = run(tmp_path, *settings)
     taught = [job for job in count.kinds("train") if job["teachers"]][:8]
-    best = load_json(folder.path / "members" / "result.json")["members"]
+    best = members_of(folder)
     for job in taught:
         members = job["config"]["members"]
         hashes = [row["hash"] for row in job["teachers"]]
@@ -302,7 +237,7 @@ def test_the_number_of_members_and_the_average_may_be_searched(tmp_path: Path) -
         else:
             assert len(hashes) == 1
     assert {len(job["teachers"]) for job in taught} == {1, 2}
-    assert set(summary["chosen"]["point"]) == {"members.use", "members.source", "distill.average"}
+    assert set(summary.chosen.point) == {"members.use", "members.source", "distill.average"}
 
 
 def test_the_baseline_is_searched_as_long_where_there_is_something_to_search(
@@ -323,16 +258,14 @@ def test_the_baseline_is_searched_as_long_where_there_is_something_to_search(
 
 def test_without_confirmation_there_is_one_pair_and_no_interval(tmp_path: Path) -> None:
     summary, *_ = run(tmp_path, "confirm.seeds=0")
-    assert summary["seeds"] == 0
-    assert summary["gain"]["low"] is None
+    assert summary.seeds == 0
+    assert summary.gain.low is None
 
 
 # --- members from elsewhere ---
 
 
-def test_generations_of_an_earlier_run_are_members(
-    tmp_path: Path, done: tuple[Row, RunFolder, Ear, Count]
-) -> None:
+def test_generations_of_an_earlier_run_are_members(tmp_path: Path, done: Done) -> None:
     earlier = done[1].path
     summary, folder, ear, count = run(
         tmp_path, f"members={{count: null, runs: ['{earlier}']}}", "confirm.seeds=1"
@@ -343,18 +276,16 @@ def test_generations_of_an_earlier_run_are_members(
     ]
     assert named(summary, "single member, mean of 3")
     assert ear.notes == []  # they learnt from the same images
-    hashes = {row["hash"] for row in load_json(folder.path / "members/result.json")["members"]}
+    hashes = {row["hash"] for row in members_of(folder)}
     assert hashes == {
         row["hash"] for row in load_json(earlier / "members" / "result.json")["members"]
     }
 
 
-def test_members_that_saw_other_images_are_told(
-    tmp_path: Path, done: tuple[Row, RunFolder, Ear, Count]
-) -> None:
+def test_members_that_saw_other_images_are_told(tmp_path: Path, done: Done) -> None:
     runs = f"members={{count: null, runs: ['{done[1].path}']}}"
     _, _, ear, _ = run(tmp_path, runs, "seed=1", "confirm.seeds=1")
-    assert "3 of the 3 members from elsewhere learnt from other images" in ear.notes[0]
+    assert "3 of the 3 members from elsewhere were trained on other data" in ear.notes[0]
 
 
 def test_an_empty_run_is_refused(tmp_path: Path) -> None:
@@ -415,7 +346,7 @@ def test_foreign_files_in_any_order_of_classes_and_normalisation_average_correct
         ),
         "confirm.seeds=1",
     )
-    rows = load_json(folder.path / "members" / "result.json")["members"]
+    rows = members_of(folder)
     answers = [logits(folder, row["hash"], "test") for row in rows]
     for answer in answers[1:]:
         np.testing.assert_allclose(answer, answers[0], atol=1e-4)
@@ -424,7 +355,7 @@ def test_foreign_files_in_any_order_of_classes_and_normalisation_average_correct
     assert len(stored) == 3
     for each in stored[1:]:
         torch.testing.assert_close(each, stored[0], atol=0.01, rtol=0)
-    assert "learnt from other images" in ear.notes[0]
+    assert "were trained on other data" in ear.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -459,8 +390,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, file: str, message: s
             "members.use must be at most 3, the members, got 9",
         ),
         (
-            ["members.compare=[snapshots]", "members.cycles=4"],
-            r"members.cycles must be at most train.epochs \(3\), got 4",
+            ["members.compare=[snapshots]", "train.epochs=2"],
+            r"train.epochs must be at least 3 for as many snapshots as members, got 2",
         ),
         (["members.source=specialists"], "must not be specialists with fewer than 20 classes"),
         (["targets.top_k=10"], r"targets.top_k must be in \[1, 9\], got 10"),
@@ -475,28 +406,28 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
     assert count.kinds("train") == []
 
 
-# --- labelling ---
+# --- caching teacher logits ---
 
 
 def test_shards_are_jobs_and_what_fails_is_done_again_alone(tmp_path: Path) -> None:
     failures = ["full", "full"]
 
     def fail(kind: str, payload: Mapping[str, Any]) -> str | None:
-        first = kind == "label" and (payload["view"], payload["shard"]) == (1, 1)
+        first = kind == "cache_teacher_logits" and (payload["view"], payload["shard"]) == (1, 1)
         return failures.pop() if first and failures else None
 
     count = Count(fail)
     config, folder = start(
         tmp_path, "data={jitter: 1, views: 2}", "targets.shard_size=150", "confirm.seeds=1"
     )
-    compress(config, folder, InProcess(count), ear := Ear())
+    compress(make_run(config, folder, count, ear := Recorder()))
     assert ear.states == ["written"] * (3 * 2 * 2)
-    assert len(count.kinds("label")) == 3 * 2 * 2 + 2
+    assert len(count.kinds("cache_teacher_logits")) == 3 * 2 * 2 + 2
 
 
 def test_a_part_that_keeps_failing_ends_the_run(tmp_path: Path) -> None:
-    count = Count(lambda kind, _: "broken" if kind == "label" else None)
-    with pytest.raises(RunError, match=r"labelling by the teachers failed: OSError: broken"):
+    count = Count(lambda kind, _: "broken" if kind == "cache_teacher_logits" else None)
+    with pytest.raises(RunError, match=r"caching teacher logits failed: OSError: broken"):
         run(tmp_path, count=count)
 
 
@@ -522,14 +453,14 @@ def test_a_damaged_shard_is_made_again_and_told(tmp_path: Path) -> None:
 
 def test_only_members_that_teach_are_asked(tmp_path: Path) -> None:
     _, _, _, count = run(tmp_path, "members.use=1", "confirm.seeds=1")
-    assert len(count.kinds("label")) == 1
+    assert len(count.kinds("cache_teacher_logits")) == 1
 
 
 def test_live_teachers_need_no_store(tmp_path: Path) -> None:
     live, folder, _, count = run(tmp_path, "distill.live=true")
-    assert count.kinds("label") == []
+    assert count.kinds("cache_teacher_logits") == []
     assert not (folder.path / "targets").exists()
-    assert live["chosen"]["val_accuracy"] > 0.5
+    assert live.chosen.metrics["val_accuracy"] > 0.5
 
 
 # --- specialists, on as many classes as they need ---
@@ -558,26 +489,24 @@ def test_specialists_make_one_teacher_that_is_distilled(twenty: Path, tmp_path: 
         f"data={{name: folder, root: '{twenty}'}}",
         "members=2",
         "members.source=specialists",
-        "members.clusters=4",
         "train.epochs=6",
         "confirm.seeds=1",
     )
-    made = load_json(folder.path / "sources" / "specialists.json")
-    assert sorted(number for classes in made["classes"] for number in classes) == list(range(20))
     trained = [job for job in count.kinds("train") if job["stage"] == "specialists"]
-    assert [job["specialist"] for job in trained] == made["classes"]
-    generalist = load_json(folder.path / "members" / "result.json")["members"][0]
+    clusters = [job["specialist"] for job in trained]
+    assert sorted(number for classes in clusters for number in classes) == list(range(20))
+    generalist = members_of(folder)[0]
     assert all(generalist["checkpoint"] in job["start"]["checkpoint"] for job in trained)
-    (teacher,) = made["teachers"]
+    (teacher,) = load_json(folder.path / "sources" / "specialists.json")["teachers"]
     taught = [job for job in count.kinds("train") if job["teachers"]]
     assert {row["hash"] for job in taught for row in job["teachers"]} == {teacher["hash"]}
     parts = load_json(folder.path / teacher["checkpoint"])["parts"]
-    assert len(parts) == 1 + len(made["classes"])
+    assert len(parts) == 1 + len(clusters)
     row = named(summary, "generalist and specialists")
     best = named(summary, "best member on validation")
-    assert row["test_accuracy"] > best["test_accuracy"] - 0.1
-    assert row["test_nll"] != best["test_nll"]
-    assert summary["teacher"]["source"] == "specialists"
+    assert row.metrics["test_accuracy"] > best.metrics["test_accuracy"] - 0.1
+    assert row.metrics["test_nll"] != best.metrics["test_nll"]
+    assert summary.teacher.source == "specialists"
     assert ear.notes == []
 
 
@@ -586,8 +515,9 @@ def test_a_lineage_is_a_source_of_members(tmp_path: Path) -> None:
     done = RunFolder.create(tmp_path / "lineage", load_config())
     (done.generation(0)).mkdir()
     (done.generation(0) / "student.safetensors").touch()
-    models = [{"hash": "a", "checkpoint": "generation_000/student.safetensors"}]
-    save_json(done.generation(0) / "result.json", {"models": models})
+    model = Model("a", "generation_000/student.safetensors")
+    result = GenerationResult(generation=0, trial=0, models=(model,))
+    save_row(done.generation(0) / "result.json", result)
     assert find_members(str(done.path)) == [done.generation(0) / "student.safetensors"]
 
 
@@ -595,12 +525,12 @@ def test_the_metric_of_the_search_orders_members_and_chooses_the_student(tmp_pat
     by_nll = ("search.metric=val_nll", "search.mode=min", "confirm.seeds=1", "search.trials=4")
     by_nll += ("members.compare=[greedy_soup]", "members.same_init=true", "train.epochs=8")
     summary, folder, _, _ = run(tmp_path, *by_nll)
-    members = load_json(folder.path / "members" / "result.json")["members"]
+    members = members_of(folder)
     assert members == sorted(members, key=lambda row: row["val_nll"])
     trials = [load_json(path) for path in folder.path.glob("student/trial_*/result.json")]
     best = min(trials, key=lambda row: row["val_nll"])
-    assert summary["chosen"]["hash"] == best["hash"]
-    assert summary["chosen"]["val_nll"] == best["val_nll"]
+    assert summary.chosen.hash == best["hash"]
+    assert summary.chosen.metrics["val_nll"] == best["val_nll"]
 
 
 def test_a_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:

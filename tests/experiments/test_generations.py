@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine import Recorder, StopAfter, make_run, without_clock
 
 from selfkd.config import Config, load_config
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import InProcess, Job
-from selfkd.experiments.generations import born_again, complete, finished
+from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
-from selfkd.results import Row
-from selfkd.storage.files import load_json
+from selfkd.results import Facts, GenerationResult, GenerationsSummary, Row, TrialResult
+from selfkd.storage.rows import load_row
 from selfkd.worker.jobs import run_job
 
 TINY = [
@@ -23,38 +24,8 @@ TINY = [
     "train.epochs=2",
     "search.trials=3",
     "rounds=2",
+    "confirm.seeds=0",
 ]
-
-
-class Ear:
-    """A listener that remembers."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[Any, ...]] = []
-
-    def working(self, title: str, parts: int) -> None:
-        self.heard.append(("working", title, parts))
-
-    def worked(self, row: Row) -> None:
-        self.heard.append(("worked", row))
-
-    def stage_started(self, title: str, trials: int, done: int) -> None:
-        self.heard.append(("started", title, trials, done))
-
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        self.heard.append(("reported", trial["stage"], trial["trial"], len(rows)))
-
-    def trial_finished(self, trial: Row) -> None:
-        self.heard.append(("finished", trial["stage"], trial["trial"], trial["status"]))
-
-    def noted(self, text: str) -> None:
-        self.heard.append(("noted", text))
-
-    def generation_confirmed(self, confirmation: Row) -> None:
-        self.heard.append(("confirmed", confirmation["generation"]))
-
-    def generation_finished(self, result: Row) -> None:
-        self.heard.append(("chosen", result["generation"], result["trial"]))
 
 
 class Fake:
@@ -67,7 +38,7 @@ class Fake:
     def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
         self.jobs.append((kind, payload))
         if kind == "check":
-            yield {"facts": {"images": {"train": 200}, "views": 1}}
+            yield {"facts": {"items": {"train": 200}, "views": 1}}
         elif kind == "train":
             student = Path(payload["student"])
             number, generation = int(student.parent.name[-3:]), _generation(payload)
@@ -84,11 +55,13 @@ class Fake:
                 "seconds": 2.0,
                 "hash": f"{generation}-{number}",
             }
-        elif kind == "label":
+        elif kind == "cache_teacher_logits":
             yield {"state": "written"}
-        elif kind == "score":
-            Path(payload["predictions"]).write_text("")
-            yield {"test_accuracy": 0.4, "test_nll": 1.0, "test_ece": 0.1}
+        elif kind == "evaluate":
+            digest = "-".join(Path(payload["student"]).read_text().split("/"))
+            yield {"hash": digest, "test_accuracy": 0.4, "test_nll": 1.0, "test_ece": 0.1}
+        elif kind == "average":
+            yield {"rows": [{"hash": "all", "test_accuracy": 0.5}]}
 
     def kinds(self, kind: str) -> list[Mapping[str, Any]]:
         return [payload for name, payload in self.jobs if name == kind]
@@ -103,11 +76,19 @@ def start(folder: Path, *settings: str) -> tuple[Config, RunFolder]:
     return config, RunFolder.create(folder / "run", config)
 
 
+def lineage(
+    config: Config, folder: RunFolder, do: Any, events: Recorder | None = None
+) -> list[GenerationResult]:
+    """Make the generations; return their results as they are kept."""
+    born_again(make_run(config, folder, do, events))
+    return folder.results()
+
+
 def test_best_on_validation_teaches_the_next_generation(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
     fake = Fake({(0, 1): 0.9, (1, 2): 0.8, (2, 0): 0.7})
-    results = born_again(config, folder, InProcess(fake), Ear())
-    assert [result["trial"] for result in results] == [1, 2, 0]
+    results = lineage(config, folder, fake)
+    assert [result.trial for result in results] == [1, 2, 0]
     taught_by = [job["teachers"] for job in fake.kinds("train")]
     assert taught_by[:3] == [[], [], []]
     best = [folder.generation(g) / "student.safetensors" for g in (0, 1)]
@@ -118,15 +99,15 @@ def test_best_on_validation_teaches_the_next_generation(tmp_path: Path) -> None:
 
 def test_ties_go_to_the_lower_nll(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=0")
-    (result,) = born_again(config, folder, InProcess(Fake({})), Ear())
-    assert result["trial"] == 2  # of three equal accuracies the fake's NLL falls with the number
+    (result,) = lineage(config, folder, Fake({}))
+    assert result.trial == 2  # of three equal accuracies the fake's NLL falls with the number
 
 
 def test_the_test_split_is_read_once_a_generation_and_only_for_the_chosen(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
     fake = Fake({})
-    born_again(config, folder, InProcess(fake), Ear())
-    assert [Path(job["student"]).parent.name for job in fake.kinds("score")] == [
+    lineage(config, folder, fake)
+    assert [Path(job["student"]).parent.name for job in fake.kinds("evaluate")] == [
         "generation_000",
         "generation_001",
         "generation_002",
@@ -136,15 +117,15 @@ def test_the_test_split_is_read_once_a_generation_and_only_for_the_chosen(tmp_pa
 def test_every_generation_has_as_many_trials_and_the_teacher_is_asked_once(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
     fake = Fake({})
-    born_again(config, folder, InProcess(fake), Ear())
+    lineage(config, folder, fake)
     assert [_generation(job) for job in fake.kinds("train")] == [0] * 3 + [1] * 3 + [2] * 3
-    assert len(fake.kinds("label")) == 2
+    assert len(fake.kinds("cache_teacher_logits")) == 2
 
 
 def test_seeds_differ_between_trials_and_generations(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
     fake = Fake({})
-    born_again(config, folder, InProcess(fake), Ear())
+    lineage(config, folder, fake)
     assert len({job["seed"] for job in fake.kinds("train")}) == 9
     assert trial_seed(0, 1, 2) != trial_seed(1, 1, 2)
 
@@ -152,21 +133,21 @@ def test_seeds_differ_between_trials_and_generations(tmp_path: Path) -> None:
 def test_the_previous_winner_s_setting_is_tried_again(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
     fake = Fake({(1, 2): 0.9})
-    results = born_again(config, folder, InProcess(fake), Ear())
+    results = lineage(config, folder, fake)
     first_of_generation_2 = fake.kinds("train")[6]["config"]["distill"]
-    assert first_of_generation_2["temperature"] == results[1]["temperature"]
-    assert first_of_generation_2["alpha"] == results[1]["alpha"]
+    assert first_of_generation_2["temperature"] == results[1].temperature
+    assert first_of_generation_2["alpha"] == results[1].alpha
 
 
 def test_generation_0_searches_its_own_space(tmp_path: Path) -> None:
     space = "search.labels_only_space={train.label_smoothing: {uniform: [0, 0.2]}}"
     config, folder = start(tmp_path, space)
     fake = Fake({})
-    results = born_again(config, folder, InProcess(fake), Ear())
+    results = lineage(config, folder, fake)
     smoothing = [job["config"]["train"]["label_smoothing"] for job in fake.kinds("train")]
     assert len(set(smoothing[:3])) == 3
     assert smoothing[3:] == [0.0] * 6
-    assert results[0]["temperature"] is None
+    assert results[0].temperature is None
 
 
 @pytest.mark.parametrize(
@@ -180,7 +161,7 @@ def test_generation_0_searches_its_own_space(tmp_path: Path) -> None:
 def test_teachers(tmp_path: Path, teacher: str, expected: list[list[str]]) -> None:
     config, folder = start(tmp_path, f"distill.teacher={teacher}")
     fake = Fake({})
-    born_again(config, folder, InProcess(fake), Ear())
+    lineage(config, folder, fake)
     hashes = [[t["hash"] for t in job["teachers"]] for job in fake.kinds("train")]
     assert [hashes[0], hashes[3], hashes[6]] == expected
     for job in fake.kinds("train"):
@@ -189,7 +170,7 @@ def test_teachers(tmp_path: Path, teacher: str, expected: list[list[str]]) -> No
 
 def test_only_students_that_teach_are_kept(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "distill.teacher=top:2")
-    born_again(config, folder, InProcess(Fake({})), Ear())
+    lineage(config, folder, Fake({}))
     kept = sorted(str(p.relative_to(folder.path)) for p in folder.path.rglob("student.safetensors"))
     assert [name for name in kept if name.startswith("generation_000")] == [
         "generation_000/student.safetensors",
@@ -199,89 +180,67 @@ def test_only_students_that_teach_are_kept(tmp_path: Path) -> None:
 
 def test_a_failed_trial_is_left_out_and_the_generation_goes_on(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=0")
-    ear = Ear()
+    ear = Recorder()
     fake = Fake({(0, 2): "loss must be finite", (0, 1): 0.9})
-    (result,) = born_again(config, folder, InProcess(fake), ear)
-    assert (result["trial"], result["failed"]) == (1, 1)
-    assert ("finished", "generation-0", 2, "failed") in ear.heard
-    failed = load_json(folder.generation(0) / "trial_002" / "result.json")
-    assert failed["error"] == "ValueError: loss must be finite"
+    (result,) = lineage(config, folder, fake, ear)
+    assert (result.trial, result.failed) == (1, 1)
+    assert ("generation-0", 2, "failed") in ear.finished
+    failed = load_row(TrialResult, folder.generation(0) / "trial_002" / "result.json")
+    assert failed.error == "ValueError: loss must be finite"
 
 
 def test_when_all_trials_fail_the_first_error_is_told(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
     fake = Fake({(1, n): f"broken {n}" for n in range(3)})
     with pytest.raises(RunError, match=r"3 trials of generation 1 failed; the first: .*broken 0"):
-        born_again(config, folder, InProcess(fake), Ear())
+        lineage(config, folder, fake)
     assert len(folder.results()) == 1
 
 
-class StopAfter:
-    """An executor that is interrupted after so many jobs, as by Ctrl-C or a kill."""
-
-    def __init__(self, fake: Fake, jobs: int) -> None:
-        self.fake, self.left = fake, jobs
-
-    def run(self, jobs: Any, **options: Any) -> None:
-        class Counted:
-            def ask(_) -> Job | None:  # noqa: N805 - `self` is the executor
-                job = jobs.ask()
-                if job is not None:
-                    self.left -= 1
-                    if self.left < 0:
-                        raise KeyboardInterrupt
-                return job  # type: ignore[no-any-return]
-
-            report, tell = jobs.report, jobs.tell
-
-        InProcess(self.fake).run(Counted(), **options)  # type: ignore[arg-type]
-
-
-def ledger(folder: RunFolder) -> list[Row]:
+def ledger(folder: RunFolder) -> list[GenerationResult]:
     """What a run found, without what a clock measured."""
-    return [
-        {k: v for k, v in result.items() if k not in ("seconds",)} for result in folder.results()
-    ]
+    return [replace(result, seconds=0.0) for result in folder.results()]
 
 
 @pytest.mark.parametrize("jobs", range(15))
 def test_resumed_run_equals_an_undisturbed_one(tmp_path: Path, jobs: int) -> None:
     accuracy = {(0, 1): 0.9, (1, 0): 0.8, (2, 1): 0.7}
     config, whole = start(tmp_path / "whole")
-    born_again(config, whole, InProcess(Fake(accuracy)), Ear())
+    lineage(config, whole, Fake(accuracy))
     config, folder = start(tmp_path / "stopped")
     first, again = Fake(accuracy), Fake(accuracy)
     with pytest.raises(KeyboardInterrupt):
-        born_again(config, folder, StopAfter(first, jobs), Ear())
+        lineage(config, folder, StopAfter(first, jobs))
     folder, config = RunFolder.open(folder.path)
-    born_again(config, folder, InProcess(again), Ear())
+    lineage(config, folder, again)
     assert ledger(folder) == ledger(whole)
     assert len(first.kinds("train")) + len(again.kinds("train")) == 9
 
 
 def test_finished_generations_are_told_again_but_not_trained_again(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
-    born_again(config, folder, InProcess(Fake({})), Ear())
-    fake, ear = Fake({}), Ear()
-    born_again(config, folder, InProcess(fake), ear)
-    assert [kind for kind, _ in fake.jobs] == ["check"]
-    assert [heard[:2] for heard in ear.heard] == [("chosen", 0), ("chosen", 1), ("chosen", 2)]
+    lineage(config, folder, Fake({}))
+    fake, ear = Fake({}), Recorder()
+    lineage(config, folder, fake, ear)
+    assert [kind for kind, _ in fake.jobs] == ["check", "average"]
+    assert ear.chosen == [0, 1, 2]
+    assert ear.stages == []
 
 
 def test_rounds_can_be_raised_on_resume(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=1")
-    born_again(config, folder, InProcess(Fake({})), Ear())
+    lineage(config, folder, Fake({}))
     more = load_config(settings=[*TINY, "rounds=2"])
     folder.check_change(config, more)
     fake = Fake({})
-    assert len(born_again(more, folder, InProcess(fake), Ear())) == 3
+    assert len(lineage(more, folder, fake)) == 3
     assert RunFolder.open(folder.path)[1].rounds == 2
     assert len(fake.kinds("train")) == 3
 
 
 def test_rounds_cannot_be_lowered_below_what_is_done(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=1")
-    born_again(config, folder, InProcess(Fake({})), Ear())
+    lineage(config, folder, Fake({}))
     with pytest.raises(ConfigError, match="rounds must be at least the 1 done, got 0"):
         folder.check_change(config, load_config(settings=[*TINY, "rounds=0"]))
 
@@ -309,7 +268,7 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
-    born_again(config, folder, InProcess(Fake({})), Ear())
+    lineage(config, folder, Fake({}))
     (folder.generation(1) / "result.json").write_text('{"generation": 1,')
     with pytest.raises(ValueError, match=r"generation_001/result.json is damaged"):
         folder.results()
@@ -317,11 +276,11 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
 
 def test_a_run_folder_can_be_moved(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "rounds=1")
-    born_again(config, folder, InProcess(Fake({})), Ear())
+    lineage(config, folder, Fake({}))
     moved = folder.path.rename(tmp_path / "elsewhere")
     folder, config = RunFolder.open(moved)
     more = load_config(settings=[*TINY, "rounds=2"])
-    results = born_again(more, folder, InProcess(fake := Fake({})), Ear())
+    results = lineage(more, folder, fake := Fake({}))
     assert len(results) == 3
     assert all(str(moved) in t["checkpoint"] for j in fake.kinds("train") for t in j["teachers"])
 
@@ -335,8 +294,8 @@ def test_a_repeated_trial_does_not_keep_its_first_epochs_twice(tmp_path: Path) -
                 yield {"epoch": 1, "val_accuracy": 0.1, "val_nll": 9.0, "seconds": 1.0}
             yield from super().__call__(kind, payload)
 
-    (result,) = born_again(config, folder, InProcess(Repeats({})), Ear())
-    assert [row["epoch"] for row in result["history"]] == [1, 2]
+    (result,) = lineage(config, folder, Repeats({}))
+    assert [row.epoch for row in result.history] == [1, 2]
 
 
 def test_the_whole_on_real_digits_is_the_same_run_to_run(tmp_path: Path) -> None:
@@ -344,45 +303,44 @@ def test_the_whole_on_real_digits_is_the_same_run_to_run(tmp_path: Path) -> None
     found = []
     for name in ("a", "b"):
         config, folder = start(tmp_path / name, "rounds=1", "search.trials=2")
-        results = born_again(config, folder, InProcess(run_job), Ear())
-        assert finished(config, folder) is None
-        report = complete(config, folder, InProcess(run_job), Ear(), results)
-        assert finished(config, folder) == report == load_json(folder.path / "summary.json")
-        for row in report["generations"]:
-            row.pop("seconds"), row.pop("train_seconds")
-        found.append((report, [result["hash"] for result in results]))
+        summary = born_again(make_run(config, folder))
+        kept = load_row(GenerationsSummary, folder.path / "summary.json")
+        assert finished(config, folder) == summary == kept
+        found.append(replace(summary, generations=tuple(map(without_clock, summary.generations))))
     assert found[0] == found[1]
-    assert found[0][1][0] != found[0][1][1]
-    assert 0 < found[0][0]["ensemble"]["test_accuracy"] <= 1
-    assert 0 < found[0][0]["generations"][1]["agreement"] <= 1
+    first, second = found[0].generations
+    assert first.hash != second.hash
+    assert found[0].ensemble is not None
+    assert 0 < found[0].ensemble.metrics["test_accuracy"] <= 1
+    assert 0 < second.metrics["agreement"] <= 1
 
 
 def test_a_mistake_in_the_data_is_the_user_s(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "data.train_size=100000")
     with pytest.raises(ConfigError, match="train_size"):
-        born_again(config, folder, InProcess(run_job), Ear())
+        lineage(config, folder, run_job)
 
 
 def test_failed_trials_are_tried_again_on_resume(tmp_path: Path) -> None:
     """As after a full disk or a file that had to be removed."""
     config, folder = start(tmp_path, "rounds=0")
     with pytest.raises(RunError):
-        born_again(config, folder, InProcess(Fake({(0, n): "disk full" for n in range(3)})), Ear())
-    (result,) = born_again(config, folder, InProcess(Fake({})), Ear())
-    assert result["failed"] == 0
+        lineage(config, folder, Fake({(0, n): "disk full" for n in range(3)}))
+    (result,) = lineage(config, folder, Fake({}))
+    assert result.failed == 0
 
 
 def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
-    folder.keep(config, {"test": "abc", "classes": 10})
-    folder.keep(config, {"test": "abc", "classes": 10})
-    with pytest.raises(ConfigError, match=r"started on other data.*\n  test: abc -> def"):
-        folder.keep(config, {"test": "def", "classes": 10})
+    folder.keep(config, Facts(outputs=10, fingerprints={"test": "abc"}))
+    folder.keep(config, Facts(outputs=10, fingerprints={"test": "abc"}))
+    with pytest.raises(ConfigError, match=r"started on other data.*\n  fingerprints: .*abc.*def"):
+        folder.keep(config, Facts(outputs=10, fingerprints={"test": "def"}))
 
 
 def test_a_setting_that_fails_the_check_is_not_kept(tmp_path: Path) -> None:
     config, folder = start(tmp_path)
     broken = load_config(settings=[*TINY, "data.train_size=100000"])
     with pytest.raises(ConfigError):
-        born_again(broken, folder, InProcess(run_job), Ear())
+        lineage(broken, folder, run_job)
     assert RunFolder.open(folder.path)[1] == config

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engine import Recorder, make_run, predictions
 from scipy import stats
 
 from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import InProcess
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.study import check_study, experiment, trainings
-from selfkd.results import Row
+from selfkd.experiments.study import check_study, compare_arms, trainings
+from selfkd.results import ArmResult, ArmRun, Row, StudySummary
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.worker.jobs import run_job
 
 RunJob = Callable[[str, Mapping[str, Any]], Iterator[Row]]
-MEMBERS = "members from elsewhere learnt from other images"
+MEMBERS = "members from elsewhere were trained on other data"
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
     "train={epochs: 2, batch_size: 20}",
@@ -38,58 +38,35 @@ ARMS = """study={
     of_one: {teacher: one},
     of_two: {teacher: [labels, born_again], set: {distill.alpha: 0.5}},
     no_three: {teacher: one, set: {data.classes: [0, 1, 2, 4, 5, 6, 7, 8, 9], distill.alpha: 1}},
-    permuted: {teacher: labels, knowledge: permuted},
+    permuted: {teacher: labels, target_transform: permuted},
     both: {average: [labels, born_again]},
   },
   compare: [
     {arm: born_again, to: labels},
-    {arm: labels, to: few, towards: both},
+    {arm: labels, to: few, reference: both},
   ]}"""
 
 
-class Ear:
-    """A listener that remembers what was trained and labelled."""
-
-    def __init__(self, notes: str) -> None:
-        self.notes = notes
-        self.trained = 0
-        self.labelled = 0
-
-    def working(self, title: str, parts: int) -> None:
-        pass
-
-    def worked(self, row: Row) -> None:
-        self.labelled += row.get("state") == "written"
-
-    def stage_started(self, title: str, trials: int, done: int) -> None:
-        self.trained += trials - done
-
-    def trial_reported(self, trial: Row, rows: Sequence[Row]) -> None:
-        pass
-
-    def trial_finished(self, trial: Row) -> None:
-        pass
-
-    def noted(self, text: str) -> None:
-        assert self.notes in text
-
-    def compressed(self, summary: Row) -> None:
-        pass
+Whole = tuple[RunFolder, StudySummary, Recorder]
 
 
-def study(
-    path: Path, *settings: str, run_job: RunJob = run_job, notes: str = MEMBERS
-) -> tuple[RunFolder, Row, Ear]:
+def study(path: Path, *settings: str, do: RunJob = run_job, notes: str = MEMBERS) -> Whole:
     config = load_config(settings=[*TINY, *settings])
     check_study(config)
     folder = RunFolder.create(path, config, command="study") if not path.exists() else None
     folder = folder or RunFolder(path)
-    ear = Ear(notes)
-    return folder, experiment(config, folder, InProcess(run_job), ear), ear
+    ear = Recorder()
+    summary = compare_arms(make_run(config, folder, do, ear))
+    assert all(notes in note for note in ear.notes)
+    return folder, summary, ear
+
+
+def trained(ear: Recorder) -> int:
+    return sum(trials - done for _, trials, done in ear.stages)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Row, Ear]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return study(tmp_path_factory.mktemp("runs") / "whole", ARMS)
 
 
@@ -97,13 +74,17 @@ def trials(folder: RunFolder, arm: str) -> list[Row]:
     return [load_json(path) for path in sorted((folder.path / "arms" / arm).glob("*/result.json"))]
 
 
-def arm(summary: Row, name: str) -> Row:
-    row: Row = next(row for row in summary["arms"] if row["name"] == name)
-    return row
+def arm(summary: StudySummary, name: str) -> ArmResult:
+    return next(row for row in summary.arms if row.name == name)
+
+
+def saved(folder: RunFolder, row: ArmRun) -> dict[str, torch.Tensor]:
+    """Return the logits of a student."""
+    return load_tensors(predictions(folder, row.hash))[0]
 
 
 def test_arms_share_their_seeds_and_each_is_taught_by_that_of_its_own(
-    whole: tuple[RunFolder, Row, Ear],
+    whole: Whole,
 ) -> None:
     folder, _, _ = whole
     labels, born_again = trials(folder, "labels"), trials(folder, "born_again")
@@ -117,104 +98,102 @@ def test_arms_share_their_seeds_and_each_is_taught_by_that_of_its_own(
     assert [row["seed"] for row in trials(folder, "few")] == [row["seed"] for row in labels[:2]]
 
 
-def test_an_arm_is_trained_as_it_says(whole: tuple[RunFolder, Row, Ear]) -> None:
+def test_an_arm_is_trained_as_it_says(whole: Whole) -> None:
     folder, _, ear = whole
     assert [len(row["history"]) for row in trials(folder, "few")] == [1, 1]
     assert "soft_loss" in trials(folder, "born_again")[0]["history"][0]
     assert "soft_loss" not in trials(folder, "labels")[0]["history"][0]
-    assert ear.trained == trainings(load_config(settings=[*TINY, ARMS])) == 21
+    assert trained(ear) == trainings(load_config(settings=[*TINY, ARMS])) == 21
     # one shard each: three of labels and of born_again, one of one, and one for no_three's images
-    assert ear.labelled == 8
+    assert ear.states.count("written") == 8
 
 
-def test_accuracies_are_those_of_the_saved_predictions(whole: tuple[RunFolder, Row, Ear]) -> None:
+def test_accuracies_are_those_of_the_saved_predictions(whole: Whole) -> None:
     folder, summary, _ = whole
     labels = load_data("digits").test.labels
-    runs = arm(summary, "labels")["runs"]
-    for number, row in enumerate(runs):
-        logits, _ = load_tensors(
-            folder.path / "arms" / "labels" / f"trial_{number:03d}" / "predictions.safetensors"
-        )
-        wrong = int((logits["test"].argmax(dim=1) != labels).sum())
-        assert row["errors"] == wrong
-        assert row["test_accuracy"] == pytest.approx(1 - wrong / len(labels), abs=1e-6)
-    values = [row["errors"] for row in runs]
+    runs = arm(summary, "labels").runs
+    for row in runs:
+        wrong = int((saved(folder, row)["test"].argmax(dim=1) != labels).sum())
+        assert row.metrics["test_errors"] == wrong
+        assert row.metrics["test_accuracy"] == pytest.approx(1 - wrong / len(labels), abs=1e-6)
+    values = [row.metrics["test_errors"] for row in runs]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-    mean = arm(summary, "labels")["errors"]
-    assert (mean["value"], mean["low"], mean["high"]) == pytest.approx((np.mean(values), low, high))
+    mean = arm(summary, "labels").errors
+    assert mean is not None
+    assert (mean.value, mean.low, mean.high) == pytest.approx((np.mean(values), low, high))
 
 
 def test_an_average_is_the_ensemble_of_the_arms_seed_by_seed(
-    whole: tuple[RunFolder, Row, Ear],
+    whole: Whole,
 ) -> None:
     folder, summary, _ = whole
     labels = load_data("digits").test.labels
-    for number, row in enumerate(arm(summary, "both")["runs"]):
-        files = [
-            folder.path / "arms" / name / f"trial_{number:03d}" / "predictions.safetensors"
-            for name in ("labels", "born_again")
-        ]
-        mean = sum(load_tensors(file)[0]["test"].softmax(dim=1) for file in files)
+    sides = [arm(summary, name).runs for name in ("labels", "born_again")]
+    for number, row in enumerate(arm(summary, "both").runs):
+        mean = sum(saved(folder, side[number])["test"].softmax(dim=1) for side in sides)
         assert isinstance(mean, torch.Tensor)
-        assert row["errors"] == int((mean.argmax(dim=1) != labels).sum())
+        assert row.metrics["test_errors"] == int((mean.argmax(dim=1) != labels).sum())
 
 
-def test_differences_are_paired_by_seed(whole: tuple[RunFolder, Row, Ear]) -> None:
+def test_differences_are_paired_by_seed(whole: Whole) -> None:
     _, summary, _ = whole
-    first, second = summary["contrasts"]
+    first, second = summary.contrasts
     values, others = (
-        [row["test_accuracy"] for row in arm(summary, name)["runs"]]
+        [row.metrics["test_accuracy"] for row in arm(summary, name).runs]
         for name in ("born_again", "labels")
     )
     interval = stats.ttest_rel(values, others).confidence_interval(0.95)
-    found = first["difference"]
-    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
-    assert "3 paired seeds" in first["verdict"]
+    found = first.difference
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert "3 paired seeds" in first.verdict
     few, labels, both = (
-        np.mean([row["test_accuracy"] for row in arm(summary, name)["runs"][:2]])
+        np.mean([row.metrics["test_accuracy"] for row in arm(summary, name).runs[:2]])
         for name in ("few", "labels", "both")
     )
-    assert "2 paired seeds" in second["verdict"]
-    assert second["share"]["value"] == pytest.approx((labels - few) / (both - few))
+    assert "2 paired seeds" in second.verdict
+    assert second.share is not None
+    assert second.share.value == pytest.approx((labels - few) / (both - few))
 
 
 def test_a_class_that_was_not_seen_gets_one_bias_from_validation(
-    whole: tuple[RunFolder, Row, Ear],
+    whole: Whole,
 ) -> None:
     folder, summary, _ = whole
     data = load_data("digits")
     assert not (load_data("digits", classes=[0, 1]).train.labels > 1).any()
-    for number, row in enumerate(arm(summary, "no_three")["runs"]):
-        path = folder.path / "arms" / "no_three" / f"trial_{number:03d}" / "predictions.safetensors"
-        logits, _ = load_tensors(path)
-        unseen = row["unseen"]
-        assert unseen["classes"] == [3]
-        more = unseen["biased_class_accuracy"][3] - unseen["class_accuracy"][3]
-        assert more * unseen["bias"] >= 0
+    for row in arm(summary, "no_three").runs:
+        logits, unseen = saved(folder, row), row.unseen
+        assert unseen is not None
+        assert unseen.classes == (3,)
+        before, after = unseen.class_accuracy[3], unseen.biased_class_accuracy[3]
+        assert before is not None
+        assert after is not None
+        assert (after - before) * unseen.bias >= 0
 
         def wrong(split: str, bias: float, logits: dict[str, torch.Tensor] = logits) -> int:
             shifted = logits[split].double()
             shifted[:, 3] += bias
             return int((shifted.argmax(dim=1) != getattr(data, split).labels).sum())
 
-        assert unseen["errors"] == wrong("test", unseen["bias"])
-        found = wrong("val", unseen["bias"])
+        assert unseen.metrics["test_errors"] == wrong("test", unseen.bias)
+        found = wrong("val", unseen.bias)
         assert found <= min(wrong("val", bias) for bias in np.linspace(-20, 20, 20_001))
-    assert "unseen" not in arm(summary, "labels")["runs"][0]
+    assert arm(summary, "labels").runs[0].unseen is None
 
 
 def test_a_second_start_trains_and_tests_nothing_again(
-    whole: tuple[RunFolder, Row, Ear], monkeypatch: pytest.MonkeyPatch
+    whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, summary, _ = whole
-    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("score.json")}
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("predictions/*")}
     _, again, ear = study(folder.path, ARMS)
-    assert ear.trained == ear.labelled == 0
-    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("score.json")} == before
+    assert trained(ear) == ear.states.count("written") == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("predictions/*")} == before
     assert again == summary
 
 
-def test_members_of_another_run_teach(whole: tuple[RunFolder, Row, Ear], tmp_path: Path) -> None:
+def test_members_of_another_run_teach(whole: Whole, tmp_path: Path) -> None:
     folder, _, _ = whole
     student = folder.path / "arms" / "labels" / "trial_000" / "student.safetensors"
     member = {"path": str(student), "model": "selfkd_mlp", "args": {"width": 16, "depth": 1}}
@@ -222,11 +201,12 @@ def test_members_of_another_run_teach(whole: tuple[RunFolder, Row, Ear], tmp_pat
         tmp_path / "run",
         f"members.checkpoints=[{member}]",
         "study={arms: {labels: {}, taught: {teacher: members}}, "
-        "compare: [{arm: taught, to: labels, towards: members}]}",
+        "compare: [{arm: taught, to: labels, reference: members}]}",
     )
-    assert summary["members"]["count"] == 1
-    assert summary["contrasts"][0]["share"] is not None or summary["members"]["errors"]
-    assert len(arm(summary, "taught")["runs"]) == 3
+    assert summary.members is not None
+    assert summary.members.count == 1
+    assert summary.contrasts[0].share is not None or summary.members.metrics["test_errors"]
+    assert len(arm(summary, "taught").runs) == 3
 
 
 @pytest.mark.parametrize(
@@ -240,8 +220,11 @@ def test_members_of_another_run_teach(whole: tuple[RunFolder, Row, Ear], tmp_pat
             "a must have 1 seed or at least as many",
         ),
         ("study={arms: {a: {}, b: {average: [a], set: {train.lr: 1}}}}", "must have average alone"),
-        ("study={arms: {a: {knowledge: permuted}}}", "must be given with knowledge permuted"),
-        ("study={arms: {a: {}, b: {teacher: a, knowledge: virtual}}}", "must not be given"),
+        (
+            "study={arms: {a: {target_transform: permuted}}}",
+            "be given with target_transform permuted",
+        ),
+        ("study={arms: {a: {}, b: {teacher: a, target_transform: virtual}}}", "must not be given"),
         ("study={arms: {a: {set: {data.name: mnist}}}}", "got data.name"),
         ("study={arms: {a: {set: {search.trials: 2}}}}", "got search.trials"),
         ("study={arms: {a: {set: {train.epochs: 0}}}}", "study.arms.a.set: train.epochs: must be"),
@@ -284,18 +267,18 @@ def test_arms_that_share_no_seed_are_not_compared(tmp_path: Path) -> None:
     _, summary, _ = study(
         tmp_path / "run",
         "study={arms: {a: {}, b: {}, c: {}}}",
-        run_job=lose,
+        do=lose,
         notes="trials of",
     )
-    assert [len(row["runs"]) for row in summary["arms"]] == [2, 1, 3]
-    to_b, to_c = summary["contrasts"]
-    assert (to_b["difference"], to_b["share"]) == (None, None)
-    assert to_b["verdict"] == "b and a have no seed on which both were trained"
-    assert "2 paired seeds" in to_c["verdict"]
+    assert [len(row.runs) for row in summary.arms] == [2, 1, 3]
+    to_b, to_c = summary.contrasts
+    assert (to_b.difference, to_b.share) == (None, None)
+    assert to_b.verdict == "b and a have no seed on which both were trained"
+    assert "2 paired seeds" in to_c.verdict
 
 
 def test_an_average_without_any_seed_of_all_is_told(tmp_path: Path) -> None:
     lose = losing("arms/a/trial_000", "arms/b/trial_001", "arms/b/trial_002")
     arms = "study={arms: {a: {}, b: {}, both: {average: [a, b]}}}"
     with pytest.raises(RunError, match="a and b have no seed on which all were trained"):
-        study(tmp_path / "run", arms, run_job=lose, notes="trials of")
+        study(tmp_path / "run", arms, do=lose, notes="trials of")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from selfkd.data import Split
 
 TINY = torch.finfo(torch.float64).tiny
-CONVERGED = 1e-10  # change of a probability by EM
 
 
 def cluster_classes(probabilities: Tensor, *, clusters: int, seed: int) -> list[tuple[int, ...]]:
@@ -32,15 +31,15 @@ def cluster_classes(probabilities: Tensor, *, clusters: int, seed: int) -> list[
     10 starts, finds groups that scikit-learn's `MiniBatchKMeans` misses.
 
     Args:
-        probabilities: the generalist's predictions `[rows, classes]`.
-        clusters: how many, in [2, classes // 2].
-        seed: of the starts.
+        probabilities: Predictions of the generalist `[rows, classes]`.
+        clusters: Number of clusters, in [2, classes // 2].
+        seed: Seed of the starts.
 
     Returns:
         Disjoint clusters of at least two classes, ascending, that together are all classes.
 
     Raises:
-        ValueError: rows that do not sum to 1, `clusters` out of range, or classes that do not fall
+        ValueError: Rows that do not sum to 1, `clusters` out of range, or classes that do not fall
             into two clusters.
 
     >>> predictions = torch.tensor([[0.5, 0.4, 0.1, 0.0], [0.1, 0.0, 0.4, 0.5]])
@@ -79,18 +78,18 @@ def cluster_classes(probabilities: Tensor, *, clusters: int, seed: int) -> list[
 
 
 class Specialist(nn.Module):
-    """A network over all classes, asked about a few of them and a dustbin for the rest.
+    """A network over all classes, seen as one of a few of them and a dustbin for the rest.
 
         logits = [z_S, log sum_{c not in S} exp(z_c)]
 
     whose softmax is the network's own distribution with the rest of the classes taken as one. So a
-    specialist that starts with the generalist's weights starts with its answers, dustbin included,
+    specialist that starts with the generalist's weights starts with its predictions, dustbin included,
     and is of the same architecture: no head is cut or added.
 
     Args:
-        network: maps inputs to logits `[batch, all classes]`. It is not copied; what is to be saved
+        network: Network from inputs to logits `[batch, all classes]`. It is not copied; what is to be saved
             is its state, `specialist.network.state_dict()`.
-        classes: at least two of all classes, in the order of the logits.
+        classes: Two or more of all classes, in the order of the logits.
 
     Raises:
         ValueError: `classes` are not as above.
@@ -113,16 +112,16 @@ class Specialist(nn.Module):
         self.register_buffer("_index", torch.tensor(self.classes), persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Answer a batch.
+        """Return the logits of a batch.
 
         Args:
-            inputs: `[batch, ...]`.
+            inputs: Inputs `[batch, ...]`.
 
         Returns:
             Logits `[batch, len(classes) + 1]`, the dustbin last, float32 or wider.
 
         Raises:
-            ValueError: the network has no such classes, or no others.
+            ValueError: The network has no such classes, or no others.
         """
         logits: Tensor = self.network(inputs)
         _check_classes(self.classes, logits.shape[1])
@@ -135,14 +134,14 @@ def relabel(split: Split, classes: Sequence[int]) -> Split:
     """The same images labelled 0, 1, … by position in `classes`; all others len(classes).
 
     Args:
-        split: labels of all classes.
-        classes: a specialist's.
+        split: Split with labels of all classes.
+        classes: Classes of a specialist.
 
     Returns:
         A split of as many images.
 
     Raises:
-        ValueError: a class twice, or fewer than two.
+        ValueError: A class twice, or fewer than two.
 
     >>> relabel(Split(torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 2, 3])), (3, 1)).labels
     tensor([2, 1, 2, 0])
@@ -167,9 +166,9 @@ def specialist_split(split: Split, classes: Sequence[int], *, seed: int) -> tupl
     its classes are oversampled.
 
     Args:
-        split: training images, labels of all classes.
-        classes: the specialist's.
-        seed: of the draw.
+        split: Training images with labels of all classes.
+        classes: Classes of the specialist.
+        seed: Seed of the draw.
 
     Returns:
         The split, labelled as by `relabel`, and `dustbin_shift`.
@@ -202,38 +201,29 @@ def specialist_split(split: Split, classes: Sequence[int], *, seed: int) -> tupl
 
 @torch.no_grad()
 def combine(
-    generalist_logits: Tensor,
-    specialists: Sequence[tuple[Sequence[int], Tensor]],
-    *,
-    top: int = 1,
-    steps: int = 1000,
+    generalist_logits: Tensor, specialists: Sequence[tuple[Sequence[int], Tensor]]
 ) -> Tensor:
-    """One distribution of a generalist and those specialists that a row concerns.
+    """One distribution of a generalist and the specialist that a row concerns.
 
-    A specialist m is active in a row where one of the generalist's `top` most probable classes is
-    in its set S_m. Each row's q minimises equation 5 of the paper,
+    The specialist m of a row is the one in whose set S_m the generalist's most probable class is.
+    The row's q minimises equation 5 of the paper,
 
-        KL(p_g || q) + sum_{m active} KL(p_m || q)
+        KL(p_g || q) + KL(p_m || q)
 
-    where p_m is over S_m and the dustbin, whose q is the sum of q outside S_m. A dustbin is a
-    coarse label, so EM does it: each p_m's dustbin is shared among the classes outside S_m as q is,
-    and q is the mean of p_g and the active p_m. One step from q = p_g is exact for one active
-    specialist: disjoint sets at `top` 1. Several active ones take tens of steps, each of two of EM
-    and a leap (SQUAREM) that is kept where it lowers the sum, so that none raises it; where they
-    flatly contradict each other with great confidence, 1000 may not reach 1e-6.
+    where p_m is over S_m and the dustbin, whose q is the sum of q outside S_m. With one specialist
+    a row that is the mean of p_g and of p_m, its dustbin shared among the classes outside S_m as
+    p_g is.
 
     Args:
-        generalist_logits: `[rows, classes]`.
-        specialists: for each its classes and its logits `[rows, len(classes) + 1]`, the dustbin
-            last, with the `dustbin_shift` of `specialist_split` added.
-        top: how many of the generalist's classes make specialists active.
-        steps: at most; ends when EM moves no probability by more than 1e-10.
+        generalist_logits: Logits `[rows, classes]`.
+        specialists: For each its classes and its logits `[rows, len(classes) + 1]`, the dustbin
+            last, with the `dustbin_shift` of `specialist_split` added. The sets are disjoint.
 
     Returns:
-        log q `[rows, classes]`, float32 or wider; log p_g where no specialist is active.
+        log q `[rows, classes]`, float32 or wider; log p_g where a row has no specialist.
 
     Raises:
-        ValueError: shapes or classes that do not match, `top` or `steps` out of range.
+        ValueError: Shapes or classes that do not match, or a class of two specialists.
 
     >>> generalist_logits = torch.tensor([[0.4, 0.4, 0.1, 0.1]]).log()
     >>> specialist_logits = torch.tensor([[0.6, 0.2, 0.2]]).log()
@@ -243,54 +233,20 @@ def combine(
     Reference:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 5.4,
         https://arxiv.org/abs/1503.02531
-        Dempster, Laird, Rubin, "Maximum Likelihood from Incomplete Data via the EM Algorithm",
-        1977, https://www.jstor.org/stable/2984875
-        Varadhan, Roland, "Simple and Globally Convergent Methods for Accelerating the Convergence
-        of Any EM Algorithm", 2008, https://doi.org/10.1111/j.1467-9469.2007.00585.x
     """
-    _check_combine(generalist_logits, specialists, top, steps)
+    _check_combine(generalist_logits, specialists)
     log_p_g = generalist_logits.double().log_softmax(dim=1)
-    p_g = log_p_g.exp().clamp(min=TINY)  # none is ruled out for good
-    outside = p_g.new_ones(len(specialists), p_g.shape[1])
-    for row, (classes, _) in zip(outside, specialists, strict=True):
-        row[list(classes)] = 0
-    named = torch.zeros_like(p_g).scatter_(1, p_g.topk(top, dim=1).indices, 1)
-    active = (named @ (1 - outside).T).clamp(max=1)  # [rows, specialists]
-    counted, dustbins = p_g.clone(), torch.zeros_like(active)
-    for m, (classes, logits) in enumerate(specialists):
-        p_m = logits.double().softmax(dim=1) * active[:, m, None]
-        counted[:, list(classes)] += p_m[:, :-1]
-        dustbins[:, m] = p_m[:, -1]
-    q = _least_divergence(p_g, counted, dustbins, outside, steps)
-    log_q = torch.where(active.any(dim=1, keepdim=True), q.log(), log_p_g)
+    log_q, p_g = log_p_g.clone(), log_p_g.exp().clamp(min=TINY)  # none is ruled out for good
+    top = p_g.argmax(dim=1)
+    for classes, logits in specialists:
+        own = list(classes)
+        rows = torch.isin(top, top.new_tensor(own))
+        p_m = logits[rows].double().softmax(dim=1)
+        shared = p_g[rows].index_fill(1, top.new_tensor(own), 0.0)
+        shared *= p_m[:, -1:] / shared.sum(dim=1, keepdim=True)
+        shared[:, own] = p_m[:, :-1]
+        log_q[rows] = ((p_g[rows] + shared) / 2).log()
     return log_q.to(torch.promote_types(generalist_logits.dtype, torch.float32))
-
-
-def _least_divergence(
-    q: Tensor, counted: Tensor, dustbins: Tensor, outside: Tensor, steps: int
-) -> Tensor:
-    """Minimise -sum_c counted_c log q_c - sum_m dustbins_m log sum_c outside_mc q_c, by row."""
-    mass = counted.sum(dim=1, keepdim=True) + dustbins.sum(dim=1, keepdim=True)
-
-    def em(q: Tensor) -> Tensor:
-        return (counted + q * ((dustbins / (q @ outside.T)) @ outside)) / mass
-
-    def objective(q: Tensor) -> Tensor:
-        known, coarse = counted * q.log(), dustbins * (q @ outside.T).log()
-        return -known.sum(dim=1, keepdim=True) - coarse.sum(dim=1, keepdim=True)
-
-    for _ in range(steps):
-        once = em(q)
-        twice = em(once)
-        step = once.log() - q.log()
-        bend = twice.log() - once.log() - step
-        far = (step.norm(dim=1, keepdim=True) / bend.norm(dim=1, keepdim=True)).nan_to_num(1.0, 1.0)
-        far = far.clamp(1.0, 1e6)
-        leap = em((q.log() + 2 * far * step + far**2 * bend).softmax(dim=1).clamp(min=TINY))
-        q = torch.where(objective(leap) < objective(twice), leap, twice)
-        if bool(((twice - once).abs() <= CONVERGED).all()):
-            break
-    return q
 
 
 def _without_singletons(clusters: list[list[int]], columns: NDArray[np.float64]) -> list[list[int]]:
@@ -318,22 +274,19 @@ def _check_classes(classes: Sequence[int], num_classes: int | None = None) -> No
 
 
 def _check_combine(
-    generalist_logits: Tensor,
-    specialists: Sequence[tuple[Sequence[int], Tensor]],
-    top: int,
-    steps: int,
+    generalist_logits: Tensor, specialists: Sequence[tuple[Sequence[int], Tensor]]
 ) -> None:
     if generalist_logits.ndim != 2 or not generalist_logits.numel():
         raise ValueError(
             f"generalist_logits must be [rows, classes], got {list(generalist_logits.shape)}"
         )
     rows, num_classes = generalist_logits.shape
-    if not 1 <= top <= num_classes:
-        raise ValueError(f"top must be in [1, {num_classes}], got {top}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    taken = set[int]()
     for classes, logits in specialists:
         _check_classes(classes, num_classes)
+        if twice := taken & set(classes):
+            raise ValueError(f"specialists must have disjoint classes, got {min(twice)} in two")
+        taken |= set(classes)
         if logits.shape != (rows, len(classes) + 1):
             raise ValueError(
                 f"logits of a specialist must be [{rows}, {len(classes) + 1}], the dustbin last, "

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from selfkd.budget import Budget, budget, main, measured, describe_budget
+from selfkd.budget import Budget, budget, describe_budget, main, measured
 from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import save_json

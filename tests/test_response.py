@@ -14,7 +14,7 @@ from selfkd.analysis.response import Effect
 from selfkd.analysis.statistics import Interval
 from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.response import find_responses, main, read_stages, describe_effect
+from selfkd.response import describe_effect, find_responses, main, read_stages
 from selfkd.storage.files import save_json
 
 

@@ -171,7 +171,7 @@ def _result(
         hash=best.hash,
         teachers=tuple(teachers),
         models=tuple(searched.models),
-        parameters=measured.parameters or None,
+        parameters=measured.parameters,
         mcnemar=measured.mcnemar,
         diagnostics=measured.diagnostics,
         history=best.history,

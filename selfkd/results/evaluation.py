@@ -73,7 +73,7 @@ class Evaluation(Measured):
     """A model on validation and test: `metrics` are val_…, test_… and agreement."""
 
     hash: str
-    parameters: int = 0
+    parameters: int | None = None
     mcnemar: McNemar | None = None
     unseen: Unseen | None = None
     diagnostics: dict[str, Diagnostics] = Field(default_factory=dict)

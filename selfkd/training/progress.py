@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from selfkd.results import CHECKPOINT, Row
-from selfkd.storage.files import fetch, retry_io, replace
+from selfkd.storage.files import fetch, replace, retry_io
 from selfkd.training.ranks import Ranks
 
 DAMAGED: tuple[type[Exception], ...] = (

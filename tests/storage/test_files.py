@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from selfkd.storage import files
-from selfkd.storage.files import load_json, retry_io, replace, save_json, save_text
+from selfkd.storage.files import load_json, replace, retry_io, save_json, save_text
 
 
 def test_a_file_and_its_folder_are_made(tmp_path):

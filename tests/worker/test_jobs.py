@@ -15,8 +15,9 @@ from selfkd.config import load_config, to_tree
 from selfkd.data import load_data
 from selfkd.data.augmentation import Views
 from selfkd.errors import NonFiniteLossError
+from selfkd.results import Evaluation, from_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors, tensors_hash
-from selfkd.tasks.images import task as bench_module
+from selfkd.tasks.images import task as image_task
 from selfkd.worker.jobs import run_job
 
 TINY = (
@@ -30,7 +31,7 @@ def make_tree(*settings):
     return to_tree(load_config(settings=[*TINY, *settings]))
 
 
-class Bench:
+class Jobs:
     """Jobs in a folder of their own; what goes in and comes out is JSON, as between processes."""
 
     def __init__(self, folder):
@@ -59,7 +60,7 @@ class Bench:
         )
         return rows, {"hash": rows[-1]["hash"], "checkpoint": student}
 
-    def label(self, teacher, *settings):
+    def cache(self, teacher, *settings):
         """How many views were written, of one shard each."""
         views = load_config(settings=[*TINY, *settings]).data.views or 1
         place = {"targets": str(self.targets), "run": str(self.folder), "shard": 0}
@@ -67,20 +68,24 @@ class Bench:
             row
             for view in range(views)
             for row in self.job(
-                "label", *settings, checkpoint=teacher["checkpoint"], view=view, **place
+                "cache_teacher_logits",
+                *settings,
+                checkpoint=teacher["checkpoint"],
+                view=view,
+                **place,
             )
         ]
         return sum(row["state"] != "kept" for row in rows)
 
-    def score(self, name, *settings, teachers=()):
+    def evaluate(self, name, *settings, teachers=()):
         (row,) = self.job(
-            "score",
+            "evaluate",
             *settings,
             student=str(self.folder / name / "student.safetensors"),
             predictions=self.predictions(name),
             teachers=list(teachers),
         )
-        return row
+        return from_row(Evaluation, row).metrics
 
     def predictions(self, name):
         return str(self.folder / name / "predictions.safetensors")
@@ -93,27 +98,28 @@ class Bench:
             }
             for name in names
         ]
-        (row,) = self.job("measure", ensembles=[{"members": members}])
+        ensemble = {"members": members, "average": "probabilities"}
+        (row,) = self.job("average", ensembles=[ensemble])
         (measured,) = row["rows"]
-        return measured
+        return from_row(Evaluation, measured).metrics
 
 
 @pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path)
+def jobs(tmp_path):
+    return Jobs(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two networks of generation 0 that are not changed by any test."""
-    bench = Bench(tmp_path_factory.mktemp("trained"))
-    bench.rows, bench.teacher = bench.train("one")
-    bench.other = bench.train("two", seed=2)[1]
-    return bench
+    jobs = Jobs(tmp_path_factory.mktemp("trained"))
+    jobs.rows, jobs.teacher = jobs.train("one")
+    jobs.other = jobs.train("two", seed=2)[1]
+    return jobs
 
 
-def weights(teacher):
-    return load_tensors(Path(teacher["checkpoint"]))[0]
+def weights(model):
+    return load_tensors(Path(model["checkpoint"]))[0]
 
 
 def history(rows):
@@ -122,7 +128,7 @@ def history(rows):
 
 
 def numpy_logits(teacher, split):
-    """The network's answers, worked out from its weights alone."""
+    """The network's logits, worked out from its weights alone."""
     data = load_data("digits")
     images = getattr(data, split).images.double().numpy().reshape(-1, 64)
     state = {name: tensor.double().numpy() for name, tensor in weights(teacher).items()}
@@ -137,18 +143,21 @@ def numpy_logits(teacher, split):
 # --- check ---
 
 
-def test_check_gives_the_facts(bench):
-    (row,) = bench.job("check", "data.jitter=1", "student={name: selfkd_mlp, args: {width: 8}}")
-    marks = [row["facts"].pop(name) for name in ("fingerprint", "val", "test")]
-    assert marks[0] == load_data("digits").fingerprint
-    assert len(set(marks)) == 3
+def test_check_gives_the_facts(jobs):
+    (row,) = jobs.job("check", "data.jitter=1", "student={name: selfkd_mlp, args: {width: 8}}")
+    prints = row["facts"].pop("fingerprints")
+    assert prints["train"] == load_data("digits").fingerprint
+    assert prints.keys() == {"train", "val", "test"}
+    assert len(set(prints.values())) == 3
     assert row == {
         "facts": {
-            "images": {"train": 200, "val": 400, "test": 1197},
-            "classes": 10,
-            "class_names": list("0123456789"),
+            "items": {"train": 200, "val": 400, "test": 1197},
+            "unit": "images",
+            "metric": "accuracy",
+            "outputs": 10,
+            "names": list("0123456789"),
             "views": 8,
-            "parameters": {"0": 1210, "1": 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10},
+            "parameters": {"model": 1210, "student": 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10},
         }
     }
 
@@ -162,8 +171,8 @@ def test_check_gives_the_facts(bench):
         (["data.jitter=1", "data.views=2"], 2),
     ],
 )
-def test_there_are_eight_views_where_images_are_augmented(bench, settings, views):
-    (row,) = bench.job("check", *settings)
+def test_there_are_eight_views_where_images_are_augmented(jobs, settings, views):
+    (row,) = jobs.job("check", *settings)
     assert row["facts"]["views"] == views
 
 
@@ -172,7 +181,7 @@ def test_there_are_eight_views_where_images_are_augmented(bench, settings, views
     [
         (["model.name=selfkd_mpl"], "model.name must be a timm model name, got 'selfkd_mpl': did"),
         (["student.name=selfkd_mpl"], "model.name must be a timm model name, got 'selfkd_mpl'"),
-        (["model.args.widt=3"], "model.args must suit 'selfkd_mlp', got {'width': 16, 'depth': 1"),
+        (["model.args.widt=3"], "model.args must be arguments of 'selfkd_mlp', got 'widt'"),
         (["model.args.width=0"], "model.args must suit 'selfkd_mlp', got {'width': 0"),
         (["model.args.num_classes=3"], "model must give 10 logits an image, got 'selfkd_mlp' with"),
         (
@@ -193,10 +202,10 @@ def test_there_are_eight_views_where_images_are_augmented(bench, settings, views
         ),
     ],
 )
-def test_check_names_a_mistake(bench, monkeypatch, settings, fault):
+def test_check_names_a_mistake(jobs, monkeypatch, settings, fault):
     monkeypatch.delenv("SELFKD_DATA", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (row,) = bench.job("check", *settings)
+    (row,) = jobs.job("check", *settings)
     assert row.keys() == {"fault"}
     assert row["fault"].startswith(fault)
 
@@ -228,24 +237,24 @@ def test_a_student_is_saved_with_its_facts(trained):
 
 
 @pytest.mark.parametrize("settings", [[], ["train.ema=0.9"], ["data.jitter=1"]])
-def test_what_is_saved_is_what_was_measured(bench, settings):
-    rows, student = bench.train("one", *settings)
+def test_what_is_saved_is_what_was_measured(jobs, settings):
+    rows, student = jobs.train("one", *settings)
     labels = load_data("digits").val.labels.numpy()
     logits = numpy_logits(student, "val")
     assert rows[-1]["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
     assert rows[-1]["val_nll"] == pytest.approx(log_loss(labels, softmax(logits, 1)), rel=1e-4)
 
 
-def test_the_same_seed_gives_the_same_student_whatever_ran_before(bench, trained):
+def test_the_same_seed_gives_the_same_student_whatever_ran_before(jobs, trained):
     settings = ["model.args.drop_rate=0.2", "train.batch_size=40", *AUGMENTED]
-    rows, student = bench.train("a", *settings)
-    bench.train("b", "train.optimizer=adamw", "model.args.drop_rate=0.5", seed=5)
+    rows, student = jobs.train("a", *settings)
+    jobs.train("b", "train.optimizer=adamw", "model.args.drop_rate=0.5", seed=5)
     torch.rand(7)
-    again, student_again = bench.train("c", *settings)
+    again, student_again = jobs.train("c", *settings)
     assert student_again["hash"] == student["hash"]
     assert history(again) == history(rows)
-    assert bench.train("d", *settings, seed=2)[1]["hash"] != student["hash"]
-    assert bench.train("e")[1]["hash"] == trained.teacher["hash"]
+    assert jobs.train("d", *settings, seed=2)[1]["hash"] != student["hash"]
+    assert jobs.train("e")[1]["hash"] == trained.teacher["hash"]
 
 
 SETTINGS = [
@@ -270,8 +279,8 @@ SETTINGS = [
 ]
 
 
-def test_every_setting_counts(trained, bench):
-    hashes = [bench.train("one", setting)[1]["hash"] for setting in SETTINGS]
+def test_every_setting_counts(trained, jobs):
+    hashes = [jobs.train("one", setting)[1]["hash"] for setting in SETTINGS]
     assert len({*hashes, trained.teacher["hash"]}) == len(SETTINGS) + 1, hashes
 
 
@@ -283,46 +292,46 @@ BORN_AGAIN_SETTINGS = [
 ]
 
 
-def test_every_setting_of_a_born_again_student_counts(trained, bench):
+def test_every_setting_of_a_born_again_student_counts(trained, jobs):
     options = {"generation": 1, "teachers": [trained.teacher, trained.other]}
     hashes = [
-        bench.train("one", "distill.live=true", *settings, **options)[1]["hash"]
+        jobs.train("one", "distill.live=true", *settings, **options)[1]["hash"]
         for settings in [[], *([setting] for setting in BORN_AGAIN_SETTINGS)]
     ]
     assert len(set(hashes)) == len(BORN_AGAIN_SETTINGS) + 1
 
 
-def test_the_seed_of_a_trial_is_of_the_order_too(trained, bench):
+def test_the_seed_of_a_trial_is_of_the_order_too(trained, jobs):
     options = {"generation": 1, "teachers": [trained.teacher]}  # and of the same first weights
     settings = ["train.init=teacher", "distill.live=true"]
-    one, two = (bench.train("one", *settings, seed=seed, **options)[1] for seed in (1, 2))
+    one, two = (jobs.train("one", *settings, seed=seed, **options)[1] for seed in (1, 2))
     assert one["hash"] != two["hash"]
 
 
-def test_the_rate_is_that_of_the_steps_there_are(bench):
+def test_the_rate_is_that_of_the_steps_there_are(jobs):
     """Seven steps an epoch: 200 images by 30, the last batch not full."""
-    rows, _ = bench.train("one", "train.batch_size=30", "train.epochs=3", "train.warmup_epochs=1")
+    rows, _ = jobs.train("one", "train.batch_size=30", "train.epochs=3", "train.warmup_epochs=1")
     rates = [0.01 + 0.09 * 6 / 7, *(0.05 * (1 + math.cos(math.pi * s / 14)) for s in (6, 13))]
     assert [row["lr"] for row in rows] == pytest.approx(rates)
 
 
-def test_the_seed_of_the_run_is_of_splits_and_views(bench):
-    (row,) = bench.job("check", "seed=3")
-    assert row["facts"]["fingerprint"] == load_data("digits", seed=3).fingerprint
-    assert row["facts"]["fingerprint"] != load_data("digits", seed=0).fingerprint
-    views = bench_module.Bench(make_tree("seed=3", "data.jitter=1", "data.crop=0.5")).views
+def test_the_seed_of_the_run_is_of_splits_and_views(jobs):
+    (row,) = jobs.job("check", "seed=3")
+    assert row["facts"]["fingerprints"]["train"] == load_data("digits", seed=3).fingerprint
+    assert row["facts"]["fingerprints"]["train"] != load_data("digits", seed=0).fingerprint
+    views = image_task.ImageTask(make_tree("seed=3", "data.jitter=1", "data.crop=0.5")).views
     assert views == Views(crop=0.5, jitter=1, seed=3, count=8)
 
 
-def test_compile_is_passed_on(bench, monkeypatch):
+def test_compile_is_passed_on(jobs, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
-    bench.train("one", "train.compile=true")
+    jobs.train("one", "train.compile=true")
     assert len(compiled) == 1
 
 
-def test_a_stopped_trial_saves_nothing(bench):
-    path = bench.folder / "student.safetensors"
+def test_a_stopped_trial_saves_nothing(jobs):
+    path = jobs.folder / "student.safetensors"
     rows = run_job(
         "train",
         {
@@ -331,7 +340,7 @@ def test_a_stopped_trial_saves_nothing(bench):
             "model": make_tree()["model"],
             "seed": 0,
             "teachers": [],
-            "targets": str(bench.targets),
+            "targets": str(jobs.targets),
             "student": str(path),
         },
     )
@@ -340,19 +349,19 @@ def test_a_stopped_trial_saves_nothing(bench):
     assert not path.exists()
 
 
-def test_a_diverged_trial_is_told_with_its_generation(bench):
+def test_the_error_of_a_diverged_trial_names_its_generation(jobs):
     with pytest.raises(
         NonFiniteLossError, match=r"generation 0: loss must be finite, got .* at epoch \d, step \d"
     ):
-        bench.train("one", "train.lr=1e30", "train.epochs=9")
-    assert not (bench.folder / "one").exists()
+        jobs.train("one", "train.lr=1e30", "train.epochs=9")
+    assert not (jobs.folder / "one").exists()
 
 
 @pytest.mark.parametrize(("generation", "width"), [(0, 16), (1, 8), (2, 8)])
-def test_born_again_students_may_be_another_network(bench, trained, generation, width):
+def test_born_again_students_may_be_another_network(jobs, trained, generation, width):
     settings = ["student={name: selfkd_mlp, args: {width: 8, depth: 1}}", "distill.live=true"]
     teachers = [trained.teacher] if generation else []
-    _, student = bench.train("one", *settings, generation=generation, teachers=teachers)
+    _, student = jobs.train("one", *settings, generation=generation, teachers=teachers)
     facts = load_tensors(Path(student["checkpoint"]))[1]
     assert facts["parameters"] == 64 * width + width + width * 10 + 10
     assert facts["model"]["args"]["width"] == width
@@ -366,14 +375,16 @@ def test_born_again_students_may_be_another_network(bench, trained, generation, 
 @pytest.mark.parametrize(
     ("members", "average"), [(1, "probabilities"), (2, "probabilities"), (2, "logits")]
 )
-def test_stored_and_live_answers_teach_the_same(bench, trained, members, settings, average):
+def test_cached_and_live_teacher_logits_train_the_same_student(
+    jobs, trained, members, settings, average
+):
     settings = [*settings, f"distill.average={average}", "distill={temperature: 3, alpha: 0.7}"]
     teachers = [trained.teacher, trained.other][:members]
     for teacher in teachers:
-        bench.label(teacher, *settings)
+        jobs.cache(teacher, *settings)
     options = {"generation": 1, "seed": 3, "teachers": teachers}
-    stored, student = bench.train("stored", *settings, **options)
-    live, alive = bench.train("live", *settings, "distill.live=true", **options)
+    stored, student = jobs.train("stored", *settings, **options)
+    live, alive = jobs.train("live", *settings, "distill.live=true", **options)
     for row, expected in zip(history(stored), history(live), strict=True):
         assert row == pytest.approx(expected, abs=1e-3)
         assert row["soft_loss"] > 0
@@ -381,106 +392,108 @@ def test_stored_and_live_answers_teach_the_same(bench, trained, members, setting
         torch.testing.assert_close(value, weights(alive)[name], atol=1e-3, rtol=1e-3)
 
 
-def test_with_augmentation_each_view_has_its_own_answer(bench, trained):
+def test_with_augmentation_each_view_has_logits_of_its_own(jobs, trained):
     """The test before this one would pass where augmentation did nothing."""
-    bench.label(trained.teacher, *AUGMENTED)
+    jobs.cache(trained.teacher, *AUGMENTED)
     views = [
-        load_tensors(path)[0]["logits"] for path in sorted(bench.targets.rglob("*.safetensors"))
+        load_tensors(path)[0]["logits"] for path in sorted(jobs.targets.rglob("*.safetensors"))
     ]
     assert [view.shape for view in views] == [(200, 10)] * 3
     assert (views[0] - views[1]).abs().max() > 1
     assert (views[1] - views[2]).abs().max() > 1
 
 
-def test_stored_answers_are_those_to_the_training_images(bench, trained):
-    bench.label(trained.teacher)
-    (path,) = bench.targets.rglob("*.safetensors")
+def test_cached_logits_are_those_of_the_training_images(jobs, trained):
+    jobs.cache(trained.teacher)
+    (path,) = jobs.targets.rglob("*.safetensors")
     stored = load_tensors(path)[0]["logits"].double().numpy()
     logits = numpy_logits(trained.teacher, "train")
     np.testing.assert_allclose(stored, logits - logits.max(1, keepdims=True), atol=0.01)
 
 
-def test_each_view_is_labelled_once(bench, trained):
-    assert bench.label(trained.teacher, *AUGMENTED) == 3
-    files = sorted(bench.targets.rglob("*"))
+def test_each_view_is_cached_once(jobs, trained):
+    assert jobs.cache(trained.teacher, *AUGMENTED) == 3
+    files = sorted(jobs.targets.rglob("*"))
     times = [path.stat().st_mtime_ns for path in files]
-    assert bench.label(trained.teacher, *AUGMENTED) == 0
-    assert sorted(bench.targets.rglob("*")) == files
+    assert jobs.cache(trained.teacher, *AUGMENTED) == 0
+    assert sorted(jobs.targets.rglob("*")) == files
     assert [path.stat().st_mtime_ns for path in files] == times
-    next(bench.targets.glob("*/*/view_001/shard_*")).unlink()
-    assert bench.label(trained.teacher, *AUGMENTED) == 1
-    assert bench.label(trained.teacher, *AUGMENTED, "data.views=5") == 2  # those there are kept
-    assert bench.label(trained.teacher, *AUGMENTED, "data.flip=true") == 3
-    assert bench.label(trained.teacher, *AUGMENTED, "data.train_size=100") == 3
-    assert bench.label(trained.other, *AUGMENTED) == 3
+    next(jobs.targets.glob("*/*/view_001/shard_*")).unlink()
+    assert jobs.cache(trained.teacher, *AUGMENTED) == 1
+    assert jobs.cache(trained.teacher, *AUGMENTED, "data.views=5") == 2  # those there are kept
+    assert jobs.cache(trained.teacher, *AUGMENTED, "data.flip=true") == 3
+    assert jobs.cache(trained.teacher, *AUGMENTED, "data.train_size=100") == 3
+    assert jobs.cache(trained.other, *AUGMENTED) == 3
 
 
-def test_a_teacher_that_has_not_labelled_is_an_error(bench, trained):
+def test_a_teacher_without_cached_logits_is_an_error(jobs, trained):
     with pytest.raises(FileNotFoundError, match=r"no such store: .*: labelling writes it"):
-        bench.train("one", generation=1, teachers=[trained.teacher])
+        jobs.train("one", generation=1, teachers=[trained.teacher])
 
 
-def test_a_student_starts_afresh(bench, trained):
+def test_a_student_starts_afresh(jobs, trained):
     """It shares no weight with its teacher: with a rate of nearly 0 it stays where it began."""
     settings = ["train.lr=1e-30", "train.weight_decay=0", "distill.live=true"]
     before = Path(trained.teacher["checkpoint"]).read_bytes()
-    _, student = bench.train("fresh", *settings, generation=1, seed=1, teachers=[trained.teacher])
-    _, again = bench.train("again", *settings, generation=1, seed=1, teachers=[trained.other])
-    _, beginner = bench.train("beginner", *settings, generation=0, seed=1)
+    _, student = jobs.train("fresh", *settings, generation=1, seed=1, teachers=[trained.teacher])
+    _, again = jobs.train("again", *settings, generation=1, seed=1, teachers=[trained.other])
+    _, beginner = jobs.train("beginner", *settings, generation=0, seed=1)
     hashes = {tensors_hash(weights(model)) for model in (student, again, beginner)}
     assert len(hashes) == 1
     for name, value in weights(trained.teacher).items():
         assert not torch.equal(value, weights(student)[name])
-    _, kept = bench.train(
+    _, kept = jobs.train(
         "kept", *settings, "train.init=teacher", generation=1, teachers=[trained.teacher]
     )
     assert tensors_hash(weights(kept)) == tensors_hash(weights(trained.teacher))
     assert Path(trained.teacher["checkpoint"]).read_bytes() == before
 
 
-def test_a_teacher_is_not_changed_by_its_student(bench, trained):
+def test_a_teacher_is_not_changed_by_its_student(jobs, trained):
     before = Path(trained.teacher["checkpoint"]).read_bytes()
     options = {"generation": 1, "seed": 7, "teachers": [trained.teacher]}
-    bench.train("one", "distill.live=true", "train.init=teacher", **options)
+    jobs.train("one", "distill.live=true", "train.init=teacher", **options)
     assert Path(trained.teacher["checkpoint"]).read_bytes() == before
 
 
-def test_alpha_weighs_the_teacher(bench, trained):
+def test_alpha_weighs_the_teacher(jobs, trained):
     options = {"generation": 1, "seed": 4, "teachers": [trained.teacher]}
-    none, _ = bench.train("none", "distill.live=true", "distill.alpha=0", **options)
-    labels, _ = bench.train("labels", seed=4)
+    none, _ = jobs.train("none", "distill.live=true", "distill.alpha=0", **options)
+    labels, _ = jobs.train("labels", seed=4)
     for row, expected in zip(none, labels, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert row["val_nll"] == pytest.approx(expected["val_nll"], rel=1e-5)
-    little, _ = bench.train("little", "distill.live=true", "distill.alpha=0.01", **options)
-    alone, _ = bench.train("alone", "distill.live=true", "distill.alpha=1", **options)
+    little, _ = jobs.train("little", "distill.live=true", "distill.alpha=0.01", **options)
+    alone, _ = jobs.train("alone", "distill.live=true", "distill.alpha=1", **options)
     assert [row["loss"] for row in alone] == [row["soft_loss"] for row in alone]
     assert alone[-1]["soft_loss"] < little[-1]["soft_loss"]
 
 
-def test_training_and_labelling_never_read_the_test_split(bench, trained, monkeypatch):
-    load = bench_module._load_data
+def test_training_and_caching_never_read_the_test_split(jobs, trained, monkeypatch):
+    load = image_task._load_data
 
     def without_test(*arguments):
-        return bench_module.Data(**{**vars(load(*arguments)), "test": None})
+        return image_task.Data(**{**vars(load(*arguments)), "test": None})
 
-    monkeypatch.setattr(bench_module, "_load_data", without_test)
-    bench.label(trained.teacher)
-    rows, _ = bench.train("one", generation=1, teachers=[trained.teacher])
+    monkeypatch.setattr(image_task, "_load_data", without_test)
+    jobs.cache(trained.teacher)
+    rows, _ = jobs.train("one", generation=1, teachers=[trained.teacher])
     assert len(rows) == 2
 
 
-# --- score and ensemble ---
+# --- evaluation, of one and of an average ---
 
 
-def test_the_score_is_that_of_the_weights_on_the_test_split(trained):
-    row = trained.score("one")
+def test_the_evaluation_is_that_of_the_weights_on_the_test_split(trained):
+    found = trained.evaluate("one")
     labels = load_data("digits").test.labels
     logits = numpy_logits(trained.teacher, "test")
-    assert row == {
-        "hash": trained.teacher["hash"],
-        "parameters": 1210,
-        "test_accuracy": pytest.approx((logits.argmax(1) == labels.numpy()).mean()),
+    right = logits.argmax(1) == labels.numpy()
+    assert found == {
+        "val_accuracy": trained.rows[-1]["val_accuracy"],
+        "val_nll": pytest.approx(trained.rows[-1]["val_nll"]),
+        "test_accuracy": pytest.approx(right.mean()),
+        "test_errors": (~right).sum(),
         "test_nll": pytest.approx(log_loss(labels, softmax(logits, axis=1)), rel=1e-4),
         "test_ece": pytest.approx(ece(torch.from_numpy(logits), labels), abs=1e-4),
     }
@@ -492,18 +505,18 @@ def test_the_score_is_that_of_the_weights_on_the_test_split(trained):
 
 def test_agreement_is_with_the_teachers_together(trained):
     one, two = (numpy_logits(teacher, "test") for teacher in (trained.teacher, trained.other))
-    assert trained.score("one", teachers=[trained.teacher])["agreement"] == 1.0
+    assert trained.evaluate("one", teachers=[trained.teacher])["agreement"] == 1.0
     expected = (one.argmax(1) == two.argmax(1)).mean()
     assert 0.2 < expected < 1
-    found = trained.score("one", teachers=[trained.other])["agreement"]
+    found = trained.evaluate("one", teachers=[trained.other])["agreement"]
     assert found == pytest.approx(expected, abs=1e-6)
     both = softmax(one, axis=1) + softmax(two, axis=1)
-    found = trained.score("one", teachers=[trained.other, trained.teacher])["agreement"]
+    found = trained.evaluate("one", teachers=[trained.other, trained.teacher])["agreement"]
     assert found == pytest.approx((one.argmax(1) == both.argmax(1)).mean(), abs=1e-6)
 
 
 def test_an_ensemble_of_the_same_twice_is_the_single(trained):
-    single = trained.score("one")
+    single = trained.evaluate("one")
     twice = trained.ensemble("one", "one")
     assert twice["val_accuracy"] == trained.rows[-1]["val_accuracy"]
     for key in ("test_accuracy", "test_nll", "test_ece"):
@@ -511,9 +524,9 @@ def test_an_ensemble_of_the_same_twice_is_the_single(trained):
 
 
 def test_an_ensemble_averages_probabilities(trained):
-    trained.score("one")
-    trained.score("two")
-    row = trained.ensemble("one", "two")
+    trained.evaluate("one")
+    trained.evaluate("two")
+    found = trained.ensemble("one", "two")
     labels = {split: getattr(load_data("digits"), split).labels for split in ("val", "test")}
     mean = {
         split: sum(
@@ -522,11 +535,12 @@ def test_an_ensemble_averages_probabilities(trained):
         )
         for split in labels
     }
-    accuracy = {split: (mean[split].argmax(1) == labels[split].numpy()).mean() for split in labels}
-    assert row == {
-        "val_accuracy": pytest.approx(accuracy["val"]),
+    right = {split: mean[split].argmax(1) == labels[split].numpy() for split in labels}
+    assert found == {
+        "val_accuracy": pytest.approx(right["val"].mean()),
         "val_nll": pytest.approx(log_loss(labels["val"], mean["val"]), rel=1e-4),
-        "test_accuracy": pytest.approx(accuracy["test"]),
+        "test_accuracy": pytest.approx(right["test"].mean()),
+        "test_errors": (~right["test"]).sum(),
         "test_nll": pytest.approx(log_loss(labels["test"], mean["test"]), rel=1e-4),
         "test_ece": pytest.approx(
             ece(torch.from_numpy(mean["test"]).log(), labels["test"]), abs=1e-4
@@ -543,40 +557,40 @@ def test_predictions_of_another_model_are_refused(trained):
         trained.ensemble("one")
 
 
-def test_a_model_of_other_classes_is_refused(bench, trained):
+def test_a_model_of_other_classes_is_refused(jobs, trained):
     tensors, facts = load_tensors(Path(trained.teacher["checkpoint"]))
-    path = bench.folder / "one" / "student.safetensors"
+    path = jobs.folder / "one" / "student.safetensors"
     save_tensors(path, tensors, {**facts, "classes": list("abcdefghij")})
     with pytest.raises(ValueError, match=r"student\.safetensors was trained for other classes"):
-        bench.score("one")
+        jobs.evaluate("one")
 
 
-def test_learning_works_at_all(bench):
-    """Twenty epochs on 200 digits, and a generation that learns from the teacher alone."""
-    rows, teacher = bench.train("one", "train.epochs=20")
+def test_learning_works_at_all(jobs):
+    """Twenty epochs on 200 digits, and a generation trained on soft targets alone."""
+    rows, teacher = jobs.train("one", "train.epochs=20")
     assert rows[-1]["val_accuracy"] > 0.85
-    bench.label(teacher)
-    born_again, _ = bench.train(
+    jobs.cache(teacher)
+    born_again, _ = jobs.train(
         "two", "train.epochs=20", "distill.alpha=1", generation=1, seed=9, teachers=[teacher]
     )
     assert born_again[-1]["val_accuracy"] > 0.85
     assert not math.isclose(born_again[-1]["val_nll"], rows[-1]["val_nll"])
 
 
-def renamed_args(trained, bench, args):
+def renamed_args(trained, jobs, args):
     tensors, facts = load_tensors(Path(trained.teacher["checkpoint"]))
-    path = bench.folder / "one" / "student.safetensors"
+    path = jobs.folder / "one" / "student.safetensors"
     model = facts["model"]
     save_tensors(path, tensors, {**facts, "model": {**model, "args": {**model["args"], **args}}})
 
 
 def test_where_a_foreign_checkpoint_says_weights_come_from_is_left_out(
-    bench, trained, monkeypatch, tmp_path
+    jobs, trained, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
     url = {"url": "http://127.0.0.1:9/timm.py", "num_classes": 10}
-    renamed_args(trained, bench, {"pretrained": True, "cache_dir": ".", "pretrained_cfg": url})
-    assert bench.score("one")["test_accuracy"] == trained.score("one")["test_accuracy"]
+    renamed_args(trained, jobs, {"pretrained": True, "cache_dir": ".", "pretrained_cfg": url})
+    assert jobs.evaluate("one")["test_accuracy"] == trained.evaluate("one")["test_accuracy"]
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
@@ -588,7 +602,7 @@ def test_where_a_foreign_checkpoint_says_weights_come_from_is_left_out(
         ({"features_only": True}, "model.args must be arguments of 'selfkd_mlp'"),
     ],
 )
-def test_a_foreign_checkpoint_of_no_plain_network_is_refused(bench, trained, args, message):
-    renamed_args(trained, bench, args)
+def test_a_foreign_checkpoint_of_no_plain_network_is_refused(jobs, trained, args, message):
+    renamed_args(trained, jobs, args)
     with pytest.raises(ValueError, match=rf"student\.safetensors cannot be rebuilt: .*{message}"):
-        bench.score("one")
+        jobs.evaluate("one")

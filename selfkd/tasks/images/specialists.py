@@ -83,12 +83,12 @@ class Specialist(nn.Module):
         logits = [z_S, log sum_{c not in S} exp(z_c)]
 
     whose softmax is the network's own distribution with the rest of the classes taken as one. So a
-    specialist that starts with the generalist's weights starts with its predictions, dustbin included,
-    and is of the same architecture: no head is cut or added.
+    specialist that starts with the generalist's weights starts with its predictions, dustbin
+    included, and is of the same architecture: no head is cut or added.
 
     Args:
-        network: Network from inputs to logits `[batch, all classes]`. It is not copied; what is to be saved
-            is its state, `specialist.network.state_dict()`.
+        network: Network from inputs to logits `[batch, all classes]`. It is not copied; what is to
+            be saved is its state, `specialist.network.state_dict()`.
         classes: Two or more of all classes, in the order of the logits.
 
     Raises:

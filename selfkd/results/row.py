@@ -106,7 +106,7 @@ class Measured:
     def _spread(self, handler: SerializerFunctionWrapHandler) -> Row:
         row: Row = handler(self)
         metrics: Row = row.pop("metrics")
-        return row | metrics
+        return {name: value for name, value in row.items() if value is not None} | metrics
 
     def metric(self, name: str) -> float | None:
         """Return a metric by its name; None where it was not measured."""

@@ -1,1 +1,1 @@
-"""Files that are whole or absent, here or in remote storage."""
+"""Atomic files, checkpoints and locks, on a local disk or in remote storage."""

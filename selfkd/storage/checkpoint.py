@@ -1,4 +1,4 @@
-"""Tensors on disk, with what they were made from: safetensors, checked by hash."""
+"""Tensors on disk with their metadata: safetensors files, verified by a hash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from selfkd.storage.files import fetch, replace, retry_io
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of names, types, shapes and bytes.
+    """Return the first 16 hexadecimal digits of a SHA-256 over names, dtypes, shapes and bytes.
+
+    Args:
+        tensors: Tensors by name, on any device; their order and strides do not matter.
 
     >>> tensors_hash({"a": torch.zeros(2)}) == tensors_hash({"a": torch.zeros(2)})
     True
@@ -32,40 +35,43 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """Write tensors as safetensors, atomically, with what they were made from.
+    """Write tensors and metadata to a safetensors file, atomically.
 
     Args:
-        path: file to write.
-        tensors: what to save, on any device.
-        facts: JSON data, read back by `load_tensors`.
+        path: File to write.
+        tensors: Tensors by name, on any device; views and shared memory are saved by value.
+        facts: JSON metadata, returned by `load_tensors`.
 
     Returns:
-        The hash of tensors and facts, which is saved with them.
+        Hash of tensors and facts, which is saved with them.
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(dict(facts), sort_keys=True)
-    mark = _hash(own, text)
+    digest = _hash(own, text)
 
-    def write(beside: str) -> None:
+    def write(temporary: str) -> None:
         try:
-            save_file(own, beside, metadata={"facts": text, "hash": mark})
-        except SafetensorError as error:  # it gives the system's error as text only
+            save_file(own, temporary, metadata={"facts": text, "hash": digest})
+        except SafetensorError as error:  # carries the errno of the system in its text only
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else 0, str(error), str(path)) from None
 
     replace(path, write)
-    return mark
+    return digest
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and facts; the tensors are memory-mapped, so treat them as constant.
+    """Read tensors and metadata; the tensors are memory-mapped, so treat them as constant.
+
+    Args:
+        path: File written by `save_tensors`.
 
     Returns:
-        The tensors by name, and the facts with the `hash` of both among them.
+        Tensors by name, and the facts with `hash`, the hash of both, added.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged; names it.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or was not written by selfkd; the message names it.
     """
     if not retry_io(path, path.exists):
         raise FileNotFoundError(f"no such file: {path}")
@@ -77,10 +83,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
     if not {"facts", "hash"} <= metadata.keys():
         raise ValueError(f"{path} was not written by selfkd: it has no hash or facts")
-    facts, mark = metadata["facts"], metadata["hash"]
-    if _hash(tensors, facts) != mark:
+    facts, digest = metadata["facts"], metadata["hash"]
+    if _hash(tensors, facts) != digest:
         raise ValueError(f"{path} is damaged (its hash differs): remove it and resume")
-    return tensors, {**json.loads(facts), "hash": mark}
+    return tensors, {**json.loads(facts), "hash": digest}
 
 
 def _hash(tensors: Mapping[str, Tensor], facts: str) -> str:

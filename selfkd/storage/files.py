@@ -1,4 +1,4 @@
-"""Files that are whole or absent, here or in remote storage; a storage that fails is waited for."""
+"""Atomic files, local or remote, with retries while the storage fails."""
 
 from __future__ import annotations
 
@@ -10,36 +10,43 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_before_delay,
+    wait_exponential,
+)
+
 from selfkd.storage.remote import RemotePath
 
 PATIENCE = float(os.environ.get("SELFKD_PATIENCE", "120"))
-"""Seconds that a storage which is full, read-only or away is waited for."""
-_PASSING = {
+"""Seconds to retry for while the storage is full, read-only or unreachable."""
+_TRANSIENT = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE),
     *(errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ENOTCONN),
 }
-_FINAL = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH")
-_LONGEST_PAUSE = 5.0
+_PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH")
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 def replace(path: Path, write: Callable[[str], object], *, patience: float | None = None) -> None:
-    """Write a file atomically; where the storage is full or away, again for a while.
+    """Write a file atomically; retry while the storage is full or unreachable.
 
     Args:
-        path: file to make or replace; its folder is made.
-        write: gets the name of a local file and writes it.
-        patience: seconds to try for; `PATIENCE` when not given.
+        path: File to create or replace; its folder is created.
+        write: Function that writes to the local file whose name it is given.
+        patience: Seconds to retry for; `PATIENCE` when not given.
 
     Raises:
-        OSError: it cannot be written, or not yet; nothing is left under its name.
+        OSError: The file cannot be written; a previous file of that name is unchanged.
     """
     retry_io(path, lambda: _replace(path, write), patience=patience)
 
@@ -47,75 +54,85 @@ def replace(path: Path, write: Callable[[str], object], *, patience: float | Non
 def _replace(path: Path, write: Callable[[str], object]) -> None:
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory(prefix="selfkd-") as folder:
-            beside = Path(folder) / path.name
-            write(str(beside))
+            temporary = Path(folder) / path.name
+            write(str(temporary))
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.upload(beside)
+            path.upload(temporary)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        beside.touch()
-        mode = beside.stat().st_mode
-        write(str(beside))
-        beside.chmod(mode)  # tempfile and safetensors make files that only their owner can read
-        with open(beside, "rb") as file:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(str(temporary))
+        temporary.chmod(mode)  # tempfile and safetensors create files readable by their owner only
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def retry_io(path: Path, work: Callable[[], T], *, patience: float | None = None) -> T:
-    """Return what `work` returns; what may pass, such as a full disk, is tried again for a while.
+    """Return the result of `work`; transient storage errors, such as a full disk, are retried.
 
     Args:
-        path: that is worked on, for the message.
-        work: raises OSError where the storage fails.
-        patience: seconds; `PATIENCE` when not given.
+        path: Path that `work` reads or writes; named in the warning, and decides by its kind which
+            errors are transient.
+        work: Function that raises OSError where the storage fails.
+        patience: Seconds to retry for, with pauses of 0.1 s doubling to 5 s; `PATIENCE` when not
+            given.
+
+    Raises:
+        OSError: The error is permanent, or lasted longer than `patience`.
     """
     patience = PATIENCE if patience is None else patience
-    end, pause = time.monotonic() + patience, 0.1
-    while True:
-        try:
-            return work()
-        except OSError as error:
-            if not _may_pass(path, error) or time.monotonic() + pause > end:
-                raise
-            if pause == 0.1:
-                log.warning("%s: %s: trying again for %.0f s", path, error, patience)
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def warn(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            error = state.outcome.exception()
+            log.warning("%s: %s: trying again for %.0f s", path, error, patience)
+
+    retrying = Retrying(
+        retry=retry_if_exception(lambda error: _is_transient(path, error)),
+        wait=wait_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
+        stop=stop_before_delay(patience),
+        before_sleep=warn,
+        reraise=True,
+    )
+    return retrying(work)
 
 
-def _may_pass(path: Path, error: OSError) -> bool:
-    if isinstance(path, RemotePath):  # pyarrow tells of a failing network without a number
-        final = isinstance(error, FileNotFoundError | PermissionError)
-        return not final and not any(text in str(error) for text in _FINAL)
-    return error.errno in _PASSING
+def _is_transient(path: Path, error: BaseException) -> bool:
+    if not isinstance(error, OSError):
+        return False
+    if isinstance(path, RemotePath):  # pyarrow reports network failures without an errno
+        permanent = isinstance(error, FileNotFoundError | PermissionError)
+        return not permanent and not any(text in str(error) for text in _PERMANENT)
+    return error.errno in _TRANSIENT
 
 
 def fetch(path: Path) -> Path:
-    """Return a local file with the content: the path itself, or a copy of a remote one.
+    """Return a local path with the same content: the path itself, or a copy of a remote file.
 
-    Copies are kept in SELFKD_CACHE (`~/.cache/selfkd` by default), by address, size and time.
+    Copies are cached in SELFKD_CACHE (`~/.cache/selfkd` by default) by URI, size and time.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: The file does not exist.
     """
     if not isinstance(path, RemotePath):
         return path
     stat = retry_io(path, path.stat)
-    mark = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime}".encode()).hexdigest()[:32]
-    copy = cache_folder() / mark / path.name
+    digest = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime}".encode()).hexdigest()[:32]
+    copy = cache_folder() / digest / path.name
     if not copy.exists():
-        retry_io(path, lambda: replace(copy, lambda beside: path.download(Path(beside))))
+        retry_io(path, lambda: replace(copy, lambda temporary: path.download(Path(temporary))))
     return copy
 
 
 def cache_folder() -> Path:
-    """Return the folder of local copies; its files are the user's alone."""
+    """Return the folder of local copies, created readable by the user alone."""
     given = os.environ.get("SELFKD_CACHE")
     folder = Path(given) if given else Path.home() / ".cache" / "selfkd"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -124,7 +141,7 @@ def cache_folder() -> Path:
 
 def save_text(path: Path, text: str, *, patience: float | None = None) -> None:
     """Write a text file atomically."""
-    replace(path, lambda beside: Path(beside).write_text(text), patience=patience)
+    replace(path, lambda temporary: Path(temporary).write_text(text), patience=patience)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -136,7 +153,8 @@ def load_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: the file is damaged; names it.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged; the message names it.
     """
     try:
         return json.loads(retry_io(path, path.read_text))
@@ -145,28 +163,33 @@ def load_json(path: Path) -> Any:
 
 
 def link(source: Path, target: Path) -> None:
-    """Let a file stand in a second place, whole or not at all, at no cost where links work."""
+    """Create a second path to a file, atomically: a hard link where possible, else a copy.
+
+    Args:
+        source: Existing file, local or remote.
+        target: Path of the link or copy, local or remote.
+    """
     if isinstance(source, RemotePath) and isinstance(target, RemotePath):
         retry_io(target, lambda: source.copy_to(target))
         return
 
-    def write(beside: str) -> None:
-        os.unlink(beside)
+    def write(temporary: str) -> None:
+        os.unlink(temporary)
         try:
-            os.link(source, beside)
+            os.link(source, temporary)
         except OSError:
-            shutil.copyfile(source, beside)
+            shutil.copyfile(source, temporary)
 
     if isinstance(target, RemotePath):
-        replace(target, lambda beside: shutil.copyfile(source, beside))
+        replace(target, lambda temporary: shutil.copyfile(source, temporary))
     elif isinstance(source, RemotePath):
-        replace(target, lambda beside: source.download(Path(beside)))
+        replace(target, lambda temporary: source.download(Path(temporary)))
     else:
         replace(target, write)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all in it."""
+    """Remove a folder with its contents."""
     if isinstance(folder, RemotePath):
         folder.remove_tree()
     else:

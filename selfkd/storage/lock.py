@@ -1,4 +1,4 @@
-"""A run folder's lock: one driver at a time, and a dead one does not hold it for ever."""
+"""Lock of a run folder: one driver at a time; the lock of a dead driver expires."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from selfkd.errors import LockedError
 from selfkd.storage.files import load_json, save_json
 
 BEAT_SECONDS = 5.0
+"""Seconds between two heartbeats of a driver."""
 STALE_SECONDS = 20.0
-"""A driver of another machine, or container, whose lock shows no new beat for so long is dead."""
+"""Seconds without a heartbeat after which a driver of another machine or container is dead."""
 _SETTLE_SECONDS = 0.2
 _FILE = "lock.json"
 
@@ -27,18 +28,17 @@ log = logging.getLogger(__name__)
 
 
 class Lock:
-    """Holds a run folder for this driver; used with `with`.
+    """Context manager that locks a run folder for this driver.
 
-    A file in the folder says who holds it and gets a new beat every few seconds, so it works on
-    any storage. The holder's death shows at once on its own machine, where its process can be
-    looked for, and elsewhere, such as in another container, by the missing beat. Clocks are not
-    compared.
+    A file in the folder names the holder and is rewritten every `BEAT_SECONDS`, so that the lock
+    works on any storage. A dead holder is detected at once on its own machine, by its process, and
+    elsewhere, such as in another container, by missing heartbeats. Clocks are not compared.
 
     Args:
-        folder: the run folder.
+        folder: Run folder.
 
     Raises:
-        LockedError: when entered: another driver holds it.
+        LockedError: On entering: another driver holds the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class Lock:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self.lost = False
-        """Whether another driver has taken the folder; the main thread is interrupted then."""
+        """Whether another driver has taken over the folder; the main thread is then interrupted."""
 
     def __enter__(self) -> Self:
         holder = _read(self._path)
@@ -74,7 +74,7 @@ class Lock:
 
     def _write(self, beat: int) -> None:
         me = {"pid": os.getpid(), "started": _started(os.getpid())}
-        save_json(self._path, {**_place(), **me, "token": self._token, "beat": beat})
+        save_json(self._path, {**_location(), **me, "token": self._token, "beat": beat})
 
     def _is_mine(self) -> bool:
         holder = _read(self._path)
@@ -91,12 +91,12 @@ class Lock:
                     _interrupt_main()
                     return
                 self._write(beat)
-            except OSError as error:  # what the run itself writes decides whether it can go on
+            except OSError as error:  # the run's own writes decide whether it can continue
                 log.warning("%s: %s", self._path, error)
 
 
 def _interrupt_main() -> None:
-    """As Ctrl-C does, or where that is ignored, as in a script's background job, as SIGTERM."""
+    """Interrupt as Ctrl-C does; as SIGTERM where SIGINT is ignored, as in a background job."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         os.kill(os.getpid(), signal.SIGTERM)
     else:
@@ -104,7 +104,7 @@ def _interrupt_main() -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return who holds the lock; no one where the file is missing or damaged."""
+    """Return the holder of the lock; None where the file is missing or damaged."""
     try:
         holder: dict[str, Any] = load_json(path)
     except (FileNotFoundError, ValueError):
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _lives(path: Path, holder: dict[str, Any]) -> bool:
-    here = _place()  # a lock of an older version tells less of its own
+    here = _location()  # facts that the lock does not have are not compared
     if all(holder.get(key, value) == value for key, value in here.items()):
         return bool(_started(holder["pid"]) == holder["started"] is not None)
     log.warning(
@@ -130,10 +130,11 @@ def _lives(path: Path, holder: dict[str, Any]) -> bool:
     return False
 
 
-def _place() -> dict[str, str | None]:
-    """Return what drivers share that see each other's processes; none of a fact that is not known.
+def _location() -> dict[str, str | None]:
+    """Return what identifies this process namespace; None for a fact that is not available.
 
-    Machines of one image may have one name, and so have containers on the network of their host.
+    The host name is not enough: machines of one image may share it, and so do containers on the
+    network of their host.
     """
     boot, processes = None, None
     with contextlib.suppress(OSError):
@@ -143,16 +144,16 @@ def _place() -> dict[str, str | None]:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process of this machine began, None where it is not there.
+    """Return the start time of a process on this machine; None where it does not run.
 
-    A number alone would be taken for another process that got it later.
+    The process id alone may have been reused by another process.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         if Path("/proc/self").exists():
             return None
-    try:  # no /proc here: the number must do
+    try:  # without /proc the process id has to do
         os.kill(pid, 0)
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Paths in storage that is no folder of this machine: any file system that pyarrow knows."""
+"""Paths in remote storage: any file system that pyarrow supports."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+")
-_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]+:/+[^/[]*:(?!\d+(/|$))", re.IGNORECASE)  # a port is none
+_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]+:/+[^/[]*:(?!\d+(/|$))", re.IGNORECASE)  # not a port
 PLAIN_URI = (
     "must have no user:password@ in its URI, which would be written to files and logs: the "
     "environment gives it (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or the machine's own role"
 )
-_WHOLE_OBJECTS = ("s3", "gcs", "abfs")  # where an upload is seen whole or not at all
+_ATOMIC_UPLOADS = ("s3", "gcs", "abfs")  # type names of object stores
 _CHUNK = 2**22
 
 
 def as_path(text: str | Path) -> Path:
-    """Return the path that a user or a ledger wrote: a local one, or a URI such as `s3://a/b`.
+    """Return a `Path` for a local path, a `RemotePath` for a URI such as `s3://bucket/runs`.
+
+    Args:
+        text: Local path or URI.
 
     Raises:
-        ValueError: the URI has a password in it.
+        ValueError: The URI contains a password.
 
     >>> as_path("s3://bucket/runs") / "a", as_path("runs").name
     (RemotePath('s3://bucket/runs/a'), 'runs')
@@ -35,7 +38,7 @@ def as_path(text: str | Path) -> Path:
 
 
 def has_password(text: str) -> bool:
-    """Say whether a URI has a password before its host, or what is no host with a port.
+    """Return whether a URI contains `user:password@`; a port is not mistaken for a password.
 
     >>> has_password("s3://key:secret@bucket/a"), has_password("hdfs://user@host:8020/a:b@c")
     (True, False)
@@ -44,9 +47,9 @@ def has_password(text: str) -> bool:
 
 
 class RemotePath(PosixPath):
-    """A path of a pyarrow file system, with as much of `pathlib` as a run folder needs.
+    """Path in a pyarrow file system, with the methods of `pathlib` that a run folder needs.
 
-    Whatever else is asked of it ends in a TypeError, never in a local file of a strange name.
+    Other methods raise a TypeError rather than act on a local file of that name.
     """
 
     def __str__(self) -> str:
@@ -56,7 +59,7 @@ class RemotePath(PosixPath):
         return "/".join(self.parts) or "."
 
     def __fspath__(self) -> str:
-        raise TypeError(f"{self} is no local file: fetch it first")
+        raise TypeError(f"{self} is not a local file: fetch it first")
 
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"
@@ -65,41 +68,41 @@ class RemotePath(PosixPath):
         return RemotePath, (str(self),)
 
     @property
-    def _place(self) -> tuple[Any, str]:
-        """The file system, and the path in it."""
+    def _location(self) -> tuple[Any, str]:
+        """File system, and the path in it."""
         scheme, bucket, *rest = self.parts
         system, root = _file_system(f"{scheme}//{bucket}")
         return system, posixpath.normpath(posixpath.join(root, *rest))
 
     def _info(self) -> Any:
-        system, path = self._place
+        system, path = self._location
         return system.get_file_info(path)
 
     def absolute(self) -> RemotePath:
-        """Return this path: a URI is absolute."""
+        """Return this path, as a URI is absolute."""
         return self
 
     def expanduser(self) -> RemotePath:
-        """Return this path: a URI has no home."""
+        """Return this path, as a URI has no home folder."""
         return self
 
     def is_file(self, **_: bool) -> bool:
-        """Say whether there is such a file."""
+        """Return whether the path is a file."""
         return bool(self._info().is_file)
 
     def is_dir(self, **_: bool) -> bool:
-        """Say whether there is anything under this name."""
+        """Return whether the path is a folder, or a prefix of other files."""
         return bool(self._info().type.name == "Directory")
 
     def exists(self, **_: bool) -> bool:
-        """Say whether there is such a file, or anything under this name."""
+        """Return whether the path is a file, a folder, or a prefix of other files."""
         return bool(self._info().type.name != "NotFound")
 
     def stat(self, **_: bool) -> os.stat_result:
-        """Return size and time of a file.
+        """Return size and modification time of a file; the other fields are 0.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: The file does not exist.
         """
         info = self._info()
         if not info.is_file:
@@ -108,30 +111,34 @@ class RemotePath(PosixPath):
         return os.stat_result((0, 0, 0, 0, 0, 0, info.size, time, time, time))
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Make the folder where folders are things of their own."""
-        system, path = self._place
-        if system.type_name not in _WHOLE_OBJECTS:
+        """Create the folder, where the file system has folders."""
+        system, path = self._location
+        if system.type_name not in _ATOMIC_UPLOADS:
             system.create_dir(path, recursive=True)
 
     def read_bytes(self) -> bytes:
-        """Return what the file holds."""
-        system, path = self._place
+        """Return the content of the file."""
+        system, path = self._location
         with system.open_input_stream(path) as stream:
             return bytes(stream.read())
 
     def read_text(self, *_: Any, **__: Any) -> str:
-        """Return what the file holds, as text."""
+        """Return the content of the file as text in UTF-8."""
         return self.read_bytes().decode()
 
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
-        """Make an empty file."""
-        system, path = self._place
+        """Create an empty file."""
+        system, path = self._location
         with system.open_output_stream(path):
             pass
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Remove the file."""
-        system, path = self._place
+        """Remove the file.
+
+        Raises:
+            FileNotFoundError: The file does not exist, and `missing_ok` is false.
+        """
+        system, path = self._location
         try:
             system.delete_file(path)
         except FileNotFoundError:
@@ -139,61 +146,61 @@ class RemotePath(PosixPath):
                 raise
 
     def rglob(self, pattern: str, **_: Any) -> Generator[RemotePath, None, None]:
-        """Yield what is below this path and matches the pattern's last parts."""
+        """Yield all files and folders below this path whose last parts match the pattern."""
         return (path for path, _ in self._below() if path.match(pattern))
 
     def glob(self, pattern: str, **_: Any) -> Generator[RemotePath, None, None]:
-        """Yield what matches a pattern of single parts; one that ends in / wants folders."""
+        """Yield matches of a pattern without `**`; one that ends in / matches folders only."""
         depth = len(self.parts) + len(PurePosixPath(pattern).parts)
         for path, folder in self._below():
             if len(path.parts) == depth and path.match(pattern) and (folder or pattern[-1] != "/"):
                 yield path
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
-        """Yield what is in this folder."""
+        """Yield the files and folders of this folder."""
         return (path for path, _ in self._below(recursive=False))
 
     def _below(self, *, recursive: bool = True) -> Iterator[tuple[RemotePath, bool]]:
         from pyarrow.fs import FileSelector
 
-        system, path = self._place
+        system, path = self._location
         wanted = FileSelector(path, recursive=recursive, allow_not_found=True)
         for info in system.get_file_info(wanted):
             below = posixpath.relpath(info.path, path)
             yield self / below, info.type.name == "Directory"
 
     def upload(self, local: Path) -> None:
-        """Put a local file here, seen whole or not at all."""
-        system, path = self._place
-        direct = system.type_name in _WHOLE_OBJECTS
-        beside = path if direct else f"{posixpath.dirname(path)}/.{self.name}.{os.getpid()}"
-        with open(local, "rb") as source, system.open_output_stream(beside) as stream:
+        """Copy a local file to this path, atomically."""
+        system, path = self._location
+        atomic = system.type_name in _ATOMIC_UPLOADS
+        temporary = path if atomic else f"{posixpath.dirname(path)}/.{self.name}.{os.getpid()}"
+        with open(local, "rb") as source, system.open_output_stream(temporary) as stream:
             while chunk := source.read(_CHUNK):
                 stream.write(chunk)
-        if not direct:
-            system.move(beside, path)
+        if not atomic:
+            system.move(temporary, path)
 
     def download(self, local: Path) -> None:
-        """Write the file to a local one."""
-        system, path = self._place
+        """Copy the file to a local path."""
+        system, path = self._location
         with system.open_input_stream(path) as stream, open(local, "wb") as target:
             while chunk := stream.read(_CHUNK):
                 target.write(chunk)
 
     def copy_to(self, target: RemotePath) -> None:
-        """Copy the file within its file system."""
-        system, path = self._place
-        system.copy_file(path, target._place[1])
+        """Copy the file to another path of the same file system."""
+        system, path = self._location
+        system.copy_file(path, target._location[1])
 
     def remove_tree(self) -> None:
-        """Remove all that is below."""
-        system, path = self._place
+        """Remove the folder with its contents."""
+        system, path = self._location
         system.delete_dir(path)
 
 
 @lru_cache(maxsize=64)
 def _file_system(uri: str) -> tuple[Any, str]:
-    """Return the file system of a URI's start, and the path that stands for it there."""
+    """Return the file system of a URI's scheme and host, and the root path in it."""
     import pyarrow
     from pyarrow.fs import FileSystem
 
@@ -201,7 +208,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
         system, path = FileSystem.from_uri(uri)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(
-            f"storage must be a folder, or a URI that pyarrow knows (s3://, gs://, abfs://, …), "
+            f"storage must be a folder, or a URI that pyarrow supports (s3://, gs://, abfs://, …), "
             f"got {uri}: {error}"
         ) from None
     return system, path

@@ -1,4 +1,4 @@
-"""Rows of a run folder as files."""
+"""Typed rows of a run folder as JSON files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ T = TypeVar("T")
 
 
 def save_row(path: Path, row: object) -> None:
-    """Write a row atomically, with the format of the files."""
+    """Write a row atomically, with the format number of the run folder."""
     save_json(path, {"format": FORMAT, **to_row(row)})
 
 
 def load_row(kind: type[T], path: Path) -> T:
-    """Read a row.
+    """Read a row written by `save_row`.
+
+    Args:
+        kind: Row dataclass.
+        path: File of the row.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or of another format; names it.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or of another format; the message names it.
     """
     tree = load_json(path)
     if isinstance(tree, dict) and tree.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Tensors on disk: there and back the same, damage found, read without a copy in memory."""
+"""Tensors on disk: the same after a round trip, verified, memory-mapped."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def assert_same(found, expected):
         assert torch.equal(found[name], tensor)
 
 
-# --- there and back ---
+# --- round trip ---
 
 
 def test_tensors_and_facts_come_back(tmp_path):
@@ -167,14 +167,14 @@ def test_a_cut_file_is_found(tmp_path, kept):
 
 
 @pytest.mark.parametrize("metadata", [None, {"hash": "0" * 16}, {"facts": "{}"}])
-def test_a_file_of_somebody_else_is_refused(tmp_path, metadata):
+def test_a_foreign_file_is_refused(tmp_path, metadata):
     path = tmp_path / "theirs.safetensors"
     save_file({"x": torch.zeros(2)}, path, metadata=metadata)
     with pytest.raises(ValueError, match=r"theirs\.safetensors was not written by selfkd"):
         load_tensors(path)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file: .*nothing\.safetensors"):
         load_tensors(tmp_path / "nothing.safetensors")
 
@@ -183,8 +183,8 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file.safetensors"
     save_tensors(path, make_tensors(), {"version": 1})
 
-    def fail(tensors, beside, metadata):
-        Path(beside).write_bytes(b"half")
+    def fail(tensors, temporary, metadata):
+        Path(temporary).write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr("selfkd.storage.checkpoint.save_file", fail)
@@ -198,7 +198,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def own_memory():
-    """Bytes that are this process's own, pages of files left out."""
+    """Bytes of anonymous memory of this process, without pages of mapped files."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
 
@@ -207,7 +207,7 @@ def own_memory():
 def test_tensors_are_mapped_and_not_copied(tmp_path):
     path = tmp_path / "file.safetensors"
     save_tensors(path, {"x": torch.arange(16 * 2**20, dtype=torch.float32)}, {})
-    load_tensors(path)  # what the first call takes for itself
+    load_tensors(path)  # memory that the first call alone takes
     before = own_memory()
     tensors, _ = load_tensors(path)
     assert own_memory() - before < 4 * 2**20

@@ -1,4 +1,4 @@
-"""A file is whole or absent, whatever happens while it is written."""
+"""Atomic files: the old content, the new content, or no file; never a part."""
 
 import errno
 import json
@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def test_a_write_that_fails_changes_nothing(tmp_path, old, error):
     if old is not None:
         path.write_text(old)
 
-    def write(beside):
-        Path(beside).write_text("half")
+    def write(temporary):
+        Path(temporary).write_text("half")
         raise error
 
     with pytest.raises(type(error)):
@@ -41,12 +42,12 @@ def test_a_write_that_fails_changes_nothing(tmp_path, old, error):
     assert not old or path.read_text() == old
 
 
-def test_nothing_is_seen_before_the_write_is_done(tmp_path):
+def test_nothing_is_visible_before_the_write_is_complete(tmp_path):
     path = tmp_path / "file.txt"
     seen = []
 
-    def write(beside):
-        with open(beside, "w") as file:
+    def write(temporary):
+        with open(temporary, "w") as file:
             file.write("ne")
             file.flush()
             seen.append(path.exists() and path.read_text())
@@ -59,7 +60,7 @@ def test_nothing_is_seen_before_the_write_is_done(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_what_is_written_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_the_content_is_on_disk_before_the_file_is_renamed(tmp_path, monkeypatch):
     done = []
     fsync, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: done.append("flushed") or fsync(fd))
@@ -71,8 +72,8 @@ def test_what_is_written_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatc
 def test_writers_at_the_same_time_do_not_mix(tmp_path):
     path = tmp_path / "file.txt"
 
-    def write(beside):
-        with open(beside, "w") as file:
+    def write(temporary):
+        with open(temporary, "w") as file:
             file.write("one")
             file.flush()
             save_text(path, "another")
@@ -111,7 +112,7 @@ def test_damaged_json_is_named(tmp_path, content):
         load_json(path)
 
 
-def test_json_that_is_not_there(tmp_path):
+def test_a_missing_json_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"result\.json"):
         load_json(tmp_path / "result.json")
 
@@ -123,7 +124,7 @@ def test_json_is_readable_by_others(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ESTALE])
-def test_a_storage_that_comes_back_is_waited_for(tmp_path, monkeypatch, caplog, number):
+def test_transient_errors_are_retried_with_one_warning(tmp_path, monkeypatch, caplog, number):
     failures = [OSError(number, os.strerror(number))] * 2
     rename = os.replace
     monkeypatch.setattr(
@@ -141,7 +142,7 @@ def test_a_storage_that_comes_back_is_waited_for(tmp_path, monkeypatch, caplog, 
 @pytest.mark.parametrize(
     ("number", "patience"), [(errno.EACCES, 60), (errno.EISDIR, 60), (errno.ENOSPC, 0)]
 )
-def test_what_will_not_pass_is_told_at_once(tmp_path, number, patience):
+def test_permanent_errors_and_an_exhausted_patience_are_raised_at_once(tmp_path, number, patience):
     calls = []
 
     def work():
@@ -151,6 +152,19 @@ def test_what_will_not_pass_is_told_at_once(tmp_path, number, patience):
     with pytest.raises(OSError, match="no"):
         retry_io(tmp_path, work, patience=patience)
     assert calls == [1]
+
+
+def test_pauses_double_to_five_seconds_within_the_patience(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(pauses))
+
+    def work():
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        retry_io(tmp_path, work, patience=20)
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0])
 
 
 FULL = """
@@ -165,7 +179,7 @@ mend = lambda: mount("-o", "remount,rw")
 
 @pytest.mark.parametrize("fault", [FULL, READ_ONLY], ids=["full", "read-only"])
 def test_a_disk_that_fails_for_a_while(tmp_path, fault):
-    """A real one, of one MiB, mounted where only this process sees it."""
+    """A real disk of one MiB, mounted in a namespace of its own."""
     script = f"""
 import os, subprocess, sys, threading
 from pathlib import Path

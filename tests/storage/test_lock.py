@@ -1,4 +1,4 @@
-"""One driver at a time in a run folder, and the dead hold nothing."""
+"""One driver at a time in a run folder; dead drivers hold no lock."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_second_driver_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_and_the_holder_is_named(tmp_path: Path) -> None:
     first = hold(tmp_path)
     try:
         with pytest.raises(LockedError, match=rf"another driver, process {first.pid} on .*: wait"):
@@ -40,12 +40,12 @@ def test_a_second_driver_is_refused_and_told_who_holds_it(tmp_path: Path) -> Non
     finally:
         first.kill()
         first.wait()
-    with Lock(tmp_path):  # the dead one holds it no longer
+    with Lock(tmp_path):  # the dead driver no longer holds it
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lock.json").exists()
 
 
-def test_another_process_with_the_number_of_the_dead_one(tmp_path: Path) -> None:
+def test_a_reused_process_id_holds_no_lock(tmp_path: Path) -> None:
     with Lock(tmp_path):
         holder = json.loads((tmp_path / "lock.json").read_text())
     save_json(tmp_path / "lock.json", {**holder, "started": "1"})
@@ -58,23 +58,23 @@ def test_another_process_with_the_number_of_the_dead_one(tmp_path: Path) -> None
 def test_a_driver_of_another_machine_or_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differs: str, beats: bool
 ) -> None:
-    """Its process is not to be seen here, whatever its number."""
+    """Its process cannot be looked up here, whatever its id."""
     monkeypatch.setattr(lock, "STALE_SECONDS", 60.0 if beats else 1.0)
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
-    place = lock._place()
+    place = lock._location()
     if not beats:
         holder = {**place, differs: "elsewhere", "pid": 1, "started": "1", "token": "t", "beat": 3}
         save_json(tmp_path / "lock.json", holder)
         with Lock(tmp_path):
             return
     with Lock(tmp_path), monkeypatch.context() as patch:
-        patch.setattr(lock, "_place", lambda: {**place, differs: "elsewhere"})
+        patch.setattr(lock, "_location", lambda: {**place, differs: "elsewhere"})
         patch.setattr(lock, "_started", lambda pid: None)
         with pytest.raises(LockedError, match="another driver"):
             Lock(tmp_path).__enter__()
 
 
-def test_a_lock_of_an_older_version_tells_its_host_alone(
+def test_a_lock_without_boot_and_namespace_is_compared_by_host(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Lock(tmp_path):
@@ -88,10 +88,10 @@ def test_a_lock_of_an_older_version_tells_its_host_alone(
         Lock(tmp_path).__enter__()
 
 
-def test_of_two_at_the_same_moment_one_goes_on(
+def test_of_two_drivers_at_the_same_moment_one_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other wrote after this one had looked."""
+    """The other driver writes after this one has looked."""
     late = {"host": "b", "pid": 1, "started": "1", "token": "other", "beat": 0}
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: save_json(tmp_path / "lock.json", late))
     with pytest.raises(LockedError, match="at the same moment"):
@@ -99,10 +99,10 @@ def test_of_two_at_the_same_moment_one_goes_on(
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
-def test_whoever_loses_the_folder_stops(
+def test_a_driver_that_loses_the_folder_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Any
 ) -> None:
-    """A script's background job, too, which ignores Ctrl-C."""
+    """Also as a background job of a script, which ignores SIGINT."""
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     other = {"host": "b", "pid": 1, "started": "1", "token": "other", "beat": 0}
     held = Lock(tmp_path)
@@ -110,7 +110,7 @@ def test_whoever_loses_the_folder_stops(
     def work() -> None:
         with held:
             for _ in range(300):  # a single long sleep would not be interrupted
-                save_json(tmp_path / "lock.json", other)  # again: a beat may have come between
+                save_json(tmp_path / "lock.json", other)  # again: a heartbeat may have come between
                 time.sleep(0.1)
 
     before = signal.signal(signal.SIGINT, handler)
@@ -123,13 +123,13 @@ def test_whoever_loses_the_folder_stops(
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "other"
 
 
-def test_a_damaged_lock_is_no_lock(tmp_path: Path) -> None:
+def test_a_damaged_lock_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "lock.json").write_text('{"host": ')
     with Lock(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
 
 
-def test_the_command_refuses_a_folder_that_is_worked_on(tmp_path: Path) -> None:
+def test_the_command_refuses_a_locked_folder(tmp_path: Path) -> None:
     from selfkd.config import Config
     from selfkd.experiments.run_folder import RunFolder
     from selfkd.generations import main

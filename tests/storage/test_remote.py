@@ -1,4 +1,4 @@
-"""Remote storage through a real S3 protocol: paths, files, stores, and a whole run."""
+"""Remote storage over the S3 protocol: paths, files, stores, and a whole run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def root(bucket: dict[str, str], request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/a/b", "gs://bucket/a", "hdfs://host/a"])
-def test_a_uri_stays_itself(text: str) -> None:
+def test_a_uri_is_unchanged(text: str) -> None:
     path = as_path(text)
     assert str(path) == str(as_path(str(path))) == str(pickle.loads(pickle.dumps(path))) == text
     assert path.absolute() == path == path.expanduser()
@@ -53,16 +53,16 @@ def test_a_uri_stays_itself(text: str) -> None:
     assert str(as_path(Path(text))) == text  # pathlib makes one slash of two
 
 
-def test_a_local_path_is_pathlib_s() -> None:
+def test_a_local_path_is_a_pathlib_path() -> None:
     assert type(as_path("runs/a")) is type(Path())
     assert str(as_path("/runs/a:b")) == "/runs/a:b"
 
 
-def test_what_a_remote_path_cannot_do_fails_aloud(tmp_path: Path) -> None:
+def test_unsupported_methods_of_a_remote_path_raise(tmp_path: Path) -> None:
     os.chdir(tmp_path)
     path = as_path("s3://bucket/a")
     for misuse in (path.open, lambda: path.write_text("x"), lambda: os.listdir(path)):
-        with pytest.raises(TypeError, match="s3://bucket/a is no local file"):
+        with pytest.raises(TypeError, match="s3://bucket/a is not a local file"):
             misuse()
     assert not any(tmp_path.iterdir())
 
@@ -95,8 +95,8 @@ def test_files(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_nothing(root: Path) -> None:
-    def write(beside: str) -> None:
-        Path(beside).write_text("half")
+    def write(temporary: str) -> None:
+        Path(temporary).write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -116,10 +116,10 @@ def test_a_copy_is_fetched_once_and_again_when_the_file_has_changed(root: Path) 
 
 def test_checkpoints_and_stores(root: Path) -> None:
     tensors = {"w": torch.randn(3, 4)}
-    mark = save_tensors(root / "a.safetensors", tensors, {"n": 1})
+    digest = save_tensors(root / "a.safetensors", tensors, {"n": 1})
     loaded, facts = load_tensors(root / "a.safetensors")
     assert torch.equal(loaded["w"], tensors["w"])
-    assert facts == {"n": 1, "hash": mark}
+    assert facts == {"n": 1, "hash": digest}
 
     key = data_key("images", {})
     manifest = Manifest(
@@ -143,17 +143,17 @@ def progress(path: Path) -> Progress:
 
 
 @pytest.mark.parametrize("read", [load_tensors, progress, lambda at: load_manifest(at, "a", "b")])
-def test_a_storage_that_does_not_answer_is_asked_again(
+def test_a_storage_that_does_not_respond_is_retried(
     read: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """pyarrow tells of a network that fails by an OSError without a number."""
-    answers: list[bool | OSError] = [OSError("AWS Error NETWORK_CONNECTION"), False]
+    """pyarrow reports a network failure as an OSError without an errno."""
+    results: list[bool | OSError] = [OSError("AWS Error NETWORK_CONNECTION"), False]
 
     def exists(self: RemotePath) -> bool:
-        answer = answers.pop(0)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+        result = results.pop(0)
+        if isinstance(result, OSError):
+            raise result
+        return result
 
     monkeypatch.setattr(RemotePath, "exists", exists)
     if read is progress:
@@ -161,10 +161,10 @@ def test_a_storage_that_does_not_answer_is_asked_again(
     else:
         with pytest.raises(FileNotFoundError, match="no such"):
             read(as_path("s3://b/file"))
-    assert answers == []
+    assert results == []
 
 
-def test_a_download_that_breaks_off_is_begun_again(
+def test_an_interrupted_download_is_retried(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     faults = [OSError("AWS Error NETWORK_CONNECTION")]
@@ -203,7 +203,7 @@ def test_bad_uris(setting: str, message: str) -> None:
         load_config(settings=[setting])
 
 
-def test_a_bucket_that_is_not_there_is_told_at_once(bucket: dict[str, str]) -> None:
+def test_a_missing_bucket_is_reported_at_once(bucket: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"run folder s3://nowhere/a must be writable: .*bucket"):
         RunFolder.create(as_path("s3://nowhere/a"), Config())
 

@@ -1,4 +1,4 @@
-"""Jobs without torch, for the tests of the pool and of what happens to its nodes."""
+"""Jobs without torch, for tests of the pool and of its nodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import ray
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield `epochs` rows, `pause` seconds apart; fail, or die, as asked.
+    """Yield `epochs` rows, `pause` seconds apart; fail or die where `kind` says so.
 
-    Where a file `gate` is named, rows go on until it is there.
+    With a file `gate`, rows continue until it exists.
     """
     node, begin = ray.get_runtime_context().get_node_id(), time.time()
     died = Path(payload["died"]) if "died" in payload else None
@@ -58,7 +58,7 @@ def _die_when_handed_over(died: Path) -> None:
         return False
 
     classes: list[type] = [Worker]
-    while classes:  # Ray's own, made of the worker's, has the method too
+    while classes:  # Ray's own subclass of the worker has the method too
         one = classes.pop()
         one.reset_config = die  # type: ignore[attr-defined]
         classes.extend(one.__subclasses__())

@@ -1,4 +1,4 @@
-"""What tests let several processes do together: with gloo, met at a file."""
+"""Jobs of several processes for tests: gloo, with a file as rendezvous."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield an epoch's row; a rank fails, or dies, as asked."""
+    """Yield a row an epoch; a rank fails or dies where the payload says so."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     size = dist.get_world_size() if dist.is_initialized() else 1
     for epoch in range(1, payload.get("epochs", 1) + 1):
@@ -50,7 +50,7 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def on_ranks(work: Callable[..., None], size: int, folder: Path, *more: Any) -> None:
-    """Call `work(rank, folder, *more)` in so many processes, which are one group."""
+    """Call `work(rank, folder, *more)` in `size` processes that form one process group."""
     mp.spawn(_on_rank, (work, size, folder, more), nprocs=size)
 
 
@@ -58,16 +58,16 @@ def _on_rank(
     rank: int, work: Callable[..., None], size: int, folder: Path, more: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    # at a file: the server of tcp:// may abort a process that ends
+    # a file, as the server of tcp:// may abort a process that ends
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     work(rank, folder, *more)
     dist.barrier()
     dist.destroy_process_group()
-    gc.collect()  # a wrapped model is a cycle, whose threads should end before the process
+    gc.collect()  # a wrapped model is a reference cycle; its threads should end before the process
 
 
 def train_together(rank: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
-    """Do jobs on this rank, one after the other; `stop` epochs into a job it ends, if asked."""
+    """Run jobs on this rank, one after the other, each for `stop` epochs, if given."""
     from selfkd.worker.jobs import (
         run_job as run_selfkd_job,  # seconds, which other jobs do not need
     )

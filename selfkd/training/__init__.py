@@ -1,1 +1,1 @@
-"""Training one student: the loop, the API of a user's own, progress that outlives a kill."""
+"""Training of one student: the loop, the API of user training functions, checkpoints, ranks."""

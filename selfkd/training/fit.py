@@ -1,4 +1,4 @@
-"""`fit` and `evaluate`: a loop over batches that knows no tracker and no tuner."""
+"""`fit`, `predict` and `evaluate`: loops over batches, independent of tracker and tuner."""
 
 from __future__ import annotations
 
@@ -25,16 +25,23 @@ from selfkd.errors import NonFiniteLossError
 from selfkd.training.ranks import Ranks
 
 Precision = Literal["none", "bfloat16", "float16"]
-EVAL_BATCH = 1000
-EVAL_VALUES = 2**22  # of a batch of large images
+EVAL_BATCH = 1000  # images
+EVAL_VALUES = 2**22  # most input values a batch, which bounds batches of large images
 ALONE = Ranks()
-CHECK_STEPS = 100  # how often a loss is looked at: on a GPU each look waits for it
+CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it
 
 
 def make_optimizer(
     student: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Make one of timm's optimisers; biases and norms are not decayed.
+    """Return an optimiser by timm, without weight decay of biases and normalisation layers.
+
+    Args:
+        student: Network to optimise.
+        name: Name of a timm optimiser.
+        lr: Learning rate.
+        momentum: Momentum; ignored by optimisers without one.
+        weight_decay: Weight decay of all other parameters.
 
     Raises:
         ValueError: timm has no optimiser of that name.
@@ -57,10 +64,20 @@ def make_scheduler(
     steps_per_epoch: int,
     cycles: int = 1,
 ) -> Scheduler | None:
-    """Make timm's scheduler of the learning rate, moved at every step.
+    """Return a learning rate scheduler by timm, updated at every step; None without a schedule.
 
-    The cosine falls over the epochs after the warm-up, or, in `cycles`, so often over them all,
-    as snapshot ensembles do (Huang et al., 2017, https://arxiv.org/abs/1704.00109).
+    Args:
+        optimizer: Optimiser whose learning rate is scheduled.
+        schedule: `cosine`, from the learning rate to 0 after the warm-up; `step`, divided by 10 at
+            1/2 and 3/4 of the epochs; or `none`.
+        epochs: Number of epochs, those of the warm-up included.
+        warmup_epochs: Epochs of a linear warm-up from a tenth of the learning rate.
+        steps_per_epoch: Optimiser steps an epoch.
+        cycles: Number of cosine cycles over all epochs, as for snapshot ensembles.
+
+    Reference:
+        Huang et al., "Snapshot Ensembles: Train 1, get M for free", 2017,
+        https://arxiv.org/abs/1704.00109
     """
     if schedule == "none":
         return None
@@ -82,39 +99,45 @@ def make_scheduler(
 
 
 def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
-    """Make the exponential moving average of a student's weights and buffers."""
+    """Return an exponential moving average of a student's weights and buffers.
+
+    Args:
+        student: Network to average.
+        decay: Weight of the average at each step, in (0, 1); the new weights get `1 - decay`.
+    """
     rule = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     return AveragedModel(student, multi_avg_fn=rule, use_buffers=True)
 
 
 @dataclass(kw_only=True)
 class Training:
-    """A training run as it stands.
+    """State of a training run.
 
-    With its state, and that of torch's random numbers, it goes on as if it had never stopped.
+    Resumed from this state and torch's random states, it continues bit for bit.
     """
 
     student: nn.Module
-    """Changed in place, on `device`."""
+    """Network that is trained in place, on `device`."""
     optimizer: torch.optim.Optimizer
-    """Of the student's parameters."""
+    """Optimiser of the student's parameters."""
     generator: torch.Generator
-    """Of the order."""
+    """Random generator of the order of the training images."""
     scheduler: Scheduler | None = None
-    """Of the learning rate."""
+    """Learning rate scheduler; None for a constant learning rate."""
     average: AveragedModel | None = None
-    """Moving average of the weights, which is measured in place of the student."""
+    """Moving average of the weights, evaluated and saved in place of the student."""
     device: str = "cpu"
+    """Device of the student and of the batches."""
     precision: Precision = "none"
-    """Of the student's forward pass."""
+    """Mixed precision of the student's forward pass."""
     epoch: int = 0
-    """How many are done."""
+    """Number of completed epochs."""
     step: int = 0
-    """How many are done."""
+    """Number of completed optimiser steps."""
     seconds: float = 0.0
-    """How long that took."""
+    """Training time of the completed epochs in seconds."""
     scaler: torch.amp.GradScaler = field(init=False)
-    """Of the loss, where half precision needs it."""
+    """Scaler of the loss; enabled for float16 on a GPU."""
 
     def __post_init__(self) -> None:
         half = self.precision == "float16" and self.device != "cpu"
@@ -122,7 +145,7 @@ class Training:
 
     @property
     def best(self) -> nn.Module:
-        """What is measured and saved."""
+        """Network to evaluate and save: the moving average where there is one, else the student."""
         module: nn.Module = self.student if self.average is None else self.average.module
         return module
 
@@ -137,15 +160,15 @@ class Training:
         return {name: part for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it as tensors, numbers and text; the tensors are not copied."""
+        """Return the state as tensors, numbers and text; the tensors are not copied."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         done = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds}
         return {**done, **parts, "order": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load a state returned by `state_dict`."""
         for name, part in self._parts().items():
-            if state[name]:  # a scaler that was not in use has none
+            if state[name]:  # the state of a disabled scaler is empty
                 part.load_state_dict(state[name])
         self.generator.set_state(state["order"])
         self.epoch, self.step = state["epoch"], state["step"]
@@ -165,29 +188,29 @@ def fit(
     compiled: bool = False,
     ranks: Ranks = ALONE,
 ) -> Iterator[dict[str, Any]]:
-    """Train a student from where it stands, one yield an epoch.
+    """Train a student from its current state; yield a row an epoch.
 
     Args:
-        training: what is trained, and how far it is; changed in place.
-        data: its train split is learnt, its val split measured.
-        distiller: gives the loss.
-        epochs: passes over the train split, those done before among them; epoch e sees view
-            e mod V.
-        batch_size: images a step, of all ranks together.
-        views: augmentation.
-        workers: processes that decode streamed images.
-        clip_grad: largest norm of the gradient.
-        compiled: run the student through `torch.compile`.
-        ranks: the processes that share each batch. The gradient is the mean over the whole
-            batch however it is divided; batch normalisation sees a rank's share, unless the
-            student's is a `SyncBatchNorm`.
+        training: Student and the state of its training; changed in place.
+        data: Data set; its train split is trained on, its val split evaluated.
+        distiller: Loss of a batch.
+        epochs: Number of epochs in all, completed ones included; epoch e, from 0, is trained on
+            view e mod V.
+        batch_size: Images a step, over all ranks.
+        views: Augmented views of the images.
+        workers: Processes that decode streamed images.
+        clip_grad: Largest norm of the gradient; None for no clipping.
+        compiled: Whether the student runs through `torch.compile`.
+        ranks: Processes that share each batch. The gradient is the mean over the whole batch,
+            however it is divided; batch normalisation sees a rank's share only, unless the student
+            has a `SyncBatchNorm`.
 
     Yields:
-        epoch (from 1), loss and its terms (means over the epoch), lr, val_accuracy, val_nll,
-        seconds (since the start).
+        epoch (from 1), loss and its terms (means over the epoch), lr, val_accuracy (fraction),
+        val_nll (nats), seconds (since the start of training).
 
     Raises:
-        NonFiniteLossError: the loss is not finite.
+        NonFiniteLossError: The training or validation loss is not finite.
     """
     start = time.perf_counter() - training.seconds
     student, optimizer, device = training.student, training.optimizer, training.device
@@ -244,7 +267,7 @@ def fit(
 
 
 def _descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
-    """Take a step down a loss, and the average with it."""
+    """Make one optimiser step; update the moving average."""
     scaler, student = training.scaler, training.student
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if clip_grad is not None:
@@ -257,7 +280,7 @@ def _descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
 
 
 def _measure(training: Training, data: Data, workers: int, ranks: Ranks) -> dict[str, float]:
-    ranks.copy_first(training.best.buffers())  # batch statistics are each rank's own
+    ranks.copy_first(training.best.buffers())  # batch statistics differ between ranks
     return evaluate(
         training.best,
         data,
@@ -269,7 +292,7 @@ def _measure(training: Training, data: Data, workers: int, ranks: Ranks) -> dict
 
 
 def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
-    """Return mixed precision for a forward pass, or nothing."""
+    """Return a context of mixed precision for a forward pass."""
     if precision == "none":
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, precision))
@@ -298,10 +321,23 @@ def predict(
     precision: Precision = "none",
     rows: range | None = None,
 ) -> Tensor:
-    """Return the model's logits for a split, `[images, classes]` float32 on the CPU.
+    """Return the logits of a model for a split.
 
-    The model is in eval mode while it predicts, and afterwards in the mode it was in. With `rows`,
-    only those images are asked for.
+    The model predicts in eval mode and is then put back into its previous mode.
+
+    Args:
+        model: Network or teacher.
+        data: Data set.
+        split: Split to predict.
+        views: Augmented views of the images.
+        view: Number of the view.
+        device: Device of the model.
+        workers: Processes that decode streamed images.
+        precision: Mixed precision of the forward pass.
+        rows: Images of the split to predict; all when not given.
+
+    Returns:
+        Logits `[images, classes]`, float32 on the CPU.
     """
     training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
@@ -335,7 +371,17 @@ def evaluate(
     precision: Precision = "none",
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Return accuracy (fraction) and nll (nats) on a split, of which each rank asks its share."""
+    """Return `accuracy` (fraction) and `nll` (nats) of a model on a split.
+
+    Args:
+        model: Network to evaluate.
+        data: Data set.
+        split: Split to evaluate on.
+        device: Device of the model.
+        workers: Processes that decode streamed images.
+        precision: Mixed precision of the forward pass.
+        ranks: Processes that share the predictions; all of them must call this.
+    """
     labels = getattr(data, split).labels.cpu()
     ranks = ranks if len(labels) >= ranks.size else ALONE
     logits = predict(

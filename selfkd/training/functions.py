@@ -1,4 +1,4 @@
-"""Functions of the user's own by reference, `path/file.py:name`: the way that code comes in."""
+"""User training functions by reference, `path/file.py:name`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 
 
 def load_function(reference: str) -> Callable[..., Any]:
-    """Import a training function, `path/file.py:name`.
+    """Import a training function.
+
+    Args:
+        reference: File and name of the function, `path/file.py:name`.
 
     Raises:
-        ValueError: there is no such file or function, or the file cannot be imported.
+        ValueError: The file or the function does not exist, or the file cannot be imported.
     """
     file, colon, name = reference.rpartition(":")
     path = Path(file)
@@ -28,7 +31,7 @@ def load_function(reference: str) -> Callable[..., Any]:
     sys.modules[module_name] = module
     folder = str(path.parent.absolute())
     if folder not in sys.path:
-        sys.path.append(folder)  # for what the file imports beside it
+        sys.path.append(folder)  # so that the file can import its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -44,10 +47,13 @@ def load_function(reference: str) -> Callable[..., Any]:
 
 
 def function_reference(function: Callable[..., object]) -> str:
-    """Return `path/file.py:name` of a function, by which workers import it.
+    """Return the reference `path/file.py:name` by which workers import a function.
+
+    Args:
+        function: Function at the top level of a file.
 
     Raises:
-        ValueError: it stands in no file, or is no function of a file's top level.
+        ValueError: The function has no source file, or is not at the top level of it.
     """
     file = inspect.getsourcefile(function) if inspect.isfunction(function) else None
     name = getattr(function, "__qualname__", "")

@@ -1,4 +1,4 @@
-"""What an interrupted trial goes on from: one file, whole and its own, or not used."""
+"""Checkpoint of an interrupted trial: one file, used only where it is intact and its own."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ from selfkd.training.ranks import Ranks
 DAMAGED: tuple[type[Exception], ...] = (
     *(OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError),
     *(zipfile.BadZipFile, pickle.UnpicklingError),
-)  # what reading such a file may raise
+)
+"""Exceptions that reading a damaged checkpoint may raise."""
 
 
 class Progress:
-    """The rows of a trial so far, and what it goes on from if it is interrupted.
+    """Rows of a trial so far, and its checkpoint, from which it resumes after an interruption.
 
-    Where several ranks train one student, each makes one of these, at the same time; the first
-    writes.
+    Where several ranks train one student, each of them creates one at the same time; rank 0 writes
+    the file.
 
     Args:
-        path: of the file.
-        made_from: JSON data: all that the trial depends on. What another trial left is not used.
-        seconds: write at the first end of an epoch that comes so long after the last time.
-        epochs: write after so many epochs.
-        ranks: this process among those that train the student.
+        path: File of the checkpoint.
+        made_from: JSON data that the trial depends on; a checkpoint of other data is not used.
+        seconds: Seconds after which the next checkpoint is due, at the end of an epoch; None to
+            disregard time.
+        epochs: Epochs after which the next checkpoint is due; None to disregard their number.
+        ranks: Ranks that train the student.
     """
 
     def __init__(
@@ -51,43 +53,49 @@ class Progress:
         ranks: Ranks,
     ) -> None:
         self.rows: list[Row] = []
+        """Rows of the epochs so far."""
         self.state: dict[str, Any] | None = None
+        """State to resume from; None for a fresh trial."""
         self._path, self._ranks = path, ranks
         self._seconds, self._epochs = seconds, epochs
         text = json.dumps(made_from, sort_keys=True)
         self._key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._kept, self._note = _read(path, self._key)
-        ranks.agree(None)  # all have read it before one writes
-        if self._kept is not None:
-            self.state = self._kept["state"]
+        self._checkpoint, self._note = _read(path, self._key)
+        ranks.agree(None)  # all ranks have read it before rank 0 writes
+        if self._checkpoint is not None:
+            self.state = self._checkpoint["state"]
         self._written, self._written_at = 0, time.monotonic()
         self._readable = False
 
     def resume(self) -> Iterator[Row]:
-        """Yield the rows so far; random numbers go on as they did after the last of them."""
-        kept, self._kept = self._kept, None
-        if kept is None or self.rows:
+        """Yield the rows of the checkpoint; restore the random states after the last of them."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None or self.rows:
             return
-        self.rows = kept["rows"]
+        self.rows = checkpoint["rows"]
         self._written = len(self.rows)
-        if self._ranks.rank < len(kept["random"]):
-            _restore_rng_state(kept["random"][self._ranks.rank])
+        if self._ranks.rank < len(checkpoint["random"]):
+            _restore_rng_state(checkpoint["random"][self._ranks.rank])
         yield from (dict(row) for row in self.rows)
 
     @property
     def spent(self) -> float:
-        """Seconds that the rows so far took."""
+        """Training time of the rows so far in seconds."""
         return float(self.rows[-1]["seconds"]) if self.rows else 0.0
 
     def reached(self, row: Row, state: Mapping[str, Any] | None, *, together: bool = True) -> None:
-        """Take in the row of an epoch; write, where it is time.
+        """Add the row of an epoch; write a checkpoint where one is due.
 
-        What a user should know is put into the row, as `note`.
+        Problems with the checkpoint are added to the row as `note`.
 
         Args:
-            row: of the epoch.
-            state: tensors, state dicts, numbers and text to go on from; none at the end.
-            together: every rank calls this; else the first rank's random numbers alone are kept.
+            row: Row of the epoch.
+            state: Tensors, state dicts, numbers and text to resume from; None after the last
+                epoch.
+            together: Whether every rank calls this; else only the random state of rank 0 is saved.
+
+        Raises:
+            TypeError: The state contains other objects.
         """
         self.rows.append(dict(row))
         ranks = self._ranks if together else Ranks()
@@ -98,29 +106,29 @@ class Progress:
 
     def _is_due(self) -> bool:
         by_epochs = self._epochs is not None and len(self.rows) - self._written >= self._epochs
-        waited = time.monotonic() - self._written_at
-        return by_epochs or (self._seconds is not None and waited >= self._seconds)
+        elapsed = time.monotonic() - self._written_at
+        return by_epochs or (self._seconds is not None and elapsed >= self._seconds)
 
-    def _write(self, state: Mapping[str, Any], drawn: list[dict[str, Any]]) -> None:
-        kept = {
+    def _write(self, state: Mapping[str, Any], rng_states: list[dict[str, Any]]) -> None:
+        checkpoint = {
             "made_from": self._key,
             "rows": self.rows,
-            "random": drawn,
+            "random": rng_states,
             "state": dict(state),
         }
         self._written, self._written_at = len(self.rows), time.monotonic()
         if self._ranks.first:
             try:
-                replace(self._path, lambda beside: torch.save(kept, beside), patience=0)
-            except (OSError, RuntimeError) as error:  # the latter by torch's writer: a full disk
+                replace(self._path, lambda file: torch.save(checkpoint, file), patience=0)
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch on a full disk
                 self._note = f"{CHECKPOINT} could not be written, training goes on: {error}"
             else:
                 self._check_readable()
 
     def _check_readable(self) -> None:
-        """Read the first one back: what is not plain data could never be gone on from.
+        """Read the first checkpoint back: one that is not plain data could not be resumed from.
 
-        Where that fails by the storage, the next one is read.
+        Where the storage fails, the next checkpoint is checked instead.
         """
         if self._readable:
             return
@@ -141,16 +149,16 @@ class Progress:
 
 
 def _read(path: Path, key: str) -> tuple[dict[str, Any] | None, str | None]:
-    """Return what was kept, or why it is not used."""
+    """Return a checkpoint, or None and the reason why an existing one is not used."""
     if not retry_io(path, path.exists):
         return None, None
     try:
         local = fetch(path)
         with zipfile.ZipFile(local) as archive:
-            if (part := archive.testzip()) is not None:  # torch does not look at the checksums
+            if (part := archive.testzip()) is not None:  # torch does not verify the checksums
                 raise zipfile.BadZipFile(f"{part} differs from its checksum")
-        kept: dict[str, Any] = torch.load(local, map_location="cpu", weights_only=True)
-        made_from = kept["made_from"]
+        checkpoint: dict[str, Any] = torch.load(local, map_location="cpu", weights_only=True)
+        made_from = checkpoint["made_from"]
     except DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         return None, f"{CHECKPOINT} is damaged, the trial began again at epoch 1: {reason}"
@@ -158,11 +166,11 @@ def _read(path: Path, key: str) -> tuple[dict[str, Any] | None, str | None]:
         return None, (
             f"{CHECKPOINT} is of another config, seed or teacher, the trial began again at epoch 1"
         )
-    return kept, None
+    return checkpoint, None
 
 
 def _rng_state() -> dict[str, Any]:
-    """Return the states of all random numbers that training may draw."""
+    """Return the states of the random generators of torch, CUDA, Python and NumPy."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

@@ -1,4 +1,4 @@
-"""The processes that train one student together: how they share batches and what they agree on."""
+"""Ranks that train one student together: shares of batches, and collective operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among them; one process alone needs no `torch.distributed`.
+    """Rank of this process and number of ranks; a single one needs no `torch.distributed`.
 
     >>> Ranks(1, 3).share(10)
     range(3, 6)
@@ -24,35 +24,42 @@ class Ranks:
     """
 
     rank: int = 0
+    """Rank of this process."""
     size: int = 1
+    """Number of ranks."""
 
     @classmethod
     def here(cls) -> Ranks:
-        """Return this process's place, by `torch.distributed` where that was initialised."""
+        """Return the rank of this process by `torch.distributed`, where that is initialised."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files and reports."""
+        """Whether this is rank 0, which writes files and reports."""
         return self.rank == 0
 
     def share(self, count: int, rank: int | None = None) -> range:
-        """Return which of `count` images are a rank's: parts that differ by one at most."""
+        """Return the share of a rank in a batch; sizes of shares differ by one at most.
+
+        Args:
+            count: Images of all ranks.
+            rank: Rank; this process's when not given.
+        """
         rank = self.rank if rank is None else rank
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
     def weight(self, count: int) -> float:
-        """Return this rank's share of `count` images, by which its mean counts."""
+        """Return the fraction of `count` images that is this rank's share."""
         return len(self.share(count)) / count
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Return the model with gradients that are the means over the ranks'."""
+        """Return a model whose gradients are averaged over the ranks."""
         if self.size == 1:
             return model
-        # else its buckets are divided anew after the first step, and a resumed run would add up
-        # the ranks' gradients in another order than one that was not stopped
+        # without it buckets are rebuilt after the first step, and a resumed run would sum the
+        # gradients in another order than an uninterrupted one
         keep_buckets = next(model.parameters()).device.type == "cpu"
         return DistributedDataParallel(model, find_unused_parameters=keep_buckets)
 
@@ -60,30 +67,30 @@ class Ranks:
         """Return a loss whose mean over the ranks is the mean over all `count` images.
 
         Args:
-            loss: mean over this rank's share.
-            count: images of all ranks.
+            loss: Mean over this rank's share.
+            count: Images of all ranks.
         """
         return loss if self.size == 1 else loss * (self.weight(count) * self.size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over the ranks."""
+        """Return the sum over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of `[share]` values over all ranks."""
+        """Return the mean over the values `[share]` of all ranks."""
         total, count = self.sum(torch.stack([values.sum(), values.new_tensor(len(values))]))
         mean: Tensor = total / count
         return mean
 
     def gather(self, part: Tensor, count: int, *, device: str) -> Tensor:
-        """Return all `count` rows, of which this rank has its share; on the CPU.
+        """Return the rows of all ranks, in order, on the CPU.
 
         Args:
-            part: `[share, …]`.
-            count: rows of all ranks.
-            device: that the ranks talk over.
+            part: Rows of this rank, `[share, …]`.
+            count: Number of rows of all ranks.
+            device: Device of the collective operation: `cuda` for NCCL, `cpu` for gloo.
         """
         if self.size == 1:
             return part
@@ -95,7 +102,7 @@ class Ranks:
         return torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)]).cpu()
 
     def collect(self, value: Any) -> list[Any]:
-        """Return every rank's value, in order."""
+        """Return the values of all ranks, in order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -103,12 +110,12 @@ class Ranks:
         return values
 
     def agree(self, value: Any) -> Any:
-        """Return the first rank's value."""
+        """Return the value of rank 0."""
         return self.collect(value)[0]
 
     @torch.no_grad()
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
-        """Give every rank the first one's tensors."""
+        """Overwrite tensors with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)

@@ -1,4 +1,4 @@
-"""A training function, the built-in one or a user's own: what it is given, and how it is run."""
+"""`Trial`, the API of training functions, and how they are run."""
 
 from __future__ import annotations
 
@@ -30,55 +30,55 @@ from selfkd.training.ranks import Ranks
 
 @dataclass(kw_only=True)
 class Trial:
-    """What a training function is given: `train_fn(trial)` trains one student.
+    """Argument of a training function: `train_fn(trial)` trains one student.
 
-    It asks for its loss, reports after each epoch, and hands over the student with a report:
+    The function takes its loss from `distiller` and calls `report` after each epoch:
 
         def train_fn(trial):
             torch.manual_seed(trial.seed)
             student = make_my_model(width=trial.params["width"])
-            distiller = trial.distiller(student)  # generation 0: labels only
+            distiller = trial.distiller(student)  # generation 0: labels alone
             for epoch in range(10):
                 ...
                 trial.report({"val_accuracy": accuracy}, student=student)
 
-    With `resources.workers` above 1 it runs on every rank, with `torch.distributed` initialised:
-    it divides its batches and wraps its student itself. Only what the first rank reports counts;
-    `checkpoint` is the same on all, but the random numbers that it brings back are the first's.
+    With `resources.workers` above 1 the function runs on every rank, with `torch.distributed`
+    initialised; it divides its batches and wraps its student itself. Only the reports of rank 0
+    count. `checkpoint` is the same on all ranks, and restores the random states of rank 0.
 
-    A training function may also be a generator that yields rows, as the built-in one does.
+    A training function may also be a generator of rows, as the built-in one is.
     """
 
     config: Config
-    """Of the run, with this trial's values of the search space."""
+    """Config of the run, with this trial's values of the search space."""
     stage: str
-    """What the trial belongs to, such as generation-3."""
+    """Name of the trial's stage, such as generation-3."""
     seed: int
-    """Its own, for initialisation, order and all else that is drawn."""
+    """Random seed of the trial, for initialisation, order and all other draws."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The network that the config names, for functions that make it by that."""
+    """Network named by the config, for functions that create their student from it."""
     teachers: Sequence[Mapping[str, Any]] = ()
-    """`hash`, `checkpoint` and perhaps `weight` of each; none to learn from labels."""
+    """`hash`, `checkpoint` and optional `weight` of each teacher; empty to train on labels."""
     targets: Path = Path()
-    """Folder of the soft targets."""
+    """Folder of the cached teacher logits."""
     path: Path
     """File that the student is saved to."""
     more: Mapping[str, Any] = field(default_factory=dict)
-    """JSON data: what else the training depends on."""
+    """Further JSON data that the training depends on."""
     ranks: Ranks = field(default_factory=Ranks.here)
-    """This process among those that train the student."""
-    _tell: Callable[[Row], None] | None = None
+    """Ranks that train the student."""
+    _report_row: Callable[[Row], None] | None = None
     _start: float = field(default_factory=time.perf_counter)
     _spent: float = 0.0
 
     @property
     def params(self) -> dict[str, Any]:
-        """The user's own settings: `--set params.width=64`, or searched as `params.width`."""
+        """Settings of the user: `--set params.width=64`, or searched as `params.width`."""
         return self.config.params
 
     @property
     def generation(self) -> int:
-        """0 learns from labels; k >= 1 from the generations before."""
+        """Number of the generation: 0 is trained on labels, k >= 1 distilled from earlier ones."""
         number = self.stage.partition("-")[2]  # of generation-3 or confirm-3
         return int(number) if number else 0
 
@@ -89,16 +89,19 @@ class Trial:
         make_teacher: Callable[[], nn.Module] | None = None,
         terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
     ) -> Distiller:
-        """Return the loss of this trial: of labels in generation 0, then of its teachers too.
+        """Return the loss of this trial: cross-entropy in generation 0, then distillation.
 
-        T, alpha and the average are those of the trial's config.
+        Temperature, alpha and the average of teachers are those of the trial's config.
 
         Args:
-            student: of which the teachers have the architecture, in whatever wrapper; its weights
-                are not changed.
-            make_teacher: makes a network of the teachers' architecture where it is another.
-            terms: further terms of the loss, as `Distiller` has them; those of features see the
-                student, and need a single teacher.
+            student: Student, in any wrapper; the teachers are copies of it with their own weights.
+            make_teacher: Function that returns a network of the teachers' architecture, where it
+                differs from the student's.
+            terms: Further terms of the loss, as in `Distiller`; feature terms need a single
+                teacher.
+
+        Raises:
+            ValueError: A teacher's weights do not fit the network.
         """
         distill, smoothing = self.config.distill, self.config.train.label_smoothing
         if not self.teachers:
@@ -133,17 +136,18 @@ class Trial:
         student: nn.Module | None = None,
         checkpoint: Mapping[str, Any] | None = None,
     ) -> None:
-        """Report an epoch. The last student that is reported is the trial's.
+        """Report an epoch; the last reported student becomes the model of the trial.
 
         Args:
-            metrics: by name; with `search.metric` among them, which the choice is made by.
-            student: what has been trained so far, in whatever wrapper; whole, not in shards.
-            checkpoint: what `checkpoint` gives back if the trial is interrupted: tensors, state
-                dicts, numbers and text. It is written as often as the config's `checkpoint` says.
+            metrics: Metrics by name, among them `search.metric`, by which the best trial is
+                chosen.
+            student: Student as trained so far, in any wrapper, but not sharded.
+            checkpoint: Tensors, state dicts, numbers and text that the property `checkpoint`
+                returns after an interruption; written as often as `checkpoint` of the config says.
 
         Raises:
-            TypeError: the checkpoint holds other things.
-            ValueError: each rank has but a shard of the student (FSDP).
+            TypeError: The checkpoint contains other objects.
+            ValueError: The student is sharded over the ranks (FSDP).
         """
         row: Row = {"epoch": len(self.progress.rows) + 1}
         row |= {name: float(value) for name, value in metrics.items()}
@@ -154,25 +158,25 @@ class Trial:
             check_whole("student", student)
             row["hash"] = save_tensors(self.path, unwrap(student).state_dict(), facts)
         self.progress.reached(row, checkpoint, together=False)
-        if self._tell is not None:
-            self._tell(row)
+        if self._report_row is not None:
+            self._report_row(row)
 
     @property
     def checkpoint(self) -> dict[str, Any] | None:
-        """What this trial reported as its checkpoint before it was interrupted, if it was.
+        """Last checkpoint reported before an interruption; None for a fresh trial.
 
-        Ask for it when all else is made: what had been reported is then part of this trial, and
-        the random numbers of torch, NumPy and Python go on from where they were.
+        Read it when model and optimiser exist: it adds the epochs reported before to this trial,
+        and restores the random states of torch, NumPy and Python.
         """
         for row in self.progress.resume():
-            if self._tell is not None:
-                self._tell(row)
+            if self._report_row is not None:
+                self._report_row(row)
             self._spent = self.progress.spent
         return self.progress.state
 
     @cached_property
     def progress(self) -> Progress:
-        """How far the trial is, and what it goes on from."""
+        """Rows and checkpoint of the trial."""
         often = self.config.checkpoint
         return Progress(
             self.path.with_name(CHECKPOINT),
@@ -196,10 +200,14 @@ TrainFunction = Callable[[Trial], Iterator[Row] | None]
 def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
     """Run a training function; yield the row of each epoch.
 
+    Args:
+        function: Training function, or a generator of rows.
+        trial: Argument of the function.
+
     Raises:
-        ValueError: it reported no student, or not the metric that the choice is made by.
+        ValueError: The function reported no student, or reported without `search.metric`.
     """
-    _ = trial.progress  # all ranks look for what was kept before one of them goes on
+    _ = trial.progress  # all ranks read the checkpoint before one of them continues
     if inspect.isgeneratorfunction(function):
         yield from function(trial)
         return
@@ -217,15 +225,15 @@ def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
 
 
 class _Stopped(BaseException):
-    """Ends a function whose trial is stopped early."""
+    """Raised in a training function whose trial is stopped early."""
 
 
 def _in_thread(function: TrainFunction, trial: Trial) -> Iterator[Row]:
-    """Turn what a function reports into a generator; closing that ends the function."""
+    """Yield the rows that a function reports; closing the generator ends the function."""
     rows: queue.Queue[Row | BaseException | None] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
-    def tell(row: Row) -> None:
+    def report_row(row: Row) -> None:
         rows.put(row)
         if stopped.is_set():
             raise _Stopped
@@ -235,11 +243,11 @@ def _in_thread(function: TrainFunction, trial: Trial) -> Iterator[Row]:
         set_num_threads(max(1, int(trial.config.resources.cpu)))
         try:
             function(trial)
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+        except BaseException as error:  # noqa: BLE001 - raised again by the consumer
             end = error
         rows.put(end)
 
-    trial._tell = tell
+    trial._report_row = report_row
     thread = threading.Thread(target=work, name="train_fn", daemon=True)
     thread.start()
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import ray
-from train_jobs import PLAIN, payload, taught
+from train_jobs import PLAIN, born_again, payload
 
 from selfkd.execution.jobs import Batch, EarlyStopping, Job
 from selfkd.execution.pool import Pool
@@ -132,10 +132,10 @@ def trained(pool: Pool, job: dict[str, Any]) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("case", ["taught", pytest.param("labels", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["distilled", pytest.param("labels", marks=pytest.mark.slow)])
 def test_the_loss_curve_is_that_of_one_worker(training: Pool, tmp_path: Path, case: str) -> None:
     """With the same global batch, from stored answers; from labels, `test_ranks` has it too."""
-    more = taught(tmp_path) if case == "taught" else {}
+    more = born_again(tmp_path) if case == "distilled" else {}
     rows = trained(training, payload(tmp_path / "together", *PLAIN, **more))
     alone = list(run_job("train", payload(tmp_path / "alone", *PLAIN, **more)))
     assert len(rows) == len(alone) == 2

@@ -1,4 +1,4 @@
-"""The loop: what it trains, what it measures, and what it leaves alone."""
+"""The training loop: its steps, its metrics, and what it must not change."""
 
 import itertools
 import math
@@ -18,7 +18,6 @@ from selfkd.data.augmentation import Views
 from selfkd.distill.distiller import Distiller
 from selfkd.errors import NonFiniteLossError
 from selfkd.models import make_model
-from selfkd.targets import SoftTargets
 from selfkd.training.fit import Training, evaluate, fit, make_optimizer, make_scheduler, predict
 
 CLASSES = 3
@@ -120,8 +119,8 @@ def test_terms_are_reported_before_they_are_weighted(alpha):
         logits = student(make_inputs(data).float()).double().numpy()
     (row,) = run(student, data, distiller, epochs=1, lr=0.0)
     hard = -log_softmax(logits, axis=1)[range(60), data.train.labels].mean()
-    taught = softmax(teacher_logits.double().numpy() / 2, axis=1)
-    kl = (taught * (np.log(taught) - log_softmax(logits / 2, axis=1))).sum(1).mean()
+    p_t = softmax(teacher_logits.double().numpy() / 2, axis=1)
+    kl = (p_t * (np.log(p_t) - log_softmax(logits / 2, axis=1))).sum(1).mean()
     assert row["hard_loss"] == pytest.approx(hard, rel=1e-5)
     assert row["soft_loss"] == pytest.approx(4 * kl, rel=1e-5)
     assert row["loss"] == pytest.approx((1 - alpha) * hard + alpha * 4 * kl, rel=1e-5)
@@ -143,7 +142,7 @@ def test_the_test_split_is_not_read():
     assert len(rows) == 3
 
 
-def test_nothing_happens_before_an_epoch_is_asked_for():
+def test_nothing_is_trained_before_the_first_row_is_requested():
     student = make_student()
     before = weights(student)
     rows = run(student)
@@ -158,7 +157,7 @@ def test_nothing_happens_before_an_epoch_is_asked_for():
 
 
 class Recorder:
-    """A distiller that writes down what it is given."""
+    """A distiller that records its arguments."""
 
     def __init__(self):
         self.calls = []
@@ -186,7 +185,7 @@ def test_each_image_comes_once_an_epoch_with_its_label_and_index():
 
 
 class SpyViews:
-    """Views that write down what they are asked for."""
+    """Views that record their arguments."""
 
     def __init__(self, count):
         self.views = Views(jitter=1, count=count)
@@ -244,7 +243,7 @@ def test_the_order_comes_from_the_generator_alone():
 
 
 class Spy(nn.Module):
-    """Writes down in which mode each forward pass is made, and whether with a graph."""
+    """Records the mode of each forward pass, and whether gradients are enabled."""
 
     def __init__(self):
         super().__init__()
@@ -258,13 +257,13 @@ class Spy(nn.Module):
 
 
 def test_the_student_trains_in_train_mode_after_each_validation_too():
-    student = Spy().eval()  # as somebody may hand it over
+    student = Spy().eval()  # as a caller may pass it
     steps, validations = [({True}, True)] * 3, [({False}, False)]
     for _ in run(student, epochs=3):
         assert student.modes == steps + validations
         assert student.training
         student.modes.clear()
-        student.eval()  # as somebody's own evaluation may leave it
+        student.eval()  # as an evaluation by the caller may leave it
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -285,7 +284,7 @@ def test_predict_changes_nothing_and_makes_no_graph(training):
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_predict_answers_every_image_in_its_place(monkeypatch, split):
+def test_predict_keeps_the_order_of_the_images(monkeypatch, split):
     monkeypatch.setattr("selfkd.training.fit.EVAL_BATCH", 7)
     data = make_data()
     student = make_student().eval()
@@ -299,7 +298,7 @@ def test_predict_answers_every_image_in_its_place(monkeypatch, split):
     }
 
 
-def test_predict_sees_the_view_that_is_asked_for():
+def test_predict_uses_the_given_view():
     data = make_data()
     student = make_student().eval()
     views = SpyViews(3)
@@ -338,7 +337,7 @@ def test_a_step_is_plain_gradient_descent():
         torch.testing.assert_close(value, reference.state_dict()[name])
 
 
-def test_the_moving_average_is_what_is_measured():
+def test_the_moving_average_is_evaluated():
     data = make_data()
     student = make_student(norm=True)
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
@@ -394,7 +393,7 @@ def test_an_unknown_optimiser_is_refused_with_names(name):
 
 
 def learning_rates(schedule, epochs, warmup_epochs, lr=0.4, steps=3):
-    """The rate of each step, as the optimiser has it when it makes the step."""
+    """Return the learning rate of the optimiser at each step."""
     student = make_student()
     optimizer = sgd(student, lr)
     rates = []
@@ -485,7 +484,7 @@ def test_a_compiled_student_is_the_same_student(monkeypatch):
 # --- divergence ---
 
 
-def test_a_diverging_student_is_told_with_epoch_and_step():
+def test_a_diverging_student_is_reported_with_epoch_and_step():
     with pytest.raises(
         NonFiniteLossError,
         match=r"loss must be finite, got (nan|inf) at epoch \d+, step \d+: lower train\.lr or set",
@@ -519,12 +518,12 @@ def test_the_step_that_diverged_is_named(value, batch_size, bad, epoch, step, ca
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["none", "bfloat16", "float16"])
-def test_stored_targets_and_mixed_precision_on_a_gpu(precision):
+def test_cached_logits_and_mixed_precision_on_a_gpu(precision):
     data = load_data("digits").to("cuda")
     torch.manual_seed(0)
     student = make_model("selfkd_cnn", {"width": 8}, num_classes=10, in_chans=1, image_size=8)
     student.cuda()
-    stored = SoftTargets([[torch.randn(200, 10).half()]])
+    logits = torch.randn(200, 10).half()
     training = Training(
         student=student,
         optimizer=make_optimizer(student, name="sgd", lr=0.01, momentum=0.9, weight_decay=0.0),
@@ -532,7 +531,8 @@ def test_stored_targets_and_mixed_precision_on_a_gpu(precision):
         device="cuda",
         precision=precision,
     )
-    rows = list(fit(training, data, Distiller(targets=stored), epochs=3, batch_size=20))
+    distiller = Distiller(targets=lambda index, view: logits[index.cpu()])
+    rows = list(fit(training, data, distiller, epochs=3, batch_size=20))
     assert rows[-1]["soft_loss"] < rows[0]["soft_loss"]
 
 

@@ -1,4 +1,4 @@
-"""A trial that was interrupted ends as one that was not: the same rows and weights, bit for bit."""
+"""An interrupted trial ends as an uninterrupted one: the same rows and weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from torch import nn
 
 from selfkd.config import load_config, to_tree
 from selfkd.config.space import Points
-from selfkd.execution.jobs import InProcess
+from selfkd.execution.jobs import Executor, InProcess, Outcome
+from selfkd.experiments.arms import Run
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.stages import Plan, Stage, run_stage
-from selfkd.results import CHECKPOINT, Row
+from selfkd.experiments.stages import Stage, run_stages
+from selfkd.results import CHECKPOINT, Epoch, Event, Message, Row, TrialProgressed, from_row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.training.fit import Training, make_average, make_optimizer, make_scheduler
@@ -82,14 +83,14 @@ def assert_same_students(one: Path, two: Path) -> None:
 
 
 def disturb() -> None:
-    """Leave random numbers elsewhere, as a new process would."""
+    """Change all random states, as a new process does."""
     torch.manual_seed(99)
     random.seed(99)
     np.random.seed(99)
 
 
 def interrupted(start: Callable[[], Iterator[Row]], epochs: int) -> list[Row]:
-    """Stop after some epochs, and begin anew; return the rows of the second start."""
+    """Stop after some epochs and start again; return the rows of the second start."""
     rows = start()
     first = list(islice(rows, epochs))
     assert [row["epoch"] for row in first] == list(range(1, epochs + 1))
@@ -128,7 +129,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["all", "steps", "muon", "amp", "snapshots", "specialist", "start"],
 )
 @pytest.mark.parametrize("epochs", [1, 4])
-def test_resumed_equals_undisturbed(
+def test_resumed_equals_uninterrupted(
     tmp_path: Path, settings: tuple[str, ...], more: dict[str, Any], epochs: int
 ) -> None:
     whole = list(train(tmp_path / "whole", *settings, **more))
@@ -139,7 +140,7 @@ def test_resumed_equals_undisturbed(
     assert seconds == sorted(seconds)
 
 
-def test_streamed_images_too(tmp_path: Path, pictures: Path) -> None:
+def test_resumed_equals_uninterrupted_on_streamed_images(tmp_path: Path, pictures: Path) -> None:
     settings = [
         "data={name: folder, image_size: 8, in_memory: false, workers: 2, flip: true, views: 2}",
         f"data.root={pictures}",
@@ -152,14 +153,18 @@ def test_streamed_images_too(tmp_path: Path, pictures: Path) -> None:
     assert_same_students(tmp_path / "again", tmp_path / "whole")
 
 
-def test_a_taught_student_too(tmp_path: Path) -> None:
+def test_resumed_equals_uninterrupted_with_a_teacher(tmp_path: Path) -> None:
     teacher = {
         "hash": list(train(tmp_path / "teacher", *SMALL))[-1]["hash"],
         "checkpoint": str(tmp_path / "teacher" / "student.safetensors"),
     }
     config = payload(tmp_path, *SMALL)["config"]
     place = {"targets": str(tmp_path / "targets"), "view": 0, "shard": 0, "run": str(tmp_path)}
-    list(run_job("label", {"config": config, "checkpoint": teacher["checkpoint"], **place}))
+    list(
+        run_job(
+            "cache_teacher_logits", {"config": config, "checkpoint": teacher["checkpoint"], **place}
+        )
+    )
     more = {"teachers": [teacher], "stage": "generation-1", "targets": place["targets"]}
     whole = list(train(tmp_path / "whole", *SMALL, **more))
     again = interrupted(lambda: train(tmp_path / "again", *SMALL, **more), 3)
@@ -167,7 +172,7 @@ def test_a_taught_student_too(tmp_path: Path) -> None:
     assert_same_students(tmp_path / "again", tmp_path / "whole")
 
 
-def test_it_goes_on_rather_than_begin_again(
+def test_completed_epochs_are_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
@@ -197,20 +202,20 @@ def test_interrupted_again_and_again(tmp_path: Path) -> None:
     assert_same_students(tmp_path / "again", tmp_path / "whole")
 
 
-def test_seconds_are_those_of_all_starts(tmp_path: Path) -> None:
+def test_seconds_are_summed_over_all_starts(tmp_path: Path) -> None:
     rows = train(tmp_path, *SMALL)
     first = [next(rows), next(rows)]
     rows.close()  # type: ignore[attr-defined]
     path = tmp_path / CHECKPOINT
-    kept = torch.load(path, weights_only=True)
-    kept["state"]["seconds"] = kept["rows"][-1]["seconds"] = 1000.0
-    torch.save(kept, path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state"]["seconds"] = checkpoint["rows"][-1]["seconds"] = 1000.0
+    torch.save(checkpoint, path)
     again = list(train(tmp_path, *SMALL))
     assert again[0]["seconds"] == first[0]["seconds"]
     assert [row["seconds"] > 1000 for row in again[2:]] == [True] * 4
 
 
-# --- what is in the way ---
+# --- checkpoints that are not used ---
 
 
 def flip_a_bit(path: Path) -> None:
@@ -236,7 +241,7 @@ def other(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip_a_bit, cut, empty, pickled, other])
-def test_a_damaged_checkpoint_is_not_used_and_said(tmp_path: Path, harm: Any) -> None:
+def test_a_damaged_checkpoint_is_not_used_and_reported(tmp_path: Path, harm: Any) -> None:
     whole = list(train(tmp_path / "whole", *SMALL))
     rows = train(tmp_path / "again", *SMALL)
     list(islice(rows, 3))
@@ -259,7 +264,7 @@ def test_a_damaged_checkpoint_is_not_used_and_said(tmp_path: Path, harm: Any) ->
         ((), {"model": {"name": "selfkd_mlp", "args": {"width": 12, "depth": 2}}}),
     ],
 )
-def test_another_trial_s_checkpoint_is_not_used_and_said(
+def test_the_checkpoint_of_another_trial_is_not_used_and_reported(
     tmp_path: Path, settings: tuple[str, ...], more: dict[str, Any]
 ) -> None:
     rows = train(tmp_path / "again", *SMALL)
@@ -292,10 +297,10 @@ def test_a_checkpoint_that_cannot_be_written_stops_no_training(
     assert "could not be written, training goes on: [Errno 28]" in rows[0]["note"]
 
 
-def test_a_checkpoint_that_cannot_be_read_back_stops_none_either(
+def test_a_checkpoint_that_cannot_be_read_back_stops_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is looked at again with the next one, which still has to be plain data."""
+    """The next one is checked instead, and still has to be plain data."""
     faults = iter([OSError(5, "Input/output error")])
 
     def away(path: Path) -> Path:
@@ -379,15 +384,15 @@ def test_the_state_of_every_part_comes_back(tmp_path: Path) -> None:
     first = advance(stopped, 3)
     torch.save({"state": stopped.state_dict(), "random": torch.get_rng_state()}, tmp_path / "a")
     disturb()
-    kept = torch.load(tmp_path / "a", weights_only=True)
+    checkpoint = torch.load(tmp_path / "a", weights_only=True)
     resumed = make()
-    resumed.load_state_dict(kept["state"])
-    torch.set_rng_state(kept["random"])
+    resumed.load_state_dict(checkpoint["state"])
+    torch.set_rng_state(checkpoint["random"])
     assert first + advance(resumed, 4) == expected
     assert len({expected[2], expected[-5]}) == 2 or whole.scaler.get_scale() > 8
 
 
-# --- a training function of the user's own ---
+# --- user training functions ---
 
 
 def make_trial(folder: Path, *settings: str) -> Trial:
@@ -396,7 +401,7 @@ def make_trial(folder: Path, *settings: str) -> Trial:
 
 
 def users(trial: Trial, until: int = 5) -> None:
-    """Draws from all that a loop may draw from."""
+    """Training function that draws from all random generators."""
     torch.manual_seed(trial.seed)
     random.seed(trial.seed)
     np.random.seed(trial.seed)
@@ -415,7 +420,7 @@ def users(trial: Trial, until: int = 5) -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_a_user_s_function_goes_on_from_its_checkpoint(tmp_path: Path, epochs: int) -> None:
+def test_a_user_function_resumes_from_its_checkpoint(tmp_path: Path, epochs: int) -> None:
     whole = list(run_function(users, make_trial(tmp_path / "whole")))
     again = interrupted(lambda: run_function(users, make_trial(tmp_path / "again")), epochs)
     assert plain(again) == plain(whole)
@@ -423,7 +428,7 @@ def test_a_user_s_function_goes_on_from_its_checkpoint(tmp_path: Path, epochs: i
     assert_same_students(tmp_path / "again", tmp_path / "whole")
 
 
-def test_a_function_that_asks_for_no_checkpoint_begins_again(tmp_path: Path) -> None:
+def test_a_function_that_reads_no_checkpoint_starts_again(tmp_path: Path) -> None:
     def forgets(trial: Trial) -> None:
         for epoch in range(1, 4):
             metrics = {"val_accuracy": epoch / 10}
@@ -446,53 +451,44 @@ def test_a_checkpoint_is_plain_data(tmp_path: Path) -> None:
 # --- in a stage ---
 
 
-class Heard:
-    """A listener that keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.epochs: list[int] = []
-        self.notes: list[str] = []
-
-    def trial_reported(self, trial: Row, rows: Any) -> None:
-        self.epochs += [row["epoch"] for row in rows]
-
-    def noted(self, text: str) -> None:
-        self.notes.append(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
-
-
-def test_a_stage_tells_notes_and_removes_what_is_done(tmp_path: Path) -> None:
+def run_one_trial(folder: Path, executor: Executor) -> list[Event]:
+    """Run a stage of one trial; return its events."""
     config = load_config(settings=[EVERY_EPOCH, *SMALL])
-    folder = RunFolder(tmp_path / "run")
     stage = Stage(
         name="generation-0",
-        title="",
-        folder=folder.generation(0),
-        trials=1,
-        plan=lambda number, point: Plan(config=config, model=config.model, seed=5),
+        folder=folder,
+        seeds=[5],
         proposer=Points([{}]),
+        payload=lambda number, point: {
+            "config": to_tree(config),
+            "point": point,
+            "model": to_tree(config)["model"],
+            "teachers": [],
+            "targets": str(folder / "targets"),
+        },
+        metric="val_accuracy",
+        mode="max",
     )
-    stage.trial(0).mkdir(parents=True)
-    (stage.trial(0) / CHECKPOINT).write_bytes(b"nonsense")
-    heard = Heard()
-    (result,) = run_stage(config, folder, InProcess(run_job), heard, stage).values()
-    assert heard.notes == [
+    events: list[Event] = []
+    run_stages(executor, events.append, [stage], title="")
+    return events
+
+
+def test_a_stage_reports_notes_and_removes_the_checkpoint_at_the_end(tmp_path: Path) -> None:
+    trial = tmp_path / "trial_000"
+    trial.mkdir()
+    (trial / CHECKPOINT).write_bytes(b"nonsense")
+    events = run_one_trial(tmp_path, InProcess(run_job))
+    assert [event.text for event in events if isinstance(event, Message)] == [
         "generation 0, trial 0: checkpoint.pt is damaged, the trial began again at epoch 1: "
         "File is not a zip file"
     ]
-    assert all("note" not in row for row in result["history"])
-    assert sorted(path.name for path in stage.trial(0).iterdir()) == [
-        "result.json",
-        "student.safetensors",
-    ]
+    assert all("note" not in row for row in load_json(trial / "result.json")["history"])
+    assert sorted(path.name for path in trial.iterdir()) == ["result.json", "student.safetensors"]
 
 
-def test_a_trial_that_goes_on_is_heard_once(tmp_path: Path) -> None:
-    """As when its worker dies: what it reports again is in the history, and not told twice."""
-    config = load_config(settings=[EVERY_EPOCH, *SMALL])
-    folder = RunFolder(tmp_path / "run")
+def test_a_resumed_trial_reports_each_epoch_once(tmp_path: Path) -> None:
+    """As after the death of its worker: repeated rows are in the history, but no second event."""
 
     class Dies(InProcess):
         def run(self, jobs: Any, **_: Any) -> None:
@@ -502,29 +498,20 @@ def test_a_trial_that_goes_on_is_heard_once(tmp_path: Path) -> None:
             disturb()
             for row in run_job(job.kind, job.payload):
                 jobs.report(job, [row])
-            from selfkd.execution.jobs import Outcome
-
             jobs.tell(Outcome(job, row))
 
-    stage = Stage(
-        name="generation-0",
-        title="",
-        folder=folder.generation(0),
-        trials=1,
-        plan=lambda number, point: Plan(config=config, model=config.model, seed=5),
-        proposer=Points([{}]),
-    )
-    heard = Heard()
-    (result,) = run_stage(config, folder, Dies(run_job), heard, stage).values()
-    assert heard.epochs == [1, 2, 3, 4, 5, 6]
-    assert [row["epoch"] for row in result["history"]] == [1, 2, 3, 4, 5, 6]
+    events = run_one_trial(tmp_path, Dies(run_job))
+    reported = [event.epochs for event in events if isinstance(event, TrialProgressed)]
+    assert [row.epoch for epochs in reported for row in epochs] == [1, 2, 3, 4, 5, 6]
+    history = load_json(tmp_path / "trial_000" / "result.json")["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
 
 
-# --- through real Ray ---
+# --- with Ray ---
 
 
-def test_a_killed_driver_s_trials_go_on(tmp_path: Path) -> None:
-    """As if undisturbed, and the epochs before the kill are not trained again."""
+def test_trials_of_a_killed_driver_resume(tmp_path: Path) -> None:
+    """As if uninterrupted, and the epochs before the kill are not trained again."""
     settings = [
         "checkpoint={seconds: null, epochs: 1}",
         "model={name: selfkd_cnn, args: {width: 8}}",
@@ -536,7 +523,9 @@ def test_a_killed_driver_s_trials_go_on(tmp_path: Path) -> None:
     ]
     whole = load_config(settings=settings, flags={"rounds": 0, "storage": str(tmp_path)})
     undisturbed = RunFolder.create(tmp_path / "whole", whole)
-    born_again(whole, undisturbed, InProcess(run_job), Heard())
+    events: list[Event] = []
+    executor = InProcess(run_job)
+    born_again(Run(config=whole, folder=undisturbed, executor=executor, events=events.append))
 
     sets = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "selfkd.generations"]
@@ -551,15 +540,15 @@ def test_a_killed_driver_s_trials_go_on(tmp_path: Path) -> None:
         folder = tmp_path / "runs" / "killed"
         path = folder / "generation_000" / "trial_000" / CHECKPOINT
         deadline = time.monotonic() + 600
-        while not (path.exists() and len(kept_rows(path)) >= 3):
+        while not (path.exists() and len(checkpoint_rows(path)) >= 3):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         process.kill()
         process.wait(timeout=60)
-    before = kept_rows(path)
+    before = checkpoint_rows(path)
     assert 3 <= len(before) < 40
-    assert not path.with_name("result.json").exists(), "it was done before it was killed"
+    assert not path.with_name("result.json").exists(), "the trial ended before the kill"
     done = subprocess.run(
         [*command, "--resume", str(folder)], cwd=tmp_path, capture_output=True, text=True
     )
@@ -570,11 +559,12 @@ def test_a_killed_driver_s_trials_go_on(tmp_path: Path) -> None:
         assert plain(one["history"]) == plain(two["history"])
         assert one["hash"] == two["hash"]
     result = load_json(path.with_name("result.json"))
-    assert result["history"][: len(before)] == before  # by their seconds too
+    history = [from_row(Epoch, row) for row in result["history"]]
+    assert history[: len(before)] == [from_row(Epoch, row) for row in before]  # with their seconds
     assert result["train_seconds"] == result["history"][-1]["seconds"] > before[-1]["seconds"]
     assert not list(folder.rglob(CHECKPOINT))
 
 
-def kept_rows(path: Path) -> list[Row]:
+def checkpoint_rows(path: Path) -> list[Row]:
     rows: list[Row] = torch.load(path, weights_only=True)["rows"]
     return rows

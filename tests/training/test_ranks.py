@@ -1,4 +1,4 @@
-"""Several processes that train one student: the result is that of one, however a batch divides."""
+"""Several ranks that train one student: the result of a single one, however batches are shared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rank_jobs import on_ranks, train_together
-from train_jobs import PLAIN, payload, taught
+from train_jobs import PLAIN, born_again, payload
 
 from selfkd.data import Data, Split
 from selfkd.results import Row
@@ -25,23 +25,24 @@ CASES = {
     "clipped": (*PLAIN, "train.clip_grad=0.5", "train.ema=0.9", "train.warmup_epochs=1"),
     "views": (*PLAIN, "data.jitter=1", "data.views=2", "train.optimizer=adamw", "train.lr=0.01"),
 }
-SURE = {"knowledge": "confidence"}
+CONFIDENCE = {"transform": "confidence"}
 DROPOUT = (*PLAIN, "model.args={width: 12, depth: 1, drop_rate: 0.4}", "train.ema=0.9")
 NORM = (*PLAIN, "model={name: selfkd_cnn, args: {width: 4}}", "train.ema=0.9")
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Row], Path]]:
-    """Rows and folder of each case, all by the same three processes; and of its teacher."""
+    """Rows and folder of each case, trained by the same three processes, and of its teacher."""
     root = tmp_path_factory.mktemp("together")
-    teacher = taught(root)
+    teacher = born_again(root)
     jobs: dict[str, dict[str, Any]] = {
         name: {"payload": payload(root / name, *settings), "stop": None}
         for name, settings in CASES.items()
     }
-    jobs["taught"] = {"payload": payload(root / "taught", *PLAIN, **teacher), "stop": None}
-    sure = payload(root / "weighted", *PLAIN, **teacher, **SURE)
-    jobs["weighted"] = {"payload": sure, "stop": None}
+    distilled = payload(root / "distilled", *PLAIN, **teacher)
+    jobs["distilled"] = {"payload": distilled, "stop": None}
+    weighted = payload(root / "weighted", *PLAIN, **teacher, **CONFIDENCE)
+    jobs["weighted"] = {"payload": weighted, "stop": None}
     for name, settings in (("dropout", DROPOUT), ("norm", NORM)):
         whole = payload(root / name, *settings)
         part = payload(root / f"{name} again", *settings)
@@ -63,13 +64,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_tensors(folder / "student.safetensors")[0]
 
 
-@pytest.mark.parametrize("name", [*CASES, "taught", "weighted"])
+@pytest.mark.parametrize("name", [*CASES, "distilled", "weighted"])
 def test_three_train_as_one(
     together: dict[str, tuple[list[Row], Path]], tmp_path: Path, name: str
 ) -> None:
     rows, folder = together[name]
     more = {} if name in CASES else _same_teacher(folder)
-    more |= SURE if name == "weighted" else {}
+    more |= CONFIDENCE if name == "weighted" else {}
     settings = CASES.get(name, PLAIN)
     alone = list(run_job("train", payload(tmp_path, *settings, **more)))
     assert len(rows) == len(alone)
@@ -98,7 +99,7 @@ def _same_teacher(folder: Path) -> dict[str, Any]:
 def test_resumed_together_equals_undisturbed(
     together: dict[str, tuple[list[Row], Path]], name: str
 ) -> None:
-    """Every rank's dropout goes on, and the first rank's batch statistics are everyone's."""
+    """Dropout continues on every rank; all ranks have the batch statistics of rank 0."""
     whole, again = together[name], together[f"{name} again"]
     assert [row["epoch"] for row in together[f"{name} part"][0]] == [1]
     plain = [
@@ -110,7 +111,7 @@ def test_resumed_together_equals_undisturbed(
     assert again[0][0]["seconds"] == together[f"{name} part"][0][0]["seconds"]
 
 
-def test_dropout_is_another_on_each_rank(
+def test_dropout_differs_between_ranks(
     together: dict[str, tuple[list[Row], Path]], tmp_path: Path
 ) -> None:
     alone = list(run_job("train", payload(tmp_path, *DROPOUT)))
@@ -131,14 +132,14 @@ def test_the_parts_of_each_batch_are_the_batch() -> None:
     split = Split(images, torch.arange(7))
     data = Data("a", split, split, split, ("a",), 1, (0.0,), (1.0,), "f")
 
-    def indices(ranks: Ranks | None) -> list[list[int]]:
+    def indices(ranks: Ranks) -> list[list[int]]:
         generator = torch.Generator().manual_seed(3)
         batches = data.batches("train", batch_size=3, generator=generator, share=ranks.share)
         return [index.tolist() for _, _, index in batches]
 
-    whole = indices(None)
+    whole = indices(Ranks())
     assert [len(batch) for batch in whole] == [3, 3, 1]
     one, two = indices(Ranks(0, 2)), indices(Ranks(1, 2))
     assert [a + b for a, b in zip(one[:2], two[:2], strict=True)] == whole[:2]
-    assert one[2] == two[2] == whole[2]  # the first stands in, with weight 0
+    assert one[2] == two[2] == whole[2]  # rank 0 gets the image too, with weight 0
     assert (Ranks(0, 2).weight(1), Ranks(1, 2).weight(1)) == (0, 1)

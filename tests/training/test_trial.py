@@ -1,4 +1,4 @@
-"""A training function of the user's own: what it is given, how it is run, what it must not do."""
+"""User training functions: their argument, how they are run, and their mistakes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_trial(folder: Path, *settings: str, **changes: Any) -> Trial:
 
 
 def steps(trial: Trial, count: int = 3) -> None:
-    """Three epochs of next to nothing."""
+    """Report three epochs without training."""
     torch.manual_seed(trial.seed)
     model = nn.Linear(2, 2)
     for epoch in range(count):
@@ -49,7 +49,7 @@ def plain(rows: list[Row]) -> list[Row]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def test_what_is_reported_comes_epoch_by_epoch(tmp_path: Path) -> None:
+def test_reports_become_rows_epoch_by_epoch(tmp_path: Path) -> None:
     trial = make_trial(tmp_path)
     rows = list(run_function(steps, trial))
     assert [(row["epoch"], row["val_accuracy"]) for row in rows] == [(1, 0.0), (2, 0.1), (3, 0.2)]
@@ -69,7 +69,7 @@ def test_a_generator_is_a_training_function_too(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_function_raises_is_raised(tmp_path: Path) -> None:
+def test_exceptions_of_a_function_are_raised(tmp_path: Path) -> None:
     def broken(trial: Trial) -> None:
         trial.report({"val_accuracy": 0.5}, student=nn.Linear(1, 1))
         raise ZeroDivisionError("by zero")
@@ -80,7 +80,7 @@ def test_what_a_function_raises_is_raised(tmp_path: Path) -> None:
         next(rows)
 
 
-def test_a_trial_that_is_stopped_early_ends_its_function(tmp_path: Path) -> None:
+def test_stopping_a_trial_early_ends_its_function(tmp_path: Path) -> None:
     before = threading.active_count()
     ends = []
 
@@ -105,7 +105,7 @@ def test_a_trial_that_is_stopped_early_ends_its_function(tmp_path: Path) -> None
         ({"loss": 0.5}, nn.Linear(1, 1), r"train_fn must report val_accuracy .*, got loss"),
     ],
 )
-def test_what_is_missing_is_said(
+def test_missing_reports_are_named(
     tmp_path: Path, metrics: dict[str, float], student: nn.Module | None, message: str
 ) -> None:
     def function(trial: Trial) -> None:
@@ -115,7 +115,7 @@ def test_what_is_missing_is_said(
         list(run_function(function, make_trial(tmp_path)))
 
 
-def test_generation_0_learns_from_labels_and_the_next_from_a_copy(tmp_path: Path) -> None:
+def test_generation_0_has_no_teacher_and_the_next_a_copy_of_its_model(tmp_path: Path) -> None:
     trial = make_trial(tmp_path / "one")
     list(run_function(steps, trial))
     assert trial.distiller(nn.Linear(2, 2)).teacher is None
@@ -128,8 +128,8 @@ def test_generation_0_learns_from_labels_and_the_next_from_a_copy(tmp_path: Path
     distiller = born_again.distiller(student)
     assert (distiller.temperature, distiller.alpha) == (2, 0.25)
     assert isinstance(distiller.teacher, Teacher)
-    taught = load_tensors(trial.path)[0]
-    assert torch.equal(distiller.teacher.module.weight, taught["weight"])  # type: ignore[arg-type]
+    saved = load_tensors(trial.path)[0]
+    assert torch.equal(distiller.teacher.module.weight, saved["weight"])  # type: ignore[arg-type]
     assert torch.equal(student.weight, before)
     both = make_trial(tmp_path / "three", stage="generation-2", teachers=[row, row])
     assert isinstance(both.distiller(student).teacher, Ensemble)
@@ -153,7 +153,7 @@ def compile_eagerly(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("wrap", [compile_eagerly, DataParallel])
-def test_a_wrapped_student_teaches_a_bare_one_and_the_other_way_round(
+def test_wrapped_and_bare_models_are_teachers_of_each_other(
     tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
 ) -> None:
     trial, model = make_trial(tmp_path / "one"), nn.Linear(2, 2)
@@ -168,7 +168,7 @@ def test_a_wrapped_student_teaches_a_bare_one_and_the_other_way_round(
             torch.testing.assert_close(teacher.module.state_dict(), model.state_dict())
 
 
-def test_a_shard_of_a_student_is_not_saved_as_the_whole(tmp_path: Path) -> None:
+def test_a_sharded_student_is_refused(tmp_path: Path) -> None:
     sharded = nn.Sequential()
     sharded.add_module("_fsdp_wrapped_module", nn.Linear(2, 2))  # as FSDP has it
     trial = make_trial(tmp_path)
@@ -207,14 +207,14 @@ def test_further_terms_from_the_first_generation_on(tmp_path: Path) -> None:
         ("{}/fine.py:number", r"must name a function of .*fine.py, got 'number'"),
     ],
 )
-def test_functions_that_are_not_there(tmp_path: Path, reference: str, message: str) -> None:
+def test_missing_functions_are_named(tmp_path: Path, reference: str, message: str) -> None:
     (tmp_path / "broken.py").write_text("def train(:\n")
     (tmp_path / "fine.py").write_text("number = 3\n")
     with pytest.raises(ValueError, match=message):
         load_function(reference.replace("{}", str(tmp_path)))
 
 
-def test_a_function_is_known_by_its_file(tmp_path: Path) -> None:
+def test_a_function_is_referenced_by_its_file(tmp_path: Path) -> None:
     reference = function_reference(steps)
     assert reference == f"{__file__}:steps"
     found = load_function(reference)
@@ -225,7 +225,7 @@ def test_a_function_is_known_by_its_file(tmp_path: Path) -> None:
         function_reference(fit.__class__)
 
 
-def test_settings_of_the_user_s_own(tmp_path: Path) -> None:
+def test_params_are_set_and_searched(tmp_path: Path) -> None:
     config = load_config(
         settings=["params.width=8", "search.space={params.lr: {loguniform: [0.001, 0.1]}}"]
     )
@@ -233,7 +233,7 @@ def test_settings_of_the_user_s_own(tmp_path: Path) -> None:
     assert config.at({"params.lr": 0.01}).params == {"width": 8, "lr": 0.01}
 
 
-# --- through the command and from Python, with real Ray ---
+# --- by the command and from Python, with Ray ---
 
 USERS = """
 import torch
@@ -264,7 +264,7 @@ SETTINGS = [
 
 
 @pytest.mark.slow  # test_submit has --train through the command, test_examples a loop
-def test_the_command_makes_generations_of_a_user_s_loop(tmp_path: Path) -> None:
+def test_the_command_runs_a_user_function(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(USERS)
     sets = [part for setting in SETTINGS for part in ("--set", setting)]
     command = [sys.executable, "-m", "selfkd.generations", "--rounds", "1", "--name", "a"]
@@ -299,7 +299,7 @@ def test_a_missing_function_is_code_2(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not list(tmp_path.iterdir())
 
 
-def test_python_raises_what_the_command_prints(tmp_path: Path) -> None:
+def test_the_python_api_raises_config_errors(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="rounds: must be a whole number of at least 0, or auto, got -1"
     ):

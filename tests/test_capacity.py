@@ -79,7 +79,7 @@ def test_the_curve_is_drawn(whole: tuple[Path, str], capsys: pytest.CaptureFixtu
     assert report([str(folder), "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     sizes = load_json(folder / "summary.json")["sizes"]
-    arms = {f"{size['value']}, distilled": size["taught"] for size in sizes}
+    arms = {f"{size['value']}, distilled": size["distilled"] for size in sizes}
     arms |= {f"{size['value']}, labels only": size["labels"] for size in sizes}
     assert {row["row"]: float(row["mean"]) for row in rows} == pytest.approx(
         {name: arm["value"] for name, arm in arms.items()}

@@ -110,9 +110,9 @@ def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: 
         (signal.SIGINT, "members/trial_001/result.json"),
         (signal.SIGTERM, "student.safetensors"),
     ],
-    ids=["kill while labelling", "ctrl-c", "terminate"],
+    ids=["kill while caching", "ctrl-c", "terminate"],
 )
-@pytest.mark.slow  # test_compression has it in one process, test_generations through the command
+@pytest.mark.slow  # experiments/test_ensemble has it in one process, test_generations through the command
 def test_stopped_and_resumed_equals_undisturbed(
     whole: tuple[Path, str], tmp_path: Path, number: signal.Signals, moment: str
 ) -> None:
@@ -139,7 +139,7 @@ def test_stopped_and_resumed_equals_undisturbed(
     assert found(folder) == found(whole[0])
 
 
-@pytest.mark.slow  # test_compression has it in one process
+@pytest.mark.slow  # experiments/test_ensemble has it in one process
 def test_members_come_from_an_earlier_run(whole: tuple[Path, str], tmp_path: Path) -> None:
     settings = [*TINY, "confirm.seeds=1", "tracking=none"]
     done = run(tmp_path, "--from", str(whole[0]), "--name", "a", settings=settings)

@@ -104,7 +104,7 @@ def test_a_foreign_config_that_would_fetch_or_run_is_refused_at_resume(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, text in (
-        ("config.yaml", f"model:\n  name: resnet18\n  args:\n    {line}\n"),
+        ("config.yaml", f"format: 1\nmodel:\n  name: resnet18\n  args:\n    {line}\n"),
         ("command", "generations"),
         ("run_id", "x"),
     ):

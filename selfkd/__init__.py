@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from selfkd.capacity import run_capacity as run_capacity
     from selfkd.distill.distiller import Distiller as Distiller
     from selfkd.distill.teacher import Ensemble as Ensemble
     from selfkd.distill.teacher import Teacher as Teacher
+    from selfkd.ensemble import run_ensemble as run_ensemble
     from selfkd.generations import run_generations as generations
     from selfkd.generations import run_generations as run_generations
     from selfkd.losses import distillation_loss as distillation_loss
     from selfkd.models import make_model as make_model
+    from selfkd.study import run_study as run_study
 
 # imported when asked for: the command line starts without torch
 _HOMES = {
@@ -23,7 +26,10 @@ _HOMES = {
     "Teacher": "selfkd.distill.teacher",
     "distillation_loss": "selfkd.losses",
     "make_model": "selfkd.models",
+    "run_capacity": "selfkd.capacity",
+    "run_ensemble": "selfkd.ensemble",
     "run_generations": "selfkd.generations",
+    "run_study": "selfkd.study",
 }
 __all__ = [
     "Distiller",
@@ -33,7 +39,10 @@ __all__ = [
     "distillation_loss",
     "generations",
     "make_model",
+    "run_capacity",
+    "run_ensemble",
     "run_generations",
+    "run_study",
 ]
 
 

@@ -112,7 +112,7 @@ def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: 
     ],
     ids=["kill while caching", "ctrl-c", "terminate"],
 )
-@pytest.mark.slow  # experiments/test_ensemble has it in one process, test_generations through the command
+@pytest.mark.slow  # experiments/test_ensemble has it in one process
 def test_stopped_and_resumed_equals_undisturbed(
     whole: tuple[Path, str], tmp_path: Path, number: signal.Signals, moment: str
 ) -> None:

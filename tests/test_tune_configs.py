@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engine import make_run
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from selfkd.config import ModelConfig, TrainConfig, load_config
-from selfkd.execution.jobs import InProcess
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.models import make_model
 from selfkd.training.fit import make_optimizer, make_scheduler
-from selfkd.worker.jobs import run_job
 
 FOLDER = Path(__file__).parents[1] / "tune_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -35,13 +33,6 @@ SMALL = {
     "selfkd_wrn28": "{depth: 10, k: 1}",
     "selfkd_densenet": "{depth: 10, growth_rate: 4}",
 }
-
-
-class Ear:
-    """A listener that hears nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +107,7 @@ def test_digits_is_the_built_in_default() -> None:
 
 
 def test_the_paper_s_setting_is_in_the_born_again_space() -> None:
-    space = load_config(FOLDER / "cifar100_densenet_ban.yaml").space(taught=True)
+    space = load_config(FOLDER / "cifar100_densenet_ban.yaml").space(with_teacher=True)
     assert space["distill.alpha"].contains(1.0)
     assert space["distill.temperature"].contains(1.0)
 
@@ -152,7 +143,8 @@ def test_what_is_for_a_gpu_is_born_again_on_small_data(
     ]
     config = load_config(path, settings=settings)
     run = RunFolder.create(tmp_path / "run", config)
-    results = born_again(config, run, InProcess(run_job), Ear())
-    assert [len(result["teachers"]) for result in results] == [0, 1]
-    assert 0 <= results[1]["test_accuracy"] <= 1
+    born_again(make_run(config, run))
+    results = run.results()
+    assert [len(result.teachers) for result in results] == [0, 1]
+    assert 0 <= results[1].metrics["test_accuracy"] <= 1
     assert whole.confirm.seeds >= 3

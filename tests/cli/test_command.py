@@ -103,7 +103,7 @@ def test_a_run_that_is_terminated_before_ray_is_up_can_be_continued(
     assert f"python -m selfkd.generations --resume {terminated}" in capsys.readouterr().out
 
 
-def test_who_calls_from_python_gets_an_interrupt_and_his_own_handler_back(
+def test_python_callers_get_an_interrupt_and_their_own_handler_back(
     terminated: Path,
 ) -> None:
     def mine(*_: object) -> None:
@@ -112,7 +112,7 @@ def test_who_calls_from_python_gets_an_interrupt_and_his_own_handler_back(
     before = signal.signal(signal.SIGTERM, mine)
     try:
         with pytest.raises(KeyboardInterrupt):
-            generations.generations(train_fn, name="a", settings=["tracking=none"])
+            generations.run_generations(train_fn, name="a", settings=["tracking=none"])
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -4,10 +4,10 @@ Run as a script it is a server: it imports what a driver needs once, and forks f
 JSON that it reads, so that a kill costs no start of a process. What happens to a run is a sequence
 of events, one a line of text:
 
-    stage_started generation 0 of 1        a method of the listener, with what it was told
+    StageStarted generation 0 of 1         an event of the run
     writing generation_000/result.json     written beside and flushed, not yet renamed
     wrote generation_000/result.json       renamed
-    doing label, did label                 a worker's job, before and after
+    doing train, did train                 a worker's job, before and after
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
 
 class Death:
-    """Hears of every event, and kills its own process at the n-th that matches a pattern."""
+    """Logs what happens, and kills its own process at the n-th line that matches a pattern."""
 
     def __init__(self, root: Path, pattern: str | None, number: int) -> None:
         self._root, self._pattern, self._left = root, pattern, number
         self.log = root.with_name(f"{root.name}.events")
 
-    def event(self, text: str) -> None:
+    def happened(self, text: str) -> None:
         with self.log.open("a") as file:
             file.write(text + "\n")
         if self._pattern is not None and re.search(self._pattern, text):
@@ -41,34 +42,32 @@ class Death:
     def replace(self, source: Any, target: Any, **options: Any) -> None:
         """What stands for os.replace."""
         name = os.path.relpath(target, self._root)
-        self.event(f"writing {name}")
+        self.happened(f"writing {name}")
         _REPLACE(source, target, **options)
-        self.event(f"wrote {name}")
+        self.happened(f"wrote {name}")
 
     def job(self, kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """What stands for the worker."""
         from selfkd.worker.jobs import run_job
 
-        self.event(f"doing {kind}")
+        self.happened(f"doing {kind}")
         yield from run_job(kind, payload)
-        self.event(f"did {kind}")
+        self.happened(f"did {kind}")
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def listen(*told: Any) -> None:
-            self.event(" ".join([name, *(_plain(value) for value in told)]))
-
-        return listen
+    def __call__(self, event: Any) -> None:
+        values = map(_plain, vars(event).values())
+        self.happened(" ".join([type(event).__name__, *values]))
 
 
 _REPLACE = os.replace
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        names = ("stage", "trial", "generation", "state", "status")
-        return " ".join(str(value[name]) for name in names if name in value)
-    if isinstance(value, list):
-        return "epoch " + ",".join(str(row["epoch"]) for row in value)
+    if isinstance(value, tuple):
+        return "epoch " + ",".join(str(row.epoch) for row in value)
+    if is_dataclass(value):
+        names = ("stage", "trial", "generation", "status")
+        return " ".join(str(getattr(value, name)) for name in names if hasattr(value, name))
     return str(value)
 
 
@@ -76,20 +75,20 @@ def drive(folder: str, settings: list[str], pattern: str | None, number: int) ->
     """Start a run, or continue it, as the command does; die at an event."""
     from selfkd.config import load_config
     from selfkd.execution.jobs import InProcess
-    from selfkd.experiments.generations import born_again, complete
+    from selfkd.experiments.arms import Run
+    from selfkd.experiments.generations import born_again
     from selfkd.experiments.run_folder import RunFolder
 
     path = Path(folder)
     death = Death(path, pattern, number)
     os.replace = death.replace
     if (path / "config.yaml").exists():
-        run, config = RunFolder.open(path)
+        run_folder, config = RunFolder.open(path)
     else:
         config = load_config(settings=settings)
-        run = RunFolder.create(path, config)
+        run_folder = RunFolder.create(path, config)
     executor = InProcess(death.job)
-    results = born_again(config, run, executor, death)  # type: ignore[arg-type]
-    complete(config, run, executor, death, results)  # type: ignore[arg-type]
+    born_again(Run(config=config, folder=run_folder, executor=executor, events=death))
 
 
 class Driver:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 
@@ -18,15 +17,15 @@ def record(folder: Path) -> dict[str, Any]:
     The hash is that of names, types, shapes, bytes and facts; reading a file checks it. (Two files
     with the same content may differ in the order of their header.)
     """
-    run = RunFolder(folder)
+    generations = sorted(folder.glob("generation_*/result.json"))
     trials = sorted(folder.glob("generation_*/trial_*/result.json"))
-    weights = sorted(folder.glob("generation_*/**/*.safetensors"))
+    files = [*folder.glob("generation_*/**/*.safetensors"), *folder.glob("predictions/*.s*")]
     return {
         "summary": _timeless(load_json(folder / "summary.json")),
-        "generations": _timeless(run.results()),
+        "generations": [_timeless(load_json(path)) for path in generations],
         "trials": {str(path.relative_to(folder)): _timeless(load_json(path)) for path in trials},
-        "weights": {
-            str(path.relative_to(folder)): load_tensors(path)[1]["hash"] for path in weights
+        "tensors": {
+            str(path.relative_to(folder)): load_tensors(path)[1]["hash"] for path in sorted(files)
         },
     }
 

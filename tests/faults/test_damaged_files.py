@@ -16,11 +16,11 @@ def stages(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """A run as it was at several moments, and its end."""
     here = tmp_path_factory.mktemp("stages")
     moments = {
-        "between trials": "^trial_finished generation-0 0",
+        "between trials": "^TrialFinished generation-0 0",
         "before the choice": "writing generation_000/student",
-        "while labelling": "^worked written",
-        "taught": "^trial_finished generation-1 0",
-        "before the ensemble": "doing measure",
+        "while caching": "^TaskProgressed written",
+        "distilled": "^TrialFinished generation-1 0",
+        "before the ensemble": "doing average",
     }
     stages = {}
     for name, moment in moments.items():
@@ -43,11 +43,11 @@ def cut(folder: Path, pattern: str) -> Path:
     ("stage", "file"),
     [
         ("between trials", "generation_000/trial_000/result.json"),
-        ("taught", "generation_000/result.json"),
-        ("taught", "data.json"),
+        ("distilled", "generation_000/result.json"),
+        ("distilled", "data.json"),
     ],
 )
-def test_a_damaged_entry_of_the_ledger_is_named_and_removing_it_is_enough(
+def test_a_damaged_row_is_named_and_removing_it_is_enough(
     driver: Driver, stages: dict[str, Path], tmp_path: Path, stage: str, file: str
 ) -> None:
     folder = shutil.copytree(stages[stage], tmp_path / "run")
@@ -64,11 +64,11 @@ def test_a_damaged_entry_of_the_ledger_is_named_and_removing_it_is_enough(
 @pytest.mark.parametrize(
     ("stage", "file"),
     [
-        ("while labelling", "targets/*/*/view_*/shard_00000.safetensors"),
-        ("taught", "targets/*/*/view_*/shard_00001.safetensors"),
+        ("while caching", "targets/*/*/view_*/shard_00000.safetensors"),
+        ("distilled", "targets/*/*/view_*/shard_00001.safetensors"),
         ("between trials", "generation_000/trial_001/student.safetensors"),
     ],
-    ids=["shard, while labelling", "shard, while its students train", "student without result"],
+    ids=["shard, while caching", "shard, while its students train", "student without result"],
 )
 def test_what_can_be_made_again_is(
     driver: Driver, stages: dict[str, Path], tmp_path: Path, stage: str, file: str
@@ -88,11 +88,11 @@ def test_what_can_be_made_again_is(
     ("stage", "file"),
     [
         ("before the choice", "generation_000/trial_*/student.safetensors"),
-        ("while labelling", "generation_000/student.safetensors"),
-        ("taught", "generation_000/student.safetensors"),
-        ("before the ensemble", "generation_000/predictions.safetensors"),
+        ("while caching", "generation_000/student.safetensors"),
+        ("distilled", "generation_000/student.safetensors"),
+        ("before the ensemble", "predictions/*.safetensors"),
     ],
-    ids=["student of a done trial", "teacher, labelling", "teacher, training", "predictions"],
+    ids=["student of a done trial", "teacher, caching", "teacher, training", "predictions"],
 )
 def test_a_damaged_model_is_named(
     driver: Driver, stages: dict[str, Path], tmp_path: Path, stage: str, file: str

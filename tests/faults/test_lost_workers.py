@@ -1,4 +1,4 @@
-"""The command on several nodes: workers and nodes are lost while it trains and while it labels."""
+"""The command on several nodes: workers and nodes are lost while it trains and while it caches."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
 ) -> None:
     """In one run, with a W&B host that accepts and never answers.
 
-    The workers are killed in mid-trial, a node is lost in mid-labelling, the other in mid-trial;
-    one that joins then does the rest.
+    The workers are killed in mid-trial, a node is lost while teacher logits are cached, the other
+    in mid-trial; one that joins then does the rest.
     """
     first, second = nodes.have(2)
     with socket.socket() as mute:
@@ -97,12 +97,12 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
             worker.kill()
         command.until(lambda: command.found(SHARDS) > 3)
         nodes.lose(first)
-        answered = command.found(SHARDS)
+        cached = command.found(SHARDS)
         command.until(lambda: command.found(TRAINS.format(1)))
         nodes.lose(second)
         nodes.add()
         printed = command.end()
-    assert answered < len(list(whole.glob(SHARDS)))
+    assert cached < len(list(whole.glob(SHARDS)))
     assert record(command.run) == record(whole)
     assert "W&B: offline" in printed
     assert printed.count("a worker was lost in mid-train") >= 2
@@ -112,7 +112,7 @@ def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
 
 @pytest.mark.slow  # test_killed_driver has it in one process, test_generations through the command
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_while_labelling(
+def test_stopped_while_caching(
     nodes: Nodes, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     nodes.have(2)

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine import Recorder, make_run
 from nodes import Nodes, apart
 
-from selfkd.execution.jobs import Batch, Job
+from selfkd.config import load_config
+from selfkd.execution.jobs import Batch, Job, Outcome
 from selfkd.execution.pool import Pool
-from selfkd.experiments.stages import run_all
-from selfkd.results import Row
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import Row, TaskProgressed
 
 ENTRY = "pool_jobs:run_job"
 PATIENCE = 120.0
 
 
 class Followed(Batch):
-    """A batch in a thread of its own, that keeps every row it hears."""
+    """A batch in a thread of its own, that keeps every row."""
 
     def __init__(self, pool: Pool, jobs: Sequence[Job]) -> None:
         super().__init__(jobs)
@@ -73,7 +75,7 @@ def pool(nodes: Nodes) -> Iterator[Pool]:
 
 
 def test_trials_at_half_a_gpu_share_a_card(nodes: Nodes, tmp_path: Path) -> None:
-    """And labelling runs in the same workers, on the same cards."""
+    """And the caching of logits runs in the same workers, on the same cards."""
     nodes.have(1)
     gate = tmp_path / "gate"
     with Pool(ENTRY, cpu=0.5, gpu=0.5, warm=2) as pool:
@@ -81,14 +83,16 @@ def test_trials_at_half_a_gpu_share_a_card(nodes: Nodes, tmp_path: Path) -> None
         until(lambda: len({row["pid"] for row in batch.rows}) == 2)
         gate.touch()
         batch.wait()
-        labelling = Followed(pool, [Job("label", {"name": f"shard {n}"}) for n in range(4)])
-        labelling.wait()
+        caching = Followed(
+            pool, [Job("cache_teacher_logits", {"name": f"shard {n}"}) for n in range(4)]
+        )
+        caching.wait()
     first, second = (outcome.row for outcome in batch.outcomes)
     assert first["pid"] != second["pid"]
     assert first["gpus"] == second["gpus"] == "0"
     assert max(first["time"][0], second["time"][0]) < min(first["time"][1], second["time"][1])
-    assert {row["pid"] for row in labelling.rows} <= {first["pid"], second["pid"]}
-    assert {row["gpus"] for row in labelling.rows} == {"0"}
+    assert {row["pid"] for row in caching.rows} <= {first["pid"], second["pid"]}
+    assert {row["gpus"] for row in caching.rows} == {"0"}
 
 
 @pytest.mark.slow  # test_lost_workers has it through the command
@@ -110,30 +114,41 @@ def test_a_node_lost_in_mid_trial(nodes: Nodes, pool: Pool) -> None:
     assert {outcome.row["node"] for outcome in batch.outcomes} == {*names} - {lost}
 
 
+class Watched:
+    """A pool, and what its workers ended with."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.rows: list[Row] = []
+
+    def run(self, jobs: Any, **options: Any) -> None:
+        tell = jobs.tell
+
+        def watch(outcome: Outcome) -> None:
+            self.rows.append(outcome.row)
+            tell(outcome)
+
+        jobs.tell = watch
+        self._pool.run(jobs, **options)
+
+
 @pytest.mark.slow  # test_lost_workers has it through the command
-def test_a_node_lost_in_mid_labelling(nodes: Nodes, pool: Pool) -> None:
-    """Every shard is answered for once, those of the lost node by another."""
+def test_a_node_lost_in_mid_caching(nodes: Nodes, pool: Pool, tmp_path: Path) -> None:
+    """Every shard is written once, those of the lost node by another."""
     names = nodes.have(2)
-    told: list[Row] = []
-
-    class Ear:
-        def working(self, title: str, parts: int) -> None:
-            assert parts == 12
-
-        def worked(self, row: Row) -> None:
-            told.append(row)
-
-    jobs = [Job("label", {"name": f"shard {n}", "epochs": 4, "pause": 0.25}) for n in range(12)]
+    watched, events = Watched(pool), Recorder()
+    run = make_run(load_config(), RunFolder(tmp_path), watched, events)
+    payloads = [{"name": f"shard {n}", "epochs": 4, "pause": 0.25} for n in range(12)]
     rows: list[Row] = []
     thread = threading.Thread(
-        target=lambda: rows.extend(run_all(pool, Ear(), "labelling", jobs))  # type: ignore[arg-type]
+        target=lambda: rows.extend(run.jobs("caching", "cache_teacher_logits", payloads))
     )
     thread.start()
-    until(lambda: {row["node"] for row in told} == set(names))
+    until(lambda: {row["node"] for row in watched.rows} == set(names))
     nodes.lose(names[0])
     thread.join(timeout=PATIENCE)
     assert [row["name"] for row in rows] == [f"shard {n}" for n in range(12)]
-    assert sorted(row["name"] for row in told) == sorted(row["name"] for row in rows)
+    assert len(events.of(TaskProgressed)) == 12
 
 
 @pytest.mark.slow  # test_lost_workers has it through the command

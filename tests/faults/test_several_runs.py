@@ -18,7 +18,7 @@ from selfkd.targets import main
     [pytest.param(False, marks=pytest.mark.slow), True],
     ids=["both to the end", "one killed in between"],
 )
-def test_two_runs_label_the_same_teacher_at_once(
+def test_two_runs_cache_the_same_teacher_at_once(
     driver: Driver, tmp_path: Path, killed: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both write the same shards; what each finds is what it would have found alone."""
@@ -33,7 +33,7 @@ def test_two_runs_label_the_same_teacher_at_once(
         folder = tmp_path / name / "run"
         folder.parent.mkdir()
         if killed and name == "b":
-            assert driver.run(folder, settings, die="^worked", number=5)[0] != 0
+            assert driver.run(folder, settings, die="^TaskProgressed", number=5)[0] != 0
         found[name] = driver.run(folder, settings)
 
     with Driver() as other:

@@ -1,4 +1,4 @@
-"""Distillation losses: pure functions of tensors. Every public one is here, whatever its module."""
+"""Distillation losses as pure functions of tensors, all of which can be imported from here."""
 
 from selfkd.losses.contrast import ContrastiveMemory as ContrastiveMemory
 from selfkd.losses.contrast import crd_loss as crd_loss

@@ -1,6 +1,6 @@
-"""Contrastive representation distillation: what it compares, what it remembers.
+"""Contrastive representation distillation (CRD): the loss and its memory bank of embeddings.
 
-In float32 or wider, in autocast too. Gradients are finite also where an embedding is 0.
+Computed in float32 or wider, in autocast too. Gradients stay finite where an embedding is 0.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from selfkd.losses.features import unit
 
 
 class ContrastiveMemory:
-    """What `crd_loss` remembers: an embedding of each image by student and by teacher.
+    """Memory bank of `crd_loss`: the student's and the teacher's embedding of each image.
 
-    A step draws, computes the loss, and updates after the backward pass:
+    A training step draws negatives, computes the loss, and updates after the backward pass:
 
         contrast = memory.draw(indices, negatives=16384, generator=generator)
         loss = crd_loss(student_embeddings, teacher_embeddings, memory, contrast)
         loss.backward()
         memory.update(student_embeddings, teacher_embeddings, contrast)
 
-    `state_dict` has all that a run changes. The generator that is drawn from is the caller's.
+    `state_dict` holds everything that training changes, except the caller's random generator.
 
     Args:
-        images: how many there are.
-        dim: of the embeddings.
-        labels: class of each image `[images]`; with them negatives are images of other classes,
-            without them any other images.
-        temperature: T, above 0.
-        momentum: share of the old row that an update keeps, in [0, 1).
-        generator: of the first rows, drawn on its device.
+        images: Number of images, at least 2.
+        dim: Dimension of the embeddings, at least 1.
+        labels: Class of each image `[images]`. With labels, negatives are images of other classes;
+            without, any other images.
+        temperature: Temperature T, above 0.
+        momentum: Share of the old row that an update keeps, in [0, 1).
+        generator: Random generator of the initial rows, which are drawn on its device.
 
     Raises:
-        ValueError: a setting out of range, labels that are not one an image or all the same.
+        ValueError: A setting out of range, labels of another shape, or labels of a single class.
 
     >>> memory = ContrastiveMemory(10, 4, labels=torch.arange(10) % 2)
     >>> contrast = memory.draw(torch.tensor([3, 8]), negatives=5)
@@ -76,8 +76,9 @@ class ContrastiveMemory:
             for _ in range(2)
         )
         self.log_constants = torch.full((2,), math.nan, device=device)
-        """log Z of the student's and of the teacher's scores; NaN until the first update."""
-        self._fixed = False  # known without waiting for a GPU
+        """Normalising constants log Z of the student's and the teacher's scores; NaN until the
+        first update."""
+        self._constants_known = False  # a Python flag, so that a GPU is not waited for
         self._set_classes(torch.arange(images) if labels is None else labels)
 
     def _set_classes(self, labels: Tensor) -> None:
@@ -91,20 +92,20 @@ class ContrastiveMemory:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The tensors that a run changes, not copied."""
+        """The tensors that training changes, not copied."""
         return {
             "student": self.student, "teacher": self.teacher, "log_constants": self.log_constants
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the tensors that a run changes."""
+        """Copies of the tensors that training changes."""
         return {name: tensor.clone() for name, tensor in self.state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` returned.
+        """Load the result of `state_dict`.
 
         Raises:
-            ValueError: other names or shapes than this memory has.
+            ValueError: Names or shapes that differ from those of this memory.
         """
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         expected = {name: list(tensor.shape) for name, tensor in self.state.items()}
@@ -112,10 +113,10 @@ class ContrastiveMemory:
             raise ValueError(f"state must be of {expected}, got {shapes}")
         for name, tensor in self.state.items():
             tensor.copy_(state[name])
-        self._fixed = not bool(self.log_constants.isnan().any())
+        self._constants_known = not bool(self.log_constants.isnan().any())
 
     def to(self, device: torch.device | str | int) -> ContrastiveMemory:
-        """Move to `device` in place and return itself."""
+        """Move the tensors to `device` in place and return self."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
@@ -124,19 +125,20 @@ class ContrastiveMemory:
     def draw(
         self, indices: Tensor, *, negatives: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw the images that each image of a batch is compared with, with replacement.
+        """Draw the negatives of each image of a batch, with replacement.
 
         Args:
-            indices: which image each row of the batch is, `[batch]`, each at most once.
-            negatives: how many a row, at least 1.
-            generator: drawn from on its own device.
+            indices: Image of each row of the batch, `[batch]`, each at most once.
+            negatives: Number of negatives a row, at least 1.
+            generator: Random generator, used on its own device.
 
         Returns:
-            Indices `[batch, 1 + negatives]`, a row's own image first.
+            Indices `[batch, 1 + negatives]`, each row's own image first.
 
         Raises:
-            ValueError: `negatives` out of range; on the CPU, an index out of range or twice.
-            TypeError: indices that are not int64.
+            ValueError: Number of negatives out of range; on the CPU, an index out of range or
+                given twice.
+            TypeError: Indices that are not int64.
         """
         if negatives < 1:
             raise ValueError(f"negatives must be >= 1, got {negatives}")
@@ -148,34 +150,34 @@ class ContrastiveMemory:
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=source)
         own = self._classes[indices]
         count, start = self._counts[own][:, None], self._starts[own][:, None]
-        # a place among all images sorted by class, those of the own class left out
-        place = (uniform.to(device) * (len(self.student) - count)).long()
-        others = self._by_class[place + count * (place >= start)]
+        # a position among all images sorted by class, skipping those of the row's own class
+        position = (uniform.to(device) * (len(self.student) - count)).long()
+        others = self._by_class[position + count * (position >= start)]
         return torch.cat([indices[:, None], others], dim=1)
 
     @torch.no_grad()
     def update(
         self, student_embeddings: Tensor, teacher_embeddings: Tensor, contrast: Tensor
     ) -> None:
-        """Move the rows of a batch towards its embeddings; the first time, fix the constants Z.
+        """Move the rows of a batch towards its embeddings; the first call also fixes Z.
 
             row = unit(momentum row + (1 - momentum) unit(embedding))
 
-        Call it after the backward pass, which reads the rows.
+        To be called after the backward pass, which reads the rows.
 
         Args:
-            student_embeddings: `[batch, dim]`.
-            teacher_embeddings: `[batch, dim]`.
-            contrast: what `draw` returned.
+            student_embeddings: Embeddings `[batch, dim]`.
+            teacher_embeddings: Embeddings `[batch, dim]`.
+            contrast: Result of `draw` for the batch.
 
         Raises:
-            ValueError, TypeError: as `crd_loss`.
+            ValueError, TypeError: Same as `crd_loss`.
         """
         embeddings = _embeddings(student_embeddings, teacher_embeddings, self, contrast)
-        if not self._fixed:
+        if not self._constants_known:
             scores = _scores(*embeddings, self, contrast)
             self.log_constants.copy_(_log_constants(scores, len(self.student)))
-            self._fixed = True
+            self._constants_known = True
         indices = contrast[:, 0]
         for bank, rows in zip((self.student, self.teacher), embeddings, strict=True):
             mixed = self.momentum * bank[indices] + (1 - self.momentum) * rows
@@ -188,29 +190,31 @@ def crd_loss(
     memory: ContrastiveMemory,
     contrast: Tensor,
 ) -> Tensor:
-    """Contrastive representation distillation: noise-contrastive estimation of the same image.
+    """Contrastive representation distillation: noise-contrastive estimation of matching images.
 
         - mean over the batch of [log h_0 + sum_k log(1 - h_k)]        h = P / (P + negatives / n)
         P_k = exp(<unit(x), row_k> / T) / Z        n = number of images
 
     with x of the student and rows of the teacher, plus the same the other way round. k = 0 is the
-    image itself, k >= 1 are the negatives. Z is n times the mean of exp over the first batch, then
-    kept. As the authors' code, without its 1e-7. Changes nothing: `memory.update` does.
+    image itself, k >= 1 are the negatives. Z is n times the mean of exp over the first batch, and
+    is then kept. Follows the authors' code, without its 1e-7. The memory is only read here;
+    `memory.update` changes it.
 
     Args:
-        student_embeddings: `[batch, dim]`, of a `Projection` of the student's features.
-        teacher_embeddings: `[batch, dim]`, of a `Projection` of the teacher's. Here the gradient
-            does pass, as the paper learns both maps: detach the features before they are
-            projected, or the embeddings where the map is not to be learned.
-        memory: of rows `[n, dim]`, T and Z.
-        contrast: what `memory.draw` returned for the batch.
+        student_embeddings: Embeddings `[batch, dim]`, from a `Projection` of the student's
+            features.
+        teacher_embeddings: Embeddings `[batch, dim]`, from a `Projection` of the teacher's
+            features. They do get a gradient, since the paper trains both projections: detach the
+            features before projecting them, or the embeddings if the projection is fixed.
+        memory: Memory bank with rows `[n, dim]`, T and Z.
+        contrast: Result of `memory.draw` for the batch.
 
     Returns:
         Scalar, in nats.
 
     Raises:
-        ValueError: shapes that do not match.
-        TypeError: embeddings that are not floating point, indices that are not int64.
+        ValueError: Shapes that do not match.
+        TypeError: Embeddings that are not floating point, indices that are not int64.
 
     >>> memory = ContrastiveMemory(6, 4)
     >>> contrast = memory.draw(torch.tensor([0, 1]), negatives=3)
@@ -234,7 +238,7 @@ def crd_loss(
 def _scores(
     student: Tensor, teacher: Tensor, memory: ContrastiveMemory, contrast: Tensor
 ) -> Tensor:
-    """`<unit(x), row> / T` of the student's and of the teacher's, `[2, batch, 1 + negatives]`."""
+    """Scores `<unit(x), row> / T` of student and teacher, `[2, batch, 1 + negatives]`."""
     scores = [
         _products(anchors, bank.to(anchors.dtype), contrast)
         for anchors, bank in ((student, memory.teacher), (teacher, memory.student))
@@ -243,7 +247,7 @@ def _scores(
 
 
 def _products(anchors: Tensor, bank: Tensor, contrast: Tensor) -> Tensor:
-    """Of each anchor with its rows of the bank, the way that takes less memory."""
+    """Dot products of each anchor with its rows of the bank, the way that takes less memory."""
     with torch.autocast(anchors.device.type, enabled=False):
         if len(bank) <= contrast.shape[1] * bank.shape[1]:
             return (anchors @ bank.t()).gather(1, contrast)
@@ -251,7 +255,7 @@ def _products(anchors: Tensor, bank: Tensor, contrast: Tensor) -> Tensor:
 
 
 def _log_constants(scores: Tensor, images: int) -> Tensor:
-    """`log Z`, two of them: n times the mean of the exponentials."""
+    """Log Z of student and teacher, `[2]`: n times the mean of the exponentials."""
     scores = scores.flatten(start_dim=1)
     return torch.logsumexp(scores, dim=1) + math.log(images / scores.shape[1])
 
@@ -259,7 +263,7 @@ def _log_constants(scores: Tensor, images: int) -> Tensor:
 def _embeddings(
     student: Tensor, teacher: Tensor, memory: ContrastiveMemory, contrast: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return unit vectors, checked; neither detached."""
+    """Return the checked embeddings as unit vectors, neither detached."""
     named = {"student_embeddings": student, "teacher_embeddings": teacher}
     expected = [len(contrast), memory.student.shape[1]]
     for name, embeddings in named.items():

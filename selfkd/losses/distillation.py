@@ -15,18 +15,19 @@ from selfkd.losses.fused import (
     average_logits,
     fused_terms,
     mean_softmax,
-    share_of_members,
-    weigh,
+    member_weights,
+    weighted_sum,
 )
 
 Average = Literal["probabilities", "logits"]
-"""How the members of an ensemble become one teacher: mean of softmax, or mean of logits."""
+"""How the members of an ensemble are averaged into one teacher: mean of softmax or of logits."""
 
 
 class DistillationTerms(NamedTuple):
-    """A loss and its parts, all scalars; the parts are unweighted, detached, for logging."""
+    """A loss and its parts, all scalars; the parts are unweighted and detached, for logging."""
 
     loss: Tensor
+    """Weighted sum of the two terms, in nats, with the graph."""
     hard_loss: Tensor
     """Mean cross-entropy with the labels, in nats."""
     soft_loss: Tensor
@@ -58,27 +59,28 @@ def distillation_terms(
     student's largest logit less its logit for that class.
 
     Args:
-        student_logits: `[batch, classes]`, floating point. Computed in float32 or wider, in
+        student_logits: Logits `[batch, classes]`, floating point. Computed in float32 or wider, in
             autocast too.
-        teacher_logits: `[batch, classes]`, or `[members, batch, classes]` of an ensemble; half
-            precision will do. Never gets a gradient.
-        labels: class indices `[batch]`, int64. Their range is checked on the CPU only, so that a
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble;
+            half precision is enough. Never gets a gradient.
+        labels: Class indices `[batch]`, int64. Their range is checked on the CPU only, so that a
             GPU is not waited for.
-        temperature: T, above 0. Dimensionless, as is a logit.
-        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
-        average: `probabilities` teaches the mean of the members' softmax at T, `logits` the
-            softmax of their mean logits. Of no effect on one teacher.
-        label_smoothing: share of the labels' mass in the hard term spread over all classes,
+        temperature: Temperature T, above 0, dimensionless like the logits.
+        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
+        average: Soft targets of an ensemble: `probabilities` for the mean of the members' softmax
+            at T, `logits` for the softmax of their mean logits. No effect on a single teacher.
+        label_smoothing: Share of the labels' mass in the hard term spread over all classes,
             in [0, 1].
-        weights: of the members in either mean, one each, 0 or more, with sum 1; all the same
-            where not given. Never get a gradient; best a sequence, as a GPU's tensor is waited for.
+        weights: Weights of the members in either mean, one each, at least 0, with sum 1; equal if
+            not given. Never get a gradient. Preferably a sequence, since reading a tensor waits
+            for the GPU.
 
     Returns:
         Scalars of at least float32. Only `loss` carries the graph.
 
     Raises:
-        ValueError: a setting out of range, shapes that do not match, a label out of range.
-        TypeError: logits that are not floating point, labels that are not int64.
+        ValueError: A setting out of range, shapes that do not match, or a label out of range.
+        TypeError: Logits that are not floating point, or labels that are not int64.
 
     >>> student_logits = torch.tensor([[2.0, 0.0, -2.0]], requires_grad=True)
     >>> teacher_logits = torch.tensor([[1.0, 0.5, -1.0]])
@@ -107,7 +109,7 @@ def distillation_terms(
             label_smoothing=label_smoothing,
             weights=weights,
         )
-    except RuntimeError:  # of `gather`, which looks at each label anyway
+    except RuntimeError:  # raised by `gather`, which checks each label anyway
         check_labels(labels, student_logits.shape[1])
         raise
     if is_nan(terms.soft_loss):
@@ -126,12 +128,8 @@ def unchecked_terms(
     label_smoothing: float = 0.0,
     weights: Sequence[float] | Tensor | None = None,
 ) -> DistillationTerms:
-    """`distillation_terms` of tensors that fit; a teacher's NaN is one of the soft loss."""
+    """Compute `distillation_terms` without checks; NaN teacher logits give a NaN soft loss."""
     members, shares = _weighted_members(teacher_logits, weights)
-    # On the CPU, against the expression of tutorials, fused is as fast at 10 classes, 0.85 times as
-    # fast at 100, 1.3 to 2 at 1,000, 2.5 to 5 at 32,000; faster than plain_terms at all of them
-    # (tests/benchmarks/loss.py). A GPU would idle over chunks of rows; a compiler fuses the plain
-    # expression itself.
     compute = fused_terms if _fused_is_faster(student_logits) else plain_terms
     terms = compute(
         student_logits,
@@ -161,19 +159,19 @@ def distillation_loss(
         (1 - alpha) CE(y, p_s) + alpha T^2 KL(p_t^T || p_s^T)
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        labels: class indices `[batch]`.
-        temperature: T, above 0.
-        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
-        average: of an ensemble's `probabilities` or `logits`.
-        weights: of the ensemble's members in that average, with sum 1.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        labels: Class indices `[batch]`.
+        temperature: Temperature T, above 0.
+        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
+        average: Whether an ensemble's `probabilities` or `logits` are averaged.
+        weights: Weights of the ensemble's members in that average, with sum 1.
 
     Returns:
         Scalar, mean over the batch, in nats.
 
     Raises:
-        ValueError, TypeError: as `distillation_terms`, which has the details.
+        ValueError, TypeError: Same as `distillation_terms`, whose docstring has the details.
 
     >>> logits = torch.tensor([[2.0, 0.0, -2.0]])
     >>> distillation_loss(logits, logits, torch.tensor([0]), temperature=4.0, alpha=1.0)
@@ -201,21 +199,21 @@ def soft_targets(
     average: Average = "probabilities",
     weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """What a teacher, or an ensemble as one teacher, says at a temperature.
+    """Soft targets of a teacher, or of an ensemble averaged into one, at a temperature.
 
         probabilities: sum_m w_m softmax(z_m / T)        logits: softmax(sum_m w_m z_m / T)
 
     Args:
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        temperature: T, above 0.
-        average: of the members' `probabilities` or `logits`.
-        weights: w, one a member, 0 or more, with sum 1; all the same where not given.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        temperature: Temperature T, above 0.
+        average: Whether the members' `probabilities` or `logits` are averaged.
+        weights: Weights w of the members, at least 0, with sum 1; equal if not given.
 
     Returns:
         Probabilities `[batch, classes]` in float32, or float64 where `teacher_logits` are.
 
     Raises:
-        ValueError: a setting out of range, or `teacher_logits` of another shape.
+        ValueError: A setting out of range, or teacher logits of another shape.
 
     >>> soft_targets(torch.tensor([[5.0, 2.0, 1.0, 0.5, 0.1]]), temperature=2.0)
     tensor([[0.6451, 0.1439, 0.0873, 0.0680, 0.0557]])
@@ -239,18 +237,18 @@ def soft_targets(
 
 
 def hard_loss(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy with the labels in float32 or wider: what is left without a teacher.
+    """Mean cross-entropy with the labels, in float32 or wider: the loss without a teacher.
 
     Args:
-        student_logits: `[batch, classes]`.
-        labels: class indices `[batch]`.
-        label_smoothing: share of the labels' mass spread over all classes, in [0, 1].
+        student_logits: Logits `[batch, classes]`.
+        labels: Class indices `[batch]`.
+        label_smoothing: Share of the labels' mass spread over all classes, in [0, 1].
 
     Returns:
         Scalar, in nats.
 
     Raises:
-        ValueError, TypeError: as `distillation_terms`.
+        ValueError, TypeError: Same as `distillation_terms`.
 
     >>> hard_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
@@ -273,7 +271,7 @@ def plain_terms(
     label_smoothing: float,
     weights: Weights = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`distillation_terms` in plain PyTorch, arguments unchecked."""
+    """Compute `distillation_terms` in plain PyTorch, without checks."""
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits = student_logits.to(dtype)
     hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
@@ -284,7 +282,7 @@ def plain_terms(
     p_t = log_p_t.exp()
     kl = torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s))  # 0 log 0 = 0, but NaN stays
     soft = temperature**2 * kl.sum(dim=-1).mean()
-    return weigh(hard, soft, alpha), hard.detach(), soft.detach()
+    return weighted_sum(hard, soft, alpha), hard.detach(), soft.detach()
 
 
 def _log_soft_targets(logits: Tensor, weights: Weights) -> Tensor:
@@ -293,15 +291,16 @@ def _log_soft_targets(logits: Tensor, weights: Weights) -> Tensor:
         return log_p
     if weights is None:
         return torch.logsumexp(log_p, dim=0) - math.log(len(log_p))
-    return torch.logsumexp(log_p + share_of_members(logits, weights, logits.dtype).log(), dim=0)
+    return torch.logsumexp(log_p + member_weights(logits, weights, logits.dtype).log(), dim=0)
 
 
 def _weighted_members(
     teacher_logits: Tensor, weights: Sequence[float] | Tensor | None
 ) -> tuple[Tensor, Weights]:
-    """Return the members that have a weight, and their weights; of one member, `[batch, classes]`.
+    """Drop members of weight 0; return the others' logits and weights.
 
-    A member without one is left out: 0 times a logit of -inf would be NaN.
+    Of a single member the logits are `[batch, classes]`. Members of weight 0 are dropped because
+    0 times a logit of -inf would be NaN.
     """
     shares = None
     if weights is not None:
@@ -315,6 +314,12 @@ def _weighted_members(
 
 
 def _fused_is_faster(student_logits: Tensor) -> bool:
+    """Whether `fused_terms` is faster than `plain_terms`: on the CPU, with a gradient.
+
+    Against the expression of tutorials, fused is as fast at 10 classes, 0.85 times as fast at 100,
+    1.3 to 2 times at 1,000 and 2.5 to 5 times at 32,000 (tests/benchmarks/loss.py). A GPU would
+    idle over chunks of rows; a compiler fuses the plain expression itself.
+    """
     return (
         student_logits.is_cpu
         and student_logits.requires_grad
@@ -336,7 +341,11 @@ def check_settings(temperature: float, alpha: float, average: str, label_smoothi
 
 
 def check_weights(weights: Sequence[float] | Tensor, members: Tensor) -> list[float]:
-    """Return the weights of `[members, batch, ...]`, their sum exactly 1; raise ValueError."""
+    """Return the weights of members `[members, batch, ...]`, rescaled so that their sum is 1.
+
+    Raises:
+        ValueError: Weights that are negative, not of sum 1, or not one for each member.
+    """
     values = [float(w) for w in (weights.tolist() if isinstance(weights, Tensor) else weights)]
     if members.ndim != 3 or len(values) != len(members):
         raise ValueError(
@@ -369,38 +378,40 @@ def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tenso
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    """Whether values may be looked at: a GPU is not waited for, nor a compiler stopped."""
+    """Whether values can be read without waiting for a GPU or breaking a compiled graph."""
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def is_nan(value: Tensor) -> bool:
-    """Whether a scalar is, if it may be looked at."""
+    """Whether a scalar is NaN; false where reading it would wait for a GPU."""
     return _on_cpu(value) and math.isnan(value.item())
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise TypeError for a tensor of another kind."""
+    """Raise TypeError for a tensor that is not floating point."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise ValueError for a label out of range, if they may be looked at."""
+    """Raise ValueError for a label out of range, where reading it would not wait for a GPU."""
     if _on_cpu(labels):
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high >= classes:
-            away = ""
-            if low == -100:  # of tokens that are not to count, in PyTorch and transformers
-                away = ": leave such rows out, or give sequences to sequence_terms (ignore_index)"
+            hint = ""
+            if low == -100:  # the label of ignored tokens in PyTorch and transformers
+                hint = ": leave such rows out, or give sequences to sequence_terms (ignore_index)"
             wrong = low if low < 0 else high
-            raise ValueError(f"labels must be in [0, {classes}), got {wrong}{away}")
+            raise ValueError(f"labels must be in [0, {classes}), got {wrong}{hint}")
 
 
 def _check_no_nan(teacher_logits: Tensor) -> None:
-    if not torch.isnan(teacher_logits.detach().sum()):  # quick, and NaN of infinities as well
+    if not torch.isnan(teacher_logits.detach().sum()):  # quick; infinities may give NaN as well
         return
     rows = teacher_logits.isnan().any(dim=-1).nonzero()
     if len(rows):
         *member, row = rows[0].tolist()
-        of = f" of member {member[0]}" if member else ""
-        raise ValueError(f"teacher_logits must be numbers for soft_loss, got nan in row {row}{of}")
+        suffix = f" of member {member[0]}" if member else ""
+        raise ValueError(
+            f"teacher_logits must be numbers for soft_loss, got nan in row {row}{suffix}"
+        )

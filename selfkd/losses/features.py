@@ -1,8 +1,8 @@
-"""Distillation of what is inside: feature maps, relations within a batch, tokens, attention.
+"""Distillation losses of intermediate features: feature maps, similarities, tokens, attention.
 
 Each loss is a mean over the batch in float32 or wider, in autocast too. The teacher's tensors are
-detached. Gradients are finite also where a tensor is 0.
-`selfkd.distill.features.Features` captures what these losses compare.
+detached. Gradients stay finite where a tensor is 0.
+`selfkd.distill.features.Features` captures the features that these losses compare.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from selfkd.losses.distillation import check_floating
 
-_LEAST = 1e-12
-"""Magnitudes below it count as 0, so that a division has a bounded gradient."""
-_LEAST_KERNEL = 1e-7
+_MIN_MAGNITUDE = 1e-12
+"""Magnitude below which a value counts as 0, so that a division has a bounded gradient."""
+_MIN_KERNEL = 1e-7
 
 
 class Projection(nn.Module):
-    """A learned linear map from the student's channels to the teacher's.
+    """A trained linear map from the student's channels to the teacher's.
 
-    A 1x1 convolution of maps, a linear layer of vectors and tokens, with the same parameters. They
-    are the caller's to optimise: give `projection.parameters()` to the student's optimiser.
+    A 1x1 convolution of feature maps, a linear layer of vectors and tokens, with the same
+    parameters. The caller trains them: give `projection.parameters()` to the student's optimiser.
 
     Args:
-        student_channels: of the features that it is given.
-        teacher_channels: of the features that it returns.
+        student_channels: Channels of the input features.
+        teacher_channels: Channels of the output features.
 
     >>> projection = Projection(16, 64)
     >>> projection(torch.zeros(2, 16, 8, 8)).shape, projection(torch.zeros(2, 5, 16)).shape
@@ -50,7 +50,7 @@ class Projection(nn.Module):
         """Map `[batch, channels, height, width]`, `[batch, channels]` or `[batch, tokens, width]`.
 
         Raises:
-            ValueError: features of another number of dimensions or channels.
+            ValueError: Features of another number of dimensions or channels.
         """
         weight, bias = self.linear.weight, self.linear.bias
         if features.ndim not in (2, 3, 4):
@@ -67,17 +67,19 @@ class Projection(nn.Module):
 
 
 def reconcile(student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool the larger map to the size of the smaller, by adaptive average; each side by itself.
+    """Pool the larger feature map to the size of the smaller by adaptive average pooling.
+
+    Height and width are treated separately.
 
     Args:
-        student_features: `[batch, channels, height, width]`.
-        teacher_features: the same, with channels and sizes of its own.
+        student_features: Features `[batch, channels, height, width]`.
+        teacher_features: Features of the same layout, of any channels and sizes.
 
     Returns:
-        Both, of the lesser height and the lesser width.
+        Both features, with the smaller height and the smaller width.
 
     Raises:
-        ValueError: features that are no maps.
+        ValueError: Features that are not feature maps.
 
     >>> student, teacher = reconcile(torch.zeros(2, 3, 8, 4), torch.zeros(2, 5, 4, 4))
     >>> student.shape, teacher.shape
@@ -100,19 +102,19 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
         mean (F_s - F_t)^2
 
-    over all elements; the paper takes half the sum over a sample's.
+    over all elements; the paper takes half the sum over the elements of a sample.
 
     Args:
-        student_features: `[batch, ...]`, after a `Projection` to the teacher's channels and, of
-            maps, `reconcile`.
-        teacher_features: of the same shape. Never gets a gradient.
+        student_features: Features `[batch, ...]`, after a `Projection` to the teacher's channels
+            and, for feature maps, `reconcile`.
+        teacher_features: Features of the same shape. Never gets a gradient.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: shapes that do not match.
-        TypeError: features that are not floating point.
+        ValueError: Shapes that do not match.
+        TypeError: Features that are not floating point.
 
     >>> hint_loss(torch.zeros(2, 3), torch.full((2, 3), 2.0))
     tensor(4.)
@@ -137,21 +139,22 @@ def attention_transfer(
         mean over batch and positions of (q_s - q_t)^2
         q = a / ||a||_2        a = sum_c |F_c|^power, flattened over positions
 
-    the mean that the authors' code takes, at most 2 / positions; the paper has ||q_s - q_t||_2.
-    The maps a of different sizes are pooled to the smaller (see `reconcile`). A map of zeros has
-    q = 0.
+    This is the mean of the authors' code, at most 2 / positions; the paper has ||q_s - q_t||_2.
+    Attention maps a of different sizes are pooled to the smaller (see `reconcile`). A map of zeros
+    has q = 0.
 
     Args:
-        student_features: `[batch, channels, height, width]`.
-        teacher_features: the same, with channels and sizes of its own. Never gets a gradient.
-        power: at least 1, as |F|^power has no finite gradient at 0 below.
+        student_features: Features `[batch, channels, height, width]`.
+        teacher_features: Features of the same layout, of any channels and sizes. Never gets a
+            gradient.
+        power: Exponent of |F|, at least 1: below 1 the gradient at 0 is not finite.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: a power out of range, features that are no maps or not of one batch.
-        TypeError: features that are not floating point.
+        ValueError: A power out of range, or features that are not feature maps of one batch.
+        TypeError: Features that are not floating point.
 
     >>> features = torch.rand(2, 3, 8, 8)
     >>> attention_transfer(features, 8 * features)
@@ -173,22 +176,22 @@ def attention_transfer(
 
 
 def similarity_preserving(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Similarity-preserving distillation: which samples of a batch excite the network alike.
+    """Similarity-preserving distillation: similarity of activations between samples of a batch.
 
-        ||G_s - G_t||_F^2 / batch^2        G = A A^T, each row by its L2 norm, A = [batch, -1]
+        ||G_s - G_t||_F^2 / batch^2        G = A A^T, rows of L2 norm 1, A = [batch, -1]
 
-    A row of zeros stays one. Depends on how a batch is split.
+    A row of zeros stays zero. The loss depends on how a batch is split.
 
     Args:
-        student_features: `[batch, ...]`.
-        teacher_features: `[batch, ...]`, of any other sizes. Never gets a gradient.
+        student_features: Features `[batch, ...]`.
+        teacher_features: Features `[batch, ...]` of any sizes. Never gets a gradient.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: features of different batches.
-        TypeError: features that are not floating point.
+        ValueError: Features of different batches.
+        TypeError: Features that are not floating point.
 
     >>> similarity_preserving(torch.eye(2), 3 * torch.eye(2))
     tensor(0.)
@@ -201,31 +204,31 @@ def similarity_preserving(student_features: Tensor, teacher_features: Tensor) ->
     """
     student, teacher = _pair(student_features, teacher_features)
     student, teacher = (
-        unit(_gram(features.flatten(start_dim=1), _largest(features)))
+        unit(_gram(features.flatten(start_dim=1), _max_magnitude(features)))
         for features in (student, teacher)
     )
     return F.mse_loss(student, teacher)
 
 
 def pkt(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Probabilistic knowledge transfer: of each sample, which others are its neighbours.
+    """Probabilistic knowledge transfer (PKT): similarity distribution over the other samples.
 
         mean_i KL(p_t(.|i) || p_s(.|i))        p(j|i) = K_ij / sum_{k != i} K_ik,  j != i
         K_ij = (1 + cos(x_i, x_j)) / 2 + 1e-7
 
-    as the paper; the authors' code also counts j = i, and divides by batch^2. A vector of zeros has
-    cos = 0. Depends on how a batch is split.
+    as in the paper; the authors' code also counts j = i, and divides by batch^2. A vector of zeros
+    has cos = 0. The loss depends on how a batch is split.
 
     Args:
-        student_features: `[batch, ...]`.
-        teacher_features: `[batch, ...]`, of any other sizes. Never gets a gradient.
+        student_features: Features `[batch, ...]`.
+        teacher_features: Features `[batch, ...]` of any sizes. Never gets a gradient.
 
     Returns:
         Scalar, in nats; 0 for a batch of 1 or 2.
 
     Raises:
-        ValueError: features of different batches.
-        TypeError: features that are not floating point.
+        ValueError: Features of different batches.
+        TypeError: Features that are not floating point.
 
     >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     >>> pkt(features, 5 * features)
@@ -243,19 +246,19 @@ def pkt(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def every_other(student_layers: int, teacher_layers: int) -> list[int]:
-    """The teacher's layer for each of the student's, evenly spaced and ending with the last.
+    """Evenly spaced layers of the teacher, one for each layer of the student, ending with the last.
 
         (i + 1) teacher_layers / student_layers - 1        i = 0, 1, ...
 
     Args:
-        student_layers: how many, at least 1.
-        teacher_layers: how many, a multiple of `student_layers`.
+        student_layers: Number of the student's layers, at least 1.
+        teacher_layers: Number of the teacher's layers, a multiple of `student_layers`.
 
     Returns:
         Indices of the teacher's layers, counted from 0.
 
     Raises:
-        ValueError: no such map.
+        ValueError: Numbers of layers for which there is no such map.
 
     >>> every_other(6, 12)
     [1, 3, 5, 7, 9, 11]
@@ -284,21 +287,24 @@ def hidden_state_loss(
 
         mean over layers i, valid tokens and width of (H_s[i] - H_t[layer_map[i]])^2
 
-    TinyBERT adds the layers up: multiply by their number for that.
+    TinyBERT takes the sum over layers: multiply by their number for that.
 
     Args:
-        student_states: `[batch, tokens, width]` of each layer, embeddings left out or mapped too.
-        teacher_states: the same, of more layers. Never gets a gradient.
-        layer_map: for each state of the student the index of the teacher's; none is `every_other`.
-        mask: `[batch, tokens]`, bool or integer, 0 where a token is padding. What stands there
-            is not read, be it NaN.
+        student_states: Hidden states `[batch, tokens, width]` of each layer, the embeddings left
+            out or mapped too.
+        teacher_states: Hidden states of the same shape, of as many layers or more. Never gets a
+            gradient.
+        layer_map: Index of the teacher's state for each state of the student; `every_other` if not
+            given.
+        mask: Validity of each token `[batch, tokens]`, bool or integer, 0 for padding. Padding is
+            not read, so that it may be NaN.
 
     Returns:
-        Scalar; 0 where no token is valid.
+        Scalar; 0 if no token is valid.
 
     Raises:
-        ValueError: an impossible map, shapes that do not match.
-        TypeError: states that are not floating point, a mask that is.
+        ValueError: An impossible map, or shapes that do not match.
+        TypeError: States that are not floating point, or a mask that is.
 
     >>> states = [torch.full((1, 3, 2), float(layer)) for layer in range(4)]
     >>> hidden_state_loss(states[:2], states)  # 0 with 1, 1 with 3
@@ -330,24 +336,24 @@ def hidden_state_loss(
 def cosine_embedding(
     student_hidden: Tensor, teacher_hidden: Tensor, *, mask: Tensor | None = None
 ) -> Tensor:
-    """Distance in direction of hidden states.
+    """Cosine distance of hidden states.
 
         mean over valid tokens of 1 - cos(h_s, h_t)
 
     The cosine with a vector of zeros is 0.
 
     Args:
-        student_hidden: `[batch, tokens, width]`, or `[batch, width]`.
-        teacher_hidden: of the same shape. Never gets a gradient.
-        mask: `[batch, tokens]`, or `[batch]`, bool or integer, 0 where a token is padding. What
-            stands there is not read, be it NaN.
+        student_hidden: Hidden states `[batch, tokens, width]`, or `[batch, width]`.
+        teacher_hidden: Hidden states of the same shape. Never gets a gradient.
+        mask: Validity of each token `[batch, tokens]`, or `[batch]`, bool or integer, 0 for
+            padding. Padding is not read, so that it may be NaN.
 
     Returns:
-        Scalar in [0, 2]; 0 where no token is valid.
+        Scalar in [0, 2]; 0 if no token is valid.
 
     Raises:
-        ValueError: shapes that do not match.
-        TypeError: states that are not floating point, a mask that is.
+        ValueError: Shapes that do not match.
+        TypeError: States that are not floating point, or a mask that is.
 
     >>> cosine_embedding(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 2.0]] * 2))
     tensor(0.6464)
@@ -358,8 +364,8 @@ def cosine_embedding(
     """
     student, teacher, valid = _tokens(student_hidden, teacher_hidden, mask)
     cosines = (student * teacher).sum(dim=-1)
-    for states in (student, teacher):  # backward is faster than that of a norm
-        cosines = cosines * states.square().sum(dim=-1).clamp_min(_LEAST**2).rsqrt()
+    for states in (student, teacher):  # a faster backward pass than that of a norm
+        cosines = cosines * states.square().sum(dim=-1).clamp_min(_MIN_MAGNITUDE**2).rsqrt()
     return _mean_of_valid(1 - cosines, valid)
 
 
@@ -368,22 +374,23 @@ def attention_matrices(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
 
         mean over the batch's valid pairs (query, key), and over heads, of (A_s - A_t)^2
 
-    that is ||A_s - A_t||_F^2 of each head by tokens^2 where all are valid. Where the numbers of
-    heads differ, the mean over heads is compared.
+    which is ||A_s - A_t||_F^2 / tokens^2 of each head if all tokens are valid. If the numbers of
+    heads differ, the means over heads are compared.
 
     Args:
-        student: `[batch, heads, tokens, tokens]`, scores before the softmax as TinyBERT has, or
-            probabilities. Scores of -inf are for masked tokens only.
-        teacher: the same, with heads of its own. Never gets a gradient.
-        mask: `[batch, tokens]`, bool or integer, 0 where a token is padding. Its rows and columns
-            are not read, be they NaN.
+        student: Attention matrices `[batch, heads, tokens, tokens]`: scores before the softmax, as
+            in TinyBERT, or probabilities. Scores of -inf are for masked tokens only.
+        teacher: Attention matrices of the same shape, with any number of heads. Never gets a
+            gradient.
+        mask: Validity of each token `[batch, tokens]`, bool or integer, 0 for padding. Rows and
+            columns of padding are not read, so that they may be NaN.
 
     Returns:
-        Scalar; 0 where no token is valid.
+        Scalar; 0 if no token is valid.
 
     Raises:
-        ValueError: shapes that do not match.
-        TypeError: matrices that are not floating point, a mask that is.
+        ValueError: Shapes that do not match.
+        TypeError: Matrices that are not floating point, or a mask that is.
 
     >>> attention_matrices(torch.eye(2)[None, None], torch.zeros(1, 3, 2, 2))
     tensor(0.5000)
@@ -398,7 +405,7 @@ def attention_matrices(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
             raise ValueError(
                 f"{name} must be [batch, heads, tokens, tokens], got {list(matrices.shape)}"
             )
-    student, teacher = _wide(named)
+    student, teacher = _in_float32(named)
     if student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f"student must have {teacher.shape[2]} tokens as teacher has, got {student.shape[2]}"
@@ -414,55 +421,56 @@ def attention_matrices(student: Tensor, teacher: Tensor, *, mask: Tensor | None 
 
 
 def _attention_map(features: Tensor, power: float) -> Tensor:
-    """`sum_c |F_c|^power` times a constant of each sample, `[batch, 1, height, width]`."""
+    """Attention map `sum_c |F_c|^power` up to a factor a sample, `[batch, 1, height, width]`."""
     if power == 2:  # up to 3 times as fast on a CPU
-        return _scaled(features.square().sum(dim=1, keepdim=True), (2, 3), _LEAST**2)
+        return _scale_down(features.square().sum(dim=1, keepdim=True), (2, 3), _MIN_MAGNITUDE**2)
     norms = torch.linalg.vector_norm(features, power, dim=1, keepdim=True)
-    return _scaled(norms, (2, 3)).pow(power)
+    return _scale_down(norms, (2, 3)).pow(power)
 
 
 class _Pkt(torch.autograd.Function):
-    """`pkt` of rows, with its gradient written out: half as many operations."""
+    """PKT of rows with an analytic gradient, in half as many operations."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         units, norms = _units_and_norms(student)
         kernel = _kernel(units)
-        p_s, p_t = (_shares(k) for k in (kernel, _kernel(unit(teacher))))
+        p_s, p_t = (_neighbour_probabilities(k) for k in (kernel, _kernel(unit(teacher))))
         ctx.save_for_backward(student, units, norms, kernel, p_t)
         return (p_t * (p_t / p_s).log()).sum(dim=1).mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         student, units, norms, kernel, p_t = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated in turn
+        if torch.is_grad_enabled():  # double backward
             units, norms = _units_and_norms(student)
             kernel = _kernel(units)
         batch = len(units)
-        sums = kernel.sum(dim=1, keepdim=True).clamp_min(_LEAST_KERNEL)
-        pull = (1 / sums - p_t / kernel) * (grad / batch)
-        pull = F.pad(pull.reshape(batch - 1, batch), (0, 1)).flatten()
-        pull = F.pad(pull, (1, 0)).view(batch, batch)  # 0 where i = j
+        sums = kernel.sum(dim=1, keepdim=True).clamp_min(_MIN_KERNEL)
+        grad_kernel = (1 / sums - p_t / kernel) * (grad / batch)
+        grad_kernel = F.pad(grad_kernel.reshape(batch - 1, batch), (0, 1)).flatten()
+        grad_kernel = F.pad(grad_kernel, (1, 0)).view(batch, batch)  # 0 where i = j
         with torch.autocast(units.device.type, enabled=False):
-            pull = (pull + pull.t()) @ units
-        return (pull - (units * pull).sum(dim=-1, keepdim=True) * units) / norms, None
+            grad_units = (grad_kernel + grad_kernel.t()) @ units
+        radial = (units * grad_units).sum(dim=-1, keepdim=True) * units
+        return (grad_units - radial) / norms, None
 
 
 def _kernel(units: Tensor) -> Tensor:
-    """Twice the kernel of each row with each other one, `[batch, batch - 1]`."""
+    """Twice the kernel of each row with every other row, `[batch, batch - 1]`."""
     with torch.autocast(units.device.type, enabled=False):
         cosines = units @ units.t()
     batch = len(cosines)
     others = cosines.flatten()[1:].view(batch - 1, batch + 1)[:, :-1].reshape(batch, batch - 1)
-    return others.clamp(min=-1).add_(1).add_(2 * _LEAST_KERNEL)
+    return others.clamp(min=-1).add_(1).add_(2 * _MIN_KERNEL)
 
 
-def _shares(kernel: Tensor) -> Tensor:
-    return kernel / kernel.sum(dim=1, keepdim=True).clamp_min(_LEAST_KERNEL)
+def _neighbour_probabilities(kernel: Tensor) -> Tensor:
+    return kernel / kernel.sum(dim=1, keepdim=True).clamp_min(_MIN_KERNEL)
 
 
 class _Gram(torch.autograd.Function):
-    """`(A / c) (A / c)^T` with one product backward, where `A @ A.t()` has two."""
+    """Gram matrix `(A / c) (A / c)^T`, with one backward product where `A @ A.t()` has two."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, by: Tensor | None) -> Tensor:
@@ -473,43 +481,43 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         vectors, scaled, by = ctx.saved_tensors
-        pull = grad + grad.t()
+        grad_product = grad + grad.t()
         if by is not None:
-            pull = pull / by
-            if torch.is_grad_enabled():  # to be differentiated in turn
+            grad_product = grad_product / by
+            if torch.is_grad_enabled():  # double backward
                 scaled = vectors / by
         with torch.autocast(vectors.device.type, enabled=False):
-            return pull @ scaled, None
+            return grad_product @ scaled, None
 
 
 def _gram(vectors: Tensor, by: Tensor | None = None) -> Tensor:
-    """Products of all pairs of rows, each row divided by a constant."""
+    """Dot products of all pairs of rows, each row divided by a constant."""
     with torch.autocast(vectors.device.type, enabled=False):
         product: Tensor = _Gram.apply(vectors, by)
     return product
 
 
-def _scaled(values: Tensor, dims: tuple[int, ...], least: float = _LEAST) -> Tensor:
-    """By the largest magnitude, a constant to the gradient, so that no power over- or underflows.
+def _scale_down(values: Tensor, dims: tuple[int, ...], least: float = _MIN_MAGNITUDE) -> Tensor:
+    """Divide by the largest magnitude, without a gradient, so that no power over- or underflows.
 
-    Only for what is normalised afterwards, where the scale has no part in value and gradient.
+    Only for values that are normalised afterwards, so that the scale cancels out.
     """
     return values / values.detach().abs().amax(dims, keepdim=True).clamp_min(least)
 
 
-def _largest(values: Tensor) -> Tensor:
-    """The largest magnitude, a constant to the gradient, for the same purpose."""
+def _max_magnitude(values: Tensor) -> Tensor:
+    """Largest magnitude, without a gradient, as the divisor of values normalised afterwards."""
     low, high = torch.aminmax(values.detach())
-    return torch.maximum(-low, high).clamp_min(_LEAST)
+    return torch.maximum(-low, high).clamp_min(_MIN_MAGNITUDE)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Rows by their L2 norm; those of zeros stay."""
+    """Rows divided by their L2 norm; rows of zeros stay zero."""
     return _units_and_norms(vectors)[0]
 
 
 def _units_and_norms(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    largest = vectors.detach().abs().amax(-1, keepdim=True).clamp_min(_LEAST)
+    largest = vectors.detach().abs().amax(-1, keepdim=True).clamp_min(_MIN_MAGNITUDE)
     scaled = vectors / largest  # of norm >= 1, unless nearly 0
     norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp_min(0.5)
     return scaled / norms, largest * norms
@@ -526,8 +534,8 @@ def _token_mean_square(student: Tensor, teacher: Tensor, mask: Tensor | None) ->
 def _tokens(
     student: Tensor, teacher: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return both, checked and wide, 0 where they are not valid, and which are."""
-    student, teacher = _wide({"student_hidden": student, "teacher_hidden": teacher})
+    """Return both checked states in float32 or wider, 0 at invalid tokens, and the validity."""
+    student, teacher = _in_float32({"student_hidden": student, "teacher_hidden": teacher})
     if student.shape != teacher.shape or student.ndim not in (2, 3):
         raise ValueError(
             "student's states must be [batch, tokens, width] as the teacher's "
@@ -570,11 +578,11 @@ def _named(student_features: Tensor, teacher_features: Tensor) -> dict[str, Tens
 
 
 def _pair(student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
-    return _wide(_named(student_features, teacher_features))
+    return _in_float32(_named(student_features, teacher_features))
 
 
-def _wide(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return student and teacher of one batch in float32 or wider, the teacher detached."""
+def _in_float32(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return checked tensors of student and teacher in float32 or wider, the teacher detached."""
     for name, tensor in named.items():
         check_floating(name, tensor)
         if tensor.ndim < 2 or not tensor.numel():
@@ -587,6 +595,6 @@ def _wide(named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         )
     dtype = torch.promote_types(student.dtype, torch.float32)
     teacher = teacher.detach()
-    if student.dtype != dtype or teacher.dtype != dtype:  # a call that does nothing takes time too
+    if student.dtype != dtype or teacher.dtype != dtype:  # a call without effect takes time too
         student, teacher = student.to(dtype), teacher.to(dtype)
     return student, teacher

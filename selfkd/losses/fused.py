@@ -1,12 +1,12 @@
-"""The distillation loss with its gradient written out, in one pass over the data.
+"""The distillation loss with an analytic gradient, in one pass over the logits.
 
-The plain expression runs seven exponentials over the logits and keeps several arrays of their
+The plain expression computes seven exponentials of the logits and keeps several arrays of their
 size for the backward pass. Here a chunk of rows is read once, both losses and the gradient
 
     [(1 - alpha) (p_s - y) + alpha T (p_s^T - p_t^T)] / batch
 
-are computed while it lies in cache, and the gradient is all that is kept. Powers of 2 are used for
-those of e (the factor goes into 1 / T): PyTorch computes them more than twice as fast on a CPU.
+are computed while the chunk is in cache, and only the gradient is kept. Powers of 2 replace powers
+of e (with the factor in 1 / T), because PyTorch computes them more than twice as fast on a CPU.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK = 2**17
-"""Elements in a chunk for each thread; two arrays of that size are the extra memory. 2^15 and 2^16
-are slower, 2^18 is no faster (a core with 1 MiB of cache)."""
+"""Elements of a chunk per thread; two arrays of that size are the extra memory. On a core with
+1 MiB of cache 2^15 and 2^16 are slower, and 2^18 is no faster."""
 _LN_2 = math.log(2)
 
 Weights = Sequence[float] | None
-"""Of an ensemble's members, with sum 1; None where all are the same."""
+"""Weights of an ensemble's members, with sum 1; None if all are equal."""
 
 _Scalar = TypeVar("_Scalar", float, Tensor)
 
 
-def weigh(hard: _Scalar, soft: _Scalar, alpha: float) -> _Scalar:
-    """Return `(1 - alpha) hard + alpha soft`; at either end exactly the term that is left."""
-    if alpha in (0.0, 1.0):  # so that an infinite term of weight 0 does not make NaN
+def weighted_sum(hard: _Scalar, soft: _Scalar, alpha: float) -> _Scalar:
+    """Return `(1 - alpha) hard + alpha soft`, exactly one of them where the other has weight 0."""
+    if alpha in (0.0, 1.0):  # an infinite term times 0 would be NaN
         return soft if alpha else hard
     return (1 - alpha) * hard + alpha * soft
 
@@ -48,19 +48,19 @@ def fused_terms(
     label_smoothing: float,
     weights: Weights = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`plain_terms`, computed with its gradient."""
+    """Compute `plain_terms` together with its gradient."""
     settings = temperature, alpha, average, label_smoothing, weights
     with torch.no_grad():
         hard, soft, gradient = _losses_and_gradient(
             student_logits, teacher_logits, labels, *settings
         )
-    loss = _GradientAtHand.apply(
-        weigh(hard, soft, alpha), gradient, student_logits, teacher_logits, labels, settings
+    loss = _PrecomputedGradient.apply(
+        weighted_sum(hard, soft, alpha), gradient, student_logits, teacher_logits, labels, settings
     )
     return loss, gradient.new_full((), hard), gradient.new_full((), soft)
 
 
-class _GradientAtHand(torch.autograd.Function):
+class _PrecomputedGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -77,12 +77,12 @@ class _GradientAtHand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+        if torch.is_grad_enabled():  # double backward
             gradient = _gradient(*ctx.saved_tensors, *ctx.settings) * grad_loss
         else:
-            if ctx.gradient:  # given away, so that it may be scaled in place
+            if ctx.gradient:  # handed over, so that it can be scaled in place
                 gradient = ctx.gradient.pop()
-            else:  # asked for a second time
+            else:  # a second backward pass
                 gradient = _losses_and_gradient(*ctx.saved_tensors, *ctx.settings)[-1]
             if grad_loss.item() != 1:
                 gradient.mul_(grad_loss)
@@ -99,15 +99,16 @@ def _losses_and_gradient(
     label_smoothing: float,
     weights: Weights,
 ) -> tuple[float, float, Tensor]:
+    """Return hard loss, soft loss and the gradient of their weighted sum, chunk by chunk."""
     batch, classes = student_logits.shape
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     limit = _CHUNK * torch.get_num_threads()
     chunks = min(batch, math.ceil(batch * classes / limit))
     rows = math.ceil(batch / chunks)
     gradient = student_logits.new_empty(batch, classes, dtype=dtype)
-    shares = None  # of members whose probabilities are to be averaged
+    shares = None  # weights of members whose probabilities are averaged
     if teacher_logits.ndim == 3 and average == "probabilities":
-        shares = share_of_members(teacher_logits, weights, dtype)
+        shares = member_weights(teacher_logits, weights, dtype)
     at_once = 1 if shares is None else min(len(shares), max(1, int(limit / (rows * classes))))
     work = gradient.new_empty(1 + at_once, rows, classes)
     sums = gradient.new_empty(5, batch, 1)
@@ -127,7 +128,7 @@ def _losses_and_gradient(
     for student, teacher, label, p_s, (log_y, cross, total_1, total_s, total_t) in zip(
         *parts, strict=True
     ):
-        # in place, exponents become probabilities, each row up to a factor: its total
+        # in place, exponents become unnormalised probabilities; the totals normalise them
         here = work[:, : len(p_s)]
         p_t, p_1 = here[0], here[1]
         _exponents(student.to(dtype), scale, out=p_s)
@@ -137,11 +138,11 @@ def _losses_and_gradient(
         else:
             _mix(teacher, shares, scale, work=here[1:], out=p_t)
             torch.log2(p_t, out=p_1)
-            torch.mul(p_t[:, :1], 0, out=total_t).add_(1)  # NaN where a member's is
+            torch.mul(p_t[:, :1], 0, out=total_t).add_(1)  # NaN where a member's logits are
         torch.gather(p_s, 1, label, out=log_y)
         if label_smoothing:
             log_y.lerp_(p_s.mean(-1, True), label_smoothing)
-        torch.nansum(p_1.sub_(p_s).mul_(p_t), -1, True, out=cross)  # 0 log 0 = 0; NaN is in total_t
+        torch.nansum(p_1.sub_(p_s).mul_(p_t), -1, True, out=cross)  # 0 log 0 = 0; total_t has NaN
         torch.sum(torch.mul(p_s, temperature, out=p_1).exp2_(), -1, True, out=total_1)
         torch.sum(p_s.exp2_(), -1, True, out=total_s)
         p_s.mul_(total_s.reciprocal().mul_(soft_weight))
@@ -160,12 +161,12 @@ def _losses_and_gradient(
 
 
 def _exponents(logits: Tensor, scale: float, *, out: Tensor) -> None:
-    """Write `scale (logits - largest of the row)` to `out`."""
+    """Write `scale (logits - max of the row)` to `out`."""
     torch.add(logits.amax(-1, True) * -scale, logits, alpha=scale, out=out)
 
 
 def _mix(logits: Tensor, shares: Tensor, scale: float, *, work: Tensor, out: Tensor) -> None:
-    """Write the mean of the members' softmax to `out`; as many at once as there is `work` for."""
+    """Write the mean of the members' softmax to `out`, as many members at once as fit in `work`."""
     out.zero_()
     for part, share in zip(*(torch.split(t, len(work)) for t in (logits, shares)), strict=True):
         members = work[: len(part)]
@@ -178,23 +179,23 @@ def _mix(logits: Tensor, shares: Tensor, scale: float, *, work: Tensor, out: Ten
 
 
 def average_logits(logits: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
-    """Return the mean of the members' logits, or the only one's."""
+    """Return the weighted mean of the members' logits, or the logits of a single teacher."""
     if logits.ndim == 2:
         return logits.to(dtype)
     if weights is None:
         return logits.mean(0, dtype=dtype)
-    return (logits.to(dtype) * share_of_members(logits, weights, dtype)).sum(0)
+    return (logits.to(dtype) * member_weights(logits, weights, dtype)).sum(0)
 
 
 def mean_softmax(logits: Tensor, weights: Weights) -> Tensor:
-    """Return the mean of the members' softmax, or the only one's."""
+    """Return the weighted mean of the members' softmax, or the softmax of a single teacher."""
     p = F.softmax(logits, dim=-1)
     if p.ndim == 2:
         return p
-    return p.mean(0) if weights is None else (p * share_of_members(p, weights, p.dtype)).sum(0)
+    return p.mean(0) if weights is None else (p * member_weights(p, weights, p.dtype)).sum(0)
 
 
-def share_of_members(logits: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
+def member_weights(logits: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
     """Return the members' weights as `[members, 1, 1]`."""
     if weights is None:
         return logits.new_full((len(logits), 1, 1), 1 / len(logits), dtype=dtype)
@@ -211,7 +212,7 @@ def _gradient(
     label_smoothing: float,
     weights: Weights,
 ) -> Tensor:
-    """The gradient by operations that can be differentiated in turn."""
+    """Return the gradient by differentiable operations, for double backward."""
     student_logits = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     batch, classes = student_logits.shape
     members = teacher_logits.to(student_logits.dtype)

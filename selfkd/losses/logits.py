@@ -1,8 +1,8 @@
-"""Further losses between logits, and transforms of a teacher's logits that any loss takes.
+"""Further losses between logits, and transforms of teacher logits that any loss accepts.
 
-All are means over the batch, computed in float32 or wider. The teacher never gets a gradient; where
-its logits are `[members, batch, classes]`, their mean over the members is the teacher. To teach
-the mean of the members' probabilities instead, give `T soft_targets(...).log()`.
+All are means over the batch, computed in float32 or wider. The teacher never gets a gradient. Of
+teacher logits `[members, batch, classes]` the mean over the members is taken; to distil from the
+mean of the members' probabilities instead, give `T soft_targets(...).log()`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from selfkd.losses.distillation import check_floating, check_labels, check_setti
 def soft_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
 ) -> Tensor:
-    """Cross-entropy with the teacher's probabilities at a temperature.
+    """Cross-entropy with the teacher's soft targets at a temperature.
 
         -sum_k p_t^T log p_s^T                                p^T = softmax(z / T)
 
-    That is the KL divergence plus the teacher's entropy, without the factor of T^2.
+    Equal to the KL divergence plus the teacher's entropy, without the factor T^2.
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        temperature: T, above 0.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        temperature: Temperature T, above 0.
 
     Returns:
         Scalar, in nats.
 
     Raises:
-        ValueError: T out of range, shapes that do not match, a teacher's logit that is not finite
-            (the range of values is checked on the CPU only, so that a GPU is not waited for).
-        TypeError: logits that are not floating point.
+        ValueError: T out of range, shapes that do not match, or teacher logits that are not finite
+            (values are checked on the CPU only, so that a GPU is not waited for).
+        TypeError: Logits that are not floating point.
 
     >>> soft_cross_entropy(torch.zeros(1, 4), torch.zeros(1, 4), temperature=2.0)
     tensor(1.3863)
@@ -51,20 +51,20 @@ def soft_cross_entropy(
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """KL divergence of the student from the teacher, which seeks the teacher's modes.
+    """Reverse, mode-seeking KL divergence: of the student from the teacher.
 
         T^2 KL(p_s^T || p_t^T)                                p^T = softmax(z / T)
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        temperature: T, above 0.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        temperature: Temperature T, above 0.
 
     Returns:
-        Scalar, in nats; finite where the teacher's probability is 0 in floating point.
+        Scalar, in nats; finite even if a probability of the teacher underflows to 0.
 
     Raises:
-        ValueError, TypeError: as `soft_cross_entropy`.
+        ValueError, TypeError: Same as `soft_cross_entropy`.
 
     >>> teacher_logits = torch.tensor([[0.0, 2000.0]])
     >>> reverse_kl(torch.tensor([[2000.0, 0.0]]), teacher_logits, temperature=1.0)
@@ -90,17 +90,17 @@ def jensen_shannon(
     KL(p_s || p_t) as beta -> 1.
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        temperature: T, above 0.
-        beta: share of the teacher in the mixture m, in (0, 1).
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        temperature: Temperature T, above 0.
+        beta: Weight of the teacher in the mixture m, in (0, 1).
 
     Returns:
         Scalar, in nats, at most T^2 log 2.
 
     Raises:
-        ValueError: beta out of range; others as `soft_cross_entropy`.
-        TypeError: as `soft_cross_entropy`.
+        ValueError: A beta out of range; otherwise as `soft_cross_entropy`.
+        TypeError: Same as `soft_cross_entropy`.
 
     >>> apart = torch.tensor([[2000.0, 0.0]]), torch.tensor([[0.0, 2000.0]])
     >>> jensen_shannon(*apart, temperature=1.0)
@@ -122,18 +122,18 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, centre: bool = 
 
         mean_k (z_s - z_t)^2
 
-    Centred, it is twice the limit of the softened KL divergence times T^2 for T -> inf.
+    With centred logits it is twice the limit of T^2 KL(p_t^T || p_s^T) for T -> inf.
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        centre: take the mean of each row off first, to which a softmax is blind.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        centre: Whether to subtract the mean of each row first, which a softmax ignores.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError, TypeError: as `soft_cross_entropy`.
+        ValueError, TypeError: Same as `soft_cross_entropy`.
 
     >>> student_logits, teacher_logits = torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0, 0.0]])
     >>> logit_mse(student_logits, teacher_logits)
@@ -152,7 +152,7 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, centre: bool = 
         student = student - student.mean(dim=-1, keepdim=True)
         teacher = teacher - teacher.mean(dim=-1, keepdim=True)
     loss = F.mse_loss(student, teacher)
-    if not _is_finite(loss):  # as any value of the teacher leaves it that is not finite
+    if not _is_finite(loss):  # any teacher logit that is not finite makes the loss so
         check_finite("teacher_logits", teacher_logits)
     return loss
 
@@ -166,29 +166,30 @@ def dkd_loss(
     target_weight: float = 1.0,
     nontarget_weight: float = 8.0,
 ) -> Tensor:
-    """Decoupled distillation: the label against the rest, and the rest among themselves.
+    """Decoupled distillation (DKD): the label against the rest, and the distribution of the rest.
 
         T^2 [target_weight KL(b_t || b_s) + nontarget_weight KL(q_t || q_s)]
         b = (p^T_y, 1 - p^T_y)      q = softmax of z / T over the classes other than y
 
-    The softened KL divergence is this with weights of 1 and, row by row, 1 - p_t^T_y.
+    Weights of 1 and, row by row, 1 - p_t^T_y give the softened KL divergence.
 
     Args:
-        student_logits: `[batch, classes]`, two classes or more; the second term is 0 for two.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        labels: class indices y `[batch]`, int64.
-        temperature: T, above 0.
-        target_weight: alpha of the paper, 0 or more.
-        nontarget_weight: beta of the paper, 0 or more. 8 is what it takes for most pairs of
+        student_logits: Logits `[batch, classes]` of at least two classes; for two classes the
+            second term is 0.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        labels: Class indices y `[batch]`, int64.
+        temperature: Temperature T, above 0.
+        target_weight: Weight alpha of the paper, at least 0.
+        nontarget_weight: Weight beta of the paper, at least 0; the paper uses 8 for most pairs of
             networks on CIFAR-100.
 
     Returns:
         Scalar, in nats.
 
     Raises:
-        ValueError: a weight or label out of range, fewer than two classes; others as
+        ValueError: A weight or label out of range, or fewer than two classes; otherwise as
             `soft_cross_entropy`.
-        TypeError: labels that are not int64; others as `soft_cross_entropy`.
+        TypeError: Labels that are not int64; otherwise as `soft_cross_entropy`.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
     >>> dkd_loss(logits, -logits, torch.tensor([0]), temperature=4.0)
@@ -217,28 +218,28 @@ def dist_loss(
     inter_weight: float = 1.0,
     intra_weight: float = 1.0,
 ) -> Tensor:
-    """DIST: one minus the correlation of rows, and of columns, of the probabilities.
+    """DIST: one minus the correlation of the rows, and of the columns, of the probabilities.
 
         inter_weight mean_i [1 - r(s_i:, t_i:)] + intra_weight mean_k [1 - r(s_:k, t_:k)]
         s, t = softmax(z_s / T), softmax(z_t / T)
 
-    with Pearson's r. The gradient does not shrink as T grows, hence no T^2, which the authors' code
-    has. A row or column that is constant, or whose variance underflows, correlates with nothing:
-    r = 0, without a gradient.
+    with Pearson's r. The gradient does not shrink as T grows, so there is no factor T^2, which the
+    authors' code has. A row or column that is constant, or whose variance underflows, has r = 0 and
+    no gradient. The second term depends on how a batch is split.
 
     Args:
-        student_logits: `[batch, classes]`. The second term depends on how a batch is split.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        temperature: T, above 0.
-        inter_weight: weight of the relation between classes (rows), 0 or more.
-        intra_weight: weight of the relation within a class (columns), 0 or more.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        temperature: Temperature T, above 0.
+        inter_weight: Weight of the relation between classes (rows), at least 0.
+        intra_weight: Weight of the relation within a class (columns), at least 0.
 
     Returns:
         Scalar, dimensionless.
 
     Raises:
-        ValueError: a weight out of range; others as `soft_cross_entropy`.
-        TypeError: as `soft_cross_entropy`.
+        ValueError: A weight out of range; otherwise as `soft_cross_entropy`.
+        TypeError: Same as `soft_cross_entropy`.
 
     >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 2.0]])
     >>> dist_loss(logits, -logits)
@@ -258,25 +259,25 @@ def dist_loss(
 
 
 def standardize_logits(logits: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Logits less their mean, by their standard deviation, row by row.
+    """Z-score of the logits, row by row.
 
         (z - mean_k z) / sqrt(mean_k (z - mean_k z)^2)
 
-    To be put before a loss at a base temperature, for student and teacher, so that the student
-    need not match the size of the teacher's logits. The authors' code has classes - 1 in the place
-    of classes under the root, which is a temperature of sqrt(classes / (classes - 1)).
+    Applied to student and teacher before a loss at a base temperature, so that the student need not
+    match the magnitude of the teacher's logits. The authors' code divides by classes - 1 instead of
+    classes under the root, which is a temperature of sqrt(classes / (classes - 1)).
 
     Args:
-        logits: `[..., classes]`.
-        eps: a row whose largest and smallest logit differ by no more than this share of the
-            larger magnitude counts as constant: it becomes zeros, without a gradient. 0 or more.
+        logits: Logits `[..., classes]`.
+        eps: Largest range of a row, relative to its largest magnitude, at which the row counts as
+            constant and becomes zeros without a gradient; at least 0.
 
     Returns:
-        `[..., classes]` in float32 or wider, with the graph.
+        Standardised logits `[..., classes]` in float32 or wider, with the graph.
 
     Raises:
-        ValueError: eps out of range.
-        TypeError: logits that are not floating point.
+        ValueError: An eps out of range.
+        TypeError: Logits that are not floating point.
 
     >>> standardize_logits(torch.tensor([[3.0, 1.0], [300.0, 100.0], [5.0, 5.0]]))
     tensor([[ 1., -1.],
@@ -289,10 +290,10 @@ def standardize_logits(logits: Tensor, *, eps: float = 1e-6) -> Tensor:
     """
     _check_weight("eps", eps)
     check_floating("logits", logits)
-    rows = logits.to(_wide(logits))
+    rows = _widened(logits)
     high, low = rows.detach().amax(-1, keepdim=True), rows.detach().amin(-1, keepdim=True)
     varies = high - low > eps * torch.maximum(high.abs(), low.abs())
-    # tiny, so that constant rows are finite; they and their gradients are then multiplied by 0
+    # a tiny eps, so that constant rows are finite; they and their gradients are multiplied by 0
     return F.layer_norm(rows, rows.shape[-1:], eps=1e-30) * varies
 
 
@@ -304,15 +305,15 @@ def standardized_loss(
         T^2 KL(p_t^T || p_s^T)              p^T = softmax(standardize_logits(z) / T)
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        temperature: base temperature T, above 0.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        temperature: Base temperature T, above 0.
 
     Returns:
         Scalar, in nats.
 
     Raises:
-        ValueError, TypeError: as `soft_cross_entropy`.
+        ValueError, TypeError: Same as `soft_cross_entropy`.
 
     >>> student_logits = torch.tensor([[3.0, 1.0, 2.0]])
     >>> loss = standardized_loss(student_logits, 10 * student_logits - 4, temperature=2.0)
@@ -332,19 +333,19 @@ def standardized_loss(
 
 
 def hard_teacher_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross-entropy with the class that the teacher would choose.
+    """Cross-entropy with the teacher's predicted class.
 
         -log p_s(argmax_k z_t)
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
 
     Returns:
         Scalar, in nats.
 
     Raises:
-        ValueError, TypeError: as `soft_cross_entropy`.
+        ValueError, TypeError: Same as `soft_cross_entropy`.
 
     >>> hard_teacher_loss(torch.zeros(1, 4), torch.tensor([[0.0, 3.0, 1.0, 2.0]]))
     tensor(1.3863)
@@ -360,20 +361,20 @@ def hard_teacher_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def confidence_weights(
     teacher_logits: Tensor, *, mean: Callable[[Tensor], Tensor] = torch.mean
 ) -> Tensor:
-    """How sure the teacher is of each row, against the batch.
+    """Confidence of the teacher in each row, relative to the batch.
 
         w_i = max_k p_t_ik / mean_j max_k p_t_jk
 
     Args:
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        mean: over j; where processes share a batch, one over all of it.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        mean: Function for the mean over j; if processes share a batch, the mean over all of it.
 
     Returns:
         Weights `[batch]` of mean 1, float32 or wider, without a graph.
 
     Raises:
-        ValueError: `teacher_logits` of another shape or not finite.
-        TypeError: `teacher_logits` that are not floating point.
+        ValueError: Teacher logits of another shape or not finite.
+        TypeError: Teacher logits that are not floating point.
 
     >>> confidence_weights(torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log())
     tensor([1.2000, 0.8000])
@@ -393,23 +394,23 @@ def confidence_weighted_loss(
     label_smoothing: float = 0.0,
     mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> Tensor:
-    """Cross-entropy with the labels, weighted by the teacher's confidence: born-again's CWTM.
+    """Cross-entropy with the labels, weighted by the teacher's confidence (CWTM).
 
         mean_i w_i CE(y_i, p_s_i)                             w = confidence_weights(z_t)
 
     Args:
-        student_logits: `[batch, classes]`.
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        labels: class indices y `[batch]`, int64.
-        label_smoothing: share of the labels' mass spread over all classes, in [0, 1].
-        mean: of the teacher's confidence, as for `confidence_weights`.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        labels: Class indices y `[batch]`, int64.
+        label_smoothing: Share of the labels' mass spread over all classes, in [0, 1].
+        mean: Function for the mean of the teacher's confidence, as for `confidence_weights`.
 
     Returns:
         Scalar, in nats.
 
     Raises:
-        ValueError: a label or the smoothing out of range; others as `soft_cross_entropy`.
-        TypeError: labels that are not int64; others as `soft_cross_entropy`.
+        ValueError: A label or the smoothing out of range; otherwise as `soft_cross_entropy`.
+        TypeError: Labels that are not int64; otherwise as `soft_cross_entropy`.
 
     >>> student_logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
     >>> teacher_logits = torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log()
@@ -427,20 +428,19 @@ def confidence_weighted_loss(
 
 
 def permute_nontarget(teacher_logits: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Teacher's logits with all but the largest of a row in random order: born-again's DKPP.
+    """Teacher logits with all but the largest of each row permuted (DKPP), for any loss.
 
-    What it says of its choice and of its doubt stays, which classes are alike goes. For any loss
-    to take.
+    The predicted class and the confidence are kept; the similarities between classes are lost.
 
     Args:
-        teacher_logits: `[batch, classes]` or `[members, batch, classes]`.
-        generator: draws a permutation for each row; on the device of `teacher_logits`.
+        teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        generator: Random generator of the permutations, on the device of the teacher logits.
 
     Returns:
         Logits `[batch, classes]` in float32 or wider, without a graph.
 
     Raises:
-        ValueError, TypeError: as `confidence_weights`.
+        ValueError, TypeError: Same as `confidence_weights`.
 
     >>> permuted = permute_nontarget(
     ...     torch.tensor([[1.0, 9.0, 2.0, 3.0]]), generator=torch.Generator().manual_seed(0)
@@ -455,32 +455,32 @@ def permute_nontarget(teacher_logits: Tensor, *, generator: torch.Generator) -> 
     largest, chosen = teacher.max(dim=-1, keepdim=True)
     keys = torch.rand(teacher.shape, generator=generator, device=teacher.device)
     permuted = teacher.gather(1, keys.argsort(dim=-1))
-    # the largest back to its place, against whatever came to lie there
+    # swap the largest logit back to its class
     displaced = permuted.gather(1, chosen)
     permuted.scatter_(1, permuted.argmax(dim=-1, keepdim=True), displaced)
     return permuted.scatter_(1, chosen, largest)
 
 
 def teacher_free_logits(labels: Tensor, *, classes: int, confidence: float) -> Tensor:
-    """Log-probabilities of a virtual teacher that is always right, for any loss to take as logits.
+    """Log-probabilities of a virtual teacher that always predicts the label, as logits of any loss.
 
         p_k = confidence if k = y else (1 - confidence) / (classes - 1)
 
-    At temperature T a loss sees p^(1/T), normalised; the authors' code takes softmax(p / T). With
+    At temperature T a loss uses p^(1/T), normalised; the authors' code uses softmax(p / T). With
     `confidence=1 / classes` the teacher is uniform, and distilling from it at T = 1 is label
     smoothing of `alpha`, up to a constant.
 
     Args:
-        labels: class indices y `[batch]`, int64.
-        classes: how many, two or more.
-        confidence: probability of the label, in (0, 1).
+        labels: Class indices y `[batch]`, int64.
+        classes: Number of classes, at least 2.
+        confidence: Probability of the label, in (0, 1).
 
     Returns:
         Log-probabilities `[batch, classes]`, float32.
 
     Raises:
-        ValueError: a setting or a label out of range, labels of another shape.
-        TypeError: labels that are not int64.
+        ValueError: A setting or a label out of range, or labels of another shape.
+        TypeError: Labels that are not int64.
 
     >>> teacher_free_logits(torch.tensor([1]), classes=3, confidence=0.9).exp()
     tensor([[0.0500, 0.9000, 0.0500]])
@@ -499,8 +499,11 @@ def teacher_free_logits(labels: Tensor, *, classes: int, confidence: float) -> T
 
 
 def check_finite(name: str, values: Tensor) -> None:
-    """Raise ValueError for NaN or infinity, naming the row. On the CPU, not to wait for a GPU."""
-    if _is_finite(values.detach().sum()):  # one pass; nothing is wrong if only the sum is infinite
+    """Raise ValueError for NaN or infinity, naming the row; only on the CPU, not to wait for a GPU.
+
+    The sum is one quick pass; an infinite sum of finite values raises nothing.
+    """
+    if _is_finite(values.detach().sum()):
         return
     rows = (~values.isfinite().all(dim=-1)).nonzero().tolist()
     if rows:
@@ -511,7 +514,7 @@ def check_finite(name: str, values: Tensor) -> None:
 
 
 def _is_finite(value: Tensor) -> bool:
-    """Whether a scalar on the CPU is; a GPU is not waited for, nor a compiler stopped."""
+    """Whether a scalar is finite; true where reading it would wait for a GPU or break a graph."""
     return not value.is_cpu or torch.compiler.is_compiling() or math.isfinite(value.item())
 
 
@@ -522,7 +525,10 @@ def _pair(
     *,
     finite: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return both, checked, wide, divided by the temperature, the teacher as one and detached."""
+    """Return checked logits `[batch, classes]` in float32 or wider, divided by the temperature.
+
+    Members are averaged and the teacher is detached.
+    """
     if temperature != 1:
         check_settings(temperature, 0.0, "probabilities", 0.0)
     check_floating("student_logits", student_logits)
@@ -543,7 +549,7 @@ def _pair(
 
 
 def _teacher(teacher_logits: Tensor, *, finite: bool = True) -> Tensor:
-    """Return `[batch, classes]`, checked, wide, detached."""
+    """Return checked teacher logits `[batch, classes]` in float32 or wider, detached."""
     check_floating("teacher_logits", teacher_logits)
     if teacher_logits.ndim not in (2, 3) or not teacher_logits.numel():
         raise ValueError(
@@ -557,12 +563,10 @@ def _teacher(teacher_logits: Tensor, *, finite: bool = True) -> Tensor:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """In float32 or wider; the quickest way where nothing is to be done."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(_wide(tensor))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    """Return the tensor in float32 or wider, without a call if it already is."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _log_softmax(
@@ -573,14 +577,14 @@ def _log_softmax(
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of rows, averaged. Finite logs: a probability that underflows adds 0."""
+    """Mean over rows of KL(p || q), of finite logs: a probability that underflows adds 0."""
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
 
 
 def _decouple(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of label and rest `[batch, 2]`, and of the classes in the rest.
+    """Return log-probabilities of label and rest `[batch, 2]`, and of the classes within the rest.
 
-    The latter are `[batch, classes]`, with 0 at the label, where `_kl` adds 1 (0 - 0).
+    The latter are `[batch, classes]`, with 0 at the label, so that `_kl` adds 1 (0 - 0) there.
     """
     others = logits.scatter(1, index, -math.inf)
     rest = others.logsumexp(dim=-1, keepdim=True)
@@ -589,14 +593,14 @@ def _decouple(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _correlation(p_s: Tensor, p_t: Tensor, dim: int) -> Tensor:
-    """Pearson's r along `dim`, averaged; 0 where one is constant up to rounding."""
+    """Mean of Pearson's r along `dim`; r is 0 if one side is constant up to rounding."""
     (student, student_norm), (teacher, teacher_norm) = (_centre(p, dim) for p in (p_s, p_t))
     unit = teacher / teacher_norm
     return ((student * unit).sum(dim, keepdim=True) / student_norm).mean()
 
 
 def _centre(p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Probabilities less their mean, and the norm of that; inf where they are constant."""
+    """Return centred probabilities and their norm, which is infinite if they are constant."""
     mean = p.mean(dim, keepdim=True)
     centred = p - mean
     norm = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)

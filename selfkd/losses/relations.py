@@ -1,4 +1,4 @@
-"""Relational distillation: what the embeddings of a batch are to each other.
+"""Relational distillation: distances and angles between the embeddings of a batch.
 
 The dimensions of student and teacher may differ. Both losses depend on how a batch is split.
 """
@@ -16,25 +16,26 @@ from selfkd.losses.logits import check_finite
 
 
 def rkd_distance(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
-    """Relational distillation of distances.
+    """Relational distillation of distances between pairs of embeddings.
 
         mean over pairs i != j of huber(psi_s_ij - psi_t_ij)
         psi_ij = ||x_i - x_j|| / mean over pairs i != j of ||x_i - x_j||
         huber(u) = u^2 / 2 if |u| <= 1 else |u| - 1/2
 
-    A pair of coinciding points has no gradient. Points that all coincide have psi = 0.
+    A pair of coinciding embeddings has no gradient. If all coincide, psi = 0.
 
     Args:
-        student_embeddings: `[batch, dim]`. Computed in float32 or wider, in autocast too.
-        teacher_embeddings: `[batch, dim]`, of any dimension. Never gets a gradient.
+        student_embeddings: Embeddings `[batch, dim]`. The loss is computed in float32 or wider, in
+            autocast too.
+        teacher_embeddings: Embeddings `[batch, dim]` of any dimension. Never gets a gradient.
 
     Returns:
         Scalar, dimensionless; 0 for a batch of 1.
 
     Raises:
-        ValueError: shapes that do not match, or (on the CPU) a teacher's embedding that is not
-            finite.
-        TypeError: embeddings that are not floating point.
+        ValueError: Shapes that do not match, or (checked on the CPU only) an embedding of the
+            teacher that is not finite.
+        TypeError: Embeddings that are not floating point.
 
     >>> line = torch.tensor([[0.0], [1.0], [2.0]])
     >>> rkd_distance(line, torch.cat([7 * line, line], dim=1))
@@ -51,23 +52,25 @@ def rkd_distance(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tens
 
 
 def rkd_angle(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
-    """Relational distillation of angles.
+    """Relational distillation of angles within triplets of embeddings.
 
         mean over triplets of distinct i, j, k of huber(c_s_ijk - c_t_ijk)
         c_ijk = <e_ij, e_kj>        e_ij = (x_i - x_j) / ||x_i - x_j||
         huber(u) = u^2 / 2 if |u| <= 1 else |u| - 1/2
 
-    Coinciding points have e = 0 and no gradient. Takes memory for batch^2 (batch + dim) numbers.
+    Coinciding embeddings have e = 0 and no gradient. Needs memory for batch^2 (batch + dim)
+    numbers.
 
     Args:
-        student_embeddings: `[batch, dim]`. Computed in float32 or wider, in autocast too.
-        teacher_embeddings: `[batch, dim]`, of any dimension. Never gets a gradient.
+        student_embeddings: Embeddings `[batch, dim]`. The loss is computed in float32 or wider, in
+            autocast too.
+        teacher_embeddings: Embeddings `[batch, dim]` of any dimension. Never gets a gradient.
 
     Returns:
         Scalar, dimensionless; 0 for a batch of 1 or 2.
 
     Raises:
-        ValueError, TypeError: as `rkd_distance`.
+        ValueError, TypeError: Same as `rkd_distance`.
 
     >>> right = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
     >>> rkd_angle(right, 2 * right)
@@ -82,7 +85,7 @@ def rkd_angle(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
     batch = len(student)
     with torch.autocast(student.device.type, enabled=False):
         student_cosines, teacher_cosines = _cosines(student), _cosines(teacher)
-    # i = k is no triplet: made equal, so that it adds nothing
+    # i = k is not a triplet: made equal, so that it adds 0
     teacher_cosines.diagonal(dim1=1, dim2=2).copy_(
         student_cosines.detach().diagonal(dim1=1, dim2=2)
     )
@@ -91,14 +94,14 @@ def rkd_angle(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
 
 
 def _relative_distances(embeddings: Tensor) -> Tensor:
-    """Distances of pairs `[batch (batch - 1) / 2]` by their mean; 0 where that is 0."""
+    """Distances of pairs `[batch (batch - 1) / 2]` divided by their mean; 0 if the mean is 0."""
     distances: Tensor = _Distances.apply(embeddings)
     mean = distances.sum() / max(len(distances), 1)
     return distances / mean.masked_fill(mean == 0, math.inf)
 
 
 def _cosines(embeddings: Tensor) -> Tensor:
-    """Cosines `[j, i, k]` of the angles at j between i and k; 0 where one coincides with j."""
+    """Cosines `[j, i, k]` of the angles at j between i and k; 0 if i or k coincides with j."""
     differences = embeddings - embeddings[:, None]
     norms = torch.linalg.vector_norm(differences, dim=-1, keepdim=True)
     units = differences / norms.masked_fill(norms == 0, math.inf)
@@ -106,7 +109,7 @@ def _cosines(embeddings: Tensor) -> Tensor:
 
 
 class _Distances(torch.autograd.Function):
-    """`F.pdist` with one matrix product backward: for wide embeddings, 3 times as fast."""
+    """Distances as in `F.pdist`, with one backward matrix product: 3 times as fast if wide."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor) -> Tensor:
@@ -118,18 +121,18 @@ class _Distances(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         embeddings, distances = ctx.saved_tensors
         batch = len(embeddings)
-        pull = embeddings.new_zeros(batch, batch)
-        pull[tuple(torch.triu_indices(batch, batch, 1, device=pull.device))] = (
+        weights = embeddings.new_zeros(batch, batch)
+        weights[tuple(torch.triu_indices(batch, batch, 1, device=weights.device))] = (
             grad / distances.masked_fill(distances == 0, math.inf)
         )
-        pull = pull + pull.t()
+        weights = weights + weights.t()
         with torch.autocast(embeddings.device.type, enabled=False):
-            gradient: Tensor = pull.sum(dim=1, keepdim=True) * embeddings - pull @ embeddings
+            gradient: Tensor = weights.sum(dim=1, keepdim=True) * embeddings - weights @ embeddings
         return gradient
 
 
 def _pair(student_embeddings: Tensor, teacher_embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both, checked, wide, the teacher detached."""
+    """Return checked, centred embeddings in float32 or wider, the teacher's detached."""
     named = {"student_embeddings": student_embeddings, "teacher_embeddings": teacher_embeddings}
     for name, embeddings in named.items():
         if embeddings.ndim != 2 or not embeddings.numel():
@@ -144,5 +147,5 @@ def _pair(student_embeddings: Tensor, teacher_embeddings: Tensor) -> tuple[Tenso
     check_finite("teacher_embeddings", teacher_embeddings)
     dtype = torch.promote_types(student_embeddings.dtype, torch.float32)
     student, teacher = student_embeddings.to(dtype), teacher_embeddings.detach().to(dtype)
-    # centred, as differences of pairs are taken of matrix products
+    # centred, because differences of pairs are computed by matrix products
     return student - student.mean(dim=0), teacher - teacher.mean(dim=0)

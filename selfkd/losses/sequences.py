@@ -1,4 +1,4 @@
-"""Distillation of token logits, in chunks: what is kept is the gradient and one chunk."""
+"""Distillation of token logits chunk by chunk, so that only the gradient and one chunk are held."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ from selfkd.losses.distillation import (
     is_nan,
     unchecked_terms,
 )
-from selfkd.losses.fused import weigh
+from selfkd.losses.fused import weighted_sum
 from selfkd.losses.sparse import SparseLogits, check_sparse, unchecked_sparse_terms
 
 
 class SampledTargets(NamedTuple):
-    """Classes drawn from a teacher, token by token: an unbiased account of its soft targets."""
+    """Classes sampled from a teacher for each token: an unbiased estimate of its soft targets."""
 
     indices: Tensor
-    """`[..., samples]`, int64, with repetition."""
+    """Sampled classes `[..., samples]`, int64, with repetition."""
     weights: Tensor
-    """`[..., samples]`: p / (samples q) of a class of probability p that is drawn with q."""
+    """Importance weights `[..., samples]`: p / (samples q) of a class with probability p that is
+    drawn with probability q."""
     log_p: Tensor
-    """`[..., samples]`: log p of each."""
+    """Log-probabilities log p of the sampled classes, `[..., samples]`."""
     temperature: float
-    """T of p, at which alone they can teach."""
+    """Temperature T of p, at which the student must be trained too."""
 
     def to(self, device: torch.device | str | int) -> SampledTargets:
         """Return a copy on `device`."""
-        return _each(self, lambda tensor: tensor.to(device))
+        return _map_tensors(self, lambda tensor: tensor.to(device))
 
 
 class LinearLogits(NamedTuple):
-    """A teacher's logits `hidden @ weight.T + bias`, made chunk by chunk, never held as a whole."""
+    """Teacher logits `hidden @ weight.T + bias`, computed chunk by chunk, never held as a whole."""
 
     hidden: Tensor
-    """`[batch, length, width]`, of its last layer."""
+    """Hidden states of the last layer, `[batch, length, width]`."""
     weight: Tensor
-    """`[vocabulary, width]`, of its linear head."""
+    """Weight of the linear head, `[vocabulary, width]`."""
     bias: Tensor | None = None
-    """`[vocabulary]`."""
+    """Bias of the linear head, `[vocabulary]`."""
 
     def to(self, device: torch.device | str | int) -> LinearLogits:
         """Return a copy on `device`."""
@@ -58,8 +59,8 @@ class LinearLogits(NamedTuple):
 
 
 TokenTeacher = Tensor | SparseLogits | SampledTargets | LinearLogits
-"""`[batch, length, vocabulary]`, or `[batch, length, k]` of those that know less. Of an ensemble
-logits, or the largest of them, may be `[members, batch, length, ...]`."""
+"""Teacher of a sequence: `[batch, length, vocabulary]`, or `[batch, length, k]` if sparse or
+sampled. Full or sparse logits of an ensemble may be `[members, batch, length, ...]`."""
 
 _Teacher = TypeVar("_Teacher", Tensor, SparseLogits, SampledTargets, LinearLogits, TokenTeacher)
 _Rows = Tensor | slice
@@ -94,39 +95,42 @@ def sequence_terms(
         soft_loss = sum_i T^2 KL(p_t,i^T || p_s,i^T) / n             p^T = softmax(z / T)
         loss      = (1 - alpha) hard_loss + alpha soft_loss
 
-    over the n valid tokens of the whole batch, so that a token weighs the same in a short row as in
-    a long one. Logits and labels must be aligned: for a causal model `student_logits[:, :-1]` with
-    `labels[:, 1:]`. Over micro-batches of unlike n the mean of these losses is not that of the
-    whole: give the n of all of them as `normalizer` and add the losses up.
+    over the n valid tokens of the whole batch, so that tokens of short and long rows have the same
+    weight. Logits and labels must be aligned: for a causal model `student_logits[:, :-1]` with
+    `labels[:, 1:]`. The mean of the losses of micro-batches with different n is not the loss of
+    the whole batch: give their total n as `normalizer` and add the losses up.
 
-    The gradient is computed with the loss, chunk by chunk: it, of the size of the logits, and work
-    for one chunk are the extra memory. It can be had once, and not differentiated in turn.
+    The gradient is computed together with the loss, chunk by chunk. The extra memory is the
+    gradient, of the size of the logits, and work for one chunk. The loss allows a single backward
+    pass, without double backward.
 
     Args:
-        student_logits: `[batch, length, vocabulary]`, floating point. Computed in float32 or
+        student_logits: Logits `[batch, length, vocabulary]`, floating point. Computed in float32 or
             wider.
-        teacher: logits `[batch, length, vocabulary]`, `SparseLogits` `[batch, length, k]`, either
-            also `[members, ...]` of an ensemble, `LinearLogits`, or `SampledTargets`
+        teacher: Logits `[batch, length, vocabulary]` or `SparseLogits` `[batch, length, k]`, either
+            also `[members, ...]` of an ensemble; `LinearLogits`; or `SampledTargets`
             `[batch, length, samples]` drawn at this T. Never gets a gradient.
-        labels: the token to follow, `[batch, length]`, int64.
-        temperature: T, above 0.
-        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
-        ignore_index: the label of tokens that are not valid: they enter neither term.
-        mask: `[batch, length]`, bool: true for tokens that count, if their labels do.
-        label_smoothing: of the hard term, in [0, 1].
-        average: of an ensemble's `probabilities` or `logits`.
-        weights: of the ensemble's members in that average, with sum 1.
-        normalizer: what takes the place of n, above 0.
-        chunk: tokens computed at once, at least 1.
+        labels: Next token at each position, `[batch, length]`, int64.
+        temperature: Temperature T, above 0.
+        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
+        ignore_index: Label of invalid tokens, which enter neither term.
+        mask: Validity of each token `[batch, length]`, bool; a token counts if its label is valid
+            too.
+        label_smoothing: Label smoothing of the hard term, in [0, 1].
+        average: Whether an ensemble's `probabilities` or `logits` are averaged.
+        weights: Weights of the ensemble's members in that average, with sum 1.
+        normalizer: Divisor in place of n, above 0.
+        chunk: Number of tokens computed at once, at least 1.
 
     Returns:
-        Scalars of at least float32, 0 where no token is valid. Only `loss` carries the graph.
+        Scalars of at least float32, 0 if no token is valid. Only `loss` carries the graph.
 
     Raises:
-        ValueError: a setting out of range, shapes that do not match, a label out of range, a
-            teacher's NaN (values are looked at on the CPU only).
-        TypeError: logits that are not floating point, labels that are not int64.
-        RuntimeError: in backward, where the gradient is asked for twice or differentiated.
+        ValueError: A setting out of range, shapes that do not match, or (checked on the CPU only) a
+            label out of range or NaN teacher logits.
+        TypeError: Sparse logits that are not floating point, or labels or classes that are not
+            int64.
+        RuntimeError: A second backward pass, or one with `create_graph=True`.
 
     >>> student_logits = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]], requires_grad=True)
     >>> teacher_logits, labels = torch.zeros(1, 2, 2), torch.tensor([[0, -100]])
@@ -149,7 +153,7 @@ def sequence_terms(
     wide = torch.promote_types(flat.dtype, torch.float32)
     if not (student_logits.requires_grad and torch.is_grad_enabled()):
         return tokens.terms(lambda rows: flat[rows].to(wide), None, chunk)
-    # in float16 a mean over many tokens vanishes before a gradient scaler could save it
+    # in float16 a mean over many tokens would underflow before a gradient scaler is applied
     dtype = wide if flat.dtype == torch.float16 else flat.dtype
     gradient = torch.zeros_like(flat, dtype=dtype)
 
@@ -157,7 +161,7 @@ def sequence_terms(
         gradient[rows] = logits_gradient.div_(tokens.count).to(dtype)
 
     terms = tokens.terms(lambda rows: flat[rows].to(wide), collect, chunk)
-    loss = _GradientsAtHand.apply(terms.loss, [gradient], student_logits)
+    loss = _PrecomputedGradients.apply(terms.loss, [gradient], student_logits)
     return terms._replace(loss=loss)
 
 
@@ -178,37 +182,38 @@ def linear_sequence_terms(
     normalizer: float | Tensor | None = None,
     chunk: int = 64,
 ) -> DistillationTerms:
-    """`sequence_terms` of the logits `hidden @ weight.T + bias`, which are never held as a whole.
+    """Distillation loss of the logits `hidden @ weight.T + bias`, which are never held as a whole.
 
-    A chunk's logits are made, used for the loss and the gradients of `hidden`, `weight` and `bias`,
-    and dropped. The extra memory is these gradients, in float32 or wider, and work for one chunk;
-    it does not grow with length times vocabulary. With `LinearLogits` as teacher nothing does.
+    The terms are those of `sequence_terms`. The logits of a chunk are computed, used for the loss
+    and the gradients of `hidden`, `weight` and `bias`, and dropped. The extra memory is these
+    gradients, in float32 or wider, and work for one chunk; it does not grow with length times
+    vocabulary. With `LinearLogits` as teacher, no memory does.
 
-    There, on a GPU, in float32 without autocast, without label smoothing and with a gradient,
-    `liger-kernel` does it if installed (`selfkd[liger]`): its loss is this one. In half precision
-    it takes the divergence in that precision too, so there it is not used.
+    With `LinearLogits` on a GPU, in float32 without autocast, without label smoothing and with a
+    gradient, the loss is computed by `liger-kernel` if it is installed (`selfkd[liger]`). In half
+    precision `liger-kernel` computes the divergence in that precision too, so it is not used.
 
     Args:
-        hidden: `[batch, length, width]`, of the model's last layer.
-        weight: `[vocabulary, width]` of the linear head.
-        teacher: as for `sequence_terms`.
-        labels: `[batch, length]`, int64.
-        temperature: T, above 0.
-        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
-        bias: `[vocabulary]` of the head.
-        ignore_index: the label of tokens that are not valid.
-        mask: `[batch, length]`, bool.
-        label_smoothing: of the hard term, in [0, 1].
-        average: of an ensemble's `probabilities` or `logits`.
-        weights: of the ensemble's members in that average, with sum 1.
-        normalizer: what takes the place of the number of valid tokens, above 0.
-        chunk: tokens computed at once, at least 1.
+        hidden: Hidden states of the model's last layer, `[batch, length, width]`.
+        weight: Weight of the linear head, `[vocabulary, width]`.
+        teacher: Teacher of any kind that `sequence_terms` accepts.
+        labels: Next token at each position, `[batch, length]`, int64.
+        temperature: Temperature T, above 0.
+        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
+        bias: Bias of the linear head, `[vocabulary]`.
+        ignore_index: Label of invalid tokens, which enter neither term.
+        mask: Validity of each token `[batch, length]`, bool.
+        label_smoothing: Label smoothing of the hard term, in [0, 1].
+        average: Whether an ensemble's `probabilities` or `logits` are averaged.
+        weights: Weights of the ensemble's members in that average, with sum 1.
+        normalizer: Divisor in place of the number of valid tokens, above 0.
+        chunk: Number of tokens computed at once, at least 1.
 
     Returns:
         Scalars of at least float32. Only `loss` carries the graph, to hidden, weight and bias.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `sequence_terms`.
+        ValueError, TypeError, RuntimeError: Same as `sequence_terms`.
 
     >>> hidden, weight = torch.ones(1, 2, 3, requires_grad=True), torch.eye(4, 3)
     >>> teacher_logits, labels = torch.zeros(1, 2, 4), torch.tensor([[0, 3]])
@@ -235,7 +240,8 @@ def linear_sequence_terms(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be {list(weight.shape[:1])}, got {list(bias.shape)}")
-    like = hidden.detach()[..., :1].expand(*hidden.shape[:2], len(weight))  # of the logits' shape
+    # a view in the shape of the logits, for the checks
+    like = hidden.detach()[..., :1].expand(*hidden.shape[:2], len(weight))
     tokens = _Tokens(like, teacher, labels, ignore_index, mask, settings, normalizer)
     inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
@@ -263,15 +269,15 @@ def linear_sequence_terms(
         else None
         for tensor, cast in zip(inputs, (flat, head, *shift), strict=True)
     ]
-    of_hidden, of_weight, *of_bias = gradients
+    hidden_gradient, weight_gradient, *bias_gradient = gradients
 
     def collect(rows: _Rows, logits_gradient: Tensor) -> None:
-        small = logits_gradient.to(dtype)  # not yet divided by n: float16 would lose it
-        if of_hidden is not None:
-            of_hidden[rows] = (small @ head).to(of_hidden.dtype)
-        if of_weight is not None:
-            of_weight.add_(small.T @ flat[rows])
-        for total in of_bias:
+        cast = logits_gradient.to(dtype)  # not yet divided by n, which would underflow in float16
+        if hidden_gradient is not None:
+            hidden_gradient[rows] = (cast @ head).to(hidden_gradient.dtype)
+        if weight_gradient is not None:
+            weight_gradient.add_(cast.T @ flat[rows])
+        for total in bias_gradient:
             if total is not None:
                 total.add_(logits_gradient.sum(0))
 
@@ -279,12 +285,16 @@ def linear_sequence_terms(
     for gradient in gradients:
         if gradient is not None:
             gradient.div_(tokens.count)
-    loss = _GradientsAtHand.apply(terms.loss, gradients, *inputs)
+    loss = _PrecomputedGradients.apply(terms.loss, gradients, *inputs)
     return terms._replace(loss=loss)
 
 
 def liger_fits(*tensors: Tensor | None, label_smoothing: float = 0.0) -> bool:
-    """Whether `liger-kernel` is there for these tensors, and its loss equals `sequence_terms`.
+    """Whether `liger-kernel` is installed and computes the loss of `sequence_terms` for these.
+
+    Args:
+        *tensors: Tensors of student and teacher, or None.
+        label_smoothing: Label smoothing of the hard term, in [0, 1].
 
     >>> liger_fits(torch.ones(1, 2, 3), torch.ones(4, 3))  # not on a GPU
     False
@@ -305,8 +315,8 @@ def _liger_terms(
     temperature, alpha = tokens.settings.temperature, tokens.settings.alpha
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=1 - alpha,
-        weight_soft_loss=alpha * temperature**2,  # its soft loss is without T^2
-        beta=0.0,  # the end at which its divergence is KL(p_t || p_s)
+        weight_soft_loss=alpha * temperature**2,  # Liger's soft loss has no T^2
+        beta=0.0,  # at which Liger's divergence is KL(p_t || p_s)
         temperature=temperature,
         compiled=hidden.is_cuda,
         return_soft_hard_loss=True,
@@ -316,9 +326,9 @@ def _liger_terms(
     total, soft, hard = loss(
         student, weight, states, teacher.weight.detach(), labels, bias, teacher.bias
     )
-    share = len(tokens.rows) / tokens.count  # it takes the mean
+    scale = len(tokens.rows) / tokens.count  # Liger's loss is a mean over the valid tokens
     return DistillationTerms(
-        total * share, hard.detach() * share, temperature**2 * soft.detach() * share
+        total * scale, hard.detach() * scale, temperature**2 * soft.detach() * scale
     )
 
 
@@ -330,23 +340,26 @@ def sampled_targets(
     generator: torch.Generator | None = None,
     exponent: float = 1.0,
 ) -> SampledTargets:
-    """Draw classes of each token so that what they teach is right on average.
+    """Sample classes for each token, with importance weights that make the loss unbiased.
 
         i_j ~ q,  q = p^exponent / sum p^exponent,  w_j = p(i_j) / (samples q(i_j))
 
-    with p the teacher's softmax at T. For any f, sum_j w_j f(i_j) has the mean sum_i p_i f(i): so
-    the loss and its gradient equal the full ones on average, where the largest k logits alone would
-    teach too sure a student. An `exponent` below 1 draws rare tokens more often.
+    with p the teacher's softmax at T. For any f, sum_j w_j f(i_j) has the mean sum_i p_i f(i), so
+    that the loss and its gradient equal the full ones on average, whereas the k largest logits
+    alone make the student overconfident. An `exponent` below 1 draws rare tokens more often.
 
     Args:
-        teacher_logits: `[..., vocabulary]`.
-        samples: draws of each token, with repetition, at least 1.
-        temperature: T, above 0; the student must be taught at the same.
-        generator: of the draws, on the logits' device.
-        exponent: of the distribution that is drawn from, above 0.
+        teacher_logits: Logits `[..., vocabulary]`.
+        samples: Number of draws for each token, with repetition, at least 1.
+        temperature: Temperature T, above 0, at which the student must be trained too.
+        generator: Random generator of the draws, on the logits' device.
+        exponent: Exponent of p in the sampling distribution q, above 0.
+
+    Returns:
+        Sampled classes `[..., samples]` with their weights and log-probabilities, without a graph.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: A setting out of range.
 
     >>> targets = sampled_targets(torch.zeros(2, 3, 1000), 8, temperature=1.0)
     >>> targets.indices.shape, targets.weights[0, 0, :2]
@@ -373,7 +386,17 @@ def sampled_targets(
 
 
 class _Tokens:
-    """The valid tokens of a batch, with all that the loss needs but the student's logits."""
+    """Valid tokens of a batch with their labels and teacher, all that a loss needs but the logits.
+
+    Args:
+        student_logits: Logits of the student, for the checks of shapes only.
+        teacher: Teacher of a sequence.
+        labels: Next token at each position, `[batch, length]`.
+        ignore_index: Label of invalid tokens.
+        mask: Validity of each token `[batch, length]`, bool.
+        settings: Settings of the loss.
+        normalizer: Divisor in place of the number of valid tokens.
+    """
 
     def __init__(
         self,
@@ -406,8 +429,8 @@ class _Tokens:
         self.rows = valid.flatten().nonzero()[:, 0]
         self.shape = shape
         self.count = max(1, len(self.rows)) if normalizer is None else normalizer
-        self.axis = int(_has_members(teacher))  # of the tokens
-        self.teacher = _each(teacher, lambda t: t.detach().flatten(self.axis, self.axis + 1))
+        self.axis = int(_has_members(teacher))  # the dimension of the tokens
+        self.teacher = _map_tensors(teacher, lambda t: t.detach().flatten(self.axis, self.axis + 1))
         self.labels = labels.flatten()
         self.settings = settings
         if len(self.rows):
@@ -419,7 +442,10 @@ class _Tokens:
         collect: Callable[[_Rows, Tensor], None] | None,
         chunk: int,
     ) -> DistillationTerms:
-        """Return the terms without a graph; `collect` gets each chunk's gradient, as of a sum."""
+        """Return the terms without a graph.
+
+        `collect` gets the rows of each chunk and the gradient of the chunk's summed loss.
+        """
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         sums = torch.zeros(2, dtype=torch.float64, device=self.labels.device)
@@ -427,7 +453,7 @@ class _Tokens:
         for rows in self._chunks(chunk):
             with torch.set_grad_enabled(collect is not None):
                 logits = logits_of(rows).detach().requires_grad_(collect is not None)
-                terms = self._of_chunk(logits, rows)
+                terms = self._chunk_terms(logits, rows)
             dtype = terms.loss.dtype
             sums += torch.stack([terms.hard_loss, terms.soft_loss]) * len(logits)
             if collect is not None:
@@ -436,16 +462,16 @@ class _Tokens:
         hard, soft = (sums / self.count).to(dtype).unbind()
         if is_nan(soft):
             self._check_no_nan()
-        return DistillationTerms(weigh(hard, soft, self.settings.alpha), hard, soft)
+        return DistillationTerms(weighted_sum(hard, soft, self.settings.alpha), hard, soft)
 
     def _chunks(self, chunk: int) -> Sequence[_Rows]:
-        if len(self.rows) == len(self.labels):  # views, where an index would copy
+        if len(self.rows) == len(self.labels):  # slices are views, an index would copy
             return [slice(start, start + chunk) for start in range(0, len(self.rows), chunk)]
         return torch.split(self.rows, chunk) if len(self.rows) else ()
 
-    def _of_chunk(self, logits: Tensor, rows: _Rows) -> DistillationTerms:
-        place = (slice(None),) * self.axis + (rows,)
-        teacher, labels = _each(self.teacher, lambda tensor: tensor[place]), self.labels[rows]
+    def _chunk_terms(self, logits: Tensor, rows: _Rows) -> DistillationTerms:
+        key = (slice(None),) * self.axis + (rows,)
+        teacher, labels = _map_tensors(self.teacher, lambda tensor: tensor[key]), self.labels[rows]
         settings = self.settings._asdict()
         if isinstance(teacher, SampledTargets):
             return _sampled_terms(logits, teacher, labels, self.settings)
@@ -458,16 +484,16 @@ class _Tokens:
         return unchecked_terms(logits, teacher, labels, **settings)
 
     def _check_no_nan(self) -> None:
-        """Raise ValueError for a teacher's NaN, naming the token."""
+        """Raise ValueError for NaN teacher logits, naming the token."""
         found = torch.zeros_like(self.labels, dtype=torch.bool)
 
-        def look(tensor: Tensor) -> Tensor:
+        def find_nan(tensor: Tensor) -> Tensor:
             others = tuple(dim for dim in range(tensor.ndim) if dim != self.axis)
             nan = tensor.isnan()
             found.logical_or_(nan.any(others) if others else nan)
             return tensor
 
-        _each(self.teacher, look)
+        _map_tensors(self.teacher, find_nan)
         rows = self.rows[found[self.rows]]
         if len(rows):
             row, token = divmod(int(rows[0]), self.shape[1])
@@ -483,11 +509,11 @@ def _sampled_terms(
     log_p_s = F.log_softmax(logits / settings.temperature, dim=-1).gather(-1, teacher.indices)
     kl = (teacher.weights * (teacher.log_p - log_p_s)).sum(-1).mean()
     soft = settings.temperature**2 * kl
-    return DistillationTerms(weigh(hard, soft, settings.alpha), hard.detach(), soft.detach())
+    return DistillationTerms(weighted_sum(hard, soft, settings.alpha), hard.detach(), soft.detach())
 
 
-def _each(teacher: _Teacher, change: Callable[[Tensor], Tensor]) -> _Teacher:
-    """Return the teacher with its tensors of tokens changed."""
+def _map_tensors(teacher: _Teacher, change: Callable[[Tensor], Tensor]) -> _Teacher:
+    """Return the teacher with `change` applied to each of its tensors of tokens."""
     if isinstance(teacher, Tensor):
         return change(teacher)
     if isinstance(teacher, SparseLogits):
@@ -544,7 +570,7 @@ def _check_teacher(teacher: TokenTeacher, student_logits: Tensor, settings: _Set
         )
 
 
-class _GradientsAtHand(torch.autograd.Function):
+class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
         ctx.gradients = [
@@ -562,8 +588,8 @@ class _GradientsAtHand(torch.autograd.Function):
             )
         if ctx.gradients is None:
             raise RuntimeError(
-                "backward must be called once on the loss of a sequence, as its gradient is given "
-                "away: compute the loss again, or add the losses up before"
+                "backward must be called once on the loss of a sequence, as its gradient is not "
+                "kept: compute the loss again, or add the losses up before"
             )
         gradients, ctx.gradients = ctx.gradients, None
         unscaled = grad_loss.device.type == "cpu" and grad_loss.item() == 1

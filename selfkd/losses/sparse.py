@@ -1,4 +1,4 @@
-"""Distillation from a teacher of which only the largest logits are known."""
+"""Distillation from the k largest logits of a teacher (sparse soft targets)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from selfkd.losses.distillation import (
     hard_loss,
     is_nan,
 )
-from selfkd.losses.fused import weigh
+from selfkd.losses.fused import weighted_sum
 
 
 class SparseLogits(NamedTuple):
-    """The k largest logits of each row, and what the other classes weigh together.
+    """The k largest logits of each row, and the log-sum-exp of the others.
 
     A leading dimension for the members of an ensemble is allowed.
     """
 
     values: Tensor
-    """`[..., batch, k]`, floating point."""
+    """The largest logits `[..., batch, k]`, floating point."""
     indices: Tensor
-    """Their classes, `[..., batch, k]`, int64, each once in a row."""
+    """Classes of the values `[..., batch, k]`, int64, each once in a row."""
     rest: Tensor
-    """Log-sum-exp of the other classes' logits, `[..., batch]`; -inf where they weigh nothing."""
+    """Log-sum-exp of the other logits `[..., batch]`; -inf if there are none or all are -inf."""
 
     def to(self, device: torch.device | str | int) -> SparseLogits:
         """Return a copy on `device`."""
@@ -42,14 +42,14 @@ def sparsify(logits: Tensor, k: int) -> SparseLogits:
     """Keep the k largest logits of each row, and the log-sum-exp of the others.
 
     Args:
-        logits: `[..., classes]`.
-        k: how many, from 1 to all classes.
+        logits: Logits `[..., classes]`.
+        k: Number of logits to keep, from 1 to the number of classes.
 
     Returns:
-        Values and rest in float32, or float64 where `logits` are; without a graph.
+        The sparse logits, in float32, or float64 if `logits` are; without a graph.
 
     Raises:
-        ValueError: `k` is out of range.
+        ValueError: A k out of range.
 
     >>> sparsify(torch.tensor([[3.0, 0.0, 1.0, 0.0]]), 2)
     SparseLogits(values=tensor([[3., 1.]]), indices=tensor([[0, 2]]), rest=tensor([0.6931]))
@@ -73,43 +73,44 @@ def sparse_terms(
     label_smoothing: float = 0.0,
     weights: Sequence[float] | Tensor | None = None,
 ) -> DistillationTerms:
-    """Distillation loss where the teacher's k largest logits are known, with its terms by name.
+    """Distillation loss of a teacher's k largest logits, with its two terms by name.
 
         hard_loss = CE(y, p_s)
         soft_loss = T^2 KL(q_t^T || q_s^T)              over the k classes and a bucket of the rest
         loss      = (1 - alpha) hard_loss + alpha soft_loss
 
     each a mean over the batch. The student's bucket is exact: the log-sum-exp of its other logits
-    over T. The teacher's is taken as if its rest were spread evenly over the K - k other classes,
+    over T. The teacher's bucket assumes that its rest is spread evenly over the K - k other
+    classes,
 
         (1 - 1 / T) log(K - k) + rest / T
 
-    which is exact at T = 1, too much above it, and tends to the right mass as T -> inf. The bucket
-    hides how the teacher ranks the other classes: at T = 1 the loss is at most the full one, and
-    where many classes share the rest it falls far short as T grows. Of 1,000 classes, 20 known,
-    the gradient has a cosine of 0.99 with the full one at T = 1, 0.4 at T = 4.
+    which is exact at T = 1, too large above it, and tends to the right mass as T -> inf. The bucket
+    hides the teacher's ranking of the other classes: at T = 1 the loss is at most the full loss,
+    and if many classes share the rest it becomes much smaller as T grows. With 20 of 1,000 classes
+    known, the gradient has a cosine of 0.99 with the full gradient at T = 1, and 0.4 at T = 4.
 
-    Of an ensemble, the mean of the members' KL is taken. With all classes known (k = K) it has the
-    gradient of the KL from the members' mean distribution, and a value greater by a constant: the
-    mean KL of the members from their mean.
+    For an ensemble, the mean of the members' KL is taken. If all classes are known (k = K), its
+    gradient is that of the KL from the members' mean distribution, and its value is larger by a
+    constant: the mean KL of the members from their mean.
 
     Args:
-        student_logits: `[batch, classes]`, floating point. Computed in float32 or wider, in
+        student_logits: Logits `[batch, classes]`, floating point. Computed in float32 or wider, in
             autocast too.
-        teacher: `[batch, k]`, or `[members, batch, k]` of an ensemble. Never gets a gradient.
-            The range of its indices, like that of the labels, is checked on the CPU only.
-        labels: class indices `[batch]`, int64.
-        temperature: T, above 0.
-        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
-        label_smoothing: of the hard term, in [0, 1].
-        weights: of the members, one each, 0 or more, with sum 1; all the same where not given.
+        teacher: Sparse logits `[batch, k]`, or `[members, batch, k]` of an ensemble. Never gets a
+            gradient. The range of its indices, like that of the labels, is checked on the CPU only.
+        labels: Class indices `[batch]`, int64.
+        temperature: Temperature T, above 0.
+        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
+        label_smoothing: Label smoothing of the hard term, in [0, 1].
+        weights: Weights of the members, one each, at least 0, with sum 1; equal if not given.
 
     Returns:
         Scalars of at least float32. Only `loss` carries the graph.
 
     Raises:
-        ValueError: a setting out of range, shapes that do not match, a class out of range.
-        TypeError: logits that are not floating point, classes that are not int64.
+        ValueError: A setting out of range, shapes that do not match, or a class out of range.
+        TypeError: Logits that are not floating point, or classes that are not int64.
 
     >>> logits = torch.tensor([[2.0, 0.0, -2.0, 0.0]], requires_grad=True)
     >>> teacher = sparsify(torch.tensor([[1.0, 0.5, -1.0, 0.5]]), 2)
@@ -147,7 +148,7 @@ def unchecked_sparse_terms(
     label_smoothing: float = 0.0,
     weights: Sequence[float] | Tensor | None = None,
 ) -> DistillationTerms:
-    """`sparse_terms` of a teacher that fits; its NaN is one of the soft loss."""
+    """Compute `sparse_terms` without checking the teacher; its NaN gives a NaN soft loss."""
     hard = hard_loss(student_logits, labels, label_smoothing=label_smoothing)
     shares: Sequence[float] = [1.0]
     if weights is not None:
@@ -162,16 +163,16 @@ def unchecked_sparse_terms(
         if share
     ]
     soft = temperature**2 * torch.stack(divergences).sum()
-    return DistillationTerms(weigh(hard, soft, alpha), hard.detach(), soft.detach())
+    return DistillationTerms(weighted_sum(hard, soft, alpha), hard.detach(), soft.detach())
 
 
 def bucket_divergence(log_p_s: Tensor, teacher: SparseLogits, temperature: float) -> Tensor:
-    """Return each row's KL over the k classes and the bucket, `[...]`.
+    """Return each row's KL over the k classes and the bucket of the others, `[...]`.
 
     Args:
-        log_p_s: the student's log probabilities at T, `[..., classes]`.
-        teacher: `[..., k]`.
-        temperature: T.
+        log_p_s: Log-probabilities of the student at T, `[..., classes]`.
+        teacher: Sparse logits `[..., k]`.
+        temperature: Temperature T, above 0.
     """
     values, indices, rest = (tensor.detach() for tensor in teacher)
     others = log_p_s.shape[-1] - values.shape[-1]
@@ -181,8 +182,8 @@ def bucket_divergence(log_p_s: Tensor, teacher: SparseLogits, temperature: float
         spread = (1 - 1 / temperature) * math.log(others)
         bucket = rest.to(log_p_s.dtype).unsqueeze(-1) / temperature + spread
         z_t = torch.cat([z_t, bucket], dim=-1)
-        # masked, not subtracted from 1; by the least number, as the gradient of the log-sum-exp of
-        # nothing but -inf would be NaN
+        # masked rather than subtracted from 1, and with the least number rather than -inf, because
+        # the log-sum-exp of -inf alone has a NaN gradient
         masked = log_p_s.scatter(-1, indices, torch.finfo(log_p_s.dtype).min)
         log_q_s = torch.cat([log_q_s, masked.logsumexp(-1, keepdim=True)], dim=-1)
     log_q_t = F.log_softmax(z_t, dim=-1)
@@ -194,12 +195,17 @@ def _check_no_nan(teacher: SparseLogits) -> None:
     rows = (teacher.values.isnan().any(dim=-1) | teacher.rest.isnan()).nonzero()
     if len(rows):
         *member, row = rows[0].tolist()
-        of = f" of member {member[0]}" if member else ""
-        raise ValueError(f"teacher must have numbers for soft_loss, got nan in row {row}{of}")
+        suffix = f" of member {member[0]}" if member else ""
+        raise ValueError(f"teacher must have numbers for soft_loss, got nan in row {row}{suffix}")
 
 
 def check_sparse(teacher: SparseLogits, student_logits: Tensor) -> None:
-    """Raise unless `teacher` is one, or several members, for `student_logits [..., classes]`."""
+    """Check that sparse logits, or those of members, fit `student_logits [..., classes]`.
+
+    Raises:
+        ValueError: Shapes that do not match, or (checked on the CPU only) a class out of range.
+        TypeError: Values or rest that are not floating point, or indices that are not int64.
+    """
     values, indices, rest = teacher
     *rows, classes = student_logits.shape
     k = values.shape[-1] if values.ndim else 0

@@ -1,4 +1,4 @@
-"""Reference networks for small images, in timm's registry once this package is imported.
+"""Reference networks for small images, registered with timm when this package is imported.
 
 selfkd_mlp        flatten, `depth` hidden layers of `width` units
 selfkd_cnn        three convolutions with batch norm

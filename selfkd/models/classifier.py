@@ -1,23 +1,23 @@
-"""What every reference network is made of: features, then timm's classification head."""
+"""Base module of the reference networks: features, then timm's classification head."""
 
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """Features and a linear classifier, with the attributes and methods that timm's models have.
+    """Features and a linear classifier, with the attributes and methods of timm's models.
 
-    Convolutions start from He et al.'s normal distribution (fan out), everything else from torch's
-    defaults, all drawn from torch's global generator: call `torch.manual_seed` before.
+    Convolutions are initialised from He et al.'s normal distribution (fan out), all other layers by
+    torch's defaults, with torch's global generator: call `torch.manual_seed` before.
 
     Args:
-        features: maps inputs to feature maps `[batch, num_features, height, width]`, or to
+        features: Module from inputs to feature maps `[batch, num_features, height, width]`, or to
             `[batch, num_features]` with `global_pool=""`.
-        num_features: the width of what `features` returns.
-        num_classes: how many classes; 0 leaves the classifier out.
-        in_chans: how many channels the inputs have.
-        drop_rate: dropout before the classifier.
-        global_pool: timm's name for the pooling; `""` for none.
+        num_features: Number of channels or features that `features` returns.
+        num_classes: Number of classes; 0 leaves the classifier out.
+        in_chans: Channels of the inputs.
+        drop_rate: Dropout rate before the classifier.
+        global_pool: Name of the pooling in timm; `""` for none.
 
     Reference:
         He et al., "Delving Deep into Rectifiers", 2015, https://arxiv.org/abs/1502.01852
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, inputs: Tensor) -> Tensor:
-        """What the network makes of `inputs`, before pooling and classifier."""
+        """Features of the inputs, before pooling and classifier."""
         features: Tensor = self.features(inputs)
         return features
 
@@ -69,6 +69,6 @@ class Classifier(nn.Module):
         return self.head.get_submodule("fc")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier for `num_classes` in place; 0 leaves it out."""
+        """Replace the classifier by a new one for `num_classes` classes; 0 leaves it out."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A small convolutional network for a quick look at any small-image data set."""
+"""Small convolutional network for quick experiments on small images."""
 
 from timm.layers import ConvNormAct
 from torch import nn
@@ -14,17 +14,17 @@ def make_cnn(
     width: int = 32,
     drop_rate: float = 0.0,
 ) -> Classifier:
-    """Three 3x3 convolutions of `width`, 2 and 4 times `width`, batch norm, average pooling.
+    """CNN of three 3x3 convolutions of 1, 2 and 4 times `width` channels, with batch norm.
 
     Args:
-        num_classes: how many classes.
-        in_chans: channels of the inputs `[batch, in_chans, height, width]`.
-        img_size: not needed, any size from 4x4 will do; taken because every network here takes it.
-        width: channels of the first convolution.
-        drop_rate: dropout before the classifier.
+        num_classes: Number of classes.
+        in_chans: Channels of the inputs `[batch, in_chans, height, width]`.
+        img_size: Size of the inputs, ignored: any from 4x4 will do. All networks here accept it.
+        width: Channels of the first convolution.
+        drop_rate: Dropout rate before the classifier.
 
     Raises:
-        ValueError: `width` below 1.
+        ValueError: A width below 1.
 
     >>> import torch
     >>> make_cnn(width=4, in_chans=1)(torch.zeros(5, 1, 8, 8)).shape

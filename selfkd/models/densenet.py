@@ -1,4 +1,4 @@
-"""Densely connected networks for CIFAR: the networks of the born-again paper."""
+"""Densely connected networks (DenseNet) for CIFAR, as in the born-again paper."""
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -9,9 +9,9 @@ from .classifier import Classifier
 
 
 class DenseLayer(nn.Module):
-    """Adds `growth_rate` channels to the ones it is given.
+    """Layer of a dense block: appends `growth_rate` channels to its input.
 
-    With `bottleneck`, a 1x1 convolution to `4 * growth_rate` channels comes before the 3x3 one.
+    With `bottleneck`, a 1x1 convolution to `4 * growth_rate` channels precedes the 3x3 one.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class DenseLayer(nn.Module):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[batch, in_chans, h, w]` to `[batch, in_chans + growth_rate, h, w]`."""
+        """Map `[batch, in_chans, h, w]` to `[batch, in_chans + growth_rate, h, w]`."""
         return torch.cat([inputs, self.layers(inputs)], dim=1)
 
 
@@ -48,24 +48,24 @@ def make_densenet(
     img_size: int | tuple[int, int] = 32,
     drop_rate: float = 0.0,
 ) -> Classifier:
-    """DenseNet-`depth`-`growth_rate` of three dense blocks; DenseNet-BC unless told otherwise.
+    """DenseNet-`depth`-`growth_rate` of three dense blocks; DenseNet-BC by default.
 
     Each block has `(depth - 4) // 3` layers, half of that with bottlenecks, rounded down.
 
     Args:
-        depth: weighted layers, `6n + 4` with bottlenecks, else `3n + 4`; a number between two of
-            those counts as the lower one.
-        growth_rate: channels that a layer adds (`k`).
-        bottleneck: a 1x1 convolution before each 3x3 one (the B of BC).
-        compression: share of channels that a transition keeps, in (0, 1] (below 1: the C of BC).
-        num_classes: how many classes.
-        in_chans: channels of the inputs `[batch, in_chans, height, width]`.
-        img_size: not needed, any size from 4x4 will do; taken because every network here takes it.
-        drop_rate: dropout after each 3x3 convolution (the paper: 0.2 without augmentation).
+        depth: Number of weighted layers, `6n + 4` with bottlenecks, else `3n + 4`; a number between
+            two of these is rounded down.
+        growth_rate: Channels that each layer adds (`k`).
+        bottleneck: Whether a 1x1 convolution precedes each 3x3 one (the B of BC).
+        compression: Share of channels that a transition keeps, in (0, 1] (below 1: the C of BC).
+        num_classes: Number of classes.
+        in_chans: Channels of the inputs `[batch, in_chans, height, width]`.
+        img_size: Size of the inputs, ignored: any from 4x4 will do. All networks here accept it.
+        drop_rate: Dropout rate after each 3x3 convolution (0.2 in the paper, without augmentation).
 
     Raises:
-        ValueError: a `depth` too small for one layer a block, `growth_rate` below 1, or
-            `compression` outside (0, 1].
+        ValueError: A depth too small for one layer a block, a growth rate below 1, or a
+            compression outside (0, 1].
 
     References:
         Huang et al., "Densely Connected Convolutional Networks", 2017,

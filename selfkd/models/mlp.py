@@ -1,4 +1,4 @@
-"""Multilayer perceptron: the network of the first distillation experiments on MNIST."""
+"""Multilayer perceptron, as in the first distillation experiments on MNIST."""
 
 import math
 
@@ -18,19 +18,19 @@ def make_mlp(
     drop_rate: float = 0.0,
     input_drop_rate: float = 0.0,
 ) -> Classifier:
-    """Flattened image, `depth` hidden layers of `width` rectified units, linear classifier.
+    """Multilayer perceptron of `depth` hidden layers of `width` ReLU units on the flattened image.
 
     Args:
-        num_classes: how many classes.
-        in_chans: channels of the inputs `[batch, in_chans, height, width]`.
-        img_size: height and width of the inputs.
-        width: units in a hidden layer.
-        depth: hidden layers; 0 is multinomial logistic regression.
-        drop_rate: dropout after each hidden layer.
-        input_drop_rate: dropout on the pixels.
+        num_classes: Number of classes.
+        in_chans: Channels of the inputs `[batch, in_chans, height, width]`.
+        img_size: Height and width of the inputs.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers; 0 is multinomial logistic regression.
+        drop_rate: Dropout rate after each hidden layer.
+        input_drop_rate: Dropout rate on the pixels.
 
     Raises:
-        ValueError: `width` below 1 or `depth` below 0.
+        ValueError: A width below 1 or a depth below 0.
 
     Reference:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,

@@ -1,4 +1,4 @@
-"""The reference networks under their names in timm's registry, and `make_model` for any name."""
+"""Registration of the reference networks with timm, and `make_model` for any timm model name."""
 
 import dataclasses
 import difflib
@@ -26,11 +26,11 @@ BUILDERS: dict[str, Callable[..., Classifier]] = {
     "selfkd_resnet20": partial(make_resnet, depth=20),
     "selfkd_resnet32": partial(make_resnet, depth=32),
     "selfkd_resnet56": partial(make_resnet, depth=56),
-    "selfkd_preresnet20": partial(make_wide_resnet, depth=22, k=1),  # less its two 1x1 shortcuts
+    "selfkd_preresnet20": partial(make_wide_resnet, depth=22, k=1),  # 22 counts two 1x1 shortcuts
     "selfkd_wrn28": make_wide_resnet,
     "selfkd_densenet": make_densenet,
 }
-"""The reference networks by name."""
+"""Functions that make the reference networks, by name."""
 
 default_cfgs: dict[str, dict[str, object]] = {
     name: {
@@ -42,7 +42,7 @@ default_cfgs: dict[str, dict[str, object]] = {
     }
     for name in BUILDERS
 }
-"""What timm keeps about each: no weights to download, hence no statistics of their inputs."""
+"""Configurations of the reference networks for timm, without pretrained weights."""
 
 
 def make_model(
@@ -53,27 +53,27 @@ def make_model(
     in_chans: int,
     image_size: int,
 ) -> nn.Module:
-    """The network that timm knows by `name`, the reference networks of this package included.
+    """Make a network by its name in timm's registry, the reference networks included.
 
-    Its initialisation is drawn from torch's global generator: call `torch.manual_seed` before.
-    Nothing is downloaded unless `args` says `pretrained`.
+    It is initialised with torch's global generator: call `torch.manual_seed` before. Nothing is
+    downloaded unless `args` has `pretrained`.
 
     Args:
-        name: a name of timm's, `resnet18` or `resnet50.a1_in1k`, or one of `selfkd_mlp`,
-            `selfkd_cnn`, `selfkd_resnet8` (20, 32, 56), `selfkd_preresnet20`, `selfkd_wrn28`,
-            `selfkd_densenet`.
-        args: further keyword arguments of that network; they win over the ones below.
-        num_classes: how many classes.
-        in_chans: channels of the inputs.
-        image_size: height and width of the inputs; only the `selfkd_` networks are told, as
-            `img_size`, because most of timm's take any size. Put `img_size` in `args` for those
-            that do not.
+        name: Name of a timm model, such as `resnet18` or `resnet50.a1_in1k`, or one of
+            `selfkd_mlp`, `selfkd_cnn`, `selfkd_resnet8` (20, 32, 56), `selfkd_preresnet20`,
+            `selfkd_wrn28`, `selfkd_densenet`.
+        args: Further keyword arguments of the network, which override those below.
+        num_classes: Number of classes.
+        in_chans: Channels of the inputs.
+        image_size: Height and width of the inputs. Passed to `selfkd_` networks only, as
+            `img_size`, because most timm models accept any size; for those that do not, put
+            `img_size` in `args`.
 
     Returns:
         A module from `[batch, in_chans, image_size, image_size]` to logits `[batch, classes]`.
 
     Raises:
-        ValueError: no such name, or `args` that this network does not know or cannot be made with.
+        ValueError: An unknown name, or `args` that the network does not accept.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -102,7 +102,7 @@ def make_model(
 
 @lru_cache(maxsize=64)
 def known_args(name: str) -> frozenset[str]:
-    """Names of the arguments of a network's class and of the function that makes it.
+    """Names of the arguments of a network's class and of its factory function.
 
     >>> sorted(known_args("selfkd_cnn"))
     ['drop_rate', 'img_size', 'in_chans', 'num_classes', 'width']
@@ -110,19 +110,19 @@ def known_args(name: str) -> frozenset[str]:
     if name in BUILDERS:
         return frozenset(_parameters(BUILDERS[name]))
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        network = timm.create_model(name)  # its class is known only once one is made
+        network = timm.create_model(name)  # the registry does not know the class
     factory = timm.model_entrypoint(name.partition(".")[0])
     return frozenset([*_parameters(type(network)), *_parameters(factory)]) - reserved_args()
 
 
 @lru_cache(maxsize=1)
 def reserved_args() -> frozenset[str]:
-    """Names of what timm takes for itself: where weights come from, and how they are loaded."""
+    """Names of timm's own arguments, for the source and the loading of pretrained weights."""
     return frozenset([*_parameters(timm.create_model), *_parameters(build_model_with_cfg)])
 
 
 def _parameters(function: Callable[..., Any]) -> Iterator[str]:
-    """Yield the names of a function's parameters, and of the fields of a config among them."""
+    """Yield the names of a function's parameters and of the fields of dataclass parameters."""
     function = function.func if isinstance(function, partial) else function
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
@@ -132,7 +132,7 @@ def _parameters(function: Callable[..., Any]) -> Iterator[str]:
 
 
 def parameters_count(model: nn.Module) -> int:
-    """How many parameters a model has, frozen ones included.
+    """Number of parameters of a model, frozen ones included.
 
     >>> parameters_count(nn.Linear(3, 2))
     8
@@ -145,8 +145,8 @@ def _check_name(name: str) -> None:
     if name in names or ("." not in name and timm.is_model(name)):
         return
     close = ", ".join(difflib.get_close_matches(name, names))
-    way_out = f"did you mean {close}?" if close else "timm.list_models() has them all"
-    raise ValueError(f"model.name must be a timm model name, got {name!r}: {way_out}")
+    hint = f"did you mean {close}?" if close else "timm.list_models() has them all"
+    raise ValueError(f"model.name must be a timm model name, got {name!r}: {hint}")
 
 
 def _register(name: str, build: Callable[..., Classifier]) -> None:
@@ -154,7 +154,7 @@ def _register(name: str, build: Callable[..., Classifier]) -> None:
         return build_model_with_cfg(build, name, pretrained, **kwargs)
 
     entrypoint.__name__ = name
-    globals()[name] = entrypoint  # timm puts the name in this module's __all__
+    globals()[name] = entrypoint  # timm adds the name to this module's __all__
     register_model(entrypoint)
 
 

@@ -1,4 +1,4 @@
-"""Residual networks for CIFAR: three stages, shortcuts without parameters."""
+"""Residual networks (ResNet) for CIFAR: three stages, shortcuts without parameters."""
 
 from timm.layers import ConvNormAct
 from timm.models.resnet import BasicBlock
@@ -9,14 +9,14 @@ from .classifier import Classifier
 
 
 class ZeroPadShortcut(nn.Module):
-    """Option A of the paper: every second pixel, and zeros for the channels that are new."""
+    """Shortcut of the paper's option A: every second pixel, and zeros for the new channels."""
 
     def __init__(self, extra_chans: int) -> None:
         super().__init__()
         self.extra_chans = extra_chans
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[batch, c, h, w]` to `[batch, c + extra_chans, h / 2, w / 2]`, halves rounded up."""
+        """Map `[batch, c, h, w]` to `[batch, c + extra_chans, h / 2, w / 2]`, halves rounded up."""
         return F.pad(inputs[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.extra_chans))
 
 
@@ -34,15 +34,15 @@ def make_resnet(
     Shortcuts are the paper's option A (zero padding), so they add no parameters.
 
     Args:
-        depth: weighted layers, `6n + 2`: 8, 20, 32, 56, ...
-        num_classes: how many classes.
-        in_chans: channels of the inputs `[batch, in_chans, height, width]`.
-        img_size: not needed, any size will do; taken because every network here takes it.
-        width: channels of the first stage.
-        drop_rate: dropout before the classifier.
+        depth: Number of weighted layers, `6n + 2`: 8, 20, 32, 56, ...
+        num_classes: Number of classes.
+        in_chans: Channels of the inputs `[batch, in_chans, height, width]`.
+        img_size: Size of the inputs, ignored: any will do. All networks here accept it.
+        width: Channels of the first stage.
+        drop_rate: Dropout rate before the classifier.
 
     Raises:
-        ValueError: `depth` that is not `6n + 2`, or `width` below 1.
+        ValueError: A depth that is not `6n + 2`, or a width below 1.
 
     Reference:
         He et al., "Deep Residual Learning for Image Recognition", 2015, section 4.2,

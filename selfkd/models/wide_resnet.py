@@ -1,4 +1,4 @@
-"""Wide residual networks for CIFAR: fewer, wider blocks, with dropout inside."""
+"""Wide residual networks (WRN) for CIFAR, with dropout inside the blocks."""
 
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -7,9 +7,10 @@ from .classifier import Classifier
 
 
 class PreActBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3x3 convolutions, dropout between them.
+    """Residual block with batch norm and ReLU before each of two 3x3 convolutions.
 
-    A shortcut that changes shape is a 1x1 convolution of the activated input.
+    Dropout is applied between them. A shortcut that changes shape is a 1x1 convolution of the
+    activated input.
     """
 
     def __init__(self, in_chans: int, out_chans: int, stride: int, drop_rate: float) -> None:
@@ -26,7 +27,7 @@ class PreActBlock(nn.Module):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[batch, in_chans, h, w]` to `[batch, out_chans, h / stride, w / stride]`."""
+        """Map `[batch, in_chans, h, w]` to `[batch, out_chans, h / stride, w / stride]`."""
         active = self.norm1(inputs)
         shortcut = inputs if self.shortcut is None else self.shortcut(active)
         residual: Tensor = self.conv2(self.drop(self.norm2(self.conv1(active))))
@@ -45,15 +46,15 @@ def make_wide_resnet(
     """WRN-`depth`-`k`: stages of `16k`, `32k` and `64k` channels, `depth = 6n + 4` layers.
 
     Args:
-        depth: convolutions in the longest path, `6n + 4`: 10, 16, 22, 28, 40, ...
-        k: widening factor.
-        num_classes: how many classes.
-        in_chans: channels of the inputs `[batch, in_chans, height, width]`.
-        img_size: not needed, any size will do; taken because every network here takes it.
-        drop_rate: dropout between the two convolutions of a block (the paper: 0.3 or none).
+        depth: Number of convolutions in the longest path, `6n + 4`: 10, 16, 22, 28, 40, ...
+        k: Widening factor.
+        num_classes: Number of classes.
+        in_chans: Channels of the inputs `[batch, in_chans, height, width]`.
+        img_size: Size of the inputs, ignored: any will do. All networks here accept it.
+        drop_rate: Dropout rate between the two convolutions of a block (0.3 or 0 in the paper).
 
     Raises:
-        ValueError: `depth` that is not `6n + 4`, or `k` below 1.
+        ValueError: A depth that is not `6n + 4`, or a widening factor below 1.
 
     Reference:
         Zagoruyko, Komodakis, "Wide Residual Networks", 2016, https://arxiv.org/abs/1605.07146

@@ -1,4 +1,4 @@
-"""Labelled images: data sets, their splits and their batches."""
+"""Labelled images: loading data sets, splitting them, and iterating over batches."""
 
 from .batches import Data as Data
 from .batches import Split as Split

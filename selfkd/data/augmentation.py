@@ -1,8 +1,8 @@
-"""Augmentations as pure functions of (seed, image index, view number).
+"""Data augmentation as a pure function of (seed, image index, view number).
 
-A teacher's stored answer belongs to one image under one augmentation. So a view draws its random
-numbers from a hash of what it is, not from a generator's state: view 3 of image 17 is the same
-pixels whatever the batch, the order, the process, the number of workers or the device.
+Cached teacher logits belong to one image under one augmentation. The random numbers of a view are
+therefore a hash of seed, index and view, not the state of a generator: view 3 of image 17 has the
+same pixels in any batch, order, process and number of workers, and on any device.
 """
 
 from dataclasses import dataclass
@@ -16,22 +16,23 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's constants, as signed 64
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
-# Each quantity has a draw number of its own, so that switching one augmentation leaves the others.
+# each quantity has its own draw number, so that switching one augmentation leaves the others
 _FLIP, _SHIFT_Y, _SHIFT_X, _AREA, _ASPECT, _TALL, _CROP_Y, _CROP_X = range(8)
 _DRAWS = 8
 
 
 def random_bits(seed: int, index: Tensor, stream: int, draws: int) -> Tensor:
-    """Uniform random integers that depend on nothing but the arguments (splitmix64).
+    """Uniform random integers that depend on the arguments alone (splitmix64).
 
     Args:
-        seed: any integer; taken modulo 2**64.
-        index: int64 `[batch]`, what the numbers belong to.
-        stream: independent sequence number, such as a view.
-        draws: how many numbers for each index.
+        seed: Random seed, any integer; taken modulo 2**64.
+        index: Indices that the numbers belong to, int64 `[batch]`.
+        stream: Number of an independent sequence, such as a view.
+        draws: Number of random integers for each index.
 
     Returns:
-        int64 `[batch, draws]` in [0, 2**32), on the device of `index`. More draws extend the rows.
+        Integers in [0, 2**32), int64 `[batch, draws]`, on the device of `index`. With more draws
+        the rows are extended.
 
     Example:
         >>> random_bits(0, torch.tensor([7, 8]), stream=0, draws=2)[1].tolist()
@@ -58,7 +59,7 @@ def _signed(value: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Splitmix64's finaliser. Products wrap; torch's right shift copies the sign, hence masks."""
+    """Finaliser of splitmix64. Products wrap; masks clear the sign that a right shift copies."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _MIX_1
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _MIX_2
     return x ^ (x >> 31 & (1 << 33) - 1)
@@ -66,10 +67,10 @@ def _mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Views:
-    """The recipe of the augmented views of each image; calling it makes one view of a batch.
+    """Augmentation recipe with a number of views of each image; calling it makes a view of a batch.
 
-    Cropped first, then flipped, then shifted. For uint8 images all arithmetic on pixels is in
-    integers, so a view is the same bits on every device.
+    Images are cropped first, then flipped, then shifted. For uint8 images all arithmetic on pixels
+    is in integers, so that a view has the same bits on every device.
 
     Example:
         >>> views = Views(flip=True, jitter=2, seed=0, count=4)
@@ -81,15 +82,15 @@ class Views:
     """
 
     crop: float | None = None
-    """Random resized crop: the smallest share of the area that is kept, in (0, 1]. None is off."""
+    """Smallest share of the area kept by a random resized crop, in (0, 1]; None for no crop."""
     flip: bool = False
-    """Left-right flip of half of the images."""
+    """Whether half of the images are flipped left to right."""
     jitter: int = 0
-    """Shift by up to that many pixels in x and in y, filled with 0 (the same as pad and crop)."""
+    """Largest shift in x and in y, in pixels, filled with 0 (the same as pad and crop)."""
     seed: int = 0
-    """Seed of all views."""
+    """Random seed of all views."""
     count: int = 1
-    """V, the number of different views of an image; epoch e uses view e mod V."""
+    """Number of different views V of an image; epoch e uses view e mod V."""
 
     def __post_init__(self) -> None:
         if self.crop is not None and not 0 < self.crop <= 1:
@@ -106,16 +107,16 @@ class Views:
 
     @property
     def recipe(self) -> dict[str, float | bool | int | None]:
-        """What view v depends on besides the image and v, JSON-able, for keys of what is stored.
+        """JSON-serialisable recipe that determines the views, for the keys of cached logits.
 
-        `count` is left out: raising it keeps the views that are there.
+        `count` is left out: raising it keeps the existing views.
         """
         seed = 0 if self.is_identity else self.seed
         crop = None if self.crop == 1 else self.crop
         return {"crop": crop, "flip": self.flip, "jitter": self.jitter, "seed": seed, "version": 1}
 
     def at(self, epoch: int) -> int:
-        """The view that an epoch uses: 0 where views are the image itself, else e mod V.
+        """View that an epoch uses: 0 if every view is the image itself, else e mod V.
 
         Example:
             >>> [Views(flip=True, count=3).at(epoch) for epoch in range(5)]
@@ -124,19 +125,20 @@ class Views:
         return 0 if self.is_identity else epoch % self.count
 
     def __call__(self, images: Tensor, index: Tensor, view: int) -> Tensor:
-        """View `view` of each image.
+        """Make one view of each image.
 
         Args:
-            images: `[batch, channels, height, width]`, uint8 or floating point.
-            index: int64 `[batch]`, which image of the split each one is.
-            view: which view, in [0, count).
+            images: Images `[batch, channels, height, width]`, uint8 or floating point.
+            index: Index of each image in its split, int64 `[batch]`.
+            view: Number of the view, in [0, count).
 
         Returns:
-            The images augmented; shape, dtype and device as given. The input is never changed.
+            Augmented images of the same shape, dtype and device. The input is never changed.
 
         Raises:
-            ValueError: for a view outside [0, count), or a jitter of the images' size or more.
-            TypeError: for images that are neither uint8 nor floating point.
+            ValueError: A view outside [0, count), an index of another shape, or a jitter not below
+                the images' size.
+            TypeError: Images that are neither uint8 nor floating point.
         """
         if not 0 <= view < self.count:
             raise ValueError(f"view must be in [0, {self.count}), got {view}")
@@ -164,7 +166,7 @@ def _flipped(images: Tensor, bits: Tensor) -> Tensor:
 
 
 def _shifted(images: Tensor, bits: Tensor, jitter: int) -> Tensor:
-    """Pad by `jitter` on every side and cut a window of the old size out of each image."""
+    """Pad each image by `jitter` on every side and cut a window of the original size out of it."""
     height, width = images.shape[2:]
     if jitter >= min(height, width):
         raise ValueError(
@@ -174,22 +176,22 @@ def _shifted(images: Tensor, bits: Tensor, jitter: int) -> Tensor:
     padded = F.pad(images, (jitter,) * 4)
     lines = _line_numbers(padded, offsets[:, :1] + torch.arange(height, device=images.device))
     starts = lines * padded.shape[3] + offsets[:, 1, None, None]
-    windows = padded.flatten().unfold(0, width, 1)  # a view: row s is the pixels from s on
+    windows = padded.flatten().unfold(0, width, 1)  # no copy: row s has the pixels from s on
     return windows.index_select(0, starts.flatten()).view(images.shape)
 
 
 def _line_numbers(images: Tensor, lines: Tensor) -> Tensor:
-    """Where lines `[batch, n]` of each image are in `images.view(-1, width)`: `[batch, C, n]`."""
+    """Return the rows `[batch, C, n]` in `images.view(-1, width)` of lines `[batch, n]`."""
     batch, channels, height, _ = images.shape
     planes = torch.arange(batch * channels, device=images.device).view(batch, channels, 1)
     return planes * height + lines[:, None, :]
 
 
 def _cropped(images: Tensor, bits: Tensor, smallest: float) -> Tensor:
-    """Cut a box of `smallest` to 1 of the area, sides between 3:4 and 4:3, and scale it up."""
+    """Cut a box of `smallest` to 1 times the area, of aspect 3:4 to 4:3, and scale it up."""
     uniform = (bits >> 8).to(torch.float32) * 2.0**-24
     area = uniform[:, _AREA] * (1 - smallest) + smallest
-    narrowest = area.clamp(min=0.75)  # a box of that area and narrower would not fit
+    narrowest = area.clamp(min=0.75)  # a narrower box of that area would not fit
     aspect = uniform[:, _ASPECT] * (1 - narrowest) + narrowest
     long, short = (area / aspect).sqrt(), (area * aspect).sqrt()
     tall = bits[:, _TALL] % 2 == 0
@@ -209,8 +211,8 @@ def _cropped(images: Tensor, bits: Tensor, smallest: float) -> Tensor:
 
 
 def _taps(share: Tensor, bits: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which two lines each output line mixes, and the second one's weight out of 256."""
-    extent = (share * (size << 16)).long()  # lines in 1/65536
+    """Return the two lines that each output line interpolates, and the second's weight of 256."""
+    extent = (share * (size << 16)).long()  # in units of 1/65536 line
     start = ((size << 16) - extent) * (bits >> 8) >> 24
     centres = (2 * torch.arange(size, device=share.device) + 1) * extent[:, None] // (2 * size)
     position = (start[:, None] + centres - (1 << 15)).clamp(0, (size - 1) << 16)

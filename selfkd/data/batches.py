@@ -1,4 +1,4 @@
-"""Splits and the batches read from them, the same whether images are in memory or streamed."""
+"""Splits of a data set and iteration over their batches, in memory or streamed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,29 +17,29 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their labels. An image's index is its position here, from 0 to N-1."""
+    """Images and their labels. The index of an image is its position, from 0 to N-1."""
 
     images: Tensor | Stream
-    """uint8 `[N, channels, height, width]` in memory, or decoded when they are asked for."""
+    """Images in memory, uint8 `[N, channels, height, width]`, or a stream that decodes them."""
     labels: Tensor
-    """int64 `[N]`."""
+    """Class indices, int64 `[N]`."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def index(self) -> Tensor:
-        """int64 `[N]`: 0, 1, …, N-1, what `batches` yields beside each image."""
+        """Indices 0, 1, …, N-1 of the images, int64 `[N]`."""
         return torch.arange(len(self))
 
     def take(self, index: Tensor) -> "Split":
-        """The split that holds only those images, in that order."""
+        """Return a split of the images at `index` alone, in that order."""
         images = self.images
-        some = images[index] if isinstance(images, Tensor) else images.take(index)
-        return Split(some, self.labels[index])
+        selected = images[index] if isinstance(images, Tensor) else images.take(index)
+        return Split(selected, self.labels[index])
 
     def to(self, device: torch.device | str) -> "Split":
-        """The same split with what is in memory on `device`; streamed images stay as they are."""
+        """Return the split with its tensors on `device`; streamed images are not affected."""
         images = self.images
         moved = images.to(device) if isinstance(images, Tensor) else images
         return Split(moved, self.labels.to(device))
@@ -47,30 +47,39 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set in three disjoint splits, with what a model and a run need to know of it."""
+    """A data set in three disjoint splits, with its classes, image size and normalisation."""
 
     name: str
+    """Name of the data set."""
     train: Split
+    """Training split."""
     val: Split
+    """Validation split, for selection and early stopping."""
     test: Split
+    """Test split."""
     class_names: tuple[str, ...]
+    """Names of the classes, in the order of the labels."""
     image_size: int
+    """Height and width of the images in pixels."""
     mean: tuple[float, ...]
-    """By channel, of pixels in [0, 1]; inputs are (pixel - mean) / std."""
+    """Mean of each channel, of pixels in [0, 1]; inputs are (pixel - mean) / std."""
     std: tuple[float, ...]
+    """Standard deviation of each channel, of pixels in [0, 1]."""
     fingerprint: str
-    """16 hexadecimal digits of a hash of the training split and its normalisation."""
+    """Hash of the training split and its normalisation, 16 hexadecimal digits."""
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def in_chans(self) -> int:
+        """Number of channels of the images."""
         return len(self.mean)
 
     def to(self, device: torch.device | str) -> "Data":
-        """The same data with what is in memory on `device`, so that batches are made there."""
+        """Return the data with its tensors on `device`, so that batches are made there."""
         train, val, test = (split.to(device) for split in (self.train, self.val, self.test))
         return replace(self, train=train, val=val, test=test)
 
@@ -88,7 +97,7 @@ class Data:
         rows: range | None = None,
         share: Callable[[int], range] | None = None,
     ) -> Iterator[Batch]:
-        """Batches of one split by name; see `selfkd.data.batches`."""
+        """Iterate over the batches of a split given by name, as `selfkd.data.batches` does."""
         if split not in ("train", "val", "test"):
             raise ValueError(f"split must be train, val or test, got {split!r}")
         return batches(
@@ -122,24 +131,24 @@ def batches(
     rows: range | None = None,
     share: Callable[[int], range] | None = None,
 ) -> Iterator[Batch]:
-    """One pass over a split, or over some of its images.
+    """Iterate once over a split, or over some of its images.
 
-    No random numbers are drawn but the order, from `generator`, when this is called.
+    The only random numbers are those of the order, drawn from `generator` at the call.
 
     Args:
-        split: what to read.
-        mean: by channel, of pixels in [0, 1].
-        std: by channel, of pixels in [0, 1].
-        batch_size: images in a batch; the last one has what is left.
-        generator: draws a fresh order; without one the order is 0, 1, …, N-1.
-        views: augmentation, applied to whole batches on `device`.
-        view: which view of each image, in [0, views.count).
-        device: where inputs and labels are wanted.
-        drop_last: leave out a last batch that is not full.
-        workers: processes that decode streamed images; images in memory need none.
-        rows: the images to read, all when not given.
-        share: Positions that this process reads of a batch of so many images, where several
-            processes share each batch in the same order; the first image where it has none.
+        split: Images and labels to read.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel, of pixels in [0, 1].
+        batch_size: Number of images in a batch; the last batch may have fewer.
+        generator: Random generator of the order; without one the order is 0, 1, …, N-1.
+        views: Augmentation, applied to whole batches on `device`.
+        view: Number of the view of each image, in [0, views.count).
+        device: Device of the inputs and labels.
+        drop_last: Whether to leave out a last batch that is not full.
+        workers: Number of processes that decode streamed images; not used for images in memory.
+        rows: Indices of the images to read; all if not given.
+        share: Function from the size of a batch to the positions in it that this process reads,
+            where several processes share each batch; a process without any reads the first image.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
@@ -147,7 +156,7 @@ def batches(
         CPU, where it can pick rows of a tensor on any device.
 
     Raises:
-        ValueError: for a batch size below 1, or a view that is not there.
+        ValueError: A batch size below 1, or a view out of range.
 
     Example:
         >>> images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1) * 51
@@ -199,7 +208,7 @@ def _decoded(
         num_workers=workers,
         collate_fn=torch.stack,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own, or it would draw from the global one
+        generator=torch.Generator(),  # or DataLoader would draw from the global one
     )
 
 
@@ -213,7 +222,7 @@ def _finished(
     view: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Views and normalisation, on the device and on whole batches, in memory or streamed."""
+    """Apply views and normalisation to whole batches on the device."""
     means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
     scale = (1 / (255 * stds)).to(device, torch.float32)
     shift = (-means / stds).to(device, torch.float32)

@@ -1,4 +1,4 @@
-"""Image files in folders: root/train/<class>/<image>, root/val/…, root/test/…"""
+"""Loading of image files in folders: root/train/<class>/<image>, root/val/…, root/test/…"""
 
 from pathlib import Path
 
@@ -10,10 +10,11 @@ from .stream import Files, Pictures, Stream
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
 LARGEST_DEFAULT = 64
+"""Largest image size in pixels that is chosen if none is given."""
 
 
 def open_folder(root: Path, image_size: int | None) -> Source:
-    """The folders as splits; val stands in for a test folder that is not there."""
+    """Open a folder of images as a source; without a test folder, val is the test split."""
     if not (root / "train").is_dir():
         raise FileNotFoundError(
             f"data.root must hold train/<class>/<image>, got {root}, which has no folder 'train'"
@@ -42,12 +43,12 @@ def open_folder(root: Path, image_size: int | None) -> Source:
 
 
 def default_size(pictures: Pictures) -> int:
-    """The shorter side of the first picture, at most 64."""
+    """Default image size: the shorter side of the first picture, at most 64 pixels."""
     return min(LARGEST_DEFAULT, *pictures[0].size)
 
 
 def default_val_size(images: int, classes: int) -> int:
-    """A tenth of the training images, at least one for each class."""
+    """Default size of the validation split: a tenth of the images, at least one for each class."""
     return max(classes, images // 10)
 
 
@@ -61,7 +62,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _list_images(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[Files, list[int]]:
-    """Image files in the order of their paths, and their labels."""
+    """List the image files of a part in the order of their paths, and their labels."""
     unknown = sorted(set(_class_names(root / part)) - set(class_names))
     if unknown:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`load_data`: a data set by name, split, normalised and fingerprinted."""
+"""Loading of a data set by name into splits, with normalisation and fingerprint."""
 
 import difflib
 import hashlib
@@ -27,9 +27,11 @@ from .stream import Stream
 from .timm_sets import PREFIXES, ROOTLESS, TORCH_NAMES, open_timm
 
 MEMORY_LIMIT = 2_000_000_000
-"""Decoded bytes up to which images are held in memory."""
+"""Size in bytes of the decoded images up to which they are held in memory."""
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and std of ImageNet, for streamed images in colour."""
 GREY: Statistics = ((0.449,), (0.226,))
+"""Mean and std of ImageNet over its channels, for streamed images of one channel."""
 
 
 def load_data(
@@ -56,27 +58,26 @@ where there is no val; val is the test split where there is no test |
     | `torch/…`, `hfds/…`, `tfds/…`, … | any set of `timm.data.create_dataset` | as for `folder` |
 
     Args:
-        name: one of the names above.
-        root: where the data lies; the environment variable SELFKD_DATA when it is not given.
-        download: fetch the data into `root` when it is not there.
-        train_size: images to train on, at least one for each class.
-        val_size: images to choose by; the same ones whatever `train_size` is.
-        classes: those whose images are trained on, all when not given; validation and test have
-            all, and so have the logits.
-        image_size: side in pixels. A set's own by default; for folders and timm's sets the
-            shorter side of the first training image, at most 64.
-        in_memory: hold all images as uint8 tensors, or decode a folder's or timm set's images
-            batch by batch; by size when not given (up to 2 GB is held).
-        seed: of the splits.
+        name: Name of the data set, one of those above.
+        root: Folder of the data; the environment variable SELFKD_DATA if not given.
+        download: Whether to download the data into `root` if it is missing.
+        train_size: Number of training images, at least one for each class.
+        val_size: Number of validation images; the same images for any `train_size`.
+        classes: Classes whose images are trained on; all if not given. Validation, test and the
+            logits have all classes.
+        image_size: Height and width in pixels. By default the data set's own; for folders and
+            timm's data sets the shorter side of the first training image, at most 64.
+        in_memory: Whether to hold all images as uint8 tensors, or to decode those of a folder or of
+            a timm data set batch by batch; by size if not given (up to 2 GB are held).
+        seed: Random seed of the splits.
 
     Returns:
-        The data. Mean and std are the set's well-known ones, else those of the training split,
-        else, where images are streamed, ImageNet's.
+        The data. Mean and std are the known ones of the data set, else those of the training
+        split, else, if images are streamed, ImageNet's.
 
     Raises:
-        ValueError: for a name, a size or an image that cannot be used, or a class without a
-            training image.
-        FileNotFoundError: for a folder or data set that is not there.
+        ValueError: A name, size or image that cannot be used, or a class without a training image.
+        FileNotFoundError: A folder or data set that does not exist.
 
     Example:
         >>> data = load_data("digits")
@@ -92,14 +93,16 @@ where there is no val; val is the test split where there is no test |
     if val_size is not None and val_size < 1:
         raise ValueError(f"data.val_size must be at least 1, got {val_size}")
     source = _open(name, root, download, image_size)
-    wanted = _wanted(classes, source.class_names)
-    splits = _split(source, train_size, val_size, wanted, seed)
-    _check_classes(splits[0], source.class_names, wanted)
-    train, val, test = (_held(name, split, image_size, in_memory, splits) for split in splits)
+    selected = _training_classes(classes, source.class_names)
+    splits = _split(source, train_size, val_size, selected, seed)
+    _check_classes(splits[0], source.class_names, selected)
+    train, val, test = (
+        _resolve_images(name, split, image_size, in_memory, splits) for split in splits
+    )
     mean, std = source.statistics or _statistics(train)
     size = train.images.shape[-1] if isinstance(train.images, Tensor) else train.images.image_size
-    mark = fingerprint(train, mean=mean, std=std)
-    return Data(name, train, val, test, source.class_names, size, mean, std, mark)
+    digest = fingerprint(train, mean=mean, std=std)
+    return Data(name, train, val, test, source.class_names, size, mean, std, digest)
 
 
 def _open(
@@ -114,8 +117,8 @@ def _open(
         return open_folder(resolve_root(root, name, download=False), image_size)
     if name in TORCH_NAMES or (slash and prefix in PREFIXES and prefix != "torch"):
         rootless = root is None and prefix in ROOTLESS
-        place = None if rootless else resolve_root(root, name, download)
-        return open_timm(name, place, download, image_size, MEMORY_LIMIT)
+        folder = None if rootless else resolve_root(root, name, download)
+        return open_timm(name, folder, download, image_size, MEMORY_LIMIT)
     names = (*KNOWN_STATISTICS, "folder")
     close = difflib.get_close_matches(name, (*names, *TORCH_NAMES), n=1)
     raise ValueError(
@@ -124,16 +127,15 @@ def _open(
     )
 
 
-def _wanted(classes: Sequence[int] | None, class_names: Sequence[str]) -> list[int]:
-    """The classes to train on."""
-    wanted = list(range(len(class_names)) if classes is None else dict.fromkeys(classes))
-    if wrong := [label for label in wanted if not 0 <= label < len(class_names)]:
+def _training_classes(classes: Sequence[int] | None, class_names: Sequence[str]) -> list[int]:
+    selected = list(range(len(class_names)) if classes is None else dict.fromkeys(classes))
+    if wrong := [label for label in selected if not 0 <= label < len(class_names)]:
         raise ValueError(f"data.classes must be in [0, {len(class_names) - 1}], got {wrong[0]}")
-    return wanted
+    return selected
 
 
 def _split(
-    source: Source, train_size: int | None, val_size: int | None, wanted: list[int], seed: int
+    source: Source, train_size: int | None, val_size: int | None, classes: list[int], seed: int
 ) -> tuple[Split, Split, Split]:
     pool, val, test = source.pool, source.val, source.test
     if val is not None and val_size is not None:
@@ -142,7 +144,7 @@ def _split(
                 f"data.val_size must be at most {len(val)}, the images in val, got {val_size}"
             )
         val = val.take(subset(val.labels, val_size, seed=seed))
-    if train_size is None and len(wanted) == len(source.class_names):
+    if train_size is None and len(classes) == len(source.class_names):
         train_size = source.train_size
     in_train, in_val, in_test = divide(
         pool.labels,
@@ -150,20 +152,20 @@ def _split(
         val_size=0 if val else source.val_size if val_size is None else val_size,
         test_size=source.test_size,
         num_classes=len(source.class_names),
-        classes=wanted,
+        classes=classes,
         seed=seed,
     )
     return pool.take(in_train), val or pool.take(in_val), test or pool.take(in_test)
 
 
-def _held(
+def _resolve_images(
     name: str,
     split: Split,
     image_size: int | None,
     in_memory: bool | None,
     splits: tuple[Split, Split, Split],
 ) -> Split:
-    """The split as it is used: decoded, scaled, or left to be streamed."""
+    """Return the split with its images decoded, scaled, or left to be streamed."""
     images = split.images
     if isinstance(images, Stream):
         total = sum(part.images.nbytes for part in splits)
@@ -182,15 +184,15 @@ def _held(
     return split
 
 
-def _check_classes(train: Split, class_names: tuple[str, ...], wanted: Sequence[int]) -> None:
+def _check_classes(train: Split, class_names: tuple[str, ...], classes: Sequence[int]) -> None:
     counts = train.labels.bincount(minlength=len(class_names)).tolist()
-    absent = [repr(class_names[label]) for label in wanted if not counts[label]]
+    absent = [repr(class_names[label]) for label in classes if not counts[label]]
     if absent:
         raise ValueError(f"every class must have a training image, got none of {', '.join(absent)}")
 
 
 def _statistics(train: Split) -> Statistics:
-    """Mean and std of pixels in [0, 1] by channel, exact from counts; ImageNet's for a stream."""
+    """Mean and std of each channel, of pixels in [0, 1]; ImageNet's if images are streamed."""
     if isinstance(train.images, Stream):
         return GREY if train.images.mode == "L" else IMAGENET
     means, stds = [], []
@@ -206,9 +208,18 @@ def _statistics(train: Split) -> Statistics:
 
 
 def fingerprint(split: Split, *, mean: Sequence[float], std: Sequence[float]) -> str:
-    """What a stored answer to a split depends on: its images, labels and normalisation.
+    """Hash of what cached logits of a split depend on: its images, labels and normalisation.
 
-    Streamed images are known by path and file size: an edit that keeps both goes unseen.
+    Streamed images are identified by path and file size, so that an edit that keeps both is not
+    detected.
+
+    Args:
+        split: Images and labels.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel, of pixels in [0, 1].
+
+    Returns:
+        16 hexadecimal digits.
     """
     images = split.images
     facts: dict[str, object] = {"mean": list(mean), "std": list(std)}

@@ -1,4 +1,4 @@
-"""Digits and torchvision's sets, as pools of uint8 images that are still to be split."""
+"""Digits and torchvision's data sets as sources of uint8 images, before they are split."""
 
 import importlib.util
 import os
@@ -32,26 +32,28 @@ TORCHVISION = {
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set before it is split: a pool to train on, and what its makers held out."""
+    """A data set before it is split: a pool of images, and official splits if there are any."""
 
     pool: Split
+    """Images from which the training split, and splits without an official one, are taken."""
     class_names: tuple[str, ...]
+    """Names of the classes, in the order of the labels."""
     val_size: int
-    """Images held out for validation when the caller names no size."""
+    """Default number of validation images."""
     test: Split | None = None
-    """The official test split; without one, test images are taken from the pool."""
+    """Official test split; without one, test images are taken from the pool."""
     val: Split | None = None
-    """The official validation split; without one, it is taken from the pool."""
+    """Official validation split; without one, validation images are taken from the pool."""
     train_size: int | None = None
-    """Images to train on when the caller names no size; None for all that are left."""
+    """Default number of training images; None for all that are left."""
     test_size: int = 0
-    """Test images to take from the pool."""
+    """Number of test images taken from the pool."""
     statistics: Statistics | None = None
-    """Mean and std by channel where they are well known."""
+    """Mean and std of each channel, if they are known."""
 
 
 def open_digits() -> Source:
-    """Scikit-learn's 1,797 digits: 8x8, one channel, 0-16 scaled to 0-255."""
+    """Open scikit-learn's 1,797 digits: 8x8, one channel, pixels of 0-16 scaled to 0-255."""
     table = _digits_table()
     pixels, labels = table[:, :-1].astype(np.float64), table[:, -1].astype(np.int64)
     images = torch.from_numpy((pixels * 255 / 16).round().astype(np.uint8)).view(-1, 1, 8, 8)
@@ -66,7 +68,10 @@ def open_digits() -> Source:
 
 
 def _digits_table() -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    """64 pixels and the label in each row. Importing scikit-learn takes seconds, its file 7 ms."""
+    """Table of the digits, 64 pixels and the label in each row.
+
+    The file is read directly where it is found: that takes 7 ms, importing scikit-learn seconds.
+    """
     spec = importlib.util.find_spec("sklearn")
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder, "datasets", "data", "digits.csv.gz")
@@ -79,7 +84,7 @@ def _digits_table() -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
 
 
 def open_torchvision(name: str, root: Path, download: bool) -> Source:
-    """MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 with their own test splits."""
+    """Open MNIST, Fashion-MNIST, CIFAR-10 or CIFAR-100 with its official test split."""
     import torchvision.datasets
 
     kind = getattr(torchvision.datasets, TORCHVISION[name])
@@ -103,7 +108,7 @@ def open_torchvision(name: str, root: Path, download: bool) -> Source:
 
 
 def _pixels(dataset: object) -> Split:
-    """What a torchvision set holds in memory: uint8 `[N, H, W]` or `[N, H, W, C]`."""
+    """Split of a torchvision data set that is in memory as uint8 `[N, H, W]` or `[N, H, W, C]`."""
     images = torch.as_tensor(dataset.data)  # type: ignore[attr-defined]
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     labels = torch.as_tensor(dataset.targets, dtype=torch.int64)  # type: ignore[attr-defined]
@@ -111,7 +116,7 @@ def _pixels(dataset: object) -> Split:
 
 
 def missing(name: str, root: Path | None, download: bool, error: Exception) -> FileNotFoundError:
-    """The error for a data set that is not there, or that could not be fetched."""
+    """Return the error for a data set that is missing or could not be downloaded."""
     reason = " ".join(str(error).split())
     if download:
         return FileNotFoundError(f"data.download must succeed for {name}, got: {reason}")
@@ -122,7 +127,12 @@ def missing(name: str, root: Path | None, download: bool, error: Exception) -> F
 
 
 def resolve_root(root: str | os.PathLike[str] | None, name: str, download: bool) -> Path:
-    """The folder a data set lies in: `root`, else the environment variable SELFKD_DATA."""
+    """Return the folder of a data set: `root`, else the environment variable SELFKD_DATA.
+
+    Raises:
+        ValueError: Neither `root` nor the environment variable.
+        FileNotFoundError: A folder that does not exist, unless the data is to be downloaded.
+    """
     given = root if root is not None else os.environ.get("SELFKD_DATA")
     if not given:
         raise ValueError(
@@ -136,7 +146,7 @@ def resolve_root(root: str | os.PathLike[str] | None, name: str, download: bool)
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Square uint8 images scaled to `size` pixels, bilinear with antialiasing."""
+    """Scale square uint8 images to `size` pixels, bilinear with antialiasing."""
     if images.shape[-1] == size:
         return images
     scaled = images.new_empty((*images.shape[:2], size, size))

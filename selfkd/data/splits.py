@@ -1,4 +1,4 @@
-"""Stratified splits as pure functions of (seed, image position)."""
+"""Stratified splits as a pure function of (seed, image position)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from selfkd.data.augmentation import random_bits
 
-_VAL, _TEST, _TRAIN = -1, -2, -3  # streams of their own; views count up from 0
+_VAL, _TEST, _TRAIN = -1, -2, -3  # streams of random numbers; those of views count up from 0
 
 
 def divide(
@@ -20,25 +20,27 @@ def divide(
     classes: Sequence[int] | None = None,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a pool of images into train, val and test, each with the classes in proportion.
+    """Split a pool of images into train, val and test, stratified by label.
 
-    val is taken first, then test, then train: val depends on the seed and its own size alone, and
-    a smaller training set is a part of a larger one. test gives way to a larger train.
+    Validation images are taken first, then test, then training images. So the validation split
+    depends on the seed and its own size alone, and a smaller training split is part of a larger
+    one. A larger training split may make the test split smaller.
 
     Args:
-        labels: int64 `[N]` of the pool.
-        train_size: images to train on; None for all that are left.
-        val_size: images to choose by; 0 where they are not part of the pool.
-        test_size: images to test on at most, 0 where the test set is not part of the pool.
-        num_classes: the training split has at least one image of each, where the pool does.
-        classes: those that train has images of; all when not given.
-        seed: any integer.
+        labels: Class indices of the pool, int64 `[N]`.
+        train_size: Number of training images; None for all that are left.
+        val_size: Number of validation images; 0 if they are not part of the pool.
+        test_size: Largest number of test images; 0 if they are not part of the pool.
+        num_classes: Number of classes; the training split has at least one image of each class
+            that the pool has.
+        classes: Classes whose images the training split has; all if not given.
+        seed: Random seed, any integer.
 
     Returns:
-        Positions in the pool, int64, ascending: train, val, test.
+        Positions of train, val and test in the pool, int64, ascending.
 
     Raises:
-        ValueError: for sizes that do not fit.
+        ValueError: Sizes that do not fit the pool.
 
     Example:
         >>> labels = torch.tensor([0, 1] * 10)
@@ -46,12 +48,12 @@ def divide(
         >>> labels[train].bincount().tolist(), labels[val].bincount().tolist()
         ([2, 2], [3, 3])
     """
-    wanted = range(num_classes) if classes is None else classes
-    least = len(wanted) if train_size is None else train_size
+    selected = range(num_classes) if classes is None else classes
+    least = len(selected) if train_size is None else train_size
     room = len(labels) - least - int(test_size > 0)
-    if least < len(wanted):
+    if least < len(selected):
         raise ValueError(
-            f"data.train_size must be at least the number of classes ({len(wanted)}), got {least}"
+            f"data.train_size must be at least the number of classes ({len(selected)}), got {least}"
         )
     if room < int(val_size > 0):
         raise ValueError(
@@ -67,7 +69,7 @@ def divide(
     val, rest = _take(labels, everything, val_size, seed, _VAL)
     test_size = min(test_size, len(rest) - least)
     test, rest = _take(labels, rest, test_size, seed, _TEST)
-    rest = rest[torch.isin(labels[rest], torch.tensor(wanted, dtype=labels.dtype))]
+    rest = rest[torch.isin(labels[rest], torch.tensor(selected, dtype=labels.dtype))]
     if train_size is not None and train_size > len(rest):
         raise ValueError(
             f"data.train_size must be at most {len(rest)}, the images of data.classes, "
@@ -78,27 +80,28 @@ def divide(
 
 
 def subset(labels: Tensor, size: int, *, seed: int) -> Tensor:
-    """Positions, ascending, of `size` images with the classes in proportion."""
+    """Return the ascending positions of `size` images, stratified by label."""
     return _take(labels, torch.arange(len(labels)), size, seed, _VAL)[0]
 
 
 def _take(
     labels: Tensor, among: Tensor, size: int, seed: int, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """Positions taken from `among`, and those left, both ascending."""
+    """Return `size` positions taken from `among` and those left, both ascending."""
     order = among[_stratified_order(labels[among], among, seed, stream)]
     return order[:size].sort().values, order[size:].sort().values
 
 
 def _stratified_order(labels: Tensor, position: Tensor, seed: int, stream: int) -> Tensor:
-    """A shuffle whose every beginning has the classes in proportion.
+    """Return a shuffled order of which every beginning has the classes in proportion.
 
-    The j-th of a class's n images stands at (j + 1/2) / n of the whole. For training one image of
-    each class stands first of all; what is held out leaves a class's last image to training.
+    The j-th of a class's n images is at (j + 1/2) / n of the order. For training, one image of each
+    class comes first; for validation and test, the last image of each class comes last, so that it
+    is left for training.
     """
     shuffle, tie = random_bits(seed, position, stream, 2).unbind(1)
-    by_chance = shuffle.argsort(stable=True)
-    by_class = by_chance[labels[by_chance].argsort(stable=True)]
+    shuffled = shuffle.argsort(stable=True)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
     counts = labels.bincount()
     rank = torch.empty_like(labels)
     rank[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]

@@ -1,4 +1,4 @@
-"""Images that are decoded when they are asked for, all to one size."""
+"""Streams of images that are decoded on access and scaled to one size."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,29 +16,37 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Mode = Literal["L", "RGB"]
+"""Mode of a Pillow image: one channel, or three."""
 
 
 class Pictures(Protocol):
-    """Pictures of any size by number, and what tells them apart without decoding them."""
+    """Encoded pictures of any size, by number."""
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, number: int, /) -> "Image": ...
-    def key(self, number: int, /) -> str: ...
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+
+    def __getitem__(self, number: int, /) -> "Image":
+        """Decode a picture."""
+
+    def key(self, number: int, /) -> str:
+        """Return a name that identifies a picture without decoding it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Image files under a folder."""
+    """Pictures in image files under a folder."""
 
     root: Path
+    """Folder of the files."""
     paths: Sequence[str]
+    """Paths of the files, relative to the folder."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> "Image":
         path = self.root / self.paths[number]
-        return opened(lambda: read_picture(path), str(path))
+        return read_or_raise(lambda: read_picture(path), str(path))
 
     def key(self, number: int) -> str:
         return f"{self.paths[number]}:{(self.root / self.paths[number]).stat().st_size}"
@@ -46,17 +54,20 @@ class Files:
 
 @dataclass(frozen=True, eq=False)
 class Stream(Dataset[Tensor]):
-    """A map-style data set of uint8 images `[channels, size, size]`.
+    """A map-style data set of uint8 images `[channels, size, size]`, decoded on access.
 
-    A picture's shorter side is scaled to `image_size` and the middle is cut out, as torchvision's
-    `Resize` and `CenterCrop` do.
+    The shorter side of a picture is scaled to `image_size` and its centre is cut out, as by
+    torchvision's `Resize` and `CenterCrop`.
     """
 
     pictures: Pictures
+    """Encoded pictures."""
     positions: Tensor
-    """int64 `[N]`: which picture image i is."""
+    """Number of the picture of each image, int64 `[N]`."""
     image_size: int
+    """Height and width of the images in pixels."""
     mode: Mode
+    """Mode that the pictures are converted to."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -68,19 +79,20 @@ class Stream(Dataset[Tensor]):
         return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
 
     def take(self, index: Tensor) -> "Stream":
+        """Return a stream of the images at `index` alone, in that order."""
         return replace(self, positions=self.positions[index])
 
     def keys(self) -> list[str]:
-        """One name for each image, which changes when its file's size does."""
+        """Return a name for each image, which changes with the size of its file."""
         return [self.pictures.key(number) for number in self.positions.tolist()]
 
     @property
     def nbytes(self) -> int:
-        """Size of all images when decoded."""
+        """Size of all images in bytes when decoded."""
         return len(self) * (1 if self.mode == "L" else 3) * self.image_size**2
 
     def decode(self) -> Tensor:
-        """All images at once: uint8 `[N, channels, size, size]`."""
+        """Decode all images: uint8 `[N, channels, size, size]`."""
         channels = 1 if self.mode == "L" else 3
         images = torch.empty(
             (len(self), channels, self.image_size, self.image_size), dtype=torch.uint8
@@ -100,18 +112,22 @@ def read_picture(file: object) -> "Image":
         return picture
 
 
-def opened(read: Callable[[], "Image"], what: str) -> "Image":
-    """What `read` returns; any of Pillow's ways to fail becomes one error that names `what`."""
+def read_or_raise(read: Callable[[], "Image"], source: str) -> "Image":
+    """Return the result of `read`, with any error of Pillow's turned into one that names `source`.
+
+    Raises:
+        ValueError: A picture that cannot be read.
+    """
     from PIL.Image import DecompressionBombError
 
     try:
         return read()
     except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise ValueError(f"every image must be readable, got {what} ({error})") from error
+        raise ValueError(f"every image must be readable, got {source} ({error})") from error
 
 
 def square(picture: "Image", size: int) -> "Image":
-    """Scale the shorter side to `size` and cut the middle out."""
+    """Scale the shorter side of a picture to `size` pixels and cut its centre out."""
     from PIL.Image import Resampling
 
     width, height = picture.size

@@ -1,4 +1,4 @@
-"""Data sets that `timm.data.create_dataset` opens: torch/…, hfds/…, hfids/…, tfds/…, wds/…"""
+"""Loading of timm's data sets (`create_dataset`): torch/…, hfds/…, hfids/…, tfds/…, wds/…"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ import torch
 from .batches import Split
 from .folder import LARGEST_DEFAULT, default_size, default_val_size
 from .sources import Source, missing
-from .stream import Mode, Pictures, Stream, opened, read_picture, square
+from .stream import Mode, Pictures, Stream, read_or_raise, read_picture, square
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+"""Prefixes of the names of timm's data sets."""
 ROOTLESS = ("hfds", "hfids", "tfds")
-"""Kept in a cache of their own when no root is given."""
+"""Prefixes of data sets that have their own cache and need no root."""
 TORCH_NAMES = tuple(
     f"torch/{name}"
     for name in (
@@ -46,10 +47,10 @@ class TimmPictures:
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> "Image":
-        return opened(lambda: self._read(number), f"image {number} of {self.name}")
+        return read_or_raise(lambda: self._read(number), f"image {number} of {self.name}")
 
     def _read(self, number: int) -> "Image":
-        reader = getattr(self.dataset, "reader", None)  # timm's own item skips what it cannot read
+        reader = getattr(self.dataset, "reader", None)  # timm's items skip unreadable files
         if reader is None:
             picture: Image = self.dataset[number][0]
             return picture
@@ -61,7 +62,7 @@ class TimmPictures:
 
 @dataclass(frozen=True, eq=False)
 class ListedPictures:
-    """Pictures of an iterable data set, read once and kept."""
+    """Pictures of an iterable data set, read once and held in memory."""
 
     name: str
     pictures: Sequence["Image"]
@@ -79,7 +80,7 @@ class ListedPictures:
 def open_timm(
     name: str, root: Path | None, download: bool, image_size: int | None, limit: int
 ) -> Source:
-    """The split `train` as the pool and `test`, or else `validation`, as the test split."""
+    """Open timm's split `train` as the pool, and `test` or else `validation` as the test split."""
     pool = _open_split(name, root, "train", download)
     try:
         test = _open_split(name, root, "test", download)
@@ -112,7 +113,8 @@ def _open_split(name: str, root: Path | None, split: str, download: bool) -> Any
         if name.startswith("torch/"):
             raise missing(f"{name} (split {split})", root, download, error) from error
         raise FileNotFoundError(
-            f"data.name must name a set that timm can open, got {name!r} (split {split}): {error}"
+            f"data.name must be a data set that timm can open, got {name!r} (split {split}): "
+            f"{error}"
         ) from error
 
 
@@ -124,11 +126,11 @@ def _read(
     pictures = TimmPictures(name, dataset)
     if len(pictures) == 0:
         raise ValueError(f"data.name must name a data set with images, got none in {name}")
-    return pictures, _checked(name, _labels(dataset))
+    return pictures, _checked_labels(name, _labels(dataset))
 
 
 def _labels(dataset: Any) -> Iterable[Any]:
-    """Labels without decoding images, where the data set lists them."""
+    """Labels of a data set, without decoding images if it lists them."""
     reader: Any = getattr(dataset, "reader", None)
     if hasattr(reader, "iter_targets"):
         targets: Iterable[Any] = reader.iter_targets()
@@ -144,7 +146,7 @@ def _labels(dataset: Any) -> Iterable[Any]:
 def _read_all(
     name: str, dataset: Iterable[Any], image_size: int | None, limit: int
 ) -> tuple[ListedPictures, list[int]]:
-    """Read an iterable data set once, each picture scaled as it comes."""
+    """Read an iterable data set once, and scale each picture as it is read."""
     pictures: list[Image] = []
     labels = []
     for picture, label, *_ in dataset:
@@ -153,15 +155,15 @@ def _read_all(
         labels.append(label)
         if len(pictures) * 3 * size * size > limit:
             raise ValueError(
-                f"data.name must name a set of at most {limit:,} decoded bytes where it can only "
-                f"be read in order, got {name}: lower data.image_size or use hfds/ or folder"
+                f"data.name must name a data set of at most {limit:,} decoded bytes where it can "
+                f"only be read in order, got {name}: lower data.image_size or use hfds/ or folder"
             )
     if not pictures:
         raise ValueError(f"data.name must name a data set with images, got none in {name}")
-    return ListedPictures(name, pictures), _checked(name, labels)
+    return ListedPictures(name, pictures), _checked_labels(name, labels)
 
 
-def _checked(name: str, labels: Iterable[Any]) -> list[int]:
+def _checked_labels(name: str, labels: Iterable[Any]) -> list[int]:
     numbers = [int(label) for label in labels]
     if min(numbers) < 0:
         raise ValueError(f"labels must be at least 0, got {min(numbers)} in {name}")
@@ -169,7 +171,7 @@ def _checked(name: str, labels: Iterable[Any]) -> list[int]:
 
 
 def _class_names(dataset: Any, num_classes: int) -> tuple[str, ...]:
-    """The data set's own names where it has one for each class, else the numbers."""
+    """Class names of the data set if it has one for each class, else the class numbers."""
     names = getattr(dataset, "classes", None)
     indices = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if names is None and indices:

@@ -1,1 +1,1 @@
-"""The plug-in: a loss for any training loop, its teachers, and what it sees inside networks."""
+"""Distillation for any training loop: the loss, its teachers, and features of networks."""

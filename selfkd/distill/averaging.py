@@ -1,4 +1,4 @@
-"""One teacher made of several trained members: averaged weights, or weights of their answers."""
+"""Averaging of trained members into one teacher: of their weights, or of their predictions."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ def average_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]
         theta = (theta_1 + ... + theta_n) / n
 
     in float64, then in each tensor's own dtype. Tensors that are not floating point, such as
-    `num_batches_tracked`, are the first state's. Running statistics of batch norm are averaged
-    too, which are not those of the averaged weights: pass training data through to measure these.
+    `num_batches_tracked`, are taken from the first state. Running statistics of batch norm are
+    averaged too, but these are not the statistics of the averaged network: pass training data
+    through it to measure them.
 
     Args:
-        states: state dicts of networks of one architecture, trained from the same start.
+        states: State dicts of networks of one architecture, trained from the same initialisation.
 
     Returns:
         A state dict that shares no memory with `states`.
 
     Raises:
-        ValueError: no states, or names or shapes that differ.
+        ValueError: No states, or states whose names or shapes differ.
 
     >>> average_weights([{"bias": torch.tensor([1.0, 2.0])}, {"bias": torch.tensor([3.0, 2.0])}])
     {'bias': tensor([2., 2.])}
@@ -59,17 +60,19 @@ def average_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]
 def greedy_soup(
     states: Sequence[Mapping[str, Tensor]], score: Callable[[dict[str, Tensor]], float]
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Greedy soup: each state is added to the average where the score does not drop.
+    """Greedy soup: a state is added to the average if the score does not drop.
 
     Args:
-        states: state dicts of one architecture, best first.
-        score: what a soup is worth on validation data, such as its accuracy; higher is better.
+        states: State dicts of one architecture, best first.
+        score: Function from a soup to its score on validation data, such as accuracy; higher is
+            better.
 
     Returns:
-        The soup and the positions of the states in it. It scores no less than the first state.
+        The soup, whose score is no less than that of the first state, and the positions of the
+        states in it.
 
     Raises:
-        ValueError: as `average_weights`.
+        ValueError: Same as `average_weights`.
 
     >>> states = [{"bias": torch.tensor(value)} for value in (1.0, 8.0, 0.0)]
     >>> greedy_soup(states, lambda soup: -abs(float(soup["bias"]) - 0.5))
@@ -98,21 +101,21 @@ def fit_weights(
         probabilities: min_w -mean_i log sum_m w_m p_m(y_i)
         logits:        min_w -mean_i log softmax(sum_m w_m z_m)(y_i)
 
-    over w >= 0, sum(w) = 1. Both are convex, so that the minimum found is the minimum. The same
-    arguments give the same weights; members that are all equal get equal ones.
+    over w >= 0, sum(w) = 1. Both problems are convex, so that the minimum found is the global one.
+    The same arguments give the same weights; identical members get equal weights.
 
     Args:
-        member_logits: `[members, rows, classes]`, on data that the members were not trained on.
-        labels: class indices `[rows]`, int64.
-        average: of `probabilities` or `logits`.
+        member_logits: Logits `[members, rows, classes]` on data that the members were not trained
+            on.
+        labels: Class indices `[rows]`, int64.
+        average: Whether `probabilities` or `logits` are averaged.
 
     Returns:
-        A weight for each member, not negative, of sum 1. On these rows never worse than equal
-        weights.
+        Weights of the members, at least 0, with sum 1; on these rows never worse than equal ones.
 
     Raises:
-        ValueError: shapes that do not match, logits that are not finite, a label out of range, or
-            an unknown `average`.
+        ValueError: Shapes that do not match, logits that are not finite, a label out of range, or
+            an unknown average.
 
     >>> good, poor = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 2.0], [2.0, 0.0]])
     >>> weights = fit_weights(torch.stack([good, poor]), torch.tensor([0, 1]))
@@ -121,8 +124,8 @@ def fit_weights(
     """
     _check_members(member_logits, labels, average)
     log_p = member_logits.detach().double().log_softmax(dim=-1).cpu().numpy()
-    chosen = labels.cpu().numpy()
-    objective = _mixture(log_p, chosen) if average == "probabilities" else _tilted(log_p, chosen)
+    make_objective = _probability_nll if average == "probabilities" else _logit_nll
+    objective = make_objective(log_p, labels.cpu().numpy())
     uniform = np.full(len(log_p), 1 / len(log_p))
     found = minimize(
         objective,
@@ -139,21 +142,26 @@ def fit_weights(
     return [float(weight) for weight in (weights if better else uniform)]
 
 
-def _mixture(log_p: Array, labels: NDArray[np.int64]) -> Callable[[Array], tuple[float, Array]]:
-    """NLL of averaged probabilities and its gradient, less a constant that scales each row."""
-    of_label = log_p[:, np.arange(len(labels)), labels]
-    likelihood = np.exp(of_label - of_label.max(axis=0))
+def _probability_nll(
+    log_p: Array, labels: NDArray[np.int64]
+) -> Callable[[Array], tuple[float, Array]]:
+    """Return the NLL of averaged probabilities and its gradient, up to a constant, of weights."""
+    label_log_p = log_p[:, np.arange(len(labels)), labels]
+    likelihood = np.exp(label_log_p - label_log_p.max(axis=0))
 
     def objective(weights: Array) -> tuple[float, Array]:
-        # a member whose probability underflows, alone, would give log 0
+        # without a minimum, a single member whose probability underflows would give log 0
         mixed = np.maximum(weights @ likelihood, np.finfo(np.float64).tiny)
         return float(-np.log(mixed).mean()), -(likelihood / mixed).mean(axis=1)
 
     return objective
 
 
-def _tilted(log_p: Array, labels: NDArray[np.int64]) -> Callable[[Array], tuple[float, Array]]:
-    """NLL of averaged logits and its gradient; a shift of a row's logits changes neither."""
+def _logit_nll(log_p: Array, labels: NDArray[np.int64]) -> Callable[[Array], tuple[float, Array]]:
+    """Return the NLL of averaged logits and its gradient, of weights.
+
+    A constant shift of a row's logits changes neither, so log-probabilities serve as logits.
+    """
     above_label = log_p - np.take_along_axis(log_p, labels[None, :, None], axis=2)
 
     def objective(weights: Array) -> tuple[float, Array]:

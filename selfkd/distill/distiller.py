@@ -1,4 +1,4 @@
-"""The loss of a user's own training loop, by a teacher that is asked or by its stored answers."""
+"""The distillation loss of any training loop, with a live teacher or with cached logits."""
 
 from __future__ import annotations
 
@@ -25,15 +25,23 @@ from selfkd.losses.distillation import check_settings, hard_loss
 from selfkd.losses.sparse import SparseLogits, sparse_terms
 
 
-class StoredLogits(Protocol):
-    """What a store of soft targets does, such as `selfkd.soft_targets.store.SoftTargets`."""
+class CachedLogits(Protocol):
+    """Cached teacher logits by image, such as `selfkd.soft_targets.store.SoftTargets`."""
 
     def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
-        """Return `[batch, classes]` or `[members, batch, classes]` for images `[batch]`."""
+        """Return the logits of images `[batch]` under a view.
+
+        Args:
+            index: Indices of the images, int64 `[batch]`.
+            view: Number of the images' augmentation.
+
+        Returns:
+            Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
+        """
 
 
 class Loss(Protocol):
-    """What a training loop asks of a `Distiller`."""
+    """Loss of a training loop; a `Distiller` is one."""
 
     def __call__(
         self,
@@ -44,46 +52,45 @@ class Loss(Protocol):
         index: Tensor | None = None,
         view: int = 0,
     ) -> dict[str, Tensor]:
-        """Return the terms of a batch's loss by name; `loss` has the graph."""
+        """Return the terms of the loss of a batch by name; `loss` has the graph."""
 
 
 class Distiller:
-    """Loss terms for a training loop: of a live teacher, of stored soft targets, or of labels only.
+    """Loss terms of a training loop, with a live teacher, with cached logits, or with labels only.
 
         loss = (1 - alpha) CE(y, p_s) + alpha T^2 KL(p_t^T || p_s^T)
 
-    It is no `nn.Module` and holds nothing that is trained, so it never enters the state of a model.
-    The loss is a mean over the batch: the mean over micro-batches of equal size is the loss of the
-    whole, and with `normalizer` the sum over any. The settings may be changed between steps, as a
-    schedule of `alpha` does.
+    It is no `nn.Module`, so its teacher and projections never enter the state of a model. The loss
+    is a mean over the batch: the mean of the losses of micro-batches of equal size is the loss of
+    the whole batch; for other sizes, see `normalizer`. The settings may be changed between steps,
+    for example by a schedule of `alpha`.
 
-    Where several processes train (`torch.distributed`), what the terms learn starts from the first
-    one's and has the mean of their gradients, as `DistributedDataParallel` does for the student:
-    make the distiller on each of them, after `init_process_group`.
+    In distributed training (`torch.distributed`), projections start from those of the first process
+    and their gradients are averaged, as `DistributedDataParallel` does for the student: make the
+    distiller in each process, after `init_process_group`.
 
     Args:
-        teacher: maps inputs to logits `[batch, classes]`, or `[members, batch, classes]` of an
-            ensemble; called without gradients. Of an `nn.Module`, a frozen copy is taken
-            (`selfkd.distill.teacher.Teacher`).
-        targets: maps `(index, view)` to stored logits of either shape, or to the largest of them
-            (`SparseLogits`).
-        temperature: T, above 0.
-        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
-            is not asked.
-        average: of an ensemble's `probabilities` or `logits`.
-        weights: of the ensemble's members in that average, with sum 1; all the same where not
-            given.
-        label_smoothing: of the hard term, in [0, 1].
-        terms: further terms of the loss by name, each added with its weight: `LogitTerm`, or
-            `FeatureTerm` for what submodules return, also written as a mapping
+        teacher: Function or module from inputs to logits `[batch, classes]`, or
+            `[members, batch, classes]` of an ensemble; called without gradients. An `nn.Module` is
+            copied and frozen (`selfkd.distill.teacher.Teacher`).
+        targets: Function from `(index, view)` to cached logits of either shape, or to the k largest
+            of them (`SparseLogits`).
+        temperature: Temperature T, above 0.
+        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0, and without
+            further terms, the teacher is not run.
+        average: Whether an ensemble's `probabilities` or `logits` are averaged.
+        weights: Weights of the ensemble's members in that average, with sum 1; equal if not given.
+        label_smoothing: Label smoothing of the hard term, in [0, 1].
+        terms: Further terms of the loss by name, each added with its weight: `LogitTerm`, or
+            `FeatureTerm` for outputs of submodules, also written as a mapping
             `{"student": "layer2", "teacher": "layer3", "weight": 0.1}`.
-        student: the model that is trained, in whatever wrapper, where there are feature terms. Its
-            last forward pass before each call is the one that counts.
+        student: Model that is trained, in any wrapper, if there are feature terms. Its last forward
+            pass before each call is the one whose features are used.
 
     Raises:
-        ValueError: both `teacher` and `targets`, a setting out of range, a path of no submodule,
+        ValueError: Both `teacher` and `targets`, a setting out of range, a path of no submodule,
             or feature terms without a live teacher and a student.
-        TypeError: `teacher` or `targets` cannot be called.
+        TypeError: A teacher or targets that cannot be called.
 
     >>> model, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
     >>> distiller = Distiller(teacher, temperature=4.0, alpha=0.9)
@@ -101,7 +108,7 @@ class Distiller:
         self,
         teacher: Callable[[Any], Tensor] | None = None,
         *,
-        targets: StoredLogits | None = None,
+        targets: CachedLogits | None = None,
         temperature: float = 4.0,
         alpha: float = 0.9,
         average: Average = "probabilities",
@@ -128,72 +135,80 @@ class Distiller:
         self.label_smoothing = label_smoothing
         self.terms = parse_terms(terms or {})
         self._features: FeatureTerms | None = None
-        self._means: list[RemovableHandle] = []
+        self._sync_hooks: list[RemovableHandle] = []
         self.projections = nn.ModuleDict()
         if self.teacher is not None or self.targets is not None:
             self.attach(student)
-        elif student is not None:  # a wrong path is not to wait for a teacher
+        elif student is not None:  # a wrong path is reported before there is a teacher
             check_paths(self._feature_terms(), student)
 
     def _feature_terms(self) -> dict[str, FeatureTerm]:
         return {name: term for name, term in self.terms.items() if isinstance(term, FeatureTerm)}
 
     def attach(self, student: nn.Module | None) -> None:
-        """Capture the features of `student` from now on, as after a copy, which captures none."""
-        wanted = self._feature_terms()
-        if not wanted:
+        """Start to capture the features of `student`; needed again after a copy of the distiller.
+
+        Args:
+            student: Model that is trained, in any wrapper; needed if there are feature terms.
+
+        Raises:
+            ValueError: Feature terms without a live teacher and a student, or a path of no
+                submodule.
+        """
+        terms = self._feature_terms()
+        if not terms:
             return
         if not isinstance(self.teacher, Teacher):
             raise ValueError(
-                f"terms of features ({', '.join(wanted)}) need a live teacher, a torch.nn.Module "
+                f"terms of features ({', '.join(terms)}) need a live teacher, a torch.nn.Module "
                 f"or Teacher, got {type(self.teacher or self.targets).__name__}"
             )
         if student is None:
-            raise ValueError(f"student must be given for terms of features ({', '.join(wanted)})")
+            raise ValueError(f"student must be given for terms of features ({', '.join(terms)})")
         self.detach()
-        self._features = FeatureTerms(wanted, student, self.teacher.module)
+        self._features = FeatureTerms(terms, student, self.teacher.module)
         if not len(self.projections):
             device = next(student.parameters()).device
             self.projections = self._features.make_projections().to(device)
-        self._keep_in_step()
+        self._synchronize()
 
-    def _keep_in_step(self) -> None:
-        """Learn the same in all processes: they start from the first, with mean gradients."""
+    def _synchronize(self) -> None:
+        """Keep projections equal in all processes: same initial values, averaged gradients."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         for parameter in self.parameters():
             dist.broadcast(parameter.detach(), 0)
             hook = parameter.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
-            self._means.append(hook)
+            self._sync_hooks.append(hook)
 
     @property
     def in_step(self) -> bool:
-        """Whether what the terms learn is kept the same in several processes."""
-        return bool(self._means)
+        """Whether the projections are kept equal across several processes."""
+        return bool(self._sync_hooks)
 
     def detach(self) -> None:
-        """Take what captures features off the student."""
+        """Remove the hooks that capture features of the student."""
         if self._features is not None:
             self._features.close()
-        for handle in self._means:
+        for handle in self._sync_hooks:
             handle.remove()
-        self._features, self._means = None, []
+        self._features, self._sync_hooks = None, []
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what the terms learn, their projections: give them to your optimiser too."""
+        """Yield the parameters of the terms' projections, to be given to the optimiser as well."""
         return self.projections.parameters()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the terms have learnt, to be saved apart from the student."""
+        """Return the state of the terms' projections, to be saved apart from the student."""
         return self.projections.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load the result of `state_dict`."""
         self.projections.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the student's hooks to the student."""
-        return {**self.__dict__, "_features": None, "_means": []}
+        """Return the state without the hooks, which belong to the student."""
+        return {**self.__dict__, "_features": None, "_sync_hooks": []}
 
     def __call__(
         self,
@@ -205,30 +220,31 @@ class Distiller:
         view: int = 0,
         normalizer: float | Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss terms of a batch, by name.
+        """Compute the terms of the loss of a batch, by name.
 
-        Over micro-batches of unlike sizes, give the number of images of all of them as `normalizer`
-        and add the losses up: the sum is the loss of the whole. That holds for what is a mean over
-        images, not for what compares or weighs the images of a batch: similarity-preserving, PKT,
-        RKD, `dist_loss`, `confidence_weighted_loss`, and batch normalisation in the student.
+        For micro-batches of different sizes, give their total number of images as `normalizer` and
+        add the losses up: the sum is the loss of the whole batch. This holds for terms that are
+        means over images, not for those that compare or weight the images of a batch:
+        similarity-preserving, PKT, RKD, `dist_loss`, `confidence_weighted_loss`, and batch
+        normalisation in the student.
 
         Args:
-            student_logits: `[batch, classes]`.
-            labels: class indices `[batch]`.
-            inputs: what the teacher is asked; needed with `teacher`.
-            index: numbers of the images `[batch]`; needed with `targets`.
-            view: number of the images' augmentation, for `targets`.
-            normalizer: what takes the place of the batch's number of images in each mean, above 0.
+            student_logits: Logits `[batch, classes]`.
+            labels: Class indices `[batch]`.
+            inputs: Inputs of the teacher; needed with `teacher`.
+            index: Indices of the images `[batch]`; needed with `targets`.
+            view: Number of the images' augmentation, for `targets`.
+            normalizer: Divisor in place of the batch's number of images in each mean, above 0.
 
         Returns:
-            `loss`, with the graph, `hard_loss`, where a teacher was asked `soft_loss`, and the
-            further terms by name: scalars, the first three in nats. The parts are unweighted and
+            Scalars by name: `loss`, with the graph; `hard_loss`; `soft_loss` if a teacher was used;
+            and the further terms. The first three are in nats. All but `loss` are unweighted and
             detached, for logging.
 
         Raises:
-            ValueError: `inputs` or `index` is needed and missing, mean logits are asked of sparse
-                ones, a normalizer of 0 or less, or as `distillation_terms`.
-            TypeError: as `distillation_terms`.
+            ValueError: Missing `inputs` or `index`, an average of logits that are sparse, or a
+                normalizer of 0 or less; otherwise as `distillation_terms`.
+            TypeError: Same as `distillation_terms`.
         """
         if isinstance(normalizer, int | float) and not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer must be > 0 and finite, got {normalizer}")
@@ -245,9 +261,9 @@ class Distiller:
         index: Tensor | None,
         view: int,
     ) -> dict[str, Tensor]:
-        # further terms ask the teacher at any alpha
-        unasked = self.alpha == 0 and not self.terms
-        teacher_logits = None if unasked else self._ask(inputs, index, view)
+        # further terms need the teacher at any alpha
+        labels_only = self.alpha == 0 and not self.terms
+        teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
         if teacher_logits is None:
             loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
             return {"loss": loss, "hard_loss": loss.detach()}
@@ -279,12 +295,12 @@ class Distiller:
                 weights=self.weights,
             )
         named = terms._asdict()
-        for name, value in self._further(student_logits, teacher_logits, labels).items():
+        for name, value in self._further_terms(student_logits, teacher_logits, labels).items():
             named["loss"] = named["loss"] + self.terms[name].weight * value
             named[name] = value.detach()
         return named
 
-    def _further(
+    def _further_terms(
         self, student_logits: Tensor, teacher_logits: Tensor | SparseLogits, labels: Tensor
     ) -> dict[str, Tensor]:
         """Return the further terms, unweighted."""
@@ -301,15 +317,17 @@ class Distiller:
         return values
 
     @torch.no_grad()
-    def _ask(self, inputs: Any, index: Tensor | None, view: int) -> Tensor | SparseLogits | None:
+    def _teacher_logits(
+        self, inputs: Any, index: Tensor | None, view: int
+    ) -> Tensor | SparseLogits | None:
         if self.teacher is not None:
             if inputs is None:
                 raise ValueError(
-                    "inputs must be given where there is a teacher to ask, got None: "
+                    "inputs must be given where there is a teacher, got None: "
                     "distiller(student_logits, labels, inputs=inputs)"
                 )
             if self._features is not None:
-                return self._features.ask(self.teacher, inputs)
+                return self._features.run_teacher(self.teacher, inputs)
             return self.teacher(inputs)
         if self.targets is not None:
             if index is None:

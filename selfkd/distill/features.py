@@ -1,4 +1,4 @@
-"""Submodules by their paths: what they return in a forward pass, and starting from a teacher's."""
+"""Capturing the outputs of submodules, given by their paths, in a forward pass."""
 
 from __future__ import annotations
 
@@ -13,38 +13,37 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.utils.hooks import RemovableHandle
 
-from selfkd.distill.layers import check_path, modules_by_path, no_submodule
+from selfkd.distill.layers import check_path, modules_by_path, unknown_path_message
 
 
 class Features:
-    """Captures what named submodules return, while it is entered.
+    """Context manager that captures the outputs of submodules.
 
-    The hooks sit on the modules inside what `torch.compile`, `DataParallel`,
-    `DistributedDataParallel` or `FullyShardedDataParallel` put around them, and are gone after the
-    block. Each forward pass of
-    `model` forgets what the one before returned; of a submodule that runs twice in one, the last
-    output is kept. Of a tuple or list, the first tensor is taken.
+    Hooks are registered on the modules inside `torch.compile`, `DataParallel`,
+    `DistributedDataParallel` or `FullyShardedDataParallel`, and removed after the block. Each
+    forward pass of `model` replaces the features of the previous one; of a submodule that runs
+    twice in a pass, the last output is kept. Of a tuple or list, the first tensor is taken.
 
-    What in-place modules (`nn.ReLU(inplace=True)`) would overwrite is cloned just before. Other
-    code that overwrites it (`out += identity`) is noticed when the feature is read: use `clone`.
+    Features that in-place modules (`nn.ReLU(inplace=True)`) would overwrite are cloned just before.
+    If other code overwrites a feature (`out += identity`), reading it raises an error: use `clone`.
 
-    `torch.compile` looks at hooks only when it compiles. A compiled model works that runs in one
-    mode (train or eval, gradient or none) inside of the block only; once it has run outside, it
-    captures nothing in that mode, and reading the feature says so. To run it in one mode inside
-    and outside, set `torch._dynamo.config.skip_nnmodule_hook_guards = False` before its first run.
-    Compiled, each feature is cloned. `DataParallel` over several devices is refused: replicas would
-    overwrite each other's features.
+    `torch.compile` reads hooks only when it compiles. A compiled model works if it runs in one mode
+    (train or eval, with or without gradient) inside the block only; once it has run outside, it
+    captures nothing in that mode, and reading the feature raises an error. To run it in one mode
+    inside and outside, set `torch._dynamo.config.skip_nnmodule_hook_guards = False` before its
+    first run. In a compiled model each feature is cloned. `DataParallel` over several devices is
+    refused: replicas would overwrite each other's features.
 
     Args:
-        model: whose forward pass is called inside the block, in whatever wrapper.
-        paths: of submodules, as `named_modules` has them. Between dots, `*`, `?` and `[...]` are
-            wildcards: `blocks.*` is every block, without what is inside the blocks.
-        detach: leave out the graph, as for a teacher.
-        clone: keep copies, at the price of their memory.
+        model: Model whose forward pass is called inside the block, in any wrapper.
+        paths: Paths of submodules, as in `named_modules`. Between dots, `*`, `?` and `[...]` are
+            wildcards: `blocks.*` is every block, without the submodules of the blocks.
+        detach: Whether to leave out the graph, as for a teacher.
+        clone: Whether to keep copies, at the cost of their memory.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
-        ValueError: no paths, a path that no submodule has, or several devices.
+        TypeError: A model that is no `nn.Module`.
+        ValueError: No paths, a path of no submodule, or several devices.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> with Features(model, ["1", "[02]"]) as captured:
@@ -68,7 +67,7 @@ class Features:
         if devices > 1:
             raise ValueError(f"model must be on one device of DataParallel, got {devices}")
         self._wrapped, self._modules = model, modules
-        self._found = {path: _match(path, modules) for path in paths}
+        self._matched = {path: _match(path, modules) for path in paths}
         self._detach, self._clone = detach, clone
         self._outputs: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
@@ -77,14 +76,15 @@ class Features:
     def __enter__(self) -> Features:
         if self._handles:
             raise RuntimeError("Features must be entered once at a time, got a second time")
-        self._forget()
-        self._handles = [self._wrapped.register_forward_pre_hook(_Hook(self._forget))]
-        for name in dict.fromkeys(name for names in self._found.values() for name in names):
-            hook = _Hook(self._keep, (name,))
+        self._clear()
+        self._handles = [self._wrapped.register_forward_pre_hook(_Hook(self._clear))]
+        for name in dict.fromkeys(name for names in self._matched.values() for name in names):
+            hook = _Hook(self._capture, (name,))
             self._handles.append(self._modules[name].register_forward_hook(hook))
         for module in set(self._modules.values()):
             if getattr(module, "inplace", False):
-                self._handles.append(module.register_forward_pre_hook(_Hook(self._save_from)))
+                hook = _Hook(self._clone_input_features)
+                self._handles.append(module.register_forward_pre_hook(hook))
         return self
 
     def __exit__(
@@ -98,26 +98,25 @@ class Features:
         self._handles = []
 
     def __getitem__(self, path: str) -> Any:
-        """The output of the submodule at `path`: a tensor, or with wildcards a list of them, in
-        the order of the modules.
+        """Output of the submodule at `path`, or with wildcards the list of all in module order.
 
         Raises:
-            KeyError: `path` is none of `paths`.
-            RuntimeError: the submodule did not run, or its output was overwritten.
+            KeyError: A path that is none of `paths`.
+            RuntimeError: A submodule that did not run, or whose output was overwritten.
         """
-        if path not in self._found:
-            raise KeyError(f"path must be one of {list(self._found)}, got {path!r}")
-        features = [self._read(name) for name in self._found[path]]
+        if path not in self._matched:
+            raise KeyError(f"path must be one of {list(self._matched)}, got {path!r}")
+        features = [self._read(name) for name in self._matched[path]]
         return features if _is_pattern(path) else features[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of one that captures nothing: what a copy of the hooked model gets, pickled or not."""
-        nothing: dict[str, Any] = {"_wrapped": None, "_modules": {}, "_handles": []}
-        return {**self.__dict__, **nothing, "_outputs": {}, "_versions": {}}
+        """Return the state without model and features, so that a copy captures nothing."""
+        empty: dict[str, Any] = {"_wrapped": None, "_modules": {}, "_handles": []}
+        return {**self.__dict__, **empty, "_outputs": {}, "_versions": {}}
 
     def count(self, path: str) -> int:
-        """How many submodules a path of `paths` names."""
-        return len(self._found[path])
+        """Number of submodules that a path of `paths` matches."""
+        return len(self._matched[path])
 
     def _read(self, name: str) -> Tensor:
         if name not in self._outputs:
@@ -133,48 +132,48 @@ class Features:
             )
         return output
 
-    def _forget(self, module: nn.Module | None = None, *_: object) -> None:
+    def _clear(self, module: nn.Module | None = None, *_: object) -> None:
         if module not in (None, self._wrapped):
             return  # a copy of the model, which has the hooks too
         self._outputs.clear()
         self._versions.clear()
 
-    def _keep(self, name: str, module: nn.Module, _inputs: object, output: object) -> None:
+    def _capture(self, name: str, module: nn.Module, _inputs: object, output: object) -> None:
         if module is not self._modules.get(name):
             return
         tensor = _first_tensor(name, output)
         if self._detach:
             tensor = tensor.detach()
-        # a compiler gives no version to go by, nor does inference mode
+        # versions of tensors exist neither in a compiled graph nor in inference mode
         if self._clone or torch.compiler.is_compiling() or tensor.is_inference():
             tensor = tensor.clone()
         else:
             self._versions[name] = tensor._version
         self._outputs[name] = tensor
 
-    def _save_from(self, _module: nn.Module, inputs: tuple[object, ...]) -> None:
-        """Clone what shares memory with the input that is about to be overwritten."""
+    def _clone_input_features(self, _module: nn.Module, inputs: tuple[object, ...]) -> None:
+        """Clone the features that share memory with an input that is about to be overwritten."""
         if torch.compiler.is_compiling():
             return
-        places = {_place(value) for value in inputs if isinstance(value, Tensor)}
-        for name in [name for name in self._versions if _place(self._outputs[name]) in places]:
+        storages = {_storage(value) for value in inputs if isinstance(value, Tensor)}
+        for name in [name for name in self._versions if _storage(self._outputs[name]) in storages]:
             self._outputs[name] = self._read(name).clone()
             del self._versions[name]
 
 
 @dataclass(frozen=True)
 class _Hook:
-    """A hook of `Features`: it can be pickled with its module, and told from those of others."""
+    """Hook of `Features`, of its own type so that `drop_hooks` finds it; can be pickled."""
 
-    act: Callable[..., None]
-    first: tuple[Any, ...] = ()
+    function: Callable[..., None]
+    first_args: tuple[Any, ...] = ()
 
     def __call__(self, *args: Any) -> None:
-        self.act(*self.first, *args)
+        self.function(*self.first_args, *args)
 
 
 def drop_hooks(model: nn.Module) -> nn.Module:
-    """Take off what `Features` left on a copy of a model that it was looking at; return it."""
+    """Remove the hooks of `Features` from a copy of a hooked model, and return the copy."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
@@ -183,7 +182,7 @@ def drop_hooks(model: nn.Module) -> nn.Module:
 
 
 def _devices(model: nn.Module) -> int:
-    """Of the first `DataParallel` around the model."""
+    """Return the number of devices of the outermost `DataParallel` around the model, else 1."""
     while not isinstance(model, DataParallel):
         inner = getattr(model, "_orig_mod", getattr(model, "module", None))
         if not isinstance(inner, nn.Module):
@@ -205,7 +204,7 @@ def _match(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
         and all(map(fnmatchcase, name.split("."), parts))
     ]
     if not found:
-        raise ValueError(no_submodule(path, modules))
+        raise ValueError(unknown_path_message(path, modules))
     return found
 
 
@@ -225,5 +224,5 @@ def _first_tensor(name: str, output: object) -> Tensor:
     )
 
 
-def _place(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Submodules by their paths, what is wrapped around them, and starting them from a teacher's."""
+"""Submodules by their paths inside any wrapper, and copying a teacher's layers to a student."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module")
-"""Where `torch.compile` and `FullyShardedDataParallel` keep what they are put around."""
+"""Attributes in which `torch.compile` and `FullyShardedDataParallel` hold the wrapped module."""
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return what compiling, (distributed) data parallelism or FSDP were put around.
+    """Return the module inside wrappers of `torch.compile`, (distributed) data parallelism or FSDP.
 
     >>> model = nn.Linear(4, 3)
     >>> unwrap(DataParallel(torch.compile(model))) is model
@@ -32,7 +32,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def check_whole(name: str, module: nn.Module) -> None:
-    """Raise ValueError where this process has but a shard of the parameters, as under FSDP."""
+    """Raise ValueError if this process has only a shard of the parameters, as under FSDP."""
     sharded = any(hasattr(value, "full_tensor") for value in module.parameters()) or any(
         _WRAPPED[1] in part._modules for part in module.modules()
     )
@@ -45,21 +45,21 @@ def check_whole(name: str, module: nn.Module) -> None:
 
 
 def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, str]) -> list[str]:
-    """Start layers of a student from a teacher's: copies parameters and buffers, in place.
+    """Initialise layers of a student from a teacher's by copying parameters and buffers in place.
 
-    Nothing is copied where anything does not fit, and nothing is shared afterwards.
+    Nothing is copied if anything does not fit, and no memory is shared afterwards.
 
     Args:
-        student: is changed.
-        teacher: is not.
-        mapping: path of a submodule of the student -> path of the teacher's that it starts from.
+        student: Model whose layers are overwritten.
+        teacher: Model whose layers are copied; it is not changed.
+        mapping: Path of the teacher's submodule for each path of a submodule of the student.
 
     Returns:
-        Names of the student's parameters and buffers that were copied to.
+        Names of the student's parameters and buffers that were overwritten.
 
     Raises:
-        TypeError: student or teacher is no `nn.Module`.
-        ValueError: a path that no submodule has, or submodules of other names or shapes.
+        TypeError: A student or teacher that is no `nn.Module`.
+        ValueError: A path of no submodule, or submodules whose names or shapes differ.
 
     >>> teacher = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
     >>> student = nn.Sequential(*(nn.Linear(2, 2) for _ in range(2)))
@@ -95,22 +95,28 @@ def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, st
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Submodules by path, in order, inside of what is wrapped around `model` and around them."""
+    """Return the submodules of a model by path, in order, as if nothing were wrapped.
+
+    Raises:
+        TypeError: A model that is no `nn.Module`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules: dict[str, nn.Module] = {}
     for path, module in unwrap(model).named_modules(remove_duplicate=False):
-        # a wrapped submodule before what is in it: its hooks always run
+        # the wrapper of a submodule rather than the submodule inside: its hooks always run
         modules.setdefault(".".join(p for p in path.split(".") if p not in _WRAPPED), module)
     return modules
 
 
 def check_path(path: str, modules: Iterable[str]) -> None:
+    """Raise ValueError for a path that is none of `modules`."""
     if path not in modules:
-        raise ValueError(no_submodule(path, modules))
+        raise ValueError(unknown_path_message(path, modules))
 
 
-def no_submodule(path: str, modules: Iterable[str]) -> str:
+def unknown_path_message(path: str, modules: Iterable[str]) -> str:
+    """Return the message of the error for a path that no submodule has."""
     names = [name for name in modules if name]
     close = difflib.get_close_matches(path, names) or names[:3]
     return f"path must be that of a submodule ({', '.join(close)}, ...), got {path!r}"

@@ -11,38 +11,36 @@ from selfkd.distill.features import drop_hooks
 from selfkd.distill.layers import check_whole, unwrap
 
 Stats = tuple[Sequence[float], Sequence[float]]
-"""Mean and standard deviation of each channel, on images scaled to [0, 1]."""
+"""Mean and standard deviation of each channel, of images scaled to [0, 1]."""
 
 
 class Teacher:
-    """A frozen copy of a network: eval mode at every call, no graph, never changed by a run.
+    """A frozen copy of a network, in eval mode at every call, whose logits carry no graph.
 
-    It is no `nn.Module`, so a parent that holds it trains, saves and moves it not: `parameters()`,
-    `state_dict()`, `train()` and `to()` of the parent pass it by. Call `to` on the teacher itself.
-    The copy shares nothing with `module`, which may go on training; `module` itself is not
-    changed. What `torch.compile`, `DataParallel` or `DistributedDataParallel` put around it is
-    taken off, so compiling the teacher is for the caller to do, and so are the hooks of a
-    distiller's feature terms.
+    It is no `nn.Module`, so that `parameters()`, `state_dict()`, `train()` and `to()` of a parent
+    module do not affect it; call `to` on the teacher itself. The copy shares no memory with
+    `module`, which is not changed and may be trained further. Wrappers of `torch.compile`,
+    `DataParallel` or `DistributedDataParallel` and the hooks of a distiller's feature terms are
+    removed from the copy; to compile the teacher is up to the caller.
 
-    Where the teacher was trained on inputs normalised otherwise than the ones it will be given,
-    they are normalised again, channel by channel:
+    If the teacher was trained on inputs of another normalisation than those of the calls, inputs
+    are normalised again, channel by channel:
 
         x' = (x * std_in + mean_in - mean_trained) / std_trained
 
     Args:
-        module: maps inputs `[batch, ...]` to logits `[batch, classes]`.
-        input_stats: mean and standard deviation with which the inputs of each call are
+        module: Network from inputs `[batch, ...]` to logits `[batch, classes]`.
+        input_stats: Mean and standard deviation with which the inputs of each call are
             normalised, one value a channel.
-        trained_stats: the same for the inputs that `module` was trained on; none means that they
-            were normalised like the inputs of each call.
-        columns: for each class, which of the module's logits is its; none means that the module
-            has the classes in the same order.
+        trained_stats: Mean and standard deviation of the inputs that `module` was trained on; the
+            same as `input_stats` if not given.
+        columns: Index of the module's logit for each class; the same order if not given.
 
     Raises:
-        TypeError: `module` is no `nn.Module`.
-        ValueError: `trained_stats` without `input_stats`, statistics of different lengths, a
-            standard deviation that is not positive, or a module of which each process has a shard
-            (FSDP).
+        TypeError: A module that is no `nn.Module`.
+        ValueError: Trained statistics without input statistics, statistics of different lengths, a
+            standard deviation that is not positive, or a module of which each process has only a
+            shard (FSDP).
 
     Reference:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
@@ -73,17 +71,18 @@ class Teacher:
 
     @classmethod
     def from_timm(cls, module: nn.Module, *, input_stats: Stats | None = None) -> "Teacher":
-        """A teacher from a model with timm's pretrained weights, as published.
+        """Make a teacher from a timm model with its published pretrained weights.
 
-        `trained_stats` is read from `module.pretrained_cfg`. For a model that was fine-tuned on
-        inputs normalised otherwise, call `Teacher` with the statistics of those.
+        `trained_stats` is read from `module.pretrained_cfg`. For a model fine-tuned on inputs of
+        another normalisation, call `Teacher` with their statistics.
 
         Args:
-            module: made by `timm.create_model(..., pretrained=True)`.
-            input_stats: as for `Teacher`.
+            module: Model from `timm.create_model(..., pretrained=True)`.
+            input_stats: Mean and standard deviation with which the inputs of each call are
+                normalised, one value a channel.
 
         Raises:
-            ValueError: `module` has no `pretrained_cfg` with weights.
+            ValueError: A module without a `pretrained_cfg` that has weights.
 
         >>> import timm
         >>> model = timm.create_model("resnet10t", num_classes=2)  # pretrained=True in earnest
@@ -102,18 +101,18 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
-        """What the teacher says.
+        """Compute the teacher logits.
 
         Args:
-            inputs: `[batch, ...]`; with `trained_stats`, `[batch, channels, height, width]`.
+            inputs: Inputs `[batch, ...]`; with `trained_stats`, `[batch, channels, height, width]`.
 
         Returns:
-            Logits `[batch, classes]`, outside any graph even if `inputs` require a gradient.
+            Logits `[batch, classes]`, without a graph even if `inputs` require a gradient.
 
         Raises:
-            TypeError: `module` returned something else than a tensor.
-            ValueError: the logits are not `[batch, classes]`, or the channels of `inputs` are
-                not those of `input_stats`.
+            TypeError: A result of the module that is not a tensor.
+            ValueError: Logits that are not `[batch, classes]`, or inputs whose channels are not
+                those of `input_stats`.
         """
         self.module.eval()
         inputs = inputs.detach()
@@ -132,7 +131,7 @@ class Teacher:
         return logits.detach()
 
     def to(self, device: torch.device | str | int) -> "Teacher":
-        """Move to `device` in place, as `nn.Module.to` does, and return itself."""
+        """Move the teacher to `device` in place, as `nn.Module.to` does, and return self."""
         self.module.to(device)
         if self._affine is not None:
             scale, shift = self._affine
@@ -146,14 +145,14 @@ class Teacher:
 
 
 class Ensemble:
-    """Several teachers asked at once; how their answers are averaged is left to the loss.
+    """Several teachers run on the same inputs; the loss decides how their logits are averaged.
 
     Args:
-        members: teachers, or modules of which teachers are made.
+        members: Teachers, or modules from which teachers are made.
 
     Raises:
-        TypeError: a member is neither.
-        ValueError: no members.
+        TypeError: A member that is neither.
+        ValueError: No members.
 
     Reference:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
@@ -173,16 +172,16 @@ class Ensemble:
             raise ValueError("members must be at least one teacher, got none")
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """What each member says.
+        """Compute the logits of each member.
 
         Args:
-            inputs: `[batch, ...]`, the same for every member.
+            inputs: Inputs `[batch, ...]`, the same for every member.
 
         Returns:
-            Logits `[members, batch, classes]`, outside any graph.
+            Logits `[members, batch, classes]`, without a graph.
 
         Raises:
-            ValueError: the members have different numbers of classes.
+            ValueError: Members with different numbers of classes.
         """
         logits = [member(inputs) for member in self.members]
         classes = [member_logits.shape[1] for member_logits in logits]
@@ -191,7 +190,7 @@ class Ensemble:
         return torch.stack(logits)
 
     def to(self, device: torch.device | str | int) -> "Ensemble":
-        """Move every member to `device` in place and return itself."""
+        """Move every member to `device` in place and return self."""
         for member in self.members:
             member.to(device)
         return self
@@ -204,7 +203,7 @@ class Ensemble:
 
 
 def _renormalisation(given: Stats | None, trained: Stats | None) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift, `[channels, 1, 1]` each; none where nothing is to be done."""
+    """Return scale and shift of inputs, `[channels, 1, 1]` each; None if they do not change."""
     if given is None and trained is not None:
         raise ValueError("input_stats must be given with trained_stats, got None")
     for name, stats in (("input_stats", given), ("trained_stats", trained)):

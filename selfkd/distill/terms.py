@@ -1,4 +1,4 @@
-"""Further terms of a distiller's loss: of features inside the networks, and of their logits."""
+"""Further terms of a distiller's loss, between features or between logits of the networks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from selfkd.losses.features import Projection, hint_loss, reconcile
 
 @dataclass(frozen=True)
 class FeatureTerm:
-    """A loss between what submodules of student and teacher return.
+    """A loss between the outputs of submodules of student and teacher.
 
     Args:
-        student: path of a submodule, as `named_modules` has it; `*` between dots makes a list.
-        teacher: the same of the teacher; the student's path when not given.
-        weight: of this term in the loss, 0 or more.
-        loss: of the student's and the teacher's features; with lists, the mean over pairs. For
-            `hint_loss` maps of different sizes are pooled to the smaller (`reconcile`).
-        project: (student's channels, teacher's channels): learn a map between them, as hints
-            need where they differ. Its parameters are `distiller.parameters()`.
+        student: Path of the student's submodule, as in `named_modules`; `*` between dots matches
+            several.
+        teacher: Path of the teacher's submodule; the student's path if not given.
+        weight: Weight of this term in the loss, at least 0.
+        loss: Function of the student's and the teacher's features; with several submodules, the
+            mean over pairs is taken. For `hint_loss`, feature maps of different sizes are pooled to
+            the smaller (`reconcile`).
+        project: Channels of the student and of the teacher between which a trained `Projection` is
+            put, as hints need if they differ. Its parameters are `distiller.parameters()`.
 
     Raises:
-        ValueError: `weight` is below 0.
+        ValueError: A weight below 0.
 
     >>> FeatureTerm("layer2", "layer3", weight=0.5).loss.__name__
     'hint_loss'
@@ -55,8 +57,11 @@ class LogitTerm:
     """A loss between the logits of student and teacher, such as those of `selfkd.losses.logits`.
 
     Args:
-        loss: of student logits, teacher logits and labels.
-        weight: of this term in the loss, 0 or more.
+        loss: Function of student logits, teacher logits and labels.
+        weight: Weight of this term in the loss, at least 0.
+
+    Raises:
+        ValueError: A weight below 0.
 
     >>> from selfkd.losses.logits import dist_loss
     >>> term = LogitTerm(lambda z_s, z_t, y: dist_loss(z_s, z_t, temperature=4.0), weight=2.0)
@@ -73,14 +78,17 @@ Term = FeatureTerm | LogitTerm
 
 
 def parse_terms(terms: Mapping[str, Term | Mapping[str, Any]]) -> dict[str, Term]:
-    """Return terms by name; a mapping is the arguments of a `FeatureTerm`.
+    """Return the terms by name, with mappings turned into feature terms.
+
+    Args:
+        terms: Terms by name; a mapping has the arguments of a `FeatureTerm`.
 
     Raises:
-        ValueError: a name that the loss has already.
+        ValueError: A name that another term of the loss has.
     """
-    taken = [name for name in terms if name in ("loss", "hard_loss", "soft_loss")]
-    if taken:
-        raise ValueError(f"terms must have names of their own, got {taken[0]!r}")
+    reserved = [name for name in terms if name in ("loss", "hard_loss", "soft_loss")]
+    if reserved:
+        raise ValueError(f"terms must have names of their own, got {reserved[0]!r}")
     return {
         name: FeatureTerm(**term) if isinstance(term, Mapping) else term
         for name, term in terms.items()
@@ -88,16 +96,16 @@ def parse_terms(terms: Mapping[str, Term | Mapping[str, Any]]) -> dict[str, Term
 
 
 class FeatureTerms:
-    """The feature terms of a distiller: captures what they need, and learns their projections.
+    """Feature terms of a distiller: captures the features of both networks and computes the losses.
 
     Args:
-        terms: by name.
-        student: whose features are captured in each forward pass, until `close`.
-        teacher: module that is asked for its features.
+        terms: Feature terms by name.
+        student: Model whose features are captured in each forward pass, until `close`.
+        teacher: Module of the teacher, whose features are captured in `run_teacher`.
 
     Raises:
-        ValueError: a path of no submodule, or one that names more or fewer of the student than of
-            the teacher.
+        ValueError: A path of no submodule, or paths that match different numbers of submodules of
+            student and teacher.
     """
 
     def __init__(
@@ -113,11 +121,11 @@ class FeatureTerms:
         self._student.__enter__()
 
     def close(self) -> None:
-        """Take the hooks off the student."""
+        """Remove the hooks from the student."""
         self._student.__exit__(None, None, None)
 
     def make_projections(self) -> nn.ModuleDict:
-        """Make what the terms learn, one projection a pair of submodules."""
+        """Make the projections of the terms, one for each pair of submodules."""
         return nn.ModuleDict(
             {
                 _key(name, number): Projection(*term.project)
@@ -127,16 +135,19 @@ class FeatureTerms:
             }
         )
 
-    def ask(self, teacher: Callable[[Any], Tensor], inputs: Any) -> Tensor:
-        """Return the teacher's logits, and keep its features."""
+    def run_teacher(self, teacher: Callable[[Any], Tensor], inputs: Any) -> Tensor:
+        """Return the teacher logits and capture the teacher's features."""
         with self._teacher:
             return teacher(inputs)
 
     def losses(self, projections: nn.ModuleDict) -> dict[str, Tensor]:
-        """Return each term's loss, unweighted, with its graph.
+        """Return the loss of each term, unweighted, with its graph.
+
+        Args:
+            projections: Result of `make_projections`.
 
         Raises:
-            ValueError: a teacher's feature is NaN, and so the loss (on the CPU only).
+            ValueError: NaN in a feature of the teacher (checked on the CPU only).
         """
         return {name: self._loss(name, term, projections) for name, term in self._terms.items()}
 
@@ -153,23 +164,23 @@ class FeatureTerms:
         return torch.stack(losses).mean()
 
     def _pairs(self, term: FeatureTerm) -> Sequence[tuple[Tensor, Tensor]]:
-        """Return the features of student and teacher that belong together."""
+        """Return the pairs of features of student and teacher that are compared."""
         student, teacher = self._student[term.student], self._teacher[term.of_teacher]
         students = student if isinstance(student, list) else [student]
         teachers = teacher if isinstance(teacher, list) else [teacher]
         return list(zip(students, teachers, strict=True))
 
     def _check_count(self, term: FeatureTerm) -> None:
-        found, expected = self._student.count(term.student), self._teacher.count(term.of_teacher)
-        if found != expected:
+        count, expected = self._student.count(term.student), self._teacher.count(term.of_teacher)
+        if count != expected:
             raise ValueError(
                 f"{term.student!r} must name as many submodules as {term.of_teacher!r} "
-                f"({expected}), got {found}"
+                f"({expected}), got {count}"
             )
 
 
 def check_paths(terms: Mapping[str, FeatureTerm], student: nn.Module) -> None:
-    """Raise ValueError where a term's path is that of no submodule of the student."""
+    """Raise ValueError if a term's path is that of no submodule of the student."""
     if terms:
         Features(student, [term.student for term in terms.values()])
 

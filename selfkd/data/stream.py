@@ -49,6 +49,7 @@ class Files:
         return read_or_raise(lambda: read_picture(path), str(path))
 
     def key(self, number: int) -> str:
+        """Return a name that identifies a picture without decoding it."""
         return f"{self.paths[number]}:{(self.root / self.paths[number]).stat().st_size}"
 
 

@@ -57,6 +57,7 @@ class TimmPictures:
         return read_picture(reader[number][0])
 
     def key(self, number: int) -> str:
+        """Return a name that identifies a picture without decoding it."""
         return f"{self.name}[{number}]"
 
 
@@ -74,6 +75,7 @@ class ListedPictures:
         return self.pictures[number]
 
     def key(self, number: int) -> str:
+        """Return a name that identifies a picture without decoding it."""
         return f"{self.name}[{number}]"
 
 

@@ -1,1 +1,1 @@
-"""Adapters of `selfkd.Distiller` to training loops of others, each imported by its own name."""
+"""Adapters of `selfkd.Distiller` to other libraries' training loops, each imported by its name."""

@@ -1,4 +1,4 @@
-"""What the adapters share: a distiller belongs to no module, so nobody else moves it."""
+"""Placement of a distiller on devices and processes, which no module does for the adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from selfkd.distill.distiller import Distiller
 
 
 def place(distiller: Distiller, device: torch.device) -> None:
-    """Move the teacher, where it can be moved, and the projections to `device`, in place."""
+    """Move the teacher, if it can be moved, and the projections to `device` in place."""
     move = getattr(distiller.teacher, "to", None)
     if move is not None:
         move(device)
@@ -16,7 +16,7 @@ def place(distiller: Distiller, device: torch.device) -> None:
 
 
 def check_processes(distiller: Distiller, processes: int) -> None:
-    """Raise ValueError where the distiller's projections would differ between processes."""
+    """Raise ValueError if the distiller's projections would differ between processes."""
     if processes > 1 and len(distiller.projections) and not distiller.in_step:
         raise ValueError(
             "distiller must be attached to its student after init_process_group, or its "

@@ -1,9 +1,9 @@
-"""Distillation in Lightning: a callback for a module as it is, a mixin for one that you edit.
+"""Distillation in Lightning: a callback for an unchanged module, a mixin for your own.
 
     trainer = Trainer(callbacks=[DistillationCallback(Distiller(Teacher(model), alpha=0.9))])
-    trainer.fit(module, loader)  # `module` computes cross-entropy, and knows of no teacher
+    trainer.fit(module, loader)  # `module` computes cross-entropy, without a teacher
 
-For the next generation make a fresh module, a fresh `Trainer`, and a `Teacher` of the last module:
+For the next generation make a new module, a new `Trainer`, and a `Teacher` of the last module:
 `examples/lightning_callback.py`.
 """
 
@@ -29,31 +29,30 @@ except ImportError as error:
 
 
 class DistillationCallback(Callback):
-    """Distils a LightningModule that knows nothing of it.
+    """Callback that distils into an unchanged LightningModule.
 
         loss = (1 - alpha) CE(y, p_s) + alpha T^2 KL(p_t^T || p_s^T)
 
-    While a fit runs, `training_step` is wrapped: it runs as it is, logs what it logs, and the
-    logits it computed are caught by a forward hook. The loss it returned is replaced, whole, by the
-    distiller's, and the teacher is asked what the student was asked. The distiller's terms are
-    logged as `distill/loss`, `distill/hard_loss` and so on. After the fit, or an error in it, the
-    module is as before.
+    During a fit, `training_step` is wrapped: it runs and logs as usual, a forward hook records the
+    student's inputs and logits, and the returned loss is replaced by the distiller's, with the
+    teacher run on the same inputs. The distiller's terms are logged as `distill/loss`,
+    `distill/hard_loss` and so on. After the fit, or an error in it, the module is restored.
 
-    The batch must be `(inputs, labels)`, or `(inputs, labels, index)` where targets are stored.
-    `training_step` must run the student once and leave the optimisation to Lightning; where it
-    does otherwise, or its loss has parts to keep, use `DistillationMixin`. Checkpoints hold nothing
-    of the teacher. What the distiller's terms learn, projections, joins the first group of the
-    first optimiser.
+    The batch must be `(inputs, labels)`, or `(inputs, labels, index)` with cached targets.
+    `training_step` must run the student once and use automatic optimisation; otherwise, or if parts
+    of its loss are to be kept, use `DistillationMixin`. Checkpoints have nothing of the teacher.
+    The projections of the distiller's terms are added to the first parameter group of the first
+    optimiser.
 
     Args:
-        distiller: with a teacher, with an `Ensemble`, with stored targets, or with none of them
+        distiller: Distiller with a teacher, an `Ensemble`, cached targets, or none of them
             (generation 0).
-        path: of the submodule that maps inputs to logits, as `named_modules` has it; the
-            LightningModule itself, called as `self(inputs)`, where not given.
+        path: Path of the submodule from inputs to logits, as in `named_modules`; if not given, the
+            LightningModule itself, called as `self(inputs)`.
 
     Attributes:
-        view: number of the images' augmentation for stored targets, 0 at first; set it as the fit
-            goes on.
+        view: Number of the images' augmentation for cached targets, 0 at first; to be set during
+            the fit.
 
     >>> callback = DistillationCallback(Distiller(nn.Linear(4, 3), alpha=0.9), path="model")
 
@@ -65,47 +64,47 @@ class DistillationCallback(Callback):
         self.distiller = distiller
         self.path = path
         self.view = 0
-        self._calls: list[tuple[Any, Any]] | None = None  # of the student, in one training step
+        self._calls: list[tuple[Any, Any]] | None = None  # inputs and outputs of the student
         self._handle: RemovableHandle | None = None
         self._replaced: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap `training_step` and listen to the student.
+        """Wrap `training_step` and register a hook on the student.
 
         Raises:
-            ValueError: `path` is of no submodule, the module optimises by itself, or several
-                processes train and the distiller learns projections that are not in step.
+            ValueError: A path of no submodule, manual optimisation, or projections that would
+                differ between processes.
         """
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "automatic_optimization must be True, got False: a loss that the module goes down "
-                "by itself cannot be replaced, use DistillationMixin"
+                "automatic_optimization must be True, got False: with manual optimisation the loss "
+                "cannot be replaced, use DistillationMixin"
             )
         check_processes(self.distiller, trainer.world_size)
         place(self.distiller, pl_module.device)
-        learnt = list(self.distiller.parameters())
-        if learnt:  # a group of their own would not fit the schedule, nor a checkpoint
-            trainer.optimizers[0].param_groups[0]["params"].extend(learnt)
+        projections = list(self.distiller.parameters())
+        if projections:  # a separate group would not fit the schedule, nor a checkpoint
+            trainer.optimizers[0].param_groups[0]["params"].extend(projections)
         student = self._student(pl_module)
-        self._handle = student.register_forward_hook(self._catch, with_kwargs=True)
+        self._handle = student.register_forward_hook(self._record_call, with_kwargs=True)
         self._wrap(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         self._restore(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         self._restore(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the distiller's terms have learnt, for the checkpoint."""
+        """Return the state of the distiller's projections, for the checkpoint."""
         return self.distiller.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load the result of `state_dict`."""
         self.distiller.load_state_dict(state_dict)
 
     def _student(self, pl_module: LightningModule) -> nn.Module:
@@ -114,7 +113,7 @@ class DistillationCallback(Callback):
         except AttributeError as error:
             raise ValueError(f"path must be that of a submodule, got {self.path!r}") from error
 
-    def _catch(
+    def _record_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self._calls is not None:
@@ -123,7 +122,7 @@ class DistillationCallback(Callback):
 
     def _wrap(self, pl_module: LightningModule) -> None:
         step = pl_module.training_step
-        # a compiled LightningModule has its own, which is to come back
+        # a compiled LightningModule has one of its own, which is restored afterwards
         self._replaced = {k: v for k, v in vars(pl_module).items() if k == "training_step"}
 
         @functools.wraps(step)  # Lightning reads the signature
@@ -131,7 +130,7 @@ class DistillationCallback(Callback):
             self._calls = []
             try:
                 output = step(batch, *args)
-                return output if output is None else self._distil(pl_module, batch, output)
+                return output if output is None else self._replace_loss(pl_module, batch, output)
             finally:
                 self._calls = None
 
@@ -144,14 +143,14 @@ class DistillationCallback(Callback):
             del pl_module.training_step
             vars(pl_module).update(self._replaced)
 
-    def _distil(self, pl_module: LightningModule, batch: Any, output: Any) -> Any:
+    def _replace_loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Any:
         labels, index = _labels_and_index(batch)
-        inputs, logits = self._call()
+        inputs, logits = self._recorded_call()
         terms = self.distiller(logits, labels, inputs=inputs, index=index, view=self.view)
         _log(pl_module, terms, len(labels))
         return {**output, "loss": terms["loss"]} if isinstance(output, dict) else terms["loss"]
 
-    def _call(self) -> tuple[Any, Tensor]:
+    def _recorded_call(self) -> tuple[Any, Tensor]:
         name = f"submodule {self.path!r}" if self.path else "LightningModule"
         if self._calls is None or len(self._calls) != 1:
             raise RuntimeError(
@@ -169,20 +168,21 @@ class DistillationCallback(Callback):
 
 
 class DistillationMixin:
-    """`distillation_loss` for a LightningModule of your own; set `distiller` in its `__init__`.
+    """Mixin with `distillation_loss` for your own LightningModule; set `distiller` in `__init__`.
 
         class Student(DistillationMixin, LightningModule):
             def training_step(self, batch, batch_idx):
                 inputs, labels = batch
                 return self.distillation_loss(self(inputs), labels, inputs=inputs)
 
-    The distiller is in no `state_dict`; where the module calls `save_hyperparameters`, give it
-    `ignore=["distiller"]`, or the teacher is in every checkpoint. What its terms learn is for
-    `configure_optimizers` to take, `self.distiller.parameters()`, and for you to save.
+    The distiller is in no `state_dict`. If the module calls `save_hyperparameters`, give it
+    `ignore=["distiller"]`, or every checkpoint has the teacher. Add the projections of its terms,
+    `self.distiller.parameters()`, to the optimiser in `configure_optimizers`, and save them.
     """
 
     distiller: Distiller
-    _placed: torch.device | None = None
+    """Distiller with a teacher, an `Ensemble`, cached targets, or none of them."""
+    _device: torch.device | None = None
 
     def distillation_loss(
         self,
@@ -193,27 +193,27 @@ class DistillationMixin:
         index: Tensor | None = None,
         view: int = 0,
     ) -> Tensor:
-        """The loss of a batch; all its terms are logged as `distill/loss`, `distill/hard_loss`, …
+        """Compute the loss of a batch and log its terms as `distill/loss`, `distill/hard_loss`, …
 
         Args:
-            student_logits: `[batch, classes]`.
-            labels: class indices `[batch]`.
-            inputs: what the teacher is asked; needed with a teacher.
-            index: numbers of the images `[batch]`; needed with stored targets.
-            view: number of the images' augmentation, for stored targets.
+            student_logits: Logits `[batch, classes]`.
+            labels: Class indices `[batch]`.
+            inputs: Inputs of the teacher; needed with a teacher.
+            index: Indices of the images `[batch]`; needed with cached targets.
+            view: Number of the images' augmentation, for cached targets.
 
         Returns:
             Scalar in nats, with the graph.
 
         Raises:
-            TypeError: the class is no LightningModule, or as `Distiller`.
-            ValueError: as `Distiller`.
+            TypeError: A class that is no LightningModule; otherwise as `Distiller`.
+            ValueError: Same as `Distiller`.
         """
         if not isinstance(self, LightningModule):
             raise TypeError(f"self must be a LightningModule, got {type(self).__name__}")
-        if self._placed != student_logits.device:
-            self._placed = student_logits.device
-            place(self.distiller, self._placed)
+        if self._device != student_logits.device:
+            self._device = student_logits.device
+            place(self.distiller, self._device)
         terms = self.distiller(student_logits, labels, inputs=inputs, index=index, view=view)
         _log(self, terms, len(labels))
         return terms["loss"]

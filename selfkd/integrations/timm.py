@@ -1,6 +1,6 @@
-"""A training task for timm's loop, with any teacher, ensemble or stored targets of a `Distiller`.
+"""Distillation in timm's training loop: a task with the loss of a `Distiller`.
 
-In timm's own `train.py`, after `task` has been made (and in place of its `--kd-*` arguments):
+In timm's `train.py`, after `task` has been made (and in place of its `--kd-*` arguments):
 
     from selfkd import Distiller, Teacher
     from selfkd.integrations.timm import DistillationTask
@@ -10,10 +10,10 @@ In timm's own `train.py`, after `task` has been made (and in place of its `--kd-
     task = DistillationTask(model, distiller, device=device)
 
 Nothing else changes: `train_one_epoch`, gradient accumulation, AMP, EMA, `--torchcompile`,
-checkpoints and validation use the task as they use timm's. Run it with `--mixup 0 --cutmix 0`, for
-the distiller wants class indices; `--smoothing` is the distiller's `label_smoothing`. For the next
-generation run the script again with the checkpoint of the last as PATH, or see
-`examples/timm_task.py`, which has them all in one process. For targets that are stored, wrap the
+checkpoints and validation use the task as they use timm's. Run it with `--mixup 0 --cutmix 0`,
+because the distiller needs class indices; `--smoothing` is the distiller's `label_smoothing`. For
+the next generation run the script again with the checkpoint of the last one as PATH, or see
+`examples/timm_task.py`, which trains all of them in one process. With cached targets, wrap the
 training set of the loader in `WithIndex`.
 """
 
@@ -38,32 +38,32 @@ except ImportError as error:
     ) from error
 
 
-_TIMMS = {"task_loss": "hard_loss", "kd_loss": "soft_loss"}
-"""What timm calls a term of the loss -> what it is called here."""
+_TIMM_NAMES = {"task_loss": "hard_loss", "kd_loss": "soft_loss"}
+"""Terms of a distiller's loss by their names in timm."""
 
 
 class DistillationTask(ClassificationTask):  # type: ignore[misc]
-    """timm's training task with the loss of a `Distiller`.
+    """Training task of timm with the loss of a `Distiller`.
 
         loss = (1 - alpha) CE(y, p_s) + alpha T^2 KL(p_t^T || p_s^T)
 
     This is timm's `LogitDistillationTask` with `task_loss_weight = 1 - alpha` and
-    `distill_loss_weight = alpha`. Other than there, inputs are not renormalised for the teacher
-    unless it was made to do so: `Teacher.from_timm(model, input_stats=(mean, std))`.
+    `distill_loss_weight = alpha`. Unlike there, inputs are not renormalised for the teacher, unless
+    it was made with `Teacher.from_timm(model, input_stats=(mean, std))`.
 
-    The teacher moves with the task, is never compiled nor saved, and trains at no time. What the
-    distiller's terms learn, their projections, is the task's too: make the optimiser of the task
-    (`create_optimizer_v2(task, ...)`), not of the model, where there are any.
+    The teacher moves with the task, and is never compiled, saved or trained. The projections of the
+    distiller's terms are parameters of the task: if there are any, make the optimiser from the task
+    (`create_optimizer_v2(task, ...)`), not from the model.
 
     Args:
-        student: maps inputs to logits `[batch, classes]`.
-        distiller: with a teacher, with an `Ensemble`, with stored targets, or with none of them
+        student: Network from inputs to logits `[batch, classes]`.
+        distiller: Distiller with a teacher, an `Ensemble`, cached targets, or none of them
             (generation 0).
-        device: where the student is.
+        device: Device of the student.
 
     Attributes:
-        view: number of the images' augmentation for stored targets, 0 at first; set it as the loop
-            goes on.
+        view: Number of the images' augmentation for cached targets, 0 at first; to be set during
+            training.
 
     >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
     >>> task = DistillationTask(student, Distiller(teacher, temperature=4.0, alpha=0.9))
@@ -86,41 +86,50 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         place(distiller, self.device)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Logits of the student and the terms of its loss.
+        """Compute the student's logits and the terms of its loss.
 
         Args:
-            input: `[batch, ...]`.
-            target: labels `[batch]`, or `[batch, 2]` of `WithIndex`: label and number of the image.
+            input: Inputs `[batch, ...]`.
+            target: Labels `[batch]`, or labels and indices of the images `[batch, 2]`, as from
+                `WithIndex`.
 
         Returns:
-            `output`, the logits `[batch, classes]`; `loss`, with the graph; and the distiller's
-            other terms, for logging, of them `hard_loss` and `soft_loss` also by timm's names,
-            `task_loss` and `kd_loss`.
+            Tensors by name: `output`, the logits `[batch, classes]`; `loss`, with the graph; and
+            the distiller's other terms, for logging, of which `hard_loss` and `soft_loss` also by
+            timm's names `task_loss` and `kd_loss`.
 
         Raises:
-            TypeError: `target` is not of integers, as Mixup leaves it.
-            ValueError: `target` is of another shape.
+            TypeError: A target that is not of integers, such as that of Mixup.
+            ValueError: A target of another shape.
         """
         labels, index = _labels_and_index(target)
         logits = self.trainable_module(input)
         terms = self.distiller(logits, labels, inputs=input, index=index, view=self.view)
-        theirs = {name: terms[ours] for name, ours in _TIMMS.items() if ours in terms}
-        return {"output": logits, **theirs, **terms}
+        aliases = {alias: terms[name] for alias, name in _TIMM_NAMES.items() if name in terms}
+        return {"output": logits, **aliases, **terms}
 
     def prepare_distributed(
         self, device_ids: list[Any] | None = None, **ddp_kwargs: Any
     ) -> DistillationTask:
-        """As timm's; ValueError where the distiller learns projections that are not in step."""
+        """Prepare for distributed training as timm's task does.
+
+        Args:
+            device_ids: Devices of this process, for `DistributedDataParallel`.
+            **ddp_kwargs: Further arguments of `DistributedDataParallel`.
+
+        Raises:
+            ValueError: Projections that would differ between processes.
+        """
         check_processes(self.distiller, torch.distributed.get_world_size())
         super().prepare_distributed(device_ids, **ddp_kwargs)
         return self
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """As timm's, with the distiller's parameters."""
+        """Return the parameters whose gradients are clipped: timm's and the projections'."""
         return [*super().get_clip_parameters(exclude_head), *self.distiller.parameters()]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What the distiller's terms have learnt, for the checkpoint; EMA has none of it."""
+        """Return the state of the distiller's projections, for the checkpoint; empty for EMA."""
         return {} if ema else self.distiller.state_dict()
 
     def load_task_state(
@@ -130,7 +139,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Load what `get_task_state` returned."""
+        """Load the result of `get_task_state`."""
         if state and not ema:
             self.distiller.load_state_dict(state)
 
@@ -141,18 +150,18 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
 
 
 class WithIndex(Dataset[tuple[Any, Tensor]]):
-    """A data set whose labels bring the number of their image, for targets that are stored.
+    """A data set whose labels are paired with the index of their image, for cached targets.
 
-    The label becomes a tensor of two integers, which timm's loaders (`create_loader`, with its
-    prefetcher or without) collate to `[batch, 2]` and `DistillationTask` takes apart. Validation
-    needs no wrapper. Stored answers are to the images as the teacher saw them: give the loader
-    `no_aug=True`, or have the data set make the view that `DistillationTask.view` says.
+    The label becomes a tensor of two integers, which timm's loaders (`create_loader`, with or
+    without its prefetcher) collate to `[batch, 2]` and `DistillationTask` splits. Validation needs
+    no wrapper. Cached targets are those of the images that the teacher was run on: give the loader
+    `no_aug=True`, or let the data set make the view of `DistillationTask.view`.
 
     Args:
-        dataset: items `(image, label)` by number, from 0 on.
+        dataset: Map-style data set of items `(image, label)`.
 
     Raises:
-        TypeError: `dataset` has no items by number.
+        TypeError: A data set without a length or items by number.
 
     >>> WithIndex([("a.png", 7), ("b.png", 3)])[1]
     ('b.png', tensor([3, 1]))
@@ -174,7 +183,7 @@ class WithIndex(Dataset[tuple[Any, Tensor]]):
 
     @property
     def transform(self) -> Any:
-        """The wrapped data set's, which `create_loader` sets."""
+        """Transform of the wrapped data set, which `create_loader` sets."""
         return self.dataset.transform
 
     @transform.setter

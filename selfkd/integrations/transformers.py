@@ -1,4 +1,4 @@
-"""Distillation in the Trainer of transformers: logits, hidden states, attention.
+"""Distillation in the Trainer of transformers: of logits, hidden states and attention.
 
 Needs `pip install 'selfkd[transformers]'`.
 """
@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfkd.distill.layers import copy_layers
 from selfkd.distill.teacher import Ensemble, Teacher
+from selfkd.integrations.transformers_layers import resolve_layer_map, text_config
+from selfkd.integrations.transformers_layers import start_from_teacher as start_from_teacher
 from selfkd.losses.distillation import Average, check_settings
 from selfkd.losses.features import (
     Projection,
     attention_matrices,
     cosine_embedding,
-    every_other,
     hidden_state_loss,
 )
 from selfkd.losses.sequences import sequence_terms
@@ -36,13 +36,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 IGNORED = -100
-"""The label of transformers that no term is taken of."""
+"""Label of ignored tokens in transformers, which enter no term."""
 PROJECTION_FILE = "projection.safetensors"
-"""Where the projection stands, in the folder of each checkpoint beside the student's weights."""
+"""File of the projection in the folder of a checkpoint, beside the student's weights."""
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` whose student also learns from a teacher.
+    """Trainer of transformers with the distillation loss of a teacher.
 
         loss = (1 - alpha) hard_loss + alpha soft_loss
                + hidden_weight hidden_loss + cosine_weight cosine_loss
@@ -50,12 +50,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
         hard_loss = CE(y, p_s)        soft_loss = T^2 KL(p_t^T || p_s^T)        p^T = softmax(z / T)
 
-    Logits are `[batch, classes]` of one label a row, or `[batch, length, vocabulary]` of labels
-    `[batch, length]`, which causal models shift by one, as their own loss does. Labels of -100 are
-    left out. hard_loss and soft_loss are means over labels, hidden_loss and cosine_loss over
-    tokens, attention_loss over pairs of tokens, each over the whole batch of an optimiser step:
-    the split into micro-batches, and into processes unless `average_tokens_across_devices` is off,
-    changes nothing. `label_smoothing_factor` of `args` is that of hard_loss.
+    Logits are `[batch, classes]` with one label a row, or `[batch, length, vocabulary]` with labels
+    `[batch, length]`, which are shifted by one for causal models, as in their own loss. Labels of
+    -100 are left out. hard_loss and soft_loss are means over labels, hidden_loss and cosine_loss
+    over tokens, attention_loss over pairs of tokens, each over the whole batch of an optimiser
+    step. They do not depend on the split into micro-batches, nor into processes unless
+    `average_tokens_across_devices` is off. `label_smoothing_factor` of `args` applies to hard_loss.
 
     It is a mixin too: `class Mine(DistillationTrainer, Seq2SeqTrainer)` distils in another trainer.
 
@@ -63,32 +63,33 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     evaluation the loss is the same sum.
 
     Args:
-        model: the student.
-        args: as for `Trainer`.
-        teacher: a frozen copy is taken (`selfkd.Teacher`); its inputs are the student's. It is in
-            no checkpoint. Of several, an ensemble, the logits are averaged; their hidden states and
-            attention are not compared.
-        temperature: T, above 0.
-        alpha: weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
-            is still asked, for soft_loss in the log.
-        average: of an ensemble's `probabilities` or `logits`.
-        hidden_weight: of the mean squared error of hidden states, at least 0.
-        cosine_weight: of 1 - cos of the student's last hidden states and the teacher's, at least 0.
-        attention_weight: of the mean squared error of attention probabilities, at least 0. Both
-            models must be made with `attn_implementation="eager"`.
-        layer_map: for each layer of the student the teacher's, from 0, embeddings left out; none
-            is every other one (`selfkd.losses.features.every_other`).
-        shift_labels: whether logits are of the next token; none is as the student's own loss has
-            it.
-        data_collator: this and what follows as for `Trainer`.
+        model: Student.
+        args: Arguments of `Trainer`.
+        teacher: Teacher, or several as an ensemble, run on the student's inputs. Frozen copies are
+            made (`selfkd.Teacher`), which are in no checkpoint. The logits of an ensemble are
+            averaged; its hidden states and attention are not compared.
+        temperature: Temperature T, above 0.
+        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
+            is still run, to log soft_loss.
+        average: Whether an ensemble's `probabilities` or `logits` are averaged.
+        hidden_weight: Weight of the mean squared error of hidden states, at least 0.
+        cosine_weight: Weight of the cosine distance of the last hidden states, at least 0.
+        attention_weight: Weight of the mean squared error of attention probabilities, at least 0.
+            Both models must be made with `attn_implementation="eager"`.
+        layer_map: Index of the teacher's layer for each layer of the student, from 0, without
+            embeddings; `selfkd.losses.features.every_other` if not given.
+        shift_labels: Whether logits are those of the next token; as in the student's own loss if
+            not given.
+        data_collator: Collator of `Trainer`, whose further arguments follow.
 
-    `projection` maps the student's hidden states to the teacher's width where they differ, one for
-    all layers; else it is None. It is optimised without weight decay and clipping, and saved beside
-    the student.
+    Attributes:
+        projection: Map from the student's hidden states to the teacher's width, shared by all
+            layers; None if the widths are equal. It is trained without weight decay and clipping,
+            and saved beside the student.
 
     Raises:
-        ValueError: a setting out of range, an impossible map; in a step, inputs without labels, or
-            a model that returns no hidden states or attention.
+        ValueError: A setting out of range or an impossible map; in a training step, inputs without
+            labels, or a model that returns no hidden states or attention.
 
     >>> from transformers import BertConfig, BertForSequenceClassification
     >>> sizes = dict(vocab_size=9, num_attention_heads=2, intermediate_size=8, num_labels=2)
@@ -112,7 +113,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         https://arxiv.org/abs/1909.10351
     """
 
-    # compute_loss divides by what the whole batch has
+    # compute_loss divides by the sizes of the whole batch
     loss_is_scaled_for_ga: bool | None = True
 
     def __init__(
@@ -143,19 +144,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.weights = {
             "hidden": hidden_weight, "cosine": cosine_weight, "attention": attention_weight
         }  # fmt: skip
-        for name, weight in self.weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name}_weight must be >= 0 and finite, got {weight}")
+        _check_weights(self.weights, len(teachers))
         self.temperature, self.alpha, self.shift_labels = temperature, alpha, shift_labels
         self.average = average
         self.layer_map = None
         if any(self.weights.values()):
-            if len(teachers) != 1:
-                raise ValueError(
-                    "teacher must be one model where hidden states or attention are compared, got "
-                    f"{len(teachers)}"
-                )
-            self.layer_map = _layer_map(model, teachers[0], layer_map)
+            self.layer_map = resolve_layer_map(model, teachers[0], layer_map)
         self.projection: Projection | None = None
         super().__init__(
             model=model,
@@ -175,7 +169,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         ).to(self.args.device)
         if hidden_weight or cosine_weight:
             self._make_projection(teachers[0])
-        self._wanted = {
+        self._output_options = {
             "return_dict": True,
             "output_hidden_states": bool(hidden_weight or cosine_weight),
             "output_attentions": bool(attention_weight),
@@ -194,7 +188,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise ValueError(f"sequences must be whole on each device, got {shards} parts of them")
 
     def _make_projection(self, teacher: PreTrainedModel) -> None:
-        width, expected = (_config(m).hidden_size for m in (self.model, teacher))
+        width, expected = (text_config(m).hidden_size for m in (self.model, teacher))
         if width == expected:
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -204,7 +198,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             )
         self.projection = Projection(width, expected).to(self.args.device)
         if self.args.world_size > 1:
-            # it is outside of what DistributedDataParallel averages
+            # DistributedDataParallel does not average its gradients
             for parameter in self.projection.parameters():
                 parameter.register_hook(self._mean_over_processes)  # type: ignore[no-untyped-call]
 
@@ -215,7 +209,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Return the micro-batches of a step, and how many labels, tokens and pairs they have."""
+        """Return the micro-batches of a step, and their total labels, tokens and pairs `[3]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -223,7 +217,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
         if self.projection is not None:
-            self.projection.zero_grad()  # Trainer does so only for the model
+            self.projection.zero_grad()  # Trainer does this only for the model
         self._steps += 1
         return batches, totals
 
@@ -234,34 +228,39 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch, as its part of the whole batch's.
+        """Compute the loss of a micro-batch, as its part of the loss of the whole batch.
 
         Args:
-            model: the student, in whatever wrapper.
-            inputs: of student and teacher, with `labels`.
-            return_outputs: whether to return what the student returned too.
-            num_items_in_batch: of the whole batch the number of labels, tokens and pairs `[3]`, as
-                `get_batch_samples` has them, or of labels only; none is what `inputs` have, as it
-                is in evaluation.
+            model: Student, in any wrapper.
+            inputs: Inputs of student and teacher, with `labels`.
+            return_outputs: Whether to return the student's outputs too.
+            num_items_in_batch: Numbers of labels, tokens and pairs of the whole batch `[3]`, as
+                from `get_batch_samples`, or of labels only; those of `inputs` if not given, and in
+                evaluation.
 
         Returns:
             Scalar, and the outputs without hidden states and attention if `return_outputs`.
+
+        Raises:
+            ValueError: Inputs without labels, or a model that returns no hidden states or
+                attention.
         """
         if "labels" not in inputs:
             raise ValueError(f"inputs must have 'labels', got {sorted(inputs)}")
-        asked = {
+        model_inputs = {
             name: value
             for name, value in inputs.items()
-            # an encoder-decoder makes its inputs of them
-            if name not in ("labels", "shift_labels") or _config(self.model).is_encoder_decoder
+            # an encoder-decoder makes its inputs from the labels
+            if name not in ("labels", "shift_labels") or text_config(self.model).is_encoder_decoder
         }
-        outputs, answers = model(**asked, **self._wanted), self._ask(asked)
+        outputs = model(**model_inputs, **self._output_options)
+        teacher_outputs = self._run_teacher(model_inputs)
         whole = num_items_in_batch if model.training else None
-        labels, tokens_part, pairs_part = self._parts(inputs, whole)
+        labels, token_share, pair_share = self._shares(inputs, whole)
         targets = self._targets(inputs)
-        teacher_logits = answers[0].logits
-        if len(answers) > 1:
-            teacher_logits = torch.stack([answer.logits for answer in answers])
+        teacher_logits = teacher_outputs[0].logits
+        if len(teacher_outputs) > 1:
+            teacher_logits = torch.stack([member.logits for member in teacher_outputs])
         student_logits = outputs.logits
         if targets.ndim == 1:  # a row with one label is a sequence of one token
             student_logits, targets = student_logits[:, None], targets[:, None]
@@ -277,26 +276,28 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             normalizer=labels,
         )._asdict()
         loss = terms.pop("loss")
-        for name, term in self._feature_terms(outputs, answers[0], inputs.get("attention_mask")):
-            terms[f"{name}_loss"] = term * (pairs_part if name == "attention" else tokens_part)
+        mask = inputs.get("attention_mask")
+        for name, term in self._feature_terms(outputs, teacher_outputs[0], mask):
+            terms[f"{name}_loss"] = term * (pair_share if name == "attention" else token_share)
             loss = loss + self.weights[name] * terms[f"{name}_loss"]
         if whole is not None and self.args.average_tokens_across_devices:
-            # DistributedDataParallel takes the mean of gradients, here their sum is right
+            # DistributedDataParallel averages the gradients, but their sum is needed
             loss = loss * self.args.world_size
         if model.training:
-            self._add_up(terms)
+            self._accumulate(terms)
         if not return_outputs:
             return loss
         left_out = ("hidden_states", "attentions")
         return loss, {name: value for name, value in outputs.items() if name not in left_out}
 
-    def _ask(self, inputs: Mapping[str, Any]) -> list[Any]:
+    def _run_teacher(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Return the outputs of the teacher, or of each member."""
         members = self.teacher.members if isinstance(self.teacher, Ensemble) else [self.teacher]
         with torch.no_grad(), self.accelerator.autocast():
-            return [member.module.eval()(**inputs, **self._wanted) for member in members]
+            return [member.module.eval()(**inputs, **self._output_options) for member in members]
 
     def _targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Labels `[batch]` or `[batch, length]`, each at the place of the logits that give it."""
+        """Return the labels `[batch]` or `[batch, length]`, aligned with the logits."""
         labels: Tensor = inputs.get("shift_labels", inputs["labels"])
         if "shift_labels" in inputs or labels.ndim == 1 or not self._shifts():
             return labels
@@ -305,11 +306,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _shifts(self) -> bool:
         if self.shift_labels is not None:
             return self.shift_labels
-        own = getattr(self.model, "loss_function", None)
-        return own is ForCausalLMLoss and not _config(self.model).is_encoder_decoder
+        loss_function = getattr(self.model, "loss_function", None)
+        return loss_function is ForCausalLMLoss and not text_config(self.model).is_encoder_decoder
 
     def _sizes(self, inputs: Mapping[str, Any]) -> Tensor:
-        """How many labels, tokens and pairs of tokens there are, `[3]`."""
+        """Return the numbers of labels, tokens and pairs of tokens of a micro-batch, `[3]`."""
         labels = (self._targets(inputs) != IGNORED).sum()
         mask = inputs.get("attention_mask")
         if mask is None:
@@ -318,8 +319,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         lengths = (mask != 0).sum(dim=1)
         return torch.stack([labels, lengths.sum(), lengths.square().sum()])
 
-    def _parts(self, inputs: Mapping[str, Any], whole: Tensor | int | None) -> list[Tensor]:
-        """Labels of the whole batch, and how much of its tokens and of its pairs is here."""
+    def _shares(self, inputs: Mapping[str, Any], whole: Tensor | int | None) -> list[Tensor]:
+        """Return the number of labels of the whole batch, and the inputs' shares of the rest."""
         sizes = self._sizes(inputs)
         totals = sizes.clone()
         if whole is not None:
@@ -329,14 +330,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return [totals[0], *(sizes[1:] / totals[1:])]
 
     def _feature_terms(
-        self, outputs: Any, answers: Any, mask: Tensor | None
+        self, outputs: Any, teacher_outputs: Any, mask: Tensor | None
     ) -> Iterator[tuple[str, Tensor]]:
         if self.layer_map is None:
             return
-        if self._wanted["output_hidden_states"]:
-            students, teachers = (_layers(m, "hidden_states") for m in (outputs, answers))
+        if self._output_options["output_hidden_states"]:
+            students, teachers = (_layers(m, "hidden_states") for m in (outputs, teacher_outputs))
             states = [self._project(state) for state in students[1:]]
-            teachers = teachers[1:]  # of the embeddings
+            teachers = teachers[1:]  # the first are embeddings
             if self.weights["hidden"]:
                 yield (
                     "hidden",
@@ -345,8 +346,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if self.weights["cosine"]:
                 last = teachers[self.layer_map[-1]]
                 yield "cosine", cosine_embedding(states[-1], last, mask=mask)
-        if self._wanted["output_attentions"]:
-            students, teachers = (_layers(m, "attentions") for m in (outputs, answers))
+        if self._output_options["output_attentions"]:
+            students, teachers = (_layers(m, "attentions") for m in (outputs, teacher_outputs))
             losses = [
                 attention_matrices(student, teachers[layer], mask=mask)
                 for student, layer in zip(students, self.layer_map, strict=True)
@@ -359,33 +360,33 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         mapped: Tensor = self.projection(state.to(self.projection.linear.weight.dtype))
         return mapped
 
-    def _add_up(self, terms: Mapping[str, Tensor]) -> None:
+    def _accumulate(self, terms: Mapping[str, Tensor]) -> None:
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + term.detach()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the terms beside the training loss, as means over the steps since the last time."""
+        """Log the terms with the training loss, as means over the steps since the last log."""
         if "loss" in logs and self._sums and self._steps:
             means = torch.stack(list(self._sums.values())) / self._steps
             if self.args.world_size > 1:
-                over = "sum" if self.args.average_tokens_across_devices else "mean"
-                means = self.accelerator.reduce(means, over)
+                reduction = "sum" if self.args.average_tokens_across_devices else "mean"
+                means = self.accelerator.reduce(means, reduction)
             logs = {**logs, **dict(zip(self._sums, means.tolist(), strict=True))}
             self._sums, self._steps = {}, 0
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Give the projection to the optimiser too."""
+        """Make the optimiser, with the projection as a further parameter group."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.projection is not None:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if id(self.projection.linear.weight) not in held:
+            optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if id(self.projection.linear.weight) not in optimized:
                 group = {"params": list(self.projection.parameters()), "weight_decay": 0.0}
                 optimizer.add_param_group(group)
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, and the projection in a file of its own."""
+        """Save the student, and the projection in a separate file."""
         super().save_model(output_dir, _internal_call)
         if self.projection is not None and self.args.should_save:
             folder = output_dir or self.args.output_dir
@@ -400,82 +401,20 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.projection.load_state_dict(load_file(file))
 
 
-def start_from_teacher(
-    student: PreTrainedModel, teacher: PreTrainedModel, *, layer_map: Sequence[int] | None = None
-) -> list[str]:
-    """Start a student from some of its teacher's layers and all else that it has.
-
-    Args:
-        student: of the teacher's class and sizes, with fewer layers or as many; is changed.
-        teacher: is not.
-        layer_map: for each layer of the student the teacher's, from 0; none is every other one.
-
-    Returns:
-        Names of the student's parameters and buffers that were copied to.
-
-    Raises:
-        ValueError: an impossible map, or models that do not fit (see `copy_layers`).
-
-    >>> from transformers import BertConfig, BertModel
-    >>> sizes = dict(vocab_size=9, hidden_size=8, num_attention_heads=2, intermediate_size=8)
-    >>> teacher, student = (BertModel(BertConfig(num_hidden_layers=n, **sizes)) for n in (4, 2))
-    >>> names = start_from_teacher(student, teacher)
-    >>> weights = (student.encoder.layer[0], teacher.encoder.layer[1])
-    >>> torch.equal(*(layer.output.dense.weight for layer in weights))
-    True
-
-    Reference:
-        Sanh et al., "DistilBERT, a distilled version of BERT", 2019,
-        https://arxiv.org/abs/1910.01108
-    """
-    layers = _layer_map(student, teacher, layer_map)
-    path = _path_of_layers(student)
-    mapping = {f"{path}.{i}": f"{path}.{layer}" for i, layer in enumerate(layers)}
-    steps = path.split(".")
-    for depth, step in enumerate(steps):
-        above = ".".join(steps[:depth])
-        for name, _ in student.get_submodule(above).named_children():
-            if name != step:
-                beside = ".".join([*steps[:depth], name])
-                mapping[beside] = beside
-    return copy_layers(student, teacher, mapping)
+def _check_weights(weights: Mapping[str, float], teachers: int) -> None:
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}_weight must be >= 0 and finite, got {weight}")
+    if any(weights.values()) and teachers != 1:
+        raise ValueError(
+            "teacher must be one model where hidden states or attention are compared, got "
+            f"{teachers}"
+        )
 
 
 def _layers(outputs: Any, name: str) -> tuple[Tensor, ...]:
     layers: tuple[Tensor, ...] | None = getattr(outputs, name, None)
     if layers and all(layer is not None for layer in layers):
         return layers
-    way_out = ': make both models with attn_implementation="eager"' if name == "attentions" else ""
-    raise ValueError(f"{name} must be returned by both models, got {layers}{way_out}")
-
-
-def _config(model: Any) -> Any:
-    return model.config.get_text_config()
-
-
-def _layer_map(
-    student: PreTrainedModel, teacher: PreTrainedModel, layer_map: Sequence[int] | None
-) -> list[int]:
-    counts = [_config(model).num_hidden_layers for model in (student, teacher)]
-    if layer_map is None:
-        return every_other(*counts)
-    if len(layer_map) != counts[0] or not all(0 <= layer < counts[1] for layer in layer_map):
-        raise ValueError(
-            f"layer_map must be {counts[0]} layers in [0, {counts[1]}), got {list(layer_map)}"
-        )
-    return list(layer_map)
-
-
-def _path_of_layers(model: PreTrainedModel) -> str:
-    count = _config(model).num_hidden_layers
-    paths: list[str] = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if len(paths) != 1:
-        raise ValueError(
-            f"student must have one list of its {count} layers, got {paths}: use "
-            "selfkd.distill.layers.copy_layers"
-        )
-    return paths[0]
+    hint = ': make both models with attn_implementation="eager"' if name == "attentions" else ""
+    raise ValueError(f"{name} must be returned by both models, got {layers}{hint}")

@@ -61,6 +61,8 @@ def fused_terms(
 
 
 class _PrecomputedGradient(torch.autograd.Function):
+    """A loss with its gradient, both computed before."""
+
     @staticmethod
     def forward(
         ctx: Any,

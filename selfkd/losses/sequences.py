@@ -67,6 +67,8 @@ _Rows = Tensor | slice
 
 
 class _Settings(NamedTuple):
+    """Settings of the loss, as arguments of `unchecked_terms`."""
+
     temperature: float
     alpha: float
     label_smoothing: float
@@ -571,6 +573,8 @@ def _check_teacher(teacher: TokenTeacher, student_logits: Tensor, settings: _Set
 
 
 class _PrecomputedGradients(torch.autograd.Function):
+    """A loss with its gradients, all computed before, for a single backward pass."""
+
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
         ctx.gradients = [

@@ -24,7 +24,7 @@ def make_images(n: int = 16, channels: int = 3, height: int = 12, width: int = 9
 
 
 def offsets_of(images: Tensor, jitter: int) -> Tensor:
-    """(dy, dx) by which an image of one bright pixel at its centre was moved, by search."""
+    """Return the shift (dy, dx) of an image with one bright pixel at its centre, by search."""
     flat = images.flatten(1).argmax(1)
     centre = images.shape[2] // 2
     return torch.stack([flat // images.shape[3] - centre, flat % images.shape[3] - centre], 1)
@@ -37,7 +37,7 @@ def make_dots(n: int, size: int = 11) -> Tensor:
 
 
 def make_ramps(n: int, size: int = 64) -> Tensor:
-    """Pixel value = column in channel 0 and row in channel 1."""
+    """Return images whose pixels are the column in channel 0 and the row in channel 1."""
     line = torch.arange(size, dtype=torch.float32)
     plane = torch.stack([line.expand(size, size), line[:, None].expand(size, size)])
     return plane.expand(n, 2, size, size).clone()
@@ -47,7 +47,7 @@ def make_ramps(n: int, size: int = 64) -> Tensor:
 
 
 def test_random_bits_are_splitmix64():
-    """Each number is the published finaliser of the key plus a multiple of the golden ratio."""
+    """Numbers are the published finaliser of the key plus a multiple of the golden ratio."""
 
     def mix(x: int) -> int:
         x &= 2**64 - 1
@@ -178,7 +178,7 @@ def test_flip_mirrors_half_of_the_images():
 
 
 def test_augmentations_draw_separately():
-    """Switching flips on leaves the shifts as they were."""
+    """Switching flips on does not change the shifts."""
     images, index = make_dots(50), torch.arange(50)
     both = offsets_of(Views(jitter=2, flip=True)(images, index, 0), 2)
     assert torch.equal(both, offsets_of(Views(jitter=2)(images, index, 0), 2))
@@ -256,7 +256,7 @@ def test_recipe_is_what_a_view_depends_on(views):
 
 
 def test_pinned_view():
-    """Stored soft targets outlive a version: this may change only with recipe's `version`."""
+    """Cached soft targets outlive a version: this may change only with the recipe's `version`."""
     images = torch.arange(36, dtype=torch.uint8).reshape(1, 1, 6, 6).expand(3, 1, 6, 6)
     views = Views(crop=0.5, flip=True, jitter=1, seed=1, count=2)
     third_rows = views(images, torch.arange(3), 1)[:, 0, 2].tolist()

@@ -39,7 +39,7 @@ def write_mnist(root: Path, folder: str = "MNIST", train: int = 120, test: int =
 
 
 def write_folder(root: Path, **images: int) -> Path:
-    """PNG files of different sizes, `images` of each class in each named part."""
+    """Write PNG files of different sizes, `images` of each class in each named part."""
     random = np.random.default_rng(0)
     for part, n in images.items():
         for name in CLASSES:
@@ -92,7 +92,7 @@ def test_splits_are_disjoint_stratified_and_repeatable(seed, counts, sizes):
     for part in parts:
         share = part.numel() / len(labels)
         for label, count in enumerate(counts):
-            if count > 1:  # a class's only image is to train on
+            if count > 1:  # the only image of a class is for training
                 assert abs(int((labels[part] == label).sum()) - share * count) <= 2
     assert len(labels[train].unique()) == 3
     again = divide(labels, **settings, num_classes=3, seed=seed)
@@ -396,14 +396,14 @@ def test_class_that_is_only_in_the_test_folder(tmp_path):
 
 
 @pytest.fixture
-def _short_farewell(monkeypatch):
-    """After an error DataLoader waits 5 s for its workers; here 0.1 s, until they are gone."""
+def _short_join(monkeypatch):
+    """Shorten the 5 s that DataLoader waits for its workers after an error to 0.1 s."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     yield
     gc.collect()
 
 
-@pytest.mark.usefixtures("_short_farewell")
+@pytest.mark.usefixtures("_short_join")
 @pytest.mark.parametrize("damage", [b"", b"no image", None], ids=["empty", "text", "cut off"])
 @pytest.mark.parametrize("workers", [None, 0, 1])
 def test_unreadable_image_is_named(tmp_path, damage, workers):
@@ -525,7 +525,7 @@ def test_set_that_was_not_downloaded(tmp_path):
         load_data("cifar10", root=tmp_path)
 
 
-def test_download_only_when_asked_and_its_failure_is_clear(tmp_path, monkeypatch):
+def test_download_only_on_request_and_its_failure_is_clear(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     def fail(self: MNIST) -> None:
@@ -582,7 +582,7 @@ def test_timm_set_is_the_same_as_torchvision_s(mnist):
 
 
 def fake_timm(monkeypatch, folder: Path, kind: str) -> None:
-    """Stand in for sets that need packages or the network, by timm's own classes on a folder."""
+    """Replace data sets that need packages or the network by timm's own classes on a folder."""
     import timm.data
 
     class Reader:
@@ -682,30 +682,30 @@ def test_fingerprint_changes_with_the_training_split(changed):
 
 
 def test_fingerprint_does_not_depend_on_how_much_is_held_out(folder):
-    """Soft targets are answers about training images: they outlive another choice of val."""
-    marks = {load_data("folder", root=folder, val_size=n).fingerprint for n in (6, 12)}
-    assert len(marks) == 1
+    """Soft targets are those of training images: they do not depend on the validation split."""
+    fingerprints = {load_data("folder", root=folder, val_size=n).fingerprint for n in (6, 12)}
+    assert len(fingerprints) == 1
 
 
 def test_fingerprint_sees_each_pixel_label_and_normalisation():
     split = load_data("digits").train
     mean, std = (0.5,), (0.25,)
 
-    def mark(split, mean, std):
+    def digest(split, mean, std):
         return selfkd.data.fingerprint(split, mean=mean, std=std)
 
-    marks = {mark(split, mean, std), mark(split, (0.4,), std), mark(split, mean, (0.2,))}
+    digests = {digest(split, mean, std), digest(split, (0.4,), std), digest(split, mean, (0.2,))}
     pixel, label = split.images.clone(), split.labels.clone()
     pixel[-1, 0, 7, 7] ^= 1
     label[-1] = (label[-1] + 1) % 10
-    marks |= {
-        mark(Split(pixel, split.labels), mean, std),
-        mark(Split(split.images, label), mean, std),
+    digests |= {
+        digest(Split(pixel, split.labels), mean, std),
+        digest(Split(split.images, label), mean, std),
     }
     order = torch.arange(200).flip(0)
-    marks |= {mark(split.take(order), mean, std)}
-    assert len(marks) == 6
-    assert mark(split.take(torch.arange(200)), mean, std) in marks
+    digests |= {digest(split.take(order), mean, std)}
+    assert len(digests) == 6
+    assert digest(split.take(torch.arange(200)), mean, std) in digests
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -713,23 +713,23 @@ def test_fingerprint_of_a_folder(tmp_path, in_memory):
     write_folder(tmp_path / "a", train=8, val=2, test=2)
     write_folder(tmp_path / "b", train=8, val=2, test=2)
 
-    def mark(part: str = "b", size: int = 10) -> str:
+    def digest(part: str = "b", size: int = 10) -> str:
         settings = {"image_size": size, "in_memory": in_memory}
         return load_data("folder", root=tmp_path / part, **settings).fingerprint
 
-    original = mark()
-    assert mark("a") == original  # the same files elsewhere
-    assert mark(size=9) != original
+    original = digest()
+    assert digest("a") == original  # the same files elsewhere
+    assert digest(size=9) != original
     path = tmp_path / "b" / "train" / "bee" / "03.png"
     os.utime(path, (0, 0))
-    assert mark() == original
+    assert digest() == original
     content = path.read_bytes()
     Image.new("RGB", (9, 12)).save(path)
-    assert mark() != original
+    assert digest() != original
     path.write_bytes(content)
-    assert mark() == original
+    assert digest() == original
     path.rename(tmp_path / "b" / "train" / "cat" / "99.png")
-    assert mark() != original
+    assert digest() != original
 
 
 # --- real data ---

@@ -1,4 +1,4 @@
-"""Averaged weights, and weights of answers against a grid and the conditions of a minimum."""
+"""Averaged weights, and weights of predictions against a grid and the conditions of a minimum."""
 
 import numpy as np
 import pytest
@@ -111,7 +111,7 @@ def test_a_state_is_added_where_the_score_does_not_drop(values, score, taken, so
     assert float(found["w"]) == soup
 
 
-# Weights of answers
+# Weights of predictions
 
 
 def make_members(members, rows=300, classes=5, scale=2.0, seed=0):
@@ -155,7 +155,7 @@ def test_two_members_weights_are_those_of_a_grid(average, seed):
 
 @AVERAGES
 def test_three_members_weights_are_those_of_a_grid(average):
-    """A coarse grid, then a fine one around its best."""
+    """Compared with a coarse grid, then with a fine one around its best point."""
     logits, labels = make_members(3, rows=100, seed=3)
     cost = lambda weights: reference_nll(weights, logits, labels, average)  # noqa: E731
     coarse = min(np.array(simplex(3, 25)) / 25, key=cost)
@@ -177,7 +177,7 @@ def test_three_members_weights_are_those_of_a_grid(average):
 @pytest.mark.parametrize("scale", [0.5, 3.0, 30.0, 1000.0])
 @pytest.mark.parametrize("members", [2, 5, 12])
 def test_weights_are_a_minimum_on_the_simplex(members, scale, average):
-    """By convexity, no weights are better by more than the steepest way to a corner."""
+    """By convexity it is enough that no step to a corner lowers the NLL."""
     logits, labels = make_members(members, scale=scale, seed=members)
     weights = np.array(fit_weights(logits, labels, average=average))
     assert (weights >= 0).all()

@@ -1,4 +1,4 @@
-"""The distiller: what it asks whom, what it returns, and how it fits a user's own loop."""
+"""The distiller: the terms it returns for teachers and cached logits, in a training loop."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from selfkd.losses.logits import logit_mse
 BATCH, FEATURES, CLASSES = 6, 4, 3
 
 
-class Store:
-    """Stored logits of two views, of one teacher or of several."""
+class CachedLogits:
+    """Cached logits of two views, of one teacher or of several."""
 
     def __init__(self, *members: int) -> None:
         self.logits = torch.randn(2, *members, 20, CLASSES)
@@ -37,7 +37,7 @@ def _seed() -> None:
 
 
 def make_step() -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Student logits, labels, and what a teacher or a store is asked with."""
+    """Student logits, labels, and what a teacher or cached logits need."""
     student_logits = torch.randn(BATCH, CLASSES, requires_grad=True)
     labels = torch.randint(CLASSES, (BATCH,))
     return student_logits, labels, {
@@ -46,126 +46,126 @@ def make_step() -> tuple[Tensor, Tensor, dict[str, Any]]:
     }  # fmt: skip
 
 
-def test_teacher_and_store_give_the_terms_of_the_loss() -> None:
-    student_logits, labels, asked = make_step()
-    module, store = nn.Linear(FEATURES, CLASSES), Store(3)
+def test_teacher_and_cached_logits_give_the_terms_of_the_loss() -> None:
+    student_logits, labels, batch = make_step()
+    module, cached = nn.Linear(FEATURES, CLASSES), CachedLogits(3)
     settings: dict[str, Any] = {
         "temperature": 2.0, "alpha": 0.3, "average": "logits", "label_smoothing": 0.1,
     }  # fmt: skip
     for distiller, teacher_logits in (
-        (Distiller(module, **settings), module(asked["inputs"])),
-        (Distiller(module.forward, **settings), module(asked["inputs"])),
-        (Distiller(targets=store, **settings), store(asked["index"], 0)),
+        (Distiller(module, **settings), module(batch["inputs"])),
+        (Distiller(module.forward, **settings), module(batch["inputs"])),
+        (Distiller(targets=cached, **settings), cached(batch["index"], 0)),
     ):
-        terms = distiller(student_logits, labels, **asked)
+        terms = distiller(student_logits, labels, **batch)
         expected = distillation_terms(student_logits, teacher_logits, labels, **settings)
         assert terms == expected._asdict()
         assert [term.requires_grad for term in terms.values()] == [True, False, False]
 
 
-def test_store_is_asked_for_the_view() -> None:
-    student_logits, labels, asked = make_step()
-    store = Store()
-    terms = Distiller(targets=store)(student_logits, labels, index=asked["index"], view=1)
+def test_cached_logits_are_those_of_the_view() -> None:
+    student_logits, labels, batch = make_step()
+    cached = CachedLogits()
+    terms = Distiller(targets=cached)(student_logits, labels, index=batch["index"], view=1)
     expected = distillation_terms(
-        student_logits, store(asked["index"], 1), labels, temperature=4.0, alpha=0.9
+        student_logits, cached(batch["index"], 1), labels, temperature=4.0, alpha=0.9
     )
     assert terms["loss"] == expected.loss
 
 
 @pytest.mark.parametrize("members", [(), (3,)])
 def test_store_of_sparse_logits(members: tuple[int, ...]) -> None:
-    student_logits, labels, asked = make_step()
-    store = Store(*members)
+    student_logits, labels, batch = make_step()
+    cached = CachedLogits(*members)
 
     def targets(index: Tensor, view: int) -> SparseLogits:
-        return sparsify(store(index, view), 2)
+        return sparsify(cached(index, view), 2)
 
     settings: dict[str, Any] = {"temperature": 2.0, "alpha": 0.3, "label_smoothing": 0.1}
     settings["weights"] = [0.5, 0.2, 0.3] if members else None
-    sparse = targets(asked["index"], 0)
-    terms = Distiller(targets=targets, **settings)(student_logits, labels, **asked)
+    sparse = targets(batch["index"], 0)
+    terms = Distiller(targets=targets, **settings)(student_logits, labels, **batch)
     assert terms == sparse_terms(student_logits, sparse, labels, **settings)._asdict()
     on_meta = Distiller(targets=targets)(
-        student_logits.to("meta"), labels.to("meta"), index=asked["index"]
+        student_logits.to("meta"), labels.to("meta"), index=batch["index"]
     )
     assert {term.device.type for term in on_meta.values()} == {"meta"}
     distiller = Distiller(targets=targets, average="logits")
     if members:
         with pytest.raises(ValueError, match="average must be 'probabilities' where targets are"):
-            distiller(student_logits, labels, **asked)
+            distiller(student_logits, labels, **batch)
     else:  # one teacher has no average
         expected = sparse_terms(student_logits, sparse, labels, temperature=4.0, alpha=0.9)
-        assert distiller(student_logits, labels, **asked) == expected._asdict()
+        assert distiller(student_logits, labels, **batch) == expected._asdict()
 
 
 def test_members_are_weighted() -> None:
-    student_logits, labels, asked = make_step()
-    store, weights = Store(3), [0.5, 0.2, 0.3]
-    terms = Distiller(targets=store, weights=weights)(student_logits, labels, **asked)
+    student_logits, labels, batch = make_step()
+    cached, weights = CachedLogits(3), [0.5, 0.2, 0.3]
+    terms = Distiller(targets=cached, weights=weights)(student_logits, labels, **batch)
     expected = distillation_terms(
-        student_logits, store(asked["index"], 0), labels,
+        student_logits, cached(batch["index"], 0), labels,
         temperature=4.0, alpha=0.9, weights=weights,
     )  # fmt: skip
     assert terms == expected._asdict()
-    assert terms["loss"] != Distiller(targets=store)(student_logits, labels, **asked)["loss"]
+    assert terms["loss"] != Distiller(targets=cached)(student_logits, labels, **batch)["loss"]
 
 
-def test_ensemble_is_asked_as_one_teacher() -> None:
-    student_logits, labels, asked = make_step()
+def test_ensemble_is_averaged_into_one_teacher() -> None:
+    student_logits, labels, batch = make_step()
     modules = [nn.Linear(FEATURES, CLASSES) for _ in range(3)]
-    terms = Distiller(Ensemble(modules))(student_logits, labels, **asked)
-    logits = torch.stack([module(asked["inputs"]) for module in modules])
+    terms = Distiller(Ensemble(modules))(student_logits, labels, **batch)
+    logits = torch.stack([module(batch["inputs"]) for module in modules])
     expected = distillation_terms(student_logits, logits, labels, temperature=4.0, alpha=0.9)
     assert terms["loss"] == expected.loss
 
 
 def test_labels_only() -> None:
-    student_logits, labels, asked = make_step()
-    terms = Distiller(label_smoothing=0.1)(student_logits, labels, **asked)
+    student_logits, labels, batch = make_step()
+    terms = Distiller(label_smoothing=0.1)(student_logits, labels, **batch)
     assert list(terms) == ["loss", "hard_loss"]
     assert terms["loss"] == terms["hard_loss"]
     assert terms["loss"] == hard_loss(student_logits, labels, label_smoothing=0.1)
     assert not terms["hard_loss"].requires_grad
 
 
-def test_teacher_is_not_asked_at_alpha_0() -> None:
-    student_logits, labels, asked = make_step()
+def test_teacher_is_not_run_at_alpha_0() -> None:
+    student_logits, labels, batch = make_step()
 
     def teacher(inputs: Tensor) -> Tensor:
-        raise AssertionError("the teacher was asked")
+        raise AssertionError("the teacher was run")
 
     distiller = Distiller(teacher, alpha=0.0)
     terms = distiller(student_logits, labels)
     assert list(terms) == ["loss", "hard_loss"]
     assert terms["loss"] == hard_loss(student_logits, labels)
     distiller.alpha = 0.5  # a schedule
-    with pytest.raises(AssertionError, match="was asked"):
-        distiller(student_logits, labels, **asked)
+    with pytest.raises(AssertionError, match="was run"):
+        distiller(student_logits, labels, **batch)
 
 
 def test_teacher_is_frozen_and_apart_from_the_module() -> None:
-    student_logits, labels, asked = make_step()
+    student_logits, labels, batch = make_step()
     module = nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.BatchNorm1d(CLASSES), nn.Dropout(0.5))
     before = copy.deepcopy(module.state_dict())
     distiller = Distiller(module)
     assert isinstance(distiller.teacher, Teacher)
-    first = distiller(student_logits, labels, **asked)
+    first = distiller(student_logits, labels, **batch)
     first["loss"].backward()
     assert module.training
     assert all(parameter.grad is None for parameter in module.parameters())
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
     with torch.no_grad():
-        module[0].weight.add_(1)  # the module goes on training
-    assert distiller(student_logits, labels, **asked)["loss"] == first["loss"]
+        module[0].weight.add_(1)  # the module is trained further
+    assert distiller(student_logits, labels, **batch)["loss"] == first["loss"]
 
 
-def test_teacher_is_asked_without_gradients() -> None:
-    student_logits, labels, asked = make_step()
-    asked["inputs"].requires_grad_()
+def test_teacher_is_run_without_gradients() -> None:
+    student_logits, labels, batch = make_step()
+    batch["inputs"].requires_grad_()
     module = nn.Linear(FEATURES, CLASSES)
-    Distiller(lambda inputs: module(inputs))(student_logits, labels, **asked)["loss"].backward()
-    assert asked["inputs"].grad is None
+    Distiller(lambda inputs: module(inputs))(student_logits, labels, **batch)["loss"].backward()
+    assert batch["inputs"].grad is None
     assert module.weight.grad is None
     assert student_logits.grad is not None
 
@@ -181,90 +181,90 @@ def test_is_no_part_of_a_module() -> None:
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
 @pytest.mark.parametrize("source", ["teacher", "targets"])
 def test_copies_and_pickles(clone: Any, source: str) -> None:
-    student_logits, labels, asked = make_step()
-    value = nn.Linear(FEATURES, CLASSES) if source == "teacher" else Store()
+    student_logits, labels, batch = make_step()
+    value = nn.Linear(FEATURES, CLASSES) if source == "teacher" else CachedLogits()
     distiller = Distiller(**{source: value}, temperature=2.0, alpha=0.3)
-    expected = distiller(student_logits, labels, **asked)
-    assert clone(distiller)(student_logits, labels, **asked) == expected
+    expected = distiller(student_logits, labels, **batch)
+    assert clone(distiller)(student_logits, labels, **batch) == expected
 
 
 @pytest.mark.parametrize("source", ["teacher", "targets"])
 def test_step_compiles_whole(source: str) -> None:
-    _, labels, asked = make_step()
-    value = nn.Linear(FEATURES, CLASSES) if source == "teacher" else Store()
+    _, labels, batch = make_step()
+    value = nn.Linear(FEATURES, CLASSES) if source == "teacher" else CachedLogits()
     distiller = Distiller(**{source: value})
     student = nn.Linear(FEATURES, CLASSES)
 
     def step(inputs: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
         return distiller(student(inputs), labels, inputs=inputs, index=index)
 
-    expected = step(asked["inputs"], labels, asked["index"])
+    expected = step(batch["inputs"], labels, batch["index"])
     compiled = torch.compile(step, backend="eager", fullgraph=True)
-    terms = compiled(asked["inputs"], labels, asked["index"])
+    terms = compiled(batch["inputs"], labels, batch["index"])
     torch.testing.assert_close(terms, expected)
     gradients = [torch.autograd.grad(t["loss"], student.weight)[0] for t in (terms, expected)]
     torch.testing.assert_close(*gradients)
 
 
 def test_loss_does_not_depend_on_the_split_into_micro_batches() -> None:
-    student_logits, labels, asked = make_step()
-    distiller = Distiller(targets=Store(2))
-    whole = distiller(student_logits, labels, index=asked["index"])["loss"]
+    student_logits, labels, batch = make_step()
+    distiller = Distiller(targets=CachedLogits(2))
+    whole = distiller(student_logits, labels, index=batch["index"])["loss"]
     parts = [
         distiller(logits, part, index=index)["loss"]
         for logits, part, index in zip(
-            student_logits.split(2), labels.split(2), asked["index"].split(2), strict=True
+            student_logits.split(2), labels.split(2), batch["index"].split(2), strict=True
         )
     ]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
-@pytest.mark.parametrize("source", ["store", "sparse", "teacher", "labels"])
-def test_micro_batches_of_unlike_sizes_add_up(source: str) -> None:
-    student_logits, labels, asked = make_step()
-    store = Store(2)
+@pytest.mark.parametrize("source", ["cached", "sparse", "teacher", "labels"])
+def test_micro_batches_of_different_sizes_add_up(source: str) -> None:
+    student_logits, labels, batch = make_step()
+    cached = CachedLogits(2)
     distiller = {
-        "store": Distiller(targets=store),
-        "sparse": Distiller(targets=lambda index, view: sparsify(store(index, view), 2)),
+        "cached": Distiller(targets=cached),
+        "sparse": Distiller(targets=lambda index, view: sparsify(cached(index, view), 2)),
         "teacher": Distiller(
             nn.Linear(FEATURES, CLASSES),
             terms={"mse": LogitTerm(lambda z_s, z_t, _: logit_mse(z_s, z_t), weight=0.5)},
         ),
         "labels": Distiller(label_smoothing=0.1),
     }[source]
-    whole = distiller(student_logits, labels, **asked)
+    whole = distiller(student_logits, labels, **batch)
     parts = [
         distiller(
             student_logits[part],
             labels[part],
             normalizer=BATCH,
-            **{name: value[part] for name, value in asked.items()},
+            **{name: value[part] for name, value in batch.items()},
         )
         for part in torch.arange(BATCH).split([1, 3, 2])
     ]
     torch.testing.assert_close({name: sum(p[name] for p in parts) for name in whole}, whole)
     for value in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="normalizer must be > 0 and finite, got"):
-            distiller(student_logits, labels, normalizer=value, **asked)
+            distiller(student_logits, labels, normalizer=value, **batch)
 
 
-def test_stored_logits_go_to_the_students_device() -> None:
-    student_logits, labels, asked = make_step()
-    terms = Distiller(targets=Store())(
-        student_logits.to("meta"), labels.to("meta"), index=asked["index"]
+def test_cached_logits_move_to_the_students_device() -> None:
+    student_logits, labels, batch = make_step()
+    terms = Distiller(targets=CachedLogits())(
+        student_logits.to("meta"), labels.to("meta"), index=batch["index"]
     )
     assert {term.device.type for term in terms.values()} == {"meta"}
 
 
 def test_what_is_missing_is_named() -> None:
-    student_logits, labels, asked = make_step()
+    student_logits, labels, batch = make_step()
     teacher = nn.Linear(FEATURES, CLASSES)
     with pytest.raises(ValueError, match="inputs must be given where there is a teacher"):
-        Distiller(teacher)(student_logits, labels, index=asked["index"])
+        Distiller(teacher)(student_logits, labels, index=batch["index"])
     with pytest.raises(ValueError, match="index must be given where targets are stored"):
-        Distiller(targets=Store())(student_logits, labels, inputs=asked["inputs"])
+        Distiller(targets=CachedLogits())(student_logits, labels, inputs=batch["inputs"])
     with pytest.raises(ValueError, match="teacher must be None where targets are given, got Lin"):
-        Distiller(teacher, targets=Store())
+        Distiller(teacher, targets=CachedLogits())
 
 
 @pytest.mark.parametrize(

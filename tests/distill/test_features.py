@@ -1,4 +1,4 @@
-"""Features captured from inside a network, in every wrapper, and layers copied from a teacher's."""
+"""Features captured inside a network, in every wrapper, and layers copied from a teacher."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Every activation overwrites what came before it."""
+    """Network in which every activation overwrites the features before it."""
 
     def __init__(self, blocks: int = 11) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Net(nn.Module):
         return out
 
     def expected(self, x: Tensor) -> dict[str, Tensor]:
-        """What each layer returns, computed without overwriting."""
+        """Output of each layer, computed without overwriting."""
         outputs = {"stem": self.stem(x)}
         x = F.relu(outputs["stem"])
         for index, block in enumerate(self.blocks):
@@ -66,7 +66,7 @@ def net() -> Net:
 
 
 def assert_captured(captured: Features, net: Net, inputs: Tensor) -> None:
-    """The captured values are right, and so are the gradients through them."""
+    """Check the captured values and the gradients through them."""
     expected = net.expected(inputs)
     torch.testing.assert_close(captured["stem"], expected["stem"])
     blocks = [expected[f"blocks.{index}.linear"] for index in range(len(net.blocks))]

@@ -12,7 +12,7 @@ from selfkd.models import make_cnn
 
 
 def network(classes=4):
-    """Batch norm and dropout: what differs between train and eval mode."""
+    """Network with batch norm and dropout, which differ between train and eval mode."""
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         nn.BatchNorm2d(6),
@@ -72,9 +72,9 @@ def test_each_generation_has_its_own_teacher():
     for _ in range(3):
         teachers.append(Teacher(student))
         train(student, teachers[-1])
-    answers = [teacher(inputs) for teacher in teachers]
-    assert not torch.equal(answers[0], answers[1])
-    assert not torch.equal(answers[1], answers[2])
+    logits = [teacher(inputs) for teacher in teachers]
+    assert not torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[1], logits[2])
     pointers = [p.data_ptr() for t in teachers for p in t.module.parameters()]
     pointers += [p.data_ptr() for p in student.parameters()]
     assert len(set(pointers)) == len(pointers)
@@ -118,12 +118,12 @@ def test_batch_norm_statistics_stay_under_a_parent_that_trains():
     assert not any("teacher" in name for name, _ in parent.named_modules())
 
 
-def test_eval_mode_holds_even_if_somebody_calls_train_on_the_inner_module():
+def test_eval_mode_holds_even_if_train_is_called_on_the_inner_module():
     teacher, inputs = Teacher(network()), images()
     logits, before = teacher(inputs), state(teacher.module)
     teacher.module.train()
     assert torch.equal(teacher(inputs), logits)
-    teacher.module[1].train()  # the root still says eval
+    teacher.module[1].train()  # the root is still in eval mode
     assert torch.equal(teacher(inputs), logits)
     assert same(before, state(teacher.module))
 
@@ -143,7 +143,7 @@ def test_state_stays_under_autocast(dtype):
     assert {value.dtype for value in teacher.module.parameters()} == {torch.float32}
 
 
-def test_a_teacher_asked_in_inference_mode_can_still_teach():
+def test_a_teacher_run_in_inference_mode_can_still_be_distilled_from():
     teacher, student = Teacher(network()), network()
     before = state(teacher.module)
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def test_a_teacher_asked_in_inference_mode_can_still_teach():
     assert same(before, state(teacher.module))
 
 
-def test_asking_draws_no_random_numbers():
+def test_running_it_draws_no_random_numbers():
     teacher, inputs = Teacher(network()), images()
     before = torch.get_rng_state()
     teacher(inputs)
@@ -189,17 +189,17 @@ def test_a_module_that_turns_gradients_on_leaves_no_graph():
     assert not logits.requires_grad
 
 
-def test_nothing_is_recorded_even_if_somebody_thaws_the_inner_module():
+def test_no_graph_is_recorded_even_if_the_inner_module_is_unfrozen():
     class Asked(nn.Linear):
         def forward(self, inputs):
-            asked.append(torch.is_grad_enabled())
+            grad_enabled.append(torch.is_grad_enabled())
             return super().forward(inputs)
 
-    asked = []
+    grad_enabled = []
     teacher = Teacher(Asked(3, 4))
     teacher.module.requires_grad_(True)
     assert not teacher(torch.randn(2, 3)).requires_grad
-    assert asked == [False]
+    assert grad_enabled == [False]
 
 
 def test_the_loss_reaches_the_student_only():
@@ -216,7 +216,7 @@ def test_the_loss_reaches_the_student_only():
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda teacher: pickle.loads(pickle.dumps(teacher))]
 )
-def test_a_duplicate_answers_the_same_and_shares_nothing(duplicate):
+def test_a_duplicate_has_the_same_logits_and_shares_nothing(duplicate):
     stats = {"input_stats": ([0.5] * 3, [0.2] * 3), "trained_stats": ([0.4] * 3, [0.3] * 3)}
     teacher, inputs = Teacher(network(), **stats), images()
     twin = duplicate(teacher)
@@ -225,7 +225,7 @@ def test_a_duplicate_answers_the_same_and_shares_nothing(duplicate):
     assert teacher.module[0].weight.any()
 
 
-def test_a_compiled_student_learns_from_it():
+def test_a_compiled_student_is_distilled_from_it():
     student, teacher = network(), Teacher(network())
     before = state(student)
     train(torch.compile(student, backend="eager"), teacher, steps=1)
@@ -292,7 +292,7 @@ TRAINED = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Echo(nn.Module):
-    """Returns its inputs as logits, one a pixel and channel."""
+    """Module that returns its inputs as logits, one for each pixel and channel."""
 
     def forward(self, inputs):
         return inputs.flatten(1)
@@ -385,7 +385,7 @@ def test_only_modules_become_teachers(wrong):
         Teacher(wrong)
 
 
-def test_answers_that_are_no_logits_are_refused():
+def test_outputs_that_are_no_logits_are_refused():
     class Two(nn.Linear):
         def forward(self, inputs):
             return super().forward(inputs), inputs
@@ -399,16 +399,16 @@ def test_answers_that_are_no_logits_are_refused():
 # Ensembles
 
 
-def test_an_ensemble_stacks_its_members_answers_in_order():
+def test_an_ensemble_stacks_its_members_logits_in_order():
     members = [Teacher(network()), network(), Teacher(network())]
     ensemble, inputs = Ensemble(members), images()
     logits = ensemble(inputs)
     assert len(ensemble) == 3
     assert logits.shape == (3, 5, 4)
     assert not logits.requires_grad
-    for answer, member in zip(logits, members, strict=True):
+    for member_logits, member in zip(logits, members, strict=True):
         expected = member(inputs) if isinstance(member, Teacher) else Teacher(member)(inputs)
-        assert torch.equal(answer, expected)
+        assert torch.equal(member_logits, expected)
 
 
 def test_members_given_as_modules_are_copied():
@@ -432,7 +432,7 @@ def test_ensembles_of_nothing_or_of_strangers_are_refused():
         Ensemble([Ensemble([network()])])
 
 
-def test_a_duplicated_ensemble_answers_the_same():
+def test_a_duplicated_ensemble_has_the_same_logits():
     ensemble, inputs = Ensemble([network(), network()]), images()
     for twin in (copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble))):
         assert torch.equal(twin(inputs), ensemble(inputs))

@@ -1,4 +1,4 @@
-"""Further terms of a distiller: what they see, what they learn, and in which wrappers they work."""
+"""Further terms of a distiller: their features and projections, and wrappers they work in."""
 
 from __future__ import annotations
 
@@ -111,19 +111,19 @@ def test_projections_are_the_optimiser_s_and_saved_apart(batch: tuple[Tensor, Te
         assert torch.equal(mine, theirs)
 
 
-def test_logit_terms_work_with_stored_targets(batch: tuple[Tensor, Tensor]) -> None:
+def test_logit_terms_work_with_cached_targets(batch: tuple[Tensor, Tensor]) -> None:
     inputs, labels = batch
     student, teacher = make_net(5), Teacher(make_net(5))
-    stored = teacher(inputs)
+    cached = teacher(inputs)
 
     def dkd(z_s: Tensor, z_t: Tensor, y: Tensor) -> Tensor:
         return dkd_loss(z_s, z_t, y, temperature=4.0)
 
     distiller = Distiller(
-        targets=lambda index, view: stored[index], terms={"dkd": LogitTerm(dkd, weight=2.0)}
+        targets=lambda index, view: cached[index], terms={"dkd": LogitTerm(dkd, weight=2.0)}
     )
     terms = distiller(student(inputs), labels, index=torch.arange(8))
-    expected = dkd_loss(student(inputs), stored, labels, temperature=4.0)
+    expected = dkd_loss(student(inputs), cached, labels, temperature=4.0)
     assert terms["dkd"].item() == pytest.approx(expected.item())
 
 
@@ -189,12 +189,12 @@ def test_nan_of_the_teacher_s_features_is_named(batch: tuple[Tensor, Tensor]) ->
     inputs, labels = batch
     student, teacher, distiller = setting()
 
-    def spoil(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def make_nan(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         output = output.clone()
         output[2, 1] = torch.nan
         return output
 
-    teacher.module[2].register_forward_hook(spoil)  # type: ignore[index]
+    teacher.module[2].register_forward_hook(make_nan)  # type: ignore[index]
     teacher.module[3].register_forward_hook(  # type: ignore[index]
         lambda module, args, output: output.nan_to_num()
     )
@@ -204,7 +204,7 @@ def test_nan_of_the_teacher_s_features_is_named(batch: tuple[Tensor, Tensor]) ->
 
 
 def test_hints_of_maps_are_pooled_to_the_smaller(batch: tuple[Tensor, Tensor]) -> None:
-    """As between neighbouring stages of a ResNet, with a projection of the channels."""
+    """Hints between neighbouring stages of a ResNet, with a projection of the channels."""
     from timm.models.resnet import BasicBlock, ResNet  # seconds, which spawned processes save
 
     torch.manual_seed(0)
@@ -226,7 +226,7 @@ def test_hints_of_maps_are_pooled_to_the_smaller(batch: tuple[Tensor, Tensor]) -
 
 
 def test_a_copy_of_the_student_is_a_teacher_of_its_own(batch: tuple[Tensor, Tensor]) -> None:
-    """Its forward passes do not enter the terms of the distiller whose student it was."""
+    """Forward passes of a copy do not affect the terms of the distiller of the original."""
     inputs, labels = batch
     student, _, distiller = setting()
     logits = student(inputs)
@@ -250,22 +250,22 @@ def test_an_attached_student_is_copied_without_what_looks_at_it(
 ) -> None:
     inputs, labels = batch
     student, _, distiller = setting()
-    student[4].register_forward_hook(mark)  # type: ignore[index]
-    logits = student(inputs)  # what was captured has a graph, which cannot be copied
+    student[4].register_forward_hook(other_hook)  # type: ignore[index]
+    logits = student(inputs)  # the captured features have a graph, which cannot be copied
     copied = clone(student)
     assert torch.equal(copied(torch.zeros(3, 6)), student(torch.zeros(3, 6)))
     logits = student(inputs)
     expected = distiller(logits, labels, inputs=inputs)["hint"]
     copied(torch.zeros(3, 6))
     assert distiller(logits, labels, inputs=inputs)["hint"] == expected
-    for taught in (Teacher(student), Teacher(copied)):
-        hooks = [hook for m in taught.module.modules() for hook in m._forward_hooks.values()]
-        assert hooks == [mark]  # those of others stay
-        assert not taught.module._forward_pre_hooks
+    for teacher in (Teacher(student), Teacher(copied)):
+        hooks = [hook for m in teacher.module.modules() for hook in m._forward_hooks.values()]
+        assert hooks == [other_hook]  # only those of `Features` are removed
+        assert not teacher.module._forward_pre_hooks
     assert len(student[2]._forward_hooks) == 1  # type: ignore[index]
 
 
-def mark(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def other_hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output + 1
 
 
@@ -407,7 +407,7 @@ def _projecting(rank: int, folder: Path, kind: str) -> None:
         wrapped = DistributedDataParallel(student)
     else:
         fully_shard(student)
-    torch.manual_seed(2 + rank)  # each process would start from a projection of its own
+    torch.manual_seed(2 + rank)  # another initial projection in each process
     distiller = Distiller(teacher, terms=PROJECTING, student=wrapped)
     distiller.detach()
     distiller.attach(wrapped)  # averaged once, not twice
@@ -427,7 +427,7 @@ PROJECTING = {"hint": FeatureTerm("2", weight=0.5, project=(5, 9))}
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_processes_learn_one_projection(
+def test_processes_train_one_projection(
     tmp_path: Path, batch: tuple[Tensor, Tensor], kind: str
 ) -> None:
     inputs, labels = batch
@@ -448,7 +448,7 @@ def test_processes_learn_one_projection(
 
 
 def test_a_term_may_be_the_only_one(batch: tuple[Tensor, Tensor]) -> None:
-    """At alpha 0 the teacher is asked for the terms' sake."""
+    """At alpha 0 the teacher is still run, for the further terms."""
     inputs, labels = batch
     student, teacher, distiller = setting(
         alpha=0.0,

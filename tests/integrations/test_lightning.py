@@ -1,4 +1,4 @@
-"""The Lightning callback on a module that knows nothing of it: real fits of a tiny network."""
+"""The Lightning callback on an unmodified module: real fits of a tiny network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from selfkd.integrations.lightning import DistillationCallback
 
 
 class Plain(LightningModule):
-    """A module such as anyone has."""
+    """An ordinary module with a cross-entropy loss."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -66,8 +66,10 @@ def by_hand(module: Plain, teacher: nn.Module, *, accumulate: int = 1) -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for step, (inputs, labels) in enumerate(make_loader(), start=1):
         with torch.no_grad():
-            answers = teacher(inputs)
-        terms = distillation_terms(module(inputs), answers, labels, temperature=4.0, alpha=0.9)
+            teacher_logits = teacher(inputs)
+        terms = distillation_terms(
+            module(inputs), teacher_logits, labels, temperature=4.0, alpha=0.9
+        )
         (terms.loss / accumulate).backward()
         if step % accumulate == 0:
             optimizer.step()
@@ -75,7 +77,9 @@ def by_hand(module: Plain, teacher: nn.Module, *, accumulate: int = 1) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_unmodified_module_learns_from_its_teacher(tmp_path: Path, accumulate: int) -> None:
+def test_an_unmodified_module_is_distilled_from_its_teacher(
+    tmp_path: Path, accumulate: int
+) -> None:
     teacher = Plain(seed=1)
     module, expected = Plain(), Plain()
     before = dict(module.__dict__)

@@ -1,4 +1,4 @@
-"""Distillation in Lightning: of a module as it is, and of one that knows of it."""
+"""Distillation in Lightning: the callback on an unmodified module, and the mixin."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def make_net() -> nn.Module:
 
 
 class Plain(pl.LightningModule):
-    """Knows of labels only; keeps what happens to it."""
+    """Module with a cross-entropy loss, which records its gradients and logged values."""
 
-    def __init__(self, *, calls: str = "self", answer: str = "loss") -> None:
+    def __init__(self, *, calls: str = "self", output: str = "loss") -> None:
         super().__init__()
         self.model = make_net()
-        self.calls, self.answer = calls, answer
-        self.seen: list[Tensor] = []
+        self.calls, self.output = calls, output
+        self.gradients: list[Tensor] = []
         self.logged: list[dict[str, float]] = []
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Plain(pl.LightningModule):
         return out
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        inputs = 2 * batch[0]  # an augmentation that the teacher must see too
+        inputs = 2 * batch[0]  # an augmentation that the teacher's inputs must have too
         if self.calls == "self":
             logits = self(inputs)
         elif self.calls == "keyword":
@@ -71,7 +71,7 @@ class Plain(pl.LightningModule):
             logits = self.model(inputs)
         loss = F.cross_entropy(logits, batch[1])
         self.log("own_loss", loss)
-        return {"loss": loss, "none": None}.get(self.answer, {"loss": loss, "extra": 7})
+        return {"loss": loss, "none": None}.get(self.output, {"loss": loss, "extra": 7})
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         values = self.trainer.callback_metrics
@@ -79,7 +79,7 @@ class Plain(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
-        self.seen.extend([torch.cat(gradients)] if gradients else [])
+        self.gradients.extend([torch.cat(gradients)] if gradients else [])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -93,24 +93,24 @@ def make_data(*, index: bool = False) -> TensorDataset:
 
 
 def make_trainer(*callbacks: Any, **settings: Any) -> Any:
-    quiet = dict.fromkeys(
+    disabled = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    fixed = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **quiet}
+    fixed = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **disabled}
     return pl.Trainer(callbacks=list(callbacks), **(fixed | settings))
 
 
 def fit(module: Any, distiller: Distiller, *, path: str = "", batch: int = 8, **settings: Any):
-    """Fit with the callback; returns the trainer."""
+    """Fit with the callback and return the trainer."""
     trainer = make_trainer(DistillationCallback(distiller, path=path), **settings)
     index = distiller.targets is not None
     trainer.fit(module, DataLoader(make_data(index=index), batch))
     return trainer
 
 
-def expected_gradient(net: nn.Module, asked: Tensor, rows: slice = slice(None)) -> Tensor:
-    inputs, labels = (tensor[rows] for tensor in make_data().tensors)
-    loss = distillation_terms(net(2 * inputs), asked, labels, **SETTINGS).loss
+def expected_gradient(net: nn.Module, teacher_logits: Tensor) -> Tensor:
+    inputs, labels = make_data().tensors
+    loss = distillation_terms(net(2 * inputs), teacher_logits, labels, **SETTINGS).loss
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
 
 
@@ -122,18 +122,18 @@ def projecting(student: nn.Module) -> Distiller:
 # --- the callback ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", ["loss", "dict"])
+@pytest.mark.parametrize("output", ["loss", "dict"])
 @pytest.mark.parametrize(
     ("calls", "path"), [("self", ""), ("keyword", ""), ("model", "model"), ("self", "model")]
 )
-def test_a_module_as_it_is_gets_the_distillers_gradient(calls: str, path: str, answer: str) -> None:
-    module, teacher = Plain(calls=calls, answer=answer), make_net()
+def test_a_plain_module_gets_the_distillers_gradient(calls: str, path: str, output: str) -> None:
+    module, teacher = Plain(calls=calls, output=output), make_net()
     start = copy.deepcopy(module.model)
     fit(module, Distiller(teacher, **SETTINGS), path=path, batch=IMAGES)
     inputs, labels = make_data().tensors
-    asked = teacher(2 * inputs).detach()
-    torch.testing.assert_close(module.seen, [expected_gradient(start, asked)])
-    terms = distillation_terms(start(2 * inputs).detach(), asked, labels, **SETTINGS)
+    teacher_logits = teacher(2 * inputs).detach()
+    torch.testing.assert_close(module.gradients, [expected_gradient(start, teacher_logits)])
+    terms = distillation_terms(start(2 * inputs).detach(), teacher_logits, labels, **SETTINGS)
     (logged,) = module.logged
     for name, value in terms._asdict().items():
         assert logged[f"distill/{name}"] == pytest.approx(float(value))
@@ -146,8 +146,8 @@ def test_labels_only_an_ensemble_and_further_terms() -> None:
     start = copy.deepcopy(module.model)
     averaged = copy.deepcopy(module)
     fit(averaged, Distiller(Ensemble(members), **SETTINGS), batch=IMAGES)
-    asked = torch.stack([member(2 * make_data().tensors[0]) for member in members]).detach()
-    torch.testing.assert_close(averaged.seen, [expected_gradient(start, asked)])
+    logits = torch.stack([member(2 * make_data().tensors[0]) for member in members]).detach()
+    torch.testing.assert_close(averaged.gradients, [expected_gradient(start, logits)])
 
     plain = copy.deepcopy(module)
     fit(plain, Distiller(), batch=IMAGES)
@@ -155,15 +155,15 @@ def test_labels_only_an_ensemble_and_further_terms() -> None:
 
     terms = {"hint": {"student": "model.2", "teacher": "2"}}
     fit(module, Distiller(members[0], **SETTINGS, terms=terms, student=module), batch=IMAGES)
-    hint = F.mse_loss(start(2 * make_data().tensors[0]).detach(), asked[0])
+    hint = F.mse_loss(start(2 * make_data().tensors[0]).detach(), logits[0])
     assert module.logged[0]["distill/hint"] == pytest.approx(float(hint))
 
 
-def test_stored_targets_are_those_of_the_images_and_the_view() -> None:
-    stored = torch.randn(2, IMAGES, CLASSES)
+def test_cached_targets_are_those_of_the_images_and_the_view() -> None:
+    cached = torch.randn(2, IMAGES, CLASSES)
 
     def targets(index: Tensor, view: int) -> Tensor:
-        return stored[view][index]
+        return cached[view][index]
 
     for view in (0, 1):
         module = Plain()
@@ -172,7 +172,7 @@ def test_stored_targets_are_those_of_the_images_and_the_view() -> None:
         callback.view = view
         loader = DataLoader(make_data(index=True), IMAGES, shuffle=True)
         make_trainer(callback).fit(module, loader)
-        torch.testing.assert_close(module.seen, [expected_gradient(start, stored[view])])
+        torch.testing.assert_close(module.gradients, [expected_gradient(start, cached[view])])
 
 
 def test_accumulated_batches_have_the_gradient_of_the_whole() -> None:
@@ -181,12 +181,12 @@ def test_accumulated_batches_have_the_gradient_of_the_whole() -> None:
     fit(whole, Distiller(teacher, **SETTINGS), batch=IMAGES)
     fit(module, Distiller(teacher, **SETTINGS), batch=4, accumulate_grad_batches=4)
     assert len(module.logged) == 4
-    torch.testing.assert_close(module.seen, whole.seen)
+    torch.testing.assert_close(module.gradients, whole.gradients)
 
 
 def test_mixed_precision() -> None:
-    class Asked(nn.Module):
-        """Keeps the precision in which it answers."""
+    class Recording(nn.Module):
+        """Network that records the dtypes of its logits."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -197,13 +197,13 @@ def test_mixed_precision() -> None:
             self.dtypes.add(logits.dtype)
             return logits
 
-    module, teacher = Plain(), Teacher(Asked())
+    module, teacher = Plain(), Teacher(Recording())
     start = copy.deepcopy(module.model)
     fit(module, Distiller(teacher, **SETTINGS), batch=IMAGES, precision="bf16-mixed")
     assert teacher.module.dtypes == {torch.bfloat16}
-    assert module.seen[0].dtype == torch.float32
+    assert module.gradients[0].dtype == torch.float32
     expected = expected_gradient(start, teacher.module.model(2 * make_data().tensors[0]))
-    torch.testing.assert_close(module.seen[0], expected, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(module.gradients[0], expected, rtol=0.05, atol=0.01)
 
 
 def test_compiled_it_is_the_same() -> None:
@@ -212,7 +212,7 @@ def test_compiled_it_is_the_same() -> None:
     fit(module, Distiller(teacher, **SETTINGS))
     other.model.compile(backend="eager")
     fit(other, Distiller(teacher, **SETTINGS))
-    torch.testing.assert_close(other.seen, module.seen)
+    torch.testing.assert_close(other.gradients, module.gradients)
 
 
 class Interrupts(pl.Callback):
@@ -232,9 +232,9 @@ def test_the_module_is_as_before_after_a_fit_or_an_error(interrupted: bool) -> N
     assert module.training_step.__func__ is Plain.training_step
     assert not hasattr(module.training_step, "__wrapped__")
     assert not any(part._forward_hooks for part in module.modules())
-    count = len(module.seen)
+    count = len(module.gradients)
     make_trainer().fit(module, DataLoader(make_data(), IMAGES))
-    assert len(module.seen) == count + 1
+    assert len(module.gradients) == count + 1
     assert "distill/loss" not in module.logged[-1]
 
 
@@ -252,14 +252,14 @@ def test_a_step_of_the_modules_own_comes_back() -> None:
 
 
 def test_a_step_that_is_skipped_stays_skipped() -> None:
-    module = Plain(answer="none")
+    module = Plain(output="none")
     with pytest.warns(UserWarning, match="returned `None`"):
         fit(module, Distiller(make_net()))
-    assert not module.seen
+    assert not module.gradients
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in what was loaded."""
+    """Yield all tensors in a loaded checkpoint."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -284,15 +284,15 @@ def test_checkpoints_hold_no_teacher_and_resume_the_same(tmp_path: Path) -> None
     trainer.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)
     assert set(saved["state_dict"]) == set(Plain().state_dict())
-    known = [t.shape for t in half.teacher.module.state_dict().values()]
-    assert known  # of the same shapes as the student's, so values are compared
+    shapes = [t.shape for t in half.teacher.module.state_dict().values()]
+    assert shapes  # the same as the student's, so values are compared
     for value in tensors(saved):
         for weight in half.teacher.module.state_dict().values():
             assert value.shape != weight.shape or not torch.equal(value, weight)
-    whole, learnt, _ = run(2)
-    resumed, learnt_again, _ = run(2, path)
+    whole, expected, _ = run(2)
+    resumed, distiller, _ = run(2, path)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(learnt_again.state_dict(), learnt.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(distiller.state_dict(), expected.state_dict(), rtol=0, atol=0)
     fresh = make()[1].state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in half.state_dict().items())
     plain = fit(Plain(), Distiller(make_net()))
@@ -301,20 +301,20 @@ def test_checkpoints_hold_no_teacher_and_resume_the_same(tmp_path: Path) -> None
 
 
 def test_generations_in_one_process() -> None:
-    distiller, taught = Distiller(), []
+    distiller, logits = Distiller(), []
     inputs = make_data().tensors[0]
     for generation in range(3):
         torch.manual_seed(generation)
         module = Plain()
         fit(module, distiller, max_epochs=3)
-        if distiller.teacher is not None:  # which went on answering as the generation before
-            torch.testing.assert_close(distiller.teacher(inputs), taught[-1])
+        if distiller.teacher is not None:  # still the generation before
+            torch.testing.assert_close(distiller.teacher(inputs), logits[-1])
             assert "distill/soft_loss" in module.logged[0]
         first, last = (module.logged[step]["distill/loss"] for step in (0, -2))  # the same batch
         assert last < first
-        taught.append(module(inputs).detach())
+        logits.append(module(inputs).detach())
         distiller = Distiller(Teacher(module), **SETTINGS)
-    assert not torch.equal(taught[1], taught[2])
+    assert not torch.equal(logits[1], logits[2])
 
 
 class Manual(Plain):
@@ -365,7 +365,7 @@ def test_other_batches_are_refused(collate: Any, got: str) -> None:
 
 
 class Fitting:
-    """What `on_fit_start` sees of a trainer."""
+    """Stand-in for a trainer, with the attributes that `on_fit_start` reads."""
 
     def __init__(self, module: Any, world_size: int) -> None:
         self.optimizers, self.world_size = [module.configure_optimizers()], world_size
@@ -383,8 +383,8 @@ def test_the_teacher_and_the_projections_move_to_the_students_device() -> None:
     distiller = projecting(module)
     module.to("meta")
     DistillationCallback(distiller).on_fit_start(Fitting(module, 1), module)
-    learnt = list(distiller.parameters())
-    assert {p.device.type for p in [*learnt, *distiller.teacher.module.parameters()]} == {"meta"}
+    parameters = [*distiller.parameters(), *distiller.teacher.module.parameters()]
+    assert {p.device.type for p in parameters} == {"meta"}
 
 
 # --- the mixin ---------------------------------------------------------------------------------
@@ -406,10 +406,10 @@ def test_the_mixin_is_the_same_loss() -> None:
     teacher = make_net()
     module = Mixed(Distiller(teacher, **SETTINGS))
     plain = Plain()
-    plain.load_state_dict(module.state_dict())  # which holds nothing of the teacher
+    plain.load_state_dict(module.state_dict())  # which has nothing of the teacher
     make_trainer(max_epochs=2).fit(module, DataLoader(make_data(), 8))
     fit(plain, Distiller(teacher, **SETTINGS), max_epochs=2)
-    torch.testing.assert_close(module.seen, plain.seen)
+    torch.testing.assert_close(module.gradients, plain.gradients)
     ours, theirs = (
         [{k: v for k, v in log.items() if k.startswith("distill/")} for log in m.logged]
         for m in (module, plain)

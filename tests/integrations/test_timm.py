@@ -1,4 +1,4 @@
-"""timm's training task with a distiller's loss: equal to timm's own, in timm's loop."""
+"""The training task for timm: its loss equals that of timm's own task, and works in timm's loop."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def group() -> Iterator[None]:
 
 
 def make_net() -> nn.Module:
-    """A network of timm's registry without dropout, with batch norm."""
+    """Make a network of timm's registry without dropout, with batch norm."""
     return make_model("selfkd_resnet8", {"width": 4}, num_classes=CLASSES, in_chans=3, image_size=8)
 
 
@@ -55,7 +55,7 @@ def make_batch() -> tuple[Tensor, Tensor]:
 
 
 def gradients(task: nn.Module, inputs: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Gradients by name, as the task leaves them."""
+    """Return the gradients of a task's loss by name."""
     task.zero_grad()
     task(inputs, target)["loss"].backward()
     return {
@@ -92,7 +92,7 @@ def test_is_timms_own_task_for_one_teacher(temperature: float, alpha: float) -> 
     torch.testing.assert_close(result["output"], their_result["output"])
     torch.testing.assert_close(result["hard_loss"], their_result["task_loss"].detach())
     torch.testing.assert_close(result["soft_loss"], their_result["kd_loss"])
-    assert set(their_result) <= set(result)  # what reads the result of timm's task reads ours
+    assert set(their_result) <= set(result)  # no key of timm's result is missing
     torch.testing.assert_close(result["task_loss"], result["hard_loss"])
     torch.testing.assert_close(result["kd_loss"], result["soft_loss"])
 
@@ -106,22 +106,22 @@ def test_labels_only_an_ensemble_and_further_terms() -> None:
     torch.testing.assert_close(plain["loss"], nn.functional.cross_entropy(logits, labels))
 
     averaged = DistillationTask(student, Distiller(Ensemble(members), **SETTINGS))(inputs, labels)
-    asked = torch.stack([member(inputs) for member in members])
-    expected = distillation_terms(logits, asked, labels, **SETTINGS)
+    teacher_logits = torch.stack([member(inputs) for member in members])
+    expected = distillation_terms(logits, teacher_logits, labels, **SETTINGS)
     torch.testing.assert_close(averaged["loss"], expected.loss)
 
     distiller = Distiller(
         members[0], **SETTINGS, terms={"hint": {"student": "head.fc"}}, student=student
     )
     result = DistillationTask(student, distiller)(inputs, labels)
-    hint = nn.functional.mse_loss(logits, asked[0])
+    hint = nn.functional.mse_loss(logits, teacher_logits[0])
     torch.testing.assert_close(result["hint"], hint.detach())
-    soft = distillation_terms(logits, asked[0], labels, **SETTINGS).loss
+    soft = distillation_terms(logits, teacher_logits[0], labels, **SETTINGS).loss
     torch.testing.assert_close(result["loss"], soft + hint)
 
 
-class Store:
-    """Stored logits of two views."""
+class CachedLogits:
+    """Cached logits of two views."""
 
     def __init__(self, images: int) -> None:
         self.logits = torch.randn(2, images, CLASSES)
@@ -130,10 +130,10 @@ class Store:
         return self.logits[view][index]
 
 
-def test_stored_targets_are_those_of_the_images_and_the_view() -> None:
-    student, store = make_net().eval(), Store(20)
+def test_cached_targets_are_those_of_the_images_and_the_view() -> None:
+    student, cached = make_net().eval(), CachedLogits(20)
     data = WithIndex(TensorDataset(torch.randn(20, 3, 8, 8), torch.randint(CLASSES, (20,))))
-    task = DistillationTask(student, Distiller(targets=store, **SETTINGS))
+    task = DistillationTask(student, Distiller(targets=cached, **SETTINGS))
     seen = []
     for inputs, target in DataLoader(data, BATCH, shuffle=True):
         labels, index = target.T
@@ -143,7 +143,7 @@ def test_stored_targets_are_those_of_the_images_and_the_view() -> None:
         for view in (0, 1):
             task.view = view
             expected = distillation_terms(
-                student(inputs), store.logits[view][index], labels, **SETTINGS
+                student(inputs), cached.logits[view][index], labels, **SETTINGS
             )
             torch.testing.assert_close(task(inputs, target)["loss"], expected.loss)
     assert sorted(seen) == list(range(20))
@@ -176,7 +176,7 @@ def test_numbers_come_through_timms_loader(tmp_path: Path, use_prefetcher: bool)
     assert sorted(target.tolist()) == [[0, 0], [0, 1], [0, 2], [1, 3], [1, 4], [1, 5]]
     brightness = torch.cat([inputs for inputs, _ in batches]).mean((1, 2, 3)) * 255
     torch.testing.assert_close(brightness, (100 * target[:, 0] + 10 * (target[:, 1] % 3)).float())
-    task = DistillationTask(make_net(), Distiller(targets=Store(6)))
+    task = DistillationTask(make_net(), Distiller(targets=CachedLogits(6)))
     assert task(*batches[0])["output"].shape == (3, CLASSES)
 
 
@@ -282,16 +282,16 @@ def test_projections_are_trained_clipped_and_saved(tmp_path: Path) -> None:
     student = make_net()
     task = DistillationTask(student, projecting(student))
     optimizer = create_optimizer_v2(task, opt="sgd", lr=0.1)
-    learnt = list(task.distiller.parameters())
+    projections = list(task.distiller.parameters())
     ids = {id(parameter) for parameter in task.get_clip_parameters()}
     assert ids == {id(p) for g in optimizer.param_groups for p in g["params"]}
-    assert {id(parameter) for parameter in learnt} < ids
-    before = [parameter.clone() for parameter in learnt]
+    assert {id(parameter) for parameter in projections} < ids
+    before = [parameter.clone() for parameter in projections]
     for _ in range(2):
         optimizer.zero_grad()
         task(*make_batch())["loss"].backward()
         optimizer.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, learnt, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, projections, strict=True))
 
     task.setup_ema()
     path = tmp_path / "last.pth.tar"
@@ -318,7 +318,7 @@ def test_projections_that_would_differ_are_refused(
 
 def test_generations_in_one_process() -> None:
     inputs, labels = make_batch()
-    distiller, taught = Distiller(), []
+    distiller, logits = Distiller(), []
     for generation in range(3):
         torch.manual_seed(generation)
         task = DistillationTask(make_net(), distiller).train()
@@ -335,8 +335,8 @@ def test_generations_in_one_process() -> None:
         assert losses[-1] < losses[0]
         last = task.get_eval_model().eval()
         torch.testing.assert_close(task.get_eval_model(ema=True).eval()(inputs), last(inputs))
-        if distiller.teacher is not None:  # which went on answering as the generation before
-            torch.testing.assert_close(distiller.teacher(inputs), taught[-1])
-        taught.append(last(inputs).detach())
+        if distiller.teacher is not None:  # still the generation before
+            torch.testing.assert_close(distiller.teacher(inputs), logits[-1])
+        logits.append(last(inputs).detach())
         distiller = Distiller(Teacher(last), **SETTINGS)
-    assert not torch.equal(taught[1], taught[2])
+    assert not torch.equal(logits[1], logits[2])

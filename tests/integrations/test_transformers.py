@@ -1,4 +1,4 @@
-"""The Trainer of transformers with a teacher, on models made here."""
+"""The Trainer of transformers with a teacher, on tiny models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EVERY_TERM = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As many threads as cores slow tiny models down where the cores are shared."""
+    """Use one thread: several slow tiny models down on shared cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -73,7 +73,7 @@ def make_causal(kind: str, *, layers: int, **changes: Any) -> Any:
 
 
 def make_rows(count: int, *, tokens: bool = False, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Rows of 3 to 10 tokens; the label is the group, id % 4, that most of the tokens are of."""
+    """Make rows of 3 to 10 tokens, labelled by the group, id % 4, of most of their tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
@@ -101,7 +101,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Gradients(transformers.TrainerCallback):  # type: ignore[misc]
-    """Keeps the gradients of each step."""
+    """Callback that records the gradients of each step."""
 
     def __init__(self) -> None:
         self.steps: list[list[Tensor]] = []
@@ -144,7 +144,7 @@ def models(case: str) -> tuple[Any, Any]:
     if case in ("gpt2", "llama"):
         eager = {"attn_implementation": "eager"}
         return make_causal(case, layers=2, **eager), make_causal(case, layers=4, **eager)
-    width = 48 if case == "SequenceClassification" else 32  # of other width: a projection
+    width = 48 if case == "SequenceClassification" else 32  # another width, for a projection
     return make_bert(case, layers=2), make_bert(case, layers=4, hidden_size=width)
 
 
@@ -243,7 +243,7 @@ def test_shift_labels_can_be_said(tmp_path: Path) -> None:
     assert losses[0] == losses[1] == losses[2] != losses[3]
 
 
-def test_a_batch_without_labels_to_learn_gives_zero(tmp_path: Path) -> None:
+def test_a_batch_without_valid_labels_gives_zero(tmp_path: Path) -> None:
     student, teacher = models("llama")
     trainer = make_trainer(student, teacher, [], tmp_path, settings={})
     batch = collate(rows_of("llama"))
@@ -271,13 +271,13 @@ def test_terms_are_averaged_over_the_interval(tmp_path: Path) -> None:
     expected = whole.state.log_history[0]
     assert len(logs) == 2
     assert "hard_loss" not in last
-    for log in logs:  # an epoch each, nothing learned; a mean over labels, steps are of 8 rows
+    for log in logs:  # an epoch each, with a learning rate of 0; each step has 8 rows
         for name in ("hard_loss", "soft_loss"):  # means over labels, as many in each step
             np.testing.assert_allclose(log[name], expected[name], rtol=1e-5)
-        further = ("hidden", "cosine", "attention")  # over tokens and pairs: steps have not as many
-        weighed = 0.3 * log["hard_loss"] + 0.7 * log["soft_loss"]
-        weighed += sum(EVERY_TERM[f"{name}_weight"] * log[f"{name}_loss"] for name in further)
-        np.testing.assert_allclose(log["loss"], weighed, rtol=1e-5)
+        further = ("hidden", "cosine", "attention")  # over tokens and pairs, fewer in some steps
+        weighted = 0.3 * log["hard_loss"] + 0.7 * log["soft_loss"]
+        weighted += sum(EVERY_TERM[f"{name}_weight"] * log[f"{name}_loss"] for name in further)
+        np.testing.assert_allclose(log["loss"], weighted, rtol=1e-5)
         np.testing.assert_allclose(log["hidden_loss"], expected["hidden_loss"], rtol=0.1)
 
 
@@ -393,8 +393,8 @@ def test_several_teachers_are_one_by_their_average(case: str, average: str, tmp_
     inputs = collate(rows_of(case))
     loss = trainer.compute_loss(student, inputs)
     with torch.no_grad():
-        asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        z_s, *z_t = (model.eval()(**asked).logits for model in (student, teacher, other))
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        z_s, *z_t = (model.eval()(**batch).logits for model in (student, teacher, other))
     labels = inputs["labels"]
     if case == "gpt2":
         z_s, z_t, labels = z_s[:, :-1], [z[:, :-1] for z in z_t], labels[:, 1:]
@@ -453,7 +453,7 @@ def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         make_trainer(make_bert(layers=2), make_bert(layers=4), [], tmp_path)
 
 
-def test_the_layer_map_says_which_layers_are_compared(tmp_path: Path) -> None:
+def test_the_layer_map_determines_the_layers_compared(tmp_path: Path) -> None:
     teacher = make_bert(layers=4)
     student = make_bert(layers=2)
     start_from_teacher(student, teacher, layer_map=[0, 1])  # the same in its first two layers
@@ -484,7 +484,7 @@ def test_a_student_of_other_width_is_not_started(tmp_path: Path) -> None:
         start_from_teacher(student, teacher)
 
 
-def test_two_generations_learn(tmp_path: Path) -> None:
+def test_two_generations_reach_the_accuracy_of_the_teacher(tmp_path: Path) -> None:
     rows, unseen = make_rows(1024), make_rows(256, seed=1)
 
     def accuracy(trainer: Any) -> float:
@@ -503,15 +503,17 @@ def test_two_generations_learn(tmp_path: Path) -> None:
     top = accuracy(fit(teacher, teacher, alpha=0.0))
     first, second = make_bert(layers=2), make_bert(layers=2)
     start_from_teacher(first, teacher)
-    # labels unseen: what they know is of the teacher, and of the teacher's student
-    known = accuracy(fit(first, teacher, alpha=1.0, hidden_weight=1.0, attention_weight=1.0))
-    passed_on = accuracy(fit(second, first, alpha=1.0))
+    # without labels: distilled from the teacher, and from the teacher's student
+    first_accuracy = accuracy(
+        fit(first, teacher, alpha=1.0, hidden_weight=1.0, attention_weight=1.0)
+    )
+    second_accuracy = accuracy(fit(second, first, alpha=1.0))
     assert top > 0.85
-    assert known > top - 0.1
-    assert passed_on > top - 0.15
+    assert first_accuracy > top - 0.1
+    assert second_accuracy > top - 0.15
 
 
-def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "selfkd.integrations.transformers")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'selfkd\[transformers\]'"):

@@ -1,4 +1,4 @@
-"""Batches that the tests of losses share: float64, from a seed."""
+"""Random float64 batches for the tests of losses."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def pair(
     student: Sequence[int], teacher: Sequence[int] | None = None, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Features of a student, which require a gradient, and of a teacher; float64."""
+    """Return features of a student, which require a gradient, and of a teacher; float64."""
     return randn(*student, seed=seed).requires_grad_(), randn(*(teacher or student), seed=seed + 1)

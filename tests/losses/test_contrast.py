@@ -1,4 +1,4 @@
-"""CRD and its memory, against NumPy in float64, their edges and wrong versions."""
+"""CRD and its memory bank against NumPy in float64, their edges and wrong versions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reference_scores(anchors: Tensor, bank: Tensor, contrast: Tensor) -> Array:
 
 
 def check_crd(crd: Callable[..., Tensor], negatives: int) -> None:
-    """On the first batch, and on one after with the constants of the first."""
+    """Compared on the first batch, and on a second one with the constants of the first."""
     memory = make_memory()
     constants: list[float] = []
     for seed in range(2):
@@ -77,7 +77,7 @@ def test_crd_equals_reference_in_float64(negatives: int) -> None:
 def naive_crd(
     s: Tensor, t: Tensor, memory: ContrastiveMemory, contrast: Tensor, *, wrong: str = ""
 ) -> Tensor:
-    """`crd_loss` in a few lines, with one thing in it `wrong`."""
+    """Return `crd_loss` in a few lines, with one thing in it `wrong`."""
     negatives = contrast.shape[1] - 1
     banks = [memory.teacher, memory.student]
     if wrong == "rows of its own":
@@ -85,12 +85,12 @@ def naive_crd(
     if wrong == "teacher detached":
         t = t.detach() + 0 * t
     losses = []
-    for x, bank, stored in zip((s, t), banks, memory.log_constants, strict=True):
+    for x, bank, log_constant in zip((s, t), banks, memory.log_constants, strict=True):
         anchors = x if wrong == "not normalised" else F.normalize(x, dim=-1)
         scores = torch.einsum("bd,bkd->bk", anchors, bank[contrast].to(x.dtype))
         scores = scores / (1.0 if wrong == "T left out" else 0.07)
-        log_z = stored.to(x.dtype)
-        if stored.isnan() or wrong == "Z of each batch":
+        log_z = log_constant.to(x.dtype)
+        if log_constant.isnan() or wrong == "Z of each batch":
             images = 1 if wrong == "Z without n" else IMAGES
             log_z = math.log(images) + scores.detach().exp().mean().log()
         p = (scores - log_z).exp()
@@ -200,16 +200,16 @@ def test_draws_and_first_rows_are_those_of_the_generator() -> None:
     assert not torch.equal(make_contrast(memory, 50), make_contrast(memory, 50, seed=1))
 
 
-def test_a_restored_memory_goes_on_the_same() -> None:
+def test_a_restored_memory_gives_the_same_results() -> None:
     memory, restored = make_memory(), ContrastiveMemory(IMAGES, DIM)
-    restored.load_state_dict(memory.state_dict())  # of before the first batch
+    restored.load_state_dict(memory.state_dict())  # the state before the first batch
     student, teacher = pair((4, DIM))
     restored.update(student, teacher, make_contrast(restored, 5))
     memory.update(student, teacher, make_contrast(memory, 5))
     saved = memory.state_dict()
     assert all(torch.equal(saved[name], value) for name, value in restored.state.items())
     restored = ContrastiveMemory(IMAGES, DIM)
-    memory.update(teacher, student, make_contrast(memory, 5))  # what is saved is a copy
+    memory.update(teacher, student, make_contrast(memory, 5))  # the saved state is a copy
     restored.load_state_dict(saved)
     restored.update(teacher, student, make_contrast(restored, 5))
     contrast = make_contrast(memory, 7, seed=1)

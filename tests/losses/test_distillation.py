@@ -28,7 +28,7 @@ SHAPES = ((5, 2, None), (3, 10, 1), (4, 7, 3), (2, 1000, 2))  # batch, classes, 
 def make_batch(
     batch: int = 4, classes: int = 7, members: int | None = None, *, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Student logits that require a gradient, teacher logits, labels; float64."""
+    """Return student logits that require a gradient, teacher logits and labels; float64."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, classes) if members is None else (members, batch, classes)
     student = 3 * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
@@ -47,7 +47,7 @@ def reference(
     average: str = "probabilities",
     label_smoothing: float = 0.0,
 ) -> tuple[float, float, float, np.ndarray]:
-    """Loss, its two terms, and the gradient, as the formula says."""
+    """Return loss, its two terms and the gradient by the formula."""
     z_s, z_t = student.detach().double().numpy(), teacher.detach().double().numpy()
     z_t = z_t if z_t.ndim == 3 else z_t[None]
     batch, classes = z_s.shape
@@ -150,7 +150,7 @@ def test_backward_twice_and_of_a_scaled_loss() -> None:
     loss = distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5)
     (first,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
     np.testing.assert_allclose(first, 3 * expected)
-    first.zero_()  # whoever gets a gradient may write to it
+    first.zero_()  # the caller may write to its gradient
     loss.backward(retain_graph=True)
     loss.backward()
     np.testing.assert_allclose(student.grad, 2 * expected)
@@ -191,7 +191,8 @@ def test_weighted_members_equal_reference(
     student, teacher, labels = make_batch(4, 7, 3)
     for case in cases():
         p_t = weighted_targets(teacher, WEIGHTS, case["temperature"], case["average"])
-        merged = torch.from_numpy(np.log(p_t) * case["temperature"])  # one teacher that says it
+        # a single teacher with these soft targets
+        merged = torch.from_numpy(np.log(p_t) * case["temperature"])
         *expected, gradient = reference(student, merged, labels, **case)
         terms = terms_of(student, teacher, labels, **case, label_smoothing=0.0, weights=WEIGHTS)
         actual = [term.item() for term in terms]
@@ -302,8 +303,8 @@ def test_worked_softmax(temperature: float, expected: list[float]) -> None:
 
 
 def test_worked_divergence() -> None:
-    """KL of the teacher's [0.6, 0.3, 0.1] from the student's [0.5, 0.2, 0.3]: 0.121 this way
-    round, 0.157 the other way round."""
+    """KL of the teacher's [0.6, 0.3, 0.1] from the student's [0.5, 0.2, 0.3] is 0.121; the reverse
+    KL is 0.157."""
     teacher = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log()
     student = torch.tensor([[0.5, 0.2, 0.3]], dtype=torch.float64).log().requires_grad_()
     loss = distillation_loss(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0)
@@ -325,8 +326,8 @@ def test_high_temperature_matches_centred_logits() -> None:
 
 
 def test_low_temperature_matches_the_teachers_argmax() -> None:
-    """Loss / T -> largest student logit less the one at the teacher's argmax, and gradient / T
-    -> the one-hot argmax of the student less that of the teacher: a perceptron's."""
+    """Loss / T tends to the largest student logit less the one at the teacher's argmax, and
+    gradient / T to the one-hot argmax of the student less that of the teacher (a perceptron)."""
     student, teacher, labels = make_batch(6, 5)
     temperature = 1e-3
     loss = distillation_loss(student, teacher, labels, temperature=temperature, alpha=1.0)
@@ -586,7 +587,7 @@ def test_nan_of_the_teacher_is_named_by_its_row(
     student, teacher, labels = make_batch(4, 3, members)
     student = student.detach().requires_grad_(with_gradient)
     loss = partial(distillation_terms, temperature=2.0, alpha=0.5, average=average)
-    teacher[..., 0, 0] = -torch.inf  # impossible, no fault
+    teacher[..., 0, 0] = -torch.inf  # an impossible class is no error
     loss(student, teacher, labels)
     member = "" if members is None else f" of member {members - 1}"
     (teacher if members is None else teacher[-1])[2, 1] = torch.nan
@@ -594,7 +595,7 @@ def test_nan_of_the_teacher_is_named_by_its_row(
         ValueError, match=f"teacher_logits must be numbers for soft_loss, got nan in row 2{member}$"
     ):
         loss(student, teacher, labels)
-    teacher = teacher.nan_to_num()  # a student that diverged is not the teacher's fault
+    teacher = teacher.nan_to_num()  # NaN in the student alone raises no error about the teacher
     assert loss(student.detach().fill_(torch.nan), teacher, labels).loss.isnan()
 
 
@@ -649,7 +650,7 @@ def naive(
     average: str,
     wrong: str = "",
 ) -> Tensor:
-    """The loss in a few lines, with one thing in it `wrong`."""
+    """Return the loss in a few lines, with one thing in it `wrong`."""
     if wrong == "NaN passes the check":
         if temperature <= 0:
             raise ValueError

@@ -1,4 +1,4 @@
-"""Losses of what is inside a network, against NumPy in float64, their edges and wrong versions."""
+"""Losses of intermediate features against NumPy in float64, their edges and wrong versions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
 
 
 def as_list(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, **settings: Any) -> Any:
-    """`hidden_state_loss` of two tensors: their first dimension is the layer."""
+    """Return `hidden_state_loss` of two tensors whose first dimension is the layer."""
     return loss(list(student), list(teacher), **settings)
 
 
@@ -82,7 +82,7 @@ def reference_gram(features: Array) -> Array:
 
 
 def reference_neighbours(features: Array) -> list[Array]:
-    """Of each row, the probabilities of the others."""
+    """Return the probabilities of the other samples, row by row."""
     rows = features.reshape(len(features), -1)
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     kernel = (1 + units @ units.T) / 2 + 1e-7
@@ -186,10 +186,10 @@ def test_zeros_have_a_finite_loss_and_gradient(name: str, zeros: str, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_is_widened(name: str, dtype: torch.dtype, autocast: bool) -> None:
-    """In autocast too, which lowers matrix products."""
+    """Computed in float32 in autocast too, which lowers the precision of matrix products."""
     loss, student, teacher = make(name)
     student, teacher = student.detach().to(dtype), teacher.to(dtype)
-    if autocast:  # of what is float32, with digits to lose
+    if autocast:  # float32 inputs, with digits to lose
         student, teacher = student.float() + 1e-4, teacher.float() - 1e-4
     expected = loss(student.double(), teacher.double()).item()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -286,7 +286,7 @@ def test_projection_refuses_other_channels() -> None:
         Projection(4, 7)(torch.zeros(4))
 
 
-def test_projection_is_learned_from_the_hints() -> None:
+def test_projection_is_trained_on_the_hints() -> None:
     projection = Projection(4, 7).double()
     hint_loss(projection(randn(3, 4)), randn(3, 7)).backward()
     gradients = [parameter.grad for parameter in projection.parameters()]
@@ -373,7 +373,7 @@ def test_impossible_maps_are_refused(student: int, teacher: int) -> None:
         every_other(student, teacher)
 
 
-def test_layers_are_mapped_as_told() -> None:
+def test_layers_are_mapped_by_the_layer_map() -> None:
     student, teacher = pair((2, 3, 5, 4), (3, 3, 5, 4))
     loss = hidden_state_loss(list(student), list(teacher), layer_map=[2, 0])
     expected = ((student[0] - teacher[2]) ** 2 + (student[1] - teacher[0]) ** 2).mean() / 2
@@ -442,7 +442,7 @@ def check_loss(name: str, loss: Loss) -> None:
 
 
 def naive(s: Tensor, t: Tensor, *, name: str, wrong: str = "") -> Tensor:
-    """Each loss in a few lines, with one thing in it `wrong`."""
+    """Return a loss in a few lines, with one thing in it `wrong`."""
     kind, _, detail = name.partition(" ")
     if wrong != "teacher not detached":
         t = t.detach()
@@ -537,7 +537,7 @@ def naive_pkt(s: Tensor, t: Tensor, wrong: str) -> Tensor:
 
 
 def naive_mean(values: Tensor, valid: Tensor, wrong: str) -> Tensor:
-    """Over what is valid; rows are the first dimension."""
+    """Return the mean over valid values; rows are the first dimension."""
     valid = valid.expand_as(values)
     if wrong == "padding counted":
         return (values * valid).mean()

@@ -42,7 +42,7 @@ SHAPES = ((5, 2, None), (3, 10, 1), (4, 7, 3), (6, 1000, 2))  # batch, classes, 
 
 
 def kl(p: Array, q: Array) -> Array:
-    """KL of rows of log-probabilities; in logs, so that nothing underflows."""
+    """Return the KL of rows of log-probabilities, in logs so that nothing underflows."""
     return (np.exp(p) * (p - q)).sum(-1)
 
 
@@ -92,7 +92,7 @@ def dkd_reference(
 
 
 def correlation(p: Array, q: Array) -> float:
-    """Pearson's, and 0 where one is constant or its variance underflows."""
+    """Return Pearson's correlation, 0 where one is constant or its variance underflows."""
     if any(np.ptp(values) <= 1e-14 * values.max() + 1e-150 for values in (p, q)):
         return 0.0
     return np.corrcoef(p, q)[0, 1]
@@ -187,7 +187,7 @@ each_loss = pytest.mark.parametrize("name", CASES)
 def make_batch(
     batch: int = 4, classes: int = 7, members: int | None = None, *, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Student logits that require a gradient, teacher logits, labels; float64."""
+    """Return student logits that require a gradient, teacher logits and labels; float64."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, classes) if members is None else (members, batch, classes)
     student = 3 * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
@@ -327,7 +327,7 @@ def test_compiles_whole(name: str) -> None:
     case, (student, teacher, labels) = CASES[name], make_batch(4, 6, 3)
     loss = partial(case, **case.some_settings())
     expected = loss(student, teacher, labels)
-    torch.compiler.reset()  # one cache for all of them is soon full
+    torch.compiler.reset()  # the cache that all cases share is soon full
     compiled = torch.compile(loss, backend="eager", fullgraph=True)(student, teacher, labels)
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(gradient_of(compiled, student), gradient_of(expected, student))
@@ -479,7 +479,7 @@ def test_permute_nontarget_draws_each_order_as_often_for_each_row() -> None:
     teacher = torch.tensor([5.0, 1.0, 9.0, 2.0]).repeat(rows, 1)
     permuted = permute_nontarget(teacher, generator=torch.Generator().manual_seed(0))
     orders, counts = permuted.unique(dim=0, return_counts=True)
-    assert len(orders) == 6  # of the three that may move
+    assert len(orders) == 6  # all orders of the three that may move
     assert (counts - rows / 6).abs().max() < 5 * (rows / 6) ** 0.5
     again = permute_nontarget(teacher, generator=torch.Generator().manual_seed(0))
     assert torch.equal(permuted, again)
@@ -519,7 +519,7 @@ def test_uniform_teacher_at_t_1_is_label_smoothing(alpha: float) -> None:
 
 
 def test_virtual_teacher_at_t_1_is_label_smoothing_of_another_amount() -> None:
-    """All that is not the label's, spread over all classes: (1 - a) K / (K - 1)."""
+    """Label smoothing is all mass but the label's, spread over all classes: (1 - a) K / (K - 1)."""
     student, _, labels = make_batch(6, 5)
     virtual = teacher_free_logits(labels, classes=5, confidence=0.9)
     expected = F.cross_entropy(student, labels, label_smoothing=0.1 * 5 / 4)
@@ -680,7 +680,7 @@ def check_loss(name: str, loss: Loss) -> None:
 
 
 def changed(name: str, change: Callable[..., Tensor]) -> Loss:
-    """The loss, called by `change` with something wrong; T is 1 where the loss takes none."""
+    """Return the loss as called by `change` with something wrong; T is 1 if the loss has none."""
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor, **settings: Any) -> Tensor:
         right = partial(CASES[name], **settings)
@@ -719,7 +719,7 @@ WRONG_AT_T: dict[str, Callable[..., Tensor]] = {
 
 
 def mask_of_1000(s: Tensor, t: Tensor, y: Tensor, **settings: Any) -> Tensor:
-    """The authors' code: a mask of -1000 and logs of probabilities."""
+    """Return DKD as in the authors' code, with a mask of -1000 and logs of probabilities."""
     t = t.detach()
     if t.isnan().any():
         raise ValueError

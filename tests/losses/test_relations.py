@@ -55,7 +55,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 def make_batch(
     batch: int = 6, dim: int = 7, teacher_dim: int = 3, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Student embeddings that require a gradient, teacher embeddings; float64, heavy-tailed."""
+    """Return heavy-tailed student embeddings that require a gradient and teacher embeddings."""
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
     teacher = torch.randn(batch, teacher_dim, generator=generator, dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_gradient_in_float32(name: str) -> None:
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=atol)
 
 
-def test_gradient_may_be_asked_for_twice_and_scaled() -> None:
+def test_gradient_may_be_computed_twice_and_scaled() -> None:
     student, teacher = make_batch()
     loss = rkd_distance(student, teacher)
     expected = gradient_of(loss, student)
@@ -172,7 +172,7 @@ def test_batches_too_small_have_a_loss_of_0_with_a_graph(name: str, batch: int) 
     assert not gradient.any()
 
 
-def test_one_pair_has_nothing_to_say_of_distances() -> None:
+def test_one_pair_has_no_loss_of_distances() -> None:
     student, teacher = make_batch(2)
     loss = rkd_distance(student, teacher)
     assert loss == 0
@@ -299,7 +299,7 @@ def check_loss(name: str, loss: Loss) -> None:
 
 
 def naive(s: Tensor, t: Tensor, *, name: str, wrong: str = "") -> Tensor:
-    """Both losses in a few lines, with one thing in them `wrong`."""
+    """Return one of the losses in a few lines, with one thing in it `wrong`."""
     if wrong != "NaN passes" and t.isnan().any():
         raise ValueError
     values = naive_distances if name == "rkd_distance" else naive_cosines

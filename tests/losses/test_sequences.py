@@ -1,4 +1,4 @@
-"""The loss of token logits against SciPy, by chunks, masks, micro-batches, and drawn targets."""
+"""The loss of token logits against SciPy: chunks, masks, micro-batches and sampled targets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"temperature": 3.0, "alpha": 0.6, "label_smoothing":
 
 
 def make_batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student logits, teacher logits, labels of which three are ignored, a mask that hides two."""
+    """Return student and teacher logits, labels of which three are ignored, and a mask."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, BATCH, LENGTH, VOCABULARY)
     student, teacher = 2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -51,7 +51,7 @@ def reference(
     label_smoothing: float = 0.0,
     normalizer: float | None = None,
 ) -> tuple[float, float, float, np.ndarray]:
-    """Loss, terms, gradient: token by token, as the formula says."""
+    """Return loss, terms and gradient by the formula, token by token."""
     z_s, z_t = student.detach().double().numpy(), teacher.double().numpy()
     gradient, hard, soft = np.zeros_like(z_s), 0.0, 0.0
     n = int(valid.sum()) if normalizer is None else normalizer
@@ -88,15 +88,15 @@ def test_equals_reference(chunk: int, ignored: bool, masked: bool) -> None:
         np.testing.assert_allclose(gradient_of(terms.loss, student), gradient, atol=1e-14)
         assert [term.requires_grad for term in terms] == [True, False, False]
         with torch.no_grad():
-            quiet = sequence_terms(
+            no_grad = sequence_terms(
                 student, teacher, labels, mask=mask if masked else None, chunk=chunk, **settings
             )
-        torch.testing.assert_close(tuple(quiet), tuple(terms))
-        assert not quiet.loss.requires_grad
+        torch.testing.assert_close(tuple(no_grad), tuple(terms))
+        assert not no_grad.loss.requires_grad
 
 
 def test_a_token_weighs_the_same_in_a_short_row() -> None:
-    """A mean over rows of the rows' means would differ."""
+    """Tokens have equal weight: the mean over rows of the rows' means would differ."""
     student, teacher, labels, _ = make_batch()
     whole = sequence_terms(student, teacher, labels, **SETTINGS).loss
     rows = [
@@ -166,7 +166,7 @@ def test_gradient_by_differences_is_had_once() -> None:
         value.backward()
 
 
-# --- sparse and drawn teachers -----------------------------------------------------------------
+# --- sparse and sampled teachers ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [2, 64])
@@ -184,8 +184,8 @@ def test_sparse_teacher(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
-def test_drawn_targets_teach_the_full_loss_on_average(exponent: float) -> None:
-    """Mean of 4,000 draws within 5 standard errors, of the loss and each part of its gradient."""
+def test_sampled_targets_give_the_full_loss_on_average(exponent: float) -> None:
+    """The mean of 4,000 draws is within 5 standard errors, for loss and each part of gradient."""
     draws, generator = 4000, torch.Generator().manual_seed(0)
     student, teacher, _, _ = make_batch()
     student, teacher = student.detach()[0, :1], teacher[0, :1]  # one token
@@ -209,7 +209,7 @@ def test_drawn_targets_teach_the_full_loss_on_average(exponent: float) -> None:
     assert losses.std().item() / draws**0.5 < 0.05 * expected
 
 
-def test_drawn_targets_are_drawn_from_the_power() -> None:
+def test_sampled_targets_are_drawn_from_the_power() -> None:
     logits = torch.tensor([[0.0, 2.0, 4.0]]).expand(20000, 3)
     generator = torch.Generator().manual_seed(1)
     targets = sampled_targets(logits, 1, temperature=2.0, generator=generator, exponent=0.5)
@@ -272,7 +272,7 @@ def test_the_largest_logits_of_members() -> None:
 
 
 def make_head(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Hidden states, weight, bias."""
+    """Return hidden states, weight and bias."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((BATCH, LENGTH, WIDTH), (VOCABULARY, WIDTH), (VOCABULARY,))
     return [
@@ -281,27 +281,29 @@ def make_head(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("teach", [lambda z: z, lambda z: sparsify(z, 3)])
+@pytest.mark.parametrize("make_teacher", [lambda z: z, lambda z: sparsify(z, 3)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("chunk", [3, 64])
 def test_fused_head_equals_the_logits(
-    chunk: int, with_bias: bool, teach: Callable[[Tensor], Any]
+    chunk: int, with_bias: bool, make_teacher: Callable[[Tensor], Any]
 ) -> None:
     _, teacher, labels, mask = make_batch()
     hidden, weight, bias = make_head()
     inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
     logits = F.linear(*inputs)
-    expected = sequence_terms(logits, teach(teacher), labels, mask=mask, **SETTINGS)
+    expected = sequence_terms(logits, make_teacher(teacher), labels, mask=mask, **SETTINGS)
     settings = SETTINGS | {"bias": bias if with_bias else None, "mask": mask, "chunk": chunk}
-    actual = linear_sequence_terms(hidden, weight, teach(teacher), labels, **settings)
+    actual = linear_sequence_terms(hidden, weight, make_teacher(teacher), labels, **settings)
     torch.testing.assert_close(tuple(actual), tuple(expected))
     torch.testing.assert_close(
         torch.autograd.grad(3 * actual.loss, inputs), torch.autograd.grad(3 * expected.loss, inputs)
     )
     with torch.no_grad():
-        quiet = linear_sequence_terms(hidden, weight, teach(teacher), labels, **settings)
-    torch.testing.assert_close(tuple(quiet), tuple(expected))
-    frozen = linear_sequence_terms(hidden, weight.detach(), teach(teacher), labels, **settings)
+        no_grad = linear_sequence_terms(hidden, weight, make_teacher(teacher), labels, **settings)
+    torch.testing.assert_close(tuple(no_grad), tuple(expected))
+    frozen = linear_sequence_terms(
+        hidden, weight.detach(), make_teacher(teacher), labels, **settings
+    )
     frozen.loss.backward()
     assert hidden.grad is not None
     assert weight.grad is None
@@ -354,7 +356,7 @@ LIGER_SETTINGS: dict[str, Any] = {"temperature": 3.0, "alpha": 0.6}
 @pytest.mark.parametrize("normalizer", [None, 17])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_liger_kernel_has_the_same_loss(with_bias: bool, normalizer: int | None) -> None:
-    """Its own code, which runs on a CPU if it is not compiled."""
+    """Liger's own code gives the same loss; it runs on a CPU if it is not compiled."""
     pytest.importorskip("liger_kernel")
     _, _, labels, mask = make_batch()
     hidden, weight, bias = (tensor.detach().float().requires_grad_() for tensor in make_head())
@@ -483,7 +485,7 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> Non
         sequence_terms(**arguments | changes)
 
 
-@pytest.mark.parametrize("kind", ["logits", "members", "largest", "drawn", "head"])
+@pytest.mark.parametrize("kind", ["logits", "members", "largest", "sampled", "head"])
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_nan_of_the_teacher_is_named_by_its_token(kind: str, with_gradient: bool) -> None:
     student, teacher, labels, mask = make_batch()
@@ -493,7 +495,7 @@ def test_nan_of_the_teacher_is_named_by_its_token(kind: str, with_gradient: bool
         "logits": teacher,
         "members": torch.stack([teacher, teacher]),
         "largest": sparsify(teacher, 3),
-        "drawn": sampled_targets(teacher, 2, temperature=3.0),
+        "sampled": sampled_targets(teacher, 2, temperature=3.0),
         "head": head,
     }
     one = teachers[kind]
@@ -524,7 +526,7 @@ def test_heads_and_draws_that_do_not_fit() -> None:
         sampled_targets(teacher, 1, temperature=-1.0)
 
 
-def test_no_chunk_is_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_chunk_is_larger_than_given(monkeypatch: pytest.MonkeyPatch) -> None:
     _, teacher, labels, mask = make_batch()
     hidden, weight, _ = make_head()
     sizes = []
@@ -581,7 +583,7 @@ def naive(
     normalizer: float | None,
     wrong: str = "",
 ) -> Tensor:
-    """The loss in a few lines, with one thing in it `wrong`."""
+    """Return the loss in a few lines, with one thing in it `wrong`."""
     if teacher.isnan().any():
         if wrong != "NaN passes":
             raise ValueError

@@ -24,7 +24,7 @@ SHAPES = ((5, 2, 1, None), (4, 7, 3, 1), (4, 7, 3, 3), (2, 1000, 20, 2))  # batc
 def make_batch(
     batch: int = 4, classes: int = 7, members: int | None = None, *, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Student logits that require a gradient, teacher logits, labels; float64."""
+    """Return student logits that require a gradient, teacher logits and labels; float64."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, classes) if members is None else (members, batch, classes)
     student = 3 * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
@@ -36,7 +36,7 @@ def make_batch(
 def reference_soft_loss(
     student: Tensor, teacher: Tensor, k: int, *, temperature: float, weights: np.ndarray
 ) -> float:
-    """The soft term row by row, from full logits, as the formula says; k below K."""
+    """Return the soft term by the formula from full logits, row by row; k below K."""
     z_s, z_t = student.detach().numpy() / temperature, teacher.numpy()
     z_t = z_t.reshape(-1, *z_s.shape)
     batch, classes = z_s.shape
@@ -125,7 +125,7 @@ def test_with_all_classes_known_it_is_the_full_loss(temperature: float) -> None:
 
 @pytest.mark.parametrize("weights", [None, [0.5, 0.2, 0.3]])
 def test_members_have_the_gradient_of_their_mean(weights: list[float] | None) -> None:
-    """The value is greater, by the members' own mean divergence, whatever the student says."""
+    """The value is larger by the members' own mean divergence, for any student."""
     student, teacher, labels = make_batch(members=3)
     settings: dict[str, Any] = {"temperature": 3.0, "alpha": 1.0, "weights": weights}
     surplus = []
@@ -140,7 +140,7 @@ def test_members_have_the_gradient_of_their_mean(weights: list[float] | None) ->
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 1e6])
 def test_mass_of_the_bucket(temperature: float) -> None:
-    """Exact at T = 1 and in the limit T -> inf, between too much of it, below T = 1 too little."""
+    """The rest is exact at T = 1 and as T -> inf, too large in between, too small below T = 1."""
     _, teacher, _ = make_batch(classes=50)
     values, indices, rest = sparsify(teacher, 5)
     student = torch.zeros(4, 50, dtype=torch.float64, requires_grad=True)
@@ -158,11 +158,11 @@ def test_mass_of_the_bucket(temperature: float) -> None:
         assert (np.sign(excess) == np.sign(temperature - 1)).all()
 
 
-# --- the bias of what is not known -------------------------------------------------------------
+# --- the bias of the unknown classes -----------------------------------------------------------
 
 
 def make_peaked_batch(batch: int = 64, classes: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
-    """A teacher of 0.43 mean confidence, 0.65 in its top 20, and a student like it."""
+    """Return a teacher of mean confidence 0.43, with 0.65 in its top 20, and a similar student."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (batch,), generator=generator)
     noise = torch.randn(2, batch, classes, generator=generator, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_bias_against_full_logits(
 
 
 def test_tiny_rest_of_the_student_is_not_lost() -> None:
-    """1 - p would be 0 in float32, its logarithm infinite."""
+    """With 1 - p, which is 0 in float32, the logarithm would be infinite."""
     student = torch.tensor([[60.0, 0.0, 0.0, 0.0]], requires_grad=True)
     sparse = SparseLogits(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1))
     terms = sparse_terms(student, sparse, torch.tensor([0]), temperature=1.0, alpha=1.0)
@@ -343,7 +343,7 @@ KNOWN = 3
 
 
 def right(student: Tensor, teacher: Tensor, labels: Tensor, **settings: Any) -> Tensor:
-    """The loss of full logits, of which the largest are kept."""
+    """Return the loss of full teacher logits of which the k largest are kept."""
     return sparse_terms(student, sparsify(teacher, KNOWN), labels, **settings).loss
 
 
@@ -393,7 +393,7 @@ def naive(
     weights: list[float] | None,
     wrong: str = "",
 ) -> Tensor:
-    """The loss in a few lines, with one thing in it `wrong`."""
+    """Return the loss in a few lines, with one thing in it `wrong`."""
     if teacher.isnan().any():
         if wrong != "NaN passes":
             raise ValueError

@@ -50,7 +50,7 @@ def test_every_reference_network_is_in_timms_registry():
 @pytest.mark.parametrize(
     ("in_chans", "image_size", "num_classes"), [(1, 8, 10), (1, 28, 3), (3, 32, 100)]
 )
-def test_logits_have_the_shape_asked_for(name, in_chans, image_size, num_classes):
+def test_logits_have_the_given_shape(name, in_chans, image_size, num_classes):
     model = small(name, in_chans=in_chans, image_size=image_size, num_classes=num_classes)
     logits = model(torch.randn(2, in_chans, image_size, image_size))
     assert logits.shape == (2, num_classes)
@@ -107,7 +107,7 @@ def test_dropout_acts_in_training_only(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_pickled_network_answers_the_same(name):
+def test_a_pickled_network_has_the_same_logits(name):
     model = small(name).eval()
     inputs = torch.randn(2, 1, 8, 8)
     assert torch.equal(pickle.loads(pickle.dumps(model))(inputs), model(inputs))
@@ -296,15 +296,15 @@ def test_wrong_arguments_are_refused_naming_model_and_argument(name, args, messa
         make_model(name, args, num_classes=10, in_chans=1, image_size=8)
 
 
-def test_nothing_is_downloaded_unless_asked(monkeypatch):
-    asked = []
+def test_nothing_is_downloaded_unless_pretrained(monkeypatch):
+    loads = []
     monkeypatch.setattr(
-        "timm.models._builder.load_pretrained", lambda *args, **kwargs: asked.append(kwargs)
+        "timm.models._builder.load_pretrained", lambda *args, **kwargs: loads.append(kwargs)
     )
     make_model("resnet10t.c3_in1k", num_classes=3, in_chans=1, image_size=28)
-    assert not asked
+    assert not loads
     make_model("resnet10t", {"pretrained": True}, num_classes=3, in_chans=1, image_size=28)
-    assert len(asked) == 1
+    assert len(loads) == 1
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_nothing_is_downloaded_unless_asked(monkeypatch):
         ("regnety_002", {"no_such": 1}),
     ],
 )
-def test_arguments_that_the_network_does_not_know_are_refused(name, args):
+def test_unknown_arguments_are_refused(name, args):
     (key,) = args
     with pytest.raises(ValueError, match=f"model.args must be arguments of '{name}', got '{key}'"):
         make_model(name, args, num_classes=3, in_chans=1, image_size=32)
@@ -342,7 +342,7 @@ def test_arguments_of_the_class_and_its_config_are_known(name, args):
     make_model(name, args, num_classes=3, in_chans=3, image_size=32)
 
 
-def test_looking_for_what_a_network_knows_draws_no_random_numbers():
+def test_reading_the_arguments_of_a_network_draws_no_random_numbers():
     known_args.cache_clear()
     torch.manual_seed(0)
     known_args("resnet18")

@@ -105,11 +105,11 @@ def _stratified_order(labels: Tensor, position: Tensor, seed: int, stream: int) 
     counts = labels.bincount()
     rank = torch.empty_like(labels)
     rank[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    place = (rank.to(torch.float64) + 0.5) / counts[labels]
+    fraction = (rank.to(torch.float64) + 0.5) / counts[labels]
     if stream == _TRAIN:
-        place[rank == 0] = 0
+        fraction[rank == 0] = 0
     else:
-        place[rank == counts[labels] - 1] = 1
+        fraction[rank == counts[labels] - 1] = 1
     by_tie = tie.argsort(stable=True)
-    order: Tensor = by_tie[place[by_tie].argsort(stable=True)]
+    order: Tensor = by_tie[fraction[by_tie].argsort(stable=True)]
     return order

@@ -82,15 +82,15 @@ def greedy_soup(
         Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves
         accuracy without increasing inference time", 2022, https://arxiv.org/abs/2203.05482
     """
-    soup, taken = average_weights(states[:1]), [0]
+    soup, selected = average_weights(states[:1]), [0]
     best = score(soup)
     for number in range(1, len(states)):
-        candidate = average_weights([states[member] for member in [*taken, number]])
+        candidate = average_weights([states[member] for member in [*selected, number]])
         value = score(candidate)
         if value >= best:
             soup, best = candidate, value
-            taken.append(number)
-    return soup, taken
+            selected.append(number)
+    return soup, selected
 
 
 def fit_weights(

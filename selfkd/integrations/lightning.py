@@ -182,7 +182,7 @@ class DistillationMixin:
 
     distiller: Distiller
     """Distiller with a teacher, an `Ensemble`, cached targets, or none of them."""
-    _device: torch.device | None = None
+    _teacher_device: torch.device | None = None
 
     def distillation_loss(
         self,
@@ -211,9 +211,9 @@ class DistillationMixin:
         """
         if not isinstance(self, LightningModule):
             raise TypeError(f"self must be a LightningModule, got {type(self).__name__}")
-        if self._device != student_logits.device:
-            self._device = student_logits.device
-            place(self.distiller, self._device)
+        if self._teacher_device != student_logits.device:
+            self._teacher_device = student_logits.device
+            place(self.distiller, self._teacher_device)
         terms = self.distiller(student_logits, labels, inputs=inputs, index=index, view=view)
         _log(self, terms, len(labels))
         return terms["loss"]

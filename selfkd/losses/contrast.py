@@ -228,8 +228,8 @@ def crd_loss(
     embeddings = _embeddings(student_embeddings, teacher_embeddings, memory, contrast)
     scores = _scores(*embeddings, memory, contrast)
     images, negatives = len(memory.student), contrast.shape[1] - 1
-    stored = memory.log_constants.to(scores.dtype)
-    log_z = torch.where(stored.isnan(), _log_constants(scores.detach(), images), stored)
+    known = memory.log_constants.to(scores.dtype)
+    log_z = torch.where(known.isnan(), _log_constants(scores.detach(), images), known)
     log_odds = scores - log_z[:, None, None] - math.log(negatives / images)
     log_h, log_not_h = F.logsigmoid(log_odds[..., 0]), F.logsigmoid(-log_odds[..., 1:])
     return -(log_h + log_not_h.sum(dim=-1)).mean(dim=-1).sum()

@@ -509,8 +509,8 @@ def check_finite(name: str, values: Tensor) -> None:
     if rows:
         *member, row = rows[0]
         value = next(value for value in values[tuple(rows[0])].tolist() if not math.isfinite(value))
-        place = f"row {row} of member {member[0]}" if member else f"row {row}"
-        raise ValueError(f"{name} must be finite, got {value} in {place}")
+        position = f"row {row} of member {member[0]}" if member else f"row {row}"
+        raise ValueError(f"{name} must be finite, got {value} in {position}")
 
 
 def _is_finite(value: Tensor) -> bool:

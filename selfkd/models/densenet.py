@@ -87,9 +87,9 @@ def make_densenet(
     modules: list[nn.Module] = [nn.Conv2d(in_chans, chans, 3, padding=1, bias=False)]
     for block in range(3):
         if block > 0:
-            kept = int(chans * compression)
-            modules.append(DenseTransition(chans, kept))
-            chans = kept
+            out_chans = int(chans * compression)
+            modules.append(DenseTransition(chans, out_chans))
+            chans = out_chans
         for _ in range(layers):
             modules.append(
                 DenseLayer(chans, growth_rate, bottleneck=bottleneck, drop_rate=drop_rate)

@@ -41,7 +41,9 @@ class TimmPictures:
     """Pictures of a map-style timm or torchvision data set."""
 
     name: str
+    """Name of the data set, for errors and keys."""
     dataset: Any
+    """Map-style data set of (picture, label)."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -66,7 +68,9 @@ class ListedPictures:
     """Pictures of an iterable data set, read once and held in memory."""
 
     name: str
+    """Name of the data set, for keys."""
     pictures: Sequence["Image"]
+    """Decoded square pictures."""
 
     def __len__(self) -> int:
         return len(self.pictures)

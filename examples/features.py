@@ -1,4 +1,4 @@
-"""A small network taught what a larger one sees: hints, attention and logits in one loss.
+"""A small network distilled from a larger one: hints, attention and logits in one loss.
 
     python examples/features.py
 
@@ -68,8 +68,8 @@ def main() -> None:
     for name, terms in {"labels only": None, "logits": {}, "logits and features": further}.items():
         torch.manual_seed(1)
         student = make_model(NARROW)
-        taught = None if terms is None else teacher
-        found = train(data, student, Distiller(taught, terms=terms, student=student))
+        of = None if terms is None else teacher
+        found = train(data, student, Distiller(of, terms=terms, student=student))
         parts = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "loss")
         print(f"student, {name}: {parts}")
 

@@ -2,10 +2,11 @@
 
     python examples/mythical_digit.py --data PATH --output threes.png
 
-PATH holds torchvision's MNIST folder. A teacher learns all ten digits. Its student sees the images
-of nine, and beside each what the teacher thinks of it: how much like a 3 this 8 is, how little that
-1. It never sees an image of a 3. Then it is shown the 3s of the test set. (Hinton, Vinyals, Dean,
-"Distilling the Knowledge in a Neural Network", 2015, section 3, https://arxiv.org/abs/1503.02531)
+PATH holds torchvision's MNIST folder. A teacher is trained on all ten digits. Its student is
+trained on the images of nine, each with the teacher's soft targets: how much like a 3 this 8 is, how
+little that 1. It never sees an image of a 3. Then it is shown the 3s of the test set. (Hinton,
+Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 3,
+https://arxiv.org/abs/1503.02531)
 
 The runs are A1 and A5 of `anchors/`; those that are there already are read. `--tenth` makes a quick
 one of a tenth of the epochs.
@@ -23,8 +24,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selfkd.config import from_tree, parse_yaml
 from selfkd.data import load_data
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = subprocess.run(make, check=False).returncode  # noqa: S603 - our own script
         if code:
             return code
-    print(tell(load_json(run / "summary.json")))
+    print(story(load_json(run / "summary.json")))
     draw(run, Path(arguments.output), root=arguments.data)
     print(
         f"{arguments.output}: the first {COLUMNS * ROWS} threes of the test set. Framed in green: "
@@ -59,32 +60,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tell(summary: dict[str, Any]) -> str:
+def story(summary: dict[str, Any]) -> str:
     """Return the story in words, of the first seed."""
     row = summary["arms"][0]["runs"][0]
-    unseen, images = row["unseen"], summary["images"]
+    unseen, images = row["unseen"], summary["items"]
+    teacher = summary["members"]
     before = unseen["class_accuracy"][DIGIT]
     after = unseen["biased_class_accuracy"][DIGIT]
     return "\n".join(
         [
-            f"The teacher errs on {summary['members']['errors']} of {images:,} test images.",
-            f"Its student has seen no image of a {DIGIT}. It errs on {row['errors']}, and names "
-            f"{before:.1%} of the {DIGIT}s.",
+            f"The teacher errs on {teacher['test_errors']:.0f} of {images:,} test images.",
+            f"Its student has seen no image of a {DIGIT}. It errs on {row['test_errors']:.0f}, and "
+            f"names {before:.1%} of the {DIGIT}s.",
             f"It takes a {DIGIT} for rare, having met none: its bias for the class is too low.",
             f"With {unseen['bias']:+.2f} on that one number, fitted on held-out training images, "
-            f"it errs on {unseen['errors']} and names {after:.1%} of the {DIGIT}s.",
+            f"it errs on {unseen['test_errors']:.0f} and names {after:.1%} of the {DIGIT}s.",
         ]
     )
 
 
 def draw(run: Path, output: Path, *, root: str | None = None) -> None:
     """Draw the first threes of the test set, framed by what the first student takes them for."""
-    config = from_tree(parse_yaml((run / "config.yaml").read_text(), "config.yaml"))
+    _, config = RunFolder.open(run)
     data = load_data(config.data.name, root=root or config.data.root, seed=config.seed)
-    (arm,) = config.study.arms
-    trial = run / "arms" / arm / "trial_000"
-    logits = load_tensors(trial / "predictions.safetensors")[0]["test"].double()
-    unseen = load_json(trial / "score.json")["unseen"]
+    row = load_json(run / "summary.json")["arms"][0]["runs"][0]
+    predictions = run / "predictions" / f"{row['hash']}.safetensors"
+    logits, unseen = load_tensors(predictions)[0]["test"].double(), row["unseen"]
     shifted = logits.clone()
     shifted[:, unseen["classes"]] += unseen["bias"]
     threes = torch.nonzero(data.test.labels == DIGIT).flatten()[: COLUMNS * ROWS]

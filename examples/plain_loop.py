@@ -53,8 +53,8 @@ def main() -> None:
         teacher = Teacher(models[-1])
         distiller = Distiller(teacher, temperature=4.0, alpha=0.9)  # selfkd
         models.append(train(data, distiller, seed=generation))
-    taught_by_all = Distiller(Ensemble(models), temperature=4.0, alpha=0.9)
-    last = train(data, taught_by_all, seed=3)
+    distil_all = Distiller(Ensemble(models), temperature=4.0, alpha=0.9)
+    last = train(data, distil_all, seed=3)
     for generation, model in enumerate(models):
         print(f"generation {generation}: {accuracy(data, model):.2%}")
     print(f"student of all three: {accuracy(data, last):.2%}")

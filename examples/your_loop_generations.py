@@ -17,7 +17,7 @@ LENGTH, EPOCHS, BATCH = 12, 12, 32
 
 
 class Tagger(nn.Module):
-    """A recurrent network with one answer a token: `[batch, length]` to `[batch * length, 2]`."""
+    """A recurrent network with two logits a token: `[batch, length]` to `[batch * length, 2]`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -81,4 +81,5 @@ if __name__ == "__main__":
         settings=["tracking=none"],
     )
     for result in results:
-        print(f"generation {result['generation']}: {result['val_accuracy']:.1%} of the tags right")
+        accuracy = result.metrics["val_accuracy"]
+        print(f"generation {result.generation}: {accuracy:.1%} of the tags right")

@@ -183,7 +183,7 @@ def _describe(
         tables.append(confirmation_table(summary))
         said += (
             "\n± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
-            "images (bootstrap). McNemar: exact p of a chosen model and its teacher."
+            f"{folder.facts.unit} (bootstrap). McNemar: exact p of a chosen model and its teacher."
         )
     return Told(
         tables,

@@ -85,8 +85,8 @@ def _greet(config: Config) -> str:
 
 def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Told:
     said = (
-        f"± is half of a 95 % interval over seeds (Student's t), on {summary.images:,} test "
-        "images; differences are paired by seed, shares have Fieller's interval."
+        f"± is half of a 95 % interval over seeds (Student's t), on {summary.items:,} test "
+        f"{folder.facts.unit}; differences are paired by seed, shares have Fieller's interval."
     )
     return Told(
         [study_table(summary)],

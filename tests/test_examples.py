@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from selfkd.config import dump_config, load_config
+from selfkd.config import load_config
 from selfkd.data import load_data
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.checkpoint import save_tensors
 
 PLAIN = "plain_loop.py"
@@ -131,19 +132,17 @@ def test_the_mythical_digit_is_drawn_and_told(tmp_path: Path) -> None:
     threes = torch.nonzero(labels == 3).flatten()
     logits[threes[1]] = torch.eye(10)[8] + 0.5 * torch.eye(10)[3]  # right with a bias of 1
     logits[threes[2]] = 9 * torch.eye(10)[8]  # wrong even then
-    trial = tmp_path / "arms" / "no_three" / "trial_000"
-    trial.mkdir(parents=True)
-    (tmp_path / "config.yaml").write_text(dump_config(config))
-    save_tensors(trial / "predictions.safetensors", {"test": logits}, {})
-    unseen = {"classes": [3], "bias": 1.0, "errors": 1}
+    RunFolder(tmp_path).save_config(config)
+    save_tensors(tmp_path / "predictions" / "a.safetensors", {"test": logits}, {})
+    unseen = {"classes": [3], "bias": 1.0, "test_errors": 1.0}
     unseen |= {"class_accuracy": [0.0] * 3 + [0.9], "biased_class_accuracy": [0.0] * 3 + [0.95]}
-    (trial / "score.json").write_text(json.dumps({"unseen": unseen}))
+    row = {"hash": "a", "test_errors": 20.0, "unseen": unseen}
+    summary = {"items": 1197, "members": {"test_errors": 7.0}, "arms": [{"runs": [row]}]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
     mythical.draw(tmp_path, tmp_path / "threes.png")
     with Image.open(tmp_path / "threes.png") as picture:
         step = picture.width // mythical.COLUMNS
         frames = [picture.getpixel((place * step + 2, 2)) for place in range(4)]
     assert frames == [mythical.GREEN, mythical.BLUE, mythical.RED, mythical.GREEN]
-    row = {"errors": 20, "unseen": unseen}
-    summary = {"images": 1197, "members": {"errors": 7}, "arms": [{"runs": [row]}]}
-    story = mythical.tell(summary)
+    story = mythical.story(summary)
     assert all(part in story for part in ("7 of 1,197", "errs on 20", "90.0%", "+1.00", "95.0%"))

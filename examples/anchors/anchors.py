@@ -62,7 +62,7 @@ def load(name: str) -> Row:
 
 def errors(result: Row, arm: str) -> np.ndarray:
     """Return the test errors of an arm of a study, one a seed."""
-    return np.array([row["errors"] for row in _arm(result, arm)["runs"]], dtype=float)
+    return np.array([row["test_errors"] for row in _arm(result, arm)["runs"]], dtype=float)
 
 
 def _arm(result: Row, name: str) -> Row:
@@ -70,7 +70,7 @@ def _arm(result: Row, name: str) -> Row:
     return row
 
 
-def told(values: Sequence[float] | np.ndarray, form: str = "{:.1f}") -> str:
+def mean_std(values: Sequence[float] | np.ndarray, form: str = "{:.1f}") -> str:
     """Return mean ± standard deviation over seeds."""
     mean = form.format(np.mean(values))
     return mean if len(values) < 2 else f"{mean} ± {form.format(np.std(values, ddof=1))}"
@@ -91,7 +91,7 @@ def _met(condition: bool, *, otherwise: Outcome = "missed") -> Outcome:
 
 def judge_a1(result: Row) -> Judgement:
     (generation,) = result["summary"]["generations"]
-    found = round((1 - generation["test_accuracy"]) * result["test_images"])
+    found = round((1 - generation["test_accuracy"]) * result["test_items"])
     epochs = result["config"]["train.epochs"]
     remark = "" if found <= 75 else "the stretch of 75 is not reached"
     return Judgement(
@@ -101,38 +101,40 @@ def judge_a1(result: Row) -> Judgement:
 
 def judge_a2(result: Row) -> Judgement:
     found = errors(result, "labels")
-    return Judgement(told(found), _met(125 <= found.mean() <= 195))
+    return Judgement(mean_std(found), _met(125 <= found.mean() <= 195))
 
 
 def judge_a3(result: Row) -> Judgement:
-    labels, taught = errors(result, "labels"), errors(result, "taught")
-    share = _closed(result, labels.mean(), taught.mean())
-    met = taught.mean() <= 105 and share >= 0.7
+    labels, distilled = errors(result, "labels"), errors(result, "distilled")
+    share = _closed(result, labels.mean(), distilled.mean())
+    met = distilled.mean() <= 105 and share >= 0.7
     remark = (
-        "" if taught.mean() <= 85 and share >= 0.85 else "the stretch (85, 85 %) is not reached"
+        "" if distilled.mean() <= 85 and share >= 0.85 else "the stretch (85, 85 %) is not reached"
     )
     (contrast,) = result["summary"]["contrasts"]
     ends = contrast["share"]  # Fieller's 95 % interval
     between = f"[{ends['low']:.0%}, {ends['high']:.0%}]"
-    return Judgement(f"{told(taught)}, {share:.0%} {between} of the gap closed", _met(met), remark)
+    return Judgement(
+        f"{mean_std(distilled)}, {share:.0%} {between} of the gap closed", _met(met), remark
+    )
 
 
-def _closed(result: Row, labels: float, taught: float) -> float:
-    teacher = result["summary"]["members"]["errors"]
-    return (labels - taught) / (labels - teacher)
+def _closed(result: Row, labels: float, distilled: float) -> float:
+    teacher = result["summary"]["members"]["test_errors"]
+    return (labels - distilled) / (labels - teacher)
 
 
 def judge_a3b(result: Row) -> Judgement:
     by_hand = load("a02_a03_student")
     row = result["summary"]["rows"][-1]
-    images = by_hand["summary"]["images"]
+    images = by_hand["summary"]["items"]
     found = np.round((1 - np.array(row["runs"])) * images)
-    others = errors(by_hand, "taught")[: len(found)]  # of the same seeds
+    others = errors(by_hand, "distilled")[: len(found)]  # of the same seeds
     more = standard_errors(found, others)
     point = result["summary"]["chosen"]["point"]
     setting = f"T {point['distill.temperature']:.3g}, alpha {point['distill.alpha']:.2f}"
     return Judgement(
-        f"{told(found)} with {setting}; by hand {told(others)}",
+        f"{mean_std(found)} with {setting}; by hand {mean_std(others)}",
         _met(more < 2),
         f"the paired difference is {found.mean() - others.mean():+.1f} errors, {more:+.1f} "
         "standard errors",
@@ -142,7 +144,7 @@ def judge_a3b(result: Row) -> Judgement:
 def judge_a4_wide(result: Row) -> Judgement:
     means = {t: errors(result, f"units_300_t_{t}").mean() for t in (8, 12, 20)}
     spread = max(means.values()) - min(means.values())
-    each = ", ".join(f"T {t}: {told(errors(result, f'units_300_t_{t}'))}" for t in means)
+    each = ", ".join(f"T {t}: {mean_std(errors(result, f'units_300_t_{t}'))}" for t in means)
     return Judgement(f"{each}; spread of means {spread:.1f}", _met(spread <= 12))
 
 
@@ -153,7 +155,7 @@ def judge_a4_narrow(result: Row) -> Judgement:
     }
     best = min(("2.5", "3", "4"), key=lambda t: arms[t].mean())
     gains = {t: standard_errors(arms[t], arms[best]) for t in ("1", "20")}
-    each = ", ".join(f"T {t}: {told(values)}" for t, values in arms.items())
+    each = ", ".join(f"T {t}: {mean_std(values)}" for t, values in arms.items())
     return Judgement(
         each,
         _met(all(gain >= 2 for gain in gains.values()), otherwise="negative result"),
@@ -167,27 +169,27 @@ def judge_a5(result: Row) -> Judgement:
     threes = [row["unseen"]["class_accuracy"][3] for row in runs]
     biased = [row["unseen"]["biased_class_accuracy"][3] for row in runs]
     before, after = (
-        [row["errors"] for row in rows] for rows in (runs, [r["unseen"] for r in runs])
+        [row["test_errors"] for row in rows] for rows in (runs, [r["unseen"] for r in runs])
     )
     met = np.mean(biased) >= 0.95 and np.mean(after) <= 160
     return Judgement(
-        f"{told(before)} errors, {np.mean(threes):.1%} of the threes right; with the bias "
-        f"{told(after)} and {np.mean(biased):.1%}",
+        f"{mean_std(before)} errors, {np.mean(threes):.1%} of the threes right; with the bias "
+        f"{mean_std(after)} and {np.mean(biased):.1%}",
         _met(bool(met)),
     )
 
 
 def judge_a6(result: Row) -> Judgement:
     runs = _arm(result, "sevens_and_eights")["runs"]
-    images = result["summary"]["images"]
-    before = np.array([row["errors"] for row in runs]) / images
-    one = np.array([row["unseen"]["errors"] for row in runs]) / images
-    after = np.array([row["unseen"]["all_biased"]["errors"] for row in runs]) / images
+    images = result["summary"]["items"]
+    before = np.array([row["test_errors"] for row in runs]) / images
+    one = np.array([row["unseen"]["test_errors"] for row in runs]) / images
+    after = np.array([row["unseen"]["all_biased"]["test_errors"] for row in runs]) / images
     met = after.mean() <= 0.2 and after.mean() <= before.mean() / 2
     return Judgement(
-        f"{told(before, '{:.1%}')} → {told(after, '{:.1%}')}",
+        f"{mean_std(before, '{:.1%}')} → {mean_std(after, '{:.1%}')}",
         _met(bool(met)),
-        f"with biases of all classes; one for 7 and 8 together leaves {told(one, '{:.1%}')}",
+        f"with biases of all classes; one for 7 and 8 together leaves {mean_std(one, '{:.1%}')}",
     )
 
 
@@ -195,9 +197,9 @@ def judge_a7(result: Row) -> Judgement:
     teacher = errors(result, "smoothed_teacher")[0]
     plain, smoothed = errors(result, "of_plain_teacher"), errors(result, "of_smoothed_teacher")
     more = standard_errors(smoothed, plain)
-    members = result["summary"]["members"]["errors"]
+    members = result["summary"]["members"]["test_errors"]
     return Judgement(
-        f"teacher {members} → {teacher:.0f}; student {told(plain)} → {told(smoothed)}",
+        f"teacher {members:.0f} → {teacher:.0f}; student {mean_std(plain)} → {mean_std(smoothed)}",
         _met(more >= 2, otherwise="negative result"),
         f"the student of the smoothed teacher has {more:+.1f} standard errors more errors",
     )
@@ -207,27 +209,27 @@ def judge_a8(result: Row) -> Judgement:
     full, hard, soft = (errors(result, name) for name in ("all_hard", "few_hard", "few_soft"))
     share = (hard.mean() - soft.mean()) / (hard.mean() - full.mean())
     return Judgement(
-        f"all data {told(full)}, 1,800 hard {told(hard)}, 1,800 soft {told(soft)}: {share:.0%} of "
-        "the gap closed",
+        f"all data {mean_std(full)}, 1,800 hard {mean_std(hard)}, 1,800 soft {mean_std(soft)}: "
+        f"{share:.0%} of the gap closed",
         _met(share >= 0.4),
         f"all data has {len(full)} seeds, the others {len(hard)}",
     )
 
 
 def judge_a9(result: Row) -> Judgement:
-    summary, images = result["summary"], result["test_images"]
+    summary, images = result["summary"], result["test_items"]
     rows = {row["name"]: row for row in summary["rows"]}
-    labels, taught = (
+    labels, distilled = (
         np.round((1 - np.array(rows[name]["runs"])) * images)
         for name in ("student, labels only", "student, from its teacher")
     )
     ensemble = next(row for name, row in rows.items() if name.startswith("ensemble"))
     share = summary["share"]["value"]
-    more = standard_errors(labels, taught)
+    more = standard_errors(labels, distilled)
     whole = (1 - ensemble["test_accuracy"]) * images
     return Judgement(
-        f"single {told(labels)}, ensemble of ten {whole:.0f}, student {told(taught)}: {share:.0%} "
-        "kept",
+        f"single {mean_std(labels)}, ensemble of ten {whole:.0f}, student {mean_std(distilled)}: "
+        f"{share:.0%} kept",
         _met(share >= 0.4 and more >= 2),
         f"the student has {more:.1f} standard errors fewer errors than a single",
     )
@@ -239,7 +241,7 @@ def judge_a10(result: Row) -> Judgement:
     each = list(agreements.values())
     steps = [standard_errors(later, earlier) for earlier, later in pairwise(each)]
     text = ", ".join(
-        f"{int(name.rpartition('_')[2]):,}: {told(values, '{:.2%}')}"
+        f"{int(name.rpartition('_')[2]):,}: {mean_std(values, '{:.2%}')}"
         for name, values in agreements.items()
     )
     return Judgement(f"by images: {text}", _met(all(step > -2 for step in steps)))
@@ -251,13 +253,13 @@ def judge_a14(result: Row) -> Judgement:
     ensemble = errors(result, "ensemble_of_3")
     best = min(names[1:], key=lambda name: found[name].mean())
     gains = [standard_errors(found[before], found[name]) for before, name in pairwise(names)]
-    images = result["summary"]["images"]
-    each = ", ".join(told(100 - 100 * found[name] / images, "{:.2f}") for name in names)
+    images = result["summary"]["items"]
+    each = ", ".join(mean_std(100 - 100 * found[name] / images, "{:.2f}") for name in names)
     more = standard_errors(found[best], ensemble)
     steps = ", ".join(f"{gain:+.1f}" for gain in gains)
     return Judgement(
         f"accuracy of generations 0 to 3: {each} %; ensemble of 1 to 3: "
-        f"{told(100 - 100 * ensemble / images, '{:.2f}')} %",
+        f"{mean_std(100 - 100 * ensemble / images, '{:.2f}')} %",
         _met(bool(ensemble.mean() < found[best].mean())),
         f"each generation's gain over the one before, in standard errors: {steps}; of the ensemble "
         f"over the best generation: {more:+.1f}",
@@ -265,7 +267,7 @@ def judge_a14(result: Row) -> Judgement:
 
 
 def judge_a16(result: Row) -> Judgement:
-    images, first = result["summary"]["images"], errors(result, "generation_0")
+    images, first = result["summary"]["items"], errors(result, "generation_0")
     arms = {
         "generation 1": "generation_1",
         "label smoothing": "label_smoothing",

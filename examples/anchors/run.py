@@ -23,7 +23,8 @@ from typing import Any
 from a17_ridge import compare
 from anchors import ANCHORS, RESULTS, RUNS, Row, Run
 
-from selfkd.config import Config, dump_config, from_tree, load_config, parse_yaml, resume_invariant
+from selfkd.config import Config, dump_config, from_tree, load_config, resume_invariant
+from selfkd.experiments.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "tune_configs" / "anchors"
@@ -101,7 +102,7 @@ def _tenth(epochs: int) -> int:
 
 def collect(run: Run, folder: Path) -> Row:
     """Return the result of a finished run: its settings, what came out, machine and time."""
-    config = from_tree(parse_yaml((folder / "config.yaml").read_text(), "config.yaml"))
+    _, config = RunFolder.open(folder)
     machine = json.loads((folder / "environment.json").read_text())[-1]
     facts = json.loads((folder / "data.json").read_text())
     trials = [json.loads(path.read_text()) for path in folder.rglob("trial_*/result.json")]
@@ -115,7 +116,7 @@ def collect(run: Run, folder: Path) -> Row:
         "config": settings(config),
         "machine": {key: machine[key] for key in ("cpu", "cpus", "gpus", "versions")},
         "core_minutes": round(sum(trial["train_seconds"] for trial in trials) / 60, 1),
-        "test_images": facts.get("images", {}).get("test"),
+        "test_items": facts["items"].get("test"),
         "summary": summary,
     }
 

@@ -272,7 +272,7 @@ class _Study:
         first, *others = config.study.arms
         asked = config.study.compare or [ContrastConfig(arm=name, to=first) for name in others]
         return StudySummary(
-            images=items,
+            items=items,
             seeds=config.confirm.seeds,
             arms=tuple(rows.values()),
             contrasts=tuple(self._contrast(each, reference, metric) for each in asked),

@@ -62,7 +62,7 @@ class MembersRow(Measured):
 class StudySummary:
     """The summary of `selfkd.study`."""
 
-    images: int
+    items: int
     seeds: int
     arms: tuple[ArmResult, ...]
     contrasts: tuple[ContrastResult, ...] = ()

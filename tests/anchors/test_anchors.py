@@ -85,7 +85,7 @@ def test_a_band_can_be_missed() -> None:
     result = anchors.load("a02_a03_student")
     for arm in result["summary"]["arms"]:
         for row in arm["runs"]:
-            row["errors"] += 100
+            row["test_errors"] += 100
     judged = {a.key: a.judge(result).outcome for a in STORED if a.run == "a02_a03_student"}
     assert judged == {"A2": "missed", "A3": "missed"}
 
@@ -120,4 +120,6 @@ def test_a_tenth_runs_and_can_be_judged(name: str, runs: Path) -> None:
     for anchor in (a for a in anchors.ANCHORS if a.run == name and a.key != "A3b"):
         assert anchor.judge(result).measured
     arms = result["summary"].get("arms", [])
-    assert all(row["errors"] < 0.95 * result["test_images"] for arm in arms for row in arm["runs"])
+    assert all(
+        row["test_errors"] < 0.95 * result["test_items"] for arm in arms for row in arm["runs"]
+    )

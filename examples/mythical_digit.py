@@ -3,8 +3,8 @@
     python examples/mythical_digit.py --data PATH --output threes.png
 
 PATH holds torchvision's MNIST folder. A teacher is trained on all ten digits. Its student is
-trained on the images of nine, each with the teacher's soft targets: how much like a 3 this 8 is, how
-little that 1. It never sees an image of a 3. Then it is shown the 3s of the test set. (Hinton,
+trained on the images of nine, each with the teacher's soft targets: how much like a 3 this 8 is,
+how little that 1. It never sees an image of a 3. Then it is shown the 3s of the test set. (Hinton,
 Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 3,
 https://arxiv.org/abs/1503.02531)
 

@@ -1,4 +1,4 @@
-"""What a store of soft targets says of itself, and where it lies."""
+"""Manifest and paths of a store of cached teacher logits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 from selfkd.storage.files import load_json, retry_io, save_json
 
 DEFAULT_SHARD = 16_384
-"""Images a shard."""
-
-
+"""Images a shard, by default."""
 _VERSION = 1
 
 
 def data_key(fingerprint: str, recipe: Mapping[str, Any], *, top_k: int | None = None) -> str:
-    """Return the key of what was asked: the images, the recipe of their views, the format.
+    """Return the key of cached logits: a hash of the images, their views and `top_k`.
+
+    Args:
+        fingerprint: Hash of the images.
+        recipe: JSON data that determines their augmented views.
+        top_k: Number of largest logits cached of an image; all when None.
 
     >>> data_key("abc", {"jitter": 2}) == data_key("abc", {"jitter": 2}, top_k=5)
     False
@@ -30,7 +33,7 @@ def data_key(fingerprint: str, recipe: Mapping[str, Any], *, top_k: int | None =
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store holds: one teacher's answers to one data set under one view recipe.
+    """Description of a store: the logits of one teacher for the views of one data set.
 
     >>> recipe = {"flip": True}
     >>> manifest = Manifest(
@@ -46,27 +49,27 @@ class Manifest:
     data: str
     """`data_key` of fingerprint, recipe and top_k."""
     fingerprint: str
-    """Of the images."""
+    """Hash of the images."""
     recipe: dict[str, Any]
-    """Of their views."""
+    """JSON data that determines the augmented views."""
     views: int
+    """Number of views of each image."""
     images: int
+    """Number of images."""
     classes: int
-    dtype: str = "float16"
+    """Number of classes."""
     top_k: int | None = None
-    """Largest logits that are kept of an image; all when None."""
+    """Number of largest logits cached of an image; all when None."""
     shard_size: int = DEFAULT_SHARD
-    """Images a shard; the last one may have fewer."""
+    """Images a shard; the last shard may have fewer."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """How to make the teacher again, for whoever wants to check its answers."""
+    """Checkpoint and config from which the teacher logits can be reproduced."""
 
     def __post_init__(self) -> None:
         for name in ("views", "images", "classes", "shard_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.dtype != "float16":
-            raise ValueError(f"dtype must be float16, got {self.dtype}")
         if self.top_k is not None and not 1 <= self.top_k < self.classes:
             raise ValueError(f"top_k must be in [1, {self.classes - 1}], got {self.top_k}")
         key = data_key(self.fingerprint, self.recipe, top_k=self.top_k)
@@ -81,7 +84,11 @@ class Manifest:
         return -(-self.images // self.shard_size)
 
     def rows(self, shard: int) -> range:
-        """Return the images of a shard."""
+        """Return the images of a shard.
+
+        Args:
+            shard: Number of the shard, in [0, shards).
+        """
         if not 0 <= shard < self.shards:
             raise ValueError(f"shard must be in [0, {self.shards}), got {shard}")
         start = shard * self.shard_size
@@ -100,15 +107,20 @@ def shard_path(root: Path, manifest: Manifest, *, view: int, shard: int) -> Path
 
 
 def load_manifest(root: Path, teacher: str, data: str) -> Manifest:
-    """Read what a store says of itself.
+    """Read the manifest of a store.
+
+    Args:
+        root: Folder of all stores.
+        teacher: Hash of the teacher.
+        data: `data_key` of the cached logits.
 
     Raises:
-        FileNotFoundError: there is no such store.
-        ValueError: the manifest is damaged, or is another store's; names it.
+        FileNotFoundError: The store does not exist.
+        ValueError: The manifest is damaged, or of another store; the message names it.
     """
     path = manifest_path(root, teacher, data)
     if not retry_io(path, path.exists):
-        raise FileNotFoundError(f"no such store: {path.parent}: labelling writes it")
+        raise FileNotFoundError(f"no such store: {path.parent}: the teacher logits are not cached")
     tree = load_json(path)
     try:
         if (version := tree.pop("version")) != _VERSION:
@@ -125,12 +137,16 @@ def load_manifest(root: Path, teacher: str, data: str) -> Manifest:
 
 
 def save_manifest(root: Path, manifest: Manifest) -> None:
-    """Say what a store holds, before its shards are written.
+    """Write the manifest of a store, before its shards are written.
 
-    Views that are there already stay; a damaged manifest is replaced.
+    Views of an existing manifest are kept; a damaged manifest is replaced.
+
+    Args:
+        root: Folder of all stores.
+        manifest: Manifest to write.
 
     Raises:
-        ValueError: the store has other images, classes or shards.
+        ValueError: The store exists with other images, classes or shard size.
     """
     try:
         stored = load_manifest(root, manifest.teacher, manifest.data)
@@ -145,10 +161,16 @@ def save_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def manifest_path(root: Path, teacher: str, data: str) -> Path:
+    """Return the file of a manifest."""
     return store_path(root, teacher, data) / "manifest.json"
 
 
 def check_same(root: Path, stored: Manifest, manifest: Manifest) -> None:
+    """Check that two manifests agree in their sizes.
+
+    Raises:
+        ValueError: They differ in images, classes or shard size.
+    """
     for name in ("images", "classes", "shard_size"):
         there, here = getattr(stored, name), getattr(manifest, name)
         if there != here:

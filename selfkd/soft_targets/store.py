@@ -1,9 +1,9 @@
-"""Soft targets on disk: a teacher answers each view of each image once, all students read it.
+"""Cached teacher logits on disk: computed once for each view of each image, read by all students.
 
-A store is a folder `<root>/<teacher>/<data>/` with a `manifest.json` and one file a shard:
-`view_003/shard_00002.safetensors`. A shard is whole or absent, and checked by its hash when it is
-first touched. Batches are gathered from mapped files, so their cost and their memory do not grow
-with the store; small views are packed into one array.
+A store is a folder `<root>/<teacher>/<data>/` with a `manifest.json` and one file a shard, such as
+`view_003/shard_00002.safetensors`. Shards are written atomically, and verified by their hash when
+they are first read. Batches are gathered from memory-mapped files, so that their cost and memory do
+not grow with the store; small views are packed into one array.
 """
 
 from __future__ import annotations
@@ -33,32 +33,36 @@ from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import fetch, retry_io
 
 PACK_LIMIT = 64 * 2**20
-"""Bytes of packed views that an open store may hold in memory."""
+"""Largest number of bytes of packed views that an open store holds in memory."""
 
 ShardState = Literal["absent", "whole", "damaged"]
-_MAPS = 16_384  # files mapped at once; Linux allows a process 65,530 mappings
-_CHECKED: set[tuple[object, ...]] = set()  # what identifies the shards that were whole
+_MAPS = 16_384  # files mapped at a time; Linux allows a process 65,530 mappings
+_CHECKED: set[tuple[object, ...]] = set()  # identities of verified shards
 
 
 def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits: Tensor) -> Path:
-    """Store a teacher's answers to some images of one view.
+    """Write a teacher's logits for the images of one shard and view, with the manifest.
 
-    Half precision is enough: the softmax does not change when a row is shifted, so each row is
-    shifted to a largest logit of 0, near which half precision is finest. Where `top_k` logits are
-    kept, the others' log-sum-exp is kept with them.
+    Half precision is enough: the softmax is invariant to a shift of a row, so each row is shifted
+    to a largest logit of 0, near which half precision is finest. With `top_k`, the log-sum-exp of
+    the other logits is written as well.
 
     Args:
-        root: folder of all stores.
-        manifest: of this one; written too.
-        view: number of the view, in [0, views).
-        shard: number of the shard.
-        logits: `[rows, classes]` of the images `manifest.rows(shard)`, on any device.
+        root: Folder of all stores.
+        manifest: Manifest of the store.
+        view: Number of the view, in [0, views).
+        shard: Number of the shard, in [0, shards).
+        logits: Teacher logits `[rows, classes]` of the images `manifest.rows(shard)`, on any
+            device.
+
+    Returns:
+        File of the shard.
 
     Raises:
-        ValueError: a logit is not finite, or what is given does not fit the manifest.
-        OSError: the disk is full; nothing is left under the shard's name.
+        ValueError: A logit is not finite, or an argument does not fit the manifest.
+        OSError: The file cannot be written; a previous shard is unchanged.
     """
-    rows = _check_place(manifest, view, shard)
+    rows = _check_position(manifest, view, shard)
     if logits.shape != (len(rows), manifest.classes):
         raise ValueError(
             f"logits must be [{len(rows)}, {manifest.classes}], got {list(logits.shape)}"
@@ -71,15 +75,24 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
 
 
 def check_shard(root: Path, manifest: Manifest, *, view: int, shard: int) -> ShardState:
-    """Read all bytes of a shard and say whether it is what it should be.
+    """Read a shard and return its state.
 
-    A shard that the store's own manifest does not tell of counts as absent, or as damaged where
-    that manifest is.
+    A shard that is not listed in the manifest on disk is absent; where that manifest is damaged,
+    the shard is.
+
+    Args:
+        root: Folder of all stores.
+        manifest: Expected manifest of the store.
+        view: Number of the view, in [0, views).
+        shard: Number of the shard, in [0, shards).
+
+    Returns:
+        `absent`, `whole` or `damaged`.
 
     Raises:
-        ValueError: the store has other images, classes or shards than `manifest`.
+        ValueError: The store has other images, classes or shard size than `manifest`.
     """
-    _check_place(manifest, view, shard)
+    _check_position(manifest, view, shard)
     try:
         stored = load_manifest(root, manifest.teacher, manifest.data)
     except FileNotFoundError:
@@ -100,16 +113,17 @@ def check_shard(root: Path, manifest: Manifest, *, view: int, shard: int) -> Sha
 
 
 class SoftTargets:
-    """Stored logits of one or more teachers, gathered by image index.
+    """Cached logits of one or more teachers, gathered by image index.
 
-    Made by `open_store`. A view of which all members' rows take at most `PACK_LIMIT` bytes is
-    packed into one array at its first use; the views packed longest ago make room. Of others, a
-    batch reads the rows it needs from mapped files. Both give the same bits.
+    Created by `open_store`. A view whose rows of all members take at most `PACK_LIMIT` bytes is
+    packed into one array at its first use; the oldest packed views make room. Rows of larger views
+    are read from memory-mapped files. Both give the same bits.
 
     Args:
-        root: folder of all stores.
-        manifests: one a member.
-        weights: of the members' logits in their mean; None leaves them apart.
+        root: Folder of all stores.
+        manifests: Manifest of each member.
+        weights: Weights of the members in the mean of their logits, with sum 1; None to keep the
+            members separate.
     """
 
     def __init__(
@@ -126,21 +140,21 @@ class SoftTargets:
         self.members = len(manifests)
 
     def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
-        """Return the stored answers to one view of some images.
+        """Return the cached logits for one view of some images.
 
         Args:
-            index: numbers of the images, int64 `[batch]`, on any device.
-            view: number of the view, in [0, views).
+            index: Indices of the images, int64 `[batch]`, on any device.
+            view: Number of the view, in [0, views).
 
         Returns:
-            On the CPU, logits `[batch, classes]` of one teacher in float16 or of the members'
-            mean in float32, else `[members, batch, classes]`. Of stores with `top_k`,
+            On the CPU: logits `[batch, classes]`, float16 of one teacher or float32 of the mean of
+            several; float16 `[members, batch, classes]` of members kept separate. With `top_k`,
             `SparseLogits` with the same leading dimensions.
 
         Raises:
-            IndexError: an image that is not there.
-            ValueError: a view that is not there, or a shard that is damaged.
-            FileNotFoundError: a shard that was not written.
+            IndexError: An index is out of range.
+            ValueError: The view is out of range, or a shard is damaged.
+            FileNotFoundError: A shard has not been written.
         """
         rows = self._rows(index, view)
         if view not in self._packed:
@@ -163,20 +177,20 @@ class SoftTargets:
         if index.dtype != torch.int64 or index.ndim != 1:
             raise ValueError(f"index must be int64 [batch], got {index.dtype} {list(index.shape)}")
         rows: NDArray[np.int64] = index.cpu().numpy()
-        if len(rows) and rows.view(np.uint64).max() >= self.images:  # negative ones are huge
+        if len(rows) and rows.view(np.uint64).max() >= self.images:  # negative ones become huge
             wrong = rows[(rows < 0) | (rows >= self.images)][0]
             raise IndexError(f"index must be in [0, {self.images}), got {wrong}")
         return rows
 
     def _pack(self, view: int) -> None:
-        """Pack a view, or note that it is too large."""
+        """Pack a view, or mark it as too large."""
         first = self._gather(view, np.zeros(1, np.int64))
         size = self.images * sum(array.nbytes for array in first.values())
         if size > PACK_LIMIT:
             self._packed[view] = None
             return
-        held = [number for number, arrays in self._packed.items() if arrays is not None]
-        for oldest in held[: max(0, len(held) + 1 - PACK_LIMIT // size)]:
+        packed_views = [number for number, arrays in self._packed.items() if arrays is not None]
+        for oldest in packed_views[: max(0, len(packed_views) + 1 - PACK_LIMIT // size)]:
             del self._packed[oldest]
         packed = {
             name: np.empty((self.images, *array.shape[1:]), array.dtype)
@@ -190,7 +204,7 @@ class SoftTargets:
         self._shards = {key: arrays for key, arrays in self._shards.items() if key[1] != view}
 
     def _gather(self, view: int, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Read rows from mapped shards: `[batch, ...]`, or `[batch, members, ...]` of several."""
+        """Read rows from mapped shards: `[batch, …]`, or `[batch, members, …]` of several."""
         order = rows.argsort()
         ordered = rows[order]
         sizes = {manifest.shard_size for manifest in self._manifests}
@@ -202,7 +216,7 @@ class SoftTargets:
         for member, manifest in enumerate(self._manifests):
             for shard, piece, local in pieces[manifest.shard_size]:
                 for name, array in self._shard(member, view, shard).items():
-                    # mode="raise" would go through a buffer; the rows have been checked
+                    # mode="raise" would copy to a buffer; the rows are checked
                     array.take(local, axis=0, out=found[name][member, piece], mode="clip")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
@@ -230,21 +244,21 @@ def open_store(
     average: Literal["probabilities", "logits"] = "probabilities",
     weights: Sequence[float] | None = None,
 ) -> SoftTargets:
-    """Open the stored answers of one or more teachers to the same images.
+    """Open the cached logits of one or more teachers for the same images.
 
     Args:
-        root: folder of all stores.
-        teachers: hash of each member.
-        data: `data_key` of images, views and format.
-        average: `logits` gives the members' mean logits; with `probabilities` they stay apart,
-            for the loss to average.
-        weights: of the members in the mean of their logits, made to sum to 1; equal when None.
-            Of no effect with `probabilities`.
+        root: Folder of all stores.
+        teachers: Hash of each teacher.
+        data: `data_key` of the cached logits.
+        average: `logits` to return the mean of the members' logits; `probabilities` to return
+            the members' logits, whose probabilities the loss averages.
+        weights: Weights of the members in the mean of their logits, normalised to sum 1; equal
+            when None. Ignored with `probabilities`.
 
     Raises:
-        FileNotFoundError: a teacher has not been asked.
-        ValueError: a manifest is damaged, the stores do not go together, a weight is negative, or
-            an average of logits of which only the largest are stored.
+        FileNotFoundError: The logits of a teacher are not cached.
+        ValueError: A manifest is damaged, the stores are of different data, a weight is negative,
+            or logits with `top_k` are to be averaged.
     """
     if not teachers:
         raise ValueError("teachers must be at least one hash, got none")
@@ -261,13 +275,13 @@ def open_store(
     mean = average == "logits" and len(teachers) > 1
     if mean and manifests[0].top_k is not None:
         raise ValueError(
-            "average must be probabilities where only top_k logits are stored, got logits: "
-            "the other classes' are not known"
+            "average must be probabilities where only top_k logits are cached, got logits: "
+            "those of the other classes are unknown"
         )
     return SoftTargets(root.absolute(), manifests, weights=shares if mean else None)
 
 
-def _check_place(manifest: Manifest, view: int, shard: int) -> range:
+def _check_position(manifest: Manifest, view: int, shard: int) -> range:
     if not 0 <= view < manifest.views:
         raise ValueError(f"view must be in [0, {manifest.views}), got {view}")
     return manifest.rows(shard)
@@ -290,14 +304,14 @@ def _encode(logits: Tensor, top_k: int | None, rows: range) -> dict[str, Tensor]
     shifted = shifted.clamp(min=torch.finfo(torch.float16).min)
     if top_k is None:
         return {"logits": shifted.half()}
-    indices = wide.topk(top_k, dim=1).indices  # of the logits as they came: clamping makes ties
+    indices = wide.topk(top_k, dim=1).indices  # of the given logits, as clamping makes ties
     values = shifted.gather(1, indices)
     rest = shifted.scatter(1, indices, -torch.inf).logsumexp(dim=1)
     return {"values": values.half(), "indices": indices.int(), "rest": rest.float()}
 
 
 def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Types and shapes of a shard's tensors."""
+    """Return dtype and shape of each tensor of a shard."""
     rows = len(manifest.rows(shard))
     if manifest.top_k is None:
         return {"logits": (torch.float16, (rows, manifest.classes))}
@@ -309,9 +323,9 @@ def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tupl
 
 
 def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
-    """Read all bytes of a shard; raise ValueError, naming the file, if it is not what it should."""
+    """Read and verify a shard; raise a ValueError that names the file where it is damaged."""
     if not retry_io(path, path.exists):
-        raise FileNotFoundError(f"no such shard: {path}: labelling writes it")
+        raise FileNotFoundError(f"no such shard: {path}: the teacher logits are not cached")
     tensors, facts = load_tensors(path)
     expected = _facts(manifest, view, shard)
     found = {key: facts.get(key) for key in expected}
@@ -331,23 +345,23 @@ def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
 
 
 def _map_shard(root: Path, manifest: Manifest, view: int, shard: int) -> dict[str, NDArray[Any]]:
-    """Map a shard, checked unless this process has done so."""
+    """Map a shard; verify it unless this process has done so."""
     path = shard_path(root, manifest, view=view, shard=shard)
-    there = retry_io(path, path.exists)
-    path = fetch(path) if there else path
-    stat = path.stat() if there else None
-    what = (manifest.images, manifest.classes, manifest.top_k, manifest.shard_size)
-    mark = (path, stat and stat.st_size, stat and stat.st_mtime_ns, what)
-    if mark not in _CHECKED:
-        # Through a mapping of its own, so that the pages it touches are let go.
+    exists = retry_io(path, path.exists)
+    path = fetch(path) if exists else path
+    stat = path.stat() if exists else None
+    sizes = (manifest.images, manifest.classes, manifest.top_k, manifest.shard_size)
+    identity = (path, stat and stat.st_size, stat and stat.st_mtime_ns, sizes)
+    if identity not in _CHECKED:
+        # by a mapping of its own, so that the pages it reads are released
         _check_file(path, manifest, view, shard)
-        _CHECKED.add(mark)
+        _CHECKED.add(identity)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
 
 
 def _pieces(ordered: NDArray[np.int64], size: int) -> list[tuple[int, slice, NDArray[np.int64]]]:
-    """Split ascending rows by shard: its number, where its rows stand, and which they are in it."""
+    """Split ascending rows by shard: its number, their slice, and their positions in the shard."""
     shards = ordered // size
     cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(ordered)]
     pieces = []
@@ -359,7 +373,7 @@ def _pieces(ordered: NDArray[np.int64], size: int) -> list[tuple[int, slice, NDA
 
 
 def _weighted_sum(weights: Sequence[float], logits: Tensor) -> Tensor:
-    """Sum the members in float32, one by one: the bits do not depend on the number of rows."""
+    """Sum the members in float32, one by one, so that the bits do not depend on the batch size."""
     total = logits[0].float() * weights[0]
     for weight, member_logits in zip(weights[1:], logits[1:], strict=True):
         total += member_logits.float() * weight

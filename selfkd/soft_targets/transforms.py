@@ -1,4 +1,4 @@
-"""Stored answers with the teacher's knowledge taken out: what controls learn from."""
+"""Transforms of cached teacher logits, for controls: DKPP, CWTM and teacher-free distillation."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, te
 from selfkd.losses.sparse import SparseLogits
 
 Transform = Literal["none", "permuted", "confidence", "virtual"]
-"""Of a teacher: all of it, its doubts in random order, how sure it is, or that of a virtual one."""
-CONFIDENCE = 0.9  # of a virtual teacher, as Yuan et al. have it at least
+"""Transform of teacher logits: none, permuted (DKPP), confidence (CWTM), virtual (teacher-free)."""
+CONFIDENCE = 0.9  # of a virtual teacher; Yuan et al. use at least this
 
 
 class PermutedTargets:
-    """A teacher's answers with all but the largest logit of each image in random order: DKPP.
+    """Teacher logits with all but the largest logit of each image in random order: DKPP.
 
-    What is drawn depends on the seed, the view and the images of the batch alone, so a trial that
-    is resumed sees what it would have seen.
+    The permutations depend on the seed, the view and the images of the batch alone, so that a
+    resumed trial is trained on the same targets.
 
     Args:
-        targets: stored logits of one teacher, or of the members of an ensemble.
-        temperature: T of the loss, at which the probabilities of members are averaged.
-        average: of the members' `probabilities` or `logits`.
-        weights: of the members in that average.
-        seed: of the draws.
+        targets: Cached logits of one teacher, or of the members of an ensemble.
+        temperature: Temperature T of the loss, at which probabilities of members are averaged.
+        average: Whether the members' `probabilities` or `logits` are averaged.
+        weights: Weights of the members in the average; equal when None.
+        seed: Random seed of the permutations.
 
     Reference:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
 
-    >>> stored = torch.tensor([[1.0, 9.0, 2.0, 3.0]])
-    >>> targets = PermutedTargets(lambda index, view: stored[index], temperature=2.0, seed=0)
+    >>> cached = torch.tensor([[1.0, 9.0, 2.0, 3.0]])
+    >>> targets = PermutedTargets(lambda index, view: cached[index], temperature=2.0, seed=0)
     >>> sorted(targets(torch.tensor([0]), 0)[0].tolist())
     [1.0, 2.0, 3.0, 9.0]
     """
@@ -57,10 +57,14 @@ class PermutedTargets:
         self._seed = seed
 
     def __call__(self, index: Tensor, view: int) -> Tensor:
-        """Return logits `[batch, classes]` of images, permuted.
+        """Return permuted logits `[batch, classes]`.
+
+        Args:
+            index: Indices of the images, int64 `[batch]`.
+            view: Number of the view.
 
         Raises:
-            ValueError: only the largest logits are stored.
+            ValueError: Only the largest logits are cached.
         """
         logits = _of_one_teacher(
             self._targets(index, view),
@@ -68,33 +72,33 @@ class PermutedTargets:
             average=self._average,
             weights=self._weights,
         )
-        # 32 bits: torch's generator on the CPU takes no more of a seed
-        mark = zlib.crc32(
+        # 32 bits, as torch's generator on the CPU uses no more of a seed
+        seed = zlib.crc32(
             index.cpu().numpy().tobytes(), zlib.crc32(f"{self._seed}/{view}".encode())
         )
-        generator = torch.Generator(logits.device).manual_seed(mark)
+        generator = torch.Generator(logits.device).manual_seed(seed)
         return permute_nontarget(logits, generator=generator)
 
 
 class ConfidenceWeighted:
-    """A loss of labels in which images count as much as the teacher is sure of them: CWTM.
+    """Cross-entropy with the labels, weighted by the teacher's confidence in each image: CWTM.
 
         mean_i w_i CE(y_i, p_s_i)       w_i = max_k p_t_ik / mean_j max_k p_t_jk
 
-    with means over the batch. It takes the place of a `Distiller` in a training loop.
+    with means over the batch. It replaces a `Distiller` in a training loop.
 
     Args:
-        targets: stored logits of one teacher, or of the members of an ensemble.
-        average: of the members' `probabilities` or `logits`.
-        weights: of the members in that average.
-        label_smoothing: share of the labels' mass spread over all classes, in [0, 1].
-        mean: over j; where processes share a batch, one over all of it.
+        targets: Cached logits of one teacher, or of the members of an ensemble.
+        average: Whether the members' `probabilities` or `logits` are averaged.
+        weights: Weights of the members in the average; equal when None.
+        label_smoothing: Fraction of the labels' mass spread over all classes, in [0, 1].
+        mean: Mean over j; where ranks share a batch, the mean over the whole batch.
 
     Reference:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
 
-    >>> stored = torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log()
-    >>> loss = ConfidenceWeighted(lambda index, view: stored[index])
+    >>> cached = torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log()
+    >>> loss = ConfidenceWeighted(lambda index, view: cached[index])
     >>> logits, labels = torch.tensor([[0.0, 0.0], [0.0, 50.0]]), torch.tensor([0, 1])
     >>> loss(logits, labels, index=torch.tensor([0, 1]))
     {'loss': tensor(0.4159), 'hard_loss': tensor(0.3466)}
@@ -124,10 +128,21 @@ class ConfidenceWeighted:
         index: Tensor | None = None,
         view: int = 0,
     ) -> dict[str, Tensor]:
-        """Return `loss`, with the graph, and `hard_loss`, the same with all weights 1.
+        """Return the terms of the loss of a batch.
+
+        Args:
+            student_logits: Student logits `[batch, classes]`.
+            labels: Class indices `[batch]`, int64.
+            inputs: Ignored; for compatibility with `Distiller`.
+            index: Indices of the images, int64 `[batch]`.
+            view: Number of the view.
+
+        Returns:
+            `loss`, with the graph, and `hard_loss`, the same with all weights 1 and detached.
 
         Raises:
-            ValueError: no `index`, only the largest logits are stored, or as `hard_loss`.
+            ValueError: `index` is missing, only the largest logits are cached, or an argument is
+                refused by `hard_loss`.
         """
         if index is None:
             raise ValueError("index must be given where targets are stored, got None")
@@ -149,12 +164,12 @@ class ConfidenceWeighted:
 
 
 class VirtualTargets:
-    """The answers of a virtual teacher that is always right and knows nothing else: teacher-free.
+    """Logits of a virtual teacher: a fixed probability for the label, uniform over other classes.
 
     Args:
-        labels: of all training images.
-        classes: how many.
-        confidence: the probability that it gives the label, in (0, 1).
+        labels: Class indices of all training images.
+        classes: Number of classes.
+        confidence: Probability of the label, in (0, 1).
 
     Reference:
         Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", 2020,
@@ -171,7 +186,12 @@ class VirtualTargets:
         self._confidence = confidence
 
     def __call__(self, index: Tensor, view: int) -> Tensor:
-        """Return log-probabilities `[batch, classes]` of images; all views have the same."""
+        """Return log-probabilities `[batch, classes]`, the same for all views.
+
+        Args:
+            index: Indices of the images, int64 `[batch]`.
+            view: Ignored.
+        """
         labels = self._labels[index.to(self._labels.device)]
         return teacher_free_logits(labels, classes=self._classes, confidence=self._confidence)
 
@@ -183,10 +203,10 @@ def _of_one_teacher(
     average: Literal["probabilities", "logits"],
     weights: Sequence[float] | None,
 ) -> Tensor:
-    """Return logits `[batch, classes]`; of members those of their average at a temperature.
+    """Return logits `[batch, classes]`; those of members are averaged at a temperature.
 
     Raises:
-        ValueError: only the largest logits are stored.
+        ValueError: Only the largest logits are cached.
     """
     if isinstance(logits, SparseLogits):
         raise ValueError("targets must hold all logits of the teacher, got the largest only")

@@ -1,4 +1,4 @@
-"""The stores of a folder: what is there, who uses it, what can go."""
+"""Upkeep of a folder of stores: what exists, which runs use it, what can be removed."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ from selfkd.soft_targets.manifest import Manifest, load_manifest, store_path
 from selfkd.storage.files import load_json, retry_io, save_json
 from selfkd.storage.remote import as_path
 
-_DAY = 86_400.0
-
-
+_DAY = 86_400.0  # seconds
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
-
-
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # as selfkd.storage.files.replace names them
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # names given by selfkd.storage.files.replace
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """A store as it is found on disk."""
+    """State of a store on disk."""
 
     path: Path
+    """Folder of the store."""
     manifest: Manifest | None
-    """None where it is missing or damaged."""
+    """Manifest; None where it is missing or damaged."""
     bytes: int
-    """Of all its files."""
+    """Size of all files in bytes."""
     present: int
-    """Shards that are there, unchecked."""
+    """Number of existing shards, not verified."""
     expected: int
-    """Shards of all views; 0 without a manifest."""
+    """Number of shards of all views; 0 without a manifest."""
     users: list[Path]
-    """Run folders that asked for it and still exist."""
+    """Existing run folders that use the store."""
     leftovers: list[Path]
-    """Temporary files, of writers at work or killed."""
+    """Temporary files of running or killed writers."""
 
 
 def remember_user(root: Path, teacher: str, data: str, run: Path) -> None:
-    """Note that a run uses a store; best before the store is written."""
+    """Record that a run uses a store, before the store is written.
+
+    Args:
+        root: Folder of all stores.
+        teacher: Hash of the teacher.
+        data: `data_key` of the cached logits.
+        run: Run folder.
+    """
     run = run.absolute()
     name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
     path = store_path(root, teacher, data) / "used_by" / f"{name}.json"
@@ -51,17 +55,22 @@ def remember_user(root: Path, teacher: str, data: str, run: Path) -> None:
 
 
 def list_stores(root: Path) -> list[StoreInfo]:
-    """Return what stores there are, by path."""
+    """Return the stores of a folder, sorted by path."""
     return [_info(root, path) for path in _stores(root)]
 
 
 def unused(root: Path) -> list[StoreInfo]:
-    """Return the stores of which no user exists any more, or ever did."""
+    """Return the stores that no existing run uses."""
     return [info for info in list_stores(root) if not info.users]
 
 
 def sweep(root: Path, *, seconds: float = _DAY) -> list[Path]:
-    """Remove what killed writers left in stores, once it is so old; return what was removed."""
+    """Remove temporary files of killed writers; return the removed files.
+
+    Args:
+        root: Folder of all stores.
+        seconds: Age from which files are removed; a day when not given.
+    """
     removed = []
     for store in _stores(root):
         for path, (_, changed) in _files(store).items():
@@ -78,7 +87,7 @@ def _stores(root: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, float]]:
-    """Return size and time of all files; those that vanish meanwhile are left out."""
+    """Return size and modification time of all files, without those that vanish meanwhile."""
     found = {}
     for path in folder.rglob("*"):
         try:
@@ -97,17 +106,16 @@ def _info(root: Path, path: Path) -> StoreInfo:
     except (FileNotFoundError, ValueError):
         manifest = None
     matches = [_SHARD.fullmatch(file.relative_to(path).as_posix()) for file in files]
-    places = [(int(match[1]), int(match[2])) for match in matches if match]
+    shards = [(int(match[1]), int(match[2])) for match in matches if match]
     if manifest is not None:
-        views, shards = manifest.views, manifest.shards
-        places = [(view, shard) for view, shard in places if view < views and shard < shards]
+        shards = [(v, s) for v, s in shards if v < manifest.views and s < manifest.shards]
     records = [file for file in files if file.match("used_by/*.json")]
     runs = [as_path(load_json(file)["run"]) for file in records]
     return StoreInfo(
         path=path,
         manifest=manifest,
         bytes=sum(size for size, _ in files.values()),
-        present=len(places),
+        present=len(shards),
         expected=0 if manifest is None else manifest.views * manifest.shards,
         users=sorted(run for run in runs if run.exists()),
         leftovers=[file for file in files if _TEMPORARY.fullmatch(file.name)],

@@ -1,4 +1,4 @@
-"""Stored soft targets: the right rows of the right shard, in little memory, or an error."""
+"""Cached teacher logits: the right rows of the right shard, in little memory, or an error."""
 
 import errno
 import json
@@ -50,11 +50,11 @@ def make_manifest(teacher="t1", top_k=None, fingerprint="abc", recipe=None, **mo
     recipe = {"flip": True, "seed": 0} if recipe is None else recipe
     sizes = {"views": 1, "images": IMAGES, "classes": CLASSES, "shard_size": SHARD, **more}
     key = data_key(fingerprint, recipe, top_k=top_k)
-    what = {"teacher": teacher, "fingerprint": fingerprint, "recipe": recipe, "top_k": top_k}
-    return Manifest(data=key, **what, **sizes)
+    own = {"teacher": teacher, "fingerprint": fingerprint, "recipe": recipe, "top_k": top_k}
+    return Manifest(data=key, **own, **sizes)
 
 
-def label(root, views, **more):
+def cache(root, views, **more):
     """Write a whole store, `views` a list of the logits of all images; return its manifest."""
     manifest = make_manifest(views=len(views), **more)
     for view, logits in enumerate(views):
@@ -77,13 +77,13 @@ def whole(root, manifest):
     ]
 
 
-# --- which rows are served ---
+# --- rows of a batch ---
 
 
 @pytest.mark.parametrize("shard_size", [1, 7, 10, 19, 20, 50])
 def test_rows_follow_the_image_through_any_order_and_shard(tmp_path, way, shard_size):
     logits = make_logits(0)
-    manifest = label(tmp_path, [logits], shard_size=shard_size)
+    manifest = cache(tmp_path, [logits], shard_size=shard_size)
     targets = open_store(tmp_path, ["t1"], data=manifest.data)
     for seed in range(3):
         order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
@@ -95,21 +95,21 @@ def test_rows_follow_the_image_through_any_order_and_shard(tmp_path, way, shard_
 
 def test_an_image_may_come_twice_and_a_batch_may_be_empty(tmp_path, way):
     logits = make_logits(0)
-    targets = open_store(tmp_path, ["t1"], data=label(tmp_path, [logits]).data)
+    targets = open_store(tmp_path, ["t1"], data=cache(tmp_path, [logits]).data)
     index = torch.tensor([19, 3, 19, 8, 3])
     np.testing.assert_allclose(targets(index, 0).float(), shifted(logits)[index], atol=0.02)
     assert targets(index[:0], 0).shape == (0, CLASSES)
 
 
 def test_any_strides_of_the_index_will_do(tmp_path, way):
-    targets = open_store(tmp_path, ["t1"], data=label(tmp_path, [make_logits(0)]).data)
+    targets = open_store(tmp_path, ["t1"], data=cache(tmp_path, [make_logits(0)]).data)
     index = torch.tensor([[3, 0], [12, 0], [9, 0]])[:, 0]
     assert torch.equal(targets(index, 0), targets(torch.tensor([3, 12, 9]), 0))
 
 
-def test_each_view_has_its_own_answers(tmp_path, way):
+def test_each_view_has_its_own_logits(tmp_path, way):
     views = [make_logits(seed) for seed in range(3)]
-    targets = open_store(tmp_path, ["t1"], data=label(tmp_path, views).data)
+    targets = open_store(tmp_path, ["t1"], data=cache(tmp_path, views).data)
     assert targets.views == 3
     index = torch.tensor([4, 0, 4, 17])
     for view in [0, 2, 1, 0]:
@@ -117,38 +117,38 @@ def test_each_view_has_its_own_answers(tmp_path, way):
         np.testing.assert_allclose(targets(index, view).float(), expected, atol=0.02)
 
 
-def test_several_teachers_come_as_members_in_the_order_asked_for(tmp_path, way):
-    answers = {teacher: make_logits(seed) for seed, teacher in enumerate("abc")}
-    for (teacher, logits), shard_size in zip(answers.items(), [7, 20, 3], strict=True):
-        key = label(tmp_path, [logits], teacher=teacher, shard_size=shard_size).data
+def test_several_teachers_come_as_members_in_the_given_order(tmp_path, way):
+    predictions = {teacher: make_logits(seed) for seed, teacher in enumerate("abc")}
+    for (teacher, logits), shard_size in zip(predictions.items(), [7, 20, 3], strict=True):
+        key = cache(tmp_path, [logits], teacher=teacher, shard_size=shard_size).data
     targets = open_store(tmp_path, ["c", "a", "b"], data=key)
     assert (targets.members, targets.images, targets.classes) == (3, IMAGES, CLASSES)
     index = torch.tensor([13, 1, 19, 6])
     served = targets(index, 0)
     assert served.shape == (3, 4, CLASSES)
     for member, teacher in zip(served, "cab", strict=True):
-        np.testing.assert_allclose(member.float(), shifted(answers[teacher])[index], atol=0.02)
+        np.testing.assert_allclose(member.float(), shifted(predictions[teacher])[index], atol=0.02)
 
 
 @pytest.mark.parametrize("weights", [None, [1, 2, 5], [0.0, 0.25, 0.75]])
 def test_the_mean_of_logits_is_weighted(tmp_path, way, weights):
-    answers = [make_logits(seed) for seed in range(3)]
-    for teacher, logits in zip("abc", answers, strict=True):
-        key = label(tmp_path, [logits], teacher=teacher).data
+    predictions = [make_logits(seed) for seed in range(3)]
+    for teacher, logits in zip("abc", predictions, strict=True):
+        key = cache(tmp_path, [logits], teacher=teacher).data
     targets = open_store(tmp_path, ["a", "b", "c"], data=key, average="logits", weights=weights)
     index = torch.tensor([13, 1, 19, 6])
     served = targets(index, 0)
     assert (served.shape, served.dtype) == ((4, CLASSES), torch.float32)
-    stack = torch.stack(answers).double().numpy()[:, index]
+    stack = torch.stack(predictions).double().numpy()[:, index]
     expected = softmax(np.average(stack, axis=0, weights=weights), axis=1)
     np.testing.assert_allclose(softmax(served.double().numpy(), axis=1), expected, atol=1e-3)
 
 
 def test_the_mean_keeps_what_half_precision_would_lose(tmp_path, way):
-    """Of stored values, the mean is exact to float32: members far apart do not blur each other."""
+    """The mean of cached values is exact to float32, also for members far apart."""
     a, b = torch.tensor([[0.0, -1000.5]]), torch.tensor([[-0.001, 0.0]])
     for teacher, logits in [("a", a), ("b", b)]:
-        key = label(tmp_path, [logits], teacher=teacher, images=1, classes=2).data
+        key = cache(tmp_path, [logits], teacher=teacher, images=1, classes=2).data
     served = open_store(tmp_path, ["a", "b"], data=key, average="logits")(torch.tensor([0]), 0)
     expected = (a.half().double() + b.half().double()) / 2
     np.testing.assert_allclose(served.double(), expected, rtol=1e-6)
@@ -156,7 +156,7 @@ def test_the_mean_keeps_what_half_precision_would_lose(tmp_path, way):
 
 def test_weights_of_probabilities_are_left_to_the_loss(tmp_path):
     for seed, teacher in enumerate("ab"):
-        key = label(tmp_path, [make_logits(seed)], teacher=teacher).data
+        key = cache(tmp_path, [make_logits(seed)], teacher=teacher).data
     index = torch.arange(5)
     plain = open_store(tmp_path, ["a", "b"], data=key)
     weighted = open_store(tmp_path, ["a", "b"], data=key, weights=[0.9, 0.1])
@@ -171,7 +171,7 @@ def test_packed_and_mapped_give_the_same_bits(tmp_path, monkeypatch, members, to
     teachers = [f"t{member}" for member in range(members)]
     for seed, teacher in enumerate(teachers):
         logits = make_logits(seed, rows=300, classes=11)
-        key = label(tmp_path, [logits], teacher=teacher, top_k=top_k, images=300, classes=11).data
+        key = cache(tmp_path, [logits], teacher=teacher, top_k=top_k, images=300, classes=11).data
     weights = [0.1, 0.2, 0.7][:members]
     results = []
     for limit in [0, 2**20]:
@@ -185,7 +185,7 @@ def test_packed_and_mapped_give_the_same_bits(tmp_path, monkeypatch, members, to
 
 
 def test_serving_changes_nothing_and_makes_no_graph(tmp_path, way):
-    key = label(tmp_path, [make_logits(0).requires_grad_()]).data
+    key = cache(tmp_path, [make_logits(0).requires_grad_()]).data
     targets = open_store(tmp_path, ["t1"], data=key)
     first = targets(torch.arange(IMAGES), 0)
     assert not first.requires_grad
@@ -207,7 +207,7 @@ def test_half_precision_hardly_changes_the_soft_targets(
     tmp_path, temperature, scale, offset, classes
 ):
     logits = make_logits(classes, rows=50, classes=classes) * scale / 4 + offset
-    key = label(tmp_path, [logits], images=50, classes=classes, shard_size=50).data
+    key = cache(tmp_path, [logits], images=50, classes=classes, shard_size=50).data
     served = open_store(tmp_path, ["t1"], data=key)(torch.arange(50), 0)
     assert served.isfinite().all()
     expected = softmax(logits.double().numpy() / temperature, axis=1)
@@ -220,7 +220,7 @@ def test_half_precision_hardly_changes_the_soft_targets(
 def test_logits_of_any_precision_and_size_are_stored(tmp_path, dtype, top_k):
     largest = torch.finfo(dtype).max
     logits = torch.tensor([[largest, -largest, 0.9 * largest]], dtype=dtype)
-    key = label(tmp_path, [logits], images=1, classes=3, top_k=top_k).data
+    key = cache(tmp_path, [logits], images=1, classes=3, top_k=top_k).data
     served = open_store(tmp_path, ["t1"], data=key)(torch.tensor([0]), 0)
     values = served if top_k is None else served.values
     assert values[0, 0] == 0
@@ -231,7 +231,7 @@ def test_logits_of_any_precision_and_size_are_stored(tmp_path, dtype, top_k):
 @pytest.mark.parametrize(("scale", "offset"), [(1, 0), (8, 0), (300, 0), (3, 30_000), (1e30, 0)])
 def test_top_k_keeps_the_largest_and_the_mass_of_the_rest(tmp_path, way, top_k, scale, offset):
     logits = make_logits(1, rows=50, classes=11) * scale / 4 + offset
-    key = label(tmp_path, [logits], images=50, classes=11, top_k=top_k).data
+    key = cache(tmp_path, [logits], images=50, classes=11, top_k=top_k).data
     index = torch.tensor([40, 2, 49, 2])
     served = open_store(tmp_path, ["t1"], data=key)(index, 0)
     assert [tuple(tensor.shape) for tensor in served] == [(4, top_k), (4, top_k), (4,)]
@@ -251,26 +251,26 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest(tmp_path, way, top_k, 
 
 
 def test_top_k_of_members_keeps_their_order(tmp_path, way):
-    answers = {teacher: make_logits(seed) for seed, teacher in enumerate("ab")}
-    for teacher, logits in answers.items():
-        key = label(tmp_path, [logits], teacher=teacher, top_k=2).data
+    predictions = {teacher: make_logits(seed) for seed, teacher in enumerate("ab")}
+    for teacher, logits in predictions.items():
+        key = cache(tmp_path, [logits], teacher=teacher, top_k=2).data
     index = torch.tensor([13, 1, 19])
     served = open_store(tmp_path, ["b", "a"], data=key)(index, 0)
     assert [tuple(tensor.shape) for tensor in served] == [(2, 3, 2), (2, 3, 2), (2, 3)]
     for member, teacher in enumerate("ba"):
-        expected = answers[teacher][index].topk(2).indices
+        expected = predictions[teacher][index].topk(2).indices
         assert torch.equal(served.indices[member], expected)
 
 
 def test_top_k_takes_less_disk(tmp_path):
     logits = make_logits(0, rows=100, classes=1000)
     for root, top_k in [("full", None), ("top", 20)]:
-        label(tmp_path / root, [logits], images=100, classes=1000, shard_size=100, top_k=top_k)
+        cache(tmp_path / root, [logits], images=100, classes=1000, shard_size=100, top_k=top_k)
     full, top = (list_stores(tmp_path / root)[0].bytes for root in ("full", "top"))
     assert top < full / 10
 
 
-# --- what is refused when written or asked for ---
+# --- refused arguments ---
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -297,7 +297,6 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, value, top_k):
         ({"classes": -3}, "classes must be an integer of at least 1, got -3"),
         ({"shard_size": 0}, "shard_size must be an integer of at least 1, got 0"),
         ({"shard_size": 2.5}, "shard_size must be an integer of at least 1, got 2.5"),
-        ({"dtype": "bfloat16"}, "dtype must be float16, got bfloat16"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(changes, message):
@@ -336,14 +335,14 @@ def test_a_shard_that_does_not_fit_is_refused(tmp_path, where, rows, message):
 
 
 @pytest.mark.parametrize("wrong", [-1, -20, 20, 2**40])
-def test_an_image_that_is_not_there_is_refused(tmp_path, way, wrong):
-    targets = open_store(tmp_path, ["t1"], data=label(tmp_path, [make_logits(0)]).data)
+def test_an_image_out_of_range_is_refused(tmp_path, way, wrong):
+    targets = open_store(tmp_path, ["t1"], data=cache(tmp_path, [make_logits(0)]).data)
     with pytest.raises(IndexError, match=rf"index must be in \[0, 20\), got {wrong}$"):
         targets(torch.tensor([3, wrong, 5]), 0)
 
 
-def test_a_view_that_is_not_there_and_no_index_are_refused(tmp_path, way):
-    targets = open_store(tmp_path, ["t1"], data=label(tmp_path, [make_logits(0)] * 2).data)
+def test_a_view_out_of_range_and_a_wrong_index_are_refused(tmp_path, way):
+    targets = open_store(tmp_path, ["t1"], data=cache(tmp_path, [make_logits(0)] * 2).data)
     for view in [2, -1]:
         with pytest.raises(ValueError, match=rf"view must be in \[0, 2\), got {view}"):
             targets(torch.tensor([0]), view)
@@ -354,7 +353,7 @@ def test_a_view_that_is_not_there_and_no_index_are_refused(tmp_path, way):
 
 def test_an_average_of_top_k_logits_is_refused(tmp_path):
     for teacher in "ab":
-        key = label(tmp_path, [make_logits(0)], teacher=teacher, top_k=2).data
+        key = cache(tmp_path, [make_logits(0)], teacher=teacher, top_k=2).data
     with pytest.raises(ValueError, match="average must be probabilities where only top_k"):
         open_store(tmp_path, ["a", "b"], data=key, average="logits")
     assert open_store(tmp_path, ["a"], data=key, average="logits").members == 1
@@ -370,7 +369,7 @@ def test_an_average_of_top_k_logits_is_refused(tmp_path):
         ([1.0, float("inf")], "weights must be at least 0"),
     ],
 )
-def test_weights_that_are_none_are_refused(tmp_path, weights, message):
+def test_impossible_weights_are_refused(tmp_path, weights, message):
     key = make_manifest().data
     with pytest.raises(ValueError, match=message):
         open_store(tmp_path, ["a", "b"], data=key, average="logits", weights=weights)
@@ -381,16 +380,20 @@ def test_no_teachers_are_refused(tmp_path):
         open_store(tmp_path, [], data="d")
 
 
-# --- what is missing ---
+# --- missing files ---
 
 
-def test_what_has_not_been_labelled_is_named(tmp_path, way):
+def test_missing_stores_and_shards_are_named(tmp_path, way):
     manifest = make_manifest(views=2)
-    with pytest.raises(FileNotFoundError, match=r"no such store: .*t1/\w+: labelling writes it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no such store: .*t1/\w+: the teacher logits are not cached"
+    ):
         open_store(tmp_path, ["t1"], data=manifest.data)
     write_shard(tmp_path, manifest, view=0, shard=0, logits=make_logits(0, rows=SHARD))
     targets = open_store(tmp_path, ["t1"], data=manifest.data)
-    with pytest.raises(FileNotFoundError, match=r"view_000/shard_00001.*: labelling writes it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"view_000/shard_00001.*: the teacher logits are not cached"
+    ):
         targets(torch.tensor([0, 8]), 0)
     with pytest.raises(FileNotFoundError, match=r"no such shard: .*view_001/shard_00000"):
         targets(torch.tensor([0]), 1)
@@ -400,7 +403,7 @@ def test_what_has_not_been_labelled_is_named(tmp_path, way):
 
 def test_only_the_shards_of_the_batch_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PACK_LIMIT", 0)
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     shard_path(tmp_path, manifest, view=0, shard=1).unlink()
     targets = open_store(tmp_path, ["t1"], data=manifest.data)
     assert targets(torch.tensor([0, 6, 14, 19]), 0).shape == (4, CLASSES)
@@ -410,7 +413,7 @@ def test_a_shard_is_hashed_once_a_process_until_it_changes(tmp_path, way, monkey
     read = []
     monkeypatch.setattr(store, "load_tensors", lambda path: (read.append(path), load(path))[1])
     load = load_tensors
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     for _ in range(3):
         targets = open_store(tmp_path, ["t1"], data=manifest.data)
         targets(torch.arange(IMAGES), 0)
@@ -421,7 +424,7 @@ def test_a_shard_is_hashed_once_a_process_until_it_changes(tmp_path, way, monkey
         open_store(tmp_path, ["t1"], data=manifest.data)(torch.arange(IMAGES), 0)
 
 
-# --- what is damaged or stands in another one's place ---
+# --- shards that are damaged or misplaced ---
 
 
 def flip(path, position):
@@ -433,7 +436,7 @@ def flip(path, position):
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_any_flipped_byte_is_found(tmp_path, top_k):
-    manifest = label(tmp_path, [make_logits(0)], top_k=top_k)
+    manifest = cache(tmp_path, [make_logits(0)], top_k=top_k)
     path = shard_path(tmp_path, manifest, view=0, shard=0)
     assert whole(tmp_path, manifest) == ["whole"] * 3
     for position in range(path.stat().st_size):
@@ -446,7 +449,7 @@ def test_any_flipped_byte_is_found(tmp_path, top_k):
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100, -1])
 def test_a_truncated_shard_is_found(tmp_path, way, size):
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     path = shard_path(tmp_path, manifest, view=0, shard=2)
     path.write_bytes(path.read_bytes()[:size])
     assert whole(tmp_path, manifest) == ["whole", "whole", "damaged"]
@@ -455,9 +458,9 @@ def test_a_truncated_shard_is_found(tmp_path, way, size):
         targets(torch.tensor([16]), 0)
 
 
-def test_a_damaged_shard_is_made_again(tmp_path, way):
+def test_a_damaged_shard_is_replaced(tmp_path, way):
     logits = make_logits(0)
-    manifest = label(tmp_path, [logits])
+    manifest = cache(tmp_path, [logits])
     flip(shard_path(tmp_path, manifest, view=0, shard=1), -3)
     assert whole(tmp_path, manifest) == ["whole", "damaged", "whole"]
     write_shard(tmp_path, manifest, view=0, shard=1, logits=logits[7:14])
@@ -478,11 +481,11 @@ def test_a_damaged_shard_is_made_again(tmp_path, way):
 )
 def test_a_shard_copied_from_elsewhere_is_found(tmp_path, way, other):
     where = {"view": 0, "shard": 0}
-    manifest = label(tmp_path, [make_logits(0), make_logits(1)])
+    manifest = cache(tmp_path, [make_logits(0), make_logits(1)])
     place = shard_path(tmp_path, manifest, **where)
     from_where = {key: other.get(key, value) for key, value in where.items()}
     more = {key: value for key, value in other.items() if key not in where}
-    source = label(tmp_path, [make_logits(2), make_logits(3)], **more)
+    source = cache(tmp_path, [make_logits(2), make_logits(3)], **more)
     shutil.copy(shard_path(tmp_path, source, **from_where), place)
     assert check_shard(tmp_path, manifest, **where) == "damaged"
     targets = open_store(tmp_path, ["t1"], data=manifest.data)
@@ -501,13 +504,13 @@ def overwrite(root, manifest, tensors):
         {"logits": torch.zeros(6, CLASSES, dtype=torch.float16)},
         {"logits": torch.zeros(7, 4, dtype=torch.float16)},
         {"logits": torch.zeros(7, CLASSES)},
-        {"answers": torch.zeros(7, CLASSES, dtype=torch.float16)},
+        {"scores": torch.zeros(7, CLASSES, dtype=torch.float16)},
         {"logits": torch.zeros(7, CLASSES, dtype=torch.float16), "more": torch.zeros(1)},
         {"logits": torch.zeros(7, CLASSES, dtype=torch.bfloat16)},
     ],
 )
 def test_a_shard_of_other_tensors_is_found(tmp_path, way, tensors):
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     overwrite(tmp_path, manifest, tensors)
     assert check_shard(tmp_path, manifest, view=0, shard=0) == "damaged"
     targets = open_store(tmp_path, ["t1"], data=manifest.data)
@@ -517,7 +520,7 @@ def test_a_shard_of_other_tensors_is_found(tmp_path, way, tensors):
 
 @pytest.mark.parametrize("wrong", [-1, CLASSES])
 def test_indices_of_no_class_are_found(tmp_path, way, wrong):
-    manifest = label(tmp_path, [make_logits(0)], top_k=2)
+    manifest = cache(tmp_path, [make_logits(0)], top_k=2)
     path = shard_path(tmp_path, manifest, view=0, shard=0)
     tensors = {name: tensor.clone() for name, tensor in load_tensors(path)[0].items()}
     tensors["indices"][3, 1] = wrong
@@ -539,7 +542,7 @@ def edit(path, **changes):
 def test_a_manifest_of_other_sizes_does_not_fit_its_shards(
     tmp_path, way, top_k, changes, top_k_sees
 ):
-    manifest = label(tmp_path, [make_logits(0)], top_k=top_k)
+    manifest = cache(tmp_path, [make_logits(0)], top_k=top_k)
     open_store(tmp_path, ["t1"], data=manifest.data)(torch.arange(IMAGES), 0)  # all checked
     edit(tmp_path / "t1" / manifest.data / "manifest.json", **changes)
     message = "does not fit its manifest"
@@ -562,15 +565,15 @@ def test_a_manifest_of_other_sizes_does_not_fit_its_shards(
     ],
 )
 def test_a_damaged_manifest_is_named(tmp_path, changes, message):
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     edit(tmp_path / "t1" / manifest.data / "manifest.json", **changes)
     with pytest.raises(ValueError, match=rf"manifest\.json {message}"):
         open_store(tmp_path, ["t1"], data=manifest.data)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}"])
-def test_a_manifest_that_is_none_is_named_and_made_again(tmp_path, text):
-    manifest = label(tmp_path, [make_logits(0)])
+def test_an_unreadable_manifest_is_named_and_replaced(tmp_path, text):
+    manifest = cache(tmp_path, [make_logits(0)])
     path = tmp_path / "t1" / manifest.data / "manifest.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json is damaged .*: remove it and resume"):
@@ -580,8 +583,8 @@ def test_a_manifest_that_is_none_is_named_and_made_again(tmp_path, text):
     assert whole(tmp_path, manifest) == ["whole"] * 3
 
 
-def test_a_lost_manifest_is_made_again(tmp_path):
-    manifest = label(tmp_path, [make_logits(0)])
+def test_a_lost_manifest_is_written_again(tmp_path):
+    manifest = cache(tmp_path, [make_logits(0)])
     (tmp_path / "t1" / manifest.data / "manifest.json").unlink()
     assert whole(tmp_path, manifest) == ["absent"] * 3
     save_manifest(tmp_path, manifest)
@@ -589,7 +592,7 @@ def test_a_lost_manifest_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"images": 19}, {"classes": 6}])
-def test_teachers_of_other_data_do_not_go_together(tmp_path, changes):
+def test_teachers_of_different_data_are_refused(tmp_path, changes):
     for teacher, more in [("a", {}), ("b", changes)]:
         key = make_manifest(teacher=teacher, **more).data
         save_manifest(tmp_path, make_manifest(teacher=teacher, **more))
@@ -601,7 +604,7 @@ def test_teachers_of_other_data_do_not_go_together(tmp_path, changes):
 # --- writing: atomic, resumed, shared between runs ---
 
 
-def test_the_manifest_says_what_the_store_holds(tmp_path):
+def test_the_manifest_is_written_with_the_shard(tmp_path):
     origin = {"checkpoint": "/runs/a/best.safetensors", "config": {"seed": 3}}
     manifest = replace(make_manifest(top_k=2, views=3), origin=origin)
     write_shard(tmp_path, manifest, view=1, shard=2, logits=make_logits(0, rows=6))
@@ -616,19 +619,19 @@ def test_the_manifest_says_what_the_store_holds(tmp_path):
 
 def test_more_views_are_added_and_fewer_leave_them(tmp_path):
     views = [make_logits(seed) for seed in range(3)]
-    label(tmp_path, views[:1])
+    cache(tmp_path, views[:1])
     more = make_manifest(views=3)
     assert whole(tmp_path, more) == ["whole"] * 3 + ["absent"] * 6
-    label(tmp_path, views)
-    label(tmp_path, views[:1])
+    cache(tmp_path, views)
+    cache(tmp_path, views[:1])
     assert whole(tmp_path, more) == ["whole"] * 9
-    label(tmp_path, views[:2], teacher="t2")
+    cache(tmp_path, views[:2], teacher="t2")
     targets = open_store(tmp_path, ["t1", "t2"], data=more.data)
     assert targets.views == 2
 
 
-def test_views_that_the_manifest_does_not_tell_of_count_as_absent(tmp_path):
-    manifest = label(tmp_path, [make_logits(0)] * 2)
+def test_views_outside_the_manifest_are_absent(tmp_path):
+    manifest = cache(tmp_path, [make_logits(0)] * 2)
     edit(tmp_path / "t1" / manifest.data / "manifest.json", views=1)
     assert whole(tmp_path, manifest) == ["whole"] * 3 + ["absent"] * 3
     (info,) = list_stores(tmp_path)
@@ -636,7 +639,7 @@ def test_views_that_the_manifest_does_not_tell_of_count_as_absent(tmp_path):
 
 
 def test_other_shards_are_refused_not_mixed(tmp_path):
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     other = make_manifest(shard_size=10)
     message = r"shard_size must be 7, as in .*manifest\.json, got 10"
     with pytest.raises(ValueError, match=message):
@@ -648,8 +651,8 @@ def test_other_shards_are_refused_not_mixed(tmp_path):
 
 @contextmanager
 def small_files():
-    """The kernel refuses to write more than 20,000 bytes to a file: also to the log of the tests,
-    so for as short as can be."""
+    """The kernel refuses to write more than 20,000 bytes to a file; also to the log of the tests,
+    so keep it short."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
@@ -658,7 +661,7 @@ def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_shard_that_finds_no_room_leaves_none(tmp_path):
+def test_a_shard_too_large_for_the_disk_leaves_no_file(tmp_path):
     manifest = make_manifest(images=20_000, shard_size=20_000)
     with pytest.raises(OSError, match=r"too large.*shard_00000") as caught, small_files():
         write_shard(tmp_path, manifest, view=0, shard=0, logits=torch.zeros(20_000, CLASSES))
@@ -674,11 +677,11 @@ def test_a_shard_that_finds_no_room_leaves_none(tmp_path):
         OSError(errno.ENOSPC, "No space left on device"),
     ],
 )
-def test_a_full_disk_is_told_by_its_number(tmp_path, monkeypatch, error):
+def test_a_full_disk_raises_its_errno(tmp_path, monkeypatch, error):
     def save_file(*_args, **_kwargs):
         raise error
 
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     with pytest.raises(OSError, match="No space left") as caught:
         write_shard(tmp_path, manifest, view=0, shard=0, logits=make_logits(1, rows=SHARD))
@@ -692,7 +695,7 @@ def test_a_full_disk_is_told_by_its_number(tmp_path, monkeypatch, error):
 
 def test_packed_views_stay_within_the_limit(tmp_path, monkeypatch):
     views = [make_logits(seed) for seed in range(5)]
-    key = label(tmp_path, views).data
+    key = cache(tmp_path, views).data
     one = IMAGES * CLASSES * 2
     monkeypatch.setattr(store, "PACK_LIMIT", 2 * one + 10)
     targets = open_store(tmp_path, ["t1"], data=key)
@@ -700,15 +703,15 @@ def test_packed_views_stay_within_the_limit(tmp_path, monkeypatch):
     for view in [0, 1, 2, 3, 4, 0, 1, 1, 4]:
         expected = shifted(views[view])[index]
         np.testing.assert_allclose(targets(index, view).float(), expected, atol=0.02)
-        held = [array.nbytes for arrays in targets._packed.values() for array in arrays.values()]
-        assert sum(held) <= 2 * one
+        sizes = [array.nbytes for arrays in targets._packed.values() for array in arrays.values()]
+        assert sum(sizes) <= 2 * one
     assert sorted(targets._packed) == [1, 4]
 
 
-def test_many_mapped_files_are_let_go(tmp_path, way, monkeypatch):
+def test_many_mapped_files_are_released(tmp_path, way, monkeypatch):
     monkeypatch.setattr(store, "_MAPS", 2)
     logits = make_logits(0)
-    targets = open_store(tmp_path, ["t1"], data=label(tmp_path, [logits], shard_size=2).data)
+    targets = open_store(tmp_path, ["t1"], data=cache(tmp_path, [logits], shard_size=2).data)
     for _ in range(2):
         served = targets(torch.arange(IMAGES), 0)
         np.testing.assert_allclose(served.float(), shifted(logits), atol=0.02)
@@ -735,7 +738,7 @@ print(own() - before, len(Path("/proc/self/maps").read_text().split("shard_0")) 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_store_is_mapped_not_copied(tmp_path):
-    """Pages of mapped files are the system's cache; what counts is a process's own memory."""
+    """Pages of mapped files belong to the page cache; what counts is anonymous memory."""
     manifest = make_manifest(images=100_000, classes=1000, shard_size=25_000)  # 200 MB
     part = make_logits(0, rows=25_000, classes=1000)
     for shard in range(4):
@@ -747,13 +750,13 @@ def test_a_store_is_mapped_not_copied(tmp_path):
     assert megabytes < 40
 
 
-# --- who uses what ---
+# --- upkeep ---
 
 
 def test_stores_are_listed_with_their_users(tmp_path):
     root, run = tmp_path / "targets", tmp_path / "runs" / "a"
     assert list_stores(root) == unused(root) == []
-    first = label(root, [make_logits(0)] * 2, teacher="a")
+    first = cache(root, [make_logits(0)] * 2, teacher="a")
     second = make_manifest(teacher="b", top_k=2, views=2)
     write_shard(root, second, view=1, shard=0, logits=make_logits(0, rows=SHARD))
     run.mkdir(parents=True)
@@ -776,7 +779,7 @@ def test_stores_are_listed_with_their_users(tmp_path):
 
 
 def test_a_user_is_known_by_its_absolute_path(tmp_path, monkeypatch):
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     remember_user(tmp_path, "t1", manifest.data, Path("run"))
@@ -786,7 +789,7 @@ def test_a_user_is_known_by_its_absolute_path(tmp_path, monkeypatch):
 
 
 def test_a_store_with_a_damaged_manifest_is_listed(tmp_path):
-    manifest = label(tmp_path, [make_logits(0)])
+    manifest = cache(tmp_path, [make_logits(0)])
     path = tmp_path / "t1" / manifest.data / "manifest.json"
     for break_it in [lambda: path.write_text("{"), path.unlink]:
         break_it()
@@ -794,8 +797,8 @@ def test_a_store_with_a_damaged_manifest_is_listed(tmp_path):
         assert (info.manifest, info.present, info.expected) == (None, 3, 0)
 
 
-def test_what_killed_writers_left_is_swept_once_it_is_old(tmp_path):
-    manifest = label(tmp_path, [make_logits(0)])
+def test_old_files_of_killed_writers_are_removed(tmp_path):
+    manifest = cache(tmp_path, [make_logits(0)])
     folder = shard_path(tmp_path, manifest, view=0, shard=0).parent
     elsewhere = tmp_path / "other"
     elsewhere.mkdir()

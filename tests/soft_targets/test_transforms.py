@@ -1,4 +1,4 @@
-"""What controls learn from: the teacher's answers without what it knows."""
+"""Transforms of cached logits: what they keep of the teacher, and what they remove."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LOGITS = 3 * torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
 INDEX = torch.tensor([4, 40, 7, 11])
 
 
-def stored(index: Tensor, view: int) -> Tensor:
+def cached(index: Tensor, view: int) -> Tensor:
     return LOGITS[index] + view
 
 
-def test_the_largest_stays_and_the_rest_is_in_another_order() -> None:
-    found = PermutedTargets(stored, temperature=4.0, seed=1)(INDEX, 0)
+def test_the_largest_logit_stays_and_the_rest_is_permuted() -> None:
+    found = PermutedTargets(cached, temperature=4.0, seed=1)(INDEX, 0)
     given = LOGITS[INDEX]
     assert torch.equal(found.argmax(1), given.argmax(1))
     assert torch.equal(found.amax(1), given.amax(1))
@@ -30,18 +30,18 @@ def test_the_largest_stays_and_the_rest_is_in_another_order() -> None:
 
 
 def test_the_order_depends_on_seed_view_and_images_alone() -> None:
-    targets = PermutedTargets(stored, temperature=4.0, seed=1)
+    targets = PermutedTargets(cached, temperature=4.0, seed=1)
     first = targets(INDEX, 0)
     targets(torch.tensor([1, 2]), 0)  # another batch in between, as before a resume
     assert torch.equal(targets(INDEX, 0), first)
-    assert torch.equal(PermutedTargets(stored, temperature=4.0, seed=1)(INDEX, 0), first)
-    assert not torch.equal(PermutedTargets(stored, temperature=4.0, seed=2)(INDEX, 0), first)
+    assert torch.equal(PermutedTargets(cached, temperature=4.0, seed=1)(INDEX, 0), first)
+    assert not torch.equal(PermutedTargets(cached, temperature=4.0, seed=2)(INDEX, 0), first)
     assert not torch.equal(targets(INDEX, 1), first + 1)
     assert not torch.equal(targets(INDEX.flip(0), 0), first.flip(0))
 
 
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
-def test_of_an_ensemble_the_average_is_permuted(average: str) -> None:
+def test_the_average_of_an_ensemble_is_permuted(average: str) -> None:
     members = torch.stack([LOGITS, LOGITS.flip(1) * 2])
     targets = PermutedTargets(
         lambda index, view: members[:, index],
@@ -62,13 +62,13 @@ def test_of_an_ensemble_the_average_is_permuted(average: str) -> None:
     assert (softened.argmax(1) == expected.argmax(1)).all()
 
 
-def test_an_ensemble_that_is_sure_stays_finite() -> None:
+def test_a_confident_ensemble_stays_finite() -> None:
     members = torch.tensor([[[900.0, 0.0, -900.0]], [[800.0, 0.0, -900.0]]])
     targets = PermutedTargets(lambda index, view: members, temperature=1.0, seed=0)
     assert bool(targets(torch.tensor([0]), 0).isfinite().all())
 
 
-def test_the_largest_logits_alone_cannot_be_permuted() -> None:
+def test_sparse_logits_cannot_be_permuted() -> None:
     def sparse(index: Tensor, view: int) -> SparseLogits:
         return sparsify(LOGITS[index], 3)
 
@@ -78,7 +78,7 @@ def test_the_largest_logits_alone_cannot_be_permuted() -> None:
 
 @pytest.mark.parametrize("members", [1, 2])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_labels_weigh_as_much_as_the_teacher_is_sure(members: int, smoothing: float) -> None:
+def test_labels_are_weighted_by_the_confidence(members: int, smoothing: float) -> None:
     every = torch.stack([LOGITS.half(), LOGITS.flip(1).half() * 2])[:members]
     weights = [0.75, 0.25] if members == 2 else None
     loss = ConfidenceWeighted(
@@ -103,7 +103,7 @@ def test_labels_weigh_as_much_as_the_teacher_is_sure(members: int, smoothing: fl
     assert not terms["hard_loss"].requires_grad
 
 
-def test_a_teacher_that_is_as_sure_of_all_leaves_the_labels_alone() -> None:
+def test_equal_confidence_gives_plain_cross_entropy() -> None:
     loss = ConfidenceWeighted(lambda index, view: torch.eye(10)[index % 10] * 5)
     terms = loss(LOGITS[INDEX], INDEX % 10, index=INDEX)
     assert terms["loss"].item() == pytest.approx(terms["hard_loss"].item(), rel=1e-6)
@@ -112,15 +112,15 @@ def test_a_teacher_that_is_as_sure_of_all_leaves_the_labels_alone() -> None:
 def test_confidence_needs_images_and_all_logits() -> None:
     logits, labels = LOGITS[INDEX], INDEX % 10
     with pytest.raises(ValueError, match="index must be given where targets are stored, got None"):
-        ConfidenceWeighted(stored)(logits, labels)
+        ConfidenceWeighted(cached)(logits, labels)
     sparse = ConfidenceWeighted(lambda index, view: sparsify(LOGITS[index], 3))
     with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):
         sparse(logits, labels, index=INDEX)
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], got 2"):
-        ConfidenceWeighted(stored, label_smoothing=2)(logits, labels, index=INDEX)
+        ConfidenceWeighted(cached, label_smoothing=2)(logits, labels, index=INDEX)
 
 
-def test_a_virtual_teacher_knows_the_labels_and_nothing_else() -> None:
+def test_a_virtual_teacher_is_uniform_over_the_other_classes() -> None:
     labels = torch.arange(50) % 10
     targets = VirtualTargets(labels, classes=10)
     found = targets(INDEX, 3).exp()
@@ -129,11 +129,11 @@ def test_a_virtual_teacher_knows_the_labels_and_nothing_else() -> None:
     assert found.sort(1).values[:, :9].numpy() == pytest.approx(0.1 / 9)
 
 
-def test_both_are_targets_of_a_distiller() -> None:
+def test_transforms_are_targets_of_a_distiller() -> None:
     student = torch.zeros(4, 10, requires_grad=True)
     labels = INDEX % 10
     for targets in (
-        PermutedTargets(stored, temperature=2.0, seed=0),
+        PermutedTargets(cached, temperature=2.0, seed=0),
         VirtualTargets(torch.arange(50) % 10, classes=10),
     ):
         terms = Distiller(targets=targets, temperature=2.0, alpha=0.5)(student, labels, index=INDEX)

@@ -427,7 +427,9 @@ def test_each_view_is_cached_once(jobs, trained):
 
 
 def test_a_teacher_without_cached_logits_is_an_error(jobs, trained):
-    with pytest.raises(FileNotFoundError, match=r"no such store: .*: labelling writes it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no such store: .*: the teacher logits are not cached"
+    ):
         jobs.train("one", generation=1, teachers=[trained.teacher])
 
 

@@ -142,7 +142,7 @@ def _submit(
                     return 0
                 _tell(f"submitted {job} to {options.address}")
                 log = _Log()
-                end = remote.follow(client, job, write=log.write, tell=_tell, heard=heard)
+                end = remote.follow(client, job, write=log.write, say=_tell, heard=heard)
             except KeyboardInterrupt:
                 _tell(f"left {job}, which may be running; stop it: ray job stop {at}")
                 return INTERRUPTED

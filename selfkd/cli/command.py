@@ -243,7 +243,7 @@ class Command(Generic[S]):
                     storage=folder.path,
                     joined=joined,
                     wait=resources.wait,
-                    tell=progress.say,
+                    say=progress.say,
                 )
                 meanwhile.join()
                 from selfkd.execution.pool import Pool
@@ -256,7 +256,7 @@ class Command(Generic[S]):
                     warm=workers,
                     workers=resources.workers,
                     run=(str(folder.path), run_id),
-                    tell=progress.say,
+                    say=progress.say,
                 ) as pool:
                     try:
                         run = Run(

@@ -1,1 +1,1 @@
-"""Who does the jobs: a pool of Ray workers, groups of them, clusters. Ray stays here."""
+"""Execution of jobs: pool, groups of workers, clusters, submission; the only importers of Ray."""

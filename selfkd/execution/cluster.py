@@ -1,4 +1,4 @@
-"""A Ray cluster to run on: one that is there, or this machine; and the checks before a run."""
+"""Ray cluster of a run, an existing one or this machine, and the checks before the run."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from selfkd.errors import ConfigError
 from selfkd.execution.group import fitting
 from selfkd.storage.remote import RemotePath, as_path
 
-CONNECT_SECONDS = 3.0  # for the head's port to open
-ANSWER_SECONDS = 5.0  # for what is behind it to be Ray
-LOOK_SECONDS = 7.5  # for an autoscaler, which looks every 5 s, to begin to start a node
-NODE_SECONDS = 8.0  # for every node to look at the storage
-STORAGE_SECONDS = 4.0  # for the storage to answer a node
-TELL_SECONDS = 30.0
+CONNECT_SECONDS = 3.0  # limit for the connection to the head's port
+ANSWER_SECONDS = 5.0  # limit for a response of Ray at that port
+LOOK_SECONDS = 7.5  # limit for an autoscaler, which looks every 5 s, to start a node
+NODE_SECONDS = 8.0  # limit for all nodes to check the storage
+STORAGE_SECONDS = 4.0  # limit for the storage to respond to a node
+SAY_SECONDS = 30.0  # between two messages while waiting for a node
 
 Node = Mapping[str, Any]
 
 
 @contextmanager
 def connect(*, verbose: bool = False) -> Iterator[bool]:
-    """Join the cluster that is there, else start Ray on this machine; yield whether it was there.
+    """Join an existing cluster, else start Ray on this machine; yield whether one was joined.
 
     Args:
-        verbose: let Ray and its workers print.
+        verbose: Whether Ray and its workers may print.
 
     Raises:
         ConfigError: RAY_ADDRESS does not lead to a cluster, or the cluster refuses this process.
@@ -67,14 +67,14 @@ def _start(verbose: bool, *, alone: bool) -> None:
         ray.init(
             log_to_driver=verbose,
             logging_level="INFO" if verbose else "ERROR",
-            include_dashboard=verbose if alone else None,  # on loopback, as Ray does
+            include_dashboard=verbose if alone else None,  # on loopback, as by Ray's default
         )
-    except SystemExit:  # by Ray's own handler of SIGTERM
+    except SystemExit:  # raised by Ray's handler of SIGTERM
         raise KeyboardInterrupt from None
 
 
 def _find_address() -> str | None:
-    """Return `host:port` of the cluster that `ray.init()` would join; none to start one."""
+    """Return `host:port` of the cluster that `ray.init()` would join; None where it starts one."""
     given = os.environ.get("RAY_ADDRESS", "")
     if "://" in given:
         raise ConfigError(
@@ -92,7 +92,7 @@ def _find_address() -> str | None:
 
 
 def _check_address(address: str) -> None:
-    """Check in seconds what Ray itself waits minutes for."""
+    """Check within seconds that Ray listens at an address; Ray itself waits for minutes."""
     source = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "the cluster started here"
     way_out = "is the cluster up, and the port open? RAY_ADDRESS=local starts Ray on this machine"
     host, _, port = address.rpartition(":")
@@ -106,13 +106,13 @@ def _check_address(address: str) -> None:
         raise ConfigError(token_message(f"{source} {address}")) from None
     failures: list[Exception] = []
 
-    def ask() -> None:
+    def open_client() -> None:
         try:
             GcsClient(address=address)
-        except Exception as error:  # noqa: BLE001 - handed to the thread that waits
+        except Exception as error:  # noqa: BLE001 - raised as a ConfigError below
             failures.append(error)
 
-    thread = threading.Thread(target=ask, name="ask", daemon=True)
+    thread = threading.Thread(target=open_client, name="open_client", daemon=True)
     thread.start()
     thread.join(timeout=ANSWER_SECONDS)
     if failures and isinstance(failures[0], AuthenticationError):
@@ -124,8 +124,12 @@ def _check_address(address: str) -> None:
         )
 
 
-def token_message(asked_by: str) -> str:
-    """Say what Ray's token is missing, or wrong, and how to give it."""
+def token_message(source: str) -> str:
+    """Return a message that Ray's token is missing or wrong, and how to set it.
+
+    Args:
+        source: What requires the token, such as the cluster with its address.
+    """
     mode = os.environ.get("RAY_AUTH_MODE")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     name = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(file)
@@ -138,7 +142,7 @@ def token_message(asked_by: str) -> str:
     else:
         state = f"there is no token in {name} or in RAY_AUTH_TOKEN"
     return (
-        f"{asked_by} asks for Ray's token: {state}.\n"
+        f"{source} requires Ray's token: {state}.\n"
         "Put the cluster's token (on its head: ray get-auth-token) into ~/.ray/auth_token or "
         "RAY_AUTH_TOKEN, and export RAY_AUTH_MODE=token"
     )
@@ -152,27 +156,27 @@ def find_slots(
     storage: Path,
     joined: bool,
     wait: float | None = None,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> int:
-    """Check that the cluster can do the work; return how many trials fit on it now.
+    """Check that the cluster can run the trials; return how many fit on it now.
 
     Args:
         cpu: CPUs of one worker.
         gpu: GPUs of one worker.
-        workers: of one trial; they may be on several nodes.
-        storage: folder that every node must see.
-        joined: whether the cluster was there before this process, so that nodes may join it.
-        wait: seconds to wait for a node that a worker fits on; when not given, as long as an
+        workers: Workers of one trial; they may be on several nodes.
+        storage: Folder that every node must see.
+        joined: Whether an existing cluster was joined, to which nodes may be added.
+        wait: Seconds to wait for a node that a worker fits on; when not given, as long as an
             autoscaler is starting nodes.
-        tell: says what is waited for, or should be known.
+        say: Callback for messages to the user.
 
     Raises:
-        ConfigError: no node has what a worker needs, one does not see the storage, or one has
-            another version of selfkd.
+        ConfigError: No node has the resources of a worker, a node does not see the storage, or a
+            node has another version of selfkd.
     """
     slots = _count_slots(cpu, gpu, workers)
     if slots == 0 and joined:
-        slots = _wait_for_nodes(cpu, gpu, workers, wait, tell)
+        slots = _wait_for_nodes(cpu, gpu, workers, wait, say)
     nodes = _nodes()
     if slots == 0:
         most = [
@@ -191,7 +195,7 @@ def find_slots(
             f"set resources.cpu and resources.gpu to what there is{later}"
         )
     if len(nodes) > 1:
-        _check_nodes(nodes, storage, tell)
+        _check_nodes(nodes, storage, say)
     return slots
 
 
@@ -204,43 +208,43 @@ def _count_slots(cpu: float, gpu: float, workers: int) -> int:
 
 
 def _wait_for_nodes(
-    cpu: float, gpu: float, workers: int, wait: float | None, tell: Callable[[str], None]
+    cpu: float, gpu: float, workers: int, wait: float | None, say: Callable[[str], None]
 ) -> int:
-    """Wait until a worker fits on a node; return how many do, or 0 when none came.
+    """Wait until a trial fits on the nodes; return how many do, 0 where none does.
 
-    A placement group asks an autoscaler for the node; unlike `request_resources` it asks no longer
-    than this process lives, and takes no other's request back.
+    A placement group requests the nodes from an autoscaler; unlike `request_resources` it ends with
+    this process, and does not replace the requests of others.
     """
     bundle = {"CPU": cpu, **({"GPU": gpu} if gpu > 0 else {})}
-    asked = placement_group([bundle] * workers)
-    start = told = time.monotonic()
+    request = placement_group([bundle] * workers)
+    start = said = time.monotonic()
     end = start + (LOOK_SECONDS if wait is None else wait)
     try:
         while not (slots := _count_slots(cpu, gpu, workers)) and time.monotonic() < end:
             starting = _starts_nodes()
             if starting and wait is None:
                 end = time.monotonic() + LOOK_SECONDS
-            if told == start or time.monotonic() > told + TELL_SECONDS:
-                told = time.monotonic()
+            if said == start or time.monotonic() > said + SAY_SECONDS:
+                said = time.monotonic()
                 state = "an autoscaler is starting nodes" if starting else "none has it yet"
-                tell(
+                say(
                     f"waiting for a node with {cpu:g} CPU and {gpu:g} GPU: {state} "
-                    f"({told - start:.0f} s)"
+                    f"({said - start:.0f} s)"
                 )
             time.sleep(0.5)
     finally:
-        remove_placement_group(asked)
+        remove_placement_group(request)
     return slots
 
 
 def _starts_nodes() -> bool:
-    """Return whether an autoscaler, of either kind that Ray has, is starting nodes."""
+    """Return whether an autoscaler, of version 1 or 2, is starting nodes."""
     with contextlib.suppress(RayError, OSError, ValueError, KeyError, TypeError):
         report = json.loads(_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or "{}")
         first = report.get("autoscaler_report", {})
         if first.get("pending_launches") or first.get("pending_nodes"):
             return True
-    from ray.autoscaler.v2.sdk import get_cluster_status  # rarely needed, takes a while to import
+    from ray.autoscaler.v2.sdk import get_cluster_status  # rarely needed, slow to import
 
     with contextlib.suppress(RayError, OSError, ValueError, AttributeError):
         address = ray.get_runtime_context().gcs_address
@@ -249,8 +253,8 @@ def _starts_nodes() -> bool:
     return False
 
 
-def _check_nodes(nodes: list[Node], storage: Path, tell: Callable[[str], None]) -> None:
-    """Check that every node sees the storage and has the same code; say what may matter."""
+def _check_nodes(nodes: list[Node], storage: Path, say: Callable[[str], None]) -> None:
+    """Check that all nodes see the storage and have the same code; say what else may matter."""
     marker = storage / f".seen-{uuid.uuid4().hex}"
     marker.touch()
     try:
@@ -284,12 +288,12 @@ def _check_nodes(nodes: list[Node], storage: Path, tell: Callable[[str], None]) 
                 "python -m selfkd.submit takes it to all of them"
             )
         if others:
-            tell(
+            say(
                 f"nodes have different versions of {package}, {ours[package]} here and {listed}: "
                 "the same seed may not give the same model on each"
             )
     if late:
-        tell(
+        say(
             f"{', '.join(looks[look] for look in late)} did not say within {NODE_SECONDS:g} s "
             f"whether {storage} is seen there; the run begins without"
         )
@@ -305,8 +309,8 @@ def _result(look: Any) -> tuple[str | None, dict[str, str]]:
 
 
 def _versions() -> dict[str, str]:
-    """Return what has to be the same on all nodes: of selfkd the code, uploaded or installed."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    """Return versions that must be the same on all nodes; of selfkd a hash of its code."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
     try:
         torch = version("torch")
@@ -317,7 +321,7 @@ def _versions() -> dict[str, str]:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _look(path: str) -> tuple[str | None, dict[str, str]]:
-    """Return what is wrong with a file as this node sees it, if anything is, and versions."""
+    """Return the fault of a file as seen by this node, None where it is fine, and versions."""
     faults: list[str | None] = []
 
     def try_it() -> None:
@@ -332,7 +336,7 @@ def _look(path: str) -> tuple[str | None, dict[str, str]]:
         except OSError as error:
             faults.append(f"cannot see it ({error.strerror or error})")
 
-    thread = threading.Thread(target=try_it, daemon=True)  # network folders hang for minutes
+    thread = threading.Thread(target=try_it, daemon=True)  # network folders may hang for minutes
     thread.start()
     thread.join(timeout=STORAGE_SECONDS)
     fault = faults[0] if faults else f"has no answer from it within {STORAGE_SECONDS:g} s"

@@ -1,7 +1,7 @@
-"""Several workers that train one student together: Ray Train inside a trial of Ray Tune.
+"""Several workers that train one student together: Ray Train within a trial of Ray Tune.
 
-The trial itself is then a coordinator without resources of its own. A job that trains runs on a
-group of workers, which may be on several nodes; any other job on one worker, as a plain task.
+The trial is then a coordinator without resources of its own. A training job runs on a group of
+workers, which may be on several nodes; any other job runs on one worker, as a Ray task.
 """
 
 from __future__ import annotations
@@ -28,92 +28,106 @@ from ray.util.scheduling_strategies import (
 from selfkd.execution.jobs import load_entry
 from selfkd.results import Row
 
-TRAIN = "train"  # the kind of job that a group does
+TRAIN = "train"  # kind of the jobs that run on a group
 POLL_SECONDS = 0.2
-ROOM_SECONDS = 2.0
+ROOM_SECONDS = 2.0  # between two counts of the nodes' workers
 _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_SECONDS),
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process each: a lost trial is repeated anyway
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process each; lost trials are repeated anyway
 }
-_RAISED = "raised"  # key of the row in which a job's own error comes
-_PLACE = "place"  # key of the first row, in which comes what Ray holds free for a group
+_RAISED = "raised"  # key of a row that carries an error of the job itself
+_PLACEMENT = "placement_group"  # key of the first row, which carries the group's placement group
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 class JobError(RuntimeError):
-    """A job failed by what it did itself; says how, as the job would."""
+    """Error raised by the job itself; another attempt would fail as well."""
 
 
 class WorkerLostError(RuntimeError):
-    """A process that did a job died: it is worth another try."""
+    """Death of a process that ran a job; another attempt may succeed."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """So many workers, with CPUs and GPUs each."""
+    """Workers that train one student together."""
 
     workers: int
+    """Number of workers."""
     cpu: float
+    """CPUs of each worker."""
     gpu: float
+    """GPUs of each worker."""
 
     def run(self, entry: str, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
-        """Do a job; closing this ends whatever does it.
+        """Run a job and yield its rows; closing the generator ends all its processes.
+
+        Args:
+            entry: Reference of the function that runs jobs, `module:function`.
+            kind: Kind of the job; `train` runs on the group, others on one worker.
+            payload: Payload of the job.
 
         Raises:
-            JobError: the job raised.
-            OSError: the system refused something to the job, its storage for one.
-            WorkerLostError: a process died.
+            JobError: The job raised an error.
+            OSError: The job met an error of the system, such as a failing storage.
+            WorkerLostError: A process died.
         """
         if kind != TRAIN:
             task = _work.options(
                 num_cpus=self.cpu,
                 num_gpus=self.gpu,
-                # the trial's own place has no room for it
+                # the placement group of the trial has no resources for it
                 scheduling_strategy=PlacementGroupSchedulingStrategy(None),
             )
-            yield from _followed(task.remote(entry, kind, dict(payload)))
+            yield from _stream_rows(task.remote(entry, kind, dict(payload)))
             return
         here = ray.get_runtime_context().get_node_id()
         task = _train.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
         with tempfile.TemporaryDirectory(prefix="selfkd-train-") as folder:
-            yield from _followed(task.remote(entry, dict(payload), self, folder))
+            yield from _stream_rows(task.remote(entry, dict(payload), self, folder))
 
 
-def _followed(rows: Any) -> Iterator[Row]:
-    """Yield the rows of a task; closing this kills it, and what it owns dies with it.
+def _stream_rows(rows: Any) -> Iterator[Row]:
+    """Yield the rows of a task; closing the generator kills it with all that it owns.
 
-    But for the group's place: while the driver lives, Ray frees none that an actor has asked for.
+    The placement group is removed here: while the driver lives, Ray removes none that an actor has
+    created.
     """
-    place = None
+    placement = None
     try:
         for reference in rows:
             row: Row = ray.get(reference)
             if _RAISED in row:
                 raised = row[_RAISED]
                 raise raised if isinstance(raised, OSError) else JobError(raised)
-            if _PLACE in row:
-                place = row[_PLACE]
+            if _PLACEMENT in row:
+                placement = row[_PLACEMENT]
             else:
                 yield row
     except ray.exceptions.RayError as error:
         raise WorkerLostError(str(error)) from error
     finally:
         ray.cancel(rows, force=True)
-        if place is not None:
-            remove_placement_group(place)
+        if placement is not None:
+            remove_placement_group(placement)
 
 
 class Room:
-    """How many workers the nodes of the cluster hold, those that join late among them."""
+    """Number of workers that fit on the nodes of the cluster, including nodes that join late.
+
+    Args:
+        cpu: CPUs of one worker.
+        gpu: GPUs of one worker.
+    """
 
     def __init__(self, *, cpu: float, gpu: float) -> None:
         self._cpu, self._gpu = cpu, gpu
         self._seen, self._seen_at = 0, -ROOM_SECONDS
 
     def __call__(self) -> int:
-        """Return the number, looked up every few seconds."""
+        """Return the number, updated every `ROOM_SECONDS`."""
         if time.monotonic() - self._seen_at >= ROOM_SECONDS:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             self._seen = sum(fitting(node, self._cpu, self._gpu) for node in nodes)
@@ -122,22 +136,28 @@ class Room:
 
 
 def fitting(resources: Mapping[str, float], cpu: float, gpu: float) -> int:
-    """Return how many workers fit on a node."""
+    """Return how many workers fit on a node.
+
+    Args:
+        resources: Resources of the node, as Ray names them.
+        cpu: CPUs of one worker.
+        gpu: GPUs of one worker.
+    """
     fits = int(resources.get("CPU", 0.0) / cpu)
     return min(fits, int(resources.get("GPU", 0.0) / gpu)) if gpu > 0 else fits
 
 
 @ray.remote(max_retries=0, num_returns="streaming")
 def _work(entry: str, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
-    """Do a job here."""
+    """Run a job in this task."""
     try:
         yield from load_entry(entry)(kind, payload)
-    except Exception as error:  # noqa: BLE001 - told to whoever waits, as the trial itself does
-        yield _told(error)
+    except Exception as error:  # noqa: BLE001 - sent as a row and raised by the consumer
+        yield _error_row(error)
 
 
-def _told(error: Exception) -> Row:
-    """Return the row of what a job raised: what the system refused as it is, the rest in words."""
+def _error_row(error: Exception) -> Row:
+    """Return the row of an error: errors of the system as they are, others as text."""
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
         return {_RAISED: error}
     return {_RAISED: f"{type(error).__name__}: {error}"}
@@ -145,9 +165,9 @@ def _told(error: Exception) -> Row:
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")
 def _train(entry: str, payload: Mapping[str, Any], group: Group, folder: str) -> Iterator[Row]:
-    """Train on every rank of a group; yield what the first rank yields.
+    """Train on every rank of a group; yield the rows of rank 0.
 
-    All that runs for it is owned by this task, and ends with it.
+    All processes of the group are owned by this task, and end with it.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -156,10 +176,10 @@ def _train(entry: str, payload: Mapping[str, Any], group: Group, folder: str) ->
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            """Leave out, where there is no dashboard, what asks it whether the group still lives.
+            """Without a dashboard, leave out the callback that checks there that the group lives.
 
-            It would ask at the dashboard's usual port: there may be another cluster's, which knows
-            no such group, and the group would be ended in its midst.
+            It would ask at the dashboard's default port, where the dashboard of another cluster
+            may be, which does not know the group: the group would be ended in the middle of a job.
             """
             callbacks: list[Any] = super()._create_default_callbacks()
             if get_webui_url_from_internal_kv():
@@ -184,7 +204,7 @@ def _train(entry: str, payload: Mapping[str, Any], group: Group, folder: str) ->
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+        except BaseException as error:  # noqa: BLE001 - raised again below
             failure.append(error)
 
     thread = threading.Thread(target=fit, name="train", daemon=True)
@@ -198,7 +218,7 @@ def _train(entry: str, payload: Mapping[str, Any], group: Group, folder: str) ->
         if _RAISED not in row:
             yield row
         else:
-            raised = raised or row  # the first: others may be because of it
+            raised = raised or row  # the first error: others may be its consequences
     if raised is not None:
         yield raised
     elif failure:
@@ -206,18 +226,18 @@ def _train(entry: str, payload: Mapping[str, Any], group: Group, folder: str) ->
 
 
 def _on_rank(config: Mapping[str, Any]) -> None:
-    """Do a job on this rank, with `torch.distributed` initialised; the first rank's rows count."""
+    """Run a job on this rank, with `torch.distributed` initialised; rank 0 sends its rows."""
     import torch.distributed as dist
 
     rows: Queue = config["rows"]
     if dist.get_rank() == 0:
-        rows.put({_PLACE: get_current_placement_group()})
+        rows.put({_PLACEMENT: get_current_placement_group()})
     try:
         for row in load_entry(config["entry"])(TRAIN, config["payload"]):
             if dist.get_rank() == 0:
                 rows.put(row)
     except Exception as error:
-        # where a rank died the others' talk fails: that is no fault of the job
+        # after the death of a rank, collective operations of others fail: not an error of the job
         if not (isinstance(error, RuntimeError) and _LOST.search(str(error))):
-            rows.put(_told(error))
+            rows.put(_error_row(error))
         raise

@@ -1,4 +1,4 @@
-"""The words between those who want work done and those who do it."""
+"""Jobs and outcomes: the interface between experiments and executors."""
 
 from __future__ import annotations
 
@@ -12,34 +12,45 @@ from selfkd.results import Row
 
 @dataclass(frozen=True)
 class Job:
-    """A unit of work: `kind` names a function of `selfkd.worker`, `payload` is plain data."""
+    """Unit of work."""
 
     kind: str
+    """Name of the job's function in `selfkd.worker.jobs`."""
     payload: Mapping[str, Any]
+    """Arguments of that function, plain data."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: its last row, and why it failed or was stopped early."""
+    """End of a job."""
 
     job: Job
     row: Row
+    """Last row of the job; empty where it yielded none."""
     error: str | None = None
+    """Error of a failed job."""
     stopped: bool = False
+    """Whether the job was stopped early."""
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Trials that are behind others after as many epochs are stopped."""
+    """Early stopping of trials that are worse than others after as many epochs."""
 
     max_epochs: int
-    """Of a whole trial."""
+    """Epochs of a complete trial."""
     metric: str = "val_accuracy"
+    """Metric that trials are compared by."""
     mode: Literal["max", "min"] = "max"
+    """Whether larger or smaller values are better."""
 
 
 def load_entry(entry: str) -> Callable[[str, Mapping[str, Any]], Iterator[Row]]:
-    """Import `module:function`, which does jobs; a failure is raised by the jobs."""
+    """Import the function that runs jobs; where that fails, each job raises the error.
+
+    Args:
+        entry: Reference of the function, `module:function`.
+    """
     module, _, name = entry.partition(":")
     try:
         function: Callable[[str, Mapping[str, Any]], Iterator[Row]] = getattr(
@@ -57,38 +68,38 @@ def load_entry(entry: str) -> Callable[[str, Mapping[str, Any]], Iterator[Row]]:
 
 
 class Jobs(Protocol):
-    """A batch of jobs: asked for one after the other, told how each of them goes and ends."""
+    """Source of a batch of jobs, and receiver of their rows and outcomes."""
 
     def ask(self) -> Job | None:
-        """Return the next job, or None when all have been handed out."""
+        """Return the next job; None where none is left."""
 
     def report(self, job: Job, rows: Sequence[Row]) -> None:
-        """Hear what a running job reports."""
+        """Receive rows of a running job."""
 
     def tell(self, outcome: Outcome) -> None:
-        """Hear how a job ended."""
+        """Receive the outcome of a job."""
 
 
 class Executor(Protocol):
-    """Runs a batch of jobs to its end."""
+    """Executor of batches of jobs."""
 
     def run(
         self, jobs: Jobs, *, early: EarlyStopping | None = None, limit: int | None = None
     ) -> None:
-        """Run all jobs.
+        """Run a batch of jobs to its end.
 
         Args:
-            jobs: what to run.
-            early: how trials are stopped early; none is when not given.
-            limit: the most at a time.
+            jobs: Batch of jobs.
+            early: Early stopping of trials; none when not given.
+            limit: Largest number of jobs at a time; no limit when not given.
         """
 
 
 class InProcess:
-    """An executor without Ray: one job after the other in this process.
+    """Executor without Ray: one job after the other in this process.
 
     Args:
-        run_job: `run_job(kind, payload)` yields rows.
+        run_job: Function `run_job(kind, payload)` that yields rows.
     """
 
     def __init__(self, run_job: Callable[[str, Mapping[str, Any]], Iterator[Row]]) -> None:
@@ -97,7 +108,7 @@ class InProcess:
     def run(
         self, jobs: Jobs, *, early: EarlyStopping | None = None, limit: int | None = None
     ) -> None:
-        """Run all jobs to their ends: nothing is stopped early here."""
+        """Run a batch of jobs to its end, without early stopping."""
         while (job := jobs.ask()) is not None:
             row: Row = {}
             error = None
@@ -110,29 +121,39 @@ class InProcess:
 
 
 class Batch:
-    """Jobs that are known beforehand; keeps their outcomes."""
+    """Batch of given jobs, which collects their outcomes.
+
+    Args:
+        jobs: Jobs in their order.
+    """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._waiting = list(reversed(jobs))
         self.outcomes: list[Outcome] = []
+        """Outcomes in the order in which jobs ended."""
 
     def ask(self) -> Job | None:
-        """Return the next job."""
+        """Return the next job; None where none is left."""
         return self._waiting.pop() if self._waiting else None
 
     def report(self, job: Job, rows: Sequence[Row]) -> None:
-        """Nothing: only the end counts."""
+        """Do nothing: only outcomes are collected."""
 
     def tell(self, outcome: Outcome) -> None:
-        """Keep the outcome."""
+        """Add the outcome."""
         self.outcomes.append(outcome)
 
 
 def run_one(executor: Executor, kind: str, **payload: Any) -> Row:
     """Run a single job and return its last row.
 
+    Args:
+        executor: Executor that runs it.
+        kind: Kind of the job.
+        payload: Payload of the job.
+
     Raises:
-        RuntimeError: the job failed.
+        RuntimeError: The job failed.
     """
     batch = Batch([Job(kind, payload)])
     executor.run(batch)

@@ -1,9 +1,9 @@
-"""Ray Tune as a pool of warm workers: the jobs of every generation run in one `Tuner`.
+"""Ray Tune as a pool of warm workers: the jobs of all batches run in one `Tuner`.
 
-A new `Tuner` for each generation would start new workers each time, and each of them imports torch
-and loads the data again. Here one `Tuner` lives as long as the run. Its searcher hands out the jobs
-of the running batch; between two batches the workers hold an empty trial, so that Tune keeps their
-processes for reuse (of idle actors it keeps only one). A hold ends as soon as a job waits.
+A `Tuner` for each batch would start new workers, which import torch and load the data again. Here
+one `Tuner` lives as long as the run. Its searcher hands out the jobs of the running batch. Between
+two batches each worker runs an idle trial, so that Tune keeps its process (of actors without a
+trial it keeps only one). An idle trial ends as soon as a job waits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a line of our own, no traceback
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a run resumes from its own folder
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # one line by selfkd instead
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # runs resume from the run folder
 
 import ray
 from ray import tune
@@ -40,13 +40,13 @@ from selfkd.storage.files import retry_io
 from selfkd.storage.remote import as_path
 
 REPORT_SECONDS = 0.5  # epochs shorter than this are reported together
-IDLE_SECONDS = 0.05  # how soon an idle worker notices that a job waits
-COORDINATOR = {"cpu": 0, "memory": 2**20}  # Tune's trials must ask for something
-RELEASE_SECONDS = 10.0  # after which a worker set free for a job that has none was lost on its way
-RESULTS_PER_SECOND = 100  # of all workers together: with many, both times above are longer
-BUSY_SECONDS = 10.0  # without a worker, after which is said that others hold the cluster
-MAX_FAILURES = 2  # how often a trial is repeated whose worker died before it got further
-LASTING = (  # of what the system may refuse: a job that names a wrong file would again
+IDLE_SECONDS = 0.05  # between two results of an idle trial, which ends at one of them
+COORDINATOR = {"cpu": 0, "memory": 2**20}  # a trial of Tune must request some resource
+RELEASE_SECONDS = 10.0  # after which another idle trial is ended for a job that still waits
+RESULTS_PER_SECOND = 100  # of all workers together: with many, the first two times are longer
+BUSY_SECONDS = 10.0  # without any worker, after which the user is told that others run
+MAX_FAILURES = 2  # repetitions of a trial whose worker died before it got further
+PERMANENT = (  # errors of the system that another attempt would meet again
     *(FileNotFoundError, FileExistsError, PermissionError),
     *(IsADirectoryError, NotADirectoryError),
 )
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 class _JobSpec:
-    """A job on its way to a worker; a plain dict Tune would copy, flatten and print."""
+    """Job in the config of a trial; a plain dict would be copied, flattened and printed by Tune."""
 
     def __init__(self, job: Job) -> None:
         self.kind, self.payload = job.kind, dict(job.payload)
@@ -68,13 +68,13 @@ class _JobSpec:
 
 
 class Worker(tune.Trainable):
-    """A warm process: `step` advances the generator that does the job."""
+    """Warm process; `step` advances the generator that runs the job."""
 
     _rows: Iterator[Row] | None = None
 
     def setup(self, config: Mapping[str, Any]) -> None:
         entry, group = config["entry"], config["group"]
-        # imported here, so that a hold warms a worker up
+        # imported here, so that an idle trial warms the worker up
         self._run_job = load_entry(entry) if group is None else partial(Group(*group).run, entry)
         self._unseen: tuple[str, str] | None = config["run"]
         self.reset_config(config)
@@ -88,10 +88,10 @@ class Worker(tune.Trainable):
 
     def step(self) -> Row:
         if self._fault is not None:
-            raise self._fault  # Tune repeats the trial: the storage may be there again
+            raise self._fault  # Tune repeats the trial: the storage may work again
         if self._job is None:
             time.sleep(self._seconds)
-            return {"held": True}
+            return {"idle": True}
         rows: list[Row] = []
         end = time.monotonic() + self._seconds
         try:
@@ -104,18 +104,18 @@ class Worker(tune.Trainable):
             raise  # Tune repeats the trial
         except JobError as error:
             return {"rows": rows, "error": str(error), "done": True}
-        except Exception as error:  # noqa: BLE001 - a job that raises would raise again: no retry
-            told = f"{type(error).__name__}: {error}"
-            if isinstance(error, OSError) and not isinstance(error, LASTING):
+        except Exception as error:  # noqa: BLE001 - the job would raise it again: no retry
+            message = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and not isinstance(error, PERMANENT):
                 self._fault = error
-                return {**(rows[-1] if rows else {}), "rows": rows, "fault": told}
-            return {"rows": rows, "error": told, "done": True}
+                return {**(rows[-1] if rows else {}), "rows": rows, "fault": message}
+            return {"rows": rows, "error": message, "done": True}
         return {**(rows[-1] if rows else {}), "rows": rows, "done": True}
 
     def _begin(self, job: _JobSpec) -> Iterator[Row]:
-        """Start a job; before the first, see whether this node, which may have joined late, can.
+        """Start a job; before the first one, check that this node sees the run folder.
 
-        A folder that is not the run's would be made here, and lost.
+        A node that joined late may not: files would be written to a local folder, and lost.
         """
         if self._unseen is not None:
             folder, run_id = self._unseen
@@ -128,7 +128,7 @@ class Worker(tune.Trainable):
         return self._run_job(job.kind, job.payload)
 
     def cleanup(self) -> None:
-        """End a job that is stopped early, and with it what runs elsewhere for it."""
+        """End a job that is stopped early, with its processes on other nodes."""
         rows, self._rows = self._rows, None
         if isinstance(rows, Generator):
             rows.close()
@@ -143,6 +143,8 @@ def _found(folder: str) -> str | None:
 
 
 class _Batch:
+    """Batch of jobs as the pool runs it."""
+
     def __init__(
         self, jobs: Jobs, *, early: EarlyStopping | None, limit: int | None, pool: Pool
     ) -> None:
@@ -154,7 +156,7 @@ class _Batch:
         self.running: dict[str, Job] = {}
         self.last_rows: dict[str, Row] = {}
         self.furthest: dict[str, int] = {}
-        self.faults: dict[str, str | None] = {}  # of storage, as each trial last told
+        self.faults: dict[str, str | None] = {}  # last storage error of each trial
         self.finished = threading.Event()
         self.failure: Exception | None = None
 
@@ -175,47 +177,47 @@ class _Batch:
         if self.exhausted and not self.running and not self.again:
             self.finished.set()
 
-    def hear(self, listen: Callable[[], None]) -> None:
-        """Tell the jobs something; Tune would take what they raise for a failure of the trial."""
+    def notify(self, call: Callable[[], None]) -> None:
+        """Call a method of the jobs; Tune would take its error for a failure of the trial."""
         try:
-            listen()
-        except Exception as error:  # noqa: BLE001 - raised again by the thread that waits
+            call()
+        except Exception as error:  # noqa: BLE001 - raised again by `Pool.run`
             self.failure = self.failure or error
             self.finished.set()
 
 
 class _Unsaved:
-    """Leaves its state out of the state that Tune pickles: a run resumes from its own folder."""
+    """Mixin without pickled state: runs resume from the run folder, not from Tune's state."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class _JobSearcher(_Unsaved, Searcher):
-    """Hands the jobs of the running batch to Tune, and holds for workers that would be idle."""
+    """Searcher that gives Tune the jobs of the running batch, and idle trials for other workers."""
 
-    def __init__(self, desk: _PoolScheduler) -> None:
+    def __init__(self, scheduler: _PoolScheduler) -> None:
         super().__init__()
-        self.desk = desk
+        self.scheduler = scheduler
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        return self.desk.next_config(trial_id)
+        return self.scheduler.next_config(trial_id)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         if error:
-            self.desk.give_up(trial_id)
+            self.scheduler.give_up(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: see `_Unsaved`."""
+        """Do nothing: see `_Unsaved`."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: see `_Unsaved`."""
+        """Do nothing: see `_Unsaved`."""
 
 
 class _PoolScheduler(_Unsaved, FIFOScheduler):
-    """Follows every trial of the pool and passes those of the batch to the batch's scheduler."""
+    """Scheduler of all trials of the pool; passes those of a batch to the batch's scheduler."""
 
     def __init__(self, warm: int) -> None:
         super().__init__()
@@ -225,8 +227,8 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         self.closed = False
         self.live: dict[str, Trial | None] = {}
         self._over: list[Trial] = []
-        self._waiting: set[str] = set()  # jobs without a worker, when a hold last looked
-        self._released: dict[str, float] = {}  # those that a hold was ended for, and when
+        self._waiting: set[str] = set()  # jobs without a worker at the last result of an idle trial
+        self._released: dict[str, float] = {}  # jobs for which an idle trial was ended, and when
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.closed:
@@ -244,16 +246,16 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         return None
 
     def _at_least(self, seconds: float) -> float:
-        """Return how often a worker reports, so that all of them do not flood the driver."""
+        """Return the seconds between two reports of a worker that do not overload the driver."""
         return max(seconds, self.warm / RESULTS_PER_SECOND)
 
     def _job(self, trial: Trial) -> Job | None:
         return self.batch.running.get(trial.trial_id) if self.batch else None
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Give a free worker to a job, else to the newest hold.
+        """Give a free worker to a job, else to the newest idle trial.
 
-        An older hold that still waits has a worker of its own starting, which Tune would drop.
+        For an older one that is pending a worker is being started, which Tune would drop.
         """
         jobs = [self.live.get(name) for name in (self.batch.running if self.batch else ())]
         candidates = [*jobs, *reversed(self.live.values())]
@@ -281,7 +283,7 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         return decision
 
     def _idle_or_release(self) -> str:
-        """End a hold only for a job that waits and has not been given another hold's worker."""
+        """End an idle trial only for a waiting job for which no other idle trial has been ended."""
         live, now = self.live.items(), time.monotonic()
         running = {name for name, trial in live if trial and trial.status == Trial.RUNNING}
         self.warm = max(self.warm, len(running))
@@ -300,7 +302,7 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         return str(TrialScheduler.STOP)
 
     def _served(self, name: str) -> None:
-        """Forget a release: a job has started, not always the one that it was meant for."""
+        """Forget a release: a job has started, not always the one it was meant for."""
         if name not in self._released:
             name = next(iter(self._released), "")
         self._released.pop(name, None)
@@ -315,14 +317,14 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         self._over.append(trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """A worker died, or its storage failed: Tune repeats the trial, or gives it up."""
+        """Warn: a worker died, or its storage failed; Tune repeats the trial, or gives it up."""
         if trial.trial_id in self._waiting:
             self._waiting.remove(trial.trial_id)
             self._served(trial.trial_id)
         job = self._job(trial)
         if self.batch and job:
             what = self.batch.faults.get(trial.trial_id) or "a worker was lost"
-            log.warning("%s in mid-%s; what it did is done again", what, job.kind)
+            log.warning("%s in mid-%s; its work is repeated", what, job.kind)
             self.batch.scheduler.on_trial_error(tune_controller, trial)
 
     def give_up(self, trial_id: str) -> None:
@@ -330,7 +332,7 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         if self.batch is None or trial_id not in self.batch.running:
             return
         if trial is not None and trial.run_metadata.num_failures <= MAX_FAILURES:
-            # Tune repeats no trial whose worker dies as it is handed over from another
+            # Tune does not repeat a trial whose worker dies while it is handed over
             self.batch.again.append(self.batch.running.pop(trial_id))
         else:
             fault = self.batch.faults.get(trial_id)
@@ -347,33 +349,34 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         if rows := result.get("rows"):
             self.batch.last_rows[trial.trial_id] = rows[-1]
             if rows[-1].get("epoch", 0) > self.batch.furthest.get(trial.trial_id, 0):
-                # so that a long trial outlives any number of nodes, but not its own fault
+                # so that a long trial survives any number of lost nodes, but not its own faults
                 self.batch.furthest[trial.trial_id] = rows[-1]["epoch"]
                 trial.run_metadata.num_failures = 0
             jobs = self.batch.jobs
-            self.batch.hear(lambda: jobs.report(job, rows))
+            self.batch.notify(lambda: jobs.report(job, rows))
 
     def _end(self, trial_id: str, *, error: str | None = None, stopped: bool = False) -> None:
         if self.batch is not None:
             job = self.batch.running.pop(trial_id)
             row = self.batch.last_rows.pop(trial_id, {})
             jobs = self.batch.jobs
-            self.batch.hear(lambda: jobs.tell(Outcome(job, row, error, stopped)))
+            self.batch.notify(lambda: jobs.tell(Outcome(job, row, error, stopped)))
             self.batch.close_if_done()
 
 
 class Pool:
-    """Warm Tune workers that run batches of jobs, one batch after the other.
+    """Executor on warm workers of Ray Tune, for one batch of jobs after the other.
 
     Args:
-        entry: `module:function` of what does a job, imported on the workers: it takes a kind and
-            a payload, and yields rows.
-        cpu: CPUs of one worker (a fraction is allowed).
-        gpu: GPUs of one worker (a fraction is allowed).
-        warm: workers started at once and kept while nothing runs.
-        workers: how many train one student together; the trials are then coordinators.
-        run: run folder that every worker must see, and what stands in its `run_id`.
-        tell: says, where others hold the cluster, that this is waited for.
+        entry: Reference of the function that runs jobs, `module:function`, imported on the workers;
+            it takes a kind and a payload, and yields rows.
+        cpu: CPUs of one worker; fractions are allowed.
+        gpu: GPUs of one worker; fractions are allowed.
+        warm: Number of workers started at once and kept between batches.
+        workers: Number of workers that train one student together; above 1, trials are
+            coordinators.
+        run: Run folder that every worker must see, and the content of its `run_id`.
+        say: Callback for messages to the user, such as that other runs hold the cluster.
     """
 
     def __init__(
@@ -385,15 +388,15 @@ class Pool:
         warm: int,
         workers: int = 1,
         run: tuple[str, str] | None = None,
-        tell: Callable[[str], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        self._desk = _PoolScheduler(warm)
+        self._scheduler = _PoolScheduler(warm)
         self._workers, self._room = workers, Room(cpu=cpu, gpu=gpu)
-        self._tell, self._needs = tell, f"{cpu:g} CPU and {gpu:g} GPU"
+        self._say, self._needs = say, f"{cpu:g} CPU, {gpu:g} GPU"
         group = None if workers == 1 else (workers, cpu, gpu)
         own = {"cpu": cpu, "gpu": gpu} if group is None else COORDINATOR
         self._failure: BaseException | None = None
-        self._folder = tempfile.TemporaryDirectory(  # Tune may still write when it is left
+        self._folder = tempfile.TemporaryDirectory(  # Tune may still write at the end
             prefix="selfkd-tune-", ignore_cleanup_errors=True
         )
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(8, 2 * warm))
@@ -401,8 +404,8 @@ class Pool:
             tune.with_resources(Worker, own),
             param_space={"entry": entry, "group": group, "run": run},
             tune_config=tune.TuneConfig(
-                search_alg=_JobSearcher(self._desk),
-                scheduler=self._desk,
+                search_alg=_JobSearcher(self._scheduler),
+                scheduler=self._scheduler,
                 num_samples=-1,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -411,7 +414,7 @@ class Pool:
                 name="trials",
                 storage_path=self._folder.name,
                 verbose=0,
-                stop=_StopWhenClosed(self._desk),
+                stop=_StopWhenClosed(self._scheduler),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             ),
@@ -421,7 +424,7 @@ class Pool:
     def _fit(self) -> None:
         try:
             self._tuner.fit()
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+        except BaseException as error:  # noqa: BLE001 - raised again by `run`
             self._failure = error
 
     def __enter__(self) -> Self:
@@ -430,14 +433,18 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._desk.closed = True
+        self._scheduler.closed = True
         self._thread.join(timeout=10)
         self._folder.cleanup()
 
     def has_room(self, running: Sequence[Job]) -> bool:
-        """Whether the nodes hold one more job like those that run; Tune itself sees to single ones.
+        """Return whether one more job like the last one fits beside those that run.
 
-        A coordinator takes next to nothing, so Tune would start all of them at once.
+        Only groups are counted here: as a coordinator requests next to nothing, Tune would start
+        all of them at once.
+
+        Args:
+            running: Jobs that run.
         """
         if self._workers == 1 or not running:
             return True
@@ -447,77 +454,74 @@ class Pool:
     def run(
         self, jobs: Jobs, *, early: EarlyStopping | None = None, limit: int | None = None
     ) -> None:
-        """Run a batch to its end.
+        """Run a batch of jobs to its end.
 
         Args:
-            jobs: where jobs come from and outcomes go; called from the pool's own thread.
-            early: how trials are stopped early, by ASHA; none is when not given.
-            limit: most jobs at a time, for a search that learns from outcomes.
+            jobs: Batch of jobs; called from the pool's own thread.
+            early: Early stopping of trials, by ASHA; none when not given.
+            limit: Largest number of jobs at a time; no limit when not given.
 
         Raises:
-            RuntimeError: the pool has stopped.
-            Exception: what `jobs` raised.
+            RuntimeError: Ray Tune stopped before the jobs were done.
+            Exception: `jobs` raised it.
         """
         batch = _Batch(jobs, early=early, limit=limit, pool=self)
-        self._desk.inbox.put(batch)
+        self._scheduler.inbox.put(batch)
         while not batch.finished.wait(timeout=0.2):
             if not self._thread.is_alive():
                 raise RuntimeError(
                     f"Ray Tune stopped before the jobs were done: {self._failure}"
                 ) from self._failure
-            if self._tell is not None and time.monotonic() - self._began > BUSY_SECONDS:
-                self._tell_if_waiting(self._tell)
+            if self._say is not None and time.monotonic() - self._began > BUSY_SECONDS:
+                self._say_if_waiting(self._say)
         if batch.failure is not None:
             raise batch.failure
 
-    def _tell_if_waiting(self, tell: Callable[[str], None]) -> None:
-        """Look until there is a worker, which then stays, or others are seen to have it all."""
-        places = set(_places())
-        if "FINISHED" in places:
-            self._tell = None
-        elif places == {"NO_RESOURCES"}:
-            self._tell = None
-            tell(
-                f"no worker has started for {BUSY_SECONDS:g} s: others hold the cluster, of which "
-                f"a run keeps its workers to its end; this one waits for {self._needs} to be free"
-            )
+    def _say_if_waiting(self, say: Callable[[str], None]) -> None:
+        """Say once where other runs hold the cluster; not once a worker has started."""
+        states = set(_placement_states())
+        if "FINISHED" in states:
+            self._say = None
+        elif states == {"NO_RESOURCES"}:
+            self._say = None
+            say(f"no free resources: other runs hold the cluster; waiting for {self._needs}")
 
 
-def _places() -> list[str]:
-    """Return how far Ray has come with each place for a worker that this driver has asked for."""
+def _placement_states() -> list[str]:
+    """Return the scheduling state of each placement group of this driver's workers."""
     job = ray.get_runtime_context().get_job_id()
     return [
-        place["stats"]["scheduling_state"]
-        for name, place in placement_group_table().items()
-        if name.endswith(job) and place["state"] != "REMOVED" and _holds_more(place["bundles"])
+        group["stats"]["scheduling_state"]
+        for name, group in placement_group_table().items()
+        if name.endswith(job) and group["state"] != "REMOVED" and _has_workers(group["bundles"])
     ]
 
 
-def _holds_more(bundles: Mapping[int, Mapping[str, float]]) -> bool:
-    """Whether a place holds more than a coordinator's."""
+def _has_workers(bundles: Mapping[int, Mapping[str, float]]) -> bool:
+    """Return whether a placement group is for workers, not for a coordinator alone."""
     return any({"CPU", "GPU"} & bundle.keys() for bundle in bundles.values())
 
 
 class _StopWhenClosed(_Unsaved, tune.Stopper):
-    def __init__(self, desk: _PoolScheduler) -> None:
-        self._desk = desk
+    def __init__(self, scheduler: _PoolScheduler) -> None:
+        self._scheduler = scheduler
 
     def __call__(self, trial_id: str, result: Row) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self._desk.closed
+        return self._scheduler.closed
 
 
 def _empty(trial: Trial) -> None:
-    """Take from a trial that is over what Tune would keep of it as long as the run lasts."""
+    """Clear the data of an ended trial, which Tune would keep as long as the run lasts."""
     trial.config, trial.evaluated_params = {}, {}
     metadata = trial.run_metadata
     metadata.metric_analysis, metadata.metric_n_steps, metadata.last_result = {}, {}, {}
 
 
 def _asha(early: EarlyStopping) -> TrialScheduler:
-    """ASHA (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
+    """Return the scheduler of ASHA (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
     return ASHAScheduler(
         time_attr="epoch",
         metric=early.metric,

@@ -1,4 +1,4 @@
-"""A Ray job seen from outside: submitted, followed line by line, stopped, and how it ended."""
+"""Ray jobs from outside the cluster: submit, follow the log, stop."""
 
 from __future__ import annotations
 
@@ -22,34 +22,38 @@ from ray.job_submission import JobSubmissionClient
 from selfkd.errors import ConfigError
 from selfkd.execution.cluster import token_message
 
-ANSWER_SECONDS = 5.0
-PENDING_SECONDS = 10.0  # how often a job that waits says why
-STOP_SECONDS = 60.0  # for a job that was asked to stop
-RETRIES = 20  # of a connection that was lost, a second apart
+ANSWER_SECONDS = 5.0  # limit for a response of the dashboard
+PENDING_SECONDS = 10.0  # between two messages about a pending job
+STOP_SECONDS = 60.0  # limit for a job to stop
+RETRIES = 20  # of a lost connection, a second apart
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOO_LARGE = "413"
 LOST = (aiohttp.ClientError, requests.RequestException, RuntimeError, OSError)
 
 Say = Callable[[str], object]
+"""Callback for text to a person."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """How a job ended."""
+    """End of a job."""
 
     status: str
-    """Ray's word: SUCCEEDED, FAILED, STOPPED, or what it was when it was left."""
+    """Ray's status: SUCCEEDED, FAILED, STOPPED, or that of a job that is no longer followed."""
     code: int | None
-    """Exit code of its command, where that was run to its end."""
+    """Exit code of the job's command; None where it did not run to its end."""
     message: str
-    """What Ray says of it."""
+    """Ray's message about the job."""
 
 
 def open_client(address: str) -> JobSubmissionClient:
-    """Connect to the head's dashboard, which takes jobs.
+    """Connect to the dashboard of a cluster's head.
+
+    Args:
+        address: URL of the dashboard, `http://HOST:PORT`.
 
     Raises:
-        ConfigError: nothing answers at the address, or what answers wants another token.
+        ConfigError: There is no Ray dashboard at the address, or it requires another token.
     """
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.WARNING)
@@ -61,16 +65,16 @@ def open_client(address: str) -> JobSubmissionClient:
         "only, unless asked: ray dashboard examples/cluster.yaml, ssh -L 8265:localhost:8265 HEAD "
         "or kubectl port-forward brings it here"
     )
-    try:  # Ray's own request would wait for ever
-        answer = requests.get(f"{address}/api/version", timeout=ANSWER_SECONDS)
+    try:  # Ray's own request has no timeout
+        response = requests.get(f"{address}/api/version", timeout=ANSWER_SECONDS)
     except requests.RequestException as error:
         raise ConfigError(
             f"--address must answer, got {address}: {_short(error)}; {way_out}"
         ) from None
-    if answer.status_code not in (200, 401, 403):
+    if response.status_code not in (200, 401, 403):
         raise ConfigError(
             f"--address must be a Ray dashboard, got {address}, which answers "
-            f"{answer.status_code}; {way_out}"
+            f"{response.status_code}; {way_out}"
         )
     try:
         return JobSubmissionClient(address)
@@ -85,10 +89,17 @@ def open_client(address: str) -> JobSubmissionClient:
 def submit(
     client: JobSubmissionClient, *, job: str, entrypoint: str, runtime_env: Mapping[str, Any]
 ) -> None:
-    """Upload what a job needs, and submit it.
+    """Upload the files of a job, and submit it.
+
+    Args:
+        client: Client of the cluster.
+        job: Submission id, new on the cluster.
+        entrypoint: Command line of the job.
+        runtime_env: Runtime environment of the job.
 
     Raises:
-        ConfigError: the job's name is taken, its files are too large, or its environment is wrong.
+        ConfigError: The submission id exists, the files are too large, or the runtime environment
+            is invalid.
     """
     try:
         client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=dict(runtime_env))
@@ -106,23 +117,26 @@ def submit(
 
 
 @contextmanager
-def kept(tell: Say) -> Iterator[Sequence[int]]:
-    """Keep Ctrl-C and SIGTERM for later, as a job that is being submitted may run all the same.
+def kept(say: Say) -> Iterator[Sequence[int]]:
+    """Defer Ctrl-C and SIGTERM while a job is submitted, which may run all the same.
 
-    A second one is not kept: KeyboardInterrupt.
+    A second signal raises KeyboardInterrupt.
 
     Args:
-        tell: gets what is to be said of it.
+        say: Callback for messages to the user.
+
+    Yields:
+        Signals received so far.
     """
     heard: list[int] = []
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    def defer(number: int, frame: FrameType | None) -> None:
         if heard:
             raise KeyboardInterrupt
         heard.append(number)
-        tell("stopping; once more Ctrl-C leaves at once")
+        say("stopping; once more Ctrl-C leaves at once")
 
-    before = [(number, signal.signal(number, hear)) for number in SIGNALS]
+    before = [(number, signal.signal(number, defer)) for number in SIGNALS]
     try:
         yield heard
     finally:
@@ -131,35 +145,38 @@ def kept(tell: Say) -> Iterator[Sequence[int]]:
 
 
 def follow(
-    client: JobSubmissionClient, job: str, *, write: Say, tell: Say, heard: Sequence[int] = ()
+    client: JobSubmissionClient, job: str, *, write: Say, say: Say, heard: Sequence[int] = ()
 ) -> End:
-    """Follow a job to its end; Ctrl-C and SIGTERM stop it, and a second one leaves it alone.
+    """Follow a job to its end; Ctrl-C or SIGTERM stops the job, a second one leaves it running.
 
     Args:
-        client: of the cluster.
-        job: its submission id.
-        write: gets the log as it grows.
-        tell: gets what is to be said beside the log.
-        heard: signals that have come before: the job is stopped at once.
+        client: Client of the cluster.
+        job: Submission id.
+        write: Callback for new text of the log.
+        say: Callback for messages to the user.
+        heard: Signals received before; with any, the job is stopped at once.
+
+    Raises:
+        ConnectionError: The cluster did not respond `RETRIES` times.
     """
-    return asyncio.run(_Follower(client, job, write, tell).follow(heard))
+    return asyncio.run(_LogFollower(client, job, write, say).follow(heard))
 
 
-class _Follower:
-    def __init__(self, client: JobSubmissionClient, job: str, write: Say, tell: Say) -> None:
-        self.client, self.job, self.write, self.tell = client, job, write, tell
-        self.asked = asyncio.Event()  # to stop
+class _LogFollower:
+    def __init__(self, client: JobSubmissionClient, job: str, write: Say, say: Say) -> None:
+        self.client, self.job, self.write, self.say = client, job, write, say
+        self.stopping = asyncio.Event()
         self.seen = 0  # characters of the log
 
     async def follow(self, heard: Sequence[int]) -> End:
         tail = asyncio.create_task(self._tail())
-        beside = [asyncio.create_task(work) for work in (self._tell_pending(), self._stop(tail))]
+        beside = [asyncio.create_task(work) for work in (self._say_pending(), self._stop(tail))]
         loop = asyncio.get_running_loop()
 
         def interrupt() -> None:
-            if self.asked.is_set():
+            if self.stopping.is_set():
                 tail.cancel()
-            self.asked.set()
+            self.stopping.set()
 
         before = [(number, signal.getsignal(number)) for number in SIGNALS]
         for number in SIGNALS:
@@ -185,7 +202,7 @@ class _Follower:
         return End(status=info.status.value, code=info.driver_exit_code, message=info.message or "")
 
     async def _tail(self) -> None:
-        """Write the log until the job has ended; a lost connection goes on where it was lost."""
+        """Write the log until the job ends; a lost connection resumes at the same character."""
         failures = 0
         while True:
             error = None
@@ -203,7 +220,7 @@ class _Follower:
                 error = lost
                 failures += 1
             if failures == 1:
-                self.tell(f"the cluster does not answer ({_short(error)}): trying again")
+                self.say(f"the cluster does not answer ({_short(error)}): trying again")
             if failures > RETRIES:
                 raise ConnectionError(
                     f"the cluster did not answer {RETRIES} times ({_short(error)}); "
@@ -211,8 +228,8 @@ class _Follower:
                 ) from error
             await asyncio.sleep(1)
 
-    async def _tell_pending(self) -> None:
-        """Say why a job does not start, for as long as it does not."""
+    async def _say_pending(self) -> None:
+        """Say at intervals why a job is pending."""
         start = time.monotonic()
         while True:
             await asyncio.sleep(PENDING_SECONDS)
@@ -221,22 +238,22 @@ class _Follower:
                 if info.status.value != "PENDING":
                     return
                 passed = time.monotonic() - start
-                self.tell(f"{self.job} is pending for {passed:.0f} s: {info.message}")
+                self.say(f"{self.job} is pending for {passed:.0f} s: {info.message}")
 
     async def _stop(self, tail: asyncio.Task[None]) -> None:
-        """Stop the job when that is asked for; leave it when it does not stop."""
-        await self.asked.wait()
-        self.tell(f"stopping {self.job}; once more Ctrl-C leaves without waiting for it")
+        """Stop the job on a signal; stop following it where it does not end."""
+        await self.stopping.wait()
+        self.say(f"stopping {self.job}; once more Ctrl-C leaves without waiting for it")
         try:
             await asyncio.to_thread(self.client.stop_job, self.job)
         except LOST as error:
-            self.tell(f"{self.job} could not be told to stop: {_short(error)}")
+            self.say(f"{self.job} could not be stopped: {_short(error)}")
         await asyncio.sleep(STOP_SECONDS)
         tail.cancel()
 
 
 def _short(error: BaseException | None) -> str:
-    """Return the last cause of an error on a line; those of HTTP libraries hide it in wrappings."""
+    """Return the innermost cause of an error on one line; HTTP libraries wrap it several times."""
     while error is not None and isinstance(error.args[:1] and error.args[0], BaseException):
         error = error.args[0]
     reason = getattr(error, "reason", None)

@@ -1,7 +1,8 @@
-"""Joining a cluster, and what is checked before a run: real heads, nodes and autoscalers."""
+"""Joining a cluster, and the checks before a run, with real heads, nodes and autoscalers."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 from ray.cluster_utils import Cluster
 from ray_head import ROOT, ray_head
 
+import selfkd
 from selfkd.errors import ConfigError
 from selfkd.execution import cluster
 from selfkd.execution.cluster import connect, find_slots
@@ -29,7 +31,7 @@ LIMIT = 600
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, address: str) -> str:
-    """Return why an address is refused, which must be said in seconds and without Ray started."""
+    """Return why an address is refused, which must take seconds and not start Ray."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     start = time.monotonic()
     with pytest.raises(ConfigError) as error, connect():
@@ -57,7 +59,7 @@ def test_an_address_of_another_kind(address: str, monkeypatch: pytest.MonkeyPatc
     assert f"got {address}: from outside the cluster submit a job" in said
 
 
-def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "RAY_ADDRESS must" in refused(monkeypatch, "nowhere.invalid:6379")
 
 
@@ -75,7 +77,7 @@ def nodes() -> Iterator[Cluster]:
 
 @pytest.fixture
 def joined(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What is told, while joined to the two nodes."""
+    """Messages to the user, while joined to the two nodes."""
     monkeypatch.setenv("RAY_ADDRESS", nodes.address)
     monkeypatch.setattr(cluster, "NODE_SECONDS", LIMIT)  # a loaded machine starts workers slowly
     with connect() as was_there:
@@ -83,8 +85,8 @@ def joined(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
         yield []
 
 
-def slots(told: list[str], storage: Path, **needs: Any) -> int:
-    return find_slots(storage=storage, joined=True, tell=told.append, **needs)
+def slots(said: list[str], storage: Path, **needs: Any) -> int:
+    return find_slots(storage=storage, joined=True, say=said.append, **needs)
 
 
 def test_slots_are_counted_over_nodes_that_see_the_storage(
@@ -107,8 +109,8 @@ def test_what_no_node_has_is_refused_in_seconds(
     assert time.monotonic() - start < 10
     for part in ("asked for 1 CPU and 2 GPU a trial", "has 2 CPU and 1 GPU", "resources.wait"):
         assert part in str(error.value)
-    (told,) = joined
-    assert re.fullmatch(r"waiting for a node with 1 CPU and 2 GPU: none has it yet \(\d s\)", told)
+    (said,) = joined
+    assert re.fullmatch(r"waiting for a node with 1 CPU and 2 GPU: none has it yet \(\d s\)", said)
 
 
 def test_a_node_that_joins_late_is_waited_for(
@@ -116,14 +118,14 @@ def test_a_node_that_joins_late_is_waited_for(
 ) -> None:
     started = []
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         joined.append(text)
         if not started:
             started.append(nodes.add_node(num_cpus=1, num_gpus=2))
 
     needs = {"cpu": 1.0, "gpu": 2.0}
     try:
-        found = find_slots(**needs, storage=tmp_path, joined=True, wait=LIMIT, tell=tell)
+        found = find_slots(**needs, storage=tmp_path, joined=True, wait=LIMIT, say=say)
     finally:
         for node in started:
             nodes.remove_node(node)
@@ -133,7 +135,7 @@ def test_a_node_that_joins_late_is_waited_for(
 def test_a_storage_that_a_node_cannot_see(
     joined: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The marker is gone when the nodes look for it."""
+    """The marker does not exist when the nodes look for it."""
     monkeypatch.setattr(Path, "touch", lambda path: None)
     with pytest.raises(ConfigError) as error:
         slots(joined, tmp_path, cpu=1, gpu=0)
@@ -142,7 +144,7 @@ def test_a_storage_that_a_node_cannot_see(
     assert said.count("cannot see it (No such file or directory)") == 2
 
 
-def test_a_storage_that_hangs_on_a_node_is_said(
+def test_a_storage_that_hangs_on_a_node_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "STORAGE_SECONDS", 0.2)
@@ -159,7 +161,7 @@ def test_a_storage_that_hangs_on_a_node_is_said(
     assert fault == "has no answer from it within 0.2 s"
 
 
-def test_a_node_that_does_not_answer_holds_nothing_up(
+def test_an_unresponsive_node_does_not_delay_the_run(
     joined: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "NODE_SECONDS", 0.0)
@@ -170,7 +172,7 @@ def test_a_node_that_does_not_answer_holds_nothing_up(
 def test_nodes_of_another_version(
     joined: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other code is refused; another torch is said, once."""
+    """Other code is refused; another torch is reported, once."""
     ours, here = cluster._versions(), os.getpid()
 
     def differ(**versions: str) -> None:
@@ -186,6 +188,12 @@ def test_nodes_of_another_version(
         slots(joined, tmp_path, cpu=1, gpu=0)
 
 
+def test_the_code_of_all_packages_is_compared() -> None:
+    files = sorted(Path(selfkd.__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    assert cluster._versions()["selfkd"] == code
+
+
 @pytest.mark.skipif(
     shutil.which("unshare") is None
     or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
@@ -194,7 +202,7 @@ def test_nodes_of_another_version(
 def test_a_node_with_a_folder_of_its_own_in_the_storages_place(
     joined: list[str], nodes: Cluster, tmp_path: Path
 ) -> None:
-    """What a cluster without a network folder looks like: the path is there, the files are not."""
+    """As on a cluster without a network folder: the path exists, the files do not."""
     temporary = tempfile.mkdtemp(prefix="rn", dir="/tmp")
     start = f"ray start --address={nodes.address} --num-cpus=1 --temp-dir={temporary} --block"
     start += " --dashboard-agent-listen-port=0 --metrics-export-port=0"
@@ -220,8 +228,8 @@ def test_a_node_with_a_folder_of_its_own_in_the_storages_place(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_an_autoscaler_is_waited_for_and_asked_no_longer_than_needed(tmp_path: Path) -> None:
-    """Its GPU nodes do not exist yet; more GPUs than a node of it has are refused."""
+def test_an_autoscaler_is_waited_for_no_longer_than_needed(tmp_path: Path) -> None:
+    """Its GPU nodes do not exist yet; more GPUs than such a node has are refused."""
     kinds = {
         "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
         "gpu": {"resources": {"CPU": 2, "GPU": 1}, "node_config": {}, "max_workers": 1},
@@ -236,7 +244,7 @@ with connect() as joined:
     for gpu, wait in ((1, None), (3, 0)):
         try:
             found = find_slots(
-                cpu=1, gpu=gpu, storage=storage, joined=joined, wait=wait, tell=print
+                cpu=1, gpu=gpu, storage=storage, joined=joined, wait=wait, say=print
             )
             print("slots:", found)
         except ValueError as error:
@@ -258,7 +266,7 @@ with connect() as joined:
     )
 
 
-def test_a_dashboard_is_on_loopback_and_only_when_asked_for(tmp_path: Path) -> None:
+def test_a_dashboard_is_on_loopback_and_only_with_verbose(tmp_path: Path) -> None:
     code = """
 import ray
 from selfkd.execution.cluster import connect

@@ -1,4 +1,4 @@
-"""Several workers that train one student, on real Ray: Ray Train inside the pool's trials."""
+"""Several workers that train one student: Ray Train within the pool's trials."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pool(cluster: None) -> Iterator[Pool]:
 
 
 class Recorded(Batch):
-    """A batch that keeps every row it hears, by job."""
+    """A batch that collects the rows of each job."""
 
     def __init__(self, jobs: list[Job]) -> None:
         super().__init__(jobs)
@@ -54,7 +54,7 @@ class Recorded(Batch):
         self.rows.setdefault(job.payload.get("name", ""), []).extend(rows)
 
 
-def test_training_is_done_by_a_group_and_the_first_rank_reports(pool: Pool) -> None:
+def test_training_runs_on_a_group_and_rank_0_reports(pool: Pool) -> None:
     batch = Recorded([Job("train", {"name": name, "epochs": 3}) for name in ("a", "b")])
     pool.run(batch)
     assert [outcome.error for outcome in batch.outcomes] == [None] * 2
@@ -64,19 +64,19 @@ def test_training_is_done_by_a_group_and_the_first_rank_reports(pool: Pool) -> N
 
 
 def test_other_jobs_get_one_warm_worker(pool: Pool) -> None:
-    batch = Recorded([Job("label", {"name": str(n), "epochs": 2}) for n in range(8)])
+    batch = Recorded([Job("evaluate", {"name": str(n), "epochs": 2}) for n in range(8)])
     pool.run(batch)
     rows = [row for job in batch.rows.values() for row in job]
     assert [row["size"] for row in rows] == [1] * 16
     assert len({row["pid"] for row in rows}) < 8
 
 
-def test_what_a_rank_raises_fails_the_job(pool: Pool) -> None:
+def test_an_error_of_a_rank_fails_the_job(pool: Pool) -> None:
     batch = Recorded([Job("train", {"name": "a", "epochs": 3, "fails": 1})])
     pool.run(batch)
     assert [outcome.error for outcome in batch.outcomes] == ["ValueError: rank 1 fails"]
-    assert [row["epoch"] for row in batch.rows["a"]] == [1]  # it was not tried again
-    batch = Recorded([Job("label", {"name": "a", "epochs": 3, "fails": 0})])
+    assert [row["epoch"] for row in batch.rows["a"]] == [1]  # it was not repeated
+    batch = Recorded([Job("evaluate", {"name": "a", "epochs": 3, "fails": 0})])
     pool.run(batch)
     assert [outcome.error for outcome in batch.outcomes] == ["ValueError: rank 0 fails"]
 
@@ -90,7 +90,7 @@ def test_a_job_whose_rank_dies_is_repeated(pool: Pool, tmp_path: Path, rank: int
     assert [(outcome.error, outcome.row["epoch"]) for outcome in batch.outcomes] == [(None, 3)]
 
 
-@pytest.mark.parametrize("kind", ["label", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["evaluate", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_job_whose_storage_fails_is_repeated(
     pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
@@ -102,13 +102,15 @@ def test_a_job_whose_storage_fails_is_repeated(
 
 
 def test_stopping_a_trial_ends_its_group(pool: Pool, tmp_path: Path) -> None:
-    """The workers are free for others: all four CPUs can be had again."""
+    """The workers are released: all four CPUs are available again."""
     jobs = [
         {"name": "good", "epochs": 60, "accuracy": 0.9},
         {"name": "bad", "epochs": 60, "accuracy": 0.1, "pause": 0.3},
     ]
     batch = Recorded([Job("train", {**job, "trace": str(tmp_path / job["name"])}) for job in jobs])
-    pool.run(batch, early=EarlyStopping(60), limit=1)  # so that there is one to be worse than
+    pool.run(
+        batch, early=EarlyStopping(60), limit=1
+    )  # so that one can be worse
     assert [outcome.stopped for outcome in batch.outcomes] == [False, True]
     deadline = time.monotonic() + 120
     while ray.available_resources().get("CPU", 0) < 4:
@@ -134,7 +136,7 @@ def trained(pool: Pool, job: dict[str, Any]) -> list[Row]:
 
 @pytest.mark.parametrize("case", ["distilled", pytest.param("labels", marks=pytest.mark.slow)])
 def test_the_loss_curve_is_that_of_one_worker(training: Pool, tmp_path: Path, case: str) -> None:
-    """With the same global batch, from stored answers; from labels, `test_ranks` has it too."""
+    """With the same global batch, on cached logits; `test_ranks` covers labels, too."""
     more = born_again(tmp_path) if case == "distilled" else {}
     rows = trained(training, payload(tmp_path / "together", *PLAIN, **more))
     alone = list(run_job("train", payload(tmp_path / "alone", *PLAIN, **more)))
@@ -144,7 +146,7 @@ def test_the_loss_curve_is_that_of_one_worker(training: Pool, tmp_path: Path, ca
             assert other[key] == pytest.approx(one[key], abs=1e-4), key
 
 
-def test_a_user_s_function_has_the_ranks(training: Pool, tmp_path: Path) -> None:
+def test_a_user_function_has_the_ranks(training: Pool, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(USERS)
     job = payload(tmp_path / "own", *PLAIN, function=f"{tmp_path}/mine.py:train_fn")
     rows = trained(training, job)

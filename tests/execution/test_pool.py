@@ -1,4 +1,4 @@
-"""The pool, on real Ray: who runs what, in which process, and what becomes of failures."""
+"""The pool on Ray: jobs, processes and failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def jobs(count: int, kind: str = "train", **payload: Any) -> Batch:
 
 
 class Recorded(Batch):
-    """A batch that keeps every row it hears, by job."""
+    """A batch that collects the rows of each job."""
 
     def __init__(self, jobs: list[Job]) -> None:
         super().__init__(jobs)
@@ -47,29 +47,28 @@ class Recorded(Batch):
 
 @ray.remote
 class Holder:
-    """Takes what it was given, as another run does."""
+    """Holds resources, as another run does."""
 
 
-def test_who_waits_for_others_is_told_so_once(
+def test_waiting_for_other_runs_is_said_once(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stands first, before the pool of this module has taken what there is."""
+    """The first test, before the pool of this module has taken all CPUs."""
     monkeypatch.setattr("selfkd.execution.pool.BUSY_SECONDS", 1.0)
     other = Holder.options(num_cpus=2).remote()  # type: ignore[attr-defined]
     said: list[str] = []
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         said.append(text)
         ray.kill(other)
 
     batch = jobs(2)
-    with Pool(ENTRY, cpu=1, gpu=0, warm=1, tell=tell) as pool:
+    with Pool(ENTRY, cpu=1, gpu=0, warm=1, say=say) as pool:
         pool.run(batch)
     assert len(batch.outcomes) == 2
-    assert len(said) == 1
-    assert "no worker has started for 1 s: others hold the cluster" in said[0]
+    assert said == ["no free resources: other runs hold the cluster; waiting for 1 CPU, 0 GPU"]
     said.clear()
-    with Pool(ENTRY, cpu=1, gpu=0, warm=1, tell=tell) as pool:
+    with Pool(ENTRY, cpu=1, gpu=0, warm=1, say=say) as pool:
         pool.run(jobs(1, pause=0.5))
     assert said == []
 
@@ -92,7 +91,7 @@ def test_every_row_is_reported_in_order(pool: Pool) -> None:
 
 
 def test_workers_stay_warm_from_batch_to_batch(pool: Pool) -> None:
-    """Between batches the same two processes wait, however long it takes."""
+    """Between batches the same two processes stay, however long it takes."""
     processes: set[int] = set()
     deadline = time.monotonic() + 60
     while len(processes) < 2 and time.monotonic() < deadline:  # the second may still be starting
@@ -155,7 +154,7 @@ def test_a_job_whose_storage_fails_is_repeated_and_one_that_lacks_a_file_is_not(
     errors = {o.job.payload["name"]: o.error for o in batch.outcomes}
     assert errors == {"away": None, "lacks": "FileNotFoundError: lacks names no file"}
     assert [row["epoch"] for row in batch.rows["lacks"]] == [1]
-    assert "OSError: [Errno 5] the storage is away in mid-away; what it did is" in caplog.text
+    assert "OSError: [Errno 5] the storage is away in mid-away; its work is repeated" in caplog.text
 
 
 @pytest.mark.slow  # three workers are started
@@ -171,8 +170,8 @@ def one_row(kind: str, payload: Any) -> Iterator[dict[str, Any]]:
     yield {"epoch": 1}
 
 
-def test_a_worker_that_does_not_see_the_run_says_so_and_fails(tmp_path: Path) -> None:
-    """A node that joined late was not among those that were looked at before."""
+def test_a_worker_that_does_not_see_the_run_folder_fails(tmp_path: Path) -> None:
+    """A node that joined late has not been checked before."""
     config = {"entry": f"{__name__}:one_row", "group": None, "report_seconds": 1.0}
     config |= {"job": _JobSpec(Job("train", {})), "run": (str(tmp_path), "digits-1")}
     fault = f"OSError: storage must be a folder that every node sees, got {tmp_path}, which "
@@ -246,7 +245,7 @@ def test_asha_stops_the_worse_trials_early(pool: Pool) -> None:
     assert not any(o.stopped for o in batch.outcomes)
 
 
-def test_what_the_listener_raises_ends_the_batch(pool: Pool) -> None:
+def test_an_error_of_the_jobs_ends_the_batch(pool: Pool) -> None:
     class Broken(Batch):
         def tell(self, outcome: Outcome) -> None:
             raise OSError("no space left on device")
@@ -257,7 +256,7 @@ def test_what_the_listener_raises_ends_the_batch(pool: Pool) -> None:
 
 
 def test_closing_stops_what_runs(cluster: None) -> None:
-    """As after Ctrl-C: the pool is left while a long job runs, and does not wait for it."""
+    """As after Ctrl-C: leaving the pool while a long job runs does not wait for it."""
     failure: list[BaseException] = []
 
     def wait(pool: Pool) -> None:
@@ -266,7 +265,7 @@ def test_closing_stops_what_runs(cluster: None) -> None:
         except RuntimeError as error:
             failure.append(error)
 
-    # the other pool of this module holds both CPUs: this one gets fractions of none
+    # the other pool of this module holds both CPUs
     with Pool(ENTRY, cpu=0.001, gpu=0, warm=1) as pool:
         waiter = threading.Thread(target=wait, args=(pool,))
         waiter.start()

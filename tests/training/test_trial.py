@@ -27,8 +27,6 @@ from selfkd.training.fit import fit
 from selfkd.training.functions import function_reference, load_function
 from selfkd.training.trial import Trial, run_function
 
-ROOT = Path(__file__).parents[1]
-
 
 def make_trial(folder: Path, *settings: str, **changes: Any) -> Trial:
     options: dict[str, Any] = {"stage": "generation-0", "seed": 3, **changes}

@@ -1,4 +1,4 @@
-"""Intervals and tests: what a difference between two ways of training, or two models, is worth."""
+"""Confidence intervals and tests of means, paired differences and ratios."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from selfkd.results import Interval
 
 CONFIDENCE = 0.95
 RESAMPLES = 1999
-SAME = 1e-6  # of their size: values this close are equal, as far as single precision tells
+SAME = 1e-6  # relative: values this close are equal in single precision
 
 
 def paired_p(values: Sequence[float], others: Sequence[float]) -> float | None:
     """Return the two-sided p-value of the paired t test (`scipy.stats.ttest_rel`).
 
     Args:
-        values: one a seed.
-        others: on the same seeds in the same order.
+        values: Values, one a seed.
+        others: Values of the same seeds in the same order.
 
     Returns:
-        None for a single pair, or where all differences are the same: no spread, no test.
+        p-value; None for a single pair, or where all differences are equal.
 
     Raises:
-        ValueError: samples of different lengths, or none.
+        ValueError: Samples of different lengths, or empty ones.
 
     Reference:
         Student, "The probable error of a mean", Biometrika, 1908,
@@ -37,24 +37,26 @@ def paired_p(values: Sequence[float], others: Sequence[float]) -> float | None:
     """
     if len(values) != len(others) or not values:
         raise ValueError(f"values must be pairs, got {len(values)} and {len(others)}")
-    differences = np.subtract(values, others)
-    if np.ptp(differences) <= 1e-6 * np.abs([values, others]).max():  # equal but for rounding
+    if _are_equal(np.subtract(values, others), np.abs([values, others]).max()):
         return None
-    from scipy.stats import ttest_rel  # a second to import: only when it is used
+    from scipy.stats import ttest_rel  # slow to import
 
     return float(ttest_rel(values, others).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for how many were looked at.
+    """Return p-values corrected for multiple tests (Holm).
 
         p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)),    p_(1) <= … <= p_(m)
 
-    Calling significant what is at most 0.05 finds anything false in at most 5 % of such families
-    of tests, however these depend on each other.
+    The probability of any false rejection in the family is at most the level, whatever the
+    dependence between the tests.
 
     Args:
-        p_values: of one family, in any order.
+        p_values: p-values of one family of tests, in any order.
+
+    Returns:
+        Corrected p-values in the same order.
 
     Reference:
         Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
@@ -72,20 +74,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean of independent runs with Student's t interval.
+    """Return the mean of independent runs with Student's t interval (`scipy.stats.ttest_1samp`).
 
         mean ± t(n - 1) s / sqrt(n)
 
     Args:
-        values: one a run, or paired differences, one a seed.
-        confidence: of the interval.
+        values: Values, one a run, or paired differences, one a seed.
+        confidence: Confidence level of the interval, in (0, 1).
 
     Returns:
-        Without ends for a single value, and where all are the same: that says nothing of the
-        spread. (Accuracies are steps of one image; two differences are often equal by chance.)
+        Mean and interval; without ends for a single value, and where all values are equal, which
+        gives no estimate of the spread (accuracies are multiples of 1 / images, so that two
+        differences are often equal by chance).
 
     Raises:
-        ValueError: no values.
+        ValueError: No values.
 
     Reference:
         Student, "The probable error of a mean", Biometrika, 1908,
@@ -97,29 +100,35 @@ def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) ->
     """
     if not values:
         raise ValueError("values must be at least one, got none")
-    return _t_interval(values, float(np.abs(values).max()), confidence)
+    mean = float(np.mean(values))
+    if _are_equal(values, np.abs(values).max()):
+        return Interval(mean)
+    from scipy.stats import ttest_1samp  # slow to import
+
+    found = ttest_1samp(values, 0).confidence_interval(confidence)
+    return Interval(mean, float(found.low), float(found.high))
 
 
 def paired_interval(
     values: Sequence[float], others: Sequence[float], *, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Return the mean difference of paired runs with the interval of the paired t test.
+    """Return the mean difference of paired runs with its t interval (`scipy.stats.ttest_rel`).
 
         d = mean(a - b) ± t(n - 1) s(a - b) / sqrt(n)
 
-    What a pair shares, such as its seed, drops out of the difference.
+    What the runs of a pair share, such as the seed, cancels in the difference.
 
     Args:
-        values: a, one a seed.
-        others: b, on the same seeds in the same order.
-        confidence: of the interval.
+        values: Values a, one a seed.
+        others: Values b of the same seeds in the same order.
+        confidence: Confidence level of the interval, in (0, 1).
 
     Returns:
-        Without ends as `mean_interval`. It leaves out 0 exactly where `scipy.stats.ttest_rel` has
-        p < 1 - confidence.
+        Mean difference and interval; without ends as in `mean_interval`. The interval excludes 0
+        exactly where `paired_p` is below 1 - confidence.
 
     Raises:
-        ValueError: samples of different lengths, or none.
+        ValueError: Samples of different lengths, or empty ones.
 
     Reference:
         Student, "The probable error of a mean", Biometrika, 1908,
@@ -131,16 +140,19 @@ def paired_interval(
     """
     if len(values) != len(others) or not values:
         raise ValueError(f"values must be pairs, got {len(values)} and {len(others)}")
-    differences: list[float] = np.subtract(values, others).tolist()
-    return _t_interval(differences, float(np.abs([values, others]).max()), confidence)
-
-
-def _t_interval(values: Sequence[float], size: float, confidence: float) -> Interval:
-    mean = float(np.mean(values))
-    if np.ptp(values) <= SAME * size:
+    differences = np.subtract(values, others)
+    mean = float(np.mean(differences))
+    if _are_equal(differences, np.abs([values, others]).max()):
         return Interval(mean)
-    half = _t(len(values), confidence) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
+    from scipy.stats import ttest_rel  # slow to import
+
+    found = ttest_rel(values, others).confidence_interval(confidence)
+    return Interval(mean, float(found.low), float(found.high))
+
+
+def _are_equal(values: Sequence[float] | NDArray[np.float64], size: float) -> bool:
+    """Return whether values are equal but for rounding of numbers of this size."""
+    return bool(np.ptp(values) <= SAME * size)
 
 
 def ratio_interval(
@@ -148,23 +160,23 @@ def ratio_interval(
 ) -> Interval | None:
     """Return the ratio of two paired means with Fieller's interval.
 
-    The ends are the r at which mean(a - r b) is just no longer different from 0 by a paired t test:
+    The ends are the ratios r between which a paired t test does not reject mean(a - r b) = 0:
 
         (mean_b² - t² v_bb) r² - 2 (mean_a mean_b - t² v_ab) r + mean_a² - t² v_aa = 0
 
-    where v are the variances and covariance of the means.
+    where v are the variances and the covariance of the means.
 
     Args:
-        numerators: a, one a pair.
-        denominators: b, one a pair.
-        confidence: of the interval.
+        numerators: Values a, one a pair.
+        denominators: Values b, one a pair.
+        confidence: Confidence level of the interval, in (0, 1).
 
     Returns:
-        Without ends where the denominator is not different from 0 (then any ratio may be), or for
-        a single pair; None where the mean denominator is not above 0.
+        Ratio and interval; without ends for a single pair, or where the mean denominator does not
+        differ significantly from 0; None where it is not above 0.
 
     Raises:
-        ValueError: samples of different lengths, or none.
+        ValueError: Samples of different lengths, or empty ones.
 
     Reference:
         Fieller, "Some problems in interval estimation", J. R. Stat. Soc. B, 1954,
@@ -186,7 +198,9 @@ def ratio_interval(
     if n == 1:
         return Interval(a / b)
     (v_aa, v_ab), (_, v_bb) = np.cov(numerators, denominators) / n
-    t2 = _t(n, confidence) ** 2
+    from scipy.stats import t  # slow to import
+
+    t2 = float(t.ppf((1 + confidence) / 2, n - 1)) ** 2
     leading = b * b - t2 * v_bb
     middle = a * b - t2 * v_ab
     inside = middle**2 - leading * (a * a - t2 * v_aa)
@@ -199,24 +213,24 @@ def ratio_interval(
 def mean_over_images(
     values: Sequence[float] | NDArray[np.float64], *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
-    """Return a mean over images with its bootstrap interval (percentile method).
+    """Return a mean over images with its percentile bootstrap interval (`scipy.stats.bootstrap`).
 
         mean of n values drawn with replacement, 1999 times; the middle `confidence` of those means
 
-    Of one model's hits (1 for a right answer, else 0) that is its accuracy; of the differences
-    between two models' hits, image by image, it is the paired difference. It speaks of these
-    models on other images, not of other seeds.
+    Of a model's hits (1 for a correct prediction, else 0) it is the accuracy; of the differences
+    between two models' hits, image by image, it is the paired difference. The interval is about
+    these models on other images, not about other seeds.
 
     Args:
-        values: one an image.
-        confidence: of the interval.
-        seed: of the draws.
+        values: Values, one an image.
+        confidence: Confidence level of the interval, in (0, 1).
+        seed: Random seed of the resampling.
 
     Returns:
-        Without ends where all values are the same.
+        Mean and interval; without ends where all values are equal.
 
     Raises:
-        ValueError: no values.
+        ValueError: No values.
 
     Reference:
         Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics, 1979,
@@ -232,7 +246,7 @@ def mean_over_images(
     mean = float(sample.mean())
     if np.ptp(sample) == 0:
         return Interval(mean)
-    from scipy.stats import bootstrap  # a second to import: only when it is used
+    from scipy.stats import bootstrap  # slow to import
 
     found = bootstrap(
         (sample,),
@@ -247,19 +261,19 @@ def mean_over_images(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact p-value of McNemar's test: do two models err equally often?
+    """Return the exact p-value of McNemar's test that two models err equally often.
 
         p = P(|X - n / 2| >= |b - n / 2|),    X ~ Binomial(n, 1/2),    n = b + c
 
     Args:
-        only_first: b, images that only the first model has right.
-        only_second: c, images that only the second has right.
+        only_first: Number b of images that only the first model classifies correctly.
+        only_second: Number c of images that only the second model classifies correctly.
 
     Returns:
-        In (0, 1]; 1 where no image tells them apart.
+        p-value in (0, 1]; 1 where both counts are 0.
 
     Raises:
-        ValueError: a count below 0.
+        ValueError: A count is below 0.
 
     Reference:
         McNemar, "Note on the sampling error of the difference between correlated proportions or
@@ -272,12 +286,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
         raise ValueError(f"counts must be at least 0, got {only_first} and {only_second}")
     if only_first + only_second == 0:
         return 1.0
-    from scipy.stats import binomtest  # a second to import: only when it is used
+    from scipy.stats import binomtest  # slow to import
 
     return float(binomtest(only_first, only_first + only_second).pvalue)
-
-
-def _t(n: int, confidence: float) -> float:
-    from scipy.stats import t  # a second to import: only when it is used
-
-    return float(t.ppf((1 + confidence) / 2, n - 1))

@@ -1,4 +1,4 @@
-"""Intervals against SciPy, and how often they hold what they claim to."""
+"""Intervals and tests against SciPy, and the coverage of the intervals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_no_value_is_refused() -> None:
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_intervals_of_means_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
+def test_intervals_of_means_have_their_coverage(seeds: int) -> None:
     rng = np.random.default_rng(0)
     held = [
         interval.low <= 0.3 <= interval.high
@@ -52,7 +52,7 @@ def test_intervals_of_means_hold_the_truth_as_often_as_they_say(seeds: int) -> N
     assert np.mean(held) == pytest.approx(0.95, abs=0.012)
 
 
-def test_the_ends_of_a_ratio_are_where_a_paired_test_turns() -> None:
+def test_at_the_ends_of_a_ratio_the_paired_test_has_its_level() -> None:
     a, b = [0.6, 0.9, 0.7, 0.8], [1.3, 1.2, 1.5, 1.4]
     found = ratio_interval(a, b)
     assert found is not None
@@ -63,7 +63,7 @@ def test_the_ends_of_a_ratio_are_where_a_paired_test_turns() -> None:
         assert p == pytest.approx(0.05, abs=1e-9)
 
 
-def test_intervals_of_ratios_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_of_ratios_have_their_coverage() -> None:
     rng = np.random.default_rng(1)
     held = []
     for _ in range(4000):
@@ -77,7 +77,7 @@ def test_intervals_of_ratios_hold_the_truth_as_often_as_they_say() -> None:
     assert np.mean(held) == pytest.approx(0.95, abs=0.012)
 
 
-def test_a_ratio_to_what_may_be_nothing_has_no_interval() -> None:
+def test_a_ratio_to_an_insignificant_denominator_has_no_interval() -> None:
     found = ratio_interval([0.1, 0.2, 0.1], [0.5, -0.4, 0.3])
     assert found is not None
     assert (found.low, found.high) == (None, None)
@@ -106,7 +106,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-def test_holm_claims_falsely_in_at_most_one_family_of_twenty() -> None:
+def test_holm_rejects_falsely_in_at_most_one_family_of_twenty() -> None:
     uniform = np.random.default_rng(0).random((4000, 5))
     assert np.mean([min(holm(row.tolist())) <= 0.05 for row in uniform]) < 0.06
 
@@ -121,8 +121,8 @@ def test_the_interval_of_paired_differences_is_scipys(n: int) -> None:
     assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
 
-def test_differences_that_are_all_the_same_have_no_interval() -> None:
-    """Of 1,197 images one more is right on every seed: by chance, or not; nothing tells."""
+def test_equal_differences_have_no_interval() -> None:
+    """One image of 1,197 more on every seed: there is no estimate of the spread."""
     other = [1149 / 1197, 1153 / 1197, 1160 / 1197]
     one_more = np.float32(np.add(other, 1 / 1197)).tolist()  # as a float32 mean has it
     found = paired_interval(one_more, other)
@@ -132,7 +132,7 @@ def test_differences_that_are_all_the_same_have_no_interval() -> None:
     assert paired_interval([0.9], [0.8]).low is None
 
 
-def test_what_is_not_paired_is_refused() -> None:
+def test_unpaired_values_are_refused() -> None:
     with pytest.raises(ValueError, match="values must be pairs, got 2 and 1"):
         paired_interval([0.1, 0.2], [0.1])
     with pytest.raises(ValueError, match="values must be pairs, got 0 and 0"):
@@ -149,8 +149,8 @@ def sure(interval: Interval) -> bool:
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("gain", [0.0, 0.004])
-def test_paired_intervals_hold_the_true_gain_as_often_as_they_say(seeds: int, gain: float) -> None:
-    """A seed moves both accuracies, and each of them alone."""
+def test_paired_intervals_have_their_coverage(seeds: int, gain: float) -> None:
+    """With a common effect of the seed on both accuracies, and one on each of them."""
     rng = np.random.default_rng(seeds)
     held = []
     for _ in range(4000):
@@ -166,10 +166,8 @@ def test_paired_intervals_hold_the_true_gain_as_often_as_they_say(seeds: int, ga
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("images", [100, 360, 1197, 10_000])
 @pytest.mark.parametrize("spread", [0.001, 0.004])
-def test_there_is_seldom_evidence_where_there_is_no_gain(
-    seeds: int, images: int, spread: float
-) -> None:
-    """Accuracies of so many images, in steps of one: what is called better or worse is not."""
+def test_without_a_gain_there_is_seldom_evidence(seeds: int, images: int, spread: float) -> None:
+    """Accuracies as multiples of 1 / images: what is called better or worse is not."""
     rng = np.random.default_rng(seeds)
     a, b = np.round((0.96 + rng.normal(0, spread, (2, 3000, seeds))) * images) / images
     found = [paired_interval(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
@@ -186,7 +184,7 @@ def test_mcnemar_is_scipys_exact_binomial_test() -> None:
 
 
 @pytest.mark.parametrize("disagree", [0.02, 0.05])
-def test_mcnemar_seldom_tells_models_apart_that_are_equally_good(disagree: float) -> None:
+def test_mcnemar_seldom_rejects_for_equally_good_models(disagree: float) -> None:
     rng = np.random.default_rng(0)
     apart = rng.binomial(1200, disagree, 1000)
     first = rng.binomial(apart, 0.5)
@@ -195,7 +193,7 @@ def test_mcnemar_seldom_tells_models_apart_that_are_equally_good(disagree: float
 
 
 def test_bootstrap_over_images_is_that_of_the_binomial() -> None:
-    """Means of resampled hits are binomial: the ends are its quantiles, up to the resampling."""
+    """Means of resampled hits are binomial: the ends are quantiles of that, up to resampling."""
     found = mean_over_images([1.0] * 900 + [0.0] * 100)
     assert found.value == 0.9
     low, high = stats.binom(1000, 0.9).ppf([0.025, 0.975]) / 1000
@@ -204,16 +202,14 @@ def test_bootstrap_over_images_is_that_of_the_binomial() -> None:
     assert found == mean_over_images([1.0] * 900 + [0.0] * 100)
 
 
-def test_hits_that_are_all_the_same_have_no_interval() -> None:
+def test_equal_hits_have_no_interval() -> None:
     assert mean_over_images([1.0, 1.0, 1.0]) == Interval(1.0)
     with pytest.raises(ValueError, match="values must be at least one, got none"):
         mean_over_images([])
 
 
 @pytest.mark.parametrize(("images", "accuracy"), [(300, 0.9), (600, 0.96)])
-def test_intervals_over_images_hold_the_truth_as_often_as_they_say(
-    images: int, accuracy: float
-) -> None:
+def test_intervals_over_images_have_their_coverage(images: int, accuracy: float) -> None:
     rng = np.random.default_rng(7)
     held = []
     for _ in range(400):

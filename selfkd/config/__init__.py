@@ -1,4 +1,4 @@
-"""The one schema: frozen, strict dataclasses, read from YAML, `--set` and flags."""
+"""Configuration: a schema of frozen, strict dataclasses, read from YAML, `--set` and flags."""
 
 from selfkd.config.load import RESUMABLE as RESUMABLE
 from selfkd.config.load import differences as differences

@@ -1,4 +1,4 @@
-"""A config read from YAML, `--set` and flags, and written again."""
+"""Reading a config from YAML, `--set` and flags, and writing it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selfkd.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the numbers that people write (1e-3 is one), and no key twice."""
+    """Safe loader of YAML 1.1 in which 1e-3 is a number and duplicate keys are refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around what `_Loader` would take for a number."""
+    """Safe dumper that quotes text which `_Loader` would read as a number."""
 
 
 _NO_KEYS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")
@@ -49,7 +49,14 @@ for _yaml in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Read YAML safely; `1e-3` is a number.
+    """Parse YAML safely; `1e-3` is a number.
+
+    Args:
+        text: YAML text.
+        source: Name of its source, for messages.
+
+    Raises:
+        ConfigError: The text is not YAML, or has duplicate keys.
 
     >>> parse_yaml("lr: 1e-3", "x.yaml")
     {'lr': 0.001}
@@ -69,12 +76,12 @@ def load_config(
     """Read a config: flags over `--set` over YAML over defaults.
 
     Args:
-        path: a YAML file.
-        settings: `dotted.key=value` texts.
-        flags: dotted keys with values already parsed; None values are left out.
+        path: YAML file.
+        settings: Texts `dotted.key=value`, as of `--set`.
+        flags: Parsed values by dotted key; None values are ignored.
 
     Raises:
-        ConfigError: with every fault found.
+        ConfigError: Keys or values are invalid; the message lists every fault, one a line.
 
     >>> load_config(settings=["train.lr=1e-2"], flags={"rounds": 2}).train.lr
     0.01
@@ -99,8 +106,13 @@ def load_config(
 def merge_settings(config: Config, *, settings: Sequence[str], flags: Mapping[str, Any]) -> Config:
     """Return a config with flags over `--set` over its own values.
 
+    Args:
+        config: Config to change.
+        settings: Texts `dotted.key=value`, as of `--set`.
+        flags: Parsed values by dotted key; None values are ignored.
+
     Raises:
-        ConfigError: with every fault found.
+        ConfigError: Keys or values are invalid; the message lists every fault, one a line.
     """
     return _overlay(to_tree(config), {}, settings, flags)
 
@@ -128,7 +140,7 @@ def _overlay(
         faults.extend(settings_faults(config, sources))
     except ConfigError as error:
         faults.append(str(error))
-        with suppress(ConfigError):  # its search space may be readable all the same
+        with suppress(ConfigError):  # the search space may be valid all the same
             faults.extend(settings_faults(from_tree({"search": tree.get("search")}), sources))
     if faults:
         raise ConfigError("\n".join(faults))
@@ -136,7 +148,7 @@ def _overlay(
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Return a config's values by dotted key."""
+    """Return the values of a config by dotted key."""
     return dict(leaves(to_tree(config), ""))
 
 
@@ -147,7 +159,7 @@ def dump_config(config: Config) -> str:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return `key: old -> new` for every value that differs."""
+    """Return `key: old -> new` for each value that differs between two configs."""
     before, after = flat(old), flat(new)
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
@@ -160,8 +172,9 @@ RESUMABLE = (
     *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
     *("targets.root", "checkpoint.", "controls"),
 )
+"""Beginnings of the dotted keys that may change when a run is resumed."""
 
 
 def resume_invariant(config: Config) -> dict[str, Any]:
-    """Return what of a config cannot change when a run is continued, by dotted key."""
+    """Return the values of a config that may not change when a run is resumed, by dotted key."""
     return {key: value for key, value in flat(config).items() if not key.startswith(RESUMABLE)}

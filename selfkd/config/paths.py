@@ -1,4 +1,4 @@
-"""The paths of a config: where this process sees them, and which a Ray job would lose."""
+"""Paths of a config: made absolute, and checked for Ray jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selfkd.storage.remote import as_path
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return a config whose files lie where this process sees them: workers have other folders."""
+    """Return a config with absolute paths, as workers have other working directories."""
     root = config.data.root or os.environ.get("SELFKD_DATA")
     members = dataclasses.replace(
         config.members,
@@ -27,16 +27,16 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def absolute(path: str) -> str:
-    """Return a path, or a URI, from the root on."""
+    """Return a path as an absolute one; a URI stays as it is."""
     return str(as_path(path).expanduser().absolute())
 
 
 def relative_paths(config: Config | None, *named: tuple[str, str | None]) -> list[str]:
-    """Return what is wrong with the relative paths of a Ray job: its own folder ends with it.
+    """Return faults of relative paths in a Ray job, whose working directory is removed at its end.
 
     Args:
-        config: Config of the run, where it is known.
-        named: Further paths, each after what gives it.
+        config: Config of the run; None where it is not known.
+        named: Further paths, each as its name and the path.
     """
     paths = list(named)
     if config is not None:

@@ -1,4 +1,4 @@
-"""The one schema: frozen, strict dataclasses, read from YAML, `--set` and flags."""
+"""Schema of the configuration, as frozen, strict dataclasses with the reference of each key."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RESERVED_ARGS = (
     *("feature_cfg", "pretrained_strict", "pretrained_filter_fn", "kwargs_filter"),
     *("pretrained_model_args",),
 )
-"""What timm takes for itself: where weights come from, and how they are loaded."""
+"""Arguments of timm's own functions: where weights come from, and how they are loaded."""
 
 
 def _plain_args(args: dict[str, Any]) -> dict[str, Any]:
@@ -72,56 +72,63 @@ ModelArgs = Annotated[dict[str, Any], AfterValidator(_plain_args)]
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DataConfig:
-    """What is learnt from."""
+    """Dataset, splits and augmentation."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10, cifar100, folder, or a timm data set name."""
+    """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
+    train/CLASS and test/CLASS) or any name of `timm.data.create_dataset`."""
     root: Place | None = None
-    """Where the data lies; the environment variable SELFKD_DATA when it is not given."""
+    """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
     download: bool = False
-    """Fetch the data into root when it is not there."""
+    """Whether to download the dataset into `root` where it is missing."""
     train_size: int | None = Field(default=None, ge=1)
-    """How many training images, stratified by label; all of them when not given."""
+    """Number of training images, stratified by class; all when not given."""
     val_size: int | None = Field(default=None, ge=1)
-    """How many images are held out to choose by; each data set has its own default."""
+    """Number of validation images, by which trials are chosen; each dataset has its own default."""
     classes: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Train on images of these classes alone; validation and test keep all."""
+    """Classes whose images are trained on, by index; all when not given. Validation and test keep
+    all."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side in pixels that a folder's images are resized and cropped to."""
+    """Side in pixels to which images are resized and cropped; when not given, that of the dataset,
+    and of a folder or timm dataset the shorter side of its first training image, at most 64."""
     in_memory: bool | None = None
-    """Hold all images as one tensor; by size when not given."""
+    """Whether to hold all images in memory rather than decode them batch by batch; when not given,
+    up to 2 GB are held."""
     workers: int = Field(default=2, ge=0)
-    """Processes that decode images which are not in memory."""
+    """Number of processes that decode images which are not held in memory."""
     crop: float | None = Field(default=None, gt=0, le=1)
-    """Random resized crop: smallest share of the area that is kept."""
+    """Random resized crop: smallest fraction of the area that is kept; no crop when not given."""
     flip: bool = False
-    """Mirror half of the images."""
+    """Whether to flip half of the images left to right."""
     jitter: int = Field(default=0, ge=0)
-    """Shift by up to so many pixels, filled with zeros (the same as pad and crop)."""
+    """Largest random shift in pixels, filled with zeros (the same as pad and crop)."""
     views: int | None = Field(default=None, ge=1)
-    """How many augmented views of an image are labelled; 1 without augmentation, else 8."""
+    """Number of augmented views of each image whose teacher logits are cached; epoch e is trained
+    on view e mod `views`. 1 without augmentation, else 8, when not given."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ModelConfig:
-    """A network: any name that `timm.create_model` knows."""
+    """Network."""
 
     name: str = "selfkd_cnn"
+    """Name of the network: any of `timm.create_model`, selfkd's own small networks (`selfkd_*`)
+    among them."""
     args: ModelArgs = Field(default_factory=dict)
-    """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` begins
-    with timm's own weights."""
+    """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` starts
+    from timm's pretrained weights."""
 
     @classmethod
     def of_checkpoint(cls, model: object) -> ModelConfig:
-        """Return the network that a file describes, of whatever origin.
+        """Return the network that the metadata of an untrusted checkpoint describes.
 
-        Arguments that say where weights come from are left out: the weights are in the file.
+        Arguments that say where weights come from are dropped: the weights are in the file.
 
         Args:
-            model: `name` and `args`, as a checkpoint's metadata has them.
+            model: Mapping with `name` and `args`.
 
         Raises:
-            ValueError: it is none, or an argument is not plain.
+            ValueError: The metadata describes no network, or an argument is not a plain value.
         """
         if not isinstance(model, Mapping) or not isinstance(args := model.get("args"), Mapping):
             raise ValueError(f"model must have a name and args, got {model!r}")
@@ -135,44 +142,57 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """Training of one student."""
 
     epochs: int = Field(default=40, ge=1)
+    """Number of passes over the training images."""
     batch_size: int = Field(default=20, ge=1)
+    """Images a step, over all workers of a trial."""
     optimizer: str = "sgd"
-    """A timm optimiser name: sgd (with Nesterov momentum), adamw, …"""
+    """Name of a timm optimiser: sgd (with Nesterov momentum), adamw, …"""
     lr: float = Field(default=0.05, gt=0)
+    """Learning rate, after the warm-up and before the schedule lowers it."""
     momentum: float = Field(default=0.9, gt=0, lt=1)
+    """Momentum of the optimiser, where it has one."""
     weight_decay: float = Field(default=5e-4, ge=0)
+    """Weight decay; biases and normalisation layers are exempt."""
     schedule: Literal["cosine", "step", "none"] = "cosine"
-    """Learning rate by timm's schedulers; `step` divides it by 10 at 1/2 and 3/4 of the epochs."""
+    """Schedule of the learning rate: cosine decay to 0; step, divided by 10 at 1/2 and 3/4 of the
+    epochs; or none, a constant learning rate."""
     warmup_epochs: int = Field(default=0, ge=0)
+    """Epochs of linear warm-up from a tenth of the learning rate, at the start of `epochs`."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the labels' mass that is spread over all classes, in [0, 1)."""
     clip_grad: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient."""
+    """Largest L2 norm of the gradient; no clipping when not given."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of the moving average of the weights; off when not given."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved in place
+    of the student; no average when not given."""
     amp: Literal["none", "bfloat16", "float16"] = "none"
-    """Mixed precision."""
+    """Mixed precision of the student's forward pass; none is float32."""
     compile: bool = False
-    """Run the student through torch.compile."""
+    """Whether to run the student through `torch.compile`."""
     init: Literal["fresh", "teacher"] = "fresh"
-    """Where a born-again student's weights start from."""
+    """Initial weights of a born-again student: random, or those of its teacher."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DistillConfig:
-    """What a student learns from its teacher. `alpha` weighs the soft term."""
+    """Distillation loss, `(1 - alpha) CE(labels) + alpha T² KL(teacher || student)`, and its
+    teacher."""
 
     temperature: float = Field(default=4.0, gt=0)
+    """Softmax temperature T of teacher and student in the soft term."""
     alpha: float = Field(default=0.9, ge=0, le=1)
+    """Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`."""
     average: Literal["probabilities", "logits"] = "probabilities"
-    """How the members of an ensemble are averaged."""
+    """What of an ensemble's members is averaged: their probabilities or their logits."""
     teacher: str = "previous"
-    """previous (best of the last generation), lineage (ensemble of the best of all earlier ones)
-    or top:m (ensemble of the m best trials of the last one)."""
+    """Teacher of a generation: previous (best model of the last generation), lineage (ensemble of
+    the best models of all earlier generations) or top:m (ensemble of the m best trials of the last
+    generation)."""
     live: bool = False
-    """Ask the teacher at every step rather than read its stored answers."""
+    """Whether to run the teacher at every step rather than read its cached logits."""
 
     @field_validator("teacher")
     @classmethod
@@ -184,32 +204,36 @@ class DistillConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TargetsConfig:
-    """The stored answers of teachers."""
+    """Cached teacher logits."""
 
     root: Place | None = None
-    """Folder that runs may share, so that no teacher is asked twice; the run's own by default."""
+    """Folder of the cached logits, which several runs may share; `targets` in the run folder when
+    not given."""
     top_k: int | None = Field(default=None, ge=1)
-    """Keep only an image's largest logits, for very many classes; all of them when not given."""
+    """Number of largest logits that are cached of each image, for very many classes; all when not
+    given."""
     shard_size: int = Field(default=16_384, ge=1)
-    """Images that one labelling job answers and one file holds."""
+    """Number of images whose logits one job caches in one file."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class CheckpointConfig:
-    """A trained network from elsewhere."""
+    """Trained network in a file from elsewhere."""
 
     path: Place
-    """A safetensors or state-dict file."""
+    """Safetensors or state-dict file of the weights."""
     model: str
-    """Its timm name."""
+    """Name of the network, of `timm.create_model`."""
     args: ModelArgs = Field(default_factory=dict)
-    """Keyword arguments of the model."""
+    """Keyword arguments of the network: numbers, words and lists of them."""
     classes: Place | None = None
-    """YAML or JSON list of its class names, in the order of its logits; the data's when not
-    given."""
+    """YAML or JSON file with the list of class names in the order of the network's logits; the
+    order of the dataset when not given."""
     mean: list[float] | None = None
-    """By channel, of the pixels in [0, 1] that it was trained on; the data's when not given."""
+    """Mean of each channel, for pixels in [0, 1], by which the network's inputs are normalised;
+    that of the dataset when not given."""
     std: list[float] | None = None
+    """Standard deviation of each channel, for pixels in [0, 1]; given together with `mean`."""
 
 
 Source = Literal["members", "snapshots", "soup", "greedy_soup", "weighted", "specialists"]
@@ -217,34 +241,37 @@ Source = Literal["members", "snapshots", "soup", "greedy_soup", "weighted", "spe
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class MembersConfig:
-    """The many teachers of `selfkd.ensemble`. `members: 5` is short for `members: {count: 5}`,
-    a list of models for `members: {models: […]}`."""
+    """Members of the teacher ensemble. `members: 5` is short for `members: {count: 5}`, a list of
+    networks for `members: {models: […]}`."""
 
     count: int | None = Field(default=None, ge=1)
-    """Members trained here: one a model, else 5, else none where others are given."""
+    """Number of members that the run trains on labels; when not given, one for each of `models`,
+    else none where `runs` or `checkpoints` are given, else 5."""
     models: list[ModelConfig] = Field(default_factory=list)
-    """Their networks, taken in turn; `model` for all when not given."""
+    """Networks of the trained members, taken in turn; `model` for all when not given."""
     same_init: bool = False
-    """Start all members of one network from the same weights, as soups need."""
+    """Whether members of one network start from the same weights, as soups need."""
     runs: list[Place] = Field(default_factory=list)
-    """Run folders whose models are members (`--from`)."""
+    """Folders of earlier runs whose models become members (`--from`)."""
     checkpoints: list[CheckpointConfig] = Field(default_factory=list)
-    """Trained networks from elsewhere."""
+    """Trained networks from elsewhere that become members."""
     source: Source = "members"
-    """The teacher that is made of them: the ensemble of the members; of the snapshots of one run;
-    the mean of their weights, all or greedily chosen; the ensemble with weights fitted on
-    validation; or a generalist (the best member) with specialists."""
+    """Teacher that is made of the members: members (their ensemble), snapshots (ensemble of
+    snapshots of one training run), soup (mean of the members' weights), greedy_soup (mean of
+    greedily chosen ones), weighted (ensemble with weights fitted on validation) or specialists
+    (best member with specialists for confusable classes)."""
     compare: list[Source] = Field(default_factory=list)
-    """Further teachers to make and to show in the table."""
+    """Further teachers, as of `source`, to build and evaluate beside it."""
     use: int | None = Field(default=None, ge=1)
-    """How many members teach, the best on validation first; all when not given."""
+    """Number of members in the teacher ensemble, the best on validation first; all when not
+    given."""
 
     def sources(self) -> list[Source]:
-        """Return every teacher that is asked for, without the search space's."""
+        """Return all teachers to build, without those of a search space."""
         return list(dict.fromkeys(["members", self.source, *self.compare]))
 
     def trained(self) -> int:
-        """Return how many members are trained here."""
+        """Return the number of members that the run trains."""
         given = self.runs or self.checkpoints
         return self.count or len(self.models) or (0 if given else 5)
 
@@ -254,172 +281,197 @@ Control = Literal["seeds", "label_smoothing", "dkpp", "cwtm", "teacher_free"]
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ConfirmConfig:
-    """The chosen setting and the labels-only baseline, trained again on the same fresh seeds."""
+    """Replication of the chosen settings and of the labels-only baseline on fresh seeds."""
 
     seeds: int = Field(default=3, ge=0)
-    """How many; 0 leaves the confirmation out."""
+    """Number of fresh seeds; 0 for no replication."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class CapacityConfig:
-    """Students of growing size, of the same teachers."""
+    """Students of several sizes with the same teachers, in `selfkd.capacity`."""
 
     key: str = Field(default="model.args.width", pattern=r"^(model|student)\.(name|args\.\w+)$")
-    """What makes a student larger: an argument of its network, or the network itself
-    (`model.name`). It is of `student` where that is given; the teachers keep their size."""
+    """Config key that sets the size of a student: an argument of its network, or the network itself
+    (`model.name`); a key of `student` where that is given. The teachers keep their size."""
     values: list[Any] = Field(default_factory=lambda: [2, 4, 8, 16, 32], min_length=1)
-    """Of the key, one a student."""
+    """Values of `key`, one for each student."""
     search: bool = False
-    """Search T and alpha (`search.space`) for each size, `search.trials` trials each; else all
-    students get `distill.temperature` and `distill.alpha`."""
+    """Whether to search `search.space` for each size, in `search.trials` trials; else all students
+    use `distill.temperature` and `distill.alpha`."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ArmConfig:
-    """One setting of a study, trained on each seed."""
+    """Arm of a study: one setting, trained on each seed."""
 
     set: dict[str, Any] = Field(default_factory=dict)
-    """Dotted config keys and values in which it differs from the config."""
+    """Dotted config keys with the values in which the arm differs from the config."""
     teacher: str | list[str] | None = None
-    """Arms that teach it, those of the same seed, or `members` (those of `--from`); it learns from
-    labels only when not given."""
+    """Earlier arm, or list of arms, whose models of the same seed are the teachers; or `members`,
+    those of `--from`. The arm is trained on labels alone when not given."""
     target_transform: Literal["none", "permuted", "confidence", "virtual"] = "none"
-    """Transform of the teacher logits: none; permuted below the largest (DKPP); reduced to the
-    teacher's confidence, which weighs the labels (CWTM); or the logits of a virtual teacher that
-    knows the labels alone (teacher-free)."""
+    """Transform of the teacher logits: none; permuted, all but the largest in random order (DKPP);
+    confidence, reduced to weights of the labels (CWTM); or virtual, the logits of a virtual teacher
+    built from the labels (teacher-free)."""
     average: list[str] = Field(default_factory=list)
-    """Arms whose ensemble this is, seed by seed: nothing is trained."""
+    """Earlier arms whose models are averaged seed by seed; such an arm trains nothing."""
     seeds: int | None = Field(default=None, ge=1)
-    """How many, from the first on; `confirm.seeds` when not given."""
+    """Number of seeds, from the first on; `confirm.seeds` when not given."""
 
     @property
     def teachers(self) -> list[str]:
-        """The names of those that teach it."""
+        """Names of the arm's teachers."""
         return [self.teacher] if isinstance(self.teacher, str) else self.teacher or []
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ContrastConfig:
-    """Two arms of a study whose difference is asked for."""
+    """Contrast of a study: the paired difference of two arms."""
 
     arm: str
+    """Name of the arm."""
     to: str
-    """The arm that it is compared with."""
+    """Name of the arm that it is compared to."""
     reference: str | None = None
-    """An arm, or `members`: which fraction of the gap from `to` to it is closed?"""
+    """Reference: fraction of the gap to this arm, or to `members`, that is closed; none when not
+    given."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class StudyConfig:
-    """`selfkd.study`: settings side by side, on the same seeds."""
+    """Arms and contrasts of `selfkd.study`."""
 
     arms: dict[str, ArmConfig] = Field(default_factory=dict)
-    """By name; an arm stands after those that teach it."""
+    """Arms by name, each after its teachers."""
     compare: list[ContrastConfig] = Field(default_factory=list)
-    """What is asked; each arm with the first one when not given."""
+    """Contrasts; each arm with the first one when not given."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class SearchConfig:
-    """The trials of a generation."""
+    """Hyperparameter search."""
 
     trials: int = Field(default=8, ge=1)
+    """Number of trials of each search, such as that of a generation."""
     metric: str = "val_accuracy"
-    """What the best trial is chosen by; a training function of your own may report another."""
+    """Metric by which the best trial is chosen; user training functions may report others."""
     mode: Literal["max", "min"] = "max"
-    """Whether more of it is better, or less."""
+    """Whether larger (max) or smaller (min) values of the metric are better."""
     algorithm: Literal["sobol", "random", "optuna"] = "sobol"
+    """Search algorithm: sobol (scrambled Sobol sequence), random, or optuna (TPE)."""
     scheduler: Literal["none", "asha"] = "none"
-    """Early stopping of trials."""
+    """Early stopping of trials: none, or ASHA."""
     space: dict[str, Any] = Field(
         default_factory=lambda: {
             "distill.temperature": {"loguniform": [1, 20]},
             "distill.alpha": {"uniform": [0, 1]},
         }
     )
-    """Dotted config keys and their distributions."""
+    """Search space: dotted config keys with `{uniform: [low, high]}`, `{loguniform: [low, high]}`,
+    `{randint: [low, high]}` (both included) or `{choice: [value, …]}`."""
     labels_only_space: dict[str, Any] = Field(default_factory=dict)
-    """The same for generation 0 alone, for example `train.label_smoothing`."""
+    """Further search space of models trained on labels alone, such as generation 0."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ResourcesConfig:
-    """What one trial gets; fractions are allowed."""
+    """Resources of one trial."""
 
     cpu: float = Field(default=1.0, gt=0)
+    """CPUs of each worker; fractions are allowed."""
     gpu: float = Field(default=0.0, ge=0)
+    """GPUs of each worker; fractions are allowed with one worker."""
     wait: float | None = Field(default=None, ge=0)
-    """Seconds to wait for a node that has them; when not given, as long as an autoscaler is
+    """Seconds to wait for a node with these resources; when not given, as long as an autoscaler is
     starting nodes."""
     workers: int = Field(default=1, ge=1)
-    """Processes, with `cpu` and `gpu` each, that train one student together by sharing each batch;
-    they may be on several nodes."""
+    """Number of processes that train one student together by sharing each batch; they may be on
+    several nodes."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class KeptConfig:
-    """How often a trial keeps what it goes on from if it is interrupted, at ends of epochs."""
+    """Checkpoints of a trial, from which it resumes after an interruption; written at ends of
+    epochs."""
 
     seconds: float | None = Field(default=30.0, ge=0)
-    """So long after the last time; 0 is after every epoch, none is never."""
+    """Seconds between two checkpoints; 0 for one after every epoch, null to disregard time."""
     epochs: int | None = Field(default=None, ge=1)
-    """So many epochs after the last time, if that is sooner."""
+    """Epochs between two checkpoints, if that is sooner; their number is disregarded when not
+    given."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrackingConfig:
-    """W&B. `tracking: none` is short for `tracking: {mode: none}`."""
+    """Tracking with W&B. `tracking: none` is short for `tracking: {mode: none}`."""
 
     mode: Literal["auto", "online", "offline", "none"] = "auto"
-    """auto: online when there is a key and the host answers, else offline."""
+    """Mode of W&B: online, offline (files to sync later), none, or auto, which is online where
+    there is an API key and the host responds, else offline."""
     project: str = Field(default="selfkd", min_length=1)
+    """Name of the W&B project."""
     entity: str | None = None
+    """User or team that owns the project; W&B's default entity when not given."""
     wait: float = Field(default=30.0, gt=0)
-    """The most seconds to wait at the end for what is not sent yet."""
+    """Longest time in seconds to wait at the end of a run for data that are not sent yet."""
     upload_targets: bool = False
-    """Send the teachers' stored answers, too, and not only say where they are."""
+    """Whether to upload the cached teacher logits rather than reference their files."""
     alerts: bool = False
-    """Send an alert with the verdict when the run ends."""
+    """Whether to send an alert with the verdict when the run ends."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Config:
-    """A whole run of `selfkd.generations`, `ensemble`, `capacity` or `study`."""
+    """Run of `selfkd.generations`, `selfkd.ensemble`, `selfkd.capacity` or `selfkd.study`."""
 
     rounds: int | Literal["auto"] = 5
-    """`selfkd.generations`: born-again generations after generation 0; `auto` goes on until two in
-    a row show no evidence of a gain, at most to `rounds_max`."""
+    """Number of born-again generations after generation 0, in `selfkd.generations`; auto continues
+    until two generations in a row show no evidence of a gain, up to `rounds_max`."""
     rounds_max: int = Field(default=10, ge=1)
+    """Largest number of born-again generations with `rounds: auto`."""
     seed: int = Field(default=0, ge=0)
-    """Of the split, the views, the search and every trial."""
+    """Random seed of the split, the views, the search and all trials."""
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
+    """Name of the run and of its folder; the name of the dataset with date and time when not
+    given."""
     storage: Place = "runs"
-    """Folder that holds the run folders, or its URI, such as s3://bucket/runs."""
+    """Folder of the run folders, or its URI, such as s3://bucket/runs."""
     data: DataConfig = Field(default_factory=DataConfig)
+    """Dataset, splits and augmentation."""
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 16}))
+    """Network of generation 0, of the members and, without `student`, of the students."""
     student: ModelConfig | None = None
-    """The network that is taught, of generations 1, 2, …, when it differs from `model`."""
+    """Network of the distilled students, such as generations 1, 2, …; `model` when not given."""
     params: dict[str, Any] = Field(default_factory=dict)
-    """Settings of a training function of your own (`--train`)."""
+    """Settings of a user training function (`--train`), which reads them as `trial.params`."""
     train: TrainConfig = Field(default_factory=TrainConfig)
+    """Training of one student."""
     distill: DistillConfig = Field(default_factory=DistillConfig)
+    """Distillation loss and teacher."""
     targets: TargetsConfig = Field(default_factory=TargetsConfig)
+    """Cached teacher logits."""
     members: MembersConfig = Field(default_factory=MembersConfig)
-    """`selfkd.ensemble`, `selfkd.capacity` and `selfkd.study`: who teaches."""
+    """Members of the teacher ensemble, in `selfkd.ensemble`, `selfkd.capacity` and
+    `selfkd.study`."""
     confirm: ConfirmConfig = Field(default_factory=ConfirmConfig)
-    """How the result is believed."""
+    """Replication on fresh seeds."""
     controls: list[Control] = Field(default_factory=list)
-    """`selfkd.generations`: what else could have made the gain, at equal cost: an ensemble of
-    seeds, label smoothing, dkpp (the teacher's doubts in random order), cwtm (labels, weighted by
-    how sure the teacher is), teacher_free."""
+    """Controls of `selfkd.generations`, at equal cost: seeds (ensemble of as many models trained on
+    labels), label_smoothing, dkpp (non-target teacher logits in random order), cwtm (labels
+    weighted by the teacher's confidence), teacher_free (virtual teacher)."""
     capacity: CapacityConfig = Field(default_factory=CapacityConfig)
-    """`selfkd.capacity`: which students."""
+    """Students of several sizes, in `selfkd.capacity`."""
     study: StudyConfig = Field(default_factory=StudyConfig)
-    """`selfkd.study`: which settings are compared."""
+    """Arms and contrasts of `selfkd.study`."""
     search: SearchConfig = Field(default_factory=SearchConfig)
+    """Hyperparameter search."""
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    """Resources of one trial."""
     checkpoint: KeptConfig = Field(default_factory=KeptConfig)
+    """Checkpoints of interrupted trials."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """Tracking with W&B."""
 
     @field_validator("rounds", mode="before")
     @classmethod
@@ -448,11 +500,16 @@ class Config:
 
     @property
     def most_rounds(self) -> int:
-        """The most born-again generations that there will be."""
+        """Largest number of born-again generations."""
         return self.rounds_max if self.rounds == "auto" else self.rounds
 
     def space(self, *, with_teacher: bool) -> dict[str, Distribution]:
-        """Return the search space with a teacher, or without: no keys that are about one."""
+        """Return the search space by dotted key.
+
+        Args:
+            with_teacher: Whether the models have a teacher; without one, keys of `distill` and
+                `members` are left out, and `labels_only_space` is added.
+        """
         specs = dict(self.search.space)
         if not with_teacher:
             specs = {key: spec for key, spec in specs.items() if not key.startswith(OF_TEACHERS)}
@@ -461,6 +518,12 @@ class Config:
 
     def at(self, point: Point) -> Config:
         """Return this config with the values of a point of the search space.
+
+        Args:
+            point: Values by dotted key.
+
+        Raises:
+            ConfigError: A value is invalid; the message lists every fault.
 
         >>> Config().at({"distill.alpha": 0.5}).distill.alpha
         0.5
@@ -477,18 +540,22 @@ _FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?spa
 
 
 def to_tree(config: Config) -> Tree:
-    """Return a config as plain nested dictionaries."""
+    """Return a config as nested dictionaries."""
     return dataclasses.asdict(config)
 
 
 def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
-    """Make a config from nested dictionaries.
+    """Return the config of nested dictionaries.
+
+    Args:
+        tree: Nested dictionaries of config keys; missing keys get their defaults.
+        sources: Where dotted keys were given, such as a file, for messages.
 
     Raises:
-        ConfigError: with every fault; `sources` says for a dotted key where it was given.
+        ConfigError: Keys or values are invalid; the message lists every fault, one a line.
     """
     try:
-        # as JSON: in strict mode only JSON objects become dataclasses
+        # as JSON: pydantic's strict mode makes dataclasses of JSON objects only
         return _ADAPTER.validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise ConfigError("\n".join(_faults(error, sources or {}))) from None
@@ -511,7 +578,12 @@ def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]
 
 
 def locate_key(key: str, sources: Mapping[str, str]) -> str:
-    """Return a key after its source: its own, one of something in it, or of what it is in."""
+    """Return `source: key`, by the source of the key itself, of a key within it, or of its section.
+
+    Args:
+        key: Dotted config key.
+        sources: Where dotted keys were given.
+    """
     inside = [k for k in sources if k.startswith(f"{key}.")]
     around = [key[: dot.start()] for dot in re.finditer(r"\.", key)][::-1]
     source = next((sources[k] for k in (key, *inside, *around) if k in sources), None)
@@ -519,6 +591,7 @@ def locate_key(key: str, sources: Mapping[str, str]) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return the end of a message on an unknown word: close ones, else all known ones."""
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if not known:
         return ""
@@ -526,12 +599,20 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def known_keys() -> list[str]:
+    """Return all dotted config keys, sections included."""
     tree = to_tree(Config())
     tree["student"] = to_tree(Config())["model"]
     return [key for key, _ in leaves(tree, "", inner=True)]
 
 
 def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of nested dictionaries.
+
+    Args:
+        tree: Nested dictionaries.
+        prefix: Text before each key.
+        inner: Whether to yield sections, too.
+    """
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         free = (".args", "space", "params", ".arms")
@@ -543,7 +624,7 @@ def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[st
 
 
 def put(tree: Tree, key: str, value: Any) -> None:
-    """Set a value by its dotted key; of a section only what is given changes."""
+    """Set a value by its dotted key; a section is merged, not replaced."""
     if key == "tracking" and isinstance(value, str):
         key = "tracking.mode"
     if key == "members" and isinstance(value, int | list):

@@ -1,4 +1,4 @@
-"""Search spaces: distributions of config values, and the points that a search tries."""
+"""Search spaces: distributions of config values, and proposers of points."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ KINDS = ("uniform", "loguniform", "randint", "choice")
 
 @dataclass(frozen=True)
 class Distribution:
-    """A distribution of one config value, given by its inverse.
+    """Distribution of one config value, given by its quantile function.
 
     Args:
-        kind: `uniform` and `loguniform` over [low, high], `randint` over low..high (both
-            included), `choice` over any values.
-        values: [low, high], or the choices.
+        kind: `uniform` or `loguniform` over [low, high], `randint` over low..high (both included),
+            or `choice` of any values.
+        values: Bounds [low, high], or the choices.
 
     Raises:
-        ValueError: unknown kind, empty or impossible range.
+        ValueError: The kind is unknown, or the range is empty or impossible.
 
     >>> Distribution("loguniform", (1, 100)).at(0.5)
     10.0
@@ -56,7 +56,13 @@ class Distribution:
 
     @classmethod
     def parse(cls, spec: object) -> Distribution:
-        """Read `{kind: [values]}`, as written in YAML.
+        """Parse `{kind: [values]}`, as written in YAML.
+
+        Args:
+            spec: Mapping with one entry.
+
+        Raises:
+            ValueError: The spec is no such mapping, or describes no distribution.
 
         >>> Distribution.parse({"uniform": [0, 1]})
         Distribution(kind='uniform', values=(0, 1))
@@ -69,7 +75,11 @@ class Distribution:
         return cls(kind, tuple(values))
 
     def at(self, quantile: float) -> Any:
-        """Return the value at a quantile in [0, 1]."""
+        """Return the value at a quantile.
+
+        Args:
+            quantile: Number in [0, 1].
+        """
         if self.kind == "choice":
             return self.values[min(int(quantile * len(self.values)), len(self.values) - 1)]
         low, high = self.values
@@ -80,10 +90,10 @@ class Distribution:
         else:
             exact = math.exp(math.log(low) + quantile * (math.log(high) - math.log(low)))
             value = float(f"{exact:.12g}")
-        return float(min(max(value, low), high))  # rounding must not leave the range
+        return float(min(max(value, low), high))  # against rounding
 
     def contains(self, value: Any) -> bool:
-        """Tell whether the distribution can give this value."""
+        """Return whether the distribution can take a value."""
         if self.kind == "choice":
             return value in self.values
         whole = self.kind != "randint" or value == int(value)
@@ -98,18 +108,22 @@ def make_points(
     seed: int,
     first: Sequence[Point] = (),
 ) -> list[Point]:
-    """Return the points of a search whose outcomes do not steer it.
+    """Return the points of a search that does not depend on its outcomes.
 
     Args:
-        space: dotted config keys and their distributions.
-        count: how many points, those of `first` included.
-        algorithm: `random` (independent draws) or `sobol` (a scrambled low-discrepancy
-            sequence: Owen, 1998, via `scipy.stats.qmc`).
-        seed: of the draws.
-        first: points that are tried before all others.
+        space: Distributions by dotted config key.
+        count: Number of points, those of `first` included.
+        algorithm: `random` (independent draws) or `sobol` (scrambled Sobol sequence of
+            `scipy.stats.qmc`).
+        seed: Random seed of the draws.
+        first: Points that come before all others.
 
     Returns:
-        `count` points; all of them empty when the space is.
+        `count` points; empty ones where the space is empty.
+
+    Reference:
+        Owen, "Scrambling Sobol' and Niederreiter-Xing Points", Journal of Complexity, 1998,
+        https://doi.org/10.1006/jcom.1998.0487
 
     >>> space = {"distill.alpha": Distribution("uniform", (0, 1))}
     >>> points = make_points(
@@ -127,7 +141,7 @@ def make_points(
     if algorithm == "random":
         quantiles = np.random.default_rng(seed).random((rest, len(space)))
     else:
-        from scipy.stats import qmc  # a second to import: only when it is used
+        from scipy.stats import qmc  # slow to import
 
         sobol = qmc.Sobol(d=len(space), rng=seed)
         quantiles = sobol.random_base2(math.ceil(math.log2(rest)))[:rest]
@@ -138,21 +152,35 @@ def make_points(
 
 
 class Proposer(Protocol):
-    """Gives the points of a search, trial by trial."""
+    """Proposer of the points of a search, trial by trial."""
 
     @property
     def limit(self) -> int | None:
-        """Most trials at a time; None where outcomes do not matter."""
+        """Largest number of trials at a time; None where points do not depend on outcomes."""
 
     def ask(self, number: int) -> Point:
-        """Return the point of a trial."""
+        """Return the point of a trial.
+
+        Args:
+            number: Number of the trial.
+        """
 
     def tell(self, number: int, point: Point, value: float | None) -> None:
-        """Hear a trial's value, to be maximised; None when it failed."""
+        """Receive the outcome of a trial.
+
+        Args:
+            number: Number of the trial.
+            point: Point of the trial.
+            value: Value to be maximised; None where the trial failed.
+        """
 
 
 class Points:
-    """Points that are fixed beforehand: trial n gets the n-th, also after a resume."""
+    """Proposer of given points: trial n gets the n-th, also after a resume.
+
+    Args:
+        points: Points, one for each trial.
+    """
 
     limit = None
 
@@ -164,22 +192,26 @@ class Points:
         return self._points[number]
 
     def tell(self, number: int, point: Point, value: float | None) -> None:
-        """Nothing: the points are fixed."""
+        """Do nothing: the points are given."""
 
 
 class Optuna:
-    """Optuna's TPE sampler (Bergstra et al., 2011; Watanabe, 2023, arxiv.org/abs/2304.11127).
+    """Proposer by Optuna's TPE sampler.
 
     Args:
-        space: dotted config keys and their distributions.
-        seed: of the sampler.
-        first: points that are tried before all others.
+        space: Distributions by dotted config key.
+        seed: Random seed of the sampler.
+        first: Points that come before all others.
 
     Raises:
         ValueError: optuna is not installed.
+
+    Reference:
+        Bergstra et al., "Algorithms for Hyper-Parameter Optimization", 2011; Watanabe,
+        "Tree-Structured Parzen Estimator", 2023, https://arxiv.org/abs/2304.11127
     """
 
-    limit = 4  # each proposal should know of most outcomes before it
+    limit = 4  # so that each proposal knows most earlier outcomes
 
     def __init__(
         self, space: Mapping[str, Distribution], *, seed: int, first: Sequence[Point] = ()
@@ -208,8 +240,8 @@ class Optuna:
         self._trials: dict[int, Any] = {}
 
     def ask(self, number: int) -> Point:
-        """Return the point that the sampler proposes now."""
-        # each trial has a seed of its own: a resumed search goes on, it does not start again
+        """Return the point that the sampler proposes for a trial."""
+        # one seed a trial, so that a resumed search does not repeat its first points
         self._study.sampler = self._make_sampler(seed=(self._seed + number) % 2**32)
         if number < len(self._first):
             self._study.enqueue_trial(self._first[number])
@@ -218,7 +250,7 @@ class Optuna:
         return dict(trial.params)
 
     def tell(self, number: int, point: Point, value: float | None) -> None:
-        """Tell the sampler; a trial of before a resume is added to its study."""
+        """Tell the sampler; a trial from before a resume is added to its study."""
         trial = self._trials.pop(number, None)
         failed = value is None or math.isnan(value)
         if trial is not None:

@@ -1,4 +1,4 @@
-"""Faults between settings, which no single value shows."""
+"""Checks across settings, which no single value shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selfkd.config.schema import OF_TEACHERS, Config, did_you_mean, known_keys, 
 from selfkd.config.space import Distribution
 from selfkd.errors import ConfigError
 
-# What a trial may not differ in: its generation shares these with all other trials.
+# keys that all trials of a run share, so that they cannot be searched
 _FIXED = (
     *("rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
     *("controls", "search", "resources", "checkpoint", "tracking", "capacity", "study"),
@@ -26,12 +26,17 @@ _FIXED_KEYS = (
 
 
 def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
-    """Faults between settings, such as a search space that its config cannot follow."""
+    """Yield faults between settings, such as a search space with values that the config refuses.
+
+    Args:
+        config: Config to check.
+        sources: Where dotted keys were given, for messages.
+    """
     teacher, trials = config.distill.teacher, config.search.trials
     if teacher.startswith("top:") and int(teacher[4:]) > trials:
         where = locate_key("distill.teacher", sources)
         yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
-    yield from _trust_faults(config, sources)
+    yield from _evidence_faults(config, sources)
     members = config.members
     for checkpoint in members.checkpoints:
         if (checkpoint.mean is None) != (checkpoint.std is None):
@@ -43,7 +48,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
         yield f"{where}: cannot go with distill.average logits: an average needs all logits"
     if config.distill.live and "specialists" in (members.source, *members.compare):
         where = locate_key("distill.live", sources)
-        yield f"{where}: must be false with specialists, whose answers are stored, got True"
+        yield f"{where}: must be false with specialists, whose logits are cached, got True"
     if config.search.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
         where = locate_key("search.algorithm", sources)
         yield f"{where}: optuna is not installed: pip install 'selfkd[optuna]'"
@@ -65,13 +70,13 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
                 yield from (f"{where}: {fault}" for fault in _entry_faults(config, key, spec))
 
 
-def _trust_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
-    """Faults of what makes a result believed."""
+def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield faults of the settings for replication and controls."""
     seeds, where = config.confirm.seeds, locate_key("confirm.seeds", sources)
     if config.rounds == "auto" and seeds < 2:
         yield f"{where}: must be at least 2 with rounds auto: one seed is no evidence, got {seeds}"
     if config.controls and not seeds:
-        yield f"{where}: must be at least 1 with controls, which are confirmed too, got {seeds}"
+        yield f"{where}: must be at least 1 with controls, which are replicated too, got {seeds}"
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which stand beside generation 1, got 0"
@@ -80,7 +85,7 @@ def _trust_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         for name in ("dkpp", "cwtm"):
             if name in config.controls:
                 yield (
-                    f"{where}: {name} needs the teacher's stored answers, all of each: leave out "
+                    f"{where}: {name} needs cached teacher logits of all classes: leave out "
                     f"distill.live and targets.top_k, or {name}"
                 )
 

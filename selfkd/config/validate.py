@@ -79,7 +79,7 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
         yield f"{where}: must be at least 1 with controls, which are replicated too, got {seeds}"
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
-        yield f"{where}: must be at least 1 with controls, which stand beside generation 1, got 0"
+        yield f"{where}: must be at least 1 with controls, which need generation 1, got 0"
     if config.distill.live or config.targets.top_k is not None:
         where = locate_key("controls", sources)
         for name in ("dkpp", "cwtm"):

@@ -44,7 +44,7 @@ IDLE_SECONDS = 0.05  # between two results of an idle trial, which ends at one o
 COORDINATOR = {"cpu": 0, "memory": 2**20}  # a trial of Tune must request some resource
 RELEASE_SECONDS = 10.0  # after which another idle trial is ended for a job that still waits
 RESULTS_PER_SECOND = 100  # of all workers together: with many, the first two times are longer
-BUSY_SECONDS = 10.0  # without any worker, after which the user is told that others run
+BUSY_SECONDS = 10.0  # without any worker, after which is said that other runs hold the cluster
 MAX_FAILURES = 2  # repetitions of a trial whose worker died before it got further
 PERMANENT = (  # errors of the system that another attempt would meet again
     *(FileNotFoundError, FileExistsError, PermissionError),

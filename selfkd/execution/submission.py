@@ -224,7 +224,7 @@ class _LogFollower:
             if failures > RETRIES:
                 raise ConnectionError(
                     f"the cluster did not answer {RETRIES} times ({_short(error)}); "
-                    f"{self.job} may go on without being watched"
+                    f"{self.job} may still be running"
                 ) from error
             await asyncio.sleep(1)
 

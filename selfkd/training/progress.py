@@ -121,7 +121,7 @@ class Progress:
             try:
                 replace(self._path, lambda file: torch.save(checkpoint, file), patience=0)
             except (OSError, RuntimeError) as error:  # RuntimeError: torch on a full disk
-                self._note = f"{CHECKPOINT} could not be written, training goes on: {error}"
+                self._note = f"{CHECKPOINT} could not be written, training continues: {error}"
             else:
                 self._check_readable()
 
@@ -135,7 +135,7 @@ class Progress:
         try:
             torch.load(fetch(self._path), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError) as error:
-            self._note = f"{CHECKPOINT} could not be read back, training goes on: {error}"
+            self._note = f"{CHECKPOINT} could not be read back, training continues: {error}"
         except pickle.UnpicklingError as error:
             with contextlib.suppress(OSError):
                 self._path.unlink()
@@ -161,10 +161,10 @@ def _read(path: Path, key: str) -> tuple[dict[str, Any] | None, str | None]:
         made_from = checkpoint["made_from"]
     except DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
-        return None, f"{CHECKPOINT} is damaged, the trial began again at epoch 1: {reason}"
+        return None, f"{CHECKPOINT} is damaged, the trial restarts at epoch 1: {reason}"
     if made_from != key:
         return None, (
-            f"{CHECKPOINT} is of another config, seed or teacher, the trial began again at epoch 1"
+            f"{CHECKPOINT} is of another config, seed or teacher, the trial restarts at epoch 1"
         )
     return checkpoint, None
 

@@ -120,8 +120,7 @@ def test_the_warm_up_is_shorter_than_the_training():
         ),
         (
             ["controls=[dkpp]", "rounds=0"],
-            "--set: rounds: must be at least 1 with controls, which stand beside generation 1, "
-            "got 0",
+            "--set: rounds: must be at least 1 with controls, which need generation 1, got 0",
         ),
         (
             ["controls=[seeds, dkpp]", "distill.live=true"],

@@ -190,10 +190,10 @@ class SpyViews:
     def __init__(self, count):
         self.views = Views(jitter=1, count=count)
         self.count, self.at = count, self.views.at
-        self.asked = []
+        self.calls = []
 
     def __call__(self, images, index, view):
-        self.asked.append((view, index.tolist()))
+        self.calls.append((view, index.tolist()))
         return self.views(images, index, view)
 
     def inputs(self, data, index, view):
@@ -207,8 +207,8 @@ def test_epoch_e_sees_view_e_mod_v_and_so_does_the_distiller(count):
     views, distiller = SpyViews(count), Recorder()
     rows = run(make_student(), data, distiller, views=views, epochs=5, batch_size=60)
     list(rows)
-    assert [view for view, _ in views.asked] == [epoch % count for epoch in range(5)]
-    for (view, index), call in zip(views.asked, distiller.calls, strict=True):
+    assert [view for view, _ in views.calls] == [epoch % count for epoch in range(5)]
+    for (view, index), call in zip(views.calls, distiller.calls, strict=True):
         _, _, inputs, call_index, call_view = call
         assert (view, index) == (call_view, call_index.tolist())
         torch.testing.assert_close(inputs, views.inputs(data, call_index, view))

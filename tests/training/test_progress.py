@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_is_not_used_and_reported(tmp_path: Path, harm: Any
     rows.close()  # type: ignore[attr-defined]
     harm(tmp_path / "again" / CHECKPOINT)
     again = list(train(tmp_path / "again", *SMALL))
-    assert "checkpoint.pt is damaged, the trial began again at epoch 1" in again[0].pop("note")
+    assert "checkpoint.pt is damaged, the trial restarts at epoch 1" in again[0].pop("note")
     assert plain(again) == plain(whole)
     assert_same_students(tmp_path / "again", tmp_path / "whole")
 
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_no_training(
     monkeypatch.setattr("selfkd.training.progress.replace", full)
     rows = list(train(tmp_path, *SMALL))
     assert len(rows) == 6
-    assert "could not be written, training goes on: [Errno 28]" in rows[0]["note"]
+    assert "could not be written, training continues: [Errno 28]" in rows[0]["note"]
 
 
 def test_a_checkpoint_that_cannot_be_read_back_stops_no_training(
@@ -313,7 +313,7 @@ def test_a_checkpoint_that_cannot_be_read_back_stops_no_training(
     row: Row = {"epoch": 1}
     progress.reached(row, {"a": torch.zeros(1)})
     assert row["note"] == (
-        "checkpoint.pt could not be read back, training goes on: [Errno 5] Input/output error"
+        "checkpoint.pt could not be read back, training continues: [Errno 5] Input/output error"
     )
     with pytest.raises(TypeError, match="must hold tensors"):
         progress.reached({"epoch": 2}, {"a": Path()})
@@ -480,7 +480,7 @@ def test_a_stage_reports_notes_and_removes_the_checkpoint_at_the_end(tmp_path: P
     (trial / CHECKPOINT).write_bytes(b"nonsense")
     events = run_one_trial(tmp_path, InProcess(run_job))
     assert [event.text for event in events if isinstance(event, Message)] == [
-        "generation 0, trial 0: checkpoint.pt is damaged, the trial began again at epoch 1: "
+        "generation 0, trial 0: checkpoint.pt is damaged, the trial restarts at epoch 1: "
         "File is not a zip file"
     ]
     assert all("note" not in row for row in load_json(trial / "result.json")["history"])

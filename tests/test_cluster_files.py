@@ -1,12 +1,19 @@
-"""The cluster file and the job manifest of the examples, against what reads them."""
+"""The cluster file, the job manifest and the Slurm script, against what reads them."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +28,7 @@ from selfkd.config import load_config
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "examples" / "cluster.yaml"
 JOB = ROOT / "examples" / "rayjob.yaml"
+SLURM = ROOT / "examples" / "slurm.sbatch"
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +163,67 @@ def test_kubernetes_accepts_the_jobs_pods(job: dict[str, Any]) -> None:
     cluster = job["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         models.V1PodTemplateSpec.model_validate(group["template"])
+
+
+def test_the_slurm_script_is_understood() -> None:
+    subprocess.run(["bash", "-n", SLURM], check=True)
+    text = SLURM.read_text().replace("\\\n#", "")
+    (command,) = re.findall(r"#   sbatch examples/slurm.sbatch (.*)", text)
+    arguments = generations.make_parser().parse_args(shlex.split(command))
+    config = load_config(ROOT / arguments.config, settings=arguments.settings)
+    (gpus,) = re.findall(r"#SBATCH --gpus-per-node=(\d+)", text)
+    assert 0 < config.resources.gpu <= int(gpus)
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert any("RAY_AUTH_MODE=token" in line for line in lines)
+    assert not any("ray start" in line and "TOKEN" in line for line in lines)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a job on two nodes of one CPU, both of which are this machine."""
+    programs = {"srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"', "scontrol": "echo node"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    python = Path(sys.executable).parent
+    (tmp_path / "venv" / "bin" / "activate").write_text(f"PATH={tmp_path}:{python}:$PATH\n")
+    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # it holds sockets
+    yield {
+        **{name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
+        **{"SHARED": str(tmp_path), "RAY_TMPDIR": short, "SLURM_JOB_NODELIST": "node[1-2]"},
+        **{
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_PER_TASK": "1",
+        },
+    }
+    shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.mark.slow  # a minute and a half; Ray's own start on several nodes is in tests/faults
+def test_a_slurm_job_runs_on_all_nodes_stops_in_time_and_goes_on(
+    tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    settings = "search.trials=2", "train.epochs=400", "confirm.seeds=0", "tracking=none"
+    sets = [word for setting in settings for word in ("--set", setting)]
+    command = ["bash", str(SLURM), "--rounds", "0", *sets]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        job = subprocess.Popen(command, env=slurm, stdout=output, stderr=output)
+        wait_for(log, "generation 0 of 0: 2 trials")
+        job.send_signal(signal.SIGTERM)  # as Slurm does before the time is up
+        assert job.wait(60) == 130, log.read_text()
+    assert "--resume" in log.read_text()
+    again = subprocess.run(command[:2], env=slurm, capture_output=True, text=True, timeout=180)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "on 2 workers" in again.stdout
+    assert "generation 0: val" in again.stdout
+
+
+def wait_for(log: Path, words: str, *, seconds: float = 120) -> None:
+    """Wait until words are in a file."""
+    end = time.monotonic() + seconds
+    while words not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.2)

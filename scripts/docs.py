@@ -1,0 +1,338 @@
+"""The sources of the documentation: pages of docs/, and pages made from the code, in build/docs.
+
+    python scripts/docs.py && properdocs build --strict -f mkdocs.yml
+
+Nothing that is made here is committed, so that it cannot differ from the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+import shutil
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce
+from itertools import pairwise
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+from xml.sax.saxutils import escape
+
+import selfkd
+from selfkd.__main__ import COMMANDS
+from selfkd.config import Config, ModelConfig
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "docs"
+RECIPES = ("generations", "ensemble", "capacity", "study")
+PLUG_IN = (
+    *("Distiller", "Teacher", "Ensemble", "distillation_loss"),
+    *("distill.terms.LogitTerm", "distill.terms.FeatureTerm"),
+)
+INTEGRATIONS = ("timm", "lightning", "transformers")
+_CONFIG = Config()
+BELOW = "imports only what is below"
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def write_sources(folder: Path) -> None:
+    """Write all sources into a folder."""
+    shutil.copytree(ROOT / "docs", folder)
+    for name in ("examples", "tune_configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, folder)
+    for page in folder.glob("*.md"):  # links from docs/ and from the root, as they are seen here
+        page.write_text(re.sub(r"\]\((\.\./|docs/)", "](", page.read_text()))
+    (folder / "config.md").write_text(config_page())
+    (folder / "commands.md").write_text(commands_page())
+    (folder / "api.md").write_text(api_page())
+    (folder / "losses.md").write_text(losses_page())
+    (folder / "packages.svg").write_text(packages_picture())
+
+
+# --- the config, from its schema ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of the config."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """The keys of one dataclass of the schema."""
+
+    name: str
+    meaning: str
+    keys: list[Key]
+
+
+def config_page() -> str:
+    """Return the reference of the config."""
+    lines = [
+        "# Config",
+        "",
+        "Keys of a YAML file (`--config`), of `--set dotted.key=value` and of a search space. "
+        "Flags win over `--set`, that over the file, that over the defaults below.",
+    ]
+    for section in config_sections():
+        lines += ["", f"## {section.name}", "", section.meaning, ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in section.keys:
+            cells = (f"`{key.name}`", key.type, key.default, key.meaning)
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def config_sections(
+    cls: type = Config, name: str = "top level", meaning: str = "", given: object = _CONFIG
+) -> Iterator[Section]:
+    """Yield the sections of the config, the top level first.
+
+    Args:
+        cls: Dataclass of the schema.
+        name: Dotted key of the section.
+        meaning: Text under the key.
+        given: Default of the section, where there is one.
+    """
+    prefix = "" if cls is Config else f"{name}."
+    texts = field_docstrings(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    keys: list[Key] = []
+    inside: list[tuple[Any, str, str, object]] = []
+    for field in dataclasses.fields(cls):
+        dotted, hint, text = prefix + field.name, hints[field.name], texts.get(field.name, "")
+        info = cls.__pydantic_fields__[field.name]  # type: ignore[attr-defined]
+        value = None if info.is_required() else info.get_default(call_default_factory=True)
+        value = getattr(given, field.name, value)
+        if dataclasses.is_dataclass(hint):
+            inside.append((hint, dotted, text, value))
+            continue
+        default = "required" if info.is_required() else f"`{json.dumps(value)}`"
+        keys.append(Key(dotted, describe_type(hint, info.metadata), default, text))
+        if get_origin(hint) in (list, dict):
+            *_, part = get_args(hint)
+            if dataclasses.is_dataclass(part) and part is not ModelConfig:
+                each = "NAME" if get_origin(hint) is dict else "each"
+                inside.append((part, f"{dotted}.{each}", "", None))
+    yield Section(name, f"{_one_line(inspect.getdoc(cls))} {meaning}".strip(), keys)
+    for section in inside:
+        yield from config_sections(*section)
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """Return the text under each field of a dataclass."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    texts = {}
+    for field, text in pairwise(typing.cast(ast.ClassDef, tree).body):
+        match field, text:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(words))),
+            ):
+                texts[name] = _one_line(words)
+    return texts
+
+
+def describe_type(hint: Any, limits: Sequence[object] = ()) -> str:
+    """Return a type in the words of YAML."""
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType) and type(None) in parts:
+        some = reduce(or_, (part for part in parts if part is not type(None)))
+        return f"{describe_type(some, limits)}, or null"
+    if limits:
+        bounds = [
+            f"{words} {getattr(limit, kind):g}"
+            for limit in limits
+            for kind, words in LIMITS.items()
+            if hasattr(limit, kind)
+        ]
+        return ", ".join([describe_type(hint), *bounds])
+    if origin is Annotated:
+        return describe_type(parts[0])
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(part) for part in parts)
+    if origin in (list, tuple):
+        return f"list of {describe_type(parts[0])}"
+    if hint is ModelConfig:
+        return "network as in [model](#model)"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "mapping"
+    return names.get(hint, "any value")
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+# --- the commands, from their parsers ---
+
+
+def commands_page() -> str:
+    """Return the reference of the commands."""
+    lines = [
+        "# Commands",
+        "",
+        "`python -m selfkd.COMMAND` and `selfkd COMMAND` are the same. A command ends with 0 when "
+        "it is done, 1 when it failed, 2 when it was called wrongly, 130 when it was stopped.",
+    ]
+    for name in COMMANDS:
+        module = importlib.import_module(f"selfkd.{name}")
+        make = getattr(module, "make_parser", None) or module._make_parser
+        lines += ["", f"## {name}", ""]
+        for parser in _with_subcommands(make()):
+            parser.formatter_class = partial(argparse.HelpFormatter, width=88)
+            lines += ["```text", parser.format_help().rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _with_subcommands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+# --- the Python API, which mkdocstrings fills in ---
+
+
+def api_page() -> str:
+    """Return the reference of the Python API, but for the losses."""
+    runs = [f"{name}.run_{name}" for name in RECIPES]
+    adapters = [
+        f"integrations.{name}.{adapter}"
+        for name in INTEGRATIONS
+        for adapter in _own_names(ROOT / "selfkd" / "integrations" / f"{name}.py")
+    ]
+    parts = {
+        "In a loop of your own": PLUG_IN,
+        "Runs from Python": runs,
+        "A training function of your own": ["training.trial.Trial"],
+        "Other loops": adapters,
+        "Models and config": ["make_model", "config.load_config"],
+        "Errors": [f"errors.{name}" for name in _own_names(ROOT / "selfkd" / "errors.py")],
+    }
+    lines = ["# Python API", "", "The losses have [a page of their own](losses.md)."]
+    for title, names in parts.items():
+        lines += ["", f"## {title}", *(f"\n::: selfkd.{name}" for name in names)]
+    return "\n".join(lines) + "\n"
+
+
+def losses_page() -> str:
+    """Return the reference of the losses, by module; all are in `selfkd.losses`."""
+    lines = ["# Losses", "", "Every one is `selfkd.losses.NAME`, whatever its module."]
+    for module, names in losses().items():
+        text = ast.get_docstring(_parse(_losses_file(module))) or ""
+        lines += ["", f"## {module}", "", _one_line(text.split("\n\n")[0])]
+        lines += [f"\n::: selfkd.losses.{name}" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def losses() -> dict[str, list[str]]:
+    """Return the names of `selfkd.losses` by the module that they are from."""
+    found: dict[str, list[str]] = {}
+    for node in _parse(_losses_file("__init__")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = found.setdefault(node.module.rpartition(".")[2], [])
+            names += [alias.name for alias in node.names]
+    return found
+
+
+def _losses_file(module: str) -> Path:
+    return ROOT / "selfkd" / "losses" / f"{module}.py"
+
+
+def _own_names(file: Path) -> list[str]:
+    return [
+        node.name
+        for node in _parse(file).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    ]
+
+
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+# --- the packages, from the import contract ---
+
+
+def layers() -> list[tuple[list[str], bool]]:
+    """Return the packages of each layer, top first, and whether they may import each other."""
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = (
+        contract
+        for contract in linter["contracts"]
+        if contract["type"] == "layers" and contract["containers"] == ["selfkd"]
+    )
+    return [(re.findall(r"\w+", line), ":" in line) for line in contract["layers"]]
+
+
+def packages_picture() -> str:
+    """Return the packages as layers with their one-way arrows, in SVG."""
+    line, gap, width = 24, 34, 900
+    rows: list[str] = []
+    top = gap
+    found = layers()
+    for number, (names, together) in enumerate(found):
+        height = line * len(names) + 16
+        rows.append(f'<rect x="20" y="{top}" width="{width - 40}" height="{height}" rx="6"/>')
+        for place, name in enumerate(names):
+            y = top + 8 + line * place + 17
+            rows.append(f'<text class="name" x="36" y="{y}">{name}</text>')
+            rows.append(f'<text x="190" y="{y}">{escape(_purpose(name))}</text>')
+        top += height
+        if number < len(found) - 1:
+            middle = width // 2
+            rows.append(
+                f'<path d="M{middle} {top + 3}v{gap - 12}m-6 -7l6 7l6 -7"/>'
+                f'<text class="note" x="{middle + 14}" y="{top + 21}">{BELOW}</text>'
+            )
+        if len(names) > 1:
+            note = "may import each other, without a circle" if together else "independent"
+            y = top - height - 6
+            rows.append(f'<text class="note end" x="{width - 20}" y="{y}">{note}</text>')
+        top += gap
+    style = (
+        "text{font:14px sans-serif;fill:#222}.name{font:bold 14px monospace}"
+        ".note{font-size:12px;fill:#666}.end{text-anchor:end}"
+        "rect{fill:#eef1fb;stroke:#4051b5}path{fill:none;stroke:#4051b5;stroke-width:2}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" role="img">'
+        "<title>Packages of selfkd: imports go down only</title>"
+        f'<style>{style}</style><path style="fill:#fff;stroke:none" d="M0 0h{width}v{top}H0z"/>'
+        f"{''.join(rows)}</svg>\n"
+    )
+
+
+def _purpose(name: str) -> str:
+    """Return the first line of a package's docstring, without the command it names."""
+    package = Path(selfkd.__file__).parent / name
+    file = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
+    first = (ast.get_docstring(_parse(file)) or "").splitlines()[0]
+    words = re.sub(r"^`[^`]*`: ", "", first).replace("`", "")
+    return words[:1].upper() + words[1:]
+
+
+if __name__ == "__main__":
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    write_sources(FOLDER)

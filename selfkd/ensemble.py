@@ -105,6 +105,9 @@ _COMMAND = Command(
     finished=lambda config, folder: finished(folder),
     work=compress,
     describe=_describe,
+    most=lambda config: max(
+        config.search.trials, config.members.trained(), 2 * config.confirm.seeds
+    ),
 )
 
 if __name__ == "__main__":

@@ -97,9 +97,7 @@ class Command(Generic[S]):
     """Reference of a user's training function."""
     stem: str | None = None
     """Beginning of a run's name where the user gives none; the data's name when not given."""
-    most: Callable[[Config], int] = lambda config: max(
-        config.search.trials, config.members.trained()
-    )
+    most: Callable[[Config], int] = lambda config: max(config.search.trials, config.confirm.seeds)
     """Returns how many trials are run at a time, if there is room."""
 
     def main(self, arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:

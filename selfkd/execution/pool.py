@@ -227,6 +227,9 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         self.closed = False
         self.live: dict[str, Trial | None] = {}
         self._over: list[Trial] = []
+        self._free = False  # whether Tune keeps the worker of a trial that ended
+        self._wanted = False  # whether a job waits for the worker of an idle trial
+        self._ending = ""  # idle trial that was ended for it
         self._waiting: set[str] = set()  # jobs without a worker at the last result of an idle trial
         self._released: dict[str, float] = {}  # jobs for which an idle trial was ended, and when
 
@@ -236,14 +239,26 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
         if (self.batch is None or self.batch.finished.is_set()) and not self.inbox.empty():
             self.batch = self.inbox.get()
         if self.batch is not None and (job := self.batch.ask()) is not None:
-            self.batch.running[trial_id] = job
-            self.live[trial_id] = None
-            seconds = self.batch.report_seconds and self._at_least(self.batch.report_seconds)
-            return {"job": _JobSpec(job), "report_seconds": seconds}
+            if self._free or (not self._idle and len(self.live) >= self.warm):
+                if self._free:
+                    self._released[trial_id] = time.monotonic()
+                self._free = self._wanted = False
+                self.batch.running[trial_id] = job
+                self.live[trial_id] = None
+                seconds = self.batch.report_seconds and self._at_least(self.batch.report_seconds)
+                return {"job": _JobSpec(job), "report_seconds": seconds}
+            # Tune would start a worker for it, beside those that are idle or being started
+            self.batch.again.append(job)
+            self._wanted = True
         if len(self.live) < self.warm:
+            self._free = False
             self.live[trial_id] = None
             return {"job": None, "report_seconds": self._at_least(IDLE_SECONDS)}
         return None
+
+    @property
+    def _idle(self) -> set[str]:
+        return self.live.keys() - (self.batch.running.keys() if self.batch else set())
 
     def _at_least(self, seconds: float) -> float:
         """Return the seconds between two reports of a worker that do not overload the driver."""
@@ -275,15 +290,18 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
             return str(TrialScheduler.STOP)
         job = self._job(trial)
         if job is None or self.batch is None:
-            return self._idle_or_release()
+            return self._idle_or_release(trial)
         self._report(trial, job, result)
         decision: str = self.batch.scheduler.on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             self._end(trial.trial_id, stopped=True)
         return decision
 
-    def _idle_or_release(self) -> str:
+    def _idle_or_release(self, trial: Trial) -> str:
         """End an idle trial only for a waiting job for which no other idle trial has been ended."""
+        if self._wanted and not self._free and self._ending not in self.live:
+            self._ending = trial.trial_id
+            return str(TrialScheduler.STOP)
         live, now = self.live.items(), time.monotonic()
         running = {name for name, trial in live if trial and trial.status == Trial.RUNNING}
         self.warm = max(self.warm, len(running))
@@ -315,9 +333,14 @@ class _PoolScheduler(_Unsaved, FIFOScheduler):
             self._end(trial.trial_id, error=result.get("error"))
         self.live.pop(trial.trial_id, None)
         self._over.append(trial)
+        running = self.batch.running if self.batch else {}
+        pending = (self.live.get(name) for name in running)
+        self._free = not any(other and other.status == Trial.PENDING for other in pending)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Warn: a worker died, or its storage failed; Tune repeats the trial, or gives it up."""
+        if trial.trial_id == self._ending:
+            self._ending = ""
         if trial.trial_id in self._waiting:
             self._waiting.remove(trial.trial_id)
             self._served(trial.trial_id)

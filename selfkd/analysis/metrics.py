@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 ECE_BINS = 15
 TEMPERATURES = (0.05, 20.0)  # between which one is fitted
@@ -43,6 +42,9 @@ def ece(logits: Tensor, labels: Tensor) -> float:
     >>> round(ece(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1])), 4)
     0.5
     """
+    # over a second to import: not in workers that only train
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     return float(
         multiclass_calibration_error(
             _below_one(logits), labels, num_classes=logits.shape[-1], n_bins=ECE_BINS, norm="l1"

@@ -210,19 +210,19 @@ def ratio_interval(
     return Interval(a / b, float((middle - root) / leading), float((middle + root) / leading))
 
 
-def mean_over_images(
+def bootstrap_interval(
     values: Sequence[float] | NDArray[np.float64], *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
-    """Return a mean over images with its percentile bootstrap interval (`scipy.stats.bootstrap`).
+    """Return a mean over items with its percentile bootstrap interval (`scipy.stats.bootstrap`).
 
         mean of n values drawn with replacement, 1999 times; the middle `confidence` of those means
 
     Of a model's hits (1 for a correct prediction, else 0) it is the accuracy; of the differences
-    between two models' hits, image by image, it is the paired difference. The interval is about
-    these models on other images, not about other seeds.
+    between two models' hits, item by item, it is the paired difference. The interval is about
+    these models on other items, not about other seeds.
 
     Args:
-        values: Values, one an image.
+        values: Values, one an item.
         confidence: Confidence level of the interval, in (0, 1).
         seed: Random seed of the resampling.
 
@@ -236,7 +236,7 @@ def mean_over_images(
         Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics, 1979,
         https://doi.org/10.1214/aos/1176344552
 
-    >>> interval = mean_over_images([1.0] * 90 + [0.0] * 10)
+    >>> interval = bootstrap_interval([1.0] * 90 + [0.0] * 10)
     >>> interval.value, 0.8 < interval.low < 0.9 < interval.high < 1
     (0.9, True)
     """

@@ -8,7 +8,6 @@ from typing import get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from selfkd.losses import Average
@@ -122,6 +121,8 @@ def fit_weights(
     >>> [round(weight, 6) for weight in weights]
     [1.0, 0.0]
     """
+    from scipy.optimize import minimize  # slow to import
+
     _check_members(member_logits, labels, average)
     log_p = member_logits.detach().double().log_softmax(dim=-1).cpu().numpy()
     make_objective = _probability_nll if average == "probabilities" else _logit_nll

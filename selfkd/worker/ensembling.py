@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from selfkd.config import CheckpointConfig, ModelConfig, Tree
 from selfkd.distill.averaging import average_weights, fit_weights, greedy_soup
@@ -123,6 +122,8 @@ def time(config: Tree, models: Sequence[Sequence[str]], batches: Sequence[int]) 
 
 @torch.inference_mode()
 def _seconds(networks: Sequence[nn.Module], inputs: Any) -> float:
+    from torch.utils.benchmark import Timer  # slow to import
+
     timer = Timer(
         "for network in networks: network(inputs)",
         globals={"networks": networks, "inputs": inputs},

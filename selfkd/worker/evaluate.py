@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selfkd.analysis import metrics
-from selfkd.analysis.statistics import mcnemar, mean_over_images
+from selfkd.analysis.statistics import bootstrap_interval, mcnemar
 from selfkd.config import Tree
 from selfkd.models import parameters_count
 from selfkd.results import Evaluation, McNemar, Row, to_row
@@ -145,8 +145,8 @@ def contrast(config: Tree, ensembles: Sequence[Sequence[Mapping[str, Any]]]) -> 
         right = task.hits(average_logits(logits, members, "probabilities"), "test")
         hits.append(right.double().numpy())
     yield {
-        "values": [asdict(mean_over_images(each)) for each in hits],
-        "differences": [asdict(mean_over_images(hits[0] - each)) for each in hits],
+        "values": [asdict(bootstrap_interval(each)) for each in hits],
+        "differences": [asdict(bootstrap_interval(hits[0] - each)) for each in hits],
         "items": len(hits[0]),
     }
 

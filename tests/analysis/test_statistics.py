@@ -8,10 +8,10 @@ from scipy import stats
 
 from selfkd.analysis.statistics import (
     Interval,
+    bootstrap_interval,
     holm,
     mcnemar,
     mean_interval,
-    mean_over_images,
     paired_interval,
     paired_p,
     ratio_interval,
@@ -194,18 +194,18 @@ def test_mcnemar_seldom_rejects_for_equally_good_models(disagree: float) -> None
 
 def test_bootstrap_over_images_is_that_of_the_binomial() -> None:
     """Means of resampled hits are binomial: the ends are quantiles of that, up to resampling."""
-    found = mean_over_images([1.0] * 900 + [0.0] * 100)
+    found = bootstrap_interval([1.0] * 900 + [0.0] * 100)
     assert found.value == 0.9
     low, high = stats.binom(1000, 0.9).ppf([0.025, 0.975]) / 1000
     assert found.low == pytest.approx(low, abs=0.0015)
     assert found.high == pytest.approx(high, abs=0.0015)
-    assert found == mean_over_images([1.0] * 900 + [0.0] * 100)
+    assert found == bootstrap_interval([1.0] * 900 + [0.0] * 100)
 
 
 def test_equal_hits_have_no_interval() -> None:
-    assert mean_over_images([1.0, 1.0, 1.0]) == Interval(1.0)
+    assert bootstrap_interval([1.0, 1.0, 1.0]) == Interval(1.0)
     with pytest.raises(ValueError, match="values must be at least one, got none"):
-        mean_over_images([])
+        bootstrap_interval([])
 
 
 @pytest.mark.parametrize(("images", "accuracy"), [(300, 0.9), (600, 0.96)])
@@ -214,7 +214,7 @@ def test_intervals_over_images_have_their_coverage(images: int, accuracy: float)
     held = []
     for _ in range(400):
         hits = (rng.random(images) < accuracy).astype(float)
-        found = mean_over_images(hits)
+        found = bootstrap_interval(hits)
         assert found.low is not None
         assert found.high is not None
         held.append(found.low <= accuracy <= found.high)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from selfkd.data import Split
@@ -66,6 +65,8 @@ def cluster_classes(probabilities: Tensor, *, clusters: int, seed: int) -> list[
     if not 2 <= clusters <= classes // 2:
         raise ValueError(f"clusters must be in [2, {classes // 2}], got {clusters}")
     columns = torch.cov(rows.T).cpu().numpy()
+    from sklearn.cluster import KMeans  # slow to import
+
     assigned = KMeans(clusters, n_init=10, random_state=seed).fit_predict(columns)
     found = [np.flatnonzero(assigned == cluster).tolist() for cluster in range(clusters)]
     merged = _without_singletons([members for members in found if members], columns)

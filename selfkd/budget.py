@@ -45,23 +45,27 @@ class Budget:
     """What distilling costs and saves; all costs in the unit of the given ones."""
 
     teacher_cost: float
-    """Of an answer to one item."""
+    """Cost of the teacher's prediction of one item."""
     student_cost: float
+    """Cost of the student's prediction of one item."""
     items: float
-    """Training items that the teacher answers."""
+    """Number of training items whose teacher logits are cached."""
     views: float
-    labelling: float
+    """Number of views of each item."""
+    caching: float
+    """Cost of caching the teacher logits."""
     training: float
+    """Cost of all training of the student."""
     distilling: float
-    """Both of them."""
+    """Cost of caching and training."""
     saving: float
-    """Of each item that the student serves in the teacher's place."""
+    """Saving on each item that the student serves in the teacher's place."""
     break_even: float | None
-    """Served items that pay for distilling; None where the student saves nothing."""
+    """Number of served items that pays for distilling; None where the student saves nothing."""
     volume: float | None = None
-    """Items that will be served."""
+    """Number of items that will be served."""
     net: float | None = None
-    """What is left of the saving at that volume."""
+    """Saving at that volume, less the cost of distilling."""
 
 
 def budget(
@@ -78,31 +82,31 @@ def budget(
 ) -> Budget:
     """Return what distilling costs, what each served item saves, and when that has paid.
 
-        labelling  = items views c_T
+        caching    = items views c_T
         training   = as given, else trials epochs items 3 c_S
-        distilling = labelling + training
+        distilling = caching + training
         saving     = c_T - c_S
         break-even = distilling / saving,    net(volume) = volume saving - distilling
 
     where c_T and c_S are the costs of one item: `teacher / per` and `student / per`. The teacher
-    answers each view of each item once, however many trials read its answers. A training step
-    costs about three forward passes, as the backward pass costs two. The teacher's own training is
-    not counted: it is there already.
+    runs once on each view of each item, however many trials read the cached logits. A training
+    step costs about three forward passes, as the backward pass costs two. The teacher's own
+    training is not counted: it is there already.
 
     Args:
-        teacher: cost of the teacher's answers to `per` items (images, tokens).
-        student: the student's.
-        items: in the training data.
-        per: items that the two costs are for, 1e6 where they are per million.
-        views: of each item, 1 without augmentation.
-        training: cost of all training of the student.
-        epochs: of a trial, where the cost of training is not given.
-        trials: trainings of a student.
-        volume: items that will be served.
+        teacher: Cost of the teacher's predictions of `per` items (images, tokens).
+        student: Cost of the student's predictions of `per` items.
+        items: Number of items in the training data.
+        per: Number of items that the two costs are for, 1e6 where they are per million.
+        views: Number of views of each item, 1 without augmentation.
+        training: Cost of all training of the student.
+        epochs: Number of epochs of a trial, where the cost of training is not given.
+        trials: Number of trainings of a student.
+        volume: Number of items that will be served.
 
     Raises:
-        ValueError: a figure that is not finite, or not above 0 (`training` may be 0); neither
-            `training` nor `epochs`.
+        ValueError: A figure is not finite, or not above 0 (`training` may be 0), or neither
+            `training` nor `epochs` is given.
 
     >>> plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
     >>> plan.distilling, round(plan.break_even / 1e9, 2)
@@ -122,16 +126,16 @@ def budget(
     teacher_cost, student_cost = teacher / per, student / per
     if training is None:
         if epochs is None:
-            raise ValueError("training must be given, or epochs to reckon it from, got neither")
+            raise ValueError("training must be given, or epochs to compute it from, got neither")
         training = trials * epochs * items * PASSES * student_cost
-    labelling = items * views * teacher_cost
-    distilling, saving = labelling + training, teacher_cost - student_cost
+    caching = items * views * teacher_cost
+    distilling, saving = caching + training, teacher_cost - student_cost
     return Budget(
         teacher_cost=teacher_cost,
         student_cost=student_cost,
         items=items,
         views=views,
-        labelling=labelling,
+        caching=caching,
         training=training,
         distilling=distilling,
         saving=saving,
@@ -152,11 +156,11 @@ def describe_budget(plan: Budget, *, unit: str = "item") -> str:
     if plan.break_even is None:
         dear = "as dear as" if plan.saving == 0 else "dearer than"
         return f"{costs} and never pays: the student is {dear} the teacher, there is no break-even"
-    told = f"{costs} and has paid for itself after {_large(plan.break_even)} served {unit}s"
+    text = f"{costs} and has paid for itself after {_large(plan.break_even)} served {unit}s"
     if plan.volume is None or plan.net is None:
-        return told
+        return text
     gain = "saves" if plan.net >= 0 else "still loses"
-    return f"{told}; at {_large(plan.volume)} it {gain} {_amount(abs(plan.net))}"
+    return f"{text}; at {_large(plan.volume)} it {gain} {_amount(abs(plan.net))}"
 
 
 def make_budget_table(plan: Budget, *, unit: str = "item", per: float = 1.0) -> Table:
@@ -168,7 +172,8 @@ def make_budget_table(plan: Budget, *, unit: str = "item", per: float = 1.0) -> 
     views = "" if plan.views == 1 else f" in {_amount(plan.views)} views"
     table.add_row(f"teacher, {each}", _amount(plan.teacher_cost * per))
     table.add_row(f"student, {each}", _amount(plan.student_cost * per))
-    table.add_row(f"labelling {_large(plan.items)} {unit}s{views}, once", _amount(plan.labelling))
+    cached = f"caching teacher logits of {_large(plan.items)} {unit}s{views}, once"
+    table.add_row(cached, _amount(plan.caching))
     table.add_row("training", _amount(plan.training))
     table.add_row("distilling, both", _amount(plan.distilling))
     table.add_row(f"saving, {each} served", _amount(plan.saving * per))
@@ -183,16 +188,16 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
     """Return what a run has measured, as far as it has.
 
     Args:
-        run: folder of `selfkd.ensemble`, `selfkd.capacity` or `selfkd.generations`.
-        batch: of images answered at once.
-        value: of the student, in a capacity run.
+        run: Run folder of `selfkd.ensemble`, `selfkd.capacity` or `selfkd.generations`.
+        batch: Number of items that are predicted at once.
+        value: Value of the student, in a capacity run.
 
     Returns:
         Some of `items`, `views`, `epochs`, `trials`, `train_seconds` (of all trials of the
-        student), `teacher_ms` and `student_ms` (an image, on one thread).
+        student), `teacher_ms` and `student_ms` (for an item, on one thread).
 
     Raises:
-        ConfigError: no finished run, or one without that student.
+        ConfigError: It is no finished run, or has no such student.
     """
     path = as_path(run).expanduser()
     if not (path / "config.yaml").is_file():
@@ -260,23 +265,25 @@ def make_parser() -> argparse.ArgumentParser:
         description="What distilling costs, what it saves, and when it has paid.",
     )
     add = parser.add_argument
-    add("--teacher", type=float, metavar="COST", help="of the teacher's answers to --per items")
-    add("--student", type=float, metavar="COST", help="of the student's")
-    add("--per", type=float, default=1.0, metavar="N", help="items those are for, such as 1e6")
-    add("--items", type=float, metavar="N", help="items in the training data")
-    add("--views", type=float, metavar="N", help="augmented views of each that are labelled")
-    add("--training", type=float, metavar="COST", help="of all training of the student")
-    add("--epochs", type=float, metavar="N", help="of a trial, where --training is not given")
-    add("--trials", type=float, metavar="N", help="trainings of a student")
-    add("--volume", type=float, metavar="N", help="items that will be served")
+    cost: dict[str, Any] = {"type": float, "metavar": "COST"}
+    number: dict[str, Any] = {"type": float, "metavar": "N"}
+    add("--teacher", **cost, help="cost of the teacher's predictions of --per items")
+    add("--student", **cost, help="cost of the student's predictions of --per items")
+    add("--per", **number, default=1.0, help="items that these costs are for, such as 1e6")
+    add("--items", **number, help="items in the training data")
+    add("--views", **number, help="augmented views of each item whose teacher logits are cached")
+    add("--training", **cost, help="cost of all training of the student")
+    add("--epochs", **number, help="epochs of a trial, where --training is not given")
+    add("--trials", **number, help="trainings of a student")
+    add("--volume", **number, help="items that will be served")
     add("--teacher-ms", type=float, metavar="MS", help="the teacher's time for an item")
-    add("--student-ms", type=float, metavar="MS", help="the student's")
-    add("--train-seconds", type=float, metavar="S", help="of all trials together")
-    add("--price", type=float, metavar="COST", help="of an hour of the machine that was timed")
+    add("--student-ms", type=float, metavar="MS", help="the student's time for an item")
+    add("--train-seconds", type=float, metavar="S", help="seconds of all trials together")
+    add("--price", **cost, help="cost of an hour of the machine that was timed")
     add("--from", dest="run", metavar="RUN", help="run folder to take measured figures from")
-    add("--batch", type=int, choices=(1, 128), default=128, help="images at once, of RUN's times")
-    add("--value", help="which student of a RUN of selfkd.capacity")
-    add("--unit", default="item", help="what is served, such as image or token")
+    add("--batch", type=int, choices=(1, 128), default=128, help="items at once in RUN's times")
+    add("--value", help="value of the student in a RUN of selfkd.capacity")
+    add("--unit", default="item", help="word for what is served, such as image or token")
     add("--format", choices=("table", "json"), default="table")
     return parser
 
@@ -289,25 +296,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return USAGE
-    console, said = make_console(), describe_budget(plan, unit=arguments.unit)
+    console, sentence = make_console(), describe_budget(plan, unit=arguments.unit)
     if arguments.format == "json":
-        told = {**asdict(plan), "unit": arguments.unit, "sentence": said, "notes": notes}
-        console.print(json.dumps(told, indent=1), soft_wrap=True)
+        tree = {**asdict(plan), "unit": arguments.unit, "sentence": sentence, "notes": notes}
+        console.print(json.dumps(tree, indent=1), soft_wrap=True)
         return 0
     console.print(make_budget_table(plan, unit=arguments.unit, per=arguments.per))
-    console.print("\n".join([said, *notes]), soft_wrap=True)
+    console.print("\n".join([sentence, *notes]), soft_wrap=True)
     return 0
 
 
 def _plan(arguments: argparse.Namespace) -> tuple[Budget, list[str]]:
-    """Return the budget of given figures over measured ones, and what to say of it."""
+    """Return the budget of given figures over measured ones, and notes on it."""
     given: dict[str, Any] = {k: v for k, v in vars(arguments).items() if v is not None}
     figures: dict[str, Any] = {}
     if arguments.run is not None:
         figures = measured(arguments.run, batch=arguments.batch, value=arguments.value)
     for cost, time in (("teacher", "teacher_ms"), ("student", "student_ms")):
         if cost in given:
-            figures.pop(time, None)  # what is given stands
+            figures.pop(time, None)  # given figures replace measured ones
     if "training" in given or given.keys() & {"epochs", "trials"}:
         figures.pop("train_seconds", None)
     figures |= given

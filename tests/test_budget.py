@@ -15,14 +15,28 @@ import pytest
 from selfkd.budget import Budget, budget, describe_budget, main, measured
 from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.storage.files import save_json
+from selfkd.results import (
+    CapacitySummary,
+    Chosen,
+    EnsembleSummary,
+    Facts,
+    GenerationResult,
+    GenerationsSummary,
+    Interval,
+    Seeds,
+    Size,
+    TableRow,
+    TeacherRow,
+    TrialResult,
+)
+from selfkd.storage.rows import save_row
 
 TOKENS = ["--teacher", "10", "--student", "0.5", "--per", "1e6", "--items", "1e9"]
 
 
 def test_a_billion_tokens_at_ten_and_a_half_a_million() -> None:
     plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
-    assert plan.labelling == pytest.approx(10_000)
+    assert plan.caching == pytest.approx(10_000)
     assert plan.distilling == pytest.approx(11_000)
     assert plan.saving == pytest.approx(9.5e-6)
     assert plan.break_even == pytest.approx(11_000 / 9.5e-6)
@@ -40,15 +54,15 @@ def test_at_the_break_even_nothing_is_left_and_beyond_it_the_saving(volume: floa
     assert plan.net == pytest.approx(by_teacher - (plan.distilling + by_student), abs=1e-3)
 
 
-def test_training_is_reckoned_from_epochs_and_trials() -> None:
+def test_training_is_computed_from_epochs_and_trials() -> None:
     plan = budget(teacher=2, student=0.1, items=1000, epochs=20, trials=8)
     assert plan.training == pytest.approx(8 * 20 * 1000 * 3 * 0.1)
-    assert plan.labelling == 2000  # once, however many trials read the answers
+    assert plan.caching == 2000  # once, however many trials read the cached logits
 
 
-def test_every_view_is_labelled_once() -> None:
+def test_the_teacher_runs_on_every_view_once() -> None:
     plan = budget(teacher=2, student=0.1, items=1000, views=8, training=0)
-    assert plan.distilling == plan.labelling == 16_000
+    assert plan.distilling == plan.caching == 16_000
 
 
 @pytest.mark.parametrize(("student", "word"), [(2.0, "as dear as"), (3.0, "dearer than")])
@@ -78,14 +92,14 @@ def test_training_may_be_free_but_no_less(value: float) -> None:
 
 
 def test_training_must_be_known() -> None:
-    with pytest.raises(ValueError, match="training must be given, or epochs to reckon it from"):
+    with pytest.raises(ValueError, match="training must be given, or epochs to compute it from"):
         budget(teacher=2, student=1, items=9)
 
 
 # --- the command ---
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main([*arguments, "--format", "json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
@@ -94,7 +108,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 def test_prints_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TOKENS, "--training", "1000", "--unit", "token", "--volume", "3e9"]) == 0
     printed = capsys.readouterr().out
-    assert "labelling 1 billion tokens, once" in printed
+    assert "caching teacher logits of 1 billion tokens, once" in printed
     assert "1,157,894,737" in printed
     assert printed.splitlines()[-1] == (
         "distilling costs 11,000 and has paid for itself after 1.16 billion served tokens; "
@@ -103,7 +117,7 @@ def test_prints_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    found = told(capsys, *TOKENS, "--training", "1000", "--unit", "token")
+    found = as_json(capsys, *TOKENS, "--training", "1000", "--unit", "token")
     assert Budget(**{k: found[k] for k in Budget.__dataclass_fields__}) == budget(
         teacher=10, student=0.5, per=1e6, items=1e9, training=1000
     )
@@ -112,11 +126,11 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_times_become_costs_by_the_price_of_an_hour(capsys: pytest.CaptureFixture[str]) -> None:
     times = ["--teacher-ms", "36", "--student-ms", "3.6", "--train-seconds", "1800"]
-    found = told(capsys, *times, "--items", "1000", "--price", "2")
+    found = as_json(capsys, *times, "--items", "1000", "--price", "2")
     assert found["teacher_cost"] == pytest.approx(2e-5)
     assert found["student_cost"] == pytest.approx(2e-6)
     assert found["training"] == pytest.approx(1.0)
-    hours = told(capsys, *times, "--items", "1000")
+    hours = as_json(capsys, *times, "--items", "1000")
     assert hours["distilling"] == pytest.approx(found["distilling"] / 2)
     assert "hours of the machine" in hours["notes"][0]
 
@@ -159,31 +173,37 @@ def test_starts_without_torch() -> None:
 # --- from a run ---
 
 
-def finished_run(folder: Path, summary: dict[str, Any]) -> str:
-    run = RunFolder.create(folder / "run", load_config(settings=["train.epochs=7"]))
-    save_json(run.path / "data.json", {"images": {"train": 200}, "views": 2})
-    save_json(run.path / "summary.json", summary)
+def finished_run(folder: Path, command: str, summary: object) -> str:
+    config = load_config(settings=["train.epochs=7"])
+    run = RunFolder.create(folder / "run", config, command=command)
+    save_row(run.path / "data.json", Facts(items={"train": 200}, views=2))
+    save_row(run.path / "summary.json", summary)
     for number in range(3):
-        trial = run.path / "student" / f"trial_00{number}" / "result.json"
-        save_json(trial, {"train_seconds": 1.5})
+        trial = TrialResult(
+            stage="student", trial=number, seed=number, status="completed", train_seconds=1.5
+        )
+        save_row(run.path / "student" / f"trial_00{number}" / "result.json", trial)
     return str(run.path)
 
 
-ENSEMBLE = {
-    "rows": [
-        {"name": "ensemble of 5, probabilities", "ms_1": 10.0, "ms_128": 1.0},
-        {"name": "ensemble of 5, logits", "ms_1": 12.0, "ms_128": 2.0},
-        {"name": "student, from its teacher", "ms_1": 3.0, "ms_128": 0.5},
-    ],
-    "teacher": {"source": "members", "members": 5},
-    "chosen": {"average": "logits"},
-}
+ENSEMBLE = EnsembleSummary(
+    rows=(
+        TableRow(name="ensemble of 5, probabilities", ms_1=10.0, ms_128=1.0),
+        TableRow(name="ensemble of 5, logits", ms_1=12.0, ms_128=2.0),
+        TableRow(name="student, from its teacher", ms_1=3.0, ms_128=0.5),
+    ),
+    teacher=TeacherRow(source="members", members=5, ms_1=12.0, ms_128=2.0),
+    chosen=Chosen(temperature=4.0, alpha=0.5, average="logits", hash="abc"),
+    trials=3,
+    seeds=0,
+    gain=Interval(0.01),
+)
 
 
 def test_an_ensemble_s_run_gives_times_seconds_and_trials(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = finished_run(tmp_path, ENSEMBLE)
+    run = finished_run(tmp_path, "ensemble", ENSEMBLE)
     assert measured(run) == {
         "epochs": 7,
         "items": 200,
@@ -193,29 +213,29 @@ def test_an_ensemble_s_run_gives_times_seconds_and_trials(
         "trials": 3,
         "train_seconds": 4.5,
     }
-    found = told(capsys, "--from", run, "--price", "3.6")
-    assert found["labelling"] == pytest.approx(200 * 2 * 2.0 / 3.6e6 * 3.6)
+    found = as_json(capsys, "--from", run, "--price", "3.6")
+    assert found["caching"] == pytest.approx(200 * 2 * 2.0 / 3.6e6 * 3.6)
     assert found["training"] == pytest.approx(4.5 / 3600 * 3.6)
     assert found["break_even"] == pytest.approx(found["distilling"] / (1.5e-6))
-    alone = told(capsys, "--from", run, "--batch", "1")
+    alone = as_json(capsys, "--from", run, "--batch", "1")
     assert alone["teacher_cost"] / alone["student_cost"] == pytest.approx(4.0)
 
 
-def test_what_is_given_stands_over_what_was_measured(
+def test_given_figures_replace_measured_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = finished_run(tmp_path, ENSEMBLE)
-    found = told(capsys, "--from", run, "--price", "3.6", "--teacher", "1", "--items", "10")
-    assert (found["teacher_cost"], found["labelling"]) == (1.0, 20.0)
-    planned = told(capsys, "--from", run, "--trials", "2")
+    run = finished_run(tmp_path, "ensemble", ENSEMBLE)
+    found = as_json(capsys, "--from", run, "--price", "3.6", "--teacher", "1", "--items", "10")
+    assert (found["teacher_cost"], found["caching"]) == (1.0, 20.0)
+    planned = as_json(capsys, "--from", run, "--trials", "2")
     assert planned["training"] == pytest.approx(2 * 7 * 200 * 3 * planned["student_cost"])
 
 
-def test_a_run_of_generations_has_no_times_of_answers(
+def test_a_run_of_generations_has_no_times_of_predictions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generation = {"trials": 4, "train_seconds": 9.0}
-    run = finished_run(tmp_path, {"generations": [generation] * 3, "ensemble": None})
+    generation = GenerationResult(generation=0, trial=0, trials=4, train_seconds=9.0)
+    run = finished_run(tmp_path, "generations", GenerationsSummary(generations=(generation,) * 3))
     found = measured(run)
     assert (found["trials"], found["train_seconds"]) == (8, 18.0)  # of those that had a teacher
     assert main(["--from", run]) == 2
@@ -225,16 +245,42 @@ def test_a_run_of_generations_has_no_times_of_answers(
 def test_a_capacity_run_has_students_to_choose_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    measures: dict[str, Any] = {"difference": Interval(0.0), "room": Interval(0.0)}
+    measures |= dict.fromkeys(("labels", "distilled"), Seeds(value=0.9))
     sizes = [
-        {"value": width, "ms_1": width, "ms_128": width / 10, "trials": 1, "train_seconds": 2.0}
+        Size(
+            value=width,
+            parameters=width,
+            ms_1=width,
+            ms_128=width / 10,
+            train_seconds=2.0,
+            **measures,
+        )
         for width in (4, 8)
     ]
-    summary = {"sizes": sizes, "teacher": {"ms_1": 50.0, "ms_128": 5.0}}
-    run = finished_run(tmp_path, summary)
+    teacher = TeacherRow(source="members", members=5, ms_1=50.0, ms_128=5.0)
+    summary = CapacitySummary(
+        key="model.args.width", seeds=1, teacher=teacher, sizes=tuple(sizes), verdict="unknown"
+    )
+    run = finished_run(tmp_path, "capacity", summary)
     assert measured(run, value="8")["student_ms"] == 0.8
     assert main(["--from", run]) == 2
     error = capsys.readouterr().err
     assert "--value must be one of the run's students (4, 8), got None" in error
+
+
+def test_a_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder.create(tmp_path / "run", load_config(), command="study")
+    assert main(["--from", str(run.path)]) == 2
+    error = capsys.readouterr().err
+    assert "--from must be a run of selfkd.ensemble, capacity, generations, got" in error
+
+
+def test_a_damaged_summary_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished_run(tmp_path, "ensemble", ENSEMBLE)
+    (Path(run) / "summary.json").write_text("{")
+    assert main(["--from", run]) == 2
+    assert f"{run}/summary.json is damaged" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Statistics across runs: paired where seeds and data agree, else unpaired, which is said."""
+"""Statistics across runs: paired where seeds and data are the same, else unpaired, with why."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from selfkd.reporting.read import Run, Tree
 from selfkd.results import Interval
 
 INCIDENTAL = ("seed", "name", "storage", "tracking", "resources", "rounds", "confirm", "targets")
-"""Keys of a config that do not change what is trained, but for the seed and how long."""
+"""Keys of a config in which repeats may differ: seed and length of a run, where it ran, names."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What a run has made: its last generation, or its student.
+    """The last generation of a run, or its student.
 
     Args:
-        name: Name of it.
-        val: Metric on validation by which it was chosen, optimistic.
+        name: Name of the generation, or student.
+        val: Validation metric by which it was chosen, optimistic.
         test: Test accuracy of the chosen model.
-        values: Test accuracy of each fresh seed; none where nothing was confirmed.
-        seeds: The seeds themselves, where they were written down.
+        values: Test accuracy of each fresh seed; none where nothing was replicated.
+        seeds: Fresh seeds, where they are known.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Comparison:
         run: Name of the run.
         reference: Name of the other.
         difference: Difference in test accuracy, run less reference.
-        paired: Whether each seed of one stands beside the same of the other.
+        paired: Whether the two are compared seed by seed.
         why: What the interval rests on, or why it is unpaired or absent.
     """
 
@@ -59,12 +59,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In words: the same for a gain and for none."""
+        """Words for it, the same for a gain and for none."""
         if self.difference.low is None:
-            told = verdicts.format_difference(self.difference)
+            difference = verdicts.format_difference(self.difference)
             return (
                 f"no evidence that {self.run} is better than {self.reference} "
-                f"(difference {told}, {self.why})"
+                f"(difference {difference}, {self.why})"
             )
         return verdicts.describe_difference(self.run, self.reference, self.difference, self.why)
 
@@ -74,10 +74,10 @@ class Across:
     """A generation over several runs of the same config with other seeds.
 
     Args:
-        name: of the generation, or ensemble.
-        accuracies: on test, one a run.
-        mean: of them.
-        first: the difference to generation 0 of the same run; None of generation 0.
+        name: Name of the generation, or ensemble.
+        accuracies: Test accuracy of each run.
+        mean: Mean of these accuracies.
+        first: Difference to generation 0 of the same run; None of generation 0.
     """
 
     name: str
@@ -87,11 +87,11 @@ class Across:
 
 
 def last_arm(run: Run) -> Arm | None:
-    """Return what a run has made; None where nothing is finished."""
+    """Return the last generation of a run, or its student; None where nothing is finished."""
     if (summary := run.ensemble_summary) is not None:
-        student, chosen = summary.rows[-1], summary.chosen.metric(run.metric)
-        seeds = student.runs if summary.seeds else ()
-        return Arm("student", chosen, student.metric("test_accuracy"), seeds)
+        student, val = summary.rows[-1], summary.chosen.metric(run.metric)
+        values = student.runs if summary.seeds else ()
+        return Arm("student", val, student.metric("test_accuracy"), values=values)
     done = [generation for generation in run.generations if generation.result is not None]
     if not done or done[-1].result is None:
         return None
@@ -115,11 +115,12 @@ def compare(run: Run, reference: Run) -> Comparison | None:
         mean_a - mean_b ± t(df) sqrt(s_a²/n_a + s_b²/n_b)
 
     Args:
-        run: whose gain is asked.
-        reference: against which.
+        run: Run whose gain is of interest.
+        reference: Run that it is compared with.
 
     Returns:
-        Without ends where a run has fewer than two fresh seeds; None without test accuracies.
+        The comparison; its interval has no ends where a run has fewer than two fresh seeds. None
+        where a run has no test accuracy.
 
     Reference:
         Welch, "The generalization of 'Student's' problem when several different population
@@ -147,7 +148,7 @@ def compare(run: Run, reference: Run) -> Comparison | None:
 
 
 def _pairs(own: Arm, other: Arm) -> tuple[list[float], list[float]]:
-    """Return accuracies by shared seed; by their order where the seeds were not written down."""
+    """Return accuracies by shared seed; by their order where the seeds are not known."""
     if not own.seeds or not other.seeds:
         return list(own.values), list(other.values)
     by_seed = [dict(zip(arm.seeds, arm.values, strict=True)) for arm in (own, other)]
@@ -173,9 +174,9 @@ def welch_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 def why_unpaired(run: Run, reference: Run) -> str | None:
     """Return why the seeds of two runs are not the same experiment twice; None where they are."""
-    if run.facts is None or reference.facts is None:
+    digests = [each.facts.fingerprints if each.facts else {} for each in (run, reference)]
+    if not all(digests):  # a user's training function has data of its own
         return "what data they had is not known of both"
-    digests = [each.fingerprints for each in (run.facts, reference.facts)]
     if digests[0] != digests[1]:
         names = [str(each.get("data.name", "data")) for each in (run, reference)]
         shown = [
@@ -193,7 +194,7 @@ def why_unpaired(run: Run, reference: Run) -> str | None:
         return None
     if own.seeds and other.seeds:
         shared = len(set(own.seeds) & set(other.seeds))
-        few = min(len(own.seeds), len(other.seeds)) < 2  # which is said in any case
+        few = min(len(own.seeds), len(other.seeds)) < 2  # another reason, which is named in any case
         return None if shared > 1 or few else f"they share {shared} fresh seeds"
     if len(own.values) != len(other.values):
         return f"they have {len(own.values)} and {len(other.values)} fresh seeds"

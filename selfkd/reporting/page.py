@@ -1,4 +1,4 @@
-"""A run as one HTML file that asks no server for anything."""
+"""A run as one HTML file that loads nothing from any server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Script:
 
     @property
     def digest(self) -> Markup:
-        """As a source of a content security policy."""
+        """Source of a content security policy."""
         digest = hashlib.sha256(self.text.encode()).digest()
         return Markup(f"'sha256-{base64.b64encode(digest).decode()}'")  # noqa: S704 - base64
 
@@ -71,7 +71,7 @@ class Appendix:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What stands on a page, from top to bottom."""
+    """Content of a page, from top to bottom."""
 
     kind: str
     title: str
@@ -89,14 +89,14 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     """Write the report of a run, whole or not at all.
 
     Args:
-        folder: of the run.
-        output: file to write; `report.html` in the run folder when not given.
+        folder: Run folder.
+        output: File to write; `report.html` in the run folder when not given.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: it is no run folder, or has no result yet.
+        ConfigError: It is no run folder, or has no result yet.
     """
     output = output or folder / REPORT
     save_text(output, render(run_page(read_run(folder))), patience=0)  # no run waits for it
@@ -111,7 +111,7 @@ def render(page: Page) -> str:
         **parts,
         scripts=scripts,
         style=_trusted(_asset("page.css")),
-        drawn=_rng_state,
+        figure_json=_figure_json,
         version=metadata.version("selfkd"),
         now=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
@@ -135,12 +135,12 @@ def _trusted(text: str) -> Markup:
     return Markup(text)  # noqa: S704 - files of this package and of plotly
 
 
-def _rng_state(figure: go.Figure) -> Markup:
+def _figure_json(figure: go.Figure) -> Markup:
     """Return a figure as JSON that ends no script element."""
     text: str = figure.to_json(validate=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)  # noqa: S704 - nothing is left in it that HTML could take for its own
+    return Markup(text)  # noqa: S704 - holds no character that HTML takes for markup
 
 
 def run_page(run: Run) -> Page:

@@ -1,4 +1,4 @@
-"""A run folder as plain data: what is there, what is damaged, what is still to come."""
+"""A run folder as typed rows: what is there, what is damaged, what is still to come."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ class Generation:
     trials: tuple[TrialResult, ...]
     result: GenerationResult | None = None
     diagnostics: Mapping[str, Diagnostics] = field(default_factory=dict)
-    """Of `val` and `test`."""
+    """Diagnostics by split, `val` and `test`."""
     confirmation: Confirmation | None = None
     name: str = ""
-    """What it is called where it is no generation: a student of an ensemble."""
+    """Name of a student of an ensemble, which is no generation."""
 
     @property
     def title(self) -> str:
-        """What it is called."""
+        """Name in a text."""
         return self.name or f"generation {self.number}"
 
     @property
     def short(self) -> str:
-        """What it is called where it is known what it is."""
+        """Name in a column of generations."""
         return self.name or f"{self.number}"
 
 
@@ -71,25 +71,25 @@ class Run:
     """What is known of a run.
 
     Args:
-        path: its folder.
-        command: that it was started by, one of `COMMANDS`.
-        config: as its config.yaml says.
+        path: Run folder.
+        command: Name of the command that started it, one of `COMMANDS`.
+        config: Content of its config.yaml.
         facts: Facts of its data, if they are known.
-        starts: the environment of each start, the latest last.
-        generations: those with a result, in order; the last may have none yet.
-        stages: trials of a run of `ensemble`, by stage.
-        further: trials on fresh seeds and of controls.
-        students: of a run of `ensemble`, with what is known of their calibration.
-        members: the teachers of a run of `ensemble`, the best first.
-        ensemble: of all generations.
-        controls: of equal cost.
-        stopped: why it ended before its last round.
+        starts: Environment of each start, the latest last.
+        generations: Generations in order; the last may have no result yet.
+        stages: Trials of a run of `ensemble`, by stage.
+        further: Trials on fresh seeds and of controls.
+        students: Students of a run of `ensemble`, with their diagnostics.
+        members: Teachers of a run of `ensemble`, the best first.
+        ensemble: Ensemble of all generations.
+        controls: Controls of equal cost.
+        stopped: Why it ended before its last round.
         ensemble_summary: Summary of a run of `ensemble`.
         capacity_summary: Summary of a run of `capacity`.
         study_summary: Summary of a run of `study`.
-        problems: files that are damaged, and how.
-        missing: what it has not done yet; nothing of a finished run.
-        label: what it is called where the name of its folder is not enough.
+        problems: Damaged files, each with what is wrong with it.
+        missing: What it has not done yet; None of a finished run.
+        label: Name where that of its folder is not enough.
     """
 
     path: Path
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What it is called: the name of its folder, if nothing else tells it apart."""
+        """Name: that of its folder, or its label where others have the same."""
         return self.label or self.path.name
 
     @property
@@ -129,20 +129,20 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """What the best trial is chosen by."""
+        """Name of the metric that the best trial is chosen by."""
         return str(self.get("search.metric", "val_accuracy"))
 
     @property
     def unit(self) -> str:
-        """Word for the items of its data."""
+        """Word for the items of its data, such as images."""
         return self.facts.unit if self.facts is not None else "images"
 
     @property
     def trained(self) -> int:
-        """How many models were trained, in whole or in part."""
-        stages = sum(len(trials) for trials in self.stages.values())
-        chosen_among = sum(len(generation.trials) for generation in self.generations)
-        return stages + chosen_among + len(self.further)
+        """Number of models that were trained, in whole or in part."""
+        of_stages = sum(len(trials) for trials in self.stages.values())
+        of_generations = sum(len(generation.trials) for generation in self.generations)
+        return of_stages + of_generations + len(self.further)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the config by its dotted key."""
@@ -183,13 +183,13 @@ def read_run(path: Path) -> Run:
     """Read a run folder.
 
     Args:
-        path: of the folder; the run may be finished, stopped or going on.
+        path: Run folder; the run may be finished, stopped or going on.
 
     Returns:
-        What is there; damaged files are named in `problems` and left out.
+        What is there; what is damaged is named in `problems` and omitted.
 
     Raises:
-        ConfigError: it is no run folder, or has no result yet.
+        ConfigError: It is no run folder, or has no result yet.
     """
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {path}")
@@ -221,7 +221,7 @@ class _Reader:
         if started in SIDE_BY_SIDE:
             own = self._side_by_side(*SIDE_BY_SIDE[started])
         else:
-            own = self._ensemble() if started == "ensemble" else self._lineage(config)
+            own = self._ensemble() if started == "ensemble" else self._born_again(config)
         return Run(
             path=path,
             command=started,
@@ -246,12 +246,12 @@ class _Reader:
             return {}
         found = tree.get("format")
         if found != FORMAT:
-            self._problems.append(f"{path} is of format {found}, {FORMAT} is read")
+            self._problems.append(f"{path} is of format {found}, and format {FORMAT} is read")
         return {key: value for key, value in tree.items() if key != "format"}
 
     # --- born-again generations ---
 
-    def _lineage(self, config: Tree) -> dict[str, Any]:
+    def _born_again(self, config: Tree) -> dict[str, Any]:
         generations = tuple(self._generations())
         summary = self._row(GenerationsSummary, "summary.json")
         done = sum(generation.result is not None for generation in generations)
@@ -317,7 +317,7 @@ class _Reader:
         }
 
     def _side_by_side(self, name: str, kind: type[Any]) -> dict[str, Any]:
-        """Return the summary of sizes or arms; the trials are counted, not shown."""
+        """Return the summary of sizes or arms, and all trials."""
         found = self._row(kind, "summary.json")
         places = {place.parent.parent for place in self._path.glob(f"**/{TRIALS}")}
         trials = tuple(trial for place in sorted(places) for trial in self._trials(place))
@@ -350,17 +350,23 @@ class _Reader:
         return None
 
     def _row(self, kind: type[T], name: str) -> T | None:
-        """Return a row, without what is damaged in it, which is told; None where there is none."""
-        raw = self._load(self._path / name)
+        """Return a row without its damaged fields; None where there is none, or none without them.
+
+        Each damaged field becomes a problem.
+        """
+        path = self._path / name
+        raw, whole = self._load(path), True
         while raw is not None:
             try:
                 return from_row(kind, raw)
             except ValueError as error:
-                self._problems.append(f"{self._path / name} is damaged: {error}")
-                field = re.match(r"\w+", str(error))
-                if not isinstance(raw, dict) or field is None or field[0] not in raw:
+                field = re.split(r"[.:]", str(error), maxsplit=1)[0]
+                absent = not isinstance(raw, dict) or field not in raw
+                if whole or not absent:
+                    self._problems.append(f"{path} is damaged: {error}")
+                if absent:  # a required field, in vain dropped or not there at all
                     return None
-                raw = {key: value for key, value in raw.items() if key != field[0]}
+                raw, whole = {key: value for key, value in raw.items() if key != field}, False
         return None
 
 

@@ -1,4 +1,4 @@
-"""Keeps a run's report up to date while it goes on; never stops it and hardly slows it."""
+"""The report of a run that goes on, kept up to date: never stops the run and hardly slows it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.reporting.read import REPORT
-from selfkd.results import Event, GenerationConfirmed, GenerationFinished, RunFinished
+from selfkd.results import Event, GenerationConfirmed, GenerationFinished
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Reporter:
     """Writes `report.html` after each generation, beside the run; a failure is only logged.
 
     Args:
-        folder: of the run.
+        folder: Run folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,22 +58,19 @@ class Reporter:
         self._writer.shutdown(wait=True)
 
     def _write_soon(self) -> None:
-        """Write it when the one before is written; one that has not begun will tell it all."""
+        """Write it once the previous one is written; one that has not begun will hold it all."""
         if self._next is None or self._next.running() or self._next.done():
             self._next = self._writer.submit(self.write)
 
     def __call__(self, event: Event) -> None:
-        """Write it with what is new; once for all those generations done before a resume."""
+        """Write it after a generation; once for all that were done before a resume."""
         match event:
             case GenerationFinished(result):
                 following = self._result(result.generation + 1)
             case GenerationConfirmed(confirmation):
                 following = self._result(confirmation.generation + 1)
                 following = following.with_name("confirmation.json")
-            case RunFinished():
-                self._write_soon()
-                return
-            case _:
+            case _:  # `finish` writes the end of a run
                 return
         if not following.exists():
             self._write_soon()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 from selfkd.analysis.response import EVIDENCE, Response, drift, fit_response, unfit
-from selfkd.analysis.statistics import Interval
+from selfkd.results import Interval
 
 NOISE = 0.003
 Surface = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]

@@ -1,83 +1,95 @@
-"""What is found, in words: the same for a gain, a loss, and no evidence of either."""
+"""Differences in words: the same for a gain, a loss, and no evidence of either."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from selfkd.analysis.verdicts import compare, is_better, plain, sparkline, tell_mean
-
-
-def interval(value: float, low: float | None, high: float | None) -> dict[str, Any]:
-    return {"value": value, "low": low, "high": high}
+from selfkd.analysis.verdicts import (
+    describe_difference,
+    format_mean,
+    is_better,
+    metric_format,
+    plain,
+    sparkline,
+)
+from selfkd.results import Interval
 
 
 @pytest.mark.parametrize(
-    ("found", "pairs", "said"),
+    ("found", "pairs", "words"),
     [
         (
-            interval(0.004, 0.001, 0.007),
+            Interval(0.004, 0.001, 0.007),
             "5 paired seeds",
             "B is better than A: +0.40 % [+0.10, +0.70], 5 paired seeds",
         ),
         (
-            interval(-0.004, -0.007, -0.001),
+            Interval(-0.004, -0.007, -0.001),
             "5 paired seeds",
             "B is worse than A: -0.40 % [-0.70, -0.10], 5 paired seeds",
         ),
         (
-            interval(-0.001, -0.006, 0.004),
+            Interval(-0.001, -0.006, 0.004),
             "5 paired seeds",
             "no evidence that B is better than A (difference -0.10 % [-0.60, +0.40], "
             "5 paired seeds)",
         ),
         (
-            interval(0.004, 0.0, 0.008),  # 0 is in it
+            Interval(0.004, 0.0, 0.008),  # 0 is in it
             "5 paired seeds",
             "no evidence that B is better than A (difference +0.40 % [+0.00, +0.80], "
             "5 paired seeds)",
         ),
         (
-            interval(0.05, None, None),
+            Interval(0.05),
             "1 paired seed",
             "no evidence that B is better than A (difference +5.00 %, 1 paired seed, "
             "so no interval)",
         ),
         (
-            interval(0.001, None, None),
+            Interval(0.001),
             "3 paired seeds",
             "no evidence that B is better than A (difference +0.10 %, 3 paired seeds, "
             "the same in all: no interval)",
         ),
     ],
 )
-def test_a_difference_in_words(found: dict[str, Any], pairs: str, said: str) -> None:
-    assert compare("B", "A", found, pairs) == said
+def test_a_difference_in_words(found: Interval, pairs: str, words: str) -> None:
+    assert describe_difference("B", "A", found, pairs) == words
 
 
 def test_less_may_be_better() -> None:
-    loss = interval(-0.2, -0.3, -0.1)
+    loss = Interval(-0.2, -0.3, -0.1)
     assert is_better(loss, mode="min")
     assert not is_better(loss)
     assert (
-        compare("B", "A", loss, "3 paired seeds", mode="min", form=plain)
+        describe_difference("B", "A", loss, "3 paired seeds", mode="min", form=plain)
         == "B is better than A: -0.2 [-0.3, -0.1], 3 paired seeds"
     )
-    gain = interval(0.2, 0.1, 0.3)
-    assert compare("B", "A", gain, "x", mode="min", form=plain).startswith("B is worse than A")
+    gain = Interval(0.2, 0.1, 0.3)
+    assert describe_difference("B", "A", gain, "x", mode="min", form=plain).startswith(
+        "B is worse than A"
+    )
 
 
 def test_without_a_difference_there_is_no_evidence() -> None:
     assert not is_better(None)
-    assert not is_better(interval(1.0, None, None))
+    assert not is_better(Interval(1.0))
 
 
 def test_a_mean_of_one_seed_says_so() -> None:
-    assert tell_mean(interval(0.96, None, None), 1) == "96.00 %, one seed, so no interval"
+    assert format_mean(Interval(0.96), 1) == "96.00 %, one seed, so no interval"
     assert (
-        tell_mean(interval(-0.5, -0.7, -0.3), 3, form=plain) == "-0.5 [-0.7, -0.3], mean of 3 seeds"
+        format_mean(Interval(-0.5, -0.7, -0.3), 3, form=plain)
+        == "-0.5 [-0.7, -0.3], mean of 3 seeds"
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "text"), [("test_accuracy", "+1.00 %"), ("val_nll", "+0.01"), ("loss", "+0.01")]
+)
+def test_an_accuracy_is_a_fraction_and_other_metrics_are_plain(metric: str, text: str) -> None:
+    assert metric_format(metric)(0.01) == text
 
 
 def test_sparkline_is_as_long_as_its_values_and_in_their_order() -> None:

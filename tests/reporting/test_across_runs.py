@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ from selfkd.reporting.across_runs import (
     why_unpaired,
 )
 from selfkd.reporting.read import Run, read_run
+from selfkd.results import EnsembleSummary, Facts
+from selfkd.storage.rows import load_row, save_row
 
 
 def make(path: Path, **options: Any) -> Run:
     return read_run(generations_run(path, **options))
 
 
-def seeds(run: Run) -> tuple[float, ...]:
+def values(run: Run) -> tuple[float, ...]:
     arm = last_arm(run)
     assert arm is not None
-    return arm.seeds
+    return arm.values
 
 
 def test_same_data_and_seeds_are_paired(tmp_path: Path) -> None:
@@ -39,7 +41,7 @@ def test_same_data_and_seeds_are_paired(tmp_path: Path) -> None:
     found = compare(other, base)
     assert found is not None
     assert found.paired
-    gains = np.array(seeds(other)) - np.array(seeds(base))
+    gains = np.array(values(other)) - np.array(values(base))
     assert found.difference.value == pytest.approx(gains.mean())
     assert found.why == "3 paired seeds"
     assert found.verdict.startswith("other is better than base: +")
@@ -49,7 +51,7 @@ def test_paired_interval_is_students(tmp_path: Path) -> None:
     base, other = make(tmp_path / "base"), make(tmp_path / "other", trials=5)
     found = compare(other, base)
     assert found is not None
-    gains = np.array(seeds(other)) - np.array(seeds(base))
+    gains = np.array(values(other)) - np.array(values(base))
     ends = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
     assert found.difference.low == pytest.approx(ends.low)
     assert found.difference.high == pytest.approx(ends.high)
@@ -86,11 +88,11 @@ def test_welch_covers_the_truth() -> None:
     assert 365 <= hits <= 394
 
 
-OTHER_DATA = {**DATA, "fingerprint": "aaaa", "test": "bbbb"}
+OTHER_DATA = replace(DATA, fingerprints={"train": "aaaa", "val": "", "test": "bbbb"})
 UNPAIRED = [
     ({"data": OTHER_DATA}, r"their data differ \(train/test digits aaaa/bbbb and digits ed6c"),
     ({"seed": 7}, r"their seeds differ \(7 and 0\)"),
-    ({"data": {"classes": 10}}, r"what data they had is not known of both"),
+    ({"data": Facts(outputs=10)}, r"what data they had is not known of both"),
 ]
 
 
@@ -111,13 +113,19 @@ def test_runs_with_more_seeds_are_paired_on_those_they_share(tmp_path: Path) -> 
     assert found.why == "3 paired seeds"
 
 
-def test_seeds_that_were_not_written_down_are_counted(tmp_path: Path) -> None:
+def test_seeds_that_are_not_written_down_are_paired_by_their_order(tmp_path: Path) -> None:
+    """The summary of an ensemble has the accuracy of each seed, and not the seeds."""
     runs = []
     for name, count in (("a", 3), ("b", 3), ("c", 4)):
-        path = generations_run(tmp_path / name, seeds=count)
-        for file in path.glob("generation_*/confirmation.json"):
-            file.write_text(json.dumps({**json.loads(file.read_text()), "seeds": count}))
+        path = ensemble_run(tmp_path / name)
+        summary = load_row(EnsembleSummary, path / "summary.json")
+        student = replace(summary.rows[-1], runs=(0.95, 0.97, 0.96, 0.94)[:count])
+        save_row(path / "summary.json", replace(summary, rows=(*summary.rows[:-1], student)))
         runs.append(read_run(path))
+    found = compare(runs[0], runs[1])
+    assert found is not None
+    assert found.paired
+    assert found.why.startswith("3 paired seeds")
     assert why_unpaired(runs[0], runs[1]) is None
     assert why_unpaired(runs[0], runs[2]) == "they have 3 and 4 fresh seeds"
 
@@ -146,7 +154,7 @@ def test_repeats_are_averaged_and_paired_by_run(tmp_path: Path) -> None:
     assert [row.name for row in rows] == [
         *("generation 0", "generation 1", "generation 2", "ensemble of all")
     ]
-    table = np.array([[result.test_accuracy for result in run.results] for run in runs])
+    table = np.array([[result.metrics["test_accuracy"] for result in run.results] for run in runs])
     assert rows[2].accuracies == pytest.approx(table[:, 2])
     ends = stats.ttest_rel(table[:, 2], table[:, 0]).confidence_interval(0.95)
     assert rows[2].first is not None

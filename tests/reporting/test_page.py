@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ from selenium.webdriver import Chrome
 
 from selfkd.errors import ConfigError
 from selfkd.reporting.comparison_page import comparison_page
-from selfkd.reporting.page import _rng_state, render, write_report
+from selfkd.reporting.page import _figure_json, render, write_report
 from selfkd.reporting.read import read_run
+from selfkd.results import Confirmation, TrialResult
+from selfkd.storage.rows import load_row, save_row
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-PAGES = ("generations", "ensemble", "capacity", "study", "going", "older", "comparison")
+PAGES = ("generations", "ensemble", "capacity", "study", "going", "bare", "comparison")
 FEWEST = {"capacity": 1, "study": 1}  # figures
-COMPARED = ("generations", "ensemble", "going", "older")
+COMPARED = ("generations", "ensemble", "going", "bare")
 browser_needed = pytest.mark.skipif(
     not (CHROMIUM and DRIVER) and "SELFKD_BROWSER" not in os.environ,  # CI must have them
     reason="chromium and chromedriver are not installed",
@@ -53,7 +56,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "capacity": capacity_run(folder / "capacity"),
         "study": study_run(folder / "study"),
         "going": generations_run(folder / "going", rounds=4, done=2),
-        "older": generations_run(folder / "older", seeds=0, diagnostics=False, rounds=8),
+        "bare": generations_run(folder / "bare", seeds=0, diagnostics=False, rounds=8),
     }
     made = {name: write_report(path) for name, path in runs.items()}
     made["comparison"] = folder / "comparison.html"
@@ -171,14 +174,16 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run whose names and texts are markup, wherever a text can stand."""
     folder = tmp_path_factory.mktemp("evil") / "<img src=x onerror=alert(1)>"
     names = [EVIL, "</script>", "<a href='javascript:alert(1)'>a</a>", *map(str, range(7))]
-    generations_run(folder, data={**DATA, "class_names": names})
+    generations_run(folder, data=replace(DATA, names=tuple(names)))
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("name: digits", f"name: {json.dumps(EVIL)}"))
     for path in folder.glob("generation_*/trial_000/result.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "error": EVIL, "status": "x"}))
+        save_row(path, replace(load_row(TrialResult, path), error=EVIL, status="failed"))
     for path in folder.glob("generation_*/confirmation.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": EVIL}))
+        save_row(path, replace(load_row(Confirmation, path), verdicts=(EVIL,)))
     (folder / "generation_000" / "trial_001" / "result.json").write_text("<b>damaged</b>")
+    path = folder / "generation_000" / "trial_002" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "status": EVIL}))
     return write_report(folder)
 
 
@@ -283,7 +288,7 @@ def test_all_parts_are_there(pages: dict[str, Path]) -> None:
     ):
         assert title in text, title
     assert "Accuracy over parameters" in pages["capacity"].read_text()
-    assert "Taught is better than labels" in pages["study"].read_text()
+    assert "Distilled is better than labels" in pages["study"].read_text()
 
 
 def test_a_damaged_file_is_named_on_the_page(tmp_path: Path) -> None:
@@ -307,6 +312,6 @@ def test_nothing_is_left_of_a_report_that_could_not_be_written(tmp_path: Path) -
 
 def test_a_figure_never_ends_its_script() -> None:
     evil = {"data": [{"type": "scatter", "text": ["</script><script>", "<!--"]}]}
-    drawn = _rng_state(go.Figure(evil))
+    drawn = _figure_json(go.Figure(evil))
     assert not set("<>&") & set(drawn)
     assert json.loads(drawn)["data"][0]["text"] == ["</script><script>", "<!--"]

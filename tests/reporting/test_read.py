@@ -28,12 +28,12 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert run.ensemble is not None
     last = run.generations[-1]
     assert last.confirmation is not None
-    assert len(last.confirmation.test_accuracy) == 3
+    assert len(last.confirmation.values) == 3
     assert last.diagnostics["test"].reliability[-1].count == 900
     assert run.starts[-1]["versions"]["torch"] == "2.14.1"
 
 
-def test_an_older_run_has_neither_diagnostics_nor_fresh_seeds(tmp_path: Path) -> None:
+def test_a_run_may_have_neither_diagnostics_nor_fresh_seeds(tmp_path: Path) -> None:
     path = generations_run(tmp_path / "run", seeds=0, diagnostics=False)
     (path / "environment.json").unlink()
     run = read_run(path)
@@ -73,8 +73,8 @@ def test_a_run_of_an_ensemble(tmp_path: Path) -> None:
         "members": 3,
         "student": 4,
     }
-    assert run.compression is not None
-    assert run.compression.share is not None
+    assert run.ensemble_summary is not None
+    assert run.ensemble_summary.share is not None
     assert len(run.members) == 3
 
 
@@ -88,10 +88,10 @@ DAMAGED = [
     ("generation_001/result.json", "[]", "is damaged: all of it"),
     ("generation_001/result.json", '{"generation": 1}', "is damaged: trial: Field required"),
     ("generation_001/result.json", '{"generation": "x", "trial": 0}', "is damaged: generation"),
-    ("generation_001/trial_002/result.json", '{"trial": 2}', "is damaged: status"),
-    ("generation_001/confirmation.json", '{"seeds": 3}', "is damaged: mean"),
+    ("generation_001/trial_002/result.json", '{"trial": 2}', "is damaged: stage: Field required"),
+    ("generation_001/confirmation.json", '{"seeds": 3}', "is damaged: seeds"),
     ("summary.json", "\x00", "is damaged"),
-    ("summary.json", "7", "is damaged: it must be a mapping"),
+    ("summary.json", "7", "is damaged: all of it"),
     ("data.json", '{"images":', "is damaged"),
     ("environment.json", "", "is damaged"),
     ("config.yaml", "a: [", "must be YAML"),
@@ -115,10 +115,35 @@ def test_a_damaged_file_is_named_and_the_rest_is_read(
 
 def test_damaged_diagnostics_leave_the_result(tmp_path: Path) -> None:
     path = generations_run(tmp_path / "run")
-    change(path / "generation_001" / "result.json", diagnostics={"test": {"ece": "high"}})
+    change(path / "generation_001" / "result.json", diagnostics={"test": {"scaled": "high"}})
     run = read_run(path)
-    assert "generation_001/result.json at diagnostics.test is damaged: ece" in run.problems[0]
+    (problem,) = run.problems
+    assert "generation_001/result.json is damaged: diagnostics.test.scaled: " in problem
     assert len(run.results) == 3
+    assert run.results[1].metric("test_accuracy") is not None
+    assert not run.generations[1].diagnostics
+
+
+def test_each_damaged_field_is_named(tmp_path: Path) -> None:
+    path = generations_run(tmp_path / "run")
+    change(path / "generation_001" / "result.json", parameters="many", history=[{"epoch": "one"}])
+    run = read_run(path)
+    first, second = run.problems
+    assert "generation_001/result.json is damaged: parameters: " in first
+    assert "generation_001/result.json is damaged: history.0.epoch: " in second
+    assert run.results[1].history == ()
+    assert run.results[1].hash
+
+
+@pytest.mark.parametrize(("line", "found"), [("format: 2\n", "2"), ("", "None")])
+def test_a_run_of_another_format_is_named_and_read(tmp_path: Path, line: str, found: str) -> None:
+    path = generations_run(tmp_path / "run")
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("format: 1\n", line))
+    run = read_run(path)
+    assert run.problems == (f"{config} is of format {found}, and format 1 is read",)
+    assert run.get("rounds") == 2
+    assert run.finished
 
 
 def test_no_run_folder(tmp_path: Path) -> None:
@@ -142,5 +167,5 @@ def test_numbers_of_a_training_function_of_the_users_own(tmp_path: Path) -> None
         change(result, f1=0.5 + place / 10)
     run = read_run(path)
     assert run.metric == "f1"
-    assert [result.value(run.metric) for result in run.results] == [0.5, 0.6, 0.7]
-    assert run.results[0].value("nothing") is None
+    assert [result.metric(run.metric) for result in run.results] == [0.5, 0.6, 0.7]
+    assert run.results[0].metric("nothing") is None

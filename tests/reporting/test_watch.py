@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -11,10 +10,27 @@ from pathlib import Path
 import pytest
 from run_folders import generations_run
 
-from selfkd.cli import environment
 from selfkd.reporting import page
 from selfkd.reporting.watch import Reporter
-from selfkd.tracking import NoTracker
+from selfkd.results import (
+    Confirmation,
+    GenerationConfirmed,
+    GenerationFinished,
+    GenerationResult,
+    GenerationsSummary,
+    RunFinished,
+)
+from selfkd.storage.rows import load_row
+
+
+def finished(path: Path, generation: int) -> GenerationFinished:
+    file = path / f"generation_{generation:03d}" / "result.json"
+    return GenerationFinished(load_row(GenerationResult, file))
+
+
+def confirmed(path: Path, generation: int) -> GenerationConfirmed:
+    file = path / f"generation_{generation:03d}" / "confirmation.json"
+    return GenerationConfirmed(load_row(Confirmation, file))
 
 
 def test_writes_after_a_generation_and_once_after_a_resume(tmp_path: Path) -> None:
@@ -27,11 +43,11 @@ def test_writes_after_a_generation_and_once_after_a_resume(tmp_path: Path) -> No
             super().write()
 
     reporter = Counted(path)
-    reporter.generation_finished({"generation": 0})  # told again: generation 1 is done too
-    reporter.generation_confirmed({"generation": 0})
+    reporter(finished(path, 0))  # comes again: generation 1 is done too
+    reporter(confirmed(path, 0))
     time.sleep(0.2)
     assert not written
-    reporter.generation_finished({"generation": 1})
+    reporter(finished(path, 1))
     deadline = time.monotonic() + 120
     while not (path / "report.html").exists():
         assert time.monotonic() < deadline
@@ -41,7 +57,7 @@ def test_writes_after_a_generation_and_once_after_a_resume(tmp_path: Path) -> No
     assert len(written) == 2
 
 
-def test_a_report_that_has_not_begun_tells_all_that_happens_until_then(tmp_path: Path) -> None:
+def test_a_report_that_has_not_begun_has_all_that_happens_until_then(tmp_path: Path) -> None:
     path = generations_run(tmp_path / "run", rounds=4, done=2)
     begun, go_on = threading.Event(), threading.Event()
     written: list[int] = []
@@ -53,10 +69,10 @@ def test_a_report_that_has_not_begun_tells_all_that_happens_until_then(tmp_path:
             written.append(1)
 
     reporter = Slow(path)
-    reporter.generation_finished({"generation": 1})
+    reporter(finished(path, 1))
     assert begun.wait(60)
     for _ in range(5):  # the run goes on meanwhile
-        reporter.generation_finished({"generation": 1})
+        reporter(finished(path, 1))
     end = threading.Thread(target=reporter.finish)
     end.start()
     while not reporter._writer._shutdown:
@@ -81,7 +97,7 @@ def test_a_failure_is_logged_and_stops_nothing(
     monkeypatch.setattr(page, "save_text", fail)
     with caplog.at_level(logging.WARNING):
         reporter = Reporter(path)
-        reporter.generation_finished({"generation": 2})
+        reporter(finished(path, 2))
         reporter.finish()
     assert f"report.html was not written: {type(error).__name__}" in caplog.text
     assert not (path / "report.html").exists()
@@ -99,35 +115,15 @@ def test_a_failed_rewrite_leaves_the_last_page(
     assert not list(path.glob(".report.html.*"))
 
 
-def test_hears_all_that_a_tracker_hears(tmp_path: Path) -> None:
-    told = {name for name in vars(NoTracker) if not name.startswith("_")}
-    assert told - {"close", "description"} <= set(dir(Reporter))
+def test_a_finished_run_is_reported_once(tmp_path: Path) -> None:
+    path = generations_run(tmp_path / "run")
+    written: list[int] = []
 
+    class Counted(Reporter):
+        def write(self) -> None:
+            written.append(1)
 
-def test_every_start_is_written_down(tmp_path: Path) -> None:
-    environment.record(tmp_path)
-    environment.record(tmp_path)
-    starts = json.loads((tmp_path / "environment.json").read_text())
-    assert len(starts) == 2
-    assert {"selfkd", "torch", "ray"} <= starts[0]["versions"].keys()
-    assert time.strptime(starts[0]["started"][:19], "%Y-%m-%dT%H:%M:%S")
-    assert starts[0]["cpu"]
-    assert isinstance(starts[0]["gpus"], list)
-
-
-def test_a_damaged_environment_is_begun_again(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text("{")
-    environment.record(tmp_path)
-    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
-
-
-def test_cards_are_named_as_nvidia_names_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = tmp_path / "nvidia-smi"
-    command.write_text("#!/bin/sh\necho 'NVIDIA H100'\necho 'NVIDIA H100'\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert environment.describe()["gpus"] == ["NVIDIA H100", "NVIDIA H100"]
-    command.write_text("#!/bin/sh\nexit 9\n")
-    assert environment.describe()["gpus"] == []
+    reporter = Counted(path)
+    reporter(RunFinished(load_row(GenerationsSummary, path / "summary.json")))
+    reporter.finish()
+    assert len(written) == 1

@@ -1,4 +1,4 @@
-"""`python -m selfkd.response`: what T and alpha did, from the trials of run folders."""
+"""`python -m selfkd.response`: the effect of T and alpha, from the trials of run folders."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class Stage:
 
     run: str
     name: str
-    """generation 1, student, …"""
+    """Name for people: generation 1, student, …"""
     generation: int | None
     parameters: int | None
-    """Of the student."""
+    """Size of the student."""
     data: str | None
-    """What marks the data that it learnt from."""
+    """Digest of its training data."""
     trials: list[Trial]
     ranges: tuple[tuple[float, float] | None, tuple[float, float] | None]
-    """Of temperature and alpha, as searched."""
+    """Searched ranges of temperature and alpha."""
     others: list[str]
-    """What else was searched: it counts as noise here."""
+    """Other keys that were searched, which count as noise here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A stage with its response, or with why there is none."""
+    """A stage with its response, or with the reason why there is none."""
 
     stage: Stage
     response: Response | None
@@ -67,10 +67,10 @@ class Found:
 
 
 def read_stages(run: str | Path) -> tuple[list[Stage], list[str]]:
-    """Return the searches of a run folder, and what is wrong with some of its files.
+    """Return the searches of a run folder, and notes on its damaged files.
 
     Raises:
-        ConfigError: it is no run folder.
+        ConfigError: It is no run folder, or one of another format.
     """
     path = as_path(run).expanduser()
     if not (path / "config.yaml").is_file():
@@ -95,8 +95,8 @@ def _places(
     for place in sorted(path.glob("generation_*")):
         number = int(place.name.removeprefix("generation_"))
         if number:
-            told = "" if (place / "result.json").exists() else ", unfinished"
-            yield f"generation {number}{told}", number, size, place
+            state = "" if (place / "result.json").exists() else ", unfinished"
+            yield f"generation {number}{state}", number, size, place
     if (path / "student").is_dir():
         yield "student", None, size, path / "student"
     if (path / "students.json").exists():
@@ -149,7 +149,7 @@ def _read(kind: type[T], path: Path, notes: list[str]) -> T | None:
     try:
         return load_row(kind, path)
     except (ValueError, OSError) as error:
-        notes.append(f"left out: {error}")
+        notes.append(f"omitted: {error}")
         return None
 
 
@@ -167,7 +167,7 @@ def find_drifts(found: Sequence[Found]) -> list[tuple[str, str, Drift]]:
     """Return the drift of the best point: over each run's generations, and with student size.
 
     Returns:
-        What it is over, the words for one unit of that, and the drift.
+        Of each drift, what it is over and its unit, both in words, and the drift.
     """
     fitted = [(each.stage, each.response) for each in found if each.response is not None]
     drifts = []
@@ -187,7 +187,7 @@ def find_drifts(found: Sequence[Found]) -> list[tuple[str, str, Drift]]:
 
 
 def describe_effect(name: str, effect: Effect | None, noise: float) -> str:
-    """Return in words whether accuracy depends on T or alpha."""
+    """Return whether accuracy depends on T or alpha, in words."""
     if effect is None:
         return f"{name} was not searched"
     most = f"moves it by at most {effect.change.high:.2%}"
@@ -211,9 +211,9 @@ def describe_drift(over: str, unit: str, moved: Drift) -> str:
             continue
         sure = slope.low > neutral or slope.high < neutral
         form = "×{:.2f} [{:.2f}, {:.2f}]" if name == "T" else "{:+.2f} [{:+.2f}, {:+.2f}]"
-        told = form.format(slope.value, slope.low, slope.high)
-        word = f"the best {name} drifts" if sure else f"no evidence that the best {name} drifts"
-        parts.append(f"{word}: {told}")
+        change = form.format(slope.value, slope.low, slope.high)
+        claim = f"the best {name} drifts" if sure else f"no evidence that the best {name} drifts"
+        parts.append(f"{claim}: {change}")
     return f"{over}, for {unit}: " + "; ".join(parts)
 
 
@@ -248,8 +248,8 @@ def _ranged(interval: Interval, form: str) -> str:
     return " ".join([form.format(value), f"[{form.format(low)}, {form.format(high)}]"])
 
 
-def tell(found: Sequence[Found]) -> list[str]:
-    """Return what the responses say, a line each."""
+def describe_responses(found: Sequence[Found]) -> list[str]:
+    """Return responses and drifts in words, line by line."""
     lines = []
     several = len({each.stage.run for each in found}) > 1
     for each in found:
@@ -261,8 +261,8 @@ def tell(found: Sequence[Found]) -> list[str]:
         lines += [
             f"{name}: {describe_effect('T', response.temperature, response.noise)}",
             f"  {describe_effect('alpha', response.alpha, response.noise)}",
-            f"  not told from the best by these trials: T {low_t:.3g} to {high_t:.3g} and alpha "
-            f"{low:.2f} to {high:.2f}, {share:.0%} of what was searched",
+            f"  indistinguishable from the best with these trials: T {low_t:.3g} to {high_t:.3g} "
+            f"and alpha {low:.2f} to {high:.2f}, {share:.0%} of what was searched",
         ]
     lines += [describe_drift(*each) for each in find_drifts(found)]
     others = sorted({key for each in found for key in each.stage.others})
@@ -296,11 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         moved = [
             {"over": over, "unit": unit, **asdict(each)} for over, unit, each in find_drifts(found)
         ]
-        told = {"responses": [asdict(each) for each in found], "drifts": moved, "notes": notes}
-        console.print(json.dumps(told), soft_wrap=True)
+        tree = {"responses": [asdict(each) for each in found], "drifts": moved, "notes": notes}
+        console.print(json.dumps(tree), soft_wrap=True)
         return 0
     console.print(make_response_table(found))
-    console.print("\n".join([*tell(found), _LEGEND, *notes]), soft_wrap=True)
+    console.print("\n".join([*describe_responses(found), _LEGEND, *notes]), soft_wrap=True)
     return 0
 
 
@@ -308,7 +308,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m selfkd.response",
-        description="What T and alpha did: accuracy as a fitted function of both.",
+        description="The effect of T and alpha: accuracy as a fitted function of both.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--format", choices=("table", "json"), default="table")

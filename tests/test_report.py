@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ def test_several_runs_get_one_page_and_a_verdict(
 def test_different_data_are_compared_unpaired_and_it_says_why(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generations_run(runs / "run-c", data={**DATA, "test": "ffff", "fingerprint": "eeee"})
+    other = replace(DATA, fingerprints={"train": "eeee", "val": "", "test": "ffff"})
+    generations_run(runs / "run-c", data=other)
     assert report.main(["run-a", "run-c", "--format", "table"]) == 0
     printed = capsys.readouterr().out
     assert (
@@ -122,7 +124,7 @@ def test_a_run_of_an_ensemble(runs: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     ("make", "verdict"),
-    [(capacity_run, "Distillation helps from 400"), (study_run, "Taught is better than labels")],
+    [(capacity_run, "Distillation helps from 400"), (study_run, "Distilled is better than labels")],
 )
 def test_what_stands_side_by_side_is_not_compared(
     runs: Path,
@@ -152,7 +154,7 @@ def test_a_damaged_file_is_named_and_the_rest_reported(
     ) in told
 
 
-def test_runs_of_the_same_name_are_told_apart(
+def test_runs_of_the_same_name_are_called_by_their_paths(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generations_run(runs / "elsewhere" / "run-a", lift=0.01, settings=("train.lr=0.1",))
@@ -174,7 +176,7 @@ def test_a_mistake_is_one_message(
     runs: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     (runs / "empty").mkdir()
-    (runs / "empty" / "config.yaml").write_text("rounds: 1\n")
+    (runs / "empty" / "config.yaml").write_text("format: 1\nrounds: 1\n")
     assert report.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err == message.format(runs) + "\n"

@@ -1,21 +1,29 @@
-"""`python -m selfkd.response`: what it reads of run folders, and what it says."""
+"""`python -m selfkd.response`: what it reads of run folders, and its table and words."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from selfkd.analysis.response import Effect
-from selfkd.analysis.statistics import Interval
 from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.response import describe_effect, find_responses, main, read_stages
-from selfkd.storage.files import save_json
+from selfkd.results import (
+    Facts,
+    GenerationResult,
+    Interval,
+    SearchesOfSizes,
+    SearchOfSize,
+    TrialResult,
+)
+from selfkd.storage.rows import load_row, save_row
 
 
 def make_run(
@@ -29,18 +37,26 @@ def make_run(
 ) -> Path:
     """A run as selfkd.generations leaves it; the best alpha of generation k is `peaks[k - 1]`."""
     run = RunFolder.create(folder / name, load_config(settings=list(settings)))
-    facts = {"fingerprint": "same", "parameters": {"0": 9, "1": parameters}}
-    save_json(run.path / "data.json", facts)
+    sizes = {"model": 9, "student": parameters}
+    save_row(run.path / "data.json", Facts(parameters=sizes, fingerprints={"train": "same"}))
     rng = np.random.default_rng(0)
     for generation in range(len(peaks) + 1):
         for number in range(trials):
             t, alpha = float(20 ** rng.random()), (number + rng.random()) / trials
             value = 0.95 - 0.1 * (alpha - peaks[generation - 1]) ** 2 + rng.normal(0, 0.001)
             point = {"distill.temperature": t, "distill.alpha": alpha} if generation else {}
-            row = {"status": "completed", "point": point, "val_accuracy": value}
+            trial = TrialResult(
+                stage=f"generation-{generation}",
+                trial=number,
+                seed=number,
+                point=point,
+                status="completed",
+                metrics={"val_accuracy": value},
+            )
             place = run.generation(generation) if stage is None else run.path / stage
-            save_json(place / f"trial_{number:03d}" / "result.json", row)
-        save_json(run.generation(generation) / "result.json", {})
+            save_row(place / f"trial_{number:03d}" / "result.json", trial)
+        result = GenerationResult(generation=generation, trial=0)
+        save_row(run.generation(generation) / "result.json", result)
     return run.path
 
 
@@ -65,7 +81,7 @@ def test_prints_best_region_and_drift(run: Path, capsys: pytest.CaptureFixture[s
     assert [row[:3] for row in rows] == [["generation", "1", "8"], ["generation", "2", "8"]]
     assert "accuracy depends on alpha" in printed
     assert ": accuracy depends on T" not in printed
-    assert "not told from the best by these trials: T 1 to 20 and alpha 0." in printed
+    assert "indistinguishable from the best with these trials: T 1 to 20 and alpha 0." in printed
     assert "over the generations of one, for a generation: no evidence that the best T" in printed
     assert "the best alpha drifts: +0." in printed
 
@@ -108,7 +124,7 @@ def test_what_is_no_run_or_has_no_trials_is_refused(
     ]
 
 
-def test_a_damaged_result_is_named_and_left_out(
+def test_a_damaged_result_is_named_and_omitted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make_run(tmp_path, "one", peaks=(0.3,))
@@ -116,15 +132,25 @@ def test_a_damaged_result_is_named_and_left_out(
     damaged.write_text("{")
     assert main([str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "left out: " in printed
+    assert "omitted: " in printed
     assert str(damaged) in printed
     assert [len(stage.trials) for stage in read_stages(path)[0]] == [7]
+
+
+def test_a_damaged_field_is_named(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "one", peaks=(0.3,))
+    damaged = path / "generation_001" / "trial_003" / "result.json"
+    damaged.write_text('{"format": 1, "stage": "a", "trial": "x"}')
+    stages, (note,) = read_stages(path)
+    assert note.startswith(f"omitted: {damaged} is damaged (trial: ")
+    assert [len(stage.trials) for stage in stages] == [7]
 
 
 def test_failed_and_stopped_trials_do_not_count(tmp_path: Path) -> None:
     path = make_run(tmp_path, "one", peaks=(0.3,))
     for number, status in ((0, "failed"), (1, "stopped")):
-        save_json(path / f"generation_001/trial_00{number}/result.json", {"status": status})
+        file = path / f"generation_001/trial_00{number}/result.json"
+        save_row(file, replace(load_row(TrialResult, file), status=status))
     assert [len(stage.trials) for stage in read_stages(path)[0]] == [6]
 
 
@@ -148,6 +174,14 @@ def test_an_ensemble_s_student_is_read_too(tmp_path: Path) -> None:
     assert [stage.name for stage in read_stages(path)[0]] == ["student"]
 
 
+def test_the_searches_of_a_capacity_run_are_read_too(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "one", peaks=(0.3,), stage="search_width-4")
+    search = SearchOfSize(value=4, parameters=1200, search="search_width-4")
+    save_row(path / "students.json", SearchesOfSizes(key="model.args.width", students=(search,)))
+    (stage,) = read_stages(path)[0]
+    assert (stage.name, stage.parameters) == ("student 4", 1200)
+
+
 def test_what_else_was_searched_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = "search.space.train.lr={loguniform: [0.01, 0.1]}"
     path = make_run(tmp_path, "one", space, peaks=(0.3,))
@@ -158,9 +192,9 @@ def test_what_else_was_searched_is_said(tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_is_fixed_by_the_config_is_no_variable(tmp_path: Path) -> None:
     path = make_run(tmp_path, "one", "distill.temperature=3.0", peaks=(0.3,))
     for trial in path.glob("generation_001/trial_*/result.json"):
-        row = json.loads(trial.read_text())
-        del row["point"]["distill.temperature"]
-        save_json(trial, row)
+        row = load_row(TrialResult, trial)
+        point = {"distill.alpha": row.point["distill.alpha"]}
+        save_row(trial, replace(row, point=point))
     (found,) = find_responses(read_stages(path)[0])
     assert found.response is not None
     assert found.response.temperatures == [3.0]

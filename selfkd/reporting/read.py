@@ -246,7 +246,7 @@ class _Reader:
             return {}
         found = tree.get("format")
         if found != FORMAT:
-            self._problems.append(f"{path} is of format {found}, and format {FORMAT} is read")
+            self._problems.append(f"{path} must be of format {FORMAT}, got {found}")
         return {key: value for key, value in tree.items() if key != "format"}
 
     # --- born-again generations ---

@@ -141,7 +141,7 @@ def test_a_run_of_another_format_is_named_and_read(tmp_path: Path, line: str, fo
     config = path / "config.yaml"
     config.write_text(config.read_text().replace("format: 1\n", line))
     run = read_run(path)
-    assert run.problems == (f"{config} is of format {found}, and format 1 is read",)
+    assert run.problems == (f"{config} must be of format 1, got {found}",)
     assert run.get("rounds") == 2
     assert run.finished
 

@@ -15,9 +15,9 @@ from wandb_server import KEY
 from selfkd import dashboard
 from selfkd.config import load_config
 from selfkd.execution.jobs import InProcess
+from selfkd.experiments.arms import Run
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.storage.files import load_json
 from selfkd.tracking.rows import generation_row
 from selfkd.worker.jobs import run_job
 
@@ -52,15 +52,12 @@ def test_the_view_shows_what_trials_log() -> None:
 
 
 def test_the_view_shows_what_a_lineage_logs(tmp_path: Path) -> None:
-    class Ear:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: None
-
     tiny = ["model={name: selfkd_mlp, args: {width: 8, depth: 1}}", "train.epochs=1", "rounds=1"]
     config = load_config(settings=[*tiny, "search.trials=1", "confirm.seeds=0"])
     folder = RunFolder.create(tmp_path / "run", config)
-    born_again(config, folder, InProcess(run_job), Ear())
-    logged = generation_row(load_json(folder.path / "generation_001" / "result.json"))
+    jobs = InProcess(run_job)
+    born_again(Run(config=config, folder=folder, executor=jobs, events=lambda event: None))
+    logged = generation_row(folder.results()[1])
     drawn = {
         name
         for panel in panels()

@@ -280,7 +280,7 @@ def test_rays_own_job_command_does_the_same(head: Head, tmp_path: Path) -> None:
     command += ["--name", "theirs", "--set", f"storage={tmp_path}", "--set", "search.trials=1"]
     done = run(command, folder, head.env(RAY_API_SERVER_ADDRESS=head.dashboard))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert RunFolder(tmp_path / "theirs").results()[0]["val_accuracy"] == 0.5
+    assert RunFolder(tmp_path / "theirs").results()[0].metrics["val_accuracy"] == 0.5
 
 
 def test_a_working_dir_over_rays_limit_and_the_way_out(head: Head, tmp_path: Path) -> None:

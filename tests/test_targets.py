@@ -23,7 +23,7 @@ SETTINGS = [
 
 @pytest.fixture(params=[None, 3])
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A run folder with a teacher and its stored answers: two views of two shards."""
+    """A run folder with a teacher and its cached logits: two views of two shards."""
     top_k = request.param
     config = to_tree(load_config(settings=[*SETTINGS, f"targets.top_k={top_k or 'null'}"]))
     folder = tmp_path / "run"
@@ -35,9 +35,8 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         for shard in range(2):
             place = {"view": view, "shard": shard, "run": str(folder)}
             where = {"checkpoint": str(checkpoint), "targets": str(folder / "targets")}
-            assert list(run_job("label", {"config": config, **where, **place})) == [
-                {"state": "written"}
-            ]
+            payload = {"config": config, **where, **place}
+            assert list(run_job("cache_teacher_logits", payload)) == [{"state": "written"}]
     return folder
 
 
@@ -55,12 +54,12 @@ def test_ls_lists_what_is_there(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert "1 stores" in printed
 
 
-def test_verify_asks_the_teacher_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_runs_the_teacher_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(run / "targets"), "--rows", "5"]) == 0
-    assert "5 images a view as the teacher says" in capsys.readouterr().out
+    assert "5 images a view are as the teacher predicts" in capsys.readouterr().out
 
 
-def test_verify_names_a_row_that_the_teacher_never_said(
+def test_verify_names_a_row_that_the_teacher_does_not_predict(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = shards(run)[3]  # of the second view: images 150 to 199
@@ -88,7 +87,7 @@ def test_verify_finds_another_teacher(run: Path, capsys: pytest.CaptureFixture[s
     other = {name: tensor + 1 for name, tensor in tensors.items()}
     save_tensors(checkpoint, other, {k: v for k, v in facts.items() if k != "hash"})
     assert main(["verify", str(run)]) == 1
-    assert "is not the teacher that was asked" in capsys.readouterr().out
+    assert "is not the teacher whose logits are cached" in capsys.readouterr().out
 
 
 def test_verify_says_when_the_teacher_is_gone(
@@ -96,7 +95,7 @@ def test_verify_says_when_the_teacher_is_gone(
 ) -> None:
     (run / "student.safetensors").unlink()
     assert main(["verify", str(run)]) == 2
-    assert "cannot be asked again: its checkpoint" in capsys.readouterr().out
+    assert "cannot be checked: its checkpoint" in capsys.readouterr().out
 
 
 def test_gc_keeps_what_a_run_refers_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +110,7 @@ def test_gc_removes_what_no_run_refers_to_after_asking(
     shared = tmp_path / "shared"
     shutil.move(run / "targets", shared)
     shutil.rmtree(run)
-    assert main(["gc", str(shared)]) == 2  # nobody to ask
+    assert main(["gc", str(shared)]) == 2  # no terminal to ask on
     assert "--yes" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     answers = iter(["n", "y"])

@@ -22,9 +22,21 @@ import wandb
 from wandb_server import KEY, WandbServer
 
 from selfkd.config import load_config
+from selfkd.results import (
+    Confirmation,
+    Epoch,
+    GenerationConfirmed,
+    GenerationFinished,
+    GenerationResult,
+    Interval,
+    Model,
+    Trial,
+    TrialFinished,
+    TrialProgressed,
+    TrialResult,
+)
 from selfkd.storage.files import save_json
-from selfkd.tracking import WandbTracker, make_tracker
-from selfkd.tracking import session as tracking_runs
+from selfkd.tracking import WandbTracker, make_tracker, session
 
 PROMPT = 1.0  # seconds for calls that must not wait; the network's time-outs are many times that
 
@@ -33,8 +45,8 @@ PROMPT = 1.0  # seconds for calls that must not wait; the network's time-outs ar
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(tracking_runs, "TRANSMIT_SECONDS", 0.5)
-    monkeypatch.setattr(tracking_runs, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(session, "TRANSMIT_SECONDS", 0.5)
+    monkeypatch.setattr(session, "PROBE_SECONDS", 0.5)
     wandb.teardown()  # which has kept the environment of tests before
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -56,89 +68,84 @@ def online(folder: Path, *settings: str, wait: float = 20.0) -> WandbTracker:
     return tracker
 
 
-def trial(generation: int, number: int = 0, **changes: Any) -> dict[str, Any]:
-    return {
-        "stage": f"generation-{generation}",
-        "trial": number,
-        "seed": number,
-        "point": {"distill.alpha": 0.25} if generation else {},
-        "teachers": [f"hash-{generation - 1}-0"] if generation else [],
-        **changes,
-    }
-
-
-def epochs(count: int = 3) -> list[dict[str, Any]]:
-    return [
-        {"epoch": e, "loss": 1.0 / e, "val_accuracy": e / 10, "val_nll": 1.0, "seconds": e * 0.5}
-        for e in range(1, count + 1)
-    ]
-
-
-def ended(generation: int, number: int = 0, **changes: Any) -> dict[str, Any]:
-    return trial(
-        generation,
-        number,
-        **{
-            "status": "completed",
-            "error": None,
-            "val_accuracy": 0.3 - number / 100,
-            "val_nll": 1.0,
-            "hash": f"hash-{generation}-{number}",
-            "train_seconds": 1.5,
-            "history": epochs(),
-            **changes,
-        },
+def trial(generation: int, number: int = 0) -> Trial:
+    return Trial(
+        stage=f"generation-{generation}",
+        trial=number,
+        seed=number,
+        point={"distill.alpha": 0.25} if generation else {},
+        teachers=(f"hash-{generation - 1}-0",) if generation else (),
     )
 
 
-def chosen(folder: Path, generation: int) -> dict[str, Any]:
+def epochs(count: int = 3) -> tuple[Epoch, ...]:
+    return tuple(
+        Epoch(
+            epoch=e,
+            seconds=e * 0.5,
+            metrics={"loss": 1.0 / e, "val_accuracy": e / 10, "val_nll": 1.0},
+        )
+        for e in range(1, count + 1)
+    )
+
+
+def ended(generation: int, number: int = 0) -> TrialResult:
+    return TrialResult(
+        **vars(trial(generation, number)),
+        status="completed",
+        metrics={"val_accuracy": 0.3 - number / 100, "val_nll": 1.0},
+        hash=f"hash-{generation}-{number}",
+        train_seconds=1.5,
+        history=epochs(),
+    )
+
+
+def chosen(folder: Path, generation: int) -> GenerationResult:
     """The result of a generation whose model's file is in the run folder, with its targets."""
     checkpoint = f"generation_{generation:03d}/student.safetensors"
     (folder / checkpoint).parent.mkdir(parents=True, exist_ok=True)
     (folder / checkpoint).write_bytes(b"weights" * (generation + 1))
-    teachers = [{"hash": f"hash-{generation - 1}-0"}] if generation else []
+    teachers = (Model(f"hash-{generation - 1}-0", ""),) if generation else ()
     for teacher in teachers:
-        manifest = {"teacher": teacher["hash"], "data": "d", "views": 1, "images": 9, "classes": 2}
-        save_json(folder / "targets" / teacher["hash"] / "d" / "manifest.json", manifest)
-    mark = f"hash-{generation}-0"
-    return {
-        "generation": generation,
-        "trial": 0,
-        "val_accuracy": 0.3,
-        "test_accuracy": 0.25 + generation / 100,
-        "temperature": 4.0 if generation else None,
-        "alpha": 0.25 if generation else None,
-        "point": {},
-        "history": epochs(),
-        "models": [{"hash": mark, "checkpoint": checkpoint}],
-        "teachers": teachers,
-        "hash": mark,
-    }
+        manifest = {"teacher": teacher.hash, "data": "d", "views": 1, "images": 9, "classes": 2}
+        save_json(folder / "targets" / teacher.hash / "d" / "manifest.json", manifest)
+    digest = f"hash-{generation}-0"
+    return GenerationResult(
+        generation=generation,
+        trial=0,
+        metrics={"val_accuracy": 0.3, "test_accuracy": 0.25 + generation / 100},
+        temperature=4.0 if generation else None,
+        alpha=0.25 if generation else None,
+        history=epochs(),
+        models=(Model(digest, checkpoint),),
+        teachers=teachers,
+        hash=digest,
+    )
 
 
 def follow(tracker: WandbTracker, folder: Path, generation: int, trials: int = 2) -> None:
-    """Tell a tracker of a generation."""
+    """Send a tracker the events of a generation."""
     result = chosen(folder, generation)
     for number in range(trials):
-        for row in epochs():
-            tracker.trial_reported(trial(generation, number), [row])
-        tracker.trial_finished(ended(generation, number))
-    tracker.generation_finished(result)
+        for epoch in epochs():
+            tracker(TrialProgressed(trial(generation, number), (epoch,)))
+        tracker(TrialFinished(ended(generation, number)))
+    tracker(GenerationFinished(result))
 
 
 def follow_without_waiting(tracker: WandbTracker, folder: Path, generation: int) -> None:
-    """Tell a tracker of a generation, and see that no call waits for its thread or the network."""
-    told, held = threading.Event(), list[bool]()
-    tracker._work.put(lambda: held.append(told.wait(60)))
+    """Send a tracker a generation, and see that no call waits for its thread or the network."""
+    sent, held = threading.Event(), list[bool]()
+    tracker._work.put(lambda: held.append(sent.wait(60)))
     start = time.monotonic()
     follow(tracker, folder, generation)
     assert time.monotonic() - start < PROMPT
     assert not held
-    told.set()
+    sent.set()
 
 
 def settled(tracker: WandbTracker) -> None:
-    """Wait until a tracker has done what it was told."""
+    """Wait until a tracker has logged all its events."""
     done = threading.Event()
     tracker._work.put(done.set)
     assert done.wait(120)
@@ -172,10 +179,17 @@ def test_what_an_online_run_sends(tmp_path: Path, server: WandbServer) -> None:
     tracker = online(tmp_path)
     for generation in range(3):
         follow(tracker, tmp_path, generation)
-    gain = {"value": 0.02, "low": 0.01, "high": 0.03}
-    tracker.generation_confirmed(
-        {"generation": 2, "mean": {"value": 0.9}, "first": gain, "previous": gain, "verdict": "so"}
+    confirmation = Confirmation(
+        generation=2,
+        seeds=(1, 2),
+        metric="test_accuracy",
+        values=(0.9, 0.9),
+        mean=Interval(0.9),
+        first=Interval(0.02, 0.01, 0.03),
+        previous=Interval(0.02, 0.01, 0.03),
+        verdicts=("so",),
     )
+    tracker(GenerationConfirmed(confirmation))
     (tmp_path / "report.html").write_text("<p>whole</p>")
     tracker.close()
     assert tracker.description == f"W&B: online, {server.url}/tester/selfkd/groups/a"
@@ -195,13 +209,13 @@ def test_what_an_online_run_sends(tmp_path: Path, server: WandbServer) -> None:
     plot = json.loads(lineage.files[summary["Accuracy"]["path"]])
     assert (plot["data"][0]["name"], plot["data"][0]["type"]) == (tmp_path.name, "scatter")
 
-    # the trial that was chosen made the model, the trials of the next generation learned from it
+    # the chosen trial made the model, the trials of the next generation were distilled from it
     models = {min(v.aliases - {"latest"}): v for v in server.versions if v.type == "model"}
     for generation in range(3):
         model = models[f"generation-{generation}"]
         assert model.producer == f"a-0-g{generation}-t0"
-        taught = {f"a-0-g{generation + 1}-t{t}" for t in range(2)} if generation < 2 else set()
-        assert model.consumers == taught
+        students = {f"a-0-g{generation + 1}-t{t}" for t in range(2)} if generation < 2 else set()
+        assert model.consumers == students
         assert model.files == {"student.safetensors": b"weights" * (generation + 1)}
         assert model.metadata["hash"] == f"hash-{generation}-0"
     assert models["generation-1"].metadata["temperature"] == 4.0
@@ -253,7 +267,7 @@ def test_a_server_that_dies_holds_up_nothing_and_the_rest_can_be_sent(
 ) -> None:
     tracker = online(tmp_path, wait=5)
     follow(tracker, tmp_path, 0)
-    tracker.trial_reported(trial(1), epochs(1))
+    tracker(TrialProgressed(trial(1), epochs(1)))
     assert server.wait_for(lambda: "a-0-g1-t0" in server.runs and server.versions)
     server.stop()
     start = time.monotonic()
@@ -271,7 +285,7 @@ def test_a_server_that_comes_back_gets_all_without_help(
 ) -> None:
     tracker = online(tmp_path)
     follow(tracker, tmp_path, 0)
-    tracker.trial_reported(trial(1), epochs(1))
+    tracker(TrialProgressed(trial(1), epochs(1)))
     settled(tracker)
     assert server.wait_for(lambda: "a-0-g1-t0" in server.runs)
     server.stop()
@@ -290,7 +304,7 @@ def test_a_server_that_falls_silent_holds_up_nothing(
     follow(tracker, tmp_path, 0)
     settled(tracker)
     assert server.wait_for(lambda: bool(server.versions))
-    monkeypatch.setattr(tracking_runs, "START_SECONDS", 3.0)
+    monkeypatch.setattr(session, "START_SECONDS", 3.0)
     server.mute = True
     start = time.monotonic()
     follow_without_waiting(tracker, tmp_path, 1)
@@ -309,18 +323,19 @@ def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
     code = """
         import os, signal, sys
         from pathlib import Path
-        from selfkd.tracking import session as tracking_runs
-        import test_wandb_online as t
+        from selfkd.results import TrialFinished, TrialProgressed
+        from selfkd.storage.rows import save_row
+        from tracking import test_online as t
         folder = Path(sys.argv[1])
         tracker = t.online(folder)
         t.follow(tracker, folder, 0)
-        t.save_json(folder / "generation_000/result.json", t.chosen(folder, 0))
-        tracker.trial_reported(t.trial(1), t.epochs(2))
+        save_row(folder / "generation_000/result.json", t.chosen(folder, 0))
+        tracker(TrialProgressed(t.trial(1), t.epochs(2)))
         t.settled(tracker)
         for number in range(2):
             result = t.ended(1, number)
-            t.save_json(folder / f"generation_001/trial_{number:03d}/result.json", result)
-            tracker.trial_finished(result)
+            save_row(folder / f"generation_001/trial_{number:03d}/result.json", result)
+            tracker(TrialFinished(result))
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run(
@@ -331,8 +346,8 @@ def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
     )
     assert done.returncode == -signal.SIGKILL
     tracker = online(tmp_path)
-    tracker.generation_finished(chosen(tmp_path, 0))
-    tracker.generation_finished(chosen(tmp_path, 1))
+    tracker(GenerationFinished(chosen(tmp_path, 0)))
+    tracker(GenerationFinished(chosen(tmp_path, 1)))
     tracker.close()
     for number in range(2):
         run = server.runs[f"a-0-g1-t{number}"]
@@ -378,7 +393,7 @@ def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
     assert lineage.summary["accuracy_per_generation"]["_type"] == "plotly-file"
     models = [version for version in server.versions if version.type == "model"]
     first = next(model for model in models if "generation-0" in model.aliases)
-    taught = [name for name in server.runs if "-g1-t" in name or "-confirm-1-t" in name]
-    assert len(taught) == 4
-    assert first.consumers == set(taught)
+    students = [name for name in server.runs if "-g1-t" in name or "-confirm-1-t" in name]
+    assert len(students) == 4
+    assert first.consumers == set(students)
     print(json.dumps(server.kinds(), indent=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,47 +16,64 @@ from wandb_files import history, records
 
 from selfkd.config import Config, load_config
 from selfkd.errors import ConfigError
+from selfkd.results import (
+    Chosen,
+    Confirmation,
+    EnsembleSummary,
+    Epoch,
+    GenerationConfirmed,
+    GenerationFinished,
+    GenerationResult,
+    Interval,
+    Model,
+    RunFinished,
+    TableRow,
+    TeacherRow,
+    Trial,
+    TrialFinished,
+    TrialProgressed,
+    TrialResult,
+)
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
 from selfkd.tracking import tracker as tracking
 
-TRIAL = {
-    "stage": "generation-1",
-    "trial": 2,
-    "seed": 7,
-    "point": {"distill.alpha": 0.25},
-    "teachers": ["abc"],
-}
-EPOCHS = [
-    {"epoch": e, "loss": 1.0 / e, "val_accuracy": e / 10, "val_nll": 1.0, "seconds": e * 0.5}
+TRIAL = Trial(
+    stage="generation-1", trial=2, seed=7, point={"distill.alpha": 0.25}, teachers=("abc",)
+)
+EPOCHS = tuple(
+    Epoch(
+        epoch=e,
+        seconds=e * 0.5,
+        hash="abc",
+        metrics={"loss": 1.0 / e, "val_accuracy": e / 10, "val_nll": 1.0},
+    )
     for e in (1, 2, 3)
-]
-RESULT = {
-    "generation": 0,
-    "trial": 1,
-    "val_accuracy": 0.9,
-    "test_accuracy": 0.8,
-    "temperature": None,
-    "point": {},
-    "history": EPOCHS,
-    "models": [{"hash": "abc"}],
-    "predictions": "x",
-    "hash": "abc",
-    "teachers": [],
-}
+)
+RESULT = GenerationResult(
+    generation=0,
+    trial=1,
+    metrics={"val_accuracy": 0.9, "test_accuracy": 0.8},
+    history=EPOCHS,
+    models=(Model("abc", ""),),
+    predictions="x",
+    hash="abc",
+)
 
 
-RANKED = {"status": "completed", "error": None, "train_seconds": 1.5}
+def ended(trial: Trial, accuracy: float = 0.3, **changes: Any) -> TrialFinished:
+    result = TrialResult(
+        **vars(trial), status="completed", metrics={"val_accuracy": accuracy}, train_seconds=1.5
+    )
+    return TrialFinished(replace(result, **changes))
 
 
-def finished(**changes: Any) -> dict[str, Any]:
-    return {
-        **TRIAL,
-        "status": "completed",
-        "error": None,
-        "val_accuracy": 0.3,
-        "train_seconds": 1.5,
-        **changes,
-    }
+def summary_of(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last value of each key of a summary, from the records of a run."""
+    summary: dict[str, Any] = {}
+    for record in found:
+        if record["type"] == "summary":
+            summary |= record["summary"].get("update", {})
+    return summary
 
 
 def offline(folder: Path, *settings: str) -> WandbTracker:
@@ -67,9 +85,9 @@ def offline(folder: Path, *settings: str) -> WandbTracker:
 
 def test_a_trial_is_a_run_with_its_config_epochs_and_summary(tmp_path: Path) -> None:
     tracker = offline(tmp_path)
-    tracker.trial_reported(TRIAL, EPOCHS[:2])
-    tracker.trial_reported(TRIAL, EPOCHS[2:])
-    tracker.trial_finished(finished())
+    tracker(TrialProgressed(TRIAL, EPOCHS[:2]))
+    tracker(TrialProgressed(TRIAL, EPOCHS[2:]))
+    tracker(ended(TRIAL))
     tracker.close()
     found = records(tmp_path, "run-a-0-g1-t2")
     run = next(r["run"] for r in found if r["type"] == "run")
@@ -84,19 +102,18 @@ def test_a_trial_is_a_run_with_its_config_epochs_and_summary(tmp_path: Path) -> 
     assert config["seed"] == 0
     rows = history(tmp_path, "run-a-0-g1-t2")
     assert [(row["epoch"], row["val_accuracy"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert [row["seconds"] for row in rows] == [0.5, 1.0, 1.5]
+    assert not {"hash", "checkpoint"} & set(rows[0])
     axes = {r["metric"].get("step_metric") for r in found if r["type"] == "metric"}
     assert "epoch" in axes
-    summary: dict[str, Any] = {}
-    for record in found:
-        if record["type"] == "summary":
-            summary |= record["summary"].get("update", {})
+    summary = summary_of(found)
     assert (summary["status"], summary["train_seconds"]) == ("completed", 1.5)
 
 
 def test_the_lineage_is_a_run_with_a_step_a_generation(tmp_path: Path) -> None:
     tracker = offline(tmp_path)
     for generation in range(3):
-        tracker.generation_finished({**RESULT, "generation": generation})
+        tracker(GenerationFinished(replace(RESULT, generation=generation)))
     tracker.close()
     rows = history(tmp_path, "run-a-0-lineage")
     assert [row["generation"] for row in rows] == [0, 1, 2]
@@ -108,8 +125,8 @@ def test_the_lineage_is_a_run_with_a_step_a_generation(tmp_path: Path) -> None:
 
 def test_a_failed_trial_is_marked_as_failed(tmp_path: Path) -> None:
     tracker = offline(tmp_path)
-    tracker.trial_reported(TRIAL, EPOCHS[:1])
-    tracker.trial_finished(finished(status="failed", error="loss must be finite"))
+    tracker(TrialProgressed(TRIAL, EPOCHS[:1]))
+    tracker(ended(TRIAL, status="failed", error="loss must be finite"))
     tracker.close()
     exits = [r["exit"] for r in records(tmp_path, "run-a-0-g1-t2") if r["type"] == "exit"]
     assert exits[-1]["exit_code"] == 1
@@ -118,8 +135,8 @@ def test_a_failed_trial_is_marked_as_failed(tmp_path: Path) -> None:
 def test_a_resumed_run_does_not_double(tmp_path: Path) -> None:
     for epochs in (EPOCHS[:2], EPOCHS):  # interrupted after two epochs, then from the start
         tracker = offline(tmp_path)
-        tracker.generation_finished(RESULT)
-        tracker.trial_reported(TRIAL, epochs)
+        tracker(GenerationFinished(RESULT))
+        tracker(TrialProgressed(TRIAL, epochs))
         tracker.close()
     assert [row["epoch"] for row in history(tmp_path, "run-a-0-g1-t2")] == [1, 2, 3]
     assert [row["generation"] for row in history(tmp_path, "run-a-0-lineage")] == [0]
@@ -127,10 +144,11 @@ def test_a_resumed_run_does_not_double(tmp_path: Path) -> None:
 
 def test_several_trials_are_open_at_once(tmp_path: Path) -> None:
     tracker = offline(tmp_path)
-    others = [{**TRIAL, "trial": number} for number in range(3)]
+    others = [replace(TRIAL, trial=number) for number in range(3)]
     for epoch in EPOCHS:
         for trial in others:
-            tracker.trial_reported(trial, [{**epoch, "val_accuracy": trial["trial"] / 10}])
+            own = replace(epoch, metrics={"val_accuracy": trial.trial / 10})
+            tracker(TrialProgressed(trial, (own,)))
     tracker.close()
     for number in range(3):
         rows = history(tmp_path, f"run-a-0-g1-t{number}")
@@ -142,9 +160,9 @@ def test_none_writes_nothing(tmp_path: Path) -> None:
         load_config(settings=["tracking=none"]), name="a", run_id="a", folder=tmp_path
     )
     assert type(tracker) is NoTracker
-    tracker.trial_reported(TRIAL, EPOCHS)
-    tracker.trial_finished(finished())
-    tracker.generation_finished(RESULT)
+    tracker(TrialProgressed(TRIAL, EPOCHS))
+    tracker(ended(TRIAL))
+    tracker(GenerationFinished(RESULT))
     tracker.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -181,8 +199,8 @@ def test_an_online_run_whose_host_does_not_answer_is_written_to_files(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
         config = load_config(settings=["tracking=online"])
         tracker = make_tracker(config, name="run-a", run_id="run-a-0", folder=tmp_path)
-        tracker.trial_reported(TRIAL, EPOCHS)  # returns, though nothing has answered
-        tracker.trial_finished(finished(status="stopped"))
+        tracker(TrialProgressed(TRIAL, EPOCHS))  # returns, though nothing has answered
+        tracker(ended(TRIAL, status="stopped"))
         tracker.close()
     assert "does not answer" in caplog.text
     assert f"wandb sync --include-online {tmp_path / 'wandb'}" in tracker.description
@@ -202,20 +220,19 @@ def test_auto_takes_a_host_that_says_nothing_for_none(
     assert tracker.description.startswith("W&B: offline")
 
 
-def test_the_chosen_trial_has_the_model_and_those_it_teaches_use_it(tmp_path: Path) -> None:
+def test_the_chosen_trial_has_the_model_and_its_students_use_it(tmp_path: Path) -> None:
     """Offline as well: what `wandb sync` sends makes the graph of teachers and students."""
     checkpoint = "generation_000/student.safetensors"
     (tmp_path / "generation_000").mkdir()
     (tmp_path / checkpoint).write_bytes(b"weights")
-    first = {**TRIAL, "stage": "generation-0", "trial": 1, "teachers": [], "point": {}}
-    result = {**RESULT, "models": [{"hash": "abc", "checkpoint": checkpoint}]}
+    result = replace(RESULT, models=(Model("abc", checkpoint),))
     tracker = offline(tmp_path)
     for number, accuracy in ((0, 0.1), (1, 0.3), (2, 0.2)):
-        trial = {**first, "trial": number}
-        tracker.trial_reported(trial, EPOCHS)
-        tracker.trial_finished({**trial, **RANKED, "val_accuracy": accuracy})
-    tracker.generation_finished(result)
-    tracker.trial_reported(TRIAL, EPOCHS)
+        trial = Trial(stage="generation-0", trial=number, seed=7)
+        tracker(TrialProgressed(trial, EPOCHS))
+        tracker(ended(trial, accuracy))
+    tracker(GenerationFinished(result))
+    tracker(TrialProgressed(TRIAL, EPOCHS))
     tracker.close()
 
     def artifacts(run_id: str) -> list[dict[str, Any]]:
@@ -233,44 +250,56 @@ def test_the_chosen_trial_has_the_model_and_those_it_teaches_use_it(tmp_path: Pa
 
 def test_a_summary_has_the_gain_and_the_verdict(tmp_path: Path) -> None:
     tracker = offline(tmp_path)
-    tracker.generation_finished(RESULT)
-    tracker.generation_finished({**RESULT, "generation": 1, "test_accuracy": 0.7})
-    gain = {"value": 0.02, "low": None, "high": None}
-    confirmation = {"generation": 1, "first": gain, "previous": None, "verdict": "one pair"}
-    tracker.generation_confirmed(confirmation)
+    tracker(GenerationFinished(RESULT))
+    worse = {"val_accuracy": 0.9, "test_accuracy": 0.7}
+    tracker(GenerationFinished(replace(RESULT, generation=1, metrics=worse)))
+    confirmation = Confirmation(
+        generation=1,
+        seeds=(1,),
+        metric="test_accuracy",
+        values=(0.7,),
+        mean=Interval(0.7),
+        first=Interval(0.02),
+        verdicts=("one pair", "and so on"),
+    )
+    tracker(GenerationConfirmed(confirmation))
     tracker.close()
-    summary: dict[str, Any] = {}
-    for record in records(tmp_path, "run-a-0-lineage"):
-        if record["type"] == "summary":
-            summary |= record["summary"].get("update", {})
-    assert (summary["gain"], summary["verdict"]) == (0.02, "one pair")
+    summary = summary_of(records(tmp_path, "run-a-0-lineage"))
+    assert (summary["gain"], summary["verdict"]) == (0.02, "one pair; and so on")
+    assert (summary["confirmed"], summary["confirmed_generation"]) == (0.7, 1)
     assert "gain_low" not in summary
     assert (summary["last_test_accuracy"], summary["best_test_accuracy"]) == (0.7, 0.8)
 
 
-COMPRESSED = {
-    "rows": [
-        {"name": "student, labels only", "test_accuracy": 0.93, "runs": [0.92, 0.94]},
-        {"name": "student, from its teacher", "test_accuracy": 0.95, "runs": [0.95, 0.95]},
-    ],
-    "seeds": 2,
-    "gain": {"value": 0.02, "low": 0.01, "high": 0.03},
-    "share": None,
-    "chosen": {},
-}
+ENSEMBLE = EnsembleSummary(
+    rows=(
+        TableRow(name="student, labels only", metrics={"test_accuracy": 0.93}, runs=(0.92, 0.94)),
+        TableRow(
+            name="student, from its teacher", metrics={"test_accuracy": 0.95}, runs=(0.95, 0.95)
+        ),
+    ),
+    teacher=TeacherRow(source="members", members=2),
+    chosen=Chosen(temperature=4.0, alpha=0.5, average="logits", hash="abc"),
+    trials=2,
+    seeds=2,
+    gain=Interval(0.02, 0.01, 0.03),
+)
 
 
 def test_the_run_of_an_ensemble_has_its_report_notes_and_verdict(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<p>whole</p>")
     tracker = offline(tmp_path, "tracking.alerts=true")
-    tracker.compressed(COMPRESSED)
+    (tmp_path / "student.safetensors").write_bytes(b"weights")
+    tracker(RunFinished(ENSEMBLE))
     tracker.close()
-    assert [row["row"] for row in history(tmp_path, "run-a-0-ensemble")] == [0, 1]
+    rows = history(tmp_path, "run-a-0-ensemble")
+    assert [(row["row"], row["test_accuracy"]) for row in rows] == [(0, 0.93), (1, 0.95)]
+    assert not {"runs", "low", "metrics"} & set(rows[0])
     found = records(tmp_path, "run-a-0-ensemble")
-    summary: dict[str, Any] = {}
-    for record in found:
-        if record["type"] == "summary":
-            summary |= record["summary"].get("update", {})
+    (model,) = (record["artifact"] for record in found if record["type"] == "artifact")
+    assert (model["name"], model["type"]) == ("run-a-student", "model")
+    assert '"temperature":4' in model["metadata"].replace(" ", "")
+    summary = summary_of(found)
     assert summary["report"]["_type"] == "html-file"
     assert summary["verdict"].startswith("the student is better than labels only: +2.00 %")
     notes = [r["run"].get("notes") for r in found if r["type"] == "run"]
@@ -282,7 +311,7 @@ def test_the_run_of_an_ensemble_has_its_report_notes_and_verdict(tmp_path: Path)
 
 def test_there_is_no_alert_unless_asked_for(tmp_path: Path) -> None:
     tracker = offline(tmp_path)
-    tracker.generation_finished(RESULT)
+    tracker(GenerationFinished(RESULT))
     tracker.close()
     assert not [r for r in records(tmp_path, "run-a-0-lineage") if r["type"] == "alert"]
 
@@ -295,8 +324,8 @@ def test_soft_targets_are_a_reference_unless_they_are_to_be_sent(
     manifest.parent.mkdir(parents=True)
     manifest.write_text('{"teacher": "abc", "data": "d"}')
     tracker = offline(tmp_path, f"tracking.upload_targets={str(upload).lower()}")
-    tracker.generation_finished(RESULT)
-    tracker.trial_reported(TRIAL, EPOCHS)
+    tracker(GenerationFinished(RESULT))
+    tracker(TrialProgressed(TRIAL, EPOCHS))
     tracker.close()
     (targets,) = (
         record["artifact"]
@@ -313,8 +342,8 @@ def test_a_broken_tracker_stops_no_training(
 ) -> None:
     tracker = offline(tmp_path)
     with caplog.at_level(logging.WARNING):
-        tracker.trial_reported({"stage": "members"}, EPOCHS)  # not a trial
-        tracker.trial_reported(TRIAL, EPOCHS)
+        tracker(TrialProgressed(RESULT, EPOCHS))  # type: ignore[arg-type]  # not a trial
+        tracker(TrialProgressed(TRIAL, EPOCHS))
         tracker.close()
     assert caplog.text.count("training goes on") == 1
 
@@ -323,8 +352,8 @@ def test_no_key_is_written_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     secret = "5e" * 20
     monkeypatch.setenv("WANDB_API_KEY", secret)
     tracker = offline(tmp_path)
-    tracker.trial_reported(TRIAL, EPOCHS)
-    tracker.generation_finished(RESULT)
+    tracker(TrialProgressed(TRIAL, EPOCHS))
+    tracker(GenerationFinished(RESULT))
     tracker.close()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files

@@ -1,4 +1,4 @@
-"""`python -m selfkd.dashboard`: the saved view of a W&B project, to see runs side by side."""
+"""`python -m selfkd.dashboard`: a saved view of a W&B project, with runs side by side."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m selfkd.dashboard",
         description="Save a view in a W&B project: accuracy per generation, T and alpha.",
     )
-    parser.add_argument("--project", default=DEFAULT_PROJECT, help="of the runs")
-    parser.add_argument("--entity", help="user or team; your own by default")
-    parser.add_argument("--name", default=NAME, help="of the view")
+    parser.add_argument("--project", default=DEFAULT_PROJECT, help="project of the runs")
+    parser.add_argument("--entity", help="user or team (default: your own)")
+    parser.add_argument("--name", default=NAME, help="name of the view")
     parser.add_argument(
         "--json", action="store_true", help="print the view; needs neither a key nor a network"
     )
@@ -61,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_workspace(entity: str, project: str, *, name: str = NAME) -> Workspace:
     """Return the view of a project, not saved yet.
 
-    Trials and lineages are runs of one project: each panel draws the runs that have its metrics.
+    Trials and lineages are runs of one project: each panel shows the runs that have its metrics.
 
     Args:
-        entity: user or team.
-        project: of the runs.
-        name: of the view.
+        entity: User or team.
+        project: Project of the runs.
+        name: Name of the view.
     """
     from wandb_workspaces.workspaces import RunsetSettings, Workspace
 
@@ -85,7 +85,7 @@ def make_workspace(entity: str, project: str, *, name: str = NAME) -> Workspace:
 
 
 def to_json(view: Workspace) -> str:
-    """Return a view as W&B keeps it."""
+    """Return a view in W&B's own JSON."""
     text: str = view._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2)
     return text
 
@@ -101,7 +101,7 @@ def _generations() -> Section:
         panels=[
             panels.LinePlot(title="test accuracy", y=["test_accuracy"], **axis),
             panels.LinePlot(title="validation accuracy", y=["val_accuracy"], **axis),
-            panels.LinePlot(title="agreement with the teacher", y=["agreement"], **axis),
+            panels.LinePlot(title="teacher agreement", y=["agreement"], **axis),
             panels.BarPlot(
                 title="gain over generation 0",
                 metrics=[panels.SummaryMetric("gain")],
@@ -124,7 +124,7 @@ def _search() -> Section:
         is_open=True,
         panels=[
             panels.ParallelCoordinatesPlot(
-                title="what the trials did",
+                title="trials",
                 columns=[
                     column(metric=panels.Config("generation"), display_name="generation"),
                     column(metric=temperature, display_name="T", log=True),

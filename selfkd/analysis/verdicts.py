@@ -1,4 +1,4 @@
-"""What is found, in words: the same words for a gain, a loss and no evidence of either."""
+"""Differences and means in words, the same for a gain, a loss and no evidence of either."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 def percent(value: float) -> str:
-    """Return a fraction as people read it.
+    """Return a difference of fractions, in percent.
 
     >>> percent(0.00412)
     '+0.41 %'
@@ -22,7 +22,7 @@ def percent(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """Return a difference of a metric that is no fraction.
+    """Return a difference of a metric that is no fraction, in four digits.
 
     >>> plain(0.123456)
     '+0.1235'
@@ -30,9 +30,14 @@ def plain(value: float) -> str:
     return f"{value:+.4g}"
 
 
+def is_fraction(metric: str) -> bool:
+    """Say whether a metric is a fraction, which is shown in percent: an accuracy, by its name."""
+    return "acc" in metric
+
+
 def metric_format(metric: str) -> Callable[[float], str]:
-    """Return how differences of a metric are written: of an accuracy as fractions."""
-    return percent if "acc" in metric else plain
+    """Return the format of differences of a metric."""
+    return percent if is_fraction(metric) else plain
 
 
 def format_difference(interval: Interval, *, form: Callable[[float], str] = percent) -> str:
@@ -56,12 +61,14 @@ def format_mean(interval: Interval, seeds: int, *, form: Callable[[float], str] 
     '96.00 %, one seed, so no interval'
     """
     of = f"mean of {seeds} seeds" if seeds > 1 else "one seed, so no interval"
-    told = format_difference(interval, form=lambda value: form(value).removeprefix("+"))
-    return f"{told}, {of}"
+    mean = format_difference(interval, form=lambda value: form(value).removeprefix("+"))
+    return f"{mean}, {of}"
 
 
 def is_better(interval: Interval | None, *, mode: Mode = "max") -> bool:
-    """Say whether an interval of a difference is evidence of a gain: all of it on one side of 0.
+    """Say whether the interval of a difference is evidence of a gain: all of it is above 0.
+
+    Where less is better, all of it is below 0.
 
     >>> is_better(Interval(0.004, 0.001, 0.007))
     True
@@ -80,13 +87,13 @@ def describe_difference(
     mode: Mode = "max",
     form: Callable[[float], str] = percent,
 ) -> str:
-    """Return what a difference says.
+    """Return a difference in words.
 
     Args:
         name: Name of what may be better.
         other: Name of what it is compared with.
         difference: Difference of the first less the second.
-        pairs: Pairs that the difference is of, such as `5 paired seeds`.
+        pairs: Pairs behind the difference, such as `5 paired seeds`.
         mode: Whether more is better, or less.
         form: Format of a difference.
 
@@ -98,19 +105,19 @@ def describe_difference(
     >>> describe_difference("generation 2", "generation 1", found, "5 paired seeds")
     'generation 2 is better than generation 1: +0.40 % [+0.10, +0.70], 5 paired seeds'
     """
-    said = format_difference(difference, form=form)
+    value = format_difference(difference, form=form)
     if is_better(difference, mode=mode):
-        return f"{name} is better than {other}: {said}, {pairs}"
+        return f"{name} is better than {other}: {value}, {pairs}"
     if is_better(difference, mode="min" if mode == "max" else "max"):
-        return f"{name} is worse than {other}: {said}, {pairs}"
+        return f"{name} is worse than {other}: {value}, {pairs}"
     if difference.low is None:
         single = re.search(r"\b1 paired", pairs)
         pairs += ", so no interval" if single else ", the same in all: no interval"
-    return f"no evidence that {name} is better than {other} (difference {said}, {pairs})"
+    return f"no evidence that {name} is better than {other} (difference {value}, {pairs})"
 
 
 def count_seeds(seeds: int) -> str:
-    """Return how many seeds were paired.
+    """Return a number of paired seeds in words.
 
     >>> count_seeds(1), count_seeds(3)
     ('1 paired seed', '3 paired seeds')
@@ -132,7 +139,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number of things.
+    """Return a number of things in words.
 
     >>> count(1, "seed"), count(3, "seed")
     ('1 seed', '3 seeds')

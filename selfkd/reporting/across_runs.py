@@ -194,7 +194,7 @@ def why_unpaired(run: Run, reference: Run) -> str | None:
         return None
     if own.seeds and other.seeds:
         shared = len(set(own.seeds) & set(other.seeds))
-        few = min(len(own.seeds), len(other.seeds)) < 2  # another reason, which is named in any case
+        few = min(len(own.seeds), len(other.seeds)) < 2  # `compare` says so
         return None if shared > 1 or few else f"they share {shared} fresh seeds"
     if len(own.values) != len(other.values):
         return f"they have {len(own.values)} and {len(other.values)} fresh seeds"

@@ -1,4 +1,4 @@
-"""Several runs side by side: tables, figures, one page, plain records."""
+"""Several runs side by side: tables, figures, one page; flat records for programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from selfkd.reporting.figures import generations as figures
 from selfkd.reporting.figures.style import Bar, Level, Line, Measure, generation_colour
 from selfkd.reporting.page import Page
 from selfkd.reporting.read import Run
-from selfkd.reporting.sections.panels import Panel, Section
+from selfkd.reporting.sections.panels import Panel, Section, bar
 from selfkd.reporting.tables import Table
 from selfkd.results import Interval, Seeds, to_row
 
@@ -46,46 +46,29 @@ def repeats(runs: Sequence[Run]) -> list[Across]:
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """Return a row a run: what it is and what it has made."""
-    head = ("run", "data", "model", "what", "val", "test acc", "fresh seeds", "ensemble")
+    """Return a row a run: its data and network, and its last generation, or student."""
+    head = ("run", "data", "network", "model", "val", "test acc", "fresh seeds", "ensemble")
     rows = [_run_row(run) for run in runs]
     return Table((*head, "trained", "state"), tuple(rows)).without_empty()
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
-    made = last_arm(run) or Arm("", None, None)
+    last = last_arm(run) or Arm("", None, None)
     student = run.get("student.name")
     ensemble = run.ensemble.metric("test_accuracy") if run.ensemble else None
     return (
         *(run.name, str(run.get("data.name", "")), str(student or run.get("model.name", ""))),
-        *(made.name, words.measured(run, made.val), words.percent(made.test)),
-        *(_mean(made.mean), words.percent(ensemble), str(run.trained)),
+        *(last.name, words.measured(run, last.val), words.percent(last.test)),
+        *(words.mean(last.mean), words.percent(ensemble), str(run.trained)),
         "finished" if run.finished else "unfinished",
     )
-
-
-def _mean(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    if interval.low is None or interval.high is None:
-        return words.percent(interval.value)
-    return f"{interval.value:.2%} ± {(interval.high - interval.low) / 2:.2%}"
-
-
-def _points(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    text = f"{100 * interval.value:+.2f}"
-    if interval.low is None or interval.high is None:
-        return text
-    return f"{text} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
 
 
 def repeats_table(rows: Sequence[Across]) -> Table:
     """Return test accuracy by generation over runs of one config."""
     return Table(
         ("", "test acc", "vs gen. 0, points"),
-        tuple((row.name, _mean(row.mean), _points(row.first)) for row in rows),
+        tuple((row.name, words.mean(row.mean), words.points(row.first)) for row in rows),
         f"Mean and 95 % interval over {len(rows[0].accuracies)} runs that differ in their seed "
         "alone; differences paired by run.",
     )
@@ -95,30 +78,29 @@ def comparisons_table(rows: Sequence[Comparison]) -> Table:
     """Return how each run differs from the first."""
     return Table(
         ("run", "against", "test acc, points", "of"),
-        tuple((r.run, r.reference, _points(r.difference), r.why) for r in rows),
+        tuple((r.run, r.reference, words.points(r.difference), r.why) for r in rows),
         texts=True,
     )
 
 
 def verdicts(runs: Sequence[Run]) -> list[str]:
-    """Return what a comparison says, in words."""
-    told = [_told(each) for each in comparisons(runs)]
+    """Return the differences between runs as sentences."""
+    found = [_sentence(each) for each in comparisons(runs)]
     for row in repeats(runs)[1:]:
-        found = row.first or Interval(0)
+        gain = row.first or Interval(0)
         why = f"paired in {len(runs)} runs that differ in their seed alone"
-        told.append(words.sentence(Comparison(row.name, "generation 0", found, True, why).verdict))
-    return told or ["There is nothing to compare yet."]
+        found.append(words.sentence(Comparison(row.name, "generation 0", gain, True, why).verdict))
+    return found or ["There is nothing to compare yet."]
 
 
-def _told(comparison: Comparison) -> str:
-    """Return a verdict as a sentence that leaves a run's name as it is."""
+def _sentence(comparison: Comparison) -> str:
+    """Return a verdict as a sentence without a capital for a run's name."""
     text = comparison.verdict
     return words.sentence(text) if text.startswith("no evidence") else f"{text}."
 
 
 def comparison_page(runs: Sequence[Run]) -> Page:
     """Return the page of several runs."""
-    told = verdicts(runs)
     unfinished = [run.name for run in runs if not run.finished]
     status = f"unfinished: {', '.join(unfinished)}" if unfinished else "finished"
     parts = [
@@ -130,7 +112,7 @@ def comparison_page(runs: Sequence[Run]) -> Page:
         title=" · ".join(run.name for run in runs),
         status=status,
         finished=not unfinished,
-        headlines=told,
+        headlines=verdicts(runs),
         facts=[],
         problems=[problem for run in runs for problem in run.problems],
         results=runs_table(runs),
@@ -145,14 +127,12 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
     levels = [
         Level(
             run.name,
-            Bar(made.mean.value, made.mean.low, made.mean.high)
-            if made.mean
-            else Bar(made.test or 0.0),
-            made.values,
+            bar(last.mean) if last.mean else Bar(last.test),
+            last.values,
             generation_colour(place),
         )
-        for place, run, made in arms
-        if made is not None and made.test is not None
+        for place, run, last in arms
+        if last is not None and last.test is not None
     ]
     if levels:
         text = "Accuracy on test of the last model of each run: " + "; ".join(
@@ -197,25 +177,26 @@ def _differences(runs: Sequence[Run]) -> list[Panel]:
     found, repeated = comparisons(runs), repeats(runs)
     panels = []
     if found:
-        levels = [Level(f"{row.run} − {row.reference}", _bar(row.difference)) for row in found]
+        levels = [Level(f"{row.run} − {row.reference}", bar(row.difference)) for row in found]
         panels.append(
             Panel(
                 f"Against {runs[0].name}",
-                " ".join(_told(row) for row in found),
+                " ".join(_sentence(row) for row in found),
                 charts.levels(levels, measure=measure, reference=0),
                 comparisons_table(found),
             )
         )
     if len(repeated) > 1:
         levels = [
-            Level(row.name, _bar(row.first), colour=generation_colour(place + 1))
+            Level(row.name, bar(row.first), colour=generation_colour(place + 1))
             for place, row in enumerate(repeated[1:])
             if row.first
         ]
+        gains = "; ".join(f"{row.name} {words.points(row.first)} points" for row in repeated[1:])
         panels.append(
             Panel(
                 "Generations against generation 0 of the same run",
-                "; ".join(f"{row.name} {_points(row.first)} points" for row in repeated[1:]) + ".",
+                f"{gains}.",
                 charts.levels(levels, measure=measure, reference=0),
                 repeats_table(repeated),
             )
@@ -223,12 +204,8 @@ def _differences(runs: Sequence[Run]) -> list[Panel]:
     return panels
 
 
-def _bar(interval: Interval) -> Bar:
-    return Bar(interval.value, interval.low, interval.high)
-
-
 def records(run: Run) -> list[Record]:
-    """Return a run as flat rows for programs: its generations and ensemble, or its table."""
+    """Return a run as flat rows for programs: generations and ensemble, or its table's rows."""
     same = {"run": run.name, "command": run.command, "finished": run.finished}
     rows: list[Record] = []
     for generation in run.generations:

@@ -21,7 +21,7 @@ from selfkd.reporting import tables, words
 from selfkd.reporting.figures.style import generation_colour
 from selfkd.reporting.read import REPORT, Run, read_run
 from selfkd.reporting.sections import diagnostics
-from selfkd.reporting.sections.arms import curve_sections, study_sections
+from selfkd.reporting.sections.arms import capacity_sections, study_sections
 from selfkd.reporting.sections.ensemble import ensemble_sections
 from selfkd.reporting.sections.generations import generation_sections
 from selfkd.reporting.sections.panels import Section
@@ -31,7 +31,7 @@ from selfkd.storage.files import save_text
 KINDS: Mapping[str, tuple[str, Callable[[Run], Iterable[Section]]]] = {
     "generations": ("born-again generations", generation_sections),
     "ensemble": ("many teachers, one student", ensemble_sections),
-    "capacity": ("students of growing size", curve_sections),
+    "capacity": ("students of growing size", capacity_sections),
     "study": ("settings side by side", study_sections),
 }
 

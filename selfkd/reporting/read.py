@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -154,17 +155,17 @@ class Run:
         return value
 
     def setting(self, trial: TrialResult) -> tuple[float, float] | None:
-        """Return T and alpha of a trial; None where they are no numbers."""
+        """Return T and alpha of a trial; None where they are damaged."""
         values = [trial.point.get(key, self.get(key)) for key in DISTILL]
-        if not all(isinstance(value, int | float) for value in values):
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             return None
-        return float(values[0]), float(values[1])
+        return (float(values[0]), float(values[1])) if values[0] > 0 else None
 
     def searched(self, key: str) -> list[float]:
-        """Return the ends of the range that a number was searched in, or its choices."""
+        """Return the ends of the range that a key was searched in, or its choices."""
         try:
             domain = from_tree(dict(self.config)).space(with_teacher=True).get(key)
-        except ConfigError:  # of another version
+        except ConfigError:  # damaged, or of another format
             return []
         values = () if domain is None else domain.values
         return [float(value) for value in values if isinstance(value, int | float)]

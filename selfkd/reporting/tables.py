@@ -1,4 +1,4 @@
-"""The tables of a report: what stands behind each figure, as text."""
+"""Tables of texts: those of the commands, and one behind each figure of a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from selfkd.results import (
 )
 
 MOST_ROWS = 200
-"""Of a table of classes or trials: a page stays readable."""
+"""Number of rows after which a table of classes or trials is cut."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     texts: bool = False
-    """Whether the cells are words, which stand left."""
+    """Whether the cells are words, which are aligned to the left."""
     rules: tuple[int, ...] = ()
-    """Rows above which a rule stands on a terminal."""
+    """Rows above which a terminal draws a rule."""
 
     def without_empty(self) -> Table:
-        """Return the table without columns that say nothing."""
+        """Return the table without empty columns."""
         kept = [
             place
             for place in range(len(self.head))
@@ -49,11 +49,12 @@ class Table:
             tuple(tuple(row[place] for place in kept) for row in self.rows),
             self.note,
             self.texts,
+            self.rules,
         )
 
 
 def results_table(run: Run) -> Table:
-    """Return the table of a run, as its command prints it, or what it has trained so far."""
+    """Return the main table of a run, or its costs so far where it has no results yet."""
     if run.ensemble_summary is not None:
         return ensemble_table(run.ensemble_summary.rows)
     if run.capacity_summary is not None:
@@ -75,16 +76,9 @@ def generations_table(run: Run) -> Table:
         )
         for control in run.controls
     ]
-    head: tuple[str, ...] = (
-        "generation",
-        "T",
-        "alpha",
-        _column(run.metric),
-        "test acc",
-        "fresh seeds",
-    )
-    head += ("vs gen. 0, points", "vs teacher, points", "NLL", "ECE", "agrees")
-    return Table(head, tuple(rows)).without_empty()
+    head = ("generation", "T", "alpha", _column(run.metric), "test acc", "fresh seeds")
+    differences = "vs gen. 0, points", "vs previous, points"
+    return Table((*head, *differences, "NLL", "ECE", "agreement"), tuple(rows)).without_empty()
 
 
 def _column(metric: str) -> str:
@@ -126,7 +120,7 @@ def _measures(row: Measured) -> tuple[str, str, str, str]:
 
 
 def printed_table(summary: GenerationsSummary) -> Table:
-    """Return what a terminal shows of a run: a row a generation, then their ensemble."""
+    """Return the table that `selfkd.generations` prints: a row a generation, then the ensemble."""
     head = ("generation", "T", "alpha", "val acc", "test acc", "NLL", "ECE", "agreement", "seconds")
     rows = [
         (
@@ -145,7 +139,7 @@ def printed_table(summary: GenerationsSummary) -> Table:
 
 
 def own_metrics_table(results: Sequence[GenerationResult], metric: str) -> Table:
-    """Return the table of generations whose training function reports what it likes."""
+    """Return the table of generations of a user's training function: a column a metric."""
     names = [metric, *(name for name in results[-1].metrics if name != metric)]
     rows = [
         (
@@ -161,7 +155,7 @@ def own_metrics_table(results: Sequence[GenerationResult], metric: str) -> Table
 
 
 def confirmation_table(summary: GenerationsSummary) -> Table:
-    """Return what was replicated on fresh seeds: means and paired differences."""
+    """Return the replication on fresh seeds: means and paired differences."""
     confirmed, controls = summary.confirmations, summary.controls
     metric = confirmed[0].metric
     seeds = count(max(len(row.seeds) for row in confirmed), "fresh seed")
@@ -184,12 +178,12 @@ def confirmation_table(summary: GenerationsSummary) -> Table:
 
 
 def all_trials_table(run: Run) -> Table:
-    """Return a row a trial of all generations: the points of the figure of accuracies."""
+    """Return a row a trial of all generations, as in the figure of accuracies."""
     rows = [
         (
             f"generation {generation.number}, trial {trial.trial}",
             words.measured(run, trial.metric(run.metric)),
-            _what_became(trial, generation.result.trial if generation.result else None),
+            _outcome(trial, generation.result.trial if generation.result else None),
             words.percent(chosen.metric("test_accuracy")) if chosen else "",
         )
         for generation in run.generations
@@ -197,7 +191,7 @@ def all_trials_table(run: Run) -> Table:
         for chosen in [_if_chosen(generation, trial)]
     ]
     head = ("trial", _column(run.metric), "", "test acc")
-    note = left_out(len(rows), "trials")
+    note = cut_note(len(rows), "trials")
     return Table(head, tuple(rows[:MOST_ROWS]), note).without_empty()
 
 
@@ -207,7 +201,7 @@ def _if_chosen(generation: Generation, trial: TrialResult) -> GenerationResult |
 
 
 def trials_table(run: Run, trials: Sequence[TrialResult], chosen: int | None) -> Table:
-    """Return a row a trial: what was tried and what it gave."""
+    """Return a row a trial: its settings and its metric."""
     keys = sorted({key for trial in trials for key in trial.point}, key=_distill_first)
     short = {"distill.temperature": "T", "distill.alpha": "alpha"}
     head = ("trial", *(short.get(key, key) for key in keys), _column(run.metric), "seconds", "")
@@ -217,18 +211,18 @@ def trials_table(run: Run, trials: Sequence[TrialResult], chosen: int | None) ->
             *(_setting(trial.point.get(key)) for key in keys),
             words.measured(run, trial.metric(run.metric)),
             f"{trial.train_seconds:.1f}",
-            _what_became(trial, chosen),
+            _outcome(trial, chosen),
         )
         for trial in trials[:MOST_ROWS]
     ]
-    return Table(head, tuple(rows), left_out(len(trials), "trials")).without_empty()
+    return Table(head, tuple(rows), cut_note(len(trials), "trials")).without_empty()
 
 
 def _distill_first(key: str) -> tuple[int, str]:
     return (DISTILL.index(key) if key in DISTILL else len(DISTILL)), key
 
 
-def _what_became(trial: TrialResult, chosen: int | None) -> str:
+def _outcome(trial: TrialResult, chosen: int | None) -> str:
     if trial.status == "failed":
         return f"failed: {trial.error or 'no reason is known'}"
     if trial.trial == chosen:
@@ -240,23 +234,23 @@ def _setting(value: Any) -> str:
     return "" if value is None else format(value, ".3g") if isinstance(value, float) else str(value)
 
 
-def left_out(count: int, what: str) -> str:
-    """Return what to say of a long table that is cut."""
+def cut_note(count: int, what: str) -> str:
+    """Return the note of a table that is cut; an empty text for one that is whole."""
     return f"The first {MOST_ROWS} of {count} {what}." if count > MOST_ROWS else ""
 
 
-def curve_table(names: Sequence[str], curves: Sequence[Mapping[int, float]], form: str) -> Table:
-    """Return a row an epoch, a column a curve."""
+def epoch_table(names: Sequence[str], curves: Sequence[Mapping[int, float]], form: str) -> Table:
+    """Return learning curves: a row an epoch, a column a curve."""
     epochs = sorted({epoch for curve in curves for epoch in curve})
     rows = [
         (str(epoch), *(words.number(curve.get(epoch), form) for curve in curves))
         for epoch in epochs[:MOST_ROWS]
     ]
-    return Table(("epoch", *names), tuple(rows), left_out(len(epochs), "epochs"))
+    return Table(("epoch", *names), tuple(rows), cut_note(len(epochs), "epochs"))
 
 
 def cost_table(run: Run) -> Table:
-    """Return what was spent: time, trials, parameters."""
+    """Return the costs of a run: models trained, time, parameters."""
     rows = [_cost_row(g.result) for g in run.generations if g.result is not None]
     for name, trials in run.stages.items():
         failed = sum(trial.status == "failed" for trial in trials)
@@ -308,7 +302,7 @@ def lineage_table(run: Run) -> Table:
 
 
 def members_table(run: Run) -> Table:
-    """Return the models that teach, the best on validation first."""
+    """Return the teachers of an ensemble, the best on validation first."""
     rows = [
         (
             row.hash,
@@ -322,7 +316,7 @@ def members_table(run: Run) -> Table:
 
 
 def ensemble_table(rows: Sequence[TableRow]) -> Table:
-    """Return the table of teachers and student: what each is worth and costs."""
+    """Return the table that `selfkd.ensemble` prints: quality and costs of teachers and student."""
     head = ("model", "val acc", "test acc", "NLL", "ECE", "parameters", "ms, 1", "ms, 128")
     texts = []
     for row in rows:
@@ -349,7 +343,7 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", shown
 
 
-def capacity_table(curve: CapacitySummary) -> Table:
+def capacity_table(summary: CapacitySummary) -> Table:
     """Return a row a size, the smallest first, then the teacher."""
     rows = [
         (
@@ -361,12 +355,12 @@ def capacity_table(curve: CapacitySummary) -> Table:
             words.p_value(size.p_holm),
             size.verdict,
         )
-        for size in curve.sizes
+        for size in summary.sizes
     ]
-    teacher = curve.teacher
+    teacher = summary.teacher
     accuracy = words.percent(teacher.metric("test_accuracy"))
     rows.append(("teacher", words.size(teacher.parameters), accuracy, "", "", "", ""))
-    head = (curve.key.rpartition(".")[2], "params", "labels only", "distilled")
+    head = (summary.key.rpartition(".")[2], "params", "labels only", "distilled")
     return Table((*head, "difference, points", "p, Holm", "distillation"), tuple(rows))
 
 

@@ -1,4 +1,4 @@
-"""What a run says, in words: the same words for a gain and for none."""
+"""The findings of a run in words, the same for a gain and for none; values as texts of a table."""
 
 from __future__ import annotations
 
@@ -10,19 +10,29 @@ from selfkd.analysis.verdicts import (
     count_seeds,
     describe_difference,
     format_difference,
+    is_fraction,
     short,
 )
 from selfkd.reporting.read import Generation, Run
 from selfkd.results import Confirmation, EnsembleSummary, GenerationResult, Interval
 
 
+def form(metric: str) -> str:
+    """Return the format of a metric's values.
+
+    >>> form("val_accuracy"), form("val_nll")
+    ('.2%', '.4g')
+    """
+    return ".2%" if is_fraction(metric) else ".4g"
+
+
 def percent(value: float | None) -> str:
-    """Return a fraction as a percentage; nothing for none."""
+    """Return a fraction as a percentage; an empty text for None."""
     return "" if value is None else f"{value:.2%}"
 
 
 def number(value: float | None, form: str = ".4f") -> str:
-    """Return a number; nothing for none."""
+    """Return a number; an empty text for None."""
     return "" if value is None else format(value, form)
 
 
@@ -39,16 +49,15 @@ def plus_minus(estimate: Interval | None, metric: str, *, sign: str = "") -> str
     """Return an estimate of a metric with half its interval, the larger half where they differ."""
     if estimate is None:
         return ""
-    form = ".2%" if "acc" in metric else ".4g"
-    text = format(estimate.value, f"{sign}{form}")
+    text = format(estimate.value, f"{sign}{form(metric)}")
     if estimate.low is None or estimate.high is None:
         return text
     half = max(estimate.high - estimate.value, estimate.value - estimate.low)
-    return f"{text} ± {format(half, form)}"
+    return f"{text} ± {format(half, form(metric))}"
 
 
 def p_value(value: float | None) -> str:
-    """Return a p value, as exactly as it means anything.
+    """Return a p value in three digits, or that it is smaller.
 
     >>> p_value(0.0412), p_value(0.00002)
     ('0.041', '< 0.001')
@@ -72,15 +81,15 @@ def points(estimate: Interval | None) -> str:
 
 
 def measured(run: Run, value: float | None) -> str:
-    """Return a value of what the trials are chosen by."""
-    return percent(value) if "accuracy" in run.metric else number(value, ".4g")
+    """Return a value of the metric that trials are chosen by."""
+    return number(value, form(run.metric))
 
 
 def confirmed(confirmation: Confirmation | None) -> str:
     """Return the mean over fresh seeds with half of its interval."""
     if confirmation is None:
         return ""
-    if "acc" in confirmation.metric:
+    if is_fraction(confirmation.metric):
         return mean(confirmation.mean)
     found = confirmation.mean
     half = "" if found.high is None else f" ± {found.high - found.value:.2g}"
@@ -88,9 +97,9 @@ def confirmed(confirmation: Confirmation | None) -> str:
 
 
 def gained(confirmation: Confirmation | None, other: Literal["first", "previous"]) -> str:
-    """Return the difference to generation 0 or to the previous one."""
+    """Return the difference to generation 0, or to the previous generation."""
     found: Interval | None = getattr(confirmation, other, None)
-    if confirmation is None or found is None or "acc" in confirmation.metric:
+    if confirmation is None or found is None or is_fraction(confirmation.metric):
         return points(found)
     if found.low is None or found.high is None:
         return f"{found.value:+.4g}"
@@ -98,7 +107,7 @@ def gained(confirmation: Confirmation | None, other: Literal["first", "previous"
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it.
+    """Return a time in seconds, or hours and minutes.
 
     >>> duration(42.31), duration(600), duration(7260)
     ('42.3 s', '10 min', '2 h 1 min')
@@ -110,21 +119,21 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float | None) -> str:
-    """Return a number of parameters, shortly."""
+    """Return a number of parameters in three digits."""
     return "" if count is None else short(round(count))
 
 
 def status(run: Run) -> str:
-    """Return whether a run is done, and what it has not done."""
+    """Return whether a run is finished, and what is missing."""
     return "finished" if run.missing is None else f"unfinished: {run.missing}"
 
 
 def headlines(run: Run) -> list[str]:
-    """Return what a run says, the most important first."""
+    """Return the findings of a run as sentences, the most important first."""
     if run.command == "ensemble":
         return list(_of_ensemble(run))
-    if (curve := run.capacity_summary) is not None:
-        return [sentence(line) for line in (curve.verdict, *curve.said)]
+    if (summary := run.capacity_summary) is not None:
+        return [sentence(line) for line in (summary.verdict, *summary.said)]
     if run.study_summary is not None:
         return [sentence(contrast.verdict) for contrast in run.study_summary.contrasts]
     return list(_of_generations(run))
@@ -132,13 +141,13 @@ def headlines(run: Run) -> list[str]:
 
 def _of_generations(run: Run) -> Iterator[str]:
     done = [generation for generation in run.generations if generation.result is not None]
-    verdicts = [generation.confirmation for generation in done]
-    told = [each.verdicts for each in verdicts if each is not None]
-    for texts in reversed(told):
+    confirmations = [generation.confirmation for generation in done]
+    verdicts = [each.verdicts for each in confirmations if each is not None and each.verdicts]
+    for texts in reversed(verdicts):
         yield from map(sentence, texts)
     if run.stopped:
         yield sentence(run.stopped)
-    if done and not told:
+    if done and not verdicts:
         yield from _unconfirmed(run, done)
     for control in run.controls:
         yield from map(sentence, control.verdicts)
@@ -163,7 +172,7 @@ def _unconfirmed(run: Run, done: list[Generation]) -> Iterator[str]:
     if len(results) > 1:
         yield (
             "Each figure is of one model, so there is no interval and no verdict: confirm.seeds "
-            "trains the chosen settings again on fresh seeds."
+            "replicates the chosen settings on fresh seeds."
         )
 
 
@@ -182,13 +191,13 @@ def _tests(run: Run, first: GenerationResult, best: GenerationResult) -> str:
 
 
 def named(metric: str) -> str:
-    """Return a metric as people call it."""
+    """Return the name of a metric for people."""
     return {"val_accuracy": "validation accuracy", "val_nll": "validation NLL"}.get(metric, metric)
 
 
 def _of_ensemble(run: Run) -> Iterator[str]:
     if run.ensemble_summary is None:
-        yield "The student is not measured yet."
+        yield "The student is not evaluated yet."
         return
     _, *lines = describe_ensemble(run.ensemble_summary)
     yield from (sentence(line) for line in lines)
@@ -201,7 +210,7 @@ def sentence(text: str) -> str:
 
 
 def share_kept(value: float) -> str:
-    """Return a share, which is no difference.
+    """Return a share in percent, without a sign.
 
     >>> share_kept(0.72)
     '72.00 %'
@@ -210,7 +219,7 @@ def share_kept(value: float) -> str:
 
 
 def describe_ensemble(summary: EnsembleSummary) -> list[str]:
-    """Return what a run of `python -m selfkd.ensemble` says: the setting, the gain, the share."""
+    """Return the findings of `selfkd.ensemble` in words: the setting, the gain, the share."""
     chosen, share = summary.chosen, summary.share
     setting = (
         f"chosen of {summary.trials} trials on validation: T {chosen.temperature:.3g}, "
@@ -223,6 +232,6 @@ def describe_ensemble(summary: EnsembleSummary) -> list[str]:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:
         ends = "" if share.low is not None else " (no interval: too little is known for one)"
-        told = format_difference(share, form=share_kept)
-        lines.append(f"share of the teacher's gain kept: {told}{ends}")
+        value = format_difference(share, form=share_kept)
+        lines.append(f"share of the teacher's gain kept: {value}{ends}")
     return lines

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -39,6 +39,7 @@ from selfkd.storage.rows import load_row, save_row
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 PAGES = ("generations", "ensemble", "capacity", "study", "going", "bare", "comparison")
 FEWEST = {"capacity": 1, "study": 1}  # figures
+Make = Callable[[Path], Path]
 COMPARED = ("generations", "ensemble", "going", "bare")
 browser_needed = pytest.mark.skipif(
     not (CHROMIUM and DRIVER) and "SELFKD_BROWSER" not in os.environ,  # CI must have them
@@ -275,15 +276,15 @@ def test_all_parts_are_there(pages: dict[str, Path]) -> None:
     text = pages["generations"].read_text()
     for title in (
         *("Accuracy per generation", "Temperature and alpha", "Reliability on test", "Config"),
-        *("Agreement with the teacher", "Confusions on test", "Accuracy by class", "Lineage"),
+        *("Teacher agreement", "Confusions on test", "Accuracy by class", "Lineage"),
         *("Cost", "Environment", "Learning", "generation 3: better than generation 0"),
-        *("Brier at best T", "Best T divides all logits"),
+        *("Brier at best T", "Best T divides all logits", "perfect calibration"),
     ):
         assert title.lower() in text.lower(), title
     text = pages["ensemble"].read_text()
     for title in (
         *("Share of the teacher", "Reliability on test", "from its teacher", "Confusions on test"),
-        *("The student names the same class as its teacher on 95.00", "Accuracy by class"),
+        *("The student predicts the class that its teacher predicts on 95.00", "Accuracy by class"),
         *("Calibration", "Brier at best T", "both"),
     ):
         assert title in text, title
@@ -298,6 +299,34 @@ def test_a_damaged_file_is_named_on_the_page(tmp_path: Path) -> None:
     text = write_report(path).read_text()
     assert f"{damaged} is damaged" in text
     assert "Not all could be read" in text
+
+
+UNUSUAL: list[tuple[Make, str, tuple[str | int, ...], Any]] = [
+    (study_run, "summary.json", ("arms", 0, "runs", 0, "test_accuracy"), "x"),
+    (ensemble_run, "summary.json", ("rows", 4, "test_accuracy"), "x"),
+    (ensemble_run, "student/trial_000/result.json", ("point", "distill.temperature"), -3),
+    (
+        generations_run,
+        "generation_001/result.json",
+        ("diagnostics", "test", "reliability", 14, "count"),
+        -3,
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "file", "place", "value"), UNUSUAL)
+def test_a_value_that_cannot_be_is_not_drawn_and_stops_nothing(
+    tmp_path: Path, make: Make, file: str, place: tuple[str | int, ...], value: object
+) -> None:
+    path = make(tmp_path / "run") / file
+    tree = json.loads(path.read_text())
+    *outer, last = place
+    row = tree
+    for step in outer:
+        row = row[step]
+    row[last] = value
+    path.write_text(json.dumps(tree))
+    assert write_report(tmp_path / "run").exists()
 
 
 def test_nothing_is_left_of_a_report_that_could_not_be_written(tmp_path: Path) -> None:

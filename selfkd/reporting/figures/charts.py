@@ -1,4 +1,4 @@
-"""Figures of named things: counts, levels, classes. Pure functions of plain data."""
+"""Figures of counts, levels, sizes and classes. Pure functions of plain data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from selfkd.reporting.figures.style import (
 
 
 def dots_per_generation(values: Sequence[tuple[int, float]], *, measure: Measure) -> go.Figure:
-    """Draw one value a generation, such as agreement, with its number beside it."""
+    """Draw one value a generation, such as teacher agreement, with its number beside it."""
     figure = go.Figure(
         go.Scatter(
             x=[number for number, _ in values],
@@ -91,7 +91,12 @@ def counts(
 def class_accuracy(
     classes: Sequence[str], models: Sequence[tuple[int, str, Sequence[float | None]]]
 ) -> go.Figure:
-    """Draw accuracy by class, a dot a model, of which number and title are given."""
+    """Draw accuracy by class, a dot a model.
+
+    Args:
+        classes: Names of the classes.
+        models: Number and title of each model, with its accuracies by class.
+    """
     names = [literal(name) for name in classes]
     figure = go.Figure(
         [
@@ -130,9 +135,9 @@ def over_parameters(
     """Draw values over the number of parameters, with intervals and the seeds behind them.
 
     Args:
-        arms: name, colour, and of each size the parameters, the mean and its seeds' values.
-        measure: what they are.
-        reference: where a thin line stands, such as the teacher.
+        arms: Name and colour of each, with parameters, mean and seeds' values of its sizes.
+        measure: Metric of the values.
+        reference: Value of a thin line, such as the teacher's.
     """
     figure = go.Figure()
     for name, colour, sizes in arms:
@@ -186,10 +191,10 @@ def levels(
     """Draw named values below each other, with intervals and the values that they are means of.
 
     Args:
-        rows: from top to bottom.
-        measure: what they are.
-        reference: where a thin line stands, such as no difference.
-        ends: of the axis; intervals are cut there.
+        rows: Values from top to bottom.
+        measure: Metric of the values.
+        reference: Value of a thin line, such as no difference.
+        ends: Ends of the axis, at which intervals are cut.
     """
     names = [wrapped(row.name, 22) for row in rows]
     figure = go.Figure()

@@ -29,8 +29,10 @@ from selfkd.reporting.figures.style import (
     wrapped,
 )
 
-RING = "#d55e00"  # of a chosen trial: in no map of colours
-JITTER = 0.24  # of a generation's trials around its number
+RING = "#d55e00"
+"""Colour of the ring around a chosen trial, which is in no scale of colours."""
+JITTER = 0.24
+"""Width of a generation's trials around its number."""
 
 
 def accuracy_per_generation(
@@ -40,16 +42,23 @@ def accuracy_per_generation(
     ensemble: float | None = None,
     controls: Sequence[Level] = (),
 ) -> go.Figure:
-    """Draw each generation: its trials, the chosen one, test accuracy, mean over fresh seeds."""
+    """Draw each generation: its trials, the chosen one, test accuracy, mean over fresh seeds.
+
+    Args:
+        steps: Generations in order.
+        measure: Metric that the trials are chosen by.
+        ensemble: Test accuracy of the ensemble of all generations.
+        controls: Controls of equal cost, on test.
+    """
     floor, ceiling = _window(steps, ensemble, controls)
     figure = go.Figure(_trial_dots(steps, floor, measure))
     widest = _widest(steps)
     chosen = [(s.number, _spot(s, s.chosen[0], widest), s.chosen[1]) for s in steps if s.chosen]
     tested = [(s.number, float(s.number), s.test) for s in steps if s.test is not None]
     if chosen:
-        figure.add_trace(_marks("chosen, validation", chosen, "circle-open", 11, measure))
+        figure.add_trace(_symbols("chosen, validation", chosen, "circle-open", 11, measure))
     if tested:
-        figure.add_trace(_marks("chosen, test", tested, "diamond", 9, measure))
+        figure.add_trace(_symbols("chosen, test", tested, "diamond", 9, measure))
     means = [(s.number, s.confirmed) for s in steps if s.confirmed is not None]
     if means:
         colours = [generation_colour(number) for number, _ in means]
@@ -91,7 +100,7 @@ def accuracy_per_generation(
 def _window(
     steps: Sequence[Step], ensemble: float | None, controls: Sequence[Level]
 ) -> tuple[float, float]:
-    """Return a range of y that a trial which came to nothing does not squeeze."""
+    """Return a range of y that is not stretched to a trial that failed to learn."""
     bars = [s.confirmed for s in steps if s.confirmed is not None] + [c.bar for c in controls]
     ends = [end for bar in bars for end in (bar.value, bar.low, bar.high)]
     values = finite(
@@ -136,21 +145,22 @@ def _widest(steps: Sequence[Step]) -> int:
 
 
 def _spot(step: Step, trial: int, widest: int) -> float:
-    """Return where a trial stands beside its generation's number."""
+    """Return the x of a trial, beside its generation's number."""
     return step.number + JITTER * (2 * (trial + 0.5) / widest - 1)
 
 
-def _marks(
+def _symbols(
     name: str,
-    marks: Sequence[tuple[int, float, float]],
+    points: Sequence[tuple[int, float, float]],
     symbol: str,
     size: int,
     measure: Measure,
 ) -> go.Scatter:
-    colours = [generation_colour(number) for number, _, _ in marks]
+    """Return one symbol for each point of generation, x and y."""
+    colours = [generation_colour(number) for number, _, _ in points]
     return go.Scatter(
-        x=[x for _, x, _ in marks],
-        y=[y for _, _, y in marks],
+        x=[x for _, x, _ in points],
+        y=[y for _, _, y in points],
         mode="markers",
         name=name,
         marker={
@@ -159,7 +169,7 @@ def _marks(
             "symbol": symbol,
             "line": {"width": 2, "color": colours},
         },
-        customdata=[number for number, _, _ in marks],
+        customdata=[number for number, _, _ in points],
         hovertemplate=f"generation %{{customdata}}, {name}: %{{y:{measure.format}}}<extra></extra>",
     )
 
@@ -171,7 +181,7 @@ def _bars(
     measure: Measure,
     symbol: str = "square",
 ) -> list[go.Scatter]:
-    """Return a trace a bar, since plotly's error bars have one colour; one entry in the legend."""
+    """Return a trace for each bar, as plotly's error bars have one colour; one legend entry."""
     return [
         go.Scatter(
             x=[x],
@@ -197,15 +207,15 @@ def setting_map(
     temperatures: tuple[float, float] | None = None,
     surface: Surface | None = None,
 ) -> go.Figure:
-    """Draw trials over T and alpha, coloured by what they reached.
+    """Draw trials over T and alpha, coloured by their metric.
 
     Args:
         points: T, alpha and validation metric of each trial.
-        measure: the metric.
+        measure: Metric of the trials.
         chosen: T and alpha of the chosen trial.
-        bounds: of the colours, the same for all generations.
-        temperatures: least and largest T of the axis.
-        surface: a response fitted to the points, drawn beneath them.
+        bounds: Ends of the scale of colours, the same for all generations.
+        temperatures: Least and largest T of the axis.
+        surface: Response that was fitted to the points, drawn beneath them.
     """
     low, high = bounds or ends_of([value for _, _, value in points])
     colours = {"coloraxis": "coloraxis"}
@@ -288,7 +298,7 @@ def setting_map(
 def curves(
     lines: Sequence[Line], *, x: str, measure: Measure, logarithmic: bool = False
 ) -> go.Figure:
-    """Draw curves, such as those of learning; the first steep epochs may begin below the frame."""
+    """Draw curves, such as learning curves; steep first epochs may begin below the frame."""
     figure = go.Figure(
         [
             go.Scatter(
@@ -326,11 +336,14 @@ def curves(
 
 def reliability(
     models: Sequence[tuple[int, str, Sequence[tuple[float, float, int]]]],
+    *,
+    unit: str = "images",
 ) -> go.Figure:
     """Draw reliability diagrams: accuracy over confidence, a curve a model.
 
     Args:
-        models: number and title of each, and mean confidence, accuracy and count of its bins.
+        models: Number and title of each, with mean confidence, accuracy and count of its bins.
+        unit: Word for the items.
 
     Reference:
         Guo et al., "On Calibration of Modern Neural Networks", 2017,
@@ -341,7 +354,7 @@ def reliability(
             x=[0, 1],
             y=[0, 1],
             mode="lines",
-            name="as sure as right",
+            name="perfect calibration",
             line={"color": NEUTRAL, "width": 1, "dash": "dot"},
             hoverinfo="skip",
         )
@@ -361,8 +374,8 @@ def reliability(
                 },
                 marker={"size": [5 + 13 * math.sqrt(count / most) for _, _, count in bins]},
                 customdata=[count for _, _, count in bins],
-                hovertemplate=f"{title}: %{{y:.1%}} right at %{{x:.1%}} sure, "
-                "%{customdata} images<extra></extra>",
+                hovertemplate=f"{title}: accuracy %{{y:.1%}} at confidence %{{x:.1%}}, "
+                f"%{{customdata}} {unit}<extra></extra>",
             )
         )
     ends: dict[str, Any] = {"range": [-0.02, 1.04], "tickformat": "~%"}

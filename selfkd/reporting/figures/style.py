@@ -1,4 +1,4 @@
-"""How figures look, and what they draw: colours that all eyes tell apart, on light, dark, paper."""
+"""The style of figures and the data they draw: colours for all eyes, on light, dark and paper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 NEUTRAL = "#7a828e"
-"""Is seen on white and on near-black."""
+"""Grey that is visible on white and on near-black."""
 ACCENT = "#1f77c4"
 # after Okabe and Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/ ; the light
 # ones a little darker, to be seen on white
@@ -25,12 +25,12 @@ def generation_colour(number: int) -> str:
 
 
 def generation_dash(number: int) -> str:
-    """Return the dash of a generation's line: tells those apart whose colours come again."""
+    """Return the dash of a generation's line, which differs where colours repeat."""
     return ("solid", "dash", "dot", "dashdot")[max(number - 1, 0) // len(PALETTE) % 4]
 
 
 def literal(text: str) -> str:
-    """Return a text that plotly shows to the letter: it takes some tags and entities for markup.
+    """Return a text that plotly shows literally: it takes some tags and entities for markup.
 
     >>> literal("<b>")
     '&lt;b&gt;'
@@ -39,7 +39,7 @@ def literal(text: str) -> str:
 
 
 def layout(*, height: int, legend: bool = True, **more: Any) -> dict[str, Any]:
-    """Return the layout that all figures have; axes as `axis` gives them."""
+    """Return the layout of all figures; axes are made by `axis`."""
     return {
         "template": "none",
         "height": height,
@@ -56,7 +56,7 @@ def layout(*, height: int, legend: bool = True, **more: Any) -> dict[str, Any]:
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """Return an axis: thin lines, no zoom, which would catch a finger that scrolls."""
+    """Return an axis with thin lines, and without zoom, which would catch a scrolling finger."""
     return {
         "title": {"text": title, "standoff": 8},
         "gridcolor": "rgba(122,130,142,0.22)",
@@ -74,7 +74,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is drawn: its name, and whether it is a fraction that is shown as a percentage."""
+    """A metric on an axis: its title, and whether it is a fraction, shown in percent."""
 
     title: str
     percent: bool = True
@@ -82,12 +82,12 @@ class Measure:
 
     @property
     def format(self) -> str:
-        """D3's format of a value."""
+        """Format of a value, for D3."""
         return ".2%" if self.percent else ".4g"
 
     @property
     def tick(self) -> str:
-        """D3's format of a tick."""
+        """Format of a tick, for D3."""
         return "~%" if self.percent else "~g"
 
 
@@ -121,12 +121,12 @@ class Line:
     x: Sequence[float]
     y: Sequence[float | None]
     number: int = 0
-    """Chooses colour and dash."""
+    """Number of the generation, for colour and dash."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """A named value with its interval and the values that it is the mean of."""
+    """A named value with its interval, and the values that it is the mean of."""
 
     name: str
     bar: Bar
@@ -144,6 +144,7 @@ class Surface:
 
 
 def error_bar(bar: Bar, *, ends: tuple[float, float] | None = None) -> dict[str, Any]:
+    """Return plotly's error bar of an interval, cut at the ends of a frame if they are given."""
     if bar.low is None or bar.high is None:
         return {"visible": False}
     low, high = (
@@ -160,20 +161,23 @@ def error_bar(bar: Bar, *, ends: tuple[float, float] | None = None) -> dict[str,
 
 
 def finite(values: Sequence[float | None]) -> list[float]:
+    """Return the finite values."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def ends_of(values: Sequence[float]) -> tuple[float, float]:
+    """Return the least and the largest finite value; 0 and 1 where there is none."""
     known = finite(values) or [0.0, 1.0]
     return min(known), max(known)
 
 
 def shown(value: float, measure: Measure) -> str:
+    """Return a value of a measure as a text."""
     return f"{value:.2%}" if measure.percent else f"{value:.4g}"
 
 
 def wrapped(text: str, width: int) -> str:
-    """Return a text on several lines, as plotly breaks them; literal otherwise."""
+    """Return a literal text on several lines of about that width, as plotly breaks them."""
     lines: list[str] = []
     for word in text.split():
         if lines and len(lines[-1]) + len(word) < width:

@@ -1,4 +1,4 @@
-"""The figures of sizes side by side (capacity) and of arms side by side (a study)."""
+"""The figures of a capacity curve and of a study."""
 
 from __future__ import annotations
 
@@ -14,58 +14,62 @@ from selfkd.reporting.tables import capacity_table, study_table
 ACCURACY = Measure("accuracy on test")
 
 
-def curve_sections(run: Run) -> Iterator[Section]:
+def capacity_sections(run: Run) -> Iterator[Section]:
     """Yield accuracy over parameters, from labels only and distilled."""
     if run.capacity_summary is None:
         return
-    curve = run.capacity_summary
+    summary = run.capacity_summary
     arms = [
         (name, colour, [(size.parameters, bar(pick.interval), pick.runs) for size, pick in picked])
         for name, colour, picked in (
-            ("labels only", NEUTRAL, [(size, size.labels) for size in curve.sizes]),
-            ("distilled", ACCENT, [(size, size.distilled) for size in curve.sizes]),
+            ("labels only", NEUTRAL, [(size, size.labels) for size in summary.sizes]),
+            ("distilled", ACCENT, [(size, size.distilled) for size in summary.sizes]),
         )
     ]
-    teacher = curve.teacher.metric("test_accuracy")
-    told = "; ".join(
+    teacher = summary.teacher.metric("test_accuracy")
+    accuracies = "; ".join(
         f"{words.size(size.parameters)}: {words.percent(size.labels.value)} and "
         f"{words.percent(size.distilled.value)}"
-        for size in curve.sizes
+        for size in summary.sizes
     )
     yield Section(
         "Accuracy",
         (
             Panel(
                 "Accuracy over parameters",
-                f"Labels only and distilled on test, with 95 % intervals over seeds: {told}. The "
-                f"dotted line is the teacher, {words.percent(teacher)}.",
+                f"Labels only and distilled on test, with 95 % intervals over seeds: {accuracies}. "
+                f"The dotted line is the teacher, {words.percent(teacher)}.",
                 charts.over_parameters(arms, measure=ACCURACY, reference=teacher),
-                capacity_table(curve),
+                capacity_table(summary),
             ),
         ),
     )
 
 
 def study_sections(run: Run) -> Iterator[Section]:
-    """Yield accuracy of the arms."""
+    """Yield the accuracy of each arm."""
     if run.study_summary is None:
         return
     study = run.study_summary
-    drawn = [
-        Level(arm.name, bar(arm.mean), tuple(run.metrics["test_accuracy"] for run in arm.runs))
+    levels = [
+        Level(
+            arm.name,
+            bar(arm.mean),
+            [value for run in arm.runs if (value := run.metric("test_accuracy")) is not None],
+        )
         for arm in study.arms
     ]
-    if study.members is not None and study.members.metric("test_accuracy") is not None:
-        whole = Bar(study.members.metrics["test_accuracy"])
-        drawn.append(Level(f"members ({study.members.count})", whole, (), NEUTRAL))
-    told = "; ".join(f"{arm.name} {words.percent(arm.mean.value)}" for arm in study.arms)
+    members = study.members
+    if members is not None and (accuracy := members.metric("test_accuracy")) is not None:
+        levels.append(Level(f"members ({members.count})", Bar(accuracy), (), NEUTRAL))
+    means = "; ".join(f"{arm.name} {words.percent(arm.mean.value)}" for arm in study.arms)
     yield Section(
         "Accuracy",
         (
             Panel(
                 "Arms side by side",
-                f"Accuracy on test with 95 % intervals over the seeds that all share: {told}.",
-                charts.levels(drawn, measure=ACCURACY),
+                f"Accuracy on test with 95 % intervals over the seeds that all share: {means}.",
+                charts.levels(levels, measure=ACCURACY),
                 study_table(study),
             ),
         ),

@@ -1,4 +1,4 @@
-"""Calibration, agreement with the teacher, confusions and classes: figures and tables."""
+"""Calibration, teacher agreement, confusions and classes: figures and tables."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from selfkd.reporting.figures import generations as figures
 from selfkd.reporting.figures.style import Bar, Level, Measure
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.sections.panels import Panel, Section
-from selfkd.reporting.tables import MOST_ROWS, Table, left_out
-from selfkd.results import Confusion
+from selfkd.reporting.tables import MOST_ROWS, Table, cut_note
+from selfkd.results import Bin, Confusion
 
 MOST_PAIRS, MOST_CLASSES = 10, 20
 
 
 def diagnosis_sections(run: Run) -> Iterator[Section]:
-    """Yield calibration, student and teacher, classes; without panels where nothing is known."""
+    """Yield calibration, student and teacher, classes; without panels where none is known."""
     models = run.generations or run.students
     tested = [model for model in models if "test" in model.diagnostics]
-    yield Section("Calibration", tuple(_reliability(tested)))
+    yield Section("Calibration", tuple(_reliability(run, tested)))
     agreement = _student_agreement(run) if run.students else _agreement(run)
     yield Section("Student and teacher", (*agreement, *_confusions(run, tested)))
     yield Section("Classes", tuple(_classes(run, tested)))
 
 
-def _reliability(tested: Sequence[Generation]) -> Iterator[Panel]:
-    binned = [g for g in tested if any(part.count for part in g.diagnostics["test"].reliability)]
+def _reliability(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
+    binned = [g for g in tested if any(part.count > 0 for part in _bins(g))]
     if not binned:
         return
     models = [
@@ -37,8 +37,8 @@ def _reliability(tested: Sequence[Generation]) -> Iterator[Panel]:
             generation.title,
             [
                 (part.confidence, part.accuracy, part.count)
-                for part in generation.diagnostics["test"].reliability
-                if part.count and part.confidence is not None and part.accuracy is not None
+                for part in _bins(generation)
+                if part.count > 0 and part.confidence is not None and part.accuracy is not None
             ],
         )
         for generation in binned
@@ -47,15 +47,19 @@ def _reliability(tested: Sequence[Generation]) -> Iterator[Panel]:
         f"{g.title} {words.number(g.diagnostics['test'].metric('ece'))}" for g in binned
     )
     text = (
-        "Below the diagonal a model is surer than right, above it less sure; the larger a dot, the "
-        f"more images. ECE on test: {errors}."
+        "Below the diagonal a model is overconfident, above it underconfident; the larger a dot, "
+        f"the more {run.unit}. ECE on test: {errors}."
     )
     yield Panel(
         "Reliability on test",
         text,
-        figures.reliability(models),
-        reliability_table(binned),
+        figures.reliability(models, unit=run.unit),
+        reliability_table(binned, unit=run.unit),
     )
+
+
+def _bins(generation: Generation) -> Sequence[Bin]:
+    return generation.diagnostics["test"].reliability
 
 
 def _agreement(run: Run) -> Iterator[Panel]:
@@ -64,27 +68,28 @@ def _agreement(run: Run) -> Iterator[Panel]:
         return
     values = [(g.number, g.result.metrics["agreement"]) for g in distilled if g.result]
     yield Panel(
-        "Agreement with the teacher",
-        "How often a generation names the same class as its teacher on test: "
+        "Teacher agreement",
+        f"Fraction of the test {run.unit} on which a generation predicts the class that its "
+        "teacher predicts: "
         + ", ".join(f"generation {n} {words.percent(v)}" for n, v in values)
         + ".",
-        charts.dots_per_generation(values, measure=Measure("agreement")),
+        charts.dots_per_generation(values, measure=Measure("teacher agreement")),
         agreement_table(distilled),
     )
 
 
 def _student_agreement(run: Run) -> Iterator[Panel]:
-    """Yield how closely the student of an ensemble follows its teacher."""
+    """Yield the agreement of the distilled student with its teacher."""
     student = run.students[-1]
     test = student.diagnostics.get("test")
     agreement = None if test is None else test.metric("agreement")
     if test is None or agreement is None:
         return
     yield Panel(
-        "Agreement with the teacher",
-        f"The student names the same class as its teacher on {words.percent(agreement)} of "
-        f"the test {run.unit}; KL {words.number(test.metric('kl'))} nats.",
-        charts.levels([Level("agreement", Bar(agreement))], measure=Measure("agreement")),
+        "Teacher agreement",
+        f"The student predicts the class that its teacher predicts on {words.percent(agreement)} "
+        f"of the test {run.unit}; KL {words.number(test.metric('kl'))} nats.",
+        charts.levels([Level("agreement", Bar(agreement))], measure=Measure("teacher agreement")),
         agreement_table([student]),
     )
 
@@ -108,7 +113,7 @@ def _confusions(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     pairs = [pair for pair, _ in total.most_common(MOST_PAIRS)]
     table = confusion_table(run, pairs, names, found_by)
     counts = [[int(cell) if cell else None for cell in row[1:]] for row in table.rows]
-    shared = f" Both: errors of {tested[-1].title} that its teacher makes, too."
+    shared = f" Both: errors of {tested[-1].title} that its teacher makes as well."
     yield Panel(
         "Confusions on test",
         f"The {len(pairs)} pairs of classes that are most often confused; the first is "
@@ -152,7 +157,7 @@ Pair = tuple[int | str, int | str]
 
 
 def calibration_table(generations: Sequence[Generation]) -> Table:
-    """Return calibration on validation and test, as it is and after one temperature."""
+    """Return calibration on validation and test, without and with the fitted temperature."""
     head: tuple[str, ...] = ("generation", "split", "NLL", "Brier", "ECE", "best T")
     head += ("NLL at best T", "Brier at best T", "ECE at best T")
     return Table(head, tuple(_calibrations(generations))).without_empty()
@@ -170,8 +175,8 @@ def _calibrations(generations: Sequence[Generation]) -> Iterator[tuple[str, ...]
             )
 
 
-def reliability_table(generations: Sequence[Generation]) -> Table:
-    """Return the bins of all generations on the test split, those without images left out."""
+def reliability_table(generations: Sequence[Generation], *, unit: str = "images") -> Table:
+    """Return the bins of all generations on the test split that are not empty."""
     rows = [
         (
             f"{generation.short}, {part.low:.2f} to {part.high:.2f}",
@@ -180,14 +185,14 @@ def reliability_table(generations: Sequence[Generation]) -> Table:
             words.percent(part.accuracy),
         )
         for generation in generations
-        for part in generation.diagnostics["test"].reliability
-        if part.count
+        for part in _bins(generation)
+        if part.count > 0
     ]
-    return Table(("generation, confidence", "images", "mean confidence", "accuracy"), tuple(rows))
+    return Table(("generation, confidence", unit, "mean confidence", "accuracy"), tuple(rows))
 
 
 def agreement_table(generations: Sequence[Generation]) -> Table:
-    """Return how closely each generation follows its teacher."""
+    """Return the fidelity of each generation to its teacher."""
     rows = []
     for generation in generations:
         confirmed = generation.confirmation
@@ -207,7 +212,7 @@ def agreement_table(generations: Sequence[Generation]) -> Table:
                 words.number(mcnemar.p, ".3g") if mcnemar else "",
             )
         )
-    head = ("generation", "agreement", "KL, nats", "only it is right", "only its teacher is")
+    head = ("generation", "agreement", "KL, nats", "only it is right", "only teacher is right")
     return Table((*head, "p (McNemar)"), tuple(rows)).without_empty()
 
 
@@ -220,14 +225,14 @@ def confusion_table(
     """Return a row a pair of classes, a column a model."""
     counts = [{(each.label, each.predicted): each.count for each in rows} for rows in found]
     return Table(
-        ("label, taken for", *names),
+        ("label → predicted", *names),
         tuple((pair_name(run, pair), *(str(of.get(pair, "")) for of in counts)) for pair in pairs),
         "Empty: not among the model's most frequent confusions.",
     )
 
 
 def pair_name(run: Run, pair: Pair) -> str:
-    """Return a pair of classes as people read it."""
+    """Return the names of a class and of what is predicted in its place."""
     return f"{run.class_name(pair[0])} → {run.class_name(pair[1])}"
 
 
@@ -243,4 +248,4 @@ def class_table(run: Run, generations: Sequence[Generation]) -> Table:
         for label in range(min(classes, MOST_ROWS))
     ]
     head = ("class", *(generation.title for generation in generations))
-    return Table(head, tuple(rows), left_out(classes, "classes"))
+    return Table(head, tuple(rows), cut_note(classes, "classes"))

@@ -1,4 +1,4 @@
-"""The figures of a run of many teachers and one student."""
+"""The figures of a run of `selfkd.ensemble`: many teachers, one student."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from selfkd.reporting.sections.panels import (
     bar,
     completed,
     measure,
-    placed,
     response,
+    trial_points,
 )
 from selfkd.reporting.tables import Table
 from selfkd.results import TrialResult
@@ -36,7 +36,7 @@ ACCURACY = Measure("accuracy on test")
 
 def ensemble_sections(run: Run) -> Iterator[Section]:
     """Yield accuracy and the share of the gain, T and alpha, learning, calibration, classes."""
-    yield Section("Accuracy", tuple(_students(run)))
+    yield Section("Accuracy", (*_models(run), *_share(run)))
     yield Section(
         "Temperature and alpha",
         tuple(_student_map(run)),
@@ -46,12 +46,13 @@ def ensemble_sections(run: Run) -> Iterator[Section]:
     yield from diagnosis_sections(run)
 
 
-def _students(run: Run) -> Iterator[Panel]:
+def _models(run: Run) -> Iterator[Panel]:
+    """Yield the accuracy of the teachers and of both students, the last two rows."""
     if run.ensemble_summary is None:
         return
-    rows = [row for row in run.ensemble_summary.rows if row.metric("test_accuracy") is not None]
-    colours = [NEUTRAL] * (len(rows) - 2) + [PALETTE[1], ACCENT]
-    drawn = [
+    rows = [row for row in run.ensemble_summary.rows if "test_accuracy" in row.metrics]
+    colours = ([NEUTRAL] * len(rows) + [PALETTE[1], ACCENT])[2:]
+    levels = [
         Level(row.name, Bar(row.metrics["test_accuracy"], row.low, row.high), row.runs, colour)
         for row, colour in zip(rows, colours, strict=True)
     ]
@@ -60,10 +61,9 @@ def _students(run: Run) -> Iterator[Panel]:
         "Accuracy on test, with 95 % intervals where several models were trained: "
         + "; ".join(f"{row.name} {words.percent(row.metric('test_accuracy'))}" for row in rows)
         + ".",
-        charts.levels(drawn, measure=ACCURACY),
+        charts.levels(levels, measure=ACCURACY),
         tables.ensemble_table(run.ensemble_summary.rows),
     )
-    yield from _share(run)
 
 
 def _share(run: Run) -> Iterator[Panel]:
@@ -71,9 +71,6 @@ def _share(run: Run) -> Iterator[Panel]:
     if summary is None or summary.share is None:
         return
     share = summary.share
-    shown = [
-        Level("share of the gain kept", bar(share)),
-    ]
     table = Table(
         ("", "value and 95 % interval"),
         (
@@ -86,7 +83,10 @@ def _share(run: Run) -> Iterator[Panel]:
         f"Labels only stands at 0 %, the teacher at 100 %: {words.difference(share)}. An interval "
         "that goes beyond the frame is cut there.",
         charts.levels(
-            shown, measure=Measure("labels only 0 %, teacher 100 %"), reference=1, ends=(-0.25, 1.5)
+            [Level("share of the gain kept", bar(share))],
+            measure=Measure("labels only 0 %, teacher 100 %"),
+            reference=1,
+            ends=(-0.25, 1.5),
         ),
         table,
     )
@@ -94,16 +94,16 @@ def _share(run: Run) -> Iterator[Panel]:
 
 def _student_map(run: Run) -> Iterator[Panel]:
     trials = run.stages.get("student", ())
-    points = placed(run, trials)
+    points = trial_points(run, trials)
     if not points:
         return
-    chosen = _student(run)
+    chosen = _chosen_trial(run)
     setting = run.setting(chosen) if chosen else None
     text = f"{len(points)} trials" + (
         f"; chosen: T {setting[0]:.3g}, alpha {setting[1]:.2f}." if setting else "."
     )
     surface, best = response(run, trials)
-    whole = placed(run, completed(trials)) or points
+    whole = trial_points(run, completed(trials)) or points
     figure = figures.setting_map(
         points,
         measure=measure(run),
@@ -119,11 +119,11 @@ def _student_map(run: Run) -> Iterator[Panel]:
     )
 
 
-def _student(run: Run) -> TrialResult | None:
+def _chosen_trial(run: Run) -> TrialResult | None:
     if run.ensemble_summary is None:
         return None
-    mark = run.ensemble_summary.chosen.hash
-    return next((t for t in run.stages.get("student", ()) if t.hash == mark), None)
+    digest = run.ensemble_summary.chosen.hash
+    return next((t for t in run.stages.get("student", ()) if t.hash == digest), None)
 
 
 def _student_learning(run: Run) -> Iterator[Panel]:
@@ -136,11 +136,13 @@ def _student_learning(run: Run) -> Iterator[Panel]:
     if not kept:
         return
     names = [f"trial {trial.trial}" for trial, _ in kept]
-    chosen = _student(run)
+    chosen = _chosen_trial(run)
     yield Panel(
         "The student's trials by epoch",
-        "Validation accuracy of each trial while it learns"
-        + (f"; trial {chosen.trial} was chosen." if chosen else "."),
+        words.sentence(
+            f"{words.named(run.metric)} of each trial by epoch"
+            + (f"; trial {chosen.trial} was chosen" if chosen else "")
+        ),
         figures.curves(
             [
                 Line(name, list(curve), list(curve.values()), place + 1)
@@ -149,5 +151,5 @@ def _student_learning(run: Run) -> Iterator[Panel]:
             x="epoch",
             measure=measure(run),
         ),
-        tables.curve_table(names, [curve for _, curve in kept], ".2%"),
+        tables.epoch_table(names, [curve for _, curve in kept], words.form(run.metric)),
     )

@@ -13,24 +13,25 @@ from selfkd.reporting.sections.diagnostics import diagnosis_sections
 from selfkd.reporting.sections.panels import (
     Panel,
     Section,
+    TrialPoint,
     bar,
     completed,
     measure,
-    placed,
     response,
+    trial_points,
     values,
 )
 from selfkd.results import TrialResult
 
 
 def generation_sections(run: Run) -> Iterator[Section]:
-    """Yield accuracy, T and alpha, learning, and what is known of calibration and classes."""
+    """Yield accuracy, T and alpha, learning curves, calibration and classes."""
     yield Section("Accuracy", tuple(_accuracy(run)))
     yield Section(
         "Temperature and alpha",
         tuple(_maps(run)),
-        "Each dot is a trial, the ring the chosen one, the ground what a Gaussian process makes of "
-        "them where they are enough. All maps share one scale of colours.",
+        "Each dot is a trial, the ring the chosen one; the background is a Gaussian process that "
+        "is fitted to the trials where they are enough. All maps share one scale of colours.",
     )
     yield Section("Learning", tuple(_learning(run)))
     yield from diagnosis_sections(run)
@@ -61,10 +62,6 @@ def _accuracy(run: Run) -> Iterator[Panel]:
         figure,
         tables.all_trials_table(run),
     )
-
-
-def _tested(generation: Generation) -> float | None:
-    return None if generation.result is None else generation.result.metric("test_accuracy")
 
 
 def _confirmed(run: Run, generation: Generation, *, own: bool) -> Bar | None:
@@ -100,16 +97,16 @@ def _accuracy_text(run: Run) -> str:
 
 
 def _maps(run: Run) -> Iterator[Panel]:
-    taught = [generation for generation in run.generations if generation.number > 0]
-    found = {generation.number: placed(run, generation.trials) for generation in taught}
+    distilled = [generation for generation in run.generations if generation.number > 0]
+    found = {generation.number: trial_points(run, generation.trials) for generation in distilled}
     everywhere = [point for points in found.values() for point in points]
     if not everywhere:
         return
-    whole = [trial for generation in taught for trial in completed(generation.trials)]
-    bounds = ends_of([value for _, _, value in placed(run, whole) or everywhere])
+    whole = [trial for generation in distilled for trial in completed(generation.trials)]
+    bounds = ends_of([value for _, _, value in trial_points(run, whole) or everywhere])
     temperatures = ends_of([t for t, _, _ in everywhere])
-    for generation in taught:
-        points, chosen = found[generation.number], _chosen(generation)
+    for generation in distilled:
+        points, chosen = found[generation.number], _chosen_trial(generation)
         if not points:
             continue
         setting = run.setting(chosen) if chosen else None
@@ -131,16 +128,14 @@ def _maps(run: Run) -> Iterator[Panel]:
         )
 
 
-def _chosen(generation: Generation) -> TrialResult | None:
+def _chosen_trial(generation: Generation) -> TrialResult | None:
     if generation.result is None:
         return None
     wanted = generation.result.trial
     return next((trial for trial in generation.trials if trial.trial == wanted), None)
 
 
-def _map_text(
-    run: Run, points: Sequence[tuple[float, float, float]], chosen: tuple[float, float] | None
-) -> str:
+def _map_text(run: Run, points: Sequence[TrialPoint], chosen: tuple[float, float] | None) -> str:
     low, high = ends_of([value for _, _, value in points])
     text = f"{len(points)} trials, from {words.measured(run, low)} to {words.measured(run, high)}"
     if chosen is None:
@@ -168,11 +163,10 @@ def _learning(run: Run) -> Iterator[Panel]:
             }
             for history in histories
         ]
-        percent = "accuracy" in key
         yield Panel(
             f"{title[:1].upper()}{title[1:]} by epoch",
             words.sentence(
-                f"{title} of the chosen models while they learn{_last(names, curves, percent)}"
+                f"{title} of the chosen models by epoch{_last(names, curves, words.form(key))}"
             ),
             figures.curves(
                 [
@@ -180,16 +174,16 @@ def _learning(run: Run) -> Iterator[Panel]:
                     for name, curve, number in zip(names, curves, numbers, strict=True)
                 ],
                 x="epoch",
-                measure=Measure(title, percent=percent),
+                measure=Measure(title, percent="accuracy" in key),
                 logarithmic=logarithmic and all(v > 0 for c in curves for v in c.values()),
             ),
-            tables.curve_table(names, curves, ".2%" if percent else ".4g"),
+            tables.epoch_table(names, curves, words.form(key)),
         )
 
 
-def _last(names: Sequence[str], curves: Sequence[dict[int, float]], percent: bool) -> str:
+def _last(names: Sequence[str], curves: Sequence[dict[int, float]], form: str) -> str:
     ends = [
-        f"{list(curve.values())[-1]:{'.2%' if percent else '.4g'}} of {name}"
+        f"{list(curve.values())[-1]:{form}} of {name}"
         for name, curve in zip(names, curves, strict=True)
         if curve
     ]

@@ -1,4 +1,4 @@
-"""W&B: what is logged when, its runs and the faults of a network, artifacts. Wandb stays here."""
+"""W&B: what is logged when, runs and network faults, artifacts. Nothing else imports wandb."""
 
 from selfkd.tracking.tracker import NoTracker as NoTracker
 from selfkd.tracking.tracker import WandbTracker as WandbTracker

@@ -1,4 +1,4 @@
-"""What a run makes and uses, as artifacts of W&B: models, and the teachers' stored answers."""
+"""What a run makes and uses, as artifacts of W&B: models and cached teacher logits."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Artifacts:
     """The artifacts of a run.
 
     Args:
-        config: of the run.
-        name: of the run, with which theirs begin.
-        folder: of the run.
+        config: Config of the run.
+        name: Name of the run, with which those of its artifacts begin.
+        folder: Run folder.
     """
 
     def __init__(self, config: Config, *, name: str, folder: Path) -> None:
@@ -42,12 +42,12 @@ class Artifacts:
         self._models: dict[str, Make] = {}
 
     def model(self, path: Path, facts: Row, *, kind: str = "student") -> Make | None:
-        """Return what makes the artifact of a model, where its file is there.
+        """Return the maker of a model's artifact; None where its file is not there.
 
         Args:
-            path: of its checkpoint.
-            facts: that are shown beside it; its `hash` among them.
-            kind: of the model: the artifact's name ends with it.
+            path: Checkpoint of the model.
+            facts: Facts that are shown beside it, its `hash` among them.
+            kind: Kind of the model, with which the artifact's name ends.
         """
         if not path.exists():
             return None
@@ -81,12 +81,12 @@ class Artifacts:
         return found
 
     def use(self, run: LoggedRun, teachers: Sequence[str], keeper: LoggedRun | None) -> None:
-        """Say that a run learns from teachers, by their stored answers where there are any.
+        """Log that a run uses teachers, and their cached logits where there are any.
 
         Args:
-            run: that learns.
-            teachers: their hashes.
-            keeper: the run that the stored answers are artifacts of.
+            run: Run of the student.
+            teachers: Hashes of the teachers.
+            keeper: Run that the cached logits are artifacts of.
         """
         for teacher in teachers:
             if teacher in self._models:

@@ -1,4 +1,4 @@
-"""W&B's host: where it is, whether there is a key for it, whether it answers. Asks no one else."""
+"""W&B's host: where it is, whether there is a key for it, whether it answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import urllib.request
 from urllib.parse import urlsplit
 
 REACH_SECONDS = 3.0
-EARLIER_HOST = "api.wandb.ai"  # under which wandb login kept keys before, and still finds them
+"""Time in which a host must answer."""
+EARLIER_HOST = "api.wandb.ai"
+"""Host under which earlier clients kept their keys, and where `wandb login` still finds them."""
 
 
 def base_url() -> str:
-    """Return the host that the installed client talks to; its default has changed before."""
+    """Return the URL of the host that the installed client uses; its default has changed before."""
     if "WANDB_BASE_URL" in os.environ:
         return os.environ["WANDB_BASE_URL"]
     import wandb
@@ -26,7 +28,7 @@ def base_url() -> str:
 
 
 def has_key(url: str) -> bool:
-    """Return whether there is a key for a host: in WANDB_API_KEY, or where `wandb login` puts it.
+    """Say whether there is a key for a host: in WANDB_API_KEY, or where `wandb login` puts it.
 
     >>> os.environ["WANDB_API_KEY"] = "an example"
     >>> has_key("https://example.com")
@@ -43,20 +45,20 @@ def has_key(url: str) -> bool:
 
 
 def answers(url: str, *, seconds: float = REACH_SECONDS) -> bool:
-    """Return whether a host says anything within some seconds, through a proxy if there is one.
+    """Say whether a host answers within some seconds, through a proxy if there is one.
 
     Args:
-        url: of the host.
-        seconds: to wait, the look-up of its name included.
+        url: URL of the host.
+        seconds: Seconds to wait, the look-up of its name included.
     """
-    said: list[bool] = []
-    asking = threading.Thread(target=lambda: said.append(_asked(url, seconds)), daemon=True)
-    asking.start()
-    asking.join(seconds)  # a look-up of a name has no time-out of its own
-    return bool(said and said[0])
+    found: list[bool] = []
+    request = threading.Thread(target=lambda: found.append(_reach(url, seconds)), daemon=True)
+    request.start()
+    request.join(seconds)  # a look-up of a name has no time-out of its own
+    return bool(found and found[0])
 
 
-def _asked(url: str, seconds: float) -> bool:
+def _reach(url: str, seconds: float) -> bool:
     if urlsplit(url).scheme not in ("http", "https"):
         return False
     try:

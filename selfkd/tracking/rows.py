@@ -1,10 +1,17 @@
-"""What is shown in W&B of a run's rows: plain values under names that sort and filter well."""
+"""Rows of a run as W&B logs them: plain values under names that sort and filter well."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from selfkd.results import Confirmation, Epoch, GenerationResult, Interval, Row, TrialResult
+from selfkd.results import (
+    Confirmation,
+    Epoch,
+    GenerationResult,
+    Interval,
+    Row,
+    TrialResult,
+)
 
 ENDS = ("value", "low", "high")
 PLAIN = ("generation", "trial", "temperature", "alpha", "parameters", "wanted_models")
@@ -12,12 +19,12 @@ COUNTS = ("trials", "failed", "train_seconds", "seconds")
 
 
 def epoch_row(epoch: Epoch) -> Row:
-    """Return what is drawn of an epoch."""
+    """Return the logged values of an epoch."""
     return {"epoch": epoch.epoch, "seconds": epoch.seconds, **epoch.metrics}
 
 
 def trial_summary(trial: TrialResult) -> Row:
-    """Return what is known of a trial at its end.
+    """Return the summary of a trial at its end.
 
     >>> trial = TrialResult(
     ...     stage="a", trial=0, seed=1, status="completed", metrics={"val_accuracy": 0.5}
@@ -33,13 +40,23 @@ def trial_summary(trial: TrialResult) -> Row:
 
 
 def trial_rank(trial: TrialResult, *, metric: str, mode: str) -> tuple[float, float, int]:
-    """Return what orders trials, best first: the metric, ties by NLL."""
+    """Return a key that sorts trials, best first: by the metric, ties by NLL."""
     value = trial.metric(metric) or 0.0
     return -value if mode == "max" else value, trial.metrics.get("val_nll", 0.0), trial.trial
 
 
 def generation_row(result: GenerationResult) -> Row:
-    """Return what is drawn of a generation, its calibration on the test split included."""
+    """Return the logged values of a generation, its calibration on the test split included.
+
+    >>> from selfkd.results import Diagnostics
+    >>> diagnostics = {"test": Diagnostics(metrics={"brier": 0.1})}
+    >>> result = GenerationResult(
+    ...     generation=1, trial=2, metrics={"test_nll": 0.5}, diagnostics=diagnostics
+    ... )
+    >>> row = generation_row(result)
+    >>> row["generation"], row["test_nll"], row["brier"], "hash" in row
+    (1, 0.5, 0.1, False)
+    """
     known = result.diagnostics.get("test")
     row: Row = {name: getattr(result, name) for name in (*PLAIN, *COUNTS)} | result.metrics
     if known is not None:
@@ -49,7 +66,7 @@ def generation_row(result: GenerationResult) -> Row:
 
 
 def best_and_last(results: Sequence[GenerationResult], *, metric: str, mode: str) -> Row:
-    """Return what a table of runs is sorted by; the best generation is that on validation."""
+    """Return values to sort a table of runs by; the best generation is that on validation."""
     sign = 1 if mode == "max" else -1
     best = max(results, key=lambda result: sign * (result.metric(metric) or 0.0))
     found: Row = {"generations": len(results), "best_generation": best.generation}
@@ -75,7 +92,7 @@ def intervals(named: Mapping[str, Interval | None]) -> Row:
 
 
 def confirmation_summary(confirmation: Confirmation) -> Row:
-    """Return what a confirmation says of a generation: `gain` is over generation 0."""
+    """Return the summary of a replicated generation: `gain` is over generation 0."""
     named = {
         "confirmed": confirmation.mean,
         "gain": confirmation.first,

@@ -1,4 +1,4 @@
-"""One run in W&B, which can be opened again with all that was logged to it; and what it shows."""
+"""A run in W&B, which can be opened again with all that was logged; what is shown in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LoggedRun:
         self._done: list[Work] = []
         self._once: set[str] = set()
         self.whole = True
-        """Whether all of it has been logged when it is closed."""
+        """Whether all of the trial has been logged once the run is closed."""
         self.run = start()
 
     def do(self, work: Work) -> None:
@@ -29,14 +29,14 @@ class LoggedRun:
         work(self.run)
 
     def reopen(self) -> None:
-        """Open it anew, and log all of it again."""
+        """Open the run anew, and log all of it again."""
         self.run = self._start()
         for work in self._done:
             work(self.run)
 
     @property
     def folder(self) -> Path:
-        """Where its file is."""
+        """Folder of its file."""
         return Path(self.run.dir).parent
 
     def add_artifact(
@@ -47,17 +47,17 @@ class LoggedRun:
         used: bool = False,
         once: str | None = None,
     ) -> None:
-        """Log an artifact, or use one: at once, and whether or not there is a network.
+        """Log an artifact, or the use of one: at once, and whether or not there is a network.
 
-        W&B's own `log_artifact` asks the host first and fails without it; its `use_artifact` of
-        something that is not on the host yet does not exist offline. What both write in the end is
-        this record. A used artifact is told by its content, which the host finds again.
+        W&B's own `log_artifact` calls the host first and fails without it; its `use_artifact` does
+        not take what is not on the host yet. What both write in the end is this record. A used
+        artifact is identified by its content, by which the host finds it.
 
         Args:
-            make: returns the artifact; called again when the run is opened again.
-            aliases: beside `latest`.
-            used: by the run, which did not make it.
-            once: of what is logged under this name, all but the first is left out.
+            make: Maker of the artifact, called again when the run is opened again.
+            aliases: Aliases beside `latest`.
+            used: Whether the run uses the artifact, and did not make it.
+            once: Name under which only the first artifact is logged.
         """
         if once is not None and once in self._once:
             return
@@ -76,12 +76,12 @@ class LoggedRun:
 
 
 def make_html(path: Path) -> Any:
-    """Return a page as W&B shows it."""
+    """Return a page for W&B."""
     return wandb.Html(path.read_text(), inject=False, data_is_not_path=True)
 
 
 def make_plot(figure: Any) -> Any:
-    """Return a figure of plotly as W&B shows it."""
+    """Return a figure of plotly for W&B."""
     return wandb.Plotly(figure)
 
 
@@ -95,7 +95,7 @@ def make_artifact(
     reference: str | None = None,
     description: str | None = None,
 ) -> Any:
-    """Return an artifact of a file or a folder, which stay where they are, or of a reference."""
+    """Return an artifact of a file or folder, which stays where it is, or of a reference."""
     artifact = wandb.Artifact(name, type, description=description, metadata=dict(facts))
     if file is not None:
         artifact.add_file(str(file), policy="immutable")
@@ -107,5 +107,5 @@ def make_artifact(
 
 
 def default_entity() -> str:
-    """Return whose projects are meant where no entity is given."""
+    """Return the entity whose projects are used where none is given."""
     return str(wandb.Api().default_entity)

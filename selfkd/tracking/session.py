@@ -1,6 +1,6 @@
-"""Runs in W&B: online where the host answers, else in files that can be sent; nothing waits long.
+"""Runs in W&B: online where the host answers, else in files; nothing waits long.
 
-What is logged is in a file of this machine before it is sent. A run that could not be sent whole is
+What is logged is in a file on this machine before it is sent. A run that could not be sent whole is
 sent again from its file at the end, or by the user's `wandb sync`.
 """
 
@@ -24,10 +24,11 @@ from selfkd.tracking.host import answers
 from selfkd.tracking.run import LoggedRun
 
 START_SECONDS = 10.0
+"""Time in which a run must start."""
 TRANSMIT_SECONDS: float | None = None
-"""Between two requests of a run; W&B's own default when not given."""
+"""Time between two requests of a run; W&B's own default when not given."""
 PROBE_SECONDS = 10.0
-"""For which the host is taken to answer after it has."""
+"""Time for which a host that has answered is not tried again."""
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +37,13 @@ class Session:
     """The runs of one process.
 
     Args:
-        online: whether to send them.
-        url: of W&B's host.
-        project: of all runs.
-        entity: whose project it is; W&B's default when not given.
-        group: of all runs.
-        folder: where W&B writes.
-        wait: the most seconds to wait for a run to be sent at its end.
+        online: Whether to send them.
+        url: URL of W&B's host.
+        project: Project of all runs.
+        entity: Owner of the project; W&B's default when not given.
+        group: Group of all runs.
+        folder: Folder that W&B writes to.
+        wait: Most seconds to wait for a run to be sent at its end.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class Session:
         """Open a run.
 
         Args:
-            run_id: the same after a resume: what is logged then replaces what was.
-            axis: the metric that all others are drawn over.
-            job_type: of the run.
-            config: of the run.
-            tags: of the run.
-            left_code: its exit code where it is open at the end.
+            run_id: Id, the same after a resume: what is logged then replaces what was.
+            axis: Metric that all others are drawn over.
+            job_type: Job type of the run.
+            config: Config of the run.
+            tags: Tags of the run.
+            left_code: Exit code of the run where it is still open at the end.
         """
 
         def start() -> Any:
@@ -150,7 +151,7 @@ class Session:
             x_disable_meta=True,
             x_transaction_log_flush_interval=2,
             x_file_stream_transmit_interval=TRANSMIT_SECONDS,
-            x_graphql_retry_max=3,  # of which finish_timeout knows nothing
+            x_graphql_retry_max=3,  # finish_timeout does not bound these
             x_graphql_retry_wait_min_seconds=1,
             x_graphql_retry_wait_max_seconds=4,
             x_graphql_timeout_seconds=10,
@@ -162,7 +163,7 @@ class Session:
         )
 
     def _reaches(self) -> bool:
-        """Return whether the next run may go online; the host is asked now and then."""
+        """Say whether the next run may go online; the host is tried now and then."""
         if not self.online:
             return False
         if time.monotonic() - self._answered > PROBE_SECONDS:
@@ -178,7 +179,7 @@ class Session:
         self._warned = True
 
     def _give_up(self, error: Exception) -> None:
-        """Go on offline: a run's id is free for that only when W&B's process is a new one."""
+        """Go on offline: a run's id is free again only in a new process of W&B."""
         reason = str(error).partition("\n")[0]
         self._warn(f"W&B does not take this run ({reason}): tracking goes on offline")
         self.online = False
@@ -188,7 +189,7 @@ class Session:
             logged.reopen()
 
     def finish(self, logged: LoggedRun, exit_code: int) -> None:
-        """Close a run; what is not sent of it yet is sent meanwhile."""
+        """Close a run; the rest of it is sent meanwhile."""
         self._open.pop(logged.run_id, None)
         if logged.run.offline:
             self._finish(logged, exit_code)
@@ -210,15 +211,15 @@ class Session:
             log.debug("%s is not sent: %s", logged.run_id, error)
             return
         with self._lock:
-            self._mark(logged)
+            self._record_done(logged)
             if not logged.run.offline:
                 del self.unsent[logged.run_id]
-                _marker(logged.folder, logged.run_id).touch()  # as wandb sync does: it skips it
+                _synced_file(logged.folder, logged.run_id).touch()  # which `wandb sync` then skips
             elif self.wanted_online:
                 self.unsent[logged.run_id] = logged.folder
 
     def close(self) -> None:
-        """Finish what is open and send what is not sent; wait for it, but not for ever."""
+        """Finish what is open and send what is not sent; wait for it, within bounds."""
         for logged in list(self._open.values()):
             with contextlib.suppress(Exception):  # W&B's process may have been stopped
                 self.finish(logged, logged.left_code)
@@ -231,7 +232,7 @@ class Session:
             self._sync()
 
     def _sync(self) -> None:
-        """Send from their files the runs that are not sent yet."""
+        """Send the runs that are not sent yet, from their files."""
         command = [sys.executable, "-m", "wandb", "sync", "--include-online"]
         paths = [str(path) for path in self.unsent.values()]
         with contextlib.suppress(subprocess.TimeoutExpired, OSError):
@@ -239,14 +240,14 @@ class Session:
                 [*command, *paths], capture_output=True, timeout=self._wait, check=False
             )
         for run_id, path in list(self.unsent.items()):
-            if _marker(path, run_id).exists():
+            if _synced_file(path, run_id).exists():
                 del self.unsent[run_id]
 
     @property
     def _ledger(self) -> Path:
         return self._folder / "wandb" / "done.txt"
 
-    def _mark(self, logged: LoggedRun) -> None:
+    def _record_done(self, logged: LoggedRun) -> None:
         if logged.whole:
             with self._ledger.open("a") as file:
                 file.write(f"{logged.run_id}\n")
@@ -256,12 +257,13 @@ class Session:
         return set(self._ledger.read_text().split()) if self._ledger.exists() else set()
 
 
-def _marker(folder: Path, run_id: str) -> Path:
+def _synced_file(folder: Path, run_id: str) -> Path:
+    """Return the file by which `wandb sync` knows that a run has been sent."""
     return folder / f"run-{run_id}.wandb.synced"
 
 
 def _went_wrong(folder: Path) -> bool:
-    """Return whether W&B's process tells of an error; of artifacts it does so nowhere else."""
+    """Say whether W&B's process has logged an error; those of artifacts are nowhere else."""
     with contextlib.suppress(OSError):
         return '"level":"ERROR' in (folder / "logs" / "debug-internal.log").read_text()
     return False
@@ -272,7 +274,7 @@ def _ignore_stop() -> None:
 
 
 def _end_service() -> None:
-    """End W&B's process, which waits for a host that does not answer; its files are written."""
+    """End W&B's process, which waits for a host that does not answer; its files are complete."""
     from wandb.sdk import wandb_setup
 
     with contextlib.suppress(Exception):

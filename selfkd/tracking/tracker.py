@@ -1,4 +1,4 @@
-"""W&B: each trial a run, and one run with a step a generation. Nothing here stops a training."""
+"""W&B: each trial a run, and one run with a step a generation. No fault here stops a training."""
 
 from __future__ import annotations
 
@@ -51,28 +51,28 @@ Plots = Callable[[Path], Mapping[str, Any]]
 
 
 class NoTracker:
-    """Follows a run and writes nothing."""
+    """A tracker that logs nothing."""
 
     description = "W&B: none"
 
     def __call__(self, event: Event) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class WandbTracker(NoTracker):
-    """Writes a run to W&B from a thread of its own, so that training never waits for it.
+    """Logs a run to W&B from a thread of its own, so that training never waits for it.
 
     Args:
         mode: `online` or `offline`.
-        name: of the run: the group of its trials.
-        run_id: start of the stable ids of its W&B runs.
-        folder: where W&B writes, on this machine.
-        config: of the run.
-        run: the run folder, with the results and models; `folder` when not given.
-        plots: returns plotly's figures of a run folder, by their names.
+        name: Name of the run: the group of its trials.
+        run_id: Start of the stable ids of its W&B runs.
+        folder: Folder that W&B writes to, on this machine.
+        config: Config of the run.
+        run: Run folder, with the results and models; `folder` when not given.
+        plots: Maker of plotly's figures of a run folder, by their names.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class WandbTracker(NoTracker):
         self._best: dict[str, tuple[tuple[float, float, int], LoggedRun]] = {}
         self._results: list[GenerationResult] = []
         self._verdict: str | None = None
-        self._whole: LoggedRun | None = None  # beside its trials
+        self._whole: LoggedRun | None = None  # the run of the lineage, or of the ensemble
         self._broken = self._closed = False
         self._handled = 0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -122,7 +122,7 @@ class WandbTracker(NoTracker):
 
     @property
     def description(self) -> str:  # type: ignore[override]
-        """Say where the run can be seen, and what is not there yet."""
+        """Where the run can be seen, and what has not been sent yet."""
         session, folder = self._session, self._folder / "wandb"
         if not session.wanted_online:
             return f"W&B: offline, in {folder}; send it with: wandb sync {folder}"
@@ -147,7 +147,7 @@ class WandbTracker(NoTracker):
                 log.warning("W&B tracking stops, training goes on: %s", error)
 
     def _replay(self) -> None:
-        """Log the trials that are done and were not logged whole: a start before was killed."""
+        """Log the trials that a killed start left done, and not logged whole."""
         for path in sorted(self._run_folder.glob("generation_*/result.json")):
             self._artifacts.models(load_row(GenerationResult, path))  # the teachers of those trials
         for path in sorted(self._run_folder.glob("*/**/result.json")):
@@ -221,9 +221,10 @@ class WandbTracker(NoTracker):
                 run.do(_log(epoch_row(epoch)))
 
     def _finish(self, trial: TrialResult) -> None:
-        """Write the summary and close the trial's run; the best of a generation waits for its end.
+        """Log the summary of a trial and close its run.
 
-        The run of the trial that is chosen has the model as its artifact.
+        The run of a generation's best trial so far stays open, as that of the chosen one has the
+        model as its artifact.
         """
         run, stage = self._trial(trial), trial.stage
         run.do(_summarise(trial_summary(trial)))
@@ -249,7 +250,7 @@ class WandbTracker(NoTracker):
         self._session.finish(run, run.left_code)
 
     def _generation(self, result: GenerationResult) -> None:
-        """Log one step of the lineage, and the model; after a resume all finished ones come."""
+        """Log a generation as a step of the lineage, with its models."""
         lineage = self._open_whole("lineage", axis="generation")
         self._results.append(result)
         lineage.do(_log(generation_row(result)))
@@ -271,14 +272,14 @@ class WandbTracker(NoTracker):
             self._session.finish(run, 0)
 
     def _confirm(self, confirmation: Confirmation) -> None:
-        """Put the last confirmed generation's gain into the lineage's summary and notes."""
+        """Log the gain of the last confirmed generation in the lineage's summary and notes."""
         if self._whole is not None:
             self._verdict = "; ".join(confirmation.verdicts)
             self._whole.do(_summarise(confirmation_summary(confirmation)))
             self._whole.do(_note(self._verdict))
 
     def _ensemble(self, summary: EnsembleSummary) -> None:
-        """Write the table of an ensemble and its student, a step a row, and what is gained."""
+        """Log the table of an ensemble and its student, a step a row, and the gain."""
         run = self._open_whole("ensemble", axis="row")
         for number, row in enumerate(summary.rows):
             plain = {k: v for k, v in to_row(row).items() if k != "runs" and v is not None}
@@ -295,7 +296,7 @@ class WandbTracker(NoTracker):
             run.add_artifact(model)
 
     def _end(self) -> None:
-        """Show the report of the run folder and its plots, and what was found."""
+        """Log the report of the run folder and its plots; send an alert where one is wanted."""
         whole = self._whole
         if whole is None:
             return
@@ -311,7 +312,7 @@ class WandbTracker(NoTracker):
             whole.do(lambda run: run.alert(f"selfkd: {self._name} has ended", text))
 
     def close(self) -> None:
-        """Finish what is open; wait for it, but not for ever."""
+        """Finish what is open; wait for it, within bounds."""
         if self._closed:
             return
         self._closed = True
@@ -348,18 +349,18 @@ def make_tracker(
     run: Path | None = None,
     plots: Plots | None = None,
 ) -> NoTracker:
-    """Make the tracker that a config asks for; `auto` is online only where that will work.
+    """Return the tracker of a config; `auto` is online only where that will work.
 
     Args:
-        config: of the run.
-        name: of the run.
-        run_id: start of the ids of its W&B runs.
-        folder: where W&B writes, on this machine.
-        run: the run folder, where that is another.
-        plots: returns plotly's figures of a run folder, by their names.
+        config: Config of the run.
+        name: Name of the run.
+        run_id: Start of the ids of its W&B runs.
+        folder: Folder that W&B writes to, on this machine.
+        run: Run folder, where that is another.
+        plots: Maker of plotly's figures of a run folder, by their names.
 
     Raises:
-        ConfigError: online is asked for, and there is no key.
+        ConfigError: `tracking.mode` is online, and there is no key.
     """
     mode = config.tracking.mode
     if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):

@@ -1,4 +1,4 @@
-"""Accuracy against size, with labels only and distilled: what it says, and in which words."""
+"""Accuracy against size, with labels only and distilled: where distillation helps, in words."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from selfkd.analysis.verdicts import format_difference, short
 from selfkd.results import Evaluation, Interval, Seeds, Size
 
 SIGNIFICANT = 0.05
+"""Level of the tests."""
 
 
 def compare_size(
     labels: Sequence[Evaluation], distilled: Sequence[Evaluation], teacher: float, *, metric: str
 ) -> Size:
-    """Return what a size is worth with labels only and distilled.
+    """Return a size with its students from labels only and distilled, compared seed by seed.
 
     Args:
         labels: Evaluated students, one a seed.
@@ -49,7 +50,7 @@ def _seeds(rows: Sequence[Evaluation], runs: Sequence[float]) -> Seeds:
 def judged(sizes: Sequence[Size]) -> list[Size]:
     """Return sizes with `p_holm` and `verdict`: helps, hurts, no evidence, or unknown.
 
-    The verdict is Holm's at 5 % over all sizes looked at; unknown is what has a single pair.
+    Tests are at 5 %, by Holm for all sizes together; the verdict on a single pair is unknown.
     """
     corrected = iter(holm([size.p for size in sizes if size.p is not None]))
     found = []
@@ -68,8 +69,8 @@ def judged(sizes: Sequence[Size]) -> list[Size]:
 def mean_gain(sizes: Sequence[Size]) -> Interval | None:
     """Return the difference averaged over all sizes, with its interval over seeds.
 
-    Sizes share their seeds, so each seed gives one mean; a single question, nothing to correct.
-    None where a size lacks a seed.
+    Sizes share their seeds, so each seed gives one mean; a single test, without correction. None
+    where a size lacks a seed.
     """
     gains = [np.subtract(size.distilled.runs, size.labels.runs).tolist() for size in sizes]
     if len({len(of_size) for of_size in gains}) != 1:
@@ -78,17 +79,17 @@ def mean_gain(sizes: Sequence[Size]) -> Interval | None:
 
 
 def describe_curve(sizes: Sequence[Size], gain: Interval | None) -> list[str]:
-    """Return in words where distillation helps, on average, and why it does not elsewhere.
+    """Return where distillation helps, its mean gain, and why it may not help elsewhere.
 
     Args:
-        sizes: judged.
-        gain: `mean_gain` of them.
+        sizes: Sizes with their verdicts.
+        gain: Mean gain over the sizes.
 
     Returns:
-        The verdict, and what else there is to say.
+        The verdict first, then further lines.
     """
     if all(size.verdict == "unknown" for size in sizes):
-        return ["one seed: no interval, so nothing is said of where distillation helps"]
+        return ["one seed: no interval, so no verdict on where distillation helps"]
     lines = [_verdict(sizes)]
     if gain is not None and gain.low is not None and gain.high is not None and len(sizes) > 1:
         sure = "it helps" if gain.low > 0 else "it hurts" if gain.high < 0 else "no evidence"
@@ -100,7 +101,7 @@ def describe_curve(sizes: Sequence[Size], gain: Interval | None) -> list[str]:
     if alone:
         lines.append(
             f"{_listed(alone)}: the interval leaves out 0, but among {len(sizes)} sizes looked at "
-            "that may be chance; more seeds would tell (confirm.seeds)"
+            "that may be chance; more seeds would show (confirm.seeds)"
         )
     if large:
         lines.append(
@@ -137,7 +138,7 @@ def _listed(sizes: Sequence[Size]) -> str:
 
 
 def _ranges(sizes: Sequence[Size], verdict: str | None = None) -> str:
-    """Return where a verdict holds, or any: `from 3 k to 12 k parameters and at 50 k …`."""
+    """Return the ranges of a verdict, or of all: `from 3 k to 12 k parameters and at 50 k …`."""
     groups: list[list[Size]] = []
     before = False
     for size in sizes:

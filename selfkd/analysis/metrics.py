@@ -1,4 +1,4 @@
-"""What is measured: pure functions of logits and labels."""
+"""Metrics: pure functions of logits and labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ECE_BINS = 15
-TEMPERATURES = (0.05, 20.0)  # between which one is fitted
+TEMPERATURES = (0.05, 20.0)
+"""Ends of the range that a temperature is fitted in."""
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -37,7 +38,10 @@ def ece(logits: Tensor, labels: Tensor) -> float:
     """Return the expected calibration error over 15 equal-width bins, a fraction.
 
     Each bin's share of the rows times its |accuracy - mean confidence|, summed.
-    Guo et al., On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
+
+    Reference:
+        Guo et al., "On Calibration of Modern Neural Networks", 2017,
+        https://arxiv.org/abs/1706.04599
 
     >>> round(ece(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1])), 4)
     0.5
@@ -62,8 +66,9 @@ def brier(logits: Tensor, labels: Tensor) -> float:
 
         mean over rows of sum_k (p_k - y_k)²
 
-    Brier, Verification of forecasts expressed in terms of probability, 1950,
-    https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
+    Reference:
+        Brier, "Verification of forecasts expressed in terms of probability", 1950,
+        https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
 
     >>> brier(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1]))
     1.0
@@ -77,8 +82,8 @@ def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """Return the bins of a reliability diagram, the 15 of `ece`.
 
     Returns:
-        `low` and `high` of each bin, the `count` of rows whose confidence lies in it, their mean
-        `confidence` and their `accuracy`, both None in an empty bin.
+        Of each bin its ends `low` and `high`, the `count` of rows whose confidence lies in it,
+        their mean `confidence` and their `accuracy`, both None in an empty bin.
 
     >>> reliability(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1]))[-1]["accuracy"]
     0.5
@@ -111,7 +116,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     To be fitted on validation; it changes no prediction. Where every row is right there is no
     least NLL (the smaller T, the better), and T is 1.
 
-    Guo et al., On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
+    Reference:
+        Guo et al., "On Calibration of Modern Neural Networks", 2017,
+        https://arxiv.org/abs/1706.04599
 
     >>> logits = torch.tensor([[2.0, 0.0]] * 4)
     >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 2 / log(3)
@@ -131,25 +138,26 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def fit_bias(logits: Tensor, labels: Tensor, *, classes: Sequence[int]) -> float:
-    """Return what to add to the logits of some classes so that the fewest rows are wrong.
+    """Return the bias that, added to the logits of some classes, leaves the fewest errors.
 
         b = argmin #{ i : argmax_k (z_ik + b [k in classes]) != y_i }
 
     To be fitted on held-out images that have all classes. A student whose transfer set lacks a
-    class learns from the teacher's soft targets what it looks like, but takes it for rare: one
-    bias puts that right (Hinton, Vinyals, Dean, 2015, section 3: the mythical digit). All such b
-    lie in intervals between the rows' own thresholds; the middle of the widest is returned.
-
-    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
-    https://arxiv.org/abs/1503.02531
+    class recognises it by the teacher's soft targets, but takes it for rare: one bias corrects
+    that (section 3 of the paper: the mythical digit). All such b lie in intervals between the
+    rows' own thresholds; the middle of the widest is returned.
 
     Args:
-        logits: `[rows, all classes]`.
-        labels: `[rows]`.
-        classes: some of all, not all.
+        logits: Logits `[rows, all classes]`.
+        labels: Labels `[rows]`.
+        classes: Some of all classes, not all.
 
     Raises:
-        ValueError: none or all of the classes.
+        ValueError: None or all of the classes are given.
+
+    Reference:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
+        https://arxiv.org/abs/1503.02531
 
     >>> logits = torch.tensor([[3.0, 0.0], [3.0, 1.0], [3.0, -2.0]])
     >>> fit_bias(logits, torch.tensor([1, 1, 0]), classes=[1])  # above 3, below 5
@@ -163,7 +171,7 @@ def fit_bias(logits: Tensor, labels: Tensor, *, classes: Sequence[int]) -> float
     best_in, best_out = (
         wide.masked_fill(~part, -math.inf).max(dim=-1) for part in (inside, ~inside)
     )
-    # a row is given to the classes where b is above its threshold
+    # a row is predicted as one of the classes where b is above its threshold
     thresholds, order = (best_out.values - best_in.values).sort()
     right_in = (best_in.indices == labels)[order].long()
     right_out = (best_out.indices == labels)[order].long()
@@ -177,22 +185,22 @@ def fit_bias(logits: Tensor, labels: Tensor, *, classes: Sequence[int]) -> float
 
 
 def fit_biases(logits: Tensor, labels: Tensor, *, classes: Sequence[int]) -> list[float]:
-    """Return what to add to each class's logit so that few rows are wrong.
+    """Return one bias for the logit of each class that together leave few errors.
 
     Coordinate descent on the number of errors: first `fit_bias` of all `classes` together, then of
     one class after the other, of all, until no bias changes the number. To be fitted on held-out
     images.
 
     Args:
-        logits: `[rows, all classes]`.
-        labels: `[rows]`.
-        classes: whose common bias is fitted first.
+        logits: Logits `[rows, all classes]`.
+        labels: Labels `[rows]`.
+        classes: Classes whose common bias is fitted first.
 
     Returns:
         One bias a class.
 
     Raises:
-        ValueError: as `fit_bias`.
+        ValueError: None or all of the classes are given.
 
     >>> logits = torch.tensor([[3.0, 0.0, 0.0], [3.0, 1.0, 0.0], [3.0, -2.0, 0.0]])
     >>> biases = torch.tensor(fit_biases(logits, torch.tensor([1, 1, 0]), classes=[1, 2]))
@@ -216,7 +224,7 @@ def fit_biases(logits: Tensor, labels: Tensor, *, classes: Sequence[int]) -> lis
 
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:
-    """Return the accuracy within each class; None where there is none of it.
+    """Return the accuracy within each class; None for a class without rows.
 
     >>> class_accuracy(torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]), torch.tensor([0, 1]))
     [1.0, 0.0, None]
@@ -230,13 +238,13 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:
 def confusions(
     predicted: Tensor, labels: Tensor, *, names: Sequence[str], top: int = 10
 ) -> list[dict[str, Any]]:
-    """Return the most frequent errors: `label`, what was `predicted` instead, and the `count`.
+    """Return the most frequent errors: the `label`, the `predicted` class and the `count`.
 
     Args:
-        predicted: classes `[rows]`.
-        labels: right classes `[rows]`.
-        names: of the classes.
-        top: how many pairs of classes.
+        predicted: Predicted classes `[rows]`.
+        labels: Labels `[rows]`.
+        names: Names of the classes.
+        top: Number of pairs of classes.
 
     >>> confusions(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 0]), names=["cat", "dog"])
     [{'label': 'cat', 'predicted': 'dog', 'count': 2}]
@@ -251,7 +259,11 @@ def confusions(
 
 
 def mean_kl(logits: Tensor, other: Tensor) -> float:
-    """Return the mean KL divergence KL(p || q) of the other's probabilities q from p, in nats.
+    """Return the mean KL divergence KL(p || q) of two models' probabilities, in nats.
+
+    Args:
+        logits: Logits `[rows, classes]` of p.
+        other: Logits `[rows, classes]` of q.
 
     >>> round(mean_kl(torch.tensor([[9.0, -9.0]]), torch.zeros(1, 2)), 4)  # log 2
     0.6931
@@ -261,7 +273,7 @@ def mean_kl(logits: Tensor, other: Tensor) -> float:
 
 
 def agreement(logits: Tensor, other: Tensor) -> float:
-    """Return the fraction of rows on which two models name the same class.
+    """Return the fraction of rows on which two models predict the same class.
 
     >>> agreement(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.3, 0.1]]))
     1.0
@@ -275,9 +287,15 @@ def ensemble_logits(
     average: Literal["probabilities", "logits"] = "probabilities",
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Return the logits of an ensemble's average: `[members, rows, classes]` to 2-D.
+    """Return the logits of an ensemble: the log of the mean probabilities, or the mean logits.
 
-    Of the members' probabilities the log of the (weighted) mean; of their logits the mean.
+    Args:
+        members: Logits `[members, rows, classes]`.
+        average: Average of probabilities or of logits.
+        weights: Weights of the members, which sum to 1; equal ones when not given.
+
+    Returns:
+        Logits `[rows, classes]`.
 
     >>> ensemble_logits(torch.zeros(3, 1, 2)).exp()
     tensor([[0.5000, 0.5000]])

@@ -1,4 +1,4 @@
-"""What T and alpha did: accuracy as a fitted function of both, with its uncertainty."""
+"""The effect of T and alpha: accuracy as a fitted function of both, with its uncertainty."""
 
 from __future__ import annotations
 
@@ -14,61 +14,73 @@ from selfkd.results import Interval
 
 Array = NDArray[np.float64]
 Trial = tuple[float, float, float]
+"""Temperature, alpha and accuracy."""
 
-FEWEST = 5  # trials, below which a surface of two variables would be all prior
-SIDE = 15  # cells of the grid by temperature and by alpha
-SETTINGS = 64  # of the kernel, for each of the models that are averaged
-KEPT = 100  # of them, drawn by their posterior weight
-DRAWS = 20  # surfaces from each
-CANDIDATES = 400  # draws of the best point that are handed out
+FEWEST = 5
+"""Least number of trials: with fewer, a surface of two variables would be all prior."""
+SIDE = 15
+"""Cells of the grid by temperature, and by alpha."""
+SETTINGS = 64
+"""Settings of the kernel, for each of the models that are averaged."""
+KEPT = 100
+"""Number of settings that are drawn, by their posterior weight."""
+DRAWS = 20
+"""Number of surfaces that are drawn of each."""
+CANDIDATES = 400
+"""Number of draws of the best point in a response."""
 EVIDENCE = 0.95
-FLAT = 1e5  # length scale, in searched ranges, of what has no effect
-# of the standardised accuracies: the surface's deviation, length scales in units of the searched
-# range, a trial's noise; all priors log-uniform
+"""Probability that counts as evidence."""
+FLAT = 1e5
+"""Length scale, in searched ranges, of a variable without an effect."""
 PRIOR = ((0.3, 3.0), (0.15, 3.0), (0.15, 3.0), (0.1, 1.2))
+"""Ends of the log-uniform priors for standardised accuracies: deviation of the surface, length
+scales of temperature and alpha in searched ranges, noise of a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """How far accuracy depends on one of T and alpha."""
+    """The dependence of accuracy on one of T and alpha."""
 
     probability: float
-    """That it depends on it at all; the prior says 1/2."""
+    """Probability that accuracy depends on it at all; 1/2 before the trials."""
     share: float
-    """Of the surface's variance, due to it alone: the first-order Sobol' index."""
+    """Share of the surface's variance that is due to it alone: the first-order Sobol' index."""
     change: Interval
-    """Standard deviation of accuracy as it moves over its range, the other held: the root of the
-    numerator of the total Sobol' index."""
+    """Standard deviation of accuracy over its range, the other held: the root of the numerator of
+    the total Sobol' index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """Accuracy over (T, alpha): what a report draws. Lists of lists are `[temperature][alpha]`."""
+    """Accuracy over (T, alpha). Lists of lists are `[temperature][alpha]`."""
 
     trials: list[Trial]
-    """Temperature, alpha, accuracy."""
     temperatures: list[float]
-    """Of the grid; a single one where it was not searched."""
+    """Temperatures of the grid; a single one where it was not searched."""
     alphas: list[float]
+    """Alphas of the grid; a single one where it was not searched."""
     mean: list[list[float]]
+    """Mean of the surface."""
     sd: list[list[float]]
-    """Of the surface, without a trial's noise."""
+    """Standard deviation of the surface, without the noise of a trial."""
     probability: list[list[float]]
-    """Of being the best point."""
+    """Probability of being the best point."""
     region: list[list[bool]]
-    """What the data cannot tell from the best point: it is lower with less than 95 %."""
+    """Points that cannot be distinguished from the best: lower with less than 95 %."""
     best_temperature: Interval
-    """Where the mean is highest, and 95 % of where the best point may be."""
+    """Temperature of the highest mean, with the 95 % interval of the best point's."""
     best_alpha: Interval
+    """Alpha of the highest mean, with the 95 % interval of the best point's."""
     best_accuracy: Interval
-    """Of the surface there."""
+    """Accuracy of the surface at the highest mean."""
     temperature: Effect | None
-    """None where it was not searched."""
+    """Effect of the temperature; None where it was not searched."""
     alpha: Effect | None
+    """Effect of alpha; None where it was not searched."""
     noise: float
-    """Standard deviation of a trial around the surface: what seeds and all else do."""
+    """Standard deviation of a trial around the surface: the effect of seeds and all else."""
     candidates: list[tuple[float, float]]
-    """Draws of the best point."""
+    """Draws of the best point, as temperature and alpha."""
 
     def region_bounds(self) -> tuple[tuple[float, float], tuple[float, float], float]:
         """Return the region's range of temperature, of alpha, and its share of the grid."""
@@ -81,16 +93,16 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How the best point moves with something: generations, the student's size."""
+    """The movement of the best point over generations, or over the student's size."""
 
     temperature: Interval | None
     """Factor of T for one unit more; None where it was not searched."""
     alpha: Interval | None
-    """Change of alpha for one unit more."""
+    """Change of alpha for one unit more; None where it was not searched."""
 
 
 def unfit(trials: Sequence[Trial]) -> str | None:
-    """Return why no surface can be fitted to these trials, or None.
+    """Return the reason why no surface can be fitted to these trials, or None.
 
     >>> unfit([(1.0, 0.5, 0.9)] * 3)
     'at least 5 trials are needed, got 3'
@@ -109,11 +121,11 @@ def search_range(values: Sequence[float], searched: Sequence[float]) -> tuple[fl
     """Return the range of temperature or alpha that trials were drawn from.
 
     Args:
-        values: of the trials.
-        searched: the ends of a searched range, or its choices; none where they are not known.
+        values: Values of the trials.
+        searched: Ends of a searched range, or its choices; none where they are not known.
 
     Returns:
-        None where the trials have a single value.
+        The least and the largest value; None where the trials have a single one.
 
     >>> search_range([2.0, 5.0], [1.0, 10.0]), search_range([4.0, 4.0], [1.0, 10.0])
     ((1.0, 10.0), None)
@@ -143,17 +155,17 @@ def fit_response(
     that average give the region, the best point's interval and the effects.
 
     Args:
-        trials: temperature, alpha, accuracy of each.
-        temperatures: the range that was searched; that of the trials when not given.
-        alphas: the same.
-        seed: of the sequence and the draws.
+        trials: Temperature, alpha and accuracy of each.
+        temperatures: Searched range of the temperature; that of the trials when not given.
+        alphas: Searched range of alpha; that of the trials when not given.
+        seed: Seed of the sequence and the draws.
 
     Returns:
-        The response, or None where `unfit` says why there is none.
+        The response, or None where `unfit` gives a reason.
 
     Raises:
-        ValueError: a figure that is not finite, a temperature not above 0, a range that is none or
-            leaves out trials.
+        ValueError: A figure is not finite, a temperature not above 0, or a range does not hold all
+            trials.
 
     Reference:
         Rasmussen, Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 and 5,
@@ -201,20 +213,20 @@ def fit_response(
 
 
 def drift(places: Sequence[float], responses: Sequence[Response]) -> Drift | None:
-    """Return how the best point moves from response to response.
+    """Return the movement of the best point from response to response.
 
     The slope of log T, and of alpha, by least squares over the places, for each draw of the best
     points: as uncertain as these are.
 
     Args:
-        places: where each response stands: its generation, or the log10 of its student's size.
-        responses: of independent trials.
+        places: Place of each response: its generation, or the log10 of its student's size.
+        responses: Responses to independent trials.
 
     Returns:
-        None where there are not two different places.
+        The drift; None where there are not two different places.
 
     Raises:
-        ValueError: not as many places as responses.
+        ValueError: There are not as many places as responses.
     """
     x = np.asarray(places, dtype=np.float64)
     if len(x) != len(responses):
@@ -244,12 +256,12 @@ _ENDS = ((1 - EVIDENCE) / 2, (1 + EVIDENCE) / 2)
 
 @dataclass(frozen=True, kw_only=True)
 class _Averaged:
-    """Of standardised accuracies on the grid."""
+    """The average of all models, of standardised accuracies on the grid."""
 
     mean: Array
     sd: Array
     surfaces: Array
-    """`[draws, cells]`."""
+    """Drawn surfaces `[draws, cells]`."""
     noise: float
     depends: tuple[float, float]
     """Probability that accuracy depends on temperature, on alpha."""
@@ -275,7 +287,7 @@ def _unscaled(values: Array, ends: tuple[float, float]) -> Array:
 
 
 def _settings(searched: Sequence[bool], seed: int) -> Iterator[tuple[tuple[bool, bool], Array]]:
-    """Yield the models, what each depends on, with settings of the kernel from the priors."""
+    """Yield the models, by the variables they depend on, with settings of the kernel."""
     from scipy.stats import qmc
 
     low, high = np.log(PRIOR).T
@@ -310,7 +322,7 @@ def _average(
     depends = np.array([model for model, _ in settings], dtype=np.float64).T @ weights
     noise = math.sqrt(float(np.array([setting[3] ** 2 for _, setting in settings]) @ weights))
     rng = np.random.default_rng(seed)
-    # evenly spaced over the cumulated weights: less chance in it than in independent draws
+    # evenly spaced over the cumulated weights: less chance than in independent draws
     levels = (np.arange(KEPT) + rng.random()) / KEPT
     chosen, copies = np.unique(
         np.minimum(np.searchsorted(np.cumsum(weights), levels), len(weights) - 1),
@@ -319,9 +331,8 @@ def _average(
     means, variances, surfaces = [], [], []
     for number, count in zip(chosen, copies, strict=True):
         mean, covariance = fitted[number].predict(grid, return_cov=True)
-        covariance -= settings[number][1][3] ** 2 * np.eye(
-            len(grid)
-        )  # the surface's, not a trial's
+        # of the surface, without the noise of a trial
+        covariance -= settings[number][1][3] ** 2 * np.eye(len(grid))
         root = np.linalg.cholesky(covariance + 1e-8 * np.eye(len(grid)))
         surfaces.append(mean + rng.standard_normal((DRAWS * count, len(grid))) @ root.T)
         means.append(mean)

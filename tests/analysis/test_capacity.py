@@ -112,7 +112,7 @@ def test_in_words(gains: list[float], words: str) -> None:
 def test_one_seed_says_nothing() -> None:
     verdicts, text = curve(size(1000, 0.02, seeds=1), size(2000, 0.02, seeds=1))
     assert verdicts == ["unknown", "unknown"]
-    assert text == "one seed: no interval, so nothing is said of where distillation helps"
+    assert text == "one seed: no interval, so no verdict on where distillation helps"
 
 
 def test_equal_differences_are_no_evidence() -> None:

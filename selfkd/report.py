@@ -37,12 +37,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=("html", "table", "csv", "json"),
-        help="html and table when not given",
+        help="format of the output (default: html and table)",
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help=f"by default RUN/report.html, {COMPARISON} for several runs, or what is printed",
+        help=f"file to write (default: RUN/report.html, or {COMPARISON} for several runs; tables, "
+        "csv and json are printed)",
     )
     return parser
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read(names: Sequence[str]) -> list[Run]:
-    """Read runs, each once, called by their paths where their names are the same."""
+    """Read runs, each once; those of the same name are called by their paths."""
     paths = list(dict.fromkeys(as_path(name).expanduser().absolute() for name in names))
     counts = Counter(path.name for path in paths)
     runs = [read_run(path) for path in paths]
@@ -79,11 +80,11 @@ def _report(runs: Sequence[Run], wanted: str | None, output: Path | None) -> Non
     else:
         _show_all(runs, wanted, output)
     for problem in [problem for run in runs for problem in run.problems]:
-        print(f"warning: {problem}; went on without it", file=sys.stderr)  # noqa: T201
+        print(f"warning: {problem}", file=sys.stderr)  # noqa: T201
 
 
 def _show_all(runs: Sequence[Run], wanted: str | None, output: Path | None) -> None:
-    """Print the table and write the page, or what is wanted of the two."""
+    """Print the table and write the page, or the one of them that is wanted."""
     console = make_console()
     if wanted != "html":
         if wanted == "table" and output is not None:
@@ -166,7 +167,7 @@ def _json(runs: Sequence[Run]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return a tree without numbers that JSON does not have."""
+    """Return a tree with None for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -35,14 +35,16 @@ COMMANDS = {
     "capacity": capacity.make_parser,
     "study": study.make_parser,
 }
-FILES = "files"  # folder of the job that holds what the command names
+FILES = "files"
+"""Folder of the job with the files that the command names."""
 FILE_OPTIONS = ("--config", "--train")
 RUN_FOLDER = re.compile(r"^selfkd: .*; run folder (.+)$", re.MULTILINE)
-NOT_FOUND = 127  # exit code of a shell that does not know the program
+NOT_FOUND = 127
+"""Exit code of a shell that does not know the program."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of what stands before `--`."""
+    """Return the parser of the options before `--`."""
     parser = argparse.ArgumentParser(
         prog="python -m selfkd.submit",
         description="Run a command of selfkd as a job on a Ray cluster: its package and the files "
@@ -53,9 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS"),
-        help="of the head's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)",
+        help="address of the head's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)",
     )
-    parser.add_argument("--name", help="of the job (default: made up, and printed)")
+    parser.add_argument("--name", help="name of the job (default: generated and printed)")
     parser.add_argument(
         "--working-dir",
         metavar="DIR",
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return USAGE if isinstance(error, ConfigError) else FAILED
     except KeyboardInterrupt:
-        _tell("stopped; no job was submitted")
+        _say("stopped; no job was submitted")
         return INTERRUPTED
 
 
@@ -120,7 +122,7 @@ def _submit(
 ) -> int:
     check(options, arguments)
     from selfkd.execution import (
-        submission as remote,  # ray takes seconds: after all that can be refused without it
+        submission as remote,  # ray takes seconds: after all checks that do not need it
     )
 
     client = remote.open_client(options.address)
@@ -131,35 +133,35 @@ def _submit(
         staged = stage(Path(folder), command, arguments, working_dir=options.working_dir)
         environment = runtime_env(options, Path(folder))
         words = [options.python, "-m", f"selfkd.{staged[0]}", *staged[1:]]
-        with remote.kept(_tell) as heard:
+        with remote.kept(_say) as heard:
             try:
                 entrypoint = shlex.join(words)
                 remote.submit(client, job=job, entrypoint=entrypoint, runtime_env=environment)
                 staging.cleanup()  # all of it has been sent, and the job may take days
                 if options.no_wait and not heard:
                     print(job)  # noqa: T201
-                    _tell(f"follow it: ray job logs --follow {at}\nstop it:   ray job stop {at}")
+                    _say(f"follow it: ray job logs --follow {at}\nstop it:   ray job stop {at}")
                     return 0
-                _tell(f"submitted {job} to {options.address}")
+                _say(f"submitted {job} to {options.address}")
                 log = _Log()
-                end = remote.follow(client, job, write=log.write, say=_tell, heard=heard)
+                end = remote.follow(client, job, write=log.write, say=_say, heard=heard)
             except KeyboardInterrupt:
-                _tell(f"left {job}, which may be running; stop it: ray job stop {at}")
+                _say(f"left {job}, which may be running; stop it: ray job stop {at}")
                 return INTERRUPTED
     if end.status not in ("SUCCEEDED", "FAILED", "STOPPED"):
-        _tell(f"left {job}, which is {end.status}; stop it: ray job stop {at}")
+        _say(f"left {job}, which is {end.status}; stop it: ray job stop {at}")
         return INTERRUPTED
     if end.status == "STOPPED":
-        _tell(f"stopped {job}{_resume(given, command, arguments, log.run_folder)}")
+        _say(f"stopped {job}{_resume(given, command, arguments, log.run_folder)}")
         return INTERRUPTED
     return _code(end, job, log)
 
 
 def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
-    """Refuse what can be known to fail before anything is sent.
+    """Check what can be checked before anything is sent.
 
     Raises:
-        ConfigError: with what is wrong.
+        ConfigError: Something is wrong; the message lists all of it.
     """
     if not options.address:
         raise ConfigError("--address must be given, http://HEAD:8265 of the head's dashboard")
@@ -190,19 +192,19 @@ def stage(
     *,
     working_dir: Path | None = None,
 ) -> list[str]:
-    """Lay out what travels: this package's source and the files that the command names.
+    """Copy what is uploaded into a folder: this package's source and the files of the command.
 
     Args:
-        folder: an empty one.
-        command: name of a command and its options.
-        arguments: the same, parsed.
-        working_dir: folder of the user's that travels whole, and that these files lie in.
+        folder: Empty folder.
+        command: Name of a command and its options.
+        arguments: The same, parsed.
+        working_dir: Folder of the user's that is uploaded whole, and that these files lie in.
 
     Returns:
-        The command with the files as the job will see them.
+        The command with the paths of the files in the job.
 
     Raises:
-        ConfigError: a file is not there.
+        ConfigError: A file is missing, or lies outside the working folder.
     """
     source = Path(selfkd.__file__).parent
     unwanted = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
@@ -218,14 +220,14 @@ def stage(
             kind = "path/file.py:function" if option == "--train" else "a readable file"
             raise ConfigError(f"{option} must be {kind}, got {given}")
         if working_dir is None:
-            seen = Path(FILES) / option[2:] / path.name
-            (folder / seen).parent.mkdir(parents=True)
-            shutil.copyfile(path, folder / seen)
+            in_job = Path(FILES) / option[2:] / path.name
+            (folder / in_job).parent.mkdir(parents=True)
+            shutil.copyfile(path, folder / in_job)
         elif path.resolve().is_relative_to(working_dir.resolve()):
-            seen = path.resolve().relative_to(working_dir.resolve())
+            in_job = path.resolve().relative_to(working_dir.resolve())
         else:
             raise ConfigError(f"{option} must lie in --working-dir {working_dir}, got {given}")
-        staged = _put(staged, option, f"{seen}{colon}{function}")
+        staged = _put(staged, option, f"{in_job}{colon}{function}")
     return staged
 
 
@@ -234,7 +236,7 @@ def _put(words: Sequence[str], option: str, value: str) -> list[str]:
     words = list(words)
     for place, word in enumerate(words):
         flag, equals, _ = word.partition("=")
-        if len(flag) > 2 and option.startswith(flag):  # argparse takes unique beginnings, too
+        if len(flag) > 2 and option.startswith(flag):  # argparse accepts unique prefixes
             if equals:
                 words[place] = f"{option}={value}"
             else:
@@ -246,7 +248,7 @@ def runtime_env(options: argparse.Namespace, staged: Path) -> dict[str, Any]:
     """Return the job's runtime environment.
 
     Raises:
-        ConfigError: the file of it is wrong.
+        ConfigError: Its file is not as it must be.
     """
     path: Path | None = options.runtime_env
     environment: dict[str, Any] = {}
@@ -272,15 +274,15 @@ def runtime_env(options: argparse.Namespace, staged: Path) -> dict[str, Any]:
     if options.env:
         named = {name: os.environ[name] for name in options.env}
         environment["env_vars"] = {**(environment.get("env_vars") or {}), **named}
-        _tell(
+        _say(
             f"note: the values of {', '.join(options.env)} become part of the job's runtime "
-            "environment, which whoever has the cluster's token can read (ray job list)"
+            "environment, which anyone with the cluster's token can read (ray job list)"
         )
     return environment
 
 
 class _Log:
-    """Prints a job's log, and remembers what is needed of it."""
+    """Prints a job's log, and keeps what is needed of it."""
 
     def __init__(self) -> None:
         self.run_folder: str | None = None
@@ -303,7 +305,7 @@ def _resume(
     arguments: argparse.Namespace,
     run_folder: str | None,
 ) -> str:
-    """Return what to say of continuing a job that was stopped."""
+    """Return how to continue a job that was stopped, in words."""
     run = run_folder or arguments.resume
     if run is None:
         return " before its run had begun"
@@ -318,23 +320,23 @@ def _resume(
 
 
 def _code(end: End, job: str, log: _Log) -> int:
-    """Return the exit code of a job that has ended by itself, and say what there is to say."""
+    """Return the exit code of a job that has ended by itself, and print why it failed."""
     if end.status == "SUCCEEDED":
         return 0
     if end.code is None:
-        _tell(f"{job} could not be run: {end.message.strip()[-2000:]}")
+        _say(f"{job} could not be run: {end.message.strip()[-2000:]}")
         return FAILED
     code = end.code if end.code >= 0 else 128 - end.code
-    _tell(f"{job} failed with exit code {code}")
+    _say(f"{job} failed with exit code {code}")
     if code == NOT_FOUND or log.no_module:
-        _tell(
+        _say(
             "the job's python is the one on the PATH of the head's Ray: where that is not the one "
             "with Ray, torch and timm, name it with --python PATH, or add packages by --runtime-env"
         )
     return code
 
 
-def _tell(text: str) -> None:
+def _say(text: str) -> None:
     print(f"submit: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -24,7 +24,7 @@ from selfkd.tasks import make_task
 
 DIFFER, USAGE = 1, 2
 TOLERANCE = 0.01
-"""Nats by which a stored logit, in half precision, may differ, and as much of its size."""
+"""Tolerance of a cached logit, in half precision: nats, and as much of its size."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,18 +50,18 @@ def _make_parser() -> argparse.ArgumentParser:
         prog="python -m selfkd.targets", description="The cached logits of teachers."
     )
     commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
-    what = {
-        "ls": "list what is stored for which teacher",
+    described = {
+        "ls": "list the cached logits of each teacher",
         "verify": "run the teachers again on some images and compare",
         "gc": "remove what no run refers to",
     }
-    for name, text in what.items():
+    for name, text in described.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("path", metavar="PATH", help="targets folder, or a run folder")
         if name == "gc":
-            command.add_argument("--yes", action="store_true", help="do not ask")
+            command.add_argument("--yes", action="store_true", help="remove without asking")
         if name == "verify":
-            command.add_argument("--rows", type=_positive, default=16, help="images a view")
+            command.add_argument("--rows", type=_positive, default=16, help="images of each view")
             command.add_argument(
                 "--set",
                 metavar="KEY=VALUE",
@@ -111,7 +111,7 @@ def _clear(console: Console, root: Path, *, sure: bool) -> int:
         console.print(f"{info.path}: {info.bytes / 1e6:.1f} MB, no run refers to it")
     if stores and not sure:
         if not sys.stdin.isatty():
-            return _fault("gc must be told --yes where nobody can be asked; nothing was removed")
+            return _fault("--yes must be given where there is no terminal; nothing was removed")
         sure = console.input(f"remove {len(stores)} stores? [y/N] ").strip().lower() == "y"
     if sure:
         for info in stores:
@@ -148,7 +148,7 @@ def _verify(console: Console, root: Path, *, rows: int, settings: Sequence[str])
 def _faults(
     root: Path, info: StoreInfo, manifest: Manifest, rows: int, settings: Sequence[str]
 ) -> Iterator[str]:
-    """Yield what is wrong with a store: damaged shards, then rows that differ."""
+    """Yield the faults of a store: damaged shards, then rows that differ."""
     for view in range(manifest.views):
         for shard in range(manifest.shards):
             state = check_shard(root, manifest, view=view, shard=shard)
@@ -164,20 +164,20 @@ def _faults(
         yield "the data or its views are not those of the cached logits"
     if digest != manifest.teacher:
         yield f"{checkpoint} is not the teacher whose logits are cached"
-    stored = open_store(root, [manifest.teacher], data=manifest.data)
+    cached = open_store(root, [manifest.teacher], data=manifest.data)
     generator = torch.Generator().manual_seed(0)
     for view in range(manifest.views):
         sample = torch.randperm(manifest.images, generator=generator)[:rows].sort().values
         for row in sample.tolist():
             logits = task.predict(checkpoint, "train", view=view, items=range(row, row + 1))
-            off = _distance(stored, logits, row, view)
+            off = _distance(cached, logits, row, view)
             if off > TOLERANCE:
                 yield f"row {row} of view {view} differs by {off:.3g} from the teacher's logits"
 
 
-def _distance(stored: SoftTargets, logits: Tensor, row: int, view: int) -> float:
-    """Return the largest difference of a row, beside what its own size makes."""
-    found = stored(torch.tensor([row]), view)
+def _distance(cached: SoftTargets, logits: Tensor, row: int, view: int) -> float:
+    """Return the largest difference of a row, relative to 1 and the size of its logits."""
+    found = cached(torch.tensor([row]), view)
     shifted = logits[0].float() - logits[0].max()
     if isinstance(found, Tensor):
         there, here = found[0].float(), shifted.clamp(min=torch.finfo(torch.float16).min)

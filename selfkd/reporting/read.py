@@ -282,8 +282,19 @@ class _Reader:
                 trials=trials,
                 result=result,
                 diagnostics={} if result is None else result.diagnostics,
-                confirmation=self._row(Confirmation, f"{folder.name}/confirmation.json"),
+                confirmation=self._confirmation(f"{folder.name}/confirmation.json"),
             )
+
+    def _confirmation(self, name: str) -> Confirmation | None:
+        found = self._row(Confirmation, name)
+        if found is not None and len(found.values) != len(found.seeds):
+            counts = f"{len(found.values)} and {len(found.seeds)}"
+            path = self._path / name
+            self._problems.append(
+                f"{path} is damaged: values must be as many as seeds, got {counts}"
+            )
+            return None
+        return found
 
     def _further(self) -> Iterator[TrialResult]:
         """Yield the trials that no generation chose among."""

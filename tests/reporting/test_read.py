@@ -124,6 +124,17 @@ def test_damaged_diagnostics_leave_the_result(tmp_path: Path) -> None:
     assert not run.generations[1].diagnostics
 
 
+def test_a_confirmation_has_as_many_values_as_seeds(tmp_path: Path) -> None:
+    path = generations_run(tmp_path / "run")
+    change(path / "generation_001" / "confirmation.json", values=[0.9, 0.95])
+    run = read_run(path)
+    (problem,) = run.problems
+    assert "confirmation.json is damaged: values must be as many as seeds, got 2 and 3" in problem
+    assert [generation.confirmation is None for generation in run.generations] == [
+        *(False, True, False)
+    ]
+
+
 def test_each_damaged_field_is_named(tmp_path: Path) -> None:
     path = generations_run(tmp_path / "run")
     change(path / "generation_001" / "result.json", parameters="many", history=[{"epoch": "one"}])

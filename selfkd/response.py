@@ -93,8 +93,8 @@ def _places(
     """Yield name, generation, parameters and folder of each search with a teacher."""
     size = facts.parameters.get("student") if facts is not None else None
     for place in sorted(path.glob("generation_*")):
-        number = int(place.name.removeprefix("generation_"))
-        if number:
+        suffix = place.name.removeprefix("generation_")
+        if suffix.isdecimal() and (number := int(suffix)):
             state = "" if (place / "result.json").exists() else ", unfinished"
             yield f"generation {number}{state}", number, size, place
     if (path / "student").is_dir():
@@ -112,9 +112,14 @@ def _trials(place: Path, config: Config, notes: list[str]) -> list[Trial]:
         value = None if row is None else row.metric("val_accuracy")
         if row is None or row.status != "completed" or value is None or not math.isfinite(value):
             continue
-        distill, point = config.distill, row.point
-        temperature = point.get(KEYS[0], distill.temperature)
-        trials.append((float(temperature), float(point.get(KEYS[1], distill.alpha)), float(value)))
+        default = (config.distill.temperature, config.distill.alpha)
+        setting = [row.point.get(key, own) for key, own in zip(KEYS, default, strict=True)]
+        if not all(isinstance(each, int | float) and math.isfinite(each) for each in setting):
+            notes.append(f"omitted: {path} is damaged (point: T and alpha are {setting})")
+        elif setting[0] <= 0:
+            notes.append(f"omitted: {path} is damaged (point: T must be above 0, got {setting[0]})")
+        else:
+            trials.append((float(setting[0]), float(setting[1]), value))
     return trials
 
 

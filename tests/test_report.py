@@ -148,10 +148,10 @@ def test_a_damaged_file_is_named_and_the_rest_reported(
     assert report.main(["run-a", "run-b", "--format", form]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith(f"warning: {damaged} is damaged")
-    told = (runs / "comparison.html").read_text() if form == "html" else captured.out
+    text = (runs / "comparison.html").read_text() if form == "html" else captured.out
     assert (
         "run-b,generations,True,generation 2," if form == "csv" else "run-b is better than run-a"
-    ) in told
+    ) in text
 
 
 def test_runs_of_the_same_name_are_called_by_their_paths(

@@ -88,11 +88,11 @@ def test_prints_best_region_and_drift(run: Path, capsys: pytest.CaptureFixture[s
 
 def test_json_is_what_a_report_draws(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), "--format", "json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    response = told["responses"][0]["response"]
+    tree = json.loads(capsys.readouterr().out)
+    response = tree["responses"][0]["response"]
     assert len(response["mean"]) == len(response["temperatures"])
     assert len(response["mean"][0]) == len(response["alphas"])
-    assert told["drifts"][0]["over"] == "over the generations of one"
+    assert tree["drifts"][0]["over"] == "over the generations of one"
 
 
 def test_several_runs_show_the_drift_with_size(
@@ -144,6 +144,21 @@ def test_a_damaged_field_is_named(tmp_path: Path) -> None:
     stages, (note,) = read_stages(path)
     assert note.startswith(f"omitted: {damaged} is damaged (trial: ")
     assert [len(stage.trials) for stage in stages] == [7]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "fault"),
+    [(-3.0, "point: T must be above 0, got -3.0"), ("x", "point: T and alpha are ['x', 0.")],
+)
+def test_a_damaged_setting_is_named(tmp_path: Path, temperature: object, fault: str) -> None:
+    path = make_run(tmp_path, "one", peaks=(0.3,))
+    (path / "generation_copy").mkdir()  # no generation
+    damaged = path / "generation_001" / "trial_003" / "result.json"
+    trial = load_row(TrialResult, damaged)
+    save_row(damaged, replace(trial, point={**trial.point, "distill.temperature": temperature}))
+    (stage,), (note,) = read_stages(path)
+    assert note.startswith(f"omitted: {damaged} is damaged ({fault}")
+    assert len(stage.trials) == 7
 
 
 def test_failed_and_stopped_trials_do_not_count(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A W&B server on loopback that answers what the installed client asks, and keeps a record of it.
 
 It speaks the part of W&B's GraphQL, file-stream and upload protocols that runs and artifacts need,
-checks the key, and can be told to refuse, to be slow, to fall silent, to die and to come back.
+checks the key, and can be made to refuse, to be slow, to fall silent, to die and to come back.
 """
 
 from __future__ import annotations

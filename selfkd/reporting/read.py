@@ -69,7 +69,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run.
+    """A run as its folder shows it.
 
     Args:
         path: Run folder.

@@ -43,7 +43,7 @@ def test_all_trials_are_points_and_the_choice_stands_on_its_own() -> None:
     (dots,) = named(figure, "each trial, validation")
     assert len(dots.x) == 4
     (ring,) = named(figure, "chosen, validation")
-    places = {tuple(told): x for told, x in zip(dots.customdata, dots.x, strict=True)}
+    places = {tuple(shown): x for shown, x in zip(dots.customdata, dots.x, strict=True)}
     assert ring.x == (places[0, 1, 0.95], places[1, 0, 0.96])
     (line,) = named(figure, "ensemble of all, test")
     assert line.y == (0.97, 0.97)

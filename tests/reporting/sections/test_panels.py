@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from run_folders import generations_run
 from selfkd.reporting.read import Run, read_run
 from selfkd.reporting.sections.generations import generation_sections
 from selfkd.reporting.sections.panels import response
-from selfkd.storage.files import load_json, save_json
+from selfkd.results import TrialResult
+from selfkd.storage.rows import load_row, save_row
 
 SETTINGS = list(itertools.product((1.5, 4.0, 12.0), (0.2, 0.5, 0.8)))
 
@@ -27,12 +29,14 @@ def made(path: Path, key: str, value: Callable[[float, float], float], *settings
     generations_run(path, rounds=1, trials=len(SETTINGS), settings=settings)
     for number, (temperature, alpha) in enumerate(SETTINGS):
         file = path / "generation_001" / f"trial_{number:03d}" / "result.json"
+        trial = load_row(TrialResult, file)
         point = {"distill.temperature": temperature, "distill.alpha": alpha}
-        save_json(file, {**load_json(file), "point": point, key: value(temperature, alpha)})
+        metrics = {**trial.metrics, key: value(temperature, alpha)}
+        save_row(file, replace(trial, point=point, metrics=metrics))
     return read_run(path)
 
 
-def told(run: Run) -> str:
+def best_point(run: Run) -> str:
     (_, text) = response(run, run.generations[1].trials)
     return text
 
@@ -63,16 +67,21 @@ def test_the_best_point_is_the_best_by_the_runs_own_metric(
 
 def test_trials_that_did_not_run_to_their_end_are_no_part_of_it(tmp_path: Path) -> None:
     run = made(tmp_path / "run", "val_accuracy", lambda t, alpha: 0.9 - 0.1 * bowl(t, alpha))
-    before = told(run)
+    before = best_point(run)
     folder = run.path / "generation_001"
     for number, status in enumerate(("stopped", "failed"), start=len(SETTINGS)):
-        row = load_json(folder / "trial_000" / "result.json")
-        point = {"distill.temperature": 2.0, "distill.alpha": 0.3}
-        row |= {"trial": number, "status": status, "point": point, "val_accuracy": 0.1}
-        save_json(folder / f"trial_{number:03d}" / "result.json", row)
+        trial = TrialResult(
+            stage="generation-1",
+            trial=number,
+            seed=number,
+            status=status,
+            point={"distill.temperature": 2.0, "distill.alpha": 0.3},
+            metrics={"val_accuracy": 0.1},
+        )
+        save_row(folder / f"trial_{number:03d}" / "result.json", trial)
     run = read_run(run.path)
     assert len(run.generations[1].trials) == len(SETTINGS) + 2
-    assert told(run) == before
+    assert best_point(run) == before
     maps = next(s for s in generation_sections(run) if s.title == "Temperature and alpha")
     assert maps.panels[0].figure.layout.coloraxis.cmin > 0.8
 

@@ -229,7 +229,7 @@ def study_run(path: Path) -> Path:
     ]
     verdict = "distilled is better than labels: +2.00 % [+1.00, +3.00], 2 paired seeds"
     summary = StudySummary(
-        images=1197,
+        items=1197,
         seeds=2,
         arms=tuple(arms),
         contrasts=(ContrastResult(arm="distilled", to="labels", verdict=verdict),),

@@ -190,7 +190,7 @@ def test_a_study_s_shows_what_has_no_interval_and_the_members() -> None:
     members = MembersRow(
         count=2, metrics={"test_errors": 70, "test_accuracy": 0.993, "val_accuracy": 0.992}
     )
-    summary = StudySummary(images=9, seeds=1, arms=(arm,), members=members)
+    summary = StudySummary(items=9, seeds=1, arms=(arm,), members=members)
     distilled, teachers = (line for line in printed(study_table(summary)) if "9" in line)
     assert distilled.split() == [
         *("distilled", "1", "88.0", "99.12%", "±", "0.12%", "99.00%", "99.50%")

@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants, services
-from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
-from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfkd.errors import ConfigError
 from selfkd.execution.group import fitting
+from selfkd.execution.ray_private import (
+    DEBUG_AUTOSCALING_STATUS,
+    GcsClient,
+    canonicalize_bootstrap_address,
+    ensure_token_if_auth_enabled,
+    internal_kv,
+)
 from selfkd.storage.remote import RemotePath, as_path
 
 CONNECT_SECONDS = 3.0  # limit for the connection to the head's port
@@ -83,7 +86,7 @@ def _find_address() -> str | None:
             "python -m selfkd.submit --address http://HEAD:8265 -- …"
         )
     try:
-        address: str | None = services.canonicalize_bootstrap_address(None)
+        address: str | None = canonicalize_bootstrap_address(None)
     except (ConnectionError, ValueError, OSError) as error:
         raise ConfigError(f"RAY_ADDRESS must lead to a Ray cluster, got {given}: {error}") from None
     if address is None and given == "auto":
@@ -240,7 +243,7 @@ def _wait_for_nodes(
 def _starts_nodes() -> bool:
     """Return whether an autoscaler, of version 1 or 2, is starting nodes."""
     with contextlib.suppress(RayError, OSError, ValueError, KeyError, TypeError):
-        report = json.loads(_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or "{}")
+        report = json.loads(internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
         first = report.get("autoscaler_report", {})
         if first.get("pending_launches") or first.get("pending_nodes"):
             return True

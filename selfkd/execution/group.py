@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.services import get_webui_url_from_internal_kv
 from ray.util.placement_group import get_current_placement_group, remove_placement_group
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import (
@@ -26,6 +25,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from selfkd.execution.jobs import load_entry
+from selfkd.execution.ray_private import get_webui_url_from_internal_kv
 from selfkd.results import Row
 
 TRAIN = "train"  # kind of the jobs that run on a group

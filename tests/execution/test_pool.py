@@ -12,7 +12,8 @@ import pytest
 import ray
 
 from selfkd.execution.jobs import Batch, EarlyStopping, Job, Outcome, run_one
-from selfkd.execution.pool import Pool, Worker, _JobSpec
+from selfkd.execution.pool import Pool, Worker
+from selfkd.execution.scheduler import JobSpec
 
 ENTRY = "pool_jobs:run_job"
 
@@ -173,7 +174,7 @@ def one_row(kind: str, payload: Any) -> Iterator[dict[str, Any]]:
 def test_a_worker_that_does_not_see_the_run_folder_fails(tmp_path: Path) -> None:
     """A node that joined late has not been checked before."""
     config = {"entry": f"{__name__}:one_row", "group": None, "report_seconds": 1.0}
-    config |= {"job": _JobSpec(Job("train", {})), "run": (str(tmp_path), "digits-1")}
+    config |= {"job": JobSpec(Job("train", {})), "run": (str(tmp_path), "digits-1")}
     fault = f"OSError: storage must be a folder that every node sees, got {tmp_path}, which "
     for found in (None, "digits-2"):
         if found is not None:

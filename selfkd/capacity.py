@@ -10,10 +10,12 @@ from typing import Any
 from selfkd.analysis.verdicts import count
 from selfkd.cli.command import Command, Options, Told, add_members, base_parser
 from selfkd.config import Config
-from selfkd.experiments.capacity import check_sizes, finished, grow, trainings
-from selfkd.experiments.members import check_members, describe_members
+from selfkd.config.validate import check_capacity
+from selfkd.experiments.capacity import grow
+from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import capacity_table
+from selfkd.reporting.words import describe_members
 from selfkd.results import CapacitySummary
 
 
@@ -85,7 +87,7 @@ def run_capacity(
 
 def _check(config: Config) -> None:
     check_members(config)
-    check_sizes(config)
+    check_capacity(config)
 
 
 def _greet(config: Config) -> str:
@@ -122,10 +124,12 @@ _COMMAND = Command(
     name="capacity",
     check=_check,
     greet=_greet,
-    finished=lambda config, folder: finished(folder),
+    finished=lambda config, folder: folder.summary(CapacitySummary),
     work=grow,
     describe=_describe,
-    most=lambda config: max(trainings(config), config.members.trained()),
+    most=lambda config: max(
+        2 * config.confirm.seeds * len(config.capacity.values), config.members.trained()
+    ),
 )
 
 if __name__ == "__main__":

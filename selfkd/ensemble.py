@@ -9,11 +9,11 @@ from typing import Any
 
 from selfkd.cli.command import Command, Options, Told, add_members, base_parser
 from selfkd.config import Config
-from selfkd.experiments.ensemble import compress, finished
-from selfkd.experiments.members import check_members, describe_members
+from selfkd.experiments.ensemble import compress
+from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import ensemble_table
-from selfkd.reporting.words import describe_ensemble
+from selfkd.reporting.words import describe_ensemble, describe_members
 from selfkd.results import EnsembleSummary
 
 
@@ -102,7 +102,7 @@ _COMMAND = Command(
     name="ensemble",
     check=check_members,
     greet=_greet,
-    finished=lambda config, folder: finished(folder),
+    finished=lambda config, folder: folder.summary(EnsembleSummary),
     work=compress,
     describe=_describe,
     most=lambda config: max(

@@ -10,8 +10,10 @@ from typing import Any
 from selfkd.analysis.verdicts import count
 from selfkd.cli.command import Command, Options, Told, add_from, base_parser
 from selfkd.config import Config
+from selfkd.config.validate import check_study
+from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.study import check_study, compare_arms, finished, trainings
+from selfkd.experiments.study import compare_arms
 from selfkd.reporting.tables import study_table
 from selfkd.results import ContrastResult, StudySummary
 
@@ -75,11 +77,22 @@ def _describe_contrast(row: ContrastResult) -> str:
     return f"{row.verdict}; {closed}"
 
 
+def _check(config: Config) -> None:
+    check_study(config)
+    check_members(config)
+
+
+def _trainings(config: Config) -> int:
+    """Return how many students are trained."""
+    arms = config.study.arms.values()
+    return sum(config.arm_seeds(arm) for arm in arms if not arm.average)
+
+
 def _greet(config: Config) -> str:
     arms = config.study.arms
     return (
         f"{count(len(arms), 'arm')} ({', '.join(arms)}) on {config.data.name}, "
-        f"{count(trainings(config), 'training')} on {count(config.confirm.seeds, 'seed')}"
+        f"{count(_trainings(config), 'training')} on {count(config.confirm.seeds, 'seed')}"
     )
 
 
@@ -107,12 +120,12 @@ def _describe_bias(summary: StudySummary) -> list[str]:
 
 _COMMAND = Command(
     name="study",
-    check=check_study,
+    check=_check,
     greet=_greet,
-    finished=lambda config, folder: finished(folder),
+    finished=lambda config, folder: folder.summary(StudySummary),
     work=compare_arms,
     describe=_describe,
-    most=trainings,
+    most=_trainings,
 )
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import nn
 
 from selfkd import submit
 from selfkd.config import load_config
-from selfkd.experiments.study import check_study
+from selfkd.config.validate import check_study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

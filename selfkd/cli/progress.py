@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from datetime import timedelta
 from typing import Self
 
 from rich.console import Console, RenderableType
@@ -39,7 +40,8 @@ class _Live(Progress):
             yield _line(task.description)
             yield self.make_tasks_table([task])
             left = task.time_remaining
-            counts = [task.fields["counts"], f"{_clock(left)} left" if left else ""]
+            time_left = f"{timedelta(seconds=round(left))} left" if left else ""
+            counts = [task.fields["counts"], time_left]
             for line in (", ".join(filter(None, counts)), task.fields["best"]):
                 if line:
                     yield _line(line)
@@ -49,19 +51,13 @@ def _line(text: str) -> Text:
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 class ProgressReporter:
     """Shows the events of a run: a live view on a terminal, plain lines elsewhere.
 
     Args:
         console: Console to print on.
         config: Config of the run.
-        quiet: Whether nothing but what fails is told.
+        quiet: Whether failures alone are printed.
     """
 
     def __init__(self, console: Console, config: Config, *, quiet: bool = False) -> None:
@@ -113,9 +109,7 @@ class ProgressReporter:
             case TaskProgressed(state):
                 if state == "remade":
                     self._remade += 1
-                    self.say(
-                        f"  a damaged part of the cached logits was made again ({self._remade})"
-                    )
+                    self.say(f"  damaged cached logits were made again ({self._remade})")
                 self._done += 1
                 self._update()
             case StageStarted(title, trials, done):
@@ -148,10 +142,12 @@ class ProgressReporter:
 
     def _update(self) -> None:
         best = self._best
+        counts = [f"{len(self._running)} running"] if self._running else []
+        counts += [f"{self._failed} failed"] if self._failed else []
         self._progress.update(
             self._task,
             completed=self._done + sum(self._running.values()),
-            counts=", ".join(self._counts()),
+            counts=", ".join(counts),
             best="" if best is None else f"best {self._value(best)}{_setting(best.point)}",
         )
 
@@ -186,12 +182,6 @@ class ProgressReporter:
         if self._metric == "val_accuracy":
             return f"val {value:.2%}"
         return f"{self._metric} {value:.4g}"
-
-    def _counts(self) -> Iterator[str]:
-        if self._running:
-            yield f"{len(self._running)} running"
-        if self._failed:
-            yield f"{self._failed} failed"
 
     def _say_generation(self, result: GenerationResult) -> None:
         tested, agreement = result.metric("test_accuracy"), result.metric("agreement")

@@ -516,6 +516,10 @@ class Config:
             specs |= self.search.labels_only_space
         return {key: Distribution.parse(spec) for key, spec in specs.items()}
 
+    def arm_seeds(self, arm: ArmConfig) -> int:
+        """Return the number of seeds that an arm of a study is trained on."""
+        return arm.seeds or self.confirm.seeds
+
     def at(self, point: Point) -> Config:
         """Return this config with the values of a point of the search space.
 

@@ -17,7 +17,10 @@ _FIXED = (
     *("controls", "search", "resources", "checkpoint", "tracking", "capacity", "study"),
 )
 
-
+MEMBERS = "members"
+"""Name of the teachers of a study that come from elsewhere."""
+FREE = ("data.train_size", "data.classes", "data.crop", "data.flip", "data.jitter", "data.views")
+"""What an arm of a study may change of the data: its training items and their views."""
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
@@ -109,3 +112,95 @@ def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
             config.at({key: value})
         except ConfigError as error:
             yield from (line.removeprefix(f"{key}: ") for line in str(error).splitlines())
+
+
+def check_capacity(config: Config) -> None:
+    """Check the settings of a capacity curve.
+
+    Raises:
+        ConfigError: With every fault.
+    """
+    _raise(_capacity_faults(config))
+
+
+def _capacity_faults(config: Config) -> Iterator[str]:
+    capacity = config.capacity
+    root = capacity.key.partition(".")[0]
+    wanted = "student" if config.student is not None else "model"
+    if root != wanted:
+        why = "as there is a student" if config.student else "as student is not given"
+        yield f"capacity.key must begin with {wanted}., {why}, got {capacity.key}"
+    if len(set(map(repr, capacity.values))) < len(capacity.values):
+        yield f"capacity.values must be different ones, got {capacity.values}"
+    if capacity.key in {**config.search.space, **config.search.labels_only_space}:
+        yield f"search.space must not hold capacity.key, got {capacity.key} in both"
+    if config.confirm.seeds < 1:
+        yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
+    if config.train.init != "fresh":
+        yield f"train.init must be fresh for students of other sizes, got {config.train.init}"
+    for value in capacity.values:
+        try:
+            config.at({capacity.key: value})
+        except ConfigError as error:
+            yield f"capacity.values: {error}"
+
+
+def check_study(config: Config) -> None:
+    """Check the arms and contrasts of a study.
+
+    Raises:
+        ConfigError: With every fault.
+    """
+    _raise(_study_faults(config))
+
+
+def _study_faults(config: Config) -> Iterator[str]:
+    arms, before = config.study.arms, list[str]()
+    if config.student is not None:
+        yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
+    if not arms:
+        yield "study.arms must have at least one arm, got none: see tune_configs/anchors/"
+    if config.confirm.seeds < 1:
+        yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
+    for name, arm in arms.items():
+        where = f"study.arms.{name}"
+        if name == MEMBERS or not name.replace("_", "").replace("-", "").isalnum():
+            yield f"{where}: a name must be of letters, digits, - and _, and not {MEMBERS}"
+        for other in (*arm.teachers, *arm.average):
+            if other == MEMBERS and other in arm.teachers:
+                if not (config.members.runs or config.members.checkpoints):
+                    yield f"{where}.teacher: {MEMBERS} must be given, by --from RUN"
+            elif other not in before:
+                known = ", ".join([MEMBERS, *before])
+                yield f"{where}: must name arms that stand before it ({known}), got {other!r}"
+            elif 1 < config.arm_seeds(arms[other]) < config.arm_seeds(arm):
+                yield f"{where}: {other} must have 1 seed or at least as many as {name}"
+        if arm.average and (arm.set or arm.teachers):
+            yield f"{where}: must have average alone, with nothing to train, or no average"
+        transform = arm.target_transform
+        if transform in ("permuted", "confidence") and not arm.teachers:
+            yield f"{where}.teacher must be given with target_transform {transform}"
+        if transform == "virtual" and arm.teachers:
+            yield (
+                f"{where}.teacher must not be given with target_transform virtual, "
+                f"got {arm.teacher!r}"
+            )
+        for key in arm.set:
+            data = key.startswith("data.") and key not in FREE
+            if data or key.split(".")[0] not in ("data", "model", "train", "distill"):
+                known = f"model, train, distill or of {', '.join(FREE)}"
+                yield f"{where}.set: must be keys of {known}, got {key}"
+        try:
+            config.at(arm.set)
+        except ConfigError as error:
+            yield from (f"{where}.set: {line}" for line in str(error).splitlines())
+        before.append(name)
+    for number, compared in enumerate(config.study.compare):
+        for name in filter(None, (compared.arm, compared.to, compared.reference)):
+            if name not in arms and not (name == MEMBERS and name == compared.reference):
+                yield f"study.compare.{number}: must name arms ({', '.join(arms)}), got {name!r}"
+
+
+def _raise(faults: Iterator[str]) -> None:
+    if found := list(faults):
+        raise ConfigError("\n".join(found))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
 from selfkd.analysis.verdicts import count_seeds
@@ -31,6 +31,8 @@ from selfkd.results import (
     Point,
     Replicated,
     Row,
+    RunFinished,
+    Summary,
     TaskProgressed,
     TaskStarted,
     TrialResult,
@@ -43,6 +45,7 @@ ATTEMPTS = 2  # at a part that fails, beside what the executor does for dead wor
 BATCHES = (1, 128)  # numbers of items whose prediction is timed
 TITLE = "confirmation on fresh seeds"
 
+S = TypeVar("S", bound=Summary)
 Teachers = Callable[[Config, int], Sequence[Model]]
 """Teachers of a trial, by its config and its number."""
 
@@ -354,6 +357,12 @@ class Run:
             )
             for rows, own, of_validation in zip(trials, values, validation, strict=True)
         ]
+
+    def finish(self, summary: S) -> S:
+        """Save the summary of the run; return it."""
+        save_row(self.folder.path / "summary.json", summary)
+        self.events(RunFinished(summary))
+        return summary
 
     # --- jobs ---
 

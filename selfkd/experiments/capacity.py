@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 
 from selfkd.analysis.capacity import compare_size, describe_curve, judged, mean_gain
 from selfkd.analysis.verdicts import count
-from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.arms import Teachers as ArmTeachers
 from selfkd.experiments.ensemble import Pair, pair
 from selfkd.experiments.members import Teachers, make_teachers
-from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
 from selfkd.results import (
     CapacitySummary,
@@ -25,14 +23,12 @@ from selfkd.results import (
     Model,
     Point,
     Row,
-    RunFinished,
     SearchesOfSizes,
     SearchOfSize,
     Size,
-    TeacherRow,
     TrialResult,
 )
-from selfkd.storage.rows import load_row, save_row
+from selfkd.storage.rows import save_row
 
 DISTILL = ("distill.temperature", "distill.alpha")
 
@@ -71,56 +67,13 @@ def grow(run: Run) -> CapacitySummary:
     title = f"students of {len(students)} sizes, labels only and distilled, {seeds}"
     trials = run.replicate(arms, title=title, each=False)
     summary = _measure(run, teachers, students, trials)
-    save_row(run.folder.path / "summary.json", summary)
+    run.finish(summary)
     kept = {size.checkpoint for size in summary.sizes}
     for arm, rows in zip(arms, trials, strict=True):
         for trial in rows:
             if (model := arm.model(run, trial)).checkpoint not in kept:
                 (run.folder.path / model.checkpoint).unlink(missing_ok=True)
-    run.events(RunFinished(summary))
     return summary
-
-
-def finished(folder: RunFolder) -> CapacitySummary | None:
-    """Return the summary of a run that has nothing left to do, else None."""
-    path = folder.path / "summary.json"
-    return load_row(CapacitySummary, path) if path.exists() else None
-
-
-def check_sizes(config: Config) -> None:
-    """Check what can be known of the sizes before anything starts.
-
-    Raises:
-        ConfigError: With every fault.
-    """
-    capacity, faults = config.capacity, []
-    root = capacity.key.partition(".")[0]
-    wanted = "student" if config.student is not None else "model"
-    if root != wanted:
-        why = "as there is a student" if config.student else "as student is not given"
-        faults.append(f"capacity.key must begin with {wanted}., {why}, got {capacity.key}")
-    if len(set(map(repr, capacity.values))) < len(capacity.values):
-        faults.append(f"capacity.values must be different ones, got {capacity.values}")
-    if capacity.key in {**config.search.space, **config.search.labels_only_space}:
-        faults.append(f"search.space must not hold capacity.key, got {capacity.key} in both")
-    if config.confirm.seeds < 1:
-        faults.append(f"confirm.seeds must be at least 1, got {config.confirm.seeds}")
-    if config.train.init != "fresh":
-        faults.append(
-            f"train.init must be fresh for students of other sizes, got {config.train.init}"
-        )
-    for value in capacity.values:
-        try:
-            config.at({capacity.key: value})
-        except ConfigError as error:
-            faults.append(f"capacity.values: {error}")
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
-def trainings(config: Config) -> int:
-    """Return how many students are trained on fresh seeds."""
-    return 2 * config.confirm.seeds * len(config.capacity.values)
 
 
 def _sizes(run: Run) -> list[tuple[int | float | str, int, str]]:
@@ -186,55 +139,44 @@ def _measure(
     trials: Sequence[Sequence[TrialResult]],
 ) -> CapacitySummary:
     config, metric = run.config, f"test_{run.folder.facts.metric}"
-    taught_by = teachers.of(config)
+    own_teachers = teachers.of(config)
     pairs: list[list[Pair]] = []
-    for student, (alone, distilled) in zip(
-        students, zip(trials[::2], trials[1::2], strict=True), strict=True
-    ):
+    for student, alone, distilled in zip(students, trials[::2], trials[1::2], strict=True):
         pairs.append(pair(run, (student.labels, student.distilled), (alone, distilled)))
-        if len(pairs[-1]) < config.confirm.seeds:
-            run.events(
-                Message(
-                    f"only {len(pairs[-1])} of the {config.confirm.seeds} pairs of student "
-                    f"{student.value} were trained"
-                )
-            )
+        if (found := len(pairs[-1])) < config.confirm.seeds:
+            said = f"{found} of the {config.confirm.seeds} pairs of student {student.value}"
+            run.events(Message(f"only {said} were trained"))
     models = [model for of_size in pairs for both in of_size for model in both]
-    requests = [Request(model) for model in (*taught_by, *models)]
+    requests = [Request(model) for model in (*own_teachers, *models)]
     title = "measuring on the test split"
     by_hash = {row.hash: row for row in run.evaluate(requests, title=title)}
-    (teacher,) = run.average([(taught_by, config.distill.average)])
+    (teacher,) = run.average([(own_teachers, config.distill.average)])
     firsts = [[of_size[0][0]] for of_size in pairs if of_size]
-    cost, *costs = run.time([taught_by, *firsts])
+    cost, *costs = run.time([own_teachers, *firsts])
     sizes = []
     of_trials = {t.hash: t for rows in trials for t in rows}
     for student, of_size in zip(students, pairs, strict=True):
         if of_size:
             labels = [by_hash[model.hash] for model, _ in of_size]
-            taught = [by_hash[model.hash] for _, model in of_size]
-            size = compare_size(labels, taught, teacher.metrics[metric], metric=metric)
+            from_teachers = [by_hash[model.hash] for _, model in of_size]
+            size = compare_size(labels, from_teachers, teacher.metrics[metric], metric=metric)
             trained = [(model, of_trials[model.hash]) for _, model in of_size]
             sizes.append(_size(run, student, size, trained, costs.pop(0)))
     if not sizes:
         raise RuntimeError("no pair of students could be trained on one seed")
     sizes = judged(sizes)
     gain = mean_gain(sizes)
-    verdict, *said = describe_curve(sizes, gain)
+    verdict, *others = describe_curve(sizes, gain)
     return CapacitySummary(
         key=config.capacity.key,
         seeds=config.confirm.seeds,
         searched=config.capacity.search,
         trials=config.search.trials if config.capacity.search else 0,
-        teacher=TeacherRow(
-            source=config.members.source,
-            members=len(taught_by),
-            metrics=teacher.metrics,
-            **cost,
-        ),
+        teacher=teachers.row(config, teacher, cost),
         sizes=tuple(sizes),
         mean_gain=gain,
         verdict=verdict,
-        said=tuple(said),
+        said=tuple(others),
     )
 
 

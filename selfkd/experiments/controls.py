@@ -1,4 +1,4 @@
-"""Controls of equal cost: could something else than the teacher's knowledge have made the gain?
+"""Controls of equal cost: could something else than the teacher have made the gain?
 
 Each is searched in as many trials as a generation, beside generation 1, and replicated on the same
 seeds. The ensemble of seeds stands beside the ensemble of the generations.
@@ -7,6 +7,7 @@ seeds. The ensemble of seeds stands beside the ensemble of the generations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from selfkd.analysis.verdicts import describe_difference
@@ -28,7 +29,7 @@ from selfkd.storage.rows import load_row, save_row
 TITLES: dict[Control, str] = {
     "seeds": "ensemble of seeds",
     "label_smoothing": "label smoothing",
-    "dkpp": "permuted knowledge",
+    "dkpp": "permuted teacher logits",
     "cwtm": "confidence weights",
     "teacher_free": "teacher-free",
 }
@@ -85,13 +86,7 @@ def _search(run: Run, name: Control, results: Sequence[GenerationResult]) -> Arm
         space=_space(run.config, name),
     )
     point = run.search(arm).best.point
-    return Arm(
-        name=f"control_{name}_confirm",
-        folder=folder / "confirm",
-        point=point,
-        teachers=arm.teachers,
-        options=arm.options,
-    )
+    return replace(arm, name=f"{arm.name}_confirm", folder=folder / "confirm", point=point)
 
 
 def _space(config: Config, name: Control) -> dict[str, Distribution]:
@@ -143,7 +138,7 @@ def _seeds(run: Run, results: Sequence[GenerationResult]) -> ControlResult:
     born_again: list[Model] = [result.models[0] for result in results]
     asked = [run.predicted(models) for models in (members, born_again[:1], born_again)]
     found = run.job("contrast", ensembles=asked)
-    accuracy = Interval(**found["values"][0])
+    mean = Interval(**found["values"][0])
     first, last = (Interval(**row) for row in found["differences"][1:])
     title = f"ensemble of {len(members)} seeds"
     items = f"{found['items']:,} test {run.folder.facts.unit}"
@@ -157,8 +152,8 @@ def _seeds(run: Run, results: Sequence[GenerationResult]) -> ControlResult:
         title=title,
         seeds=(),
         metric=f"test_{run.folder.facts.metric}",
-        values=(accuracy.value,),
-        mean=accuracy,
+        values=(mean.value,),
+        mean=mean,
         first=first,
         born_again=against,
         verdicts=verdicts,

@@ -14,18 +14,14 @@ from selfkd.analysis.statistics import mean_interval, ratio_interval
 from selfkd.config import Source
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import Teachers, make_teachers
-from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     Chosen,
     EnsembleSummary,
     Evaluation,
     Model,
-    RunFinished,
     TableRow,
-    TeacherRow,
     TrialResult,
 )
-from selfkd.storage.rows import load_row, save_row
 
 TITLES: dict[Source, str] = {
     "members": "ensemble",
@@ -73,16 +69,7 @@ def compress(run: Run) -> EnsembleSummary:
         pairs = [(baseline.models[0], found.models[0])]
     if config.confirm.seeds:
         pairs = _replicate(run, labels, replace(student, point=found.best.point))
-    summary = _measure(run, teachers, found.best, pairs)
-    save_row(folder / "summary.json", summary)
-    run.events(RunFinished(summary))
-    return summary
-
-
-def finished(folder: RunFolder) -> EnsembleSummary | None:
-    """Return the summary of a run that has nothing left to do, else None."""
-    path = folder.path / "summary.json"
-    return load_row(EnsembleSummary, path) if path.exists() else None
+    return run.finish(_measure(run, teachers, found.best, pairs))
 
 
 def _replicate(run: Run, *arms: Arm) -> list[Pair]:
@@ -109,19 +96,19 @@ def _measure(
 ) -> EnsembleSummary:
     """Evaluate members, ensembles and students on the test split, and time them."""
     config, metric = run.config.at(best.point), f"test_{run.folder.facts.metric}"
-    taught_by, average = teachers.of(config), config.distill.average
+    own_teachers, average = teachers.of(config), config.distill.average
     members = teachers.sources["members"]
     labels, students = zip(*pairs, strict=True)
     alone = [model for models in teachers.sources.values() for model in models]
-    requests = [Request(model) for model in dict.fromkeys([*alone, *taught_by])]
+    requests = [Request(model) for model in dict.fromkeys([*alone, *own_teachers])]
     requests += [Request(model, (), number == 0, config) for number, model in enumerate(labels)]
     requests += [
-        Request(model, taught_by, number == 0, config) for number, model in enumerate(students)
+        Request(model, own_teachers, number == 0, config) for number, model in enumerate(students)
     ]
     by_hash = {row.hash: row for row in run.evaluate(requests, title="measuring on the test split")}
     of_labels, of_students = ([by_hash[m.hash] for m in models] for models in (labels, students))
     named = dict(_ensembles(teachers.sources, run.config.distill.average))
-    *averages, teacher = run.average([*named.values(), (taught_by, average)])
+    *averages, teacher = run.average([*named.values(), (own_teachers, average)])
     of_members = [by_hash[model.hash] for model in members]
     rows = [
         (_mean_row(f"single member, mean of {len(members)}", of_members, metric), members[:1]),
@@ -133,19 +120,14 @@ def _measure(
         (_mean_row("student, labels only", of_labels, metric), labels[:1]),
         (_mean_row("student, from its teacher", of_students, metric), students[:1]),
     ]
-    *costs, cost = run.time([*(models for _, models in rows), taught_by])
+    *costs, cost = run.time([*(models for _, models in rows), own_teachers])
     gained = [
         b.metrics[metric] - a.metrics[metric] for a, b in zip(of_labels, of_students, strict=True)
     ]
     room = [teacher.metrics[metric] - row.metrics[metric] for row in of_labels]
     return EnsembleSummary(
         rows=tuple(replace(row, **own) for (row, _), own in zip(rows, costs, strict=True)),
-        teacher=TeacherRow(
-            source=config.members.source,
-            members=len(taught_by),
-            metrics=teacher.metrics,
-            **cost,
-        ),
+        teacher=teachers.row(config, teacher, cost),
         chosen=Chosen(
             point=best.point,
             temperature=config.distill.temperature,

@@ -28,9 +28,8 @@ from selfkd.results import (
     GenerationsSummary,
     Model,
     Point,
-    RunFinished,
 )
-from selfkd.storage.rows import load_row, save_row
+from selfkd.storage.rows import save_row
 
 
 def born_again(run: Run) -> GenerationsSummary:
@@ -54,7 +53,8 @@ def born_again(run: Run) -> GenerationsSummary:
     for confirmation in load_confirmations(folder, len(results)):
         run.events(GenerationConfirmed(confirmation))
     while not _is_last(config, folder, results):
-        if config.rounds != "auto" or not _is_unconfirmed(folder, results):
+        confirmed = len(load_confirmations(folder, len(results))) == len(results)
+        if config.rounds != "auto" or confirmed:
             results.append(_generation(run, results))
             run.events(GenerationFinished(results[-1]))
         if config.rounds == "auto":
@@ -63,25 +63,25 @@ def born_again(run: Run) -> GenerationsSummary:
     ensemble = _ensemble(run, results)
     baseline = baseline_row(run, confirmations)
     controls = run_controls(run, results, confirmations)
-    summary = GenerationsSummary(
-        generations=tuple(map(_short, results)),
-        confirmations=tuple(confirmations),
-        ensemble=ensemble,
-        controls=(*([baseline] if baseline else []), *controls),
-        stopped=stop_reason(config, confirmations) if config.rounds == "auto" else None,
+    return run.finish(
+        GenerationsSummary(
+            generations=tuple(
+                replace(result, history=(), models=(), teachers=(), diagnostics={}, mcnemar=None)
+                for result in results
+            ),
+            confirmations=tuple(confirmations),
+            ensemble=ensemble,
+            controls=(*([baseline] if baseline else []), *controls),
+            stopped=stop_reason(config, confirmations) if config.rounds == "auto" else None,
+        )
     )
-    save_row(folder.path / "summary.json", summary)
-    run.events(RunFinished(summary))
-    return summary
 
 
 def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:
     """Return the summary of a run that has nothing left to do, else None."""
-    results = folder.results()
-    path = folder.path / "summary.json"
-    if not path.exists() or not _is_last(config, folder, results):
+    results, summary = folder.results(), folder.summary(GenerationsSummary)
+    if summary is None or not _is_last(config, folder, results):
         return None
-    summary = load_row(GenerationsSummary, path)
     rows = summary.generations
     done = {row.name for row in summary.controls}
     confirmed = len(summary.confirmations) == len(rows) or not config.confirm.seeds
@@ -93,18 +93,10 @@ def _is_last(config: Config, folder: RunFolder, results: Sequence[GenerationResu
     """Say whether no generation is to follow those that are done."""
     if len(results) > config.most_rounds:
         return True
-    if config.rounds != "auto" or _is_unconfirmed(folder, results):
+    confirmed = load_confirmations(folder, len(results))
+    if config.rounds != "auto" or len(confirmed) < len(results):
         return False
-    return stop_reason(config, load_confirmations(folder, len(results))) is not None
-
-
-def _is_unconfirmed(folder: RunFolder, results: Sequence[GenerationResult]) -> bool:
-    return len(load_confirmations(folder, len(results))) < len(results)
-
-
-def _short(result: GenerationResult) -> GenerationResult:
-    """Return what a program would want of a generation."""
-    return replace(result, history=(), models=(), teachers=(), diagnostics={}, mcnemar=None)
+    return stop_reason(config, confirmed) is not None
 
 
 def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResult:

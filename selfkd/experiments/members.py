@@ -13,14 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfkd.analysis.verdicts import count
 from selfkd.config import Config, ModelConfig, Source
 from selfkd.config.space import Distribution
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Run
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
-from selfkd.results import Facts, Member, Members, Message, Model, SourceResult
+from selfkd.results import (
+    Evaluation,
+    Facts,
+    Member,
+    Members,
+    Message,
+    Model,
+    Row,
+    SourceResult,
+    TeacherRow,
+)
 from selfkd.storage.files import link, save_json
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row, save_row
@@ -42,6 +51,11 @@ class Teachers:
         """Return the teachers of a student's config."""
         models = self.sources[config.members.source]
         return models[: config.members.use] if config.members.source == "members" else models
+
+    def row(self, config: Config, evaluation: Evaluation, cost: Row) -> TeacherRow:
+        """Return the summary's row of the teachers of a student's config."""
+        source, members = config.members.source, len(self.of(config))
+        return TeacherRow(source=source, members=members, metrics=evaluation.metrics, **cost)
 
 
 def make_teachers(run: Run) -> Teachers:
@@ -74,16 +88,6 @@ def check_members(config: Config) -> None:
         for path in (file.path, file.classes):
             if path is not None and not Path(path).is_file():
                 raise ConfigError(f"members.checkpoints must be files, got {path}")
-
-
-def describe_members(config: Config) -> str:
-    """Return who teaches, in words."""
-    members = config.members
-    trained = members.trained()
-    parts = [f"{count(trained, 'member')} on labels"] if trained else []
-    parts += [f"those of {run}" for run in members.runs]
-    parts += [f"{len(members.checkpoints)} from files"] if members.checkpoints else []
-    return ", ".join(parts)
 
 
 def find_members(run: str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import TypeVar
 
 from selfkd import __version__
 from selfkd.config import RESUMABLE, Config, differences, dump_config, from_tree, parse_yaml
@@ -12,6 +13,8 @@ from selfkd.results import FORMAT, STUDENT, Facts, GenerationResult
 from selfkd.storage.files import cache_folder, link, save_text
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.storage.rows import load_row, save_row
+
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -156,6 +159,11 @@ class RunFolder:
         while (path := self.generation(len(results)) / "result.json").exists():
             results.append(load_row(GenerationResult, path))
         return results
+
+    def summary(self, kind: type[T]) -> T | None:
+        """Return the summary of a finished run; None where there is none."""
+        path = self.path / "summary.json"
+        return load_row(kind, path) if path.exists() else None
 
     def relative(self, path: Path) -> str:
         """Return a path as rows keep it, so that a run folder can be moved."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,6 @@ from selfkd.results import (
     from_row,
 )
 from selfkd.storage.files import load_json
-from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row, save_row
 
 
@@ -106,14 +105,13 @@ def run_stages(
     Raises:
         RunError: All trials of a stage failed, or of all stages.
     """
-    sides = [_Trials(stage, events) for stage in stages]
-    done = sum(len(trials.results) for trials in sides)
+    trials = _Trials(stages, events)
+    done = sum(map(len, trials.results.values()))
     events(StageStarted(title, sum(len(stage.seeds) for stage in stages), done))
     alone = stages[0] if len(stages) == 1 else None
-    jobs = sides[0] if alone else _Several(sides)
-    limit = alone.proposer.limit if alone else None
-    executor.run(jobs, early=alone.early if alone else None, limit=limit)
-    found = [[row for _, row in sorted(trials.results.items())] for trials in sides]
+    early, limit = (alone.early, alone.proposer.limit) if alone else (None, None)
+    executor.run(trials, early=early, limit=limit)
+    found = [[row for _, row in sorted(rows.items())] for rows in trials.results.values()]
     empty = [not stage.ranked(results) for stage, results in zip(stages, found, strict=True)]
     for stage, results, is_empty in zip(stages, found, empty, strict=True):
         if is_empty and (each or all(empty)):
@@ -125,96 +123,85 @@ def run_stages(
     return found
 
 
+@dataclass
+class _Running:
+    """A trial at work."""
+
+    stage: Stage
+    trial: Trial
+    history: list[Epoch] = field(default_factory=list)
+    told: int = 0
+    """Last epoch that was an event: a trial whose worker died reports again what it had."""
+
+
 class _Trials:
-    """The jobs of a stage: asks the proposer, writes each result down."""
+    """The jobs of stages, one stage after the other: asks the proposers, writes the results."""
 
-    def __init__(self, stage: Stage, events: Events) -> None:
-        self.stage, self._events = stage, events
-        self.results: dict[int, TrialResult] = {}
-        self._running: dict[int, tuple[Trial, list[Epoch]]] = {}
-        self._told: dict[int, int] = {}  # the last epoch of each that was an event
-        for number in range(len(stage.seeds)):
-            path = self._path(number)
-            if path.exists() and load_json(path)["status"] != "failed":
-                result = load_row(TrialResult, path)
-                self.results[number] = result
-                stage.proposer.tell(number, result.point, stage.value(result.metrics))
-        self._waiting = [n for n in range(len(stage.seeds)) if n not in self.results]
+    def __init__(self, stages: Sequence[Stage], events: Events) -> None:
+        self._events = events
+        self.results: dict[Path, dict[int, TrialResult]] = {stage.folder: {} for stage in stages}
+        self._running: dict[str, _Running] = {}
+        self._waiting: list[tuple[Stage, int]] = []
+        for stage in stages:
+            for number in range(len(stage.seeds)):
+                path = _result_file(stage, number)
+                if path.exists() and load_json(path)["status"] != "failed":
+                    self._keep(stage, load_row(TrialResult, path))
+                else:
+                    self._waiting.append((stage, number))
 
-    def _path(self, number: int) -> Path:
-        return trial_folder(self.stage.folder, number) / "result.json"
+    def _keep(self, stage: Stage, result: TrialResult) -> None:
+        self.results[stage.folder][result.trial] = result
+        stage.proposer.tell(result.trial, result.point, stage.value(result.metrics))
 
     def ask(self) -> Job | None:
         if not self._waiting:
             return None
-        number = self._waiting.pop(0)
-        point = self.stage.proposer.ask(number)
-        payload = self.stage.payload(number, point)
+        stage, number = self._waiting.pop(0)
+        payload = stage.payload(number, stage.proposer.ask(number))
         trial = Trial(
-            stage=self.stage.name,
+            stage=stage.name,
             trial=number,
-            seed=self.stage.seeds[number],
+            seed=stage.seeds[number],
             point=payload.pop("point"),
             teachers=tuple(teacher["hash"] for teacher in payload["teachers"]),
         )
-        self._running[number] = (trial, [])
-        student = str(student_file(self.stage.folder, number))
+        student = str(student_file(stage.folder, number))
+        self._running[student] = _Running(stage, trial)
         own = {"stage": trial.stage, "seed": trial.seed, "student": student}
         return Job("train", payload | own)
 
-    def _number(self, job: Job) -> int:
-        return int(as_path(job.payload["student"]).parent.name.removeprefix("trial_"))
-
     def report(self, job: Job, rows: Sequence[Row]) -> None:
-        trial, history = self._running[self._number(job)]
+        running = self._running[job.payload["student"]]
         for row in rows:
             if "note" in row:
-                where = f"{trial.stage.replace('-', ' ')}, trial {trial.trial}"
+                where = f"{running.stage.name.replace('-', ' ')}, trial {running.trial.trial}"
                 self._events(Message(f"{where}: {row['note']}"))
-        epochs = [from_row(Epoch, row) for row in rows]
-        # a trial whose worker died reports again what it had reported
+        epochs, history = [from_row(Epoch, row) for row in rows], running.history
         history[:] = [row for row in history if row.epoch < epochs[0].epoch] + epochs
-        told = self._told.get(trial.trial, 0)
-        if fresh := tuple(row for row in epochs if row.epoch > told):
-            self._told[trial.trial] = fresh[-1].epoch
-            self._events(TrialProgressed(trial, fresh))
+        if fresh := tuple(row for row in epochs if row.epoch > running.told):
+            running.told = fresh[-1].epoch
+            self._events(TrialProgressed(running.trial, fresh))
 
     def tell(self, outcome: Outcome) -> None:
-        number = self._number(outcome.job)
-        trial, history = self._running.pop(number)
-        last = history[-1] if history else Epoch(epoch=0)
+        running = self._running.pop(outcome.job.payload["student"])
+        last = running.history[-1] if running.history else Epoch(epoch=0)
         result = TrialResult(
-            **vars(trial),
+            **vars(running.trial),
             status="stopped" if outcome.stopped else "failed" if outcome.error else "completed",
             error=outcome.error,
             hash=last.hash or "",
             metrics=last.metrics,
             train_seconds=last.seconds,
-            history=tuple(history),
+            history=tuple(running.history),
         )
-        save_row(self._path(number), result)
+        path = _result_file(running.stage, result.trial)
+        save_row(path, result)
         if result.status != "failed":
-            (self._path(number).parent / CHECKPOINT).unlink(missing_ok=True)
-        self.results[number] = result
-        self.stage.proposer.tell(number, trial.point, self.stage.value(last.metrics))
+            (path.parent / CHECKPOINT).unlink(missing_ok=True)
+        self._keep(running.stage, result)
         self._events(TrialFinished(result))
 
 
-class _Several:
-    """The jobs of several stages, one after the other."""
-
-    def __init__(self, stages: Sequence[_Trials]) -> None:
-        self._stages = {trials.stage.folder: trials for trials in stages}
-
-    def _of(self, job: Job) -> _Trials:
-        return self._stages[as_path(job.payload["student"]).parent.parent]
-
-    def ask(self) -> Job | None:
-        jobs = (trials.ask() for trials in self._stages.values())
-        return next((job for job in jobs if job is not None), None)
-
-    def report(self, job: Job, rows: Sequence[Row]) -> None:
-        self._of(job).report(job, rows)
-
-    def tell(self, outcome: Outcome) -> None:
-        self._of(outcome.job).tell(outcome)
+def _result_file(stage: Stage, number: int) -> Path:
+    return trial_folder(stage.folder, number) / "result.json"

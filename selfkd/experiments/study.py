@@ -7,16 +7,16 @@ taken seed by seed. An arm may be the teacher of a later one, so whole chains ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
-from selfkd.analysis.verdicts import count, count_seeds, describe_difference
-from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig
+from selfkd.analysis.verdicts import count_seeds, describe_difference
+from selfkd.config import ArmConfig, ContrastConfig, DataConfig
+from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, Request, Run, confirm_seeds
-from selfkd.experiments.members import find_members, make_teachers
-from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.members import make_teachers
 from selfkd.results import (
     ArmResult,
     ArmRun,
@@ -25,84 +25,9 @@ from selfkd.results import (
     Interval,
     MembersRow,
     Model,
-    RunFinished,
     StudySummary,
     TrialResult,
 )
-from selfkd.storage.rows import load_row, save_row
-
-MEMBERS = "members"
-FREE = ("data.train_size", "data.classes", "data.crop", "data.flip", "data.jitter", "data.views")
-"""What an arm may change of the data: its training items and their views."""
-
-
-def check_study(config: Config) -> None:
-    """Check what can be known of the arms before anything starts.
-
-    Raises:
-        ConfigError: With every fault.
-    """
-    faults = list(_faults(config))
-    if faults:
-        raise ConfigError("\n".join(faults))
-    for run in config.members.runs:
-        find_members(run)
-
-
-def _faults(config: Config) -> Iterator[str]:
-    arms, before = config.study.arms, list[str]()
-    if config.student is not None:
-        yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
-    if not arms:
-        yield "study.arms must have at least one arm, got none: see tune_configs/anchors/"
-    if config.confirm.seeds < 1:
-        yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
-    for name, arm in arms.items():
-        where = f"study.arms.{name}"
-        if name == MEMBERS or not name.replace("_", "").replace("-", "").isalnum():
-            yield f"{where}: a name must be of letters, digits, - and _, and not {MEMBERS}"
-        for other in (*arm.teachers, *arm.average):
-            if other == MEMBERS and other in arm.teachers:
-                if not (config.members.runs or config.members.checkpoints):
-                    yield f"{where}.teacher: {MEMBERS} must be given, by --from RUN"
-            elif other not in before:
-                known = ", ".join([MEMBERS, *before])
-                yield f"{where}: must name arms that stand before it ({known}), got {other!r}"
-            elif 1 < _seeds(config, arms[other]) < _seeds(config, arm):
-                yield f"{where}: {other} must have 1 seed or at least as many as {name}"
-        if arm.average and (arm.set or arm.teachers):
-            yield f"{where}: must have average alone, with nothing to train, or no average"
-        transform = arm.target_transform
-        if transform in ("permuted", "confidence") and not arm.teachers:
-            yield f"{where}.teacher must be given with target_transform {transform}"
-        if transform == "virtual" and arm.teachers:
-            yield (
-                f"{where}.teacher must not be given with target_transform virtual, "
-                f"got {arm.teacher!r}"
-            )
-        for key in arm.set:
-            data = key.startswith("data.") and key not in FREE
-            if data or key.split(".")[0] not in ("data", "model", "train", "distill"):
-                known = f"model, train, distill or of {', '.join(FREE)}"
-                yield f"{where}.set: must be keys of {known}, got {key}"
-        try:
-            config.at(arm.set)
-        except ConfigError as error:
-            yield from (f"{where}.set: {line}" for line in str(error).splitlines())
-        before.append(name)
-    for number, compared in enumerate(config.study.compare):
-        for name in filter(None, (compared.arm, compared.to, compared.reference)):
-            if name not in arms and not (name == MEMBERS and name == compared.reference):
-                yield f"study.compare.{number}: must name arms ({', '.join(arms)}), got {name!r}"
-
-
-def _seeds(config: Config, arm: ArmConfig) -> int:
-    return arm.seeds or config.confirm.seeds
-
-
-def trainings(config: Config) -> int:
-    """Return how many students are trained."""
-    return sum(_seeds(config, arm) for arm in config.study.arms.values() if not arm.average)
 
 
 def compare_arms(run: Run) -> StudySummary:
@@ -116,12 +41,6 @@ def compare_arms(run: Run) -> StudySummary:
         RunError: All trials of an arm failed.
     """
     return _Study(run).finish()
-
-
-def finished(folder: RunFolder) -> StudySummary | None:
-    """Return the summary of a run that has nothing left to do, else None."""
-    path = folder.path / "summary.json"
-    return load_row(StudySummary, path) if path.exists() else None
 
 
 class _Study:
@@ -148,17 +67,14 @@ class _Study:
         for names in self._waves():
             self._train(names, facts)
         summary = self._summary({name: self._measure(name) for name in self.configs})
-        save_row(run.folder.path / "summary.json", summary)
-        run.events(RunFinished(summary))
-        return summary
+        return run.finish(summary)
 
     def _waves(self) -> list[list[str]]:
         """Return the arms that can be trained side by side, one lot after the other."""
         depth: dict[str, int] = {}
         for name, arm in self.configs.items():
             if not arm.average:
-                taught = [depth.get(other, 0) for other in arm.teachers]
-                depth[name] = 1 + max(taught, default=0)
+                depth[name] = 1 + max((depth.get(t, 0) for t in arm.teachers), default=0)
         lots = sorted(set(depth.values()))
         return [[name for name in depth if depth[name] == lot] for lot in lots]
 
@@ -167,7 +83,7 @@ class _Study:
         run = self.run
         for name in names:
             arm, own = self.configs[name], run.config.at(self.configs[name].set)
-            seeds = confirm_seeds(run.config, _seeds(run.config, arm))
+            seeds = confirm_seeds(run.config, run.config.arm_seeds(arm))
             teachers = [self._teachers(arm, number) for number in range(len(seeds))]
             options = {} if arm.target_transform == "none" else {"transform": arm.target_transform}
             self.arms[name] = Arm(
@@ -190,7 +106,8 @@ class _Study:
                 title = f"caching teacher logits for {name}"
                 models = list(waiting.values())
                 run.cache_teacher_logits(models, title=title, config=own, facts=facts[name])
-        title = f"{', '.join(names)}: {count_trained(len(names))}"
+        side = "one arm" if len(names) == 1 else f"{len(names)} arms side by side"
+        title = f"{', '.join(names)}: {side}"
         found = run.replicate([self.arms[name] for name in names], title=title)
         self.trials |= dict(zip(names, found, strict=True))
 
@@ -209,7 +126,7 @@ class _Study:
 
     def _of_seed(self, name: str, number: int) -> list[TrialResult]:
         """Return an arm's trial of a seed, or that of its only seed; none if it failed."""
-        alone = _seeds(self.run.config, self.configs[name]) == 1
+        alone = self.run.config.arm_seeds(self.configs[name]) == 1
         return [trial for trial in self.trials[name] if alone or trial.trial == number]
 
     def _measure(self, name: str) -> list[ArmRun]:
@@ -242,7 +159,7 @@ class _Study:
         """Evaluate the ensemble of arms, seed by seed."""
         run, arm = self.run, self.configs[name]
         found, ensembles = [], []
-        for number, seed in enumerate(confirm_seeds(run.config, _seeds(run.config, arm))):
+        for number, seed in enumerate(confirm_seeds(run.config, run.config.arm_seeds(arm))):
             trials = [(other, t) for other in arm.average for t in self._of_seed(other, number)]
             if len(trials) == len(arm.average):
                 found.append((number, seed))
@@ -327,8 +244,3 @@ def _arm_result(name: str, runs: Sequence[ArmRun], metric: str) -> ArmResult:
             [row.all_biased.metric("test_errors") for row in unseen if row.all_biased]
         ),
     )
-
-
-def count_trained(arms: int) -> str:
-    """Return how many arms are trained side by side, in words."""
-    return "one arm" if arms == 1 else f"{count(arms, 'arm')} side by side"

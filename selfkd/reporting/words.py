@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Literal
 
 from selfkd.analysis.verdicts import (
+    count,
     count_seeds,
     describe_difference,
     format_difference,
     is_fraction,
     short,
 )
+from selfkd.config import Config
 from selfkd.reporting.read import Generation, Run
 from selfkd.results import Confirmation, EnsembleSummary, GenerationResult, Interval
 
@@ -216,6 +218,16 @@ def share_kept(value: float) -> str:
     '72.00 %'
     """
     return f"{value:.2%}".replace("%", " %")
+
+
+def describe_members(config: Config) -> str:
+    """Return the members of an ensemble in words, as a config says."""
+    members = config.members
+    trained = members.trained()
+    parts = [f"{count(trained, 'member')} on labels"] if trained else []
+    parts += [f"those of {run}" for run in members.runs]
+    parts += [f"{len(members.checkpoints)} from files"] if members.checkpoints else []
+    return ", ".join(parts)
 
 
 def describe_ensemble(summary: EnsembleSummary) -> list[str]:

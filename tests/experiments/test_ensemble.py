@@ -18,7 +18,7 @@ from scipy.special import softmax
 from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
-from selfkd.experiments.ensemble import compress, finished
+from selfkd.experiments.ensemble import compress
 from selfkd.experiments.members import find_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.models import make_model
@@ -151,7 +151,7 @@ def test_the_share_is_of_the_gain_over_labels_only(done: Done) -> None:
 
 def test_a_finished_run_is_not_done_again(done: Done) -> None:
     summary, folder, ear, _ = done
-    assert finished(folder) == summary == ear.of(RunFinished)[0].summary
+    assert folder.summary(EnsembleSummary) == summary == ear.of(RunFinished)[0].summary
     assert (folder.path / "student.safetensors").exists()
     assert load_tensors(folder.path / "student.safetensors")[1]["hash"] == summary.chosen.hash
 

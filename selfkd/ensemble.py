@@ -13,7 +13,7 @@ from selfkd.experiments.ensemble import compress
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import ensemble_table
-from selfkd.reporting.words import describe_ensemble, describe_members
+from selfkd.reporting.words import describe_ensemble, describe_members, short_metric
 from selfkd.results import EnsembleSummary
 
 
@@ -84,12 +84,13 @@ def _greet(config: Config) -> str:
 
 
 def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Told:
+    metric = folder.facts.metric
     return Told(
-        [ensemble_table(summary.rows)],
+        [ensemble_table(summary.rows, metric)],
         [
             *describe_ensemble(summary),
-            "test acc ± half of a 95 % interval over members or seeds; ms an image, of 1 and of "
-            "128 at once, on one thread.",
+            f"test {short_metric(metric)} ± half of a 95 % interval over members or seeds; ms an "
+            "item, of 1 and of 128 at once, on one thread.",
         ],
         [
             f"model:  {folder.path}/student.safetensors",

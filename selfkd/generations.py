@@ -23,6 +23,7 @@ from selfkd.errors import ConfigError
 from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import confirmation_table, own_metrics_table, printed_table
+from selfkd.reporting.words import form, short_metric
 from selfkd.results import GenerationResult, GenerationsSummary
 from selfkd.training.functions import function_reference
 
@@ -173,10 +174,10 @@ def _describe(
         tables = [own_metrics_table(results, metric)]
         said = f"{metric} is the best of {trials} trials, so it is optimistic."
     else:
-        tables = [printed_table(summary)]
+        tables = [printed_table(summary, folder.facts.metric)]
         said = (
-            f"val acc is the best of {trials} trials, so it is optimistic; the test "
-            "split was read once a generation, after the choice"
+            f"val {short_metric(folder.facts.metric)} is the best of {trials} trials, so it is "
+            "optimistic; the test split was read once a generation, after the choice"
         )
         said += ", and once for each model that confirms." if confirmed else "."
     if confirmed:
@@ -191,7 +192,7 @@ def _describe(
             *(verdict for row in confirmed[1:] or confirmed for verdict in row.verdicts),
             *(verdict for row in summary.controls for verdict in row.verdicts),
             *([summary.stopped] if summary.stopped else []),
-            _sparkline(summary, metric),
+            _sparkline(summary, metric, folder.facts.metric),
             said,
         ],
         [
@@ -201,18 +202,20 @@ def _describe(
     )
 
 
-def _sparkline(summary: GenerationsSummary, metric: str) -> str:
+def _sparkline(summary: GenerationsSummary, metric: str, compared_by: str) -> str:
     """Return a line of the generations' metric: of the fresh seeds where there are any."""
     results, confirmed = summary.generations, summary.confirmations
     if len(confirmed) == len(results):
         values = [row.mean.value for row in confirmed]
-        metric = confirmed[0].metric.replace("test_accuracy", "mean test accuracy")
+        metric = confirmed[0].metric
+        mean = "mean " if metric.startswith("test_") else ""
     else:
-        metric = "test_accuracy" if "test_accuracy" in results[0].metrics else metric
-        values = [row.metrics[metric] for row in results]
-    form = ".2%" if "accuracy" in metric else ".4g"
-    low, high = (format(end, form) for end in (min(values), max(values)))
-    return f"{metric.replace('_', ' ')} by generation:  {sparkline(values)}  ({low} to {high})"
+        metric = tested if (tested := f"test_{compared_by}") in results[0].metrics else metric
+        mean, values = "", [row.metrics[metric] for row in results]
+    low, high = (format(end, form(metric)) for end in (min(values), max(values)))
+    return (
+        f"{mean}{metric.replace('_', ' ')} by generation:  {sparkline(values)}  ({low} to {high})"
+    )
 
 
 _COMMAND = Command(

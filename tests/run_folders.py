@@ -149,6 +149,7 @@ def ensemble_run(path: Path, *, done: bool = True, seed: int = 0) -> Path:
     labels, distilled = (0.945, 0.951, 0.948), (0.957, 0.96, 0.962)
     of_labels, of_student = (_diagnostics(0.95, number, rolled, 10) for number in (0, 1))
     summary = EnsembleSummary(
+        verdict="no evidence that the student is better",
         rows=(
             _table_row("single member, mean of 3", 0.955, low=0.949, high=0.961),
             _table_row("best member on validation", 0.953),

@@ -187,6 +187,7 @@ def finished_run(folder: Path, command: str, summary: object) -> str:
 
 
 ENSEMBLE = EnsembleSummary(
+    verdict="no evidence that the student is better",
     rows=(
         TableRow(name="ensemble of 5, probabilities", ms_1=10.0, ms_128=1.0),
         TableRow(name="ensemble of 5, logits", ms_1=12.0, ms_128=2.0),

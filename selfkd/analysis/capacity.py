@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from selfkd.analysis.statistics import holm, mean_interval, paired_interval, paired_p
-from selfkd.analysis.verdicts import format_difference, short
+from selfkd.analysis.verdicts import Mode, format_difference, is_better, metric_format, short
 from selfkd.results import Evaluation, Interval, Seeds, Size
 
 SIGNIFICANT = 0.05
@@ -16,7 +16,12 @@ SIGNIFICANT = 0.05
 
 
 def compare_size(
-    labels: Sequence[Evaluation], distilled: Sequence[Evaluation], teacher: float, *, metric: str
+    labels: Sequence[Evaluation],
+    distilled: Sequence[Evaluation],
+    teacher: float,
+    *,
+    metric: str,
+    mode: Mode = "max",
 ) -> Size:
     """Return a size with its students from labels only and distilled, compared seed by seed.
 
@@ -25,7 +30,9 @@ def compare_size(
         distilled: Evaluated students on the same seeds in the same order.
         teacher: Metric of the teacher.
         metric: Name of the metric on test.
+        mode: Whether more of it is better, or less.
     """
+    sign = 1 if mode == "max" else -1
     alone, with_teacher = ([row.metrics[metric] for row in rows] for rows in (labels, distilled))
     return Size(
         value=0,
@@ -33,7 +40,7 @@ def compare_size(
         labels=_seeds(labels, alone),
         distilled=_seeds(distilled, with_teacher),
         difference=paired_interval(with_teacher, alone),
-        room=mean_interval([teacher - value for value in alone]),
+        room=mean_interval([sign * (teacher - value) for value in alone]),
         p=paired_p(with_teacher, alone),
     )
 
@@ -47,7 +54,7 @@ def _seeds(rows: Sequence[Evaluation], runs: Sequence[float]) -> Seeds:
     return Seeds(**vars(mean_interval(runs)), runs=tuple(runs), metrics=means)
 
 
-def judged(sizes: Sequence[Size]) -> list[Size]:
+def judged(sizes: Sequence[Size], *, mode: Mode = "max") -> list[Size]:
     """Return sizes with `p_holm` and `verdict`: helps, hurts, no evidence, or unknown.
 
     Tests are at 5 %, by Holm for all sizes together; the verdict on a single pair is unknown.
@@ -61,7 +68,7 @@ def judged(sizes: Sequence[Size]) -> list[Size]:
             continue
         p_holm, verdict = next(corrected), "no evidence"
         if p_holm <= SIGNIFICANT:
-            verdict = "helps" if size.difference.value > 0 else "hurts"
+            verdict = "helps" if (size.difference.value > 0) == (mode == "max") else "hurts"
         found.append(replace(size, p_holm=p_holm, verdict=verdict))
     return found
 
@@ -78,12 +85,20 @@ def mean_gain(sizes: Sequence[Size]) -> Interval | None:
     return mean_interval(np.mean(gains, axis=0).tolist())
 
 
-def describe_curve(sizes: Sequence[Size], gain: Interval | None) -> list[str]:
+def describe_curve(
+    sizes: Sequence[Size],
+    gain: Interval | None,
+    *,
+    metric: str = "test_accuracy",
+    mode: Mode = "max",
+) -> list[str]:
     """Return where distillation helps, its mean gain, and why it may not help elsewhere.
 
     Args:
         sizes: Sizes with their verdicts.
         gain: Mean gain over the sizes.
+        metric: Name of the metric on test.
+        mode: Whether more of it is better, or less.
 
     Returns:
         The verdict first, then further lines.
@@ -92,8 +107,10 @@ def describe_curve(sizes: Sequence[Size], gain: Interval | None) -> list[str]:
         return ["one seed: no interval, so no verdict on where distillation helps"]
     lines = [_verdict(sizes)]
     if gain is not None and gain.low is not None and gain.high is not None and len(sizes) > 1:
-        sure = "it helps" if gain.low > 0 else "it hurts" if gain.high < 0 else "no evidence"
-        lines.append(f"on average over the {len(sizes)} sizes: {format_difference(gain)}, {sure}")
+        worse = is_better(gain, mode="min" if mode == "max" else "max")
+        sure = "it helps" if is_better(gain, mode=mode) else "it hurts" if worse else "no evidence"
+        value = format_difference(gain, form=metric_format(metric))
+        lines.append(f"on average over the {len(sizes)} sizes: {value}, {sure}")
     unsure = [size for size in sizes if size.verdict == "no evidence"]
     alone = [size for size in unsure if size.p is not None and size.p <= SIGNIFICANT]
     large = [size for size in unsure if not _has_room(size)]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from selfkd.analysis.verdicts import count
 from selfkd.config import Config
-from selfkd.reporting.words import plus_minus
+from selfkd.reporting.words import plus_minus, value
 from selfkd.results import (
     Event,
     GenerationConfirmed,
@@ -178,15 +178,14 @@ class ProgressReporter:
         return self._sign * (own - best) > 0
 
     def _value(self, row: Measured) -> str:
-        value = row.metrics[self._metric]
-        if self._metric == "val_accuracy":
-            return f"val {value:.2%}"
-        return f"{self._metric} {value:.4g}"
+        name = "val" if self._metric == "val_accuracy" else self._metric
+        return f"{name} {value(row.metrics[self._metric], self._metric)}"
 
     def _say_generation(self, result: GenerationResult) -> None:
-        tested, agreement = result.metric("test_accuracy"), result.metric("agreement")
+        agreement = result.metric("agreement")
+        tested = next((name for name in result.metrics if name.startswith("test_")), "")
         parts = [f"generation {result.generation}: {self._value(result)}"]
-        parts += [f"test {tested:.2%}"] if tested is not None else []
+        parts += [f"test {value(result.metrics[tested], tested)}"] if tested else []
         parts += [f"teacher agreement {agreement:.2%}"] if agreement is not None else []
         self.say(", ".join(parts) + _setting(result.point))
         if len(result.models) < result.wanted_models:

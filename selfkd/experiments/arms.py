@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
-from selfkd.analysis.verdicts import count_seeds
+from selfkd.analysis.verdicts import Mode, count_seeds, describe_difference, metric_format
 from selfkd.config import Config, ModelConfig, to_tree
 from selfkd.config.space import Distribution, Points
 from selfkd.errors import ConfigError, RunError
@@ -119,6 +119,21 @@ class Run:
     events: Events
     function: str | None = None
     """Reference of a user's training function, `path/file.py:name`."""
+
+    @property
+    def metric(self) -> str:
+        """Metric that is reported: of the test split, or that of a user's training function."""
+        return self.config.search.metric if self.function else f"test_{self.folder.facts.metric}"
+
+    @property
+    def mode(self) -> Mode:
+        """Whether more of it is better, or less."""
+        return self.config.search.mode if self.function else self.folder.facts.mode
+
+    def compare(self, name: str, other: str, difference: Interval, pairs: str) -> str:
+        """Return a difference of the reported metric in words: the verdict on `name`."""
+        form = metric_format(self.metric)
+        return describe_difference(name, other, difference, pairs, mode=self.mode, form=form)
 
     # --- trials ---
 
@@ -335,11 +350,10 @@ class Run:
 
         A user's training function has no test split here: its own metric is the measure.
         """
-        chosen_by = self.config.search.metric
+        chosen_by, metric = self.config.search.metric, self.metric
         values: list[list[float]] = [[t.metrics[chosen_by] for t in rows] for rows in trials]
-        validation, metric = values, chosen_by
+        validation = values
         if self.function is None:
-            metric = f"test_{self.folder.facts.metric}"
             asked = [
                 Request(arm.model(self, trial))
                 for arm, rows in zip(arms, trials, strict=True)

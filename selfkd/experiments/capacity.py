@@ -138,7 +138,7 @@ def _measure(
     students: Sequence[_Student],
     trials: Sequence[Sequence[TrialResult]],
 ) -> CapacitySummary:
-    config, metric = run.config, f"test_{run.folder.facts.metric}"
+    config, metric, mode = run.config, run.metric, run.mode
     own_teachers = teachers.of(config)
     pairs: list[list[Pair]] = []
     for student, alone, distilled in zip(students, trials[::2], trials[1::2], strict=True):
@@ -159,14 +159,16 @@ def _measure(
         if of_size:
             labels = [by_hash[model.hash] for model, _ in of_size]
             from_teachers = [by_hash[model.hash] for _, model in of_size]
-            size = compare_size(labels, from_teachers, teacher.metrics[metric], metric=metric)
+            size = compare_size(
+                labels, from_teachers, teacher.metrics[metric], metric=metric, mode=mode
+            )
             trained = [(model, of_trials[model.hash]) for _, model in of_size]
             sizes.append(_size(run, student, size, trained, costs.pop(0)))
     if not sizes:
         raise RuntimeError("no pair of students could be trained on one seed")
-    sizes = judged(sizes)
+    sizes = judged(sizes, mode=mode)
     gain = mean_gain(sizes)
-    verdict, *others = describe_curve(sizes, gain)
+    verdict, *others = describe_curve(sizes, gain, metric=metric, mode=mode)
     return CapacitySummary(
         key=config.capacity.key,
         seeds=config.confirm.seeds,

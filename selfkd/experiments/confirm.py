@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from selfkd.analysis.verdicts import (
-    describe_difference,
     format_difference,
     format_mean,
     is_better,
@@ -127,7 +126,6 @@ def _confirmation(
     if not generation:
         verdict = f"{name}: {format_mean(measured.mean, len(measured.seeds), form=form)}"
         return Confirmation(**own, verdicts=(verdict,))
-    mode = "max" if run.function is None else run.config.search.mode
     previous, pairs = contrast(measured, before[-1])
     other, baseline = labels_only(run.folder, before)
     first, pairs_of_first = contrast(measured, baseline)
@@ -137,7 +135,7 @@ def _confirmation(
         (other, first, pairs_of_first),
     ):
         if found is not None:
-            verdicts[what] = describe_difference(name, what, found, of, mode=mode, form=form)
+            verdicts[what] = run.compare(name, what, found, of)
     told = tuple(verdicts.values()) or (f"{name} shares no seed with another",)
     return Confirmation(**own, first=first, previous=previous, verdicts=told)
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from selfkd.analysis.verdicts import describe_difference
 from selfkd.config import Config, Control
 from selfkd.config.space import Distribution
 from selfkd.experiments.arms import Arm, Request, Run, confirm_seeds, contrast, remove_students
@@ -109,9 +108,9 @@ def _row(
     first, pairs_of_first = contrast(measured, baseline)
     verdicts = []
     if born_again is not None:
-        verdicts.append(describe_difference("generation 1", title, born_again, pairs))
+        verdicts.append(run.compare("generation 1", title, born_again, pairs))
     if first is not None:
-        verdicts.append(describe_difference(title, other, first, pairs_of_first))
+        verdicts.append(run.compare(title, other, first, pairs_of_first))
     return ControlResult(
         **vars(measured),
         name=name,
@@ -144,14 +143,14 @@ def _seeds(run: Run, results: Sequence[GenerationResult]) -> ControlResult:
     items = f"{found['items']:,} test {run.folder.facts.unit}"
     against = last.reversed()
     verdicts = (
-        describe_difference(f"the ensemble of {count} generations", f"the {title}", against, items),
-        describe_difference(f"the {title}", "generation 0", first, items),
+        run.compare(f"the ensemble of {count} generations", f"the {title}", against, items),
+        run.compare(f"the {title}", "generation 0", first, items),
     )
     return ControlResult(
         name="seeds",
         title=title,
         seeds=(),
-        metric=f"test_{run.folder.facts.metric}",
+        metric=run.metric,
         values=(mean.value,),
         mean=mean,
         first=first,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from selfkd.analysis.statistics import mean_interval, ratio_interval
+from selfkd.analysis.verdicts import count_seeds
 from selfkd.config import Source
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import Teachers, make_teachers
@@ -95,7 +96,7 @@ def _measure(
     run: Run, teachers: Teachers, best: TrialResult, pairs: Sequence[Pair]
 ) -> EnsembleSummary:
     """Evaluate members, ensembles and students on the test split, and time them."""
-    config, metric = run.config.at(best.point), f"test_{run.folder.facts.metric}"
+    config, metric = run.config.at(best.point), run.metric
     own_teachers, average = teachers.of(config), config.distill.average
     members = teachers.sources["members"]
     labels, students = zip(*pairs, strict=True)
@@ -125,6 +126,8 @@ def _measure(
         b.metrics[metric] - a.metrics[metric] for a, b in zip(of_labels, of_students, strict=True)
     ]
     room = [teacher.metrics[metric] - row.metrics[metric] for row in of_labels]
+    gain = mean_interval(gained)
+    on = f"{metric.replace('_', ' ')}, {count_seeds(len(pairs))}"
     return EnsembleSummary(
         rows=tuple(replace(row, **own) for (row, _), own in zip(rows, costs, strict=True)),
         teacher=teachers.row(config, teacher, cost),
@@ -138,7 +141,8 @@ def _measure(
         ),
         trials=config.search.trials,
         seeds=len(pairs) if config.confirm.seeds else 0,
-        gain=mean_interval(gained),
+        gain=gain,
+        verdict=run.compare("the student from its teacher", "the same from labels only", gain, on),
         share=ratio_interval(gained, room),
         diagnostics={
             "labels": of_labels[0].diagnostics,

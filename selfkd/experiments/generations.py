@@ -147,11 +147,12 @@ def _result(
 ) -> GenerationResult:
     """Return what is known of a generation's chosen trial."""
     best, distill = searched.best, config.at(searched.best.point).distill
-    shown = (config.search.metric, "val_accuracy", "val_nll")
     if evaluation is None:
         metrics, measured = best.metrics, Evaluation(hash=best.hash)
     else:
-        metrics = {k: v for k, v in best.metrics.items() if k in shown} | evaluation.metrics
+        chosen_by = config.search.metric
+        own = {k: v for k, v in best.metrics.items() if k.startswith("val_") or k == chosen_by}
+        metrics = own | evaluation.metrics
         measured = evaluation
     return GenerationResult(
         generation=generation,

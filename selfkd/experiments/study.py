@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
-from selfkd.analysis.verdicts import count_seeds, describe_difference
+from selfkd.analysis.verdicts import count_seeds
 from selfkd.config import ArmConfig, ContrastConfig, DataConfig
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
@@ -177,7 +177,7 @@ class _Study:
 
     def _summary(self, measured: Mapping[str, Sequence[ArmRun]]) -> StudySummary:
         run, config = self.run, self.run.config
-        items, metric = run.folder.facts.items["test"], f"test_{run.folder.facts.metric}"
+        items, metric = run.folder.facts.items["test"], run.metric
         rows = {name: _arm_result(name, runs, metric) for name, runs in measured.items()}
         members, reference = None, {name: row.runs for name, row in rows.items()}
         if self.members:
@@ -210,7 +210,7 @@ class _Study:
         )
         difference = paired_interval(values, others)
         seeds = count_seeds(len(pairs))
-        verdict = describe_difference(asked.arm, asked.to, difference, seeds)
+        verdict = self.run.compare(asked.arm, asked.to, difference, seeds)
         share = None
         if asked.reference:
             ends = runs[asked.reference]

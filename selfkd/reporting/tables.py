@@ -109,33 +109,39 @@ def _ensemble_row(row: Evaluation) -> tuple[str, ...]:
     return ("ensemble of all", "", "", val, test, "", "", "", nll, ece, "")
 
 
-def _measures(row: Measured) -> tuple[str, str, str, str]:
-    """Return accuracy on validation and test, NLL and ECE."""
+def _measures(row: Measured, metric: str = "accuracy") -> tuple[str, str, str, str]:
+    """Return a metric on validation and test, NLL and ECE."""
     return (
-        words.percent(row.metric("val_accuracy")),
-        words.percent(row.metric("test_accuracy")),
+        words.value(row.metric(f"val_{metric}"), metric),
+        words.value(row.metric(f"test_{metric}"), metric),
         words.number(row.metric("test_nll")),
         words.number(row.metric("test_ece")),
     )
 
 
-def printed_table(summary: GenerationsSummary) -> Table:
-    """Return the table that `selfkd.generations` prints: a row a generation, then the ensemble."""
-    head = ("generation", "T", "alpha", "val acc", "test acc", "NLL", "ECE", "agreement", "seconds")
+def printed_table(summary: GenerationsSummary, metric: str = "accuracy") -> Table:
+    """Return the table that `selfkd.generations` prints: a row a generation, then the ensemble.
+
+    Args:
+        summary: Summary of the run.
+        metric: Metric that models are compared by, see `Facts.metric`.
+    """
+    short = words.short_metric(metric)
+    head = ("generation", "T", "alpha", f"val {short}", f"test {short}", "NLL", "ECE")
     rows = [
         (
             str(result.generation),
             words.number(result.temperature, ".2f"),
             words.number(result.alpha, ".2f"),
-            *_measures(result),
+            *_measures(result, metric),
             words.percent(result.metric("agreement")),
             f"{result.seconds:.1f}",
         )
         for result in summary.generations
     ]
     if summary.ensemble is not None:
-        rows.append(("ensemble", "", "", *_measures(summary.ensemble), "", ""))
-    return Table(head, tuple(rows), rules=(len(summary.generations),))
+        rows.append(("ensemble", "", "", *_measures(summary.ensemble, metric), "", ""))
+    return Table((*head, "agreement", "seconds"), tuple(rows), rules=(len(summary.generations),))
 
 
 def own_metrics_table(results: Sequence[GenerationResult], metric: str) -> Table:
@@ -159,7 +165,8 @@ def confirmation_table(summary: GenerationsSummary) -> Table:
     confirmed, controls = summary.confirmations, summary.controls
     metric = confirmed[0].metric
     seeds = count(max(len(row.seeds) for row in confirmed), "fresh seed")
-    title = metric.replace("test_accuracy", "test acc")
+    split, _, name = metric.partition("_")
+    title = f"test {words.short_metric(name)}" if split == "test" else metric
     head = (seeds, f"mean {title}", "vs generation 0", "vs previous", "McNemar")
     rows = [
         (
@@ -315,17 +322,24 @@ def members_table(run: Run) -> Table:
     return Table(("hash", "model", "val acc", "val NLL"), tuple(rows))
 
 
-def ensemble_table(rows: Sequence[TableRow]) -> Table:
-    """Return the table that `selfkd.ensemble` prints: quality and costs of teachers and student."""
-    head = ("model", "val acc", "test acc", "NLL", "ECE", "parameters", "ms, 1", "ms, 128")
+def ensemble_table(rows: Sequence[TableRow], metric: str = "accuracy") -> Table:
+    """Return the table that `selfkd.ensemble` prints: quality and costs of teachers and student.
+
+    Args:
+        rows: Rows of the summary.
+        metric: Metric that models are compared by, see `Facts.metric`.
+    """
+    short = words.short_metric(metric)
+    quality = (f"val {short}", f"test {short}", "NLL", "ECE")
+    head = ("model", *quality, "parameters", "ms, 1", "ms, 128")
     texts = []
     for row in rows:
-        val, test, nll, ece = _measures(row)
+        val, test, nll, ece = _measures(row, metric)
         if row.low is not None and row.high is not None:
-            test += f" ± {(row.high - row.low) / 2:.2%}"
+            test += f" ± {words.value((row.high - row.low) / 2, metric)}"
         costs = words.number(row.ms_1, ".3g"), words.number(row.ms_128, ".3g")
         texts.append((row.name, val, test, nll, ece, words.size(row.parameters), *costs))
-    note = "ms an image, of 1 and of 128 at once, on one thread."
+    note = "ms an item, of 1 and of 128 at once, on one thread."
     return Table(head, tuple(texts), note, rules=(len(texts) - 2,))
 
 

@@ -8,8 +8,6 @@ from typing import Literal
 
 from selfkd.analysis.verdicts import (
     count,
-    count_seeds,
-    describe_difference,
     format_difference,
     is_fraction,
     short,
@@ -31,6 +29,20 @@ def form(metric: str) -> str:
 def percent(value: float | None) -> str:
     """Return a fraction as a percentage; an empty text for None."""
     return "" if value is None else f"{value:.2%}"
+
+
+def value(value: float | None, metric: str) -> str:
+    """Return a value of a metric; an empty text for None."""
+    return "" if value is None else format(value, form(metric))
+
+
+def short_metric(metric: str) -> str:
+    """Return the name of a metric as a column has it.
+
+    >>> short_metric("accuracy"), short_metric("perplexity")
+    ('acc', 'perplexity')
+    """
+    return "acc" if metric == "accuracy" else metric
 
 
 def number(value: float | None, form: str = ".4f") -> str:
@@ -237,9 +249,7 @@ def describe_ensemble(summary: EnsembleSummary) -> list[str]:
         f"chosen of {summary.trials} trials on validation: T {chosen.temperature:.3g}, "
         f"alpha {chosen.alpha:.3g}, average of {chosen.average}"
     )
-    pairs = f"test accuracy, {count_seeds(max(1, summary.seeds))}"
-    student, labels = "the student from its teacher", "the same from labels only"
-    lines = [setting, describe_difference(student, labels, summary.gain, pairs)]
+    lines = [setting, summary.verdict]
     if share is None:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:

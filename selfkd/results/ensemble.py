@@ -83,6 +83,8 @@ class EnsembleSummary:
     trials: int
     seeds: int
     gain: Interval
+    """Paired difference of the student to the same from labels only."""
+    verdict: str
     share: Interval | None = None
     """Share of the teacher's gain that the student keeps."""
     diagnostics: dict[str, dict[str, Diagnostics]] = Field(default_factory=dict)

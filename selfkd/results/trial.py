@@ -31,6 +31,8 @@ class Facts:
     """Word for the items."""
     metric: str = "accuracy"
     """Metric that models are compared by, measured as val_<metric> and test_<metric>."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more of it is better, or less."""
     outputs: int = 0
     """Number of classes, or size of the vocabulary."""
     names: tuple[str, ...] = ()

@@ -25,6 +25,8 @@ class Task(Protocol):
     device: str
     fingerprint: str
     """Hash of the training data."""
+    evaluated: tuple[Split, ...]
+    """What every model is evaluated on: test, and validation where something is fitted on it."""
 
     # --- data and models ---
 

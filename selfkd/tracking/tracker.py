@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from selfkd.analysis.verdicts import count_seeds, describe_difference
 from selfkd.config import Config, to_tree
 from selfkd.errors import ConfigError
 from selfkd.results import (
@@ -286,8 +285,7 @@ class WandbTracker(NoTracker):
             run.do(_log({"row": number, **plain}))
         found = intervals({"gain": summary.gain, "share_kept": summary.share})
         found["student_test_accuracy"] = summary.rows[-1].metric("test_accuracy")
-        pairs = count_seeds(max(1, summary.seeds))
-        self._verdict = describe_difference("the student", "labels only", summary.gain, pairs)
+        self._verdict = summary.verdict
         run.do(_summarise({**found, "verdict": self._verdict}))
         run.do(_note(self._verdict))
         path = self._run_folder / STUDENT

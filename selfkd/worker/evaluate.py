@@ -41,8 +41,7 @@ def evaluate(
     """
     task = make_task(config)
     digest = task.digest(student)
-    both = predictions is not None or diagnose or task.config.data.classes
-    splits = SPLITS if both else SPLITS[1:]
+    splits = SPLITS if predictions is not None or diagnose else task.evaluated
     logits: dict[Split, Tensor] = {split: task.predict(student, split) for split in splits}
     if predictions is not None:
         by_name = {str(split): own for split, own in logits.items()}

@@ -154,7 +154,7 @@ def test_the_live_view_fits_its_terminal(width: int) -> None:
 def test_the_time_left_is_estimated_from_epochs() -> None:
     console = terminal(80)
     live(console)
-    assert re.search(r"running, 1 failed, \d+:\d\d left", "\n".join(frame(console)))
+    assert re.search(r"running, 1 failed, \d:\d\d:\d\d left", "\n".join(frame(console)))
 
 
 def test_no_color_leaves_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_the_sparkline_is_of_the_confirmation_where_there_is_one() -> None:
     bare = GenerationsSummary(generations=tuple(results))
     whole = replace(bare, confirmations=(confirmation(0), confirmation(1, 0.5)))
     line = "mean test accuracy by generation:  █▁  (50.00% to 95.93%)"
-    assert _sparkline(whole, "val_accuracy") == line
+    assert _sparkline(whole, "val_accuracy", "accuracy") == line
     line = "test accuracy by generation:  ▁█  (10.00% to 20.00%)"
     assert _sparkline(bare, "val_accuracy") == line
 
@@ -235,4 +235,4 @@ def test_a_sparkline_of_a_metric_that_is_no_accuracy() -> None:
     summary = GenerationsSummary(
         generations=(replace(RESULT, metrics={"loss": 9.0}),), confirmations=(loss,)
     )
-    assert _sparkline(summary, "loss") == "loss by generation:  ▄  (4.5 to 4.5)"
+    assert _sparkline(summary, "loss", "accuracy") == "loss by generation:  ▄  (4.5 to 4.5)"

@@ -34,7 +34,7 @@ from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path
 from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
-from selfkd.tasks.task import Split
+from selfkd.tasks.task import SPLITS, Split
 from selfkd.training.fit import make_optimizer, predict
 from selfkd.training.trial import Trial
 
@@ -78,6 +78,8 @@ class ImageTask:
             )
         self.data = _load_data(self.config.data, self.config.seed, self.device)
         self.fingerprint = self.data.fingerprint
+        # the bias of classes without training images is fitted on validation
+        self.evaluated: tuple[Split, ...] = SPLITS if self.config.data.classes else SPLITS[1:]
         self.views = _views(self.config.data, self.config.seed)
         top_k = self.config.targets.top_k
         if top_k is not None and top_k >= self.data.num_classes:

@@ -320,6 +320,11 @@ class _Reader:
         }
         members = self._row(Members, "members/result.json")
         summary = self._row(EnsembleSummary, "summary.json")
+        if summary is not None and not summary.rows:
+            self._problems.append(
+                f"{self._path / 'summary.json'} is damaged: rows must not be empty"
+            )
+            summary = None
         return {
             "stages": stages,
             "students": tuple(self._students(summary)),

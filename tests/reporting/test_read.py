@@ -124,6 +124,14 @@ def test_damaged_diagnostics_leave_the_result(tmp_path: Path) -> None:
     assert not run.generations[1].diagnostics
 
 
+def test_the_summary_of_an_ensemble_has_rows(tmp_path: Path) -> None:
+    path = ensemble_run(tmp_path / "run")
+    change(path / "summary.json", rows=[])
+    run = read_run(path)
+    assert run.problems == (f"{path / 'summary.json'} is damaged: rows must not be empty",)
+    assert run.ensemble_summary is None
+
+
 def test_a_confirmation_has_as_many_values_as_seeds(tmp_path: Path) -> None:
     path = generations_run(tmp_path / "run")
     change(path / "generation_001" / "confirmation.json", values=[0.9, 0.95])

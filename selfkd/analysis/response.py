@@ -195,7 +195,7 @@ def fit_response(
     axes = [np.linspace(0, 1, SIDE) if there else inputs[:1, k] for k, there in enumerate(searched)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
     center, scale = float(table[:, 2].mean()), float(table[:, 2].std(ddof=1))
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):  # threads of matrices this small cost ten times what they save
         average = _average(inputs, (table[:, 2] - center) / scale, grid, searched, seed)

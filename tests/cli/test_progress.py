@@ -227,7 +227,7 @@ def test_the_sparkline_is_of_the_confirmation_where_there_is_one() -> None:
     line = "mean test accuracy by generation:  █▁  (50.00% to 95.93%)"
     assert _sparkline(whole, "val_accuracy", "accuracy") == line
     line = "test accuracy by generation:  ▁█  (10.00% to 20.00%)"
-    assert _sparkline(bare, "val_accuracy") == line
+    assert _sparkline(bare, "val_accuracy", "accuracy") == line
 
 
 def test_a_sparkline_of_a_metric_that_is_no_accuracy() -> None:

@@ -98,13 +98,13 @@ class Comparison(NamedTuple):
     closed_mse: float
     """`test_mse` of the closed form."""
     fitted: Array
-    """What the saved student answers to the training points."""
+    """Predictions of the saved student for the training points."""
     difference: float
     """Between student and closed form, the largest on training and test points."""
 
 
 def closed_form(c: float, generation: int) -> tuple[Array, Array]:
-    """Return what a generation answers to the training and to the test points."""
+    """Return a generation's predictions for the training and the test points."""
     points, values = make_data(TRAIN, seed=0)
     eigenvalues, vectors = np.linalg.eigh(gram(points, points).numpy())
     shrinking = eigenvalues / (eigenvalues + c)
@@ -119,14 +119,14 @@ def compare(run: Path) -> list[Comparison]:
     points, _ = make_data(TRAIN, seed=0)
     student, rows = Ridge(points), []
     for result in folder.results():
-        student.load_state_dict(load_tensors(folder.path / result["models"][0]["checkpoint"])[0])
+        student.load_state_dict(load_tensors(folder.path / result.models[0].checkpoint)[0])
         with torch.no_grad():
             fitted, tested = (student(inputs)[:, 0].numpy() for inputs in (points, TEST))
-        closed, closed_tested = closed_form(config.params["c"], result["generation"])
+        closed, closed_tested = closed_form(config.params["c"], result.generation)
         rows.append(
             Comparison(
-                val_mse=result["val_mse"],
-                test_mse=result["test_mse"],
+                val_mse=result.metrics["val_mse"],
+                test_mse=result.metrics["test_mse"],
                 closed_mse=float(np.square(closed_tested - truth(TEST).numpy()[:, 0]).mean()),
                 fitted=fitted,
                 difference=float(np.abs([*(fitted - closed), *(tested - closed_tested)]).max()),

@@ -6,29 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
+from engine import make_run
 
 from selfkd.config import load_config
-from selfkd.execution.jobs import InProcess
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.training.functions import load_function
-from selfkd.worker.jobs import run_job
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "anchors" / "a17_ridge.py"
 CONFIG = ROOT / "tune_configs" / "anchors" / "a17_ridge.yaml"
 REFERENCE = f"{EXAMPLE}:train_ridge"
-
-
-class Ear:
-    """A listener that hears nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +30,7 @@ def anchor() -> ModuleType:
 def in_process(folder: Path, *settings: str) -> Path:
     config = load_config(CONFIG, settings=list(settings))
     run = RunFolder.create(folder / "run", config)
-    born_again(config, run, InProcess(run_job), Ear(), function=REFERENCE)
+    born_again(make_run(config, run, function=REFERENCE))
     return run.path
 
 

@@ -230,9 +230,9 @@ def test_a_run_lives_in_a_bucket(bucket: dict[str, str], tmp_path: Path) -> None
     assert f"--resume s3://{BUCKET}/runs/a --rounds 2" in printed
     folder = as_path(f"s3://{BUCKET}/runs/a")
     results = RunFolder(folder).results()
-    assert [result["generation"] for result in results] == [0, 1]
+    assert [result.generation for result in results] == [0, 1]
     _, facts = load_tensors(folder / "generation_001" / "student.safetensors")
-    assert facts["hash"] == results[1]["hash"]
+    assert facts["hash"] == results[1].hash
     assert json.loads((folder / "summary.json").read_text())["ensemble"]["test_accuracy"] > 0
     assert list((folder / "wandb").rglob("run-*.wandb"))
     assert not (folder / "lock.json").exists()

@@ -9,6 +9,8 @@ import signal
 import tempfile
 from pathlib import Path
 
+import psutil
+
 # a script's background job ignores Ctrl-C, and so would all processes that tests start and stop
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # before ray or wandb is imported: workers and sub-processes inherit it
@@ -26,3 +28,19 @@ os.environ["NETRC"] = os.devnull
 os.environ["PYTHONPATH"] = os.pathsep.join(  # of workers: the jobs that tests give them
     [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+
+def pytest_sessionfinish() -> None:
+    """End what drivers that tests have killed left behind, such as Ray's log monitor."""
+    left = [process for process in psutil.process_iter() if _is_ours(process)]
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left)
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        folder = process.environ().get("RAY_TMPDIR")
+    except psutil.Error:
+        return False
+    return folder == os.environ["RAY_TMPDIR"] and process.pid != os.getpid()

@@ -154,6 +154,7 @@ def test_check_gives_the_facts(jobs):
             "items": {"train": 200, "val": 400, "test": 1197},
             "unit": "images",
             "metric": "accuracy",
+            "mode": "max",
             "outputs": 10,
             "names": list("0123456789"),
             "views": 8,

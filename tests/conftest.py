@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import psutil
+import pytest
 
 # a script's background job ignores Ctrl-C, and so would all processes that tests start and stop
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,8 +31,22 @@ os.environ["PYTHONPATH"] = os.pathsep.join(  # of workers: the jobs that tests g
 )
 
 
-def pytest_sessionfinish() -> None:
+LONG = (  # first, so that none of them is left to one process at the end
+    *("test_generations", "test_submit", "test_group", "test_online", "test_lost_workers"),
+    *("test_killed_driver", "test_examples", "test_cluster", "test_nodes", "test_ensemble"),
+    *("test_capacity", "test_remote", "test_pool", "test_study", "test_tune_configs"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """End what drivers that tests have killed left behind, such as Ray's log monitor."""
+    if session.config.getoption("numprocesses", None):
+        return  # the controller runs no tests: its workers do, each with a folder of its own
     left = [process for process in psutil.process_iter() if _is_ours(process)]
     for process in left:
         process.kill()

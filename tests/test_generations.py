@@ -267,7 +267,11 @@ def test_resume_with_a_changed_config_says_what_differs(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["resources.gpu=1"], r"asked for 1 CPU and 1 GPU a trial, .* has \d+ CPU and 0 GPU"),
+        pytest.param(
+            ["resources.gpu=1"],
+            r"asked for 1 CPU and 1 GPU a trial, .* has \d+ CPU and 0 GPU",
+            marks=pytest.mark.slow,  # execution/test_cluster has it, and the next ends alike
+        ),
         pytest.param(
             ["resources.workers=999"],
             r"resources.workers must be at most \d+, .* got 999",
@@ -306,25 +310,7 @@ def test_import_needs_neither_ray_nor_wandb_nor_torch() -> None:
     assert printed.strip() == "[]"
 
 
-def test_a_relative_data_root_is_found_and_kept_absolute(tmp_path: Path) -> None:
-    """Workers have folders of their own: what the user names is relative to the user's."""
-    from PIL import Image
-
-    for split, count in (("train", 8), ("test", 3)):
-        for name, shade in (("dark", 40), ("light", 200)):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                Image.new("L", (8, 8), shade + number).save(folder / f"{number}.png")
-    settings = ["data.name=folder", "data.root=images", "search.trials=1", "train.epochs=1"]
-    settings += ["confirm.seeds=0", "tracking=none"]
-    done = run(tmp_path, "--rounds", "0", "--name", "a", settings=settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    config = (tmp_path / "runs" / "a" / "config.yaml").read_text()
-    assert f"root: {tmp_path / 'images'}" in config
-
-
-def test_a_damaged_ledger_is_one_message(
+def test_a_damaged_row_is_one_message(
     whole: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "copy"
@@ -334,6 +320,7 @@ def test_a_damaged_ledger_is_one_message(
     assert "generation_001/result.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # experiments/test_confirm and test_controls have it in one process
 def test_auto_stops_and_controls_are_added_to_a_finished_run(tmp_path: Path) -> None:
     """Two epochs are not enough for a gain: it stops; what is asked for later is done alone."""
     settings = [

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -64,31 +63,6 @@ def test_the_console_script_says_its_version(
     monkeypatch.setattr(sys, "argv", ["selfkd", "--version"])
     assert __main__.main() == 0
     assert capsys.readouterr().out == f"selfkd {selfkd.__version__}\n"
-
-
-USE = """
-import selfkd
-
-def train_fn(trial: object) -> None: ...
-
-results = selfkd.generations(train_fn, rounds=1)
-print(results[0].metrics, selfkd.run_study(name="a").arms[0].mean.value)
-print(results[0], selfkd.__version__, selfkd.run_generations(train_fn, rounds=1))
-selfkd.generations(rounds="many")
-"""
-
-
-def test_generations_can_be_called_in_the_eyes_of_mypy(tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
-    (tmp_path / "use.py").write_text(USE)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "use.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    faults = [line for line in done.stdout.splitlines() if line.startswith("use.py")]
-    assert [line.split(": ")[0] for line in faults] == ["use.py:9"] * len(faults) != []
 
 
 def test_it_is_a_function_with_a_signature() -> None:

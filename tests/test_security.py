@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def test_no_secret_is_written_or_printed(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rb"dashboard at \S*http://127\.0\.0\.1:", done.stderr), done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert any(path.suffix == ".wandb" for path in files)
     assert any(path.suffix == ".safetensors" for path in files)

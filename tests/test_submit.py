@@ -268,6 +268,7 @@ def test_a_job_that_was_only_just_submitted_can_be_stopped(
     assert "Job 'early' was stopped" in run(status, tmp_path, head.env()).stdout
 
 
+@pytest.mark.slow  # the job is that of `selfkd.submit`, by another client
 def test_rays_own_job_command_does_the_same(head: Head, tmp_path: Path) -> None:
     """With a working directory, and a training function in it that imports what lies beside it."""
     folder = tmp_path / "project"

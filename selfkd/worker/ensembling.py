@@ -16,7 +16,7 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 
-TIMED_SECONDS = 0.5
+TIMED_SECONDS = 0.2
 
 
 def import_checkpoint(config: Tree, save: str, source: Tree | None = None) -> Iterator[Row]:

@@ -5,9 +5,9 @@
     python tests/benchmarks/ensemble.py memory
 
 Student 2x800, ten members 2x1200, one thread. The ways of `epoch` take turns, a piece of an epoch
-each; its ratios are of the sums. Of `search` the labels-only trials and the taught ones run one
-after the other in the same warm pool, and the labelling counts. The networks are not trained: what
-they answer does not change what asking them costs.
+each; its ratios are of the sums. Of `search` the labels-only trials and the distilled ones run one
+after the other in the same warm pool, and the caching counts. The networks are not trained: what
+they predict does not change what it costs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from selfkd.data import Data, load_data
 from selfkd.execution.jobs import Batch, Job
 from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.soft_targets.store import open_store, write_shard
-from selfkd.tasks.images.task import Bench
+from selfkd.tasks.images.task import ImageTask
 
 MEMBERS = 10
 BATCH = 128
@@ -43,7 +43,7 @@ def make_mlp(width: int, seed: int) -> nn.Module:
 
 
 class Mean(nn.Module):
-    """The ensemble as one teacher: what timm's task is given, and asks at every step."""
+    """The ensemble as one teacher: what timm's task is given, and runs at every step."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -91,8 +91,8 @@ def make_steps(data: Data, root: Path) -> dict[str, Step]:
     task.train()
     ways = {
         "labels only": Distiller(),
-        "stored, probabilities": Distiller(targets=probabilities),
-        "stored, logits": Distiller(targets=logits, average="logits"),
+        "cached, probabilities": Distiller(targets=probabilities),
+        "cached, logits": Distiller(targets=logits, average="logits"),
         "live, selfkd": Distiller(Ensemble(members)),
     }
     steps = {name: make_step(distiller) for name, distiller in ways.items()}
@@ -157,7 +157,7 @@ def epoch(data: Data, rounds: int, steps: int) -> None:
 
 
 def search(root: str, epochs: int, trials: int) -> None:
-    from selfkd.execution.cluster import connect
+    from selfkd.execution.cluster import connect, find_slots
     from selfkd.execution.pool import Pool
 
     settings = [
@@ -169,45 +169,47 @@ def search(root: str, epochs: int, trials: int) -> None:
     tree = to_tree(load_config(settings=settings))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench = Bench(tree)
+        task = ImageTask(tree)
         wide = ModelConfig(name="selfkd_mlp", args={"width": 1200, "depth": 2})
         teachers = []
         for number in range(MEMBERS):
             path = folder / f"{number}.safetensors"
-            mark = bench.save(path, make_mlp(1200, number), wide, {})
-            teachers.append({"hash": mark, "checkpoint": str(path)})
-        shards = -(-len(bench.data.train) // bench.config.targets.shard_size)
+            digest = task.save(path, make_mlp(1200, number), wide, {})
+            teachers.append({"hash": digest, "checkpoint": str(path)})
+        shards = -(-len(task.data.train) // task.config.targets.shard_size)
         place = {"targets": str(folder), "run": str(folder), "view": 0, "config": tree}
-        label = [
-            Job("label", {**place, "checkpoint": teacher["checkpoint"], "shard": shard})
+        cache = [
+            Job(
+                "cache_teacher_logits",
+                {**place, "checkpoint": teacher["checkpoint"], "shard": shard},
+            )
             for teacher in teachers
             for shard in range(shards)
         ]
 
-        def train(taught: bool) -> list[Job]:
+        def train(distilled: bool) -> list[Job]:
             common = {"config": tree, "model": tree["model"], "targets": str(folder)}
-            own = {"stage": "student", "teachers": teachers if taught else []}
+            own = {"stage": "student", "teachers": teachers if distilled else []}
             return [
                 Job(
                     "train",
-                    {**common, **own, "seed": n, "student": str(folder / f"{taught}-{n}.st")},
+                    {**common, **own, "seed": n, "student": str(folder / f"{distilled}-{n}.st")},
                 )
                 for n in range(trials)
             ]
 
-        with (
-            connect(cpu=1, gpu=0, storage=folder) as slots,
-            Pool("selfkd.worker.jobs:run_job", cpu=1, gpu=0, warm=slots) as pool,
-        ):
-            timed(pool, [Job("check", {"config": tree})] * slots)  # imports, data
-            labels = timed(pool, train(taught=False))
-            labelling = timed(pool, label)
-            taught = timed(pool, train(taught=True))
+        with connect() as joined:
+            slots = find_slots(cpu=1, gpu=0, storage=folder, joined=joined, say=print)
+            with Pool("selfkd.worker.jobs:run_job", cpu=1, gpu=0, warm=slots) as pool:
+                timed(pool, [Job("check", {"config": tree}) for _ in range(slots)])  # imports, data
+                labels = timed(pool, train(distilled=False))
+                caching = timed(pool, cache)
+                distilled = timed(pool, train(distilled=True))
     print(f"{trials} trials of {epochs} epochs, {slots} at a time, {MEMBERS} members 2x1200")
     print(f"  labels only            {labels:7.1f} s")
-    print(f"  labelling              {labelling:7.1f} s")
-    print(f"  taught                 {taught:7.1f} s")
-    print(f"  labelling and taught   {(labelling + taught) / labels:7.2f} of labels only")
+    print(f"  caching                {caching:7.1f} s")
+    print(f"  distilled              {distilled:7.1f} s")
+    print(f"  caching and distilled  {(caching + distilled) / labels:7.2f} of labels only")
 
 
 def timed(pool: object, jobs: list[Job]) -> float:

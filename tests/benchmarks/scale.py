@@ -2,9 +2,9 @@
 
     python tests/benchmarks/scale.py [--slots 1,2,4,8,16,32,64] [--trials 64] [--generations 5]
 
-Everything of the driver is the real one: the born-again loop, the ledger, the search, the pool. A
+Everything of the driver is the real one: the born-again loop, the rows, the search, the pool. A
 trial sleeps for a duration drawn from its seed, between half and one and a half times the mean, and
-reports twenty epochs; labelling and measuring take no time. A node has at most 8 GPUs.
+reports twenty epochs; caching and evaluating take no time. A node has at most 8 GPUs.
 
 What no scheduler can avoid is taken out: a generation ends with its last trial, so slots stand
 empty near its end. It is what FIFO list scheduling of the same durations leaves empty. Starting the
@@ -42,7 +42,7 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             time.sleep(0.2)
         yield {"epoch": 1}
     elif kind == "check":
-        yield {"facts": {"images": {"train": 100}, "views": 1}}
+        yield {"facts": {"items": {"train": 100, "test": 100}}}
     elif kind == "train":
         begin = time.time()
         seconds = duration(payload["seed"], payload["config"]["params"]["mean"])
@@ -51,10 +51,11 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             row = {"epoch": epoch, "val_accuracy": 0.5, "val_nll": 1.0, "seconds": seconds}
             yield {**row, "begin": begin, "end": time.time()}
         yield {**row, "hash": str(payload["seed"]), "begin": begin, "end": time.time()}
-    elif kind == "label":
+    elif kind == "cache_teacher_logits":
         yield {"state": "written"}
-    elif kind == "score":
-        yield {"test_accuracy": 0.5, "test_nll": 1.0, "test_ece": 0.1}
+    elif kind in ("evaluate", "average"):
+        row = {"hash": "a", "test_accuracy": 0.5, "test_nll": 1.0, "test_ece": 0.1}
+        yield row if kind == "evaluate" else {"rows": [row]}
 
 
 def list_schedule(durations: Sequence[float], slots: int) -> float:
@@ -81,10 +82,11 @@ class Watch:
         times = self._process.cpu_times()
         return times.user + times.system
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
+    def __call__(self, event: object) -> None:
+        from selfkd.results import GenerationFinished
 
-    def generation_finished(self, result: Mapping[str, Any]) -> None:
+        if not isinstance(event, GenerationFinished):
+            return
         self.walls.append(time.perf_counter() - self._begin)
         self.memory.append(self._process.memory_info().rss / 2**20)
         self.cpu.append(self._cpu())
@@ -96,14 +98,15 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
     import scipy.stats  # noqa: F401 - the command, too, imports it while Ray starts
     from ray.cluster_utils import Cluster
 
-    from selfkd.cli.command import everyone
-    from selfkd.cli.progress import Follower
+    from selfkd.cli.progress import ProgressReporter
     from selfkd.cli.terminal import make_console
     from selfkd.config import load_config
     from selfkd.execution.jobs import Batch, Job
     from selfkd.execution.pool import Pool
+    from selfkd.experiments.arms import Run
     from selfkd.experiments.generations import born_again
     from selfkd.experiments.run_folder import RunFolder
+    from selfkd.results import Event
     from selfkd.storage.files import load_json
 
     start = time.perf_counter()
@@ -121,6 +124,7 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
             f"rounds={generations - 1}",
             f"params.mean={mean}",
             f"train.epochs={EPOCHS}",
+            "confirm.seeds=0",
         ]
     )
     with tempfile.TemporaryDirectory() as name, open(os.devnull, "w") as nowhere:
@@ -134,12 +138,19 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
             watch = Watch()
             console = make_console()
             console.file = nowhere
-            with Follower(console, metric="val_accuracy", mode="max") as follower:
-                born_again(config, folder, pool, everyone(follower, watch))
+            with ProgressReporter(console, config) as progress:
+
+                def events(event: Event) -> None:
+                    progress(event)
+                    watch(event)
+
+                run = Run(config=config, folder=folder, executor=pool, events=events)
+                born_again(run)
         ideal = work = 0.0
         for generation in range(generations):
             rows = [
-                load_json(path) for path in sorted(folder.generation(generation).glob("*/*.json"))
+                load_json(path)
+                for path in sorted(folder.generation(generation).glob("trial_*/*.json"))
             ]
             rows.sort(key=lambda row: row["history"][-1]["begin"])
             seconds = [duration(row["seed"], mean) for row in rows]

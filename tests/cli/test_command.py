@@ -103,6 +103,14 @@ def test_a_run_that_is_terminated_before_ray_is_up_can_be_continued(
     assert f"python -m selfkd.generations --resume {terminated}" in capsys.readouterr().out
 
 
+def test_a_relative_data_root_is_kept_absolute(terminated: Path) -> None:
+    """Workers have folders of their own: what the user names is relative to the user's."""
+    settings = ["data.name=folder", "data.root=images", "tracking=none"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert generations.main(["--name", "a", *words]) == 130
+    assert f"root: {terminated.parents[1] / 'images'}\n" in (terminated / "config.yaml").read_text()
+
+
 def test_python_callers_get_an_interrupt_and_their_own_handler_back(
     terminated: Path,
 ) -> None:

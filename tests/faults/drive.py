@@ -123,8 +123,10 @@ class Driver:
 
 
 def serve() -> None:
+    # imported once for all forks
+
     import selfkd.experiments.generations
-    import selfkd.worker.jobs  # noqa: F401 - imported once for all forks
+    import selfkd.worker.jobs  # noqa: F401
 
     for line in sys.stdin:
         reads, writes = os.pipe()

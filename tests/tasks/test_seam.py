@@ -184,6 +184,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("jobs", "evaluate", "ensembling"):
         monkeypatch.setattr(f"selfkd.worker.{module}.make_task", make_task)
+    monkeypatch.setattr("selfkd.worker.ensembling.TIMED_SECONDS", 0.001)
 
 
 def start(tmp_path: Path, *settings: str) -> tuple[Config, RunFolder]:

@@ -510,6 +510,7 @@ def test_a_resumed_trial_reports_each_epoch_once(tmp_path: Path) -> None:
 # --- with Ray ---
 
 
+@pytest.mark.slow  # faults have it: the driver killed in one process, workers by the command
 def test_trials_of_a_killed_driver_resume(tmp_path: Path) -> None:
     """As if uninterrupted, and the epochs before the kill are not trained again."""
     settings = [

@@ -159,6 +159,7 @@ def test_check_gives_the_facts(jobs):
             "names": list("0123456789"),
             "views": 8,
             "parameters": {"model": 1210, "student": 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10},
+            "function": None,
         }
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, Options, Told, add_members, base_parser
+from selfkd.cli.command import Command, Description, Options, add_members, base_parser
 from selfkd.config import Config
 from selfkd.config.validate import check_capacity
 from selfkd.experiments.capacity import grow
@@ -105,7 +105,7 @@ def _greet(config: Config) -> str:
     )
 
 
-def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> Told:
+def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> Description:
     after = [
         f"models:  {folder.path}/students/*/trial_*/student.safetensors, the best distilled one of "
         "each size"
@@ -117,7 +117,7 @@ def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> To
         "these teachers and this test split; the verdict is a paired t test's at 5 %, by Holm for "
         f"the {len(summary.sizes)} sizes looked at."
     )
-    return Told([capacity_table(summary)], [summary.verdict, *summary.said, said], after)
+    return Description([capacity_table(summary)], [summary.verdict, *summary.said, said], after)
 
 
 _COMMAND = Command(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.cli.command import Command, Options, Told, add_members, base_parser
+from selfkd.cli.command import Command, Description, Options, add_members, base_parser
 from selfkd.config import Config
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.members import check_members
@@ -83,9 +83,9 @@ def _greet(config: Config) -> str:
     )
 
 
-def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Told:
+def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Description:
     metric = folder.facts.metric
-    return Told(
+    return Description(
         [ensemble_table(summary.rows, metric)],
         [
             *describe_ensemble(summary),

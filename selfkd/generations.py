@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
-from selfkd.cli.command import Command, Options, Told, base_parser
+from selfkd.cli.command import Command, Description, Options, base_parser
 from selfkd.cli.signals import inside_job
 from selfkd.config import Config
 from selfkd.errors import ConfigError
@@ -167,7 +167,7 @@ def _describe(
     summary: GenerationsSummary,
     *,
     command: Command[GenerationsSummary] | None = None,
-) -> Told:
+) -> Description:
     metric, trials = config.search.metric, config.search.trials
     confirmed, results = summary.confirmations, summary.generations
     if summary.ensemble is None:
@@ -186,7 +186,7 @@ def _describe(
             "\n± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
             f"{folder.facts.unit} (bootstrap). McNemar: exact p of a chosen model and its teacher."
         )
-    return Told(
+    return Description(
         tables,
         [
             *(verdict for row in confirmed[1:] or confirmed for verdict in row.verdicts),

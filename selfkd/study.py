@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, Options, Told, add_from, base_parser
+from selfkd.cli.command import Command, Description, Options, add_from, base_parser
 from selfkd.config import Config
 from selfkd.config.validate import check_study
 from selfkd.experiments.members import check_members
@@ -96,12 +96,12 @@ def _greet(config: Config) -> str:
     )
 
 
-def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Told:
+def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Description:
     said = (
         f"± is half of a 95 % interval over seeds (Student's t), on {summary.items:,} test "
         f"{folder.facts.unit}; differences are paired by seed, shares have Fieller's interval."
     )
-    return Told(
+    return Description(
         [study_table(summary)],
         [*map(_describe_contrast, summary.contrasts), said, *_describe_bias(summary)],
         [f"models:  {folder.path}/arms/*/trial_*/student.safetensors"],

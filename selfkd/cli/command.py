@@ -67,11 +67,11 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What is printed of a summary."""
+class Description:
+    """Summary of a run as a command prints it."""
 
     tables: Sequence[Table]
-    said: Sequence[str]
+    lines: Sequence[str]
     """Verdicts and what explains the tables."""
     after: Sequence[str] = ()
     """Where to look and what to type next."""
@@ -91,7 +91,7 @@ class Command(Generic[S]):
     """Returns the summary of a run that has nothing left to do."""
     work: Callable[[Run], S]
     """Does what is left, and returns the summary."""
-    describe: Callable[[Config, RunFolder, S], Told]
+    describe: Callable[[Config, RunFolder, S], Description]
     """Returns what is printed of a summary."""
     function: str | None = None
     """Reference of a user's training function."""
@@ -195,11 +195,11 @@ class Command(Generic[S]):
                 if options.resume is None:
                     _remove_if_empty(folder)
                 raise
-        told = self.describe(config, folder, summary)
-        for table in told.tables:
+        text = self.describe(config, folder, summary)
+        for table in text.tables:
             print_table(console, table)
         if not options.quiet:
-            console.print("\n".join([*told.said, *notes, *told.after]), soft_wrap=True)
+            console.print("\n".join([*text.lines, *notes, *text.after]), soft_wrap=True)
         return summary
 
     def _train(

@@ -167,8 +167,8 @@ class ProgressReporter:
                 self._best = trial
             if self._plain:
                 early = " (stopped early)" if trial.status == "stopped" else ""
-                told = f"{self._value(trial)}{_setting(trial.point)}"
-                self.say(f"{name}: {told}, {trial.train_seconds:.1f} s{early}")
+                result = f"{self._value(trial)}{_setting(trial.point)}"
+                self.say(f"{name}: {result}, {trial.train_seconds:.1f} s{early}")
         self._update()
 
     def _is_best(self, trial: TrialResult) -> bool:

@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 
 from selfkd.reporting.tables import Table
 
-LOG_WIDTH = 110  # where there is no terminal to ask
+LOG_WIDTH = 110  # where there is no terminal
 
 
 def make_console() -> Console:

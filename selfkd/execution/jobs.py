@@ -125,10 +125,13 @@ class Batch:
 
     Args:
         jobs: Jobs in their order.
+        done: Callback for the last row of each job that has not failed.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._waiting = list(reversed(jobs))
+    def __init__(
+        self, jobs: Sequence[Job], *, done: Callable[[Row], object] = lambda row: None
+    ) -> None:
+        self._waiting, self._done = list(reversed(jobs)), done
         self.outcomes: list[Outcome] = []
         """Outcomes in the order in which jobs ended."""
 
@@ -142,6 +145,8 @@ class Batch:
     def tell(self, outcome: Outcome) -> None:
         """Add the outcome."""
         self.outcomes.append(outcome)
+        if outcome.error is None:
+            self._done(outcome.row)
 
 
 def run_one(executor: Executor, kind: str, **payload: Any) -> Row:

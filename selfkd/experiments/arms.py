@@ -18,7 +18,7 @@ from selfkd.analysis.verdicts import Mode, count_seeds, describe_difference, met
 from selfkd.config import Config, ModelConfig, to_tree
 from selfkd.config.space import Distribution, Points
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, Outcome, run_one
+from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, run_one
 from selfkd.experiments.run_folder import RunFolder, student_file
 from selfkd.experiments.stages import Stage, make_proposer, run_stages, trial_seed
 from selfkd.results import (
@@ -214,9 +214,9 @@ class Run:
             )
         found = run_stages(self.executor, self.events, stages, title=title, each=each)
         done = [[trial for trial in rows if trial.status == "completed"] for rows in found]
-        asked = sum(len(stage.seeds) for stage in stages)
-        if failed := asked - sum(map(len, done)):
-            self.events(Message(f"{failed} of the {asked} trials of the {title} failed"))
+        wanted = sum(len(stage.seeds) for stage in stages)
+        if failed := wanted - sum(map(len, done)):
+            self.events(Message(f"{failed} of the {wanted} trials of the {title} failed"))
         return done
 
     def _payload(self, arm: Arm, number: int, point: Point) -> Row:
@@ -228,14 +228,14 @@ class Run:
             "config": to_tree(own),
             "point": point,
             "model": {"name": model.name, "args": model.args},
-            "teachers": self.located(arm.teachers(own, number)),
+            "teachers": self.rows(arm.teachers(own, number)),
             "targets": str(self.folder.targets(self.config)),
             **function,
             **arm.options(number),
         }
 
-    def located(self, models: Sequence[Model]) -> list[Row]:
-        """Return models with their checkpoints where a worker finds them."""
+    def rows(self, models: Sequence[Model]) -> list[Row]:
+        """Return models as a worker takes them, with absolute paths."""
         return [
             {
                 "hash": model.hash,
@@ -272,7 +272,7 @@ class Run:
         place = {"targets": str(self.folder.targets(config)), "run": str(self.folder.path)}
         parts = [
             {"checkpoint": teacher["checkpoint"], "view": view, "shard": shard, **place}
-            for teacher in self.located(teachers)
+            for teacher in self.rows(teachers)
             for view in range(facts.views)
             for shard in range(shards)
         ]
@@ -302,46 +302,44 @@ class Run:
                 waiting[request.model.hash] = request
         payloads = [self._request(request, keep=keep) for request in waiting.values()]
         rows = self.jobs(title, "evaluate", payloads) if payloads else []
-        for mark, row in zip(waiting, rows, strict=True):
-            found[mark] = from_row(Evaluation, row)
+        for digest, row in zip(waiting, rows, strict=True):
+            found[digest] = from_row(Evaluation, row)
             if keep:
-                save_row(self.folder.path / "predictions" / f"{mark}.json", found[mark])
+                save_row(self.folder.path / "predictions" / f"{digest}.json", found[digest])
         return [found[request.model.hash] for request in requests]
 
     def _request(self, request: Request, *, keep: bool) -> Row:
-        (model,) = self.located([request.model])
+        (model,) = self.rows([request.model])
         return {
             "config": to_tree(request.config or self.config),
             "student": model["checkpoint"],
             "predictions": self._predictions(model["hash"]) if keep else None,
-            "teachers": self.located(request.teachers),
+            "teachers": self.rows(request.teachers),
             "diagnose": request.diagnose,
         }
 
-    def _predictions(self, mark: str) -> str:
-        return str(self.folder.path / "predictions" / f"{mark}.safetensors")
+    def _predictions(self, digest: str) -> str:
+        return str(self.folder.path / "predictions" / f"{digest}.safetensors")
 
     def average(self, ensembles: Sequence[tuple[Sequence[Model], str]]) -> list[Evaluation]:
         """Evaluate averages of models that were evaluated and kept."""
-        asked = [
+        averages = [
             {"members": self.predicted(models), "average": average} for models, average in ensembles
         ]
-        rows = self.job("average", ensembles=asked)["rows"]
+        rows = self.job("average", ensembles=averages)["rows"]
         return [from_row(Evaluation, row) for row in rows]
 
     def predicted(self, models: Sequence[Model]) -> list[Row]:
         """Return models with the files of their logits."""
-        return [
-            {**row, "predictions": self._predictions(row["hash"])} for row in self.located(models)
-        ]
+        return [row | {"predictions": self._predictions(row["hash"])} for row in self.rows(models)]
 
     def time(self, models: Sequence[Sequence[Model]]) -> list[Row]:
         """Return parameters and milliseconds an item of models, or of several one after another."""
         self.events(TaskStarted("timing the predictions", 1))
-        asked = [[row["checkpoint"] for row in self.located(rows)] for rows in models]
-        distinct = [list(paths) for paths in dict.fromkeys(map(tuple, asked))]
+        paths = [[row["checkpoint"] for row in self.rows(rows)] for rows in models]
+        distinct = [list(each) for each in dict.fromkeys(map(tuple, paths))]
         rows = self.job("time", models=distinct, batches=list(BATCHES))["rows"]
-        return [rows[distinct.index(paths)] for paths in asked]
+        return [rows[distinct.index(each)] for each in paths]
 
     def measure(
         self, arms: Sequence[Arm], trials: Sequence[Sequence[TrialResult]], *, title: str
@@ -354,12 +352,12 @@ class Run:
         values: list[list[float]] = [[t.metrics[chosen_by] for t in rows] for rows in trials]
         validation = values
         if self.function is None:
-            asked = [
+            requests = [
                 Request(arm.model(self, trial))
                 for arm, rows in zip(arms, trials, strict=True)
                 for trial in rows
             ]
-            tested = iter(self.evaluate(asked, title=title, keep=False))
+            tested = iter(self.evaluate(requests, title=title, keep=False))
             values = [[next(tested).metrics[metric] for _ in rows] for rows in trials]
         return [
             Replicated(
@@ -410,25 +408,18 @@ class Run:
         jobs = [Job(kind, settings | payload) for payload in payloads]
         self.events(TaskStarted(title, len(jobs)))
         rows: dict[int, Row] = {}
+
+        def progressed(row: Row) -> None:
+            self.events(TaskProgressed(row.get("state")))
+
         for _ in range(ATTEMPTS):
-            batch = _Parts([job for job in jobs if id(job) not in rows], self.events)
+            batch = Batch([job for job in jobs if id(job) not in rows], done=progressed)
             self.executor.run(batch)
             rows |= {id(done.job): done.row for done in batch.outcomes if done.error is None}
             if len(rows) == len(jobs):
                 return [rows[id(job)] for job in jobs]
         errors = [outcome.error for outcome in batch.outcomes if outcome.error is not None]
         raise RunError(f"{title} failed: {errors[0]}")
-
-
-class _Parts(Batch):
-    def __init__(self, jobs: Sequence[Job], events: Events) -> None:
-        super().__init__(jobs)
-        self._events = events
-
-    def tell(self, outcome: Outcome) -> None:
-        super().tell(outcome)
-        if outcome.error is None:
-            self._events(TaskProgressed(outcome.row.get("state")))
 
 
 def confirm_seeds(config: Config, count: int | None = None) -> list[int]:

@@ -100,7 +100,7 @@ def _sizes(run: Run) -> list[tuple[int | float | str, int, str]]:
 def _student(
     run: Run, value: int | float | str, parameters: int, name: str, teachers: Teachers
 ) -> _Student:
-    """Return a size with its settings, which are searched on validation where that is asked for."""
+    """Return a size with its settings, searched on validation with `capacity.search`."""
     config, distill = run.config, run.config.distill
     size: Point = {config.capacity.key: value}
     fixed = dict(zip(DISTILL, (distill.temperature, distill.alpha), strict=True))

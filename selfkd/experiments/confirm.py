@@ -136,8 +136,8 @@ def _confirmation(
     ):
         if found is not None:
             verdicts[what] = run.compare(name, what, found, of)
-    told = tuple(verdicts.values()) or (f"{name} shares no seed with another",)
-    return Confirmation(**own, first=first, previous=previous, verdicts=told)
+    said = tuple(verdicts.values()) or (f"{name} shares no seed with another",)
+    return Confirmation(**own, first=first, previous=previous, verdicts=said)
 
 
 def stop_reason(config: Config, confirmations: Sequence[Confirmation]) -> str | None:
@@ -151,12 +151,12 @@ def stop_reason(config: Config, confirmations: Sequence[Confirmation]) -> str | 
     if len(last) < PATIENCE or any(is_better(gain, mode=mode) for gain, _ in last):
         return None
     generation = len(confirmations) - 1
-    told = [
+    gains = [
         f"generation {number} {format_difference(gain, form=metric_format(metric))}"
         for number, (gain, _) in enumerate(last, start=generation - PATIENCE + 1)
         if gain is not None
     ]
     return (
         f"stopped after generation {generation}: {PATIENCE} generations in a row without evidence "
-        f"of a gain over the one before ({metric}, {last[-1][1]}: {', '.join(told)})"
+        f"of a gain over the previous one ({metric}, {last[-1][1]}: {', '.join(gains)})"
     )

@@ -40,7 +40,7 @@ DISTILLED: tuple[Control, ...] = ("dkpp", "cwtm")  # from the teacher of generat
 def run_controls(
     run: Run, results: Sequence[GenerationResult], confirmations: Sequence[Confirmation]
 ) -> list[ControlResult]:
-    """Train and measure the controls that are asked for and not done yet; return all their rows.
+    """Train and measure the controls of the config that are not done yet; return all their rows.
 
     Raises:
         RunError: All trials of a stage failed.
@@ -135,8 +135,8 @@ def _seeds(run: Run, results: Sequence[GenerationResult]) -> ControlResult:
     members = [arm.model(run, trial) for trial in trials]
     run.evaluate([Request(model) for model in members], title="testing the seeds")
     born_again: list[Model] = [result.models[0] for result in results]
-    asked = [run.predicted(models) for models in (members, born_again[:1], born_again)]
-    found = run.job("contrast", ensembles=asked)
+    ensembles = [run.predicted(models) for models in (members, born_again[:1], born_again)]
+    found = run.job("contrast", ensembles=ensembles)
     mean = Interval(**found["values"][0])
     first, last = (Interval(**row) for row in found["differences"][1:])
     title = f"ensemble of {len(members)} seeds"

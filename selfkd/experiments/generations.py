@@ -60,7 +60,10 @@ def born_again(run: Run) -> GenerationsSummary:
         if config.rounds == "auto":
             confirm_generations(run, results)
     confirmations = confirm_generations(run, results)
-    ensemble = _ensemble(run, results)
+    ensemble = None
+    if run.function is None:  # whose models have no predictions
+        models = [result.models[0] for result in results]
+        (ensemble,) = run.average([(models, "probabilities")])
     baseline = baseline_row(run, confirmations)
     controls = run_controls(run, results, confirmations)
     return run.finish(
@@ -121,8 +124,8 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
     searched = run.search(arm, save=arm.folder / "student.safetensors", keep=kept, last=last)
     evaluation = None
     if run.function is None:
-        asked = Request(searched.models[0], teachers=teachers, diagnose=True)
-        (evaluation,) = run.evaluate([asked], title="testing the chosen model")
+        request = Request(searched.models[0], teachers=teachers, diagnose=True)
+        (evaluation,) = run.evaluate([request], title="testing the chosen model")
     result = _result(config, generation, searched, teachers, evaluation)
     result = replace(result, wanted_models=kept, seconds=time.perf_counter() - start)
     save_row(arm.folder / "result.json", result)
@@ -172,15 +175,3 @@ def _result(
         failed=sum(trial.status == "failed" for trial in searched.trials),
         train_seconds=sum(trial.train_seconds for trial in searched.trials),
     )
-
-
-def _ensemble(run: Run, results: Sequence[GenerationResult]) -> Evaluation | None:
-    """Evaluate the ensemble of all generations, the average of their probabilities.
-
-    Generations of a user's training function have no predictions, and no ensemble.
-    """
-    if run.function is not None:
-        return None
-    models = [result.models[0] for result in results]
-    (ensemble,) = run.average([(models, "probabilities")])
-    return ensemble

@@ -271,14 +271,14 @@ def _snapshots(run: Run, members: int) -> list[Model]:
 def _soup(run: Run, models: Sequence[Model], *, greedy: bool) -> list[Model]:
     """Return the mean of the weights of all members, or of those that make it no worse."""
     save = run.folder.path / "sources" / f"{'greedy_' if greedy else ''}soup.safetensors"
-    paths = [row["checkpoint"] for row in run.located(models)]
+    paths = [row["checkpoint"] for row in run.rows(models)]
     made = run.job("average_checkpoints", checkpoints=paths, save=str(save), greedy=greedy)
     return [Model(made["hash"], run.folder.relative(save))]
 
 
 def _weighted(run: Run, models: Sequence[Model]) -> list[Model]:
     """Return the members with weights that were fitted on validation."""
-    paths = [row["checkpoint"] for row in run.located(models)]
+    paths = [row["checkpoint"] for row in run.rows(models)]
     weights = run.job("fit_ensemble_weights", checkpoints=paths)["weights"]
     return [replace(m, weight=weight) for m, weight in zip(models, weights, strict=True)]
 

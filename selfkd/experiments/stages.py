@@ -130,12 +130,12 @@ class _Running:
     stage: Stage
     trial: Trial
     history: list[Epoch] = field(default_factory=list)
-    told: int = 0
-    """Last epoch that was an event: a trial whose worker died reports again what it had."""
+    reported: int = 0
+    """Last epoch that was an event: a trial whose worker died reports its epochs again."""
 
 
 class _Trials:
-    """The jobs of stages, one stage after the other: asks the proposers, writes the results."""
+    """The jobs of stages, one stage after the other; each result is written down."""
 
     def __init__(self, stages: Sequence[Stage], events: Events) -> None:
         self._events = events
@@ -179,8 +179,8 @@ class _Trials:
                 self._events(Message(f"{where}: {row['note']}"))
         epochs, history = [from_row(Epoch, row) for row in rows], running.history
         history[:] = [row for row in history if row.epoch < epochs[0].epoch] + epochs
-        if fresh := tuple(row for row in epochs if row.epoch > running.told):
-            running.told = fresh[-1].epoch
+        if fresh := tuple(row for row in epochs if row.epoch > running.reported):
+            running.reported = fresh[-1].epoch
             self._events(TrialProgressed(running.trial, fresh))
 
     def tell(self, outcome: Outcome) -> None:

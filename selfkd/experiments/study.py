@@ -187,34 +187,35 @@ class _Study:
             members = MembersRow(count=len(self.members), metrics=row.metrics, **cost)
             reference[MEMBERS] = (ArmRun(number=0, seed=0, metrics=members.metrics),)
         first, *others = config.study.arms
-        asked = config.study.compare or [ContrastConfig(arm=name, to=first) for name in others]
+        contrasts = config.study.compare or [ContrastConfig(arm=name, to=first) for name in others]
         return StudySummary(
             items=items,
             seeds=config.confirm.seeds,
             arms=tuple(rows.values()),
-            contrasts=tuple(self._contrast(each, reference, metric) for each in asked),
+            contrasts=tuple(self._contrast(each, reference, metric) for each in contrasts),
             members=members,
         )
 
     def _contrast(
-        self, asked: ContrastConfig, runs: Mapping[str, Sequence[ArmRun]], metric: str
+        self, contrast: ContrastConfig, runs: Mapping[str, Sequence[ArmRun]], metric: str
     ) -> ContrastResult:
         """Return the paired difference of two arms, and the fraction of a gap that it closes."""
-        asked_for: Any = vars(asked)
-        pairs = [(a, b) for a in runs[asked.arm] for b in runs[asked.to] if a.number == b.number]
+        names: Any = vars(contrast)
+        arm, other = runs[contrast.arm], runs[contrast.to]
+        pairs = [(a, b) for a in arm for b in other if a.number == b.number]
         if not pairs:
-            verdict = f"{asked.arm} and {asked.to} have no seed on which both were trained"
-            return ContrastResult(**asked_for, verdict=verdict)
+            verdict = f"{contrast.arm} and {contrast.to} have no seed on which both were trained"
+            return ContrastResult(**names, verdict=verdict)
         values, others = (
             [row.metrics[metric] for row in side] for side in zip(*pairs, strict=True)
         )
         difference = paired_interval(values, others)
         seeds = count_seeds(len(pairs))
-        verdict = self.run.compare(asked.arm, asked.to, difference, seeds)
+        verdict = self.run.compare(contrast.arm, contrast.to, difference, seeds)
         share = None
-        if asked.reference:
-            ends = runs[asked.reference]
-            alone = asked.reference == MEMBERS or len(ends) == 1
+        if contrast.reference:
+            ends = runs[contrast.reference]
+            alone = contrast.reference == MEMBERS or len(ends) == 1
             gaps = [
                 (a.metrics[metric] - b.metrics[metric], end.metrics[metric] - b.metrics[metric])
                 for a, b in pairs
@@ -222,7 +223,7 @@ class _Study:
                 if alone or end.number == a.number
             ]
             share = ratio_interval(*zip(*gaps, strict=True)) if gaps else None
-        return ContrastResult(**asked_for, difference=difference, share=share, verdict=verdict)
+        return ContrastResult(**names, difference=difference, share=share, verdict=verdict)
 
 
 def _arm_result(name: str, runs: Sequence[ArmRun], metric: str) -> ArmResult:

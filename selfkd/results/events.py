@@ -1,4 +1,4 @@
-"""What happens in a run: one union, which whoever follows it gets by a call."""
+"""Events of a run: one union, handed to one callback."""
 
 from __future__ import annotations
 
@@ -93,4 +93,4 @@ Event = (
     | Message
 )
 Events = Callable[[Event], None]
-"""Whoever follows a run gets its events by a call."""
+"""Callback for the events of a run."""

@@ -1,4 +1,4 @@
-"""What is learnt: one package a kind of data, behind one protocol."""
+"""Tasks: one package for each kind of data, behind one protocol."""
 
 from __future__ import annotations
 

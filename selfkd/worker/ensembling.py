@@ -1,4 +1,4 @@
-"""What a worker does with several trained models: import, average, weigh and time them."""
+"""What a worker does with several trained models: import, average, fit weights, time."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def evaluate(
     teachers: Sequence[Mapping[str, Any]] = (),
     diagnose: bool = False,
 ) -> Iterator[Row]:
-    """Evaluate a model on the test split, once, and on validation where that is asked for.
+    """Evaluate a model on the test split, once, and on validation where it is needed.
 
     Args:
         config: Config of its data.

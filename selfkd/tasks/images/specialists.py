@@ -20,7 +20,7 @@ def cluster_classes(probabilities: Tensor, *, clusters: int, seed: int) -> list[
 
     Each class is a point: its column of the covariance, over the rows, of the predictions. A
     cluster of one class has nothing to tell apart; it is merged where the sum of squares of
-    K-means grows least, so there may be fewer clusters than asked for.
+    K-means grows least, so there may be fewer clusters than `clusters`.
 
     The columns of a confident generalist are nearly orthogonal, and end in one large cluster. Give
     its probabilities at a raised temperature: in 100 synthetic classes of 10 or 20 groups, at T = 4
@@ -73,7 +73,7 @@ def cluster_classes(probabilities: Tensor, *, clusters: int, seed: int) -> list[
     if len(merged) < 2:
         raise ValueError(
             f"probabilities must fall into two clusters or more, got one of all {classes} classes: "
-            "raise their temperature, or ask for other clusters"
+            "raise their temperature, or choose other clusters"
         )
     return sorted(tuple(sorted(members)) for members in merged)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -279,31 +279,3 @@ def agreement(logits: Tensor, other: Tensor) -> float:
     1.0
     """
     return float((logits.argmax(dim=-1) == other.argmax(dim=-1)).float().mean())
-
-
-def ensemble_logits(
-    members: Tensor,
-    *,
-    average: Literal["probabilities", "logits"] = "probabilities",
-    weights: Sequence[float] | None = None,
-) -> Tensor:
-    """Return the logits of an ensemble: the log of the mean probabilities, or the mean logits.
-
-    Args:
-        members: Logits `[members, rows, classes]`.
-        average: Average of probabilities or of logits.
-        weights: Weights of the members, which sum to 1; equal ones when not given.
-
-    Returns:
-        Logits `[rows, classes]`.
-
-    >>> ensemble_logits(torch.zeros(3, 1, 2)).exp()
-    tensor([[0.5000, 0.5000]])
-    """
-    share = torch.full((len(members),), 1 / len(members))
-    if weights is not None:
-        share = torch.tensor(weights)
-    share = share[:, None, None]
-    if average == "logits":
-        return (members.float() * share).sum(dim=0)
-    return torch.logsumexp(members.float().log_softmax(dim=-1) + share.log(), dim=0)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.integrations.transformers_layers import resolve_layer_map, text_config
 from selfkd.integrations.transformers_layers import start_from_teacher as start_from_teacher
-from selfkd.losses.distillation import Average, check_settings
+from selfkd.losses import Average
+from selfkd.losses.distillation import check_settings
 from selfkd.losses.features import (
     Projection,
     attention_matrices,

@@ -1,8 +1,9 @@
 """Distillation losses as pure functions of tensors, all of which can be imported from here."""
 
+from selfkd.losses.averaging import Average as Average
+from selfkd.losses.averaging import ensemble_logits as ensemble_logits
 from selfkd.losses.contrast import ContrastiveMemory as ContrastiveMemory
 from selfkd.losses.contrast import crd_loss as crd_loss
-from selfkd.losses.distillation import Average as Average
 from selfkd.losses.distillation import DistillationTerms as DistillationTerms
 from selfkd.losses.distillation import distillation_loss as distillation_loss
 from selfkd.losses.distillation import distillation_terms as distillation_terms

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfkd.losses.fused import (
+from selfkd.losses.averaging import (
+    Average,
     Weights,
     average_logits,
-    fused_terms,
     mean_softmax,
     member_weights,
-    weighted_sum,
 )
-
-Average = Literal["probabilities", "logits"]
-"""How the members of an ensemble are averaged into one teacher: mean of softmax or of logits."""
+from selfkd.losses.fused import fused_terms, weighted_sum
 
 
 class DistillationTerms(NamedTuple):

@@ -12,20 +12,25 @@ of e (with the factor in 1 / T), because PyTorch computes them more than twice a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfkd.losses.averaging import (
+    Weights,
+    add_softmax,
+    average_logits,
+    exponents,
+    mean_softmax,
+    member_weights,
+)
+
 _CHUNK = 2**17
 """Elements of a chunk per thread; two arrays of that size are the extra memory. On a core with
 1 MiB of cache 2^15 and 2^16 are slower, and 2^18 is no faster."""
 _LN_2 = math.log(2)
-
-Weights = Sequence[float] | None
-"""Weights of an ensemble's members, with sum 1; None if all are equal."""
 
 _Scalar = TypeVar("_Scalar", float, Tensor)
 
@@ -133,12 +138,12 @@ def _losses_and_gradient(
         # in place, exponents become unnormalised probabilities; the totals normalise them
         here = work[:, : len(p_s)]
         p_t, p_1 = here[0], here[1]
-        _exponents(student.to(dtype), scale, out=p_s)
+        exponents(student.to(dtype), scale, out=p_s)
         if shares is None:
-            _exponents(average_logits(teacher, weights, dtype), scale, out=p_1)
+            exponents(average_logits(teacher, weights, dtype), scale, out=p_1)
             torch.sum(torch.exp2(p_1, out=p_t), -1, True, out=total_t)
         else:
-            _mix(teacher, shares, scale, work=here[1:], out=p_t)
+            add_softmax(teacher, shares, scale, work=here[1:], out=p_t)
             torch.log2(p_t, out=p_1)
             torch.mul(p_t[:, :1], 0, out=total_t).add_(1)  # NaN where a member's logits are
         torch.gather(p_s, 1, label, out=log_y)
@@ -160,48 +165,6 @@ def _losses_and_gradient(
     log_y, cross, log_1, log_s, log_t = sums.sum((1, 2)).tolist()
     hard, soft = log_1 - temperature * log_y, temperature**2 * (cross + log_s - log_t)
     return nats * hard, nats * soft, gradient
-
-
-def _exponents(logits: Tensor, scale: float, *, out: Tensor) -> None:
-    """Write `scale (logits - max of the row)` to `out`."""
-    torch.add(logits.amax(-1, True) * -scale, logits, alpha=scale, out=out)
-
-
-def _mix(logits: Tensor, shares: Tensor, scale: float, *, work: Tensor, out: Tensor) -> None:
-    """Write the mean of the members' softmax to `out`, as many members at once as fit in `work`."""
-    out.zero_()
-    for part, share in zip(*(torch.split(t, len(work)) for t in (logits, shares)), strict=True):
-        members = work[: len(part)]
-        _exponents(part.to(work.dtype), scale, out=members)
-        factors = share / members.exp2_().sum(-1, True)
-        if len(members) == 1:
-            out.addcmul_(members[0], factors[0])
-        else:
-            out.add_(members.mul_(factors).sum(0))
-
-
-def average_logits(logits: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
-    """Return the weighted mean of the members' logits, or the logits of a single teacher."""
-    if logits.ndim == 2:
-        return logits.to(dtype)
-    if weights is None:
-        return logits.mean(0, dtype=dtype)
-    return (logits.to(dtype) * member_weights(logits, weights, dtype)).sum(0)
-
-
-def mean_softmax(logits: Tensor, weights: Weights) -> Tensor:
-    """Return the weighted mean of the members' softmax, or the softmax of a single teacher."""
-    p = F.softmax(logits, dim=-1)
-    if p.ndim == 2:
-        return p
-    return p.mean(0) if weights is None else (p * member_weights(p, weights, p.dtype)).sum(0)
-
-
-def member_weights(logits: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
-    """Return the members' weights as `[members, 1, 1]`."""
-    if weights is None:
-        return logits.new_full((len(logits), 1, 1), 1 / len(logits), dtype=dtype)
-    return torch.tensor(weights, dtype=dtype, device=logits.device).view(-1, 1, 1)
 
 
 def _gradient(

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfkd.losses.averaging import Average
 from selfkd.losses.distillation import (
-    Average,
     DistillationTerms,
     check_labels,
     check_settings,

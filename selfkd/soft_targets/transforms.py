@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from selfkd.analysis.metrics import ensemble_logits
+from selfkd.losses import ensemble_logits
 from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, teacher_free_logits
 from selfkd.losses.sparse import SparseLogits

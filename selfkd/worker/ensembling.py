@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.config import CheckpointConfig, ModelConfig, Tree
-from selfkd.distill.averaging import average_weights, fit_weights, greedy_soup
+from selfkd.distill.soups import average_weights, fit_weights, greedy_soup
 from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,13 @@ from torch import Tensor
 from selfkd.analysis import metrics
 from selfkd.analysis.statistics import bootstrap_interval, mcnemar
 from selfkd.config import Tree
+from selfkd.losses import Average, ensemble_logits
 from selfkd.models import parameters_count
 from selfkd.results import Evaluation, McNemar, Row, to_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 from selfkd.tasks.task import SPLITS, Split
-
-Average = Literal["probabilities", "logits"]
 
 
 def evaluate(
@@ -81,7 +80,7 @@ def average_logits(
     """
     weights = [member["weight"] for member in members if "weight" in member]
     stacked = torch.stack(list(logits))
-    return metrics.ensemble_logits(stacked, average=average, weights=weights or None)
+    return ensemble_logits(stacked, average=average, weights=weights or None)
 
 
 def compare_errors(student: Tensor, teacher: Tensor) -> McNemar:

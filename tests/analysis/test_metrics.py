@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax, logsumexp, rel_entr, softmax
+from scipy.special import log_softmax, rel_entr, softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, log_loss
 
 from selfkd.analysis.metrics import (
@@ -15,7 +15,6 @@ from selfkd.analysis.metrics import (
     class_accuracy,
     confusions,
     ece,
-    ensemble_logits,
     fit_bias,
     fit_biases,
     fit_temperature,
@@ -23,6 +22,7 @@ from selfkd.analysis.metrics import (
     nll,
     reliability,
 )
+from selfkd.losses import ensemble_logits
 
 
 def make_logits(rows=500, classes=10, scale=3.0, seed=0):
@@ -70,8 +70,6 @@ def test_half_precision_is_measured_in_float32(dtype):
     logits = logits.to(dtype)
     assert nll(logits, labels) == nll(logits.float(), labels)
     assert ece(logits, labels) == ece(logits.float(), labels)
-    members = torch.stack([logits, logits])
-    assert torch.equal(ensemble_logits(members), ensemble_logits(members.float()))
 
 
 def ece_reference(probabilities, labels, bins=15):
@@ -115,24 +113,6 @@ def test_agreement_is_the_share_of_equal_choices():
     assert agreement(one, one) == 1.0
     assert agreement(one, 7 * one - 3) == 1.0
     assert agreement(one, -one) == 0.0
-
-
-@pytest.mark.parametrize("members", [1, 2, 5])
-@pytest.mark.parametrize("scale", [*SCALES, 1e30])
-def test_mean_probabilities_is_numpys(members, scale):
-    logits = torch.stack([make_logits(rows=40, scale=scale, seed=s)[0] for s in range(members)])
-    found = ensemble_logits(logits)
-    wide = logits.double().numpy()
-    np.testing.assert_allclose(found.exp(), softmax(wide, axis=2).mean(axis=0), atol=1e-6)
-    expected = logsumexp(log_softmax(wide, axis=2), axis=0) - np.log(members)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found.exp().sum(1), 1, atol=1e-5)
-
-
-def test_the_mean_is_over_members():
-    sure, unsure = torch.tensor([[[20.0, 0.0]], [[0.0, 0.0]]])
-    mean = ensemble_logits(torch.stack([sure, unsure])).exp()
-    np.testing.assert_allclose(mean, [[0.75, 0.25]], atol=1e-6)  # not that of mean logits: [1, 0]
 
 
 def test_a_log_of_probabilities_can_be_measured_like_logits():

@@ -74,6 +74,28 @@ def test_waiting_for_other_runs_is_said_once(
     assert said == []
 
 
+def test_a_job_takes_an_idle_worker_rather_than_start_one(cluster: None, tmp_path: Path) -> None:
+    """Though there is room for one more; two jobs at a time need two."""
+    gate = tmp_path / "gate"
+
+    class Meeting(Batch):
+        def report(self, job: Job, rows: Any) -> None:
+            meeting.update(row["pid"] for row in rows)
+            if len(meeting) == 2:
+                gate.touch()
+
+    meeting: set[int] = set()
+    processes: set[int] = set()
+    with Pool(ENTRY, cpu=1, gpu=0, warm=1) as pool:
+        for _ in range(6):
+            batch = jobs(1)
+            pool.run(batch)
+            processes |= {outcome.row["pid"] for outcome in batch.outcomes}
+        assert len(processes) == 1
+        payload = {"gate": str(gate), "pause": 0.05}
+        pool.run(Meeting([Job("train", {"name": name, **payload}) for name in "ab"]))
+
+
 def test_all_jobs_run_once_and_end_with_their_last_row(pool: Pool) -> None:
     batch = jobs(7, epochs=3)
     pool.run(batch)
@@ -106,28 +128,6 @@ def test_workers_stay_warm_from_batch_to_batch(pool: Pool) -> None:
         pool.run(jobs(1))  # a single job in between frees one worker and leaves the other warm
         time.sleep(pause)
     assert len(processes) == 2
-
-
-def test_a_job_takes_an_idle_worker_rather_than_start_one(cluster: None, tmp_path: Path) -> None:
-    """Though there is room for more; two jobs at a time need two."""
-    gate = tmp_path / "gate"
-
-    class Meeting(Batch):
-        def report(self, job: Job, rows: Any) -> None:
-            meeting.update(row["pid"] for row in rows)
-            if len(meeting) == 2:
-                gate.touch()
-
-    meeting: set[int] = set()
-    processes: set[int] = set()
-    with Pool(ENTRY, cpu=0.001, gpu=0, warm=1) as pool:
-        for _ in range(6):
-            batch = jobs(1)
-            pool.run(batch)
-            processes |= {outcome.row["pid"] for outcome in batch.outcomes}
-        assert len(processes) == 1
-        payload = {"gate": str(gate), "pause": 0.05}
-        pool.run(Meeting([Job("train", {"name": name, **payload}) for name in "ab"]))
 
 
 def test_both_workers_work_at_the_same_time(pool: Pool) -> None:

@@ -6,7 +6,7 @@ import torch
 from scipy.special import log_softmax, logsumexp
 from torch import nn
 
-from selfkd.distill.averaging import average_weights, fit_weights, greedy_soup
+from selfkd.distill.soups import average_weights, fit_weights, greedy_soup
 
 
 def network(seed, width=4):

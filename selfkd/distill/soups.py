@@ -1,4 +1,4 @@
-"""Averaging of trained members into one teacher: of their weights, or of their predictions."""
+"""Soups, averages of the weights of trained models; and fitted weights of an ensemble's members."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def test_it_stops_when_two_generations_in_a_row_gain_nothing(tmp_path: Path) -> 
     assert ear.chosen == ear.confirmed == [0, 1, 2, 3, 4, 5]
     assert (summary.stopped or "").startswith(
         "stopped after generation 5: 2 generations in a row without evidence of a gain over the "
-        "one before (val_accuracy, 3 paired seeds: generation 4 "
+        "previous one (val_accuracy, 3 paired seeds: generation 4 "
     )
     assert finished(config, folder) == summary
 

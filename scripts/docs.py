@@ -196,9 +196,8 @@ def commands_page() -> str:
     ]
     for name in COMMANDS:
         module = importlib.import_module(f"selfkd.{name}")
-        make = getattr(module, "make_parser", None) or module._make_parser
         lines += ["", f"## {name}", ""]
-        for parser in _with_subcommands(make()):
+        for parser in _with_subcommands(module.make_parser()):
             parser.formatter_class = partial(argparse.HelpFormatter, width=88)
             lines += ["```text", parser.format_help().rstrip(), "```"]
     return "\n".join(lines) + "\n"

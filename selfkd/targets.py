@@ -29,7 +29,7 @@ TOLERANCE = 0.01
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    arguments = _make_parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     console = make_console()
     try:
         root = as_path(arguments.path).expanduser()
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fault(str(error))
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m selfkd.targets", description="The cached logits of teachers."
     )

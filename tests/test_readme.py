@@ -70,8 +70,7 @@ def test_every_command_is_understood(page: str, command: str) -> None:
         module, *words = words[words.index("--") + 1 :]
     name = module.removeprefix("selfkd.")
     command_module = importlib.import_module(f"selfkd.{name}")
-    parser = getattr(command_module, "make_parser", None) or command_module._make_parser
-    arguments = parser().parse_args(words)
+    arguments = command_module.make_parser().parse_args(words)
     if name in TRAINING:
         config = ROOT / arguments.config if arguments.config else None
         load_config(config, settings=arguments.settings)

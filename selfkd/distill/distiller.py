@@ -332,7 +332,7 @@ class Distiller:
         if self.targets is not None:
             if index is None:
                 raise ValueError(
-                    "index must be given where targets are stored, got None: "
+                    "index must be given where targets are cached, got None: "
                     "distiller(student_logits, labels, index=index)"
                 )
             return self.targets(index, view)

@@ -145,7 +145,7 @@ class ConfidenceWeighted:
                 refused by `hard_loss`.
         """
         if index is None:
-            raise ValueError("index must be given where targets are stored, got None")
+            raise ValueError("index must be given where targets are cached, got None")
         teacher_logits = _of_one_teacher(
             self._targets(index, view),
             temperature=1.0,

@@ -100,6 +100,9 @@ class Trial:
             terms: Further terms of the loss, as in `Distiller`; feature terms need a single
                 teacher.
 
+        Returns:
+            The loss, to be called with the student's batch.
+
         Raises:
             ValueError: A teacher's weights do not fit the network.
         """

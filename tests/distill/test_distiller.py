@@ -261,7 +261,7 @@ def test_what_is_missing_is_named() -> None:
     teacher = nn.Linear(FEATURES, CLASSES)
     with pytest.raises(ValueError, match="inputs must be given where there is a teacher"):
         Distiller(teacher)(student_logits, labels, index=batch["index"])
-    with pytest.raises(ValueError, match="index must be given where targets are stored"):
+    with pytest.raises(ValueError, match="index must be given where targets are cached"):
         Distiller(targets=CachedLogits())(student_logits, labels, inputs=batch["inputs"])
     with pytest.raises(ValueError, match="teacher must be None where targets are given, got Lin"):
         Distiller(teacher, targets=CachedLogits())

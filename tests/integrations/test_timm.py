@@ -147,7 +147,7 @@ def test_cached_targets_are_those_of_the_images_and_the_view() -> None:
             )
             torch.testing.assert_close(task(inputs, target)["loss"], expected.loss)
     assert sorted(seen) == list(range(20))
-    with pytest.raises(ValueError, match="index must be given where targets are stored, got None"):
+    with pytest.raises(ValueError, match="index must be given where targets are cached, got None"):
         task(inputs, labels)
 
 

@@ -111,7 +111,7 @@ def test_equal_confidence_gives_plain_cross_entropy() -> None:
 
 def test_confidence_needs_images_and_all_logits() -> None:
     logits, labels = LOGITS[INDEX], INDEX % 10
-    with pytest.raises(ValueError, match="index must be given where targets are stored, got None"):
+    with pytest.raises(ValueError, match="index must be given where targets are cached, got None"):
         ConfidenceWeighted(cached)(logits, labels)
     sparse = ConfidenceWeighted(lambda index, view: sparsify(LOGITS[index], 3))
     with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):

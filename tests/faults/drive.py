@@ -12,6 +12,7 @@ of events, one a line of text:
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -123,11 +124,12 @@ class Driver:
 
 
 def serve() -> None:
-    # imported once for all forks
-
-    import selfkd.experiments.generations
-    import selfkd.worker.jobs  # noqa: F401
-
+    # once for all forks: each of them takes a run a second or more when it is first needed
+    for name in (
+        *("scipy.optimize", "sklearn.datasets", "timm", "torchmetrics.classification"),
+        *("selfkd.experiments.generations", "selfkd.worker.jobs"),
+    ):
+        importlib.import_module(name)
     for line in sys.stdin:
         reads, writes = os.pipe()
         child = os.fork()

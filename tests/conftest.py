@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """End what drivers that tests have killed left behind, such as Ray's log monitor."""
     if session.config.getoption("numprocesses", None):
         return  # the controller runs no tests: its workers do, each with a folder of its own
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # its service ends itself
     left = [process for process in psutil.process_iter() if _is_ours(process)]
     for process in left:
         process.kill()

@@ -22,6 +22,7 @@ TINY = [
     "confirm.seeds=2",
     "capacity.search=true",
     "search.trials=5",
+    "resources.cpu=2",  # one worker, which takes less long to start than two
 ]
 
 

@@ -184,7 +184,7 @@ def test_a_trial_outlives_its_nodes_as_long_as_it_gets_further(
     """A retry is counted only where a worker died no later than one before it."""
     nodes.have(1)
     gate = tmp_path / "gate"
-    batch = Followed(pool, train(1, epochs=40 * losses, pause=0.05, gate=str(gate)))
+    batch = Followed(pool, train(1, epochs=40 * losses, pause=0.02, gate=str(gate)))
     for reached in range(5, 30 * losses, 30):
         nodes.have(1)
         until(lambda reached=reached: bool(batch.rows) and batch.rows[-1]["epoch"] > reached)

@@ -15,6 +15,8 @@ import pytest
 
 # a script's background job ignores Ctrl-C, and so would all processes that tests start and stop
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# before torch is imported: threads that wait for each other spin, which slows other tests down
+os.environ["OMP_NUM_THREADS"] = "1"
 # before ray or wandb is imported: workers and sub-processes inherit it
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from selfkd.results import (
 from selfkd.storage.files import save_json
 from selfkd.tracking import WandbTracker, make_tracker, session
 
+SECRETS = ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 PROMPT = 1.0  # seconds for calls that must not wait; the network's time-outs are many times that
 
 
@@ -361,6 +364,7 @@ def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
 
 
 def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
+    """And no key or token of its environment is in what it writes, prints or sends."""
     settings = {
         "storage": str(tmp_path),
         "tracking": "auto",
@@ -371,11 +375,12 @@ def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
     }
     texts = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "selfkd.generations", "--rounds", "1", "--name", "a", *texts]
+    planted = {name: secrets.token_hex(20) for name in SECRETS}
     own = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True)
     with own as ray:  # a cluster of its own
         done = subprocess.run(
-            command,
-            env={**os.environ, "RAY_TMPDIR": ray},
+            [*command, "--verbose"],
+            env={**os.environ, **planted, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": ray},
             capture_output=True,
             text=True,
             timeout=600,
@@ -383,10 +388,18 @@ def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
         )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"W&B: online, {server.url}/tester/selfkd/groups/a" in " ".join(done.stdout.split())
-    assert KEY not in done.stdout + done.stderr
-    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
-    assert not [path for path in files if KEY.encode() in path.read_bytes()]
-    assert KEY.encode() not in server.seen
+    assert re.search(r"dashboard at \S*http://127\.0\.0\.1:", done.stderr), done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert {".wandb", ".safetensors", ".html"} <= {path.suffix for path in files}
+    written = {str(path): path.read_bytes() for path in files}
+    written |= {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    found = [
+        (name, where)
+        for name, value in (planted | {"WANDB_API_KEY": KEY}).items()
+        for where, content in (written | {"sent": server.seen}).items()
+        if value.encode() in content
+    ]
+    assert found == []
     assert not server.unknown
     (lineage,) = [run for name, run in server.runs.items() if name.endswith("-lineage")]
     assert [row["generation"] for row in lineage.history] == [0, 1]

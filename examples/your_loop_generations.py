@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import selfkd
 from selfkd.training.trial import Trial
 
-LENGTH, EPOCHS, BATCH = 12, 12, 32
+LENGTH, EPOCHS, BATCH = 12, 6, 32
 
 
 class Tagger(nn.Module):

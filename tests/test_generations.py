@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from wandb_files import history
 
@@ -45,6 +47,15 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in json.loads(path.read_text()).items() if k not in timed} for path in paths
     ]
+
+
+def running(driver: int) -> list[str]:
+    """Return the names of all processes that a driver has started."""
+    names = []
+    for process in psutil.Process(driver).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.append(process.name())
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +189,11 @@ def test_stopped_and_resumed_equals_undisturbed(
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
+        names = running(process.pid)
         process.send_signal(number)
         code = process.wait(timeout=60)
+    assert any(name.startswith("ray::") for name in names)
+    assert not any(name.startswith("ray-dashboard") for name in names)  # but with --verbose
     assert len(ledger(folder)) < 3, "it was done before it was stopped"
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL

@@ -34,19 +34,10 @@ def in_process(folder: Path, *settings: str) -> Path:
     return run.path
 
 
-def test_the_command_s_generations_are_those_of_the_closed_form(
+def test_generations_are_those_of_the_closed_form(
     anchor: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "selfkd.generations", "--config", str(CONFIG)]
-    done = subprocess.run(
-        [*command, "--train", REFERENCE, "--name", "ridge", "--quiet"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs" / "ridge"
+    run = in_process(tmp_path)
     rows = anchor.compare(run)
     assert len(rows) == 9
     assert all(row.difference < 1e-8 for row in rows)
@@ -57,6 +48,24 @@ def test_the_command_s_generations_are_those_of_the_closed_form(
     printed = capsys.readouterr().out
     assert "test error is U-shaped, lowest in generation 4" in printed
     assert f"{rows[4].test_mse:.5f}" in printed
+
+
+@pytest.mark.slow  # in one process it is above; test_examples has a user's function in workers
+def test_those_of_the_command_are_the_same(anchor: ModuleType, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "selfkd.generations", "--config", str(CONFIG)]
+    done = subprocess.run(
+        [*command, "--train", REFERENCE, "--name", "ridge", "--quiet"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = [
+        [row.test_mse for row in anchor.compare(run)]
+        for run in (tmp_path / "runs" / "ridge", in_process(tmp_path))
+    ]
+    assert errors[0] == pytest.approx(errors[1])
 
 
 def test_each_round_shrinks_once_more(anchor: ModuleType, tmp_path: Path) -> None:

@@ -264,24 +264,3 @@ with connect() as joined:
     assert re.search(
         r"refused: .*3 GPU a trial, but the largest node has 2 CPU and 1 GPU", done.stdout
     )
-
-
-def test_there_is_no_dashboard(tmp_path: Path) -> None:
-    """But with --verbose, on loopback, as test_security sees."""
-    code = """
-import ray
-from selfkd.execution.cluster import connect
-with connect():
-    print("dashboard:", ray._private.worker._global_node.webui_url or "none")
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as own:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**environment, "RAY_TMPDIR": own},  # else it joins the nodes above
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-        )
-    assert done.stdout == "dashboard: none\n", done.stderr

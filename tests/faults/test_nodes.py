@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from engine import Recorder, make_run
 from nodes import Nodes, apart
@@ -36,6 +37,10 @@ class Followed(Batch):
 
     def nodes(self) -> set[str]:
         return {row["node"] for row in self.rows}
+
+    def gone(self) -> bool:
+        """Whether all processes that it ran in have ended; they outlive their node a moment."""
+        return not any(psutil.pid_exists(pid) for pid in {row["pid"] for row in self.rows})
 
     def last_node(self, name: str) -> str:
         return str([row["node"] for row in self.rows if row["name"] == name][-1])
@@ -169,9 +174,9 @@ def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool, tmp_path: Path) -
     batch = Followed(pool, train(3, epochs=10, pause=0.05, gate=str(gate)))
     until(lambda: batch.nodes() == set(names))
     nodes.have(0)
-    time.sleep(3.0)
+    until(batch.gone)
     assert batch.outcomes == []
-    gate.touch()  # not before: a worker lives on for a moment when its node is gone
+    gate.touch()
     back = nodes.add()
     batch.wait()
     assert [outcome.row["node"] for outcome in batch.outcomes] == [back] * 3
@@ -182,16 +187,19 @@ def test_a_trial_outlives_its_nodes_as_long_as_it_gets_further(
     nodes: Nodes, pool: Pool, tmp_path: Path, losses: int
 ) -> None:
     """A retry is counted only where a worker died no later than one before it."""
-    nodes.have(1)
     gate = tmp_path / "gate"
+    (node,) = nodes.have(1)
     batch = Followed(pool, train(1, epochs=40 * losses, pause=0.02, gate=str(gate)))
     for reached in range(5, 30 * losses, 30):
-        nodes.have(1)
-        until(lambda reached=reached: bool(batch.rows) and batch.rows[-1]["epoch"] > reached)
-        nodes.lose(batch.last_node("job 0"))
-    time.sleep(3.0)
-    gate.touch()  # not before: a worker lives on for a moment when its node is gone
-    nodes.have(1)
+        until(
+            lambda node=node, reached=reached: any(
+                row["node"] == node and row["epoch"] > reached for row in batch.rows
+            )
+        )
+        nodes.lose(node)
+        until(batch.gone)
+        (node,) = nodes.have(1)
+    gate.touch()
     batch.wait()
     epochs = [row["epoch"] for row in batch.rows]
     assert epochs[-40 * losses :] == list(range(1, 40 * losses + 1))

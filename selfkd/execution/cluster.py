@@ -30,6 +30,7 @@ from selfkd.execution.ray_private import (
     canonicalize_bootstrap_address,
     ensure_token_if_auth_enabled,
     internal_kv,
+    stop_autoscaler,
 )
 from selfkd.storage.remote import RemotePath, as_path
 
@@ -72,6 +73,8 @@ def _start(verbose: bool, *, alone: bool) -> None:
             logging_level="INFO" if verbose else "ERROR",
             include_dashboard=verbose if alone else None,  # on loopback, as by Ray's default
         )
+        if alone and not verbose:
+            stop_autoscaler()
     except SystemExit:  # raised by Ray's handler of SIGTERM
         raise KeyboardInterrupt from None
 

@@ -17,7 +17,7 @@ from selfkd.data.augmentation import Views
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Evaluation, from_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors, tensors_hash
-from selfkd.tasks.images import task as image_task
+from selfkd.tasks.images import networks
 from selfkd.worker.jobs import run_job
 
 TINY = (
@@ -321,7 +321,7 @@ def test_the_seed_of_the_run_is_of_splits_and_views(jobs):
     (row,) = jobs.job("check", "seed=3")
     assert row["facts"]["fingerprints"]["train"] == load_data("digits", seed=3).fingerprint
     assert row["facts"]["fingerprints"]["train"] != load_data("digits", seed=0).fingerprint
-    views = image_task.ImageTask(make_tree("seed=3", "data.jitter=1", "data.crop=0.5")).views
+    views = networks.ImageNetworks(make_tree("seed=3", "data.jitter=1", "data.crop=0.5")).views
     assert views == Views(crop=0.5, jitter=1, seed=3, count=8)
 
 
@@ -474,12 +474,12 @@ def test_alpha_weighs_the_teacher(jobs, trained):
 
 
 def test_training_and_caching_never_read_the_test_split(jobs, trained, monkeypatch):
-    load = image_task._load_data
+    load = networks._load_data
 
     def without_test(*arguments):
-        return image_task.Data(**{**vars(load(*arguments)), "test": None})
+        return networks.Data(**{**vars(load(*arguments)), "test": None})
 
-    monkeypatch.setattr(image_task, "_load_data", without_test)
+    monkeypatch.setattr(networks, "_load_data", without_test)
     jobs.cache(trained.teacher)
     rows, _ = jobs.train("one", generation=1, teachers=[trained.teacher])
     assert len(rows) == 2

@@ -1,10 +1,8 @@
-"""Classifiers of images: data, views, networks and their checkpoints."""
+"""The task of classifying images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,79 +14,31 @@ from torch.optim.swa_utils import update_bn
 from selfkd.analysis.metrics import fit_temperature
 from selfkd.config import (
     CheckpointConfig,
-    Config,
-    DataConfig,
     ModelConfig,
-    Tree,
-    from_tree,
     parse_yaml,
 )
-from selfkd.data import Data, fingerprint, load_data
-from selfkd.data.augmentation import Views
+from selfkd.data import fingerprint
 from selfkd.distill.teacher import Teacher
-from selfkd.models import make_model, parameters_count
+from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Row, Unseen
-from selfkd.soft_targets.manifest import Manifest, data_key
-from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.soft_targets.manifest import Manifest
+from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.storage.remote import as_path
 from selfkd.tasks.images import evaluate
+from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
-from selfkd.tasks.task import SPLITS, Split
+from selfkd.tasks.images.train import train_classifier
+from selfkd.tasks.task import Split
 from selfkd.training.fit import make_optimizer, predict
 from selfkd.training.trial import Trial
 
-AUGMENTED_VIEWS = 8
 CLUSTER_TEMPERATURE = 4.0
 METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 
-@lru_cache(maxsize=1)
-def _load_data(config: DataConfig, seed: int, device: str) -> Data:
-    data = load_data(
-        config.name,
-        root=config.root,
-        download=config.download,
-        train_size=config.train_size,
-        val_size=config.val_size,
-        classes=config.classes,
-        image_size=config.image_size,
-        in_memory=config.in_memory,
-        seed=seed,
-    )
-    return data.to(device)
-
-
-def _views(config: DataConfig, seed: int) -> Views:
-    views = Views(crop=config.crop, flip=config.flip, jitter=config.jitter, seed=seed)
-    count = config.views or (1 if views.is_identity else AUGMENTED_VIEWS)
-    return replace(views, count=count)
-
-
-class ImageTask:
-    """The task of classifying images; see `selfkd.tasks.task.Task`."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.config: Config = from_tree(tree)
-        torch.set_num_threads(max(1, int(self.config.resources.cpu)))
-        self.device = "cuda" if self.config.resources.gpu > 0 else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"resources.gpu must be 0 where torch finds no GPU, got {self.config.resources.gpu}"
-            )
-        self.data = _load_data(self.config.data, self.config.seed, self.device)
-        self.fingerprint = self.data.fingerprint
-        # the bias of classes without training images is fitted on validation
-        self.evaluated: tuple[Split, ...] = SPLITS if self.config.data.classes else SPLITS[1:]
-        self.views = _views(self.config.data, self.config.seed)
-        top_k = self.config.targets.top_k
-        if top_k is not None and top_k >= self.data.num_classes:
-            raise ValueError(
-                f"targets.top_k must be in [1, {self.data.num_classes - 1}], got {top_k}"
-            )
-        self.data_key = data_key(self.data.fingerprint, self.views.recipe, top_k=top_k)
-
-    # --- data and models ---
+class ImageTask(ImageNetworks):
+    """The task of a config; see `selfkd.tasks.task.Task`."""
 
     def check(self) -> Facts:
         """Try the config's networks on two images; return the facts of them and of the data.
@@ -154,57 +104,6 @@ class ImageTask:
             )
         return network
 
-    def make(self, model: ModelConfig) -> nn.Module:
-        """Return a fresh network for this data."""
-        network = make_model(
-            model.name,
-            model.args,
-            num_classes=self.data.num_classes,
-            in_chans=self.data.in_chans,
-            image_size=self.data.image_size,
-        )
-        return network.to(self.device)
-
-    def save(
-        self, path: Path, network: nn.Module, model: ModelConfig, more: Mapping[str, Any]
-    ) -> str:
-        """Save a network with what it is loaded by; return its hash."""
-        data = self.data
-        facts = {
-            "model": {"name": model.name, "args": model.args},
-            "classes": list(data.class_names),
-            "in_chans": data.in_chans,
-            "image_size": data.image_size,
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "data": data.name,
-            "fingerprint": data.fingerprint,
-            "parameters": parameters_count(network),
-            **more,
-        }
-        return save_tensors(path, network.state_dict(), facts)
-
-    def load(self, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
-        """Return the network of a checkpoint, and its metadata.
-
-        Raises:
-            ValueError: It was trained for other classes, or is of no network that can be made.
-        """
-        tensors, facts = load_tensors(as_path(checkpoint))
-        here = self.data.class_names
-        if sorted(facts["classes"]) != sorted(here):
-            raise ValueError(
-                f"{checkpoint} was trained for other classes than {self.data.name}'s: "
-                f"{_few(facts['classes'])} instead of {_few(here)}"
-            )
-        try:
-            model = ModelConfig.of_checkpoint(facts["model"])
-            network = self.make(model)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
-        network.load_state_dict(tensors)
-        return network, {**facts, "model": {"name": model.name, "args": model.args}}
-
     def import_weights(self, source: CheckpointConfig, save: Path) -> None:
         """Save the network of a state-dict file as a checkpoint.
 
@@ -265,19 +164,7 @@ class ImageTask:
 
     def train(self, trial: Trial, **options: Any) -> Iterator[Row]:
         """Train a classifier; see `selfkd.tasks.images.train.train_classifier`."""
-        from selfkd.tasks.images.train import train_classifier  # it needs this module
-
         return train_classifier(self, trial, **options)
-
-    def teacher(self, checkpoint: str) -> Teacher:
-        """Return a checkpoint's network as a teacher of this data, its classes in order."""
-        network, facts = self.load(checkpoint)
-        return Teacher(
-            network,
-            input_stats=(self.data.mean, self.data.std),
-            trained_stats=(facts["mean"], facts["std"]),
-            columns=[facts["classes"].index(name) for name in self.data.class_names],
-        )
 
     def predict(
         self,
@@ -344,11 +231,6 @@ class ImageTask:
 
     # --- evaluation ---
 
-    def labels(self, split: Split) -> Tensor:
-        """Return a split's labels, on the CPU."""
-        labels: Tensor = getattr(self.data, split).labels.cpu()
-        return labels
-
     def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
         """Return val_accuracy and val_nll; test_accuracy, test_nll, test_ece and test_errors."""
         return evaluate.measure({split: (z, self.labels(split)) for split, z in logits.items()})
@@ -397,7 +279,3 @@ def _parts(checkpoint: str) -> list[str]:
     if path.suffix != ".json":
         return [checkpoint]
     return [str(path.parent / part) for part in load_json(path)["parts"]]
-
-
-def _few(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({', '.join(map(str, names[:5]))}{', …' if names[5:] else ''})"

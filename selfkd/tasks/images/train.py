@@ -25,14 +25,14 @@ from selfkd.soft_targets.transforms import (
 )
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
+from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
-from selfkd.tasks.images.task import ImageTask
 from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
 from selfkd.training.trial import Trial
 
 
 def train_classifier(
-    task: ImageTask,
+    task: ImageNetworks,
     trial: Trial,
     *,
     start: Mapping[str, Any] | None = None,
@@ -96,7 +96,7 @@ def train_classifier(
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
 
 
-def _fresh(task: ImageTask, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
+def _fresh(task: ImageNetworks, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
     """Return a network to be trained, the same on all ranks."""
     torch.manual_seed(start.get("seed", trial.seed))
     network = task.make(trial.model)
@@ -112,7 +112,12 @@ def _fresh(task: ImageTask, trial: Trial, start: Mapping[str, Any]) -> nn.Module
 
 
 def _training(
-    task: ImageTask, learner: nn.Module, options: TrainConfig, seed: int, images: int, cycles: int
+    task: ImageNetworks,
+    learner: nn.Module,
+    options: TrainConfig,
+    seed: int,
+    images: int,
+    cycles: int,
 ) -> Training:
     optimizer = make_optimizer(
         learner,
@@ -154,7 +159,7 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
     return special, shift
 
 
-def _distiller(task: ImageTask, trial: Trial, transform: Transform) -> Loss:
+def _distiller(task: ImageNetworks, trial: Trial, transform: Transform) -> Loss:
     distill, smoothing = task.config.distill, task.config.train.label_smoothing
     teachers = trial.teachers
     if transform == "virtual":

@@ -1,0 +1,140 @@
+"""The data of a config and its networks: made, saved, loaded, as students and as teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
+from selfkd.data import Data, load_data
+from selfkd.data.augmentation import Views
+from selfkd.distill.teacher import Teacher
+from selfkd.models import make_model, parameters_count
+from selfkd.soft_targets.manifest import data_key
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.remote import as_path
+from selfkd.tasks.task import SPLITS, Split
+
+AUGMENTED_VIEWS = 8
+
+
+@lru_cache(maxsize=1)
+def _load_data(config: DataConfig, seed: int, device: str) -> Data:
+    data = load_data(
+        config.name,
+        root=config.root,
+        download=config.download,
+        train_size=config.train_size,
+        val_size=config.val_size,
+        classes=config.classes,
+        image_size=config.image_size,
+        in_memory=config.in_memory,
+        seed=seed,
+    )
+    return data.to(device)
+
+
+def _views(config: DataConfig, seed: int) -> Views:
+    views = Views(crop=config.crop, flip=config.flip, jitter=config.jitter, seed=seed)
+    count = config.views or (1 if views.is_identity else AUGMENTED_VIEWS)
+    return replace(views, count=count)
+
+
+class ImageNetworks:
+    """The images of a config, and networks for them."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.config: Config = from_tree(tree)
+        torch.set_num_threads(max(1, int(self.config.resources.cpu)))
+        self.device = "cuda" if self.config.resources.gpu > 0 else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"resources.gpu must be 0 where torch finds no GPU, got {self.config.resources.gpu}"
+            )
+        self.data = _load_data(self.config.data, self.config.seed, self.device)
+        self.fingerprint = self.data.fingerprint
+        # the bias of classes without training images is fitted on validation
+        self.evaluated: tuple[Split, ...] = SPLITS if self.config.data.classes else SPLITS[1:]
+        self.views = _views(self.config.data, self.config.seed)
+        top_k = self.config.targets.top_k
+        if top_k is not None and top_k >= self.data.num_classes:
+            raise ValueError(
+                f"targets.top_k must be in [1, {self.data.num_classes - 1}], got {top_k}"
+            )
+        self.data_key = data_key(self.data.fingerprint, self.views.recipe, top_k=top_k)
+
+    def labels(self, split: Split) -> Tensor:
+        """Return a split's labels, on the CPU."""
+        labels: Tensor = getattr(self.data, split).labels.cpu()
+        return labels
+
+    def make(self, model: ModelConfig) -> nn.Module:
+        """Return a fresh network for this data."""
+        network = make_model(
+            model.name,
+            model.args,
+            num_classes=self.data.num_classes,
+            in_chans=self.data.in_chans,
+            image_size=self.data.image_size,
+        )
+        return network.to(self.device)
+
+    def save(
+        self, path: Path, network: nn.Module, model: ModelConfig, more: Mapping[str, Any]
+    ) -> str:
+        """Save a network with what it is loaded by; return its hash."""
+        data = self.data
+        facts = {
+            "model": {"name": model.name, "args": model.args},
+            "classes": list(data.class_names),
+            "in_chans": data.in_chans,
+            "image_size": data.image_size,
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "data": data.name,
+            "fingerprint": data.fingerprint,
+            "parameters": parameters_count(network),
+            **more,
+        }
+        return save_tensors(path, network.state_dict(), facts)
+
+    def load(self, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
+        """Return the network of a checkpoint, and its metadata.
+
+        Raises:
+            ValueError: It was trained for other classes, or is of no network that can be made.
+        """
+        tensors, facts = load_tensors(as_path(checkpoint))
+        here = self.data.class_names
+        if sorted(facts["classes"]) != sorted(here):
+            raise ValueError(
+                f"{checkpoint} was trained for other classes than {self.data.name}'s: "
+                f"{_few(facts['classes'])} instead of {_few(here)}"
+            )
+        try:
+            model = ModelConfig.of_checkpoint(facts["model"])
+            network = self.make(model)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
+        network.load_state_dict(tensors)
+        return network, {**facts, "model": {"name": model.name, "args": model.args}}
+
+    def teacher(self, checkpoint: str) -> Teacher:
+        """Return a checkpoint's network as a teacher of this data, its classes in order."""
+        network, facts = self.load(checkpoint)
+        return Teacher(
+            network,
+            input_stats=(self.data.mean, self.data.std),
+            trained_stats=(facts["mean"], facts["std"]),
+            columns=[facts["classes"].index(name) for name in self.data.class_names],
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({', '.join(map(str, names[:5]))}{', …' if names[5:] else ''})"

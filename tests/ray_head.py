@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -18,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120.0
@@ -105,11 +108,16 @@ def ray_head(
             time.sleep(0.2)
         yield Head(f"127.0.0.1:{port}", url, environment)
     finally:
-        process.send_signal(signal.SIGTERM)  # with --block it ends what it has started
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)  # with --block it ends most of what it has started
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             process.kill()
+        _, left = psutil.wait_procs(started, timeout=1)
+        for child in left:  # such as Ray's log monitor
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -26,6 +26,7 @@ TINY = [
     "train.epochs=3",
     "search.trials=3",
     "confirm.seeds=2",
+    "resources.cpu=2",  # one worker, which takes less long to start than two
 ]
 
 
@@ -278,19 +279,12 @@ def test_resume_with_a_changed_config_says_what_differs(
     assert "seed: 0 -> 4" in error
 
 
+@pytest.mark.slow  # test_submit has the last as a job, execution/test_cluster the others
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        pytest.param(
-            ["resources.gpu=1"],
-            r"asked for 1 CPU and 1 GPU a trial, .* has \d+ CPU and 0 GPU",
-            marks=pytest.mark.slow,  # execution/test_cluster has it, and the next ends alike
-        ),
-        pytest.param(
-            ["resources.workers=999"],
-            r"resources.workers must be at most \d+, .* got 999",
-            marks=pytest.mark.slow,  # said in the same place as what no node has
-        ),
+        (["resources.gpu=1"], r"asked for 1 CPU and 1 GPU a trial, .* has \d+ CPU and 0 GPU"),
+        (["resources.workers=999"], r"resources.workers must be at most \d+, .* got 999"),
         (["model.name=selfkd_cmn"], r"timm model name, got 'selfkd_cmn': did you mean selfkd_cnn"),
     ],
 )

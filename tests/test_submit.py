@@ -119,12 +119,16 @@ def test_only_the_package_and_the_config_travel(
 def test_a_failing_job_ends_the_client_with_its_own_code(
     first: tuple[Path, list[tuple[str, bool]], int], head: Head
 ) -> None:
+    """What only a worker can know is a fault of the input, too: one message, and code 2."""
     folder = first[0]
-    words = ["--", "generations", "--name", "first", *settings(folder / "shared")]
-    done = run(submitted(head, *words), folder, head.env())
+    words = ["--name", "other", *settings(folder / "shared", "model.name=selfkd_cmn")]
+    done = run(submitted(head, "--", "generations", *words), folder, head.env())
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "exists already: continue it with --resume" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "timm model name, got 'selfkd_cmn': did you mean selfkd_cnn" in said
+    assert "Traceback" not in done.stdout + done.stderr
     assert "failed with exit code 2" in done.stderr
+    assert not (folder / "shared" / "other").exists()  # so that the name is free again
 
 
 def test_ctrl_c_stops_the_job_and_what_it_prints_continues_it(head: Head, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -14,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from engine import make_run
 from s3_server import BUCKET, s3_server
 
 from selfkd.config import Config
 from selfkd.errors import ConfigError
+from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.soft_targets.manifest import Manifest, data_key, load_manifest
 from selfkd.soft_targets.store import check_shard, open_store, write_shard
@@ -209,32 +212,33 @@ def test_a_missing_bucket_is_reported_at_once(bucket: dict[str, str]) -> None:
 
 
 def test_a_run_lives_in_a_bucket(bucket: dict[str, str], tmp_path: Path) -> None:
-    """Started, resumed for one more generation, and used by the next run's targets."""
-
-    def run(*arguments: str) -> str:
-        settings = ("model.args={width: 4}", "train.epochs=2", "search.trials=1", "confirm.seeds=0")
-        sets = [part for setting in settings for part in ("--set", setting)]
-        done = subprocess.run(
-            [sys.executable, "-m", "selfkd.generations", *arguments, *sets],
-            cwd=tmp_path,
-            env=os.environ | bucket,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run("--rounds", "0", "--name", "a", "--set", f"storage=s3://{BUCKET}/runs")
-    printed = run("--rounds", "1", "--resume", f"s3://{BUCKET}/runs/a")
-    assert f"--resume s3://{BUCKET}/runs/a --rounds 2" in printed
-    folder = as_path(f"s3://{BUCKET}/runs/a")
-    results = RunFolder(folder).results()
-    assert [result.generation for result in results] == [0, 1]
-    _, facts = load_tensors(folder / "generation_001" / "student.safetensors")
-    assert facts["hash"] == results[1].hash
-    assert json.loads((folder / "summary.json").read_text())["ensemble"]["test_accuracy"] > 0
-    assert list((folder / "wandb").rglob("run-*.wandb"))
-    assert not (folder / "lock.json").exists()
+    """Made by the command, then resumed for one more generation, here in one process."""
+    settings = [f"storage=s3://{BUCKET}/runs", "model.args={width: 4}", "train.epochs=2"]
+    settings += ["search.trials=1", "confirm.seeds=0"]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, "-m", "selfkd.generations", "--rounds", "1", "--name", "a", *sets],
+        cwd=tmp_path,
+        env=os.environ | bucket,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"--resume s3://{BUCKET}/runs/a --rounds 2" in done.stdout
+    path = as_path(f"s3://{BUCKET}/runs/a")
+    assert isinstance(path, RemotePath)
+    assert json.loads((path / "summary.json").read_text())["ensemble"]["test_accuracy"] > 0
+    assert list((path / "wandb").rglob("run-*.wandb"))
+    assert not (path / "lock.json").exists()
     assert not any(tmp_path.iterdir())  # nothing was written here
-    assert isinstance(folder, RemotePath)
+
+    folder, config = RunFolder.open(path)
+    before = folder.results()
+    born_again(make_run(dataclasses.replace(config, rounds=2), folder))
+    results = folder.results()
+    assert [result.generation for result in results] == [0, 1, 2]
+    assert results[:2] == before
+    assert results[2].teachers[0].hash == before[1].hash
+    _, facts = load_tensors(path / "generation_002" / "student.safetensors")
+    assert facts["hash"] == results[2].hash

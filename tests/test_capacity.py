@@ -33,7 +33,7 @@ def run(folder: Path, *arguments: str, settings: list[str]) -> subprocess.Comple
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
 
 
@@ -128,7 +128,7 @@ def test_starts_without_torch(tmp_path: Path) -> None:
         "import sys; from selfkd.capacity import main; "
         "assert main(['--set', 'confirm.seeds=0']) == 2; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=600)
 
 
 def test_flags_and_file_make_the_same_config(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_without_a_network_it_ends_in_one_message(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1

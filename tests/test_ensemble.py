@@ -34,7 +34,7 @@ def run(
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 
@@ -126,13 +126,13 @@ def test_stopped_and_resumed_equals_undisturbed(
             stderr=subprocess.STDOUT,
         )
         folder = tmp_path / "runs" / "stopped"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not list(folder.glob(moment)):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
         process.send_signal(number)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=600)
     assert not (folder / "summary.json").exists(), "it was done before it was stopped"
     assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     done = run(tmp_path, "--resume", str(folder), settings=[])

@@ -234,4 +234,4 @@ def test_starts_without_torch(run: Path) -> None:
         "import sys; from selfkd.response import main; "
         f"main([{str(run)!r}]); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600)

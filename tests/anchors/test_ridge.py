@@ -58,7 +58,7 @@ def test_those_of_the_command_are_the_same(anchor: ModuleType, tmp_path: Path) -
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     errors = [

@@ -138,7 +138,7 @@ def test_a_process_that_is_terminated_early(tmp_path: Path, seconds: float) -> N
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 130, printed
     assert f"--resume {tmp_path}/runs/a" in printed
     assert "Traceback" not in printed

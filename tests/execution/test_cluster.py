@@ -224,7 +224,7 @@ def test_a_node_with_a_folder_of_its_own_in_the_storages_place(
         assert str(error.value).count("cannot see it") == 1
     finally:
         node.terminate()
-        node.wait(timeout=60)
+        node.wait(timeout=600)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

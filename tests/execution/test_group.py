@@ -114,7 +114,7 @@ def test_stopping_a_trial_ends_its_group(pool: Pool, tmp_path: Path) -> None:
     batch = Recorded([Job("train", {**job, "trace": str(tmp_path / job["name"])}) for job in jobs])
     pool.run(batch, early=EarlyStopping(60), limit=1)  # so that one can be worse
     assert [outcome.stopped for outcome in batch.outcomes] == [False, True]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while ray.available_resources().get("CPU", 0) < 4:
         assert time.monotonic() < deadline, ray.available_resources()
         time.sleep(0.2)

@@ -116,7 +116,7 @@ def test_every_row_is_reported_in_order(pool: Pool) -> None:
 def test_workers_stay_warm_from_batch_to_batch(pool: Pool) -> None:
     """Between batches the same two processes stay, however long it takes."""
     processes: set[int] = set()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(processes) < 2 and time.monotonic() < deadline:  # the second may still be starting
         batch = jobs(4, pause=0.2)
         pool.run(batch)
@@ -293,6 +293,6 @@ def test_closing_stops_what_runs(cluster: None) -> None:
         waiter = threading.Thread(target=wait, args=(pool,))
         waiter.start()
         time.sleep(4.0)
-    waiter.join(timeout=60)
+    waiter.join(timeout=600)
     assert not waiter.is_alive()
     assert "stopped before the jobs were done" in str(failure[0])

@@ -48,7 +48,7 @@ def test_writes_after_a_generation_and_once_after_a_resume(tmp_path: Path) -> No
     time.sleep(0.2)
     assert not written
     reporter(finished(path, 1))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (path / "report.html").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -222,7 +222,7 @@ def test_a_run_lives_in_a_bucket(bucket: dict[str, str], tmp_path: Path) -> None
         env=os.environ | bucket,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"--resume s3://{BUCKET}/runs/a --rounds 2" in done.stdout

@@ -174,7 +174,7 @@ def assert_whole(server: WandbServer, generations: int, trials: int = 2) -> None
 def sync(folder: Path) -> None:
     """Do what the tracker says at the end of a run that could not be sent."""
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder / "wandb")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -344,7 +344,7 @@ def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL

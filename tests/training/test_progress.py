@@ -546,7 +546,7 @@ def test_trials_of_a_killed_driver_resume(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         process.kill()
-        process.wait(timeout=60)
+        process.wait(timeout=600)
     before = checkpoint_rows(path)
     assert 3 <= len(before) < 40
     assert not path.with_name("result.json").exists(), "the trial ended before the kill"

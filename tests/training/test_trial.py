@@ -271,7 +271,7 @@ def test_the_command_runs_a_user_function(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"trained by {tmp_path}/mine.py:train_fn" in done.stdout

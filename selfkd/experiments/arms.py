@@ -446,5 +446,5 @@ def contrast(
 
 def remove_students(folder: Path) -> None:
     """Remove the students of an arm that has been measured; their results stay."""
-    for student in folder.glob("trial_*/student.safetensors"):
+    for student in folder.rglob("student.safetensors"):
         student.unlink()

@@ -55,7 +55,7 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
         measured = run.measure(arms, trials, title="testing what was confirmed")
     if len(measured) > len(waiting):
         save_row(baseline, measured[-1])
-        remove_students(baseline.parent / "confirm")
+    remove_students(baseline.parent / "confirm")
     by_generation = {row.generation: own for row, own in zip(waiting, measured, strict=False)}
     confirmations: list[Confirmation] = []
     for result in results:
@@ -64,8 +64,8 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
             own = by_generation[result.generation]
             confirmation = _confirmation(run, result, own, confirmations)
             save_row(path, confirmation)
-            remove_students(path.parent / "confirm")
             run.events(GenerationConfirmed(confirmation))
+        remove_students(path.parent / "confirm")  # here, as a kill may have come between
         confirmations.append(load_row(Confirmation, path))
     return confirmations
 

@@ -53,10 +53,10 @@ def run_controls(
         measured = run.measure(arms, trials, title="testing the controls")
         for name, arm, own in zip(waiting, arms, measured, strict=True):
             save_row(_path(run, name), _row(run, name, arm.point, own, confirmations))
-            remove_students(arm.folder)
     if "seeds" in wanted and not _has_as_many(_path(run, "seeds"), len(results)):
         save_row(_path(run, "seeds"), _seeds(run, results))
-        remove_students(_path(run, "seeds").parent)
+    for name in wanted:  # of all: a kill may have come between a result and this
+        remove_students(_path(run, name).parent)
     return [load_row(ControlResult, _path(run, name)) for name in wanted]
 
 

@@ -19,7 +19,10 @@ def record(folder: Path) -> dict[str, Any]:
     """
     generations = sorted(folder.glob("generation_*/result.json"))
     trials = sorted(folder.glob("generation_*/trial_*/result.json"))
-    files = [*folder.glob("generation_*/**/*.safetensors"), *folder.glob("predictions/*.s*")]
+    files = [
+        *folder.glob("generation_*/**/*.safetensors"),
+        *folder.glob("predictions/*.safetensors"),
+    ]
     return {
         "summary": _timeless(load_json(folder / "summary.json")),
         "generations": [_timeless(load_json(path)) for path in generations],

@@ -55,6 +55,7 @@ MOMENTS = {  # when the driver is killed: the event, and what is done a second t
     "mid-trial of a distilled trial": ("^TrialProgressed generation-1 0 epoch 1", (CHECK, "trial")),
     "before the students are pruned": ("wrote generation_001/student", (CHECK,)),
     "mid-trial of a confirmation": ("^TrialProgressed confirm-1 0 epoch 1", (CHECK, "trial")),
+    "before confirming students go": ("wrote generation_001/confirmation", (CHECK,)),
     "ensemble of all generations": ("doing average", (CHECK, "ensemble")),
     "summary written beside": ("writing summary.json", (CHECK, "ensemble")),
 }

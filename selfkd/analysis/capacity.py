@@ -107,7 +107,7 @@ def describe_curve(
         return ["one seed: no interval, so no verdict on where distillation helps"]
     lines = [_verdict(sizes)]
     if gain is not None and gain.low is not None and gain.high is not None and len(sizes) > 1:
-        worse = is_better(gain, mode="min" if mode == "max" else "max")
+        worse = is_better(gain.reversed(), mode=mode)
         sure = "it helps" if is_better(gain, mode=mode) else "it hurts" if worse else "no evidence"
         value = format_difference(gain, form=metric_format(metric))
         lines.append(f"on average over the {len(sizes)} sizes: {value}, {sure}")

@@ -108,7 +108,7 @@ def describe_difference(
     value = format_difference(difference, form=form)
     if is_better(difference, mode=mode):
         return f"{name} is better than {other}: {value}, {pairs}"
-    if is_better(difference, mode="min" if mode == "max" else "max"):
+    if is_better(difference.reversed(), mode=mode):
         return f"{name} is worse than {other}: {value}, {pairs}"
     if difference.low is None:
         single = re.search(r"\b1 paired", pairs)

@@ -203,7 +203,7 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"--from must be a run folder (with a config.yaml), got {run}")
     folder, config = RunFolder.open(path)
-    kind = KINDS.get((path / "command").read_text())
+    kind = KINDS.get(folder.command)
     if kind is None:
         raise ConfigError(f"--from must be a run of selfkd.{', '.join(KINDS)}, got {run}")
     if not (folder.path / "summary.json").exists():

@@ -24,7 +24,7 @@ from selfkd.config import load_config, parse_yaml
 from selfkd.config.paths import relative_paths
 from selfkd.errors import ConfigError
 from selfkd.generations import make_parser as generations_parser
-from selfkd.storage.remote import PLAIN_URI, has_password
+from selfkd.storage.remote import secret_fault
 
 if TYPE_CHECKING:
     from selfkd.execution.submission import End
@@ -179,7 +179,8 @@ def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
     if arguments.resume is None or arguments.config:
         config = load_config(arguments.config, settings=arguments.settings)
         named += [("storage", config.storage)] if arguments.resume is None else []
-    faults = [f"{name}: {PLAIN_URI}" for name, path in named if path and has_password(path)]
+    found = ((name, secret_fault(path)) for name, path in named if path)
+    faults = [f"{name}: {fault}" for name, fault in found if fault]
     faults += relative_paths(config, *named)
     if faults:
         raise ConfigError("\n".join(faults))

@@ -29,7 +29,7 @@ from selfkd.cli.signals import (
     leave_now,
 )
 from selfkd.cli.terminal import make_console, print_table
-from selfkd.config import Config, load_config, merge_settings
+from selfkd.config import Config, load_config, merge_settings, refuse_foreign, remember
 from selfkd.config.paths import relative_paths, with_absolute_paths
 from selfkd.errors import ConfigError, LockedError
 from selfkd.experiments.arms import Run
@@ -161,6 +161,7 @@ class Command(Generic[S]):
             _refuse_relative(config, ("storage", config.storage))
             config = with_absolute_paths(config)
             self.check(config)
+            remember(config)
             stem = (self.stem or config.data.name).replace("/", "-")
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
             path = as_path(config.storage).expanduser() / (config.name or now)
@@ -177,6 +178,10 @@ class Command(Generic[S]):
         _refuse_relative(config)
         config = with_absolute_paths(config)
         folder.check_change(stored, config)
+        if not options.config:
+            confirmed = [setting.partition("=")[0] for setting in settings]
+            refuse_foreign(stored, folder.path, confirmed=confirmed)
+        remember(config)
         return folder, config
 
     def _run(self, folder: RunFolder, config: Config, options: Options) -> S:

@@ -13,10 +13,23 @@ import yaml
 from selfkd.config.schema import Config, Tree, from_tree, leaves, put, to_tree
 from selfkd.config.validate import settings_faults
 from selfkd.errors import ConfigError
+from selfkd.storage.files import check_depth, read_text
+from selfkd.storage.remote import as_path, secret_fault
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader of YAML 1.1 in which 1e-3 is a number and duplicate keys are refused."""
+    """Safe loader of YAML 1.1 in which 1e-3 is a number; duplicate keys and aliases are refused.
+
+    A few lines of aliases to aliases stand for more than a memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                problem="aliases (*name) are not allowed",
+                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -37,6 +50,8 @@ class _Dumper(yaml.SafeDumper):
     """Safe dumper that quotes text which `_Loader` would read as a number."""
 
 
+LARGEST = 2**20
+"""Largest number of characters of a config."""
 _NO_KEYS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")
 
 
@@ -56,15 +71,21 @@ def parse_yaml(text: str, source: str) -> Any:
         source: Name of its source, for messages.
 
     Raises:
-        ConfigError: The text is not YAML, or has duplicate keys.
+        ConfigError: The text is not YAML, too long, or has duplicate keys or aliases.
 
     >>> parse_yaml("lr: 1e-3", "x.yaml")
     {'lr': 0.001}
     """
+    if len(text) > LARGEST:
+        raise ConfigError(f"{source}: must have at most {LARGEST:,} characters, got {len(text):,}")
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
-    except yaml.YAMLError as error:
+        tree = yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
+        check_depth(tree)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: of 5,000 digits
         raise ConfigError(f"{source}: must be YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: must be YAML, and is nested too deeply") from None
+    return tree
 
 
 def load_config(
@@ -90,8 +111,10 @@ def load_config(
     sources: dict[str, str] = {}
     if path is not None:
         try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(as_path(path))
+        except (OSError, ValueError) as error:
+            if secret_fault(str(path)):
+                raise ConfigError(f"--config: {error}") from None
             raise ConfigError(f"--config must be a readable file, got {path}: {error}") from None
         tree = parse_yaml(text, str(path)) or {}
         if not isinstance(tree, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from selfkd.config.space import Distribution, Point
 from selfkd.errors import ConfigError
-from selfkd.storage.remote import PLAIN_URI, has_password
+from selfkd.storage.remote import secret_fault
 
 Tree = dict[str, Any]
 STORAGES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
@@ -29,8 +30,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _without_password(value: str) -> str:
-    if has_password(value):
-        raise ValueError(PLAIN_URI)
+    if fault := secret_fault(value):
+        raise ValueError(fault)
     return value
 
 
@@ -64,7 +65,9 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(part) for part in value)
     if isinstance(value, str):
         return re.fullmatch(r"[\w+ -]*", value) is not None
-    return value is None or isinstance(value, bool | int | float)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int)
 
 
 ModelArgs = Annotated[dict[str, Any], AfterValidator(_plain_args)]
@@ -484,10 +487,10 @@ class Config:
     @classmethod
     def _is_a_folder(cls, value: str) -> str:
         scheme = value.partition("://")[0] if "://" in value else None
-        if scheme is not None and (scheme not in STORAGES or "?" in value):
+        if scheme is not None and scheme not in STORAGES:
             raise ValueError(
                 "must be a folder that all nodes see, or a URI that starts with one of "
-                f"{', '.join(STORAGES)} and has no query, got {value.partition('?')[0]!r}"
+                f"{', '.join(STORAGES)}, got {value!r}"
             )
         return value
 

@@ -186,7 +186,7 @@ def _study_faults(config: Config) -> Iterator[str]:
                 f"got {arm.teacher!r}"
             )
         for key in arm.set:
-            data = key.startswith("data.") and key not in FREE
+            data = key.split(".")[0] == "data" and key not in FREE
             if data or key.split(".")[0] not in ("data", "model", "train", "distill"):
                 known = f"model, train, distill or of {', '.join(FREE)}"
                 yield f"{where}.set: must be keys of {known}, got {key}"

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
 from selfkd.analysis.verdicts import Mode, count_seeds, describe_difference, metric_format
-from selfkd.config import Config, ModelConfig, to_tree
+from selfkd.config import Config, ModelConfig, reaches_out, to_tree
 from selfkd.config.space import Distribution, Points
 from selfkd.errors import ConfigError, RunError
 from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, run_one
@@ -222,6 +222,8 @@ class Run:
     def _payload(self, arm: Arm, number: int, point: Point) -> Row:
         point = {**arm.point, **point}
         own = self.config.at(point)
+        if fetched := reaches_out(own).keys() - reaches_out(self.config):
+            raise RunError(f"{self.folder.path} may not fetch what its config does not: {fetched}")
         model = arm.network(own, number)
         function = {"function": self.function} if self.function else {}
         return {
@@ -239,7 +241,7 @@ class Run:
         return [
             {
                 "hash": model.hash,
-                "checkpoint": str(self.folder.path / model.checkpoint),
+                "checkpoint": str(self.folder.file(model.checkpoint)),
                 **({} if model.weight is None else {"weight": model.weight}),
             }
             for model in models

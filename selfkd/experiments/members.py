@@ -26,11 +26,12 @@ from selfkd.results import (
     Members,
     Message,
     Model,
+    Parts,
     Row,
     SourceResult,
     TeacherRow,
 )
-from selfkd.storage.files import link, save_json
+from selfkd.storage.files import link
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row, save_row
 
@@ -101,8 +102,8 @@ def find_members(run: str) -> list[Path]:
     if made.exists():
         names = [row.checkpoint for row in load_row(Members, made).members]
     else:
-        names = [result.models[0].checkpoint for result in folder.results()]
-    found = [folder.path / name for name in names]
+        names = [model.checkpoint for result in folder.results() for model in result.models[:1]]
+    found = [folder.file(name) for name in names]
     if not found or not all(path.exists() for path in found):
         raise ConfigError(f"--from must be a run with a finished generation or members, got {run}")
     return found
@@ -286,7 +287,7 @@ def _weighted(run: Run, models: Sequence[Model]) -> list[Model]:
 def _specialists(run: Run, best: Member, facts: Facts) -> list[Model]:
     """Return the best member with specialists in the classes that it confuses."""
     config, folder = run.config, run.folder.path
-    generalist = str(folder / best.checkpoint)
+    generalist = str(run.folder.file(best.checkpoint))
     clusters = run.job(
         "cluster_outputs", checkpoint=generalist, clusters=max(2, facts.outputs // 10)
     )["clusters"]
@@ -306,5 +307,5 @@ def _specialists(run: Run, best: Member, facts: Facts) -> list[Model]:
     digest = hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
     save = folder / "sources" / "specialists_parts.json"
     parts = [f"../{name}" for name in (best.checkpoint, *(model.checkpoint for model in models))]
-    save_json(save, {"hash": digest, "parts": parts})
+    save_row(save, Parts(hash=digest, parts=tuple(parts)))
     return [Model(digest, run.folder.relative(save))]

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from pathlib import Path
 from typing import TypeVar
 
 from selfkd import __version__
-from selfkd.config import RESUMABLE, Config, differences, dump_config, from_tree, parse_yaml
+from selfkd.config import (
+    RESUMABLE,
+    Config,
+    config_hash,
+    differences,
+    dump_config,
+    from_tree,
+    parse_yaml,
+)
 from selfkd.errors import ConfigError
 from selfkd.results import FORMAT, STUDENT, Facts, GenerationResult
-from selfkd.storage.files import cache_folder, link, save_text
+from selfkd.storage.files import cache_folder, inside, link, read_text, save_text
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.storage.rows import load_row, save_row
 
+HASH = "config.hash"  # of what may not change
 T = TypeVar("T")
 
 
@@ -40,6 +50,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             save_text(path / "run_id", f"{path.name}-{secrets.token_hex(4)}", patience=0)
             save_text(path / "command", command, patience=0)
+            save_text(path / HASH, config_hash(config), patience=0)
             folder.save_config(config, patience=0)
         except OSError as error:
             reason = error.strerror or error
@@ -56,7 +67,7 @@ class RunFolder:
         file = path / "config.yaml"
         if not file.is_file():
             raise ConfigError(f"--resume must be a run folder (with a config.yaml), got {path}")
-        tree = parse_yaml(file.read_text(), str(file))
+        tree = parse_yaml(read_text(file), str(file))
         found = tree.pop("format", None) if isinstance(tree, dict) else None
         if found != FORMAT:
             raise ConfigError(
@@ -76,7 +87,9 @@ class RunFolder:
         Raises:
             ConfigError: It was another.
         """
-        started_by = (self.path / "command").read_text()
+        started_by = self.command
+        if not re.fullmatch(r"\w{1,20}", started_by):
+            raise ConfigError(f"{self.path / 'command'} is damaged: it must name a command")
         if started_by != command:
             raise ConfigError(
                 f"{self.path} was started by selfkd.{started_by}: continue it with "
@@ -89,6 +102,12 @@ class RunFolder:
         Raises:
             ConfigError: It is; says what differs.
         """
+        found = self._text(HASH) if (self.path / HASH).exists() else "none"
+        if found != config_hash(old):
+            raise ConfigError(
+                f"{self.path / 'config.yaml'} was edited where a run may not change (its hash is "
+                f"not that of {HASH}): put it back, or start a new run with --config"
+            )
         refused = [line for line in differences(old, new) if not line.startswith(RESUMABLE)]
         if refused:
             raise ConfigError(
@@ -128,7 +147,26 @@ class RunFolder:
     @property
     def run_id(self) -> str:
         """Name of this run among all runs of that name, made when it began."""
-        return (self.path / "run_id").read_text()
+        found = self._text("run_id")
+        if not re.fullmatch(r"\w[\w.-]{0,299}", found):
+            raise ValueError(f"{self.path / 'run_id'} is damaged: it must be one word")
+        return found
+
+    @property
+    def command(self) -> str:
+        """Name of the command that started the run."""
+        return self._text("command")
+
+    def _text(self, name: str) -> str:
+        return read_text(self.path / name).strip()
+
+    def file(self, name: str) -> Path:
+        """Return a file by the name that a row of this folder has for it.
+
+        Raises:
+            ValueError: It is outside the folder.
+        """
+        return inside(self.path, name)
 
     @property
     def local(self) -> Path:
@@ -183,5 +221,6 @@ def student_file(stage: Path, number: int) -> Path:
 def _never_began(path: Path) -> bool:
     """Whether a folder is what a start leaves that is killed before its config is written."""
     return path.is_dir() and all(
-        file.name in ("run_id", "command") or file.name.startswith(".") for file in path.iterdir()
+        file.name in ("run_id", "command", HASH) or file.name.startswith(".")
+        for file in path.iterdir()
     )

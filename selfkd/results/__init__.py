@@ -13,6 +13,7 @@ from selfkd.results.ensemble import Chosen as Chosen
 from selfkd.results.ensemble import EnsembleSummary as EnsembleSummary
 from selfkd.results.ensemble import Member as Member
 from selfkd.results.ensemble import Members as Members
+from selfkd.results.ensemble import Parts as Parts
 from selfkd.results.ensemble import SourceResult as SourceResult
 from selfkd.results.ensemble import TableRow as TableRow
 from selfkd.results.ensemble import TeacherRow as TeacherRow
@@ -35,6 +36,7 @@ from selfkd.results.events import TaskProgressed as TaskProgressed
 from selfkd.results.events import TaskStarted as TaskStarted
 from selfkd.results.events import TrialFinished as TrialFinished
 from selfkd.results.events import TrialProgressed as TrialProgressed
+from selfkd.results.fields import Point as Point
 from selfkd.results.generations import Confirmation as Confirmation
 from selfkd.results.generations import ControlResult as ControlResult
 from selfkd.results.generations import GenerationResult as GenerationResult
@@ -46,7 +48,6 @@ from selfkd.results.row import OWN as OWN
 from selfkd.results.row import STUDENT as STUDENT
 from selfkd.results.row import Interval as Interval
 from selfkd.results.row import Measured as Measured
-from selfkd.results.row import Point as Point
 from selfkd.results.row import Row as Row
 from selfkd.results.row import from_row as from_row
 from selfkd.results.row import to_row as to_row

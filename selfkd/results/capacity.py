@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 
 from selfkd.results.ensemble import TeacherRow
+from selfkd.results.fields import Count, FileName, StageName
 from selfkd.results.row import ROW, Interval, Measured
 
 
@@ -13,8 +14,8 @@ class SearchOfSize:
     """Where the search of a student's settings lies."""
 
     value: int | float | str
-    parameters: int
-    search: str
+    parameters: Count
+    search: StageName
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -56,12 +57,12 @@ class Size:
     verdict: str = ""
     temperature: float | None = None
     alpha: float | None = None
-    trials: int = 1
+    trials: Count = 1
     train_seconds: float = 0.0
     ms_1: float | None = None
     ms_128: float | None = None
-    checkpoint: str = ""
-    search: str = ""
+    checkpoint: FileName = ""
+    search: FileName = ""
     """Folder of its search."""
 
 
@@ -70,9 +71,9 @@ class CapacitySummary:
     """The summary of `selfkd.capacity`."""
 
     key: str
-    seeds: int
+    seeds: Count
     searched: bool = False
-    trials: int = 0
+    trials: Count = 0
     teacher: TeacherRow
     sizes: tuple[Size, ...]
     mean_gain: Interval | None = None

@@ -6,7 +6,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from selfkd.results.evaluation import Diagnostics
-from selfkd.results.row import ROW, Interval, Measured, Point, Row
+from selfkd.results.fields import Count, Digest, FileName, Point
+from selfkd.results.row import ROW, Interval, Measured, Row
 from selfkd.results.trial import Model
 
 
@@ -14,8 +15,8 @@ from selfkd.results.trial import Model
 class Member(Measured):
     """A teacher of an ensemble."""
 
-    hash: str
-    checkpoint: str
+    hash: Digest
+    checkpoint: FileName
     model: Row = Field(default_factory=dict)
     """Name and arguments of its network."""
 
@@ -25,6 +26,15 @@ class Members:
     """The teachers of a run, the best on validation first."""
 
     members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Parts:
+    """A generalist with its specialists, as one teacher."""
+
+    hash: Digest
+    parts: tuple[str, ...] = Field(min_length=1)
+    """Files of the networks, the generalist's first, relative to the file of this row."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -59,7 +69,7 @@ class Chosen(Measured):
     temperature: float
     alpha: float
     average: str
-    hash: str
+    hash: Digest
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -67,7 +77,7 @@ class TeacherRow(Measured):
     """The ensemble that a student was distilled from."""
 
     source: str
-    members: int
+    members: Count
     parameters: float | None = None
     ms_1: float | None = None
     ms_128: float | None = None
@@ -80,8 +90,8 @@ class EnsembleSummary:
     rows: tuple[TableRow, ...]
     teacher: TeacherRow
     chosen: Chosen
-    trials: int
-    seeds: int
+    trials: Count
+    seeds: Count
     gain: Interval
     """Paired difference of the student to the same from labels only."""
     verdict: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from selfkd.results.fields import Count, Digest
 from selfkd.results.row import ROW, Measured
 
 
@@ -72,8 +73,8 @@ class Unseen(Measured):
 class Evaluation(Measured):
     """A model on validation and test: `metrics` are val_…, test_… and agreement."""
 
-    hash: str
-    parameters: int | None = None
+    hash: Digest
+    parameters: Count | None = None
     mcnemar: McNemar | None = None
     unseen: Unseen | None = None
     diagnostics: dict[str, Diagnostics] = Field(default_factory=dict)

@@ -6,7 +6,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from selfkd.results.evaluation import Diagnostics, Evaluation, McNemar
-from selfkd.results.row import ROW, Interval, Measured, Point
+from selfkd.results.fields import Count, Digest, FileName, Point
+from selfkd.results.row import ROW, Interval, Measured
 from selfkd.results.trial import Epoch, Model
 
 
@@ -28,7 +29,7 @@ class Replicated:
 class Confirmation(Replicated):
     """The setting of a generation, replicated."""
 
-    generation: int
+    generation: Count
     first: Interval | None = None
     """Paired difference to generation 0."""
     previous: Interval | None = None
@@ -49,7 +50,7 @@ class ControlResult(Replicated):
     born_again: Interval | None = None
     """Difference of the born-again generations to it."""
     verdicts: tuple[str, ...] = ()
-    models: int = 0
+    models: Count = 0
     """Number of generations that an ensemble of seeds stands beside."""
     point: Point = Field(default_factory=dict)
 
@@ -58,25 +59,25 @@ class ControlResult(Replicated):
 class GenerationResult(Measured):
     """A finished generation: its chosen trial, measured."""
 
-    generation: int
-    trial: int
+    generation: Count
+    trial: Count
     point: Point = Field(default_factory=dict)
     temperature: float | None = None
     alpha: float | None = None
-    hash: str = ""
+    hash: Digest = ""
     teachers: tuple[Model, ...] = ()
     models: tuple[Model, ...] = ()
     """Models that can teach, the chosen one first."""
-    wanted_models: int = 1
-    parameters: int | None = None
-    predictions: str | None = None
+    wanted_models: Count = 1
+    parameters: Count | None = None
+    predictions: FileName | None = None
     """File of the chosen model's logits, relative to the run folder."""
     mcnemar: McNemar | None = None
     diagnostics: dict[str, Diagnostics] = Field(default_factory=dict)
     """By split."""
     history: tuple[Epoch, ...] = ()
-    trials: int = 0
-    failed: int = 0
+    trials: Count = 0
+    failed: Count = 0
     train_seconds: float = 0.0
     seconds: float = 0.0
 

@@ -30,8 +30,6 @@ OWN = ("epoch", "seconds", "hash", "checkpoint", "note")
 
 Row = dict[str, Any]
 """Plain data on its way between processes."""
-Point = dict[str, Any]
-"""Values of a search space by dotted config key."""
 T = TypeVar("T")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 
 from selfkd.results.evaluation import Unseen
+from selfkd.results.fields import Count, Digest, FileName
 from selfkd.results.row import ROW, Interval, Measured
 
 
@@ -12,12 +13,12 @@ from selfkd.results.row import ROW, Interval, Measured
 class ArmRun(Measured):
     """A seed of an arm of a study."""
 
-    number: int
+    number: Count
     seed: int
-    hash: str = ""
-    parameters: int | None = None
+    hash: Digest = ""
+    parameters: Count | None = None
     train_seconds: float = 0.0
-    checkpoint: str | None = None
+    checkpoint: FileName | None = None
     unseen: Unseen | None = None
 
 
@@ -52,7 +53,7 @@ class ContrastResult:
 class MembersRow(Measured):
     """The teachers of a study that come from elsewhere."""
 
-    count: int
+    count: Count
     parameters: float | None = None
     ms_1: float | None = None
     ms_128: float | None = None
@@ -62,8 +63,8 @@ class MembersRow(Measured):
 class StudySummary:
     """The summary of `selfkd.study`."""
 
-    items: int
-    seeds: int
+    items: Count
+    seeds: Count
     arms: tuple[ArmResult, ...]
     contrasts: tuple[ContrastResult, ...] = ()
     members: MembersRow | None = None

@@ -7,15 +7,16 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from selfkd.results.row import ROW, Measured, Point
+from selfkd.results.fields import Count, Digest, FileName, Point, StageName
+from selfkd.results.row import ROW, Measured
 
 
 @dataclass(frozen=True, config=ROW)
 class Model:
     """A trained model."""
 
-    hash: str
-    checkpoint: str
+    hash: Digest
+    checkpoint: FileName
     """Its file, relative to the run folder."""
     weight: float | None = None
     """Weight in the average of an ensemble; all alike when none has one."""
@@ -25,7 +26,7 @@ class Model:
 class Facts:
     """What a task says of its data and of the networks of a config."""
 
-    items: dict[str, int] = Field(default_factory=dict)
+    items: dict[str, Count] = Field(default_factory=dict)
     """Sizes of the splits train, val and test; none of a user's training function."""
     unit: str = "images"
     """Word for the items."""
@@ -33,13 +34,13 @@ class Facts:
     """Metric that models are compared by, measured as val_<metric> and test_<metric>."""
     mode: Literal["max", "min"] = "max"
     """Whether more of it is better, or less."""
-    outputs: int = 0
+    outputs: Count = 0
     """Number of classes, or size of the vocabulary."""
     names: tuple[str, ...] = ()
     """Names of the outputs, where they have any."""
-    views: int = 1
+    views: Count = 1
     """Views of each training item whose teacher logits are cached."""
-    parameters: dict[str, int] = Field(default_factory=dict)
+    parameters: dict[str, Count] = Field(default_factory=dict)
     """Sizes of the networks: `model` and `student`."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
     """Hashes of the splits."""
@@ -51,12 +52,12 @@ class Facts:
 class Epoch(Measured):
     """A row of a learning curve."""
 
-    epoch: int
+    epoch: Count
     seconds: float = 0.0
     """Time since the trial began."""
-    hash: str | None = None
+    hash: Digest | None = None
     """Hash of the model that was saved at its end."""
-    checkpoint: str | None = None
+    checkpoint: FileName | None = None
     """Name of that model's file."""
 
 
@@ -64,13 +65,13 @@ class Epoch(Measured):
 class Trial:
     """A training run that has begun."""
 
-    stage: str
-    trial: int
+    stage: StageName
+    trial: Count
     """Number of the trial within its stage."""
     seed: int
     point: Point = Field(default_factory=dict)
     """Settings in which the trial differs from the config."""
-    teachers: tuple[str, ...] = ()
+    teachers: tuple[Digest, ...] = ()
     """Hashes of its teachers."""
 
 
@@ -80,7 +81,7 @@ class TrialResult(Trial, Measured):
 
     status: Literal["completed", "stopped", "failed"]
     error: str | None = None
-    hash: str = ""
+    hash: Digest = ""
     """Hash of the student."""
     train_seconds: float = 0.0
     history: tuple[Epoch, ...] = ()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfkd.storage.files import fetch, replace, retry_io
+from selfkd.storage.files import fetch, parse_json, replace, retry_io
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -76,7 +76,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not retry_io(path, path.exists):
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with safe_open(fetch(path), framework="pt") as file:
+        local = fetch(path)
+        if not local.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} must be a file, and is a folder, pipe or device")
+        with safe_open(local, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -86,7 +89,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts, digest = metadata["facts"], metadata["hash"]
     if _hash(tensors, facts) != digest:
         raise ValueError(f"{path} is damaged (its hash differs): remove it and resume")
-    return tensors, {**json.loads(facts), "hash": digest}
+    try:
+        found = {**parse_json(facts), "hash": digest}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
+    return tensors, found
 
 
 def _hash(tensors: Mapping[str, Tensor], facts: str) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +36,11 @@ _TRANSIENT = {
 }
 _PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds
+LARGEST_TEXT = 64 * 2**20
+"""Largest number of bytes of a text file that is read."""
+_DEEPEST = 32  # levels of nesting of a JSON file
+_DIGITS = 20  # of a whole number of 64 bits
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # names given by `replace`
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -65,13 +74,33 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(str(temporary))
-        temporary.chmod(mode)  # tempfile and safetensors create files readable by their owner only
+        _set_mode(temporary, mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and _names_another(error, temporary):
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
         raise
+
+
+def _names_another(error: OSError, temporary: Path) -> bool:
+    """Whether an error does not name the file that was to be written, but could."""
+    unnamed = error.filename in (None, str(temporary)) or error.errno in _TRANSIENT
+    return unnamed and error.errno is not None
+
+
+def _set_mode(file: Path, mode: int) -> None:
+    """Give a new file the mode of any other: safetensors makes it readable by its owner only.
+
+    A file with a second name is somebody's own, and a share may refuse.
+    """
+    with contextlib.suppress(OSError):
+        found = file.stat()
+        if found.st_nlink == 1 and found.st_mode != mode:
+            file.chmod(mode)
 
 
 def retry_io(path: Path, work: Callable[[], T], *, patience: float | None = None) -> T:
@@ -91,7 +120,9 @@ def retry_io(path: Path, work: Callable[[], T], *, patience: float | None = None
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            error = state.outcome.exception()
+            error: object = state.outcome.exception()
+            if isinstance(error, OSError) and error.errno is not None:
+                error = f"[Errno {error.errno}] {error.strerror}"  # without the file's name
             log.warning("%s: %s: trying again for %.0f s", path, error, patience)
 
     retrying = Retrying(
@@ -141,7 +172,8 @@ def cache_folder() -> Path:
 
 def save_text(path: Path, text: str, *, patience: float | None = None) -> None:
     """Write a text file atomically."""
-    replace(path, lambda temporary: Path(temporary).write_text(text), patience=patience)
+    content = text.encode()
+    replace(path, lambda temporary: Path(temporary).write_bytes(content), patience=patience)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -149,17 +181,97 @@ def save_json(path: Path, value: Any) -> None:
     save_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, whatever the locale.
+
+    Args:
+        path: Regular file of at most `LARGEST_TEXT` bytes.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, too large, or a pipe or device; the message names it.
+    """
+
+    content = retry_io(path, lambda: _read(path))
+    if len(content) > LARGEST_TEXT:
+        raise ValueError(f"{path} must have at most {LARGEST_TEXT:,} bytes, and has more")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
+
+
+def _read(path: Path) -> bytes:
+    if isinstance(path, RemotePath):
+        return path.read_bytes(LARGEST_TEXT + 1)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} must be a file, and is a folder, pipe or device")
+    with open(path, "rb") as file:
+        return file.read(LARGEST_TEXT + 1)
+
+
 def load_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file is damaged; the message names it.
+        ValueError: The file is damaged, nested too deeply, or has a number beyond 64 bits; the
+            message names it.
     """
+    text = read_text(path)
     try:
-        return json.loads(retry_io(path, path.read_text))
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON whose numbers fit 64 bits, and which is nested at most 32 levels deep.
+
+    Raises:
+        ValueError: The text is no such JSON.
+
+    >>> parse_json("[1e400]")
+    Traceback (most recent call last):
+    ValueError: numbers must fit 64 bits, got 1e400
+    """
+    try:
+        value = json.loads(text, parse_float=_fits, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any, left: int = _DEEPEST) -> None:
+    """Check that plain data are not nested so deeply that their readers would fail.
+
+    Args:
+        value: Plain data.
+        left: Number of levels that they may have.
+
+    Raises:
+        ValueError: They have more.
+    """
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        if isinstance(part, dict | list):
+            if not left:
+                raise ValueError("nested too deeply")
+            check_depth(part, left - 1)
+
+
+def _fits(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"numbers must fit 64 bits, got {text[:20]}")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"numbers must fit 64 bits, got {text[:20]}")
+    return int(text)
 
 
 def link(source: Path, target: Path) -> None:
@@ -176,7 +288,7 @@ def link(source: Path, target: Path) -> None:
     def write(temporary: str) -> None:
         os.unlink(temporary)
         try:
-            os.link(source, temporary)
+            os.link(os.path.realpath(source), temporary)
         except OSError:
             shutil.copyfile(source, temporary)
 
@@ -188,9 +300,49 @@ def link(source: Path, target: Path) -> None:
         replace(target, write)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file where it exists; transient storage errors are retried.
+
+    Raises:
+        OSError: The error is permanent, or lasted too long.
+    """
+    retry_io(path, lambda: path.unlink(missing_ok=True))
+
+
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with its contents."""
+    """Remove a folder with its contents, but nothing that a symlink leads to."""
     if isinstance(folder, RemotePath):
-        folder.remove_tree()
+        retry_io(folder, folder.remove_tree)
     else:
-        shutil.rmtree(folder)
+        retry_io(folder, lambda: shutil.rmtree(folder))
+
+
+def temporaries(folder: Path) -> Iterator[Path]:
+    """Yield the temporary files of running or killed writers in a folder of this machine."""
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in names if _TEMPORARY.fullmatch(name))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the file of a name that was read from a folder's own files.
+
+    Args:
+        folder: Folder that the file must be in.
+        name: Relative path of the file; it and every symlink on it stay within the folder.
+
+    Raises:
+        ValueError: The name leads out of the folder.
+
+    >>> inside(Path("run"), "a/../b").as_posix()
+    'run/b'
+    >>> inside(Path("run"), "../../.netrc")
+    Traceback (most recent call last):
+    ValueError: ../../.netrc must be a file within run
+    """
+    path = folder / os.path.normpath(name)
+    outside = os.path.isabs(name) or "://" in name or ".." in path.parts[len(folder.parts) :]
+    if not outside and not isinstance(path, RemotePath):
+        outside = not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    if outside or "\0" in name:
+        raise ValueError(f"{name} must be a file within {folder}")
+    return path

@@ -12,9 +12,10 @@ from typing import Any
 
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+")
 _PASSWORD = re.compile(r"[a-z][a-z0-9+.-]+:/+[^/[]*:(?!\d+(/|$))", re.IGNORECASE)  # not a port
-PLAIN_URI = (
-    "must have no user:password@ in its URI, which would be written to files and logs: the "
-    "environment gives it (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or the machine's own role"
+_QUERY = re.compile(r"[a-z][a-z0-9+.-]+:/+[^?#]*[?#]", re.IGNORECASE)
+_ENVIRONMENT = (
+    "which would be written to files and logs: the environment gives it (AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY), or the machine's own role"
 )
 _ATOMIC_UPLOADS = ("s3", "gcs", "abfs")  # type names of object stores
 _CHUNK = 2**22
@@ -27,23 +28,39 @@ def as_path(text: str | Path) -> Path:
         text: Local path or URI.
 
     Raises:
-        ValueError: The URI contains a password.
+        ValueError: The URI contains a password or a query.
 
     >>> as_path("s3://bucket/runs") / "a", as_path("runs").name
     (RemotePath('s3://bucket/runs/a'), 'runs')
     """
-    if has_password(str(text)):
-        raise ValueError(f"a path {PLAIN_URI}")
+    if fault := secret_fault(str(text)):
+        raise ValueError(f"a path {fault}")
     return RemotePath(text) if _REMOTE.match(str(text)) else Path(text)
 
 
-def has_password(text: str) -> bool:
-    """Return whether a URI contains `user:password@`; a port is not mistaken for a password.
+def secret_fault(text: str) -> str | None:
+    """Return why a path may carry a secret: `user:password@`, a query or a fragment of a URI.
 
-    >>> has_password("s3://key:secret@bucket/a"), has_password("hdfs://user@host:8020/a:b@c")
-    (True, False)
+    >>> secret_fault("s3://bucket/a?secret_key=x").partition(",")[0]
+    'must be a URI that has no query'
+    >>> secret_fault("hdfs://user@host:8020/a:b@c")
     """
-    return _PASSWORD.match(text) is not None
+    if _PASSWORD.match(text):
+        return f"must have no user:password@ in its URI, {_ENVIRONMENT}"
+    if _QUERY.match(text):
+        plain = re.split("[?#]", text)[0]
+        return f"must be a URI that has no query, got {plain!r} with one, {_ENVIRONMENT}"
+    return None
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose URIs have neither user:password nor query.
+
+    >>> without_secrets("got s3://key:secret@bucket/a?token=x, and more")
+    'got s3://…@bucket/a?…, and more'
+    """
+    text = re.sub(r"([a-z][a-z0-9+.-]+:/+)[^/\s@'\"]*:[^/\s@'\"]*@", r"\1…@", text, flags=re.I)
+    return re.sub(r"([a-z][a-z0-9+.-]+:/+[^\s?#'\"]*[?#])[^\s'\",;]+", r"\1…", text, flags=re.I)
 
 
 class RemotePath(PosixPath):
@@ -116,11 +133,11 @@ class RemotePath(PosixPath):
         if system.type_name not in _ATOMIC_UPLOADS:
             system.create_dir(path, recursive=True)
 
-    def read_bytes(self) -> bytes:
-        """Return the content of the file."""
+    def read_bytes(self, most: int | None = None) -> bytes:
+        """Return the content of the file, or its first bytes."""
         system, path = self._location
         with system.open_input_stream(path) as stream:
-            return bytes(stream.read())
+            return bytes(stream.read(most))
 
     def read_text(self, *_: Any, **__: Any) -> str:
         """Return the content of the file as text in UTF-8."""

@@ -6,16 +6,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfkd.config import CheckpointConfig, Config, ModelConfig
 from selfkd.results import Diagnostics, Facts, Row, Unseen
+from selfkd.results.fields import Digest
+from selfkd.results.row import ROW
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.training.trial import Trial
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, Split] = ("val", "test")
 """What models are evaluated on."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class ModelFacts:
+    """Metadata of a checkpoint, by which its network is made again."""
+
+    hash: Digest
+    model: Row
+    """Name and arguments of the network."""
+    fingerprint: str | None = None
+    """Hash of the training data, where they are known."""
 
 
 class Task(Protocol):
@@ -45,7 +59,7 @@ class Task(Protocol):
     ) -> str:
         """Save a network with what it is loaded by; return its hash."""
 
-    def load(self, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
+    def load(self, checkpoint: str) -> tuple[nn.Module, ModelFacts]:
         """Return the network of a checkpoint, and its metadata.
 
         Raises:

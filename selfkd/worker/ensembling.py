@@ -40,9 +40,9 @@ def import_checkpoint(config: Tree, save: str, source: Tree | None = None) -> It
         yield {"fault": str(error)}
         return
     yield {
-        "hash": facts["hash"],
-        "model": facts["model"],
-        "same_data": facts.get("fingerprint") == task.fingerprint,
+        "hash": facts.hash,
+        "model": facts.model,
+        "same_data": facts.fingerprint == task.fingerprint,
         "metrics": task.evaluate({"val": logits}),
     }
 

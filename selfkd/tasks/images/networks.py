@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, FiniteFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
@@ -16,12 +18,30 @@ from selfkd.data import Data, load_data
 from selfkd.data.augmentation import Views
 from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
+from selfkd.results import from_row
+from selfkd.results.row import ROW
 from selfkd.soft_targets.manifest import data_key
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
-from selfkd.tasks.task import SPLITS, Split
+from selfkd.tasks.task import SPLITS, ModelFacts, Split
 
 AUGMENTED_VIEWS = 8
+LARGEST_ARGUMENT = 10_000
+"""Largest number in the arguments of a foreign network, unless its tensors are larger."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class NetworkFacts(ModelFacts):
+    """Metadata of a classifier's checkpoint."""
+
+    classes: tuple[str | int, ...] = Field(min_length=1)
+    """Names of the classes, in the order of the logits."""
+    mean: tuple[FiniteFloat, ...] = Field(min_length=1)
+    std: tuple[FiniteFloat, ...] = Field(min_length=1)
+    specialist: tuple[int, ...] = ()
+    """Classes that a specialist tells apart; all others are its last one."""
+    dustbin_shift: FiniteFloat = 0.0
+    """Number that is added to the logit of a specialist's last class."""
 
 
 @lru_cache(maxsize=1)
@@ -76,14 +96,16 @@ class ImageNetworks:
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this data."""
-        network = make_model(
+        return self._make(model).to(self.device)
+
+    def _make(self, model: ModelConfig) -> nn.Module:
+        return make_model(
             model.name,
             model.args,
             num_classes=self.data.num_classes,
             in_chans=self.data.in_chans,
             image_size=self.data.image_size,
         )
-        return network.to(self.device)
 
     def save(
         self, path: Path, network: nn.Module, model: ModelConfig, more: Mapping[str, Any]
@@ -104,26 +126,54 @@ class ImageNetworks:
         }
         return save_tensors(path, network.state_dict(), facts)
 
-    def load(self, checkpoint: str) -> tuple[nn.Module, dict[str, Any]]:
+    def load(self, checkpoint: str) -> tuple[nn.Module, NetworkFacts]:
         """Return the network of a checkpoint, and its metadata.
+
+        What the metadata describe is compared with the tensors before any memory is taken for it.
 
         Raises:
             ValueError: It was trained for other classes, or is of no network that can be made.
         """
-        tensors, facts = load_tensors(as_path(checkpoint))
-        here = self.data.class_names
-        if sorted(facts["classes"]) != sorted(here):
-            raise ValueError(
-                f"{checkpoint} was trained for other classes than {self.data.name}'s: "
-                f"{_few(facts['classes'])} instead of {_few(here)}"
-            )
+        tensors, found = load_tensors(as_path(checkpoint))
         try:
-            model = ModelConfig.of_checkpoint(facts["model"])
-            network = self.make(model)
+            facts = from_row(NetworkFacts, found)
+            model = ModelConfig.of_checkpoint(facts.model)
         except ValueError as error:
             raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
-        network.load_state_dict(tensors)
-        return network, {**facts, "model": {"name": model.name, "args": model.args}}
+        here = self.data.class_names
+        if sorted(map(str, facts.classes)) != sorted(map(str, here)):
+            raise ValueError(
+                f"{checkpoint} was trained for other classes than {self.data.name}'s: "
+                f"{_few(facts.classes)} instead of {_few(here)}"
+            )
+        try:
+            self._check_shapes(model, tensors)
+            network = self.make(model)
+            network.load_state_dict(tensors)
+        except (ValueError, RuntimeError) as error:
+            first = str(error).splitlines()[:2]
+            raise ValueError(f"{checkpoint} cannot be rebuilt: {' '.join(first)}") from None
+        return network, replace(facts, model={"name": model.name, "args": model.args})
+
+    def _check_shapes(self, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Check that a foreign network has tensors of these shapes; it takes no memory to know."""
+        sizes = [size for tensor in tensors.values() for size in tensor.shape]
+        most = max([LARGEST_ARGUMENT, *sizes])
+        for number in _numbers(model.args):
+            if abs(number) > most:
+                raise ValueError(f"model.args must be of its tensors' sizes, got {number}")
+        try:
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                described = self._make(model).state_dict()
+        except (NotImplementedError, RuntimeError):  # some networks compute while they are made
+            return
+        for name, tensor in described.items():
+            if name in tensors and tensor.shape != tensors[name].shape:
+                raise ValueError(
+                    f"{name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}"
+                )
+        if others := described.keys() ^ tensors.keys():
+            raise ValueError(f"its tensors must be those of {model.name}, unlike {min(others)}")
 
     def teacher(self, checkpoint: str) -> Teacher:
         """Return a checkpoint's network as a teacher of this data, its classes in order."""
@@ -131,10 +181,19 @@ class ImageNetworks:
         return Teacher(
             network,
             input_stats=(self.data.mean, self.data.std),
-            trained_stats=(facts["mean"], facts["std"]),
-            columns=[facts["classes"].index(name) for name in self.data.class_names],
+            trained_stats=(facts.mean, facts.std),
+            columns=[facts.classes.index(name) for name in self.data.class_names],
         )
 
 
-def _few(names: Sequence[str]) -> str:
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield the numbers in plain data."""
+    if isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def _few(names: Sequence[str | int]) -> str:
     return f"{len(names)} classes ({', '.join(map(str, names[:5]))}{', …' if names[5:] else ''})"

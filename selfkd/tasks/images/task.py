@@ -20,11 +20,12 @@ from selfkd.config import (
 from selfkd.data import fingerprint
 from selfkd.distill.teacher import Teacher
 from selfkd.models import parameters_count
-from selfkd.results import Diagnostics, Facts, Row, Unseen
+from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.files import load_json
+from selfkd.storage.files import inside, read_text
 from selfkd.storage.remote import as_path
+from selfkd.storage.rows import load_row
 from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
@@ -113,7 +114,7 @@ class ImageTask(ImageNetworks):
         model = ModelConfig(name=source.model, args=source.args)
         names = list(self.data.class_names)
         if source.classes is not None:
-            listed = parse_yaml(Path(source.classes).read_text(), source.classes)
+            listed = parse_yaml(read_text(Path(source.classes)), source.classes)
             if not isinstance(listed, list):
                 raise ValueError(f"{source.classes} must be a list of class names, got {listed!r}")
             names = [str(name) for name in listed]
@@ -141,8 +142,9 @@ class ImageTask(ImageNetworks):
     def digest(self, checkpoint: str) -> str:
         """Return the hash that a checkpoint's logits are cached under."""
         path = as_path(checkpoint)
-        facts = load_json(path) if path.suffix == ".json" else load_tensors(path)[1]
-        return str(facts["hash"])
+        if path.suffix == ".json":
+            return load_row(Parts, path).hash
+        return str(load_tensors(path)[1]["hash"])
 
     def networks(self, checkpoint: str) -> Iterator[nn.Module]:
         """Yield the networks that one prediction of a checkpoint takes."""
@@ -190,10 +192,10 @@ class ImageTask(ImageNetworks):
         specialists = []
         for part in others:
             network, facts = self.load(part)
-            special = Specialist(network, facts["specialist"]).to(self.device)
+            special = Specialist(network, facts.specialist).to(self.device)
             own = self._predict(special, split, view, items)
-            own[:, -1] += facts["dustbin_shift"]
-            specialists.append((facts["specialist"], own))
+            own[:, -1] += facts.dustbin_shift
+            specialists.append((facts.specialist, own))
         return combine(logits, specialists)
 
     def predict_with(self, network: nn.Module, split: Split) -> Tensor:
@@ -278,4 +280,6 @@ def _parts(checkpoint: str) -> list[str]:
     path = as_path(checkpoint)
     if path.suffix != ".json":
         return [checkpoint]
-    return [str(path.parent / part) for part in load_json(path)["parts"]]
+    folder = path.parent
+    parts = load_row(Parts, path).parts
+    return [str(inside(folder.parent, f"{folder.name}/{part}")) for part in parts]

@@ -1,0 +1,90 @@
+"""What a config that somebody else wrote may not do unasked: fetch, send, write elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from selfkd.config.load import flat, resume_invariant
+from selfkd.config.schema import Config, Tree, to_tree
+from selfkd.errors import ConfigError
+from selfkd.storage.files import cache_folder
+
+_FETCHED = ("hfds", "hfids", "tfds", "wds")  # timm's data sets that may be fetched, or run programs
+
+
+def config_hash(config: Config) -> str:
+    """Return a hash of what may not change when a run is resumed."""
+    return _hash(resume_invariant(config))
+
+
+def reaches_out(config: Config) -> dict[str, Any]:
+    """Return the settings by which a run fetches, sends, or writes outside its folder.
+
+    >>> from selfkd.config import load_config
+    >>> reaches_out(load_config(settings=["targets.root=/tmp/a"]))
+    {'targets.root': '/tmp/a'}
+    """
+    values, found = flat(config), {}
+    for key in ("data.download", "targets.root", "tracking.entity"):
+        if values[key]:
+            found[key] = values[key]
+    if config.data.name.partition("/")[0] in _FETCHED:
+        found["data.name"] = config.data.name
+    return found | dict(_pretrained(to_tree(config), ""))
+
+
+def _pretrained(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the settings by which timm's weights are fetched, wherever they stand."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for name, value in pairs:
+        key = f"{prefix}{name}"
+        if key.endswith("pretrained") and value:
+            yield key, value
+        elif isinstance(value, dict | list):
+            yield from _pretrained(value, f"{key}.")
+
+
+def refuse_foreign(config: Config, path: Path, *, confirmed: Collection[str]) -> None:
+    """Check that a stored config reaches out only as this user has asked for.
+
+    Args:
+        config: Config of a run folder.
+        path: Run folder.
+        confirmed: Dotted keys, or sections, that the user has given again.
+
+    Raises:
+        ConfigError: It does otherwise; names each setting.
+    """
+    asked = {
+        key: value
+        for key, value in reaches_out(config).items()
+        if not any(key == given or key.startswith(f"{given}.") for given in confirmed)
+    }
+    if asked and not _record(config).exists():
+        raise ConfigError(
+            f"{path / 'config.yaml'} was not written by a run of yours on this machine, and has "
+            "settings by which a run fetches, sends or writes outside its folder; give those that "
+            "you want again:\n  " + "\n  ".join(f"--set {k}={v}" for k, v in asked.items())
+        )
+
+
+def remember(config: Config) -> None:
+    """Remember that this user has started a run that reaches out as it does."""
+    if reaches_out(config):
+        with suppress(OSError):
+            path = _record(config)
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+            path.touch()
+
+
+def _record(config: Config) -> Path:
+    return cache_folder() / "started" / _hash([config_hash(config), reaches_out(config)])
+
+
+def _hash(value: Tree | list[Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -14,15 +14,15 @@ from rich.table import Table
 from torch import Tensor
 
 from selfkd.cli.terminal import make_console
-from selfkd.config import from_tree, merge_settings, to_tree
+from selfkd.config import Config, from_tree, merge_settings, refuse_foreign, to_tree
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.soft_targets.store import SoftTargets, check_shard, open_store
-from selfkd.soft_targets.upkeep import StoreInfo, list_stores, sweep, unused
-from selfkd.storage.files import remove_tree
-from selfkd.storage.remote import as_path
+from selfkd.soft_targets.upkeep import StoreInfo, list_stores, remove_store, sweep, unused
+from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tasks import make_task
 
 DIFFER, USAGE = 1, 2
+NOTHING_OUTSIDE = ("data.download=false", "targets.root=null", "tracking.entity=null")
 TOLERANCE = 0.01
 """Tolerance of a cached logit, in half precision: nats, and as much of its size."""
 
@@ -108,6 +108,9 @@ def _list(console: Console, root: Path) -> int:
 
 def _clear(console: Console, root: Path, *, sure: bool) -> int:
     stores = unused(root)
+    for info in list_stores(root):
+        for fault in info.damaged:
+            console.print(f"kept {info.path}: {fault}", soft_wrap=True)
     for info in stores:
         console.print(f"{info.path}: {info.bytes / 1e6:.1f} MB, no run refers to it")
     if stores and not sure:
@@ -116,7 +119,7 @@ def _clear(console: Console, root: Path, *, sure: bool) -> int:
         sure = console.input(f"remove {len(stores)} stores? [y/N] ").strip().lower() == "y"
     if sure:
         for info in stores:
-            remove_tree(info.path)
+            remove_store(info.path)
     swept = sweep(root)
     count = len(stores) if sure else 0
     console.print(f"removed {count} stores and {len(swept)} files of killed writers")
@@ -131,7 +134,7 @@ def _verify(console: Console, root: Path, *, rows: int, settings: Sequence[str])
     for info in stores:
         name = f"{info.path.parent.name}/{info.path.name}"
         if info.manifest is None:
-            console.print(f"{name}: the manifest is damaged", soft_wrap=True)
+            console.print(f"{name}: {info.damaged[0]}", soft_wrap=True)
             return DIFFER
         try:
             fault = next(_faults(root, info, info.manifest, rows, settings), None)
@@ -155,10 +158,7 @@ def _faults(
             state = check_shard(root, manifest, view=view, shard=shard)
             if state != "whole":
                 yield f"shard {shard} of view {view} is {state}"
-    checkpoint = manifest.origin["checkpoint"]
-    if not as_path(checkpoint).exists():
-        raise FileNotFoundError(f"its checkpoint {checkpoint} is gone")
-    config = merge_settings(from_tree(manifest.origin["config"]), settings=settings, flags={})
+    checkpoint, config = _origin(root, info, manifest, settings)
     task = make_task(to_tree(config))
     digest = task.digest(checkpoint)
     if task.manifest(digest, {}).data != manifest.data:
@@ -174,6 +174,25 @@ def _faults(
             off = _distance(cached, logits, row, view)
             if off > TOLERANCE:
                 yield f"row {row} of view {view} differs by {off:.3g} from the teacher's logits"
+
+
+def _origin(
+    root: Path, info: StoreInfo, manifest: Manifest, settings: Sequence[str]
+) -> tuple[str, Config]:
+    """Return the teacher's checkpoint and config, by which nothing is fetched or written."""
+    file = info.path / "manifest.json"
+    checkpoint, tree = (manifest.origin.get(key) for key in ("checkpoint", "config"))
+    if not isinstance(checkpoint, str) or not isinstance(tree, dict):
+        raise ValueError(f"{file} is damaged: origin must have a checkpoint and a config")
+    elsewhere = isinstance(as_path(checkpoint), RemotePath) and not isinstance(root, RemotePath)
+    if elsewhere or not as_path(checkpoint).exists():
+        raise FileNotFoundError(
+            f"its checkpoint {checkpoint} is {'remote' if elsewhere else 'gone'}"
+        )
+    config = merge_settings(from_tree(tree), settings=[*NOTHING_OUTSIDE, *settings], flags={})
+    given = [setting.partition("=")[0] for setting in settings]
+    refuse_foreign(config, file, confirmed=given)
+    return checkpoint, config
 
 
 def _distance(cached: SoftTargets, logits: Tensor, row: int, view: int) -> float:

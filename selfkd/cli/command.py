@@ -180,7 +180,7 @@ class Command(Generic[S]):
         folder.check_change(stored, config)
         if not options.config:
             confirmed = [setting.partition("=")[0] for setting in settings]
-            refuse_foreign(stored, folder.path, confirmed=confirmed)
+            refuse_foreign(stored, folder.path / "config.yaml", confirmed=confirmed)
         remember(config)
         return folder, config
 

@@ -49,12 +49,12 @@ def _pretrained(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _pretrained(value, f"{key}.")
 
 
-def refuse_foreign(config: Config, path: Path, *, confirmed: Collection[str]) -> None:
+def refuse_foreign(config: Config, source: Path, *, confirmed: Collection[str]) -> None:
     """Check that a stored config reaches out only as this user has asked for.
 
     Args:
         config: Config of a run folder.
-        path: Run folder.
+        source: File of the config.
         confirmed: Dotted keys, or sections, that the user has given again.
 
     Raises:
@@ -64,26 +64,28 @@ def refuse_foreign(config: Config, path: Path, *, confirmed: Collection[str]) ->
         key: value
         for key, value in reaches_out(config).items()
         if not any(key == given or key.startswith(f"{given}.") for given in confirmed)
+        and not _record(config, key, value).exists()
     }
-    if asked and not _record(config).exists():
+    if asked:
         raise ConfigError(
-            f"{path / 'config.yaml'} was not written by a run of yours on this machine, and has "
-            "settings by which a run fetches, sends or writes outside its folder; give those that "
-            "you want again:\n  " + "\n  ".join(f"--set {k}={v}" for k, v in asked.items())
+            f"{source} was not written by a run of yours on this machine, and has settings by "
+            "which a run fetches, sends or writes outside its folder; give those that you want "
+            "again:\n  " + "\n  ".join(f"--set {key}={value}" for key, value in asked.items())
         )
 
 
 def remember(config: Config) -> None:
     """Remember that this user has started a run that reaches out as it does."""
-    if reaches_out(config):
+    for key, value in reaches_out(config).items():
         with suppress(OSError):
-            path = _record(config)
+            path = _record(config, key, value)
             path.parent.mkdir(exist_ok=True, mode=0o700)
             path.touch()
 
 
-def _record(config: Config) -> Path:
-    return cache_folder() / "started" / _hash([config_hash(config), reaches_out(config)])
+def _record(config: Config, key: str, value: Any) -> Path:
+    about = [key, value, config.data.name, config.data.root, config.model.name]
+    return cache_folder() / "started" / _hash(about)
 
 
 def _hash(value: Tree | list[Any]) -> str:

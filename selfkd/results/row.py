@@ -69,7 +69,8 @@ def from_row(kind: type[T], row: object) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where or 'all of it'}: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where or 'all of it'}: {reason}") from None
     return found
 
 

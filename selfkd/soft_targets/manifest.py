@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from selfkd.results.fields import MOST
 from selfkd.storage.files import load_json, retry_io, save_json
 
 DEFAULT_SHARD = 16_384
@@ -68,8 +69,13 @@ class Manifest:
     def __post_init__(self) -> None:
         for name in ("views", "images", "classes", "shard_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or not 1 <= value <= MOST:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name, kind in (("teacher", str), ("fingerprint", str), ("origin", dict)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+        if self.top_k is not None and type(self.top_k) is not int:
+            raise ValueError(f"top_k must be an integer or none, got {self.top_k!r}")
         if self.top_k is not None and not 1 <= self.top_k < self.classes:
             raise ValueError(f"top_k must be in [1, {self.classes - 1}], got {self.top_k}")
         key = data_key(self.fingerprint, self.recipe, top_k=self.top_k)

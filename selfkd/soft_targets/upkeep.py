@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfkd.results import from_row
 from selfkd.soft_targets.manifest import Manifest, load_manifest, store_path
-from selfkd.storage.files import load_json, retry_io, save_json
-from selfkd.storage.remote import as_path
+from selfkd.storage.files import load_json, remove_file, retry_io, save_json
+from selfkd.storage.remote import RemotePath, as_path
 
 _DAY = 86_400.0  # seconds
+_HASH = re.compile(r"[0-9a-f]{16}")
+_OWN = re.compile(r"manifest\.json|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors")
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # names given by selfkd.storage.files.replace
 
@@ -25,7 +30,7 @@ class StoreInfo:
     path: Path
     """Folder of the store."""
     manifest: Manifest | None
-    """Manifest; None where it is missing or damaged."""
+    """Manifest; None where it is damaged."""
     bytes: int
     """Size of all files in bytes."""
     present: int
@@ -34,6 +39,8 @@ class StoreInfo:
     """Number of shards of all views; 0 without a manifest."""
     users: list[Path]
     """Existing run folders that use the store."""
+    damaged: list[str]
+    """What is wrong with its manifest and with its records of users."""
     leftovers: list[Path]
     """Temporary files of running or killed writers."""
 
@@ -61,7 +68,22 @@ def list_stores(root: Path) -> list[StoreInfo]:
 
 def unused(root: Path) -> list[StoreInfo]:
     """Return the stores that no existing run uses."""
-    return [info for info in list_stores(root) if not info.users]
+    return [info for info in list_stores(root) if not (info.users or info.damaged)]
+
+
+def remove_store(path: Path) -> None:
+    """Remove a store: the files that selfkd writes, and its folders where they are empty then.
+
+    The manifest goes last, without which a folder is no store.
+    """
+    found = _files(path)
+    for file in sorted(found, key=lambda file: file.name == "manifest.json"):
+        if _OWN.fullmatch(file.relative_to(path).as_posix()) or _is_temporary(file):
+            remove_file(file)
+    if not isinstance(path, RemotePath):
+        for place, _, _ in sorted(os.walk(path), reverse=True):
+            with contextlib.suppress(OSError):  # it has files of others
+                os.rmdir(place)
 
 
 def sweep(root: Path, *, seconds: float = _DAY) -> list[Path]:
@@ -74,16 +96,26 @@ def sweep(root: Path, *, seconds: float = _DAY) -> list[Path]:
     removed = []
     for store in _stores(root):
         for path, (_, changed) in _files(store).items():
-            if _TEMPORARY.fullmatch(path.name) and time.time() - changed > seconds:
-                path.unlink(missing_ok=True)
+            if _is_temporary(path) and time.time() - changed > seconds:
+                remove_file(path)
                 removed.append(path)
     return removed
 
 
 def _stores(root: Path) -> Iterator[Path]:
+    """Yield what may be the folders of stores, behind no symlink: their manifests tell."""
     for path in sorted(root.glob("*/*/")):
+        local = not isinstance(path, RemotePath)
+        if not _HASH.fullmatch(path.name) or (
+            local and (path.is_symlink() or path.parent.is_symlink())
+        ):
+            continue
         if (path / "manifest.json").exists() or any(path.glob("view_*/")):
             yield path
+
+
+def _is_temporary(path: Path) -> bool:
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, float]]:
@@ -100,23 +132,45 @@ def _files(folder: Path) -> dict[Path, tuple[int, float]]:
 
 
 def _info(root: Path, path: Path) -> StoreInfo:
-    files = _files(path)
+    files, damaged = _files(path), []
     try:
         manifest = load_manifest(root, path.parent.name, path.name)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError) as error:
         manifest = None
+        damaged.append(str(error).removesuffix(": remove it and resume"))
     matches = [_SHARD.fullmatch(file.relative_to(path).as_posix()) for file in files]
     shards = [(int(match[1]), int(match[2])) for match in matches if match]
     if manifest is not None:
         shards = [(v, s) for v, s in shards if v < manifest.views and s < manifest.shards]
-    records = [file for file in files if file.match("used_by/*.json")]
-    runs = [as_path(load_json(file)["run"]) for file in records]
+    users = []
+    for file in files:
+        if file.match("used_by/*.json"):
+            try:
+                users.append(_user(root, file))
+            except ValueError as error:
+                damaged.append(str(error))
     return StoreInfo(
         path=path,
         manifest=manifest,
         bytes=sum(size for size, _ in files.values()),
         present=len(shards),
         expected=0 if manifest is None else manifest.views * manifest.shards,
-        users=sorted(run for run in runs if run.exists()),
-        leftovers=[file for file in files if _TEMPORARY.fullmatch(file.name)],
+        users=sorted(run for run in users if run is not None),
+        damaged=damaged,
+        leftovers=[file for file in files if _is_temporary(file)],
     )
+
+
+def _user(root: Path, file: Path) -> Path | None:
+    """Return the run that a record names; None where it is gone.
+
+    Raises:
+        ValueError: The record is damaged, or names a run that only a foreign host could tell of.
+    """
+    try:
+        run = as_path(from_row(dict[str, str], load_json(file))["run"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}): who uses the store is unknown") from None
+    if isinstance(run, RemotePath) and not isinstance(root, RemotePath):
+        raise ValueError(f"{file} names {run}: whether that is there is not asked")
+    return run if run.exists() else None

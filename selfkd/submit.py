@@ -24,6 +24,7 @@ from selfkd.config import load_config, parse_yaml
 from selfkd.config.paths import relative_paths
 from selfkd.errors import ConfigError
 from selfkd.generations import make_parser as generations_parser
+from selfkd.storage.files import read_text
 from selfkd.storage.remote import secret_fault
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ def runtime_env(options: argparse.Namespace, staged: Path) -> dict[str, Any]:
     environment: dict[str, Any] = {}
     if path is not None:
         try:
-            environment = parse_yaml(path.read_text(), str(path)) or {}
+            environment = parse_yaml(read_text(path), str(path)) or {}
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"--runtime-env must be a readable file, got {path}: {error}"

@@ -194,6 +194,7 @@ class Command(Generic[S]):
             try:
                 with Lock(folder.path):
                     summary, notes = self._train(console, folder, config, options)
+                    folder.sweep()
             except LockedError:
                 raise
             except ConfigError:

@@ -32,6 +32,7 @@ from selfkd.execution.ray_private import (
     internal_kv,
     stop_autoscaler,
 )
+from selfkd.storage.files import remove_file
 from selfkd.storage.remote import RemotePath, as_path
 
 CONNECT_SECONDS = 3.0  # limit for the connection to the head's port
@@ -273,7 +274,7 @@ def _check_nodes(nodes: list[Node], storage: Path, say: Callable[[str], None]) -
         ready, late = ray.wait(list(looks), num_returns=len(looks), timeout=NODE_SECONDS)
         seen = [(looks[look], _result(look)) for look in ready]
     finally:
-        marker.unlink(missing_ok=True)
+        remove_file(marker)
     faults = [f"{address} {fault}" for address, (fault, _) in seen if fault]
     if faults:
         raise ConfigError(

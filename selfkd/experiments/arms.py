@@ -38,7 +38,7 @@ from selfkd.results import (
     TrialResult,
     from_row,
 )
-from selfkd.storage.files import link
+from selfkd.storage.files import link, remove_file
 from selfkd.storage.rows import load_row, save_row
 
 ATTEMPTS = 2  # at a part that fails, beside what the executor does for dead workers
@@ -178,7 +178,7 @@ class Run:
         others = {model.checkpoint for model in kept}
         for trial in trials:
             if arm.model(self, trial).checkpoint not in others:
-                student_file(arm.folder, trial.trial).unlink(missing_ok=True)
+                remove_file(student_file(arm.folder, trial.trial))
         return Searched(trials, ranked, kept)
 
     def replicate(
@@ -449,4 +449,4 @@ def contrast(
 def remove_students(folder: Path) -> None:
     """Remove the students of an arm that has been measured; their results stay."""
     for student in folder.rglob("student.safetensors"):
-        student.unlink()
+        remove_file(student)

@@ -28,6 +28,7 @@ from selfkd.results import (
     Size,
     TrialResult,
 )
+from selfkd.storage.files import remove_file
 from selfkd.storage.rows import save_row
 
 DISTILL = ("distill.temperature", "distill.alpha")
@@ -72,7 +73,7 @@ def grow(run: Run) -> CapacitySummary:
     for arm, rows in zip(arms, trials, strict=True):
         for trial in rows:
             if (model := arm.model(run, trial)).checkpoint not in kept:
-                (run.folder.path / model.checkpoint).unlink(missing_ok=True)
+                remove_file(run.folder.file(model.checkpoint))
     return summary
 
 

@@ -19,7 +19,15 @@ from selfkd.config import (
 )
 from selfkd.errors import ConfigError
 from selfkd.results import FORMAT, STUDENT, Facts, GenerationResult
-from selfkd.storage.files import cache_folder, inside, link, read_text, save_text
+from selfkd.storage.files import (
+    cache_folder,
+    inside,
+    link,
+    read_text,
+    remove_file,
+    save_text,
+    temporaries,
+)
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.storage.rows import load_row, save_row
 
@@ -202,6 +210,12 @@ class RunFolder:
         """Return the summary of a finished run; None where there is none."""
         path = self.path / "summary.json"
         return load_row(kind, path) if path.exists() else None
+
+    def sweep(self) -> None:
+        """Remove temporary files that killed writers have left; nobody writes any more."""
+        if not isinstance(self.path, RemotePath):
+            for path in list(temporaries(self.path)):
+                remove_file(path)
 
     def relative(self, path: Path) -> str:
         """Return a path as rows keep it, so that a run folder can be moved."""

@@ -27,7 +27,7 @@ from selfkd.results import (
     TrialResult,
     from_row,
 )
-from selfkd.storage.files import load_json
+from selfkd.storage.files import remove_file
 from selfkd.storage.rows import load_row, save_row
 
 
@@ -145,8 +145,9 @@ class _Trials:
         for stage in stages:
             for number in range(len(stage.seeds)):
                 path = _result_file(stage, number)
-                if path.exists() and load_json(path)["status"] != "failed":
-                    self._keep(stage, load_row(TrialResult, path))
+                known = load_row(TrialResult, path) if path.exists() else None
+                if known is not None and known.status != "failed":
+                    self._keep(stage, known)
                 else:
                     self._waiting.append((stage, number))
 
@@ -198,7 +199,7 @@ class _Trials:
         path = _result_file(running.stage, result.trial)
         save_row(path, result)
         if result.status != "failed":
-            (path.parent / CHECKPOINT).unlink(missing_ok=True)
+            remove_file(path.parent / CHECKPOINT)
         self._keep(running.stage, result)
         self._events(TrialFinished(result))
 

@@ -28,7 +28,7 @@ from selfkd.results import (
     TrialResult,
     from_row,
 )
-from selfkd.storage.files import load_json
+from selfkd.storage.files import load_json, read_text
 
 Tree = Mapping[str, Any]
 T = TypeVar("T")
@@ -194,8 +194,7 @@ def read_run(path: Path) -> Run:
     """
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {path}")
-    command = path / "command"
-    started = command.read_text().strip() if command.is_file() else "generations"
+    started = _started(path)
     if started not in COMMANDS:
         raise ConfigError(f"RUN must be of selfkd.{', '.join(COMMANDS)}, got {path}, of {started}")
     run = _Reader(path.absolute()).run()
@@ -207,6 +206,12 @@ def read_run(path: Path) -> Run:
     return run
 
 
+def _started(path: Path) -> str:
+    """Return the name of the command that started a run."""
+    command = path / "command"
+    return read_text(command).strip()[:20] if command.is_file() else "generations"
+
+
 class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -214,8 +219,7 @@ class _Reader:
 
     def run(self) -> Run:
         path = self._path
-        command = path / "command"
-        started = command.read_text().strip() if command.is_file() else "generations"
+        started = _started(path)
         config = self._config()
         facts = self._row(Facts, "data.json")
         starts = self._load(path / "environment.json")
@@ -238,8 +242,8 @@ class _Reader:
     def _config(self) -> Tree:
         path = self._path / "config.yaml"
         try:
-            tree: Any = parse_yaml(path.read_text(), str(path))
-        except (ConfigError, OSError, UnicodeDecodeError) as error:
+            tree: Any = parse_yaml(read_text(path), str(path))
+        except (ValueError, OSError) as error:
             self._problems.append(f"{path} is damaged: {error}")
             return {}
         if not isinstance(tree, dict):

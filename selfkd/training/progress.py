@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from selfkd.results import CHECKPOINT, Row
-from selfkd.storage.files import fetch, replace, retry_io
+from selfkd.results import CHECKPOINT, Epoch, Row, from_row
+from selfkd.storage.files import fetch, remove_file, replace, retry_io
 from selfkd.training.ranks import Ranks
 
 DAMAGED: tuple[type[Exception], ...] = (
@@ -138,7 +138,7 @@ class Progress:
             self._note = f"{CHECKPOINT} could not be read back, training continues: {error}"
         except pickle.UnpicklingError as error:
             with contextlib.suppress(OSError):
-                self._path.unlink()
+                remove_file(self._path)
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise TypeError(
                 "checkpoint must hold tensors, state dicts, numbers and text, "
@@ -154,11 +154,18 @@ def _read(path: Path, key: str) -> tuple[dict[str, Any] | None, str | None]:
         return None, None
     try:
         local = fetch(path)
+        if not local.is_file():  # a pipe would be waited for
+            raise OSError(f"{path} is a folder, pipe or device")
         with zipfile.ZipFile(local) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise zipfile.BadZipFile("its parts are compressed, as torch does not")
             if (part := archive.testzip()) is not None:  # torch does not verify the checksums
                 raise zipfile.BadZipFile(f"{part} differs from its checksum")
         checkpoint: dict[str, Any] = torch.load(local, map_location="cpu", weights_only=True)
         made_from = checkpoint["made_from"]
+        from_row(list[Epoch], checkpoint["rows"])
+        if not isinstance(checkpoint["state"], dict) or not isinstance(checkpoint["random"], list):
+            raise TypeError("state and random must be a mapping and a list")
     except DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         return None, f"{CHECKPOINT} is damaged, the trial restarts at epoch 1: {reason}"

@@ -17,6 +17,7 @@ _ENVIRONMENT = (
     "which would be written to files and logs: the environment gives it (AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY), or the machine's own role"
 )
+PLAIN_URI = f"must have no user:password@ in its URI, {_ENVIRONMENT}"
 _ATOMIC_UPLOADS = ("s3", "gcs", "abfs")  # type names of object stores
 _CHUNK = 2**22
 
@@ -46,7 +47,7 @@ def secret_fault(text: str) -> str | None:
     >>> secret_fault("hdfs://user@host:8020/a:b@c")
     """
     if _PASSWORD.match(text):
-        return f"must have no user:password@ in its URI, {_ENVIRONMENT}"
+        return PLAIN_URI
     if _QUERY.match(text):
         plain = re.split("[?#]", text)[0]
         return f"must be a URI that has no query, got {plain!r} with one, {_ENVIRONMENT}"

@@ -9,8 +9,7 @@ from typing import Any
 
 from selfkd.config import Config
 from selfkd.results import GenerationResult, Row
-from selfkd.soft_targets.manifest import load_manifest
-from selfkd.storage.files import fetch
+from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tracking.run import LoggedRun, make_artifact
 
@@ -104,8 +103,9 @@ class Artifacts:
         return [self._make_targets(manifest) for manifest in manifests]
 
     def _make_targets(self, manifest: Path) -> Make:
-        known = load_manifest(manifest.parents[2], *manifest.parts[-3:-1])
-        facts = {key: getattr(known, key) for key in MANIFEST if getattr(known, key) is not None}
+        known = load_json(manifest)
+        given = known if isinstance(known, dict) else {}
+        facts = {k: given[k] for k in MANIFEST if isinstance(given.get(k), str | int)}
         remote = isinstance(manifest, RemotePath)
         reference = str(manifest) if remote else manifest.as_uri()
         folder = manifest.parent if self._config.tracking.upload_targets and not remote else None

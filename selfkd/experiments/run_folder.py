@@ -31,6 +31,8 @@ from selfkd.storage.files import (
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.storage.rows import load_row, save_row
 
+COMMANDS = ("generations", "ensemble", "capacity", "study")
+"""Names of the commands that make run folders."""
 HASH = "config.hash"  # of what may not change
 T = TypeVar("T")
 
@@ -96,8 +98,6 @@ class RunFolder:
             ConfigError: It was another.
         """
         started_by = self.command
-        if not re.fullmatch(r"\w{1,20}", started_by):
-            raise ConfigError(f"{self.path / 'command'} is damaged: it must name a command")
         if started_by != command:
             raise ConfigError(
                 f"{self.path} was started by selfkd.{started_by}: continue it with "
@@ -163,7 +163,11 @@ class RunFolder:
     @property
     def command(self) -> str:
         """Name of the command that started the run."""
-        return self._text("command")
+        found = self._text("command")
+        if found not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            raise ConfigError(f"{self.path / 'command'} must be one of {known}, got {found[:20]!r}")
+        return found
 
     def _text(self, name: str) -> str:
         return read_text(self.path / name).strip()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from selfkd.config import from_tree, parse_yaml
 from selfkd.errors import ConfigError
+from selfkd.experiments.run_folder import COMMANDS
 from selfkd.results import (
     FORMAT,
     CapacitySummary,
@@ -38,7 +39,6 @@ SIDE_BY_SIDE: Mapping[str, tuple[str, type[Any]]] = {
     "capacity": ("capacity_summary", CapacitySummary),
     "study": ("study_summary", StudySummary),
 }
-COMMANDS = ("generations", "ensemble", *SIDE_BY_SIDE)
 STUDENTS = {"labels": "from labels only", "student": "from its teacher"}
 DISTILL = "distill.temperature", "distill.alpha"
 
@@ -196,7 +196,8 @@ def read_run(path: Path) -> Run:
         raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {path}")
     started = _started(path)
     if started not in COMMANDS:
-        raise ConfigError(f"RUN must be of selfkd.{', '.join(COMMANDS)}, got {path}, of {started}")
+        names = ", ".join(COMMANDS)
+        raise ConfigError(f"RUN must be of selfkd.{names}, got {path / 'command'}: {started!r}")
     run = _Reader(path.absolute()).run()
     if not (run.generations or run.stages or run.capacity_summary or run.study_summary):
         damaged = "".join(f"\n  {problem}" for problem in run.problems)

@@ -140,7 +140,7 @@ def _csv(runs: Sequence[Run]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row for run in runs for row in records(run))
+    writer.writerows(_finite(row) for run in runs for row in records(run))
     return text.getvalue()
 
 

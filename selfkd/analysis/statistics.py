@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from selfkd.results import Interval
 
 CONFIDENCE = 0.95
 RESAMPLES = 1999
+HUGE = 1e150  # beyond which squares may overflow
 SAME = 1e-6  # relative: values this close are equal in single precision
 
 
@@ -37,11 +39,12 @@ def paired_p(values: Sequence[float], others: Sequence[float]) -> float | None:
     """
     if len(values) != len(others) or not values:
         raise ValueError(f"values must be pairs, got {len(values)} and {len(others)}")
-    if _are_equal(np.subtract(values, others), np.abs([values, others]).max()):
+    _, first, second = _scaled(values, others)
+    if _are_equal(first - second, np.abs([first, second]).max()):
         return None
     from scipy.stats import ttest_rel  # slow to import
 
-    return float(ttest_rel(values, others).pvalue)
+    return float(ttest_rel(first, second).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -100,13 +103,14 @@ def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) ->
     """
     if not values:
         raise ValueError("values must be at least one, got none")
-    mean = float(np.mean(values))
-    if _are_equal(values, np.abs(values).max()):
+    size, scaled = _scaled(values)
+    mean = float(np.mean(scaled)) * size
+    if _are_equal(scaled, np.abs(scaled).max()):
         return Interval(mean)
     from scipy.stats import ttest_1samp  # slow to import
 
-    found = ttest_1samp(values, 0).confidence_interval(confidence)
-    return Interval(mean, float(found.low), float(found.high))
+    found = ttest_1samp(scaled, 0).confidence_interval(confidence)
+    return _interval(mean, float(found.low) * size, float(found.high) * size)
 
 
 def paired_interval(
@@ -140,14 +144,27 @@ def paired_interval(
     """
     if len(values) != len(others) or not values:
         raise ValueError(f"values must be pairs, got {len(values)} and {len(others)}")
-    differences = np.subtract(values, others)
-    mean = float(np.mean(differences))
-    if _are_equal(differences, np.abs([values, others]).max()):
+    size, first, second = _scaled(values, others)
+    differences = first - second
+    mean = float(np.mean(differences)) * size
+    if _are_equal(differences, np.abs([first, second]).max()):
         return Interval(mean)
     from scipy.stats import ttest_rel  # slow to import
 
-    found = ttest_rel(values, others).confidence_interval(confidence)
-    return Interval(mean, float(found.low), float(found.high))
+    found = ttest_rel(first, second).confidence_interval(confidence)
+    return _interval(mean, float(found.low) * size, float(found.high) * size)
+
+
+def _scaled(*samples: Sequence[float]) -> tuple[Any, ...]:
+    """Return a size and samples divided by it, whose squares do not overflow."""
+    largest = max(float(np.abs(sample).max()) for sample in samples)
+    size = largest if largest > HUGE else 1.0
+    return size, *(np.divide(sample, size) for sample in samples)
+
+
+def _interval(value: float, low: float, high: float) -> Interval:
+    """Return an interval; without ends where one of them overflows."""
+    return Interval(value, low, high) if math.isfinite(high - low) else Interval(value)
 
 
 def _are_equal(values: Sequence[float] | NDArray[np.float64], size: float) -> bool:
@@ -191,13 +208,14 @@ def ratio_interval(
             "numerators and denominators must be pairs, got "
             f"{len(numerators)} and {len(denominators)}"
         )
-    a, b = float(np.mean(numerators)), float(np.mean(denominators))
+    _, above, below = _scaled(numerators, denominators)
+    a, b = float(np.mean(above)), float(np.mean(below))
     if not b > 0:
         return None
     n = len(numerators)
     if n == 1:
         return Interval(a / b)
-    (v_aa, v_ab), (_, v_bb) = np.cov(numerators, denominators) / n
+    (v_aa, v_ab), (_, v_bb) = np.cov(above, below) / n
     from scipy.stats import t  # slow to import
 
     t2 = float(t.ppf((1 + confidence) / 2, n - 1)) ** 2

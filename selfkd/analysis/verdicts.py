@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -12,13 +13,22 @@ Mode = Literal["max", "min"]
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
+def number(value: float, form: str) -> str:
+    """Return a number in a format; a dash for NaN and infinity.
+
+    >>> number(0.5, ".2f"), number(math.nan, ".2f")
+    ('0.50', '–')
+    """
+    return format(value, form) if math.isfinite(value) else "–"
+
+
 def percent(value: float) -> str:
     """Return a difference of fractions, in percent.
 
     >>> percent(0.00412)
     '+0.41 %'
     """
-    return f"{value:+.2%}".replace("%", " %")
+    return number(value, "+.2%").replace("%", " %")
 
 
 def plain(value: float) -> str:
@@ -27,7 +37,7 @@ def plain(value: float) -> str:
     >>> plain(0.123456)
     '+0.1235'
     """
-    return f"{value:+.4g}"
+    return number(value, "+.4g")
 
 
 def is_fraction(metric: str) -> bool:
@@ -134,8 +144,11 @@ def sparkline(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     if high == low:
         return SPARKS[3] * len(values)
-    top = len(SPARKS) - 1
-    return "".join(SPARKS[round((value - low) / (high - low) * top + 1e-9)] for value in values)
+    top, size = len(SPARKS) - 1, max(abs(low), abs(high))  # of which no difference overflows
+    span = high / size - low / size
+    return "".join(
+        SPARKS[round((value / size - low / size) / span * top + 1e-9)] for value in values
+    )
 
 
 def count(number: int, noun: str) -> str:

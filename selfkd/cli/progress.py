@@ -13,7 +13,7 @@ from rich.text import Text
 
 from selfkd.analysis.verdicts import count
 from selfkd.config import Config
-from selfkd.reporting.words import plus_minus, value
+from selfkd.reporting.words import percent, plus_minus, value
 from selfkd.results import (
     Event,
     GenerationConfirmed,
@@ -186,7 +186,7 @@ class ProgressReporter:
         tested = next((name for name in result.metrics if name.startswith("test_")), "")
         parts = [f"generation {result.generation}: {self._value(result)}"]
         parts += [f"test {value(result.metrics[tested], tested)}"] if tested else []
-        parts += [f"teacher agreement {agreement:.2%}"] if agreement is not None else []
+        parts += [f"teacher agreement {percent(agreement)}"] if agreement is not None else []
         self.say(", ".join(parts) + _setting(result.point))
         if len(result.models) < result.wanted_models:
             self.say(f"  only {count(len(result.models), 'trial')} of it can teach")

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from selfkd.errors import describe_error
 from selfkd.execution.jobs import load_entry
 from selfkd.execution.ray_private import get_webui_url_from_internal_kv
 from selfkd.results import Row
@@ -160,7 +161,7 @@ def _error_row(error: Exception) -> Row:
     """Return the row of an error: errors of the system as they are, others as text."""
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
         return {_RAISED: error}
-    return {_RAISED: f"{type(error).__name__}: {error}"}
+    return {_RAISED: describe_error(error)}
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from selfkd.errors import describe_error
 from selfkd.results import Row
 
 
@@ -116,7 +117,7 @@ class InProcess:
                 for row in self._run_job(job.kind, job.payload):
                     jobs.report(job, [row])
             except Exception as exception:  # noqa: BLE001 - a job may fail in any way
-                error = f"{type(exception).__name__}: {exception}"
+                error = describe_error(exception)
             jobs.tell(Outcome(job, row, error))
 
 

@@ -20,6 +20,7 @@ import ray
 from ray import tune
 from ray.util.placement_group import placement_group_table
 
+from selfkd.errors import describe_error
 from selfkd.execution.group import TRAIN, Group, JobError, Room, WorkerLostError
 from selfkd.execution.jobs import EarlyStopping, Job, Jobs, load_entry
 from selfkd.execution.scheduler import (
@@ -62,11 +63,12 @@ class Worker(tune.Trainable):
         return True
 
     def step(self) -> Row:
+        """Return the next rows under a key of their own: Tune reads its own keys beside it."""
         if self._fault is not None:
             raise self._fault  # Tune repeats the trial: the storage may work again
         if self._job is None:
             time.sleep(self._seconds)
-            return {"idle": True}
+            return {"rows": []}
         rows: list[Row] = []
         end = time.monotonic() + self._seconds
         try:
@@ -74,18 +76,18 @@ class Worker(tune.Trainable):
             for row in self._rows:
                 rows.append(row)
                 if time.monotonic() >= end:
-                    return {**rows[-1], "rows": rows}
+                    return {"rows": rows}
         except WorkerLostError:
             raise  # Tune repeats the trial
         except JobError as error:
             return {"rows": rows, "error": str(error), "done": True}
         except Exception as error:  # noqa: BLE001 - the job would raise it again: no retry
-            message = f"{type(error).__name__}: {error}"
+            message = describe_error(error)
             if isinstance(error, OSError) and not isinstance(error, PERMANENT):
                 self._fault = error
-                return {**(rows[-1] if rows else {}), "rows": rows, "fault": message}
+                return {"rows": rows, "fault": message}
             return {"rows": rows, "error": message, "done": True}
-        return {**(rows[-1] if rows else {}), "rows": rows, "done": True}
+        return {"rows": rows, "done": True}
 
     def _begin(self, job: JobSpec) -> Iterator[Row]:
         """Start a job; before the first one, check that this node sees the run folder.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ IDLE_SECONDS = 0.05  # between two results of an idle trial, which ends at one o
 RELEASE_SECONDS = 10.0  # after which another idle trial is ended for a job that still waits
 RESULTS_PER_SECOND = 100  # of all workers together: with many, the first two times are longer
 MAX_FAILURES = 2  # repetitions of a trial whose worker died before it got further
+TIME, VALUE = "epoch", "value"  # what ASHA sees of a row
 PENDING = 8  # most trials without a worker, or twice the workers
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,6 @@ class JobSpec:
 class RunningBatch:
     """Batch of jobs at work, and what is known of each."""
 
-    """Batch of jobs as the pool runs it."""
-
     def __init__(
         self,
         jobs: Jobs,
@@ -56,6 +56,7 @@ class RunningBatch:
         self.jobs, self.limit, self._has_room = jobs, limit, has_room
         self.report_seconds = REPORT_SECONDS if early is None else 0.0
         self.scheduler = FIFOScheduler() if early is None else _asha(early)
+        self._metric = None if early is None else early.metric
         self.exhausted = False
         self.again: list[Job] = []
         self.running: dict[str, Job] = {}
@@ -77,6 +78,14 @@ class RunningBatch:
         self.exhausted = job is None
         self.close_if_done()
         return job
+
+    def compared(self, result: Row) -> Row:
+        """Return what the scheduler compares trials by: nothing where it is not finite."""
+        last = result["rows"][-1] if result.get("rows") else {}
+        value = last.get(self._metric)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return {}
+        return {TIME: last.get("epoch", 0), VALUE: value}
 
     def close_if_done(self) -> None:
         if self.exhausted and not self.running and not self.again:
@@ -200,7 +209,8 @@ class PoolScheduler(_Unsaved, FIFOScheduler):
         if job is None or self.batch is None:
             return self._idle_or_release(trial)
         self._report(trial, job, result)
-        decision: str = self.batch.scheduler.on_trial_result(tune_controller, trial, result)
+        compared = self.batch.compared(result)
+        decision: str = self.batch.scheduler.on_trial_result(tune_controller, trial, compared)
         if decision == TrialScheduler.STOP:
             self._end(trial.trial_id, stopped=True)
         return decision
@@ -237,7 +247,8 @@ class PoolScheduler(_Unsaved, FIFOScheduler):
         job = self._job(trial)
         if job is not None and self.batch is not None:
             self._report(trial, job, result)
-            self.batch.scheduler.on_trial_complete(tune_controller, trial, result)
+            compared = self.batch.compared(result)
+            self.batch.scheduler.on_trial_complete(tune_controller, trial, compared)
             self._end(trial.trial_id, error=result.get("error"))
         self.live.pop(trial.trial_id, None)
         self._over.append(trial)
@@ -316,8 +327,8 @@ def _empty(trial: Trial) -> None:
 def _asha(early: EarlyStopping) -> TrialScheduler:
     """Return the scheduler of ASHA (Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
     return ASHAScheduler(
-        time_attr="epoch",
-        metric=early.metric,
+        time_attr=TIME,
+        metric=VALUE,
         mode=early.mode,
         max_t=early.max_epochs + 1,  # a trial that reaches its last epoch is complete, not stopped
         grace_period=max(1, early.max_epochs // 9),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,6 @@ from selfkd.results import (
     TrialFinished,
     TrialProgressed,
     TrialResult,
-    from_row,
 )
 from selfkd.storage.files import remove_file
 from selfkd.storage.rows import load_row, save_row
@@ -51,14 +51,27 @@ class Stage:
     def value(self, metrics: Mapping[str, float]) -> float | None:
         """Return what is chosen by, to be maximised; None where it was not measured."""
         value = metrics.get(self.metric)
-        return value if value is None or self.mode == "max" else -value
+        if value is None or not math.isfinite(value):
+            return None
+        return value if self.mode == "max" else -value
+
+    def fault(self, last: Epoch) -> str | None:
+        """Return why a trial cannot be compared with others after its last epoch, if it cannot."""
+        if self.value(last.metrics) is not None:
+            return None
+        value = last.metric(self.metric)
+        found = "was not reported" if value is None else f"is {value}"
+        return (
+            f"{self.metric} {found} at epoch {last.epoch}: search.metric must be finite at the "
+            "last epoch"
+        )
 
     def ranked(self, trials: Sequence[TrialResult]) -> list[TrialResult]:
         """Return the completed trials, best first; ties by NLL."""
 
         def key(trial: TrialResult) -> tuple[float, float, int]:
             value, nll = self.value(trial.metrics), trial.metrics.get("val_nll", 0.0)
-            return -(value or 0.0), nll, trial.trial
+            return -(value or 0.0), math.inf if math.isnan(nll) else nll, trial.trial
 
         return sorted((trial for trial in trials if trial.status == "completed"), key=key)
 
@@ -146,10 +159,10 @@ class _Trials:
             for number in range(len(stage.seeds)):
                 path = _result_file(stage, number)
                 known = load_row(TrialResult, path) if path.exists() else None
-                if known is not None and known.status != "failed":
-                    self._keep(stage, known)
-                else:
+                if known is None or known.status == "failed" or stage.value(known.metrics) is None:
                     self._waiting.append((stage, number))
+                else:
+                    self._keep(stage, known)
 
     def _keep(self, stage: Stage, result: TrialResult) -> None:
         self.results[stage.folder][result.trial] = result
@@ -178,7 +191,7 @@ class _Trials:
             if "note" in row:
                 where = f"{running.stage.name.replace('-', ' ')}, trial {running.trial.trial}"
                 self._events(Message(f"{where}: {row['note']}"))
-        epochs, history = [from_row(Epoch, row) for row in rows], running.history
+        epochs, history = [Epoch.reported(row) for row in rows], running.history
         history[:] = [row for row in history if row.epoch < epochs[0].epoch] + epochs
         if fresh := tuple(row for row in epochs if row.epoch > running.reported):
             running.reported = fresh[-1].epoch
@@ -187,11 +200,13 @@ class _Trials:
     def tell(self, outcome: Outcome) -> None:
         running = self._running.pop(outcome.job.payload["student"])
         last = running.history[-1] if running.history else Epoch(epoch=0)
+        error = outcome.error or running.stage.fault(last)
+        saved = [row.hash for row in running.history if row.hash is not None]
         result = TrialResult(
             **vars(running.trial),
-            status="stopped" if outcome.stopped else "failed" if outcome.error else "completed",
-            error=outcome.error,
-            hash=last.hash or "",
+            status="failed" if error else "stopped" if outcome.stopped else "completed",
+            error=error,
+            hash=saved[-1] if saved else "",
             metrics=last.metrics,
             train_seconds=last.seconds,
             history=tuple(running.history),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
+from selfkd.analysis import verdicts
 from selfkd.analysis.verdicts import (
     count,
     format_difference,
@@ -27,13 +28,13 @@ def form(metric: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Return a fraction as a percentage; an empty text for None."""
-    return "" if value is None else f"{value:.2%}"
+    """Return a fraction as a percentage; an empty text for None, a dash for NaN."""
+    return number(value, ".2%")
 
 
 def value(value: float | None, metric: str) -> str:
-    """Return a value of a metric; an empty text for None."""
-    return "" if value is None else format(value, form(metric))
+    """Return a value of a metric; an empty text for None, a dash for NaN."""
+    return number(value, form(metric))
 
 
 def short_metric(metric: str) -> str:
@@ -46,8 +47,8 @@ def short_metric(metric: str) -> str:
 
 
 def number(value: float | None, form: str = ".4f") -> str:
-    """Return a number; an empty text for None."""
-    return "" if value is None else format(value, form)
+    """Return a number; an empty text for None, a dash for NaN."""
+    return "" if value is None else verdicts.number(value, form)
 
 
 def mean(estimate: Interval | None) -> str:
@@ -56,18 +57,18 @@ def mean(estimate: Interval | None) -> str:
         return ""
     if estimate.low is None or estimate.high is None:
         return percent(estimate.value)
-    return f"{estimate.value:.2%} ± {(estimate.high - estimate.low) / 2:.2%}"
+    return f"{percent(estimate.value)} ± {percent((estimate.high - estimate.low) / 2)}"
 
 
 def plus_minus(estimate: Interval | None, metric: str, *, sign: str = "") -> str:
     """Return an estimate of a metric with half its interval, the larger half where they differ."""
     if estimate is None:
         return ""
-    text = format(estimate.value, f"{sign}{form(metric)}")
+    text = number(estimate.value, f"{sign}{form(metric)}")
     if estimate.low is None or estimate.high is None:
         return text
     half = max(estimate.high - estimate.value, estimate.value - estimate.low)
-    return f"{text} ± {format(half, form(metric))}"
+    return f"{text} ± {number(half, form(metric))}"
 
 
 def p_value(value: float | None) -> str:
@@ -88,7 +89,7 @@ def points(estimate: Interval | None) -> str:
     """Return a difference of accuracies with its interval, in points, for a table's cell."""
     if estimate is None:
         return ""
-    text = f"{100 * estimate.value:+.2f}"
+    text = number(100 * estimate.value, "+.2f")
     if estimate.low is None or estimate.high is None:
         return text
     return f"{text} [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
@@ -107,7 +108,7 @@ def confirmed(confirmation: Confirmation | None) -> str:
         return mean(confirmation.mean)
     found = confirmation.mean
     half = "" if found.high is None else f" ± {found.high - found.value:.2g}"
-    return f"{found.value:.4g}{half}"
+    return f"{number(found.value, '.4g')}{half}"
 
 
 def gained(confirmation: Confirmation | None, other: Literal["first", "previous"]) -> str:
@@ -116,8 +117,8 @@ def gained(confirmation: Confirmation | None, other: Literal["first", "previous"
     if confirmation is None or found is None or is_fraction(confirmation.metric):
         return points(found)
     if found.low is None or found.high is None:
-        return f"{found.value:+.4g}"
-    return f"{found.value:+.4g} [{found.low:+.4g}, {found.high:+.4g}]"
+        return number(found.value, "+.4g")
+    return f"{number(found.value, '+.4g')} [{found.low:+.4g}, {found.high:+.4g}]"
 
 
 def duration(seconds: float) -> str:

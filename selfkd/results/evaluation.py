@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from selfkd.results.fields import Count, Digest
-from selfkd.results.row import ROW, Measured
+from selfkd.results.row import ROW, Measured, Number
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -42,7 +42,7 @@ class Confusion:
 class Diagnostics(Measured):
     """Calibration of a model on a split, and its fidelity to its teacher."""
 
-    scaled: dict[str, float] | None = None
+    scaled: dict[str, Number] | None = None
     """Calibration after one temperature that was fitted on validation."""
     reliability: tuple[Bin, ...] = ()
     class_accuracy: tuple[float | None, ...] = ()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields
 from functools import cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
+    BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
@@ -31,13 +34,20 @@ OWN = ("epoch", "seconds", "hash", "checkpoint", "note")
 Row = dict[str, Any]
 """Plain data on its way between processes."""
 T = TypeVar("T")
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None),
+]
+"""Number that may be missing, such as the accuracy of a class without items: NaN, or null in JSON,
+which knows no NaN."""
 
 
 @plain_dataclass(frozen=True)
 class Interval:
     """An estimate with the ends of its interval; none where there is no telling."""
 
-    value: float
+    value: Number
     low: float | None = None
     high: float | None = None
 
@@ -81,31 +91,40 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
 class Measured:
-    """Anything with metrics by name."""
+    """Anything with metrics by name: those named like another key stand in a mapping `metrics`."""
 
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, Number] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, row: Any) -> Any:
-        if not isinstance(row, Mapping) or "metrics" in row:
+        if not isinstance(row, Mapping):
             return row
-        known = {field.name for field in fields(cls)}
+        known = cls._keys()
         metrics = {
             name: value
             for name, value in row.items()
             if name not in known
-            and name != "format"
-            and isinstance(value, int | float)
+            and (value is None or isinstance(value, int | float))
             and not isinstance(value, bool)
         }
-        return {**{k: v for k, v in row.items() if k in known}, "metrics": metrics}
+        own = {k: v for k, v in row.items() if k in known and k != "format"}
+        named = own.pop("metrics", {})
+        return {**own, "metrics": {**metrics, **named} if isinstance(named, Mapping) else named}
 
     @model_serializer(mode="wrap")
     def _spread(self, handler: SerializerFunctionWrapHandler) -> Row:
         row: Row = handler(self)
         metrics: Row = row.pop("metrics")
-        return {name: value for name, value in row.items() if value is not None} | metrics
+        known = self._keys()
+        named = {name: value for name, value in metrics.items() if name in known}
+        row = {name: value for name, value in row.items() if value is not None}
+        row |= {name: value for name, value in metrics.items() if name not in known}
+        return row | ({"metrics": named} if named else {})
+
+    @classmethod
+    def _keys(cls) -> set[str]:
+        return {"format", *(field.name for field in fields(cls))}
 
     def metric(self, name: str) -> float | None:
         """Return a metric by its name; None where it was not measured."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from selfkd.results.fields import Count, Digest, FileName, Point, StageName
-from selfkd.results.row import ROW, Measured
+from selfkd.results.row import OWN, ROW, Measured
 
 
 @dataclass(frozen=True, config=ROW)
@@ -59,6 +60,17 @@ class Epoch(Measured):
     """Hash of the model that was saved at its end."""
     checkpoint: FileName | None = None
     """Name of that model's file."""
+
+    @classmethod
+    def reported(cls, row: Mapping[str, Any]) -> Epoch:
+        """Return a row that a training has reported; all its numbers but its own are metrics.
+
+        >>> Epoch.reported({"epoch": 1, "seconds": 0.5, "format": 2.0}).metrics
+        {'format': 2.0}
+        """
+        own = {name: row[name] for name in OWN if name in row and name != "note"}
+        numbers = {k: v for k, v in row.items() if k not in OWN and isinstance(v, int | float)}
+        return cls(**own, metrics=numbers)
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from selfkd.errors import describe_error
+
 
 def load_function(reference: str) -> Callable[..., Any]:
     """Import a training function.
@@ -34,10 +36,9 @@ def load_function(reference: str) -> Callable[..., Any]:
         sys.path.append(folder)  # so that the file can import its neighbours
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except BaseException as error:
         raise ValueError(
-            f"--train must name a file that can be imported, got {file}: "
-            f"{type(error).__name__}: {error}"
+            f"--train must name a file that can be imported, got {file}: {describe_error(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):

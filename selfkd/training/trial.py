@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from selfkd.distill.distiller import Distiller
 from selfkd.distill.layers import check_whole, unwrap
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import Term
+from selfkd.errors import cut_text, describe_error
 from selfkd.models import parameters_count
 from selfkd.results import CHECKPOINT, OWN, Row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
@@ -46,7 +49,8 @@ class Trial:
     initialised; it divides its batches and wraps its student itself. Only the reports of rank 0
     count. `checkpoint` is the same on all ranks, and restores the random states of rank 0.
 
-    A training function may also be a generator of rows, as the built-in one is.
+    A training function may also be a generator of rows, as the built-in one is: mappings with the
+    number of the `epoch`, metrics, and the `hash` of the student once it is saved to `path`.
     """
 
     config: Config
@@ -142,18 +146,23 @@ class Trial:
         """Report an epoch; the last reported student becomes the model of the trial.
 
         Args:
-            metrics: Metrics by name, among them `search.metric`, by which the best trial is
-                chosen.
+            metrics: Numbers by name, among them `search.metric`, by which the best trial is
+                chosen; it must be finite at the last epoch, others may be NaN.
             student: Student as trained so far, in any wrapper, but not sharded.
             checkpoint: Tensors, state dicts, numbers and text that the property `checkpoint`
                 returns after an interruption; written as often as `checkpoint` of the config says.
 
         Raises:
-            TypeError: The checkpoint contains other objects.
-            ValueError: The student is sharded over the ranks (FSDP).
+            TypeError: A metric is no number, or the checkpoint contains other objects.
+            ValueError: The student is sharded over the ranks (FSDP), or a metric has a name of
+                selfkd's own: epoch, seconds, hash, checkpoint, note.
         """
-        row: Row = {"epoch": len(self.progress.rows) + 1}
-        row |= {name: float(value) for name, value in metrics.items()}
+        row: Row = {"epoch": len(self.progress.rows) + 1, **_numbers(metrics)}
+        if taken := [name for name in OWN if name in metrics]:
+            raise ValueError(
+                f"metrics must not be named {', '.join(OWN)}, which selfkd sets itself, "
+                f"got {', '.join(taken)}"
+            )
         row["seconds"] = self._spent + time.perf_counter() - self._start
         if student is not None and self.ranks.first:
             facts = {"stage": self.stage, "seed": self.seed}
@@ -198,6 +207,7 @@ class Trial:
 
 
 TrainFunction = Callable[[Trial], Iterator[Row] | None]
+Rows = Generator[Row, None, None]
 
 
 def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
@@ -208,30 +218,117 @@ def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
         trial: Argument of the function.
 
     Raises:
+        RuntimeError: The function tried to end its process, as by `sys.exit`.
+        TypeError: A generator's row is no mapping, or a metric no number.
         ValueError: The function reported no student, or reported without `search.metric`.
     """
     _ = trial.progress  # all ranks read the checkpoint before one of them continues
-    if inspect.isgeneratorfunction(function):
-        yield from function(trial)
-        return
-    rows = _in_thread(function, trial)
-    metric = trial.config.search.metric
-    for row in rows:
-        if metric not in row:
-            known = ", ".join(name for name in row if name not in OWN) or "none"
-            raise ValueError(f"train_fn must report {metric} (search.metric), got {known}")
-        yield row
-    if trial.ranks.first and not any("hash" in row for row in trial.progress.rows):
-        raise ValueError(
-            "train_fn must report its student, as in trial.report(metrics, student=model), got none"
+    generator = inspect.isgeneratorfunction(function)
+    made = _yielded(function(trial)) if generator else _in_thread(function, trial)
+    student = False
+    try:
+        with closing(with_metric(made, trial.config.search.metric)) as rows:
+            for row in rows:
+                student = student or "hash" in row
+                yield row
+    except (Exception, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"train_fn must return, got {describe_error(error)}") from error
+    if trial.ranks.first and not student:
+        how = (
+            "yield the hash of its student, as saved to trial.path"
+            if generator
+            else "report its student, as in trial.report(metrics, student=model)"
         )
+        raise ValueError(f"train_fn must {how}, got none")
+
+
+def with_metric(rows: Iterator[Row], metric: str, *, of: str = "train_fn") -> Rows:
+    """Yield the rows of a training; closing the generator closes theirs.
+
+    Args:
+        rows: Rows of the epochs.
+        metric: Metric that each row must have.
+        of: Name of the training, for messages.
+
+    Raises:
+        ValueError: A row lacks it.
+    """
+    with _closing(rows):
+        for row in rows:
+            if metric not in row:
+                known = ", ".join(name for name in row if name not in OWN) or "none"
+                raise ValueError(
+                    f"{of} must report {metric} (search.metric), got {cut_text(known, 400)}"
+                )
+            yield row
+
+
+def _closing(rows: Any) -> AbstractContextManager[Any]:
+    return closing(rows) if hasattr(rows, "close") else nullcontext()
+
+
+def _yielded(rows: Any) -> Rows:
+    """Yield the rows of a user's generator as plain data."""
+    epoch = 0
+    with _closing(rows):
+        for row in rows:
+            if not isinstance(row, Mapping):
+                raise TypeError(
+                    "train_fn must yield rows such as {'epoch': 1, 'val_accuracy': 0.5}, "
+                    f"got {_shown(row)}"
+                )
+            try:
+                number = operator.index(row.get("epoch"))  # type: ignore[arg-type]
+            except TypeError:
+                number = 0
+            if not epoch < number < 2**53:
+                raise ValueError(
+                    f"epoch of a row must be a whole number above {epoch}, "
+                    f"got {_shown(row.get('epoch'))}"
+                )
+            epoch = number
+            texts = {name: row[name] for name in ("hash", "checkpoint", "note") if name in row}
+            for name, text in texts.items():
+                if not isinstance(text, str):
+                    raise TypeError(f"{name} of a row must be text, got {_shown(text)}")
+            numbers = _numbers({k: v for k, v in row.items() if k != "epoch" and k not in texts})
+            texts |= {"note": cut_text(texts["note"])} if "note" in texts else {}
+            yield {"epoch": epoch, **numbers, **texts}
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as plain numbers."""
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be numbers by name, got {_shown(metrics)}")
+    found = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise TypeError(f"names of metrics must be text, got {_shown(name)}")
+        try:
+            found[name] = float("" if isinstance(value, str | bytes | bytearray) else value)
+        except Exception:  # noqa: BLE001 - a number of the user's own class may raise anything
+            raise TypeError(
+                f"metrics must be numbers, got {cut_text(name, 200)} = {_shown(value)}"
+            ) from None
+    return found
+
+
+def _shown(value: object) -> str:
+    """Return a value of the user's for a message, on one line."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - as in `_numbers`
+        text = type(value).__name__
+    return cut_text(" ".join(text.split()), 200)
 
 
 class _Stopped(BaseException):
     """Raised in a training function whose trial is stopped early."""
 
 
-def _in_thread(function: TrainFunction, trial: Trial) -> Iterator[Row]:
+def _in_thread(function: TrainFunction, trial: Trial) -> Rows:
     """Yield the rows that a function reports; closing the generator ends the function."""
     rows: queue.Queue[Row | BaseException | None] = queue.Queue(maxsize=1)
     stopped = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import ray
 
 from selfkd.execution.jobs import Batch, EarlyStopping, Job, Outcome, run_one
 from selfkd.execution.pool import Pool, Worker
-from selfkd.execution.scheduler import JobSpec
+from selfkd.execution.scheduler import JobSpec, RunningBatch
 
 ENTRY = "pool_jobs:run_job"
 
@@ -206,7 +207,41 @@ def test_a_worker_that_does_not_see_the_run_folder_fails(tmp_path: Path) -> None
         with pytest.raises(OSError, match="does not see"):
             worker.step()
     (tmp_path / "run_id").write_text("digits-1")
-    assert Worker(config).step()["epoch"] == 1
+    assert Worker(config).step() == {"rows": [{"epoch": 1}], "done": True}
+
+
+# keys that Ray Tune, or this package, reads in what a worker returns
+KEYS = ("done", "error", "fault", "rows", "idle", "config", "trial_id", "should_checkpoint", "pid")
+
+
+def named_rows(kind: str, payload: Any) -> Iterator[dict[str, Any]]:
+    for epoch in (1, 2):
+        yield {"epoch": epoch, **dict.fromkeys(KEYS, 1.0)}
+    if kind == "fail":
+        raise ValueError("x" * 5_000_000)
+
+
+def test_metrics_may_have_the_names_of_tunes_own_keys() -> None:
+    config = {"entry": f"{__name__}:named_rows", "group": None, "run": None}
+    rows = [{"epoch": epoch, **dict.fromkeys(KEYS, 1.0)} for epoch in (1, 2)]
+    for seconds, expected in ((60.0, [{"rows": rows, "done": True}]), (0.0, [{"rows": rows[:1]}])):
+        own = {"job": JobSpec(Job("train", {})), "report_seconds": seconds}
+        worker = Worker({**config, **own})
+        assert [worker.step() for _ in expected] == expected
+    worker = Worker({**config, "job": JobSpec(Job("fail", {})), "report_seconds": 60.0})
+    result = worker.step()
+    assert (result["rows"], result["done"]) == (rows, True)
+    assert result["error"].startswith("ValueError: xxx")
+    assert len(result["error"]) < 3000
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "text"])
+def test_asha_compares_finite_metrics_alone(value: Any) -> None:
+    early = EarlyStopping(9, metric="done")
+    batch = RunningBatch(jobs(1), early=early, limit=None, has_room=lambda running: True)
+    assert batch.compared({"rows": [{"epoch": 2, "done": 0.5}]}) == {"epoch": 2, "value": 0.5}
+    assert batch.compared({"rows": [{"epoch": 2, "done": value}], "done": True}) == {}
+    assert batch.compared({"rows": []}) == {}
 
 
 def test_a_job_that_kills_every_worker_fails_in_the_end(pool: Pool, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,12 +24,12 @@ from selfkd.config import load_config
 from selfkd.distill.terms import LogitTerm
 from selfkd.generations import main
 from selfkd.losses.logits import logit_mse
-from selfkd.results import Row
+from selfkd.results import OWN, Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
 from selfkd.training.fit import fit
 from selfkd.training.functions import function_reference, load_function
-from selfkd.training.trial import Trial, run_function
+from selfkd.training.trial import Trial, _Stopped, run_function
 
 
 def make_trial(folder: Path, *settings: str, **changes: Any) -> Trial:
@@ -60,10 +64,10 @@ def test_reports_become_rows_epoch_by_epoch(tmp_path: Path) -> None:
 
 def test_a_generator_is_a_training_function_too(tmp_path: Path) -> None:
     def generator(trial: Trial) -> Iterator[Row]:
-        yield {"epoch": 1, "val_accuracy": 0.5}
+        yield {"epoch": 1, "val_accuracy": 0.5, "hash": "0"}
 
     assert list(run_function(generator, make_trial(tmp_path))) == [
-        {"epoch": 1, "val_accuracy": 0.5}
+        {"epoch": 1, "val_accuracy": 0.5, "hash": "0"}
     ]
 
 
@@ -111,6 +115,123 @@ def test_missing_reports_are_named(
 
     with pytest.raises(ValueError, match=message):
         list(run_function(function, make_trial(tmp_path)))
+
+
+OWN_CLASS = type("Odd", (), {"__float__": lambda self: 1 / 0, "__repr__": lambda self: 1 / 0})
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("0.5", "'0.5'"),
+        (b"1", "b'1'"),
+        (None, "None"),
+        (torch.tensor([0.5, 0.25]), "tensor([0.5000, 0.2500])"),
+        (np.array([0.5, 0.25]), "array([0.5 , 0.25])"),
+        (10**400, "1000000000"),
+        (1 + 2j, "(1+2j)"),
+        ([0.5], "[0.5]"),
+        (OWN_CLASS(), "Odd"),
+    ],
+)
+def test_metrics_are_numbers(tmp_path: Path, value: Any, shown: str) -> None:
+    def report(trial: Trial) -> None:
+        trial.report({"val_accuracy": 0.5, "top5": value}, student=nn.Linear(1, 1))
+
+    def generate(trial: Trial) -> Iterator[Row]:
+        yield {"epoch": 1, "val_accuracy": 0.5, "top5": value, "hash": "0"}
+
+    for function in (report, generate):
+        with pytest.raises(TypeError, match="metrics must be numbers, got top5 = ") as found:
+            list(run_function(function, make_trial(tmp_path)))
+        assert shown in str(found.value)
+        assert len(str(found.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (True, 1.0),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3.0),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([2], dtype=torch.int8), 2.0),
+        (Decimal("0.25"), 0.25),
+        (Fraction(1, 2), 0.5),
+        (math.inf, math.inf),
+        (-math.inf, -math.inf),
+    ],
+)
+def test_numbers_of_any_library_are_metrics(tmp_path: Path, value: Any, number: float) -> None:
+    trial = make_trial(tmp_path)
+    trial.report({"val_accuracy": value, "absent": math.nan}, student=nn.Linear(1, 1))
+    (row,) = trial.progress.rows
+    assert type(row["val_accuracy"]) is float
+    assert row["val_accuracy"] == number
+    assert math.isnan(row["absent"])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_names_of_selfkd_itself_are_refused(tmp_path: Path, name: str) -> None:
+    trial = make_trial(tmp_path)
+    message = f"must not be named epoch, seconds, hash, checkpoint, note, .* got {name}$"
+    with pytest.raises(ValueError, match=message):
+        trial.report({"val_accuracy": 0.5, name: 1.0}, student=nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="names of metrics must be text, got 1"):
+        trial.report({1: 0.5})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"metrics must be numbers by name, got 0\.5"):
+        trial.report(0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "must yield the hash of its student"),
+        ([{"epoch": 1, "val_accuracy": 0.5}], "must yield the hash of its student"),
+        ([{"epoch": 1, "loss": 0.5}], "must report val_accuracy .*, got loss"),
+        ([{"val_accuracy": 0.5}], "epoch of a row must be a whole number above 0, got None"),
+        ([{"epoch": 1.5, "val_accuracy": 0.5}], "whole number above 0, got 1.5"),
+        ([{"epoch": 10**400, "val_accuracy": 0.5}], "whole number above 0, got 1000"),
+        ([{"epoch": 1, "val_accuracy": 0.5, "hash": "0"}] * 2, "whole number above 1, got 1"),
+        ([0.5], "must yield rows such as .*, got 0.5"),
+        ([None], "must yield rows such as .*, got None"),
+        ([{"epoch": 1, "val_accuracy": 0.5, "hash": 5}], "hash of a row must be text, got 5"),
+        ([{"epoch": 1, "val_accuracy": 0.5, "seconds": "2 s"}], "numbers, got seconds = '2 s'"),
+    ],
+)
+def test_a_generator_yields_rows_and_a_student(
+    tmp_path: Path, rows: list[Any], message: str
+) -> None:
+    def generator(trial: Trial) -> Iterator[Any]:
+        yield from rows
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        list(run_function(generator, make_trial(tmp_path)))
+
+
+class Abort(BaseException):
+    """Raised by libraries that mean to end the process."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), Abort("now"), _Stopped()])
+def test_ending_the_process_ends_the_trial_alone(tmp_path: Path, error: BaseException) -> None:
+    def function(trial: Trial) -> None:
+        raise error
+
+    def generator(trial: Trial) -> Iterator[Row]:
+        raise error
+        yield {}
+
+    for each in (function, generator):
+        with pytest.raises(RuntimeError, match=f"must return, got {type(error).__name__}"):
+            list(run_function(each, make_trial(tmp_path)))
+
+
+@pytest.mark.parametrize("body", ["exit(3)", "raise KeyboardInterrupt", "raise BaseException('x')"])
+def test_a_file_that_ends_the_process_cannot_be_imported(tmp_path: Path, body: str) -> None:
+    (tmp_path / "main.py").write_text(f"def train(trial): ...\n{body}\n")
+    with pytest.raises(ValueError, match=r"can be imported, got .*main.py: \w+"):
+        load_function(f"{tmp_path}/main.py:train")
 
 
 def test_generation_0_has_no_teacher_and_the_next_a_copy_of_its_model(tmp_path: Path) -> None:

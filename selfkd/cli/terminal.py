@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
@@ -10,6 +12,7 @@ from rich.table import Table as RichTable
 from selfkd.reporting.tables import Table
 
 LOG_WIDTH = 110  # where there is no terminal
+MOST_NAMES = 20  # of hidden columns
 
 
 def make_console() -> Console:
@@ -23,16 +26,27 @@ def make_console() -> Console:
 def print_table(console: Console, table: Table | RichTable) -> None:
     """Print a table, without its last columns where the terminal is too narrow, which is said."""
     drawn = table if isinstance(table, RichTable) else _draw(table)
+    columns = drawn.columns
+    last_first = [n for n in range(len(columns))[:0:-1] if columns[n].header != "test acc"]
+    last_first = last_first[: max(len(columns) - 2, 0)]
     wide = console.options.update(max_width=1000)
-    hidden: list[str] = []
-    while Measurement.get(console, wide, drawn).maximum > console.width and len(drawn.columns) > 2:
-        column = next(c for c in drawn.columns[:0:-1] if c.header != "test acc")
-        drawn.columns.remove(column)
-        hidden.insert(0, str(column.header))
+
+    def fits(count: int) -> bool:
+        """Say whether the table fits without as many columns, and leave them out."""
+        hidden = set(last_first[:count])
+        drawn.columns = [column for n, column in enumerate(columns) if n not in hidden]
+        return Measurement.get(console, wide, drawn).maximum <= console.width
+
+    # a column takes a character at least, so that no more than the width has need be measured
+    least = min(max(len(columns) - console.width, 0), len(last_first))
+    count = bisect_left(range(len(last_first)), x=True, lo=least, key=fits)
+    fits(count)
     console.print(drawn)
-    if hidden:
-        names = ", ".join(filter(None, hidden))
-        console.print(f"columns hidden (terminal too narrow): {names}")
+    names = [str(columns[n].header) for n in reversed(last_first[:count]) if columns[n].header]
+    if count:
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        shown = ", ".join(names[:MOST_NAMES])
+        console.print(f"columns hidden (terminal too narrow): {shown}{more}")
 
 
 def _draw(table: Table) -> RichTable:

@@ -32,6 +32,8 @@ USAGE = 2
 PASSES = 3.0
 """Forward passes that a training step costs: the backward pass is worth two (Kaplan et al.)."""
 HOUR_MS = 3_600_000.0
+LARGEST = 1e30
+"""Largest figure, and the inverse of the smallest one: no product of them overflows."""
 KINDS: dict[str, type[CapacitySummary | EnsembleSummary | GenerationsSummary]] = {
     "ensemble": EnsembleSummary,
     "capacity": CapacitySummary,
@@ -105,8 +107,8 @@ def budget(
         volume: Number of items that will be served.
 
     Raises:
-        ValueError: A figure is not finite, or not above 0 (`training` may be 0), or neither
-            `training` nor `epochs` is given.
+        ValueError: A figure is not finite, not above 0 (`training` may be 0), or beyond all
+            measure, or neither `training` nor `epochs` is given.
 
     >>> plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
     >>> plan.distilling, round(plan.break_even / 1e9, 2)
@@ -119,10 +121,10 @@ def budget(
     above: dict[str, float | None] = {"teacher": teacher, "student": student, "items": items}
     above |= {"per": per, "views": views, "trials": trials, "epochs": epochs, "volume": volume}
     for name, value in above.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        _check_figure(name, value)
     if training is not None and not (training >= 0 and math.isfinite(training)):
         raise ValueError(f"training must be a finite number, 0 or more, got {training}")
+    _check_figure("training", training or None)
     teacher_cost, student_cost = teacher / per, student / per
     if training is None:
         if epochs is None:
@@ -143,6 +145,15 @@ def budget(
         volume=volume,
         net=None if volume is None else volume * saving - distilling,
     )
+
+
+def _check_figure(name: str, value: float | None) -> None:
+    if value is None:
+        return
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    if not 1 / LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name} must be from {1 / LARGEST:g} to {LARGEST:g}, got {value}")
 
 
 def describe_budget(plan: Budget, *, unit: str = "item") -> str:
@@ -177,7 +188,7 @@ def make_budget_table(plan: Budget, *, unit: str = "item", per: float = 1.0) -> 
     table.add_row("training", _amount(plan.training))
     table.add_row("distilling, both", _amount(plan.distilling))
     table.add_row(f"saving, {each} served", _amount(plan.saving * per))
-    even = "never" if plan.break_even is None else f"{plan.break_even:,.0f}"
+    even = "never" if plan.break_even is None else _whole(plan.break_even)
     table.add_row(f"break-even, {unit}s served", even)
     if plan.volume is not None and plan.net is not None:
         table.add_row(f"net after {_large(plan.volume)} {unit}s", _amount(plan.net))
@@ -211,10 +222,15 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
     found: dict[str, float] = {"epochs": config.train.epochs}
     if "train" in folder.facts.items:
         found |= {"items": folder.facts.items["train"], "views": folder.facts.views}
-    match load_row(kind, folder.path / "summary.json"):
-        case CapacitySummary() as summary:
+    summary = load_row(kind, folder.path / "summary.json")
+    if isinstance(summary, EnsembleSummary) and not summary.rows:
+        raise ConfigError(
+            f"--from must be a run with results, got {run}: its summary.json has none"
+        )
+    match summary:
+        case CapacitySummary():
             return found | _of_capacity(summary, batch, value)
-        case GenerationsSummary() as summary:
+        case GenerationsSummary():
             return found | _of_generations(summary)
         case summary:
             return found | _of_ensemble(folder, summary, batch)
@@ -321,9 +337,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[Budget, list[str]]:
     timed = [name for name in MEASURED if name in figures]
     priced = [name for name in ("teacher", "student", "training") if name in given]
     for name in (*timed, "price"):
-        if name in figures and not (figures[name] > 0 and math.isfinite(figures[name])):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be a finite number above 0, got {figures[name]}")
+        _check_figure(f"--{name.replace('_', '-')}", figures.get(name))
     if timed and priced and "price" not in given:
         raise ValueError(
             f"--price, the cost of a machine's hour, must be given where costs "
@@ -374,7 +388,11 @@ def _large(value: float) -> str:
     for name, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
         if size <= value < 1e15:
             return f"{value / size:.3g} {name}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
+    return _whole(value) if value >= 100 else f"{value:.4g}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e15 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

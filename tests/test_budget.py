@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from selfkd.budget import Budget, budget, describe_budget, main, measured
+from selfkd.budget import Budget, budget, describe_budget, main, make_budget_table, measured
 from selfkd.config import load_config
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
@@ -84,6 +86,26 @@ def test_figures_must_be_above_0(name: str, value: float) -> None:
         budget(**given)
 
 
+@pytest.mark.parametrize("value", [1e308, 1e31, 1e-31, 5e-324])
+@pytest.mark.parametrize("name", ["teacher", "student", "items", "per", "volume", "training"])
+def test_figures_beyond_all_measure_are_refused(name: str, value: float) -> None:
+    given: dict[str, Any] = {"teacher": 2, "student": 1, "items": 9, "epochs": 1, name: value}
+    with pytest.raises(ValueError, match=f"^{name} must be from 1e-30 to 1e"):
+        budget(**given)
+
+
+@pytest.mark.parametrize("value", [1e30, 2e-30])
+def test_no_product_of_figures_overflows(value: float) -> None:
+    names = ("items", "views", "epochs", "trials", "volume")
+    for per in (1e30, 1e-30):
+        plan = budget(teacher=value, student=value / 2, per=per, **dict.fromkeys(names, value))
+        assert all(number is None or math.isfinite(number) for number in vars(plan).values())
+        text = io.StringIO()
+        Console(file=text, width=100).print(make_budget_table(plan, per=per))
+        assert max(map(len, text.getvalue().splitlines())) <= 100
+        assert len(describe_budget(plan)) < 150
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_training_may_be_free_but_no_less(value: float) -> None:
     with pytest.raises(ValueError, match=r"training must be a finite number, 0 or more, got"):
@@ -149,6 +171,8 @@ def test_times_become_costs_by_the_price_of_an_hour(capsys: pytest.CaptureFixtur
             r"--price, the cost of a machine's hour, must be given where costs \(--teacher\) meet "
             r"times \(--student-ms\)",
         ),
+        (["--teacher-ms", "1e308"], "--teacher-ms must be from 1e-30 to 1e"),
+        (["--price", "1e308"], "--price must be from 1e-30 to 1e"),
         (["--from", "nowhere"], r"--from must be a run folder \(with a config.yaml\), got nowhere"),
     ],
 )
@@ -288,3 +312,37 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     run = RunFolder.create(tmp_path / "run", load_config())
     assert main(["--from", str(run.path)]) == 2
     assert "--from must be a finished run (with a summary.json)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "summary", "message"),
+    [
+        ("study", "{}", "must be a run of selfkd.ensemble, capacity, generations, got"),
+        (b"\xff\xfe", "{}", "must be a run of selfkd.ensemble, capacity, generations, got"),
+        (None, "{}", "must be a run of selfkd.ensemble, capacity, generations, got"),
+        ("generations", None, r"must be a finished run \(with a summary.json\), got"),
+        ("generations", '{"format": 1', "summary.json is damaged"),
+        ("generations", "[]", "summary.json is damaged"),
+        ("generations", '{"format": 1, "generations": 5}', "summary.json is damaged"),
+        ("ensemble", "{}", "summary.json must be of format 1, got None"),
+    ],
+)
+def test_runs_without_figures_are_one_message(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str | bytes | None,
+    summary: str | None,
+    message: str,
+) -> None:
+    folder = RunFolder.create(tmp_path / "run", load_config(), command="generations")
+    (folder.path / "command").unlink()
+    if command is not None:
+        raw = command.encode() if isinstance(command, str) else command
+        (folder.path / "command").write_bytes(raw)
+    if summary is not None:
+        (folder.path / "summary.json").write_text(summary)
+    save_row(folder.path / "data.json", Facts(items={"train": 5}))
+    assert main(["--from", str(folder.path), "--teacher", "1", "--student", "1"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert len(error.splitlines()) == 1

@@ -21,10 +21,11 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from selfkd.config.space import Distribution, Point
-from selfkd.errors import ConfigError
+from selfkd.errors import ConfigError, cut_text
 from selfkd.storage.remote import secret_fault
 
 Tree = dict[str, Any]
+MOST_ROUNDS = 10_000
 STORAGES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,6 +36,14 @@ def _without_password(value: str) -> str:
     return value
 
 
+def _in_single_precision(value: float) -> float:
+    if not 1e-37 <= value <= 1e37:
+        raise ValueError(f"must be in [1e-37, 1e37], as single precision has it, got {value}")
+    return value
+
+
+Single = Annotated[float, AfterValidator(_in_single_precision)]
+Seconds = Annotated[float, Field(le=1e9)]  # for longer, the system's clocks do not wait
 Place = Annotated[str, AfterValidator(_without_password)]
 
 RESERVED_ARGS = (
@@ -105,7 +114,7 @@ class DataConfig:
     """Whether to flip half of the images left to right."""
     jitter: int = Field(default=0, ge=0)
     """Largest random shift in pixels, filled with zeros (the same as pad and crop)."""
-    views: int | None = Field(default=None, ge=1)
+    views: int | None = Field(default=None, ge=1, le=10_000)
     """Number of augmented views of each image whose teacher logits are cached; epoch e is trained
     on view e mod `views`. 1 without augmentation, else 8, when not given."""
 
@@ -147,13 +156,13 @@ class ModelConfig:
 class TrainConfig:
     """Training of one student."""
 
-    epochs: int = Field(default=40, ge=1)
+    epochs: int = Field(default=40, ge=1, le=1_000_000)
     """Number of passes over the training images."""
     batch_size: int = Field(default=20, ge=1)
     """Images a step, over all workers of a trial."""
     optimizer: str = "sgd"
     """Name of a timm optimiser: sgd (with Nesterov momentum), adamw, …"""
-    lr: float = Field(default=0.05, gt=0)
+    lr: Single = Field(default=0.05, gt=0)
     """Learning rate, after the warm-up and before the schedule lowers it."""
     momentum: float = Field(default=0.9, gt=0, lt=1)
     """Momentum of the optimiser, where it has one."""
@@ -184,7 +193,7 @@ class DistillConfig:
     """Distillation loss, `(1 - alpha) CE(labels) + alpha T² KL(teacher || student)`, and its
     teacher."""
 
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: Single = Field(default=4.0, gt=0)
     """Softmax temperature T of teacher and student in the soft term."""
     alpha: float = Field(default=0.9, ge=0, le=1)
     """Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`."""
@@ -247,7 +256,7 @@ class MembersConfig:
     """Members of the teacher ensemble. `members: 5` is short for `members: {count: 5}`, a list of
     networks for `members: {models: […]}`."""
 
-    count: int | None = Field(default=None, ge=1)
+    count: int | None = Field(default=None, ge=1, le=10_000)
     """Number of members that the run trains on labels; when not given, one for each of `models`,
     else none where `runs` or `checkpoints` are given, else 5."""
     models: list[ModelConfig] = Field(default_factory=list)
@@ -286,7 +295,7 @@ Control = Literal["seeds", "label_smoothing", "dkpp", "cwtm", "teacher_free"]
 class ConfirmConfig:
     """Replication of the chosen settings and of the labels-only baseline on fresh seeds."""
 
-    seeds: int = Field(default=3, ge=0)
+    seeds: int = Field(default=3, ge=0, le=10_000)
     """Number of fresh seeds; 0 for no replication."""
 
 
@@ -319,7 +328,7 @@ class ArmConfig:
     built from the labels (teacher-free)."""
     average: list[str] = Field(default_factory=list)
     """Earlier arms whose models are averaged seed by seed; such an arm trains nothing."""
-    seeds: int | None = Field(default=None, ge=1)
+    seeds: int | None = Field(default=None, ge=1, le=10_000)
     """Number of seeds, from the first on; `confirm.seeds` when not given."""
 
     @property
@@ -355,7 +364,7 @@ class StudyConfig:
 class SearchConfig:
     """Hyperparameter search."""
 
-    trials: int = Field(default=8, ge=1)
+    trials: int = Field(default=8, ge=1, le=100_000)
     """Number of trials of each search, such as that of a generation."""
     metric: str = "val_accuracy"
     """Metric by which the best trial is chosen; user training functions may report others."""
@@ -385,7 +394,7 @@ class ResourcesConfig:
     """CPUs of each worker; fractions are allowed."""
     gpu: float = Field(default=0.0, ge=0)
     """GPUs of each worker; fractions are allowed with one worker."""
-    wait: float | None = Field(default=None, ge=0)
+    wait: Seconds | None = Field(default=None, ge=0)
     """Seconds to wait for a node with these resources; when not given, as long as an autoscaler is
     starting nodes."""
     workers: int = Field(default=1, ge=1)
@@ -416,7 +425,7 @@ class TrackingConfig:
     """Name of the W&B project."""
     entity: str | None = None
     """User or team that owns the project; W&B's default entity when not given."""
-    wait: float = Field(default=30.0, gt=0)
+    wait: Seconds = Field(default=30.0, gt=0)
     """Longest time in seconds to wait at the end of a run for data that are not sent yet."""
     upload_targets: bool = False
     """Whether to upload the cached teacher logits rather than reference their files."""
@@ -431,9 +440,9 @@ class Config:
     rounds: int | Literal["auto"] = 5
     """Number of born-again generations after generation 0, in `selfkd.generations`; auto continues
     until two generations in a row show no evidence of a gain, up to `rounds_max`."""
-    rounds_max: int = Field(default=10, ge=1)
+    rounds_max: int = Field(default=10, ge=1, le=MOST_ROUNDS)
     """Largest number of born-again generations with `rounds: auto`."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Random seed of the split, the views, the search and all trials."""
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
     """Name of the run and of its folder; the name of the dataset with date and time when not
@@ -481,6 +490,8 @@ class Config:
     def _rounds_or_auto(cls, value: Any) -> Any:
         if value != "auto" and (type(value) is not int or value < 0):
             raise ValueError(f"must be a whole number of at least 0, or auto, got {value!r}")
+        if value != "auto" and value > MOST_ROUNDS:
+            raise ValueError(f"must be at most {MOST_ROUNDS}, got {value!r}")
         return value
 
     @field_validator("storage")
@@ -580,7 +591,8 @@ def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]
             message = fault["msg"].removeprefix("Value error, ")
         else:
             condition = fault["msg"].removeprefix("Input should be ").removeprefix("String should ")
-            message = f"must be {condition}, got {fault['input']!r}".replace("be match", "match")
+            given = cut_text(repr(fault["input"]), 200)
+            message = f"must be {condition}, got {given}".replace("be match", "match")
         yield f"{locate_key(key, sources)}: {message}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -11,6 +12,11 @@ import numpy as np
 
 Point = dict[str, Any]
 KINDS = ("uniform", "loguniform", "randint", "choice")
+
+
+def is_finite(value: float) -> bool:
+    """Say whether a number is finite, also as a float: 10**400 is not."""
+    return abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Distribution:
                 raise ValueError("choice must have at least one value, got []")
             return
         if len(self.values) != 2 or not all(
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
             for value in self.values
         ):
             raise ValueError(f"{self.kind} must be [low, high], got {list(self.values)}")

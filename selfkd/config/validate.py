@@ -7,8 +7,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from selfkd.config.schema import OF_TEACHERS, Config, did_you_mean, known_keys, locate_key
-from selfkd.config.space import Distribution
+from selfkd.config.schema import (
+    OF_TEACHERS,
+    Config,
+    did_you_mean,
+    known_keys,
+    leaves,
+    locate_key,
+    to_tree,
+)
+from selfkd.config.space import Distribution, is_finite
 from selfkd.errors import ConfigError
 
 # keys that all trials of a run share, so that they cannot be searched
@@ -40,6 +48,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
         where = locate_key("distill.teacher", sources)
         yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
     yield from _evidence_faults(config, sources)
+    for key, value in leaves(to_tree(config), ""):
+        if not key.startswith("search.") and not _has_finite_numbers(value):
+            yield f"{locate_key(key, sources)}: must have finite numbers, got {value!r}"
     members = config.members
     for checkpoint in members.checkpoints:
         if (checkpoint.mean is None) != (checkpoint.std is None):
@@ -71,6 +82,15 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
                 yield f"{where}: cannot be searched on labels only: there is no teacher"
             else:
                 yield from (f"{where}: {fault}" for fault in _entry_faults(config, key, spec))
+
+
+def _has_finite_numbers(value: Any) -> bool:
+    """Say whether a value of any shape, such as `params`, has no NaN: it differs from itself."""
+    if isinstance(value, Mapping):
+        return all(map(_has_finite_numbers, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_has_finite_numbers, value))
+    return not isinstance(value, float) or is_finite(value)
 
 
 def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
@@ -130,7 +150,11 @@ def _capacity_faults(config: Config) -> Iterator[str]:
     if root != wanted:
         why = "as there is a student" if config.student else "as student is not given"
         yield f"capacity.key must begin with {wanted}., {why}, got {capacity.key}"
-    if len(set(map(repr, capacity.values))) < len(capacity.values):
+    known = [value for value in capacity.values if type(value) in (int, float, str)]
+    odd = [value for value in capacity.values if type(value) not in (int, float, str)]
+    if odd:
+        yield f"capacity.values must be numbers or words, got {odd}"
+    if len(set(known)) < len(known):
         yield f"capacity.values must be different ones, got {capacity.values}"
     if capacity.key in {**config.search.space, **config.search.labels_only_space}:
         yield f"search.space must not hold capacity.key, got {capacity.key} in both"
@@ -138,7 +162,7 @@ def _capacity_faults(config: Config) -> Iterator[str]:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
     if config.train.init != "fresh":
         yield f"train.init must be fresh for students of other sizes, got {config.train.init}"
-    for value in capacity.values:
+    for value in known:
         try:
             config.at({capacity.key: value})
         except ConfigError as error:

@@ -76,7 +76,8 @@ where there is no val; val is the test split where there is no test |
         split, else, if images are streamed, ImageNet's.
 
     Raises:
-        ValueError: A name, size or image that cannot be used, or a class without a training image.
+        ValueError: A name, size or image that cannot be used, a single class, or a class without a
+            training image.
         FileNotFoundError: A folder or data set that does not exist.
 
     Example:
@@ -93,6 +94,8 @@ where there is no val; val is the test split where there is no test |
     if val_size is not None and val_size < 1:
         raise ValueError(f"data.val_size must be at least 1, got {val_size}")
     source = _open(name, root, download, image_size)
+    if len(source.class_names) < 2:
+        raise ValueError(f"data must have at least 2 classes, got {', '.join(source.class_names)}")
     selected = _training_classes(classes, source.class_names)
     splits = _split(source, train_size, val_size, selected, seed)
     _check_classes(splits[0], source.class_names, selected)

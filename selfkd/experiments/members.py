@@ -7,6 +7,7 @@ https://arxiv.org/abs/1503.02531
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from selfkd.results import (
     TeacherRow,
 )
 from selfkd.storage.files import link
-from selfkd.storage.remote import as_path
+from selfkd.storage.remote import RemotePath, as_path
 from selfkd.storage.rows import load_row, save_row
 
 SPECIALISTS_CLASSES = 20  # fewer are too few to make groups that are worth a network each
@@ -81,10 +82,16 @@ def check_members(config: Config) -> None:
     """Check what can be known of members from elsewhere before anything starts.
 
     Raises:
-        ConfigError: One is not there.
+        ConfigError: One is not there, or a run is given twice.
     """
+    given: dict[str, str] = {}
     for run in config.members.runs:
         find_members(run)
+        folder = as_path(run)
+        place = str(folder if isinstance(folder, RemotePath) else folder.resolve())
+        if place in given:
+            raise ConfigError(f"--from must be different runs, got {given[place]} again as {run}")
+        given[place] = run
     for file in config.members.checkpoints:
         for path in (file.path, file.classes):
             if path is not None and not Path(path).is_file():
@@ -185,7 +192,8 @@ def _members(run: Run, imported: Sequence[Member]) -> Members:
     sign = -1 if config.search.mode == "max" else 1
 
     def rank(member: Member) -> tuple[float, float]:
-        return sign * member.metrics[config.search.metric], member.metrics.get("val_nll", 0.0)
+        value, nll = sign * member.metrics[config.search.metric], member.metrics.get("val_nll", 0.0)
+        return math.inf if math.isnan(value) else value, math.inf if math.isnan(nll) else nll
 
     return Members(members=tuple(sorted([*trained, *imported], key=rank)))
 

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +27,19 @@ from tenacity import (
     wait_exponential,
 )
 
+from selfkd.errors import ConfigError
 from selfkd.storage.remote import RemotePath
 
-PATIENCE = float(os.environ.get("SELFKD_PATIENCE", "120"))
+
+def _seconds(text: str) -> float:
+    """Return a number of seconds; NaN for what is none."""
+    try:
+        return float(text) if 0 <= float(text) <= sys.float_info.max else math.nan
+    except ValueError:
+        return math.nan
+
+
+PATIENCE = _seconds(os.environ.get("SELFKD_PATIENCE", "120"))
 """Seconds to retry for while the storage is full, read-only or unreachable."""
 _TRANSIENT = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE),
@@ -55,8 +66,12 @@ def replace(path: Path, write: Callable[[str], object], *, patience: float | Non
         patience: Seconds to retry for; `PATIENCE` when not given.
 
     Raises:
+        ConfigError: The environment variable SELFKD_PATIENCE is no time.
         OSError: The file cannot be written; a previous file of that name is unchanged.
     """
+    if math.isnan(PATIENCE):  # said at the first file of a run, not where this module is imported
+        given = os.environ.get("SELFKD_PATIENCE")
+        raise ConfigError(f"SELFKD_PATIENCE must be seconds, 0 or more, got {given!r}")
     retry_io(path, lambda: _replace(path, write), patience=patience)
 
 
@@ -116,7 +131,8 @@ def retry_io(path: Path, work: Callable[[], T], *, patience: float | None = None
     Raises:
         OSError: The error is permanent, or lasted longer than `patience`.
     """
-    patience = PATIENCE if patience is None else patience
+    default = 0.0 if math.isnan(PATIENCE) else PATIENCE  # what only reads need not be refused
+    patience = default if patience is None else patience
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:

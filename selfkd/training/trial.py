@@ -227,7 +227,7 @@ def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
     made = _yielded(function(trial)) if generator else _in_thread(function, trial)
     student = False
     try:
-        with closing(with_metric(made, trial.config.search.metric)) as rows:
+        with closing(_with_metric(made, trial.config.search.metric)) as rows:
             for row in rows:
                 student = student or "hash" in row
                 yield row
@@ -244,23 +244,14 @@ def run_function(function: TrainFunction, trial: Trial) -> Iterator[Row]:
         raise ValueError(f"train_fn must {how}, got none")
 
 
-def with_metric(rows: Iterator[Row], metric: str, *, of: str = "train_fn") -> Rows:
-    """Yield the rows of a training; closing the generator closes theirs.
-
-    Args:
-        rows: Rows of the epochs.
-        metric: Metric that each row must have.
-        of: Name of the training, for messages.
-
-    Raises:
-        ValueError: A row lacks it.
-    """
+def _with_metric(rows: Iterator[Row], metric: str) -> Rows:
+    """Yield rows, each of which must have a metric."""
     with _closing(rows):
         for row in rows:
             if metric not in row:
                 known = ", ".join(name for name in row if name not in OWN) or "none"
                 raise ValueError(
-                    f"{of} must report {metric} (search.metric), got {cut_text(known, 400)}"
+                    f"train_fn must report {metric} (search.metric), got {cut_text(known, 400)}"
                 )
             yield row
 

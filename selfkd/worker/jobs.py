@@ -14,7 +14,7 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 from selfkd.training.functions import load_function
-from selfkd.training.trial import Trial, run_function, with_metric
+from selfkd.training.trial import Trial, run_function
 from selfkd.worker import ensembling, evaluate
 
 
@@ -84,8 +84,7 @@ def train(
     if function is not None:
         yield from run_function(load_function(function), trial)
     else:
-        rows = make_task(config).train(trial, **options)
-        yield from with_metric(rows, trial.config.search.metric, of="the training")
+        yield from make_task(config).train(trial, **options)
 
 
 def cache_teacher_logits(

@@ -32,6 +32,26 @@ def test_whole_numbers_are_accepted_for_floats():
 
 
 STRICT = [
+    ("rounds", "1e400", "must be a whole number of at least 0, or auto, got inf"),
+    ("rounds", str(10**12), f"must be at most 10000, got {10**12}"),
+    ("rounds_max", str(10**12), f"must be less than or equal to 10000, got {10**12}"),
+    ("seed", str(10**30), f"must be less than {2**63}, got {10**30}"),
+    ("search.trials", str(10**12), f"must be less than or equal to 100000, got {10**12}"),
+    ("confirm.seeds", str(10**12), f"must be less than or equal to 10000, got {10**12}"),
+    ("members.count", str(10**12), f"must be less than or equal to 10000, got {10**12}"),
+    ("data.views", str(10**12), f"must be less than or equal to 10000, got {10**12}"),
+    ("train.epochs", str(10**12), f"must be less than or equal to 1000000, got {10**12}"),
+    ("train.lr", "1e-320", "must be in [1e-37, 1e37], as single precision has it, got 1e-320"),
+    ("train.lr", "1e308", "must be in [1e-37, 1e37], as single precision has it, got 1e+308"),
+    (
+        "distill.temperature",
+        "1e-320",
+        "must be in [1e-37, 1e37], as single precision has it, got 1e-320",
+    ),
+    ("tracking.wait", "1e308", "must be less than or equal to 1000000000, got 1e+308"),
+    ("resources.wait", "1e308", "must be less than or equal to 1000000000, got 1e+308"),
+    ("params", "{a: [1, {b: .nan}]}", "must have finite numbers, got {'a': [1, {'b': nan}]}"),
+    ("model.args", "{width: .inf}", "must have finite numbers, got {'width': inf}"),
     ("rounds", "-1", "must be a whole number of at least 0, or auto, got -1"),
     ("rounds", "1.5", "must be a whole number of at least 0, or auto, got 1.5"),
     ("rounds", "3.0", "must be a whole number of at least 0, or auto, got 3.0"),
@@ -294,3 +314,9 @@ def test_reserved_arguments_of_a_checkpoint_are_dropped():
 def test_a_checkpoint_without_a_plain_network_is_refused(model):
     with pytest.raises(ValueError, match="model must"):
         ModelConfig.of_checkpoint(model)
+
+
+def test_long_values_are_cut_in_messages(faults):
+    (message,) = faults(settings=[f"train.lr='{'x' * 5_000_000}'"])
+    assert message.startswith("--set: train.lr: must be a valid number, got 'xxx")
+    assert len(message) < 400

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from selfkd.config import load_config
+from selfkd.config.validate import check_capacity
 from selfkd.errors import ConfigError
 
 
@@ -23,6 +24,8 @@ from selfkd.errors import ConfigError
         ("distill.alpha", "{uniform: [0.5, 0.5]}", "uniform must have low < high, got [0.5, 0.5]"),
         ("distill.alpha", "{uniform: [1, 0]}", "uniform must have low < high, got [1, 0]"),
         ("distill.alpha", "{choice: []}", "choice must have at least one value, got []"),
+        ("distill.alpha", f"{{uniform: [0, {10**400}]}}", "uniform must be [low, high], got [0, 1"),
+        ("distill.alpha", "{uniform: [0, 1e999]}", "uniform must be [low, high], got [0, inf]"),
         ("distill.alpha", "{normal: [0, 1]}", "distribution must be one of uniform, "),
         ("distill.alpha", "3", "a search space entry must be like {uniform: [0, 1]}, got 3"),
         ("distill.alpha", "null", "a search space entry must be like {uniform: [0, 1]}, got None"),
@@ -138,3 +141,21 @@ def test_replication_and_controls_must_fit_together(settings, fault):
     with pytest.raises(ConfigError) as error:
         load_config(settings=settings)
     assert str(error.value) == fault
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("[null]", r"must be numbers or words, got [None]"),
+        ("[[1], 2]", r"must be numbers or words, got [[1]]"),
+        ("[{}]", r"must be numbers or words, got [{}]"),
+        ("[true, 2]", r"must be numbers or words, got [True]"),
+        ("[1, 1.0]", r"must be different ones, got [1, 1.0]"),
+        ("[a, a]", r"must be different ones, got ['a', 'a']"),
+    ],
+)
+def test_sizes_are_different_numbers_or_words(values, message):
+    config = load_config(settings=[f"capacity.values={values}"])
+    with pytest.raises(ConfigError, match=re.escape(message)) as found:
+        check_capacity(config)
+    assert len(str(found.value).splitlines()) == 1

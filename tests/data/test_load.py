@@ -776,3 +776,11 @@ def test_a_part_of_some_classes_is_nested_and_in_proportion() -> None:
 def test_classes_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_data("digits", **settings)
+
+
+def test_a_single_class_is_refused(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / part / "cat" / "0.png")
+    with pytest.raises(ValueError, match=r"^data must have at least 2 classes, got cat$"):
+        load_data("folder", root=tmp_path)

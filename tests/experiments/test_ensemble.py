@@ -19,7 +19,7 @@ from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.ensemble import compress
-from selfkd.experiments.members import find_members
+from selfkd.experiments.members import check_members, find_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.models import make_model
 from selfkd.results import (
@@ -292,6 +292,17 @@ def test_an_empty_run_is_refused(tmp_path: Path) -> None:
     _, empty = start(tmp_path, name="empty")
     with pytest.raises(ConfigError, match=r"--from must be a run with a finished generation"):
         find_members(str(empty.path))
+
+
+def test_a_run_is_a_member_once(tmp_path: Path, done: Done) -> None:
+    path = done[1].path
+    (tmp_path / "link").symlink_to(path)
+    spellings = [path, f"{path}/", path.parent / ".." / path.parent.name / path.name]
+    for other in (*spellings, tmp_path / "link"):
+        config = load_config(settings=[f"members={{count: null, runs: ['{path}', '{other}']}}"])
+        with pytest.raises(ConfigError, match=r"--from must be different runs, got .* again as"):
+            check_members(config)
+    check_members(load_config(settings=[f"members={{count: null, runs: ['{path}']}}"]))
 
 
 def foreign(path: Path, *, classes: Sequence[int] | None = None, seed: int = 0) -> torch.nn.Module:

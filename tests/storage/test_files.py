@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from selfkd.errors import ConfigError
 from selfkd.storage import files
 from selfkd.storage.files import load_json, replace, retry_io, save_json, save_text
 
@@ -204,3 +205,18 @@ print(len((disk / "row").read_text()), sorted(os.listdir(disk)))
 
 def _raise(error):
     raise error
+
+
+@pytest.mark.parametrize("value", ["", "abc", "-1", "nan", "inf", "1e400"])
+def test_a_patience_that_is_no_time_is_said_at_the_first_file(tmp_path, monkeypatch, value):
+    (tmp_path / "old").write_text("[1]")
+    monkeypatch.setenv("SELFKD_PATIENCE", value)
+    monkeypatch.setattr(files, "PATIENCE", files._seconds(value))
+    with pytest.raises(ConfigError, match=f"SELFKD_PATIENCE must be .*, got '{value}'"):
+        save_text(tmp_path / "new", "text")
+    assert load_json(tmp_path / "old") == [1]  # what only reads goes on
+    assert os.listdir(tmp_path) == ["old"]
+
+
+def test_a_patience_is_seconds():
+    assert [files._seconds(text) for text in ("0", " 5 ", "1e3")] == [0, 5, 1000]

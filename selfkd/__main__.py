@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from selfkd import __version__
+from selfkd.cli.output import safe_output
 
 COMMANDS = (
     *("budget", "capacity", "dashboard", "ensemble", "generations", "report"),
@@ -13,6 +14,7 @@ COMMANDS = (
 )
 
 
+@safe_output()
 def main() -> int:
     """Run a sub-command; return its exit code."""
     if sys.argv[1:2] == ["--version"]:

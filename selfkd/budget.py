@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from selfkd.cli.terminal import make_console
+from selfkd.cli.output import print_data, print_error, safe_output
+from selfkd.cli.terminal import make_console, print_lines
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
@@ -304,21 +304,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
     try:
         plan, notes = _plan(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print_error(str(error))
         return USAGE
     console, sentence = make_console(), describe_budget(plan, unit=arguments.unit)
     if arguments.format == "json":
         tree = {**asdict(plan), "unit": arguments.unit, "sentence": sentence, "notes": notes}
-        console.print(json.dumps(tree, indent=1), soft_wrap=True)
-        return 0
+        return print_data(json.dumps(tree, indent=1) + "\n")
     console.print(make_budget_table(plan, unit=arguments.unit, per=arguments.per))
-    console.print("\n".join([sentence, *notes]), soft_wrap=True)
+    print_lines(console, [sentence, *notes])
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from selfkd.analysis.verdicts import count
 from selfkd.cli.command import Command, Description, Options, add_members, base_parser
+from selfkd.cli.output import safe_output
 from selfkd.config import Config
 from selfkd.config.validate import check_capacity
 from selfkd.experiments.capacity import grow
@@ -32,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from selfkd.cli.output import print_data, print_error, safe_output
+from selfkd.text import one_line
 from selfkd.tracking.host import answers, base_url, has_key
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
@@ -42,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"selfkd.dashboard needs wandb-workspaces: {INSTALL}", USAGE)
     if arguments.json:
         view = make_workspace(arguments.entity or "", arguments.project, name=arguments.name)
-        print(to_json(view))  # noqa: T201
-        return 0
+        return print_data(to_json(view) + "\n")
     if not has_key(base_url()):
         missing = "there is no W&B key: run wandb login or set WANDB_API_KEY (or print with --json)"
         return _fail(missing, USAGE)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         view = make_workspace(entity, arguments.project, name=arguments.name).save()
     except Exception as error:  # noqa: BLE001 - the library raises what its network raises
         return _fail(f"the view could not be saved: {error}", FAILED)
-    print(f"view saved: {view.url}")  # noqa: T201
+    print(f"view saved: {one_line(view.url)}")  # noqa: T201
     return 0
 
 
@@ -167,7 +168,7 @@ def _own_entity() -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"error: {text}", file=sys.stderr)  # noqa: T201
+    print_error(text)
     return code
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.cli.command import Command, Description, Options, add_members, base_parser
+from selfkd.cli.output import safe_output
 from selfkd.config import Config
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.members import check_members
@@ -26,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)

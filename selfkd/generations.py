@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
 from selfkd.cli.command import Command, Description, Options, base_parser
+from selfkd.cli.output import safe_output
 from selfkd.cli.signals import inside_job
 from selfkd.config import Config
 from selfkd.errors import ConfigError
@@ -55,6 +56,7 @@ def _rounds(text: str) -> int | str:
         return text  # the config says what it must be
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
@@ -170,6 +172,7 @@ def _describe(
 ) -> Description:
     metric, trials = config.search.metric, config.search.trials
     confirmed, results = summary.confirmations, summary.generations
+    more: list[str] = []
     if summary.ensemble is None:
         tables = [own_metrics_table(results, metric)]
         said = f"{metric} is the best of {trials} trials, so it is optimistic."
@@ -182,8 +185,8 @@ def _describe(
         said += ", and once for each model that confirms." if confirmed else "."
     if confirmed:
         tables.append(confirmation_table(summary))
-        said += (
-            "\n± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
+        more.append(
+            "± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
             f"{folder.facts.unit} (bootstrap). McNemar: exact p of a chosen model and its teacher."
         )
     return Description(
@@ -194,6 +197,7 @@ def _describe(
             *([summary.stopped] if summary.stopped else []),
             _sparkline(summary, metric, folder.facts.metric),
             said,
+            *more,
         ],
         [
             f"models:  {folder.path}/generation_*/student.safetensors",

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,15 +15,19 @@ from typing import Any
 
 from rich.console import Console
 
-from selfkd.cli.terminal import make_console, print_table
+from selfkd.cli.output import print_data, print_error, safe_output
+from selfkd.cli.terminal import make_console, print_lines, print_table
 from selfkd.errors import ConfigError
 from selfkd.reporting.read import REPORT, Run, read_run
 from selfkd.reporting.tables import Table
 from selfkd.storage.files import save_text
 from selfkd.storage.remote import as_path
+from selfkd.text import one_line
 
 FAILED, USAGE = 1, 2
 COMPARISON = "comparison.html"
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""Signs with which a formula begins, and their full-width forms."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,17 +51,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
     output = Path(arguments.output).expanduser() if arguments.output else None
     try:
-        _report(_read(arguments.runs), arguments.format, output)
+        return _report(_read(arguments.runs), arguments.format, output)
     except ValueError as error:
         return _fault(str(error), USAGE)
     except OSError as error:
         return _fault(f"{error.filename or output}: {error.strerror}; choose an --output", FAILED)
-    return 0
 
 
 def _read(names: Sequence[str]) -> list[Run]:
@@ -74,13 +77,15 @@ def _read(names: Sequence[str]) -> list[Run]:
     return [replace(run, label=str(run.path)) if counts[run.path.name] > 1 else run for run in runs]
 
 
-def _report(runs: Sequence[Run], wanted: str | None, output: Path | None) -> None:
+def _report(runs: Sequence[Run], wanted: str | None, output: Path | None) -> int:
+    code = 0
     if wanted in ("csv", "json"):
-        _put((_csv if wanted == "csv" else _json)(runs), output)
+        code = _put((_csv if wanted == "csv" else _json)(runs), output)
     else:
         _show_all(runs, wanted, output)
     for problem in [problem for run in runs for problem in run.problems]:
-        print(f"warning: {problem}", file=sys.stderr)  # noqa: T201
+        print_error(problem, kind="warning")
+    return code
 
 
 def _show_all(runs: Sequence[Run], wanted: str | None, output: Path | None) -> None:
@@ -89,13 +94,13 @@ def _show_all(runs: Sequence[Run], wanted: str | None, output: Path | None) -> N
     if wanted != "html":
         if wanted == "table" and output is not None:
             text = io.StringIO()
-            _print(Console(file=text, width=console.width, markup=False, highlight=False), runs)
+            _print(make_console(text), runs)
             save_text(output, text.getvalue())
         else:
             _print(console, runs)
     if wanted != "table":
         written = _write(runs, output)
-        console.print(f"report:  {written}", soft_wrap=True)
+        print_lines(console, [f"report:  {written}"])
 
 
 def _write(runs: Sequence[Run], output: Path | None) -> Path:
@@ -114,18 +119,18 @@ def _print(console: Console, runs: Sequence[Run]) -> None:
 
     if len(runs) == 1:
         run = runs[0]
-        console.print(f"{run.name}: {words.status(run)}", soft_wrap=True)
+        print_lines(console, [f"{run.name}: {words.status(run)}"])
         _show(console, tables.results_table(run))
-        console.print("\n".join(words.headlines(run)), soft_wrap=True)
+        print_lines(console, words.headlines(run))
         return
     _show(console, comparison.runs_table(runs))
     repeated = comparison.repeats(runs)
     if repeated:
         _show(console, comparison.repeats_table(repeated))
-    console.print("\n".join(comparison.verdicts(runs)), soft_wrap=True)
+    print_lines(console, comparison.verdicts(runs))
     for run in runs:
         if run.missing is not None:
-            console.print(f"{run.name} is {words.status(run)}", soft_wrap=True)
+            print_lines(console, [f"{run.name} is {words.status(run)}"])
 
 
 def _show(console: Console, table: Table) -> None:
@@ -140,8 +145,20 @@ def _csv(runs: Sequence[Run]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_finite(row) for run in runs for row in records(run))
+    rows = (_finite(row) for run in runs for row in records(run))
+    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    r"""Return a cell that no spreadsheet takes for a formula; numbers stay what they are.
+
+    >>> _harmless("=1+1"), _harmless("a-b"), _harmless(-0.5)
+    ("'=1+1", 'a-b', -0.5)
+    """
+    if not isinstance(value, str):
+        return value
+    return "'" * (value.lstrip()[:1] in _FORMULA) + one_line(value)
 
 
 def _json(runs: Sequence[Run]) -> str:
@@ -175,15 +192,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _put(text: str, output: Path | None) -> None:
+def _put(text: str, output: Path | None) -> int:
     if output is None:
-        sys.stdout.write(text)
-    else:
-        save_text(output, text)
+        return print_data(text)
+    save_text(output, text)
+    return 0
 
 
 def _fault(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    print_error(message)
     return code
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +24,15 @@ from selfkd.analysis.response import (
     search_range,
     unfit,
 )
-from selfkd.cli.terminal import make_console
+from selfkd.cli.output import print_data, print_error, safe_output
+from selfkd.cli.terminal import make_console, print_lines
 from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import Facts, Interval, SearchesOfSizes, TrialResult
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
+from selfkd.text import one_line
 
 USAGE = 2
 T = TypeVar("T")
@@ -232,7 +233,7 @@ def make_response_table(found: Sequence[Found]) -> Table:
     several = len({each.stage.run for each in found}) > 1
     for each in found:
         stage, response = each.stage, each.response
-        name = f"{stage.run}, {stage.name}" if several else stage.name
+        name = one_line(f"{stage.run}, {stage.name}" if several else stage.name)
         if response is None:
             table.add_row(name, str(len(stage.trials)), "", "", each.reason or "", "", "")
             continue
@@ -278,6 +279,7 @@ def describe_responses(found: Sequence[Found]) -> list[str]:
     return lines
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
@@ -294,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
         found = find_responses(stages)
     except (ValueError, OSError) as error:
-        print("\n".join([*notes, f"error: {error}"]), file=sys.stderr)  # noqa: T201
+        print_error("\n".join([str(error), *notes]))
         return USAGE
     console = make_console()
     if arguments.format == "json":
@@ -302,10 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             {"over": over, "unit": unit, **asdict(each)} for over, unit, each in find_drifts(found)
         ]
         tree = {"responses": [asdict(each) for each in found], "drifts": moved, "notes": notes}
-        console.print(json.dumps(tree), soft_wrap=True)
-        return 0
+        return print_data(json.dumps(tree) + "\n")
     console.print(make_response_table(found))
-    console.print("\n".join([*describe_responses(found), _LEGEND, *notes]), soft_wrap=True)
+    print_lines(console, [*describe_responses(found), _LEGEND, *notes])
     return 0
 
 

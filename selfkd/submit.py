@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import selfkd
 from selfkd import capacity, ensemble, study
 from selfkd.cli.command import FAILED, USAGE
+from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.signals import INTERRUPTED, interruptible
 from selfkd.config import load_config, parse_yaml
 from selfkd.config.paths import relative_paths
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible():
             return _submit(options, words[:split], command, arguments)
     except (RuntimeError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print_error(str(error))
         return USAGE if isinstance(error, ConfigError) else FAILED
     except KeyboardInterrupt:
         _say("stopped; no job was submitted")
@@ -339,7 +341,7 @@ def _code(end: End, job: str, log: _Log) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"submit: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    print_error(text, kind="submit")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from selfkd.cli.terminal import make_console
+from selfkd.cli.output import print_error, safe_output
+from selfkd.cli.terminal import make_console, print_lines
 from selfkd.config import Config, from_tree, merge_settings, refuse_foreign, to_tree
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.soft_targets.store import SoftTargets, check_shard, open_store
 from selfkd.soft_targets.upkeep import StoreInfo, list_stores, remove_store, sweep, unused
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tasks import make_task
+from selfkd.text import one_line
 
 DIFFER, USAGE = 1, 2
 NOTHING_OUTSIDE = ("data.download=false", "targets.root=null", "tracking.entity=null")
@@ -27,6 +29,7 @@ TOLERANCE = 0.01
 """Tolerance of a cached logit, in half precision: nats, and as much of its size."""
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
@@ -95,7 +98,7 @@ def _list(console: Console, root: Path) -> int:
             form = f"{manifest.classes} logits" if top_k is None else f"top {top_k}"
             known = [f"{manifest.images:,}", str(manifest.views), form]
         table.add_row(
-            *(info.path.parent.name, info.path.name),
+            *(one_line(info.path.parent.name), one_line(info.path.name)),
             *known,
             f"{info.present}/{info.expected}",
             f"{info.bytes / 1e6:.1f}",
@@ -110,9 +113,9 @@ def _clear(console: Console, root: Path, *, sure: bool) -> int:
     stores = unused(root)
     for info in list_stores(root):
         for fault in info.damaged:
-            console.print(f"kept {info.path}: {fault}", soft_wrap=True)
+            print_lines(console, [f"kept {info.path}: {fault}"])
     for info in stores:
-        console.print(f"{info.path}: {info.bytes / 1e6:.1f} MB, no run refers to it")
+        print_lines(console, [f"{info.path}: {info.bytes / 1e6:.1f} MB, no run refers to it"])
     if stores and not sure:
         if not sys.stdin.isatty():
             return _fault("--yes must be given where there is no terminal; nothing was removed")
@@ -134,18 +137,18 @@ def _verify(console: Console, root: Path, *, rows: int, settings: Sequence[str])
     for info in stores:
         name = f"{info.path.parent.name}/{info.path.name}"
         if info.manifest is None:
-            console.print(f"{name}: {info.damaged[0]}", soft_wrap=True)
+            print_lines(console, [f"{name}: {info.damaged[0]}"])
             return DIFFER
         try:
             fault = next(_faults(root, info, info.manifest, rows, settings), None)
         except FileNotFoundError as error:
             unknown += 1
-            console.print(f"{name}: cannot be checked: {error}", soft_wrap=True)
+            print_lines(console, [f"{name}: cannot be checked: {error}"])
             continue
         if fault is not None:
-            console.print(f"{name}: {fault}", soft_wrap=True)
+            print_lines(console, [f"{name}: {fault}"])
             return DIFFER
-        console.print(f"{name}: {rows} images a view are as the teacher predicts", soft_wrap=True)
+        print_lines(console, [f"{name}: {rows} images a view are as the teacher predicts"])
     return USAGE if unknown else 0
 
 
@@ -209,7 +212,7 @@ def _distance(cached: SoftTargets, logits: Tensor, row: int, view: int) -> float
 
 
 def _fault(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr)  # noqa: T201
+    print_error(text)
     return USAGE
 
 

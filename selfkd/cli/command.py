@@ -6,8 +6,6 @@ import argparse
 import importlib
 import logging
 import os
-import shlex
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from rich.console import Console
 
 from selfkd.cli.environment import record
+from selfkd.cli.output import print_error
 from selfkd.cli.progress import ProgressReporter
 from selfkd.cli.signals import (
     INTERRUPTED,
@@ -28,7 +27,7 @@ from selfkd.cli.signals import (
     interruptible,
     leave_now,
 )
-from selfkd.cli.terminal import make_console, print_table
+from selfkd.cli.terminal import make_console, print_lines, print_table
 from selfkd.config import Config, load_config, merge_settings, refuse_foreign, remember
 from selfkd.config.paths import relative_paths, with_absolute_paths
 from selfkd.errors import ConfigError, LockedError
@@ -41,6 +40,7 @@ from selfkd.results import Event
 from selfkd.storage.files import remove_tree
 from selfkd.storage.lock import Lock
 from selfkd.storage.remote import as_path
+from selfkd.text import shell_quote
 from selfkd.tracking import make_tracker
 
 USAGE = 2
@@ -107,7 +107,6 @@ class Command(Generic[S]):
             arguments: Those of `base_parser`.
             flags: The command's own, as dotted config keys with values.
         """
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
         options = Options(
             config=arguments.config,
             settings=arguments.settings,
@@ -130,7 +129,7 @@ class Command(Generic[S]):
         except (RuntimeError, ValueError, OSError) as error:
             usage = folder is None or isinstance(error, ConfigError)
             again = "" if usage or folder is None else f"\ncontinue with: {self.resume(folder)}"
-            print(f"error: {error}{again}", file=sys.stderr)  # noqa: T201
+            print_error(f"{error}{again}")
             return USAGE if usage else FAILED
         return 0
 
@@ -147,8 +146,8 @@ class Command(Generic[S]):
 
     def resume(self, folder: RunFolder) -> str:
         """Return what continues a run."""
-        train = f" --train {shlex.quote(self.function)}" if self.function else ""
-        return f"python -m selfkd.{self.name} --resume {shlex.quote(str(folder.path))}{train}"
+        train = f" --train {shell_quote(self.function)}" if self.function else ""
+        return f"python -m selfkd.{self.name} --resume {shell_quote(str(folder.path))}{train}"
 
     def _say_stopped(self, folder: RunFolder | None) -> None:
         again = "" if folder is None else f"; continue with:\n  {self.resume(folder)}"
@@ -187,7 +186,7 @@ class Command(Generic[S]):
     def _run(self, folder: RunFolder, config: Config, options: Options) -> S:
         console = make_console()
         if not options.quiet:
-            console.print(f"selfkd: {self.greet(config)}; run folder {folder.path}", soft_wrap=True)
+            print_lines(console, [f"selfkd: {self.greet(config)}; run folder {folder.path}"])
         notes: list[str] = []
         summary = self.finished(config, folder)
         if summary is None:
@@ -205,7 +204,7 @@ class Command(Generic[S]):
         for table in text.tables:
             print_table(console, table)
         if not options.quiet:
-            console.print("\n".join([*text.lines, *notes, *text.after]), soft_wrap=True)
+            print_lines(console, [*text.lines, *notes, *text.after])
         return summary
 
     def _train(
@@ -226,7 +225,7 @@ class Command(Generic[S]):
             plots=make_plots,
         )
         if not options.quiet:
-            console.print(tracker.description, soft_wrap=True)
+            print_lines(console, [tracker.description])
         record(folder.path)
         reporter = Reporter(folder.path)
         meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.text import Text
 
 from selfkd.analysis.verdicts import count
+from selfkd.cli.terminal import print_lines
 from selfkd.config import Config
 from selfkd.reporting.words import percent, plus_minus, value
 from selfkd.results import (
@@ -29,6 +30,7 @@ from selfkd.results import (
     TrialProgressed,
     TrialResult,
 )
+from selfkd.text import one_line
 
 
 class _Live(Progress):
@@ -48,7 +50,7 @@ class _Live(Progress):
 
 
 def _line(text: str) -> Text:
-    return Text(text, no_wrap=True, overflow="ellipsis")
+    return Text(one_line(text), no_wrap=True, overflow="ellipsis")
 
 
 class ProgressReporter:
@@ -96,7 +98,7 @@ class ProgressReporter:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        self._progress.console.print(text, soft_wrap=True)
+        print_lines(self._progress.console, [text])
 
     def __call__(self, event: Event) -> None:
         """Show an event."""

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any, TextIO, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table as RichTable
+from rich.text import Text
 
+from selfkd.cli.output import SafeStream
 from selfkd.reporting.tables import Table
+from selfkd.text import one_line, visible
 
 LOG_WIDTH = 110  # where there is no terminal
 MOST_NAMES = 20  # of hidden columns
 
 
-def make_console() -> Console:
-    """Return the console of a command's own output."""
-    console = Console(highlight=False, markup=False)
+class _Console(Console):
+    """A console whose texts control no terminal, whoever has written them."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+def make_console(file: TextIO | None = None) -> Console:
+    """Return the console of a command's own output.
+
+    Args:
+        file: File to print to; stdout when not given.
+    """
+    if file is None and not isinstance(sys.stdout, SafeStream):  # called from Python
+        file = cast(TextIO, SafeStream(sys.stdout))
+    console = _Console(file=file, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
+
+
+def print_lines(console: Console, lines: Sequence[str]) -> None:
+    """Print texts, each on a line of its own, whatever is in it."""
+    console.print("\n".join(map(one_line, lines)), soft_wrap=True)
 
 
 def print_table(console: Console, table: Table | RichTable) -> None:

@@ -27,6 +27,7 @@ from selfkd.reporting.sections.generations import generation_sections
 from selfkd.reporting.sections.panels import Section
 from selfkd.reporting.tables import Table
 from selfkd.storage.files import save_text
+from selfkd.text import visible
 
 KINDS: Mapping[str, tuple[str, Callable[[Run], Iterable[Section]]]] = {
     "generations": ("born-again generations", generation_sections),
@@ -122,9 +123,18 @@ def render(page: Page) -> str:
 def _template() -> Any:
     loader = PackageLoader("selfkd.reporting", "assets")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_plain,
     )
     return environment.get_template("page.html")
+
+
+def _plain(value: object) -> object:
+    """Return a text that any file can hold; what this package has written stays as it is."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _asset(name: str) -> str:

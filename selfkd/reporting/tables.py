@@ -20,6 +20,7 @@ from selfkd.results import (
     TableRow,
     TrialResult,
 )
+from selfkd.text import one_line
 
 MOST_ROWS = 200
 """Number of rows after which a table of classes or trials is cut."""
@@ -36,6 +37,12 @@ class Table:
     """Whether the cells are words, which are aligned to the left."""
     rules: tuple[int, ...] = ()
     """Rows above which a terminal draws a rule."""
+
+    def __post_init__(self) -> None:
+        """Make each cell one line without control characters, as names and errors are foreign."""
+        object.__setattr__(self, "head", tuple(map(one_line, self.head)))
+        rows = tuple(tuple(map(one_line, row)) for row in self.rows)
+        object.__setattr__(self, "rows", rows)
 
     def without_empty(self) -> Table:
         """Return the table without empty columns."""

@@ -214,9 +214,12 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"--from must be a run folder (with a config.yaml), got {run}")
     folder, config = RunFolder.open(path)
-    kind = KINDS.get(folder.command)
+    try:
+        kind, why = KINDS.get(folder.command), ""
+    except (ValueError, OSError) as error:
+        kind, why = None, f" ({error})"
     if kind is None:
-        raise ConfigError(f"--from must be a run of selfkd.{', '.join(KINDS)}, got {run}")
+        raise ConfigError(f"--from must be a run of selfkd.{', '.join(KINDS)}, got {run}{why}")
     if not (folder.path / "summary.json").exists():
         raise ConfigError(f"--from must be a finished run (with a summary.json), got {run}")
     found: dict[str, float] = {"epochs": config.train.epochs}

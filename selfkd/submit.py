@@ -21,11 +21,10 @@ from selfkd import capacity, ensemble, study
 from selfkd.cli.command import FAILED, USAGE
 from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.signals import INTERRUPTED, interruptible
-from selfkd.config import load_config, parse_yaml
+from selfkd.config import load_config, load_yaml
 from selfkd.config.paths import relative_paths
 from selfkd.errors import ConfigError
 from selfkd.generations import make_parser as generations_parser
-from selfkd.storage.files import read_text
 from selfkd.storage.remote import secret_fault
 
 if TYPE_CHECKING:
@@ -258,8 +257,10 @@ def runtime_env(options: argparse.Namespace, staged: Path) -> dict[str, Any]:
     environment: dict[str, Any] = {}
     if path is not None:
         try:
-            environment = parse_yaml(read_text(path), str(path)) or {}
-        except (OSError, UnicodeDecodeError) as error:
+            environment = load_yaml(path) or {}
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"--runtime-env must be a readable file, got {path}: {error}"
             ) from None

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
+from selfkd.storage.remote import without_secrets
 from selfkd.text import visible
 
 _PLAIN = {
@@ -94,7 +95,7 @@ class _Formatter(logging.Formatter):
     """Formats warnings so that no text in them controls the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return visible(without_secrets(super().format(record)))
 
 
 @contextmanager
@@ -149,4 +150,4 @@ def print_data(text: str) -> int:
 
 def print_error(text: str, *, kind: str = "error") -> None:
     """Print a message on stderr."""
-    print(f"{kind}: {visible(text)}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"{kind}: {visible(without_secrets(text))}", file=sys.stderr, flush=True)  # noqa: T201

@@ -9,6 +9,7 @@ from selfkd.config.load import differences as differences
 from selfkd.config.load import dump_config as dump_config
 from selfkd.config.load import flat as flat
 from selfkd.config.load import load_config as load_config
+from selfkd.config.load import load_yaml as load_yaml
 from selfkd.config.load import merge_settings as merge_settings
 from selfkd.config.load import parse_yaml as parse_yaml
 from selfkd.config.load import resume_invariant as resume_invariant

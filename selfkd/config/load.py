@@ -71,13 +71,11 @@ def parse_yaml(text: str, source: str) -> Any:
         source: Name of its source, for messages.
 
     Raises:
-        ConfigError: The text is not YAML, too long, or has duplicate keys or aliases.
+        ConfigError: The text is not YAML, or has duplicate keys or aliases.
 
     >>> parse_yaml("lr: 1e-3", "x.yaml")
     {'lr': 0.001}
     """
-    if len(text) > LARGEST:
-        raise ConfigError(f"{source}: must have at most {LARGEST:,} characters, got {len(text):,}")
     try:
         tree = yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
         check_depth(tree)
@@ -86,6 +84,20 @@ def parse_yaml(text: str, source: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{source}: must be YAML, and is nested too deeply") from None
     return tree
+
+
+def load_yaml(path: Path) -> Any:
+    """Read a YAML file safely.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: It is no text of at most `LARGEST` characters; the message names it.
+        ConfigError: It is not YAML.
+    """
+    text = read_text(path)
+    if len(text) > LARGEST:
+        raise ConfigError(f"{path}: must have at most {LARGEST:,} characters, got {len(text):,}")
+    return parse_yaml(text, str(path))
 
 
 def load_config(
@@ -111,12 +123,13 @@ def load_config(
     sources: dict[str, str] = {}
     if path is not None:
         try:
-            text = read_text(as_path(path))
+            tree = load_yaml(as_path(path)) or {}
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
             if secret_fault(str(path)):
                 raise ConfigError(f"--config: {error}") from None
             raise ConfigError(f"--config must be a readable file, got {path}: {error}") from None
-        tree = parse_yaml(text, str(path)) or {}
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: must be a mapping of config keys, got {tree!r}")
         sources = {key: str(path) for key, _ in leaves(tree, "", inner=True)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -74,9 +73,7 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(part) for part in value)
     if isinstance(value, str):
         return re.fullmatch(r"[\w+ -]*", value) is not None
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, bool | int)
+    return value is None or isinstance(value, bool | int | float)
 
 
 ModelArgs = Annotated[dict[str, Any], AfterValidator(_plain_args)]

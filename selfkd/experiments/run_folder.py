@@ -15,7 +15,7 @@ from selfkd.config import (
     differences,
     dump_config,
     from_tree,
-    parse_yaml,
+    load_yaml,
 )
 from selfkd.errors import ConfigError
 from selfkd.results import FORMAT, STUDENT, Facts, GenerationResult
@@ -77,7 +77,7 @@ class RunFolder:
         file = path / "config.yaml"
         if not file.is_file():
             raise ConfigError(f"--resume must be a run folder (with a config.yaml), got {path}")
-        tree = parse_yaml(read_text(file), str(file))
+        tree = load_yaml(file)
         found = tree.pop("format", None) if isinstance(tree, dict) else None
         if found != FORMAT:
             raise ConfigError(

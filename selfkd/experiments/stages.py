@@ -159,6 +159,9 @@ class _Trials:
             for number in range(len(stage.seeds)):
                 path = _result_file(stage, number)
                 known = load_row(TrialResult, path) if path.exists() else None
+                wanted = (stage.name, number, stage.seeds[number])
+                if known and (known.stage, known.trial, known.seed) != wanted:
+                    raise ValueError(f"{path} is of another trial: remove it and resume")
                 if known is None or known.status == "failed" or stage.value(known.metrics) is None:
                     self._waiting.append((stage, number))
                 else:

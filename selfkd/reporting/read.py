@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfkd.config import from_tree, parse_yaml
+from selfkd.config import from_tree, load_yaml
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import COMMANDS
 from selfkd.results import (
@@ -243,7 +243,7 @@ class _Reader:
     def _config(self) -> Tree:
         path = self._path / "config.yaml"
         try:
-            tree: Any = parse_yaml(read_text(path), str(path))
+            tree: Any = load_yaml(path)
         except (ValueError, OSError) as error:
             self._problems.append(f"{path} is damaged: {error}")
             return {}

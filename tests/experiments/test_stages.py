@@ -34,7 +34,7 @@ def make_stage(folder: Path, mode: Literal["max", "min"], proposer: Proposer, n:
 def run(stage: Stage, losses: Sequence[Sequence[float]], **more: float) -> list[TrialResult]:
     def train(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
         for epoch, loss in enumerate(losses[payload["number"]], start=1):
-            yield {"epoch": epoch, "loss": loss, "hash": f"{payload['number']}/{epoch}", **more}
+            yield {"epoch": epoch, "loss": loss, "hash": f"{payload['number']}-{epoch}", **more}
 
     (results,) = run_stages(InProcess(train), lambda event: None, [stage], title="a search")
     return results

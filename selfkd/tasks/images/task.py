@@ -15,7 +15,7 @@ from selfkd.analysis.metrics import fit_temperature
 from selfkd.config import (
     CheckpointConfig,
     ModelConfig,
-    parse_yaml,
+    load_yaml,
 )
 from selfkd.data import fingerprint
 from selfkd.distill.teacher import Teacher
@@ -23,7 +23,7 @@ from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.files import inside, read_text
+from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.tasks.images import evaluate
@@ -114,7 +114,7 @@ class ImageTask(ImageNetworks):
         model = ModelConfig(name=source.model, args=source.args)
         names = list(self.data.class_names)
         if source.classes is not None:
-            listed = parse_yaml(read_text(Path(source.classes)), source.classes)
+            listed = load_yaml(Path(source.classes))
             if not isinstance(listed, list):
                 raise ValueError(f"{source.classes} must be a list of class names, got {listed!r}")
             names = [str(name) for name in listed]

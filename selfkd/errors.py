@@ -15,6 +15,10 @@ class RunError(RuntimeError):
     """A run cannot go on: says why, and what to do."""
 
 
+class RayLostError(RunError):
+    """Ray has died, or did not start: nothing can be trained any more."""
+
+
 class NonFiniteLossError(ArithmeticError):
     """Training diverged; says at which epoch and step."""
 

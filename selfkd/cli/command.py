@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,16 +22,16 @@ from selfkd.cli.output import print_error
 from selfkd.cli.progress import ProgressReporter
 from selfkd.cli.signals import (
     INTERRUPTED,
-    Stopped,
-    heed_sigterm,
+    inside_command,
     inside_job,
     interruptible,
     leave_now,
+    say_stopped,
 )
 from selfkd.cli.terminal import make_console, print_lines, print_table
 from selfkd.config import Config, load_config, merge_settings, refuse_foreign, remember
 from selfkd.config.paths import relative_paths, with_absolute_paths
-from selfkd.errors import ConfigError, LockedError
+from selfkd.errors import ConfigError, LockedError, RayLostError
 from selfkd.experiments.arms import Run
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.read import REPORT
@@ -40,6 +41,7 @@ from selfkd.results import Event
 from selfkd.storage.files import remove_tree
 from selfkd.storage.lock import Lock
 from selfkd.storage.remote import as_path
+from selfkd.storage.temporary import temporary_files
 from selfkd.text import shell_quote
 from selfkd.tracking import make_tracker
 
@@ -116,21 +118,22 @@ class Command(Generic[S]):
             verbose=arguments.verbose,
         )
         folder = None
-        try:
-            with interruptible():
-                folder, config = self._prepare(options)
-                self._run(folder, config, options)
-        except KeyboardInterrupt as stop:
-            if not isinstance(stop, Stopped):
-                self._say_stopped(folder)
-            if inside_job():
-                leave_now()
-            return INTERRUPTED
-        except (RuntimeError, ValueError, OSError) as error:
-            usage = folder is None or isinstance(error, ConfigError)
-            again = "" if usage or folder is None else f"\ncontinue with: {self.resume(folder)}"
-            print_error(f"{error}{again}")
-            return USAGE if usage else FAILED
+        with interruptible(lambda: self._say_stopped(folder)):
+            try:
+                with temporary_files():
+                    folder, config = self._prepare(options)
+                    self._run(folder, config, options)
+            except KeyboardInterrupt:
+                say_stopped(lambda: self._say_stopped(folder))
+                if folder is None:
+                    return INTERRUPTED
+                leave_now(INTERRUPTED)
+            except (RuntimeError, ValueError, OSError) as error:
+                usage = folder is None or isinstance(error, ConfigError)
+                self._say_failed(error, None if usage else folder)
+                if isinstance(error, RayLostError):
+                    leave_now(FAILED)
+                return USAGE if usage else FAILED
         return 0
 
     def run(self, options: Options) -> tuple[RunFolder, Config, S]:
@@ -148,6 +151,15 @@ class Command(Generic[S]):
         """Return what continues a run."""
         train = f" --train {shell_quote(self.function)}" if self.function else ""
         return f"python -m selfkd.{self.name} --resume {shell_quote(str(folder.path))}{train}"
+
+    def _say_failed(self, error: Exception, folder: RunFolder | None) -> None:
+        again = "" if folder is None else f"\ncontinue with: {self.resume(folder)}"
+        print_error(f"{error}{again}")
+
+    def _leave_stuck(self, folder: RunFolder, error: Exception) -> None:
+        """Leave where the main thread cannot, as it waits for a Ray that has died."""
+        self._say_failed(error, folder)
+        leave_now(FAILED)
 
     def _say_stopped(self, folder: RunFolder | None) -> None:
         again = "" if folder is None else f"; continue with:\n  {self.resume(folder)}"
@@ -183,7 +195,7 @@ class Command(Generic[S]):
         remember(config)
         return folder, config
 
-    def _run(self, folder: RunFolder, config: Config, options: Options) -> S:
+    def _run(self, folder: RunFolder, config: Config, options: Options, *, ends: bool = False) -> S:
         console = make_console()
         if not options.quiet:
             print_lines(console, [f"selfkd: {self.greet(config)}; run folder {folder.path}"])
@@ -237,8 +249,8 @@ class Command(Generic[S]):
                 follow(event)
 
         try:
-            with progress, connect(verbose=options.verbose) as joined:
-                heed_sigterm()  # again: Ray has set a handler of its own
+            stuck = partial(self._leave_stuck, folder) if inside_command() else None
+            with progress, connect(verbose=options.verbose, stuck=stuck) as joined:
                 slots = find_slots(
                     cpu=resources.cpu,
                     gpu=resources.gpu,
@@ -273,11 +285,11 @@ class Command(Generic[S]):
                         reporter.finish()
                     except KeyboardInterrupt:
                         # first of all: a Ray job that is stopped is killed after three seconds
-                        self._say_stopped(folder)
+                        say_stopped(lambda: self._say_stopped(folder))
                         if inside_job():
                             logging.disable(logging.WARNING)  # W&B's process was stopped, too
                         tracker.close()
-                        raise Stopped from None
+                        raise
         finally:
             tracker.close()
             folder.upload("wandb")

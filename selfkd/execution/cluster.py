@@ -22,7 +22,7 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from selfkd.errors import ConfigError
+from selfkd.errors import ConfigError, RayLostError
 from selfkd.execution.group import fitting
 from selfkd.execution.ray_private import (
     DEBUG_AUTOSCALING_STATUS,
@@ -30,8 +30,10 @@ from selfkd.execution.ray_private import (
     canonicalize_bootstrap_address,
     ensure_token_if_auth_enabled,
     internal_kv,
-    stop_autoscaler,
+    start_by_itself,
 )
+from selfkd.execution.start import Session, abandon, start
+from selfkd.execution.watch import Watch
 from selfkd.storage.files import remove_file
 from selfkd.storage.remote import RemotePath, as_path
 
@@ -46,38 +48,51 @@ Node = Mapping[str, Any]
 
 
 @contextmanager
-def connect(*, verbose: bool = False) -> Iterator[bool]:
+def connect(
+    *, verbose: bool = False, stuck: Callable[[RayLostError], object] | None = None
+) -> Iterator[bool]:
     """Join an existing cluster, else start Ray on this machine; yield whether one was joined.
 
     Args:
         verbose: Whether Ray and its workers may print.
+        stuck: Callback of a process that ends with its run: called from another thread where Ray
+            has died and this one hangs in a call of it. Such a process does not wait for Ray's own
+            way out where the run is interrupted or Ray has died, which may take a minute; Ray then
+            remains initialized, and the process must end by `os._exit`.
 
     Raises:
         ConfigError: RAY_ADDRESS does not lead to a cluster, or the cluster refuses this process.
+        RayLostError: Ray did not start, or has died.
     """
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
     address = _find_address()
     if address is not None:
         _check_address(address)
+    by_itself = start_by_itself(False)  # a thread that still calls Ray after the end starts none
+    session = Session() if address is None else None
+    watch = Watch(address, stuck)
     try:
-        _start(verbose, alone=address is None)
-        yield address is not None
-    finally:
+        try:
+            start(session, verbose=verbose, address=address)
+            watch.begin()
+            yield address is not None
+            watch.check()
+        except Exception as error:
+            watch.check()  # what has led to it
+            if not isinstance(error, RayLostError):
+                ray.shutdown()
+            raise
         ray.shutdown()
-
-
-def _start(verbose: bool, *, alone: bool) -> None:
-    try:
-        ray.init(
-            log_to_driver=verbose,
-            logging_level="INFO" if verbose else "ERROR",
-            include_dashboard=verbose if alone else None,  # on loopback, as by Ray's default
-        )
-        if alone and not verbose:
-            stop_autoscaler()
-    except SystemExit:  # raised by Ray's handler of SIGTERM
-        raise KeyboardInterrupt from None
+    except (KeyboardInterrupt, RayLostError) as end:
+        abandon(leave=stuck is not None, lost=isinstance(end, RayLostError))
+        raise
+    finally:
+        watch.end()
+        if session is not None:
+            session.folder.remove()
+        if not ray.is_initialized():
+            start_by_itself(by_itself)
 
 
 def _find_address() -> str | None:

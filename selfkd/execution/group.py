@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import queue
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from selfkd.errors import describe_error
 from selfkd.execution.jobs import load_entry
 from selfkd.execution.ray_private import get_webui_url_from_internal_kv
 from selfkd.results import Row
+from selfkd.storage.temporary import TemporaryFolder
 
 TRAIN = "train"  # kind of the jobs that run on a group
 POLL_SECONDS = 0.2
@@ -86,8 +86,8 @@ class Group:
             return
         here = ray.get_runtime_context().get_node_id()
         task = _train.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
-        with tempfile.TemporaryDirectory(prefix="selfkd-train-") as folder:
-            yield from _stream_rows(task.remote(entry, dict(payload), self, folder))
+        with TemporaryFolder("selfkd-train-") as folder:
+            yield from _stream_rows(task.remote(entry, dict(payload), self, str(folder.path)))
 
 
 def _stream_rows(rows: Any) -> Iterator[Row]:

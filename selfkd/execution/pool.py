@@ -9,7 +9,6 @@ trial it keeps only one). An idle trial ends as soon as a job waits.
 from __future__ import annotations
 
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import ray
 from ray import tune
 from ray.util.placement_group import placement_group_table
 
-from selfkd.errors import describe_error
+from selfkd.errors import RayLostError, describe_error
 from selfkd.execution.group import TRAIN, Group, JobError, Room, WorkerLostError
 from selfkd.execution.jobs import EarlyStopping, Job, Jobs, load_entry
 from selfkd.execution.scheduler import (
@@ -31,11 +30,15 @@ from selfkd.execution.scheduler import (
     RunningBatch,
     StopWhenClosed,
 )
+from selfkd.execution.watch import check
 from selfkd.results import Row
 from selfkd.storage.files import retry_io
 from selfkd.storage.remote import as_path
+from selfkd.storage.temporary import TemporaryFolder
 
 COORDINATOR = {"cpu": 0, "memory": 2**20}  # a trial of Tune must request some resource
+END_SECONDS = 10.0  # limit for Tune to end its trials
+STOP_SECONDS = 1.0  # the same where the run was stopped, and where nothing answers any more
 BUSY_SECONDS = 10.0  # without any worker, after which is said that other runs hold the cluster
 PERMANENT = (  # errors of the system that another attempt would meet again
     *(FileNotFoundError, FileExistsError, PermissionError),
@@ -151,9 +154,7 @@ class Pool:
         group = None if workers == 1 else (workers, cpu, gpu)
         own = {"cpu": cpu, "gpu": gpu} if group is None else COORDINATOR
         self._failure: BaseException | None = None
-        self._folder = tempfile.TemporaryDirectory(  # Tune may still write at the end
-            prefix="selfkd-tune-", ignore_cleanup_errors=True
-        )
+        self._folder = TemporaryFolder("selfkd-tune-")
         self._tuner = tune.Tuner(
             tune.with_resources(Worker, own),
             param_space={"entry": entry, "group": group, "run": run},
@@ -166,7 +167,7 @@ class Pool:
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=self._folder.name,
+                storage_path=str(self._folder.path),
                 verbose=0,
                 stop=StopWhenClosed(self._scheduler),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -186,10 +187,11 @@ class Pool:
         self._began = time.monotonic()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._scheduler.closed = True
-        self._thread.join(timeout=10)
-        self._folder.cleanup()
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | RayLostError)
+        self._thread.join(timeout=STOP_SECONDS if stopped else END_SECONDS)
+        self._folder.remove()
 
     def _has_room(self, running: Sequence[Job]) -> bool:
         """Return whether one more job like the last one fits beside those that run.
@@ -216,12 +218,14 @@ class Pool:
             limit: Largest number of jobs at a time; no limit when not given.
 
         Raises:
+            RayLostError: Ray has died.
             RuntimeError: Ray Tune stopped before the jobs were done.
             Exception: `jobs` raised it.
         """
         batch = RunningBatch(jobs, early=early, limit=limit, has_room=self._has_room)
         self._scheduler.inbox.put(batch)
         while not batch.finished.wait(timeout=0.2):
+            check()
             if not self._thread.is_alive():
                 raise RuntimeError(
                     f"Ray Tune stopped before the jobs were done: {self._failure}"

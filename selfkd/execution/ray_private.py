@@ -1,5 +1,17 @@
 """Names that Ray keeps private, in one place: each Ray version may move them."""
 
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import auto_init_hook, parameter, ray_constants, utils
 from ray._private import worker as _worker
 from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled as ensure_token_if_auth_enabled,
@@ -9,7 +21,94 @@ from ray._private.ray_constants import PROCESS_TYPE_MONITOR
 from ray._private.services import canonicalize_bootstrap_address as canonicalize_bootstrap_address
 from ray._private.services import get_webui_url_from_internal_kv as get_webui_url_from_internal_kv
 from ray._raylet import GcsClient as GcsClient  # type: ignore[attr-defined]
+from ray._raylet import NodeID
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
 from ray.experimental import internal_kv as internal_kv
+
+# isort: split
+import psutil  # type: ignore[import-untyped]  # where it is not installed, Ray brings it
+
+SERVERS = {"raylet": "raylet", "gcs_server": "GCS server"}  # without which nothing can be trained
+SOCKET_BYTES = 103  # longest path of a socket, on any system
+_SOCKET = "session_0000-00-00_00-00-00_000000_0000000/sockets/plasma_store"
+
+
+def temporary_folder() -> Path:
+    """Return the folder for the sessions of all Rays that are started here."""
+    return Path(get_default_ray_temp_dir())
+
+
+def session_name() -> str:
+    """Return the name of a session that this process starts, as Ray gives it."""
+    return f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+
+
+def sockets_fit(folder: Path) -> bool:
+    """Return whether the paths of Ray's sockets in a folder are short enough for the system."""
+    return len(os.fsencode(folder / _SOCKET)) <= SOCKET_BYTES
+
+
+@contextmanager
+def on_loopback(session: str) -> Iterator[None]:
+    """Let a Ray that starts meanwhile listen on loopback only, under a name of its session.
+
+    Ray replaces a loopback address by one that others reach, unless it is told that it runs where
+    it does not build clusters.
+
+    Args:
+        session: Name of the session.
+    """
+    clusters, params = ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    parameter.RayParams = partial(params, session_name=session)
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams = clusters, params
+
+
+@contextmanager
+def own_handlers() -> Iterator[None]:
+    """Leave this process its handler of SIGTERM, which Ray replaces where it starts."""
+    replaces = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = replaces
+
+
+def start_by_itself(may: bool) -> bool:
+    """Set whether calls of Ray start one where none runs; return whether they did before.
+
+    Args:
+        may: Whether they may.
+    """
+    before = bool(auto_init_hook.enable_auto_connect)
+    auto_init_hook.enable_auto_connect = may
+    return before
+
+
+def started() -> dict[str, list[subprocess.Popen[bytes]]]:
+    """Return the processes of the Ray that this process has started, by their type."""
+    node = _worker._global_node
+    found: dict[str, Any] = {} if node is None else dict(node.all_processes)
+    return {name: [one.process for one in processes] for name, processes in found.items()}
+
+
+def attached_node_lives(client: Any, timeout: float) -> bool:
+    """Return whether the node that this process is attached to lives; a dead one never returns.
+
+    Args:
+        client: Client of the cluster's GCS.
+        timeout: Seconds to wait for the response.
+    """
+    node = NodeID.from_hex(_worker._global_node.node_id).binary()
+    selector = GetAllNodeInfoRequest.NodeSelector(node_id=node)
+    alive = GcsNodeInfo.GcsNodeState.ALIVE
+    found = client.get_all_node_info(timeout=timeout, node_selectors=[selector], state_filter=alive)
+    return bool(found)
 
 
 def stop_autoscaler() -> None:
@@ -17,6 +116,33 @@ def stop_autoscaler() -> None:
 
     One machine has nothing to scale, and `ray.shutdown` waits a second for this process.
     """
-    for started in _worker._global_node.all_processes.get(PROCESS_TYPE_MONITOR, ()):
-        started.process.kill()
-        started.process.wait()
+    for process in started().get(PROCESS_TYPE_MONITOR, ()):
+        process.kill()
+        process.wait()
+
+
+def kill_started(*, everything: bool = False) -> None:
+    """Kill what this process has started of Ray, with all workers.
+
+    Args:
+        everything: Whether all descendants of this process are killed but W&B's service, which ends
+            by itself once it has written its files: also those of a Ray that is being started.
+    """
+    roots = {process.pid for several in started().values() for process in several}
+    found: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children():
+            if child.pid in roots or (everything and not _is_wandb(child)):
+                with contextlib.suppress(psutil.Error):
+                    found += child.children(recursive=True)
+                found.append(child)
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(found, timeout=0.5)
+
+
+def _is_wandb(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "wandb" in process.name() or "wandb" in " ".join(process.cmdline()[:2])
+    return False

@@ -85,20 +85,30 @@ def terminated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where runs lie that get SIGTERM while they look for a cluster."""
 
     @contextlib.contextmanager
-    def connect(*, verbose: bool) -> Iterator[bool]:
+    def connect(*, verbose: bool, stuck: object) -> Iterator[bool]:
         os.kill(os.getpid(), signal.SIGTERM)
         yield False
 
+    def leave_now(code: int) -> None:
+        raise SystemExit(code)
+
     monkeypatch.setattr("selfkd.execution.cluster.connect", connect)
+    monkeypatch.setattr("selfkd.cli.command.leave_now", leave_now)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs" / "a"
+
+
+def exit_code(*words: str) -> object:
+    with pytest.raises(SystemExit) as leaving:
+        generations.main([*words])
+    return leaving.value.code
 
 
 def test_a_run_that_is_terminated_before_ray_is_up_can_be_continued(
     terminated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    assert generations.main(["--name", "a", "--set", "tracking=none"]) == 130
+    assert exit_code("--name", "a", "--set", "tracking=none") == 130
     assert signal.getsignal(signal.SIGTERM) == before
     assert f"python -m selfkd.generations --resume {terminated}" in capsys.readouterr().out
 
@@ -107,7 +117,7 @@ def test_a_relative_data_root_is_kept_absolute(terminated: Path) -> None:
     """Workers have folders of their own: what the user names is relative to the user's."""
     settings = ["data.name=folder", "data.root=images", "tracking=none"]
     words = [word for setting in settings for word in ("--set", setting)]
-    assert generations.main(["--name", "a", *words]) == 130
+    assert exit_code("--name", "a", *words) == 130
     assert f"root: {terminated.parents[1] / 'images'}\n" in (terminated / "config.yaml").read_text()
 
 

@@ -1,0 +1,126 @@
+"""Start of Ray on this machine, on loopback only, and the ways to leave it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from selfkd.errors import ConfigError, RayLostError
+from selfkd.execution.ray_private import (
+    kill_started,
+    on_loopback,
+    own_handlers,
+    session_name,
+    sockets_fit,
+    stop_autoscaler,
+    temporary_folder,
+)
+from selfkd.storage.temporary import TemporaryFolder, sweep
+
+_SHORT = "/tmp"  # noqa: S108 - where RAY_TMPDIR is not set and TMPDIR is too long
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+
+
+def abandon(*, leave: bool, lost: bool) -> None:
+    """Leave Ray after an interrupt or its death.
+
+    Args:
+        leave: Whether this process ends now.
+        lost: Whether Ray has died.
+    """
+    if leave or lost:
+        kill_started(everything=leave)
+    if leave:
+        return
+    if lost:  # Ray would end the process of a Python caller after a minute of looking for it
+        threading.Thread(target=ray.shutdown, name="shutdown", daemon=True).start()
+    else:
+        ray.shutdown()
+
+
+class Session:
+    """Session of a Ray that is started here: its name, and its folder, removed if this is killed.
+
+    Raises:
+        ConfigError: Ray's temporary folder cannot be used.
+    """
+
+    def __init__(self) -> None:
+        self.name = session_name()
+        self.temporary: str | None = None
+        """Ray's temporary folder, where it is not the usual one."""
+        usual = temporary_folder()
+        short = Path(os.environ.get("RAY_TMPDIR", _SHORT))
+        try:
+            if sockets_fit(usual):
+                sweep(usual, "session_*")
+                self.folder = TemporaryFolder(path=usual / self.name)
+            elif sockets_fit(short / "selfkd-ray-00000000"):  # TMPDIR of a batch system
+                self.folder = TemporaryFolder("selfkd-ray-", parent=short)
+                self.temporary = str(self.folder.path)
+            else:
+                raise ConfigError(
+                    f"RAY_TMPDIR must be short, as Ray's sockets lie in it, got {short}: "
+                    "set it to a short folder on this machine, or unset it"
+                )
+        except OSError as error:
+            raise ConfigError(
+                f"Ray's folder for temporary files must be writable, got {usual} "
+                f"({error.strerror or error}): set RAY_TMPDIR to a short one on this machine"
+            ) from None
+
+
+def start(session: Session | None, *, verbose: bool, address: str | None) -> None:
+    """Start Ray, or join a cluster.
+
+    Args:
+        session: Session of a Ray that is started on this machine; None to join a cluster.
+        verbose: Whether Ray and its workers may print.
+        address: Address of the cluster.
+
+    Raises:
+        RayLostError: Ray did not start.
+    """
+    printed: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": "INFO" if verbose else "ERROR",
+    }
+    try:
+        with own_handlers():
+            if session is None:
+                ray.init(**printed)
+                return
+            with on_loopback(session.name):
+                ray.init(
+                    address="local",
+                    include_dashboard=verbose,
+                    _temp_dir=session.temporary,
+                    **printed,
+                )
+        if not verbose:
+            stop_autoscaler()
+    except Exception as error:
+        raise RayLostError(_start_message(error, address)) from error
+
+
+def _start_message(error: Exception, address: str | None) -> str:
+    """Return why Ray did not start, and the way out."""
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    if address is not None:
+        return f"the Ray cluster at {address} could not be joined: {reason}"
+    free = []
+    for folder in (_SHARED_MEMORY, temporary_folder().parent):
+        with contextlib.suppress(OSError):
+            free.append(f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB in {folder}")
+    return (
+        f"Ray did not start on this machine: {reason}\n"
+        f"It needs memory, files (ulimit -n), processes (ulimit -u) and space (free are "
+        f"{', '.join(free)}): free some, or set RAY_TMPDIR to a short folder with space; "
+        "--verbose shows what Ray prints"
+    )

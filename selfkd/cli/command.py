@@ -153,7 +153,8 @@ class Command(Generic[S]):
         return f"python -m selfkd.{self.name} --resume {shell_quote(str(folder.path))}{train}"
 
     def _say_failed(self, error: Exception, folder: RunFolder | None) -> None:
-        again = "" if folder is None else f"\ncontinue with: {self.resume(folder)}"
+        lasts = folder is not None and folder.exists()
+        again = f"\ncontinue with: {self.resume(folder)}" if folder and lasts else ""
         print_error(f"{error}{again}")
 
     def _leave_stuck(self, folder: RunFolder, error: Exception) -> None:
@@ -162,6 +163,8 @@ class Command(Generic[S]):
         leave_now(FAILED)
 
     def _say_stopped(self, folder: RunFolder | None) -> None:
+        if folder is not None and not folder.exists():
+            return  # which the lock says
         again = "" if folder is None else f"; continue with:\n  {self.resume(folder)}"
         make_console().print(f"\nstopped{again}", soft_wrap=True)
 
@@ -176,7 +179,8 @@ class Command(Generic[S]):
             stem = (self.stem or config.data.name).replace("/", "-")
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
             path = as_path(config.storage).expanduser() / (config.name or now)
-            return RunFolder.create(path, config, command=self.name), config
+            numbered = config.name is None
+            return RunFolder.create(path, config, command=self.name, numbered=numbered), config
         _refuse_relative(None, ("--resume", str(options.resume)))
         folder, stored = RunFolder.open(as_path(options.resume))
         folder.check_command(self.name)

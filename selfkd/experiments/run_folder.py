@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +36,7 @@ COMMANDS = ("generations", "ensemble", "capacity", "study")
 """Names of the commands that make run folders."""
 HASH = "config.hash"  # of what may not change
 T = TypeVar("T")
+_SETTLE_SECONDS = 0.2
 
 
 class RunFolder:
@@ -44,21 +46,36 @@ class RunFolder:
         self.path = path.absolute()
 
     @classmethod
-    def create(cls, path: Path, config: Config, *, command: str = "generations") -> RunFolder:
+    def create(
+        cls, path: Path, config: Config, *, command: str = "generations", numbered: bool = False
+    ) -> RunFolder:
         """Start a new run folder, of one of the commands.
+
+        Args:
+            path: Folder to create.
+            config: Config of the run.
+            command: Command that the run is of.
+            numbered: Whether the folder gets a number, -2, -3, … where there is one of its name.
 
         Raises:
             ConfigError: It exists already, or cannot be written.
         """
-        if path.exists() and not _never_began(path):
+        left = not numbered and path.exists()
+        if left and not _never_began(path):
             raise ConfigError(
                 f"run folder {path} exists already: continue it with --resume {path}, "
                 "or choose another --name"
             )
-        folder = cls(path)
+        token, name, number = secrets.token_hex(4), path.name, 1
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            save_text(path / "run_id", f"{path.name}-{secrets.token_hex(4)}", patience=0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while not _claim(path, f"{path.name}-{token}", left=left):
+                if not numbered:
+                    raise ConfigError(f"run folder {path} was created by another start just now")
+                number += 1
+                path = path.with_name(f"{name}-{number}")
+            folder = cls(path)
+            save_text(path / "run_id", f"{path.name}-{token}", patience=0)
             save_text(path / "command", command, patience=0)
             save_text(path / HASH, config_hash(config), patience=0)
             folder.save_config(config, patience=0)
@@ -85,6 +102,13 @@ class RunFolder:
                 "continue it with the version that began it, or start a new run"
             )
         return cls(path), from_tree(tree, dict.fromkeys(tree, str(file)))
+
+    def exists(self) -> bool:
+        """Return whether the folder is there, and still that of a run."""
+        try:
+            return (self.path / "config.yaml").exists()
+        except OSError:  # the storage may be back when it is looked for
+            return True
 
     def save_config(self, config: Config, *, patience: float | None = None) -> None:
         """Write config.yaml."""
@@ -234,6 +258,21 @@ def trial_folder(stage: Path, number: int) -> Path:
 def student_file(stage: Path, number: int) -> Path:
     """Return the file of a trial's student."""
     return trial_folder(stage, number) / STUDENT
+
+
+def _claim(path: Path, run_id: str, *, left: bool) -> bool:
+    """Create a folder; return whether it is this process's own, and not another's as well."""
+    if not isinstance(path, RemotePath):
+        try:
+            path.mkdir(exist_ok=left)
+        except FileExistsError:
+            return False
+        return True
+    if not left and path.exists():
+        return False
+    save_text(path / "run_id", run_id, patience=0)
+    time.sleep(_SETTLE_SECONDS)  # of several that write at the same moment the last one stands
+    return (path / "run_id").read_text() == run_id
 
 
 def _never_began(path: Path) -> bool:

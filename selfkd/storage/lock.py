@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -12,19 +12,46 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, NamedTuple, Self
 
-from selfkd.errors import LockedError
-from selfkd.storage.files import load_json, save_json
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from selfkd.errors import LockedError, RunError
+from selfkd.results.row import ROW, from_row
+from selfkd.storage.files import retry_io, save_text
+from selfkd.text import one_line
 
 BEAT_SECONDS = 5.0
 """Seconds between two heartbeats of a driver."""
 STALE_SECONDS = 20.0
 """Seconds without a heartbeat after which a driver of another machine or container is dead."""
 _SETTLE_SECONDS = 0.2
-_FILE = "lock.json"
+_FILE, _RUN_ID = "lock.json", "run_id"
+_LONGEST = 10_000
+"""Bytes of a lock's file that are read."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, config=ROW)
+class _Holder:
+    """A driver as its lock names it; facts that the lock does not have are empty."""
+
+    host: str
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    started: str | None
+    token: str
+    beat: int
+    boot: str | None = ""
+    processes: str | None = ""
+
+
+class _Seen(NamedTuple):
+    """A lock as it was read; a damaged one has no holder."""
+
+    content: bytes
+    holder: _Holder | None
 
 
 class Lock:
@@ -32,100 +59,145 @@ class Lock:
 
     A file in the folder names the holder and is rewritten every `BEAT_SECONDS`, so that the lock
     works on any storage. A dead holder is detected at once on its own machine, by its process, and
-    elsewhere, such as in another container, by missing heartbeats. Clocks are not compared.
+    elsewhere, such as in another container, by missing heartbeats. Clocks are not compared. A
+    damaged lock may be that of a driver at work, whose next heartbeat repairs it.
 
     Args:
         folder: Run folder.
 
     Raises:
         LockedError: On entering: another driver holds the folder.
+        RunError: On leaving by an error: the folder was removed or moved meanwhile.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / _FILE
+        self._folder, self._path = folder, folder / _FILE
         self._token = secrets.token_hex(8)
+        self._run_id: bytes | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self.lost = False
         """Whether another driver has taken over the folder; the main thread is then interrupted."""
+        self.gone = False
+        """Whether the folder was removed or moved; the main thread is then interrupted."""
 
     def __enter__(self) -> Self:
-        holder = _read(self._path)
-        if holder is not None and _lives(self._path, holder):
+        self._run_id = _content(self._folder / _RUN_ID)
+        seen = _read(self._path)
+        if seen is not None and _lives(self._path, seen):
+            known = seen.holder
+            driver = f", process {known.pid} on {one_line(known.host)}" if known else ""
             raise LockedError(
-                f"{self._path.parent} is being worked on by another driver, process "
-                f"{holder['pid']} on {holder['host']}: wait for it or stop it"
+                f"{self._folder} is being worked on by another driver{driver}: wait for it or "
+                "stop it"
             )
         self._write(0)
         time.sleep(_SETTLE_SECONDS)
-        if not self._is_mine():
+        seen = _read(self._path)
+        if seen is None or seen.holder is None or seen.holder.token != self._token:
             raise LockedError(
-                f"{self._path.parent} was taken by another driver at the same moment: wait for it"
+                f"{self._folder} was taken by another driver at the same moment: wait for it"
             )
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._ended.set()
         self._thread.join()
+        if self.gone or (error is not None and self._is_gone()):
+            raise RunError(
+                f"{self._folder} was removed or moved while the run went on: continue the run from "
+                "where it lies now, or start a new one"
+            ) from None
         if not self.lost:
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
     def _write(self, beat: int) -> None:
         me = {"pid": os.getpid(), "started": _started(os.getpid())}
-        save_json(self._path, {**_location(), **me, "token": self._token, "beat": beat})
-
-    def _is_mine(self) -> bool:
-        holder = _read(self._path)
-        return holder is not None and holder["token"] == self._token
+        row = {**_location(), **me, "token": self._token, "beat": beat}
+        # no patience: the next heartbeat tries again, and the end of the run waits for this one
+        save_text(self._path, json.dumps(row, indent=1) + "\n", patience=0 if beat else None)
 
     def _beat(self) -> None:
         beat = 0
         while not self._ended.wait(BEAT_SECONDS):
             beat += 1
             try:
-                if not self._is_mine():
-                    self.lost = True
-                    log.error("%s was taken by another driver: this one stops", self._path.parent)
-                    _interrupt_main()
-                    return
-                self._write(beat)
-            except OSError as error:  # the run's own writes decide whether it can continue
+                self._renew(beat)
+            except Exception as error:  # noqa: BLE001 - the run's own writes say if it can go on
                 log.warning("%s: %s", self._path, error)
+            if self.lost or self.gone:
+                _interrupt_main()
+                return
+
+    def _renew(self, beat: int) -> None:
+        """Write the lock again, also a missing or damaged one; not over that of another driver."""
+        seen = _read(self._path)
+        if seen is not None and seen.holder is not None and seen.holder.token != self._token:
+            self.lost = True
+            log.error("%s was taken by another driver: this one stops", self._folder)
+        elif self._is_gone():
+            self.gone = True
+        else:
+            self._write(beat)
+
+    def _is_gone(self) -> bool:
+        """Whether the folder is not there, or another one; looks twice, as storage may lag."""
+        if self._run_id is None:
+            return False
+        with contextlib.suppress(OSError):
+            if _content(self._folder / _RUN_ID) != self._run_id:
+                time.sleep(_SETTLE_SECONDS)
+                return _content(self._folder / _RUN_ID) != self._run_id
+        return False
 
 
 def _interrupt_main() -> None:
     """Interrupt as Ctrl-C does; as SIGTERM where SIGINT is ignored, as in a background job."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        os.kill(os.getpid(), signal.SIGTERM)
-    else:
-        _thread.interrupt_main()
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the holder of the lock; None where the file is missing or damaged."""
+def _content(path: Path) -> bytes | None:
+    """Return the content of a file; None where there is none."""
     try:
-        holder: dict[str, Any] = load_json(path)
-    except (FileNotFoundError, ValueError):
+        return retry_io(path, path.read_bytes, patience=0)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return holder
 
 
-def _lives(path: Path, holder: dict[str, Any]) -> bool:
-    here = _location()  # facts that the lock does not have are not compared
-    if all(holder.get(key, value) == value for key, value in here.items()):
-        return bool(_started(holder["pid"]) == holder["started"] is not None)
-    log.warning(
-        "waiting %.0f s to see whether the driver on %s still lives", STALE_SECONDS, holder["host"]
-    )
+def _read(path: Path) -> _Seen | None:
+    """Return the lock; None where there is none."""
+    content = _content(path)
+    if content is None:
+        return None
+    try:
+        return _Seen(content, from_row(_Holder, json.loads(content[:_LONGEST])))
+    except (ValueError, RecursionError):
+        return _Seen(content, None)
+
+
+def _lives(path: Path, seen: _Seen) -> bool:
+    holder = seen.holder
+    if holder is not None:
+        here = _location().items()  # facts that the lock does not have are not compared
+        if all(getattr(holder, key) in ("", value) for key, value in here):
+            return bool(_started(holder.pid) == holder.started is not None)
+        driver = f"the driver on {one_line(holder.host)}"
+        log.warning("waiting %.0f s to see whether %s still lives", STALE_SECONDS, driver)
+    else:
+        log.warning(
+            "%s is damaged: waiting %.0f s to see whether a driver still writes it",
+            *(path, STALE_SECONDS),
+        )
     end = time.monotonic() + STALE_SECONDS
     while time.monotonic() < end:
         time.sleep(min(1.0, STALE_SECONDS / 4))
         now = _read(path)
         if now is None:
             return False
-        if now != holder:
+        if now != seen:
             return True
     return False
 

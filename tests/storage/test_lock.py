@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from selfkd.cli.command import interruptible
-from selfkd.errors import LockedError
+from selfkd.errors import LockedError, RunError
 from selfkd.storage import lock
 from selfkd.storage.files import save_json
 from selfkd.storage.lock import Lock
@@ -123,10 +125,138 @@ def test_a_driver_that_loses_the_folder_stops(
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "other"
 
 
-def test_a_damaged_lock_is_ignored(tmp_path: Path) -> None:
-    (tmp_path / "lock.json").write_text('{"host": ')
+HOLDER = {"host": "b", "pid": 1, "started": "1", "token": "other", "beat": 0}
+DAMAGED = {
+    "half": b'{"host": ',
+    "empty": b"",
+    "mapping": b"{}",
+    "list": b"[1, 2]",
+    "null": b"null",
+    "text": b'"lock"',
+    "number": b"1e999",
+    "bytes": b"\xff\xfe\x00",
+    "nested": b"[" * 200_000,
+    "long": b'{"host": "' + b"a" * 1_000_000 + b'"}',
+    "numbers": json.dumps({**HOLDER, "host": 1, "token": 2}).encode(),
+    "no token": json.dumps({k: v for k, v in HOLDER.items() if k != "token"}).encode(),
+    "huge pid": json.dumps({**HOLDER, "pid": 10**400}).encode(),
+    "negative pid": json.dumps({**HOLDER, "pid": -1}).encode(),
+    "pid of text": json.dumps({**HOLDER, "pid": "x"}).encode(),
+    "beats of text": json.dumps({**HOLDER, "beat": "x"}).encode(),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_lock_that_stays_is_taken(
+    content: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.1)
+    (tmp_path / "lock.json").write_bytes(content)
     with Lock(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    assert "lock.json is damaged: waiting" in caplog.text
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_lock_is_repaired_by_the_driver_at_work(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it neither stops nor leaves without a heartbeat; another driver waits for it."""
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    with Lock(tmp_path) as held:
+        (tmp_path / "lock.json").write_bytes(content)
+        with pytest.raises(LockedError, match="by another driver"):
+            Lock(tmp_path).__enter__()
+        assert held._thread.is_alive()
+        assert not held.lost
+
+
+@pytest.mark.parametrize("error", [OSError("full"), RecursionError("deep"), KeyError("a")])
+def test_no_error_ends_the_heartbeats(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    raised = threading.Event()
+
+    def fail(*_: object) -> None:
+        raised.set()
+        raise error
+
+    with Lock(tmp_path) as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "_read", fail)
+            assert raised.wait(60)
+        (tmp_path / "lock.json").unlink(missing_ok=True)
+        _wait_for(tmp_path / "lock.json")
+        assert held._thread.is_alive()
+    assert "lock.json: " in caplog.text
+
+
+def test_a_removed_lock_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+    (tmp_path / "run_id").write_text("run-1")
+    with Lock(tmp_path) as held:
+        for _ in range(3):
+            (tmp_path / "lock.json").unlink(missing_ok=True)
+            _wait_for(tmp_path / "lock.json")
+        assert not held.lost
+        assert not held.gone
+    assert not (tmp_path / "lock.json").exists()
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_driver_whose_folder_is_gone_stops_and_makes_no_other(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run_id").write_text("run-1")
+
+    def work() -> None:
+        with Lock(folder):
+            if how == "removed":
+                shutil.rmtree(folder)
+            else:
+                folder.rename(tmp_path / "elsewhere")
+            if how == "replaced":
+                folder.mkdir()
+                (folder / "run_id").write_text("run-2")
+                (folder / "lock.json").write_text(json.dumps({}))
+            time.sleep(60)  # which the interrupt ends
+
+    with pytest.raises(RunError, match=f"{folder} was removed or moved while the run went on"):
+        work()
+    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    assert left == ({"run_id", "lock.json"} if how == "replaced" else set())
+
+
+def test_any_error_of_a_run_whose_folder_is_gone_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run_id").write_text("run-1")
+
+    def work() -> None:
+        with Lock(folder):
+            shutil.rmtree(folder)
+            (folder / "a").write_text("")
+
+    with pytest.raises(RunError, match="was removed or moved"):
+        work()
+
+
+def _wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_the_command_refuses_a_locked_folder(tmp_path: Path) -> None:

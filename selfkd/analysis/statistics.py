@@ -13,7 +13,7 @@ from selfkd.results import Interval
 
 CONFIDENCE = 0.95
 RESAMPLES = 1999
-HUGE = 1e150  # beyond which squares may overflow
+HUGE = 1e70  # beyond which fourth powers may overflow
 SAME = 1e-6  # relative: values this close are equal in single precision
 
 
@@ -156,7 +156,7 @@ def paired_interval(
 
 
 def _scaled(*samples: Sequence[float]) -> tuple[Any, ...]:
-    """Return a size and samples divided by it, whose squares do not overflow."""
+    """Return a size and samples divided by it, whose powers do not overflow."""
     largest = max(float(np.abs(sample).max()) for sample in samples)
     size = largest if largest > HUGE else 1.0
     return size, *(np.divide(sample, size) for sample in samples)

@@ -144,7 +144,8 @@ def sparkline(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     if high == low:
         return SPARKS[3] * len(values)
-    top, size = len(SPARKS) - 1, max(abs(low), abs(high))  # of which no difference overflows
+    top = len(SPARKS) - 1
+    size = 1.0 if math.isfinite(high - low) else max(abs(low), abs(high))
     span = high / size - low / size
     return "".join(
         SPARKS[round((value / size - low / size) / span * top + 1e-9)] for value in values

@@ -1,7 +1,8 @@
 """What a run says: the rows of its folder, written and read by the same code, and its events.
 
 A row is a frozen dataclass. In a JSON file it is one mapping, in which its metrics stand beside its
-other fields; a file of its own carries `format` too.
+other fields, those named like a field in a mapping `metrics`; a file of its own carries `format`
+too.
 """
 
 from selfkd.results.capacity import CapacitySummary as CapacitySummary

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -219,3 +221,32 @@ def test_intervals_over_images_have_their_coverage(images: int, accuracy: float)
         assert found.high is not None
         held.append(found.low <= accuracy <= found.high)
     assert 0.93 <= np.mean(held) <= 0.97
+
+
+@pytest.mark.parametrize("size", [1e150, 1e200, 1e308])
+def test_huge_values_do_not_overflow(size: float) -> None:
+    values, others = [0.5, 0.75, 1.0], [0.25, 0.5, 0.125]
+    huge, huge_others = [size * value for value in values], [size * value for value in others]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = mean_interval(huge)
+        paired = paired_interval(huge, huge_others)
+        ratio = ratio_interval(huge, huge_others)
+        p = paired_p(huge, huge_others)
+    for interval, expected in (
+        (found, mean_interval(values)),
+        (paired, paired_interval(values, others)),
+    ):
+        assert interval.value / size == pytest.approx(expected.value)
+        if interval.low is not None and interval.high is not None:
+            assert expected.low is not None
+            assert expected.high is not None
+            assert interval.low / size == pytest.approx(expected.low)
+            assert interval.high / size == pytest.approx(expected.high)
+        else:
+            assert size == 1e308  # an end is beyond the largest float
+    expected_ratio = ratio_interval(values, others)
+    assert ratio is not None
+    assert expected_ratio is not None
+    assert ratio.value == pytest.approx(expected_ratio.value)
+    assert p == pytest.approx(paired_p(values, others))

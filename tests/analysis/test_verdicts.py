@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from selfkd.analysis.verdicts import (
@@ -9,6 +11,8 @@ from selfkd.analysis.verdicts import (
     format_mean,
     is_better,
     metric_format,
+    number,
+    percent,
     plain,
     sparkline,
 )
@@ -96,3 +100,11 @@ def test_sparkline_is_as_long_as_its_values_and_in_their_order() -> None:
     assert sparkline([3, 1, 2]) == "█▁▅"
     assert sparkline([0.5, 0.5]) == "▄▄"
     assert sparkline([1]) == "▄"
+    assert sparkline([0, 0]) == "▄▄"
+    assert sparkline([-1.7e308, 0, 1.7e308]) == "▁▅█"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_a_dash(value: float) -> None:
+    shown = [number(value, ".2f"), percent(value), plain(value)]
+    assert [text.strip() for text in shown] == ["–"] * 3

@@ -1,0 +1,62 @@
+"""Jobs in one process: what is known of one that fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from selfkd.errors import LONGEST
+from selfkd.execution.jobs import Batch, InProcess, Job
+from selfkd.results import Row
+
+
+class SilentError(Exception):
+    """Has no text at all."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("too wide"), "ValueError: too wide"),
+        (ValueError(" too wide\n"), "ValueError: too wide"),
+        (ValueError(""), "ValueError"),
+        (ValueError(" \n\t "), "ValueError"),
+        (MemoryError(), "MemoryError"),
+        (KeyError("key"), "KeyError: 'key'"),
+        (SilentError(), "SilentError"),
+        (ValueError("\ud800"), "ValueError: \\ud800"),
+    ],
+)
+def test_the_error_of_a_job_is_one_text(error: Exception, text: str) -> None:
+    assert failed(error) == text
+
+
+def test_head_and_tail_of_a_long_error_are_kept() -> None:
+    text = failed(ValueError(f"head {'x' * 5_000_000} tail"))
+    assert text.startswith("ValueError: head xxx")
+    assert text.endswith("xxx tail")
+    assert "xxx … 4,998,0" in text
+    assert len(text) < LONGEST + 50
+    json.dumps(text)
+    text.encode()
+
+
+def failed(error: Exception) -> str:
+    """Return the error of a job that raises one."""
+
+    def work(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        yield {"epoch": 1}
+        raise error
+
+    batch = Batch([Job("train", {})])
+    InProcess(work).run(batch)
+    (outcome,) = batch.outcomes
+    assert outcome.row == {"epoch": 1}
+    assert outcome.error is not None
+    return outcome.error

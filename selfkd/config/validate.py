@@ -18,6 +18,7 @@ from selfkd.config.schema import (
 )
 from selfkd.config.space import Distribution, is_finite
 from selfkd.errors import ConfigError
+from selfkd.results import OWN
 
 # keys that all trials of a run share, so that they cannot be searched
 _FIXED = (
@@ -47,6 +48,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if teacher.startswith("top:") and int(teacher[4:]) > trials:
         where = locate_key("distill.teacher", sources)
         yield f"{where}: must be at most top:{trials}, the number of trials, got {teacher!r}"
+    if config.search.metric in OWN:
+        where = locate_key("search.metric", sources)
+        yield f"{where}: must be a metric, got {config.search.metric}, which selfkd sets itself"
     yield from _evidence_faults(config, sources)
     for key, value in leaves(to_tree(config), ""):
         if not key.startswith("search.") and not _has_finite_numbers(value):

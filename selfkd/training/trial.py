@@ -157,12 +157,13 @@ class Trial:
             ValueError: The student is sharded over the ranks (FSDP), or a metric has a name of
                 selfkd's own: epoch, seconds, hash, checkpoint, note.
         """
-        row: Row = {"epoch": len(self.progress.rows) + 1, **_numbers(metrics)}
-        if taken := [name for name in OWN if name in metrics]:
+        taken = [name for name in OWN if isinstance(metrics, Mapping) and name in metrics]
+        if taken:
             raise ValueError(
                 f"metrics must not be named {', '.join(OWN)}, which selfkd sets itself, "
                 f"got {', '.join(taken)}"
             )
+        row: Row = {"epoch": len(self.progress.rows) + 1, **_numbers(metrics)}
         row["seconds"] = self._spent + time.perf_counter() - self._start
         if student is not None and self.ranks.first:
             facts = {"stage": self.stage, "seed": self.seed}

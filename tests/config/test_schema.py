@@ -50,6 +50,7 @@ STRICT = [
     ),
     ("tracking.wait", "1e308", "must be less than or equal to 1000000000, got 1e+308"),
     ("resources.wait", "1e308", "must be less than or equal to 1000000000, got 1e+308"),
+    ("search.metric", "seconds", "must be a metric, got seconds, which selfkd sets itself"),
     ("params", "{a: [1, {b: .nan}]}", "must have finite numbers, got {'a': [1, {'b': nan}]}"),
     ("model.args", "{width: .inf}", "must have finite numbers, got {'width': inf}"),
     ("rounds", "-1", "must be a whole number of at least 0, or auto, got -1"),

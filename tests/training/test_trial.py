@@ -176,7 +176,7 @@ def test_names_of_selfkd_itself_are_refused(tmp_path: Path, name: str) -> None:
     trial = make_trial(tmp_path)
     message = f"must not be named epoch, seconds, hash, checkpoint, note, .* got {name}$"
     with pytest.raises(ValueError, match=message):
-        trial.report({"val_accuracy": 0.5, name: 1.0}, student=nn.Linear(1, 1))
+        trial.report({"val_accuracy": 0.5, name: "text"}, student=nn.Linear(1, 1))  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="names of metrics must be text, got 1"):
         trial.report({1: 0.5})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match=r"metrics must be numbers by name, got 0\.5"):

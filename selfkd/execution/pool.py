@@ -34,7 +34,7 @@ from selfkd.execution.watch import check
 from selfkd.results import Row
 from selfkd.storage.files import retry_io
 from selfkd.storage.remote import as_path
-from selfkd.storage.temporary import TemporaryFolder
+from selfkd.storage.temporary import TemporaryFolder, import_with_files
 
 COORDINATOR = {"cpu": 0, "memory": 2**20}  # a trial of Tune must request some resource
 END_SECONDS = 10.0  # limit for Tune to end its trials
@@ -54,6 +54,7 @@ class Worker(tune.Trainable):
     def setup(self, config: Mapping[str, Any]) -> None:
         entry, group = config["entry"], config["group"]
         # imported here, so that an idle trial warms the worker up
+        import_with_files("wandb")
         self._run_job = load_entry(entry) if group is None else partial(Group(*group).run, entry)
         self._unseen: tuple[str, str] | None = config["run"]
         self.reset_config(config)

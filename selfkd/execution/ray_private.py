@@ -31,6 +31,7 @@ import psutil  # type: ignore[import-untyped]  # where it is not installed, Ray 
 
 SERVERS = {"raylet": "raylet", "gcs_server": "GCS server"}  # without which nothing can be trained
 SOCKET_BYTES = 103  # longest path of a socket, on any system
+_DEATHS = ("Raylet is terminated", "has been marked dead", "Some workers of the worker process")
 _SOCKET = "session_0000-00-00_00-00-00_000000_0000000/sockets/plasma_store"
 
 
@@ -79,6 +80,18 @@ def own_handlers() -> Iterator[None]:
         utils.set_sigterm_handler = replaces
 
 
+def say_no_deaths() -> None:
+    """Let Ray print no reports of deaths, of many lines each: selfkd says what matters."""
+    prints = _worker.print_to_stdstream
+
+    def print_others(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if not any(death in line for line in data["lines"] for death in _DEATHS):
+            prints(data, ignore_prefix)
+
+    if prints.__module__ == _worker.__name__:
+        _worker.print_to_stdstream = print_others
+
+
 def start_by_itself(may: bool) -> bool:
     """Set whether calls of Ray start one where none runs; return whether they did before.
 
@@ -95,6 +108,20 @@ def started() -> dict[str, list[subprocess.Popen[bytes]]]:
     node = _worker._global_node
     found: dict[str, Any] = {} if node is None else dict(node.all_processes)
     return {name: [one.process for one in processes] for name, processes in found.items()}
+
+
+def dead_children() -> Iterator[tuple[str, int, int]]:
+    """Yield what has died of a Ray that is being started here: name, process id and exit code.
+
+    They are left to Ray to be waited for. The exit code is negative after a signal.
+    """
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error, ChildProcessError):
+            if child.name() in SERVERS:
+                flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                if (end := os.waitid(os.P_PID, child.pid, flags)) is not None:
+                    exited = end.si_code == os.CLD_EXITED
+                    yield child.name(), child.pid, end.si_status if exited else -end.si_status
 
 
 def attached_node_lives(client: Any, timeout: float) -> bool:

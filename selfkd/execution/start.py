@@ -16,6 +16,7 @@ from selfkd.execution.ray_private import (
     kill_started,
     on_loopback,
     own_handlers,
+    say_no_deaths,
     session_name,
     sockets_fit,
     stop_autoscaler,
@@ -91,6 +92,8 @@ def start(session: Session | None, *, verbose: bool, address: str | None) -> Non
         "log_to_driver": verbose,
         "logging_level": "INFO" if verbose else "ERROR",
     }
+    if not verbose:
+        say_no_deaths()
     try:
         with own_handlers():
             if session is None:
@@ -106,12 +109,17 @@ def start(session: Session | None, *, verbose: bool, address: str | None) -> Non
         if not verbose:
             stop_autoscaler()
     except Exception as error:
-        raise RayLostError(_start_message(error, address)) from error
+        raise RayLostError(start_message(str(error) or type(error).__name__, address)) from error
 
 
-def _start_message(error: Exception, address: str | None) -> str:
-    """Return why Ray did not start, and the way out."""
-    reason = " ".join(str(error).split())[:500] or type(error).__name__
+def start_message(reason: str, address: str | None) -> str:
+    """Return why Ray did not start, and the way out.
+
+    Args:
+        reason: What went wrong.
+        address: Address of the cluster that was to be joined.
+    """
+    reason = " ".join(reason.split())[:500]
     if address is not None:
         return f"the Ray cluster at {address} could not be joined: {reason}"
     free = []

@@ -11,13 +11,20 @@ from collections.abc import Callable
 from typing import Any
 
 from selfkd.errors import RayLostError
-from selfkd.execution.ray_private import SERVERS, GcsClient, attached_node_lives, started
+from selfkd.execution.ray_private import (
+    SERVERS,
+    GcsClient,
+    attached_node_lives,
+    dead_children,
+    started,
+)
+from selfkd.execution.start import start_message
 
 LOOK_SECONDS = 0.5  # between two looks at the processes that were started here
 ASK_SECONDS = 2.0  # between two requests to the head of a cluster that was joined
 REFUSED_SECONDS = 8.0  # without a process at the head's port, after which its cluster has ended
 SILENT_SECONDS = 45.0  # without a response from the head; Ray itself ends the process after 60
-STUCK_SECONDS = 8.0  # to leave Ray after its death; a call that waits for Ray never returns
+STUCK_SECONDS = 5.0  # to leave Ray after its death; a call that waits for Ray never returns
 START_SECONDS = 120.0  # limit for Ray to start
 
 log = logging.getLogger(__name__)
@@ -80,17 +87,24 @@ class Watch:
             raise RayLostError(self._death)
 
     def _look(self) -> None:
-        if not self._running.wait(timeout=START_SECONDS):
-            self._death = f"Ray did not start within {START_SECONDS:g} s"
-        else:
-            look = self._dead_cluster if self._address else _dead_process
-            seconds = ASK_SECONDS if self._address else LOOK_SECONDS
-            while self._death is None:
-                if self._ended.wait(timeout=seconds):
-                    return
-                self._death = self._death or look()
+        self._look_while_it_starts()
+        look = self._dead_cluster if self._address else _dead_process
+        seconds = ASK_SECONDS if self._address else LOOK_SECONDS
+        while self._death is None:
+            if self._ended.wait(timeout=seconds):
+                return
+            self._death = self._death or look()
         if not self._ended.wait(timeout=STUCK_SECONDS) and self._stuck is not None:
             self._stuck(RayLostError(self._death))
+
+    def _look_while_it_starts(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while self._death is None and not self._running.wait(timeout=LOOK_SECONDS):
+            reason = next((_describe(*dead) for dead in dead_children()), None)
+            if reason is None and time.monotonic() > end:
+                reason = f"it is not up after {START_SECONDS:g} s"
+            if reason is not None and not self._running.is_set():
+                self._death = start_message(reason, self._address)
 
     def _dead_cluster(self) -> str | None:
         """Return what has died of a cluster that was joined: its head, or the node of this process.
@@ -124,12 +138,14 @@ class Watch:
 
 def _dead_process() -> str | None:
     """Return which process has died of the Ray that was started here."""
-    for kind, name in SERVERS.items():
+    for kind in SERVERS:
         for process in started().get(kind, ()):
             if (code := process.poll()) is not None:
-                how = (
-                    f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                )
-                why = ", as by the system where memory runs out" if code == -9 else ""
-                return f"Ray's {name}, process {process.pid} on this machine, {how}{why}"
+                return _describe(kind, process.pid, code)
     return None
+
+
+def _describe(kind: str, pid: int, code: int) -> str:
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    why = ", as by the system where memory runs out" if code == -9 else ""
+    return f"Ray's {SERVERS[kind]}, process {pid} on this machine, {how}{why}"

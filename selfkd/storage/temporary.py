@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
+import importlib
 import os
 import shutil
 import stat
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 _HELD = ".selfkd-held"
+_PATTERN = "selfkd-*"
 _ATTEMPTS, _PAUSE = 5, 0.1  # at removing a folder that ending processes still write to
 
 
@@ -22,9 +25,10 @@ _held: dict[Path, TemporaryFolder] = {}
 
 
 def remove_all() -> None:
-    """Remove all temporary folders of this process, which ends."""
+    """Remove all temporary folders of this process, which ends, and of those that it has ended."""
     for folder in list(_held.values()):
         folder.remove()
+        sweep(folder.path.parent, _PATTERN)
 
 
 class TemporaryFolder:
@@ -115,10 +119,29 @@ def _remove(path: Path) -> None:
 @contextmanager
 def temporary_files() -> Iterator[None]:
     """Let all temporary files of this process lie in one folder, which is removed at the end."""
-    before = tempfile.tempdir
-    with TemporaryFolder() as folder:
-        tempfile.tempdir = str(folder.path)
-        try:
-            yield
-        finally:
-            tempfile.tempdir = before
+    with TemporaryFolder() as folder, _files_in(folder):
+        yield
+    sweep(folder.path.parent, _PATTERN)
+
+
+def import_with_files(module: str) -> None:
+    """Import a module that makes temporary files; they lie in one folder to the process' end.
+
+    A process that is killed, as a worker of Ray is, would leave them for ever.
+
+    Args:
+        module: Name of the module, such as that of W&B, which timm imports.
+    """
+    folder = TemporaryFolder()
+    atexit.register(folder.remove)
+    with _files_in(folder):
+        importlib.import_module(module)
+
+
+@contextmanager
+def _files_in(folder: TemporaryFolder) -> Iterator[None]:
+    before, tempfile.tempdir = tempfile.tempdir, str(folder.path)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before

@@ -25,6 +25,7 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
 # any `ray.init()` joins the cluster that Ray's folder names, a user's own or one of another test
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: it holds sockets
 atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
+os.environ["SELFKD_CACHE"] = os.path.join(os.environ["RAY_TMPDIR"], "cache")
 os.environ["SELFKD_PATIENCE"] = "5"  # seconds: tests have disks that stay full
 for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "RAY_ADDRESS"):
     os.environ.pop(name, None)

@@ -5,12 +5,32 @@ That a run writes and prints no key or token of its environment is in `tracking/
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from selfkd import ensemble, generations, submit
+from selfkd import budget, ensemble, generations, report, response, submit, targets
+from selfkd.config import load_config, load_yaml, refuse_foreign, remember, to_tree
+from selfkd.errors import ConfigError
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import (
+    Epoch,
+    GenerationResult,
+    Member,
+    Model,
+    SearchOfSize,
+    TrialResult,
+    from_row,
+)
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.files import link, load_json, save_json
+from selfkd.tasks.images.networks import ImageNetworks
 
 
 @pytest.mark.parametrize(
@@ -78,3 +98,322 @@ def test_a_foreign_config_that_would_fetch_or_run_is_refused_at_resume(
     assert generations.main(["--resume", str(tmp_path)]) == 2
     assert "model.args: " in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["command", "config.yaml", "run_id"]
+
+
+# --- secrets and places ---
+
+
+@pytest.mark.parametrize("mark", ["?secret_key=", "#", "/a?token="])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (generations, ["--set", "storage={}"]),
+        (generations, ["--set", "data.root={}"]),
+        (generations, ["--set", "targets.root={}"]),
+        (generations, ["--resume", "{}"]),
+        (generations, ["--config", "{}"]),
+        (ensemble, ["--from", "{}"]),
+        (ensemble, ["--set", "members.checkpoints=[{{path: '{}', model: a}}]"]),
+        (targets, ["ls", "{}"]),
+        (report, ["{}"]),
+        (response, ["{}"]),
+        (budget, ["--from", "{}", "--teacher", "1", "--student", "1", "--price", "1"]),
+    ],
+    ids=lambda part: part.__name__ if hasattr(part, "__name__") else part[0] + part[-1][:12],
+)
+def test_a_secret_in_a_query_is_refused_and_not_repeated(
+    command: Any, words: list[str], mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = f"x{secrets.token_hex(8)}"
+    assert command.main([word.format(f"s3://bucket{mark}{secret}") for word in words]) == 2
+    said = capsys.readouterr()
+    assert "must be a URI that has no query" in said.err
+    assert secret not in said.out + said.err
+
+
+# --- foreign run folders ---
+
+
+def foreign_run(path: Path, *settings: str) -> Path:
+    """Make a run folder as somebody else would have, whose settings nobody here has asked for."""
+    RunFolder.create(path, load_config(settings=settings))
+    return path
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.download=true",
+        "data.name=hfds/someone/evil",
+        "data.name=wds/evil",
+        "targets.root=/elsewhere",
+        "tracking.entity=somebody",
+        "model={name: resnet18, args: {pretrained: true}}",
+        "student={name: resnet18, args: {pretrained: true}}",
+        "search.space.model.args.pretrained={choice: [false, true]}",
+        "capacity.values=[{pretrained: true}]",
+        "study.arms={a: {set: {model.args.pretrained: true}}}",
+    ],
+)
+def test_what_reaches_out_of_a_foreign_run_is_asked_for_again(
+    setting: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SELFKD_CACHE", str(tmp_path / "cache"))
+    run = foreign_run(tmp_path / "run", setting)
+    before = sorted(run.rglob("*"))
+    assert generations.main(["--resume", str(run)]) == 2
+    assert (
+        "config.yaml was not written by a run of yours on this machine" in capsys.readouterr().err
+    )
+    assert sorted(run.rglob("*")) == before
+
+
+def test_what_a_user_has_started_or_given_again_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFKD_CACHE", str(tmp_path / "cache"))
+    config = load_config(settings=["targets.root=/a", "data.download=true"])
+    file = tmp_path / "config.yaml"
+    refuse_foreign(config, file, confirmed=["targets.root", "data"])
+    with pytest.raises(ConfigError, match=r"--set targets.root=/a$"):
+        refuse_foreign(config, file, confirmed=["data.download"])
+    remember(config)
+    refuse_foreign(config, file, confirmed=[])
+    with pytest.raises(ConfigError, match=r"targets.root=/b"):
+        refuse_foreign(load_config(settings=["targets.root=/b"]), file, confirmed=[])
+
+
+@pytest.mark.parametrize("change", ["lr: 0.05", "seed: 0", "trials: 8"])
+def test_an_edited_config_is_refused(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = foreign_run(tmp_path / "run")
+    file = run / "config.yaml"
+    text = file.read_text()
+    assert change in text
+    file.write_text(text.replace(change, change.split(":")[0] + ": 3"))
+    assert generations.main(["--resume", str(run)]) == 2
+    assert f"{file} was edited where a run may not change" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["../../home/netrc", "/etc/passwd", "a/../../b", "s3://host/x", "a\\b", "a\0b"]
+)
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (Model, {"hash": "a", "checkpoint": "{}"}),
+        (Member, {"hash": "a", "checkpoint": "{}"}),
+        (Epoch, {"epoch": 1, "checkpoint": "{}"}),
+        (GenerationResult, {"generation": 0, "trial": 0, "predictions": "{}"}),
+        (Model, {"hash": "{}", "checkpoint": "a"}),
+        (TrialResult, {"stage": "{}", "trial": 0, "seed": 1, "status": "completed"}),
+        (SearchOfSize, {"value": 1, "parameters": 1, "search": "{}"}),
+    ],
+)
+def test_a_name_in_a_row_stays_within_the_folder(
+    kind: type[Any], row: dict[str, Any], name: str
+) -> None:
+    filled = {key: name if value == "{}" else value for key, value in row.items()}
+    with pytest.raises(ValueError, match=r"must be a file within|should match pattern"):
+        from_row(kind, filled)
+
+
+@pytest.mark.parametrize(
+    "key", ["data.root", "data.name", "targets.root", "storage", "members.runs", "tracking.mode"]
+)
+def test_a_point_sets_nothing_that_cannot_be_searched(key: str) -> None:
+    row = {"generation": 1, "trial": 0, "point": {key: "x"}}
+    with pytest.raises(ValueError, match="must have keys that can be searched"):
+        from_row(GenerationResult, row)
+
+
+def test_a_symlink_that_leads_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    run = RunFolder(foreign_run(tmp_path / "run"))
+    secret = tmp_path / "netrc"
+    secret.write_text("password")
+    secret.chmod(0o600)
+    (run.path / "student.safetensors").symlink_to(secret)
+    (run.path / "inner").symlink_to(run.path / "config.yaml")
+    with pytest.raises(ValueError, match="must be a file within"):
+        run.file("student.safetensors")
+    assert run.file("inner").exists()
+
+
+# --- modes ---
+
+
+def test_the_mode_of_what_was_hard_linked_stays(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("x")
+    mine.chmod(0o600)
+    link(mine, tmp_path / "run" / "student")
+    assert mine.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "run" / "student").read_text() == "x"
+
+
+def test_files_of_a_group_share_are_the_groups(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        save_json(tmp_path / "a" / "row.json", [])
+        save_tensors(tmp_path / "a" / "student.safetensors", {"w": torch.zeros(2)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o775
+    for path in (tmp_path / "a").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o664
+
+
+def test_a_share_that_refuses_modes_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    save_tensors(tmp_path / "student.safetensors", {"w": torch.zeros(2)}, {})
+    assert load_tensors(tmp_path / "student.safetensors")[0]["w"].shape == (2,)
+
+
+# --- odd files ---
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
+        (b"[" * 60 + b"]" * 60, "nested too deeply"),
+        (b'{"a": 1e309}', "numbers must fit 64 bits"),
+        (b'{"a": -1e999}', "numbers must fit 64 bits"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "numbers must fit 64 bits"),
+        (b'{"a": 18446744073709551616}', "numbers must fit 64 bits"),
+        (b'"\xff\xfe"', "can't decode"),
+        (b"", "Expecting value"),
+    ],
+    ids=[
+        "200,000 levels",
+        "60 levels",
+        "1e309",
+        "-1e999",
+        "5,001 digits",
+        "2^64",
+        "bytes",
+        "empty",
+    ],
+)
+def test_json_that_would_harm_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "result.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_json(path)
+    assert str(path) in str(error.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "result.json"
+    os.mkfifo(pipe)
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for path in (pipe, tmp_path / "zero", tmp_path / "folder"):
+        with pytest.raises(ValueError, match="is a folder, pipe or device"):
+            load_json(path)
+        with pytest.raises(ValueError, match="is a folder, pipe or device"):
+            load_tensors(path)
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    with path.open("wb") as file:
+        file.truncate(2**36)
+    with pytest.raises(ValueError, match="must have at most"):
+        load_json(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1]\nb: *a\n",
+        "a: &a {b: 1}\nc:\n  <<: *a\n",
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n",
+    ],
+)
+def test_no_loader_takes_aliases(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bomb.yaml"
+    file.write_text(text)
+    run = foreign_run(tmp_path / "run")
+    (run / "config.yaml").write_text(text)
+    for words in (
+        ["--config", str(file)],
+        ["--set", f"params={{{text.splitlines()[0]}, z: *a}}"],
+        ["--resume", str(run)],
+    ):
+        assert generations.main(words) == 2
+        assert "aliases (*name) are not allowed" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="aliases"):  # of class names, of a runtime environment
+        load_yaml(file)
+
+
+# --- foreign checkpoints ---
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageNetworks, Path]:
+    config = load_config(settings=["model={name: selfkd_mlp, args: {width: 4}}"])
+    task = ImageNetworks(to_tree(config))
+    path = tmp_path_factory.mktemp("checkpoint") / "student.safetensors"
+    task.save(path, task.make(config.model), config.model, {})
+    return task, path
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"model": {"name": "selfkd_mlp", "args": {"width": 10**9}}},
+        {"model": {"name": "selfkd_mlp", "args": {"width": 4, "depth": 10**8}}},
+        {"model": {"name": "selfkd_mlp", "args": {"width": 9000}}},
+        {"model": {"name": "vit_giant_patch14_224", "args": {}}},
+        {"model": {"name": "hf-hub:somebody/evil", "args": {}}},
+        {"model": {"name": "local-dir:/tmp", "args": {}}},
+        {"model": {"name": ["selfkd_mlp"], "args": {}}},
+        {"model": {"name": "selfkd_mlp", "args": {"width": [[4]]}}},
+        {"model": "selfkd_mlp"},
+        {"classes": []},
+        {"classes": [[1]]},
+        {"classes": ["0"] * 10},
+        {"mean": "x"},
+        {"std": [float("nan")]},
+        {"mean": []},
+    ],
+    ids=lambda facts: str(facts)[:60],
+)
+def test_a_checkpoint_whose_metadata_lie_is_named_and_takes_no_memory(
+    checkpoint: tuple[ImageNetworks, Path], tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    task, whole = checkpoint
+    tensors, known = load_tensors(whole)
+    known.pop("hash")
+    path = tmp_path / "student.safetensors"
+    save_tensors(path, tensors, known | facts)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        ValueError, match=r"cannot be rebuilt|was trained for other classes"
+    ) as error:
+        task.load(str(path))
+    assert str(path) in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+@pytest.mark.parametrize("name", ["pretrained", "cache_dir", "pretrained_cfg", "checkpoint_path"])
+def test_where_weights_come_from_is_left_out_of_a_foreign_network(
+    checkpoint: tuple[ImageNetworks, Path], tmp_path: Path, name: str
+) -> None:
+    task, whole = checkpoint
+    tensors, known = load_tensors(whole)
+    known.pop("hash")
+    known["model"]["args"][name] = {"url": "http://127.0.0.1:9/x.py"}
+    path = tmp_path / "student.safetensors"
+    save_tensors(path, tensors, known)
+    assert task.load(str(path))[1].model["args"] == {"width": 4}

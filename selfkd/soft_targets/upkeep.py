@@ -169,8 +169,13 @@ def _user(root: Path, file: Path) -> Path | None:
     """
     try:
         run = as_path(from_row(dict[str, str], load_json(file))["run"])
+        if not isinstance(run, RemotePath) and not run.is_absolute():
+            raise ValueError(f"run must be absolute, got {run}")
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}): who uses the store is unknown") from None
     if isinstance(run, RemotePath) and not isinstance(root, RemotePath):
         raise ValueError(f"{file} names {run}: whether that is there is not asked")
-    return run if run.exists() else None
+    try:
+        return run if run.exists() else None
+    except OSError as error:  # a name that no file can have
+        raise ValueError(f"{file} is damaged ({error.strerror})") from None

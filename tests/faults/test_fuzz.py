@@ -20,13 +20,21 @@ from typing import Any
 
 import pytest
 import torch
+from engine import StopAfter, make_run
 from run_folders import capacity_run, ensemble_run, generations_run, study_run
 
 from selfkd import budget, capacity, ensemble, generations, report, response, study, targets
+from selfkd.config import load_config, to_tree
+from selfkd.experiments.generations import born_again
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.soft_targets.store import write_shard
 from selfkd.soft_targets.upkeep import remember_user
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.tasks.images.networks import ImageNetworks
+from selfkd.worker.jobs import run_job
 
+WEIGHTS = (6, 2, 3, 3, 2, 4, 3)  # of the operations: a report takes the longest
 CASES = int(os.environ.get("SELFKD_FUZZ", "2000"))
 MEMORY = 1e6  # kB: growth of this process
 SECONDS = 30.0  # of processor time, of one case
@@ -177,8 +185,9 @@ def test_any_change_of_a_file_ends_in_a_result_or_a_message(
         path = rolled.choice(sorted(path for path in run.rglob("*") if path.is_file()))
         whole = path.read_bytes()
         change(path, rolled)
-        name, work = rolled.choice(list(operations(kind, run, tmp_path / "out").items()))
-        code, said, spent = end(work)
+        works = operations(kind, run, tmp_path / "out")
+        (name,) = rolled.choices(list(works), weights=WEIGHTS)
+        code, said, spent = end(works[name])
         names = (path.name, path.stem, path.parent.parent.name)
         named = code in (0, usual.get((kind, name), 0)) or any(one in said for one in names)
         if code not in (0, 1, 2) or not named or spent > SECONDS or "Traceback" in said:
@@ -195,3 +204,82 @@ def test_any_change_of_a_file_ends_in_a_result_or_a_message(
     assert faults == []
     assert tree_of(outside) == before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEMORY
+
+
+SETTINGS = [
+    "model={name: selfkd_mlp, args: {width: 4, depth: 1}}",
+    "train={epochs: 1, batch_size: 64}",
+    "search.trials=2",
+    "rounds=1",
+    "confirm.seeds=1",
+]
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in its generation 1."""
+    path = tmp_path_factory.mktemp("unfinished") / "run"
+    config = load_config(settings=SETTINGS)
+    folder = RunFolder.create(path, config)
+    with pytest.raises(KeyboardInterrupt):
+        born_again(make_run(config, folder, StopAfter(run_job, 6)))
+    return path
+
+
+def test_a_run_that_is_continued_after_any_change_ends_or_names_the_file(
+    unfinished: Path, tmp_path: Path
+) -> None:
+    rolled = random.Random(16)
+    faults = []
+    ends: Counter[str] = Counter()
+    for number in range(CASES // 50):
+        run = shutil.copytree(unfinished, tmp_path / str(number))
+        path = rolled.choice(sorted(path for path in run.rglob("*") if path.is_file()))
+        change(path, rolled)
+
+        def work(run: Path = run) -> int:
+            folder, stored = RunFolder.open(run)
+            folder.check_command("generations")
+            folder.check_change(stored, stored)
+            try:
+                born_again(make_run(stored, folder))
+            except (ValueError, RuntimeError, OSError) as error:
+                print(error)
+                return 1
+            return 0
+
+        code, said, _ = end(work)
+        named = code == 0 or path.name in said or path.parent.name in said
+        expected = code in (0, 1) or said.startswith(("ConfigError", "ValueError"))
+        if not expected or not named or "Traceback" in said:
+            faults.append(f"{number} {path.relative_to(run)}: {code}: {said[:300]}")
+        ends[f"{path.suffix or path.name} {code}"] += 1
+    print(*ends.items(), *faults, sep="\n")
+    assert faults == []
+
+
+def test_any_change_of_a_networks_metadata_is_refused_or_harmless(tmp_path: Path) -> None:
+    rolled = random.Random(17)
+    config = load_config(settings=SETTINGS)
+    task = ImageNetworks(to_tree(config))
+    path = tmp_path / "student.safetensors"
+    task.save(path, task.make(config.model), config.model, {})
+    tensors, whole = load_tensors(path)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    faults = []
+    for number in range(CASES // 10):
+        facts = json.loads(json.dumps({k: v for k, v in whole.items() if k != "hash"}))
+        facts = change_tree(facts, rolled)
+        try:
+            save_tensors(path, tensors, facts)
+        except (TypeError, ValueError, UnicodeError):
+            continue  # cannot be written either
+        try:
+            task.load(str(path))
+        except ValueError as error:
+            if str(path) not in str(error):
+                faults.append(f"{number} {facts}: {error}")
+        except BaseException as error:  # noqa: BLE001 - collected: all faults are shown
+            faults.append(f"{number} {facts}: {type(error).__name__} {error}")
+    assert faults == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEMORY / 2

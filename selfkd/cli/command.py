@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -343,7 +344,8 @@ def _refuse_relative(config: Config | None, *named: tuple[str, str | None]) -> N
 def _import_the_rest() -> None:
     """Import what takes seconds and is needed later, while Ray waits for its own processes."""
     for module in ("selfkd.execution.pool", "scipy.stats"):
-        importlib.import_module(module)
+        with contextlib.suppress(Exception):  # raised again where it is needed
+            importlib.import_module(module)
 
 
 def _cost(wall: float, train_seconds: float, workers: int) -> str:

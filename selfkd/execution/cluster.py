@@ -66,6 +66,8 @@ def connect(
     """
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
+        # a traceback where its state cannot be written, which no run needs
+        logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     address = _find_address()
     if address is not None:
         _check_address(address)

@@ -31,6 +31,7 @@ import psutil  # type: ignore[import-untyped]  # where it is not installed, Ray 
 
 SERVERS = {"raylet": "raylet", "gcs_server": "GCS server"}  # without which nothing can be trained
 SOCKET_BYTES = 103  # longest path of a socket, on any system
+_SOCKETS = Path("/proc/net/unix")
 _DEATHS = ("Raylet is terminated", "has been marked dead", "Some workers of the worker process")
 _SOCKET = "session_0000-00-00_00-00-00_000000_0000000/sockets/plasma_store"
 
@@ -122,6 +123,16 @@ def dead_children() -> Iterator[tuple[str, int, int]]:
                 if (end := os.waitid(os.P_PID, child.pid, flags)) is not None:
                     exited = end.si_code == os.CLD_EXITED
                     yield child.name(), child.pid, end.si_status if exited else -end.si_status
+
+
+def raylet_listens() -> bool:
+    """Return whether the raylet that this process is attached to is seen to listen on its socket.
+
+    It is not where the system has no such table, or the raylet runs in a namespace of its own.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        return str(_worker._global_node.raylet_socket_name) in _SOCKETS.read_text()
+    return False
 
 
 def attached_node_lives(client: Any, timeout: float) -> bool:

@@ -16,12 +16,13 @@ from selfkd.execution.ray_private import (
     GcsClient,
     attached_node_lives,
     dead_children,
+    raylet_listens,
     started,
 )
 from selfkd.execution.start import start_message
 
 LOOK_SECONDS = 0.5  # between two looks at the processes that were started here
-ASK_SECONDS = 2.0  # between two requests to the head of a cluster that was joined
+ASK_SECONDS = 1.0  # between two requests to the head of a cluster that was joined
 REFUSED_SECONDS = 8.0  # without a process at the head's port, after which its cluster has ended
 SILENT_SECONDS = 45.0  # without a response from the head; Ray itself ends the process after 60
 STUCK_SECONDS = 5.0  # to leave Ray after its death; a call that waits for Ray never returns
@@ -57,6 +58,7 @@ class Watch:
         self._address, self._stuck = address, stuck
         self._running, self._ended = threading.Event(), threading.Event()
         self._client: Any = None
+        self._listened = False
         self._answered = time.monotonic()
         self._death: str | None = None
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -118,7 +120,9 @@ class Watch:
             self._client = self._client or GcsClient(address=self._address)
             lives = attached_node_lives(self._client, timeout=ASK_SECONDS)
             self._answered = time.monotonic()
-            if not lives:
+            listens, listened = raylet_listens(), self._listened
+            self._listened = listens
+            if not lives or (listened and not listens):
                 return (
                     "the node of the Ray cluster that this run is attached to has died, as where "
                     "its memory runs out"

@@ -55,13 +55,15 @@ def start(here: Path) -> subprocess.Popen[bytes]:
 
 
 def left(here: Path) -> list[str]:
-    """Return what still runs of a command."""
+    """Return what still runs of a command; Ray's processes are seen by the files they have open."""
     found = []
+    own = str(here / "tmp")
     for process in psutil.process_iter():
         try:
-            if process.environ().get("TMPDIR") == str(here / "tmp"):
+            files = [os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()]
+            if process.environ().get("TMPDIR") == own or any(own in file for file in files):
                 found.append(process.name())
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue
     return found
 

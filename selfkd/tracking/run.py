@@ -14,9 +14,16 @@ Work = Callable[[Any], None]
 class LoggedRun:
     """A run of W&B that can be opened again: it remembers what was logged to it."""
 
-    def __init__(self, run_id: str, start: Callable[[], Any], *, left_code: int) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        start: Callable[[], Any],
+        *,
+        left_code: int,
+        recover: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.run_id, self.left_code = run_id, left_code
-        self._start = start
+        self._start, self._recover = start, recover
         self._done: list[Work] = []
         self._once: set[str] = set()
         self.whole = True
@@ -26,7 +33,11 @@ class LoggedRun:
     def do(self, work: Work) -> None:
         """Log something."""
         self._done.append(work)
-        work(self.run)
+        try:
+            work(self.run)
+        except Exception:
+            if not self._recover():  # else all of it has been logged again
+                raise
 
     def reopen(self) -> None:
         """Open the run anew, and log all of it again."""

@@ -6,8 +6,10 @@ sent again from its file at the end, or by the user's `wandb sync`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,13 @@ TRANSMIT_SECONDS: float | None = None
 """Time between two requests of a run; W&B's own default when not given."""
 PROBE_SECONDS = 10.0
 """Time for which a host that has answered is not tried again."""
+MOST_RESTARTS = 3
+"""Number of times that W&B's process is started again where it is killed."""
+OF_ANOTHER_RUN = (
+    *("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_NAME"),
+    *("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_TAGS", "WANDB_NOTES", "WANDB_LAUNCH"),
+)
+"""Variables that speak of one run, of which a command has many, with names of their own."""
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +68,8 @@ class Session:
     ) -> None:
         self.online = self.wanted_online = online
         self.unsent: dict[str, Path] = {}
+        self.torn: dict[str, LoggedRun] = {}
+        """Runs that could not be closed: their files may not be whole."""
         self.page: str | None = None
         self._url, self._project, self._entity, self._group = url, project, entity, group
         self._folder, self._wait = folder, wait
@@ -67,7 +78,8 @@ class Session:
         self._lock = threading.Lock()
         self._answered = -PROBE_SECONDS
         self._warned = False
-        wandb.setup(wandb.Settings(silent=True))
+        self._restarts = MOST_RESTARTS
+        _set_up()
         logging.getLogger("wandb").propagate = False  # it has files of its own
 
     def open(
@@ -79,6 +91,7 @@ class Session:
         config: Mapping[str, Any],
         tags: Sequence[str] = (),
         left_code: int = 1,
+        packages: bool = False,
     ) -> LoggedRun:
         """Open a run.
 
@@ -89,34 +102,45 @@ class Session:
             config: Config of the run.
             tags: Tags of the run.
             left_code: Exit code of the run where it is still open at the end.
+            packages: Whether the installed packages are listed in it, which takes W&B 0.2 s.
         """
 
         def start() -> Any:
-            run = self._start(run_id, job_type, config, tags)
+            run = self._start(run_id, job_type, config, tags, packages)
             run.define_metric(axis)
             run.define_metric("*", step_metric=axis)
             return run
 
-        logged = LoggedRun(run_id, start, left_code=left_code)
+        try:
+            logged = LoggedRun(run_id, start, left_code=left_code, recover=self._restart)
+        except Exception:
+            if not self._restart():
+                raise
+            logged = LoggedRun(run_id, start, left_code=left_code, recover=self._restart)
         self._open[run_id] = logged
         if self.page is None and not logged.run.offline:
             self.page = f"{logged.run.project_url}/groups/{self._group}"
         return logged
 
     def _start(
-        self, run_id: str, job_type: str, config: Mapping[str, Any], tags: Sequence[str]
+        self,
+        run_id: str,
+        job_type: str,
+        config: Mapping[str, Any],
+        tags: Sequence[str],
+        packages: bool,
     ) -> Any:
         for left in (self._folder / "wandb").glob(f"*run-*-{run_id}"):
             shutil.rmtree(left, ignore_errors=True)
         mode: Literal["online", "offline"] = "online" if self._reaches() else "offline"
-        start = partial(self._init, run_id, job_type, config, tags)
+        start = partial(self._init, run_id, job_type, config, tags, packages)
         try:
             return start(mode)
         except Exception as error:
             if mode == "offline":
                 raise
             self._give_up(error)
-            return self._start(run_id, job_type, config, tags)
+            return self._start(run_id, job_type, config, tags, packages)
 
     def _init(
         self,
@@ -124,6 +148,7 @@ class Session:
         job_type: str,
         config: Mapping[str, Any],
         tags: Sequence[str],
+        packages: bool,
         mode: Literal["online", "offline"],
     ) -> Any:
         return wandb.init(
@@ -138,10 +163,10 @@ class Session:
             dir=str(self._folder),
             mode=mode,
             reinit="create_new",
-            settings=self._settings(),
+            settings=self._settings(packages=packages),
         )
 
-    def _settings(self) -> Any:
+    def _settings(self, *, packages: bool) -> Any:
         return wandb.Settings(
             console="off",
             silent=True,
@@ -149,6 +174,7 @@ class Session:
             disable_code=True,
             x_disable_stats=True,
             x_disable_meta=True,
+            x_save_requirements=packages,
             x_transaction_log_flush_interval=2,
             x_file_stream_transmit_interval=TRANSMIT_SECONDS,
             x_graphql_retry_max=3,  # finish_timeout does not bound these
@@ -184,16 +210,30 @@ class Session:
         self._warn(f"W&B does not take this run ({reason}): tracking goes on offline")
         self.online = False
         _end_service()
-        wandb.setup(wandb.Settings(silent=True))
+        _set_up()
         for logged in self._open.values():
             logged.reopen()
 
+    def _restart(self) -> bool:
+        """Start W&B's process where it has ended, and log all of the open runs again."""
+        if not self._restarts or not _service_ended(seconds=0.5):
+            return False
+        self._restarts -= 1
+        log.warning("W&B's process has ended: it is started again")
+        _end_service()
+        _set_up()
+        for logged in self._open.values():
+            logged.reopen()
+        return True
+
     def finish(self, logged: LoggedRun, exit_code: int) -> None:
         """Close a run; the rest of it is sent meanwhile."""
-        self._open.pop(logged.run_id, None)
         if logged.run.offline:
-            self._finish(logged, exit_code)
+            if not self._finish(logged, exit_code) and self._restart():
+                self._finish(logged, exit_code)
+            self._open.pop(logged.run_id, None)
             return
+        self._open.pop(logged.run_id, None)
         thread = threading.Thread(
             target=self._finish, args=(logged, exit_code), name="tracking-end", daemon=True
         )
@@ -202,21 +242,26 @@ class Session:
             self._finishing.append(thread)
         thread.start()
 
-    def _finish(self, logged: LoggedRun, exit_code: int) -> None:
+    def _finish(self, logged: LoggedRun, exit_code: int) -> bool:
+        """Close a run; return whether all of it is in its file, and sent where it is to be sent."""
         try:
             logged.run.finish(exit_code=exit_code)
             if not logged.run.offline and _went_wrong(logged.folder):
                 raise RuntimeError("W&B's process could not send all of it")
         except Exception as error:  # noqa: BLE001 - it stays among the unsent
             log.debug("%s is not sent: %s", logged.run_id, error)
-            return
+            with self._lock:
+                self.torn[logged.run_id] = logged
+            return False
         with self._lock:
+            self.torn.pop(logged.run_id, None)
             self._record_done(logged)
             if not logged.run.offline:
                 del self.unsent[logged.run_id]
                 _synced_file(logged.folder, logged.run_id).touch()  # which `wandb sync` then skips
             elif self.wanted_online:
                 self.unsent[logged.run_id] = logged.folder
+        return True
 
     def close(self) -> None:
         """Finish what is open and send what is not sent; wait for it, within bounds."""
@@ -228,8 +273,21 @@ class Session:
             thread.join(max(0.0, end - time.monotonic()))
         if any(thread.is_alive() for thread in self._finishing):
             _end_service()
+        elif _service_ended():
+            self._finish_again()
+        atexit.register(_forget_ended)  # before W&B's own, which fails where its process has ended
         if self.unsent and answers(self._url):
             self._sync()
+
+    def _finish_again(self) -> None:
+        """Log the runs again whose process ended while they were closed."""
+        torn = dict(self.torn)
+        self._open |= torn
+        with contextlib.suppress(Exception):
+            if torn and self._restart():
+                for logged in torn.values():
+                    self._finish(logged, logged.left_code)
+        self._open.clear()
 
     def _sync(self) -> None:
         """Send the runs that are not sent yet, from their files."""
@@ -271,6 +329,31 @@ def _went_wrong(folder: Path) -> bool:
 
 def _ignore_stop() -> None:
     log.warning("a run was stopped in W&B: training goes on; Ctrl-C stops it, resumable")
+
+
+def _set_up() -> None:
+    """Read W&B's settings, without those of the sweep or run that this command is started by."""
+    hidden = {name: os.environ.pop(name) for name in OF_ANOTHER_RUN if name in os.environ}
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+    finally:
+        os.environ.update(hidden)  # a user's training function may want them
+
+
+def _service_ended(*, seconds: float = 0.0) -> bool:
+    """Return whether W&B's process ends within some seconds, as one does that was killed."""
+    from wandb.sdk import wandb_setup
+
+    try:
+        wandb_setup.singleton().assert_service()._proc._process.wait(timeout=seconds)
+    except Exception:  # noqa: BLE001 - it was never started, or has not ended
+        return False
+    return True
+
+
+def _forget_ended() -> None:
+    if _service_ended():
+        _end_service()
 
 
 def _end_service() -> None:

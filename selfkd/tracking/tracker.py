@@ -6,10 +6,12 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from selfkd.analysis.verdicts import count
 from selfkd.config import Config, to_tree
 from selfkd.errors import ConfigError
 from selfkd.results import (
@@ -31,6 +33,7 @@ from selfkd.results import (
 )
 from selfkd.storage.files import fetch
 from selfkd.storage.rows import load_row
+from selfkd.text import shell_quote
 from selfkd.tracking.host import answers, base_url, has_key
 from selfkd.tracking.rows import (
     best_and_last,
@@ -47,6 +50,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Plots = Callable[[Path], Mapping[str, Any]]
+SHOW_SECONDS = 5.0
+"""Time after which it is said what is still to be written at the end."""
+LONGEST_PROJECT, NOT_IN_PROJECTS = 128, "/\\#?%:"
+"""What W&B takes as the name of a project."""
+LEDGER = "done.txt"
+"""File in W&B's folder that lists the runs that are whole."""
 
 
 class NoTracker:
@@ -124,15 +133,28 @@ class WandbTracker(NoTracker):
         """Where the run can be seen, and what has not been sent yet."""
         session, folder = self._session, self._folder / "wandb"
         if not session.wanted_online:
-            return f"W&B: offline, in {folder}; send it with: wandb sync {folder}"
+            if self._closed and not self._whole_in_files:
+                whole = session.done()
+                where = f", listed in {folder / LEDGER}" if whole else ""
+                return f"W&B: not all could be logged; {count(len(whole), 'run')} whole{where}"
+            if self._closed and not folder.is_dir():
+                return "W&B: offline, nothing was logged"
+            again = f"wandb sync {shell_quote(str(folder))}"
+            return f"W&B: offline, in {folder}; send it with: {again}"
         place = session.page or f"project {self._config.tracking.project}, group {self._name}"
         if self._closed and session.unsent:
-            count = len(session.unsent)
-            return (
-                f"W&B: {count} run{'s' if count > 1 else ''} could not be sent whole to {place}; "
-                f"send the rest with: wandb sync --include-online {folder}"
-            )
+            again = f"wandb sync --include-online {shell_quote(str(folder))}"
+            torn = len(session.torn)
+            lost = f" ({torn} of them not whole in their files)" if torn else ""
+            unsent = f"{count(len(session.unsent), 'run')} could not be sent whole to {place}{lost}"
+            return f"W&B: {unsent}; send the rest with: {again}"
+        if self._closed and not self._whole_in_files:
+            return f"W&B: not all could be logged to {place}"
         return f"W&B: online, {place}"
+
+    @property
+    def _whole_in_files(self) -> bool:
+        return not (self._broken or self._session.torn or self._thread.is_alive())
 
     def _loop(self) -> None:
         while (work := self._work.get()) is not None:
@@ -195,6 +217,7 @@ class WandbTracker(NoTracker):
                 config=to_tree(self._config),
                 tags=self._tags(kind),
                 left_code=0,
+                packages=True,
             )
         return self._whole
 
@@ -316,10 +339,16 @@ class WandbTracker(NoTracker):
         self._closed = True
         self._work.put(self._end)
         self._work.put(None)
-        handled = -1
-        while self._thread.is_alive() and handled != self._handled:
-            handled = self._handled
-            self._thread.join(timeout=2 * self._start_seconds + 10)
+        handled, since = self._handled, time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(timeout=SHOW_SECONDS)
+            if handled != self._handled:
+                handled, since = self._handled, time.monotonic()
+            elif time.monotonic() - since > 2 * self._start_seconds + 10:
+                break
+            left = self._work.qsize() - 1
+            if left > 0:
+                log.warning("W&B: %s to write yet", count(left, "event"))
         self._session.close()
 
 
@@ -358,7 +387,7 @@ def make_tracker(
         plots: Maker of plotly's figures of a run folder, by their names.
 
     Raises:
-        ConfigError: `tracking.mode` is online, and there is no key.
+        ConfigError: `tracking.mode` is online, and there is no key; or W&B has no such projects.
     """
     mode = config.tracking.mode
     if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
@@ -370,6 +399,12 @@ def make_tracker(
         mode = "online" if has_key(url) and answers(url) else "offline"
     if mode == "none":
         return NoTracker()
+    project = config.tracking.project
+    if len(project) > LONGEST_PROJECT or set(project) & set(NOT_IN_PROJECTS):
+        raise ConfigError(
+            f"tracking.project must have at most {LONGEST_PROJECT} characters and none of "
+            f"{NOT_IN_PROJECTS}, got {project} (its owner is tracking.entity)"
+        )
     if mode == "online" and not has_key(base_url()):
         raise ConfigError(
             "tracking.mode must be offline where there is no key, got online: "

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ OF_ANOTHER_RUN = (
 """Variables that speak of one run, of which a command has many, with names of their own."""
 
 log = logging.getLogger(__name__)
+_HOOKS = {"before": threading.excepthook}
 
 
 class Session:
@@ -69,7 +71,9 @@ class Session:
         self.online = self.wanted_online = online
         self.unsent: dict[str, Path] = {}
         self.torn: dict[str, LoggedRun] = {}
-        """Runs that could not be closed: their files may not be whole."""
+        """Runs whose process was killed as they were closed: their files may not be whole."""
+        self._processes: dict[str, Any] = {}
+        self._ended_here: list[Any] = []
         self.page: str | None = None
         self._url, self._project, self._entity, self._group = url, project, entity, group
         self._folder, self._wait = folder, wait
@@ -107,6 +111,7 @@ class Session:
 
         def start() -> Any:
             run = self._start(run_id, job_type, config, tags, packages)
+            self._processes[run_id] = _service_process()
             run.define_metric(axis)
             run.define_metric("*", step_metric=axis)
             return run
@@ -209,6 +214,7 @@ class Session:
         reason = str(error).partition("\n")[0]
         self._warn(f"W&B does not take this run ({reason}): tracking goes on offline")
         self.online = False
+        self._ended_here.append(_service_process())
         _end_service()
         _set_up()
         for logged in self._open.values():
@@ -216,7 +222,7 @@ class Session:
 
     def _restart(self) -> bool:
         """Start W&B's process where it has ended, and log all of the open runs again."""
-        if not self._restarts or not _service_ended(seconds=0.5):
+        if not self._restarts or not _has_ended(_service_process(), seconds=0.5):
             return False
         self._restarts -= 1
         log.warning("W&B's process has ended: it is started again")
@@ -250,8 +256,10 @@ class Session:
                 raise RuntimeError("W&B's process could not send all of it")
         except Exception as error:  # noqa: BLE001 - it stays among the unsent
             log.debug("%s is not sent: %s", logged.run_id, error)
-            with self._lock:
-                self.torn[logged.run_id] = logged
+            process = self._processes[logged.run_id]
+            if process not in self._ended_here and _has_ended(process, seconds=0.5):
+                with self._lock:
+                    self.torn[logged.run_id] = logged
             return False
         with self._lock:
             self.torn.pop(logged.run_id, None)
@@ -271,23 +279,17 @@ class Session:
         end = time.monotonic() + self._wait + 1
         for thread in self._finishing:
             thread.join(max(0.0, end - time.monotonic()))
+        for logged in list(self.torn.values()):
+            with contextlib.suppress(Exception):
+                self._restart()
+                logged.reopen()
+                self._finish(logged, logged.left_code)
         if any(thread.is_alive() for thread in self._finishing):
+            self._ended_here.append(_service_process())
             _end_service()
-        elif _service_ended():
-            self._finish_again()
         atexit.register(_forget_ended)  # before W&B's own, which fails where its process has ended
         if self.unsent and answers(self._url):
             self._sync()
-
-    def _finish_again(self) -> None:
-        """Log the runs again whose process ended while they were closed."""
-        torn = dict(self.torn)
-        self._open |= torn
-        with contextlib.suppress(Exception):
-            if torn and self._restart():
-                for logged in torn.values():
-                    self._finish(logged, logged.left_code)
-        self._open.clear()
 
     def _sync(self) -> None:
         """Send the runs that are not sent yet, from their files."""
@@ -338,29 +340,47 @@ def _set_up() -> None:
         wandb.setup(wandb.Settings(silent=True))
     finally:
         os.environ.update(hidden)  # a user's training function may want them
+    if threading.excepthook is not _log_of_wandb:
+        threading.excepthook, _HOOKS["before"] = _log_of_wandb, threading.excepthook
 
 
-def _service_ended(*, seconds: float = 0.0) -> bool:
-    """Return whether W&B's process ends within some seconds, as one does that was killed."""
+def _log_of_wandb(fault: threading.ExceptHookArgs) -> None:
+    """Log what ends a thread of W&B's, which have no one to tell that their process was killed."""
+    frames = traceback.walk_tb(fault.exc_traceback)
+    if any(str(frame.f_globals.get("__name__")).startswith("wandb.") for frame, _ in frames):
+        log.debug("a thread of W&B has ended: %r", fault.exc_value)
+    else:
+        _HOOKS["before"](fault)
+
+
+def _service_process() -> Any:
+    """Return W&B's process; None where it was not started by this one."""
     from wandb.sdk import wandb_setup
 
+    with contextlib.suppress(Exception):
+        return wandb_setup.singleton().assert_service()._proc._process
+    return None
+
+
+def _has_ended(process: Any, *, seconds: float = 0.0) -> bool:
+    """Return whether a process ends within some seconds, as one does that was killed."""
+    if process is None:
+        return False
     try:
-        wandb_setup.singleton().assert_service()._proc._process.wait(timeout=seconds)
-    except Exception:  # noqa: BLE001 - it was never started, or has not ended
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
         return False
     return True
 
 
 def _forget_ended() -> None:
-    if _service_ended():
+    if _has_ended(_service_process()):
         _end_service()
 
 
 def _end_service() -> None:
     """End W&B's process, which waits for a host that does not answer; its files are complete."""
-    from wandb.sdk import wandb_setup
-
     with contextlib.suppress(Exception):
-        wandb_setup.singleton().assert_service()._proc._process.kill()
+        _service_process().kill()
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()

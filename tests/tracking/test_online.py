@@ -300,6 +300,25 @@ def test_a_server_that_comes_back_gets_all_without_help(
     assert_whole(server, generations=2)
 
 
+def test_a_killed_process_of_wandb_loses_nothing_and_says_no_traceback(
+    tmp_path: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = online(tmp_path)
+    follow(tracker, tmp_path, 0)
+    tracker(TrialProgressed(trial(1), epochs(1)))
+    settled(tracker)
+    assert server.wait_for(lambda: "a-0-g1-t0" in server.runs)
+    process = wandb.setup().assert_service()._proc._process  # type: ignore[union-attr]
+    process.kill()
+    process.wait()
+    follow(tracker, tmp_path, 1)
+    tracker.close()
+    assert "online" in tracker.description
+    assert "not" not in tracker.description
+    assert_whole(server, generations=2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_server_that_falls_silent_holds_up_nothing(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,19 +1,25 @@
-"""No password of a path is repeated, and nothing of a foreign run folder is fetched or run.
+"""No password of a path is repeated, and nothing of a foreign run folder is fetched, run or obeyed.
 
 That a run writes and prints no key or token of its environment is in `tracking/test_online.py`.
 """
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
+import json
 import os
 import resource
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plotly.offline import get_plotlyjs
+from run_folders import capacity_run, ensemble_run, generations_run, study_run
 
 from selfkd import budget, ensemble, generations, report, response, submit, targets
 from selfkd.config import load_config, load_yaml, refuse_foreign, remember, to_tree
@@ -417,3 +423,96 @@ def test_where_weights_come_from_is_left_out_of_a_foreign_network(
     path = tmp_path / "student.safetensors"
     save_tensors(path, tensors, known)
     assert task.load(str(path))[1].model["args"] == {"width": 4}
+
+
+CONTROLS = "\x1b]0;x\x07\x1b[2J\x9b31m\u202e\u2066\u200f\udcff\rx\nerror: forged"
+FORMULA = '=HYPERLINK("http://127.0.0.1:9","x")'
+TEXTS = ("error", "verdict", "name", "title", "stopped", "unit", "key", "value", "stage")
+
+
+def _foreign(value: Any, text: str) -> Any:
+    """Return rows whose texts for people are another's."""
+    if isinstance(value, list):
+        return [_foreign(part, text) for part in value]
+    if not isinstance(value, dict):
+        return value
+    changed = {key: _foreign(part, text) for key, part in value.items()}
+    for key, part in value.items():
+        if key in TEXTS and isinstance(part, str):
+            changed[key] = text + part
+        elif key in ("verdicts", "classes", "problems") and isinstance(part, list):
+            changed[key] = [text + str(each) for each in part] + [text]
+    return changed
+
+
+def _make_foreign(run: Path, text: str) -> None:
+    for path in run.rglob("*.json"):
+        path.write_text(json.dumps(_foreign(json.loads(path.read_text()), text)))
+
+
+@pytest.mark.parametrize("kind", [generations_run, ensemble_run, capacity_run, study_run])
+def test_no_text_of_a_foreign_run_controls_the_terminal(
+    kind: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = kind(tmp_path / "run")
+    _make_foreign(run, CONTROLS)
+    run = run.rename(tmp_path / "a\udcff\x1b[31m\u202e")
+    (run / "generation_000" / "trial_009").mkdir(parents=True)
+    (run / "generation_000" / "trial_009" / "result.json").write_text(f'{{"{CONTROLS[:9]}')
+    for command in (
+        lambda: report.main([str(run)]),
+        lambda: report.main([str(run), "--format", "table"]),
+        lambda: report.main([str(run), "--format", "csv"]),
+        lambda: report.main([str(run), "--format", "json"]),
+        lambda: report.main([str(run), "--format", "table", "--output", str(tmp_path / "table")]),
+        lambda: response.main([str(run)]),
+        lambda: budget.main(["--from", str(run)]),
+        lambda: targets.main(["ls", str(run)]),
+    ):
+        command()
+        said = capsys.readouterr()
+        for line in (said.out + said.err).split("\n"):
+            assert line.isprintable()
+            assert not line.startswith("error: forged")
+    page = (run / "report.html").read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert all(line.isprintable() for line in page.split("\n"))
+    assert all(line.isprintable() for line in (tmp_path / "table").read_text().split("\n"))
+
+
+@pytest.mark.parametrize(
+    "text", [FORMULA, "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", " =1", "\uff1d1"]
+)
+@pytest.mark.parametrize("kind", [ensemble_run, capacity_run, study_run])
+def test_no_text_of_a_foreign_run_is_a_formula(
+    kind: Callable[[Path], Path], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = kind(tmp_path / "run")
+    _make_foreign(run, text)
+    run = run.rename(tmp_path / FORMULA.replace("/", "_"))
+    assert report.main([str(run), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert rows
+    for row in rows:
+        for cell in row.values():
+            if cell.lstrip()[:1] in ("=", "+", "-", "@", "\uff1d"):
+                float(cell)  # a number, which stays what it is
+    assert rows[0]["run"].startswith("'=HYPERLINK")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--name", "a\udcff"], "name"),
+        (["--resume", "a\udcff"], "--resume"),
+        (["--set", "storage=a\udcff"], "--set"),
+        (["--config", "a\udcff"], "--config"),
+    ],
+)
+def test_a_name_that_is_no_utf8_is_refused_and_shown_safely(
+    words: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generations.main([*words, "--set", f"storage={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {named} must be UTF-8, got ")
+    assert "a\\udcff" in error
+    assert list(tmp_path.iterdir()) == []

@@ -171,6 +171,7 @@ class Command(Generic[S]):
 
     def _prepare(self, options: Options) -> tuple[RunFolder, Config]:
         flags, settings = options.flags, options.settings
+        _refuse_other_encodings(options)
         if options.resume is None:
             config = load_config(options.config, settings=settings, flags=flags)
             _refuse_relative(config, ("storage", config.storage))
@@ -339,6 +340,15 @@ def _refuse_relative(config: Config | None, *named: tuple[str, str | None]) -> N
     faults = relative_paths(config, surroundings, *named) if inside_job() else []
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _refuse_other_encodings(options: Options) -> None:
+    """Refuse names that are no UTF-8, which Ray and W&B have no way to pass on."""
+    named = {"the working folder": os.getcwd(), "--config": options.config}
+    named |= {"--resume": options.resume, "--set": " ".join(options.settings), **options.flags}
+    for name, value in named.items():
+        if any(0xD800 <= ord(character) < 0xE000 for character in str(value)):
+            raise ConfigError(f"{name} must be UTF-8, got {value}")
 
 
 def _import_the_rest() -> None:

@@ -147,7 +147,7 @@ def _trusted(text: str) -> Markup:
 
 def _figure_json(figure: go.Figure) -> Markup:
     """Return a figure as JSON that ends no script element."""
-    text: str = figure.to_json(validate=False)
+    text: str = figure.to_json(validate=False, engine="json")  # of ASCII, whatever the names are
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)  # noqa: S704 - holds no character that HTML takes for markup

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import FORMAT
+from selfkd.storage.files import save_text
+from selfkd.storage.remote import as_path
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,76 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "run", config)
     folder, read = RunFolder.open(tmp_path / "run")
     assert (folder.path, read) == (tmp_path / "run", config)
+
+
+CREATE = """
+import sys
+import subprocess
+import sys
+from pathlib import Path
+from selfkd.config import Config
+from selfkd.experiments.run_folder import RunFolder
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(20):
+    print(RunFolder.create(Path(sys.argv[1]), Config(), numbered=True).path)
+"""
+
+
+def test_runs_that_start_at_the_same_moment_have_folders_of_their_own(tmp_path: Path) -> None:
+    """As in a shell's loop with &, without a --name: the names are those of the second."""
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", CREATE, str(tmp_path / "runs" / "digits")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for start in starts:
+        assert start.stdout is not None
+        assert start.stdout.readline() == "ready\n"
+    for start in starts:
+        assert start.stdin is not None
+        start.stdin.write("\n")
+        start.stdin.flush()
+    paths = [line for start in starts for line in start.communicate(timeout=60)[0].splitlines()]
+    assert [start.returncode for start in starts] == [0, 0, 0]
+    names = {Path(path).name for path in paths}
+    assert names == {"digits", *(f"digits-{number}" for number in range(2, 61))}
+    for path in paths:
+        assert (Path(path) / "run_id").read_text().startswith(f"{Path(path).name}-")
+
+
+def test_a_given_name_is_never_another(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", Config())
+    with pytest.raises(ConfigError, match="exists already: continue it with --resume"):
+        RunFolder.create(tmp_path / "run", Config())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_killed_start_has_left_has_its_name_free(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run_id").write_text("run-0")
+    assert RunFolder.create(tmp_path / "run", Config()).run_id != "run-0"
+
+
+def test_a_folder_that_another_start_creates_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda self, **_: False)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="was created by another start just now"):
+        RunFolder.create(tmp_path / "run", Config())
+
+
+def test_numbers_are_those_of_folders_in_a_bucket_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from selfkd.experiments import run_folder
+
+    monkeypatch.setattr(run_folder, "_SETTLE_SECONDS", 0.0)
+    root = as_path("mock:///runs")
+    numbered = [RunFolder.create(root / "a", Config(), numbered=True).path for _ in range(3)]
+    assert [path.name for path in numbered] == ["a", "a-2", "a-3"]
+    monkeypatch.setattr(run_folder.time, "sleep", lambda _: save_text(root / "b" / "run_id", "x"))
+    assert RunFolder.create(root / "b", Config(), numbered=True).path.name == "b-2"

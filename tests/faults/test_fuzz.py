@@ -136,7 +136,7 @@ def operations(kind: str, run: Path, out: Path) -> dict[str, Callable[[], int]]:
     """Return what reads a run folder, by name."""
     return {
         "resume": lambda: MAINS[kind].main(["--resume", str(run)]),
-        "report": lambda: report.main([str(run), "--out", str(out)]),
+        "report": lambda: report.main([str(run), "--output", str(out)]),
         "response": lambda: response.main([str(run)]),
         "budget": lambda: budget.main(
             ["--from", str(run), "--teacher", "1", "--student", "0.1", "--price", "1"]

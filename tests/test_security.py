@@ -427,7 +427,7 @@ def test_where_weights_come_from_is_left_out_of_a_foreign_network(
 
 CONTROLS = "\x1b]0;x\x07\x1b[2J\x9b31m\u202e\u2066\u200f\udcff\rx\nerror: forged"
 FORMULA = '=HYPERLINK("http://127.0.0.1:9","x")'
-TEXTS = ("error", "verdict", "name", "title", "stopped", "unit", "key", "value", "stage")
+TEXTS = ("error", "verdict", "name", "title", "stopped", "unit", "key", "value")
 
 
 def _foreign(value: Any, text: str) -> Any:

@@ -231,7 +231,7 @@ class Command(Generic[S]):
         """Do what is left of a run; return the summary, and what to say of the work."""
         start = time.perf_counter()
         # imported here, where bad input has been refused: ray takes a second
-        from selfkd.execution.cluster import connect, find_slots
+        from selfkd.execution.cluster import connect, find_slots, open_message
 
         resources, run_id = config.resources, folder.run_id
         tracker = make_tracker(
@@ -257,6 +257,8 @@ class Command(Generic[S]):
         try:
             stuck = partial(self._leave_stuck, folder) if inside_command() else None
             with progress, connect(verbose=options.verbose, stuck=stuck) as joined:
+                if warning := open_message(joined=joined):
+                    progress.say(warning)
                 slots = find_slots(
                     cpu=resources.cpu,
                     gpu=resources.gpu,

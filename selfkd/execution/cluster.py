@@ -172,6 +172,18 @@ def token_message(source: str) -> str:
     )
 
 
+def open_message(*, joined: bool) -> str | None:
+    """Return a warning that Ray asks nobody for its token, by which others run code; None else.
+
+    Args:
+        joined: Whether an existing cluster was joined, whose ports other machines may reach.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "disabled":
+        return None
+    who = "whoever reaches the cluster's ports" if joined else "any user of this machine"
+    return f"warning: RAY_AUTH_MODE=disabled, so that {who} can run code as you; unset it"
+
+
 def find_slots(
     *,
     cpu: float,

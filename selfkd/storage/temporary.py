@@ -119,9 +119,13 @@ def _remove(path: Path) -> None:
 @contextmanager
 def temporary_files() -> Iterator[None]:
     """Let all temporary files of this process lie in one folder, which is removed at the end."""
-    with TemporaryFolder() as folder, _files_in(folder):
-        yield
-    sweep(folder.path.parent, _PATTERN)
+    folder = TemporaryFolder()
+    try:
+        with _files_in(folder):
+            yield
+    finally:
+        folder.remove()
+        sweep(folder.path.parent, _PATTERN)
 
 
 def import_with_files(module: str) -> None:

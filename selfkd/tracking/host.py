@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
+from selfkd.tracking.temporary import import_wandb
+
 REACH_SECONDS = 3.0
 """Time in which a host must answer."""
 EARLIER_HOST = "api.wandb.ai"
@@ -22,6 +24,7 @@ def base_url() -> str:
     """Return the URL of the host that the installed client uses; its default has changed before."""
     if "WANDB_BASE_URL" in os.environ:
         return os.environ["WANDB_BASE_URL"]
+    import_wandb()
     import wandb
 
     return str(wandb.Settings().base_url)

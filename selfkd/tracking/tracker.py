@@ -44,6 +44,7 @@ from selfkd.tracking.rows import (
     trial_rank,
     trial_summary,
 )
+from selfkd.tracking.temporary import import_wandb
 
 if TYPE_CHECKING:
     from selfkd.tracking.run import LoggedRun
@@ -95,6 +96,7 @@ class WandbTracker(NoTracker):
         plots: Plots | None = None,
     ) -> None:
         # imported here: wandb takes half a second
+        import_wandb()
         from selfkd.tracking import artifacts
         from selfkd.tracking import run as logged
         from selfkd.tracking import session as runs

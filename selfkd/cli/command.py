@@ -201,7 +201,7 @@ class Command(Generic[S]):
         remember(config)
         return folder, config
 
-    def _run(self, folder: RunFolder, config: Config, options: Options, *, ends: bool = False) -> S:
+    def _run(self, folder: RunFolder, config: Config, options: Options) -> S:
         console = make_console()
         if not options.quiet:
             print_lines(console, [f"selfkd: {self.greet(config)}; run folder {folder.path}"])

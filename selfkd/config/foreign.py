@@ -38,6 +38,15 @@ def reaches_out(config: Config) -> dict[str, Any]:
     return found | dict(_pretrained(to_tree(config), ""))
 
 
+def uses_pretrained(config: Config) -> bool:
+    """Return whether some network of a config may start from timm's pretrained weights.
+
+    >>> uses_pretrained(Config())
+    False
+    """
+    return any(True for _ in _pretrained(to_tree(config), ""))
+
+
 def _pretrained(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield the settings by which timm's weights are fetched, wherever they stand."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)

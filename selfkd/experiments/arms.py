@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
 from selfkd.analysis.verdicts import Mode, count_seeds, describe_difference, metric_format
-from selfkd.config import Config, ModelConfig, reaches_out, to_tree
+from selfkd.config import Config, ModelConfig, to_tree, uses_pretrained
 from selfkd.config.space import Distribution, Points
 from selfkd.errors import ConfigError, RunError
 from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, run_one
@@ -135,8 +135,6 @@ class Run:
         form = metric_format(self.metric)
         return describe_difference(name, other, difference, pairs, mode=self.mode, form=form)
 
-    # --- trials ---
-
     def search(
         self, arm: Arm, *, save: Path | None = None, keep: int = 1, last: Point | None = None
     ) -> Searched:
@@ -222,17 +220,16 @@ class Run:
     def _payload(self, arm: Arm, number: int, point: Point) -> Row:
         point = {**arm.point, **point}
         own = self.config.at(point)
-        if fetched := reaches_out(own).keys() - reaches_out(self.config):
-            raise RunError(f"{self.folder.path} may not fetch what its config does not: {fetched}")
+        if uses_pretrained(own) and not uses_pretrained(self.config):
+            raise RunError(f"{point} must not be pretrained, as the config is not")
         model = arm.network(own, number)
-        function = {"function": self.function} if self.function else {}
         return {
             "config": to_tree(own),
             "point": point,
             "model": {"name": model.name, "args": model.args},
             "teachers": self.rows(arm.teachers(own, number)),
             "targets": str(self.folder.targets(self.config)),
-            **function,
+            **({"function": self.function} if self.function else {}),
             **arm.options(number),
         }
 

@@ -28,7 +28,8 @@ def remove_all() -> None:
     """Remove all temporary folders of this process, which ends, and of those that it has ended."""
     for folder in list(_held.values()):
         folder.remove()
-        sweep(folder.path.parent, _PATTERN)
+    with contextlib.suppress(OSError):
+        sweep(Path(tempfile.gettempdir()), _PATTERN)
 
 
 class TemporaryFolder:

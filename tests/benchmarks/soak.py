@@ -1,26 +1,29 @@
-"""Kill the command at random moments, resume it, and compare with a run that nothing disturbed.
+"""Kill the command's processes at random moments, resume it, and compare with an undisturbed run.
 
     python tests/benchmarks/soak.py [--kills 30] [--seed 0] [--folder FOLDER]
 
-Each of N runs is killed (SIGKILL of the driver alone) at one moment, drawn within its own N-th of
-the length of an undisturbed run, and resumed at once with --resume until it ends. Compared are
-the table, every trial's figures and points, and the hashes of all weights and predictions. With
---folder an interrupted soak goes on where it was.
+In each of N runs one process is killed (SIGKILL) at one moment, drawn within its own N-th of the
+length of an undisturbed run: in turn the driver, a worker, the raylet, the GCS and W&B's service.
+A run that this ends, within 15 s and, but for the driver, with a message how to continue it, is
+resumed at once with --resume. Compared are the table, every trial's figures and points, and the
+hashes of all weights and predictions. With --folder an interrupted soak goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -28,6 +31,9 @@ sys.path[:0] = [str(ROOT), str(HERE.parent / "faults")]
 
 from record import record  # noqa: E402
 
+KINDS = ("driver", "worker", "raylet", "GCS", "W&B")
+NAMES = {"worker": "ray::", "raylet": "raylet", "GCS": "gcs_server", "W&B": "wandb-core"}
+LIMIT = 15.0  # seconds in which a run ends whose Ray has died
 SETTINGS = [
     "model.args={width: 8}",
     "train.epochs=3",
@@ -54,15 +60,49 @@ def first(here: Path) -> subprocess.Popen[bytes]:
     return start(here, "--name", "run", *sets)
 
 
-def killed_at(here: Path, moment: float) -> str:
-    """Run the command and kill it at a moment; return what it had done by then."""
+def find(driver: psutil.Process, kind: str) -> psutil.Process | None:
+    """Return a process of a run, the one with most memory of several workers; None before it is."""
+    if kind == "driver":
+        return driver
+    found = []
+    for process in driver.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            name = process.name()
+            if NAMES[kind] in name and process.status() != psutil.STATUS_ZOMBIE:
+                found.append((process.memory_info().rss, process))
+    return max(found, key=lambda one: one[0])[1] if found else None
+
+
+def killed_at(here: Path, moment: float, kind: str) -> str:
+    """Run the command and kill a process of it at a moment; return what it had done by then."""
+    begin = time.monotonic()
     process = first(here)
-    try:
+    driver = psutil.Process(process.pid)
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=moment)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    return state(here / "runs" / "run") if process.returncode == -signal.SIGKILL else "had ended"
+    victim = None
+    while process.poll() is None and victim is None:
+        with contextlib.suppress(psutil.Error):
+            victim = find(driver, kind)
+    if victim is None:
+        return "had ended"
+    seen = state(here / "runs" / "run")
+    with contextlib.suppress(psutil.Error):
+        victim.kill()
+    killed = time.monotonic()
+    code = process.wait()
+    seconds = time.monotonic() - killed
+    log = (here / "log").read_text(errors="replace")
+    wrong = [text for text in ("Traceback", "Fatal Python error") if text in log]
+    if kind in ("raylet", "GCS"):
+        ended_well = code == 1 and seconds < LIMIT and "continue with: " in log
+        wrong += [] if ended_well or code == 0 else [f"exit {code} after {seconds:.0f} s"]
+    elif kind != "driver" and code != 0:
+        wrong.append(f"exit {code}")
+    at = f"{killed - begin:5.1f} s: {seen}"
+    return (
+        f"{at}; exit {code} after {seconds:4.1f} s{' WRONG: ' if wrong else ''}{', '.join(wrong)}"
+    )
 
 
 def state(run: Path) -> str:
@@ -97,21 +137,22 @@ def main() -> None:
     agreed = 0
     for number in range(args.kills):
         moment = length * (number + draw.random()) / args.kills
+        kind = KINDS[number % len(KINDS)]
         here = folder / f"{number:03d}"
         if not (here / "done").exists():
             shutil.rmtree(here, ignore_errors=True)
             here.mkdir()
-            seen = killed_at(here, moment)
+            seen = killed_at(here, moment, kind)
             run = here / "runs" / "run"
             begun = (run / "config.yaml").exists()
             process = start(here, "--resume", str(run)) if begun else first(here)
             (here / "code").write_text(str(process.wait()))
             (here / "done").write_text(seen)
         seen, code = (here / "done").read_text(), (here / "code").read_text()
-        equal = code == "0" and record(here / "runs" / "run") == expected
+        equal = code == "0" and record(here / "runs" / "run") == expected and "WRONG" not in seen
         agreed += equal
         verdict = "equal" if equal else f"DIFFERS (exit code {code}), see {here}"
-        print(f"{number + 1:3}  killed at {moment:5.1f} s: {seen:45} {verdict}", flush=True)
+        print(f"{number + 1:3}  {kind:6} killed at {seen:75} {verdict}", flush=True)
     print(f"\n{agreed} of {args.kills} agreed with the undisturbed run, bit for bit")
     if args.folder is None and agreed == args.kills:
         shutil.rmtree(folder)

@@ -34,7 +34,8 @@ def make_console(file: TextIO | None = None) -> Console:
     Args:
         file: File to print to; stdout when not given.
     """
-    if file is None and not isinstance(sys.stdout, SafeStream):  # called from Python
+    if file is None and sys.stdout is not None and not isinstance(sys.stdout, SafeStream):
+        # called from Python
         file = cast(TextIO, SafeStream(sys.stdout))
     console = _Console(file=file, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:

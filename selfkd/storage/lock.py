@@ -133,7 +133,7 @@ class Lock:
 
     def _renew(self, beat: int) -> None:
         """Write the lock again, also a missing or damaged one; not over that of another driver."""
-        seen = _read(self._path)
+        seen = _read(self._path, patience=0)
         if seen is not None and seen.holder is not None and seen.holder.token != self._token:
             self.lost = True
             log.error("%s was taken by another driver: this one stops", self._folder)
@@ -147,9 +147,9 @@ class Lock:
         if self._run_id is None:
             return False
         with contextlib.suppress(OSError):
-            if _content(self._folder / _RUN_ID) != self._run_id:
+            if _content(self._folder / _RUN_ID, patience=0) != self._run_id:
                 time.sleep(_SETTLE_SECONDS)
-                return _content(self._folder / _RUN_ID) != self._run_id
+                return _content(self._folder / _RUN_ID, patience=0) != self._run_id
         return False
 
 
@@ -159,17 +159,17 @@ def _interrupt_main() -> None:
     os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
 
 
-def _content(path: Path) -> bytes | None:
+def _content(path: Path, *, patience: float | None = None) -> bytes | None:
     """Return the content of a file; None where there is none."""
     try:
-        return retry_io(path, path.read_bytes, patience=0)
+        return retry_io(path, path.read_bytes, patience=patience)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _read(path: Path) -> _Seen | None:
+def _read(path: Path, *, patience: float | None = None) -> _Seen | None:
     """Return the lock; None where there is none."""
-    content = _content(path)
+    content = _content(path, patience=patience)
     if content is None:
         return None
     try:

@@ -185,7 +185,7 @@ def test_no_error_ends_the_heartbeats(
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
     raised = threading.Event()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raised.set()
         raise error
 

@@ -39,7 +39,7 @@ from selfkd.reporting.read import REPORT
 from selfkd.reporting.tables import Table
 from selfkd.reporting.watch import Reporter, make_plots
 from selfkd.results import Event
-from selfkd.storage.files import remove_tree
+from selfkd.storage.files import make_no_folder_again, remove_tree
 from selfkd.storage.lock import Lock
 from selfkd.storage.remote import as_path
 from selfkd.storage.temporary import temporary_files
@@ -210,6 +210,7 @@ class Command(Generic[S]):
         if summary is None:
             try:
                 with Lock(folder.path):
+                    make_no_folder_again(folder.path)
                     summary, notes = self._train(console, folder, config, options)
                     folder.sweep()
             except LockedError:
@@ -218,6 +219,8 @@ class Command(Generic[S]):
                 if options.resume is None:
                     _remove_if_empty(folder)
                 raise
+            finally:
+                make_no_folder_again(None)
         text = self.describe(config, folder, summary)
         for table in text.tables:
             print_table(console, table)

@@ -32,7 +32,7 @@ from selfkd.execution.scheduler import (
 )
 from selfkd.execution.watch import check
 from selfkd.results import Row
-from selfkd.storage.files import retry_io
+from selfkd.storage.files import make_no_folder_again, retry_io
 from selfkd.storage.remote import as_path
 from selfkd.storage.temporary import TemporaryFolder, import_with_files
 
@@ -57,6 +57,8 @@ class Worker(tune.Trainable):
         import_with_files("wandb")
         self._run_job = load_entry(entry) if group is None else partial(Group(*group).run, entry)
         self._unseen: tuple[str, str] | None = config["run"]
+        if self._unseen is not None:
+            make_no_folder_again(as_path(self._unseen[0]))
         self.reset_config(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:

@@ -53,8 +53,19 @@ _DEEPEST = 32  # levels of nesting of a JSON file
 _DIGITS = 20  # of a whole number of 64 bits
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # names given by `replace`
 
+_run_folders: list[Path] = []
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+def make_no_folder_again(run: Path | None) -> None:
+    """Let this process write to a run folder only while it is there: half a run helps nobody.
+
+    Args:
+        run: Run folder at work, with its `run_id`; None where none is any more.
+    """
+    _run_folders[:] = [] if run is None or isinstance(run, RemotePath) else [run]
 
 
 def replace(path: Path, write: Callable[[str], object], *, patience: float | None = None) -> None:
@@ -83,6 +94,9 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.upload(temporary)
         return
+    for run in _run_folders:
+        if path.is_relative_to(run) and not (run / "run_id").exists():
+            raise FileNotFoundError(errno.ENOENT, "the run folder was removed or moved", str(run))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

@@ -220,3 +220,19 @@ def test_a_patience_that_is_no_time_is_said_at_the_first_file(tmp_path, monkeypa
 
 def test_a_patience_is_seconds():
     assert [files._seconds(text) for text in ("0", " 5 ", "1e3")] == [0, 5, 1000]
+
+
+def test_a_run_folder_that_was_removed_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_run_folders", [])
+    run = tmp_path / "run"
+    save_text(run / "run_id", "a")
+    files.make_no_folder_again(run)
+    save_text(run / "trial" / "row", "x")
+    shutil.rmtree(run)
+    with pytest.raises(FileNotFoundError, match="the run folder was removed or moved") as error:
+        save_text(run / "trial" / "row", "x")
+    assert error.value.filename == str(run)
+    assert not run.exists()
+    save_text(tmp_path / "other" / "row", "x")

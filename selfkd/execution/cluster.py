@@ -71,8 +71,8 @@ def connect(
     address = _find_address()
     if address is not None:
         _check_address(address)
-    by_itself = start_by_itself(False)  # a thread that still calls Ray after the end starts none
     session = Session() if address is None else None
+    by_itself = start_by_itself(False)  # a thread that still calls Ray after the end starts none
     watch = Watch(address, stuck)
     try:
         try:
@@ -83,10 +83,13 @@ def connect(
         except Exception as error:
             watch.check()  # what has led to it
             if not isinstance(error, RayLostError):
+                watch.end()  # before its processes end
                 ray.shutdown()
             raise
+        watch.end()
         ray.shutdown()
     except (KeyboardInterrupt, RayLostError) as end:
+        watch.end()
         abandon(leave=stuck is not None, lost=isinstance(end, RayLostError))
         raise
     finally:

@@ -24,6 +24,7 @@ from selfkd.execution.ray_private import (
 )
 from selfkd.storage.temporary import TemporaryFolder, sweep
 
+TUNE_SECONDS = 10.0  # limit for Tune to end its trials
 _SHORT = "/tmp"  # noqa: S108 - where RAY_TMPDIR is not set and TMPDIR is too long
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -42,6 +43,9 @@ def abandon(*, leave: bool, lost: bool) -> None:
     if lost:  # Ray would end the process of a Python caller after a minute of looking for it
         threading.Thread(target=ray.shutdown, name="shutdown", daemon=True).start()
     else:
+        for thread in threading.enumerate():
+            if thread.name == "tune":  # its calls of a Ray that is shut down would crash
+                thread.join(timeout=TUNE_SECONDS)
         ray.shutdown()
 
 

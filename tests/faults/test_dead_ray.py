@@ -27,6 +27,13 @@ def short() -> Iterator[Path]:
         yield Path(path)
 
 
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 @pytest.mark.parametrize(
     ("victim", "number", "code"),
     [
@@ -75,6 +82,7 @@ def test_a_run_whose_ray_dies_or_that_is_stopped(
     else:
         server = "GCS server" if victim == "gcs_server" else "raylet"
         assert f"error: Ray's {server}, process" in printed
-    assert psutil.wait_procs(family, timeout=600)[1] == []
+    while any(runs(one) for one in family):
+        time.sleep(0.05)
     assert not list((short / "ray").glob("session_2*"))
     assert not (tmp_path / "runs" / "run" / "lock.json").exists()

@@ -68,7 +68,8 @@ def find(driver: psutil.Process, kind: str) -> psutil.Process | None:
     for process in driver.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             name = process.name()
-            if NAMES[kind] in name and process.status() != psutil.STATUS_ZOMBIE:
+            agent = "Agent" in name  # the raylet dies with each of its own
+            if NAMES[kind] in name and not agent and process.status() != psutil.STATUS_ZOMBIE:
                 found.append((process.memory_info().rss, process))
     return max(found, key=lambda one: one[0])[1] if found else None
 

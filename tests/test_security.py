@@ -516,3 +516,41 @@ def test_a_name_that_is_no_utf8_is_refused_and_shown_safely(
     assert error.startswith(f"error: {named} must be UTF-8, got ")
     assert "a\\udcff" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_009", "targets", "wandb", "wandb/done.txt", "generation_000/trial_000/x"]
+)
+@pytest.mark.parametrize("kind", ["symlink", "pipe"])
+def test_a_foreign_run_is_not_continued_through_symlinks_or_pipes(
+    name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, mine = generations_run(tmp_path / "run", done=2), tmp_path / "mine"
+    odd = run / name
+    odd.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(odd)
+    elif odd.suffix:
+        mine.write_text("mine")
+        odd.symlink_to(mine)
+    else:
+        mine.mkdir()
+        odd.symlink_to(mine)
+    assert generations.main(["--resume", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{odd} must be a file or folder of the run folder" in said
+    assert mine.is_file() or not mine.exists() or not any(mine.iterdir())
+
+
+def test_a_run_whose_symlinks_stay_in_it_is_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = generations_run(tmp_path / "run")
+    logs = run / "wandb" / "run-1" / "logs"
+    logs.mkdir(parents=True)
+    (run / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "core.log").touch()
+    (logs / "debug-core.log").symlink_to(tmp_path / "core.log")  # W&B does so
+    (tmp_path / "other name").symlink_to(run)
+    assert generations.main(["--resume", str(tmp_path / "other name")]) == 0
+    assert capsys.readouterr().err == ""

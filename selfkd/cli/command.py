@@ -186,6 +186,7 @@ class Command(Generic[S]):
         _refuse_relative(None, ("--resume", str(options.resume)))
         folder, stored = RunFolder.open(as_path(options.resume))
         folder.check_command(self.name)
+        folder.check_entries()
         if options.config:
             given = {key: value for key, value in flags.items() if value is not None}
             flags = {"rounds": stored.rounds, "name": stored.name, **given}

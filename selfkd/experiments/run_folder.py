@@ -24,6 +24,7 @@ from selfkd.storage.files import (
     cache_folder,
     inside,
     link,
+    odd_entries,
     read_text,
     remove_file,
     save_text,
@@ -127,6 +128,22 @@ class RunFolder:
                 f"{self.path} was started by selfkd.{started_by}: continue it with "
                 f"python -m selfkd.{started_by} --resume {self.path}"
             )
+
+    def check_entries(self) -> None:
+        """Check that what is written to the folder stays in it, and that no file is waited for.
+
+        Raises:
+            ConfigError: A symlink leads out of it, or there is a pipe or device.
+        """
+        if isinstance(self.path, RemotePath):
+            return
+        for path, what in odd_entries(self.path):
+            parts = path.relative_to(self.path).parts
+            if not (parts[0] == "wandb" and len(parts) > 2 and path.is_file()):  # W&B's own logs
+                raise ConfigError(
+                    f"{path} must be a file or folder of the run folder, and is {what}: put one "
+                    "there (the cached teacher logits go to another disk by targets.root)"
+                )
 
     def check_change(self, old: Config, new: Config) -> None:
         """Check that a changed config is no other experiment.

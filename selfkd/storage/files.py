@@ -353,6 +353,29 @@ def temporaries(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names if _TEMPORARY.fullmatch(name))
 
 
+def odd_entries(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield what a folder of this machine holds besides its own files and folders.
+
+    Args:
+        folder: Folder that is looked through, with all folders in it.
+
+    Yields:
+        Path, and what it is: a symlink that leads out of the folder, or a pipe or device.
+    """
+    whole = os.path.realpath(folder)
+    waiting = [str(folder)]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                real = os.path.realpath(entry.path) if entry.is_symlink() else None
+                if real is not None and not Path(real).is_relative_to(whole):
+                    yield Path(entry.path), f"a symlink to {real}"
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif not entry.is_file() and os.path.exists(entry.path) and not entry.is_dir():
+                    yield Path(entry.path), "a pipe or device"
+
+
 def inside(folder: Path, name: str) -> Path:
     """Return the file of a name that was read from a folder's own files.
 

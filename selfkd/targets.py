@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = make_console()
     try:
         root = as_path(arguments.path).expanduser()
-        root = root / "targets" if (root / "config.yaml").exists() else root
+        if (root / "config.yaml").exists():
+            root = root / "targets"
+            if not isinstance(root, RemotePath) and root.is_symlink():
+                return _fault(f"PATH must hold no symlink: name the folder it is to, got {root}")
         if not root.is_dir():
             return _fault(f"PATH must be a targets folder or a run folder, got {arguments.path}")
         if arguments.do == "ls":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,44 @@ def test_gc_keeps_what_a_run_refers_to(run: Path, capsys: pytest.CaptureFixture[
     assert main(["gc", str(run), "--yes"]) == 0
     assert len(shards(run)) == 4
     assert "removed 0 stores" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *("{}", "[]", '{"run": "runs/x"}', '{"run": "s3://b/x"}', '{"run": "/a\\u0000b"}'),
+        *('{"run": "/' + "a" * 5000 + '"}', "folder", "pipe", "dangling", "linked folder"),
+    ],
+)
+def test_gc_keeps_what_some_run_may_refer_to(
+    run: Path, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (record,) = run.glob("targets/*/*/used_by/*.json")
+    record.unlink()
+    if named == "folder":
+        record.mkdir()
+    elif named == "pipe":
+        os.mkfifo(record)
+    elif named == "dangling":
+        record.symlink_to(run / "none")
+    elif named == "linked folder":
+        record.parent.rename(run / "used_by")
+        record.parent.symlink_to(run / "used_by")
+    else:
+        record.write_text(named)
+    assert main(["gc", str(run), "--yes"]) == 0
+    assert "removed 0 stores" in capsys.readouterr().out
+    assert main(["ls", str(run)]) == 0
+    assert len(shards(run)) == 4
+
+
+def test_gc_of_a_run_follows_no_symlink(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "targets").rename(run.parent / "others")
+    (run / "targets").symlink_to(run.parent / "others")
+    shutil.move(run, run.parent / "elsewhere")
+    assert main(["gc", str(run.parent / "elsewhere"), "--yes"]) == 2
+    assert "PATH must hold no symlink" in capsys.readouterr().err
+    assert any((run.parent / "others").glob("*/*/view_000/*"))
 
 
 def test_gc_removes_what_no_run_refers_to_after_asking(

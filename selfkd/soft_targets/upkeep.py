@@ -20,6 +20,7 @@ _DAY = 86_400.0  # seconds
 _HASH = re.compile(r"[0-9a-f]{16}")
 _OWN = re.compile(r"manifest\.json|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors")
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
+_UNKNOWN = "who uses the store is unknown"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # names given by selfkd.storage.files.replace
 
 
@@ -142,40 +143,55 @@ def _info(root: Path, path: Path) -> StoreInfo:
     shards = [(int(match[1]), int(match[2])) for match in matches if match]
     if manifest is not None:
         shards = [(v, s) for v, s in shards if v < manifest.views and s < manifest.shards]
-    users = []
-    for file in files:
-        if file.match("used_by/*.json"):
-            try:
-                users.append(_user(root, file))
-            except ValueError as error:
-                damaged.append(str(error))
+    users, unknown = _users(root, path)
     return StoreInfo(
         path=path,
         manifest=manifest,
         bytes=sum(size for size, _ in files.values()),
         present=len(shards),
         expected=0 if manifest is None else manifest.views * manifest.shards,
-        users=sorted(run for run in users if run is not None),
-        damaged=damaged,
+        users=users,
+        damaged=damaged + unknown,
         leftovers=[file for file in files if _is_temporary(file)],
     )
 
 
-def _user(root: Path, file: Path) -> Path | None:
-    """Return the run that a record names; None where it is gone.
+def _users(root: Path, path: Path) -> tuple[list[Path], list[str]]:
+    """Return the existing runs that use a store, and why others may use it."""
+    folder, users, unknown = path / "used_by", [], []
+    local = not isinstance(path, RemotePath)
+    if local and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
+        return [], [f"{folder} must be a folder, with the names of runs: {_UNKNOWN}"]
+    for file in sorted(folder.glob("*")):
+        if file.name.startswith("."):  # being written
+            continue
+        try:
+            users += _user(root, file)
+        except (OSError, ValueError) as error:
+            unknown.append(str(error))
+    return sorted(users), unknown
+
+
+def _user(root: Path, file: Path) -> list[Path]:
+    """Return the run that a record names; none where it is gone.
 
     Raises:
-        ValueError: The record is damaged, or names a run that only a foreign host could tell of.
+        ValueError: The record is damaged, or names a run that cannot be looked for from here.
     """
     try:
         run = as_path(from_row(dict[str, str], load_json(file))["run"])
         if not isinstance(run, RemotePath) and not run.is_absolute():
-            raise ValueError(f"run must be absolute, got {run}")
+            raise ValueError(f"run must be an absolute path, got {run}")
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}): who uses the store is unknown") from None
-    if isinstance(run, RemotePath) and not isinstance(root, RemotePath):
-        raise ValueError(f"{file} names {run}: whether that is there is not asked")
+        raise ValueError(f"{file} is damaged ({error}): {_UNKNOWN}") from None
+    if isinstance(run, RemotePath):
+        if not isinstance(root, RemotePath):
+            raise ValueError(f"{file} names {run}: whether that is there is not asked")
+        return [run] if run.exists() else []
     try:
-        return run if run.exists() else None
-    except OSError as error:  # a name that no file can have
-        raise ValueError(f"{file} is damaged ({error.strerror})") from None
+        run.stat()  # unlike `exists`, which finds nothing where it may not look
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} names a run that cannot be looked for ({error})") from None
+    return [run]

@@ -4,6 +4,7 @@ from selfkd.config.foreign import config_hash as config_hash
 from selfkd.config.foreign import refuse_foreign as refuse_foreign
 from selfkd.config.foreign import remember as remember
 from selfkd.config.foreign import uses_pretrained as uses_pretrained
+from selfkd.config.load import LARGEST as LARGEST
 from selfkd.config.load import RESUMABLE as RESUMABLE
 from selfkd.config.load import differences as differences
 from selfkd.config.load import dump_config as dump_config

@@ -45,21 +45,44 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        number = int(self.construct_yaml_int(node))
+        if not -(2**63) <= number < 2**64:
+            raise yaml.constructor.ConstructorError(
+                problem="numbers must fit 64 bits", problem_mark=node.start_mark
+            )
+        return number
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        text = str(self.construct_scalar(node))
+        if re.search("[\ud800-\udfff]", text):
+            raise yaml.constructor.ConstructorError(
+                problem="text must be Unicode, not half a character", problem_mark=node.start_mark
+            )
+        return text
+
 
 class _Dumper(yaml.SafeDumper):
     """Safe dumper that quotes text which `_Loader` would read as a number."""
 
 
-LARGEST = 2**20
-"""Largest number of characters of a config."""
+LARGEST = 2**17
+"""Largest number of characters of a config, which take seconds to read."""
 _NO_KEYS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")
 
 
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),  # of linear time
         list("-+0123456789."),
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
+for _tag in ("binary", "set"):  # no JSON has them
+    _Loader.add_constructor(
+        f"tag:yaml.org,2002:{_tag}",
+        _Loader.construct_undefined,  # type: ignore[type-var]
     )
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from selfkd import __version__
 from selfkd.config import (
+    LARGEST,
     RESUMABLE,
     Config,
     config_hash,
@@ -61,6 +62,8 @@ class RunFolder:
         Raises:
             ConfigError: It exists already, or cannot be written.
         """
+        if (length := len(dump_config(config))) > LARGEST:
+            raise ConfigError(f"a config must have at most {LARGEST:,} characters, got {length:,}")
         left = not numbered and path.exists()
         if left and not _never_began(path):
             raise ConfigError(

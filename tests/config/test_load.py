@@ -1,5 +1,7 @@
 """Reading a config: what takes precedence, and every mistake named with its source."""
 
+import time
+
 import pytest
 
 from selfkd.config import (
@@ -216,6 +218,12 @@ def test_numbers_as_people_write_them(write, text):
         ("2024-01-01: 3", "must be YAML: keys must be text"),
         ("? [a, b]\n: 3", "must be YAML: keys must be text"),
         ("rounds: \t1: 2\n", "must be YAML: "),
+        ("seed: 0x" + "f" * 9000, "must be YAML: numbers must fit 64 bits"),
+        ("params: {a: 1" + ":1" * 40 + "}", "must be YAML: numbers must fit 64 bits"),
+        ('params: {a: "\\ud800"}', "must be YAML: text must be Unicode"),
+        ("params: {a: !!binary aGk=}", "must be YAML: could not determine a constructor"),
+        ("params: {a: !!set {b, c}}", "must be YAML: could not determine a constructor"),
+        ("params: {a: [" + "1," * 2**17 + "]}", "must have at most 131,072 characters"),
     ],
 )
 def test_a_file_without_a_config_is_refused(faults, text, message):
@@ -239,6 +247,13 @@ def test_yaml_makes_no_python_objects(faults, tmp_path, text):
     (line,) = faults(settings=[f"name={text.format(touched)}"])
     assert "could not determine a constructor" in line or "must be a valid string" in line
     assert not touched.exists()
+
+
+@pytest.mark.parametrize("text", ["1" * 100_000 + "e", "1." * 50_000 + "e", "." * 100_000])
+def test_a_long_word_is_read_in_linear_time(text):
+    start = time.process_time()
+    assert parse_yaml(text, "run.yaml") == text
+    assert time.process_time() - start < 20  # all ways to split its digits take minutes
 
 
 def test_an_unreadable_file_is_named(tmp_path):

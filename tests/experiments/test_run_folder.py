@@ -110,3 +110,10 @@ def test_numbers_are_those_of_folders_in_a_bucket_too(monkeypatch: pytest.Monkey
     assert [path.name for path in numbered] == ["a", "a-2", "a-3"]
     monkeypatch.setattr(run_folder.time, "sleep", lambda _: save_text(root / "b" / "run_id", "x"))
     assert RunFolder.create(root / "b", Config(), numbered=True).path.name == "b-2"
+
+
+def test_a_run_has_no_config_that_would_be_too_long_to_read(tmp_path: Path) -> None:
+    config = Config(params={"list": [1] * 50_000})
+    with pytest.raises(ConfigError, match="must have at most 131,072 characters"):
+        RunFolder.create(tmp_path / "run", config)
+    assert list(tmp_path.iterdir()) == []

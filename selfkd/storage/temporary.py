@@ -26,10 +26,11 @@ _held: dict[Path, TemporaryFolder] = {}
 
 def remove_all() -> None:
     """Remove all temporary folders of this process, which ends, and of those that it has ended."""
+    parents = {folder.path.parent for folder in _held.values()}
     for folder in list(_held.values()):
         folder.remove()
-    with contextlib.suppress(OSError):
-        sweep(Path(tempfile.gettempdir()), _PATTERN)
+    for parent in {*parents, Path(tempfile.tempdir or tempfile.gettempdir())}:
+        sweep(parent, _PATTERN)
 
 
 class TemporaryFolder:

@@ -149,5 +149,6 @@ def leave_now(code: int) -> None:
             stream.flush()
     if "ray" in sys.modules and (private := sys.modules.get("selfkd.execution.ray_private")):
         private.kill_started(everything=True)
-    remove_all()
+    with contextlib.suppress(OSError):
+        remove_all()
     os._exit(code)

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from selfkd.storage.temporary import remove_all
 
 INTERRUPTED = 130
 """Exit code of a command that was stopped."""
-LEAVE_SECONDS = 3.5
+LEAVE_SECONDS = 2.5
 """Seconds from a signal after which a command leaves, whatever it still does."""
 AGAIN_SECONDS = 0.5
 """Seconds after which another signal is a second wish; batch systems send one to each process."""
@@ -41,12 +41,14 @@ class _Command:
         reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         self._outer = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
         threading.Thread(target=self._limit, args=(reads,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         signal.set_wakeup_fd(self._outer)
+        sys.unraisablehook = self._hook
         os.close(self._writes)
 
     def _limit(self, reads: int) -> None:
@@ -63,6 +65,16 @@ class _Command:
             raise KeyboardInterrupt
         if time.monotonic() - self._at > AGAIN_SECONDS:
             self.leave()
+
+    def _raise_again(self, lost: Any) -> None:
+        """Interrupt once more where that fell into a callback, as of an import, which ignores it."""
+        if self._at is None or lost.exc_type is not KeyboardInterrupt:
+            self._hook(lost)
+        else:
+            self._at = None
+            timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+            timer.daemon = True
+            timer.start()
 
     def say_once(self) -> None:
         if self._said.acquire(blocking=False):

@@ -177,7 +177,7 @@ def kill_started(*, everything: bool = False) -> None:
     for process in found:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(found, timeout=1.0)
+    psutil.wait_procs(found, timeout=0.7)
 
 
 def _is_wandb(process: psutil.Process) -> bool:

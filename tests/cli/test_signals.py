@@ -22,6 +22,12 @@ def hang():
     lock_it(lock)
     lock_it(lock)  # for ever, and no signal ends it, as a call of Ray
 
+def callback():
+    class Ignoring:
+        def __del__(self):
+            signal.pause()
+    Ignoring()
+
 def say():
     print("stopped", flush=True)
 
@@ -30,6 +36,8 @@ with signals.interruptible(say):
         print("ready", flush=True)
         if sys.argv[1] == "hangs":
             hang()
+        if sys.argv[1] == "ignores":
+            callback()
         signal.pause()
     except KeyboardInterrupt:
         signals.say_stopped(say)
@@ -65,6 +73,10 @@ def stop(kind: str, numbers: Sequence[int], leave: float, again: float, *, group
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_said_once(number: int, group: bool) -> None:
     assert stop("leaves", [number], 600, 600, group=group) == "stopped\nleaving\n"
+
+
+def test_an_interrupt_that_a_callback_ignores_is_raised_again() -> None:
+    assert stop("ignores", [signal.SIGINT], 600, 600, group=False) == "stopped\nleaving\n"
 
 
 @pytest.mark.parametrize("kind", ["hangs", "waits"])

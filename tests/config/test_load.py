@@ -218,8 +218,11 @@ def test_numbers_as_people_write_them(write, text):
         ("2024-01-01: 3", "must be YAML: keys must be text"),
         ("? [a, b]\n: 3", "must be YAML: keys must be text"),
         ("rounds: \t1: 2\n", "must be YAML: "),
-        ("seed: 0x" + "f" * 9000, "must be YAML: numbers must fit 64 bits"),
-        ("params: {a: 1" + ":1" * 40 + "}", "must be YAML: numbers must fit 64 bits"),
+        ("seed: 0x" + "f" * 9000, "must be YAML: numbers must have fewer"),
+        (
+            "params: {a: 1" + ":1" * 700 + "}",
+            "must be YAML: numbers must have fewer",
+        ),
         ('params: {a: "\\ud800"}', "must be YAML: text must be Unicode"),
         ("params: {a: !!binary aGk=}", "must be YAML: could not determine a constructor"),
         ("params: {a: !!set {b, c}}", "must be YAML: could not determine a constructor"),

@@ -26,6 +26,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import confirmation_table, own_metrics_table, printed_table
 from selfkd.reporting.words import form, short_metric
 from selfkd.results import GenerationResult, GenerationsSummary
+from selfkd.storage.remote import secret_fault
 from selfkd.training.functions import function_reference
 
 
@@ -137,6 +138,8 @@ def _command(reference: str | None) -> Command[GenerationsSummary]:
                 "controls must be empty with --train, whose data and test split are its own, got "
                 f"{config.controls}"
             )
+        if fault := secret_fault(path):
+            raise ConfigError(f"--train {fault}")
         if not colon or not Path(path).expanduser().is_file():
             raise ConfigError(f"--train must be path/file.py:function, got {reference!r}")
 

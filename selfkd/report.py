@@ -55,8 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
-    output = Path(arguments.output).expanduser() if arguments.output else None
+    output = None
     try:
+        output = as_path(arguments.output).expanduser() if arguments.output else None
         return _report(_read(arguments.runs), arguments.format, output)
     except ValueError as error:
         return _fault(str(error), USAGE)

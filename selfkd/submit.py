@@ -167,6 +167,8 @@ def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
     """
     if not options.address:
         raise ConfigError("--address must be given, http://HEAD:8265 of the head's dashboard")
+    if fault := secret_fault(options.address):
+        raise ConfigError(f"--address {fault}")
     if "://" not in options.address:
         options.address = f"http://{options.address}"
     options.address = options.address.rstrip("/")
@@ -181,7 +183,8 @@ def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
     if arguments.resume is None or arguments.config:
         config = load_config(arguments.config, settings=arguments.settings)
         named += [("storage", config.storage)] if arguments.resume is None else []
-    found = ((name, secret_fault(path)) for name, path in named if path)
+    train = ("--train", getattr(arguments, "train", None))
+    found = ((name, secret_fault(path)) for name, path in [*named, train] if path)
     faults = [f"{name}: {fault}" for name, fault in found if fault]
     faults += relative_paths(config, *named)
     if faults:

@@ -44,6 +44,8 @@ from selfkd.tasks.images.networks import ImageNetworks
     [
         ("generations", ["--set", "storage={}"]),
         ("generations", ["--set", "data.root={}"]),
+        ("generations", ["--set", "data.name={}"]),
+        ("generations", ["--train", "{}:f"]),
         ("generations", ["--set", "targets.root={}"]),
         ("generations", ["--resume", "{}"]),
         ("ensemble", ["--from", "{}"]),
@@ -59,6 +61,8 @@ from selfkd.tasks.images.networks import ImageNetworks
         "abfs://:{}@host/a",
         "ftp://a:{}@b",
         "s3://a:{}/x@b",
+        "https://{}@host/a",
+        "s3://a%3A{}@b",
     ],
 )
 @pytest.mark.parametrize("outside", [False, True])
@@ -75,6 +79,37 @@ def test_a_password_in_a_path_is_refused_and_not_repeated(
     said = capsys.readouterr()
     assert "must have no user:password@ in its URI" in said.err
     assert secret not in said.out + said.err
+
+
+@pytest.mark.parametrize("uri", ["s3://KEY:{}@b", "https://{}@h/a", "s3://b/a?key={}", "s3://b#{}"])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (report, ["{}"]),
+        (report, [".", "--output", "{}"]),
+        (response, ["{}"]),
+        (budget, ["--from", "{}", "--teacher", "1", "--student", "1", "--price", "1"]),
+        (targets, ["ls", "{}"]),
+        (targets, ["gc", "{}"]),
+        (targets, ["verify", "{}"]),
+        (generations, ["--config", "{}"]),
+        (submit, ["--address", "{}", "--", "generations"]),
+    ],
+)
+def test_nor_is_one_by_the_commands_that_read(
+    command: Any,
+    words: list[str],
+    uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    secret = f"x{secrets.token_hex(8)}"
+    assert command.main([word.format(uri.format(secret)) for word in words]) == 2
+    said = capsys.readouterr()
+    assert secret not in said.out + said.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nor_is_one_of_the_environment(

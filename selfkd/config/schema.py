@@ -83,7 +83,7 @@ ModelArgs = Annotated[dict[str, Any], AfterValidator(_plain_args)]
 class DataConfig:
     """Dataset, splits and augmentation."""
 
-    name: str = "digits"
+    name: Place = "digits"
     """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
     train/CLASS and test/CLASS) or any name of `timm.data.create_dataset`."""
     root: Place | None = None

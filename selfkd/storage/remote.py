@@ -11,7 +11,11 @@ from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+")
-_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]+:/+[^/[]*:(?!\d+(/|$))", re.IGNORECASE)  # not a port
+_PASSWORD = re.compile(  # not a port
+    r"[a-z][a-z0-9+.-]+:/+[^/[]*(:|%3a)(?!\d+(/|$))", re.IGNORECASE
+)
+_NAMED = r"(?!(?:hdfs|viewfs|abfss?|file):)"  # the others have no names before @, but tokens
+_TOKEN = re.compile(rf"{_NAMED}[a-z][a-z0-9+.-]+:/+[^/]*@", re.IGNORECASE)
 _QUERY = re.compile(r"[a-z][a-z0-9+.-]+:/+[^?#]*[?#]", re.IGNORECASE)
 _ENVIRONMENT = (
     "which would be written to files and logs: the environment gives it (AWS_ACCESS_KEY_ID and "
@@ -40,13 +44,13 @@ def as_path(text: str | Path) -> Path:
 
 
 def secret_fault(text: str) -> str | None:
-    """Return why a path may carry a secret: `user:password@`, a query or a fragment of a URI.
+    """Return why a path may carry a secret: `user:password@`, `token@`, a query or a fragment.
 
     >>> secret_fault("s3://bucket/a?secret_key=x").partition(",")[0]
     'must be a URI that has no query'
     >>> secret_fault("hdfs://user@host:8020/a:b@c")
     """
-    if _PASSWORD.match(text):
+    if _PASSWORD.match(text) or _TOKEN.match(text):
         return PLAIN_URI
     if _QUERY.match(text):
         plain = re.split("[?#]", text)[0]
@@ -60,7 +64,10 @@ def without_secrets(text: str) -> str:
     >>> without_secrets("got s3://key:secret@bucket/a?token=x, and more")
     'got s3://…@bucket/a?…, and more'
     """
-    text = re.sub(r"([a-z][a-z0-9+.-]+:/+)[^/\s@'\"]*:[^/\s@'\"]*@", r"\1…@", text, flags=re.I)
+    begin, user = r"(?<![a-z0-9+.-])", r"[^/\s@'\"]*"
+    secret = rf"{begin}([a-z][a-z0-9+.-]+:/+){user}(?::|%3a){user}@"
+    text = re.sub(secret, r"\1…@", text, flags=re.I)
+    text = re.sub(rf"{begin}{_NAMED}([a-z][a-z0-9+.-]+:/+){user}@", r"\1…@", text, flags=re.I)
     return re.sub(r"([a-z][a-z0-9+.-]+:/+[^\s?#'\"]*[?#])[^\s'\",;]+", r"\1…", text, flags=re.I)
 
 

@@ -67,7 +67,7 @@ class _Command:
             self.leave()
 
     def _raise_again(self, lost: Any) -> None:
-        """Interrupt once more where that fell into a callback, as of an import, which ignores it."""
+        """Interrupt once more where a callback, as of an import, has swallowed the interrupt."""
         if self._at is None or lost.exc_type is not KeyboardInterrupt:
             self._hook(lost)
         else:

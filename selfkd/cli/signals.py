@@ -67,7 +67,7 @@ class _Command:
             self.leave()
 
     def _raise_again(self, lost: Any) -> None:
-        """Interrupt once more where a callback, as of an import, has swallowed the interrupt."""
+        """Interrupt once more where a callback, as of an import, has ignored that."""
         if self._at is None or lost.exc_type is not KeyboardInterrupt:
             self._hook(lost)
         else:

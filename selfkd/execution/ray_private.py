@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -72,13 +74,18 @@ def on_loopback(session: str) -> Iterator[None]:
 
 @contextmanager
 def own_handlers() -> Iterator[None]:
-    """Leave this process its handler of SIGTERM, which Ray replaces where it starts."""
+    """Leave this process its handler of SIGTERM, which Ray replaces where it starts.
+
+    It is set again at the end, as Ray's C++ part has a handler, too, that prints a stack.
+    """
     replaces = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = replaces
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def say_no_deaths() -> None:

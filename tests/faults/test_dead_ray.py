@@ -76,6 +76,7 @@ def test_a_run_whose_ray_dies_or_that_is_stopped(
     assert process.wait(timeout=600) == code, log.read_text()
     printed = log.read_text()
     assert "Traceback" not in printed
+    assert "SIGTERM received" not in printed
     assert f"python -m selfkd.generations --resume {tmp_path}/runs/run" in printed
     if victim is None:
         assert printed.count("stopped; continue with") == 1

@@ -33,11 +33,14 @@ def reaches_out(config: Config) -> dict[str, Any]:
     for key in ("data.download", "targets.root", "tracking.entity"):
         if values[key]:
             found[key] = values[key]
-    files = [file.path for file in config.members.checkpoints]
-    remote = {"data.root": [config.data.root], "members.runs": config.members.runs}
-    for key, places in {**remote, "members.checkpoints": files}.items():
-        if any("://" in str(place) for place in places):
-            found[key] = places[0] if key == "data.root" else list(places)
+    places: dict[str, list[Any]] = {
+        "data.root": [config.data.root],
+        "members.runs": list(config.members.runs),
+        "members.checkpoints": [file.path for file in config.members.checkpoints],
+    }
+    for key, named in places.items():
+        if any("://" in str(place) for place in named):
+            found[key] = named
     if config.data.name.partition("/")[0] in _FETCHED:
         found["data.name"] = config.data.name
     return found | dict(_pretrained(to_tree(config), ""))

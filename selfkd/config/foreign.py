@@ -40,7 +40,7 @@ def reaches_out(config: Config) -> dict[str, Any]:
     }
     for key, named in places.items():
         if any("://" in str(place) for place in named):
-            found[key] = named
+            found[key] = named[0] if key == "data.root" else named
     if config.data.name.partition("/")[0] in _FETCHED:
         found["data.name"] = config.data.name
     return found | dict(_pretrained(to_tree(config), ""))
@@ -81,7 +81,7 @@ def refuse_foreign(config: Config, source: Path, *, confirmed: Collection[str]) 
         key: value
         for key, value in reaches_out(config).items()
         if not any(key == given or key.startswith(f"{given}.") for given in confirmed)
-        and not _record(config, key, value).exists()
+        and not _is_known(config, key, value)
     }
     if asked:
         raise ConfigError(
@@ -98,6 +98,12 @@ def remember(config: Config) -> None:
             path = _record(config, key, value)
             path.parent.mkdir(exist_ok=True, mode=0o700)
             path.touch()
+
+
+def _is_known(config: Config, key: str, value: Any) -> bool:
+    with suppress(OSError):  # a home that cannot be written to
+        return _record(config, key, value).exists()
+    return False
 
 
 def _record(config: Config, key: str, value: Any) -> Path:

@@ -58,7 +58,8 @@ def generation_row(result: GenerationResult) -> Row:
     (1, 0.5, 0.1, False)
     """
     known = result.diagnostics.get("test")
-    row: Row = {name: getattr(result, name) for name in (*PLAIN, *COUNTS)} | result.metrics
+    own = {name: getattr(result, name) for name in (*PLAIN, *COUNTS)}
+    row: Row = result.metrics | {name: value for name, value in own.items() if value is not None}
     if known is not None:
         row |= {name: known.metric(name) for name in ("brier", "kl")}
         row |= {f"scaled_{name}": value for name, value in (known.scaled or {}).items()}

@@ -34,7 +34,7 @@ from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.worker.jobs import run_job
 
-WEIGHTS = (6, 2, 1, 4, 4, 5, 4)  # of the operations: some take longer
+WEIGHTS = (14, 2, 1, 8, 8, 8, 8)  # of the operations: some take longer
 CASES = int(os.environ.get("SELFKD_FUZZ", "2000"))
 MEMORY = 1e6  # kB: growth of this process
 SECONDS = 30.0  # of processor time, of one case

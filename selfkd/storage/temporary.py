@@ -130,18 +130,22 @@ def temporary_files() -> Iterator[None]:
         sweep(folder.path.parent, _PATTERN)
 
 
-def import_with_files(module: str) -> None:
-    """Import a module that makes temporary files; they lie in one folder to the process' end.
+def import_with_files(*modules: str, prefix: str = "selfkd-") -> None:
+    """Import modules that make temporary files; they lie in one folder to the process' end.
 
     A process that is killed, as a worker of Ray is, would leave them for ever.
 
     Args:
-        module: Name of the module, such as that of W&B, which timm imports.
+        modules: Names of the modules, such as that of W&B, which timm imports; one that is not
+            there, as in another version, is left out.
+        prefix: Beginning of the folder's name.
     """
-    folder = TemporaryFolder()
+    folder = TemporaryFolder(prefix)
     atexit.register(folder.remove)
     with _files_in(folder):
-        importlib.import_module(module)
+        for module in modules:
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(module)
 
 
 @contextmanager

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from selfkd.tracking import temporary
+from selfkd.storage.temporary import sweep
 
 IMPORT = """
 import sys, tempfile
@@ -63,8 +61,6 @@ def test_the_next_start_removes_what_a_killed_one_has_left_and_no_others(tmp_pat
     assert not list(tmp_path.glob("tmp*wandb-artifacts"))
 
 
-def test_a_temporary_folder_that_cannot_be_read_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(temporary.tempfile, "gettempdir", lambda: str(tmp_path / "gone"))
-    temporary.remove_left()
+def test_a_temporary_folder_that_cannot_be_read_stops_nothing(tmp_path: Path) -> None:
+    sweep(tmp_path / "gone", "selfkd-wandb-*")
+    assert not (tmp_path / "gone").exists()

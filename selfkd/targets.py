@@ -18,7 +18,7 @@ from selfkd.cli.terminal import make_console, print_lines
 from selfkd.config import Config, from_tree, merge_settings, refuse_foreign, to_tree
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.soft_targets.store import SoftTargets, check_shard, open_store
-from selfkd.soft_targets.upkeep import StoreInfo, list_stores, remove_store, sweep, unused
+from selfkd.soft_targets.upkeep import StoreInfo, list_stores, remove_store, sweep
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tasks import make_task
 from selfkd.text import one_line
@@ -113,8 +113,9 @@ def _list(console: Console, root: Path) -> int:
 
 
 def _clear(console: Console, root: Path, *, sure: bool) -> int:
-    stores = unused(root)
-    for info in list_stores(root):
+    found = list_stores(root)
+    stores = [info for info in found if info.unused]
+    for info in found:
         for fault in info.damaged:
             print_lines(console, [f"kept {info.path}: {fault}"])
     for info in stores:

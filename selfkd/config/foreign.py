@@ -26,8 +26,8 @@ def reaches_out(config: Config) -> dict[str, Any]:
     """Return the settings by which a run fetches, sends, or writes outside its folder.
 
     >>> from selfkd.config import load_config
-    >>> reaches_out(load_config(settings=["targets.root=/tmp/a"]))
-    {'targets.root': '/tmp/a'}
+    >>> reaches_out(load_config(settings=["targets.root=s3://bucket/a"]))
+    {'targets.root': 's3://bucket/a'}
     """
     values, found = flat(config), {}
     for key in ("data.download", "targets.root", "tracking.entity"):

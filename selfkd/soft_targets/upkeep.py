@@ -13,7 +13,7 @@ from pathlib import Path
 
 from selfkd.results import from_row
 from selfkd.soft_targets.manifest import Manifest, load_manifest, store_path
-from selfkd.storage.files import load_json, remove_file, retry_io, save_json
+from selfkd.storage.files import is_temporary, load_json, remove_file, retry_io, save_json
 from selfkd.storage.remote import RemotePath, as_path
 
 _DAY = 86_400.0  # seconds
@@ -21,7 +21,6 @@ _HASH = re.compile(r"[0-9a-f]{16}")
 _OWN = re.compile(r"manifest\.json|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors")
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
 _UNKNOWN = "who uses the store is unknown"
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # names given by selfkd.storage.files.replace
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,11 @@ class StoreInfo:
     """What is wrong with its manifest and with its records of users."""
     leftovers: list[Path]
     """Temporary files of running or killed writers."""
+
+    @property
+    def unused(self) -> bool:
+        """Whether it is whole, and no existing run uses it."""
+        return not (self.users or self.damaged)
 
 
 def remember_user(root: Path, teacher: str, data: str, run: Path) -> None:
@@ -69,7 +73,7 @@ def list_stores(root: Path) -> list[StoreInfo]:
 
 def unused(root: Path) -> list[StoreInfo]:
     """Return the stores that no existing run uses."""
-    return [info for info in list_stores(root) if not (info.users or info.damaged)]
+    return [info for info in list_stores(root) if info.unused]
 
 
 def remove_store(path: Path) -> None:
@@ -79,7 +83,7 @@ def remove_store(path: Path) -> None:
     """
     found = _files(path)
     for file in sorted(found, key=lambda file: file.name == "manifest.json"):
-        if _OWN.fullmatch(file.relative_to(path).as_posix()) or _is_temporary(file):
+        if _OWN.fullmatch(file.relative_to(path).as_posix()) or is_temporary(file):
             remove_file(file)
     if not isinstance(path, RemotePath):
         for place, _, _ in sorted(os.walk(path), reverse=True):
@@ -97,7 +101,7 @@ def sweep(root: Path, *, seconds: float = _DAY) -> list[Path]:
     removed = []
     for store in _stores(root):
         for path, (_, changed) in _files(store).items():
-            if _is_temporary(path) and time.time() - changed > seconds:
+            if is_temporary(path) and time.time() - changed > seconds:
                 remove_file(path)
                 removed.append(path)
     return removed
@@ -113,10 +117,6 @@ def _stores(root: Path) -> Iterator[Path]:
             continue
         if (path / "manifest.json").exists() or any(path.glob("view_*/")):
             yield path
-
-
-def _is_temporary(path: Path) -> bool:
-    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, float]]:
@@ -152,7 +152,7 @@ def _info(root: Path, path: Path) -> StoreInfo:
         expected=0 if manifest is None else manifest.views * manifest.shards,
         users=users,
         damaged=damaged + unknown,
-        leftovers=[file for file in files if _is_temporary(file)],
+        leftovers=[file for file in files if is_temporary(file)],
     )
 
 

@@ -347,10 +347,15 @@ def remove_tree(folder: Path) -> None:
         retry_io(folder, lambda: shutil.rmtree(folder))
 
 
+def is_temporary(path: Path) -> bool:
+    """Return whether a file has a name that `replace` gives to what is being written."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def temporaries(folder: Path) -> Iterator[Path]:
     """Yield the temporary files of running or killed writers in a folder of this machine."""
     for place, _, names in os.walk(folder):
-        yield from (Path(place, name) for name in names if _TEMPORARY.fullmatch(name))
+        yield from filter(is_temporary, (Path(place, name) for name in names))
 
 
 def odd_entries(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -9,6 +9,7 @@ from selfkd.results.evaluation import Diagnostics, Evaluation, McNemar
 from selfkd.results.fields import Count, Digest, FileName, Point
 from selfkd.results.row import ROW, Interval, Measured
 from selfkd.results.trial import Epoch, Model
+from selfkd.results.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -88,6 +89,8 @@ class GenerationsSummary:
 
     generations: tuple[GenerationResult, ...]
     confirmations: tuple[Confirmation, ...] = ()
+    verdict: Verdict | None = None
+    """Of the born-again generations against generation 0, or the student's network from labels."""
     ensemble: Evaluation | None = None
     """Of all generations."""
     controls: tuple[ControlResult, ...] = ()

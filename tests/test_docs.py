@@ -64,7 +64,7 @@ def test_types_limits_and_defaults_are_those_of_the_schema() -> None:
     assert found["rounds"].type == "whole number or `auto`"
     assert found["data.classes"].type == "list of whole number, or null"
     assert found["student"].type == "network as in [model](#model), or null"
-    assert found["model.args"].default == '`{"width": 16}`'
+    assert found["model.args"].default == '`{"width": 8}`'
     assert found["study.compare.each.arm"].default == "required"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -292,7 +293,7 @@ Control = Literal["seeds", "label_smoothing", "dkpp", "cwtm", "teacher_free"]
 class ConfirmConfig:
     """Replication of the chosen settings and of the labels-only baseline on fresh seeds."""
 
-    seeds: int = Field(default=3, ge=0, le=10_000)
+    seeds: int = Field(default=6, ge=0, le=10_000)
     """Number of fresh seeds; 0 for no replication."""
 
 
@@ -357,6 +358,16 @@ class StudyConfig:
     """Contrasts; each arm with the first one when not given."""
 
 
+SPACE: Tree = {
+    "distill.temperature": {"loguniform": [1, 10]},
+    "distill.alpha": {"uniform": [0.1, 1]},
+}
+"""Default search space: wide, as where labels are few and fit the soft targets help most, and where
+networks are undertrained the labels must stay."""
+PAPER: Point = {"distill.temperature": 1.0, "distill.alpha": 1.0}
+"""Loss of born-again networks (Furlanello et al., 2018)."""
+
+
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class SearchConfig:
     """Hyperparameter search."""
@@ -371,16 +382,20 @@ class SearchConfig:
     """Search algorithm: sobol (scrambled Sobol sequence), random, or optuna (TPE)."""
     scheduler: Literal["none", "asha"] = "none"
     """Early stopping of trials: none, or ASHA."""
-    space: dict[str, Any] = Field(
-        default_factory=lambda: {
-            "distill.temperature": {"loguniform": [1, 20]},
-            "distill.alpha": {"uniform": [0, 1]},
-        }
-    )
+    space: dict[str, Any] = Field(default_factory=lambda: copy.deepcopy(SPACE))
     """Search space: dotted config keys with `{uniform: [low, high]}`, `{loguniform: [low, high]}`,
     `{randint: [low, high]}` (both included) or `{choice: [value, …]}`."""
     labels_only_space: dict[str, Any] = Field(default_factory=dict)
     """Further search space of models trained on labels alone, such as generation 0."""
+    points: list[Point] = Field(default=None)
+    """Points that each search with teachers tries after the winner of the search before, as dotted
+    keys with values, inside the space or not; with the default space and at least 4 trials the
+    loss of the born-again paper, T 1 and alpha 1, when not given."""
+
+    def __post_init__(self) -> None:
+        if self.points is None:
+            default = self.space == SPACE and self.trials >= 4
+            object.__setattr__(self, "points", [dict(PAPER)] if default else [])
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -448,7 +463,7 @@ class Config:
     """Folder of the run folders, or its URI, such as s3://bucket/runs."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Dataset, splits and augmentation."""
-    model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 16}))
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 8}))
     """Network of generation 0, of the members and, without `student`, of the students."""
     student: ModelConfig | None = None
     """Network of the distilled students, such as generations 1, 2, …; `model` when not given."""

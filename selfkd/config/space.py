@@ -122,10 +122,10 @@ def make_points(
         algorithm: `random` (independent draws) or `sobol` (scrambled Sobol sequence of
             `scipy.stats.qmc`).
         seed: Random seed of the draws.
-        first: Points that come before all others.
+        first: Points that come before all others, inside the space or not.
 
     Returns:
-        `count` points; empty ones where the space is empty.
+        `count` points; empty ones after the first where the space is empty.
 
     Reference:
         Owen, "Scrambling Sobol' and Niederreiter-Xing Points", Journal of Complexity, 1998,
@@ -138,12 +138,10 @@ def make_points(
     >>> points[0], len(points)
     ({'distill.alpha': 1}, 3)
     """
-    if not space:
-        return [{} for _ in range(count)]
     points = [dict(point) for point in first][:count]
     rest = count - len(points)
-    if rest == 0:
-        return points
+    if not space or rest == 0:
+        return points + [{}] * rest
     if algorithm == "random":
         quantiles = np.random.default_rng(seed).random((rest, len(space)))
     else:
@@ -207,7 +205,8 @@ class Optuna:
     Args:
         space: Distributions by dotted config key.
         seed: Random seed of the sampler.
-        first: Points that come before all others.
+        first: Points that come before all others. Those outside the space are tried without the
+            sampler, which knows nothing of them.
 
     Raises:
         ValueError: optuna is not installed.
@@ -237,6 +236,7 @@ class Optuna:
             "randint": lambda low, high: optuna.distributions.IntDistribution(low, high),
             "choice": lambda *values: optuna.distributions.CategoricalDistribution(values),
         }
+        self._space = space
         self._distributions = {key: make[d.kind](*d.values) for key, d in space.items()}
         self._failed = optuna.trial.TrialState.FAIL
         self._create_trial = optuna.trial.create_trial
@@ -247,10 +247,12 @@ class Optuna:
 
     def ask(self, number: int) -> Point:
         """Return the point that the sampler proposes for a trial."""
+        if number < len(self._first):
+            if not self._has(self._first[number]):
+                return dict(self._first[number])
+            self._study.enqueue_trial(self._first[number])
         # one seed a trial, so that a resumed search does not repeat its first points
         self._study.sampler = self._make_sampler(seed=(self._seed + number) % 2**32)
-        if number < len(self._first):
-            self._study.enqueue_trial(self._first[number])
         trial = self._study.ask(self._distributions)
         self._trials[number] = trial
         return dict(trial.params)
@@ -261,7 +263,13 @@ class Optuna:
         failed = value is None or math.isnan(value)
         if trial is not None:
             self._study.tell(trial, None if failed else value, self._failed if failed else None)
-        elif not failed:
+        elif not failed and self._has(point):
             self._study.add_trial(
                 self._create_trial(params=point, distributions=self._distributions, value=value)
             )
+
+    def _has(self, point: Point) -> bool:
+        """Say whether a point lies in the space: Optuna refuses others."""
+        return point.keys() == self._space.keys() and all(
+            self._space[key].contains(value) for key, value in point.items()
+        )

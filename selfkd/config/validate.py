@@ -78,6 +78,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if warmup >= epochs:
         where = locate_key("train.warmup_epochs", sources)
         yield f"{where}: must be less than train.epochs ({epochs}), got {warmup}"
+    for number, point in enumerate(config.search.points):
+        where = locate_key(f"search.points.{number}", sources)
+        yield from (f"{where}: {fault}" for fault in _point_faults(config, point))
     for name in ("space", "labels_only_space"):
         space: dict[str, Any] = getattr(config.search, name)
         for key, spec in space.items():
@@ -117,13 +120,30 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                 )
 
 
-def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
+def _key_faults(key: str) -> Iterator[str]:
+    """Yield why a key cannot differ from trial to trial, if it cannot."""
     known = [k for k in known_keys() if "." in k and k.split(".")[0] not in _FIXED]
     if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
         yield "cannot be searched: all trials of a run share it"
-        return
-    if key not in known and not re.fullmatch(r"((model|student)\.args|params)\.\w+", key):
+    elif key not in known and not re.fullmatch(r"((model|student)\.args|params)\.\w+", key):
         yield f"is no config key{did_you_mean(key, known)}"
+
+
+def _point_faults(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
+    faults = [f"{key} {fault}" for key in point for fault in _key_faults(key)]
+    if not point:
+        faults = ["must have at least one key, got {}"]
+    yield from faults
+    if not faults:
+        try:
+            config.at(dict(point))
+        except ConfigError as error:
+            yield from str(error).splitlines()
+
+
+def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
+    if faults := list(_key_faults(key)):
+        yield from faults
         return
     try:
         distribution = Distribution.parse(spec)

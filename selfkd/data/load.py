@@ -50,7 +50,7 @@ def load_data(
 
     | name | images | train, val, test by default |
     |---|---|---|
-    | `digits` | scikit-learn's, 8x8, embedded | 200, 400, 1,197 |
+    | `digits` | scikit-learn's, 8x8, embedded | 100, 400, 1,197 |
     | `mnist`, `fashion_mnist` | 28x28 | 50,000, 10,000, the official 10,000 |
     | `cifar10`, `cifar100` | 32x32, 3 channels | 45,000, 5,000, the official 10,000 |
     | `folder` | root/train/<class>/<image>, root/test and root/val | a tenth of train is held out \
@@ -83,7 +83,7 @@ where there is no val; val is the test split where there is no test |
     Example:
         >>> data = load_data("digits")
         >>> len(data.train), len(data.val), len(data.test), data.in_chans, data.image_size
-        (200, 400, 1197, 1, 8)
+        (100, 400, 1197, 1, 8)
         >>> generator = torch.Generator().manual_seed(0)
         >>> inputs, labels, index = next(data.batches("train", batch_size=50, generator=generator))
         >>> inputs.shape, inputs.dtype

@@ -61,7 +61,7 @@ def open_digits() -> Source:
         Split(images, torch.from_numpy(labels)),
         DIGITS,
         val_size=400,
-        train_size=200,
+        train_size=100,
         test_size=1197,
         statistics=KNOWN_STATISTICS["digits"],
     )

@@ -69,6 +69,8 @@ class Arm:
     """Further arguments of the training job, by number."""
     space: Mapping[str, Distribution] = field(default_factory=dict)
     """What its search varies."""
+    points: Sequence[Point] = ()
+    """Points that its search tries first."""
     seeds: Sequence[int] | None = None
     """Fresh seeds that it is replicated on; those of the run's confirmation when not given."""
     seed_name: str | int | None = None
@@ -153,7 +155,7 @@ class Run:
         named = arm.name if arm.seed_name is None else arm.seed_name
         early = EarlyStopping(config.train.epochs, search.metric, search.mode)
         proposer = make_proposer(
-            config, arm.space, seed=trial_seed(config.seed, named, -1), last=last
+            config, arm.space, seed=trial_seed(config.seed, named, -1), last=last, more=arm.points
         )
         stage = Stage(
             name=arm.name,

@@ -115,6 +115,7 @@ def _student(
             point=point,
             teachers=teach,
             space=space,
+            points=config.search.points if kind == "distilled" else (),
         )
         return replace(
             own,

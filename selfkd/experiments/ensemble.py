@@ -55,6 +55,7 @@ def compress(run: Run) -> EnsembleSummary:
         folder=folder / "student",
         teachers=teachers.of,
         space=config.space(with_teacher=True),
+        points=config.search.points,
     )
     found = run.search(student, save=folder / "student.safetensors")
     labels = Arm(

@@ -117,6 +117,7 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
         teachers=lambda own, number: teachers,
         network=lambda own, number: (own.student if generation else None) or own.model,
         space=config.space(with_teacher=generation > 0),
+        points=config.search.points if generation else (),
         seed_name=generation,
     )
     kept = int(config.distill.teacher[4:]) if config.distill.teacher.startswith("top:") else 1

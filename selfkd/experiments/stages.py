@@ -83,7 +83,12 @@ def trial_seed(seed: int, stage: str | int, number: int) -> int:
 
 
 def make_proposer(
-    config: Config, space: Mapping[str, Distribution], *, seed: int, last: Point | None = None
+    config: Config,
+    space: Mapping[str, Distribution],
+    *,
+    seed: int,
+    last: Point | None = None,
+    more: Sequence[Point] = (),
 ) -> Proposer:
     """Return what proposes the points of a search.
 
@@ -92,9 +97,11 @@ def make_proposer(
         space: Search space by dotted key.
         seed: Seed of the draws.
         last: Winner of a search before, which is tried first.
+        more: Points to try next, inside the space or not.
     """
     winner = {key: value for key, value in (last or {}).items() if key in space}
     first = [winner] if space and winner.keys() == space.keys() else []
+    first += [point for point in more if point not in first]
     if config.search.algorithm == "optuna":
         return Optuna(space, seed=seed, first=first)
     algorithm, count = config.search.algorithm, config.search.trials

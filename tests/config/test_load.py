@@ -76,7 +76,7 @@ def test_one_model_argument_is_added(write):
             "",
             ["search.space.distill.alpha={uniform: [0, 0.5]}"],
             {
-                "distill.temperature": {"loguniform": [1, 20]},
+                "distill.temperature": {"loguniform": [1, 10]},
                 "distill.alpha": {"uniform": [0, 0.5]},
             },
         ),

@@ -191,8 +191,8 @@ def test_unknown_keys_of_set(faults):
 def test_the_space_of_generation_0_has_no_distill_keys():
     assert Config().space(with_teacher=False) == {}
     assert Config().space(with_teacher=True) == {
-        "distill.temperature": Distribution("loguniform", (1, 20)),
-        "distill.alpha": Distribution("uniform", (0, 1)),
+        "distill.temperature": Distribution("loguniform", (1, 10)),
+        "distill.alpha": Distribution("uniform", (0.1, 1)),
     }
     smoothing = {"train.label_smoothing": {"uniform": [0, 0.2]}}
     lr = {"train.lr": {"loguniform": [0.01, 0.1]}}
@@ -200,6 +200,46 @@ def test_the_space_of_generation_0_has_no_distill_keys():
     config = Config(search=SearchConfig(space=lr | alpha, labels_only_space=smoothing))
     assert list(config.space(with_teacher=False)) == ["train.lr", "train.label_smoothing"]
     assert list(config.space(with_teacher=True)) == ["train.lr", "distill.alpha"]
+
+
+PAPER = {"distill.temperature": 1.0, "distill.alpha": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "points"),
+    [
+        ([], [PAPER]),
+        (["search.trials=4"], [PAPER]),
+        (["search.trials=3"], []),  # would be a third of all
+        (["search.space={distill.alpha: {uniform: [0, 1]}}"], []),
+        (["search.space.train.lr={loguniform: [0.01, 0.1]}"], []),
+        (
+            ["search.space.train.lr={loguniform: [0.01, 0.1]}", "search.points=[{train.lr: 1}]"],
+            None,
+        ),
+        (["search.points=[]"], []),
+    ],
+)
+def test_the_paper_s_loss_is_tried_unless_the_user_gives_space_or_points(settings, points):
+    config = load_config(settings=settings)
+    assert config.search.points == ([{"train.lr": 1}] if points is None else points)
+    assert schema.from_tree(schema.to_tree(config)) == config  # resolved, also with other settings
+    assert config.at({"search.trials": 2}).search.points == config.search.points
+
+
+@pytest.mark.parametrize(
+    ("point", "fault"),
+    [
+        ("{}", "must have at least one key"),
+        ("{seed: 3}", "seed cannot be searched"),
+        ("{distill.alpha: 3}", "distill.alpha: must be less than or equal to 1, got 3"),
+        ("{distill.alpah: 1}", "distill.alpah is no config key: did you mean distill.alpha"),
+        ("3", "must be an object, got 3"),
+    ],
+)
+def test_a_point_that_cannot_be_tried_is_refused(point, fault):
+    with pytest.raises(ConfigError, match=f"--set: search.points.1: {fault}"):
+        load_config(settings=[f"search.points=[{{distill.alpha: 1}}, {point}]"])
 
 
 def test_at_sets_the_values_of_a_point():

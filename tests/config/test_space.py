@@ -257,6 +257,21 @@ def test_optuna_goes_on_after_a_resume():
     assert not any(point in points[:12] for point in rest)
 
 
+OUTSIDE = [{"x": 1.5, "y": 0.5}, {"x": 0.5}, {"lr": 0.1}]
+
+
+def test_optuna_knows_nothing_of_points_outside_the_space():
+    straight = Optuna(PLANE, seed=0, first=[FIRST, *OUTSIDE])
+    points = search(straight, range(8), value=lambda point: 0.0)
+    assert points[:4] == [FIRST, *OUTSIDE]
+    assert len(straight._study.trials) == 5
+    resumed = Optuna(PLANE, seed=0, first=[FIRST, *OUTSIDE])
+    for number, point in enumerate(points[:6]):
+        resumed.tell(number, point, 0.0)
+    assert [trial.params for trial in resumed._study.trials] == [FIRST, *points[4:6]]
+    assert search(resumed, range(6, 8), value=lambda point: 0.0) == points[6:]
+
+
 def test_optuna_asked_for_several_at_a_time_gives_different_points():
     proposer = Optuna(PLANE, seed=0)
     search(proposer, range(10))

@@ -156,7 +156,7 @@ def test_sizes_that_do_not_fit(sizes, message):
 
 def test_digits():
     data = load_data("digits")
-    assert [len(split) for split in (data.train, data.val, data.test)] == [200, 400, 1197]
+    assert [len(split) for split in (data.train, data.val, data.test)] == [100, 400, 1197]
     assert (data.num_classes, data.in_chans, data.image_size) == (10, 1, 8)
     assert data.class_names == tuple("0123456789")
     for split in (data.train, data.val, data.test):

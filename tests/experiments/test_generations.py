@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from engine import Recorder, StopAfter, make_run, without_clock
 
-from selfkd.config import Config, load_config
+from selfkd.config import Config, load_config, to_tree
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
@@ -137,6 +137,20 @@ def test_the_previous_winner_s_setting_is_tried_again(tmp_path: Path) -> None:
     first_of_generation_2 = fake.kinds("train")[6]["config"]["distill"]
     assert first_of_generation_2["temperature"] == results[1].temperature
     assert first_of_generation_2["alpha"] == results[1].alpha
+
+
+def test_points_are_tried_after_the_previous_winner(tmp_path: Path) -> None:
+    outside = "search.points=[{distill.temperature: 30, distill.alpha: 0}, {train.lr: 0.5}]"
+    config, folder = start(tmp_path, outside)
+    fake = Fake({(1, 2): 0.9})
+    results = lineage(config, folder, fake)
+    jobs = [job["config"] for job in fake.kinds("train")]
+    assert {job["train"]["lr"] for job in jobs[:3]} == {config.train.lr}
+    (far, own, drawn), (winner, again, lr) = jobs[3:6], jobs[6:9]
+    assert far["distill"]["temperature"] == again["distill"]["temperature"] == 30
+    assert own["train"]["lr"] == lr["train"]["lr"] == 0.5
+    assert lr["distill"] == own["distill"] == to_tree(config)["distill"]
+    assert winner["distill"]["alpha"] == drawn["distill"]["alpha"] == results[1].alpha
 
 
 def test_generation_0_searches_its_own_space(tmp_path: Path) -> None:

@@ -98,6 +98,10 @@ class DataConfig:
     classes: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Classes whose images are trained on, by index; all when not given. Validation and test keep
     all."""
+    label_noise: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training labels that are drawn anew, in [0, 1): uniformly from the classes that
+    are trained on, the right one among them. By `seed`, the same in all trials and generations;
+    validation and test keep their labels."""
     image_size: int | None = Field(default=None, ge=1)
     """Side in pixels to which images are resized and cropped; when not given, that of the dataset,
     and of a folder or timm dataset the shorter side of its first training image, at most 64."""

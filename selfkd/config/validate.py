@@ -28,8 +28,11 @@ _FIXED = (
 
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
-FREE = ("data.train_size", "data.classes", "data.crop", "data.flip", "data.jitter", "data.views")
-"""What an arm of a study may change of the data: its training items and their views."""
+FREE = (
+    *("data.train_size", "data.classes", "data.label_noise"),
+    *("data.crop", "data.flip", "data.jitter", "data.views"),
+)
+"""What an arm of a study may change of the data: its training items, their labels and views."""
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),

@@ -22,7 +22,7 @@ from .sources import (
     resized,
     resolve_root,
 )
-from .splits import divide, subset
+from .splits import divide, redraw, subset
 from .stream import Stream
 from .timm_sets import PREFIXES, ROOTLESS, TORCH_NAMES, open_timm
 
@@ -44,6 +44,7 @@ def load_data(
     classes: Sequence[int] | None = None,
     image_size: int | None = None,
     in_memory: bool | None = None,
+    label_noise: float = 0.0,
     seed: int = 0,
 ) -> Data:
     """Load a data set in three disjoint splits, stratified by label.
@@ -69,7 +70,9 @@ where there is no val; val is the test split where there is no test |
             timm's data sets the shorter side of the first training image, at most 64.
         in_memory: Whether to hold all images as uint8 tensors, or to decode those of a folder or of
             a timm data set batch by batch; by size if not given (up to 2 GB are held).
-        seed: Random seed of the splits.
+        label_noise: Share of the training labels that are drawn anew, uniformly from the classes
+            that are trained on, in [0, 1). Validation and test keep their labels.
+        seed: Random seed of the splits and of the label noise.
 
     Returns:
         The data. Mean and std are the known ones of the data set, else those of the training
@@ -93,12 +96,13 @@ where there is no val; val is the test split where there is no test |
         raise ValueError(f"data.image_size must be at least 1, got {image_size}")
     if val_size is not None and val_size < 1:
         raise ValueError(f"data.val_size must be at least 1, got {val_size}")
+    if not 0 <= label_noise < 1:
+        raise ValueError(f"data.label_noise must be in [0, 1), got {label_noise}")
     source = _open(name, root, download, image_size)
     if len(source.class_names) < 2:
         raise ValueError(f"data must have at least 2 classes, got {', '.join(source.class_names)}")
     selected = _training_classes(classes, source.class_names)
-    splits = _split(source, train_size, val_size, selected, seed)
-    _check_classes(splits[0], source.class_names, selected)
+    splits = _split(source, train_size, val_size, selected, label_noise, seed)
     train, val, test = (
         _resolve_images(name, split, image_size, in_memory, splits) for split in splits
     )
@@ -138,7 +142,12 @@ def _training_classes(classes: Sequence[int] | None, class_names: Sequence[str])
 
 
 def _split(
-    source: Source, train_size: int | None, val_size: int | None, classes: list[int], seed: int
+    source: Source,
+    train_size: int | None,
+    val_size: int | None,
+    classes: list[int],
+    label_noise: float,
+    seed: int,
 ) -> tuple[Split, Split, Split]:
     pool, val, test = source.pool, source.val, source.test
     if val is not None and val_size is not None:
@@ -158,7 +167,12 @@ def _split(
         classes=classes,
         seed=seed,
     )
-    return pool.take(in_train), val or pool.take(in_val), test or pool.take(in_test)
+    train = pool.take(in_train)
+    _check_classes(train, source.class_names, classes)
+    if label_noise:
+        noisy = redraw(train.labels, in_train, label_noise, classes=classes, seed=seed)
+        train = replace(train, labels=noisy)
+    return train, val or pool.take(in_val), test or pool.take(in_test)
 
 
 def _resolve_images(

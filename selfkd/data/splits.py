@@ -7,7 +7,8 @@ from torch import Tensor
 
 from selfkd.data.augmentation import random_bits
 
-_VAL, _TEST, _TRAIN = -1, -2, -3  # streams of random numbers; those of views count up from 0
+# streams of random numbers; those of views count up from 0
+_VAL, _TEST, _TRAIN, _NOISE = -1, -2, -3, -4
 
 
 def divide(
@@ -82,6 +83,37 @@ def divide(
 def subset(labels: Tensor, size: int, *, seed: int) -> Tensor:
     """Return the ascending positions of `size` images, stratified by label."""
     return _take(labels, torch.arange(len(labels)), size, seed, _VAL)[0]
+
+
+def redraw(
+    labels: Tensor, position: Tensor, share: float, *, classes: Sequence[int], seed: int
+) -> Tensor:
+    """Return labels of which a share is drawn anew, uniformly from `classes`.
+
+    The same images are drawn in any call with the same seed and positions, and those of a smaller
+    share are among those of a larger one. A class that is drawn may be the one that was there: of
+    ten classes, a tenth of the draws change nothing.
+
+    Args:
+        labels: Class indices, int64 `[N]`.
+        position: Positions of the images in their pool, int64 `[N]`.
+        share: Share of the labels to draw anew, in [0, 1); rounded to a number of images.
+        classes: Classes to draw from.
+        seed: Random seed, any integer.
+
+    Returns:
+        Class indices, int64 `[N]`.
+
+    Example:
+        >>> redraw(torch.zeros(8).long(), torch.arange(8), 0.5, classes=range(10), seed=0)
+        tensor([4, 0, 4, 0, 1, 0, 2, 0])
+    """
+    order, drawn = random_bits(seed, position, _NOISE, 2).unbind(1)
+    chosen = order.argsort(stable=True)[: round(share * len(labels))]
+    among = torch.tensor(classes, dtype=labels.dtype)
+    labels = labels.clone()
+    labels[chosen] = among[drawn[chosen] * len(among) >> 32]
+    return labels
 
 
 def _take(

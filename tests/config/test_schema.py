@@ -92,6 +92,8 @@ STRICT = [
     ("data.flip", "'yes'", "must be a valid boolean, got 'yes'"),
     ("data.crop", "1.5", "must be less than or equal to 1, got 1.5"),
     ("data.train_size", "2.5", "must be a valid integer, got 2.5"),
+    ("data.label_noise", "1", "must be less than 1, got 1"),
+    ("data.label_noise", "-0.1", "must be greater than or equal to 0, got -0.1"),
     ("resources.cpu", "0", "must be greater than 0, got 0"),
     ("resources.gpu", "-1", "must be greater than or equal to 0, got -1"),
     ("resources.workers", "0", "must be greater than or equal to 1, got 0"),

@@ -18,7 +18,7 @@ from torch import Tensor
 import selfkd.data.load
 from selfkd.data import Data, Split, batches, load_data
 from selfkd.data.augmentation import Views
-from selfkd.data.splits import divide, subset
+from selfkd.data.splits import divide, redraw, subset
 
 DATA = os.environ.get("SELFKD_DATA")
 CLASSES = ("ant", "bee", "cat")
@@ -664,6 +664,81 @@ def test_unknown_name(name, hint):
     with pytest.raises(ValueError, match=r"data\.name must be one of digits, mnist, ") as caught:
         load_data(name)
     assert f"got {name!r}{hint}" in str(caught.value)
+
+
+# --- label noise ---
+
+
+def test_a_share_of_the_training_labels_is_drawn_anew():
+    clean = load_data("digits", train_size=400)
+    noisy = load_data("digits", train_size=400, label_noise=0.5)
+    assert torch.equal(noisy.train.images, clean.train.images)
+    for split in ("val", "test"):
+        assert torch.equal(getattr(noisy, split).labels, getattr(clean, split).labels)
+    changed = noisy.train.labels != clean.train.labels
+    assert 160 <= changed.sum() <= 195  # of 200 drawn, a tenth are what they were
+    assert set(noisy.train.labels.tolist()) == set(range(10))
+    assert noisy.fingerprint != clean.fingerprint
+    again = load_data("digits", train_size=400, label_noise=0.5)
+    assert torch.equal(again.train.labels, noisy.train.labels)
+    assert again.fingerprint == noisy.fingerprint
+    other = load_data("digits", train_size=400, label_noise=0.5, seed=1)
+    assert other.fingerprint not in (noisy.fingerprint, clean.fingerprint)
+    assert load_data("digits", label_noise=0.0).fingerprint == load_data("digits").fingerprint
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.25, 0.999])
+def test_drawn_labels_are_uniform_and_as_many_as_asked_for(share, seed):
+    position, classes = torch.arange(20_000) * 3, [1, 4, 6, 7]
+    labels = redraw(torch.zeros(20_000).long(), position, share, classes=classes, seed=seed)
+    counts = labels.bincount(minlength=8).tolist()
+    count = round(share * 20_000)
+    assert counts[0] == 20_000 - count
+    assert sum(counts[label] for label in classes) == count
+    for label in classes:
+        assert counts[label] == pytest.approx(count / 4, abs=5 * (count * 3 / 16) ** 0.5)
+
+
+def test_a_larger_share_draws_the_same_and_more():
+    position, labels = torch.arange(1000), torch.full((1000,), -1)
+    few, many = (redraw(labels, position, n, classes=range(5), seed=0) for n in (0.1, 0.4))
+    drawn = few >= 0
+    assert drawn.sum() == 100
+    assert torch.equal(few[drawn], many[drawn])
+    assert (labels == -1).all()
+
+
+def test_drawn_labels_are_of_the_classes_that_are_trained_on():
+    clean = load_data("digits", classes=[2, 9])
+    noisy = load_data("digits", classes=[2, 9], label_noise=0.9)
+    assert set(noisy.train.labels.tolist()) == {2, 9}
+    assert (noisy.train.labels != clean.train.labels).float().mean() == pytest.approx(0.45, abs=0.1)
+
+
+def test_label_noise_of_streamed_images_is_that_of_those_in_memory(folder):
+    held, streamed, clean = (
+        load_data("folder", root=folder, in_memory=held, label_noise=noise).train
+        for held, noise in ((True, 0.8), (False, 0.8), (True, 0.0))
+    )
+    assert torch.equal(held.labels, streamed.labels)
+    assert not torch.equal(held.labels, clean.labels)
+
+
+@pytest.mark.parametrize("name", ["mnist", "torch/mnist"])
+def test_label_noise_of_other_sets(mnist, name):
+    clean, noisy = (
+        load_data(name, root=mnist, val_size=20, label_noise=noise) for noise in (0, 0.5)
+    )
+    assert (noisy.train.labels != clean.train.labels).sum() >= 35  # of 50 drawn
+    assert torch.equal(noisy.val.labels, clean.val.labels)
+    assert torch.equal(noisy.test.labels, clean.test.labels)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
+def test_label_noise_out_of_range(share):
+    with pytest.raises(ValueError, match=r"data.label_noise must be in \[0, 1\), got"):
+        load_data("digits", label_noise=share)
 
 
 # --- fingerprints ---

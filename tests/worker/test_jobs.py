@@ -325,6 +325,12 @@ def test_the_seed_of_the_run_is_of_splits_and_views(jobs):
     assert views == Views(crop=0.5, jitter=1, seed=3, count=8)
 
 
+def test_label_noise_is_passed_on_and_by_the_seed_of_the_run():
+    found = networks.ImageNetworks(make_tree("seed=3", "data.label_noise=0.5"))
+    assert found.fingerprint == load_data("digits", seed=3, label_noise=0.5).fingerprint
+    assert found.fingerprint != load_data("digits", seed=3).fingerprint
+
+
 def test_compile_is_passed_on(jobs, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)

@@ -55,6 +55,7 @@ def _load_data(config: DataConfig, seed: int, device: str) -> Data:
         classes=config.classes,
         image_size=config.image_size,
         in_memory=config.in_memory,
+        label_noise=config.label_noise,
         seed=seed,
     )
     return data.to(device)

@@ -116,10 +116,10 @@ def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> De
         after.append(f"T and alpha against size:  python -m selfkd.response {folder.path}")
     said = (
         f"test accuracy, mean ± half of a 95 % interval over {count(summary.seeds, 'seed')}, for "
-        "these teachers and this test split; the verdict is a paired t test's at 5 %, by Holm for "
-        f"the {len(summary.sizes)} sizes looked at."
+        "these teachers and this test split."
     )
-    return Description([capacity_table(summary)], [summary.verdict, *summary.said, said], after)
+    lines = [*summary.verdict.sentences, *summary.said, said]
+    return Description([capacity_table(summary)], lines, after)
 
 
 _COMMAND = Command(

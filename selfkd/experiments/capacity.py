@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from selfkd.analysis.capacity import compare_size, describe_curve, judged, mean_gain
+from selfkd.analysis.capacity import compare_size, describe_curve, judge_sizes
 from selfkd.analysis.verdicts import count
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Request, Run
@@ -139,7 +139,7 @@ def _measure(
     students: Sequence[_Student],
     trials: Sequence[Sequence[TrialResult]],
 ) -> CapacitySummary:
-    config, metric, mode = run.config, run.metric, run.mode
+    config, metric, terms = run.config, run.metric, run.terms
     own_teachers = teachers.of(config)
     pairs: list[list[Pair]] = []
     for student, alone, distilled in zip(students, trials[::2], trials[1::2], strict=True):
@@ -161,15 +161,14 @@ def _measure(
             labels = [by_hash[model.hash] for model, _ in of_size]
             from_teachers = [by_hash[model.hash] for _, model in of_size]
             size = compare_size(
-                labels, from_teachers, teacher.metrics[metric], metric=metric, mode=mode
+                labels, from_teachers, teacher.metrics[metric], metric=metric, terms=terms
             )
             trained = [(model, of_trials[model.hash]) for _, model in of_size]
             sizes.append(_size(run, student, size, trained, costs.pop(0)))
     if not sizes:
         raise RuntimeError("no pair of students could be trained on one seed")
-    sizes = judged(sizes, mode=mode)
-    gain = mean_gain(sizes)
-    verdict, *others = describe_curve(sizes, gain, metric=metric, mode=mode)
+    seeds = [[of_trials[m.hash].seed for _, m in of_size] for of_size in pairs if of_size]
+    sizes, verdict = judge_sizes(sizes, seeds, terms=terms)
     return CapacitySummary(
         key=config.capacity.key,
         seeds=config.confirm.seeds,
@@ -177,9 +176,8 @@ def _measure(
         trials=config.search.trials if config.capacity.search else 0,
         teacher=teachers.row(config, teacher, cost),
         sizes=tuple(sizes),
-        mean_gain=gain,
         verdict=verdict,
-        said=tuple(others),
+        said=tuple(describe_curve(sizes)),
     )
 
 

@@ -9,6 +9,7 @@ from selfkd.results.evaluation import Diagnostics
 from selfkd.results.fields import Count, Digest, FileName, Point
 from selfkd.results.row import ROW, Interval, Measured, Row
 from selfkd.results.trial import Model
+from selfkd.results.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -94,7 +95,7 @@ class EnsembleSummary:
     seeds: Count
     gain: Interval
     """Paired difference of the student to the same from labels only."""
-    verdict: str
+    verdict: Verdict
     share: Interval | None = None
     """Share of the teacher's gain that the student keeps."""
     diagnostics: dict[str, dict[str, Diagnostics]] = Field(default_factory=dict)

@@ -134,7 +134,7 @@ def vars_of(config: Config) -> dict[str, Any]:
 
 def test_means_and_paired_differences_are_scipys(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "confirm.seeds=4")
-    whole(config, folder, Fake([0, 0.01, 0.01]))
+    summary = whole(config, folder, Fake([0, 0.01, 0.01]))
     paths = [folder.generation(g) / "confirmation.json" for g in range(3)]
     rows = [load_row(Confirmation, path) for path in paths]
     for row in rows:
@@ -150,13 +150,24 @@ def test_means_and_paired_differences_are_scipys(tmp_path: Path) -> None:
         assert found is not None
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert rows[2].mcnemar == McNemar(only_student=3, only_teacher=1, p=0.625)
-    assert rows[0].verdicts[0].startswith("generation 0: 8")
-    (only,) = rows[1].verdicts
-    assert only.startswith("generation 1 is better than generation 0: +")
-    better, since = rows[2].verdicts
-    assert better.startswith("no evidence that generation 2 is better than generation 1 (diff")
-    assert since.startswith("generation 2 is better than generation 0: +")
-    assert since.endswith("4 paired seeds")
+    verdict = summary.verdict
+    assert verdict is not None
+    assert verdict.seeds == 4
+    of_two = np.mean([rows[1].values, rows[2].values], axis=0)
+    expected = stats.ttest_rel(of_two, rows[0].values)
+    ends = expected.confidence_interval()
+    found = verdict.difference
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
+    assert verdict.p == pytest.approx(expected.pvalue)
+    assert verdict.sentences[0].startswith(
+        "born-again generations 1 and 2, taken together, are better than generation 0: +"
+    )
+    assert verdict.sentences[0].endswith(" over 4 fresh seeds")
+    assert verdict.sentences[1] == (
+        "each of generations 1 and 2 is by itself better than generation 0, corrected for all "
+        "3 sets of generations (closed test)"
+    )
 
 
 def test_each_model_is_tested_once(tmp_path: Path) -> None:
@@ -175,11 +186,12 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     summary = whole(config, folder, Fake([0, 0.05]))
     first, second = summary.confirmations
     assert first.mean.low is None
-    assert first.verdicts[0].endswith("one seed, so no interval")
     assert second.first is not None
     assert second.first.low is None
-    assert second.verdicts[0].startswith("no evidence that generation 1 is better")
-    assert second.verdicts[0].endswith("1 paired seed, so no interval)")
+    assert summary.verdict is not None
+    (only,) = summary.verdict.sentences
+    assert only.startswith("generation 1 and generation 0 differ by +4.99 points")
+    assert only.endswith(" points over 1 fresh seed, too few for an interval")
 
 
 def test_without_seeds_nothing_is_confirmed(tmp_path: Path) -> None:
@@ -188,6 +200,7 @@ def test_without_seeds_nothing_is_confirmed(tmp_path: Path) -> None:
     summary = whole(config, folder, fake)
     assert fake.confirming() == []
     assert summary.confirmations == ()
+    assert summary.verdict is None
     assert finished(config, folder) == summary
 
 
@@ -202,7 +215,8 @@ def test_a_failed_trial_leaves_its_pair_out(tmp_path: Path) -> None:
     expected = np.mean([second.values[0], second.values[2]])
     assert second.first is not None
     assert second.first.value == pytest.approx(expected - np.mean(first.values))
-    assert "2 paired seeds" in second.verdicts[0]
+    assert summary.verdict is not None
+    assert summary.verdict.seeds == 2
     assert ear.notes == ["1 of the 6 trials of the confirmation on fresh seeds failed"]
 
 
@@ -239,13 +253,13 @@ def test_resumed_equals_undisturbed(tmp_path: Path, jobs: int, rounds: str) -> N
 
 
 def test_it_stops_when_two_generations_in_a_row_gain_nothing(tmp_path: Path) -> None:
-    config, folder = start(tmp_path, "rounds=auto", "rounds_max=9", "confirm.seeds=3")
+    config, folder = start(tmp_path, "rounds=auto", "rounds_max=9", "confirm.seeds=3", "seed=1")
     ear = Recorder()
     summary = whole(config, folder, Fake([0, 0.02, 0.02, 0.06, 0.06, 0.06]), ear)
     assert ear.chosen == ear.confirmed == [0, 1, 2, 3, 4, 5]
     assert (summary.stopped or "").startswith(
-        "stopped after generation 5: 2 generations in a row without evidence of a gain over the "
-        "previous one (val_accuracy, 3 paired seeds: generation 4 "
+        "stopped after generation 5: generations 4 and 5, taken together, show no evidence of a "
+        "gain over generation 3 (val_accuracy, 3 paired seeds: "
     )
     assert finished(config, folder) == summary
 
@@ -265,9 +279,9 @@ def test_a_loss_is_no_gain(tmp_path: Path) -> None:
 
 
 def test_what_stopped_by_itself_can_be_sent_on(tmp_path: Path) -> None:
-    config, folder = start(tmp_path, "rounds=auto", "confirm.seeds=2")
+    config, folder = start(tmp_path, "rounds=auto", "confirm.seeds=3")
     assert len(whole(config, folder, Fake()).generations) == 3
-    more = load_config(settings=[*TINY, "rounds=4", "confirm.seeds=2"])
+    more = load_config(settings=[*TINY, "rounds=4", "confirm.seeds=3"])
     folder.check_change(config, more)
     assert finished(more, folder) is None
     summary = whole(more, folder, Fake())
@@ -310,7 +324,8 @@ def test_a_student_of_another_size_is_compared_with_itself_on_labels(tmp_path: P
     second = summary.confirmations[1]
     assert second.first is not None
     assert second.first.value == pytest.approx(np.subtract(second.values, row.values).mean())
-    assert any("better than the same network from labels only" in told for told in second.verdicts)
+    assert summary.verdict is not None
+    assert summary.verdict.to == "the same network from labels only"
     whole(config, folder, again := Fake())
     assert again.kinds("train") == []
 
@@ -337,7 +352,11 @@ def test_a_function_of_the_user_s_is_confirmed_by_its_metric(tmp_path: Path) -> 
     assert second.first is not None
     assert second.first.value == pytest.approx(-1)
     assert second.mcnemar is None
-    assert "the same in all: no interval" in second.verdicts[0]
+    assert summary.verdict is not None
+    assert summary.verdict.sentences == (
+        "generation 1 and generation 0 differ by -1 in error, the same on all 3 fresh seeds, so "
+        "there is no interval",
+    )
 
 
 def test_real_models_of_a_seed_start_alike_and_are_the_same_run_to_run(tmp_path: Path) -> None:
@@ -362,7 +381,7 @@ def test_real_models_of_a_seed_start_alike_and_are_the_same_run_to_run(tmp_path:
         models = arms[0].model(run, one), arms[1].model(run, two)
         weights = [load_tensors(folder.path / model.checkpoint)[0] for model in models]
         assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    assert tuple(load_confirmations(folder, 2)) == confirmations
+    assert tuple(load_confirmations(config, folder, 2)) == confirmations
     path = folder.generation(0) / "confirm" / "trial_000" / "result.json"
     again, labels = load_row(TrialResult, path), trials[0][0]
     assert labels.hash != again.hash  # the name of the stage is in the file

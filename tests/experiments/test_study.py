@@ -147,12 +147,16 @@ def test_differences_are_paired_by_seed(whole: Whole) -> None:
     found = first.difference
     assert found is not None
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert "3 paired seeds" in first.verdict
+    assert summary.verdict is not None
+    said = summary.verdict.sentences
+    assert len(said) == len(summary.contrasts) + 1
+    assert "over 3 fresh seeds" in said[0]
+    assert summary.verdict.comparisons[0].difference == found
     few, labels, both = (
         np.mean([row.metrics["test_accuracy"] for row in arm(summary, name).runs[:2]])
         for name in ("few", "labels", "both")
     )
-    assert "2 paired seeds" in second.verdict
+    assert said[1].endswith("over 2 fresh seeds, too few for an interval")
     assert second.share is not None
     assert second.share.value == pytest.approx((labels - few) / (both - few))
 
@@ -274,8 +278,11 @@ def test_arms_that_share_no_seed_are_not_compared(tmp_path: Path) -> None:
     assert [len(row.runs) for row in summary.arms] == [2, 1, 3]
     to_b, to_c = summary.contrasts
     assert (to_b.difference, to_b.share) == (None, None)
-    assert to_b.verdict == "b and a have no seed on which both were trained"
-    assert "2 paired seeds" in to_c.verdict
+    assert to_c.difference is not None
+    assert summary.verdict is not None
+    said = summary.verdict.sentences
+    assert said[0] == "b and a share no fresh seed: nothing to compare"
+    assert "over 2 fresh seeds" in said[1]
 
 
 def test_an_average_without_any_seed_of_all_is_told(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from selfkd.cli.command import Command, Description, Options, add_members, base_
 from selfkd.cli.output import safe_output
 from selfkd.config import Config
 from selfkd.config.validate import check_capacity
-from selfkd.experiments.capacity import grow
+from selfkd.experiments.capacity import finished, grow
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import capacity_table
@@ -126,7 +126,7 @@ _COMMAND = Command(
     name="capacity",
     check=_check,
     greet=_greet,
-    finished=lambda config, folder: folder.summary(CapacitySummary),
+    finished=finished,
     work=grow,
     describe=_describe,
     most=lambda config: max(

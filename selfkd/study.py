@@ -14,7 +14,7 @@ from selfkd.config import Config
 from selfkd.config.validate import check_study
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.study import compare_arms
+from selfkd.experiments.study import compare_arms, finished
 from selfkd.reporting.tables import study_table
 from selfkd.results import ContrastResult, Interval, StudySummary
 
@@ -125,7 +125,7 @@ _COMMAND = Command(
     name="study",
     check=_check,
     greet=_greet,
-    finished=lambda config, folder: folder.summary(StudySummary),
+    finished=finished,
     work=compare_arms,
     describe=_describe,
     most=_trainings,

@@ -232,8 +232,8 @@ def test_stopped_and_resumed_equals_undisturbed(
         (["--set", "storage=/dev/null"], "must be writable"),
         (["--rounds", "some"], "rounds: must be a whole number of at least 0, or auto, got 'some'"),
         (
-            ["--rounds", "auto", "--set", "confirm.seeds=1"],
-            "confirm.seeds: must be at least 2 with",
+            ["--rounds", "auto", "--set", "confirm.seeds=2"],
+            "confirm.seeds: must be at least 3 with",
         ),
         (
             ["--train", __file__ + ":main", "--set", "controls=[dkpp]"],
@@ -332,7 +332,7 @@ def test_auto_stops_and_controls_are_added_to_a_finished_run(tmp_path: Path) -> 
     """Two epochs are not enough for a gain: it stops; what is asked for later is done alone."""
     settings = [
         *("data.train_size=100", "model={name: selfkd_mlp, args: {width: 8, depth: 1}}"),
-        *("train.epochs=2", "search.trials=2", "confirm.seeds=2", "rounds_max=3", "tracking=none"),
+        *("train.epochs=2", "search.trials=2", "confirm.seeds=3", "rounds_max=3", "tracking=none"),
         # soft targets of next to no weight change next to nothing
         "search.space={distill.alpha: {uniform: [0, 0.001]}}",
     ]

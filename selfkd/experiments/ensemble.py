@@ -12,9 +12,10 @@ from typing import Any
 
 from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, ratio_interval
-from selfkd.config import Source
+from selfkd.config import Config, Source
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import Teachers, make_teachers
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     Chosen,
     EnsembleSummary,
@@ -71,6 +72,12 @@ def compress(run: Run) -> EnsembleSummary:
     if config.confirm.seeds:
         pairs = _replicate(run, labels, replace(student, point=found.best.point))
     return run.finish(_measure(run, teachers, found.best, pairs))
+
+
+def finished(config: Config, folder: RunFolder) -> EnsembleSummary | None:
+    """Return the summary of a run that has nothing left to do, else None."""
+    summary = folder.summary(EnsembleSummary)
+    return summary if summary and summary.wanted >= config.confirm.seeds else None
 
 
 def _replicate(run: Run, *arms: Arm) -> list[Pair]:
@@ -145,6 +152,7 @@ def _measure(
         ),
         trials=config.search.trials,
         seeds=len(pairs) if config.confirm.seeds else 0,
+        wanted=config.confirm.seeds,
         gain=mean_interval(gained, floor=run.terms.floor),
         verdict=judge([compared], terms=run.terms),
         share=ratio_interval(gained, room),

@@ -12,12 +12,13 @@ from typing import Any
 
 from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
-from selfkd.config import ArmConfig, ContrastConfig, DataConfig
+from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import make_teachers
 from selfkd.experiments.replicas import confirm_seeds
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     ArmResult,
     ArmRun,
@@ -42,6 +43,12 @@ def compare_arms(run: Run) -> StudySummary:
         RunError: All trials of an arm failed.
     """
     return _Study(run).finish()
+
+
+def finished(config: Config, folder: RunFolder) -> StudySummary | None:
+    """Return the summary of a run that has nothing left to do, else None."""
+    summary = folder.summary(StudySummary)
+    return summary if summary and summary.seeds >= config.confirm.seeds else None
 
 
 class _Study:

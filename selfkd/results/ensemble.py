@@ -93,6 +93,9 @@ class EnsembleSummary:
     chosen: Chosen
     trials: Count
     seeds: Count
+    """Number of pairs on fresh seeds; 0 where there is only the pair that was chosen."""
+    wanted: Count = 0
+    """Number of fresh seeds that were to be trained, those that failed included."""
     gain: Interval
     """Paired difference of the student to the same from labels only."""
     verdict: Verdict

@@ -13,7 +13,7 @@ from engine import Recorder, StopAfter, make_run, without_clock
 from scipy import stats
 
 from selfkd.config import Config, load_config, to_tree
-from selfkd.errors import RunError
+from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, confirm_seeds
 from selfkd.experiments.confirm import load_confirmations, stop_reason
 from selfkd.experiments.generations import born_again, finished
@@ -94,6 +94,10 @@ class Fake:
 def start(folder: Path, *settings: str) -> tuple[Config, RunFolder]:
     config = load_config(settings=[*TINY, *settings])
     return config, RunFolder.create(folder / "run", config)
+
+
+def config_of(*settings: str) -> Config:
+    return load_config(settings=[*TINY, *settings])
 
 
 def whole(
@@ -220,6 +224,48 @@ def test_a_failed_trial_leaves_its_pair_out(tmp_path: Path) -> None:
     assert ear.notes == ["1 of the 6 trials of the confirmation on fresh seeds failed"]
 
 
+@pytest.mark.parametrize("rounds", ["rounds=2", "rounds=auto"])
+def test_more_seeds_train_only_those_that_are_missing(tmp_path: Path, rounds: str) -> None:
+    student = "student={name: selfkd_mlp, args: {width: 8, depth: 1}}"
+    settings = [rounds, "rounds_max=2", student]
+    config, folder = start(tmp_path / "few", *settings, "confirm.seeds=3")
+    few = whole(config, folder, Fake())
+    more = load_config(settings=[*TINY, *settings, "confirm.seeds=5"])
+    folder.check_change(config, more)
+    assert finished(more, folder) is None
+    again = Fake()
+    found = whole(more, folder, again)
+    assert len(again.kinds("train")) == len(again.confirming()) == 4 * 2
+    assert {Path(job["student"]).parent.name for job in again.confirming()} == {
+        "trial_003",
+        "trial_004",
+    }
+    assert len(again.kinds("evaluate")) == 4 * 2
+    config, other = start(tmp_path / "many", *settings, "confirm.seeds=5")
+    many = whole(config, other, Fake())
+    assert (found.confirmations, found.verdict, found.controls) == (
+        many.confirmations,
+        many.verdict,
+        many.controls,
+    )
+    assert found.confirmations[0].values[:3] == few.confirmations[0].values
+    assert finished(more, folder) == found
+    with pytest.raises(ConfigError, match="must be at least the 5 of the run, got 3"):
+        folder.check_change(more, config_of(*settings, "confirm.seeds=3"))
+
+
+@pytest.mark.parametrize("jobs", [1, 5, 8, 12, 13])
+def test_more_seeds_may_be_interrupted(tmp_path: Path, jobs: int) -> None:
+    config, folder = start(tmp_path / "few", "confirm.seeds=3")
+    whole(config, folder, Fake())
+    more = config_of("confirm.seeds=5")
+    with pytest.raises(KeyboardInterrupt):
+        whole(more, folder, StopAfter(Fake(), jobs))
+    found = whole(more, folder, Fake())
+    many = whole(*start(tmp_path / "many", "confirm.seeds=5"), Fake())
+    assert (found.confirmations, found.verdict) == (many.confirmations, many.verdict)
+
+
 def test_when_all_of_an_arm_fail_it_is_an_error_that_can_be_resumed(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "confirm.seeds=2", "rounds=1")
     fail = [("confirm-1", 0), ("confirm-1", 1)]
@@ -233,7 +279,7 @@ def test_when_all_of_an_arm_fail_it_is_an_error_that_can_be_resumed(tmp_path: Pa
 @pytest.mark.parametrize("rounds", ["rounds=2", "rounds=auto"])
 @pytest.mark.parametrize("jobs", [10, 13, 15, 18, 20, 21])
 def test_resumed_equals_undisturbed(tmp_path: Path, jobs: int, rounds: str) -> None:
-    settings = [rounds, "confirm.seeds=2"]
+    settings = [rounds, "confirm.seeds=3"]
     config, undisturbed = start(tmp_path / "whole", *settings)
     expected = whole(config, undisturbed, Fake())
     config, folder = start(tmp_path / "stopped", *settings)
@@ -249,7 +295,7 @@ def test_resumed_equals_undisturbed(tmp_path: Path, jobs: int, rounds: str) -> N
         for summary in (expected, found)
     )
     assert found == expected
-    assert len(first.kinds("train")) + len(again.kinds("train")) == 3 * 2 + 3 * 2
+    assert len(first.kinds("train")) + len(again.kinds("train")) == 3 * 2 + 3 * 3
 
 
 def test_it_stops_when_two_generations_in_a_row_gain_nothing(tmp_path: Path) -> None:

@@ -207,3 +207,17 @@ def test_more_generations_take_more_seeds(tmp_path: Path) -> None:
     assert (row.models, row.title) == (3, "ensemble of 3 seeds")
     assert len(count.trained("control_seeds")) == 1
     assert load_row(ControlResult, folder.path / "controls" / "seeds" / "result.json") == row
+
+
+def test_more_seeds_are_trained_of_the_controls_too(done: Any, tmp_path: Path) -> None:
+    """What three seeds from the start give, and one seed with two more later, is the same."""
+    config, _, summary, _, _ = done
+    few = load_config(settings=[*TINY, ALL, "confirm.seeds=1"])
+    folder = RunFolder.create(tmp_path / "run", few)
+    whole(few, folder, Count())
+    count = Count()
+    found = whole(config, folder, count)
+    assert len(count.kinds("train")) == (2 + 4) * 2
+    assert found.controls == summary.controls
+    assert found.verdict == summary.verdict
+    assert finished(config, folder) == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from selfkd.config.validate import check_study
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.study import compare_arms
+from selfkd.experiments.study import compare_arms, finished
 from selfkd.results import ArmResult, ArmRun, Row, StudySummary
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
@@ -290,3 +291,18 @@ def test_an_average_without_any_seed_of_all_is_told(tmp_path: Path) -> None:
     arms = "study={arms: {a: {}, b: {}, both: {average: [a, b]}}}"
     with pytest.raises(RunError, match="a and b have no seed on which all were trained"):
         study(tmp_path / "run", arms, do=lose, notes="trials of")
+
+
+def test_a_finished_study_takes_more_seeds(tmp_path: Path) -> None:
+    arms = "study={arms: {labels: {}, again: {teacher: labels}, both: {average: [labels, again]}}}"
+    study(tmp_path / "few", arms, "confirm.seeds=1")
+    folder, found, ear = study(tmp_path / "few", arms)
+    assert trained(ear) == 4
+    _, expected, _ = study(tmp_path / "many", arms)
+    runs = [
+        [[replace(row, train_seconds=0.0) for row in each.runs] for each in summary.arms]
+        for summary in (found, expected)
+    ]
+    assert runs[0] == runs[1]
+    assert found.verdict == expected.verdict
+    assert finished(RunFolder.open(folder.path)[1], folder) == found

@@ -12,7 +12,7 @@ from selfkd.cli.command import Command, Description, Options, add_members, base_
 from selfkd.cli.output import safe_output
 from selfkd.config import Config
 from selfkd.config.validate import check_capacity
-from selfkd.experiments.capacity import grow
+from selfkd.experiments.capacity import finished, grow
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import capacity_table
@@ -116,17 +116,17 @@ def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> De
         after.append(f"T and alpha against size:  python -m selfkd.response {folder.path}")
     said = (
         f"test accuracy, mean ± half of a 95 % interval over {count(summary.seeds, 'seed')}, for "
-        "these teachers and this test split; the verdict is a paired t test's at 5 %, by Holm for "
-        f"the {len(summary.sizes)} sizes looked at."
+        "these teachers and this test split."
     )
-    return Description([capacity_table(summary)], [summary.verdict, *summary.said, said], after)
+    lines = [*summary.verdict.sentences, *summary.said, said]
+    return Description([capacity_table(summary)], lines, after)
 
 
 _COMMAND = Command(
     name="capacity",
     check=_check,
     greet=_greet,
-    finished=lambda config, folder: folder.summary(CapacitySummary),
+    finished=finished,
     work=grow,
     describe=_describe,
     most=lambda config: max(

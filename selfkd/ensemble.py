@@ -10,7 +10,7 @@ from typing import Any
 from selfkd.cli.command import Command, Description, Options, add_members, base_parser
 from selfkd.cli.output import safe_output
 from selfkd.config import Config
-from selfkd.experiments.ensemble import compress
+from selfkd.experiments.ensemble import compress, finished
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import ensemble_table
@@ -105,7 +105,7 @@ _COMMAND = Command(
     name="ensemble",
     check=check_members,
     greet=_greet,
-    finished=lambda config, folder: folder.summary(EnsembleSummary),
+    finished=finished,
     work=compress,
     describe=_describe,
     most=lambda config: max(

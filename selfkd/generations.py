@@ -195,8 +195,7 @@ def _describe(
     return Description(
         tables,
         [
-            *(verdict for row in confirmed[1:] or confirmed for verdict in row.verdicts),
-            *(verdict for row in summary.controls for verdict in row.verdicts),
+            *(summary.verdict.sentences if summary.verdict else ()),
             *([summary.stopped] if summary.stopped else []),
             _sparkline(summary, metric, folder.facts.metric),
             said,

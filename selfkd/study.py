@@ -14,9 +14,9 @@ from selfkd.config import Config
 from selfkd.config.validate import check_study
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.study import compare_arms
+from selfkd.experiments.study import compare_arms, finished
 from selfkd.reporting.tables import study_table
-from selfkd.results import ContrastResult, StudySummary
+from selfkd.results import ContrastResult, Interval, StudySummary
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -70,13 +70,14 @@ def run_study(
     return _COMMAND.run(options)[2]
 
 
-def _describe_contrast(row: ContrastResult) -> str:
-    share = row.share
-    if share is None:
-        return row.verdict
+def _describe_contrasts(summary: StudySummary) -> list[str]:
+    said = list(summary.verdict.sentences) if summary.verdict else []
+    return said + [_describe_share(row, row.share) for row in summary.contrasts if row.share]
+
+
+def _describe_share(row: ContrastResult, share: Interval) -> str:
     ends = "" if share.low is None else f" [{share.low:.0%}, {share.high:.0%}]"
-    closed = f"{share.value:.0%}{ends} of the gap from {row.to} to {row.reference} closed"
-    return f"{row.verdict}; {closed}"
+    return f"{row.arm} closes {share.value:.0%}{ends} of the gap from {row.to} to {row.reference}"
 
 
 def _check(config: Config) -> None:
@@ -105,7 +106,7 @@ def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Descr
     )
     return Description(
         [study_table(summary)],
-        [*map(_describe_contrast, summary.contrasts), said, *_describe_bias(summary)],
+        [*_describe_contrasts(summary), said, *_describe_bias(summary)],
         [f"models:  {folder.path}/arms/*/trial_*/student.safetensors"],
     )
 
@@ -124,7 +125,7 @@ _COMMAND = Command(
     name="study",
     check=_check,
     greet=_greet,
-    finished=lambda config, folder: folder.summary(StudySummary),
+    finished=finished,
     work=compare_arms,
     describe=_describe,
     most=_trainings,

@@ -30,6 +30,7 @@ from selfkd.results import (
     TableRow,
     TeacherRow,
     TrialResult,
+    Verdict,
 )
 from selfkd.storage.rows import save_row
 
@@ -210,8 +211,9 @@ def finished_run(folder: Path, command: str, summary: object) -> str:
     return str(run.path)
 
 
+VERDICT = Verdict(name="student", to="labels")
 ENSEMBLE = EnsembleSummary(
-    verdict="no evidence that the student is better",
+    verdict=VERDICT,
     rows=(
         TableRow(name="ensemble of 5, probabilities", ms_1=10.0, ms_128=1.0),
         TableRow(name="ensemble of 5, logits", ms_1=12.0, ms_128=2.0),
@@ -285,7 +287,7 @@ def test_a_capacity_run_has_students_to_choose_from(
     ]
     teacher = TeacherRow(source="members", members=5, ms_1=50.0, ms_128=5.0)
     summary = CapacitySummary(
-        key="model.args.width", seeds=1, teacher=teacher, sizes=tuple(sizes), verdict="unknown"
+        key="model.args.width", seeds=1, teacher=teacher, sizes=tuple(sizes), verdict=VERDICT
     )
     run = finished_run(tmp_path, "capacity", summary)
     assert measured(run, value="8")["student_ms"] == 0.8

@@ -34,7 +34,7 @@ def test_one_run_gets_its_page_and_its_table(
 ) -> None:
     assert report.main(["run-a"]) == 0
     printed = capsys.readouterr().out
-    assert "generation 2: better than generation 0".capitalize() in printed
+    assert "Born-again generations 1 and 2, taken together, are better than gen" in printed
     assert "vs gen. 0, points" in printed
     assert f"report:  {runs / 'run-a' / 'report.html'}" in printed
     assert (runs / "run-a" / "report.html").stat().st_size > 1_000_000
@@ -124,7 +124,10 @@ def test_a_run_of_an_ensemble(runs: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     ("make", "verdict"),
-    [(capacity_run, "Distillation helps from 400"), (study_run, "Distilled is better than labels")],
+    [
+        (capacity_run, "Distilled students of 3 sizes, taken together, are better"),
+        (study_run, "Distilled is better than labels"),
+    ],
 )
 def test_what_stands_side_by_side_is_not_compared(
     runs: Path,

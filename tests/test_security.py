@@ -478,7 +478,7 @@ def _foreign(value: Any, text: str) -> Any:
     for key, part in value.items():
         if key in TEXTS and isinstance(part, str):
             changed[key] = text + part
-        elif key in ("verdicts", "classes", "problems") and isinstance(part, list):
+        elif key in ("sentences", "said", "classes", "problems") and isinstance(part, list):
             changed[key] = [text + str(each) for each in part] + [text]
     return changed
 

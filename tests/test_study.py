@@ -53,7 +53,7 @@ def test_prints_what_it_does_a_table_and_verdicts(whole: tuple[Path, str]) -> No
     folder, printed = whole
     summary = load_json(folder / "summary.json")
     assert "3 arms (labels, no_three, both) on digits, 4 trainings on 2 seeds" in printed
-    assert [row["verdict"] in printed for row in summary["contrasts"]] == [True, True]
+    assert [sentence in printed for sentence in summary["verdict"]["sentences"]] == [True] * 3
     assert [(row["arm"], row["to"]) for row in summary["contrasts"]] == [
         ("no_three", "labels"),
         ("both", "labels"),
@@ -84,8 +84,8 @@ def test_a_study_has_a_report(whole: tuple[Path, str], capsys: pytest.CaptureFix
     assert f"report:  {folder / 'report.html'}" in " ".join(printed.split("\n"))
     summary = load_json(folder / "summary.json")
     assert "Arms side by side" in page
-    for contrast in summary["contrasts"]:
-        assert contrast["verdict"][1:40] in html.unescape(page)
+    for sentence in summary["verdict"]["sentences"]:
+        assert sentence[1:40] in html.unescape(page)
     assert report([str(folder), "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     means = {arm["name"]: arm["mean"]["value"] for arm in summary["arms"]}

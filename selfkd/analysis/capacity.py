@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
+from selfkd.analysis.families import LEVEL, Pairs, Terms, judge
+from selfkd.analysis.statistics import LEAST, mean_interval, paired_interval, paired_p
+from selfkd.analysis.verdicts import short
+from selfkd.results import Evaluation, Seeds, Size, Verdict
 
-from selfkd.analysis.statistics import holm, mean_interval, paired_interval, paired_p
-from selfkd.analysis.verdicts import Mode, format_difference, is_better, metric_format, short
-from selfkd.results import Evaluation, Interval, Seeds, Size
-
-SIGNIFICANT = 0.05
-"""Level of the tests."""
+FROM_LABELS = "the same from labels only"
 
 
 def compare_size(
@@ -21,7 +19,7 @@ def compare_size(
     teacher: float,
     *,
     metric: str,
-    mode: Mode = "max",
+    terms: Terms,
 ) -> Size:
     """Return a size with its students from labels only and distilled, compared seed by seed.
 
@@ -30,18 +28,18 @@ def compare_size(
         distilled: Evaluated students on the same seeds in the same order.
         teacher: Metric of the teacher.
         metric: Name of the metric on test.
-        mode: Whether more of it is better, or less.
+        terms: How differences are judged.
     """
-    sign = 1 if mode == "max" else -1
+    sign = 1 if terms.mode == "max" else -1
     alone, with_teacher = ([row.metrics[metric] for row in rows] for rows in (labels, distilled))
     return Size(
         value=0,
         parameters=0,
         labels=_seeds(labels, alone),
         distilled=_seeds(distilled, with_teacher),
-        difference=paired_interval(with_teacher, alone),
+        difference=paired_interval(with_teacher, alone, floor=terms.floor),
         room=mean_interval([sign * (teacher - value) for value in alone]),
-        p=paired_p(with_teacher, alone),
+        p=paired_p(with_teacher, alone, floor=terms.floor),
     )
 
 
@@ -54,65 +52,52 @@ def _seeds(rows: Sequence[Evaluation], runs: Sequence[float]) -> Seeds:
     return Seeds(**vars(mean_interval(runs)), runs=tuple(runs), metrics=means)
 
 
-def judged(sizes: Sequence[Size], *, mode: Mode = "max") -> list[Size]:
-    """Return sizes with `p_holm` and `verdict`: helps, hurts, no evidence, or unknown.
+def judge_sizes(
+    sizes: Sequence[Size], seeds: Sequence[Sequence[int]], *, terms: Terms
+) -> tuple[list[Size], Verdict]:
+    """Return sizes with `p_holm` and `verdict`, and the verdict on all of them.
 
-    Tests are at 5 %, by Holm for all sizes together; the verdict on a single pair is unknown.
+    A size helps, hurts, or gives no evidence at 5 %, by Holm for all sizes and their mean together;
+    fewer than three pairs leave it unknown.
+
+    Args:
+        sizes: Sizes, the smallest first.
+        seeds: Seeds of each size's pairs.
+        terms: How differences are judged and written.
     """
-    corrected = iter(holm([size.p for size in sizes if size.p is not None]))
+    family = [
+        Pairs.of(
+            f"the distilled student of {short(size.parameters)} parameters",
+            FROM_LABELS,
+            dict(zip(own, size.distilled.runs, strict=True)),
+            dict(zip(own, size.labels.runs, strict=True)),
+        )
+        for size, own in zip(sizes, seeds, strict=True)
+    ]
+    together = f"distilled students of {len(sizes)} sizes, taken together,"
+    verdict = judge(family, terms=terms, together=together)
+    words = {"better": "helps", "worse": "hurts", "none": "no evidence"}
     found = []
-    for size in sizes:
-        if size.p is None:
-            single = len(size.labels.runs) == 1
-            found.append(replace(size, verdict="unknown" if single else "no evidence"))
-            continue
-        p_holm, verdict = next(corrected), "no evidence"
-        if p_holm <= SIGNIFICANT:
-            verdict = "helps" if (size.difference.value > 0) == (mode == "max") else "hurts"
-        found.append(replace(size, p_holm=p_holm, verdict=verdict))
-    return found
+    for size, each in zip(sizes, verdict.comparisons, strict=True):
+        few = len(size.labels.runs) < LEAST
+        found.append(
+            replace(size, p_holm=each.p, verdict="unknown" if few else words[each.outcome])
+        )
+    if len(sizes) > 1 and any(size.verdict != "unknown" for size in found):
+        by_size = f"{_verdict(found)}, corrected for all {len(sizes) + 1} comparisons (Holm)"
+        verdict = replace(verdict, sentences=(*verdict.sentences, by_size))
+    return found, verdict
 
 
-def mean_gain(sizes: Sequence[Size]) -> Interval | None:
-    """Return the difference averaged over all sizes, with its interval over seeds.
-
-    Sizes share their seeds, so each seed gives one mean; a single test, without correction. None
-    where a size lacks a seed.
-    """
-    gains = [np.subtract(size.distilled.runs, size.labels.runs).tolist() for size in sizes]
-    if len({len(of_size) for of_size in gains}) != 1:
-        return None
-    return mean_interval(np.mean(gains, axis=0).tolist())
-
-
-def describe_curve(
-    sizes: Sequence[Size],
-    gain: Interval | None,
-    *,
-    metric: str = "test_accuracy",
-    mode: Mode = "max",
-) -> list[str]:
-    """Return where distillation helps, its mean gain, and why it may not help elsewhere.
+def describe_curve(sizes: Sequence[Size]) -> list[str]:
+    """Return why distillation may not help at some sizes.
 
     Args:
         sizes: Sizes with their verdicts.
-        gain: Mean gain over the sizes.
-        metric: Name of the metric on test.
-        mode: Whether more of it is better, or less.
-
-    Returns:
-        The verdict first, then further lines.
     """
-    if all(size.verdict == "unknown" for size in sizes):
-        return ["one seed: no interval, so no verdict on where distillation helps"]
-    lines = [_verdict(sizes)]
-    if gain is not None and gain.low is not None and gain.high is not None and len(sizes) > 1:
-        worse = is_better(gain.reversed(), mode=mode)
-        sure = "it helps" if is_better(gain, mode=mode) else "it hurts" if worse else "no evidence"
-        value = format_difference(gain, form=metric_format(metric))
-        lines.append(f"on average over the {len(sizes)} sizes: {value}, {sure}")
+    lines = []
     unsure = [size for size in sizes if size.verdict == "no evidence"]
-    alone = [size for size in unsure if size.p is not None and size.p <= SIGNIFICANT]
+    alone = [size for size in unsure if size.p is not None and size.p <= LEVEL]
     large = [size for size in unsure if not _has_room(size)]
     small = [size for size in unsure if _has_room(size)]
     if alone:

@@ -13,19 +13,26 @@ from selfkd.results import Interval
 
 CONFIDENCE = 0.95
 RESAMPLES = 1999
+LEAST = 3
+"""Fewest values that give an interval: of two it is some 180 % wide, as t(1) is 12.7."""
 HUGE = 1e70  # beyond which fourth powers may overflow
 SAME = 1e-6  # relative: values this close are equal in single precision
 
 
-def paired_p(values: Sequence[float], others: Sequence[float]) -> float | None:
-    """Return the two-sided p-value of the paired t test (`scipy.stats.ttest_rel`).
+def paired_p(
+    values: Sequence[float], others: Sequence[float], *, floor: float = 0.0
+) -> float | None:
+    """Return the two-sided p-value of the paired t test.
+
+        p = 2 P(t(n - 1) >= |mean(d)| sqrt(n) / max(s(d), floor)),    d = a - b
 
     Args:
-        values: Values, one a seed.
-        others: Values of the same seeds in the same order.
+        values: Values a, one a seed.
+        others: Values b of the same seeds in the same order.
+        floor: Least spread of the differences, as in `mean_interval`.
 
     Returns:
-        p-value; None for a single pair, or where all differences are equal.
+        p-value; None for fewer than three pairs, or where there is no spread.
 
     Raises:
         ValueError: Samples of different lengths, or empty ones.
@@ -37,14 +44,14 @@ def paired_p(values: Sequence[float], others: Sequence[float]) -> float | None:
     >>> round(paired_p([0.93, 0.95, 0.94], [0.90, 0.93, 0.92]), 4)
     0.0198
     """
-    if len(values) != len(others) or not values:
-        raise ValueError(f"values must be pairs, got {len(values)} and {len(others)}")
-    _, first, second = _scaled(values, others)
-    if _are_equal(first - second, np.abs([first, second]).max()):
+    size, differences, largest = _differences(values, others)
+    spread = _spread(differences, largest, floor / size)
+    if spread is None:
         return None
-    from scipy.stats import ttest_rel  # slow to import
+    from scipy.stats import t  # slow to import
 
-    return float(ttest_rel(first, second).pvalue)
+    n = len(differences)
+    return 2 * float(t.sf(abs(np.mean(differences)) * math.sqrt(n) / spread, n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -76,19 +83,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean of independent runs with Student's t interval (`scipy.stats.ttest_1samp`).
+def mean_interval(
+    values: Sequence[float], *, confidence: float = CONFIDENCE, floor: float = 0.0
+) -> Interval:
+    """Return the mean of independent runs with Student's t interval.
 
-        mean ± t(n - 1) s / sqrt(n)
+        mean ± t(n - 1) max(s, floor) / sqrt(n)
 
     Args:
         values: Values, one a run, or paired differences, one a seed.
         confidence: Confidence level of the interval, in (0, 1).
+        floor: Least spread s. Accuracies are multiples of 1 / images, so that differences are
+            often equal by chance, and a spread below one image is of the rounding alone.
 
     Returns:
-        Mean and interval; without ends for a single value, and where all values are equal, which
-        gives no estimate of the spread (accuracies are multiples of 1 / images, so that two
-        differences are often equal by chance).
+        Mean and interval; without ends for fewer than three values, and where there is no spread.
 
     Raises:
         ValueError: No values.
@@ -104,21 +113,19 @@ def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) ->
     if not values:
         raise ValueError("values must be at least one, got none")
     size, scaled = _scaled(values)
-    mean = float(np.mean(scaled)) * size
-    if _are_equal(scaled, np.abs(scaled).max()):
-        return Interval(mean)
-    from scipy.stats import ttest_1samp  # slow to import
-
-    found = ttest_1samp(scaled, 0).confidence_interval(confidence)
-    return _interval(mean, float(found.low) * size, float(found.high) * size)
+    return _t_interval(size, scaled, float(np.abs(scaled).max()), confidence, floor)
 
 
 def paired_interval(
-    values: Sequence[float], others: Sequence[float], *, confidence: float = CONFIDENCE
+    values: Sequence[float],
+    others: Sequence[float],
+    *,
+    confidence: float = CONFIDENCE,
+    floor: float = 0.0,
 ) -> Interval:
-    """Return the mean difference of paired runs with its t interval (`scipy.stats.ttest_rel`).
+    """Return the mean difference of paired runs with its t interval.
 
-        d = mean(a - b) ± t(n - 1) s(a - b) / sqrt(n)
+        d = mean(a - b) ± t(n - 1) max(s(a - b), floor) / sqrt(n)
 
     What the runs of a pair share, such as the seed, cancels in the difference.
 
@@ -126,6 +133,7 @@ def paired_interval(
         values: Values a, one a seed.
         others: Values b of the same seeds in the same order.
         confidence: Confidence level of the interval, in (0, 1).
+        floor: Least spread of the differences, as in `mean_interval`.
 
     Returns:
         Mean difference and interval; without ends as in `mean_interval`. The interval excludes 0
@@ -142,17 +150,39 @@ def paired_interval(
     >>> round(interval.value, 4), round(interval.low, 4), round(interval.high, 4)
     (0.0233, 0.009, 0.0377)
     """
+    return _t_interval(*_differences(values, others), confidence, floor)
+
+
+def _differences(
+    values: Sequence[float], others: Sequence[float]
+) -> tuple[float, NDArray[np.float64], float]:
+    """Return a size, differences divided by it, and the largest value that they are of."""
     if len(values) != len(others) or not values:
         raise ValueError(f"values must be pairs, got {len(values)} and {len(others)}")
     size, first, second = _scaled(values, others)
-    differences = first - second
-    mean = float(np.mean(differences)) * size
-    if _are_equal(differences, np.abs([first, second]).max()):
-        return Interval(mean)
-    from scipy.stats import ttest_rel  # slow to import
+    return size, first - second, float(np.abs([first, second]).max())
 
-    found = ttest_rel(first, second).confidence_interval(confidence)
-    return _interval(mean, float(found.low) * size, float(found.high) * size)
+
+def _t_interval(
+    size: float, scaled: NDArray[np.float64], largest: float, confidence: float, floor: float
+) -> Interval:
+    mean = float(np.mean(scaled)) * size
+    spread = _spread(scaled, largest, floor / size)
+    if spread is None:
+        return Interval(mean)
+    from scipy.stats import t  # slow to import
+
+    n = len(scaled)
+    half = float(t.ppf((1 + confidence) / 2, n - 1)) * spread / math.sqrt(n) * size
+    return _interval(mean, mean - half, mean + half)
+
+
+def _spread(values: NDArray[np.float64], largest: float, floor: float) -> float | None:
+    """Return the standard deviation; None of too few values, or where it is 0."""
+    if len(values) < LEAST:
+        return None
+    found = 0.0 if _are_equal(values, largest) else float(np.std(values, ddof=1))
+    return max(found, floor) or None
 
 
 def _scaled(*samples: Sequence[float]) -> tuple[Any, ...]:
@@ -189,8 +219,8 @@ def ratio_interval(
         confidence: Confidence level of the interval, in (0, 1).
 
     Returns:
-        Ratio and interval; without ends for a single pair, or where the mean denominator does not
-        differ significantly from 0; None where it is not above 0.
+        Ratio and interval; without ends for fewer than three pairs, or where the mean denominator
+        does not differ significantly from 0; None where it is not above 0.
 
     Raises:
         ValueError: Samples of different lengths, or empty ones.
@@ -213,7 +243,7 @@ def ratio_interval(
     if not b > 0:
         return None
     n = len(numerators)
-    if n == 1:
+    if n < LEAST:
         return Interval(a / b)
     (v_aa, v_ab), (_, v_bb) = np.cov(above, below) / n
     from scipy.stats import t  # slow to import

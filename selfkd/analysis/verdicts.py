@@ -22,13 +22,13 @@ def number(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "–"
 
 
-def percent(value: float) -> str:
-    """Return a difference of fractions, in percent.
+def points(value: float) -> str:
+    """Return a difference of fractions, in points: hundredths.
 
-    >>> percent(0.00412)
-    '+0.41 %'
+    >>> points(0.00412)
+    '+0.41 points'
     """
-    return number(value, "+.2%").replace("%", " %")
+    return f"{number(100 * value, '+.2f')} points"
 
 
 def plain(value: float) -> str:
@@ -41,38 +41,28 @@ def plain(value: float) -> str:
 
 
 def is_fraction(metric: str) -> bool:
-    """Say whether a metric is a fraction, which is shown in percent: an accuracy, by its name."""
+    """Say whether a metric is a fraction, an accuracy, by its name."""
     return "acc" in metric
 
 
 def metric_format(metric: str) -> Callable[[float], str]:
     """Return the format of differences of a metric."""
-    return percent if is_fraction(metric) else plain
+    return points if is_fraction(metric) else plain
 
 
-def format_difference(interval: Interval, *, form: Callable[[float], str] = percent) -> str:
+def format_difference(interval: Interval, *, form: Callable[[float], str] = points) -> str:
     """Return a difference with its interval, if it has one.
 
     >>> format_difference(Interval(0.004, 0.001, 0.007))
-    '+0.40 % [+0.10, +0.70]'
+    '+0.40 points [+0.10, +0.70]'
     """
     if interval.low is None or interval.high is None:
         return form(interval.value)
-    low, high = (form(end).removesuffix(" %") for end in (interval.low, interval.high))
+    low, high = (
+        form(end).removesuffix(" %").removesuffix(" points")
+        for end in (interval.low, interval.high)
+    )
     return f"{form(interval.value)} [{low}, {high}]"
-
-
-def format_mean(interval: Interval, seeds: int, *, form: Callable[[float], str] = percent) -> str:
-    """Return a mean over seeds with its interval, if it has one.
-
-    >>> format_mean(Interval(0.96, 0.95, 0.97), 3)
-    '96.00 % [95.00, 97.00], mean of 3 seeds'
-    >>> format_mean(Interval(0.96), 1)
-    '96.00 %, one seed, so no interval'
-    """
-    of = f"mean of {seeds} seeds" if seeds > 1 else "one seed, so no interval"
-    mean = format_difference(interval, form=lambda value: form(value).removeprefix("+"))
-    return f"{mean}, {of}"
 
 
 def is_better(interval: Interval | None, *, mode: Mode = "max") -> bool:
@@ -95,7 +85,7 @@ def describe_difference(
     pairs: str,
     *,
     mode: Mode = "max",
-    form: Callable[[float], str] = percent,
+    form: Callable[[float], str] = points,
 ) -> str:
     """Return a difference in words.
 
@@ -108,12 +98,12 @@ def describe_difference(
         form: Format of a difference.
 
     >>> found = Interval(-0.001, -0.006, 0.004)
-    >>> describe_difference("generation 3", "generation 2", found, "5 paired seeds")
-    'no evidence that generation 3 is better than generation 2 (difference -0.10 % [-0.60, +0.40], \
+    >>> describe_difference("run b", "run a", found, "5 paired seeds")
+    'no evidence that run b is better than run a (difference -0.10 points [-0.60, +0.40], \
 5 paired seeds)'
     >>> found = Interval(0.004, 0.001, 0.007)
-    >>> describe_difference("generation 2", "generation 1", found, "5 paired seeds")
-    'generation 2 is better than generation 1: +0.40 % [+0.10, +0.70], 5 paired seeds'
+    >>> describe_difference("run b", "run a", found, "5 paired seeds")
+    'run b is better than run a: +0.40 points [+0.10, +0.70], 5 paired seeds'
     """
     value = format_difference(difference, form=form)
     if is_better(difference, mode=mode):
@@ -124,15 +114,6 @@ def describe_difference(
         single = re.search(r"\b1 paired", pairs)
         pairs += ", so no interval" if single else ", the same in all: no interval"
     return f"no evidence that {name} is better than {other} (difference {value}, {pairs})"
-
-
-def count_seeds(seeds: int) -> str:
-    """Return a number of paired seeds in words.
-
-    >>> count_seeds(1), count_seeds(3)
-    ('1 paired seed', '3 paired seeds')
-    """
-    return f"{seeds} paired seed" + ("" if seeds == 1 else "s")
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -171,3 +152,33 @@ def short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
+
+
+def join(parts: Sequence[str]) -> str:
+    """Return an enumeration.
+
+    >>> join(["a", "b", "c"]), join(["a"])
+    ('a, b and c', 'a')
+    """
+    return " and ".join([*([", ".join(parts[:-1])] if parts[1:] else []), *parts[-1:]])
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return increasing numbers in words, three and more in a row as a range.
+
+    >>> ranges([1, 2, 3, 5]), ranges([2, 4, 5])
+    ('1 to 3 and 5', '2, 4 and 5')
+    """
+    rows: list[list[int]] = []
+    for each in numbers:
+        if rows and rows[-1][-1] == each - 1:
+            rows[-1].append(each)
+        else:
+            rows.append([each])
+    return join(
+        [
+            text
+            for row in rows
+            for text in ([f"{row[0]} to {row[-1]}"] if row[2:] else [str(each) for each in row])
+        ]
+    )

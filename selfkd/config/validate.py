@@ -106,8 +106,8 @@ def _has_finite_numbers(value: Any) -> bool:
 def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield faults of the settings for replication and controls."""
     seeds, where = config.confirm.seeds, locate_key("confirm.seeds", sources)
-    if config.rounds == "auto" and seeds < 2:
-        yield f"{where}: must be at least 2 with rounds auto: one seed is no evidence, got {seeds}"
+    if config.rounds == "auto" and seeds < 3:
+        yield f"{where}: must be at least 3 with rounds auto: fewer are no evidence, got {seeds}"
     if config.controls and not seeds:
         yield f"{where}: must be at least 1 with controls, which are replicated too, got {seeds}"
     if config.controls and not config.most_rounds:

@@ -11,21 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from selfkd.analysis.statistics import mean_interval, paired_interval
-from selfkd.analysis.verdicts import Mode, count_seeds, describe_difference, metric_format
+from selfkd.analysis.families import Terms
+from selfkd.analysis.statistics import mean_interval
+from selfkd.analysis.verdicts import Mode
 from selfkd.config import Config, ModelConfig, to_tree, uses_pretrained
 from selfkd.config.space import Distribution, Points
 from selfkd.errors import ConfigError, RunError
 from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, run_one
+from selfkd.experiments.replicas import confirm_seeds, make_terms
 from selfkd.experiments.run_folder import RunFolder, student_file
 from selfkd.experiments.stages import Stage, make_proposer, run_stages, trial_seed
 from selfkd.results import (
     Evaluation,
     Events,
     Facts,
-    Interval,
     Message,
     Model,
     Point,
@@ -132,10 +133,14 @@ class Run:
         """Whether more of it is better, or less."""
         return self.config.search.mode if self.function else self.folder.facts.mode
 
-    def compare(self, name: str, other: str, difference: Interval, pairs: str) -> str:
-        """Return a difference of the reported metric in words: the verdict on `name`."""
-        form = metric_format(self.metric)
-        return describe_difference(name, other, difference, pairs, mode=self.mode, form=form)
+    @property
+    def terms(self) -> Terms:
+        """How differences of the reported metric are judged and written."""
+        return make_terms(self.config, self.metric, self.mode, self.folder.facts)
+
+    def seeds(self, arm: Arm) -> Sequence[int]:
+        """Return the fresh seeds of an arm."""
+        return confirm_seeds(self.config) if arm.seeds is None else arm.seeds
 
     def search(
         self, arm: Arm, *, save: Path | None = None, keep: int = 1, last: Point | None = None
@@ -200,7 +205,7 @@ class Run:
         search = self.config.search
         stages = []
         for arm in arms:
-            seeds = confirm_seeds(self.config) if arm.seeds is None else arm.seeds
+            seeds = self.seeds(arm)
             stages.append(
                 Stage(
                     name=arm.name,
@@ -343,32 +348,52 @@ class Run:
         return [rows[distinct.index(each)] for each in paths]
 
     def measure(
-        self, arms: Sequence[Arm], trials: Sequence[Sequence[TrialResult]], *, title: str
+        self,
+        arms: Sequence[Arm],
+        trials: Sequence[Sequence[TrialResult]],
+        *,
+        title: str,
+        known: Sequence[Replicated | None] = (),
     ) -> list[Replicated]:
         """Measure the replicas of each arm: on the test split, each model once.
 
         A user's training function has no test split here: its own metric is the measure.
+
+        Args:
+            arms: Settings that were trained.
+            trials: Completed trials of each.
+            title: Name of the work, for people.
+            known: What is measured of each already, on fewer seeds.
         """
         chosen_by, metric = self.config.search.metric, self.metric
-        values: list[list[float]] = [[t.metrics[chosen_by] for t in rows] for rows in trials]
-        validation = values
+        found: list[dict[int, float]] = [
+            dict(zip(row.seeds, row.values, strict=True)) if row else {}
+            for row in known or [None] * len(arms)
+        ]
+        waiting = [
+            (number, trial)
+            for number, rows in enumerate(trials)
+            for trial in rows
+            if trial.seed not in found[number]
+        ]
         if self.function is None:
-            requests = [
-                Request(arm.model(self, trial))
-                for arm, rows in zip(arms, trials, strict=True)
-                for trial in rows
-            ]
-            tested = iter(self.evaluate(requests, title=title, keep=False))
-            values = [[next(tested).metrics[metric] for _ in rows] for rows in trials]
+            requests = [Request(arms[number].model(self, trial)) for number, trial in waiting]
+            tested = self.evaluate(requests, title=title, keep=False) if requests else []
+            for (number, trial), row in zip(waiting, tested, strict=True):
+                found[number][trial.seed] = row.metrics[metric]
+        else:
+            for number, trial in waiting:
+                found[number][trial.seed] = trial.metrics[chosen_by]
         return [
             Replicated(
                 seeds=tuple(trial.seed for trial in rows),
                 metric=metric,
-                values=tuple(own),
-                validation=tuple(of_validation),
-                mean=mean_interval(own),
+                values=tuple(own[trial.seed] for trial in rows),
+                validation=tuple(trial.metrics[chosen_by] for trial in rows),
+                mean=mean_interval([own[trial.seed] for trial in rows]),
+                wanted=len(self.seeds(arm)),
             )
-            for rows, own, of_validation in zip(trials, values, validation, strict=True)
+            for arm, rows, own in zip(arms, trials, found, strict=True)
         ]
 
     def finish(self, summary: S) -> S:
@@ -421,31 +446,3 @@ class Run:
                 return [rows[id(job)] for job in jobs]
         errors = [outcome.error for outcome in batch.outcomes if outcome.error is not None]
         raise RunError(f"{title} failed: {errors[0]}")
-
-
-def confirm_seeds(config: Config, count: int | None = None) -> list[int]:
-    """Return the fresh seeds: those of no other trial, the same for every arm."""
-    count = config.confirm.seeds if count is None else count
-    return [trial_seed(config.seed, "confirm", number) for number in range(count)]
-
-
-def contrast(
-    measured: Replicated, other: Replicated, *, key: Literal["values", "validation"] = "values"
-) -> tuple[Interval | None, str]:
-    """Return the paired difference of two arms, and how many seeds were paired."""
-    by_seed = dict(zip(other.seeds, getattr(other, key), strict=True))
-    pairs = [
-        (value, by_seed[seed])
-        for seed, value in zip(measured.seeds, getattr(measured, key), strict=True)
-        if seed in by_seed
-    ]
-    if not pairs:
-        return None, count_seeds(0)
-    values, others = zip(*pairs, strict=True)
-    return paired_interval(values, others), count_seeds(len(pairs))
-
-
-def remove_students(folder: Path) -> None:
-    """Remove the students of an arm that has been measured; their results stay."""
-    for student in folder.rglob("student.safetensors"):
-        remove_file(student)

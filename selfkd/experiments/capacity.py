@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from selfkd.analysis.capacity import compare_size, describe_curve, judged, mean_gain
+from selfkd.analysis.capacity import compare_size, describe_curve, judge_sizes
 from selfkd.analysis.verdicts import count
+from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.arms import Teachers as ArmTeachers
 from selfkd.experiments.ensemble import Pair, pair
 from selfkd.experiments.members import Teachers, make_teachers
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
 from selfkd.results import (
     CapacitySummary,
@@ -75,6 +77,12 @@ def grow(run: Run) -> CapacitySummary:
             if (model := arm.model(run, trial)).checkpoint not in kept:
                 remove_file(run.folder.file(model.checkpoint))
     return summary
+
+
+def finished(config: Config, folder: RunFolder) -> CapacitySummary | None:
+    """Return the summary of a run that has nothing left to do, else None."""
+    summary = folder.summary(CapacitySummary)
+    return summary if summary and summary.seeds >= config.confirm.seeds else None
 
 
 def _sizes(run: Run) -> list[tuple[int | float | str, int, str]]:
@@ -140,7 +148,7 @@ def _measure(
     students: Sequence[_Student],
     trials: Sequence[Sequence[TrialResult]],
 ) -> CapacitySummary:
-    config, metric, mode = run.config, run.metric, run.mode
+    config, metric, terms = run.config, run.metric, run.terms
     own_teachers = teachers.of(config)
     pairs: list[list[Pair]] = []
     for student, alone, distilled in zip(students, trials[::2], trials[1::2], strict=True):
@@ -153,24 +161,25 @@ def _measure(
     title = "measuring on the test split"
     by_hash = {row.hash: row for row in run.evaluate(requests, title=title)}
     (teacher,) = run.average([(own_teachers, config.distill.average)])
-    firsts = [[of_size[0][0]] for of_size in pairs if of_size]
-    cost, *costs = run.time([own_teachers, *firsts])
-    sizes = []
     of_trials = {t.hash: t for rows in trials for t in rows}
+    trained = [[(m, of_trials[m.hash]) for _, m in of_size] for of_size in pairs if of_size]
+    best = [_best(run, students) for students in trained]
+    cost, *costs = run.time([own_teachers, *([model] for model in best)])
+    sizes: list[Size] = []
     for student, of_size in zip(students, pairs, strict=True):
         if of_size:
             labels = [by_hash[model.hash] for model, _ in of_size]
             from_teachers = [by_hash[model.hash] for _, model in of_size]
             size = compare_size(
-                labels, from_teachers, teacher.metrics[metric], metric=metric, mode=mode
+                labels, from_teachers, teacher.metrics[metric], metric=metric, terms=terms
             )
-            trained = [(model, of_trials[model.hash]) for _, model in of_size]
-            sizes.append(_size(run, student, size, trained, costs.pop(0)))
+            number = len(sizes)
+            own = [trial for _, trial in trained[number]]
+            sizes.append(_size(run, student, size, own, best[number], costs[number]))
     if not sizes:
         raise RuntimeError("no pair of students could be trained on one seed")
-    sizes = judged(sizes, mode=mode)
-    gain = mean_gain(sizes)
-    verdict, *others = describe_curve(sizes, gain, metric=metric, mode=mode)
+    seeds = [[of_trials[m.hash].seed for _, m in of_size] for of_size in pairs if of_size]
+    sizes, verdict = judge_sizes(sizes, seeds, terms=terms)
     return CapacitySummary(
         key=config.capacity.key,
         seeds=config.confirm.seeds,
@@ -178,28 +187,34 @@ def _measure(
         trials=config.search.trials if config.capacity.search else 0,
         teacher=teachers.row(config, teacher, cost),
         sizes=tuple(sizes),
-        mean_gain=gain,
         verdict=verdict,
-        said=tuple(others),
+        said=tuple(describe_curve(sizes)),
     )
+
+
+def _best(run: Run, trained: Sequence[tuple[Model, TrialResult]]) -> Model:
+    """Return the best student on validation, which is kept."""
+    search = run.config.search
+    sign = 1 if search.mode == "max" else -1
+    best, _ = max(
+        trained,
+        key=lambda own: (sign * own[1].metrics[search.metric], -own[1].metrics["val_nll"]),
+    )
+    return best
 
 
 def _size(
     run: Run,
     student: _Student,
     size: Size,
-    trained: Sequence[tuple[Model, TrialResult]],
+    trained: Sequence[TrialResult],
+    best: Model,
     cost: Row,
 ) -> Size:
     """Return a size with what it costs to run, took to train, and where its best student lies."""
-    search, searched = run.config.search, run.config.capacity.search
-    sign = 1 if search.mode == "max" else -1
-    best, _ = max(
-        trained,
-        key=lambda own: (sign * own[1].metrics[search.metric], -own[1].metrics["val_nll"]),
-    )
-    trials = search.trials if searched else 1
-    seconds = sum(trial.train_seconds for _, trial in trained) / len(trained)
+    searched = run.config.capacity.search
+    trials = run.config.search.trials if searched else 1
+    seconds = sum(trial.train_seconds for trial in trained) / len(trained)
     own = run.config.at(student.distilled.point).distill
     return replace(
         size,

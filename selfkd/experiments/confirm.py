@@ -6,28 +6,36 @@ Teachers stay those of the run: what is confirmed is the setting, given its teac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
+from selfkd.analysis.families import judge
+from selfkd.analysis.statistics import mean_interval
 from selfkd.analysis.verdicts import (
+    count,
     format_difference,
-    format_mean,
     is_better,
+    join,
     metric_format,
+    ranges,
 )
 from selfkd.config import Config
-from selfkd.experiments.arms import Arm, Run, contrast, remove_students
+from selfkd.experiments.arms import Arm, Run
+from selfkd.experiments.replicas import contrast, pair_up, remove_students
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     Confirmation,
     ControlResult,
     GenerationConfirmed,
     GenerationResult,
+    Interval,
     Replicated,
+    Verdict,
 )
 from selfkd.storage.rows import load_row, save_row
 
-PATIENCE = 2  # generations in a row without evidence of a gain, after which `rounds: auto` stops
+PATIENCE = 2  # generations that, taken together, must gain on the one before; else auto stops
+ONE_SIDED = 0.9  # confidence of the interval whose lower end a gain is above, at 5 %
 
 
 def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[Confirmation]:
@@ -42,17 +50,22 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
     config, folder = run.config, run.folder
     if not config.confirm.seeds:
         return []
-    waiting = [row for row in results if not _path(folder, row.generation).exists()]
+    known = {row.generation: row for row in _load_known(folder, len(results))}
+    done = {row.generation for row in load_confirmations(config, folder, len(results))}
+    waiting = [row for row in results if row.generation not in done]
     arms = [_arm(run, row) for row in waiting]
     own_network = config.student is not None and run.function is None and len(results) > 1
     baseline = _baseline_path(folder)
-    if own_network and not baseline.exists():
+    of_labels = load_row(Replicated, baseline) if baseline.exists() else None
+    if own_network and (of_labels is None or of_labels.wanted < config.confirm.seeds):
         where, point = baseline.parent / "confirm", results[0].point
         arms.append(Arm(name="confirm_labels", folder=where, point=point))
     measured: list[Replicated] = []
     if arms:
         trials = run.replicate(arms)
-        measured = run.measure(arms, trials, title="testing what was confirmed")
+        before = [*(known.get(row.generation) for row in waiting), of_labels][: len(arms)]
+        title = "testing what was confirmed"
+        measured = run.measure(arms, trials, title=title, known=before)
     if len(measured) > len(waiting):
         save_row(baseline, measured[-1])
     remove_students(baseline.parent / "confirm")
@@ -60,7 +73,7 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
     confirmations: list[Confirmation] = []
     for result in results:
         path = _path(folder, result.generation)
-        if not path.exists():
+        if result.generation in by_generation:
             own = by_generation[result.generation]
             confirmation = _confirmation(run, result, own, confirmations)
             save_row(path, confirmation)
@@ -85,15 +98,31 @@ def baseline_row(run: Run, confirmations: Sequence[Confirmation]) -> ControlResu
         return None
     measured = load_row(Replicated, path)
     title = f"{(run.config.student or run.config.model).name}, labels only"
-    first, _ = contrast(measured, confirmations[0])
-    verdict = f"{title}: {format_mean(measured.mean, len(measured.seeds))}"
-    return ControlResult(
-        **vars(measured), name="labels", title=title, first=first, verdicts=(verdict,)
-    )
+    first = contrast(measured, confirmations[0], floor=run.terms.floor)
+    return ControlResult(**vars(measured), name="labels", title=title, first=first)
 
 
-def load_confirmations(folder: RunFolder, generations: int) -> list[Confirmation]:
-    """Return the confirmations of the first generations, as far as they are done."""
+def load_confirmations(config: Config, folder: RunFolder, generations: int) -> list[Confirmation]:
+    """Return the confirmations of the first generations, as far as all seeds are done."""
+    known = _load_known(folder, generations)
+    return [row for row in known if row.wanted >= config.confirm.seeds]
+
+
+def judge_generations(run: Run, confirmations: Sequence[Confirmation]) -> Verdict | None:
+    """Return the verdict on the born-again generations; None where none was replicated."""
+    if len(confirmations) < 2:
+        return None
+    to, baseline = labels_only(run.folder, confirmations)
+    family = [
+        pair_up(f"generation {row.generation}", to, row, baseline) for row in confirmations[1:]
+    ]
+    numbers = ranges([row.generation for row in confirmations[1:]])
+    together = f"born-again generations {numbers}, taken together,"
+    terms = run.terms
+    return judge(family, terms=terms, together=together, noun="generation", method="closed")
+
+
+def _load_known(folder: RunFolder, generations: int) -> list[Confirmation]:
     paths = [_path(folder, generation) for generation in range(generations)]
     return [load_row(Confirmation, path) for path in paths if path.exists()]
 
@@ -120,43 +149,53 @@ def _arm(run: Run, result: GenerationResult) -> Arm:
 def _confirmation(
     run: Run, result: GenerationResult, measured: Replicated, before: Sequence[Confirmation]
 ) -> Confirmation:
-    generation = result.generation
-    name, form = f"generation {generation}", metric_format(measured.metric)
-    own = {**vars(measured), "generation": generation, "mcnemar": result.mcnemar}
+    generation, floor = result.generation, run.terms.floor
+    found = Confirmation(**vars(measured), generation=generation, mcnemar=result.mcnemar)
     if not generation:
-        verdict = f"{name}: {format_mean(measured.mean, len(measured.seeds), form=form)}"
-        return Confirmation(**own, verdicts=(verdict,))
-    previous, pairs = contrast(measured, before[-1])
-    other, baseline = labels_only(run.folder, before)
-    first, pairs_of_first = contrast(measured, baseline)
-    verdicts = {}
-    for what, found, of in (
-        (f"generation {generation - 1}", previous, pairs),
-        (other, first, pairs_of_first),
-    ):
-        if found is not None:
-            verdicts[what] = run.compare(name, what, found, of)
-    said = tuple(verdicts.values()) or (f"{name} shares no seed with another",)
-    return Confirmation(**own, first=first, previous=previous, verdicts=said)
+        return found
+    return replace(
+        found,
+        first=contrast(measured, labels_only(run.folder, before)[1], floor=floor),
+        previous=contrast(measured, before[-1], floor=floor),
+    )
 
 
-def stop_reason(config: Config, confirmations: Sequence[Confirmation]) -> str | None:
+def stop_reason(
+    config: Config, confirmations: Sequence[Confirmation], *, floor: float = 0.0
+) -> str | None:
     """Return why `rounds: auto` stops after these generations, if it does.
 
-    The choice to stop sees validation only: the test split is for what is reported.
+    It stops where the last two generations, taken together, show no gain over the one before them:
+    a one-sided paired t test at 5 %. The choice to stop sees validation only: the test split is for
+    what is reported.
+
+    Args:
+        config: Config of the run.
+        confirmations: Generations from 0 on, replicated.
+        floor: Least spread over seeds.
     """
     metric, mode = config.search.metric, config.search.mode
-    found = [contrast(row, before, key="validation") for before, row in pairwise(confirmations)]
-    last = found[-PATIENCE:]
-    if len(last) < PATIENCE or any(is_better(gain, mode=mode) for gain, _ in last):
+    if len(confirmations) <= PATIENCE:
         return None
-    generation = len(confirmations) - 1
-    gains = [
-        f"generation {number} {format_difference(gain, form=metric_format(metric))}"
-        for number, (gain, _) in enumerate(last, start=generation - PATIENCE + 1)
-        if gain is not None
-    ]
+    before, *last = confirmations[-PATIENCE - 1 :]
+    gain, seeds = _gain(last, before, floor)
+    if is_better(gain, mode=mode):
+        return None
+    numbers = [str(row.generation) for row in last]
+    value = format_difference(gain, form=metric_format(metric)) if gain else "none in common"
     return (
-        f"stopped after generation {generation}: {PATIENCE} generations in a row without evidence "
-        f"of a gain over the previous one ({metric}, {last[-1][1]}: {', '.join(gains)})"
+        f"stopped after generation {numbers[-1]}: generations {join(numbers)}, taken together, "
+        f"show no evidence of a gain over generation {before.generation} ({metric}, "
+        f"{count(seeds, 'paired seed')}: {value})"
     )
+
+
+def _gain(
+    last: Sequence[Confirmation], before: Confirmation, floor: float
+) -> tuple[Interval | None, int]:
+    """Return the mean gain of generations on validation, one-sided, and how many seeds it is of."""
+    each = [pair_up("", "", row, before, key="validation").values for row in last]
+    shared = [seed for seed in each[0] if all(seed in values for values in each)]
+    gains = [sum(values[s][0] - values[s][1] for values in each) / len(each) for s in shared]
+    found = mean_interval(gains, confidence=ONE_SIDED, floor=floor) if gains else None
+    return found, len(gains)

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from selfkd.analysis.families import Pairs, judge
 from selfkd.config import Config, Control
 from selfkd.config.space import Distribution
-from selfkd.experiments.arms import Arm, Request, Run, confirm_seeds, contrast, remove_students
+from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.confirm import labels_only
+from selfkd.experiments.replicas import confirm_seeds, contrast, pair_up, remove_students
 from selfkd.results import (
     Confirmation,
     ControlResult,
@@ -22,6 +24,7 @@ from selfkd.results import (
     Model,
     Point,
     Replicated,
+    Verdict,
 )
 from selfkd.storage.rows import load_row, save_row
 
@@ -46,11 +49,19 @@ def run_controls(
         RunError: All trials of a stage failed.
     """
     wanted: list[Control] = list(dict.fromkeys(run.config.controls))
-    waiting = [name for name in wanted if name != "seeds" and not _path(run, name).exists()]
+    known: dict[Control, ControlResult] = {
+        name: load_row(ControlResult, path)
+        for name in wanted
+        if name != "seeds" and (path := _path(run, name)).exists()
+    }
+    most = run.config.confirm.seeds
+    done = {name for name, row in known.items() if row.wanted >= most} | {"seeds"}
+    waiting = [name for name in wanted if name not in done]
     arms = [_search(run, name, results) for name in waiting]
     if arms:
         trials = run.replicate(arms, title="controls on the same fresh seeds")
-        measured = run.measure(arms, trials, title="testing the controls")
+        before = [known.get(name) for name in waiting]
+        measured = run.measure(arms, trials, title="testing the controls", known=before)
         for name, arm, own in zip(waiting, arms, measured, strict=True):
             save_row(_path(run, name), _row(run, name, arm.point, own, confirmations))
     if "seeds" in wanted and not _has_as_many(_path(run, "seeds"), len(results)):
@@ -58,6 +69,31 @@ def run_controls(
     for control in wanted:  # of all: a kill may have come between a result and this
         remove_students(_path(run, control).parent)
     return [load_row(ControlResult, _path(run, name)) for name in wanted]
+
+
+def judge_controls(
+    run: Run, confirmations: Sequence[Confirmation], controls: Sequence[ControlResult]
+) -> Verdict | None:
+    """Return the verdict on generation 1 beside the controls, in one sentence, if there are any.
+
+    That on the ensemble of generations stands beside the ensemble of seeds.
+    """
+    if not controls:
+        return None
+    items = f"{run.folder.facts.items['test']:,} test {run.folder.facts.unit}"
+    family = [
+        Pairs(
+            name=f"the ensemble of {row.models} generations",
+            to=f"the {row.title}",
+            over_items=row.born_again,
+            items=items,
+        )
+        if row.name == "seeds"
+        else pair_up("generation 1", row.title, confirmations[1], row)
+        for row in controls
+    ]
+    verdict = judge(family, terms=run.terms)
+    return replace(verdict, sentences=("at equal cost: " + "; ".join(verdict.sentences),))
 
 
 def _path(run: Run, name: str) -> Path:
@@ -103,22 +139,13 @@ def _row(
     measured: Replicated,
     confirmations: Sequence[Confirmation],
 ) -> ControlResult:
-    title = TITLES[name]
-    other, baseline = labels_only(run.folder, confirmations)
-    born_again, pairs = contrast(confirmations[1], measured)
-    first, pairs_of_first = contrast(measured, baseline)
-    verdicts = []
-    if born_again is not None:
-        verdicts.append(run.compare("generation 1", title, born_again, pairs))
-    if first is not None:
-        verdicts.append(run.compare(title, other, first, pairs_of_first))
+    floor = run.terms.floor
     return ControlResult(
         **vars(measured),
         name=name,
-        title=title,
-        first=first,
-        born_again=born_again,
-        verdicts=tuple(verdicts) or (f"{title} shares no seed with another",),
+        title=TITLES[name],
+        first=contrast(measured, labels_only(run.folder, confirmations)[1], floor=floor),
+        born_again=contrast(confirmations[1], measured, floor=floor),
         point=point,
     )
 
@@ -140,22 +167,14 @@ def _seeds(run: Run, results: Sequence[GenerationResult]) -> ControlResult:
     found = run.job("contrast", ensembles=ensembles)
     mean = Interval(**found["values"][0])
     first, last = (Interval(**row) for row in found["differences"][1:])
-    title = f"ensemble of {len(members)} seeds"
-    items = f"{found['items']:,} test {run.folder.facts.unit}"
-    against = last.reversed()
-    verdicts = (
-        run.compare(f"the ensemble of {count} generations", f"the {title}", against, items),
-        run.compare(f"the {title}", "generation 0", first, items),
-    )
     return ControlResult(
         name="seeds",
-        title=title,
+        title=f"ensemble of {len(members)} seeds",
         seeds=(),
         metric=run.metric,
         values=(mean.value,),
         mean=mean,
         first=first,
-        born_again=against,
-        verdicts=verdicts,
+        born_again=last.reversed(),
         models=count,
     )

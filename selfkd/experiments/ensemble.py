@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, ratio_interval
-from selfkd.analysis.verdicts import count_seeds
-from selfkd.config import Source
+from selfkd.config import Config, Source
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import Teachers, make_teachers
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     Chosen,
     EnsembleSummary,
@@ -74,6 +75,12 @@ def compress(run: Run) -> EnsembleSummary:
     return run.finish(_measure(run, teachers, found.best, pairs))
 
 
+def finished(config: Config, folder: RunFolder) -> EnsembleSummary | None:
+    """Return the summary of a run that has nothing left to do, else None."""
+    summary = folder.summary(EnsembleSummary)
+    return summary if summary and summary.wanted >= config.confirm.seeds else None
+
+
 def _replicate(run: Run, *arms: Arm) -> list[Pair]:
     """Return pairs of a student from labels only and a distilled one, a pair a seed."""
     folder = run.folder.path / "confirm"
@@ -127,8 +134,12 @@ def _measure(
         b.metrics[metric] - a.metrics[metric] for a, b in zip(of_labels, of_students, strict=True)
     ]
     room = [teacher.metrics[metric] - row.metrics[metric] for row in of_labels]
-    gain = mean_interval(gained)
-    on = f"{metric.replace('_', ' ')}, {count_seeds(len(pairs))}"
+    compared = Pairs.of(
+        "the student from its teacher",
+        "the same from labels only",
+        dict(enumerate(row.metrics[metric] for row in of_students)),
+        dict(enumerate(row.metrics[metric] for row in of_labels)),
+    )
     return EnsembleSummary(
         rows=tuple(replace(row, **own) for (row, _), own in zip(rows, costs, strict=True)),
         teacher=teachers.row(config, teacher, cost),
@@ -142,8 +153,9 @@ def _measure(
         ),
         trials=config.search.trials,
         seeds=len(pairs) if config.confirm.seeds else 0,
-        gain=gain,
-        verdict=run.compare("the student from its teacher", "the same from labels only", gain, on),
+        wanted=config.confirm.seeds,
+        gain=mean_interval(gained, floor=run.terms.floor),
+        verdict=judge([compared], terms=run.terms),
         share=ratio_interval(gained, room),
         diagnostics={
             "labels": of_labels[0].diagnostics,

@@ -15,12 +15,15 @@ from selfkd.experiments.arms import Arm, Request, Run, Searched
 from selfkd.experiments.confirm import (
     baseline_row,
     confirm_generations,
+    judge_generations,
     load_confirmations,
     stop_reason,
 )
-from selfkd.experiments.controls import run_controls
+from selfkd.experiments.controls import judge_controls, run_controls
+from selfkd.experiments.replicas import resolution
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
+    Confirmation,
     Evaluation,
     GenerationConfirmed,
     GenerationFinished,
@@ -50,10 +53,10 @@ def born_again(run: Run) -> GenerationsSummary:
     results = folder.results()[: config.most_rounds + 1]
     for result in results:
         run.events(GenerationFinished(result))
-    for confirmation in load_confirmations(folder, len(results)):
+    for confirmation in load_confirmations(config, folder, len(results)):
         run.events(GenerationConfirmed(confirmation))
     while not _is_last(config, folder, results):
-        confirmed = len(load_confirmations(folder, len(results))) == len(results)
+        confirmed = len(load_confirmations(config, folder, len(results))) == len(results)
         if config.rounds != "auto" or confirmed:
             results.append(_generation(run, results))
             run.events(GenerationFinished(results[-1]))
@@ -66,6 +69,10 @@ def born_again(run: Run) -> GenerationsSummary:
         (ensemble,) = run.average([(models, "probabilities")])
     baseline = baseline_row(run, confirmations)
     controls = run_controls(run, results, confirmations)
+    verdict = judge_generations(run, confirmations)
+    beside = judge_controls(run, confirmations, controls)
+    if verdict and beside:
+        verdict = replace(verdict, sentences=(*verdict.sentences, *beside.sentences))
     return run.finish(
         GenerationsSummary(
             generations=tuple(
@@ -73,9 +80,11 @@ def born_again(run: Run) -> GenerationsSummary:
                 for result in results
             ),
             confirmations=tuple(confirmations),
+            verdict=verdict,
             ensemble=ensemble,
             controls=(*([baseline] if baseline else []), *controls),
-            stopped=stop_reason(config, confirmations) if config.rounds == "auto" else None,
+            against_controls=beside,
+            stopped=_stopped(config, folder, confirmations) if config.rounds == "auto" else None,
         )
     )
 
@@ -87,7 +96,11 @@ def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:
         return None
     rows = summary.generations
     done = {row.name for row in summary.controls}
-    confirmed = len(summary.confirmations) == len(rows) or not config.confirm.seeds
+    replicas = [*summary.confirmations, *(r for r in summary.controls if r.name != "seeds")]
+    confirmed = not config.confirm.seeds or (
+        len(summary.confirmations) == len(rows)
+        and all(row.wanted >= config.confirm.seeds for row in replicas)
+    )
     same = [row.hash for row in rows] == [row.hash for row in results]
     return summary if same and confirmed and done >= set(config.controls) else None
 
@@ -96,10 +109,17 @@ def _is_last(config: Config, folder: RunFolder, results: Sequence[GenerationResu
     """Say whether no generation is to follow those that are done."""
     if len(results) > config.most_rounds:
         return True
-    confirmed = load_confirmations(folder, len(results))
+    confirmed = load_confirmations(config, folder, len(results))
     if config.rounds != "auto" or len(confirmed) < len(results):
         return False
-    return stop_reason(config, confirmed) is not None
+    return _stopped(config, folder, confirmed) is not None
+
+
+def _stopped(
+    config: Config, folder: RunFolder, confirmations: Sequence[Confirmation]
+) -> str | None:
+    floor = resolution(folder.facts, config.search.metric, "val")
+    return stop_reason(config, confirmations, floor=floor)
 
 
 def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResult:

@@ -166,6 +166,11 @@ class RunFolder:
                 f"{self.path} was started with another config, so it cannot be resumed with this "
                 "one; start a new run, or leave out:\n  " + "\n  ".join(refused)
             )
+        if new.confirm.seeds < old.confirm.seeds:
+            raise ConfigError(
+                f"confirm.seeds must be at least the {old.confirm.seeds} of the run, "
+                f"got {new.confirm.seeds}"
+            )
         done = len(self.results())
         if new.most_rounds + 1 < done:
             raise ConfigError(f"rounds must be at least the {done - 1} done, got {new.most_rounds}")

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
-from selfkd.analysis.verdicts import count_seeds
-from selfkd.config import ArmConfig, ContrastConfig, DataConfig
+from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
-from selfkd.experiments.arms import Arm, Request, Run, confirm_seeds
+from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import make_teachers
+from selfkd.experiments.replicas import confirm_seeds
+from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     ArmResult,
     ArmRun,
@@ -41,6 +43,12 @@ def compare_arms(run: Run) -> StudySummary:
         RunError: All trials of an arm failed.
     """
     return _Study(run).finish()
+
+
+def finished(config: Config, folder: RunFolder) -> StudySummary | None:
+    """Return the summary of a run that has nothing left to do, else None."""
+    summary = folder.summary(StudySummary)
+    return summary if summary and summary.seeds >= config.confirm.seeds else None
 
 
 class _Study:
@@ -188,11 +196,13 @@ class _Study:
             reference[MEMBERS] = (ArmRun(number=0, seed=0, metrics=members.metrics),)
         first, *others = config.study.arms
         contrasts = config.study.compare or [ContrastConfig(arm=name, to=first) for name in others]
+        family = [_pairs(each, reference, metric) for each in contrasts]
         return StudySummary(
             items=items,
             seeds=config.confirm.seeds,
             arms=tuple(rows.values()),
             contrasts=tuple(self._contrast(each, reference, metric) for each in contrasts),
+            verdict=judge(family, terms=run.terms) if family else None,
             members=members,
         )
 
@@ -204,14 +214,11 @@ class _Study:
         arm, other = runs[contrast.arm], runs[contrast.to]
         pairs = [(a, b) for a in arm for b in other if a.number == b.number]
         if not pairs:
-            verdict = f"{contrast.arm} and {contrast.to} have no seed on which both were trained"
-            return ContrastResult(**names, verdict=verdict)
+            return ContrastResult(**names)
         values, others = (
             [row.metrics[metric] for row in side] for side in zip(*pairs, strict=True)
         )
-        difference = paired_interval(values, others)
-        seeds = count_seeds(len(pairs))
-        verdict = self.run.compare(contrast.arm, contrast.to, difference, seeds)
+        difference = paired_interval(values, others, floor=self.run.terms.floor)
         share = None
         if contrast.reference:
             ends = runs[contrast.reference]
@@ -223,7 +230,15 @@ class _Study:
                 if alone or end.number == a.number
             ]
             share = ratio_interval(*zip(*gaps, strict=True)) if gaps else None
-        return ContrastResult(**names, difference=difference, share=share, verdict=verdict)
+        return ContrastResult(**names, difference=difference, share=share)
+
+
+def _pairs(contrast: ContrastConfig, runs: Mapping[str, Sequence[ArmRun]], metric: str) -> Pairs:
+    values, others = (
+        {run.number: run.metrics[metric] for run in runs[name]}
+        for name in (contrast.arm, contrast.to)
+    )
+    return Pairs.of(contrast.arm, contrast.to, values, others)
 
 
 def _arm_result(name: str, runs: Sequence[ArmRun], metric: str) -> ArmResult:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfkd.analysis import verdicts
-from selfkd.analysis.statistics import CONFIDENCE, mean_interval, paired_interval
+from selfkd.analysis.statistics import CONFIDENCE, LEAST, mean_interval, paired_interval
 from selfkd.reporting.read import Run, Tree
 from selfkd.results import Interval
 
@@ -136,7 +136,8 @@ def compare(run: Run, reference: Run) -> Comparison | None:
     if len(pairs[0]) > 1:
         found, why = paired_interval(*pairs), f"{len(pairs[0])} paired seeds{whose}"
         if found.low is None:
-            why += ", the same in all: no interval"
+            few_pairs = len(pairs[0]) < LEAST
+            why += ", too few for an interval" if few_pairs else ", the same in all: no interval"
         return Comparison(run.name, reference.name, found, True, why)
     if len(a) > 1 and len(b) > 1:
         why = f"unpaired (Welch, {len(a)} and {len(b)} seeds), {unpaired}{whose}"

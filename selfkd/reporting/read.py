@@ -27,6 +27,7 @@ from selfkd.results import (
     Members,
     StudySummary,
     TrialResult,
+    Verdict,
     from_row,
 )
 from selfkd.storage.files import load_json, read_text
@@ -105,6 +106,7 @@ class Run:
     members: tuple[Member, ...] = ()
     ensemble: Evaluation | None = None
     controls: tuple[ControlResult, ...] = ()
+    verdict: Verdict | None = None
     stopped: str | None = None
     ensemble_summary: EnsembleSummary | None = None
     capacity_summary: CapacitySummary | None = None
@@ -269,6 +271,7 @@ class _Reader:
             "further": tuple(self._further()),
             "ensemble": found.ensemble,
             "controls": found.controls,
+            "verdict": found.verdict,
             "stopped": found.stopped,
             "missing": missing,
         }

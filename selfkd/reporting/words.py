@@ -148,24 +148,21 @@ def headlines(run: Run) -> list[str]:
     if run.command == "ensemble":
         return list(_of_ensemble(run))
     if (summary := run.capacity_summary) is not None:
-        return [sentence(line) for line in (summary.verdict, *summary.said)]
+        return [sentence(line) for line in (*summary.verdict.sentences, *summary.said)]
     if run.study_summary is not None:
-        return [sentence(contrast.verdict) for contrast in run.study_summary.contrasts]
+        verdict = run.study_summary.verdict
+        return [sentence(line) for line in verdict.sentences] if verdict else []
     return list(_of_generations(run))
 
 
 def _of_generations(run: Run) -> Iterator[str]:
     done = [generation for generation in run.generations if generation.result is not None]
-    confirmations = [generation.confirmation for generation in done]
-    verdicts = [each.verdicts for each in confirmations if each is not None and each.verdicts]
-    for texts in reversed(verdicts):
-        yield from map(sentence, texts)
+    if run.verdict is not None:
+        yield from map(sentence, run.verdict.sentences)
     if run.stopped:
         yield sentence(run.stopped)
-    if done and not verdicts:
+    if done and not any(generation.confirmation for generation in done):
         yield from _unconfirmed(run, done)
-    for control in run.controls:
-        yield from map(sentence, control.verdicts)
     if run.ensemble is not None and (accuracy := run.ensemble.metric("test_accuracy")) is not None:
         yield (
             f"The ensemble of all {len(done)} generations is right on {percent(accuracy)} of the "
@@ -250,7 +247,7 @@ def describe_ensemble(summary: EnsembleSummary) -> list[str]:
         f"chosen of {summary.trials} trials on validation: T {chosen.temperature:.3g}, "
         f"alpha {chosen.alpha:.3g}, average of {chosen.average}"
     )
-    lines = [setting, summary.verdict]
+    lines = [setting, *summary.verdict.sentences]
     if share is None:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 from selfkd.results.ensemble import TeacherRow
 from selfkd.results.fields import Count, FileName, StageName
 from selfkd.results.row import ROW, Interval, Measured
+from selfkd.results.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -76,6 +77,7 @@ class CapacitySummary:
     trials: Count = 0
     teacher: TeacherRow
     sizes: tuple[Size, ...]
-    mean_gain: Interval | None = None
-    verdict: str
+    verdict: Verdict
+    """Of the distilled students, taken together and one by one."""
     said: tuple[str, ...] = ()
+    """Why distillation may not help elsewhere."""

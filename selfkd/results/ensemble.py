@@ -9,6 +9,7 @@ from selfkd.results.evaluation import Diagnostics
 from selfkd.results.fields import Count, Digest, FileName, Point
 from selfkd.results.row import ROW, Interval, Measured, Row
 from selfkd.results.trial import Model
+from selfkd.results.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -92,9 +93,12 @@ class EnsembleSummary:
     chosen: Chosen
     trials: Count
     seeds: Count
+    """Number of pairs on fresh seeds; 0 where there is only the pair that was chosen."""
+    wanted: Count = 0
+    """Number of fresh seeds that were to be trained, those that failed included."""
     gain: Interval
     """Paired difference of the student to the same from labels only."""
-    verdict: str
+    verdict: Verdict
     share: Interval | None = None
     """Share of the teacher's gain that the student keeps."""
     diagnostics: dict[str, dict[str, Diagnostics]] = Field(default_factory=dict)

@@ -24,6 +24,8 @@ class Replicated:
     validation: tuple[float, ...] = ()
     """What is chosen by (`search.metric`) of each seed."""
     mean: Interval
+    wanted: Count = 0
+    """Number of seeds that it was to be trained on, those that failed included."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -37,7 +39,6 @@ class Confirmation(Replicated):
     """Paired difference to the generation before."""
     mcnemar: McNemar | None = None
     """Of the chosen model and its teacher."""
-    verdicts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -49,8 +50,7 @@ class ControlResult(Replicated):
     first: Interval | None = None
     """Difference to generation 0."""
     born_again: Interval | None = None
-    """Difference of the born-again generations to it."""
-    verdicts: tuple[str, ...] = ()
+    """Difference of generation 1 to it; of the ensemble of generations to that of seeds."""
     models: Count = 0
     """Number of generations that an ensemble of seeds stands beside."""
     point: Point = Field(default_factory=dict)
@@ -94,5 +94,7 @@ class GenerationsSummary:
     ensemble: Evaluation | None = None
     """Of all generations."""
     controls: tuple[ControlResult, ...] = ()
+    against_controls: Verdict | None = None
+    """Of generation 1, and of the ensemble of generations, beside the controls of equal cost."""
     stopped: str | None = None
     """Why `rounds: auto` ended."""

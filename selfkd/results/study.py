@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 from selfkd.results.evaluation import Unseen
 from selfkd.results.fields import Count, Digest, FileName
 from selfkd.results.row import ROW, Interval, Measured
+from selfkd.results.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -46,7 +47,6 @@ class ContrastResult:
     difference: Interval | None = None
     share: Interval | None = None
     """Fraction of the gap from `to` to the reference that is closed."""
-    verdict: str
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -67,4 +67,6 @@ class StudySummary:
     seeds: Count
     arms: tuple[ArmResult, ...]
     contrasts: tuple[ContrastResult, ...] = ()
+    verdict: Verdict | None = None
+    """Of the contrasts, in their order; None without any."""
     members: MembersRow | None = None

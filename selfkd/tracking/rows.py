@@ -99,5 +99,4 @@ def confirmation_summary(confirmation: Confirmation) -> Row:
         "gain": confirmation.first,
         "step_gain": confirmation.previous,
     }
-    found: Row = {"confirmed_generation": confirmation.generation, **intervals(named)}
-    return {**found, "verdict": "; ".join(confirmation.verdicts)}
+    return {"confirmed_generation": confirmation.generation, **intervals(named)}

@@ -23,6 +23,7 @@ from selfkd.results import (
     GenerationConfirmed,
     GenerationFinished,
     GenerationResult,
+    GenerationsSummary,
     Row,
     RunFinished,
     Trial,
@@ -234,6 +235,8 @@ class WandbTracker(NoTracker):
                 self._work.put(lambda: self._generation(generation))
             case GenerationConfirmed(confirmation):
                 self._work.put(lambda: self._confirm(confirmation))
+            case RunFinished(GenerationsSummary() as of_generations):
+                self._work.put(lambda: self._judge(of_generations))
             case RunFinished(EnsembleSummary() as summary):
                 self._work.put(lambda: self._ensemble(summary))
 
@@ -298,8 +301,13 @@ class WandbTracker(NoTracker):
     def _confirm(self, confirmation: Confirmation) -> None:
         """Log the gain of the last confirmed generation in the lineage's summary and notes."""
         if self._whole is not None:
-            self._verdict = "; ".join(confirmation.verdicts)
             self._whole.do(_summarise(confirmation_summary(confirmation)))
+
+    def _judge(self, summary: GenerationsSummary) -> None:
+        """Log the verdict on the generations in the lineage's summary and notes."""
+        if self._whole is not None and summary.verdict is not None:
+            self._verdict = "; ".join(summary.verdict.sentences)
+            self._whole.do(_summarise({"verdict": self._verdict}))
             self._whole.do(_note(self._verdict))
 
     def _ensemble(self, summary: EnsembleSummary) -> None:
@@ -310,7 +318,7 @@ class WandbTracker(NoTracker):
             run.do(_log({"row": number, **plain}))
         found = intervals({"gain": summary.gain, "share_kept": summary.share})
         found["student_test_accuracy"] = summary.rows[-1].metric("test_accuracy")
-        self._verdict = summary.verdict
+        self._verdict = "; ".join(summary.verdict.sentences)
         run.do(_summarise({**found, "verdict": self._verdict}))
         run.do(_note(self._verdict))
         path = self._run_folder / STUDENT

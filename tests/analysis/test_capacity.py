@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfkd.analysis.capacity import compare_size, describe_curve, judged, mean_gain
-from selfkd.results import Evaluation, Size
+from selfkd.analysis.capacity import compare_size, describe_curve, judge_sizes
+from selfkd.analysis.families import Terms
+from selfkd.results import Evaluation, Size, Verdict
 
 
 def measured(values: Sequence[float]) -> list[Evaluation]:
@@ -21,7 +22,8 @@ def measured(values: Sequence[float]) -> list[Evaluation]:
 
 
 def compared(labels: Sequence[float], distilled: Sequence[float], teacher: float) -> Size:
-    return compare_size(measured(labels), measured(distilled), teacher, metric="test_accuracy")
+    rows = measured(labels), measured(distilled)
+    return compare_size(*rows, teacher, metric="test_accuracy", terms=Terms())
 
 
 def size(parameters: int, gain: float, *, room: float = 0.05, seeds: int = 5) -> Size:
@@ -33,10 +35,16 @@ def size(parameters: int, gain: float, *, room: float = 0.05, seeds: int = 5) ->
     return replace(found, value=parameters, parameters=parameters)
 
 
+def judged(sizes: Sequence[Size]) -> tuple[list[Size], Verdict]:
+    seeds = [range(len(each.labels.runs)) for each in sizes]
+    return judge_sizes(sizes, seeds, terms=Terms())
+
+
 def curve(*sizes: Size) -> tuple[list[str], str]:
     """The verdicts of sizes, and what is said of all."""
-    found = judged(sizes)
-    return [each.verdict for each in found], "\n".join(describe_curve(found, mean_gain(found)))
+    found, verdict = judged(sizes)
+    lines = [*verdict.sentences, *describe_curve(found)]
+    return [each.verdict for each in found], "\n".join(lines)
 
 
 def test_a_size_is_compared_by_the_paired_t_test() -> None:
@@ -54,7 +62,7 @@ def test_a_size_is_compared_by_the_paired_t_test() -> None:
 
 def test_sizes_are_compared_by_the_metric_of_their_task() -> None:
     rows = measured([0.9, 0.8])
-    found = compare_size(rows, rows, 0.3, metric="test_nll")
+    found = compare_size(rows, rows, 0.3, metric="test_nll", terms=Terms())
     assert found.labels.runs == pytest.approx((0.1, 0.2))
     assert found.room.value == pytest.approx(0.3 - 0.15)
 
@@ -63,27 +71,40 @@ def test_helps_in_the_middle() -> None:
     sizes = [size(600, 0.0), size(3000, 0.02), size(12_000, 0.02), size(50_000, 0.0, room=0.0)]
     verdicts, text = curve(*sizes)
     assert verdicts == ["no evidence", "helps", "helps", "no evidence"]
-    assert text.splitlines()[0] == (
-        "distillation helps from 3 k to 12 k parameters; no evidence outside"
+    headline, by_size, *_ = text.splitlines()
+    assert headline.startswith(
+        "distilled students of 4 sizes, taken together, are better than the same from labels only: "
+        "+1."
     )
-    assert "on average over the 4 sizes: +1." in text
+    assert by_size == (
+        "distillation helps from 3 k to 12 k parameters; no evidence outside, corrected for all "
+        "5 comparisons (Holm)"
+    )
     assert "\n50 k parameters: labels alone are not evidently below the teacher" in text
     assert "\n600 parameters: below the teacher with labels alone and not evidently helped" in text
 
 
-def test_the_mean_gain_is_over_seeds_of_means_over_sizes() -> None:
+def test_the_headline_is_over_seeds_of_means_over_sizes() -> None:
     sizes = [size(1000, 0.02, seeds=4), size(2000, 0.01, seeds=4)]
     gains = np.array([np.subtract(s.distilled.runs, s.labels.runs) for s in sizes])
     expected = stats.ttest_1samp(gains.mean(axis=0), 0).confidence_interval()
-    found = mean_gain(sizes)
-    assert found is not None
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert mean_gain([*sizes, size(3000, 0.0, seeds=3)]) is None
+    _, verdict = judged(sizes)
+    assert verdict.difference is not None
+    assert (verdict.difference.low, verdict.difference.high) == pytest.approx(
+        (expected.low, expected.high)
+    )
+    _, fewer = judged([*sizes, size(3000, 0.0, seeds=3)])
+    assert fewer.seeds == 3
 
 
 def test_what_only_looks_clear_alone_is_said() -> None:
     sizes = [size(1000 * (n + 1), 0.0) for n in range(6)]
-    sizes[2] = replace(sizes[2], p=0.03)
+    noise = np.array([0.001, 0.0022, 0.0034, 0.0008, 0.0018])
+    labels = np.full(5, 0.9)
+    clear = compared(labels.tolist(), (labels + noise - 0.0005).tolist(), 0.95)
+    assert clear.p is not None
+    assert 0.01 < clear.p < 0.05
+    sizes[2] = replace(clear, value=3000, parameters=3000)
     verdicts, text = curve(*sizes)
     assert set(verdicts) == {"no evidence"}
     assert "3 k parameters: the interval leaves out 0, but among 6 sizes looked at" in text
@@ -104,7 +125,7 @@ def test_what_only_looks_clear_alone_is_said() -> None:
 )
 def test_in_words(gains: list[float], words: str) -> None:
     _, text = curve(*(size(1000 * (n + 1), gain) for n, gain in enumerate(gains)))
-    assert text.startswith(words)
+    assert words in text.splitlines()[1]
     if min(gains) > 0:
         assert "no evidence" not in text
 
@@ -112,11 +133,14 @@ def test_in_words(gains: list[float], words: str) -> None:
 def test_one_seed_says_nothing() -> None:
     verdicts, text = curve(size(1000, 0.02, seeds=1), size(2000, 0.02, seeds=1))
     assert verdicts == ["unknown", "unknown"]
-    assert text == "one seed: no interval, so no verdict on where distillation helps"
+    assert text == (
+        "distilled students of 2 sizes, taken together, and the same from labels only differ by "
+        "+2.04 points over 1 fresh seed, too few for an interval"
+    )
 
 
 def test_equal_differences_are_no_evidence() -> None:
-    verdicts, _ = curve(compared([0.5, 0.5], [0.75, 0.75], 0.9))
+    verdicts, _ = curve(compared([0.5] * 3, [0.75] * 3, 0.9))
     assert verdicts == ["no evidence"]
 
 
@@ -126,8 +150,8 @@ def test_looking_at_many_sizes_finds_no_more_by_chance() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         pairs = [rng.normal(0.9, 0.01, (2, 5)).tolist() for _ in range(8)]
-        sizes = judged([compared(a, b, 1.0) for a, b in pairs])
-        claimed += any(each.verdict != "no evidence" for each in sizes)
+        sizes, verdict = judged([compared(a, b, 1.0) for a, b in pairs])
+        claimed += verdict.outcome != "none" or any(each.verdict != "no evidence" for each in sizes)
         single += any(each.p is not None and each.p <= 0.05 for each in sizes)
     assert claimed / 200 < 0.08
     assert single / 200 > 0.25

@@ -20,7 +20,7 @@ from selfkd.analysis.statistics import (
 )
 
 
-@pytest.mark.parametrize("n", [2, 3, 10])
+@pytest.mark.parametrize("n", [3, 4, 10])
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
 def test_the_interval_of_a_mean_is_scipys(n: int, confidence: float) -> None:
     values = np.random.default_rng(n).normal(3, 2, n).tolist()
@@ -42,7 +42,7 @@ def test_no_value_is_refused() -> None:
         ratio_interval([1.0, 2.0], [1.0])
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [3, 4, 5])
 def test_intervals_of_means_have_their_coverage(seeds: int) -> None:
     rng = np.random.default_rng(0)
     held = [
@@ -89,7 +89,7 @@ def test_a_ratio_to_an_insignificant_denominator_has_no_interval() -> None:
     assert (single.value, single.low) == (0.5, None)
 
 
-@pytest.mark.parametrize("n", [2, 3, 10])
+@pytest.mark.parametrize("n", [3, 4, 10])
 def test_the_paired_p_is_scipys(n: int) -> None:
     first, second = np.random.default_rng(n).normal(0, 1, (2, n)).tolist()
     assert paired_p(first, second) == pytest.approx(stats.ttest_rel(first, second).pvalue)
@@ -113,7 +113,7 @@ def test_holm_rejects_falsely_in_at_most_one_family_of_twenty() -> None:
     assert np.mean([min(holm(row.tolist())) <= 0.05 for row in uniform]) < 0.06
 
 
-@pytest.mark.parametrize("n", [2, 3, 10])
+@pytest.mark.parametrize("n", [3, 4, 10])
 def test_the_interval_of_paired_differences_is_scipys(n: int) -> None:
     rng = np.random.default_rng(n)
     a, b = rng.normal(0.96, 0.01, n).tolist(), rng.normal(0.95, 0.01, n).tolist()
@@ -149,7 +149,7 @@ def sure(interval: Interval) -> bool:
     )
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [3, 4, 5])
 @pytest.mark.parametrize("gain", [0.0, 0.004])
 def test_paired_intervals_have_their_coverage(seeds: int, gain: float) -> None:
     """With a common effect of the seed on both accuracies, and one on each of them."""
@@ -165,7 +165,7 @@ def test_paired_intervals_have_their_coverage(seeds: int, gain: float) -> None:
     assert 0.94 < np.mean(held) < 0.96
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [3, 4, 5])
 @pytest.mark.parametrize("images", [100, 360, 1197, 10_000])
 @pytest.mark.parametrize("spread", [0.001, 0.004])
 def test_without_a_gain_there_is_seldom_evidence(seeds: int, images: int, spread: float) -> None:

@@ -8,12 +8,11 @@ import pytest
 
 from selfkd.analysis.verdicts import (
     describe_difference,
-    format_mean,
     is_better,
     metric_format,
     number,
-    percent,
     plain,
+    points,
     sparkline,
 )
 from selfkd.results import Interval
@@ -25,35 +24,35 @@ from selfkd.results import Interval
         (
             Interval(0.004, 0.001, 0.007),
             "5 paired seeds",
-            "B is better than A: +0.40 % [+0.10, +0.70], 5 paired seeds",
+            "B is better than A: +0.40 points [+0.10, +0.70], 5 paired seeds",
         ),
         (
             Interval(-0.004, -0.007, -0.001),
             "5 paired seeds",
-            "B is worse than A: -0.40 % [-0.70, -0.10], 5 paired seeds",
+            "B is worse than A: -0.40 points [-0.70, -0.10], 5 paired seeds",
         ),
         (
             Interval(-0.001, -0.006, 0.004),
             "5 paired seeds",
-            "no evidence that B is better than A (difference -0.10 % [-0.60, +0.40], "
+            "no evidence that B is better than A (difference -0.10 points [-0.60, +0.40], "
             "5 paired seeds)",
         ),
         (
             Interval(0.004, 0.0, 0.008),  # 0 is in it
             "5 paired seeds",
-            "no evidence that B is better than A (difference +0.40 % [+0.00, +0.80], "
+            "no evidence that B is better than A (difference +0.40 points [+0.00, +0.80], "
             "5 paired seeds)",
         ),
         (
             Interval(0.05),
             "1 paired seed",
-            "no evidence that B is better than A (difference +5.00 %, 1 paired seed, "
+            "no evidence that B is better than A (difference +5.00 points, 1 paired seed, "
             "so no interval)",
         ),
         (
             Interval(0.001),
             "3 paired seeds",
-            "no evidence that B is better than A (difference +0.10 %, 3 paired seeds, "
+            "no evidence that B is better than A (difference +0.10 points, 3 paired seeds, "
             "the same in all: no interval)",
         ),
     ],
@@ -81,16 +80,8 @@ def test_without_a_difference_there_is_no_evidence() -> None:
     assert not is_better(Interval(1.0))
 
 
-def test_a_mean_of_one_seed_says_so() -> None:
-    assert format_mean(Interval(0.96), 1) == "96.00 %, one seed, so no interval"
-    assert (
-        format_mean(Interval(-0.5, -0.7, -0.3), 3, form=plain)
-        == "-0.5 [-0.7, -0.3], mean of 3 seeds"
-    )
-
-
 @pytest.mark.parametrize(
-    ("metric", "text"), [("test_accuracy", "+1.00 %"), ("val_nll", "+0.01"), ("loss", "+0.01")]
+    ("metric", "text"), [("test_accuracy", "+1.00 points"), ("val_nll", "+0.01"), ("loss", "+0.01")]
 )
 def test_an_accuracy_is_a_fraction_and_other_metrics_are_plain(metric: str, text: str) -> None:
     assert metric_format(metric)(0.01) == text
@@ -106,5 +97,5 @@ def test_sparkline_is_as_long_as_its_values_and_in_their_order() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_none_are_a_dash(value: float) -> None:
-    shown = [number(value, ".2f"), percent(value), plain(value)]
-    assert [text.strip() for text in shown] == ["–"] * 3
+    shown = [number(value, ".2f"), points(value), plain(value)]
+    assert shown == ["–", "– points", "–"]

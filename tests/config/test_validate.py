@@ -112,9 +112,9 @@ def test_the_warm_up_is_shorter_than_the_training():
     ("settings", "fault"),
     [
         (
-            ["rounds=auto", "confirm.seeds=1"],
-            "--set: confirm.seeds: must be at least 2 with rounds auto: one seed is no evidence, "
-            "got 1",
+            ["rounds=auto", "confirm.seeds=2"],
+            "--set: confirm.seeds: must be at least 3 with rounds auto: fewer are no evidence, "
+            "got 2",
         ),
         (
             ["controls=[dkpp]", "confirm.seeds=0"],

@@ -17,7 +17,7 @@ from selfkd.config import Config, load_config
 from selfkd.config.validate import check_capacity
 from selfkd.data import load_data
 from selfkd.errors import ConfigError
-from selfkd.experiments.capacity import grow
+from selfkd.experiments.capacity import finished, grow
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.response import read_stages
 from selfkd.results import CapacitySummary, TrialResult
@@ -161,7 +161,8 @@ def test_t_and_alpha_may_be_searched_for_each_size(tmp_path: Path) -> None:
         ("student 2", 160),
         ("student 8", 610),
     ]
-    assert summary.verdict.startswith("one seed: no interval")
+    (only,) = summary.verdict.sentences
+    assert only.endswith("over 1 fresh seed, too few for an interval")
 
 
 def test_the_key_may_be_the_network_or_of_another_student(tmp_path: Path) -> None:
@@ -245,3 +246,16 @@ def test_the_metric_of_the_search_chooses(tmp_path: Path, mode: str) -> None:
     for size in summary.sizes:
         best = best_of(folder, size.search, "val_nll", -1 if mode == "min" else 1)
         assert size.alpha == best.point["distill.alpha"]
+
+
+def test_a_finished_run_takes_more_seeds(tmp_path: Path, done: Done) -> None:
+    _, folder, _, _ = run(tmp_path, "confirm.seeds=1", name="few")
+    _, config = RunFolder.open(folder.path)
+    more, count = replace(config, confirm=replace(config.confirm, seeds=2)), Count()
+    folder.check_change(config, more)
+    assert finished(more, folder) is None
+    found = grow(make_run(more, folder, count))
+    assert len(count.kinds("train")) == 4
+    timed = [[replace(size, train_seconds=0.0) for size in s.sizes] for s in (found, done[0])]
+    assert timed[0] == timed[1]
+    assert found.verdict == done[0].verdict

@@ -13,7 +13,7 @@ from engine import Recorder, StopAfter, make_run, without_clock
 from scipy import stats
 
 from selfkd.config import Config, load_config, to_tree
-from selfkd.errors import RunError
+from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, confirm_seeds
 from selfkd.experiments.confirm import load_confirmations, stop_reason
 from selfkd.experiments.generations import born_again, finished
@@ -96,6 +96,10 @@ def start(folder: Path, *settings: str) -> tuple[Config, RunFolder]:
     return config, RunFolder.create(folder / "run", config)
 
 
+def config_of(*settings: str) -> Config:
+    return load_config(settings=[*TINY, *settings])
+
+
 def whole(
     config: Config, folder: RunFolder, do: Any, events: Recorder | None = None, **options: Any
 ) -> GenerationsSummary:
@@ -134,7 +138,7 @@ def vars_of(config: Config) -> dict[str, Any]:
 
 def test_means_and_paired_differences_are_scipys(tmp_path: Path) -> None:
     config, folder = start(tmp_path, "confirm.seeds=4")
-    whole(config, folder, Fake([0, 0.01, 0.01]))
+    summary = whole(config, folder, Fake([0, 0.01, 0.01]))
     paths = [folder.generation(g) / "confirmation.json" for g in range(3)]
     rows = [load_row(Confirmation, path) for path in paths]
     for row in rows:
@@ -150,13 +154,24 @@ def test_means_and_paired_differences_are_scipys(tmp_path: Path) -> None:
         assert found is not None
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert rows[2].mcnemar == McNemar(only_student=3, only_teacher=1, p=0.625)
-    assert rows[0].verdicts[0].startswith("generation 0: 8")
-    (only,) = rows[1].verdicts
-    assert only.startswith("generation 1 is better than generation 0: +")
-    better, since = rows[2].verdicts
-    assert better.startswith("no evidence that generation 2 is better than generation 1 (diff")
-    assert since.startswith("generation 2 is better than generation 0: +")
-    assert since.endswith("4 paired seeds")
+    verdict = summary.verdict
+    assert verdict is not None
+    assert verdict.seeds == 4
+    of_two = np.mean([rows[1].values, rows[2].values], axis=0)
+    expected = stats.ttest_rel(of_two, rows[0].values)
+    ends = expected.confidence_interval()
+    found = verdict.difference
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
+    assert verdict.p == pytest.approx(expected.pvalue)
+    assert verdict.sentences[0].startswith(
+        "born-again generations 1 and 2, taken together, are better than generation 0: +"
+    )
+    assert verdict.sentences[0].endswith(" over 4 fresh seeds")
+    assert verdict.sentences[1] == (
+        "each of generations 1 and 2 is by itself better than generation 0, corrected for all "
+        "3 sets of generations (closed test)"
+    )
 
 
 def test_each_model_is_tested_once(tmp_path: Path) -> None:
@@ -175,11 +190,12 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     summary = whole(config, folder, Fake([0, 0.05]))
     first, second = summary.confirmations
     assert first.mean.low is None
-    assert first.verdicts[0].endswith("one seed, so no interval")
     assert second.first is not None
     assert second.first.low is None
-    assert second.verdicts[0].startswith("no evidence that generation 1 is better")
-    assert second.verdicts[0].endswith("1 paired seed, so no interval)")
+    assert summary.verdict is not None
+    (only,) = summary.verdict.sentences
+    assert only.startswith("generation 1 and generation 0 differ by +4.99 points")
+    assert only.endswith(" points over 1 fresh seed, too few for an interval")
 
 
 def test_without_seeds_nothing_is_confirmed(tmp_path: Path) -> None:
@@ -188,6 +204,7 @@ def test_without_seeds_nothing_is_confirmed(tmp_path: Path) -> None:
     summary = whole(config, folder, fake)
     assert fake.confirming() == []
     assert summary.confirmations == ()
+    assert summary.verdict is None
     assert finished(config, folder) == summary
 
 
@@ -202,8 +219,51 @@ def test_a_failed_trial_leaves_its_pair_out(tmp_path: Path) -> None:
     expected = np.mean([second.values[0], second.values[2]])
     assert second.first is not None
     assert second.first.value == pytest.approx(expected - np.mean(first.values))
-    assert "2 paired seeds" in second.verdicts[0]
+    assert summary.verdict is not None
+    assert summary.verdict.seeds == 2
     assert ear.notes == ["1 of the 6 trials of the confirmation on fresh seeds failed"]
+
+
+@pytest.mark.parametrize("rounds", ["rounds=2", "rounds=auto"])
+def test_more_seeds_train_only_those_that_are_missing(tmp_path: Path, rounds: str) -> None:
+    student = "student={name: selfkd_mlp, args: {width: 8, depth: 1}}"
+    settings = [rounds, "rounds_max=2", student]
+    config, folder = start(tmp_path / "few", *settings, "confirm.seeds=3")
+    few = whole(config, folder, Fake())
+    more = load_config(settings=[*TINY, *settings, "confirm.seeds=5"])
+    folder.check_change(config, more)
+    assert finished(more, folder) is None
+    again = Fake()
+    found = whole(more, folder, again)
+    assert len(again.kinds("train")) == len(again.confirming()) == 4 * 2
+    assert {Path(job["student"]).parent.name for job in again.confirming()} == {
+        "trial_003",
+        "trial_004",
+    }
+    assert len(again.kinds("evaluate")) == 4 * 2
+    config, other = start(tmp_path / "many", *settings, "confirm.seeds=5")
+    many = whole(config, other, Fake())
+    assert (found.confirmations, found.verdict, found.controls) == (
+        many.confirmations,
+        many.verdict,
+        many.controls,
+    )
+    assert found.confirmations[0].values[:3] == few.confirmations[0].values
+    assert finished(more, folder) == found
+    with pytest.raises(ConfigError, match="must be at least the 5 of the run, got 3"):
+        folder.check_change(more, config_of(*settings, "confirm.seeds=3"))
+
+
+@pytest.mark.parametrize("jobs", [1, 5, 8, 12, 13])
+def test_more_seeds_may_be_interrupted(tmp_path: Path, jobs: int) -> None:
+    config, folder = start(tmp_path / "few", "confirm.seeds=3")
+    whole(config, folder, Fake())
+    more = config_of("confirm.seeds=5")
+    with pytest.raises(KeyboardInterrupt):
+        whole(more, folder, StopAfter(Fake(), jobs))
+    found = whole(more, folder, Fake())
+    many = whole(*start(tmp_path / "many", "confirm.seeds=5"), Fake())
+    assert (found.confirmations, found.verdict) == (many.confirmations, many.verdict)
 
 
 def test_when_all_of_an_arm_fail_it_is_an_error_that_can_be_resumed(tmp_path: Path) -> None:
@@ -219,7 +279,7 @@ def test_when_all_of_an_arm_fail_it_is_an_error_that_can_be_resumed(tmp_path: Pa
 @pytest.mark.parametrize("rounds", ["rounds=2", "rounds=auto"])
 @pytest.mark.parametrize("jobs", [10, 13, 15, 18, 20, 21])
 def test_resumed_equals_undisturbed(tmp_path: Path, jobs: int, rounds: str) -> None:
-    settings = [rounds, "confirm.seeds=2"]
+    settings = [rounds, "confirm.seeds=3"]
     config, undisturbed = start(tmp_path / "whole", *settings)
     expected = whole(config, undisturbed, Fake())
     config, folder = start(tmp_path / "stopped", *settings)
@@ -235,17 +295,17 @@ def test_resumed_equals_undisturbed(tmp_path: Path, jobs: int, rounds: str) -> N
         for summary in (expected, found)
     )
     assert found == expected
-    assert len(first.kinds("train")) + len(again.kinds("train")) == 3 * 2 + 3 * 2
+    assert len(first.kinds("train")) + len(again.kinds("train")) == 3 * 2 + 3 * 3
 
 
 def test_it_stops_when_two_generations_in_a_row_gain_nothing(tmp_path: Path) -> None:
-    config, folder = start(tmp_path, "rounds=auto", "rounds_max=9", "confirm.seeds=3")
+    config, folder = start(tmp_path, "rounds=auto", "rounds_max=9", "confirm.seeds=3", "seed=1")
     ear = Recorder()
     summary = whole(config, folder, Fake([0, 0.02, 0.02, 0.06, 0.06, 0.06]), ear)
     assert ear.chosen == ear.confirmed == [0, 1, 2, 3, 4, 5]
     assert (summary.stopped or "").startswith(
-        "stopped after generation 5: 2 generations in a row without evidence of a gain over the "
-        "previous one (val_accuracy, 3 paired seeds: generation 4 "
+        "stopped after generation 5: generations 4 and 5, taken together, show no evidence of a "
+        "gain over generation 3 (val_accuracy, 3 paired seeds: "
     )
     assert finished(config, folder) == summary
 
@@ -265,9 +325,9 @@ def test_a_loss_is_no_gain(tmp_path: Path) -> None:
 
 
 def test_what_stopped_by_itself_can_be_sent_on(tmp_path: Path) -> None:
-    config, folder = start(tmp_path, "rounds=auto", "confirm.seeds=2")
+    config, folder = start(tmp_path, "rounds=auto", "confirm.seeds=3")
     assert len(whole(config, folder, Fake()).generations) == 3
-    more = load_config(settings=[*TINY, "rounds=4", "confirm.seeds=2"])
+    more = load_config(settings=[*TINY, "rounds=4", "confirm.seeds=3"])
     folder.check_change(config, more)
     assert finished(more, folder) is None
     summary = whole(more, folder, Fake())
@@ -310,7 +370,8 @@ def test_a_student_of_another_size_is_compared_with_itself_on_labels(tmp_path: P
     second = summary.confirmations[1]
     assert second.first is not None
     assert second.first.value == pytest.approx(np.subtract(second.values, row.values).mean())
-    assert any("better than the same network from labels only" in told for told in second.verdicts)
+    assert summary.verdict is not None
+    assert summary.verdict.to == "the same network from labels only"
     whole(config, folder, again := Fake())
     assert again.kinds("train") == []
 
@@ -337,7 +398,11 @@ def test_a_function_of_the_user_s_is_confirmed_by_its_metric(tmp_path: Path) -> 
     assert second.first is not None
     assert second.first.value == pytest.approx(-1)
     assert second.mcnemar is None
-    assert "the same in all: no interval" in second.verdicts[0]
+    assert summary.verdict is not None
+    assert summary.verdict.sentences == (
+        "generation 1 and generation 0 differ by -1 in error, the same on all 3 fresh seeds, so "
+        "there is no interval",
+    )
 
 
 def test_real_models_of_a_seed_start_alike_and_are_the_same_run_to_run(tmp_path: Path) -> None:
@@ -362,7 +427,7 @@ def test_real_models_of_a_seed_start_alike_and_are_the_same_run_to_run(tmp_path:
         models = arms[0].model(run, one), arms[1].model(run, two)
         weights = [load_tensors(folder.path / model.checkpoint)[0] for model in models]
         assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    assert tuple(load_confirmations(folder, 2)) == confirmations
+    assert tuple(load_confirmations(config, folder, 2)) == confirmations
     path = folder.generation(0) / "confirm" / "trial_000" / "result.json"
     again, labels = load_row(TrialResult, path), trials[0][0]
     assert labels.hash != again.hash  # the name of the stage is in the file

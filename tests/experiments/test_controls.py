@@ -73,7 +73,7 @@ def test_each_arm_has_as_many_trials_and_the_same_seeds(done: Any, name: str) ->
         if found.low is not None:
             expected = ttest_rel(*pairs).confidence_interval()
             assert found.low == pytest.approx(expected.low)
-    assert [told.count("3 paired seeds") for told in row.verdicts] == [1, 1]
+    assert row.wanted == 3
 
 
 def test_the_strength_of_label_smoothing_is_searched_without_a_teacher(done: Any) -> None:
@@ -154,8 +154,23 @@ def test_the_ensemble_of_seeds_is_as_large_as_that_of_generations(done: Any) -> 
     assert gain.low <= gain.value <= gain.high
     ensemble = summary.ensemble.metrics["test_accuracy"]
     assert ensemble == pytest.approx(hits(generations).mean())
-    assert "the ensemble of 2 generations" in row.verdicts[0]
-    assert "1,197 test images" in row.verdicts[0]
+    found = next(each for each in summary.against_controls.comparisons if each.difference == gain)
+    assert (found.name, found.to) == ("the ensemble of 2 generations", f"the {row.title}")
+
+
+def test_the_verdict_has_a_sentence_on_the_controls(done: Any) -> None:
+    _, _, summary, _, _ = done
+    beside = summary.against_controls
+    assert [each.to for each in beside.comparisons] == [
+        *("the ensemble of 2 seeds", "label smoothing", "permuted teacher logits"),
+        *("confidence weights", "teacher-free"),
+    ]
+    (said,) = beside.sentences
+    assert summary.verdict.sentences[-1] == said
+    assert said.startswith("at equal cost: ")
+    assert said.endswith("; corrected for all 5 comparisons (Holm)")
+    assert said.count("generation 1") == 4
+    assert "1,197 test images" in said
 
 
 def test_no_student_of_a_control_is_kept(done: Any) -> None:
@@ -192,3 +207,17 @@ def test_more_generations_take_more_seeds(tmp_path: Path) -> None:
     assert (row.models, row.title) == (3, "ensemble of 3 seeds")
     assert len(count.trained("control_seeds")) == 1
     assert load_row(ControlResult, folder.path / "controls" / "seeds" / "result.json") == row
+
+
+def test_more_seeds_are_trained_of_the_controls_too(done: Any, tmp_path: Path) -> None:
+    """What three seeds from the start give, and one seed with two more later, is the same."""
+    config, _, summary, _, _ = done
+    few = load_config(settings=[*TINY, ALL, "confirm.seeds=1"])
+    folder = RunFolder.create(tmp_path / "run", few)
+    whole(few, folder, Count())
+    count = Count()
+    found = whole(config, folder, count)
+    assert len(count.kinds("train")) == (2 + 4) * 2
+    assert found.controls == summary.controls
+    assert found.verdict == summary.verdict
+    assert finished(config, folder) == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from scipy.special import softmax
 from selfkd.config import Config, load_config
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
-from selfkd.experiments.ensemble import compress
+from selfkd.experiments.ensemble import compress, finished
 from selfkd.experiments.members import check_members, find_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.models import make_model
@@ -154,6 +155,17 @@ def test_a_finished_run_is_not_done_again(done: Done) -> None:
     assert folder.summary(EnsembleSummary) == summary == ear.of(RunFinished)[0].summary
     assert (folder.path / "student.safetensors").exists()
     assert load_tensors(folder.path / "student.safetensors")[1]["hash"] == summary.chosen.hash
+
+
+def test_a_finished_run_takes_more_seeds(tmp_path: Path, done: Done) -> None:
+    config, folder = start(tmp_path, "confirm.seeds=1")
+    compress(make_run(config, folder, Count()))
+    more, count = replace(config, confirm=replace(config.confirm, seeds=2)), Count()
+    folder.check_change(config, more)
+    assert finished(more, folder) is None
+    assert compress(make_run(more, folder, count)) == done[0]
+    assert len(count.kinds("train")) == 2
+    assert finished(more, folder) == done[0]
 
 
 @pytest.mark.parametrize("jobs", [0, 2, 4, 6, 8, 10, 13, 15])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from selfkd.config.validate import check_study
 from selfkd.data import load_data
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.study import compare_arms
+from selfkd.experiments.study import compare_arms, finished
 from selfkd.results import ArmResult, ArmRun, Row, StudySummary
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
@@ -147,12 +148,16 @@ def test_differences_are_paired_by_seed(whole: Whole) -> None:
     found = first.difference
     assert found is not None
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert "3 paired seeds" in first.verdict
+    assert summary.verdict is not None
+    said = summary.verdict.sentences
+    assert len(said) == len(summary.contrasts) + 1
+    assert "over 3 fresh seeds" in said[0]
+    assert summary.verdict.comparisons[0].difference == found
     few, labels, both = (
         np.mean([row.metrics["test_accuracy"] for row in arm(summary, name).runs[:2]])
         for name in ("few", "labels", "both")
     )
-    assert "2 paired seeds" in second.verdict
+    assert said[1].endswith("over 2 fresh seeds, too few for an interval")
     assert second.share is not None
     assert second.share.value == pytest.approx((labels - few) / (both - few))
 
@@ -274,8 +279,11 @@ def test_arms_that_share_no_seed_are_not_compared(tmp_path: Path) -> None:
     assert [len(row.runs) for row in summary.arms] == [2, 1, 3]
     to_b, to_c = summary.contrasts
     assert (to_b.difference, to_b.share) == (None, None)
-    assert to_b.verdict == "b and a have no seed on which both were trained"
-    assert "2 paired seeds" in to_c.verdict
+    assert to_c.difference is not None
+    assert summary.verdict is not None
+    said = summary.verdict.sentences
+    assert said[0] == "b and a share no fresh seed: nothing to compare"
+    assert "over 2 fresh seeds" in said[1]
 
 
 def test_an_average_without_any_seed_of_all_is_told(tmp_path: Path) -> None:
@@ -283,3 +291,18 @@ def test_an_average_without_any_seed_of_all_is_told(tmp_path: Path) -> None:
     arms = "study={arms: {a: {}, b: {}, both: {average: [a, b]}}}"
     with pytest.raises(RunError, match="a and b have no seed on which all were trained"):
         study(tmp_path / "run", arms, do=lose, notes="trials of")
+
+
+def test_a_finished_study_takes_more_seeds(tmp_path: Path) -> None:
+    arms = "study={arms: {labels: {}, again: {teacher: labels}, both: {average: [labels, again]}}}"
+    study(tmp_path / "few", arms, "confirm.seeds=1")
+    folder, found, ear = study(tmp_path / "few", arms)
+    assert trained(ear) == 4
+    _, expected, _ = study(tmp_path / "many", arms)
+    runs = [
+        [[replace(row, train_seconds=0.0) for row in each.runs] for each in summary.arms]
+        for summary in (found, expected)
+    ]
+    assert runs[0] == runs[1]
+    assert found.verdict == expected.verdict
+    assert finished(RunFolder.open(folder.path)[1], folder) == found

@@ -144,7 +144,7 @@ def test_without_two_seeds_there_is_no_interval(tmp_path: Path, count: int) -> N
     assert found is not None
     assert found.difference.low is None
     assert f"no interval: {count} and {count} fresh seeds" in found.verdict
-    assert found.verdict.startswith("no evidence that a is better than b (difference +0.00 %")
+    assert found.verdict.startswith("no evidence that a is better than b (difference +0.00 points")
 
 
 def test_repeats_are_averaged_and_paired_by_run(tmp_path: Path) -> None:

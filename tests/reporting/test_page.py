@@ -33,7 +33,11 @@ from selfkd.errors import ConfigError
 from selfkd.reporting.comparison_page import comparison_page
 from selfkd.reporting.page import _figure_json, render, write_report
 from selfkd.reporting.read import read_run
-from selfkd.results import Confirmation, TrialResult
+from selfkd.results import (
+    GenerationsSummary,
+    TrialResult,
+    Verdict,
+)
 from selfkd.storage.rows import load_row, save_row
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -180,8 +184,9 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.write_text(config.read_text().replace("name: digits", f"name: {json.dumps(EVIL)}"))
     for path in folder.glob("generation_*/trial_000/result.json"):
         save_row(path, replace(load_row(TrialResult, path), error=EVIL, status="failed"))
-    for path in folder.glob("generation_*/confirmation.json"):
-        save_row(path, replace(load_row(Confirmation, path), verdicts=(EVIL,)))
+    path = folder / "summary.json"
+    verdict = Verdict(name=EVIL, to=EVIL, sentences=(EVIL,))
+    save_row(path, replace(load_row(GenerationsSummary, path), verdict=verdict))
     (folder / "generation_000" / "trial_001" / "result.json").write_text("<b>damaged</b>")
     path = folder / "generation_000" / "trial_002" / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "status": EVIL}))
@@ -277,7 +282,7 @@ def test_all_parts_are_there(pages: dict[str, Path]) -> None:
     for title in (
         *("Accuracy per generation", "Temperature and alpha", "Reliability on test", "Config"),
         *("Teacher agreement", "Confusions on test", "Accuracy by class", "Lineage"),
-        *("Cost", "Environment", "Learning", "generation 3: better than generation 0"),
+        *("Cost", "Environment", "Learning", "taken together, are better than generation 0"),
         *("Brier at best T", "Best T divides all logits", "perfect calibration"),
     ):
         assert title.lower() in text.lower(), title

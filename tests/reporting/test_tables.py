@@ -35,6 +35,7 @@ from selfkd.results import (
     StudySummary,
     TableRow,
     TeacherRow,
+    Verdict,
 )
 
 TESTED = {"val_accuracy": 0.9, "test_accuracy": 0.8125, "test_nll": 0.5, "test_ece": 0.01}
@@ -166,7 +167,7 @@ def test_a_capacity_curve_s_fits_a_log_and_shows_what_has_no_interval() -> None:
         teacher=TeacherRow(
             source="members", members=5, parameters=120_000, metrics={"test_accuracy": 0.97}
         ),
-        verdict="helps",
+        verdict=Verdict(name="students", to="labels"),
     )
     lines = printed(capacity_table(summary))
     assert lines[1].split()[0] == "width"

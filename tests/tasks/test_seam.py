@@ -202,8 +202,11 @@ def test_it_is_born_again_confirmed_and_reported(tmp_path: Path) -> None:
     assert events.states == ["written"] * 3
     confirmed = summary.confirmations[1]
     assert confirmed.metric == "test_perplexity"
-    assert "%" not in " ".join(confirmed.verdicts)
-    assert "test letters" in " ".join(summary.controls[0].verdicts)
+    assert summary.verdict is not None
+    said = " ".join(summary.verdict.sentences)
+    assert "%" not in said
+    assert "points" not in said
+    assert "test letters" in said
     head = printed_table(summary, folder.facts.metric).head
     assert head[3:5] == ("val perplexity", "test perplexity")
     assert confirmation_table(summary).head[1] == "mean test perplexity"
@@ -226,7 +229,7 @@ def test_an_ensemble_becomes_one_model(tmp_path: Path) -> None:
     single, _, probabilities, *_, student = summary.rows
     assert probabilities.metrics["test_perplexity"] < single.metrics["test_perplexity"]
     assert student.runs
-    assert "test perplexity, 2 paired seeds" in summary.verdict
+    assert "in test perplexity over 2 fresh seeds" in summary.verdict.sentences[0]
 
 
 def test_arms_are_compared(tmp_path: Path) -> None:
@@ -237,4 +240,5 @@ def test_arms_are_compared(tmp_path: Path) -> None:
     assert found.difference is not None
     assert found.difference.high is not None
     assert found.difference.high < 0
-    assert found.verdict.startswith("long is better than short: -")
+    assert summary.verdict is not None
+    assert summary.verdict.sentences[0].startswith("long is better than short: -")

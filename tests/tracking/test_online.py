@@ -30,12 +30,15 @@ from selfkd.results import (
     GenerationConfirmed,
     GenerationFinished,
     GenerationResult,
+    GenerationsSummary,
     Interval,
     Model,
+    RunFinished,
     Trial,
     TrialFinished,
     TrialProgressed,
     TrialResult,
+    Verdict,
 )
 from selfkd.storage.files import save_json
 from selfkd.tracking import WandbTracker, make_tracker, session
@@ -190,9 +193,10 @@ def test_what_an_online_run_sends(tmp_path: Path, server: WandbServer) -> None:
         mean=Interval(0.9),
         first=Interval(0.02, 0.01, 0.03),
         previous=Interval(0.02, 0.01, 0.03),
-        verdicts=("so",),
     )
     tracker(GenerationConfirmed(confirmation))
+    verdict = Verdict(name="b", to="a", sentences=("so",))
+    tracker(RunFinished(GenerationsSummary(generations=(), verdict=verdict)))
     (tmp_path / "report.html").write_text("<p>whole</p>")
     tracker.close()
     assert tracker.description == f"W&B: online, {server.url}/tester/selfkd/groups/a"

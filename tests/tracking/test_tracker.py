@@ -26,6 +26,7 @@ from selfkd.results import (
     GenerationConfirmed,
     GenerationFinished,
     GenerationResult,
+    GenerationsSummary,
     Interval,
     Model,
     RunFinished,
@@ -35,6 +36,7 @@ from selfkd.results import (
     TrialFinished,
     TrialProgressed,
     TrialResult,
+    Verdict,
 )
 from selfkd.tracking import NoTracker, WandbTracker, make_tracker
 from selfkd.tracking import tracker as tracking
@@ -269,9 +271,10 @@ def test_a_summary_has_the_gain_and_the_verdict(tmp_path: Path) -> None:
         values=(0.7,),
         mean=Interval(0.7),
         first=Interval(0.02),
-        verdicts=("one pair", "and so on"),
     )
     tracker(GenerationConfirmed(confirmation))
+    verdict = Verdict(name="b", to="a", sentences=("one pair", "and so on"))
+    tracker(RunFinished(GenerationsSummary(generations=(RESULT,), verdict=verdict)))
     tracker.close()
     summary = summary_of(records(tmp_path, "run-a-0-lineage"))
     assert (summary["gain"], summary["verdict"]) == (0.02, "one pair; and so on")
@@ -281,7 +284,7 @@ def test_a_summary_has_the_gain_and_the_verdict(tmp_path: Path) -> None:
 
 
 ENSEMBLE = EnsembleSummary(
-    verdict="no evidence that the student is better",
+    verdict=Verdict(name="student", to="labels", sentences=("no evidence of a gain",)),
     rows=(
         TableRow(name="student, labels only", metrics={"test_accuracy": 0.93}, runs=(0.92, 0.94)),
         TableRow(
@@ -311,7 +314,7 @@ def test_the_run_of_an_ensemble_has_its_report_notes_and_verdict(tmp_path: Path)
     assert '"temperature":4' in model["metadata"].replace(" ", "")
     summary = summary_of(found)
     assert summary["report"]["_type"] == "html-file"
-    assert summary["verdict"] == ENSEMBLE.verdict
+    assert summary["verdict"] == "no evidence of a gain"
     notes = [r["run"].get("notes") for r in found if r["type"] == "run"]
     assert notes[-1] == summary["verdict"]
     (alert,) = (r["alert"] for r in found if r["type"] == "alert")

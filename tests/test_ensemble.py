@@ -68,7 +68,7 @@ def test_prints_what_it_does_a_table_and_a_verdict(whole: tuple[Path, str]) -> N
     assert re.search(r"share of the teacher's gain kept: (none|-?\d+\.\d\d %)", printed)
     said = r"the same from labels only( \(difference|:) [+-]\d.* %.*, test accuracy, 2 paired seeds"
     assert re.search(said, printed)
-    assert f"model:  {folder}/student.safetensors" in printed
+    assert f"model:   {folder}/student.safetensors" in printed
 
 
 def test_an_ensemble_costs_its_members_together(whole: tuple[Path, str]) -> None:

@@ -13,7 +13,7 @@ from selfkd.cli.command import (
     Options,
     add_members,
     base_parser,
-    load_lines,
+    load_line,
 )
 from selfkd.cli.output import safe_output
 from selfkd.cli.tables import pick
@@ -100,7 +100,7 @@ def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> De
     return Description(
         sentences,
         pick(table, "model", f"test {short}", "parameters", "ms, 1", "ms, 128"),
-        [f"model:   {folder.path}/student.safetensors", *load_lines(folder)],
+        [f"model:   {folder.path}/student.safetensors", load_line(folder)],
         f"python -m selfkd.targets ls {folder.targets(config)}",
         [
             pick(table, "model", f"val {short}", "NLL", "ECE"),

@@ -372,9 +372,15 @@ def add_from(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--from", metavar="RUN", action="append", dest="runs", help=text)
 
 
-def load_lines(folder: RunFolder) -> list[str]:
-    """Return the line of Python that loads the model of a run."""
-    return [f"load:    model = selfkd.load({json.dumps(str(folder.path))})"]
+def load_line(folder: RunFolder, *, own: bool = False) -> str:
+    """Return the line of Python that loads the model of a run.
+
+    Args:
+        folder: Run folder.
+        own: Whether the network is made by a user's training function.
+    """
+    more = ", make_model=YOUR_FUNCTION" if own else ""
+    return f"load:    model = selfkd.load({json.dumps(str(folder.path))}{more})"
 
 
 def _refuse_relative(config: Config | None, *named: tuple[str, str | None]) -> None:

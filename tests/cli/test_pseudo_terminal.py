@@ -27,7 +27,7 @@ sys.exit(main(sys.argv[1:]))
 """A run whose Ray never comes up."""
 TINY = (
     *("--rounds", "0", "--set", "model={name: selfkd_mlp, args: {width: 8}}"),
-    *("--set", "train.epochs=400", "--set", "data.train_size=100", "--set", "search.trials=1"),
+    *("--set", "train.epochs=100", "--set", "data.train_size=100", "--set", "search.trials=1"),
     *("--set", "confirm.seeds=0", "--set", "tracking=none"),
 )
 

@@ -10,6 +10,7 @@ from typing import Any
 from selfkd.analysis.verdicts import count
 from selfkd.cli.command import Command, Description, Options, add_members, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.tables import pick
 from selfkd.config import Config
 from selfkd.config.validate import check_capacity
 from selfkd.experiments.capacity import finished, grow
@@ -18,6 +19,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import capacity_table
 from selfkd.reporting.words import describe_members
 from selfkd.results import CapacitySummary
+from selfkd.text import shell_quote
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -108,18 +110,23 @@ def _greet(config: Config) -> str:
 
 
 def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> Description:
-    after = [
-        f"models:  {folder.path}/students/*/trial_*/student.safetensors, the best distilled one of "
-        "each size"
-    ]
-    if summary.searched:
-        after.append(f"T and alpha against size:  python -m selfkd.response {folder.path}")
     said = (
         f"test accuracy, mean ± half of a 95 % interval over {count(summary.seeds, 'seed')}, for "
         "these teachers and this test split."
     )
-    lines = [*summary.verdict.sentences, *summary.said, said]
-    return Description([capacity_table(summary)], lines, after)
+    table = capacity_table(summary)
+    name = summary.key.rpartition(".")[2]
+    command = "response" if summary.searched else "budget --from"
+    return Description(
+        summary.verdict.sentences,
+        pick(table, name, *table.head[2:5], "distillation"),
+        [
+            f"models:  {folder.path}/students/*/trial_*/student.safetensors, the best distilled "
+            "one of each size"
+        ],
+        f"python -m selfkd.{command} {shell_quote(str(folder.path))}",
+        [pick(table, name, "params", "p, Holm"), *summary.said, said],
+    )
 
 
 _COMMAND = Command(

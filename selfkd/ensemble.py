@@ -7,8 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.cli.command import Command, Description, Options, add_members, base_parser
+from selfkd.cli.command import (
+    Command,
+    Description,
+    Options,
+    add_members,
+    base_parser,
+    load_line,
+)
 from selfkd.cli.output import safe_output
+from selfkd.cli.tables import pick
 from selfkd.config import Config
 from selfkd.experiments.ensemble import compress, finished
 from selfkd.experiments.members import check_members
@@ -87,16 +95,18 @@ def _greet(config: Config) -> str:
 
 def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Description:
     metric = folder.facts.metric
+    short, table = short_metric(metric), ensemble_table(summary.rows, metric)
+    setting, *sentences = describe_ensemble(summary)
     return Description(
-        [ensemble_table(summary.rows, metric)],
+        sentences,
+        pick(table, "model", f"test {short}", "parameters", "ms, 1", "ms, 128"),
+        [f"model:   {folder.path}/student.safetensors", load_line(folder)],
+        f"python -m selfkd.targets ls {folder.targets(config)}",
         [
-            *describe_ensemble(summary),
-            f"test {short_metric(metric)} ± half of a 95 % interval over members or seeds; ms an "
-            "item, of 1 and of 128 at once, on one thread.",
-        ],
-        [
-            f"model:  {folder.path}/student.safetensors",
-            f"targets:  python -m selfkd.targets ls {folder.targets(config)}",
+            pick(table, "model", f"val {short}", "NLL", "ECE"),
+            setting,
+            f"test {short} ± half of a 95 % interval over members or seeds; ms an item, of 1 and "
+            "of 128 at once, on one thread.",
         ],
     )
 

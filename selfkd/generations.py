@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
-from selfkd.cli.command import Command, Description, Options, base_parser
+from selfkd.cli.command import Command, Description, Options, base_parser, load_line
 from selfkd.cli.output import safe_output
 from selfkd.cli.signals import inside_job
+from selfkd.cli.tables import chosen_table, own_metrics_table, summary_table
 from selfkd.config import Config
 from selfkd.errors import ConfigError
+from selfkd.experiments.best import best_generation
 from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.reporting.tables import confirmation_table, own_metrics_table, printed_table
+from selfkd.reporting.tables import Table
 from selfkd.reporting.words import form, short_metric
 from selfkd.results import GenerationResult, GenerationsSummary
 from selfkd.storage.remote import secret_fault
@@ -173,39 +175,48 @@ def _describe(
     *,
     command: Command[GenerationsSummary] | None = None,
 ) -> Description:
-    metric, trials = config.search.metric, config.search.trials
-    confirmed, results = summary.confirmations, summary.generations
-    more: list[str] = []
-    if summary.ensemble is None:
-        tables = [own_metrics_table(results, metric)]
-        said = f"{metric} is the best of {trials} trials, so it is optimistic."
+    metric, trials, facts = config.search.metric, config.search.trials, folder.facts
+    results, own = summary.generations, summary.ensemble is None
+    more: list[Table | str] = [
+        own_metrics_table(results, metric) if own else chosen_table(summary, facts.metric),
+        _sparkline(summary, metric, facts.metric),
+        f"models:  {folder.path}/generation_*/student.safetensors",
+    ]
+    if own:
+        more.append(f"{metric} is the best of {trials} trials, so it is optimistic.")
     else:
-        tables = [printed_table(summary, folder.facts.metric)]
-        said = (
-            f"val {short_metric(folder.facts.metric)} is the best of {trials} trials, so it is "
-            "optimistic; the test split was read once a generation, after the choice"
+        also = ", and once for each model that confirms" if summary.confirmations else ""
+        more.append(
+            f"val {short_metric(facts.metric)} is the best of {trials} trials, so it is "
+            f"optimistic; the test split was read once a generation, after the choice{also}."
         )
-        said += ", and once for each model that confirms." if confirmed else "."
-    if confirmed:
-        tables.append(confirmation_table(summary))
+    if summary.confirmations:
         more.append(
             "± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
-            f"{folder.facts.unit} (bootstrap). McNemar: exact p of a chosen model and its teacher."
+            f"{facts.unit} (bootstrap). McNemar: exact p of a chosen model and its teacher."
         )
     return Description(
-        tables,
-        [
-            *(summary.verdict.sentences if summary.verdict else ()),
-            *([summary.stopped] if summary.stopped else []),
-            _sparkline(summary, metric, folder.facts.metric),
-            said,
-            *more,
-        ],
-        [
-            f"models:  {folder.path}/generation_*/student.safetensors",
-            f"more generations:  {(command or _COMMAND).resume(folder)} --rounds {len(results)}",
-        ],
+        [*_sentences(summary), *([summary.stopped] if summary.stopped else [])],
+        summary_table(summary, metric if own else facts.metric),
+        [_best(config, summary), load_line(folder, own=own)],
+        f"{(command or _COMMAND).resume(folder)} --rounds {len(results)}",
+        more,
     )
+
+
+def _sentences(summary: GenerationsSummary) -> Sequence[str]:
+    """Return the verdict in words, or why there is none."""
+    if summary.verdict is not None:
+        return summary.verdict.sentences
+    return ["one model a generation, so no interval and no verdict: --seeds 3 replicates each"]
+
+
+def _best(config: Config, summary: GenerationsSummary) -> str:
+    """Return which generation's model to take."""
+    results = summary.generations
+    best = best_generation(config, results, summary.confirmations)
+    of = f"the best of {len(results)} on validation" if len(results) > 1 else "the only one"
+    return f"model:   generation {best}, {of}"
 
 
 def _sparkline(summary: GenerationsSummary, metric: str, compared_by: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from selfkd.analysis.verdicts import count
 from selfkd.cli.command import Command, Description, Options, add_from, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.tables import pick
 from selfkd.config import Config
 from selfkd.config.validate import check_study
 from selfkd.experiments.members import check_members
@@ -17,6 +18,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import compare_arms, finished
 from selfkd.reporting.tables import study_table
 from selfkd.results import ContrastResult, Interval, StudySummary
+from selfkd.text import shell_quote
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -104,10 +106,13 @@ def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Descr
         f"± is half of a 95 % interval over seeds (Student's t), on {summary.items:,} test "
         f"{folder.facts.unit}; differences are paired by seed, shares have Fieller's interval."
     )
+    table = study_table(summary)
     return Description(
-        [study_table(summary)],
-        [*_describe_contrasts(summary), said, *_describe_bias(summary)],
+        _describe_contrasts(summary),
+        pick(table, "arm", "test acc", "seeds", "test errors"),
         [f"models:  {folder.path}/arms/*/trial_*/student.safetensors"],
+        f"python -m selfkd.report {shell_quote(str(folder.path))} --format csv",
+        [pick(table, "arm", *table.head[4:]), said, *_describe_bias(summary)],
     )
 
 

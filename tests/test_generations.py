@@ -72,31 +72,40 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_prints_what_it_does_a_table_and_what_to_type_next(whole: tuple[Path, str]) -> None:
     folder, printed = whole
     assert "generation 0 on labels, then 2 born-again (3 in all), 3 trials each" in printed
-    for column in ("T", "alpha", "val acc", "test acc", "NLL", "ECE", "agreement", "seconds"):
+    for column in ("test acc, 2 seeds", "gain, points", "T", "alpha"):
         assert re.search(rf"\s{column}\s", printed), column
     for result in ledger(folder)[1:]:
-        row = rf"\n {result['generation']} .*{result['temperature']:.2f}.*{result['alpha']:.2f}.*"
-        assert re.search(row + f"{result['test_accuracy']:.2%}", printed)
-    assert re.search(r"\n ensemble ", printed)
+        row = rf"\n {result['generation']} .* {result['temperature']:.2f} +{result['alpha']:.2f}"
+        assert re.search(row, printed)
+    assert re.search(r"\n ensemble of all ", printed)
+    assert re.search(r"\nmodel:   generation \d, the best of 3 on validation\n", printed)
+    assert f'model = selfkd.load("{folder}")' in printed
+    assert re.search(r"\ntime:    \d+\.\d s on 1 worker\n", printed)
     assert "wandb sync" in printed
     assert f"--resume {folder} --rounds 3" in printed
-    assert re.search(r"everything else added -?\d+\.\d s \(-?\d+% of the training\)", printed)
+    assert "NLL" not in printed
     assert printed.count("  trial 0: val") == 3  # plain lines where there is no terminal
     assert printed.count("  confirm 2, trial") == 2
 
 
-def test_prints_what_fresh_seeds_confirm(whole: tuple[Path, str]) -> None:
+def test_prints_what_fresh_seeds_confirm_and_all_of_it_when_asked(
+    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, printed = whole
     assert "3 trials each, confirmed on 2 fresh seeds" in printed
     summary = json.loads((folder / "summary.json").read_text())
     rows = summary["confirmations"]
-    assert "2 fresh seeds" in printed
     for row in rows:
-        line = rf"\n generation {row['generation']} +{row['mean']['value']:.2%}"
+        line = rf"\n {row['generation']} +{row['mean']['value']:.2%}"
         assert re.search(line, printed)
-    assert re.search(
-        rf"{rows[2]['previous']['value']:+.2%}.* {rows[2]['mcnemar']['p']:.2g} \n", printed
-    )
+    assert main(["--resume", str(folder), "--verbose"]) == 0
+    printed = capsys.readouterr().out
+    for column in ("val acc", "test acc", "NLL", "ECE", "agreement", "seconds"):
+        assert re.search(rf"\s{column}\s", printed), column
+    for result in ledger(folder):
+        row = rf"\n {result['generation']} .*{result['test_accuracy']:.2%}"
+        assert re.search(row, printed)
+    assert f" {rows[2]['mcnemar']['p']:.2g} " in printed
     assert all(sentence in printed.splitlines() for sentence in summary["verdict"]["sentences"])
     assert re.search(r"\nmean test accuracy by generation:  [▁-█]{3}  \(", printed)
     tables = [line for line in printed.splitlines() if line.startswith(" ")]
@@ -152,7 +161,7 @@ def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert ledger(folder) == before
     tables = [
-        re.findall(r"generation +T .*ensemble[^\n]*", text, re.DOTALL)[0]
+        re.findall(r"generation +test acc.*ensemble[^\n]*", text, re.DOTALL)[0]
         for text in (printed, done.stdout)
     ]
     assert tables[0] == tables[1]

@@ -49,7 +49,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "runs" / "whole", done.stdout
 
 
-def test_prints_what_it_does_a_table_and_verdicts(whole: tuple[Path, str]) -> None:
+def test_prints_what_it_does_a_table_and_verdicts(
+    whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, printed = whole
     summary = load_json(folder / "summary.json")
     assert "3 arms (labels, no_three, both) on digits, 4 trainings on 2 seeds" in printed
@@ -59,7 +61,9 @@ def test_prints_what_it_does_a_table_and_verdicts(whole: tuple[Path, str]) -> No
         ("both", "labels"),
     ]
     rows = [line.split() for line in printed.splitlines() if line.startswith((" labels", " both"))]
-    assert [row[:2] for row in rows] == [["labels", "2"], ["both", "2"]]
+    assert [row[4] for row in rows] == ["2", "2"]
+    assert main(["--resume", str(folder), "--verbose"]) == 0
+    printed = capsys.readouterr().out
     assert "one bias: errors with one number added to the classes that no_three saw no" in printed
     assert "report.html" in printed
 

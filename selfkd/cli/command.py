@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import logging
 import os
 import threading
@@ -18,9 +19,10 @@ from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
+from selfkd.analysis.verdicts import count
 from selfkd.cli.environment import record
 from selfkd.cli.output import print_error
-from selfkd.cli.progress import ProgressReporter
+from selfkd.cli.progress import ProgressReporter, end_display
 from selfkd.cli.signals import (
     INTERRUPTED,
     inside_command,
@@ -29,7 +31,7 @@ from selfkd.cli.signals import (
     leave_now,
     say_stopped,
 )
-from selfkd.cli.terminal import make_console, print_lines, print_table
+from selfkd.cli.terminal import make_console, print_lines, print_sentences, print_table
 from selfkd.config import Config, load_config, merge_settings, refuse_foreign, remember
 from selfkd.config.paths import relative_paths, with_absolute_paths
 from selfkd.errors import ConfigError, LockedError, RayLostError
@@ -38,6 +40,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.read import REPORT
 from selfkd.reporting.tables import Table
 from selfkd.reporting.watch import Reporter, make_plots
+from selfkd.reporting.words import duration
 from selfkd.results import Event
 from selfkd.storage.files import make_no_folder_again, remove_tree
 from selfkd.storage.lock import Lock
@@ -66,18 +69,31 @@ class Options:
     quiet: bool = False
     """Whether the table and errors only are printed."""
     verbose: bool = False
-    """Whether what Ray prints is shown."""
+    """Whether all tables and explanations, and what Ray prints, are shown."""
 
 
 @dataclass(frozen=True)
 class Description:
     """Summary of a run as a command prints it."""
 
-    tables: Sequence[Table]
-    lines: Sequence[str]
-    """Verdicts and what explains the tables."""
-    after: Sequence[str] = ()
-    """Where to look and what to type next."""
+    sentences: Sequence[str]
+    """Verdict, the headline first."""
+    table: Table
+    model: Sequence[str]
+    """Which model to take, and the line that loads it."""
+    next: str
+    """Command to type next."""
+    more: Sequence[Table | str] = ()
+    """Further tables, and what explains them, with `--verbose`."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is said of the work when it is done."""
+
+    notes: Sequence[str] = ()
+    more: Sequence[str] = ()
+    """What is said with `--verbose`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +170,7 @@ class Command(Generic[S]):
         return f"python -m selfkd.{self.name} --resume {shell_quote(str(folder.path))}{train}"
 
     def _say_failed(self, error: Exception, folder: RunFolder | None) -> None:
+        end_display()
         lasts = folder is not None and folder.exists()
         again = f"\ncontinue with: {self.resume(folder)}" if folder and lasts else ""
         print_error(f"{error}{again}")
@@ -166,6 +183,7 @@ class Command(Generic[S]):
     def _say_stopped(self, folder: RunFolder | None) -> None:
         if folder is not None and not folder.exists():
             return  # which the lock says
+        end_display()
         again = "" if folder is None else f"; continue with:\n  {self.resume(folder)}"
         make_console().print(f"\nstopped{again}", soft_wrap=True)
 
@@ -205,14 +223,14 @@ class Command(Generic[S]):
     def _run(self, folder: RunFolder, config: Config, options: Options) -> S:
         console = make_console()
         if not options.quiet:
-            print_lines(console, [f"selfkd: {self.greet(config)}; run folder {folder.path}"])
-        notes: list[str] = []
+            print_sentences(console, [f"selfkd: {self.greet(config)}; run folder {folder.path}"])
+        work = Work()
         summary = self.finished(config, folder)
         if summary is None:
             try:
                 with Lock(folder.path):
                     make_no_folder_again(folder.path)
-                    summary, notes = self._train(console, folder, config, options)
+                    summary, work = self._train(console, folder, config, options)
                     folder.sweep()
             except LockedError:
                 raise
@@ -223,15 +241,24 @@ class Command(Generic[S]):
             finally:
                 make_no_folder_again(None)
         text = self.describe(config, folder, summary)
-        for table in text.tables:
-            print_table(console, table)
         if not options.quiet:
-            print_lines(console, [*text.lines, *notes, *text.after])
+            print_sentences(console, ["", *text.sentences])
+        print_table(console, text.table)
+        if options.verbose:
+            for part in text.more:
+                if isinstance(part, Table):
+                    print_table(console, part)
+                else:
+                    print_sentences(console, [part])
+            print_sentences(console, work.more)
+        if not options.quiet:
+            report = f"report:  {folder.path / REPORT}"
+            print_lines(console, [*work.notes, *text.model, report, f"next:    {text.next}"])
         return summary
 
     def _train(
         self, console: Console, folder: RunFolder, config: Config, options: Options
-    ) -> tuple[S, list[str]]:
+    ) -> tuple[S, Work]:
         """Do what is left of a run; return the summary, and what to say of the work."""
         start = time.perf_counter()
         # imported here, where bad input has been refused: ray takes a second
@@ -272,10 +299,11 @@ class Command(Generic[S]):
                     wait=resources.wait,
                     say=progress.say,
                 )
+                workers = min(slots, self.most(config))
+                progress.wait_for(f"starting Ray, {count(workers, 'worker')} …")
                 meanwhile.join()
                 from selfkd.execution.pool import Pool
 
-                workers = min(slots, self.most(config))
                 with Pool(
                     "selfkd.worker.jobs:run_job",
                     cpu=resources.cpu,
@@ -305,9 +333,10 @@ class Command(Generic[S]):
         finally:
             tracker.close()
             folder.upload("wandb")
-        cost = _cost(time.perf_counter() - start, progress.train_seconds, workers)
-        report = f"report:  {folder.path / REPORT}"
-        return summary, [*progress.notes, cost, tracker.description, report]
+        wall = time.perf_counter() - start
+        more = [_cost(wall, progress.train_seconds, workers), tracker.description]
+        time_line = f"time:    {duration(wall)} on {count(workers, 'worker')}"
+        return summary, Work([*progress.notes, time_line], more)
 
 
 def base_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -325,7 +354,9 @@ def base_parser(name: str, description: str) -> argparse.ArgumentParser:
         dest="settings",
         help="set any config key, for example --set train.lr=1e-2",
     )
-    parser.add_argument("--verbose", action="store_true", help="show what Ray prints")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print all tables, what explains them, and Ray's log"
+    )
     parser.add_argument("--quiet", action="store_true", help="print the table and errors only")
     return parser
 
@@ -339,6 +370,17 @@ def add_members(parser: argparse.ArgumentParser) -> None:
 def add_from(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the flag of commands that take models of earlier runs."""
     parser.add_argument("--from", metavar="RUN", action="append", dest="runs", help=text)
+
+
+def load_line(folder: RunFolder, *, own: bool = False) -> str:
+    """Return the line of Python that loads the model of a run.
+
+    Args:
+        folder: Run folder.
+        own: Whether the network is made by a user's training function.
+    """
+    more = ", make_model=YOUR_FUNCTION" if own else ""
+    return f"load:    model = selfkd.load({json.dumps(str(folder.path))}{more})"
 
 
 def _refuse_relative(config: Config | None, *named: tuple[str, str | None]) -> None:
@@ -366,10 +408,10 @@ def _import_the_rest() -> None:
 
 def _cost(wall: float, train_seconds: float, workers: int) -> str:
     if not train_seconds:
-        return f"time:  {wall:.1f} s, no trial was left to run"
+        return f"{wall:.1f} s, no trial was left to run"
     ideal = train_seconds / workers
     return (
-        f"time:  {wall:.1f} s in all; training alone would take {ideal:.1f} s on {workers} "
+        f"{wall:.1f} s in all; training alone would take {ideal:.1f} s on {workers} "
         f"workers, so everything else added {wall - ideal:.1f} s "
         f"({(wall - ideal) / ideal:.0%} of the training)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Self
+from typing import ClassVar, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -36,9 +36,25 @@ from selfkd.text import one_line
 class _Live(Progress):
     """A bar with lines around it, each of which fits a narrow terminal."""
 
+    shown: ClassVar[_Live | None] = None
+    """The one that is on the terminal."""
+
+    def start(self) -> None:
+        """Show it."""
+        _Live.shown = self
+        super().start()
+
+    def stop(self) -> None:
+        """Remove it from the terminal."""
+        _Live.shown = None
+        super().stop()
+
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the title, the bar and what is to be said of the stage."""
         for task in self.tasks:
+            if task.total is None:  # nothing to count yet
+                yield _line(f"{task.description} {timedelta(seconds=int(task.elapsed or 0))}")
+                continue
             yield _line(task.description)
             yield self.make_tasks_table([task])
             left = task.time_remaining
@@ -47,6 +63,12 @@ class _Live(Progress):
             for line in (", ".join(filter(None, counts)), task.fields["best"]):
                 if line:
                     yield _line(line)
+
+
+def end_display() -> None:
+    """Remove a live view from the terminal, so that what is printed next stays on it."""
+    if _Live.shown is not None:
+        _Live.shown.stop()
 
 
 def _line(text: str) -> Text:
@@ -81,9 +103,7 @@ class ProgressReporter:
             transient=True,
             speed_estimate_period=math.inf,  # a stage may take days
         )
-        self._task = self._progress.add_task(
-            "starting Ray and its workers", total=None, counts="", best=""
-        )
+        self._task = self._progress.add_task("starting Ray …", total=None, counts="", best="")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -91,6 +111,10 @@ class ProgressReporter:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def wait_for(self, title: str) -> None:
+        """Say what is waited for, while there is nothing to count."""
+        self._progress.update(self._task, description=title)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -17,7 +17,7 @@ from selfkd.cli.output import SafeStream
 from selfkd.reporting.tables import Table
 from selfkd.text import one_line, visible
 
-LOG_WIDTH = 110  # where there is no terminal
+LOG_WIDTH = 100_000  # where there is no terminal: tables have all of their columns
 MOST_NAMES = 20  # of hidden columns
 
 
@@ -48,13 +48,18 @@ def print_lines(console: Console, lines: Sequence[str]) -> None:
     console.print("\n".join(map(one_line, lines)), soft_wrap=True)
 
 
+def print_sentences(console: Console, lines: Sequence[str]) -> None:
+    """Print sentences: a terminal breaks them between words, a log has one a line."""
+    console.print("\n".join(map(one_line, lines)), soft_wrap=not console.is_terminal)
+
+
 def print_table(console: Console, table: Table | RichTable) -> None:
     """Print a table, without its last columns where the terminal is too narrow, which is said."""
     drawn = table if isinstance(table, RichTable) else _draw(table)
     columns = drawn.columns
     last_first = [n for n in range(len(columns))[:0:-1] if columns[n].header != "test acc"]
     last_first = last_first[: max(len(columns) - 2, 0)]
-    wide = console.options.update(max_width=1000)
+    wide = console.options.update(max_width=console.width + 1)
 
     def fits(count: int) -> bool:
         """Say whether the table fits without as many columns, and leave them out."""

@@ -391,7 +391,7 @@ class SearchConfig:
     `{randint: [low, high]}` (both included) or `{choice: [value, …]}`."""
     labels_only_space: dict[str, Any] = Field(default_factory=dict)
     """Further search space of models trained on labels alone, such as generation 0."""
-    points: list[Point] = Field(default=None)
+    points: list[Point] | None = None
     """Points that each search with teachers tries after the winner of the search before, as dotted
     keys with values, inside the space or not; with the default space and at least 4 trials the
     loss of the born-again paper, T 1 and alpha 1, when not given."""

@@ -123,7 +123,7 @@ def _student(
             point=point,
             teachers=teach,
             space=space,
-            points=config.search.points if kind == "distilled" else (),
+            points=config.search.points or () if kind == "distilled" else (),
         )
         return replace(
             own,

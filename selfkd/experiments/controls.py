@@ -119,7 +119,7 @@ def _search(run: Run, name: Control, results: Sequence[GenerationResult]) -> Arm
         teachers=lambda own, number: teachers,
         options=lambda number: options,
         space=_space(run.config, name),
-        points=run.config.search.points if name in ("dkpp", "teacher_free") else (),
+        points=run.config.search.points or () if name in ("dkpp", "teacher_free") else (),
     )
     point = run.search(arm).best.point
     return replace(arm, name=f"{arm.name}_confirm", folder=folder / "confirm", point=point)

@@ -14,6 +14,7 @@ from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, ratio_interval
 from selfkd.config import Config, Source
 from selfkd.experiments.arms import Arm, Request, Run
+from selfkd.experiments.best import keep_best
 from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
@@ -56,7 +57,7 @@ def compress(run: Run) -> EnsembleSummary:
         folder=folder / "student",
         teachers=teachers.of,
         space=config.space(with_teacher=True),
-        points=config.search.points,
+        points=config.search.points or (),
     )
     found = run.search(student, save=folder / "student.safetensors")
     labels = Arm(
@@ -72,6 +73,7 @@ def compress(run: Run) -> EnsembleSummary:
         pairs = [(baseline.models[0], found.models[0])]
     if config.confirm.seeds:
         pairs = _replicate(run, labels, replace(student, point=found.best.point))
+    keep_best(run.folder, found.models[0].checkpoint)
     return run.finish(_measure(run, teachers, found.best, pairs))
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from selfkd.config import Config
 from selfkd.experiments.arms import Arm, Request, Run, Searched
+from selfkd.experiments.best import best_generation, keep_best
 from selfkd.experiments.confirm import (
     baseline_row,
     confirm_generations,
@@ -73,8 +74,11 @@ def born_again(run: Run) -> GenerationsSummary:
     beside = judge_controls(run, confirmations, controls)
     if verdict and beside:
         verdict = replace(verdict, sentences=(*verdict.sentences, *beside.sentences))
+    best = best_generation(config, results, confirmations)
+    keep_best(folder, results[best].models[0].checkpoint)
     return run.finish(
         GenerationsSummary(
+            best=best,
             generations=tuple(
                 replace(result, history=(), models=(), teachers=(), diagnostics={}, mcnemar=None)
                 for result in results
@@ -137,7 +141,7 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
         teachers=lambda own, number: teachers,
         network=lambda own, number: (own.student if generation else None) or own.model,
         space=config.space(with_teacher=generation > 0),
-        points=config.search.points if generation else (),
+        points=config.search.points or () if generation else (),
         seed_name=generation,
     )
     kept = int(config.distill.teacher[4:]) if config.distill.teacher.startswith("top:") else 1

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfkd.analysis.verdicts import count
 from selfkd.reporting import words
 from selfkd.reporting.read import DISTILL, Generation, Run
 from selfkd.results import (
     CapacitySummary,
     Evaluation,
     GenerationResult,
-    GenerationsSummary,
     Interval,
     Measured,
     StudySummary,
@@ -112,11 +110,11 @@ def _generation_row(run: Run, generation: Generation) -> tuple[str, ...]:
 
 
 def _ensemble_row(row: Evaluation) -> tuple[str, ...]:
-    val, test, nll, ece = _measures(row)
+    val, test, nll, ece = measures(row)
     return ("ensemble of all", "", "", val, test, "", "", "", nll, ece, "")
 
 
-def _measures(row: Measured, metric: str = "accuracy") -> tuple[str, str, str, str]:
+def measures(row: Measured, metric: str = "accuracy") -> tuple[str, str, str, str]:
     """Return a metric on validation and test, NLL and ECE."""
     return (
         words.value(row.metric(f"val_{metric}"), metric),
@@ -124,71 +122,6 @@ def _measures(row: Measured, metric: str = "accuracy") -> tuple[str, str, str, s
         words.number(row.metric("test_nll")),
         words.number(row.metric("test_ece")),
     )
-
-
-def printed_table(summary: GenerationsSummary, metric: str = "accuracy") -> Table:
-    """Return the table that `selfkd.generations` prints: a row a generation, then the ensemble.
-
-    Args:
-        summary: Summary of the run.
-        metric: Metric that models are compared by, see `Facts.metric`.
-    """
-    short = words.short_metric(metric)
-    head = ("generation", "T", "alpha", f"val {short}", f"test {short}", "NLL", "ECE")
-    rows = [
-        (
-            str(result.generation),
-            words.number(result.temperature, ".2f"),
-            words.number(result.alpha, ".2f"),
-            *_measures(result, metric),
-            words.percent(result.metric("agreement")),
-            f"{result.seconds:.1f}",
-        )
-        for result in summary.generations
-    ]
-    if summary.ensemble is not None:
-        rows.append(("ensemble", "", "", *_measures(summary.ensemble, metric), "", ""))
-    return Table((*head, "agreement", "seconds"), tuple(rows), rules=(len(summary.generations),))
-
-
-def own_metrics_table(results: Sequence[GenerationResult], metric: str) -> Table:
-    """Return the table of generations of a user's training function: a column a metric."""
-    names = [metric, *(name for name in results[-1].metrics if name != metric)]
-    rows = [
-        (
-            str(result.generation),
-            words.number(result.temperature, ".2f"),
-            words.number(result.alpha, ".2f"),
-            *(words.number(result.metric(name), ".4g") for name in names),
-            f"{result.seconds:.1f}",
-        )
-        for result in results
-    ]
-    return Table(("generation", "T", "alpha", *names, "seconds"), tuple(rows))
-
-
-def confirmation_table(summary: GenerationsSummary) -> Table:
-    """Return the replication on fresh seeds: means and paired differences."""
-    confirmed, controls = summary.confirmations, summary.controls
-    metric = confirmed[0].metric
-    seeds = count(max(len(row.seeds) for row in confirmed), "fresh seed")
-    split, _, name = metric.partition("_")
-    title = f"test {words.short_metric(name)}" if split == "test" else metric
-    head = (seeds, f"mean {title}", "vs generation 0", "vs previous", "McNemar")
-    rows = [
-        (
-            f"generation {row.generation}",
-            words.plus_minus(row.mean, metric),
-            words.plus_minus(row.first, metric, sign="+"),
-            words.plus_minus(row.previous, metric, sign="+"),
-            words.number(row.mcnemar.p if row.mcnemar else None, ".2g"),
-        )
-        for row in confirmed
-    ]
-    for row in controls:
-        first = words.plus_minus(row.first, metric, sign="+")
-        rows.append((row.title, words.plus_minus(row.mean, metric), first, "", ""))
-    return Table(head, tuple(rows), rules=(len(confirmed),))
 
 
 def all_trials_table(run: Run) -> Table:
@@ -341,7 +274,7 @@ def ensemble_table(rows: Sequence[TableRow], metric: str = "accuracy") -> Table:
     head = ("model", *quality, "parameters", "ms, 1", "ms, 128")
     texts = []
     for row in rows:
-        val, test, nll, ece = _measures(row, metric)
+        val, test, nll, ece = measures(row, metric)
         if row.low is not None and row.high is not None:
             test += f" ± {words.value((row.high - row.low) / 2, metric)}"
         costs = words.number(row.ms_1, ".3g"), words.number(row.ms_128, ".3g")
@@ -403,7 +336,7 @@ def study_table(study: StudySummary) -> Table:
     if study.members is not None:
         members = study.members
         errors = words.number(members.metric("test_errors"), ".0f")
-        val, test, _, _ = _measures(members)
+        val, test, _, _ = measures(members)
         accuracies = test, val
         rows.append((f"members ({members.count})", "", errors, *accuracies, "", "", ""))
     head = ("arm", "seeds", "test errors", "test acc", "val acc", "agreement")

@@ -15,7 +15,7 @@ from selfkd.analysis.verdicts import (
 )
 from selfkd.config import Config
 from selfkd.reporting.read import Generation, Run
-from selfkd.results import Confirmation, EnsembleSummary, GenerationResult, Interval
+from selfkd.results import EnsembleSummary, GenerationResult, Interval, Replicated
 
 
 def form(metric: str) -> str:
@@ -100,7 +100,7 @@ def measured(run: Run, value: float | None) -> str:
     return number(value, form(run.metric))
 
 
-def confirmed(confirmation: Confirmation | None) -> str:
+def confirmed(confirmation: Replicated | None) -> str:
     """Return the mean over fresh seeds with half of its interval."""
     if confirmation is None:
         return ""
@@ -111,7 +111,7 @@ def confirmed(confirmation: Confirmation | None) -> str:
     return f"{number(found.value, '.4g')}{half}"
 
 
-def gained(confirmation: Confirmation | None, other: Literal["first", "previous"]) -> str:
+def gained(confirmation: Replicated | None, other: Literal["first", "previous"]) -> str:
     """Return the difference to generation 0, or to the previous generation."""
     found: Interval | None = getattr(confirmation, other, None)
     if confirmation is None or found is None or is_fraction(confirmation.metric):

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from selfkd.cli.terminal import print_table
-from selfkd.reporting.tables import own_metrics_table, printed_table
+from selfkd.cli.tables import chosen_table, own_metrics_table
+from selfkd.cli.terminal import make_console, print_table
 from selfkd.results import Evaluation, GenerationResult, GenerationsSummary
 
 METRICS = {"val_accuracy": 0.9, "test_accuracy": 0.8125, "test_nll": 0.5, "test_ece": 0.01}
@@ -25,7 +25,7 @@ ENSEMBLE = Evaluation(hash="", metrics={**METRICS, "test_accuracy": 0.99})
 def printed(width: int, ensemble: Evaluation | None = None) -> str:
     console = Console(file=io.StringIO(), width=width, markup=False, record=True)
     summary = GenerationsSummary(generations=(RESULT,), ensemble=ensemble)
-    print_table(console, printed_table(summary))
+    print_table(console, chosen_table(summary, "accuracy"))
     return console.export_text()
 
 
@@ -42,6 +42,11 @@ def test_a_table_that_fits_is_whole() -> None:
     text = printed(90)
     assert "seconds" in text
     assert "hidden" not in text
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def own_metrics(count: int, **more: float) -> GenerationResult:
@@ -69,6 +74,13 @@ def test_a_thousand_metrics_are_cut_at_once() -> None:
     text = " ".join(console.export_text().split())
     assert "val_accuracy class_0" in text
     assert re.search(r"columns hidden .*: class_\d, .* and 19\d{3} more$", text)
+
+
+def test_a_file_has_all_columns() -> None:
+    console = make_console(io.StringIO())
+    print_table(console, own_metrics_table([own_metrics(300)], "val_accuracy"))
+    head = written(console).splitlines()[1].split()
+    assert head[3:] == ["val_accuracy", *(f"class_{number}" for number in range(300)), "seconds"]
 
 
 def test_the_columns_that_are_hidden_are_the_fewest() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
-from dataclasses import replace
 
 from rich.console import Console
 
@@ -12,23 +10,14 @@ from selfkd.cli.terminal import print_table
 from selfkd.reporting.tables import (
     Table,
     capacity_table,
-    confirmation_table,
     ensemble_table,
-    own_metrics_table,
-    printed_table,
     study_table,
 )
 from selfkd.results import (
     ArmResult,
     ArmRun,
     CapacitySummary,
-    Confirmation,
-    ControlResult,
-    Evaluation,
-    GenerationResult,
-    GenerationsSummary,
     Interval,
-    McNemar,
     MembersRow,
     Seeds,
     Size,
@@ -39,92 +28,12 @@ from selfkd.results import (
 )
 
 TESTED = {"val_accuracy": 0.9, "test_accuracy": 0.8125, "test_nll": 0.5, "test_ece": 0.01}
-RESULT = GenerationResult(
-    generation=1,
-    trial=0,
-    temperature=4.0,
-    alpha=0.5,
-    metrics={**TESTED, "agreement": 0.75},
-    seconds=3.0,
-)
 
 
 def printed(table: Table, width: int = 110) -> list[str]:
     output = io.StringIO()
     print_table(Console(file=output, width=width), table)
     return output.getvalue().splitlines()
-
-
-def cells(table: Table, pattern: str, width: int = 80) -> list[list[str]]:
-    """The words of the printed lines that have a pattern."""
-    return [line.split() for line in printed(table, width) if re.search(pattern, line)]
-
-
-def test_a_row_is_a_generation_and_the_ensemble_is_last() -> None:
-    first = replace(RESULT, generation=0, temperature=None, alpha=None, metrics=TESTED)
-    ensemble = Evaluation(hash="", metrics={**TESTED, "test_accuracy": 0.99})
-    summary = GenerationsSummary(generations=(first, RESULT), ensemble=ensemble)
-    assert cells(printed_table(summary), r"%|NLL") == [
-        "generation T alpha val acc test acc NLL ECE agreement seconds".split(),  # noqa: SIM905
-        ["0", "90.00%", "81.25%", "0.5000", "0.0100", "3.0"],
-        ["1", "4.00", "0.50", "90.00%", "81.25%", "0.5000", "0.0100", "75.00%", "3.0"],
-        ["ensemble", "90.00%", "99.00%", "0.5000", "0.0100"],
-    ]
-
-
-def test_the_metrics_of_a_users_own_training_function_are_columns() -> None:
-    first = replace(RESULT, generation=0, temperature=None, alpha=None, metrics={"f1": 0.5})
-    last = replace(RESULT, metrics={"loss": 12.34567, "f1": 0.75})
-    assert cells(own_metrics_table([first, last], "f1"), r"\d") == [
-        ["generation", "T", "alpha", "f1", "loss", "seconds"],
-        ["0", "0.5", "3.0"],
-        ["1", "4.00", "0.50", "0.75", "12.35", "3.0"],
-    ]
-
-
-def confirmation(generation: int, *, metric: str = "test_accuracy") -> Confirmation:
-    later = generation > 0
-    return Confirmation(
-        generation=generation,
-        seeds=(1, 2, 3),
-        metric=metric,
-        values=(0.95, 0.96, 0.97),
-        mean=Interval(0.9593, 0.9545, 0.9641),
-        first=Interval(0.0064, -0.0109, 0.0237) if later else None,
-        previous=Interval(-0.0008) if later else None,
-        mcnemar=McNemar(only_student=3, only_teacher=1, p=0.625) if later else None,
-    )
-
-
-def test_the_confirmation_has_means_and_paired_differences_in_80_columns() -> None:
-    control = ControlResult(
-        name="ensemble",
-        title="ensemble of 11 seeds",
-        seeds=(1, 2, 3),
-        metric="test_accuracy",
-        values=(),
-        mean=Interval(0.9593, 0.95, 0.97),
-        first=Interval(-0.1064, -0.1209, -0.0937),
-    )
-    summary = GenerationsSummary(
-        generations=(), confirmations=(confirmation(0), confirmation(10)), controls=(control,)
-    )
-    lines = printed(confirmation_table(summary), width=80)
-    assert max(len(line) for line in lines) <= 80
-    assert [" ".join(line.split()) for line in lines if re.search(r"\d", line)] == [
-        "3 fresh seeds mean test acc vs generation 0 vs previous McNemar",
-        "generation 0 95.93% ± 0.48%",
-        "generation 10 95.93% ± 0.48% +0.64% ± 1.73% -0.08% 0.62",
-        "ensemble of 11 seeds 95.93% ± 1.07% -10.64% ± 1.45%",
-    ]
-
-
-def test_a_metric_that_is_no_accuracy_is_shown_as_it_is() -> None:
-    loss = replace(confirmation(0, metric="loss"), mean=Interval(4.5, 4.25, 4.75))
-    table = confirmation_table(GenerationsSummary(generations=(), confirmations=(loss,)))
-    text = "\n".join(printed(table))
-    assert "mean loss" in text
-    assert "4.5 ± 0.25" in text
 
 
 def test_an_ensemble_s_has_quality_and_costs_of_each_row() -> None:

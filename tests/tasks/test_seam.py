@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from engine import Recorder, make_run
 from torch import Tensor, nn
 
+from selfkd.cli.tables import chosen_table, summary_table
 from selfkd.config import CheckpointConfig, Config, ModelConfig, Tree, from_tree, load_config
 from selfkd.distill.distiller import Distiller
 from selfkd.experiments.ensemble import compress
@@ -21,7 +22,6 @@ from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import compare_arms
 from selfkd.reporting.page import write_report
-from selfkd.reporting.tables import confirmation_table, printed_table
 from selfkd.results import Diagnostics, Facts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.soft_targets.store import open_store
@@ -207,9 +207,10 @@ def test_it_is_born_again_confirmed_and_reported(tmp_path: Path) -> None:
     assert "%" not in said
     assert "points" not in said
     assert "test letters" in said
-    head = printed_table(summary, folder.facts.metric).head
-    assert head[3:5] == ("val perplexity", "test perplexity")
-    assert confirmation_table(summary).head[1] == "mean test perplexity"
+    head = chosen_table(summary, folder.facts.metric).head
+    assert head[1:3] == ("val perplexity", "test perplexity")
+    head = summary_table(summary, folder.facts.metric).head
+    assert re.fullmatch(r"test perplexity, \d seeds", head[1])
     assert "val_perplexity" in write_report(folder.path).read_text()
 
 

@@ -406,7 +406,7 @@ def test_the_command_runs_a_user_function(tmp_path: Path) -> None:
             for n in (0, 1)
         ]
         assert result["val_loss"] == min(row["val_loss"] for row in losses)
-        assert f"{result['val_loss']:.4g}" in done.stdout
+        assert f"val_loss {result['val_loss']:.4g}" in done.stdout
     assert results[1]["teachers"] == [results[0]["models"][0]]
     assert results[1]["temperature"] is not None
     assert main(["--resume", str(tmp_path / "runs/a"), "--rounds", "1"]) == 0  # only shown again

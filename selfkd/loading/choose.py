@@ -11,6 +11,7 @@ from selfkd import __version__
 from selfkd.config import Config, from_tree, load_yaml
 from selfkd.errors import ConfigError
 from selfkd.experiments.best import best_generation
+from selfkd.experiments.confirm import load_confirmations
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     FORMAT,

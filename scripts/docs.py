@@ -38,6 +38,9 @@ PLUG_IN = (
     *("Distiller", "Teacher", "Ensemble", "distillation_loss"),
     *("distill.terms.LogitTerm", "distill.terms.FeatureTerm"),
 )
+LOADING = tuple(
+    f"loading.model.{name}" for name in ("load", "LoadedModel", "Predictions", "push_to_hub")
+)
 INTEGRATIONS = ("timm", "lightning", "transformers")
 _CONFIG = Config()
 BELOW = "imports only what is below"
@@ -224,6 +227,7 @@ def api_page() -> str:
     parts = {
         "In a loop of your own": PLUG_IN,
         "Runs from Python": runs,
+        "Models of a run": LOADING,
         "A training function of your own": ["training.trial.Trial"],
         "Other loops": adapters,
         "Models and config": ["make_model", "config.load_config"],

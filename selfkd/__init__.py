@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from selfkd.ensemble import run_ensemble as run_ensemble
     from selfkd.generations import run_generations as generations
     from selfkd.generations import run_generations as run_generations
+    from selfkd.loading.model import LoadedModel as LoadedModel
+    from selfkd.loading.model import load as load
+    from selfkd.loading.model import push_to_hub as push_to_hub
     from selfkd.losses import distillation_loss as distillation_loss
     from selfkd.models import make_model as make_model
     from selfkd.study import run_study as run_study
@@ -23,9 +26,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Distiller": "selfkd.distill.distiller",
     "Ensemble": "selfkd.distill.teacher",
+    "LoadedModel": "selfkd.loading.model",
     "Teacher": "selfkd.distill.teacher",
     "distillation_loss": "selfkd.losses",
+    "load": "selfkd.loading.model",
     "make_model": "selfkd.models",
+    "push_to_hub": "selfkd.loading.model",
     "run_capacity": "selfkd.capacity",
     "run_ensemble": "selfkd.ensemble",
     "run_generations": "selfkd.generations",
@@ -34,11 +40,14 @@ _HOMES = {
 __all__ = [
     "Distiller",
     "Ensemble",
+    "LoadedModel",
     "Teacher",
     "__version__",
     "distillation_loss",
     "generations",
+    "load",
     "make_model",
+    "push_to_hub",
     "run_capacity",
     "run_ensemble",
     "run_generations",

@@ -14,6 +14,7 @@ from selfkd.analysis.statistics import mean_interval, ratio_interval
 from selfkd.analysis.verdicts import count_seeds
 from selfkd.config import Source
 from selfkd.experiments.arms import Arm, Request, Run
+from selfkd.experiments.best import keep_best
 from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.results import (
     Chosen,
@@ -70,6 +71,7 @@ def compress(run: Run) -> EnsembleSummary:
         pairs = [(baseline.models[0], found.models[0])]
     if config.confirm.seeds:
         pairs = _replicate(run, labels, replace(student, point=found.best.point))
+    keep_best(run.folder, found.models[0].checkpoint)
     return run.finish(_measure(run, teachers, found.best, pairs))
 
 

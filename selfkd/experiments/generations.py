@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from selfkd.config import Config
 from selfkd.experiments.arms import Arm, Request, Run, Searched
+from selfkd.experiments.best import best_generation, keep_best
 from selfkd.experiments.confirm import (
     baseline_row,
     confirm_generations,
@@ -66,8 +67,11 @@ def born_again(run: Run) -> GenerationsSummary:
         (ensemble,) = run.average([(models, "probabilities")])
     baseline = baseline_row(run, confirmations)
     controls = run_controls(run, results, confirmations)
+    best = best_generation(config, results, confirmations)
+    keep_best(folder, results[best].models[0].checkpoint)
     return run.finish(
         GenerationsSummary(
+            best=best,
             generations=tuple(
                 replace(result, history=(), models=(), teachers=(), diagnostics={}, mcnemar=None)
                 for result in results

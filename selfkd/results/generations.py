@@ -88,6 +88,8 @@ class GenerationsSummary:
     """The summary of `selfkd.generations`."""
 
     generations: tuple[GenerationResult, ...]
+    best: Count | None = None
+    """Number of the generation whose model is taken, the best on validation."""
     confirmations: tuple[Confirmation, ...] = ()
     verdict: Verdict | None = None
     """Of the born-again generations against generation 0, or the student's network from labels."""

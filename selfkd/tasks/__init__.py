@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from selfkd.config import Tree
-    from selfkd.tasks.task import Task
+    from selfkd.losses import Average
+    from selfkd.tasks.task import Predictor, Task
 
 
 def make_task(config: Tree) -> Task:
@@ -14,3 +18,36 @@ def make_task(config: Tree) -> Task:
     from selfkd.tasks.images.task import ImageTask  # torch and timm: only where work is done
 
     return ImageTask(config)
+
+
+def load_predictor(checkpoint: str, make: Callable[[], nn.Module] | None = None) -> Predictor:
+    """Return a trained model without its data.
+
+    Args:
+        checkpoint: File of the model.
+        make: Function that makes its network, where it is of none that is known by its name.
+
+    Raises:
+        ValueError: The file is damaged, or its network cannot be made.
+    """
+    from selfkd.tasks.images.loaded import load_classifier
+
+    return load_classifier(checkpoint, make)
+
+
+def load_ensemble(
+    checkpoints: Sequence[str], *, average: Average, weights: Sequence[float] | None
+) -> Predictor:
+    """Return the average of trained models.
+
+    Args:
+        checkpoints: File of each model.
+        average: What is averaged.
+        weights: Weight of each; all alike when not given.
+
+    Raises:
+        ValueError: A file is damaged, or its network cannot be made.
+    """
+    from selfkd.tasks.images.loaded import load_average
+
+    return load_average(checkpoints, average=average, weights=weights)

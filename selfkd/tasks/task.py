@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -30,6 +31,21 @@ class ModelFacts:
     """Name and arguments of the network."""
     fingerprint: str | None = None
     """Hash of the training data, where they are known."""
+
+
+class Predictor(Protocol):
+    """A trained model without its data."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Network from inputs to logits, in eval mode."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the outputs, in the order of the logits."""
+
+    def inputs(self, items: Any, *, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        """Yield the network's inputs of one item or of several, made as in evaluation."""
 
 
 class Task(Protocol):

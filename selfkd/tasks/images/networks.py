@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +18,13 @@ from selfkd.data import Data, load_data
 from selfkd.data.augmentation import Views
 from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
-from selfkd.results import from_row
+from selfkd.results import Parts, from_row
 from selfkd.results.row import ROW
 from selfkd.soft_targets.manifest import data_key
 from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
+from selfkd.storage.rows import load_row
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 
 AUGMENTED_VIEWS = 8
@@ -38,6 +40,8 @@ class NetworkFacts(ModelFacts):
     """Names of the classes, in the order of the logits."""
     mean: tuple[FiniteFloat, ...] = Field(min_length=1)
     std: tuple[FiniteFloat, ...] = Field(min_length=1)
+    image_size: int = Field(default=0, ge=0, le=LARGEST_ARGUMENT)
+    """Height and width of its images in pixels; 0 where they are not known."""
     specialist: tuple[int, ...] = ()
     """Classes that a specialist tells apart; all others are its last one."""
     dustbin_shift: FiniteFloat = 0.0
@@ -134,46 +138,16 @@ class ImageNetworks:
         Raises:
             ValueError: It was trained for other classes, or is of no network that can be made.
         """
-        tensors, found = load_tensors(as_path(checkpoint))
-        try:
-            facts = from_row(NetworkFacts, found)
-            model = ModelConfig.of_checkpoint(facts.model)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
+        tensors, facts = open_checkpoint(checkpoint)
         here = self.data.class_names
         if sorted(map(str, facts.classes)) != sorted(map(str, here)):
             raise ValueError(
                 f"{checkpoint} was trained for other classes than {self.data.name}'s: "
                 f"{_few(facts.classes)} instead of {_few(here)}"
             )
-        try:
-            self._check_shapes(model, tensors)
-            network = self.make(model)
-            network.load_state_dict(tensors)
-        except (ValueError, RuntimeError) as error:
-            first = str(error).splitlines()[:2]
-            raise ValueError(f"{checkpoint} cannot be rebuilt: {' '.join(first)}") from None
-        return network, replace(facts, model={"name": model.name, "args": model.args})
-
-    def _check_shapes(self, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-        """Check that a foreign network has tensors of these shapes; it takes no memory to know."""
-        sizes = [size for tensor in tensors.values() for size in tensor.shape]
-        most = max([LARGEST_ARGUMENT, *sizes])
-        for number in _numbers(model.args):
-            if abs(number) > most:
-                raise ValueError(f"model.args must be of its tensors' sizes, got {number}")
-        try:
-            with torch.device("meta"), torch.random.fork_rng(devices=[]):
-                described = self._make(model).state_dict()
-        except (RuntimeError, ValueError):  # some compute while they are made: the real one tells
-            return
-        for name, tensor in described.items():
-            if name in tensors and tensor.shape != tensors[name].shape:
-                raise ValueError(
-                    f"{name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}"
-                )
-        if others := described.keys() ^ tensors.keys():
-            raise ValueError(f"its tensors must be those of {model.name}, unlike {min(others)}")
+        model = ModelConfig(**facts.model)
+        network = rebuild(checkpoint, tensors, facts, lambda: self._make(model))
+        return network.to(self.device), facts
 
     def teacher(self, checkpoint: str) -> Teacher:
         """Return a checkpoint's network as a teacher of this data, its classes in order."""
@@ -184,6 +158,84 @@ class ImageNetworks:
             trained_stats=(facts.mean, facts.std),
             columns=[facts.classes.index(name) for name in self.data.class_names],
         )
+
+
+def open_checkpoint(checkpoint: str) -> tuple[dict[str, Tensor], NetworkFacts]:
+    """Return the tensors and the metadata of a classifier's checkpoint.
+
+    Raises:
+        ValueError: It is damaged, or of no network that can be made.
+    """
+    tensors, found = load_tensors(as_path(checkpoint))
+    try:
+        facts = from_row(NetworkFacts, found)
+        model = ModelConfig.of_checkpoint(facts.model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
+    return tensors, replace(facts, model={"name": model.name, "args": model.args})
+
+
+def rebuild(
+    checkpoint: str,
+    tensors: Mapping[str, Tensor],
+    facts: NetworkFacts,
+    make: Callable[[], nn.Module],
+) -> nn.Module:
+    """Return the network of a checkpoint with its weights.
+
+    What the metadata describe is compared with the tensors before any memory is taken for it.
+
+    Args:
+        checkpoint: Name of its file, for messages.
+        tensors: Tensors by name.
+        facts: Metadata.
+        make: Function that makes the network which they describe.
+
+    Raises:
+        ValueError: The network cannot be made, or has other tensors.
+    """
+    try:
+        _check_shapes(facts, tensors, make)
+        network = make()
+        network.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[:2]
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {' '.join(first)}") from None
+    return network
+
+
+def parts_of(checkpoint: str) -> list[str]:
+    """Return the file of a network, or those that a generalist's JSON file names."""
+    path = as_path(checkpoint)
+    if path.suffix != ".json":
+        return [checkpoint]
+    folder = path.parent
+    parts = load_row(Parts, path).parts
+    return [str(inside(folder.parent, f"{folder.name}/{part}")) for part in parts]
+
+
+def _check_shapes(
+    facts: NetworkFacts, tensors: Mapping[str, Tensor], make: Callable[[], nn.Module]
+) -> None:
+    """Check that a foreign network has tensors of these shapes; it takes no memory to know."""
+    sizes = [size for tensor in tensors.values() for size in tensor.shape]
+    most = max([LARGEST_ARGUMENT, *sizes])
+    for number in _numbers(facts.model["args"]):
+        if abs(number) > most:
+            raise ValueError(f"model.args must be of its tensors' sizes, got {number}")
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            described = make().state_dict()
+    except (RuntimeError, ValueError):  # some compute while they are made: the real one tells
+        return
+    for name, tensor in described.items():
+        if name in tensors and tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"{name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}"
+            )
+    if others := described.keys() ^ tensors.keys():
+        name = facts.model["name"]
+        raise ValueError(f"its tensors must be those of {name}, unlike {min(others)}")
 
 
 def _numbers(value: Any) -> Iterator[float]:

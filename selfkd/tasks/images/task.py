@@ -23,11 +23,10 @@ from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.tasks.images import evaluate
-from selfkd.tasks.images.networks import ImageNetworks
+from selfkd.tasks.images.networks import ImageNetworks, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Split
@@ -148,7 +147,7 @@ class ImageTask(ImageNetworks):
 
     def networks(self, checkpoint: str) -> Iterator[nn.Module]:
         """Yield the networks that one prediction of a checkpoint takes."""
-        for part in _parts(checkpoint):
+        for part in parts_of(checkpoint):
             yield self.load(part)[0]
 
     def refresh(self, network: nn.Module) -> None:
@@ -185,7 +184,7 @@ class ImageTask(ImageNetworks):
             view: View of the images; as they are when not given.
             items: Images that are predicted; all when not given.
         """
-        generalist, *others = _parts(checkpoint)
+        generalist, *others = parts_of(checkpoint)
         logits = self._predict(self.teacher(generalist), split, view, items)
         if as_path(checkpoint).suffix != ".json":
             return logits
@@ -274,12 +273,3 @@ class ImageTask(ImageNetworks):
         probabilities = (self.predict(checkpoint, "val") / CLUSTER_TEMPERATURE).softmax(dim=1)
         found = cluster_classes(probabilities, clusters=clusters, seed=self.config.seed)
         return [list(classes) for classes in found]
-
-
-def _parts(checkpoint: str) -> list[str]:
-    path = as_path(checkpoint)
-    if path.suffix != ".json":
-        return [checkpoint]
-    folder = path.parent
-    parts = load_row(Parts, path).parts
-    return [str(inside(folder.parent, f"{folder.name}/{part}")) for part in parts]

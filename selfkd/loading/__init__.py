@@ -1,0 +1,1 @@
+"""Models of run folders, to be used."""

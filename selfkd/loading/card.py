@@ -1,0 +1,187 @@
+"""Model cards, made from runs: what the model is worth, what it is of, how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfkd.config import RESUMABLE, Config, flat
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.loading.choose import Chosen, settings_of
+from selfkd.reporting.plain import headline, plain_rows
+from selfkd.reporting.words import form
+from selfkd.results import (
+    EnsembleSummary,
+    Facts,
+    GenerationsSummary,
+    Row,
+    Summary,
+)
+from selfkd.storage.remote import without_secrets
+from selfkd.text import one_line, shell_quote
+
+_KINDS: Mapping[str, type[GenerationsSummary] | type[EnsembleSummary]] = {
+    "generations": GenerationsSummary,
+    "ensemble": EnsembleSummary,
+}
+_LEFT_OUT = ("seed", "members.runs", "members.checkpoints")
+_PLACE = re.compile(r"^([/~\\]|\.{1,2}/|[A-Za-z]:[\\/])|://")  # a path of somebody's machine
+
+
+def card_of_run(folder: RunFolder, config: Config, facts: Facts | None, chosen: Chosen) -> str:
+    """Return the model card of a run's model, as Markdown.
+
+    No path, address or name of the user's machine is in it.
+
+    Args:
+        folder: Run folder.
+        config: Config of the run.
+        facts: Facts of its data, where they are known.
+        chosen: Model that the card is of.
+    """
+    summary: Summary | None = folder.summary(_KINDS[folder.command])
+    command = _command(folder.command, config, facts)
+    said = [] if summary is None else [headline(summary)]
+    lines = [
+        f"This model is {chosen.title} of a run of selfkd, {_made_by(folder.command)}.",
+        *said,
+        "" if summary is None else _results(summary, facts),
+        "## How it was made",
+        "\n".join(_made(config, facts, chosen)),
+        f"```bash\n{command}\n```",
+    ]
+    return _card(folder.path.name, lines, images=facts is None or facts.function is None)
+
+
+def plain_card(metadata: Mapping[str, Any]) -> str:
+    """Return the model card of a file without its run.
+
+    Args:
+        metadata: Metadata of its checkpoint.
+    """
+    model = metadata.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else None
+    line = f"- network: `{_quoted(name)}`" if name else "- network: of a function of the user's own"
+    return _card(name or "model", ["A model of selfkd.", line], images="classes" in metadata)
+
+
+def _card(title: str, lines: Sequence[str], *, images: bool) -> str:
+    tags = ["knowledge-distillation", "self-distillation", "selfkd", "pytorch"]
+    head = ["---", "library_name: selfkd", *(["pipeline_tag: image-classification"] * images)]
+    head += ["tags:", *(f"- {tag}" for tag in tags), "---"]
+    network = "" if images else ", make_model=lambda: MyNetwork()"
+    use = [
+        "## Use",
+        "```python\nimport selfkd\nfrom huggingface_hub import snapshot_download\n\n"
+        f'model = selfkd.load(snapshot_download("USER/NAME"){network})  # or its folder\n'
+        + ('print(model.predict("image.png").top(3))\n```' if images else "```"),
+        "The license is not set: it is for the owner of the data and the weights to choose.",
+    ]
+    body = [f"# {_quoted(title)}", *filter(None, lines), *use]
+    return without_secrets("\n".join(head) + "\n\n" + "\n\n".join(body) + "\n")
+
+
+def _made_by(command: str) -> str:
+    if command == "ensemble":
+        return "which distils an ensemble into one model"
+    return "which trains born-again generations, each distilled from the one before"
+
+
+def _results(summary: Summary, facts: Facts | None) -> str:
+    """Return the table of a run, its intervals at 95 %."""
+    metric = (facts or Facts()).metric
+    tested = f"test_{metric}"
+    rows = plain_rows(summary)
+    own = [
+        key for key in (tested, f"val_{metric}") if any(row.get(key) is not None for row in rows)
+    ]
+    own = own or [key for key in rows[0] if key.startswith("val_")]
+    table = [["model", *(key.replace("_", " ") for key in own), "mean [95 %]", "gain [95 %]"]]
+    for row in rows:
+        cells = [_number(row.get(key), form(key)) for key in own]
+        table.append([row["name"], *cells, *(_interval(row, k, form(own[0])) for k in _ENDS)])
+    note = (
+        "mean: over fresh seeds that nothing was chosen on; gain: its paired difference to what "
+        "was trained on labels only, in the same unit."
+    )
+    return "## Results\n\n" + _markdown(table) + f"\n\n{note}"
+
+
+_ENDS = ("mean", "gain")
+
+
+def _interval(row: Row, key: str, form: str) -> str:
+    value, low, high = (row.get(f"{key}{end}") for end in ("", "_low", "_high"))
+    sign = "+" if key == "gain" else ""
+    ends = [_number(end, sign + form) for end in (low, high) if end is not None]
+    between = f" [{', '.join(ends)}]" if ends else ""
+    return f"{_number(value, sign + form)}{between}".strip()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    rows = [[_quoted(row[0]), *row[1:]] for row in table]
+    rows.insert(1, ["---", *["---:"] * (len(table[0]) - 1)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _quoted(text: object) -> str:
+    """Return a text as one line that is no mark-up."""
+    return re.sub(r"([|<>`\[\]])", r"\\\1", one_line(str(text)))
+
+
+def _made(config: Config, facts: Facts | None, chosen: Chosen) -> Iterator[str]:
+    model = (config.student if chosen.point is not None else None) or config.model
+    if facts is None or facts.function is None:
+        arguments = (
+            f" {_quoted(json.dumps(_masked(model.args), ensure_ascii=False))}" if model.args else ""
+        )
+        yield f"- network: {model.name}{arguments}"
+        sizes = "" if facts is None else _sizes(facts)
+        yield f"- data: {_quoted(config.data.name)}{sizes}"
+    settings = settings_of(config, chosen)
+    if settings:
+        temperature, alpha = settings["temperature"], settings["alpha"]
+        yield f"- distilled with temperature T = {temperature:.3g}, weight alpha = {alpha:.3g}"
+    else:
+        yield "- trained on labels only" if chosen.average is None else "- an average of models"
+    yield f"- seed: {config.seed}"
+
+
+def _sizes(facts: Facts) -> str:
+    sizes = [f"{count:,} {name}" for name, count in facts.items.items()]
+    of = f", {facts.outputs} classes" if facts.outputs else ""
+    return f", {', '.join(sizes)} {facts.unit}{of}" if sizes else of
+
+
+def _command(name: str, config: Config, facts: Facts | None) -> str:
+    """Return the command that makes such a run, without the places of a machine."""
+    default, words = flat(Config()), [f"python -m selfkd.{name}"]
+    if facts is not None and facts.function is not None:
+        path, _, function = facts.function.rpartition(":")
+        words.append(f"--train {shell_quote(f'{Path(path).name}:{function}')}")
+    if name == "generations":
+        words.append(f"--rounds {config.rounds}")
+    for key, value in flat(config).items():
+        kept = key == "controls" or not key.startswith((*RESUMABLE, *_LEFT_OUT))
+        if kept and value != default.get(key):
+            words.append(
+                f"--set {shell_quote(f'{key}={json.dumps(_masked(value), ensure_ascii=False)}')}"
+            )
+    words.append(f"--seed {config.seed}")
+    return one_line(" ".join(words))
+
+
+def _masked(value: Any) -> Any:
+    """Return plain data without the paths in it."""
+    if isinstance(value, dict):
+        return {key: _masked(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(part) for part in value]
+    return "…" if isinstance(value, str) and _PLACE.search(value) else value

@@ -1,0 +1,120 @@
+"""The result of a run as rows of plain values, and its headline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from selfkd.results import (
+    CapacitySummary,
+    EnsembleSummary,
+    GenerationsSummary,
+    Interval,
+    Row,
+    StudySummary,
+    Summary,
+    Verdict,
+)
+
+
+def headline(summary: Summary) -> str:
+    """Return the verdict of a run in one sentence; empty where there is none."""
+    verdict: Any = getattr(summary, "verdict", None)
+    if isinstance(verdict, Verdict):
+        return verdict.sentences[0] if verdict.sentences else ""
+    return verdict if isinstance(verdict, str) else ""
+
+
+def plain_rows(summary: Summary) -> list[Row]:
+    """Return a row for each model, arm or size of a run, with its metrics and intervals.
+
+    All rows have the same keys in the same order: `name`, the settings, metrics by their names,
+    and where fresh seeds say it `mean` and `gain` with the ends of their intervals,
+    `mean_low`, `mean_high`, `gain_low`, `gain_high`. What is not known is None.
+    """
+    if isinstance(summary, GenerationsSummary):
+        rows = list(_generations(summary))
+    elif isinstance(summary, EnsembleSummary):
+        rows = list(_ensemble(summary))
+    elif isinstance(summary, CapacitySummary):
+        rows = list(_sizes(summary))
+    else:
+        rows = list(_arms(summary))
+    keys = dict.fromkeys(key for row in rows for key in row)
+    known = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    return [{key: row.get(key) for key in known} for row in rows]
+
+
+def confirmed_rows(summary: Summary) -> Sequence[Any]:
+    """Return the rows of a summary that were measured on fresh seeds."""
+    if isinstance(summary, GenerationsSummary):
+        return (*summary.confirmations, *summary.controls)
+    if isinstance(summary, EnsembleSummary):
+        return tuple(row for row in summary.rows if row.runs)
+    return summary.sizes if isinstance(summary, CapacitySummary) else summary.arms
+
+
+def _generations(summary: GenerationsSummary) -> Iterator[Row]:
+    replicated = {row.generation: row for row in summary.confirmations}
+    for result in summary.generations:
+        own = replicated.get(result.generation)
+        yield {
+            "name": f"generation {result.generation}",
+            "generation": result.generation,
+            "temperature": result.temperature,
+            "alpha": result.alpha,
+            **result.metrics,
+            **(_ends("mean", own.mean) | _ends("gain", own.first) if own else {}),
+            "seeds": len(own.seeds) if own else None,
+        }
+    if summary.ensemble is not None:
+        yield {"name": "ensemble of all", **summary.ensemble.metrics}
+    for control in summary.controls:
+        ends = _ends("mean", control.mean) | _ends("gain", control.first)
+        yield {"name": control.title, **ends, "seeds": len(control.seeds)}
+
+
+def _ensemble(summary: EnsembleSummary) -> Iterator[Row]:
+    for row in summary.rows:
+        distilled = row.name == summary.rows[-1].name
+        costs = {"parameters": row.parameters, "ms_1": row.ms_1, "ms_128": row.ms_128}
+        yield {
+            "name": row.name,
+            **row.metrics,
+            "mean_low": row.low,
+            "mean_high": row.high,
+            **(_ends("gain", summary.gain) if distilled else {}),
+            "seeds": len(row.runs) or None,
+            **costs,
+        }
+
+
+def _sizes(summary: CapacitySummary) -> Iterator[Row]:
+    for size in summary.sizes:
+        yield {
+            "name": f"{summary.key} {size.value}",
+            "parameters": size.parameters,
+            "temperature": size.temperature,
+            "alpha": size.alpha,
+            **_ends("labels", size.labels.interval),
+            **_ends("mean", size.distilled.interval),
+            **_ends("gain", size.difference),
+            "p_holm": size.p_holm,
+            "seeds": summary.seeds,
+        }
+
+
+def _arms(summary: StudySummary) -> Iterator[Row]:
+    for arm in summary.arms:
+        yield {
+            "name": arm.name,
+            **arm.metrics,
+            **_ends("mean", arm.mean),
+            "seeds": len(arm.runs),
+        }
+
+
+def _ends(name: str, interval: Interval | None) -> Row:
+    if interval is None:
+        return {}
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -80,6 +80,6 @@ if __name__ == "__main__":
         },
         settings=["tracking=none"],
     )
-    for result in results:
+    for result in results.summary.generations:
         accuracy = result.metrics["val_accuracy"]
         print(f"generation {result.generation}: {accuracy:.1%} of the tags right")

@@ -226,7 +226,7 @@ def api_page() -> str:
     ]
     parts = {
         "In a loop of your own": PLUG_IN,
-        "Runs from Python": runs,
+        "Runs from Python": [*runs, "cli.result.Result", "cli.result.Table"],
         "Models of a run": LOADING,
         "A training function of your own": ["training.trial.Trial"],
         "Other loops": adapters,

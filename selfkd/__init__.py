@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from selfkd.capacity import run_capacity as run_capacity
+    from selfkd.cli.result import Result as Result
     from selfkd.distill.distiller import Distiller as Distiller
     from selfkd.distill.teacher import Ensemble as Ensemble
     from selfkd.distill.teacher import Teacher as Teacher
@@ -27,6 +28,7 @@ _HOMES = {
     "Distiller": "selfkd.distill.distiller",
     "Ensemble": "selfkd.distill.teacher",
     "LoadedModel": "selfkd.loading.model",
+    "Result": "selfkd.cli.result",
     "Teacher": "selfkd.distill.teacher",
     "distillation_loss": "selfkd.losses",
     "load": "selfkd.loading.model",
@@ -41,6 +43,7 @@ __all__ = [
     "Distiller",
     "Ensemble",
     "LoadedModel",
+    "Result",
     "Teacher",
     "__version__",
     "distillation_loss",

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, Description, Options, add_members, base_parser
+from selfkd.cli.command import Command, Description, add_members, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.config import Config
 from selfkd.config.validate import check_capacity
 from selfkd.experiments.capacity import grow
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_capacity(
     *,
-    config: str | Path | None = None,
+    config: Given = None,
     key: str | None = None,
     values: Sequence[Any] | None = None,
     members: int | None = None,
@@ -53,15 +54,15 @@ def run_capacity(
     seed: int | None = None,
     name: str | None = None,
     resume: str | Path | None = None,
-    settings: Sequence[str] = (),
+    settings: Settings = (),
     quiet: bool = False,
-) -> CapacitySummary:
+) -> Result[CapacitySummary]:
     """Train students of growing size from labels only and from the same teachers.
 
     What is not given is as the config says, its defaults or those of a resumed run.
 
     Args:
-        config: YAML file.
+        config: YAML file, or a mapping like its content.
         key: Dotted key that makes a student larger, such as `model.args.width`.
         values: Values of the key, one a student.
         members: Number of teachers that are trained.
@@ -69,8 +70,11 @@ def run_capacity(
         seed: Seed of the split, the search and all trials.
         name: Name of the run folder.
         resume: Run folder to continue.
-        settings: Further `dotted.key=value` texts, as after `--set`.
+        settings: Further values by dotted key, or `dotted.key=value` texts as after `--set`.
         quiet: Whether the table and errors only are printed.
+
+    Returns:
+        The result: table, verdict, models and summary.
 
     Raises:
         ValueError: A setting is not as it must be.
@@ -83,8 +87,9 @@ def run_capacity(
     flags: dict[str, Any] = {"members.count": members, "members.runs": runs and list(runs)}
     flags |= {"capacity.key": key, "capacity.values": values and list(values)}
     flags |= {"seed": seed, "name": name}
-    options = Options(config=config, settings=settings, flags=flags, resume=resume, quiet=quiet)
-    return _COMMAND.run(options)[2]
+    return run_command(
+        _COMMAND, config=config, settings=settings, flags=flags, resume=resume, quiet=quiet
+    )
 
 
 def _check(config: Config) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.cli.command import Command, Description, Options, add_members, base_parser
+from selfkd.cli.command import Command, Description, add_members, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.config import Config
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.members import check_members
@@ -37,30 +38,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_ensemble(
     *,
-    config: str | Path | None = None,
+    config: Given = None,
     members: int | None = None,
     runs: Sequence[str] | None = None,
     trials: int | None = None,
     seed: int | None = None,
     name: str | None = None,
     resume: str | Path | None = None,
-    settings: Sequence[str] = (),
+    settings: Settings = (),
     quiet: bool = False,
-) -> EnsembleSummary:
+) -> Result[EnsembleSummary]:
     """Train several models, average them, and distil the average into one.
 
     What is not given is as the config says, its defaults or those of a resumed run.
 
     Args:
-        config: YAML file.
+        config: YAML file, or a mapping like its content.
         members: Number of models that are trained.
         runs: Run folders whose models are members.
         trials: Number of trials of the student.
         seed: Seed of the split, the search and all trials.
         name: Name of the run folder.
         resume: Run folder to continue.
-        settings: Further `dotted.key=value` texts, as after `--set`.
+        settings: Further values by dotted key, or `dotted.key=value` texts as after `--set`.
         quiet: Whether the table and errors only are printed.
+
+    Returns:
+        The result: table, verdict, models and summary.
 
     Raises:
         ValueError: A setting is not as it must be.
@@ -72,8 +76,9 @@ def run_ensemble(
     """
     flags: dict[str, Any] = {"members.count": members, "members.runs": runs and list(runs)}
     flags |= {"search.trials": trials, "seed": seed, "name": name}
-    options = Options(config=config, settings=settings, flags=flags, resume=resume, quiet=quiet)
-    return _COMMAND.run(options)[2]
+    return run_command(
+        _COMMAND, config=config, settings=settings, flags=flags, resume=resume, quiet=quiet
+    )
 
 
 def _greet(config: Config) -> str:

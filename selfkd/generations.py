@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
-from selfkd.cli.command import Command, Description, Options, base_parser
+from selfkd.cli.command import Command, Description, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job
 from selfkd.config import Config
 from selfkd.errors import ConfigError
@@ -25,7 +26,7 @@ from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import confirmation_table, own_metrics_table, printed_table
 from selfkd.reporting.words import form, short_metric
-from selfkd.results import GenerationResult, GenerationsSummary
+from selfkd.results import GenerationsSummary
 from selfkd.storage.remote import secret_fault
 from selfkd.training.functions import function_reference
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_generations(
     train_fn: Callable[[Any], object] | str | None = None,
     *,
-    config: str | Path | None = None,
+    config: Given = None,
     rounds: int | Literal["auto"] | None = None,
     space: Mapping[str, Any] | None = None,
     trials: int | None = None,
@@ -76,9 +77,9 @@ def run_generations(
     seed: int | None = None,
     name: str | None = None,
     resume: str | Path | None = None,
-    settings: Sequence[str] = (),
+    settings: Settings = (),
     quiet: bool = False,
-) -> list[GenerationResult]:
+) -> Result[GenerationsSummary]:
     """Train born-again generations, with a training function of your own if you have one.
 
     What is not given is as the config says, its defaults or those of a resumed run.
@@ -88,7 +89,7 @@ def run_generations(
             file, which workers import (what that file does when run stands under `if __name__ ==
             "__main__"`); or its reference, `path/file.py:name`. The built-in training of the
             config's model when not given.
-        config: YAML file.
+        config: YAML file, or a mapping like its content.
         rounds: Number of born-again generations after generation 0; `auto` stops by itself.
         space: Dotted keys and distributions, `{"params.lr": {"loguniform": [1e-3, 1e-1]}}`.
         trials: Number of trials of each generation.
@@ -97,12 +98,12 @@ def run_generations(
         seed: Seed of the search and of all trials.
         name: Name of the run folder.
         resume: Run folder to continue.
-        settings: Further `dotted.key=value` texts, as after `--set`.
+        settings: Further values by dotted key, or `dotted.key=value` texts as after `--set`.
         quiet: Whether the table and errors only are printed.
 
     Returns:
-        The result of each generation, as in its `result.json`; `models[0].checkpoint` is the
-        chosen student's file within the run folder.
+        The result: table, verdict, models and summary, whose `generations` have the metrics of
+        each chosen trial.
 
     Raises:
         ValueError: A setting, or `train_fn`, is not as it must be.
@@ -119,10 +120,14 @@ def run_generations(
         "seed": seed,
     }
     flags |= {"search.metric": metric, "search.mode": mode, "name": name}
-    folder, found, _ = _command(reference).run(
-        Options(config=config, settings=settings, flags=flags, resume=resume, quiet=quiet)
+    return run_command(
+        _command(reference),
+        config=config,
+        settings=settings,
+        flags=flags,
+        resume=resume,
+        quiet=quiet,
     )
-    return folder.results()[: found.most_rounds + 1]
 
 
 def _command(reference: str | None) -> Command[GenerationsSummary]:

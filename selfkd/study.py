@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, Description, Options, add_from, base_parser
+from selfkd.cli.command import Command, Description, add_from, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.config import Config
 from selfkd.config.validate import check_study
 from selfkd.experiments.members import check_members
@@ -40,34 +41,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_study(
     *,
-    config: str | Path | None = None,
+    config: Given = None,
     runs: Sequence[str] | None = None,
     seed: int | None = None,
     name: str | None = None,
     resume: str | Path | None = None,
-    settings: Sequence[str] = (),
+    settings: Settings = (),
     quiet: bool = False,
-) -> StudySummary:
+) -> Result[StudySummary]:
     """Train settings side by side on the same seeds, and compare them in pairs.
 
     What is not given is as the config says, its defaults or those of a resumed run.
 
     Args:
-        config: YAML file with the arms, `study.arms`.
+        config: YAML file with the arms, `study.arms`, or a mapping like its content.
         runs: Run folders whose models are the teacher `members`.
         seed: Seed of the split and all trials.
         name: Name of the run folder.
         resume: Run folder to continue.
-        settings: Further `dotted.key=value` texts, as after `--set`.
+        settings: Further values by dotted key, or `dotted.key=value` texts as after `--set`.
         quiet: Whether the table and errors only are printed.
+
+    Returns:
+        The result: table, verdict, models and summary.
 
     Raises:
         ValueError: A setting is not as it must be.
         RuntimeError: All trials of an arm failed.
     """
     flags: dict[str, Any] = {"members.runs": runs and list(runs), "seed": seed, "name": name}
-    options = Options(config=config, settings=settings, flags=flags, resume=resume, quiet=quiet)
-    return _COMMAND.run(options)[2]
+    return run_command(
+        _COMMAND, config=config, settings=settings, flags=flags, resume=resume, quiet=quiet
+    )
 
 
 def _describe_contrast(row: ContrastResult) -> str:

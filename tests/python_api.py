@@ -13,12 +13,15 @@ def results_are_typed() -> list[float]:
     assert generations == selfkd.run_generations(train_fn, rounds=1)
     ensemble = selfkd.run_ensemble(members=3)
     capacity = selfkd.run_capacity(values=[2, 4])
-    study = selfkd.run_study(config="study.yaml")
+    study = selfkd.run_study(config="study.yaml", settings={"train.epochs": 3})
     return [
-        generations[0].metrics["val_accuracy"],
-        ensemble.gain.value,
-        capacity.sizes[0].difference.value,
-        study.arms[0].mean.value,
+        generations.summary.generations[0].metrics["val_accuracy"],
+        ensemble.summary.gain.value,
+        capacity.summary.sizes[0].difference.value,
+        study.summary.arms[0].mean.value,
+        generations.table[0]["test_accuracy"],
+        generations.load(ensemble=True).predict("a.png").confidences[0].item(),
+        selfkd.load(generations.folder, generation=0).predict(["a.png"]).confidences[0].item(),
     ]
 
 

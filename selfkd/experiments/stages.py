@@ -194,7 +194,8 @@ class _Trials:
             if "note" in row:
                 where = f"{running.stage.name.replace('-', ' ')}, trial {running.trial.trial}"
                 self._events(Message(f"{where}: {row['note']}"))
-        epochs, history = [Epoch.reported(row) for row in rows], running.history
+        by_epoch = {row["epoch"]: Epoch.reported(row) for row in rows}  # the last row of each
+        epochs, history = list(by_epoch.values()), running.history
         history[:] = [row for row in history if row.epoch < epochs[0].epoch] + epochs
         if fresh := tuple(row for row in epochs if row.epoch > running.reported):
             running.reported = fresh[-1].epoch

@@ -11,11 +11,11 @@ from selfkd import __version__
 from selfkd.config import Config, from_tree, load_yaml
 from selfkd.errors import ConfigError
 from selfkd.experiments.best import best_generation
-from selfkd.experiments.confirm import load_confirmations
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     FORMAT,
     CapacitySummary,
+    Confirmation,
     EnsembleSummary,
     Facts,
     GenerationResult,
@@ -148,7 +148,9 @@ def _of_generations(
         title = f"the ensemble of generations 0 to {len(results) - 1}"
         return Chosen(title=title, models=models, average="probabilities")
     if generation is None:
-        generation = best_generation(config, results, load_confirmations(folder, len(results)))
+        paths = [folder.generation(row.generation) / "confirmation.json" for row in results]
+        rows = [load_row(Confirmation, path) for path in paths if path.exists()]
+        generation = best_generation(config, results, rows)
     if generation not in range(len(results)):
         raise ConfigError(
             f"generation must be one of the {len(results)} that are finished in {folder.path}, "

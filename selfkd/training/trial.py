@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,9 @@ class Trial:
     With `resources.workers` above 1 the function runs on every rank, with `torch.distributed`
     initialised; it divides its batches and wraps its student itself. Only the reports of rank 0
     count. `checkpoint` is the same on all ranks, and restores the random states of rank 0.
+
+    Numbers that the function returns by their names, as in `return {"test_accuracy": …}`, are added
+    to the metrics of its last epoch.
 
     A training function may also be a generator of rows, as the built-in one is: mappings with the
     number of the `epoch`, metrics, and the `hash` of the student once it is saved to `path`.
@@ -207,7 +210,7 @@ class Trial:
         )
 
 
-TrainFunction = Callable[[Trial], Iterator[Row] | None]
+TrainFunction = Callable[[Trial], object]
 Rows = Generator[Row, None, None]
 
 
@@ -307,6 +310,22 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _returned(value: object, reported: Sequence[Row]) -> Row:
+    """Return the last reported row with the numbers that a function has returned by name.
+
+    >>> _returned({"test_accuracy": 0.5, "model": "a"}, [{"epoch": 2, "val_accuracy": 0.25}])
+    {'epoch': 2, 'val_accuracy': 0.25, 'test_accuracy': 0.5}
+    """
+    if not isinstance(value, Mapping) or not reported:
+        return {}
+    found: Row = {}
+    for name, number in value.items():
+        if isinstance(name, str) and name not in OWN:
+            with suppress(TypeError):  # what is no number is the user's alone
+                found |= _numbers({name: number})
+    return {**reported[-1], **found} if found else {}
+
+
 def _shown(value: object) -> str:
     """Return a value of the user's for a message, on one line."""
     try:
@@ -334,7 +353,8 @@ def _in_thread(function: TrainFunction, trial: Trial) -> Rows:
         end: BaseException | None = None
         set_num_threads(max(1, int(trial.config.resources.cpu)))
         try:
-            function(trial)
+            if numbers := _returned(function(trial), trial.progress.rows):
+                rows.put(numbers)
         except BaseException as error:  # noqa: BLE001 - raised again by the consumer
             end = error
         rows.put(end)

@@ -11,7 +11,7 @@ import pytest
 
 from selfkd.config.space import Distribution, Optuna, Points, Proposer
 from selfkd.errors import RunError
-from selfkd.execution.jobs import InProcess
+from selfkd.execution.jobs import InProcess, Outcome
 from selfkd.experiments.stages import Stage, run_stages
 from selfkd.results import Row, TrialResult
 from selfkd.storage.rows import load_row, save_row
@@ -97,3 +97,19 @@ def test_the_student_is_the_last_one_that_was_saved(tmp_path: Path) -> None:
     stage = make_stage(tmp_path, "min", Points([{}]), 1)
     ((result,),) = run_stages(InProcess(train), lambda event: None, [stage], title="a search")
     assert result.hash == "first"
+
+
+def test_of_two_rows_of_an_epoch_the_last_one_stands(tmp_path: Path) -> None:
+    """What a training function returns comes as another row of its last epoch."""
+
+    class AtOnce:
+        def run(self, jobs: Any, **_: Any) -> None:
+            job = jobs.ask()
+            first = {"epoch": 1, "loss": 0.5, "hash": "0-1"}
+            jobs.report(job, [first, first | {"loss": 0.4, "more": 1.0}])
+            jobs.tell(Outcome(job, first))
+
+    stage = make_stage(tmp_path, "min", Points([{}]), 1)
+    ((result,),) = run_stages(AtOnce(), lambda event: None, [stage], title="a search")
+    assert [row.metrics for row in result.history] == [{"loss": 0.4, "more": 1.0}]
+    assert result.metrics == {"loss": 0.4, "more": 1.0}

@@ -15,6 +15,7 @@ from run_folders import capacity_run, generations_run, study_run
 from torch import nn
 
 import selfkd
+from selfkd.cli.result import Result
 from selfkd.config import load_config
 from selfkd.data import load_data
 from selfkd.data.stream import square
@@ -251,6 +252,7 @@ def train(trial):
     torch.manual_seed(trial.seed)
     student = torch.nn.Linear(4, 3)
     trial.report({"val_accuracy": 0.5 + 0.1 * trial.generation}, student=student)
+    return {"test_accuracy": 0.25}
 """
 
 
@@ -281,6 +283,12 @@ def test_its_architecture_comes_from_the_user(own: Path) -> None:
         selfkd.load(own, ensemble=True, make_model=lambda: nn.Linear(4, 3))
     with pytest.raises(TypeError, match="must be a tensor, got list"):
         model.predict([1, 2])
+
+
+def test_what_the_function_returns_is_in_the_result(own: Path) -> None:
+    summary = load_row(GenerationsSummary, own / "summary.json")
+    assert [row.metrics["test_accuracy"] for row in summary.generations] == [0.25, 0.25]
+    assert [row["test_accuracy"] for row in Result(own, summary).table] == [0.25, 0.25]
 
 
 def test_it_is_saved_and_loaded_too(own: Path, tmp_path: Path) -> None:

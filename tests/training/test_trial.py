@@ -62,6 +62,25 @@ def test_reports_become_rows_epoch_by_epoch(tmp_path: Path) -> None:
     assert torch.equal(tensors["weight"], nn.Linear(2, 2).weight)
 
 
+def test_numbers_that_a_function_returns_are_metrics_of_its_last_epoch(tmp_path: Path) -> None:
+    def returning(trial: Trial) -> dict[str, Any]:
+        steps(trial)
+        return {"test_accuracy": torch.tensor(0.25), "val_accuracy": 1, "model": "a", "epoch": 9}
+
+    *rows, last = run_function(returning, make_trial(tmp_path))
+    assert len(rows) == 3
+    assert last == rows[-1] | {"test_accuracy": 0.25, "val_accuracy": 1.0}
+
+
+@pytest.mark.parametrize("value", [None, 3, {}, {"model": "a"}, nn.Linear(1, 1)])
+def test_what_else_a_function_returns_is_its_own(tmp_path: Path, value: Any) -> None:
+    def returning(trial: Trial) -> Any:
+        steps(trial)
+        return value
+
+    assert len(list(run_function(returning, make_trial(tmp_path)))) == 3
+
+
 def test_a_generator_is_a_training_function_too(tmp_path: Path) -> None:
     def generator(trial: Trial) -> Iterator[Row]:
         yield {"epoch": 1, "val_accuracy": 0.5, "hash": "0"}

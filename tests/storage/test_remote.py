@@ -18,7 +18,8 @@ import torch
 from engine import make_run
 from s3_server import BUCKET, s3_server
 
-from selfkd.config import Config
+import selfkd
+from selfkd.config import Config, load_config
 from selfkd.errors import ConfigError
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
@@ -242,3 +243,28 @@ def test_a_run_lives_in_a_bucket(bucket: dict[str, str], tmp_path: Path) -> None
     assert results[2].teachers[0].hash == before[1].hash
     _, facts = load_tensors(path / "generation_002" / "student.safetensors")
     assert facts["hash"] == results[2].hash
+
+
+def test_a_model_is_loaded_from_a_bucket(root: Path, tmp_path: Path) -> None:
+    """Of a run folder only what is needed is fetched, and nothing that leads out of it."""
+    settings = [
+        "model={name: selfkd_mlp, args: {width: 4, depth: 1}}",
+        "train.epochs=1",
+        "rounds=1",
+    ]
+    settings += ["search.trials=1", "confirm.seeds=0"]
+    config = load_config(settings=settings)
+    folder = RunFolder.create(tmp_path / "run", config)
+    born_again(make_run(config, folder))
+    for file in folder.path.rglob("*"):
+        if file.is_file() and file.name != "best.safetensors":
+            link(file, root / file.relative_to(folder.path))
+    here, there = selfkd.load(folder.path), selfkd.load(str(root))
+    assert here.checkpoint == there.checkpoint
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    assert torch.equal(here.predict(images).probabilities, there.predict(images).probabilities)
+    assert "s3://" not in there.card
+    with pytest.raises(ValueError, match="generation must be one of the 2 that are finished"):
+        selfkd.load(str(root), generation=5)
+    with pytest.raises(ValueError, match=r"run must be a run folder .* got s3://bucket/nowhere"):
+        selfkd.load(f"s3://{BUCKET}/nowhere")

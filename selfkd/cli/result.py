@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,7 +14,7 @@ from selfkd.config import Config, to_tree
 from selfkd.experiments.best import BEST
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import model_files
-from selfkd.reporting.plain import confirmed_rows, headline, plain_rows
+from selfkd.reporting.plain import confirmed_rows, headline, plain_rows, short_table
 from selfkd.results import Row, Summary, Verdict
 from selfkd.text import one_line
 
@@ -62,7 +62,8 @@ class Table(Sequence[Row]):
                 "pandas must be installed for a data frame: pip install pandas; the table itself "
                 "is a sequence of mappings"
             ) from None
-        return pandas.DataFrame(self._rows, index=[row["name"] for row in self._rows])
+        frame = pandas.DataFrame(self._rows, columns=list(self.columns))
+        return frame.set_index("name") if "name" in self.columns else frame
 
     @overload
     def __getitem__(self, place: int) -> Row: ...
@@ -76,27 +77,14 @@ class Table(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _cells(self) -> Iterator[list[str]]:
-        yield list(self.columns)
-        for row in self._rows:
-            yield [_shown(value) for value in row.values()]
+    def _cells(self) -> list[list[str]]:
+        return [list(self.columns), *([*map(_shown, row.values())] for row in self._rows)]
 
     def __repr__(self) -> str:
-        cells = list(self._cells())
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = (
-            "  ".join(
-                text.rjust(width) if place else text.ljust(width)
-                for place, (text, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        )
-        return "\n".join(lines)
+        return _as_text(self._cells())
 
     def _repr_html_(self) -> str:
-        head, *rows = ([escape(text) for text in row] for row in self._cells())
-        body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
-        return f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>{body}</table>"
+        return _as_html(self._cells())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -156,13 +144,22 @@ class Result(Generic[S]):
         return load(self.folder, generation=generation, ensemble=ensemble, make_model=make_model)
 
     def __repr__(self) -> str:
-        said = [self.headline] if self.headline else []
-        return "\n".join([*map(one_line, said), str(self.table), f"run folder: {self.folder}"])
+        before, after = self._lines()
+        return "\n".join([*map(one_line, before), _as_text(short_table(self.summary)), *after])
 
     def _repr_html_(self) -> str:
-        said = f"<p>{escape(self.headline)}</p>" if self.headline else ""
-        folder = escape(str(self.folder))
-        return f"{said}{self.table._repr_html_()}<p>run folder: <code>{folder}</code></p>"
+        before, after = (
+            "".join(f"<p>{escape(line)}</p>" for line in part) for part in self._lines()
+        )
+        return f"{before}{_as_html(short_table(self.summary))}{after}"
+
+    def _lines(self) -> tuple[list[str], list[str]]:
+        """Return what stands before and after the table."""
+        best = getattr(self.summary, "best", None)
+        chosen = (
+            [] if best is None else [f"best on validation: generation {best}; .load() loads it"]
+        )
+        return [self.headline] * bool(self.headline), [*chosen, f"run folder: {self.folder}"]
 
 
 def run_command(
@@ -209,6 +206,23 @@ def _texts(settings: Settings) -> Sequence[str]:
     if isinstance(settings, Mapping):
         return [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
     return [settings] if isinstance(settings, str) else settings
+
+
+def _as_text(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            one_line(text).rjust(width) if place else one_line(text).ljust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _as_html(cells: Sequence[Sequence[str]]) -> str:
+    head, *rows = ([escape(text) for text in row] for row in cells)
+    body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+    return f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>{body}</table>"
 
 
 def _shown(value: Any) -> str:

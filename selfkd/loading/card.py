@@ -11,15 +11,8 @@ from typing import Any
 from selfkd.config import RESUMABLE, Config, flat
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import Chosen, settings_of
-from selfkd.reporting.plain import headline, plain_rows
-from selfkd.reporting.words import form
-from selfkd.results import (
-    EnsembleSummary,
-    Facts,
-    GenerationsSummary,
-    Row,
-    Summary,
-)
+from selfkd.reporting.plain import headline, short_table
+from selfkd.results import EnsembleSummary, Facts, GenerationsSummary, Summary
 from selfkd.storage.remote import without_secrets
 from selfkd.text import one_line, shell_quote
 
@@ -48,7 +41,7 @@ def card_of_run(folder: RunFolder, config: Config, facts: Facts | None, chosen: 
     lines = [
         f"This model is {chosen.title} of a run of selfkd, {_made_by(folder.command)}.",
         *said,
-        "" if summary is None else _results(summary, facts),
+        "" if summary is None else _results(summary),
         "## How it was made",
         "\n".join(_made(config, facts, chosen)),
         f"```bash\n{command}\n```",
@@ -90,39 +83,13 @@ def _made_by(command: str) -> str:
     return "which trains born-again generations, each distilled from the one before"
 
 
-def _results(summary: Summary, facts: Facts | None) -> str:
+def _results(summary: Summary) -> str:
     """Return the table of a run, its intervals at 95 %."""
-    metric = (facts or Facts()).metric
-    tested = f"test_{metric}"
-    rows = plain_rows(summary)
-    own = [
-        key for key in (tested, f"val_{metric}") if any(row.get(key) is not None for row in rows)
-    ]
-    own = own or [key for key in rows[0] if key.startswith("val_")]
-    table = [["model", *(key.replace("_", " ") for key in own), "mean [95 %]", "gain [95 %]"]]
-    for row in rows:
-        cells = [_number(row.get(key), form(key)) for key in own]
-        table.append([row["name"], *cells, *(_interval(row, k, form(own[0])) for k in _ENDS)])
     note = (
         "mean: over fresh seeds that nothing was chosen on; gain: its paired difference to what "
         "was trained on labels only, in the same unit."
     )
-    return "## Results\n\n" + _markdown(table) + f"\n\n{note}"
-
-
-_ENDS = ("mean", "gain")
-
-
-def _interval(row: Row, key: str, form: str) -> str:
-    value, low, high = (row.get(f"{key}{end}") for end in ("", "_low", "_high"))
-    sign = "+" if key == "gain" else ""
-    ends = [_number(end, sign + form) for end in (low, high) if end is not None]
-    between = f" [{', '.join(ends)}]" if ends else ""
-    return f"{_number(value, sign + form)}{between}".strip()
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return f"## Results\n\n{_markdown(short_table(summary))}\n\n{note}"
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
+from selfkd.reporting import words
 from selfkd.results import (
     CapacitySummary,
     EnsembleSummary,
@@ -45,6 +47,44 @@ def plain_rows(summary: Summary) -> list[Row]:
     return [{key: row.get(key) for key in known} for row in rows]
 
 
+def short_table(summary: Summary) -> list[list[str]]:
+    """Return the head and the rows of a table that fits a page: metric, mean, gain, T and alpha.
+
+    The metric is that of the chosen models, the one that the means over fresh seeds are of; mean
+    and gain stand beside their 95 % intervals.
+    """
+    rows = plain_rows(summary)
+    metrics = [row.metric for row in getattr(summary, "confirmations", ())[:1]]
+    metrics += [key for start in ("test_", "val_") for key in rows[0] if key.startswith(start)]
+    measured = [key for key in metrics if key in rows[0]][:1]
+    form = words.form(measured[0] if measured else "accuracy")
+    settings = [key for key in ("temperature", "alpha") if key in rows[0]]
+    ends = [key for key in ("labels", "mean", "gain") if f"{key}_low" in rows[0]]
+    named = [*(key.replace("_", " ") for key in measured), *(f"{key} [95 %]" for key in ends)]
+    return [
+        ["", *named, *("T" if key == "temperature" else key for key in settings)],
+        *(
+            [
+                row["name"],
+                *(_number(row[key], form) for key in measured),
+                *(_between(row, key, form) for key in ends),
+                *(_number(row[key], ".3g") for key in settings),
+            ]
+            for row in rows
+        ),
+    ]
+
+
+def _between(row: Row, key: str, form: str) -> str:
+    sign = "+" if key == "gain" else ""
+    value, *ends = (_number(row[f"{key}{end}"], sign + form) for end in ("", "_low", "_high"))
+    return f"{value} [{', '.join(ends)}]" if all(ends) else value
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
 def confirmed_rows(summary: Summary) -> Sequence[Any]:
     """Return the rows of a summary that were measured on fresh seeds."""
     if isinstance(summary, GenerationsSummary):
@@ -81,8 +121,7 @@ def _ensemble(summary: EnsembleSummary) -> Iterator[Row]:
         yield {
             "name": row.name,
             **row.metrics,
-            "mean_low": row.low,
-            "mean_high": row.high,
+            **(_ends("mean", Interval(fmean(row.runs), row.low, row.high)) if row.runs else {}),
             **(_ends("gain", summary.gain) if distilled else {}),
             "seeds": len(row.runs) or None,
             **costs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,29 @@ def test_the_table_has_the_summarys_numbers(tmp_path: Path) -> None:
     assert found.table[0]["gain"] is None
     assert found.table[3]["name"] == "ensemble of all"
     assert found.confirmation == summary.confirmations
+
+
+def test_what_is_printed_fits_a_page_and_says_which_model_to_take(tmp_path: Path) -> None:
+    run = generations_run(tmp_path / "run")
+    found = Result(run, replace(load_row(GenerationsSummary, run / "summary.json"), best=2))
+    head, *rows = repr(found).splitlines()
+    assert head.split("  ")[-1] == "alpha"
+    assert "test accuracy" in head
+    assert max(map(len, [head, *rows[:4]])) <= 100
+    row, own = found.table[1], rows[1]
+    assert f"{row['test_accuracy']:.2%}" in own
+    assert f"{row['gain']:+.2%} [{row['gain_low']:+.2%}, {row['gain_high']:+.2%}]" in own
+    assert rows[-2] == "best on validation: generation 2; .load() loads it"
+
+
+def test_the_metric_is_that_of_the_means(tmp_path: Path) -> None:
+    """A training function's own metric is on validation, whatever else it returns."""
+    run = generations_run(tmp_path / "run")
+    summary = load_row(GenerationsSummary, run / "summary.json")
+    own = tuple(replace(row, metric="val_accuracy") for row in summary.confirmations)
+    printed = repr(Result(run, replace(summary, confirmations=own)))
+    assert "val accuracy" in printed
+    assert f"{summary.generations[0].metrics['val_accuracy']:.2%}" in printed
 
 
 def test_the_headline_is_the_verdicts_first_sentence(tmp_path: Path) -> None:

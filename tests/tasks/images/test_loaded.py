@@ -1,0 +1,73 @@
+"""Averages of classifiers without their data: as the run measures them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfkd.config import load_config, to_tree
+from selfkd.losses import Average, ensemble_logits
+from selfkd.results import Parts
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.rows import save_row
+from selfkd.tasks.images.loaded import load_average, load_classifier
+from selfkd.tasks.images.task import ImageTask
+
+Place = tuple[ImageTask, list[str]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Three networks: the second of other normalisation, the third with its classes reversed."""
+    config = load_config(settings=["model={name: selfkd_mlp, args: {width: 8, depth: 1}}"])
+    task, folder = ImageTask(to_tree(config)), tmp_path_factory.mktemp("loaded")
+    changes = [{}, {"mean": [0.5], "std": [0.25]}, {"classes": list(task.data.class_names)[::-1]}]
+    files = []
+    for number, more in enumerate(changes):
+        torch.manual_seed(number)
+        file = folder / f"{number}.safetensors"
+        task.save(file, task.make(config.model), config.model, more)
+        files.append(str(file))
+    return task, files
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.parametrize("weights", [None, [0.5, 0.25, 0.25]])
+def test_an_average_is_that_of_the_task(
+    place: Place, average: Average, weights: list[float] | None
+) -> None:
+    task, files = place
+    logits = torch.stack([task.predict(file, "val") for file in files])
+    wanted = ensemble_logits(logits, average=average, weights=weights)
+    found = load_average(files, average=average, weights=weights)
+    inputs, _, _ = next(task.data.batches("val", batch_size=400))
+    torch.testing.assert_close(found.network(inputs), wanted)
+    assert found.names == task.data.class_names
+    assert not found.network.training
+
+
+def test_a_generalist_with_specialists_is_that_of_the_task(place: Place, tmp_path: Path) -> None:
+    task, files = place
+    names = ["generalist", "one", "other"]
+    specials = [{}, {"specialist": [1, 7], "dustbin_shift": 0.5}, {"specialist": [3, 8, 9]}]
+    for name, more in zip(names, specials, strict=True):
+        tensors, facts = load_tensors(Path(files[0]))
+        tensors = {key: value + torch.randn_like(value) / 10 for key, value in tensors.items()}
+        save_tensors(tmp_path / f"{name}.safetensors", tensors, facts | more)
+    parts = tmp_path / "sources" / "parts.json"
+    save_row(parts, Parts(hash="a", parts=tuple(f"../{name}.safetensors" for name in names)))
+    wanted = task.predict(str(parts), "val").log_softmax(dim=1)
+    found = load_average([str(parts)], average="probabilities", weights=None)
+    inputs, _, _ = next(task.data.batches("val", batch_size=400))
+    torch.testing.assert_close(found.network(inputs).log_softmax(dim=1), wanted)
+
+
+def test_other_classes_are_refused(place: Place, tmp_path: Path) -> None:
+    _, files = place
+    tensors, facts = load_tensors(Path(files[0]))
+    save_tensors(tmp_path / "a.safetensors", tensors, facts | {"classes": list("abcdefghij")})
+    assert load_classifier(str(tmp_path / "a.safetensors")).names == tuple("abcdefghij")
+    with pytest.raises(ValueError, match="must have the classes of all others of its average"):
+        load_average([files[0], str(tmp_path / "a.safetensors")], average="logits", weights=None)

@@ -22,14 +22,20 @@ from selfkd.experiments.controls import run_controls
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     Evaluation,
+    Examples,
     GenerationConfirmed,
     GenerationFinished,
     GenerationResult,
     GenerationsSummary,
     Model,
     Point,
+    best_result,
+    from_row,
 )
-from selfkd.storage.rows import save_row
+from selfkd.storage.rows import load_row, save_row
+
+EXAMPLES = "examples.json"
+MOST_EXAMPLES = 12
 
 
 def born_again(run: Run) -> GenerationsSummary:
@@ -64,6 +70,7 @@ def born_again(run: Run) -> GenerationsSummary:
     if run.function is None:  # whose models have no predictions
         models = [result.models[0] for result in results]
         (ensemble,) = run.average([(models, "probabilities")])
+        _keep_examples(run, results)
     baseline = baseline_row(run, confirmations)
     controls = run_controls(run, results, confirmations)
     return run.finish(
@@ -78,6 +85,21 @@ def born_again(run: Run) -> GenerationsSummary:
             stopped=stop_reason(config, confirmations) if config.rounds == "auto" else None,
         )
     )
+
+
+def _keep_examples(run: Run, results: Sequence[GenerationResult]) -> None:
+    """Save the test items that tell generation 0 and the best later generation apart."""
+    best = best_result(results[1:], run.config.search.metric, run.config.search.mode)
+    if best is None:
+        return
+    pair, path = (results[0], best), run.folder.path / EXAMPLES
+    hashes = (results[0].hash, best.hash)
+    if path.exists() and load_row(Examples, path).hashes == hashes:
+        return
+    models = run.predicted([result.models[0] for result in pair])
+    row = run.job("examples", models=models, most=MOST_EXAMPLES)
+    numbers = [result.generation for result in pair]
+    save_row(path, from_row(Examples, {**row, "generations": numbers, "hashes": hashes}))
 
 
 def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Literal
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -96,3 +100,22 @@ class GenerationsSummary:
     controls: tuple[ControlResult, ...] = ()
     stopped: str | None = None
     """Why `rounds: auto` ended."""
+
+
+def best_result(
+    results: Sequence[GenerationResult], metric: str, mode: Literal["max", "min"]
+) -> GenerationResult | None:
+    """Return the generation that is best on validation; None of none.
+
+    Args:
+        results: Generations.
+        metric: Metric that is chosen by, `search.metric`.
+        mode: Whether more of it is better, or less.
+    """
+    sign = -1 if mode == "min" else 1
+
+    def key(result: GenerationResult) -> float:
+        value = result.metric(metric)
+        return -math.inf if value is None or math.isnan(value) else sign * value
+
+    return max(results, key=key, default=None)

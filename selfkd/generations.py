@@ -23,7 +23,6 @@ from selfkd.cli.signals import inside_job
 from selfkd.cli.tables import chosen_table, own_metrics_table, summary_table
 from selfkd.config import Config
 from selfkd.errors import ConfigError
-from selfkd.experiments.best import best_generation
 from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
@@ -203,7 +202,7 @@ def _describe(
     return Description(
         [*_sentences(summary), *([summary.stopped] if summary.stopped else [])],
         summary_table(summary, metric if own else facts.metric),
-        [_best(config, summary), load_line(folder, own=own)],
+        [_best(summary), load_line(folder, own=own)],
         f"{(command or _COMMAND).resume(folder)} --rounds {len(results)}",
         more,
     )
@@ -216,12 +215,11 @@ def _sentences(summary: GenerationsSummary) -> Sequence[str]:
     return ["one model a generation, so no interval and no verdict: --seeds 3 replicates each"]
 
 
-def _best(config: Config, summary: GenerationsSummary) -> str:
+def _best(summary: GenerationsSummary) -> str:
     """Return which generation's model to take."""
     results = summary.generations
-    best = best_generation(config, results, summary.confirmations)
     of = f"the best of {len(results)} on validation" if len(results) > 1 else "the only one"
-    return f"model:   generation {best}, {of}"
+    return f"model:   generation {summary.best}, {of}"
 
 
 def _sparkline(summary: GenerationsSummary, metric: str, compared_by: str) -> str:

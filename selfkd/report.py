@@ -105,7 +105,7 @@ def _show_all(runs: Sequence[Run], wanted: str | None, output: Path | None) -> N
 
 
 def _write(runs: Sequence[Run], output: Path | None) -> Path:
-    from selfkd.reporting.comparison_page import comparison_page  # plotly: only where it is needed
+    from selfkd.reporting.comparison_page import comparison_page  # jinja2: only where it is needed
     from selfkd.reporting.page import render, run_page
 
     page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from selfkd.cli.command import Command, Options
 from selfkd.config import Config, to_tree
-from selfkd.experiments.best import BEST
-from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.run_folder import BEST, RunFolder
 from selfkd.loading.choose import model_files
 from selfkd.reporting.plain import confirmed_rows, headline, plain_rows, short_table
 from selfkd.results import Row, Summary, Verdict

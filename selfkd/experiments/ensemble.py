@@ -14,7 +14,6 @@ from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, ratio_interval
 from selfkd.config import Config, Source
 from selfkd.experiments.arms import Arm, Request, Run
-from selfkd.experiments.best import keep_best
 from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
@@ -73,7 +72,7 @@ def compress(run: Run) -> EnsembleSummary:
         pairs = [(baseline.models[0], found.models[0])]
     if config.confirm.seeds:
         pairs = _replicate(run, labels, replace(student, point=found.best.point))
-    keep_best(run.folder, found.models[0].checkpoint)
+    run.folder.keep_best(found.models[0].checkpoint)
     return run.finish(_measure(run, teachers, found.best, pairs))
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from selfkd.config import Config
 from selfkd.experiments.arms import Arm, Request, Run, Searched
-from selfkd.experiments.best import best_generation, keep_best
 from selfkd.experiments.confirm import (
     baseline_row,
     confirm_generations,
@@ -26,14 +25,20 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     Confirmation,
     Evaluation,
+    Examples,
     GenerationConfirmed,
     GenerationFinished,
     GenerationResult,
     GenerationsSummary,
     Model,
     Point,
+    best_generation,
+    from_row,
 )
-from selfkd.storage.rows import save_row
+from selfkd.storage.rows import load_row, save_row
+
+EXAMPLES = "examples.json"
+MOST_EXAMPLES = 12
 
 
 def born_again(run: Run) -> GenerationsSummary:
@@ -68,17 +73,18 @@ def born_again(run: Run) -> GenerationsSummary:
     if run.function is None:  # whose models have no predictions
         models = [result.models[0] for result in results]
         (ensemble,) = run.average([(models, "probabilities")])
+        _keep_examples(run, results, confirmations)
     baseline = baseline_row(run, confirmations)
     controls = run_controls(run, results, confirmations)
     verdict = judge_generations(run, confirmations)
     beside = judge_controls(run, confirmations, controls)
     if verdict and beside:
         verdict = replace(verdict, sentences=(*verdict.sentences, *beside.sentences))
-    best = best_generation(config, results, confirmations)
-    keep_best(folder, results[best].models[0].checkpoint)
+    best = _best(run, results, confirmations)
+    folder.keep_best(best.models[0].checkpoint)
     return run.finish(
         GenerationsSummary(
-            best=best,
+            best=best.generation,
             generations=tuple(
                 replace(result, history=(), models=(), teachers=(), diagnostics={}, mcnemar=None)
                 for result in results
@@ -91,6 +97,30 @@ def born_again(run: Run) -> GenerationsSummary:
             stopped=_stopped(config, folder, confirmations) if config.rounds == "auto" else None,
         )
     )
+
+
+def _best(
+    run: Run, results: Sequence[GenerationResult], confirmations: Sequence[Confirmation]
+) -> GenerationResult:
+    search = run.config.search
+    return best_generation(results, confirmations, metric=search.metric, mode=search.mode)
+
+
+def _keep_examples(
+    run: Run, results: Sequence[GenerationResult], confirmations: Sequence[Confirmation]
+) -> None:
+    """Save the test items that tell generation 0 and the best later generation apart."""
+    if len(results) < 2:
+        return
+    best = _best(run, results[1:], confirmations)
+    pair, path = (results[0], best), run.folder.path / EXAMPLES
+    hashes = (results[0].hash, best.hash)
+    if path.exists() and load_row(Examples, path).hashes == hashes:
+        return
+    models = run.predicted([result.models[0] for result in pair])
+    row = run.job("examples", models=models, most=MOST_EXAMPLES)
+    numbers = [result.generation for result in pair]
+    save_row(path, from_row(Examples, {**row, "generations": numbers, "hashes": hashes}))
 
 
 def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:

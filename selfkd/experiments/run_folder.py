@@ -37,6 +37,8 @@ from selfkd.storage.rows import load_row, save_row
 COMMANDS = ("generations", "ensemble", "capacity", "study")
 """Names of the commands that make run folders."""
 HASH = "config.hash"  # of what may not change
+BEST = "best.safetensors"
+"""File of the model to take, in a finished run's folder."""
 T = TypeVar("T")
 _SETTLE_SECONDS = 0.2
 
@@ -220,6 +222,12 @@ class RunFolder:
 
     def _text(self, name: str) -> str:
         return read_text(self.path / name).strip()
+
+    def keep_best(self, checkpoint: str) -> None:
+        """Make a model the one that is taken from the run: a link to it, or a copy."""
+        source = self.file(checkpoint)
+        if source.exists():
+            link(source, self.path / BEST)
 
     def file(self, name: str) -> Path:
         """Return a file by the name that a row of this folder has for it.

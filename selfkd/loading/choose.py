@@ -10,7 +10,6 @@ from typing import Any
 from selfkd import __version__
 from selfkd.config import Config, from_tree, load_yaml
 from selfkd.errors import ConfigError
-from selfkd.experiments.best import best_generation
 from selfkd.experiments.confirm import load_confirmations
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
@@ -24,6 +23,7 @@ from selfkd.results import (
     Point,
     SourceResult,
     StudySummary,
+    best_generation,
 )
 from selfkd.storage.rows import load_row
 
@@ -148,9 +148,11 @@ def _of_generations(
         title = f"the ensemble of generations 0 to {len(results) - 1}"
         return Chosen(title=title, models=models, average="probabilities")
     if generation is None:
+        confirmed = load_confirmations(config, folder, len(results))
+        search = config.search
         generation = best_generation(
-            config, results, load_confirmations(config, folder, len(results))
-        )
+            results, confirmed, metric=search.metric, mode=search.mode
+        ).generation
     if generation not in range(len(results)):
         raise ConfigError(
             f"generation must be one of the {len(results)} that are finished in {folder.path}, "

@@ -16,8 +16,7 @@ from selfkd.reporting.across_runs import (
     last_arm,
 )
 from selfkd.reporting.figures import charts
-from selfkd.reporting.figures import generations as figures
-from selfkd.reporting.figures.style import Bar, Level, Line, Measure, generation_colour
+from selfkd.reporting.figures.style import Bar, Level, Line, Measure
 from selfkd.reporting.page import Page
 from selfkd.reporting.read import Run
 from selfkd.reporting.sections.panels import Panel, Section, bar
@@ -129,7 +128,7 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
             run.name,
             bar(last.mean) if last.mean else Bar(last.test),
             last.values,
-            generation_colour(place),
+            place,
         )
         for place, run, last in arms
         if last is not None and last.test is not None
@@ -141,7 +140,7 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
         panels.append(
             Panel(
                 "Last model of each run",
-                f"{text}. Squares with an interval are means over fresh seeds, the others one "
+                f"{text}. Dots with an interval are means over fresh seeds, the others one "
                 "model each.",
                 charts.levels(levels, measure=Measure("accuracy on test")),
                 runs_table(runs),
@@ -165,7 +164,7 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
             Panel(
                 "Test accuracy per generation",
                 "Of the chosen models, one a generation and run.",
-                figures.curves(lines, x="generation", measure=Measure("accuracy on test")),
+                charts.curves(lines, x="generation", measure=Measure("accuracy on test")),
                 Table(("generation", *(line.name for line in lines)), tuple(rows)),
             )
         )
@@ -188,7 +187,7 @@ def _differences(runs: Sequence[Run]) -> list[Panel]:
         )
     if len(repeated) > 1:
         levels = [
-            Level(row.name, bar(row.first), colour=generation_colour(place + 1))
+            Level(row.name, bar(row.first), number=place + 1)
             for place, row in enumerate(repeated[1:])
             if row.first
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,22 +13,21 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from selfkd.reporting import tables, words
-from selfkd.reporting.figures.style import generation_colour
+from selfkd.reporting.figures.style import Figure, colour
 from selfkd.reporting.read import REPORT, Run, read_run
 from selfkd.reporting.sections import diagnostics
 from selfkd.reporting.sections.arms import capacity_sections, study_sections
 from selfkd.reporting.sections.ensemble import ensemble_sections
+from selfkd.reporting.sections.gallery import Gallery, make_gallery
 from selfkd.reporting.sections.generations import generation_sections
-from selfkd.reporting.sections.panels import Section
+from selfkd.reporting.sections.panels import Panel, Section
 from selfkd.reporting.tables import Table
 from selfkd.storage.files import save_text
-from selfkd.text import visible
+from selfkd.text import shell_quote, visible
 
 KINDS: Mapping[str, tuple[str, Callable[[Run], Iterable[Section]]]] = {
     "generations": ("born-again generations", generation_sections),
@@ -82,6 +82,11 @@ class Page:
     facts: Sequence[tuple[str, str]]
     problems: Sequence[str]
     results: Table
+    lead: Panel | None = None
+    """Figure of the first screen."""
+    use: Sequence[tuple[str, str]] = ()
+    """What to do with the model: words and code."""
+    gallery: Gallery | None = None
     sections: Sequence[Section]
     appendices: Sequence[Appendix]
 
@@ -106,17 +111,22 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
 
 def render(page: Page) -> str:
     """Return a page as HTML; every text of it is escaped."""
-    scripts = [Script(_trusted(get_plotlyjs())), Script(_trusted(_asset("page.js")))]
     parts: Mapping[str, Any] = vars(page)
     html: str = _template().render(
         **parts,
-        scripts=scripts,
-        style=_trusted(_asset("page.css")),
-        figure_json=_figure_json,
+        script=Script(_asset("page.js")),
+        style=_asset("page.css"),
+        drawing=_asset("figure.css"),
         version=metadata.version("selfkd"),
         now=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
     return html
+
+
+def render_figure(figure: Figure) -> str:
+    """Return a page of a figure alone."""
+    head = Markup('<!doctype html><meta charset="utf-8"><style>{}</style>{}')
+    return str(head.format(_asset("figure.css"), figure.markup()))
 
 
 @cache
@@ -137,25 +147,16 @@ def _plain(value: object) -> object:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _asset(name: str) -> str:
-    return (resources.files("selfkd.reporting") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _trusted(text: str) -> Markup:
-    return Markup(text)  # noqa: S704 - files of this package and of plotly
-
-
-def _figure_json(figure: go.Figure) -> Markup:
-    """Return a figure as JSON that ends no script element."""
-    text: str = figure.to_json(validate=False, engine="json")  # of ASCII, whatever the names are
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)  # noqa: S704 - holds no character that HTML takes for markup
+def _asset(name: str) -> Markup:
+    text = (resources.files("selfkd.reporting") / "assets" / name).read_text(encoding="utf-8")
+    return Markup(text)  # noqa: S704 - a file of this package
 
 
 def run_page(run: Run) -> Page:
     """Return what the report of a run shows."""
-    kind, sections = KINDS[run.command]
+    kind, make_sections = KINDS[run.command]
+    sections = [section for section in make_sections(run) if section.panels]
+    lead = sections.pop(0).panels[0] if sections and not sections[0].title else None
     return Page(
         kind=kind,
         title=run.name,
@@ -165,9 +166,31 @@ def run_page(run: Run) -> Page:
         facts=_facts(run),
         problems=run.problems,
         results=tables.results_table(run),
-        sections=[section for section in sections(run) if section.panels],
+        lead=lead,
+        use=_use(run),
+        gallery=make_gallery(run),
+        sections=sections,
         appendices=[part for part in _appendices(run) if part.table.rows],
     )
+
+
+def _use(run: Run) -> list[tuple[str, str]]:
+    """Return the lines by which a run's model is loaded, and the run made again."""
+    if run.command not in ("generations", "ensemble"):
+        return []
+    path = str(run.path)
+    if (here := Path.cwd().absolute()) in run.path.parents:
+        path = str(run.path.relative_to(here))
+    lines = []
+    if run.best is not None and run.best.models:
+        file = f"{path}/{run.best.models[0].checkpoint}"
+        lines.append((f"File, generation {run.best.generation}, the best on validation", file))
+    if run.best is not None or run.ensemble_summary is not None:
+        load = f"import selfkd\nmodel = selfkd.load({json.dumps(path)})\nmodel.predict(images)"
+        lines.append(("Load it in Python", load))
+    command = f"python -m selfkd.{run.command} --config {shell_quote(f'{path}/config.yaml')}"
+    lines.append(("Run it again", f"{command} --name {shell_quote(f'{run.name}-again')}"))
+    return lines
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -183,24 +206,31 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("model", model),
         ("parameters", words.size(parameters)),
         ("models trained", str(run.trained)),
+        *_times(run),
         ("seed", str(run.get("seed", ""))),
         ("started", str(started or "")[:16].replace("T", " ")),
     ]
     return [(name, value) for name, value in facts if value]
 
 
-def _appendices(run: Run) -> list[Appendix]:
-    seconds = sum(result.seconds for result in run.results)
-    cost = f"{run.trained} models were trained" + (
-        f"; the generations took {words.duration(seconds)}." if seconds else "."
+def _times(run: Run) -> list[tuple[str, str]]:
+    times = (
+        ("wall time", tables.wall_seconds(run)),
+        ("time on workers", tables.train_seconds(run)),
     )
+    return [(name, words.duration(seconds)) for name, seconds in times if seconds]
+
+
+def _appendices(run: Run) -> list[Appendix]:
+    cost = f"{run.trained} models were trained, all of them counted"
+    cost += "".join(f"; {name}: {text}" for name, text in _times(run)) + "."
     chain = [
-        Link(f"generation {result.generation}", result.hash, generation_colour(result.generation))
+        Link(f"generation {result.generation}", result.hash, colour(result.generation))
         for result in run.results
     ]
     environment = run.starts[-1] if run.starts else {}
     restarts = f"Of the last of {len(run.starts)} starts." if len(run.starts) > 1 else ""
-    tested = [model for model in run.generations or run.students if model.diagnostics]
+    tested = [model for model in run.pair or run.students if model.diagnostics]
     return [
         Appendix(
             "Calibration",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from selfkd.config import from_tree, load_yaml
 from selfkd.errors import ConfigError
@@ -20,6 +20,7 @@ from selfkd.results import (
     Diagnostics,
     EnsembleSummary,
     Evaluation,
+    Examples,
     Facts,
     GenerationResult,
     GenerationsSummary,
@@ -28,6 +29,7 @@ from selfkd.results import (
     StudySummary,
     TrialResult,
     Verdict,
+    best_generation,
     from_row,
 )
 from selfkd.storage.files import load_json, read_text
@@ -35,6 +37,7 @@ from selfkd.storage.files import load_json, read_text
 Tree = Mapping[str, Any]
 T = TypeVar("T")
 REPORT = "report.html"
+ENVIRONMENT = "environment.json"
 TRIALS = "trial_*/result.json"
 SIDE_BY_SIDE: Mapping[str, tuple[str, type[Any]]] = {
     "capacity": ("capacity_summary", CapacitySummary),
@@ -86,6 +89,8 @@ class Run:
         ensemble: Ensemble of all generations.
         controls: Controls of equal cost.
         stopped: Why it ended before its last round.
+        verdict: Verdict on its generations.
+        examples: Test items that tell generation 0 and the best later generation apart.
         ensemble_summary: Summary of a run of `ensemble`.
         capacity_summary: Summary of a run of `capacity`.
         study_summary: Summary of a run of `study`.
@@ -108,6 +113,7 @@ class Run:
     controls: tuple[ControlResult, ...] = ()
     verdict: Verdict | None = None
     stopped: str | None = None
+    examples: Examples | None = None
     ensemble_summary: EnsembleSummary | None = None
     capacity_summary: CapacitySummary | None = None
     study_summary: StudySummary | None = None
@@ -129,6 +135,29 @@ class Run:
     def results(self) -> tuple[GenerationResult, ...]:
         """The results of the finished generations."""
         return tuple(g.result for g in self.generations if g.result is not None)
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether more of the metric is better, or less."""
+        return "min" if self.get("search.mode") == "min" else "max"
+
+    @property
+    def best(self) -> GenerationResult | None:
+        """The generation that is best on validation."""
+        return self._best(self.results)
+
+    @property
+    def pair(self) -> list[Generation]:
+        """The first finished generation, and the best later one on validation."""
+        done = [generation for generation in self.generations if generation.result is not None]
+        best = self._best(self.results[1:])
+        return [g for place, g in enumerate(done) if not place or g.result is best]
+
+    def _best(self, results: Sequence[GenerationResult]) -> GenerationResult | None:
+        rows = [g.confirmation for g in self.generations if g.confirmation is not None]
+        if not results:
+            return None
+        return best_generation(results, rows, metric=self.metric, mode=self.mode)
 
     @property
     def metric(self) -> str:
@@ -225,7 +254,7 @@ class _Reader:
         started = _started(path)
         config = self._config()
         facts = self._row(Facts, "data.json")
-        starts = self._load(path / "environment.json")
+        starts = self._load(path / ENVIRONMENT)
         if started in SIDE_BY_SIDE:
             own = self._side_by_side(*SIDE_BY_SIDE[started])
         else:
@@ -273,6 +302,7 @@ class _Reader:
             "controls": found.controls,
             "verdict": found.verdict,
             "stopped": found.stopped,
+            "examples": self._row(Examples, "examples.json"),
             "missing": missing,
         }
 
@@ -335,6 +365,7 @@ class _Reader:
             summary = None
         return {
             "stages": stages,
+            "further": tuple(self._all_trials(*(self._path / name for name in stages))),
             "students": tuple(self._students(summary)),
             "members": members.members if members is not None else (),
             "ensemble_summary": summary,
@@ -344,10 +375,15 @@ class _Reader:
     def _side_by_side(self, name: str, kind: type[Any]) -> dict[str, Any]:
         """Return the summary of sizes or arms, and all trials."""
         found = self._row(kind, "summary.json")
-        places = {place.parent.parent for place in self._path.glob(f"**/{TRIALS}")}
-        trials = tuple(trial for place in sorted(places) for trial in self._trials(place))
+        trials = tuple(self._all_trials())
         missing = None if found else f"no summary yet, {len(trials)} trials done"
         return {name: found, "further": trials, "missing": missing}
+
+    def _all_trials(self, *known: Path) -> Iterator[TrialResult]:
+        """Yield the trials of all folders but those that are known."""
+        places = {place.parent.parent for place in self._path.glob(f"**/{TRIALS}")}
+        for place in sorted(places - set(known)):
+            yield from self._trials(place)
 
     def _students(self, summary: EnsembleSummary | None) -> Iterator[Generation]:
         for number, (key, title) in enumerate(STUDENTS.items()):

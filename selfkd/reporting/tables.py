@@ -197,36 +197,44 @@ def epoch_table(names: Sequence[str], curves: Sequence[Mapping[int, float]], for
 
 
 def cost_table(run: Run) -> Table:
-    """Return the costs of a run: models trained, time, parameters."""
-    rows = [_cost_row(g.result) for g in run.generations if g.result is not None]
-    for name, trials in run.stages.items():
-        failed = sum(trial.status == "failed" for trial in trials)
-        seconds = sum(trial.train_seconds for trial in trials)
-        rows.append((name, str(len(trials)), str(failed or ""), f"{seconds:.1f}", "", ""))
-    if run.further:
-        failed = sum(trial.status == "failed" for trial in run.further)
-        spent = f"{sum(trial.train_seconds for trial in run.further):.1f}"
-        name = "fresh seeds and controls"
-        rows.append((name, str(len(run.further)), str(failed or ""), spent, "", ""))
-    others = [*run.further, *(trial for trials in run.stages.values() for trial in trials)]
-    seconds = sum(result.train_seconds for result in run.results)
-    seconds += sum(trial.train_seconds for trial in others)
-    wall = sum(result.seconds for result in run.results)
-    rows.append(("all", str(run.trained), "", f"{seconds:.1f}", f"{wall:.1f}" if wall else "", ""))
-    first = "generation" if run.command == "generations" else "stage"
-    head = (first, "models trained", "failed", "seconds of training", "seconds in all")
-    return Table((*head, "parameters"), tuple(rows)).without_empty()
+    """Return the costs of a run, of all its trials: models trained, time on workers and in all."""
+    parts = [(f"generation {g.number}", g.trials, g.result) for g in run.generations if g.trials]
+    rows = [
+        _cost_row(name, trials, "" if result is None else f"{result.seconds:.1f}")
+        for name, trials, result in parts
+    ]
+    rows += [_cost_row(name, trials) for name, trials in run.stages.items()]
+    seeds = [trial for trial in run.further if trial.stage.startswith("confirm")]
+    others = [trial for trial in run.further if not trial.stage.startswith("confirm")]
+    name = "controls" if run.command == "generations" else "further models"
+    for title, trials in (("fresh seeds", seeds), (name if rows else "models", others)):
+        if trials:
+            rows.append(_cost_row(title, trials))
+    wall = wall_seconds(run)
+    whole = f"{train_seconds(run):.1f}", f"{wall:.1f}" if wall else ""
+    rows.append(("all", str(run.trained), "", *whole))
+    head = ("", "models trained", "failed", "seconds on workers", "seconds of wall time")
+    return Table(head, tuple(rows), rules=(len(rows) - 1,)).without_empty()
 
 
-def _cost_row(result: GenerationResult) -> tuple[str, ...]:
-    return (
-        str(result.generation),
-        str(result.trials),
-        str(result.failed or ""),
-        f"{result.train_seconds:.1f}",
-        f"{result.seconds:.1f}",
-        words.size(result.parameters),
-    )
+def _cost_row(name: str, trials: Sequence[TrialResult], wall: str = "") -> tuple[str, ...]:
+    failed = sum(trial.status == "failed" for trial in trials)
+    seconds = sum(trial.train_seconds for trial in trials)
+    return (name, str(len(trials)), str(failed or ""), f"{seconds:.1f}", wall)
+
+
+def wall_seconds(run: Run) -> float:
+    """Return the time that the starts of a run took, each until its last report was written."""
+    found = [start.get("seconds") for start in run.starts]
+    known = [each for each in found if isinstance(each, int | float) and 0 < each < 1e9]
+    return float(sum(known))
+
+
+def train_seconds(run: Run) -> float:
+    """Return the time that all trainings of a run took on their workers."""
+    trials = [*run.further, *(trial for rows in run.stages.values() for trial in rows)]
+    trials += [trial for generation in run.generations for trial in generation.trials]
+    return sum(trial.train_seconds for trial in trials if 0 < trial.train_seconds < 1e9)
 
 
 def lineage_table(run: Run) -> Table:

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from selfkd.reporting.read import REPORT
+from selfkd.reporting.read import ENVIRONMENT, REPORT
 from selfkd.results import Event, GenerationConfirmed, GenerationFinished
+from selfkd.storage.files import load_json, save_json
 
 logger = logging.getLogger(__name__)
 
 
-def make_plots(folder: Path) -> dict[str, Any]:
-    """Return the figures of accuracy and of T and alpha of a run, by their titles as plain names.
+def make_plots(folder: Path) -> dict[str, str]:
+    """Return the first figures of a run as pages of their own, by their titles as plain names.
 
     A failure is only logged: what is drawn must never stop a training.
     """
     try:
-        from selfkd.reporting.page import run_page  # plotly: only when it is needed
+        from selfkd.reporting.page import render_figure, run_page  # jinja2: only when it is needed
         from selfkd.reporting.read import read_run
 
-        sections = run_page(read_run(folder)).sections[:2]
-        panels = [panel for section in sections for panel in section.panels]
-        return {re.sub(r"\W+", "_", panel.title.lower()): panel.figure for panel in panels}
+        page = run_page(read_run(folder))
+        panels = [
+            *([page.lead] if page.lead else []),
+            *(p for s in page.sections for p in s.panels),
+        ]
+        figures = [(panel.title, panel.figure) for panel in panels if panel.figure is not None][:3]
+        return {re.sub(r"\W+", "_", title.lower()): render_figure(of) for title, of in figures}
     except Exception as error:  # noqa: BLE001
         logger.warning("no plots of %s: %s: %s", folder, type(error).__name__, error)
         return {}
@@ -39,18 +44,27 @@ class Reporter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._begun = folder, time.monotonic()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="report")
         self._next: Future[None] | None = None
 
     def write(self) -> None:
         """Write the report as things stand."""
         try:
-            from selfkd.reporting.page import write_report  # plotly: only when it is needed
+            from selfkd.reporting.page import write_report  # jinja2: only when it is needed
 
+            self._keep_time()
             write_report(self._folder)
         except Exception as error:  # noqa: BLE001 - a report must never stop the training
             logger.warning("%s was not written: %s: %s", REPORT, type(error).__name__, error)
+
+    def _keep_time(self) -> None:
+        """Write beside the last start of the run how long it has taken."""
+        path = self._folder / ENVIRONMENT
+        starts = load_json(path) if path.exists() else None
+        if isinstance(starts, list) and starts and isinstance(starts[-1], dict):
+            starts[-1]["seconds"] = round(time.monotonic() - self._begun, 1)
+            save_json(path, starts)
 
     def finish(self) -> None:
         """Write it for the last time."""

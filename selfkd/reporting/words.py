@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -14,7 +13,7 @@ from selfkd.analysis.verdicts import (
     short,
 )
 from selfkd.config import Config
-from selfkd.reporting.read import Generation, Run
+from selfkd.reporting.read import Run
 from selfkd.results import EnsembleSummary, GenerationResult, Interval, Replicated
 
 
@@ -161,8 +160,8 @@ def _of_generations(run: Run) -> Iterator[str]:
         yield from map(sentence, run.verdict.sentences)
     if run.stopped:
         yield sentence(run.stopped)
-    if done and not any(generation.confirmation for generation in done):
-        yield from _unconfirmed(run, done)
+    if run.best is not None and not any(generation.confirmation for generation in done):
+        yield from _unconfirmed(run, run.best)
     if run.ensemble is not None and (accuracy := run.ensemble.metric("test_accuracy")) is not None:
         yield (
             f"The ensemble of all {len(done)} generations is right on {percent(accuracy)} of the "
@@ -172,24 +171,17 @@ def _of_generations(run: Run) -> Iterator[str]:
         yield "No generation is finished yet."
 
 
-def _unconfirmed(run: Run, done: list[Generation]) -> Iterator[str]:
-    results = [generation.result for generation in done if generation.result is not None]
-    sign = -1 if run.get("search.mode") == "min" else 1
-    best = max(results, key=lambda row: _key(row.metric(run.metric), sign))
-    first = results[0]
+def _unconfirmed(run: Run, best: GenerationResult) -> Iterator[str]:
+    first = run.results[0]
     yield (
         f"Generation {best.generation} has the best {named(run.metric)}: "
         f"{measured(run, best.metric(run.metric))}{_tests(run, first, best)}."
     )
-    if len(results) > 1:
+    if len(run.results) > 1:
         yield (
             "Each figure is of one model, so there is no interval and no verdict: confirm.seeds "
             "replicates the chosen settings on fresh seeds."
         )
-
-
-def _key(value: float | None, sign: int) -> float:
-    return -math.inf if value is None or math.isnan(value) else sign * value
 
 
 def _tests(run: Run, first: GenerationResult, best: GenerationResult) -> str:

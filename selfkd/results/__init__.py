@@ -23,6 +23,8 @@ from selfkd.results.evaluation import Bin as Bin
 from selfkd.results.evaluation import Confusion as Confusion
 from selfkd.results.evaluation import Diagnostics as Diagnostics
 from selfkd.results.evaluation import Evaluation as Evaluation
+from selfkd.results.evaluation import Example as Example
+from selfkd.results.evaluation import Examples as Examples
 from selfkd.results.evaluation import McNemar as McNemar
 from selfkd.results.evaluation import Unseen as Unseen
 from selfkd.results.events import Event as Event
@@ -43,6 +45,7 @@ from selfkd.results.generations import ControlResult as ControlResult
 from selfkd.results.generations import GenerationResult as GenerationResult
 from selfkd.results.generations import GenerationsSummary as GenerationsSummary
 from selfkd.results.generations import Replicated as Replicated
+from selfkd.results.generations import best_generation as best_generation
 from selfkd.results.row import CHECKPOINT as CHECKPOINT
 from selfkd.results.row import FORMAT as FORMAT
 from selfkd.results.row import OWN as OWN

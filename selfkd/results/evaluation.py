@@ -79,3 +79,34 @@ class Evaluation(Measured):
     unseen: Unseen | None = None
     diagnostics: dict[str, Diagnostics] = Field(default_factory=dict)
     """By split."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Example:
+    """A test item on which just one of two models is right."""
+
+    item: Count
+    label: Count
+    predicted: tuple[Count, Count]
+    """Class that each model predicts."""
+    confidence: tuple[Number, Number]
+    """Probability that each model gives to the class that it predicts."""
+    picture: str = Field(default="", max_length=200_000)
+    """PNG file of the item in base64."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class Examples:
+    """Test items that tell two generations apart."""
+
+    generations: tuple[Count, Count]
+    """Generation 0, and the best on validation of those that were distilled."""
+    hashes: tuple[Digest, Digest] = ("", "")
+    """Hashes of both models."""
+    counts: tuple[Count, Count] = (0, 0)
+    """Number of items on which the second alone is right, and the first alone."""
+    gained: tuple[Example, ...] = ()
+    """Items on which the second alone is right, the largest change of the label's probability
+    first."""
+    lost: tuple[Example, ...] = ()
+    """The same of those on which the first alone is right."""

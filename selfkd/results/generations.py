@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Literal
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -100,3 +104,30 @@ class GenerationsSummary:
     """Of generation 1, and of the ensemble of generations, beside the controls of equal cost."""
     stopped: str | None = None
     """Why `rounds: auto` ended."""
+
+
+def best_generation(
+    results: Sequence[GenerationResult],
+    confirmations: Sequence[Confirmation] = (),
+    *,
+    metric: str,
+    mode: Literal["max", "min"],
+) -> GenerationResult:
+    """Return the generation whose model is taken, by validation, never by the test split.
+
+    Where all generations were replicated on fresh seeds, their means over those are compared, else
+    their chosen trials; of equal ones the earlier is taken.
+
+    Args:
+        results: Finished generations, in order, at least one.
+        confirmations: Confirmations of the same, as far as there are any.
+        metric: Metric that is chosen by, `search.metric`.
+        mode: Whether more of it is better, or less.
+    """
+    values = [result.metrics.get(metric, math.nan) for result in results]
+    replicated = {row.generation: row.validation for row in confirmations}
+    means = [replicated.get(result.generation) for result in results]
+    if all(means):
+        values = [sum(row) / len(row) for row in means if row]
+    ranks = [-math.inf if math.isnan(v) else v if mode == "max" else -v for v in values]
+    return results[ranks.index(max(ranks))]

@@ -148,5 +148,8 @@ class Task(Protocol):
     ) -> dict[str, Diagnostics]:
         """Return calibration, and fidelity to the teacher where there is one, of each split."""
 
+    def pictures(self, split: Split, items: Sequence[int]) -> list[bytes]:
+        """Return items as PNG files of at most 96 x 96 pixels; none where they are no images."""
+
     def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
         """Return clusters of the outputs that a model confuses, for specialists."""

@@ -86,14 +86,9 @@ class LoggedRun:
         self.do(work)
 
 
-def make_html(path: Path) -> Any:
+def make_html(page: str) -> Any:
     """Return a page for W&B."""
-    return wandb.Html(path.read_text(), inject=False, data_is_not_path=True)
-
-
-def make_plot(figure: Any) -> Any:
-    """Return a figure of plotly for W&B."""
-    return wandb.Plotly(figure)
+    return wandb.Html(page, inject=False, data_is_not_path=True)
 
 
 def make_artifact(

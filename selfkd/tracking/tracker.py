@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from selfkd.tracking.run import LoggedRun
 
 log = logging.getLogger(__name__)
-Plots = Callable[[Path], Mapping[str, Any]]
+Plots = Callable[[Path], Mapping[str, str]]
 SHOW_SECONDS = 5.0
 """Time after which it is said what is still to be written at the end."""
 LONGEST_PROJECT, NOT_IN_PROJECTS = 128, "/\\#?%:"
@@ -82,7 +82,7 @@ class WandbTracker(NoTracker):
         folder: Folder that W&B writes to, on this machine.
         config: Config of the run.
         run: Run folder, with the results and models; `folder` when not given.
-        plots: Maker of plotly's figures of a run folder, by their names.
+        plots: Maker of the figures of a run folder, pages in HTML by their names.
     """
 
     def __init__(
@@ -333,11 +333,11 @@ class WandbTracker(NoTracker):
             return
         report = self._run_folder / "report.html"
         if report.exists():
-            page = self._show.make_html(fetch(report))
+            page = self._show.make_html(fetch(report).read_text())
             whole.do(_summarise({"report": page}))
         figures = self._plots(self._run_folder) if self._plots is not None else {}
         for name, figure in figures.items():
-            whole.do(_summarise({name: self._show.make_plot(figure)}))
+            whole.do(_summarise({name: self._show.make_html(figure)}))
         if self._config.tracking.alerts:
             text = self._verdict or f"{len(self._results)} generations"
             whole.do(lambda run: run.alert(f"selfkd: {self._name} has ended", text))
@@ -394,7 +394,7 @@ def make_tracker(
         run_id: Start of the ids of its W&B runs.
         folder: Folder that W&B writes to, on this machine.
         run: Run folder, where that is another.
-        plots: Maker of plotly's figures of a run folder, by their names.
+        plots: Maker of the figures of a run folder, pages in HTML by their names.
 
     Raises:
         ConfigError: `tracking.mode` is online, and there is no key; or W&B has no such projects.

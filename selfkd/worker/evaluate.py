@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -149,6 +150,48 @@ def contrast(config: Tree, ensembles: Sequence[Sequence[Mapping[str, Any]]]) -> 
     }
 
 
+def examples(config: Tree, models: Sequence[Mapping[str, Any]], most: int) -> Iterator[Row]:
+    """Find the test items that tell two models apart, from saved predictions, with pictures.
+
+    Args:
+        config: Config of their data.
+        models: `hash` and file of `predictions` of both.
+        most: Number of items of either kind.
+
+    Yields:
+        `counts`, `gained` and `lost`, see `Examples`.
+    """
+    task = make_task(config)
+    labels = task.labels("test")
+    logits = [load_predictions(model)["test"].double() for model in models]
+    hits = [task.hits(own, "test") for own in logits]
+    probabilities = torch.stack([own.softmax(dim=-1) for own in logits])
+    confidence, predicted = probabilities.max(dim=-1)
+    change = probabilities.gather(-1, labels.expand(2, -1)[..., None])[..., 0].diff(dim=0)[0]
+    found: Row = {}
+    counts = []
+    for name, right in (("gained", hits[1] & ~hits[0]), ("lost", hits[0] & ~hits[1])):
+        places = right.nonzero()[:, 0]
+        counts.append(len(places))
+        chosen = places[change[places].abs().argsort(descending=True, stable=True)][:most].tolist()
+        pictures = task.pictures("test", chosen)
+        found[name] = (
+            [
+                {
+                    "item": item,
+                    "label": int(labels[item]),
+                    "predicted": predicted[:, item].tolist(),
+                    "confidence": confidence[:, item].tolist(),
+                    "picture": base64.b64encode(picture).decode(),
+                }
+                for item, picture in zip(chosen, pictures, strict=True)
+            ]
+            if pictures
+            else []
+        )
+    yield found | {"counts": counts}
+
+
 def load_predictions(member: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a model's saved logits by split.
 
@@ -165,4 +208,5 @@ JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "evaluate": evaluate,
     "average": average,
     "contrast": contrast,
+    "examples": examples,
 }

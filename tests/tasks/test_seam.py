@@ -173,6 +173,9 @@ class Letters:
     ) -> dict[str, Diagnostics]:
         return {}
 
+    def pictures(self, split: Split, items: Sequence[int]) -> list[bytes]:
+        return []
+
     def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
         raise NotImplementedError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from selfkd.reporting import words
 from selfkd.reporting.figures import charts
-from selfkd.reporting.figures.style import ACCENT, NEUTRAL, Bar, Level, Measure
+from selfkd.reporting.figures.style import Bar, Level, Measure
 from selfkd.reporting.read import Run
 from selfkd.reporting.sections.panels import Panel, Section, bar
 from selfkd.reporting.tables import capacity_table, study_table
@@ -20,10 +20,10 @@ def capacity_sections(run: Run) -> Iterator[Section]:
         return
     summary = run.capacity_summary
     arms = [
-        (name, colour, [(size.parameters, bar(pick.interval), pick.runs) for size, pick in picked])
-        for name, colour, picked in (
-            ("labels only", NEUTRAL, [(size, size.labels) for size in summary.sizes]),
-            ("distilled", ACCENT, [(size, size.distilled) for size in summary.sizes]),
+        (name, number, [(size.parameters, bar(pick.interval), pick.runs) for size, pick in picked])
+        for name, number, picked in (
+            ("labels only", 0, [(size, size.labels) for size in summary.sizes]),
+            ("distilled", 1, [(size, size.distilled) for size in summary.sizes]),
         )
     ]
     teacher = summary.teacher.metric("test_accuracy")
@@ -33,7 +33,7 @@ def capacity_sections(run: Run) -> Iterator[Section]:
         for size in summary.sizes
     )
     yield Section(
-        "Accuracy",
+        "",
         (
             Panel(
                 "Accuracy over parameters",
@@ -61,10 +61,10 @@ def study_sections(run: Run) -> Iterator[Section]:
     ]
     members = study.members
     if members is not None and (accuracy := members.metric("test_accuracy")) is not None:
-        levels.append(Level(f"members ({members.count})", Bar(accuracy), (), NEUTRAL))
+        levels.append(Level(f"members ({members.count})", Bar(accuracy), (), 0))
     means = "; ".join(f"{arm.name} {words.percent(arm.mean.value)}" for arm in study.arms)
     yield Section(
-        "Accuracy",
+        "",
         (
             Panel(
                 "Arms side by side",

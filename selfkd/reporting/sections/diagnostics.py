@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from selfkd.reporting import words
 from selfkd.reporting.figures import charts
-from selfkd.reporting.figures import generations as figures
-from selfkd.reporting.figures.style import Bar, Level, Measure
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.sections.panels import Panel, Section
 from selfkd.reporting.tables import MOST_ROWS, Table, cut_note
@@ -19,7 +17,7 @@ MOST_PAIRS, MOST_CLASSES = 10, 20
 
 def diagnosis_sections(run: Run) -> Iterator[Section]:
     """Yield calibration, student and teacher, classes; without panels where none is known."""
-    models = run.generations or run.students
+    models = run.pair or run.students
     tested = [model for model in models if "test" in model.diagnostics]
     yield Section("Calibration", tuple(_reliability(run, tested)))
     agreement = _student_agreement(run) if run.students else _agreement(run)
@@ -47,13 +45,13 @@ def _reliability(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
         f"{g.title} {words.number(g.diagnostics['test'].metric('ece'))}" for g in binned
     )
     text = (
-        "Below the diagonal a model is overconfident, above it underconfident; the larger a dot, "
-        f"the more {run.unit}. ECE on test: {errors}."
+        "Below the diagonal a model is overconfident, above it underconfident; dots and bars count "
+        f"the {run.unit}. ECE on test: {errors}."
     )
     yield Panel(
         "Reliability on test",
         text,
-        figures.reliability(models, unit=run.unit),
+        charts.reliability(models, unit=run.unit),
         reliability_table(binned, unit=run.unit),
     )
 
@@ -73,7 +71,7 @@ def _agreement(run: Run) -> Iterator[Panel]:
         "teacher predicts: "
         + ", ".join(f"generation {n} {words.percent(v)}" for n, v in values)
         + ".",
-        charts.dots_per_generation(values, measure=Measure("teacher agreement")),
+        None,
         agreement_table(distilled),
     )
 
@@ -89,7 +87,7 @@ def _student_agreement(run: Run) -> Iterator[Panel]:
         "Teacher agreement",
         f"The student predicts the class that its teacher predicts on {words.percent(agreement)} "
         f"of the test {run.unit}; KL {words.number(test.metric('kl'))} nats.",
-        charts.levels([Level("agreement", Bar(agreement))], measure=Measure("teacher agreement")),
+        None,
         agreement_table([student]),
     )
 
@@ -112,13 +110,12 @@ def _confusions(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
             total[each.label, each.predicted] += each.count
     pairs = [pair for pair, _ in total.most_common(MOST_PAIRS)]
     table = confusion_table(run, pairs, names, found_by)
-    counts = [[int(cell) if cell else None for cell in row[1:]] for row in table.rows]
     shared = f" Both: errors of {tested[-1].title} that its teacher makes as well."
     yield Panel(
         "Confusions on test",
         f"The {len(pairs)} pairs of classes that are most often confused; the first is "
         f"{table.rows[0][0]}.{shared if names[-1] == 'both' else ''}",
-        charts.counts([row[0] for row in table.rows], names, counts),
+        None,
         table,
     )
 

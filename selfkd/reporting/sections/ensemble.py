@@ -6,28 +6,10 @@ from collections.abc import Iterator
 
 from selfkd.reporting import tables, words
 from selfkd.reporting.figures import charts
-from selfkd.reporting.figures import generations as figures
-from selfkd.reporting.figures.style import (
-    ACCENT,
-    NEUTRAL,
-    PALETTE,
-    Bar,
-    Level,
-    Line,
-    Measure,
-    ends_of,
-)
+from selfkd.reporting.figures.style import Bar, Level, Line, Measure
 from selfkd.reporting.read import Run
 from selfkd.reporting.sections.diagnostics import diagnosis_sections
-from selfkd.reporting.sections.panels import (
-    Panel,
-    Section,
-    bar,
-    completed,
-    measure,
-    response,
-    trial_points,
-)
+from selfkd.reporting.sections.panels import Panel, Section, measure, response, settings
 from selfkd.reporting.tables import Table
 from selfkd.results import TrialResult
 
@@ -36,12 +18,9 @@ ACCURACY = Measure("accuracy on test")
 
 def ensemble_sections(run: Run) -> Iterator[Section]:
     """Yield accuracy and the share of the gain, T and alpha, learning, calibration, classes."""
-    yield Section("Accuracy", (*_models(run), *_share(run)))
-    yield Section(
-        "Temperature and alpha",
-        tuple(_student_map(run)),
-        "Each dot is a trial of the student, the ring the chosen one.",
-    )
+    yield Section("", tuple(_models(run)))
+    yield Section("Gain kept", tuple(_share(run)))
+    yield Section("Search on validation", tuple(_student_map(run)))
     yield Section("Learning", tuple(_student_learning(run)))
     yield from diagnosis_sections(run)
 
@@ -51,10 +30,10 @@ def _models(run: Run) -> Iterator[Panel]:
     if run.ensemble_summary is None:
         return
     rows = [row for row in run.ensemble_summary.rows if "test_accuracy" in row.metrics]
-    colours = ([NEUTRAL] * len(rows) + [PALETTE[1], ACCENT])[2:]
+    numbers = ([0] * len(rows) + [2, 1])[2:]
     levels = [
-        Level(row.name, Bar(row.metrics["test_accuracy"], row.low, row.high), row.runs, colour)
-        for row, colour in zip(rows, colours, strict=True)
+        Level(row.name, Bar(row.metrics["test_accuracy"], row.low, row.high), row.runs, number)
+        for row, number in zip(rows, numbers, strict=True)
     ]
     yield Panel(
         "Teachers and student",
@@ -80,41 +59,26 @@ def _share(run: Run) -> Iterator[Panel]:
     )
     yield Panel(
         "Share of the teacher's gain that the student keeps",
-        f"Labels only stands at 0 %, the teacher at 100 %: {words.difference(share)}. An interval "
-        "that goes beyond the frame is cut there.",
-        charts.levels(
-            [Level("share of the gain kept", bar(share))],
-            measure=Measure("labels only 0 %, teacher 100 %"),
-            reference=1,
-            ends=(-0.25, 1.5),
-        ),
+        f"Labels only stands at 0 %, the teacher at 100 %: {words.difference(share)}.",
+        None,
         table,
     )
 
 
 def _student_map(run: Run) -> Iterator[Panel]:
-    trials = run.stages.get("student", ())
-    points = trial_points(run, trials)
+    trials, chosen = run.stages.get("student", ()), _chosen_trial(run)
+    points = settings(run, 0, trials, chosen)
     if not points:
         return
-    chosen = _chosen_trial(run)
     setting = run.setting(chosen) if chosen else None
-    text = f"{len(points)} trials" + (
-        f"; chosen: T {setting[0]:.3g}, alpha {setting[1]:.2f}." if setting else "."
+    text = f"{len(points)} trials, each with its number" + (
+        f"; chosen, ringed: T {setting[0]:.3g}, alpha {setting[1]:.2f}" if setting else ""
     )
-    surface, best = response(run, trials)
-    whole = trial_points(run, completed(trials)) or points
-    figure = figures.setting_map(
-        points,
-        measure=measure(run),
-        chosen=setting,
-        bounds=ends_of([value for _, _, value in whole]),
-        surface=surface,
-    )
+    surface, best = response(run, [(0, trials)])
     yield Panel(
-        "The student's trials",
-        f"{text} {best}".strip(),
-        figure,
+        "The student's trials over T and alpha",
+        f"{text}; colour: {words.named(run.metric)} against their mean. {best}".strip(),
+        charts.setting_map(points, measure=measure(run), surface=surface),
         tables.trials_table(run, trials, chosen.trial if chosen else None),
     )
 
@@ -143,7 +107,7 @@ def _student_learning(run: Run) -> Iterator[Panel]:
             f"{words.named(run.metric)} of each trial by epoch"
             + (f"; trial {chosen.trial} was chosen" if chosen else "")
         ),
-        figures.curves(
+        charts.curves(
             [
                 Line(name, list(curve), list(curve.values()), place + 1)
                 for place, (name, (_, curve)) in enumerate(zip(names, kept, strict=True))

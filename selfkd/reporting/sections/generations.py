@@ -5,127 +5,206 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from selfkd.analysis.verdicts import is_fraction
 from selfkd.reporting import tables, words
-from selfkd.reporting.figures import generations as figures
-from selfkd.reporting.figures.style import Bar, Level, Line, Measure, Step, ends_of
+from selfkd.reporting.figures import charts
+from selfkd.reporting.figures.style import Bar, Gain, Line, Measure
 from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.sections.diagnostics import diagnosis_sections
 from selfkd.reporting.sections.panels import (
     Panel,
     Section,
-    TrialPoint,
     bar,
-    completed,
     measure,
     response,
-    trial_points,
+    settings,
     values,
 )
-from selfkd.results import TrialResult
+from selfkd.reporting.tables import Table
+from selfkd.results import Interval, Replicated, TrialResult
 
 
 def generation_sections(run: Run) -> Iterator[Section]:
-    """Yield accuracy, T and alpha, learning curves, calibration and classes."""
-    yield Section("Accuracy", tuple(_accuracy(run)))
-    yield Section(
-        "Temperature and alpha",
-        tuple(_maps(run)),
-        "Each dot is a trial, the ring the chosen one; the background is a Gaussian process that "
-        "is fitted to the trials where they are enough. All maps share one scale of colours.",
-    )
-    yield Section("Learning", tuple(_learning(run)))
+    """Yield the gain, the search, calibration, learning curves and classes."""
+    yield Section("", tuple(_gain(run)))
+    yield Section("Search on validation", (*_map(run), *_trials(run)))
     yield from diagnosis_sections(run)
+    yield Section("Learning", tuple(_learning(run)))
 
 
-def _accuracy(run: Run) -> Iterator[Panel]:
-    own = "accuracy" not in run.metric  # the test accuracy has another scale then
-    steps = [
-        Step(
-            number=generation.number,
-            trials=values(run, generation.trials),
-            chosen=_chosen_value(run, generation),
-            test=None
-            if own or not generation.result
-            else generation.result.metric("test_accuracy"),
-            confirmed=_confirmed(run, generation, own=own),
-        )
-        for generation in run.generations
-    ]
-    ensemble = run.ensemble.metric("test_accuracy") if run.ensemble and not own else None
-    controls = () if own else tuple(Level(c.title, bar(c.mean)) for c in run.controls)
-    figure = figures.accuracy_per_generation(
-        steps, measure=measure(run), ensemble=ensemble, controls=controls
-    )
-    yield Panel(
-        "Accuracy per generation" if not own else f"{run.metric} per generation",
-        _accuracy_text(run),
-        figure,
-        tables.all_trials_table(run),
-    )
+# --- gain over generation 0 ---
 
 
-def _confirmed(run: Run, generation: Generation, *, own: bool) -> Bar | None:
-    found = generation.confirmation
-    if found is None or (own and found.metric != run.metric):
-        return None
-    return bar(found.mean)
-
-
-def _chosen_value(run: Run, generation: Generation) -> tuple[int, float] | None:
-    result = generation.result
-    value = None if result is None else result.metric(run.metric)
-    return None if result is None or value is None else (result.trial, value)
-
-
-def _accuracy_text(run: Run) -> str:
-    results = run.results
-    if not results:
-        return "Trials of generation 0 on validation; none is chosen yet."
-    first, last = results[0], results[-1]
-    text = (
-        f"From generation {first.generation} to {last.generation}, the chosen model's "
-        f"{words.named(run.metric)} goes from {words.measured(run, first.metric(run.metric))} "
-        f"to {words.measured(run, last.metric(run.metric))}"
-    )
-    tested = first.metric("test_accuracy"), last.metric("test_accuracy")
-    if None not in tested:
-        text += (
-            f" and its accuracy on test from {words.percent(tested[0])} to "
-            f"{words.percent(tested[1])}"
-        )
-    return text + ". The choice was made on validation, so that figure is optimistic."
-
-
-def _maps(run: Run) -> Iterator[Panel]:
-    distilled = [generation for generation in run.generations if generation.number > 0]
-    found = {generation.number: trial_points(run, generation.trials) for generation in distilled}
-    everywhere = [point for points in found.values() for point in points]
-    if not everywhere:
+def _gain(run: Run) -> Iterator[Panel]:
+    """Yield the gain over generation 0 on fresh seeds, else that of the chosen models."""
+    base = _baseline(run)
+    known = {g.number: g.confirmation for g in run.generations if g.confirmation is not None}
+    compared = any(row.first is not None for row in known.values())
+    metric = next(iter(known.values())).metric if compared else _tested(run)
+    if compared:
+        rows = [_of_seeds(run, number, row, base) for number, row in known.items()]
+        found = [row for row in rows if row is not None]
+    else:
+        found = _of_chosen(run, metric)
+    if len(found) < 2:
         return
-    whole = [trial for generation in distilled for trial in completed(generation.trials)]
-    bounds = ends_of([value for _, _, value in trial_points(run, whole) or everywhere])
-    temperatures = ends_of([t for t, _, _ in everywhere])
-    for generation in distilled:
-        points, chosen = found[generation.number], _chosen_trial(generation)
-        if not points:
-            continue
-        setting = run.setting(chosen) if chosen else None
-        surface, best = response(run, generation.trials)
-        figure = figures.setting_map(
-            points,
-            measure=measure(run),
-            chosen=setting,
-            bounds=bounds,
-            temperatures=temperatures,
-            surface=surface,
+    beside = _beside(run, base, metric) if compared else []
+    percent, larger = is_fraction(metric), run.mode != "min" or is_fraction(metric)
+    name = metric.replace("test_", "test ").replace("val_", "validation ").replace("_", " ")
+    zero = "the student's network from labels" if _has_own_baseline(run) else "generation 0"
+    unit = "points" if percent else name if larger else f"{name}, less is better"
+    title = f"{name[:1].upper()}{name[1:]} over {zero}"
+    shown = Measure(name, percent=percent, larger_is_better=larger)
+    yield Panel(
+        title,
+        _gain_text(run, compared=compared, beside=beside),
+        charts.gains(
+            *(found, beside),
+            measure=shown,
+            title=f"{title} by generation",
+            axis=unit,
+        ),
+        gain_table([*found[not found[0].number :], *beside], shown),
+    )
+
+
+def _tested(run: Run) -> str:
+    """Return the metric of the chosen models that is shown where none is replicated."""
+    name = f"test_{run.facts.metric if run.facts is not None else 'accuracy'}"
+    return name if run.results and name in run.results[-1].metrics else run.metric
+
+
+def _has_own_baseline(run: Run) -> bool:
+    return run.get("student") is not None
+
+
+def _baseline(run: Run) -> Replicated | None:
+    """Return what the differences of the generations are to."""
+    if _has_own_baseline(run):
+        return next((control for control in run.controls if control.name == "labels"), None)
+    return run.generations[0].confirmation if run.generations else None
+
+
+def _paired(row: Replicated, base: Replicated | None) -> dict[int, float]:
+    if base is None:
+        return {}
+    known = dict(zip(base.seeds, base.values, strict=False))
+    pairs = zip(row.seeds, row.values, strict=False)
+    return {seed: value - known[seed] for seed, value in pairs if seed in known}
+
+
+def _of_seeds(run: Run, number: int, row: Replicated, base: Replicated | None) -> Gain | None:
+    first: Interval | None = getattr(row, "first", None)
+    if first is None:
+        if number or _has_own_baseline(run):
+            return None
+        first = Interval(0.0)
+    name = f"generation {number}"
+    verdict = run.verdict.comparisons if run.verdict is not None else ()
+    called = any(each.name == name and each.outcome != "none" for each in verdict)
+    return Gain(name, bar(first), _paired(row, base), number, called or not number)
+
+
+def _of_chosen(run: Run, metric: str) -> list[Gain]:
+    found = [(r.generation, value) for r in run.results if (value := r.metric(metric)) is not None]
+    first = found[0][1] if found else 0.0
+    return [Gain(f"generation {n}", Bar(value - first), {}, n, n == 0) for n, value in found]
+
+
+def _beside(run: Run, base: Replicated | None, metric: str) -> list[Gain]:
+    found = [
+        Gain(control.title, bar(control.first), _paired(control, base))
+        for control in run.controls
+        if control.first is not None and control.name != "labels"
+    ]
+    first = run.results[0].metric(metric) if run.results else None
+    ensemble = run.ensemble.metric(metric) if run.ensemble is not None else None
+    if first is not None and ensemble is not None:
+        found.insert(0, Gain("ensemble of all", Bar(ensemble - first)))
+    return found
+
+
+def _gain_text(run: Run, *, compared: bool, beside: Sequence[Gain]) -> str:
+    if not compared:
+        return (
+            "One chosen model of each generation: there is no interval. The choice was made on "
+            "validation."
         )
-        yield Panel(
-            f"Generation {generation.number}",
-            f"{_map_text(run, points, setting)} {best}".strip(),
-            figure,
-            tables.trials_table(run, generation.trials, chosen.trial if chosen else None),
-            small=True,
+    lineages = run.verdict is not None and run.verdict.covers == "lineages"
+    text = (
+        "Each thin line is one "
+        + ("lineage" if lineages else "fresh seed")
+        + ", paired with its own generation 0; dots are means, bars their 95 % intervals"
+        + (", which cover whole lineages." if lineages else ".")
+    )
+    if run.verdict is not None and run.verdict.comparisons:
+        text += " Filled: better or worse by the test that is corrected for all generations."
+    if any("ensemble" in row.name for row in beside):
+        text += " Ensembles are compared with the one chosen model of generation 0."
+    return text
+
+
+def gain_table(rows: Sequence[Gain], measure: Measure) -> Table:
+    """Return gains with their intervals and the gain of each seed."""
+    seeds = sorted({seed for row in rows for seed in row.seeds})[:12]
+    head = ("", "points" if measure.percent else "difference", "95 % interval")
+    return Table(
+        (*head, *(f"seed {seed}" for seed in seeds)),
+        tuple(
+            (
+                row.name,
+                measure.gain(row.bar.value),
+                ""
+                if row.bar.low is None or row.bar.high is None
+                else f"[{measure.gain(row.bar.low)}, {measure.gain(row.bar.high)}]",
+                *(measure.gain(row.seeds[seed]) if seed in row.seeds else "" for seed in seeds),
+            )
+            for row in rows
+        ),
+    ).without_empty()
+
+
+# --- the search ---
+
+
+def _map(run: Run) -> Iterator[Panel]:
+    distilled = [generation for generation in run.generations if generation.number > 0]
+    points = [
+        setting
+        for generation in distilled
+        for setting in settings(
+            run, generation.number, generation.trials, _chosen_trial(generation)
         )
+    ]
+    if not points:
+        return
+    surface, best = response(run, [(g.number, g.trials) for g in distilled])
+    yield Panel(
+        "Temperature and alpha",
+        f"{len(points)} trials of all generations, each with its generation's number, chosen ones "
+        f"ringed; colour: {words.named(run.metric)} against the mean of the generation. {best}",
+        charts.setting_map(points, measure=measure(run), surface=surface),
+        _settings_table(run, distilled),
+    )
+
+
+def _settings_table(run: Run, generations: Sequence[Generation]) -> Table:
+    """Return the trials of all generations with their settings."""
+    parts = [
+        (g, tables.trials_table(run, g.trials, g.result.trial if g.result else None))
+        for g in generations
+        if g.trials
+    ]
+    widest = max((table.head for _, table in parts), key=len)
+    rows = []
+    for generation, table in parts:
+        for row in table.rows:
+            known = dict(zip(table.head, row, strict=True))
+            rows.append(
+                (f"{generation.number}, {row[0]}", *(known.get(name, "") for name in widest[1:]))
+            )
+    note = tables.cut_note(len(rows), "trials")
+    return Table(("generation, trial", *widest[1:]), tuple(rows[: tables.MOST_ROWS]), note)
 
 
 def _chosen_trial(generation: Generation) -> TrialResult | None:
@@ -135,12 +214,22 @@ def _chosen_trial(generation: Generation) -> TrialResult | None:
     return next((trial for trial in generation.trials if trial.trial == wanted), None)
 
 
-def _map_text(run: Run, points: Sequence[TrialPoint], chosen: tuple[float, float] | None) -> str:
-    low, high = ends_of([value for _, _, value in points])
-    text = f"{len(points)} trials, from {words.measured(run, low)} to {words.measured(run, high)}"
-    if chosen is None:
-        return f"{text}; none is chosen yet."
-    return f"{text}; chosen: T {chosen[0]:.3g}, alpha {chosen[1]:.2f}."
+def _trials(run: Run) -> Iterator[Panel]:
+    rows = [
+        (g.number, values(run, g.trials), g.result.trial if g.result else None)
+        for g in run.generations
+    ]
+    if not any(found for _, found, _ in rows):
+        return
+    yield Panel(
+        "Each trial by generation",
+        "On validation; the ring is the chosen trial. As the best of several it is optimistic.",
+        charts.trials(rows, measure=measure(run)),
+        tables.all_trials_table(run),
+    )
+
+
+# --- learning ---
 
 
 def _learning(run: Run) -> Iterator[Panel]:
@@ -168,13 +257,13 @@ def _learning(run: Run) -> Iterator[Panel]:
             words.sentence(
                 f"{title} of the chosen models by epoch{_last(names, curves, words.form(key))}"
             ),
-            figures.curves(
+            charts.curves(
                 [
                     Line(name, list(curve), list(curve.values()), number)
                     for name, curve, number in zip(names, curves, numbers, strict=True)
                 ],
                 x="epoch",
-                measure=Measure(title, percent="accuracy" in key),
+                measure=Measure(title, percent=is_fraction(key)),
                 logarithmic=logarithmic and all(v > 0 for c in curves for v in c.values()),
             ),
             tables.epoch_table(names, curves, words.form(key)),

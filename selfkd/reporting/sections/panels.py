@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import plotly.graph_objects as go
-
-from selfkd.analysis.response import Response, fit_response, search_range
+from selfkd.analysis.response import EVIDENCE, Response, fit_response, search_range
 from selfkd.analysis.verdicts import is_fraction
-from selfkd.reporting.figures.style import Bar, Measure, Surface
+from selfkd.reporting.figures.style import Bar, Figure, Measure, Setting, Surface
 from selfkd.reporting.read import DISTILL, Run
 from selfkd.reporting.tables import Table
 from selfkd.results import Interval, TrialResult
@@ -27,10 +25,9 @@ class Panel:
 
     title: str
     text: str
-    figure: go.Figure
+    figure: Figure | None
+    """None where the table says it better; it is not folded then."""
     table: Table
-    small: bool = False
-    """Whether several panels stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,7 @@ class Section:
     """Panels that belong together."""
 
     title: str
+    """Title; empty of the panel that stands on the first screen."""
     panels: tuple[Panel, ...]
     text: str = ""
 
@@ -77,24 +75,59 @@ def _response(trials: tuple[TrialPoint, ...], ranges: tuple[Ends, Ends]) -> Resp
     return fit_response(trials, temperatures=ranges[0], alphas=ranges[1])
 
 
-def response(run: Run, trials: Sequence[TrialResult]) -> tuple[Surface | None, str]:
-    """Return the response that is fitted to the completed trials of a search, and its best point.
+def settings(
+    run: Run, number: int, trials: Sequence[TrialResult], chosen: TrialResult | None
+) -> list[Setting]:
+    """Return the trials of a generation over T and alpha, against the mean of those completed."""
+    whole = [value for *_, value in trial_points(run, completed(trials))]
+    points = trial_points(run, trials)
+    mean = sum(whole) / len(whole) if whole else (points[0][2] if points else 0.0)
+    name = f"generation {number}, " if number else ""
+    known = {trial.trial: trial for trial in trials}
+    found = []
+    for place, value in values(run, trials):
+        at = run.setting(known[place])
+        if at is None:
+            continue
+        best = chosen is not None and place == chosen.trial
+        tip = (
+            f"{name}trial {place}: T {at[0]:.3g}, alpha {at[1]:.2f}, {measure(run).text(value)}"
+            + (", chosen" if best else "")
+        )
+        found.append(Setting(*at, value - mean, str(number or place), tip, best))
+    return found
 
-    The surface is None, and the text on the best point empty, where the trials do not suffice.
+
+def response(
+    run: Run, searches: Sequence[tuple[int, Sequence[TrialResult]]]
+) -> tuple[Surface | None, str]:
+    """Return the response that is fitted to the completed trials of searches, and its best point.
+
+    Each trial counts by its metric less the mean of its search. The surface is None where the
+    trials do not suffice, or do not show that T or alpha matters; the text says so.
     """
     sign = 1 if measure(run).larger_is_better else -1
-    found = trial_points(run, completed(trials))
-    signed = tuple((t, alpha, sign * value) for t, alpha, value in found)
+    found = [
+        (each.temperature, each.alpha, sign * each.value)
+        for number, trials in searches
+        for each in settings(run, number, completed(trials), None)
+    ]
     ranges = [
-        search_range([point[column] for point in signed], run.searched(key))
+        search_range([point[column] for point in found], run.searched(key))
         for column, key in enumerate(DISTILL)
     ]
-    fitted = _response(signed, (ranges[0], ranges[1]))
-    if fitted is None or min(len(fitted.temperatures), len(fitted.alphas)) < 2:
+    fitted = _response(tuple(found), (ranges[0], ranges[1]))
+    if fitted is None:
         return None, ""
-    surface = [[sign * value for value in row] for row in zip(*fitted.mean, strict=True)]
+    matters = [e.probability for e in (fitted.temperature, fitted.alpha) if e is not None]
+    if max(matters, default=0.0) < EVIDENCE:
+        return None, "The trials do not show that T or alpha matters here, so no surface is drawn."
     t, alpha = fitted.best_temperature, fitted.best_alpha
-    return Surface(fitted.temperatures, fitted.alphas, surface), (
+    text = (
         f"The fitted surface is best at T {t.value:.3g} [{t.low:.3g}, {t.high:.3g}], "
         f"alpha {alpha.value:.2f} [{alpha.low:.2f}, {alpha.high:.2f}]."
     )
+    if min(len(fitted.temperatures), len(fitted.alphas)) < 2:
+        return None, text
+    surface = [[sign * value for value in row] for row in zip(*fitted.mean, strict=True)]
+    return Surface(fitted.temperatures, fitted.alphas, surface), text

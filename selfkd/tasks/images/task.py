@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -34,6 +36,7 @@ from selfkd.training.fit import make_optimizer, predict
 from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
+THUMBNAIL = (96, 96)
 METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 
@@ -266,6 +269,19 @@ class ImageTask(ImageNetworks):
             )
             for split, own in logits.items()
         }
+
+    def pictures(self, split: Split, items: Sequence[int]) -> list[bytes]:
+        """Return images as PNG files of at most 96 x 96 pixels."""
+        images = getattr(self.data, split).images
+        found = []
+        for item in items:
+            pixels = images[item].cpu().numpy().transpose(1, 2, 0)
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+            picture.thumbnail(THUMBNAIL)
+            file = io.BytesIO()
+            picture.save(file, format="png", optimize=True)
+            found.append(file.getvalue())
+        return found
 
     def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
         """Return clusters of the classes that a generalist confuses."""

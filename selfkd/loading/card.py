@@ -20,6 +20,8 @@ _KINDS: Mapping[str, type[GenerationsSummary] | type[EnsembleSummary]] = {
     "generations": GenerationsSummary,
     "ensemble": EnsembleSummary,
 }
+PLACE = "USER/NAME"
+"""What stands for the repository in a card, until it is pushed to one."""
 _LEFT_OUT = ("seed", "members.runs", "members.checkpoints")
 _PLACE = re.compile(r"^([/~\\]|\.{1,2}/|[A-Za-z]:[\\/])|://")  # a path of somebody's machine
 
@@ -69,7 +71,7 @@ def _card(title: str, lines: Sequence[str], *, images: bool) -> str:
     use = [
         "## Use",
         "```python\nimport selfkd\nfrom huggingface_hub import snapshot_download\n\n"
-        f'model = selfkd.load(snapshot_download("USER/NAME"){network})  # or its folder\n'
+        f'model = selfkd.load(snapshot_download("{PLACE}"){network})  # or its folder\n'
         + ('print(model.predict("image.png").top(3))\n```' if images else "```"),
         "The license is not set: it is for the owner of the data and the weights to choose.",
     ]

@@ -17,7 +17,6 @@ from selfkd.results import (
     CapacitySummary,
     EnsembleSummary,
     Facts,
-    GenerationResult,
     Members,
     Model,
     Point,
@@ -109,13 +108,14 @@ def model_files(folder: RunFolder) -> dict[str, Path]:
     """Return the files of a run's models by their names, as far as they are done."""
     command, names = folder.command, dict[str, str]()
     if command == "generations":
-        names = {f"generation {row.generation}": _file(row) for row in folder.results()}
+        rows = (row for row in folder.results() if row.models)
+        names = {f"generation {row.generation}": row.models[0].checkpoint for row in rows}
     elif command == "ensemble":
         members = folder.path / "members" / "result.json"
         names = {"student": "student.safetensors", "labels": "labels.safetensors"}
         if members.exists():
-            rows = load_row(Members, members).members
-            names |= {f"member {number}": row.checkpoint for number, row in enumerate(rows)}
+            trained = load_row(Members, members).members
+            names |= {f"member {number}": row.checkpoint for number, row in enumerate(trained)}
     elif command == "capacity":
         if (curve := folder.summary(CapacitySummary)) is not None:
             names = {f"{curve.key} {size.value}": size.checkpoint for size in curve.sizes}
@@ -130,10 +130,6 @@ def model_files(folder: RunFolder) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path.exists()}
 
 
-def _file(result: GenerationResult) -> str:
-    return result.models[0].checkpoint
-
-
 def _of_generations(
     folder: RunFolder, config: Config, generation: int | None, ensemble: bool
 ) -> Chosen:
@@ -143,6 +139,8 @@ def _of_generations(
             f"{folder.path} must have a finished generation, got none yet: wait, or continue it "
             f"with python -m selfkd.generations --resume {folder.path}"
         )
+    if empty := [result.generation for result in results if not result.models]:
+        raise ConfigError(f"generation {empty[0]} of {folder.path} must have a model, got none")
     if ensemble:
         models = [result.models[0] for result in results]
         title = f"the ensemble of generations 0 to {len(results) - 1}"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.errors import ConfigError
-from selfkd.loading.card import card_of_run, plain_card
+from selfkd.loading.card import PLACE, card_of_run, plain_card
 from selfkd.loading.choose import choose, open_run
 from selfkd.loading.hub import push_folder, write_folder
 from selfkd.losses import Average
 from selfkd.results import Model
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.files import read_text
+from selfkd.storage.files import read_text, save_text
 from selfkd.storage.remote import as_path
 from selfkd.storage.temporary import TemporaryFolder
 from selfkd.tasks import load_ensemble, load_predictor
@@ -143,14 +143,19 @@ class LoadedModel:
         """Write the model to a folder that `selfkd.load` reads, and that a hub shows.
 
         Args:
-            folder: Folder to write: `model.safetensors`, `config.json` and the card `README.md`.
+            folder: Folder to write, on a disk or behind a URI: `model.safetensors`, `config.json`
+                and the card `README.md`.
 
         Raises:
-            ValueError: The model is an ensemble, whose members are saved each by itself.
+            ValueError: The model is an ensemble, whose members are saved each by itself, or the
+                folder is that of a run.
         """
+        place = as_path(folder).expanduser()
+        if (place / "config.yaml").exists():
+            raise ValueError(f"folder must be one of the model's own, got the run folder {place}")
         if self.checkpoint.get("ensemble"):
             raise ValueError(f"model must be a single one to be saved, got {self.title}")
-        return write_folder(Path(folder), self.model, self.checkpoint, self.card)
+        return write_folder(place, self.model, self.checkpoint, self.card)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the model with its card to the Hugging Face hub, or to what HF_ENDPOINT names.
@@ -169,6 +174,7 @@ class LoadedModel:
         """
         with TemporaryFolder() as temporary:
             folder = self.save(temporary.path / "model")
+            save_text(folder / "README.md", self.card.replace(PLACE, repo_id))
             return push_folder(folder, repo_id, private=private, token=token)
 
     def __repr__(self) -> str:

@@ -53,7 +53,7 @@ def short_table(summary: Summary) -> list[list[str]]:
     The metric is that of the chosen models, the one that the means over fresh seeds are of; mean
     and gain stand beside their 95 % intervals.
     """
-    rows = plain_rows(summary)
+    rows = plain_rows(summary) or [{"name": ""}]
     metrics = [row.metric for row in getattr(summary, "confirmations", ())[:1]]
     metrics += [key for start in ("test_", "val_") for key in rows[0] if key.startswith(start)]
     measured = [key for key in metrics if key in rows[0]][:1]

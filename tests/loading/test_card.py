@@ -38,6 +38,11 @@ def test_an_exported_folder_is_loaded_back(lineage: Path, tmp_path: Path) -> Non
     assert config["classes"] == list(model.classes)
 
 
+def test_a_run_folder_is_not_written_into(lineage: Path) -> None:
+    with pytest.raises(ValueError, match="must be one of the model's own, got the run folder"):
+        selfkd.load(lineage).save(lineage)
+
+
 def test_the_card_has_head_sentence_table_settings_command_and_snippet(tmp_path: Path) -> None:
     run = generations_run(tmp_path / "a", settings=("train.lr=0.1", "data.train_size=150"))
     summary = load_json(run / "summary.json")

@@ -105,7 +105,9 @@ def test_a_model_is_pushed_with_its_card(lineage: Path, hub: type[Hub], tmp_path
     assert name == "user/model"
     assert is_private(given)
     assert set(hub.files) == {"README.md", "config.json", "model.safetensors"}
-    assert hub.files["README.md"].decode() == model.card
+    card = hub.files["README.md"].decode()
+    assert card == model.card.replace("USER/NAME", "user/model")
+    assert 'selfkd.load(snapshot_download("user/model"))' in card
     assert not any(b"secret-token" in content for content in hub.files.values())
     assert hub.tokens == {"Bearer secret-token"}
     for file, content in hub.files.items():

@@ -233,6 +233,33 @@ def test_a_foreign_file_is_checked_before_memory_is_taken(
         selfkd.load(path)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("generation_001/result.json", {"models": []}, "generation 1 of .* must have a model"),
+        ("generation_000/result.json", {"models": 3}, "generation_000/result.json is damaged"),
+        ("generation_000/confirmation.json", {"mean": 3}, "confirmation.json is damaged"),
+        ("summary.json", {"generations": 3}, "summary.json is damaged"),
+        ("data.json", {"unit": 3}, "data.json is damaged"),
+    ],
+)
+def test_damaged_rows_are_one_message(
+    lineage: Path, tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(lineage, tmp_path / "run")
+    path = tmp_path / "run" / file
+    save_json(path, load_json(path) | change)
+    with pytest.raises(ValueError, match=message):
+        selfkd.load(tmp_path / "run")
+
+
+def test_a_summary_without_rows_is_a_card_without_them(lineage: Path, tmp_path: Path) -> None:
+    shutil.copytree(lineage, tmp_path / "run")
+    path = tmp_path / "run" / "summary.json"
+    save_json(path, load_json(path) | {"generations": [], "confirmations": [], "ensemble": None})
+    assert "## Results" in selfkd.load(tmp_path / "run").card
+
+
 def test_names_of_files_stay_within_the_folder(lineage: Path, tmp_path: Path) -> None:
     shutil.copytree(lineage, tmp_path / "run")
     file = tmp_path / "run" / "generation_000" / "result.json"

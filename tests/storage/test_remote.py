@@ -264,6 +264,8 @@ def test_a_model_is_loaded_from_a_bucket(root: Path, tmp_path: Path) -> None:
     images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     assert torch.equal(here.predict(images).probabilities, there.predict(images).probabilities)
     assert "s3://" not in there.card
+    there.save(str(root / "exported"))
+    assert selfkd.load(str(root / "exported")).checkpoint == here.checkpoint
     with pytest.raises(ValueError, match="generation must be one of the 2 that are finished"):
         selfkd.load(str(root), generation=5)
     with pytest.raises(ValueError, match=r"run must be a run folder .* got s3://bucket/nowhere"):

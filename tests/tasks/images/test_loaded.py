@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from selfkd.config import load_config, to_tree
+from selfkd.data.batches import batches
+from selfkd.data.folder import open_folder
 from selfkd.losses import Average, ensemble_logits
 from selfkd.results import Parts
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.rows import save_row
-from selfkd.tasks.images.loaded import load_average, load_classifier
+from selfkd.tasks.images.loaded import ImagePredictor, load_average, load_classifier
+from selfkd.tasks.images.networks import NetworkFacts
 from selfkd.tasks.images.task import ImageTask
 
 Place = tuple[ImageTask, list[str]]
@@ -62,6 +68,29 @@ def test_a_generalist_with_specialists_is_that_of_the_task(place: Place, tmp_pat
     found = load_average([str(parts)], average="probabilities", weights=None)
     inputs, _, _ = next(task.data.batches("val", batch_size=400))
     torch.testing.assert_close(found.network(inputs).log_softmax(dim=1), wanted)
+
+
+def test_pictures_become_the_inputs_of_the_evaluation(tmp_path: Path) -> None:
+    """Of a folder of pictures of any size and mode, as its test split has them."""
+    rolled = np.random.default_rng(0)
+    shapes = {"a": (20, 31, 3), "b": (40, 17, 3), "c": (9, 9)}
+    files = []
+    for split in ("train", "test"):
+        for name, shape in shapes.items():
+            file = tmp_path / split / name / "1.png"
+            file.parent.mkdir(parents=True)
+            Image.fromarray(rolled.integers(0, 256, shape, np.uint8)).save(file)
+            files.append(file)
+    split = open_folder(tmp_path, 12).test
+    assert split is not None
+    mean, std = (0.5, 0.4, 0.3), (0.25, 0.5, 0.125)
+    wanted, _, _ = next(batches(split, mean=mean, std=std, batch_size=3))
+    facts = NetworkFacts(
+        hash="", model={}, classes=("a", "b", "c"), mean=mean, std=std, image_size=12
+    )
+    predictor = ImagePredictor(nn.Identity(), facts)
+    (found,) = predictor.inputs(files[3:], batch_size=3, device=torch.device("cpu"))
+    assert torch.equal(found, wanted)
 
 
 def test_other_classes_are_refused(place: Place, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def _results(summary: Summary) -> str:
     """Return the table of a run, its intervals at 95 %."""
     note = (
         "mean: over fresh seeds that nothing was chosen on; gain: its paired difference to what "
-        "was trained on labels only, in the same unit."
+        "was trained on labels only."
     )
     return f"## Results\n\n{_markdown(short_table(summary))}\n\n{note}"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
+from selfkd.analysis.verdicts import format_difference, metric_format
 from selfkd.reporting import words
 from selfkd.results import (
     CapacitySummary,
@@ -57,7 +58,7 @@ def short_table(summary: Summary) -> list[list[str]]:
     metrics = [row.metric for row in getattr(summary, "confirmations", ())[:1]]
     metrics += [key for start in ("test_", "val_") for key in rows[0] if key.startswith(start)]
     measured = [key for key in metrics if key in rows[0]][:1]
-    form = words.form(measured[0] if measured else "accuracy")
+    metric = measured[0] if measured else "accuracy"
     settings = [key for key in ("temperature", "alpha") if key in rows[0]]
     ends = [key for key in ("labels", "mean", "gain") if f"{key}_low" in rows[0]]
     named = [*(key.replace("_", " ") for key in measured), *(f"{key} [95 %]" for key in ends)]
@@ -66,8 +67,8 @@ def short_table(summary: Summary) -> list[list[str]]:
         *(
             [
                 row["name"],
-                *(_number(row[key], form) for key in measured),
-                *(_between(row, key, form) for key in ends),
+                *(_number(row[key], words.form(metric)) for key in measured),
+                *(_between(row, key, metric) for key in ends),
                 *(_number(row[key], ".3g") for key in settings),
             ]
             for row in rows
@@ -75,10 +76,13 @@ def short_table(summary: Summary) -> list[list[str]]:
     ]
 
 
-def _between(row: Row, key: str, form: str) -> str:
-    sign = "+" if key == "gain" else ""
-    value, *ends = (_number(row[f"{key}{end}"], sign + form) for end in ("", "_low", "_high"))
-    return f"{value} [{', '.join(ends)}]" if all(ends) else value
+def _between(row: Row, key: str, metric: str) -> str:
+    value, low, high = (row[f"{key}{end}"] for end in ("", "_low", "_high"))
+    if key == "gain" and value is not None:
+        form = metric_format(metric)
+        return format_difference(Interval(value, low, high), form=form)
+    text, *ends = (_number(each, words.form(metric)) for each in (value, low, high))
+    return f"{text} [{', '.join(ends)}]" if all(ends) else text
 
 
 def _number(value: float | None, form: str) -> str:

@@ -73,13 +73,14 @@ def test_the_table_has_the_summarys_numbers(tmp_path: Path) -> None:
 def test_what_is_printed_fits_a_page_and_says_which_model_to_take(tmp_path: Path) -> None:
     run = generations_run(tmp_path / "run")
     found = Result(run, replace(load_row(GenerationsSummary, run / "summary.json"), best=2))
-    head, *rows = repr(found).splitlines()
+    _, head, *rows = repr(found).splitlines()
     assert head.split("  ")[-1] == "alpha"
     assert "test accuracy" in head
     assert max(map(len, [head, *rows[:4]])) <= 100
     row, own = found.table[1], rows[1]
     assert f"{row['test_accuracy']:.2%}" in own
-    assert f"{row['gain']:+.2%} [{row['gain_low']:+.2%}, {row['gain_high']:+.2%}]" in own
+    gain, low, high = (100 * row[f"gain{end}"] for end in ("", "_low", "_high"))
+    assert f"{gain:+.2f} points [{low:+.2f}, {high:+.2f}]" in own
     assert rows[-2] == "best on validation: generation 2; .load() loads it"
 
 
@@ -95,7 +96,7 @@ def test_the_metric_is_that_of_the_means(tmp_path: Path) -> None:
 
 def test_the_headline_is_the_verdicts_first_sentence(tmp_path: Path) -> None:
     run = generations_run(tmp_path / "run")
-    found = result(run)
+    found = Result(run, replace(result(run).summary, verdict=None))
     assert (found.headline, found.verdict) == ("", None)
     summary = load_json(run / "summary.json")
     said = ["<Born again> is better.", "And more."]

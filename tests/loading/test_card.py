@@ -58,7 +58,8 @@ def test_the_card_has_head_sentence_table_settings_command_and_snippet(tmp_path:
     assert f"\n\n{said}\n\n" in body
     mean, gain = (summary["confirmations"][1][key] for key in ("mean", "first"))
     ends = f"{mean['value']:.2%} [{mean['low']:.2%}, {mean['high']:.2%}]"
-    gained = f"{gain['value']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}]"
+    points, low, high = (100 * gain[end] for end in ("value", "low", "high"))
+    gained = f"{points:+.2f} points [{low:+.2f}, {high:+.2f}]"
     assert f" | {ends} | {gained} |" in body
     assert "- data: digits, 200 train, 400 val, 1,197 test images, 10 classes\n" in body
     result = load_json(run / "generation_001" / "result.json")

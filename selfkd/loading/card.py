@@ -12,6 +12,7 @@ from selfkd.config import RESUMABLE, Config, flat
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import Chosen, settings_of
 from selfkd.reporting.plain import headline, short_table
+from selfkd.reporting.words import sentence
 from selfkd.results import EnsembleSummary, Facts, GenerationsSummary, Summary
 from selfkd.storage.remote import without_secrets
 from selfkd.text import one_line, shell_quote
@@ -39,10 +40,10 @@ def card_of_run(folder: RunFolder, config: Config, facts: Facts | None, chosen: 
     """
     summary: Summary | None = folder.summary(_KINDS[folder.command])
     command = _command(folder.command, config, facts)
-    said = [] if summary is None else [headline(summary)]
+    said = headline(summary) if summary is not None else ""
     lines = [
         f"This model is {chosen.title} of a run of selfkd, {_made_by(folder.command)}.",
-        *said,
+        sentence(_quoted(said)) if said else "",
         "" if summary is None else _results(summary),
         "## How it was made",
         "\n".join(_made(config, facts, chosen)),
@@ -102,7 +103,7 @@ def _markdown(table: Sequence[Sequence[str]]) -> str:
 
 def _quoted(text: object) -> str:
     """Return a text as one line that is no mark-up."""
-    return re.sub(r"([|<>`\[\]])", r"\\\1", one_line(str(text)))
+    return re.sub(r"([|<>`]|\](?=[(\[:]))", r"\\\1", one_line(str(text)))
 
 
 def _made(config: Config, facts: Facts | None, chosen: Chosen) -> Iterator[str]:

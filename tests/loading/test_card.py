@@ -46,7 +46,7 @@ def test_a_run_folder_is_not_written_into(lineage: Path) -> None:
 def test_the_card_has_head_sentence_table_settings_command_and_snippet(tmp_path: Path) -> None:
     run = generations_run(tmp_path / "a", settings=("train.lr=0.1", "data.train_size=150"))
     summary = load_json(run / "summary.json")
-    said = "Born-again generations are better than generation 0."
+    said = "born-again generations are better than generation 0: +1.00 points [+0.50, +1.50]"
     verdict = {"name": "a", "to": "b", "sentences": [said]}
     save_json(run / "summary.json", summary | {"verdict": verdict})
     text = card(run)
@@ -55,7 +55,7 @@ def test_the_card_has_head_sentence_table_settings_command_and_snippet(tmp_path:
     assert facts["library_name"] == "selfkd"
     assert facts["pipeline_tag"] == "image-classification"
     assert "license" not in facts
-    assert f"\n\n{said}\n\n" in body
+    assert f"\n\nB{said[1:]}.\n\n" in body
     mean, gain = (summary["confirmations"][1][key] for key in ("mean", "first"))
     ends = f"{mean['value']:.2%} [{mean['low']:.2%}, {mean['high']:.2%}]"
     points, low, high = (100 * gain[end] for end in ("value", "low", "high"))
@@ -86,8 +86,8 @@ def test_no_place_or_secret_of_the_machine_is_in_it(tmp_path: Path) -> None:
 
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
-    text = card(generations_run(tmp_path / "a|b`<script>"))
-    assert "<script>" not in text.replace("\\<script\\>", "")
+    text = card(generations_run(tmp_path / "a|b`<script>[c](d)"))
+    assert "\n# a\\|b\\`\\<script\\>[c\\](d)\n" in text
 
 
 @pytest.mark.parametrize("name", [None, "selfkd_mlp"])

@@ -242,7 +242,7 @@ def test_a_function_of_the_user_s_is_repeated_in_lineages(tmp_path: Path) -> Non
 
 
 def test_the_best_of_several_trials_are_no_lineage() -> None:
-    with pytest.raises(ConfigError, match="must be 0 with distill.teacher top:2, as a"):
+    with pytest.raises(ConfigError, match=r"must be 0 with distill\.teacher top:2, as a"):
         config_of("distill.teacher='top:2'")
 
 

@@ -379,14 +379,13 @@ class Run:
             for trial in rows
             if trial.seed not in found[number]
         ]
+        values = [trial.metrics[chosen_by] for _, trial in waiting]
         if self.function is None:
             requests = [Request(arms[number].model(self, trial)) for number, trial in waiting]
-            tested = self.evaluate(requests, title=title, keep=False) if requests else []
-            for (number, trial), row in zip(waiting, tested, strict=True):
-                found[number][trial.seed] = row.metrics[metric]
-        else:
-            for number, trial in waiting:
-                found[number][trial.seed] = trial.metrics[chosen_by]
+            tested = self.evaluate(requests, title=title, keep=False)
+            values = [row.metrics[metric] for row in tested]
+        for (number, trial), value in zip(waiting, values, strict=True):
+            found[number][trial.seed] = value
         return [
             Replicated(
                 seeds=tuple(trial.seed for trial in rows),

@@ -164,11 +164,12 @@ def _greet(config: Config) -> str:
 
 
 def _plan(config: Config) -> str:
-    most, trials, seeds = config.most_rounds, config.search.trials, config.confirm.seeds
+    most, trials, seeds = config.most_rounds, config.search.trials, config.confirm.replicas
     again = f"{most} born-again ({most + 1} in all)"
     if config.rounds == "auto":
         again = f"at most {most} born-again, until two in a row show no gain"
-    confirmed = f", confirmed on {count(seeds, 'fresh seed')}" if seeds else ""
+    noun = "whole lineage" if config.confirm.lineages else "fresh seed"
+    confirmed = f", confirmed on {count(seeds, noun)}" if seeds else ""
     return f"generation 0 on labels, then {again}, {trials} trials each{confirmed}"
 
 

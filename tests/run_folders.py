@@ -421,6 +421,7 @@ def _confirmation(
         metric="test_accuracy",
         values=tuple(values),
         mean=Interval(mean) if len(values) == 1 else _around(mean, 0.004),
+        wanted=len(values),
         first=difference,
         previous=difference,
         mcnemar=McNemar(only_student=12, only_teacher=7, p=0.359) if number else None,

@@ -199,7 +199,8 @@ def _mean(family: Sequence[Pairs], together: str) -> tuple[Pairs, Floats]:
     seeds = [seed for seed in family[0].values if all(seed in pairs.values for pairs in family)]
     table = np.array([[pairs.values[seed] for pairs in family] for seed in seeds], np.float64)
     table = table.reshape(len(seeds), len(family), 2)
-    means = {seed: (float(a), float(b)) for seed, (a, b) in zip(seeds, table.mean(1), strict=True)}
+    mean = (table / len(family)).sum(axis=1)
+    means = {seed: (float(a), float(b)) for seed, (a, b) in zip(seeds, mean, strict=True)}
     return Pairs(name=together, to=family[0].to, values=means), table[..., 0] - table[..., 1]
 
 
@@ -221,8 +222,9 @@ def _closed(
 ) -> list[Comparison]:
     if head.p is None:
         return [replace(each, p=None) for each in comparisons]
-    largest = max(abs(v) for pairs in family for pair in pairs.values.values() for v in pair)
-    corrected = closed_test(rows, floor=terms.floor, noise=SAME * largest)
+    values = [abs(v) for pairs in family for pair in pairs.values.values() for v in pair]
+    size = max(values) or 1.0
+    corrected = closed_test(rows / size, floor=terms.floor / size, noise=SAME)
     return [
         _decided(replace(each, p=float(p)), terms)
         for each, p in zip(comparisons, corrected, strict=True)

@@ -116,7 +116,9 @@ class Command(Generic[S]):
     """Reference of a user's training function."""
     stem: str | None = None
     """Beginning of a run's name where the user gives none; the data's name when not given."""
-    most: Callable[[Config], int] = lambda config: max(config.search.trials, config.confirm.seeds)
+    most: Callable[[Config], int] = lambda config: max(
+        config.search.trials, config.confirm.replicas
+    )
     """Returns how many trials are run at a time, if there is room."""
 
     def main(self, arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:

@@ -229,7 +229,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 RESUMABLE = (
     *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
-    *("targets.root", "checkpoint.", "controls", "confirm.seeds"),
+    *("targets.root", "checkpoint.", "controls", "confirm."),
 )
 """Beginnings of the dotted keys that may change when a run is resumed."""
 

@@ -299,6 +299,14 @@ class ConfirmConfig:
 
     seeds: int = Field(default=6, ge=0, le=10_000)
     """Number of fresh seeds; 0 for no replication."""
+    lineages: int = Field(default=0, ge=0, le=10_000)
+    """Number of whole lineages, in place of `seeds`, in `selfkd.generations`: the chosen settings
+    are repeated from generation 0 on, and each teacher is its own lineage's; 0 for none."""
+
+    @property
+    def replicas(self) -> int:
+        """Number of times that a setting is replicated: on seeds, or in lineages."""
+        return self.lineages or self.seeds
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -455,7 +463,8 @@ class Config:
 
     rounds: int | Literal["auto"] = 5
     """Number of born-again generations after generation 0, in `selfkd.generations`; auto continues
-    until two generations in a row show no evidence of a gain, up to `rounds_max`."""
+    until two generations, taken together, show no evidence of a gain over the one before, up to
+    `rounds_max`."""
     rounds_max: int = Field(default=10, ge=1, le=MOST_ROUNDS)
     """Largest number of born-again generations with `rounds: auto`."""
     seed: int = Field(default=0, ge=0, lt=2**63)

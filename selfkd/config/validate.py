@@ -105,7 +105,13 @@ def _has_finite_numbers(value: Any) -> bool:
 
 def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield faults of the settings for replication and controls."""
-    seeds, where = config.confirm.seeds, locate_key("confirm.seeds", sources)
+    seeds, key = config.confirm.replicas, "lineages" if config.confirm.lineages else "seeds"
+    where = locate_key(f"confirm.{key}", sources)
+    if config.confirm.lineages and config.distill.teacher.startswith("top:"):
+        yield (
+            f"{where}: must be 0 with distill.teacher {config.distill.teacher}, as a lineage has "
+            f"one model of each generation, got {config.confirm.lineages}"
+        )
     if config.rounds == "auto" and seeds < 3:
         yield f"{where}: must be at least 3 with rounds auto: fewer are no evidence, got {seeds}"
     if config.controls and not seeds:
@@ -185,6 +191,7 @@ def _capacity_faults(config: Config) -> Iterator[str]:
         yield f"capacity.values must be different ones, got {capacity.values}"
     if capacity.key in {**config.search.space, **config.search.labels_only_space}:
         yield f"search.space must not hold capacity.key, got {capacity.key} in both"
+    yield from no_lineages(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
     if config.train.init != "fresh":
@@ -211,6 +218,7 @@ def _study_faults(config: Config) -> Iterator[str]:
         yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
     if not arms:
         yield "study.arms must have at least one arm, got none: see tune_configs/anchors/"
+    yield from no_lineages(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
     for name, arm in arms.items():
@@ -250,6 +258,12 @@ def _study_faults(config: Config) -> Iterator[str]:
         for name in filter(None, (compared.arm, compared.to, compared.reference)):
             if name not in arms and not (name == MEMBERS and name == compared.reference):
                 yield f"study.compare.{number}: must name arms ({', '.join(arms)}), got {name!r}"
+
+
+def no_lineages(config: Config) -> Iterator[str]:
+    """Yield the fault of lineages where there are no generations."""
+    if config.confirm.lineages:
+        yield f"confirm.lineages: of selfkd.generations only, got {config.confirm.lineages}"
 
 
 def _raise(faults: Iterator[str]) -> None:

@@ -7,7 +7,7 @@ the difference of each pair says what the setting does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,8 @@ class Arm:
     """Fresh seeds that it is replicated on; those of the run's confirmation when not given."""
     seed_name: str | int | None = None
     """Name that the seeds of its search come from; its own when not given."""
+    without: Collection[int] = ()
+    """Numbers of seeds that it is not replicated on."""
 
     def model(self, run: Run, trial: TrialResult) -> Model:
         """Return the student of a trial."""
@@ -215,11 +217,12 @@ class Run:
                     payload=partial(self._payload, arm),
                     metric=search.metric,
                     mode=search.mode,
+                    without=arm.without,
                 )
             )
         found = run_stages(self.executor, self.events, stages, title=title, each=each)
         done = [[trial for trial in rows if trial.status == "completed"] for rows in found]
-        wanted = sum(len(stage.seeds) for stage in stages)
+        wanted = sum(len(stage.numbers) for stage in stages)
         if failed := wanted - sum(map(len, done)):
             self.events(Message(f"{failed} of the {wanted} trials of the {title} failed"))
         return done
@@ -376,14 +379,13 @@ class Run:
             for trial in rows
             if trial.seed not in found[number]
         ]
+        values = [trial.metrics[chosen_by] for _, trial in waiting]
         if self.function is None:
             requests = [Request(arms[number].model(self, trial)) for number, trial in waiting]
-            tested = self.evaluate(requests, title=title, keep=False) if requests else []
-            for (number, trial), row in zip(waiting, tested, strict=True):
-                found[number][trial.seed] = row.metrics[metric]
-        else:
-            for number, trial in waiting:
-                found[number][trial.seed] = trial.metrics[chosen_by]
+            tested = self.evaluate(requests, title=title, keep=False)
+            values = [row.metrics[metric] for row in tested]
+        for (number, trial), value in zip(waiting, values, strict=True):
+            found[number][trial.seed] = value
         return [
             Replicated(
                 seeds=tuple(trial.seed for trial in rows),

@@ -1,6 +1,7 @@
 """Confirmation of generations: each one's chosen setting, replicated on the same fresh seeds.
 
-Teachers stay those of the run: what is confirmed is the setting, given its teacher.
+Teachers stay those of the run: what is confirmed is the setting, given its teacher; or whole
+lineages are repeated, each with teachers of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from selfkd.analysis.verdicts import (
     ranges,
 )
 from selfkd.config import Config
-from selfkd.experiments.arms import Arm, Run
+from selfkd.experiments.arms import TITLE, Arm, Run
+from selfkd.experiments.lineages import in_lineages, remove_teachers, replicas_folder
 from selfkd.experiments.replicas import contrast, pair_up, remove_students
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
@@ -34,6 +36,7 @@ from selfkd.results import (
 )
 from selfkd.storage.rows import load_row, save_row
 
+LINEAGES = "whole lineages"
 PATIENCE = 2  # generations that, taken together, must gain on the one before; else auto stops
 ONE_SIDED = 0.9  # confidence of the interval whose lower end a gain is above, at 5 %
 
@@ -47,40 +50,55 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
     Raises:
         RunError: All trials of a generation's confirmation failed.
     """
-    config, folder = run.config, run.folder
-    if not config.confirm.seeds:
+    config = run.config
+    if not config.confirm.replicas:
         return []
-    known = {row.generation: row for row in _load_known(folder, len(results))}
-    done = {row.generation for row in load_confirmations(config, folder, len(results))}
+    done = {row.generation for row in load_confirmations(config, run.folder, len(results))}
     waiting = [row for row in results if row.generation not in done]
-    arms = [_arm(run, row) for row in waiting]
+    for lot in [[row] for row in waiting] if config.confirm.lineages else [waiting]:
+        _replicate(run, results, lot)
+    for result in results:  # here, as a kill may have come between
+        _remove_students(run, result.generation)
+    return [load_row(Confirmation, _path(run.folder, row.generation)) for row in results]
+
+
+def _replicate(
+    run: Run, results: Sequence[GenerationResult], waiting: Sequence[GenerationResult]
+) -> None:
+    """Train and measure generations side by side, and write down their confirmations."""
+    config, folder = run.config, run.folder
+    arms = [in_lineages(run, _arm(run, row), row) for row in waiting]
     own_network = config.student is not None and run.function is None and len(results) > 1
     baseline = _baseline_path(folder)
     of_labels = load_row(Replicated, baseline) if baseline.exists() else None
-    if own_network and (of_labels is None or of_labels.wanted < config.confirm.seeds):
+    if own_network and (of_labels is None or of_labels.wanted < config.confirm.replicas):
         where, point = baseline.parent / "confirm", results[0].point
         arms.append(Arm(name="confirm_labels", folder=where, point=point))
     measured: list[Replicated] = []
+    known = _load_known(folder, len(results))
     if arms:
-        trials = run.replicate(arms)
-        before = [*(known.get(row.generation) for row in waiting), of_labels][: len(arms)]
+        of = {row.generation: row for row in known}
+        trials = run.replicate(arms, title=LINEAGES if config.confirm.lineages else TITLE)
+        before = [*(of.get(row.generation) for row in waiting), of_labels][: len(arms)]
         title = "testing what was confirmed"
         measured = run.measure(arms, trials, title=title, known=before)
     if len(measured) > len(waiting):
         save_row(baseline, measured[-1])
     remove_students(baseline.parent / "confirm")
-    by_generation = {row.generation: own for row, own in zip(waiting, measured, strict=False)}
-    confirmations: list[Confirmation] = []
-    for result in results:
-        path = _path(folder, result.generation)
-        if result.generation in by_generation:
-            own = by_generation[result.generation]
-            confirmation = _confirmation(run, result, own, confirmations)
-            save_row(path, confirmation)
-            run.events(GenerationConfirmed(confirmation))
-        remove_students(path.parent / "confirm")  # here, as a kill may have come between
-        confirmations.append(load_row(Confirmation, path))
-    return confirmations
+    for result, own in zip(waiting, measured, strict=False):
+        before_it = _load_known(folder, result.generation)
+        confirmation = _confirmation(run, result, own, before_it)
+        save_row(_path(folder, result.generation), confirmation)
+        run.events(GenerationConfirmed(confirmation))
+        _remove_students(run, result.generation)
+
+
+def _remove_students(run: Run, generation: int) -> None:
+    """Remove the students that are measured and teach nobody any more."""
+    if run.config.confirm.lineages:
+        remove_teachers(run, generation - 1)
+    else:
+        remove_students(replicas_folder(run, generation))
 
 
 def labels_only(folder: RunFolder, confirmations: Sequence[Confirmation]) -> tuple[str, Replicated]:
@@ -105,7 +123,7 @@ def baseline_row(run: Run, confirmations: Sequence[Confirmation]) -> ControlResu
 def load_confirmations(config: Config, folder: RunFolder, generations: int) -> list[Confirmation]:
     """Return the confirmations of the first generations, as far as all seeds are done."""
     known = _load_known(folder, generations)
-    return [row for row in known if row.wanted >= config.confirm.seeds]
+    return [row for row in known if row.wanted >= config.confirm.replicas]
 
 
 def judge_generations(run: Run, confirmations: Sequence[Confirmation]) -> Verdict | None:
@@ -139,7 +157,7 @@ def _arm(run: Run, result: GenerationResult) -> Arm:
     generation = result.generation
     return Arm(
         name=f"confirm-{generation}",
-        folder=run.folder.generation(generation) / "confirm",
+        folder=replicas_folder(run, generation),
         point=result.point,
         teachers=lambda own, number: result.teachers,
         network=lambda own, number: (own.student if generation else None) or own.model,

@@ -15,6 +15,7 @@ from selfkd.config import Config, Control
 from selfkd.config.space import Distribution
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.confirm import labels_only
+from selfkd.experiments.lineages import in_lineages
 from selfkd.experiments.replicas import confirm_seeds, contrast, pair_up, remove_students
 from selfkd.results import (
     Confirmation,
@@ -54,7 +55,7 @@ def run_controls(
         for name in wanted
         if name != "seeds" and (path := _path(run, name)).exists()
     }
-    most = run.config.confirm.seeds
+    most = run.config.confirm.replicas
     done = {name for name, row in known.items() if row.wanted >= most} | {"seeds"}
     waiting = [name for name in wanted if name not in done]
     arms = [_search(run, name, results) for name in waiting]
@@ -122,7 +123,8 @@ def _search(run: Run, name: Control, results: Sequence[GenerationResult]) -> Arm
         points=run.config.search.points or () if name in ("dkpp", "teacher_free") else (),
     )
     point = run.search(arm).best.point
-    return replace(arm, name=f"{arm.name}_confirm", folder=folder / "confirm", point=point)
+    arm = replace(arm, name=f"{arm.name}_confirm", folder=folder / "confirm", point=point)
+    return in_lineages(run, arm, results[1]) if name in DISTILLED else arm
 
 
 def _space(config: Config, name: Control) -> dict[str, Distribution]:

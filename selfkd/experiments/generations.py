@@ -131,9 +131,9 @@ def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:
     rows = summary.generations
     done = {row.name for row in summary.controls}
     replicas = [*summary.confirmations, *(r for r in summary.controls if r.name != "seeds")]
-    confirmed = not config.confirm.seeds or (
+    confirmed = not config.confirm.replicas or (
         len(summary.confirmations) == len(rows)
-        and all(row.wanted >= config.confirm.seeds for row in replicas)
+        and all(row.wanted >= config.confirm.replicas for row in replicas)
     )
     same = [row.hash for row in rows] == [row.hash for row in results]
     return summary if same and confirmed and done >= set(config.controls) else None

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from selfkd.config import Config, ModelConfig, Source
 from selfkd.config.space import Distribution
+from selfkd.config.validate import no_lineages
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Run
 from selfkd.experiments.run_folder import RunFolder
@@ -84,6 +85,8 @@ def check_members(config: Config) -> None:
     Raises:
         ConfigError: One is not there, or a run is given twice.
     """
+    for fault in no_lineages(config):
+        raise ConfigError(fault)
     given: dict[str, str] = {}
     for run in config.members.runs:
         find_members(run)

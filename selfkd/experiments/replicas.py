@@ -18,7 +18,7 @@ Key = Literal["values", "validation"]
 
 def confirm_seeds(config: Config, count: int | None = None) -> list[int]:
     """Return the fresh seeds: those of no other trial, the same for every arm."""
-    count = config.confirm.seeds if count is None else count
+    count = config.confirm.replicas if count is None else count
     return [trial_seed(config.seed, "confirm", number) for number in range(count)]
 
 
@@ -30,12 +30,15 @@ def resolution(facts: Facts, metric: str, split: str) -> float:
 
 def make_terms(config: Config, metric: str, mode: Mode, facts: Facts) -> Terms:
     """Return how differences of the reported metric are judged and written."""
+    replica = "fresh seed" if config.confirm.seeds else "paired seed"
+    replica = "whole lineage" if config.confirm.lineages else replica
     return Terms(
         mode=mode,
         form=metric_format(metric),
         unit="" if is_fraction(metric) else metric.replace("_", " "),
         floor=resolution(facts, metric, "test"),
-        replica="fresh seed" if config.confirm.seeds else "paired seed",
+        covers="lineages" if config.confirm.lineages else "seeds",
+        replica=replica,
     )
 
 

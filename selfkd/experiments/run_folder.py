@@ -168,10 +168,16 @@ class RunFolder:
                 f"{self.path} was started with another config, so it cannot be resumed with this "
                 "one; start a new run, or leave out:\n  " + "\n  ".join(refused)
             )
-        if new.confirm.seeds < old.confirm.seeds:
+        if bool(old.confirm.lineages) != bool(new.confirm.lineages):
             raise ConfigError(
-                f"confirm.seeds must be at least the {old.confirm.seeds} of the run, "
-                f"got {new.confirm.seeds}"
+                f"confirm.lineages must be given from the start of a run or not at all: it is "
+                f"{old.confirm.lineages} in {self.path}, got {new.confirm.lineages}"
+            )
+        if new.confirm.replicas < old.confirm.replicas:
+            name = "lineages" if old.confirm.lineages else "seeds"
+            raise ConfigError(
+                f"confirm.{name} must be at least the {old.confirm.replicas} of the run, "
+                f"got {new.confirm.replicas}"
             )
         done = len(self.results())
         if new.most_rounds + 1 < done:

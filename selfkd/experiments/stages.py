@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -47,6 +47,13 @@ class Stage:
     """What the best trial is chosen by."""
     mode: Literal["max", "min"]
     early: EarlyStopping | None = None
+    without: Collection[int] = ()
+    """Numbers of trials that are left out."""
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of its trials."""
+        return [number for number in range(len(self.seeds)) if number not in self.without]
 
     def value(self, metrics: Mapping[str, float]) -> float | None:
         """Return what is chosen by, to be maximised; None where it was not measured."""
@@ -127,7 +134,7 @@ def run_stages(
     """
     trials = _Trials(stages, events)
     done = sum(map(len, trials.results.values()))
-    events(StageStarted(title, sum(len(stage.seeds) for stage in stages), done))
+    events(StageStarted(title, sum(len(stage.numbers) for stage in stages), done))
     alone = stages[0] if len(stages) == 1 else None
     early, limit = (alone.early, alone.proposer.limit) if alone else (None, None)
     executor.run(trials, early=early, limit=limit)
@@ -137,7 +144,7 @@ def run_stages(
         if is_empty and (each or all(empty)):
             errors = [row.error for row in results if row.error]
             raise RunError(
-                f"all {len(stage.seeds)} trials of {stage.name.replace('-', ' ')} failed; "
+                f"all {len(stage.numbers)} trials of {stage.name.replace('-', ' ')} failed; "
                 f"the first: {errors[0]}"
             )
     return found
@@ -163,7 +170,7 @@ class _Trials:
         self._running: dict[str, _Running] = {}
         self._waiting: list[tuple[Stage, int]] = []
         for stage in stages:
-            for number in range(len(stage.seeds)):
+            for number in stage.numbers:
                 path = _result_file(stage, number)
                 known = load_row(TrialResult, path) if path.exists() else None
                 wanted = (stage.name, number, stage.seeds[number])

@@ -206,6 +206,14 @@ def test_generations_without_a_common_seed() -> None:
     assert only == "generation 1 and generation 0 share no fresh seed: nothing to compare"
 
 
+def test_huge_values_are_judged_without_overflow() -> None:
+    found = generations(rows([0.03, 0.03]) * 1e300, floor=0, form=plain)
+    assert found.outcome == "better"
+    assert [each.outcome for each in found.comparisons] == ["better", "better"]
+    same = generations(np.zeros((3, 3)), floor=0)
+    assert (same.p, same.outcome) == (None, "none")
+
+
 # --- rounding ---
 
 

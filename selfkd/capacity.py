@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, Description, add_members, base_parser
+from selfkd.cli.command import Command, Description
+from selfkd.cli.options import add_members, base_parser
 from selfkd.cli.output import safe_output
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.cli.command import Command, Description, add_members, base_parser, load_line
+from selfkd.cli.command import Command, Description, load_line
+from selfkd.cli.options import add_members, base_parser
 from selfkd.cli.output import safe_output
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick

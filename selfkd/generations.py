@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
-from selfkd.cli.command import Command, Description, base_parser, load_line
+from selfkd.cli.command import Command, Description, load_line
+from selfkd.cli.options import base_parser
 from selfkd.cli.output import safe_output
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from selfkd.analysis.verdicts import count
 from selfkd.cli.environment import record
+from selfkd.cli.options import USAGE, config_flags
 from selfkd.cli.output import print_error
 from selfkd.cli.progress import ProgressReporter, end_display
 from selfkd.cli.signals import (
@@ -49,7 +50,6 @@ from selfkd.storage.temporary import temporary_files
 from selfkd.text import shell_quote
 from selfkd.tracking import make_tracker
 
-USAGE = 2
 FAILED = 1
 S = TypeVar("S")
 
@@ -131,7 +131,7 @@ class Command(Generic[S]):
         options = Options(
             config=arguments.config,
             settings=arguments.settings,
-            flags={**flags, "seed": arguments.seed, "name": arguments.name},
+            flags={**config_flags(arguments), **flags},
             resume=arguments.resume,
             quiet=arguments.quiet,
             verbose=arguments.verbose,
@@ -339,39 +339,6 @@ class Command(Generic[S]):
         more = [_cost(wall, progress.train_seconds, workers), tracker.description]
         time_line = f"time:    {duration(wall)} on {count(workers, 'worker')}"
         return summary, Work([*progress.notes, time_line], more)
-
-
-def base_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser of the flags that all commands have."""
-    parser = argparse.ArgumentParser(prog=f"python -m selfkd.{name}", description=description)
-    parser.add_argument("--config", metavar="FILE", help="YAML file, see tune_configs/")
-    parser.add_argument("--name", help="name of the run folder")
-    parser.add_argument("--resume", metavar="RUN", help="run folder to continue")
-    parser.add_argument("--seed", type=int, help="seed of the split, the search and all trials")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        dest="settings",
-        help="set any config key, for example --set train.lr=1e-2",
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="print all tables, what explains them, and Ray's log"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print the table and errors only")
-    return parser
-
-
-def add_members(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of commands that have several teachers."""
-    parser.add_argument("--members", type=int, help="number of models that are trained")
-    add_from(parser, "run folder whose models are members; may be given several times")
-
-
-def add_from(parser: argparse.ArgumentParser, text: str) -> None:
-    """Add the flag of commands that take models of earlier runs."""
-    parser.add_argument("--from", metavar="RUN", action="append", dest="runs", help=text)
 
 
 def load_line(folder: RunFolder, *, own: bool = False) -> str:

@@ -8,11 +8,12 @@ import difflib
 import inspect
 import json
 import re
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from functools import reduce
+from functools import cache, reduce
 from itertools import pairwise
 from operator import or_
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -96,16 +97,26 @@ def config_sections(
 
 def field_docstrings(cls: type) -> dict[str, str]:
     """Return the text under each field of a dataclass."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    texts = {}
-    for field, text in pairwise(typing.cast(ast.ClassDef, tree).body):
+    return _docstrings(cls.__module__)[cls.__name__]
+
+
+@cache
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Return the text under each field of each class of a module."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {
+        node.name: dict(_field_texts(node)) for node in tree.body if isinstance(node, ast.ClassDef)
+    }
+
+
+def _field_texts(cls: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for field, text in pairwise(cls.body):
         match field, text:
             case (
                 ast.AnnAssign(target=ast.Name(id=name)),
                 ast.Expr(value=ast.Constant(value=str(words))),
             ):
-                texts[name] = _one_line(words)
-    return texts
+                yield name, _one_line(words)
 
 
 def describe_type(hint: Any, limits: Sequence[object] = ()) -> str:

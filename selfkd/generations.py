@@ -19,6 +19,7 @@ from selfkd.analysis.verdicts import count, sparkline
 from selfkd.cli.command import Command, Description, load_line
 from selfkd.cli.options import base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.plan import plan_generations
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job
 from selfkd.cli.tables import chosen_table, own_metrics_table, summary_table
@@ -247,6 +248,7 @@ _COMMAND = Command(
     finished=finished,
     work=born_again,
     describe=_describe,
+    plan=plan_generations,
 )
 
 

@@ -23,6 +23,7 @@ from selfkd.analysis.verdicts import count
 from selfkd.cli.environment import record
 from selfkd.cli.options import USAGE, config_flags
 from selfkd.cli.output import print_error
+from selfkd.cli.plan import Plan, print_plan
 from selfkd.cli.progress import ProgressReporter, end_display
 from selfkd.cli.signals import (
     INTERRUPTED,
@@ -70,6 +71,8 @@ class Options:
     """Whether the table and errors only are printed."""
     verbose: bool = False
     """Whether all tables and explanations, and what Ray prints, are shown."""
+    plan: bool = False
+    """Whether nothing is started, and what would be is said."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class Command(Generic[S]):
     """Does what is left, and returns the summary."""
     describe: Callable[[Config, RunFolder, S], Description]
     """Returns what is printed of a summary."""
+    plan: Callable[[Config], Plan]
+    """Returns what a run trains and caches."""
     function: str | None = None
     """Reference of a user's training function."""
     stem: str | None = None
@@ -135,13 +140,17 @@ class Command(Generic[S]):
             resume=arguments.resume,
             quiet=arguments.quiet,
             verbose=arguments.verbose,
+            plan=arguments.plan,
         )
         folder = None
         with interruptible(lambda: self._say_stopped(folder)):
             try:
                 with temporary_files():
                     folder, config = self._prepare(options)
-                    self._run(folder, config, options)
+                    if options.plan:
+                        print_plan(self.plan(config), self.name, config, folder, self.function)
+                    else:
+                        self._run(folder, config, options)
             except KeyboardInterrupt:
                 say_stopped(lambda: self._say_stopped(folder))
                 if folder is None:
@@ -197,10 +206,12 @@ class Command(Generic[S]):
             _refuse_relative(config, ("storage", config.storage))
             config = with_absolute_paths(config)
             self.check(config)
-            remember(config)
             stem = (self.stem or config.data.name).replace("/", "-")
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
             path = as_path(config.storage).expanduser() / (config.name or now)
+            if options.plan:
+                return RunFolder(path), config
+            remember(config)
             numbered = config.name is None
             return RunFolder.create(path, config, command=self.name, numbered=numbered), config
         _refuse_relative(None, ("--resume", str(options.resume)))
@@ -219,7 +230,8 @@ class Command(Generic[S]):
         if not options.config:
             confirmed = [setting.partition("=")[0] for setting in settings]
             refuse_foreign(stored, folder.path / "config.yaml", confirmed=confirmed)
-        remember(config)
+        if not options.plan:
+            remember(config)
         return folder, config
 
     def _run(self, folder: RunFolder, config: Config, options: Options) -> S:

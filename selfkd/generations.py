@@ -215,6 +215,8 @@ def _sentences(summary: GenerationsSummary) -> Sequence[str]:
     """Return the verdict in words, or why there is none."""
     if summary.verdict is not None:
         return summary.verdict.sentences
+    if len(summary.generations) == 1:
+        return ["generation 0 alone, so there is nothing to compare: --rounds 5 adds generations"]
     return ["one model a generation, so no interval and no verdict: --seeds 3 replicates each"]
 
 

@@ -50,7 +50,7 @@ class Plan:
 
 def plan_generations(config: Config) -> Plan:
     """Return the plan of `selfkd.generations`."""
-    rounds, trials, seeds = config.most_rounds, config.search.trials, config.confirm.seeds
+    rounds, trials, seeds = config.most_rounds, config.search.trials, config.confirm.replicas
     student = _student(config)
     stages = [Planned("generation 0", trials, ["generation_000/trial_*"], config)]
     if rounds:
@@ -72,7 +72,8 @@ def plan_generations(config: Config) -> Plan:
         patterns = [f"controls/{name}/**/trial_*"]
         stages.append(Planned(f"control: {TITLES[name]}", many, patterns, student))
     teacher = config.distill.teacher
-    return Plan(stages, rounds * (int(teacher[4:]) if teacher.startswith("top:") else 1))
+    each = int(teacher[4:]) if teacher.startswith("top:") else 1
+    return Plan(stages, rounds * (each + config.confirm.lineages))
 
 
 def plan_ensemble(config: Config) -> Plan:

@@ -46,6 +46,7 @@ RECIPES: dict[str, tuple[Callable[..., Plan], Callable[..., Any], list[str]]] = 
             "controls=[seeds, label_smoothing, dkpp]",
         ],
     ),
+    "lineages": (plan_generations, born_again, ["confirm.lineages=2"]),
     "ensemble": (plan_ensemble, compress, ["members=3", "members.use=2"]),
     "sources": (
         plan_ensemble,

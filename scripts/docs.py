@@ -9,27 +9,17 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
-import importlib
-import inspect
-import json
 import re
 import shutil
-import textwrap
 import tomllib
-import types
-import typing
-from collections.abc import Iterator, Sequence
-from functools import partial, reduce
-from itertools import pairwise
-from operator import or_
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
 from xml.sax.saxutils import escape
 
 import selfkd
-from selfkd.__main__ import COMMANDS
-from selfkd.config import Config, ModelConfig
+from selfkd.__main__ import COMMANDS, command_module
+from selfkd.config.reference import config_sections
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "docs"
@@ -42,9 +32,7 @@ LOADING = tuple(
     f"loading.model.{name}" for name in ("load", "LoadedModel", "Predictions", "push_to_hub")
 )
 INTEGRATIONS = ("timm", "lightning", "transformers")
-_CONFIG = Config()
 BELOW = "imports only what is below"
-LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def write_sources(folder: Path) -> None:
@@ -66,25 +54,6 @@ def write_sources(folder: Path) -> None:
 # --- the config, from its schema ---
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """A key of the config."""
-
-    name: str
-    type: str
-    default: str
-    meaning: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """The keys of one dataclass of the schema."""
-
-    name: str
-    meaning: str
-    keys: list[Key]
-
-
 def config_page() -> str:
     """Return the reference of the config."""
     lines = [
@@ -102,90 +71,6 @@ def config_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def config_sections(
-    cls: type = Config, name: str = "top level", meaning: str = "", given: object = _CONFIG
-) -> Iterator[Section]:
-    """Yield the sections of the config, the top level first.
-
-    Args:
-        cls: Dataclass of the schema.
-        name: Dotted key of the section.
-        meaning: Text under the key.
-        given: Default of the section, where there is one.
-    """
-    prefix = "" if cls is Config else f"{name}."
-    texts = field_docstrings(cls)
-    hints = typing.get_type_hints(cls, include_extras=True)
-    keys: list[Key] = []
-    inside: list[tuple[Any, str, str, object]] = []
-    for field in dataclasses.fields(cls):
-        dotted, hint, text = prefix + field.name, hints[field.name], texts.get(field.name, "")
-        info = cls.__pydantic_fields__[field.name]  # type: ignore[attr-defined]
-        value = None if info.is_required() else info.get_default(call_default_factory=True)
-        value = getattr(given, field.name, value)
-        if dataclasses.is_dataclass(hint):
-            inside.append((hint, dotted, text, value))
-            continue
-        default = "required" if info.is_required() else f"`{json.dumps(value)}`"
-        keys.append(Key(dotted, describe_type(hint, info.metadata), default, text))
-        if get_origin(hint) in (list, dict):
-            *_, part = get_args(hint)
-            if dataclasses.is_dataclass(part) and part is not ModelConfig:
-                each = "NAME" if get_origin(hint) is dict else "each"
-                inside.append((part, f"{dotted}.{each}", "", None))
-    yield Section(name, f"{_one_line(inspect.getdoc(cls))} {meaning}".strip(), keys)
-    for section in inside:
-        yield from config_sections(*section)
-
-
-def field_docstrings(cls: type) -> dict[str, str]:
-    """Return the text under each field of a dataclass."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    texts = {}
-    for field, text in pairwise(typing.cast(ast.ClassDef, tree).body):
-        match field, text:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(words))),
-            ):
-                texts[name] = _one_line(words)
-    return texts
-
-
-def describe_type(hint: Any, limits: Sequence[object] = ()) -> str:
-    """Return a type in the words of YAML."""
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (typing.Union, types.UnionType) and type(None) in parts:
-        some = reduce(or_, (part for part in parts if part is not type(None)))
-        return f"{describe_type(some, limits)}, or null"
-    if limits:
-        bounds = [
-            f"{words} {getattr(limit, kind):g}"
-            for limit in limits
-            for kind, words in LIMITS.items()
-            if hasattr(limit, kind)
-        ]
-        return ", ".join([describe_type(hint), *bounds])
-    if origin is Annotated:
-        return describe_type(parts[0])
-    if origin is Literal:
-        return ", ".join(f"`{part}`" for part in parts)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(part) for part in parts)
-    if origin in (list, tuple):
-        return f"list of {describe_type(parts[0])}"
-    if hint is ModelConfig:
-        return "network as in [model](#model)"
-    if origin is dict or dataclasses.is_dataclass(hint):
-        return "mapping"
-    return names.get(hint, "any value")
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
 # --- the commands, from their parsers ---
 
 
@@ -198,7 +83,7 @@ def commands_page() -> str:
         "it is done, 1 when it failed, 2 when it was called wrongly, 130 when it was stopped.",
     ]
     for name in COMMANDS:
-        module = importlib.import_module(f"selfkd.{name}")
+        module = command_module(name)
         lines += ["", f"## {name}", ""]
         for parser in _with_subcommands(module.make_parser()):
             parser.formatter_class = partial(argparse.HelpFormatter, width=88)
@@ -237,6 +122,10 @@ def api_page() -> str:
     for title, names in parts.items():
         lines += ["", f"## {title}", *(f"\n::: selfkd.{name}" for name in names)]
     return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def losses_page() -> str:

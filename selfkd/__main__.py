@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import ModuleType
 
 from selfkd import __version__
 from selfkd.cli.output import safe_output
 
 COMMANDS = (
-    *("budget", "capacity", "dashboard", "ensemble", "generations", "report"),
+    *("budget", "capacity", "config", "dashboard", "ensemble", "generations", "report"),
     *("response", "study", "submit", "targets"),
 )
 
@@ -27,8 +28,13 @@ def main() -> int:
         )
         print(usage, file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
-    code: int = importlib.import_module(f"selfkd.{sys.argv[1]}").main(sys.argv[2:])
+    code: int = command_module(sys.argv[1]).main(sys.argv[2:])
     return code
+
+
+def command_module(name: str) -> ModuleType:
+    """Return the module of a command, which has its `main` and `make_parser`."""
+    return importlib.import_module(f"selfkd.{name}" + ".__main__" * (name == "config"))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, Description, add_members, base_parser
+from selfkd.cli.command import Command, Description
+from selfkd.cli.options import add_members, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.plan import plan_capacity
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick
 from selfkd.config import Config
@@ -141,6 +143,7 @@ _COMMAND = Command(
     finished=finished,
     work=grow,
     describe=_describe,
+    plan=plan_capacity,
     most=lambda config: max(
         2 * config.confirm.seeds * len(config.capacity.values), config.members.trained()
     ),

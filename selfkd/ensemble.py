@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.cli.command import Command, Description, add_members, base_parser, load_line
+from selfkd.cli.command import Command, Description, load_line
+from selfkd.cli.options import add_members, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.plan import plan_ensemble
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick
 from selfkd.config import Config
@@ -116,6 +118,7 @@ _COMMAND = Command(
     finished=finished,
     work=compress,
     describe=_describe,
+    plan=plan_ensemble,
     most=lambda config: max(
         config.search.trials, config.members.trained(), 2 * config.confirm.seeds
     ),

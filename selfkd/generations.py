@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
-from selfkd.cli.command import Command, Description, base_parser, load_line
+from selfkd.cli.command import Command, Description, load_line
+from selfkd.cli.options import base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.plan import plan_generations
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job
 from selfkd.cli.tables import chosen_table, own_metrics_table, summary_table
@@ -213,6 +215,8 @@ def _sentences(summary: GenerationsSummary) -> Sequence[str]:
     """Return the verdict in words, or why there is none."""
     if summary.verdict is not None:
         return summary.verdict.sentences
+    if len(summary.generations) == 1:
+        return ["generation 0 alone, so there is nothing to compare: --rounds 5 adds generations"]
     return ["one model a generation, so no interval and no verdict: --seeds 3 replicates each"]
 
 
@@ -246,6 +250,7 @@ _COMMAND = Command(
     finished=finished,
     work=born_again,
     describe=_describe,
+    plan=plan_generations,
 )
 
 

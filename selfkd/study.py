@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import count
-from selfkd.cli.command import Command, Description, add_from, base_parser
+from selfkd.cli.command import Command, Description
+from selfkd.cli.options import add_from, base_parser
 from selfkd.cli.output import safe_output
+from selfkd.cli.plan import plan_study
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick
 from selfkd.config import Config
@@ -138,6 +140,7 @@ _COMMAND = Command(
     finished=finished,
     work=compare_arms,
     describe=_describe,
+    plan=plan_study,
     most=_trainings,
 )
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import selfkd
 from selfkd import capacity, ensemble, study
-from selfkd.cli.command import FAILED, USAGE
+from selfkd.cli.command import FAILED
+from selfkd.cli.options import USAGE
 from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.signals import INTERRUPTED, interruptible
 from selfkd.config import load_config, load_yaml

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from selfkd import submit
+from selfkd.__main__ import command_module
 from selfkd.config import load_config
 from selfkd.config.validate import check_study
 
@@ -69,8 +70,7 @@ def test_every_command_is_understood(page: str, command: str) -> None:
         submit.make_parser().parse_args(words[: words.index("--")])
         module, *words = words[words.index("--") + 1 :]
     name = module.removeprefix("selfkd.")
-    command_module = importlib.import_module(f"selfkd.{name}")
-    arguments = command_module.make_parser().parse_args(words)
+    arguments = command_module(name).make_parser().parse_args(words)
     if name in TRAINING:
         config = ROOT / arguments.config if arguments.config else None
         load_config(config, settings=arguments.settings)

@@ -21,7 +21,9 @@ from rich.console import Console
 
 from selfkd.analysis.verdicts import count
 from selfkd.cli.environment import record
+from selfkd.cli.options import USAGE, config_flags
 from selfkd.cli.output import print_error
+from selfkd.cli.plan import Plan, print_plan
 from selfkd.cli.progress import ProgressReporter, end_display
 from selfkd.cli.signals import (
     INTERRUPTED,
@@ -49,7 +51,6 @@ from selfkd.storage.temporary import temporary_files
 from selfkd.text import shell_quote
 from selfkd.tracking import make_tracker
 
-USAGE = 2
 FAILED = 1
 S = TypeVar("S")
 
@@ -70,6 +71,8 @@ class Options:
     """Whether the table and errors only are printed."""
     verbose: bool = False
     """Whether all tables and explanations, and what Ray prints, are shown."""
+    plan: bool = False
+    """Whether nothing is started, and what would be is said."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class Command(Generic[S]):
     """Does what is left, and returns the summary."""
     describe: Callable[[Config, RunFolder, S], Description]
     """Returns what is printed of a summary."""
+    plan: Callable[[Config], Plan]
+    """Returns what a run trains and caches."""
     function: str | None = None
     """Reference of a user's training function."""
     stem: str | None = None
@@ -131,17 +136,21 @@ class Command(Generic[S]):
         options = Options(
             config=arguments.config,
             settings=arguments.settings,
-            flags={**flags, "seed": arguments.seed, "name": arguments.name},
+            flags={**config_flags(arguments), **flags},
             resume=arguments.resume,
             quiet=arguments.quiet,
             verbose=arguments.verbose,
+            plan=arguments.plan,
         )
         folder = None
         with interruptible(lambda: self._say_stopped(folder)):
             try:
                 with temporary_files():
                     folder, config = self._prepare(options)
-                    self._run(folder, config, options)
+                    if options.plan:
+                        print_plan(self.plan(config), self.name, config, folder, self.function)
+                    else:
+                        self._run(folder, config, options)
             except KeyboardInterrupt:
                 say_stopped(lambda: self._say_stopped(folder))
                 if folder is None:
@@ -197,10 +206,12 @@ class Command(Generic[S]):
             _refuse_relative(config, ("storage", config.storage))
             config = with_absolute_paths(config)
             self.check(config)
-            remember(config)
             stem = (self.stem or config.data.name).replace("/", "-")
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
             path = as_path(config.storage).expanduser() / (config.name or now)
+            if options.plan:
+                return RunFolder(path), config
+            remember(config)
             numbered = config.name is None
             return RunFolder.create(path, config, command=self.name, numbered=numbered), config
         _refuse_relative(None, ("--resume", str(options.resume)))
@@ -219,7 +230,8 @@ class Command(Generic[S]):
         if not options.config:
             confirmed = [setting.partition("=")[0] for setting in settings]
             refuse_foreign(stored, folder.path / "config.yaml", confirmed=confirmed)
-        remember(config)
+        if not options.plan:
+            remember(config)
         return folder, config
 
     def _run(self, folder: RunFolder, config: Config, options: Options) -> S:
@@ -339,39 +351,6 @@ class Command(Generic[S]):
         more = [_cost(wall, progress.train_seconds, workers), tracker.description]
         time_line = f"time:    {duration(wall)} on {count(workers, 'worker')}"
         return summary, Work([*progress.notes, time_line], more)
-
-
-def base_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser of the flags that all commands have."""
-    parser = argparse.ArgumentParser(prog=f"python -m selfkd.{name}", description=description)
-    parser.add_argument("--config", metavar="FILE", help="YAML file, see tune_configs/")
-    parser.add_argument("--name", help="name of the run folder")
-    parser.add_argument("--resume", metavar="RUN", help="run folder to continue")
-    parser.add_argument("--seed", type=int, help="seed of the split, the search and all trials")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        dest="settings",
-        help="set any config key, for example --set train.lr=1e-2",
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="print all tables, what explains them, and Ray's log"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print the table and errors only")
-    return parser
-
-
-def add_members(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of commands that have several teachers."""
-    parser.add_argument("--members", type=int, help="number of models that are trained")
-    add_from(parser, "run folder whose models are members; may be given several times")
-
-
-def add_from(parser: argparse.ArgumentParser, text: str) -> None:
-    """Add the flag of commands that take models of earlier runs."""
-    parser.add_argument("--from", metavar="RUN", action="append", dest="runs", help=text)
 
 
 def load_line(folder: RunFolder, *, own: bool = False) -> str:

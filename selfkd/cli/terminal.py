@@ -37,7 +37,10 @@ def make_console(file: TextIO | None = None) -> Console:
     if file is None and sys.stdout is not None and not isinstance(sys.stdout, SafeStream):
         # called from Python
         file = cast(TextIO, SafeStream(sys.stdout))
-    console = _Console(file=file, highlight=False, markup=False, emoji=False)
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    console = _Console(file=file, **plain)
+    if console.is_jupyter:  # lines of text: each would be a block of HTML of its own
+        console = _Console(file=file, force_jupyter=False, force_terminal=False, **plain)
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console

@@ -213,7 +213,12 @@ def flat(config: Config) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """Return a config as YAML."""
-    text: str = yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
+    return dump_yaml(to_tree(config))
+
+
+def dump_yaml(tree: Tree) -> str:
+    """Return nested dictionaries as YAML that `parse_yaml` reads as the same."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
     return text
 
 

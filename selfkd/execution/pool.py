@@ -172,6 +172,8 @@ class Pool:
                 name="trials",
                 storage_path=str(self._folder.path),
                 verbose=0,
+                # Tune's own of a notebook clears what the cell has printed, even at verbose 0
+                progress_reporter=tune.CLIReporter(),
                 stop=StopWhenClosed(self._scheduler),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),

@@ -47,6 +47,16 @@ def load_function(reference: str) -> Callable[..., Any]:
     return found
 
 
+def _way_out(name: str) -> str:
+    """Return what to do with a function that was defined at a prompt or in a notebook's cell."""
+    if not name.isidentifier():
+        return ""
+    return (
+        ": in a notebook, make %%writefile my_train.py the first line of its cell, and pass "
+        f'"my_train.py:{name}"'
+    )
+
+
 def function_reference(function: Callable[..., object]) -> str:
     """Return the reference `path/file.py:name` by which workers import a function.
 
@@ -61,6 +71,6 @@ def function_reference(function: Callable[..., object]) -> str:
     if file is None or not Path(file).is_file() or not name.isidentifier():
         raise ValueError(
             "train_fn must be a function at the top level of a .py file, so that workers can "
-            f"import it, got {name or function!r}"
+            f"import it, got {name or function!r}{_way_out(name)}"
         )
     return f"{Path(file).absolute()}:{name}"

@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from selfkd.cli.progress import ProgressReporter
 from selfkd.cli.tables import chosen_table, own_metrics_table
 from selfkd.cli.terminal import make_console, print_table
+from selfkd.config import Config
 from selfkd.results import Evaluation, GenerationResult, GenerationsSummary
 
 METRICS = {"val_accuracy": 0.9, "test_accuracy": 0.8125, "test_nll": 0.5, "test_ece": 0.01}
@@ -81,6 +83,18 @@ def test_a_file_has_all_columns() -> None:
     print_table(console, own_metrics_table([own_metrics(300)], "val_accuracy"))
     head = written(console).splitlines()[1].split()
     assert head[3:] == ["val_accuracy", *(f"class_{number}" for number in range(300)), "seconds"]
+
+
+def test_a_notebook_gets_lines_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block of HTML a line, and no live view, though its stdout says it is a terminal."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    output = io.StringIO()
+    output.isatty = lambda: True  # type: ignore[method-assign]
+    console = make_console(output)
+    assert not console.is_terminal
+    with ProgressReporter(console, Config()) as progress:
+        progress.say("first")
+    assert output.getvalue() == "first\n"
 
 
 def test_the_columns_that_are_hidden_are_the_fewest() -> None:

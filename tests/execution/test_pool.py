@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +75,24 @@ def test_waiting_for_other_runs_is_said_once(
     with Pool(ENTRY, cpu=1, gpu=0, warm=1, say=say) as pool:
         pool.run(jobs(1, pause=0.5))
     assert said == []
+
+
+def test_the_output_of_a_notebooks_cell_stays(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune's own reporter of a notebook clears it when it is made."""
+
+    def display(*_: object) -> None:
+        raise AssertionError
+
+    names = SimpleNamespace(HTML=str, display=display, clear_output=display)
+    monkeypatch.setitem(sys.modules, "IPython.display", names)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=names))
+    monkeypatch.setattr("ray.tune.progress_reporter.IS_NOTEBOOK", True)
+    batch = jobs(1)
+    with Pool(ENTRY, cpu=1, gpu=0, warm=1) as pool:
+        pool.run(batch)
+    assert len(batch.outcomes) == 1
 
 
 def test_a_job_takes_an_idle_worker_rather_than_start_one(cluster: None, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import selfkd
 from selfkd import Ensemble, Teacher
 from selfkd.config import load_config
 from selfkd.distill.terms import LogitTerm
-from selfkd.generations import main
+from selfkd.generations import main, run_generations
 from selfkd.losses.logits import logit_mse
 from selfkd.results import OWN, Row
 from selfkd.storage.checkpoint import load_tensors
@@ -361,6 +361,14 @@ def test_a_function_is_referenced_by_its_file(tmp_path: Path) -> None:
         function_reference(lambda trial: None)
     with pytest.raises(ValueError, match=r"top level of a \.py file"):
         function_reference(fit.__class__)
+
+
+def test_a_function_of_a_notebooks_cell_is_told_the_way_out() -> None:
+    names: dict[str, Any] = {}
+    exec(compile("def fit(trial): ...", "/tmp/ipykernel_1/2.py", "exec"), names)
+    said = r'%%writefile my_train.py the first line .* and pass "my_train.py:fit"'
+    with pytest.raises(ValueError, match=said):
+        run_generations(names["fit"])
 
 
 def test_params_are_set_and_searched(tmp_path: Path) -> None:

@@ -1,0 +1,312 @@
+"""`--plan`: what a run would train, write and take, before anything starts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selfkd.analysis.verdicts import count, short
+from selfkd.cli.terminal import make_console, print_sentences, print_table
+from selfkd.config import Config, Tree, to_tree, uses_pretrained
+from selfkd.errors import ConfigError
+from selfkd.execution.jobs import load_entry
+from selfkd.experiments.controls import TITLES
+from selfkd.experiments.members import find_members
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.reporting.tables import Table
+from selfkd.reporting.words import duration
+from selfkd.results import Facts, Row, TrialResult, from_row
+from selfkd.storage.rows import load_row
+
+ENTRY = "selfkd.worker.jobs:run_job"
+BATCHES, EPOCHS, SECONDS = 8, 40, 1.0  # batches of an epoch that is timed; ends of the timing
+NETWORKS = 8  # networks that are timed at most
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Trainings of one kind."""
+
+    title: str
+    trainings: int
+    patterns: Sequence[str]
+    """Patterns of the folders of its trials in the run folder."""
+    config: Config
+    """Config of these trainings, whose `model` is trained."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do."""
+
+    stages: Sequence[Planned]
+    teachers: int = 0
+    """Number of models whose logits are cached."""
+
+
+def plan_generations(config: Config) -> Plan:
+    """Return the plan of `selfkd.generations`."""
+    rounds, trials, seeds = config.most_rounds, config.search.trials, config.confirm.replicas
+    student = _student(config)
+    stages = [Planned("generation 0", trials, ["generation_000/trial_*"], config)]
+    if rounds:
+        which = "generation 1" if rounds == 1 else f"generations 1 to {rounds}"
+        at_most = "at most " if config.rounds == "auto" else ""
+        patterns = ["generation_*[1-9]*/trial_*"]
+        stages.append(Planned(f"{at_most}{which}", rounds * trials, patterns, student))
+    if seeds:
+        patterns = ["generation_000/confirm/*"]
+        stages.append(Planned("confirmation, generation 0", seeds, patterns, config))
+        if config.student is not None:
+            patterns = ["labels/confirm/*"]
+            stages.append(Planned("confirmation, student on labels", seeds, patterns, student))
+    if seeds and rounds:
+        patterns = ["generation_*[1-9]*/confirm/*"]
+        stages.append(Planned(f"confirmation, {which}", rounds * seeds, patterns, student))
+    for name in dict.fromkeys(config.controls):
+        many = rounds + 1 if name == "seeds" else trials + seeds
+        patterns = [f"controls/{name}/**/trial_*"]
+        stages.append(Planned(f"control: {TITLES[name]}", many, patterns, student))
+    teacher = config.distill.teacher
+    each = int(teacher[4:]) if teacher.startswith("top:") else 1
+    return Plan(stages, rounds * (each + config.confirm.lineages))
+
+
+def plan_ensemble(config: Config) -> Plan:
+    """Return the plan of `selfkd.ensemble`."""
+    members, student, seeds = _members(config), _student(config), config.confirm.seeds
+    trials = config.search.trials
+    stages = [*members.stages, Planned("student", trials, ["student/trial_*"], student)]
+    if config.space(with_teacher=False) or not seeds:
+        stages.append(Planned("student from labels only", trials, ["labels/trial_*"], student))
+    if seeds:
+        stages.append(Planned("confirmation, both", 2 * seeds, ["confirm/*/trial_*"], student))
+    return replace(members, stages=stages)
+
+
+def plan_capacity(config: Config) -> Plan:
+    """Return the plan of `selfkd.capacity`."""
+    members, key = _members(config), config.capacity.key
+    stages, trials = list(members.stages), config.search.trials
+    searched = config.capacity.search
+    searches = [wanted for wanted in (True, False) if config.space(with_teacher=wanted)]
+    for number, value in enumerate(config.capacity.values):
+        own = _student(config.at({key: value}))
+        title = f"{key.rpartition('.')[2]} {value}, labels only and distilled"
+        patterns = [f"students/*_{number:03d}/trial_*", f"*search_{number:03d}/trial_*"]
+        each = 2 * config.confirm.seeds + (trials * len(searches) if searched else 0)
+        stages.append(Planned(title, each, patterns, own))
+    return replace(members, stages=stages)
+
+
+def plan_study(config: Config) -> Plan:
+    """Return the plan of `selfkd.study`."""
+    stages, teachers = [], dict[str, int]()
+    for name, arm in config.study.arms.items():
+        if not arm.average:
+            own, patterns = config.at(arm.set), [f"arms/{name}/trial_*"]
+            stages.append(Planned(name, config.arm_seeds(arm), patterns, own))
+        for teacher in arm.teachers:
+            if teacher in config.study.arms and not arm.average:
+                known = config.arm_seeds(config.study.arms[teacher])
+                used = min(known, config.arm_seeds(arm))
+                teachers[teacher] = max(used, teachers.get(teacher, 0))
+            else:
+                teachers[teacher] = _members(config).teachers
+    return Plan(stages, sum(teachers.values()))
+
+
+def _student(config: Config) -> Config:
+    return config if config.student is None else replace(config, model=config.student)
+
+
+def _members(config: Config) -> Plan:
+    """Return the plan of the members of an ensemble."""
+    members, stages = config.members, list[Planned]()
+    if trained := members.trained():
+        model = members.models[0] if members.models else config.model
+        own = replace(config, model=model)
+        stages.append(Planned("members on labels", trained, ["members/trial_*"], own))
+    found = trained + len(members.checkpoints) + sum(len(find_members(r)) for r in members.runs)
+    if "snapshots" in (members.source, *members.compare):
+        stages.append(Planned("one run of snapshots", 1, ["snapshots/trial_*"], config))
+    if "specialists" in (members.source, *members.compare):
+        stages.append(Planned("specialists", 0, ["specialists/trial_*"], config))
+    one = members.source in ("soup", "greedy_soup", "specialists")
+    return Plan(stages, 1 if one else min(found, members.use or found))
+
+
+def print_plan(
+    plan: Plan, name: str, config: Config, folder: RunFolder, function: str | None
+) -> None:
+    """Print what is left of a run, and about how long that takes.
+
+    Args:
+        plan: What the whole run does.
+        name: Name of the command.
+        config: Config of the run.
+        folder: Run folder, which need not be there.
+        function: Reference of a user's training function.
+
+    Raises:
+        ConfigError: The data or the models are not as the config says.
+    """
+    # of a worker, before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(int(config.resources.cpu), 1)))
+    console, facts = make_console(), _check(config, function)
+    done = [_done(folder, stage.patterns) for stage in plan.stages]
+    left = [max(s.trainings - len(d), 0) for s, d in zip(plan.stages, done, strict=True)]
+    rows = [
+        (stage.title, *_counts(stage.trainings, len(found)), f"{n * stage.config.train.epochs:,}")
+        for stage, found, n in zip(plan.stages, done, left, strict=True)
+    ]
+    epochs = sum(n * s.config.train.epochs for s, n in zip(plan.stages, left, strict=True))
+    totals = _counts(sum(s.trainings for s in plan.stages), sum(map(len, done)))
+    rows.append(("all", *totals, f"{epochs:,}"))
+    head = ("stage", "trainings", "done", "epochs")
+    table = Table(head, tuple(rows), rules=(len(rows) - 1,))
+    print_sentences(console, [f"plan of selfkd.{name}, of which nothing is started:"])
+    print_table(console, table.without_empty())
+    lines = [] if function else [_describe_cache(config, plan, facts)]
+    lines.append(_describe_time(config, plan, left, done, facts, function))
+    print_sentences(console, [*lines, "next:    the same without --plan"])
+
+
+def _counts(trainings: int, done: int) -> tuple[str, str]:
+    return f"{trainings:,}", f"{done:,}" if done else ""
+
+
+def _done(folder: RunFolder, patterns: Sequence[str]) -> list[TrialResult]:
+    """Return the results of trials that a run has had."""
+    return [
+        load_row(TrialResult, path)
+        for pattern in patterns
+        if folder.exists()
+        for path in folder.path.glob(f"{pattern}/result.json")
+    ]
+
+
+def _job(kind: str, **payload: Any) -> list[Row]:
+    """Do a worker's job in this process."""
+    return list(load_entry(ENTRY)(kind, payload))
+
+
+def _check(config: Config, function: str | None) -> Facts:
+    if function is None:
+        tree = to_tree(config)
+        tree["resources"]["gpu"] = 0.0  # where the run is started there may be some
+        (row,) = _job("check", config=tree)
+    else:
+        (row,) = _job("check_function", function=function)
+    if "fault" in row:
+        raise ConfigError(row["fault"])
+    return from_row(Facts, row["facts"])
+
+
+def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
+    """Return the size of the cached teacher logits in words."""
+    if config.distill.live:
+        return "cached:  no teacher logits, as teachers are run at each step"
+    top_k = config.targets.top_k
+    each = 2 * facts.outputs if top_k is None else 6 * top_k + 4
+    items = facts.items["train"] * facts.views
+    views = f" in {facts.views} views" if facts.views > 1 else ""
+    return (
+        f"cached:  {short(plan.teachers * items * each)}B of teacher logits, of "
+        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}"
+    )
+
+
+def _describe_time(
+    config: Config,
+    plan: Plan,
+    left: Sequence[int],
+    done: Sequence[Sequence[TrialResult]],
+    facts: Facts,
+    function: str | None,
+) -> str:
+    """Return about how long the trainings that are left take, and what that stands on."""
+    if not sum(left):
+        return "time:    nothing is left to train"
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(min(int(cpus / config.resources.cpu), sum(left)), 1)
+    known = [row.train_seconds for rows in done for row in rows if row.status == "completed"]
+    if known:
+        mean = sum(known) / len(known)
+        seconds, basis = mean * sum(left), f"by the {len(known)} that are done"
+    elif why := _unmeasured(config, facts, function):
+        return f"time:    no guess, as {why}"
+    else:
+        networks = {_digest(s): s for s, n in zip(plan.stages, left, strict=True) if n}
+        timed = list(networks.values())[:NETWORKS]
+        each = {_digest(stage): _epoch_seconds(stage.config, facts) for stage in timed}
+        mean = sum(each.values()) / len(each)
+        seconds = sum(
+            n * stage.config.train.epochs * each.get(_digest(stage), mean)
+            for stage, n in zip(plan.stages, left, strict=True)
+        )
+        of = "" if len(each) == 1 else f" of {len(each)} networks"
+        basis = f"by short epochs{of} that were timed just now, on the CPUs of one worker"
+    at_most = "at most " if config.rounds == "auto" or config.search.scheduler == "asha" else ""
+    return (
+        f"time:    {at_most}about {_roughly(seconds / workers)} of training on "
+        f"{count(workers, 'worker')} of this machine, {basis}; starting Ray, caching logits and "
+        "testing come on top, and workers that share memory or cores are slower"
+    )
+
+
+def _roughly(seconds: float) -> str:
+    return f"{max(round(seconds), 1)} s" if seconds < 90 else duration(max(seconds, 120))
+
+
+def _digest(stage: Planned) -> str:
+    own = stage.config
+    return repr((own.model, own.train.batch_size, own.train.optimizer, own.data))
+
+
+def _unmeasured(config: Config, facts: Facts, function: str | None) -> str | None:
+    """Return why no epoch is timed, if none is."""
+    resources = config.resources
+    if function is not None:
+        return "the trainings are those of your own function"
+    if resources.gpu:
+        return "the trials are to have GPUs, and this process would be timed without"
+    if resources.workers > 1:
+        return "several workers share a training"
+    return "the networks start from pretrained weights" if uses_pretrained(config) else None
+
+
+def _epoch_seconds(config: Config, facts: Facts) -> float:
+    """Return the seconds of an epoch, by some of a few batches in this process."""
+    whole_train, whole_val = facts.items["train"], facts.items["val"]
+    few = max(BATCHES * config.train.batch_size, 2 * facts.outputs)
+    train, val = min(whole_train, few), min(whole_val, few)
+    tree: Tree = to_tree(config)
+    tree["data"] |= {"train_size": train, "val_size": val}
+    tree["train"] |= {"epochs": 1 + EPOCHS, "warmup_epochs": 0}
+    tree["checkpoint"] = {"seconds": None, "epochs": None}
+    with tempfile.TemporaryDirectory() as folder:
+        times = [0.0]  # the first epoch warms up
+        for row in load_entry(ENTRY)("train", _training(config, tree, Path(folder))):
+            times.append(row["seconds"])
+            if len(times) > 3 and times[-1] - times[1] > SECONDS:
+                break
+    seconds = (times[-1] - times[1]) / (len(times) - 2)
+    # a validation item costs a forward pass, a third of what a training item does
+    return float(seconds * (whole_train + whole_val / 3) / (train + val / 3))
+
+
+def _training(config: Config, tree: Tree, folder: Path) -> Mapping[str, Any]:
+    return {
+        "config": tree,
+        "stage": "plan",
+        "seed": 0,
+        "model": {"name": config.model.name, "args": config.model.args},
+        "teachers": [],
+        "targets": str(folder),
+        "student": str(folder / "student.safetensors"),
+    }

@@ -1,0 +1,75 @@
+"""Flags: those for common keys, and what an unknown one may mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from selfkd import capacity, ensemble, generations, study
+from selfkd.cli.options import FLAGS, config_flags
+from selfkd.config import load_config
+from selfkd.config.load import flat
+
+COMMANDS = [generations, ensemble, capacity, study]
+GIVEN = {
+    "--data": ("mnist", "mnist"),
+    "--data-root": ("d", "d"),
+    "--labels": ("50", 50),
+    "--model": ("selfkd_mlp", "selfkd_mlp"),
+    "--epochs": ("3", 3),
+    "--batch-size": ("8", 8),
+    "--lr": ("1e-2", 0.01),
+    "--trials": ("2", 2),
+    "--seeds": ("4", 4),
+    "--storage": ("s", "s"),
+    "--name": ("n", "n"),
+    "--seed": ("5", 5),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_the_same_flags_for_common_keys(command: Any) -> None:
+    assert FLAGS.keys() == GIVEN.keys()
+    words = [word for flag, (text, _) in GIVEN.items() for word in (flag, text)]
+    arguments = command.make_parser().parse_args([*words, "--set", "train.epochs=9"])
+    config = load_config(settings=arguments.settings, flags=config_flags(arguments))
+    values = flat(config)
+    assert {flag: values[key] for flag, (key, *_) in FLAGS.items()} == {
+        flag: value for flag, (_, value) in GIVEN.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--temperature", "4"], "did you mean --set distill.temperature=4?"),
+        (["--temperature=4"], "did you mean --set distill.temperature=4?"),
+        (["--label-smoothing", "0.1"], "did you mean --set train.label_smoothing=0.1?"),
+        (["--weight_decay", "0"], "did you mean --set train.weight_decay=0?"),
+        (["--train.lr", "0.1"], "did you mean --set train.lr=0.1?"),
+        (["--optimiser", "adamw"], "did you mean --set train.optimizer=adamw?"),
+        (["--gpus", "1"], "did you mean --set resources.gpu=1?"),
+        (["--alpha"], "did you mean --set distill.alpha=…?"),
+        (["--trails", "4"], "did you mean --trials"),
+        (["--zzz", "4"], "--zzz: unknown flag\n--help lists the flags, --help-config KEY says"),
+        (["word"], "unknown argument: word"),
+    ],
+)
+def test_an_unknown_flag_names_what_it_may_mean(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        ensemble.main(words)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+
+
+def test_a_flag_that_is_no_number_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        study.main(["--epochs", "many"])
+    assert caught.value.code == 2
+    assert "argument --epochs: invalid int value: 'many'" in capsys.readouterr().err

@@ -1,0 +1,163 @@
+"""`--plan` counts what the run then does, and starts nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import Count, StopAfter, make_run
+
+from selfkd import generations
+from selfkd.cli.plan import (
+    Plan,
+    plan_capacity,
+    plan_ensemble,
+    plan_generations,
+    plan_study,
+    print_plan,
+)
+from selfkd.config import load_config
+from selfkd.experiments.capacity import grow
+from selfkd.experiments.ensemble import compress
+from selfkd.experiments.generations import born_again
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.study import compare_arms
+from selfkd.worker.jobs import run_job
+
+TINY = (
+    *("data.train_size=40", "data.val_size=40", "model={name: selfkd_mlp, args: {width: 4}}"),
+    *("train.epochs=2", "search.trials=2", "confirm.seeds=2", "rounds=2", "tracking=none"),
+)
+ARMS = "{a: {}, b: {teacher: a}, c: {teacher: [a, b], seeds: 1}, d: {average: [a, b]}}"
+RECIPES: dict[str, tuple[Callable[..., Plan], Callable[..., Any], list[str]]] = {
+    "generations": (plan_generations, born_again, []),
+    "no seeds": (plan_generations, born_again, ["confirm.seeds=0", "distill.live=true"]),
+    "top": (plan_generations, born_again, ["distill.teacher=top:2", "confirm.seeds=0"]),
+    "controls": (
+        plan_generations,
+        born_again,
+        [
+            "student={name: selfkd_mlp, args: {width: 5}}",
+            "controls=[seeds, label_smoothing, dkpp]",
+        ],
+    ),
+    "lineages": (plan_generations, born_again, ["confirm.lineages=2"]),
+    "ensemble": (plan_ensemble, compress, ["members=3", "members.use=2"]),
+    "sources": (
+        plan_ensemble,
+        compress,
+        [
+            "members={count: 2, source: snapshots, compare: [soup]}",
+            "search.labels_only_space={train.lr: {uniform: [0.01, 0.1]}}",
+        ],
+    ),
+    "capacity": (plan_capacity, grow, ["members=2", "capacity.values=[4, 2]"]),
+    "searched": (
+        plan_capacity,
+        grow,
+        ["members=1", "capacity={values: [2, 4], search: true}"],
+    ),
+    "study": (plan_study, compare_arms, [f"study.arms={ARMS}"]),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_counts_what_the_run_does(name: str, tmp_path: Path) -> None:
+    make_plan, work, settings = RECIPES[name]
+    config = load_config(settings=[*TINY, *settings])
+    plan = make_plan(config)
+    folder, did = RunFolder.create(tmp_path / "run", config), Count()
+    work(make_run(config, folder, did))
+    assert sum(stage.trainings for stage in plan.stages) == len(did.kinds("train"))
+    cached = {job["checkpoint"] for job in did.kinds("cache_teacher_logits")}
+    assert len(cached) == (0 if config.distill.live else plan.teachers)
+    for stage in plan.stages:
+        done = [
+            path
+            for pattern in stage.patterns
+            for path in folder.path.glob(f"{pattern}/result.json")
+        ]
+        assert len(done) == stage.trainings, stage.title
+
+
+def test_of_a_run_that_was_stopped_it_says_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(settings=TINY)
+    folder = RunFolder.create(tmp_path / "run", config)
+    with pytest.raises(KeyboardInterrupt):
+        born_again(make_run(config, folder, StopAfter(run_job, 5)))
+    done = len(list(folder.path.rglob("trial_*/result.json")))
+    assert done
+    print_plan(plan_generations(config), "generations", config, folder, None)
+    printed = capsys.readouterr().out
+    assert re.search(rf"\n all +12 +{done} +{2 * (12 - done)} *\n", printed)
+    assert f"by the {done} that are done" in printed
+
+
+def test_the_command_prints_it_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for setting in TINY for word in ("--set", setting)]
+    assert generations.main([*words, "--plan", "--set", "data.jitter=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "plan of selfkd.generations, of which nothing is started:" in printed
+    assert "\ncached:  12.8 kB of teacher logits, of 2 models for 40 images in 8 views" in printed
+    assert re.search(r"\ntime:    about \d+ s of training on \d+ worker", printed)
+    assert "by short epochs that were timed just now" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["resources.gpu=1"], "no guess, as the trials are to have GPUs"),
+        (["resources.workers=2"], "no guess, as several workers share a training"),
+        (["distill.live=true"], "cached:  no teacher logits, as teachers are run at each step"),
+        (["rounds=auto", "rounds_max=3", "confirm.seeds=3"], "at most generations 1 to 3"),
+    ],
+)
+def test_it_says_what_it_cannot_know(
+    settings: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for setting in (*TINY, *settings) for word in ("--set", setting)]
+    assert generations.main([*words, "--plan"]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_bad_input_is_code_2_as_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert generations.main(["--plan", "--model", "selfkd_cmn"]) == 2
+    assert "did you mean selfkd_cnn" in capsys.readouterr().err
+    assert generations.main(["--plan", "--train", "nowhere.py:f"]) == 2
+    assert "--train must be path/file.py:function" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_a_function_it_counts_trainings_and_starts_no_ray(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def train_fn(trial):\n    raise AssertionError\n")
+    code = (
+        "import sys; from selfkd.generations import main;"
+        "main(['--plan', '--train', 'mine.py:train_fn', '--rounds', '1']); "
+        "print([m for m in ('ray', 'plotly') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert "time:    no guess, as the trainings are those of your own function" in done.stdout
+    assert "cached:" not in done.stdout
+    assert done.stdout.endswith("[]\n")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["mine.py"]

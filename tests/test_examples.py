@@ -77,7 +77,7 @@ def test_a_plain_loop_is_born_again(tmp_path: Path) -> None:
     assert len(found) == 4
     assert all(float(accuracy) > 75 for accuracy in found)
     assert len(gains) == 3
-    assert all(float(mean) > 1 and float(low) > 0 for mean, low in gains)  # 3.7 and 2.4 or more here
+    assert all(float(mean) > 1 and float(low) > 0 for mean, low in gains)  # 3.7, 2.4
 
 
 def test_a_loop_of_somebody_s_own_makes_generations(tmp_path: Path) -> None:

@@ -101,6 +101,11 @@ def _generations() -> Section:
         is_open=True,
         panels=[
             panels.LinePlot(title="test accuracy", y=["test_accuracy"], **axis),
+            panels.LinePlot(
+                title="test accuracy on fresh seeds, mean and 95 % interval",
+                y=[f"confirmed/test_accuracy{end}" for end in ("", "_low", "_high")],
+                **axis,
+            ),
             panels.LinePlot(title="validation accuracy", y=["val_accuracy"], **axis),
             panels.LinePlot(title="teacher agreement", y=["agreement"], **axis),
             panels.BarPlot(

@@ -18,7 +18,7 @@ from selfkd.execution.jobs import InProcess
 from selfkd.experiments.arms import Run
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.tracking.rows import generation_row
+from selfkd.tracking.rows import confirmation_row, generation_row
 from selfkd.worker.jobs import run_job
 
 GOLDEN = Path(__file__).with_name("dashboard.json")
@@ -53,18 +53,20 @@ def test_the_view_shows_what_trials_log() -> None:
 
 def test_the_view_shows_what_a_lineage_logs(tmp_path: Path) -> None:
     tiny = ["model={name: selfkd_mlp, args: {width: 8, depth: 1}}", "train.epochs=1", "rounds=1"]
-    config = load_config(settings=[*tiny, "search.trials=1", "confirm.seeds=0"])
+    config = load_config(settings=[*tiny, "search.trials=1", "confirm.seeds=2"])
     folder = RunFolder.create(tmp_path / "run", config)
     jobs = InProcess(run_job)
-    born_again(Run(config=config, folder=folder, executor=jobs, events=lambda event: None))
-    logged = generation_row(folder.results()[1])
+    summary = born_again(
+        Run(config=config, folder=folder, executor=jobs, events=lambda event: None)
+    )
+    logged = generation_row(folder.results()[1]) | confirmation_row(summary.confirmations[1])
     drawn = {
         name
         for panel in panels()
         if panel["config"].get("xAxis") == "generation"
         for name in panel["config"]["metrics"]
     }
-    assert {"test_accuracy", "test_ece"} <= drawn
+    assert {"test_accuracy", "test_ece", "confirmed/test_accuracy"} <= drawn
     assert drawn <= set(logged)
 
 

@@ -147,8 +147,10 @@ def test_wandb_has_a_run_a_trial_and_the_lineage(whole: tuple[Path, str]) -> Non
     trials = [f"{run_id}-g{generation}-t{trial}" for generation in range(3) for trial in range(3)]
     trials += [f"{run_id}-confirm-{generation}-t{n}" for generation in range(3) for n in range(2)]
     assert runs == sorted([*trials, f"{run_id}-lineage"])
-    rows = history(folder, f"{run_id}-lineage")
-    assert [row["generation"] for row in rows] == [0, 1, 2]
+    every = history(folder, f"{run_id}-lineage")
+    assert [row["generation"] for row in every] == [0, 1, 2, 0, 1, 2]
+    rows, confirmed = every[:3], every[3:]
+    assert all("confirmed/test_accuracy" in row for row in confirmed)
     assert [row["test_accuracy"] for row in rows] == pytest.approx(
         [result["test_accuracy"] for result in ledger(folder)]
     )

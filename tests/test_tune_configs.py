@@ -52,6 +52,7 @@ def test_all_are_here() -> None:
     names = {path.stem for path in CONFIGS}
     assert names >= {
         "digits",
+        "digits_noisy",
         "mnist",
         "cifar10_resnet20",
         "cifar10_preresnet20",

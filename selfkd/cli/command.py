@@ -346,7 +346,8 @@ class Command(Generic[S]):
                         raise
         finally:
             tracker.close()
-            folder.upload("wandb")
+            for written in ("wandb", "tracking"):
+                folder.upload(written)
         wall = time.perf_counter() - start
         more = [_cost(wall, progress.train_seconds, workers), tracker.description]
         time_line = f"time:    {duration(wall)} on {count(workers, 'worker')}"

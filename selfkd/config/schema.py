@@ -445,6 +445,12 @@ class TrackingConfig:
     mode: Literal["auto", "online", "offline", "none"] = "auto"
     """Mode of W&B: online, offline (files to sync later), none, or auto, which is online where
     there is an API key and the host responds, else offline."""
+    runs: Literal["all", "lineage"] = "all"
+    """Runs in W&B: all, one for each trial beside that of the whole run, whose steps are the
+    generations; or lineage, that of the whole run alone."""
+    writers: list[Literal["csv", "tensorboard"]] = Field(default_factory=list)
+    """Files in `tracking/` of the run folder, with W&B or without: csv, a table of the epochs of
+    all trials and one of the generations; tensorboard, curves that TensorBoard reads."""
     project: str = Field(default="selfkd", min_length=1)
     """Name of the W&B project."""
     entity: str | None = None

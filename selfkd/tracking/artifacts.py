@@ -80,21 +80,22 @@ class Artifacts:
             found.append((alias, self.model(self._folder / path, facts) if path else None))
         return found
 
-    def use(self, run: LoggedRun, teachers: Sequence[str], keeper: LoggedRun | None) -> None:
+    def use(self, run: LoggedRun | None, teachers: Sequence[str], keeper: LoggedRun | None) -> None:
         """Log that a run uses teachers, and their cached logits where there are any.
 
         Args:
-            run: Run of the student.
+            run: Run of the student; None where it has none.
             teachers: Hashes of the teachers.
             keeper: Run that the cached logits are artifacts of.
         """
         for teacher in teachers:
-            if teacher in self._models:
+            if run is not None and teacher in self._models:
                 run.add_artifact(self._models[teacher], used=True)
             for targets in self._targets(teacher):
                 if keeper is not None:
                     keeper.add_artifact(targets, aliases=[f"teacher-{teacher}"], once=teacher)
-                run.add_artifact(targets, used=True)
+                if run is not None:
+                    run.add_artifact(targets, used=True)
 
     def _targets(self, teacher: str) -> list[Make]:
         root = self._config.targets.root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from selfkd.results import (
     Confirmation,
@@ -18,6 +19,16 @@ PLAIN = ("generation", "trial", "temperature", "alpha", "parameters", "wanted_mo
 COUNTS = ("trials", "failed", "train_seconds", "seconds")
 
 
+def short_name(stage: str, trial: int) -> str:
+    """Return the name that a trial is shown by.
+
+    >>> short_name("generation-1", 7), short_name("confirm-1", 0)
+    ('g1-t7', 'confirm-1-t0')
+    """
+    kind, _, generation = stage.partition("-")
+    return f"{f'g{generation}' if kind == 'generation' else stage}-t{trial}"
+
+
 def epoch_row(epoch: Epoch) -> Row:
     """Return the logged values of an epoch."""
     return {"epoch": epoch.epoch, "seconds": epoch.seconds, **epoch.metrics}
@@ -30,12 +41,12 @@ def trial_summary(trial: TrialResult) -> Row:
     ...     stage="a", trial=0, seed=1, status="completed", metrics={"val_accuracy": 0.5}
     ... )
     >>> trial_summary(trial)
-    {'status': 'completed', 'train_seconds': 0.0, 'val_accuracy': 0.5, 'trial_val_accuracy': 0.5}
+    {'status': 'completed', 'train_seconds': 0.0, 'trial_val_accuracy': 0.5}
     """
     found: Row = {"status": trial.status, "error": trial.error}
     found |= {"train_seconds": trial.train_seconds}
-    found |= {name: trial.metric(name) for name in ("val_accuracy", "val_nll")}
-    found["trial_val_accuracy"] = trial.metric("val_accuracy")  # a lineage has a val_accuracy, too
+    # what it ended with; a lineage has a val_accuracy, too
+    found |= {f"trial_{name}": trial.metric(name) for name in ("val_accuracy", "val_nll")}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -66,15 +77,28 @@ def generation_row(result: GenerationResult) -> Row:
     return {name: value for name, value in row.items() if value is not None}
 
 
-def best_and_last(results: Sequence[GenerationResult], *, metric: str, mode: str) -> Row:
-    """Return values to sort a table of runs by; the best generation is that on validation."""
-    sign = 1 if mode == "max" else -1
-    best = max(results, key=lambda result: sign * (result.metric(metric) or 0.0))
+def best_and_last(results: Sequence[GenerationResult], best: GenerationResult, metric: str) -> Row:
+    """Return values to sort a table of runs by, of the best generation and of the last.
+
+    Args:
+        results: Finished generations.
+        best: The best of them, on validation.
+        metric: Metric that is chosen by, `search.metric`.
+    """
     found: Row = {"generations": len(results), "best_generation": best.generation}
     for name in dict.fromkeys([metric, "val_accuracy", "test_accuracy"]):
         values = {f"best_{name}": best.metric(name), f"last_{name}": results[-1].metric(name)}
         found |= {key: value for key, value in values.items() if value is not None}
     return found
+
+
+def validation_summaries(metric: str, mode: Literal["max", "min"]) -> dict[str, str]:
+    """Return which summary a metric has other than its last value: none of the test split.
+
+    >>> validation_summaries("val_nll", "min")
+    {'val_accuracy': 'max', 'val_nll': 'min'}
+    """
+    return {"val_accuracy": "max", "val_nll": "min", metric: mode}
 
 
 def intervals(named: Mapping[str, Interval | None]) -> Row:
@@ -92,8 +116,27 @@ def intervals(named: Mapping[str, Interval | None]) -> Row:
     }
 
 
+def confirmation_row(confirmation: Confirmation) -> Row:
+    """Return the logged values of a replicated generation, with the ends of their intervals.
+
+    >>> row = Confirmation(
+    ...     generation=1, seeds=(7, 8), metric="test_accuracy", values=(0.5, 0.7),
+    ...     mean=Interval(0.6, 0.5, 0.7), first=Interval(0.1),
+    ... )
+    >>> confirmation_row(row)  # doctest: +NORMALIZE_WHITESPACE
+    {'generation': 1, 'confirmed/test_accuracy': 0.6, 'confirmed/test_accuracy_low': 0.5,
+     'confirmed/test_accuracy_high': 0.7, 'confirmed/gain': 0.1}
+    """
+    named = {
+        f"confirmed/{confirmation.metric}": confirmation.mean,
+        "confirmed/gain": confirmation.first,
+        "confirmed/step_gain": confirmation.previous,
+    }
+    return {"generation": confirmation.generation, **intervals(named)}
+
+
 def confirmation_summary(confirmation: Confirmation) -> Row:
-    """Return the summary of a replicated generation: `gain` is over generation 0."""
+    """Return the summary of the replicated best generation: `gain` is over generation 0."""
     named = {
         "confirmed": confirmation.mean,
         "gain": confirmation.first,

@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,10 +89,12 @@ class Session:
         self,
         run_id: str,
         *,
+        name: str,
         axis: str,
         job_type: str,
         config: Mapping[str, Any],
         tags: Sequence[str] = (),
+        summaries: Mapping[str, str] | None = None,
         left_code: int = 1,
         packages: bool = False,
     ) -> LoggedRun:
@@ -101,19 +102,31 @@ class Session:
 
         Args:
             run_id: Id, the same after a resume: what is logged then replaces what was.
+            name: Name that is shown.
             axis: Metric that all others are drawn over.
             job_type: Job type of the run.
             config: Config of the run.
             tags: Tags of the run.
+            summaries: Summaries of metrics, `min` or `max`; the last value of all others.
             left_code: Exit code of the run where it is still open at the end.
             packages: Whether the installed packages are listed in it, which takes W&B 0.2 s.
         """
 
+        facts = {
+            "id": run_id,
+            "name": name,
+            "job_type": job_type,
+            "config": dict(config),
+            "tags": list(tags),
+        }
+
         def start() -> Any:
-            run = self._start(run_id, job_type, config, tags, packages)
+            run = self._start(facts, packages)
             self._processes[run_id] = _service_process()
             run.define_metric(axis)
             run.define_metric("*", step_metric=axis)
+            for metric, kind in (summaries or {}).items():
+                run.define_metric(metric, step_metric=axis, summary=kind)
             return run
 
         try:
@@ -127,48 +140,30 @@ class Session:
             self.page = f"{logged.run.project_url}/groups/{self._group}"
         return logged
 
-    def _start(
-        self,
-        run_id: str,
-        job_type: str,
-        config: Mapping[str, Any],
-        tags: Sequence[str],
-        packages: bool,
-    ) -> Any:
-        for left in (self._folder / "wandb").glob(f"*run-*-{run_id}"):
+    def _start(self, facts: Mapping[str, Any], packages: bool) -> Any:
+        for left in (self._folder / "wandb").glob(f"*run-*-{facts['id']}"):
             shutil.rmtree(left, ignore_errors=True)
         mode: Literal["online", "offline"] = "online" if self._reaches() else "offline"
-        start = partial(self._init, run_id, job_type, config, tags, packages)
         try:
-            return start(mode)
+            return self._init(facts, packages, mode)
         except Exception as error:
             if mode == "offline":
                 raise
             self._give_up(error)
-            return self._start(run_id, job_type, config, tags, packages)
+            return self._start(facts, packages)
 
     def _init(
-        self,
-        run_id: str,
-        job_type: str,
-        config: Mapping[str, Any],
-        tags: Sequence[str],
-        packages: bool,
-        mode: Literal["online", "offline"],
+        self, facts: Mapping[str, Any], packages: bool, mode: Literal["online", "offline"]
     ) -> Any:
         return wandb.init(
             project=self._project,
             entity=self._entity,
             group=self._group,
-            job_type=job_type,
-            id=run_id,
-            name=run_id,
-            config=dict(config),
-            tags=list(tags),
             dir=str(self._folder),
             mode=mode,
             reinit="create_new",
             settings=self._settings(packages=packages),
+            **facts,
         )
 
     def _settings(self, *, packages: bool) -> Any:

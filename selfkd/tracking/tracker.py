@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from selfkd.analysis.verdicts import count
 from selfkd.config import Config, to_tree
-from selfkd.errors import ConfigError
 from selfkd.results import (
     STUDENT,
     Confirmation,
@@ -30,20 +28,26 @@ from selfkd.results import (
     TrialFinished,
     TrialProgressed,
     TrialResult,
+    Verdict,
+    best_generation,
     to_row,
 )
 from selfkd.storage.files import fetch
 from selfkd.storage.rows import load_row
 from selfkd.text import shell_quote
-from selfkd.tracking.host import answers, base_url, has_key
+from selfkd.tracking.base import NoTracker
+from selfkd.tracking.host import base_url
 from selfkd.tracking.rows import (
     best_and_last,
+    confirmation_row,
     confirmation_summary,
     epoch_row,
     generation_row,
     intervals,
+    short_name,
     trial_rank,
     trial_summary,
+    validation_summaries,
 )
 from selfkd.tracking.temporary import import_wandb
 
@@ -54,22 +58,8 @@ log = logging.getLogger(__name__)
 Plots = Callable[[Path], Mapping[str, str]]
 SHOW_SECONDS = 5.0
 """Time after which it is said what is still to be written at the end."""
-LONGEST_PROJECT, NOT_IN_PROJECTS = 128, "/\\#?%:"
-"""What W&B takes as the name of a project."""
 LEDGER = "done.txt"
 """File in W&B's folder that lists the runs that are whole."""
-
-
-class NoTracker:
-    """A tracker that logs nothing."""
-
-    description = "W&B: none"
-
-    def __call__(self, event: Event) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class WandbTracker(NoTracker):
@@ -120,6 +110,7 @@ class WandbTracker(NoTracker):
         self._done = self._session.done()
         self._trials: dict[str, LoggedRun] = {}
         self._epochs: dict[str, int] = {}
+        self._kept: set[tuple[str, ...]] = set()
         self._best: dict[str, tuple[tuple[float, float, int], LoggedRun]] = {}
         self._results: list[GenerationResult] = []
         self._verdict: str | None = None
@@ -174,7 +165,8 @@ class WandbTracker(NoTracker):
         """Log the trials that a killed start left done, and not logged whole."""
         for path in sorted(self._run_folder.glob("generation_*/result.json")):
             self._artifacts.models(load_row(GenerationResult, path))  # the teachers of those trials
-        for path in sorted(self._run_folder.glob("*/**/result.json")):
+        trials = self._config.tracking.runs == "all"
+        for path in sorted(self._run_folder.glob("*/**/result.json")) if trials else ():
             if path.parent.name.startswith("trial_"):
                 trial = load_row(TrialResult, path)
                 done = self._id(trial.stage, trial.trial) in self._done
@@ -183,9 +175,7 @@ class WandbTracker(NoTracker):
                     self._finish(trial)
 
     def _id(self, stage: str, trial: int) -> str:
-        kind, _, generation = stage.partition("-")
-        short = f"g{generation}" if kind == "generation" else stage
-        return f"{self._run_id}-{short}-t{trial}"
+        return f"{self._run_id}-{short_name(stage, trial)}"
 
     def _tags(self, *more: str) -> list[str]:
         return [tag[:64] for tag in (self._config.data.name, self._config.model.name, *more)]
@@ -194,17 +184,24 @@ class WandbTracker(NoTracker):
         run_id = self._id(trial.stage, trial.trial)
         if run_id not in self._trials:
             config = to_tree(self._config.at(trial.point))
+            if not trial.teachers:  # what the trial does not set itself, it does not use
+                for key in ("temperature", "alpha"):
+                    if f"distill.{key}" not in trial.point:
+                        del config["distill"][key]
             config |= {"trial": trial.trial, "teachers": list(trial.teachers)}
             config["trial_seed"] = trial.seed
             generation = trial.stage.partition("-")[2]
             if generation.isdigit():
                 config["generation"] = int(generation)
+            search = self._config.search
             run = self._session.open(
                 run_id,
+                name=short_name(trial.stage, trial.trial),
                 axis="epoch",
                 job_type=trial.stage,
                 config=config,
                 tags=self._tags(trial.stage),
+                summaries={"loss": "min", **validation_summaries(search.metric, search.mode)},
             )
             self._artifacts.use(run, trial.teachers, self._whole)
             self._trials[run_id] = run
@@ -213,12 +210,15 @@ class WandbTracker(NoTracker):
 
     def _open_whole(self, kind: str, *, axis: str) -> LoggedRun:
         if self._whole is None:
+            search = self._config.search
             self._whole = self._session.open(
                 f"{self._run_id}-{kind}",
+                name=self._name,
                 axis=axis,
                 job_type=kind,
                 config=to_tree(self._config),
                 tags=self._tags(kind),
+                summaries=validation_summaries(search.metric, search.mode),
                 left_code=0,
                 packages=True,
             )
@@ -227,6 +227,10 @@ class WandbTracker(NoTracker):
     def __call__(self, event: Event) -> None:
         """Log an event, from the tracker's own thread."""
         match event:
+            case TrialProgressed(trial) if self._config.tracking.runs == "lineage":
+                self._work.put(lambda: self._keep_targets(trial.teachers))
+            case TrialFinished() if self._config.tracking.runs == "lineage":
+                pass
             case TrialProgressed(trial, epochs):
                 self._work.put(lambda: self._report(trial, epochs))
             case TrialFinished(result):
@@ -246,6 +250,12 @@ class WandbTracker(NoTracker):
             if epoch.epoch > self._epochs[run_id]:  # a trial whose worker died begins again
                 self._epochs[run_id] = epoch.epoch
                 run.do(_log(epoch_row(epoch)))
+
+    def _keep_targets(self, teachers: tuple[str, ...]) -> None:
+        """Log the cached logits that a trial without a run of its own reads."""
+        if self._whole is not None and teachers not in self._kept:
+            self._kept.add(teachers)
+            self._artifacts.use(None, teachers, self._whole)
 
     def _finish(self, trial: TrialResult) -> None:
         """Log the summary of a trial and close its run.
@@ -282,8 +292,8 @@ class WandbTracker(NoTracker):
         self._results.append(result)
         lineage.do(_log(generation_row(result)))
         search = self._config.search
-        found = best_and_last(self._results, metric=search.metric, mode=search.mode)
-        lineage.do(_summarise(found))
+        best = best_generation(self._results, metric=search.metric, mode=search.mode)
+        lineage.do(_summarise(best_and_last(self._results, best, search.metric)))
         stage = f"generation-{result.generation}"
         _, run = self._best.pop(stage, (None, None))
         chosen = self._id(stage, result.trial)
@@ -299,16 +309,29 @@ class WandbTracker(NoTracker):
             self._session.finish(run, 0)
 
     def _confirm(self, confirmation: Confirmation) -> None:
-        """Log the gain of the last confirmed generation in the lineage's summary and notes."""
+        """Log a replicated generation as a step of the lineage."""
         if self._whole is not None:
-            self._whole.do(_summarise(confirmation_summary(confirmation)))
+            self._whole.do(_log(confirmation_row(confirmation)))
 
     def _judge(self, summary: GenerationsSummary) -> None:
-        """Log the verdict on the generations in the lineage's summary and notes."""
-        if self._whole is not None and summary.verdict is not None:
-            self._verdict = "; ".join(summary.verdict.sentences)
-            self._whole.do(_summarise({"verdict": self._verdict}))
-            self._whole.do(_note(self._verdict))
+        """Log what is said of the generations: the gain of the best, the headline, all of it."""
+        if self._whole is None:
+            return
+        for best in summary.generations:
+            if best.generation == summary.best:
+                found = best_and_last(summary.generations, best, self._config.search.metric)
+                self._whole.do(_summarise(found))
+        for confirmation in summary.confirmations:
+            if confirmation.generation == summary.best:
+                self._whole.do(_summarise(confirmation_summary(confirmation)))
+        self._say(self._whole, summary.verdict)
+
+    def _say(self, run: LoggedRun, verdict: Verdict | None) -> None:
+        """Log a verdict: the headline in the summary, all of it as notes."""
+        if verdict is not None and verdict.sentences:
+            self._verdict = verdict.sentences[0]
+            run.do(_summarise({"verdict": self._verdict}))
+            run.do(_note("\n".join(verdict.sentences)))
 
     def _ensemble(self, summary: EnsembleSummary) -> None:
         """Log the table of an ensemble and its student, a step a row, and the gain."""
@@ -318,9 +341,8 @@ class WandbTracker(NoTracker):
             run.do(_log({"row": number, **plain}))
         found = intervals({"gain": summary.gain, "share_kept": summary.share})
         found["student_test_accuracy"] = summary.rows[-1].metric("test_accuracy")
-        self._verdict = "; ".join(summary.verdict.sentences)
-        run.do(_summarise({**found, "verdict": self._verdict}))
-        run.do(_note(self._verdict))
+        run.do(_summarise(found))
+        self._say(run, summary.verdict)
         path = self._run_folder / STUDENT
         model = self._artifacts.model(path, to_row(summary.chosen))
         if model is not None:
@@ -375,51 +397,3 @@ def _note(text: str | None) -> Callable[[Any], None]:
         run.notes = text
 
     return work
-
-
-def make_tracker(
-    config: Config,
-    *,
-    name: str,
-    run_id: str,
-    folder: Path,
-    run: Path | None = None,
-    plots: Plots | None = None,
-) -> NoTracker:
-    """Return the tracker of a config; `auto` is online only where that will work.
-
-    Args:
-        config: Config of the run.
-        name: Name of the run.
-        run_id: Start of the ids of its W&B runs.
-        folder: Folder that W&B writes to, on this machine.
-        run: Run folder, where that is another.
-        plots: Maker of the figures of a run folder, pages in HTML by their names.
-
-    Raises:
-        ConfigError: `tracking.mode` is online, and there is no key; or W&B has no such projects.
-    """
-    mode = config.tracking.mode
-    if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
-        mode = "none"
-    elif mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
-        mode = "offline"
-    elif mode == "auto":
-        url = base_url()
-        mode = "online" if has_key(url) and answers(url) else "offline"
-    if mode == "none":
-        return NoTracker()
-    project = config.tracking.project
-    if len(project) > LONGEST_PROJECT or set(project) & set(NOT_IN_PROJECTS):
-        raise ConfigError(
-            f"tracking.project must have at most {LONGEST_PROJECT} characters and none of "
-            f"{NOT_IN_PROJECTS}, got {project} (its owner is tracking.entity)"
-        )
-    if mode == "online" and not has_key(base_url()):
-        raise ConfigError(
-            "tracking.mode must be offline where there is no key, got online: "
-            "run wandb login or set WANDB_API_KEY"
-        )
-    return WandbTracker(
-        mode, name=name, run_id=run_id, folder=folder, config=config, run=run, plots=plots
-    )

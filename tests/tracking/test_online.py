@@ -164,7 +164,8 @@ def assert_whole(server: WandbServer, generations: int, trials: int = 2) -> None
         assert [row["epoch"] for row in run.history] == [1, 2, 3], name
         assert (run.summary["status"], run.exit_code) == ("completed", 0), name
     lineage = server.runs["a-0-lineage"]
-    assert [row["generation"] for row in lineage.history] == list(range(generations))
+    own = [row["generation"] for row in lineage.history if "test_accuracy" in row]
+    assert own == list(range(generations))
     models = [version for version in server.versions if version.type == "model"]
     assert {tuple(sorted(m.aliases - {"latest"})) for m in models} == {
         (f"generation-{g}",) for g in range(generations)
@@ -194,7 +195,8 @@ def test_what_an_online_run_sends(tmp_path: Path, server: WandbServer) -> None:
     )
     tracker(GenerationConfirmed(confirmation))
     verdict = Verdict(name="b", to="a", sentences=("so",))
-    tracker(RunFinished(GenerationsSummary(generations=(), verdict=verdict)))
+    summary = {"best": 2, "confirmations": (confirmation,), "verdict": verdict}
+    tracker(RunFinished(GenerationsSummary(generations=(), **summary)))
     (tmp_path / "report.html").write_text("<p>whole</p>")
     tracker.close()
     assert tracker.description == f"W&B: online, {server.url}/tester/selfkd/groups/a"
@@ -423,8 +425,9 @@ def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
     assert found == []
     assert not server.unknown
     (lineage,) = [run for name, run in server.runs.items() if name.endswith("-lineage")]
-    assert [row["generation"] for row in lineage.history] == [0, 1]
-    assert "generation 1" in lineage.summary["verdict"]
+    assert [row["generation"] for row in lineage.history] == [0, 1, 0, 1]  # then confirmed
+    assert all("confirmed/test_accuracy" in row for row in lineage.history[2:])
+    assert "generation" in lineage.summary["verdict"]
     assert lineage.summary["test_accuracy_over_generation_0"]["_type"] == "html-file"
     models = [version for version in server.versions if version.type == "model"]
     first = next(model for model in models if "generation-0" in model.aliases)

@@ -38,7 +38,7 @@ from selfkd.results import (
     TrialResult,
     Verdict,
 )
-from selfkd.tracking import NoTracker, WandbTracker, make_tracker
+from selfkd.tracking import NoTracker, WandbTracker, make, make_tracker
 from selfkd.tracking import tracker as tracking
 
 TRIAL = Trial(
@@ -264,23 +264,147 @@ def test_a_summary_has_the_gain_and_the_verdict(tmp_path: Path) -> None:
     tracker(GenerationFinished(RESULT))
     worse = {"val_accuracy": 0.9, "test_accuracy": 0.7}
     tracker(GenerationFinished(replace(RESULT, generation=1, metrics=worse)))
-    confirmation = Confirmation(
-        generation=1,
-        seeds=(1,),
-        metric="test_accuracy",
-        values=(0.7,),
-        mean=Interval(0.7),
-        first=Interval(0.02),
-    )
-    tracker(GenerationConfirmed(confirmation))
+    first, second = (confirmed(generation) for generation in (0, 1))
+    tracker(GenerationConfirmed(first))
+    tracker(GenerationConfirmed(second))
     verdict = Verdict(name="b", to="a", sentences=("one pair", "and so on"))
-    tracker(RunFinished(GenerationsSummary(generations=(RESULT,), verdict=verdict)))
+    results = (RESULT, replace(RESULT, generation=1, metrics=worse))
+    tracker(
+        RunFinished(
+            GenerationsSummary(
+                generations=results, best=1, confirmations=(first, second), verdict=verdict
+            )
+        )
+    )
+    tracker.close()
+    found = records(tmp_path, "run-a-0-lineage")
+    summary = summary_of(found)
+    assert (summary["gain"], summary["verdict"]) == (0.02, "one pair")
+    assert (summary["confirmed"], summary["confirmed_generation"]) == (0.72, 1)
+    assert "gain_low" not in summary
+    assert summary["best_generation"] == 1
+    assert (summary["last_test_accuracy"], summary["best_test_accuracy"]) == (0.7, 0.7)
+    notes = [r["run"].get("notes") for r in found if r["type"] == "run"]
+    assert notes[-1] == "one pair\nand so on"
+
+
+def confirmed(generation: int) -> Confirmation:
+    mean = 0.7 + 0.02 * generation
+    return Confirmation(
+        generation=generation,
+        seeds=(1, 2),
+        metric="test_accuracy",
+        values=(mean, mean),
+        mean=Interval(mean, mean - 0.01, mean + 0.01),
+        first=Interval(0.02) if generation else None,
+    )
+
+
+def test_what_is_confirmed_is_a_curve_over_the_generations(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    for generation in range(3):
+        tracker(GenerationFinished(replace(RESULT, generation=generation)))
+    for generation in range(3):
+        tracker(GenerationConfirmed(confirmed(generation)))
+    tracker.close()
+    rows = history(tmp_path, "run-a-0-lineage")
+    name = "confirmed/test_accuracy"
+    curve = {row["generation"]: row for row in rows if name in row}
+    assert [curve[g][name] for g in range(3)] == pytest.approx([0.7, 0.72, 0.74])
+    for end, shift in (("low", -0.01), ("high", 0.01)):
+        ends = [curve[g][f"{name}_{end}"] for g in range(3)]
+        assert ends == pytest.approx([0.7 + shift, 0.72 + shift, 0.74 + shift])
+    assert [curve[g].get("confirmed/gain") for g in range(3)] == [None, 0.02, 0.02]
+    assert [row["generation"] for row in rows if "test_accuracy" in row] == [0, 1, 2]
+
+
+def test_a_run_without_a_verdict_has_none(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    tracker(GenerationFinished(RESULT))
+    tracker(RunFinished(GenerationsSummary(generations=(RESULT,), best=0)))
     tracker.close()
     summary = summary_of(records(tmp_path, "run-a-0-lineage"))
-    assert (summary["gain"], summary["verdict"]) == (0.02, "one pair; and so on")
-    assert (summary["confirmed"], summary["confirmed_generation"]) == (0.7, 1)
-    assert "gain_low" not in summary
-    assert (summary["last_test_accuracy"], summary["best_test_accuracy"]) == (0.7, 0.8)
+    assert not {"verdict", "gain", "confirmed"} & set(summary)
+
+
+def test_summaries_are_the_best_values_of_validation_and_the_last_of_others(
+    tmp_path: Path,
+) -> None:
+    tracker = offline(tmp_path, "search={metric: val_nll, mode: min}")
+    worse = [
+        replace(epoch, metrics={"loss": loss, "val_accuracy": value, "val_nll": nll, "lr": loss})
+        for epoch, loss, value, nll in zip(
+            EPOCHS, (0.3, 0.1, 0.2), (0.2, 0.9, 0.5), (0.9, 0.4, 0.7), strict=True
+        )
+    ]
+    tracker(TrialProgressed(TRIAL, tuple(worse)))
+    tracker(ended(TRIAL, 0.5))
+    for generation, accuracy in enumerate((0.7, 0.9, 0.8)):
+        metrics = {"val_accuracy": accuracy, "test_accuracy": accuracy, "val_nll": 1.0}
+        tracker(GenerationFinished(replace(RESULT, generation=generation, metrics=metrics)))
+    tracker.close()
+    trial = summary_of(records(tmp_path, "run-a-0-g1-t2"))
+    assert trial["val_accuracy"] == {"max": 0.9}
+    assert (trial["val_nll"], trial["loss"], trial["lr"]) == ({"min": 0.4}, {"min": 0.1}, 0.2)
+    assert trial["trial_val_accuracy"] == 0.5
+    lineage = summary_of(records(tmp_path, "run-a-0-lineage"))
+    assert (lineage["val_accuracy"], lineage["test_accuracy"]) == ({"max": 0.9}, 0.8)
+
+
+def test_a_trial_on_labels_alone_has_no_temperature_and_alpha(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    tracker(TrialProgressed(replace(TRIAL, teachers=(), point={"train.lr": 0.5}), EPOCHS))
+    virtual = replace(TRIAL, trial=3, teachers=())  # of a virtual teacher: it sets alpha
+    tracker(TrialProgressed(virtual, EPOCHS))
+    tracker.close()
+
+    def distill(run_id: str) -> dict[str, Any]:
+        found = records(tmp_path, run_id)
+        config = next(r["run"] for r in found if r["type"] == "run")["config"]["update"]
+        return dict(config["distill"])
+
+    assert not {"temperature", "alpha"} & set(distill("run-a-0-g1-t2"))
+    assert distill("run-a-0-g1-t3")["alpha"] == 0.25
+
+
+def test_names_are_short(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    tracker(TrialProgressed(TRIAL, EPOCHS))
+    tracker(GenerationFinished(RESULT))
+    tracker.close()
+    names = {
+        run_id: next(
+            r["run"]["display_name"] for r in records(tmp_path, run_id) if r["type"] == "run"
+        )
+        for run_id in ("run-a-0-g1-t2", "run-a-0-lineage")
+    }
+    assert list(names.values()) == ["g1-t2", "run-a"]
+
+
+def test_the_lineage_can_be_logged_alone_and_has_what_trials_would(tmp_path: Path) -> None:
+    checkpoint = "generation_000/student.safetensors"
+    (tmp_path / "generation_000").mkdir()
+    (tmp_path / checkpoint).write_bytes(b"weights")
+    manifest = tmp_path / "targets" / "abc" / "d" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"teacher": "abc", "data": "d"}')
+    tracker = offline(tmp_path, "tracking.runs=lineage")
+    tracker(TrialProgressed(Trial(stage="generation-0", trial=1, seed=7), EPOCHS))
+    tracker(ended(Trial(stage="generation-0", trial=1, seed=7)))
+    tracker(GenerationFinished(replace(RESULT, models=(Model("abc", checkpoint),))))
+    for epoch in EPOCHS:
+        tracker(TrialProgressed(TRIAL, (epoch,)))
+    tracker(ended(TRIAL))
+    tracker.close()
+    runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert [name.split("-", 3)[-1] for name in runs] == ["run-a-0-lineage"]
+    found = records(tmp_path, "run-a-0-lineage")
+    artifacts = [r["artifact"] for r in found if r["type"] == "artifact"]
+    assert sorted(a["type"] for a in artifacts) == ["dataset", "model"]
+    again = offline(tmp_path, "tracking.runs=lineage")  # a resumed run replays no trial
+    again(GenerationFinished(replace(RESULT, models=(Model("abc", checkpoint),))))
+    again.close()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
 ENSEMBLE = EnsembleSummary(
@@ -474,7 +598,7 @@ def test_variables_of_a_sweep_or_another_run_change_nothing(
     for trial in range(2):
         found = records(tmp_path, f"run-a-0-members-t{trial}")
         run = next(record["run"] for record in found if record["type"] == "run")
-        assert (run["project"], run["display_name"]) == ("selfkd", f"run-a-0-members-t{trial}")
+        assert (run["project"], run["display_name"]) == ("selfkd", f"members-t{trial}")
         assert "sweep_id" not in run
 
 
@@ -513,7 +637,7 @@ def test_the_key_of_wandb_login_is_found(
     netrc.write_text(f"machine {machine}\n  login user\n  password {'0' * 40}\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    monkeypatch.setattr(tracking, "answers", lambda url: True)
+    monkeypatch.setattr(make, "answers", lambda url: True)
     tracker = make_tracker(Config(), name="a", run_id="a", folder=tmp_path)
     tracker.close()
     assert ("online" in tracker.description) == found

@@ -1,0 +1,79 @@
+"""The tracker of a config."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from selfkd.config import Config
+from selfkd.errors import ConfigError
+from selfkd.tracking.base import BothTrackers, NoTracker
+from selfkd.tracking.files import FileTracker
+from selfkd.tracking.host import answers, base_url, has_key
+from selfkd.tracking.tracker import Plots, WandbTracker
+
+LONGEST_PROJECT, NOT_IN_PROJECTS = 128, "/\\#?%:"
+"""What W&B takes as the name of a project."""
+
+
+def make_tracker(
+    config: Config,
+    *,
+    name: str,
+    run_id: str,
+    folder: Path,
+    run: Path | None = None,
+    plots: Plots | None = None,
+) -> NoTracker:
+    """Return the tracker of a config: W&B, files, both or none.
+
+    Args:
+        config: Config of the run.
+        name: Name of the run.
+        run_id: Start of the ids of its W&B runs.
+        folder: Folder that is written to, on this machine.
+        run: Run folder, where that is another.
+        plots: Maker of the figures of a run folder, pages in HTML by their names.
+
+    Raises:
+        ConfigError: `tracking.mode` is online, and there is no key; or W&B has no such projects.
+    """
+    mode = _mode(config)
+    files = config.tracking.writers
+    if mode == "none" and not files:
+        return NoTracker()
+    if mode == "none":
+        return FileTracker(files, folder=folder, run=run or folder)
+    wandb = WandbTracker(
+        mode, name=name, run_id=run_id, folder=folder, config=config, run=run, plots=plots
+    )
+    if not files:
+        return wandb
+    return BothTrackers(FileTracker(files, folder=folder, run=run or folder), wandb)
+
+
+def _mode(config: Config) -> Literal["online", "offline", "none"]:
+    """Return the mode of W&B; `auto` is online only where that will work."""
+    mode = config.tracking.mode
+    if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
+        mode = "none"
+    elif mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
+        mode = "offline"
+    elif mode == "auto":
+        url = base_url()
+        mode = "online" if has_key(url) and answers(url) else "offline"
+    if mode == "none":
+        return mode
+    project = config.tracking.project
+    if len(project) > LONGEST_PROJECT or set(project) & set(NOT_IN_PROJECTS):
+        raise ConfigError(
+            f"tracking.project must have at most {LONGEST_PROJECT} characters and none of "
+            f"{NOT_IN_PROJECTS}, got {project} (its owner is tracking.entity)"
+        )
+    if mode == "online" and not has_key(base_url()):
+        raise ConfigError(
+            "tracking.mode must be offline where there is no key, got online: "
+            "run wandb login or set WANDB_API_KEY"
+        )
+    return mode

@@ -301,15 +301,16 @@ def over_parameters(
     if reference is not None and finite([reference]):
         drawing.rule(y=reference, style="rule")
     for name, number, sizes in arms:
-        style = colour(number)
-        drawing.line([(count, mean.value) for count, mean, _ in sizes], f"line {style}")
-        for count, mean, values in sizes:
+        style, aside = colour(number), 1.015 if number else 1 / 1.015
+        drawing.line([(count * aside, mean.value) for count, mean, _ in sizes], f"line {style}")
+        for parameters, mean, values in sizes:
+            count = parameters * aside
             for value in values:
                 tip = f"{name}, one seed: {measure.text(value)}"
                 drawing.dot(count, value, f"{style} pale", tip, r=2.5)
             if mean.low is not None and mean.high is not None:
                 drawing.whisker(count, mean.low, mean.high, f"whisker {style}")
-            tip = f"{name}, {count:,.0f} parameters: {measure.text(mean.value)}"
+            tip = f"{name}, {parameters:,.0f} parameters: {measure.text(mean.value)}"
             drawing.dot(count, mean.value, f"{style} mark", tip, r=5)
     names = [(name, colour(number)) for name, number, _ in arms]
     return Figure((drawing,), (*names, *([("teacher", "dotted")] if reference is not None else [])))

@@ -67,7 +67,7 @@ def gains(
             (place, factor * row.seeds[seed]) for place, row in enumerate(rows) if seed in row.seeds
         ]
         main.line(points, "seed")
-        for place, value in points[1:]:
+        for place, value in points if rows[0].number else points[1:]:
             main.dot(place, value, "faint", f"seed {seed}: {value / factor:+.2%}", r=2)
     _means(main, rows, factor, measure)
     if not beside:

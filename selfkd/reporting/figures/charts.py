@@ -58,7 +58,7 @@ def gains(
     outside = ends_of([*ends, *(row.bar.value for row in beside)])
     window = max(outside[0], ends[0] - spread), min(outside[1], ends[1] + spread)
     factor = 100 if measure.percent else 1
-    y = linear_axis(_scaled(padded(window), factor), axis, sign=True)
+    y = linear_axis(_scaled(padded(window, least=1e-3), factor), axis, sign=True)
     names = [str(row.number) for row in rows]
     main = Drawing(category_axis(names, "generation"), y, 290, title, share=len(rows))
     main.rule(y=0, style="zero")
@@ -75,10 +75,10 @@ def gains(
     names = [row.name for row in beside]
     lines = max(name.count(" ") for name in names) + 1
     side = Drawing(
-        *(category_axis(names), replace(y, title="beside it, on the same scale"), 290),
+        *(category_axis(names), replace(y, title="beside it"), 290),
         f"Beside it: {', '.join(names)}",
         bottom=max(40, 14 + 13 * min(lines, 4)),
-        share=len(beside),
+        share=max(len(beside), math.ceil(len(rows) / 4)),
     )
     main.bottom = max(main.bottom, side.bottom)
     side.bottom = main.bottom
@@ -148,7 +148,7 @@ def trials(
         else:
             spread = max(max(known) - min(every), 1e-3)
             high = min(high, max(known) + 3 * spread)
-    y = linear_axis(padded((low, high)), measure.title, percent=measure.percent)
+    y = linear_axis(padded((low, high), least=1e-3), measure.title, percent=measure.percent)
     names = [str(number) for number, _, _ in rows]
     drawing = Drawing(category_axis(names, "generation"), y, 320, "Each trial by generation")
     for place, (generation, found, best) in enumerate(rows):

@@ -25,6 +25,8 @@ from selfkd.results import (
     EnsembleSummary,
     Epoch,
     Evaluation,
+    Example,
+    Examples,
     Facts,
     GenerationResult,
     GenerationsSummary,
@@ -63,6 +65,12 @@ ENVIRONMENT: dict[str, Any] = {
     "gpus": [],
     "versions": {"selfkd": "0.1.0", "torch": "2.14.1", "ray": "2.60.0"},
 }
+
+
+PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
+)
+"""A grey point."""
 
 
 def generations_run(
@@ -127,7 +135,18 @@ def generations_run(
             ensemble=Evaluation(hash="", parameters=72174, metrics=_metrics(0.972)),
         )
         save_row(path / "summary.json", summary)
+        if rounds and diagnostics:
+            save_row(path / "examples.json", _examples(rounds))
     return path
+
+
+def _examples(rounds: int) -> Examples:
+    gained = [
+        Example(item=k, label=k, predicted=(k + 1, k), confidence=(0.6, 0.9), picture=PICTURE)
+        for k in range(3)
+    ]
+    lost = replace(gained[0], predicted=(0, 1), confidence=(0.7, 0.8))
+    return Examples(generations=(0, rounds), counts=(3, 1), gained=tuple(gained), lost=(lost,))
 
 
 def _verdict(confirmations: list[Confirmation]) -> Verdict | None:
@@ -423,6 +442,7 @@ def _confirmation(
         seeds=tuple(1000 * seed + k for k in range(len(values))),
         metric="test_accuracy",
         values=tuple(values),
+        wanted=len(values),
         mean=Interval(mean) if len(values) == 1 else _around(mean, 0.004),
         wanted=len(values),
         first=difference,

@@ -13,6 +13,7 @@ import yaml
 from selfkd.config.schema import Config, Tree, from_tree, leaves, put, to_tree
 from selfkd.config.validate import settings_faults
 from selfkd.errors import ConfigError
+from selfkd.results import FORMAT
 from selfkd.storage.files import check_depth, read_text
 from selfkd.storage.remote import as_path, secret_fault
 
@@ -132,7 +133,7 @@ def load_config(
     """Read a config: flags over `--set` over YAML over defaults.
 
     Args:
-        path: YAML file.
+        path: YAML file, such as the config.yaml of a run.
         settings: Texts `dotted.key=value`, as of `--set`.
         flags: Parsed values by dotted key; None values are ignored.
 
@@ -155,6 +156,8 @@ def load_config(
             raise ConfigError(f"--config must be a readable file, got {path}: {error}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: must be a mapping of config keys, got {tree!r}")
+        if tree.get("format") == FORMAT:  # of a run folder
+            del tree["format"]
         sources = {key: str(path) for key, _ in leaves(tree, "", inner=True)}
         for section in ("tracking", "members"):
             if section in tree:

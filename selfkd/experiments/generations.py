@@ -30,6 +30,7 @@ from selfkd.results import (
     GenerationFinished,
     GenerationResult,
     GenerationsSummary,
+    Message,
     Model,
     Point,
     best_generation,
@@ -118,7 +119,11 @@ def _keep_examples(
     if path.exists() and load_row(Examples, path).hashes == hashes:
         return
     models = run.predicted([result.models[0] for result in pair])
-    row = run.job("examples", models=models, most=MOST_EXAMPLES)
+    try:
+        row = run.job("examples", models=models, most=MOST_EXAMPLES)
+    except RuntimeError as error:  # no reason to lose what was trained
+        run.events(Message(f"no examples for the report: {error}"))
+        return
     numbers = [result.generation for result in pair]
     save_row(path, from_row(Examples, {**row, "generations": numbers, "hashes": hashes}))
 

@@ -102,8 +102,9 @@ def comparison_page(runs: Sequence[Run]) -> Page:
     """Return the page of several runs."""
     unfinished = [run.name for run in runs if not run.finished]
     status = f"unfinished: {', '.join(unfinished)}" if unfinished else "finished"
+    accuracy = _accuracy(runs)
     parts = [
-        Section("Accuracy", tuple(_accuracy(runs))),
+        Section("Accuracy", tuple(accuracy[1:])),
         Section("Differences", tuple(_differences(runs))),
     ]
     return Page(
@@ -115,6 +116,7 @@ def comparison_page(runs: Sequence[Run]) -> Page:
         facts=[],
         problems=[problem for run in runs for problem in run.problems],
         results=runs_table(runs),
+        lead=accuracy[0] if accuracy else None,
         sections=[part for part in parts if part.panels],
         appendices=[],
     )

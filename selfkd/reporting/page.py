@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from selfkd.experiments.run_folder import BEST
 from selfkd.reporting import tables, words
 from selfkd.reporting.figures.style import Figure, colour
 from selfkd.reporting.read import REPORT, Run, read_run
@@ -183,7 +184,8 @@ def _use(run: Run) -> list[tuple[str, str]]:
         path = str(run.path.relative_to(here))
     lines = []
     if run.best is not None and run.best.models:
-        file = f"{path}/{run.best.models[0].checkpoint}"
+        kept = (run.path / BEST).exists()  # from the end of a run on
+        file = f"{path}/{BEST if kept else run.best.models[0].checkpoint}"
         lines.append((f"File, generation {run.best.generation}, the best on validation", file))
     if run.best is not None or run.ensemble_summary is not None:
         load = f"import selfkd\nmodel = selfkd.load({json.dumps(path)})\nmodel.predict(images)"

@@ -160,7 +160,7 @@ def _of_generations(run: Run) -> Iterator[str]:
         yield from map(sentence, run.verdict.sentences)
     if run.stopped:
         yield sentence(run.stopped)
-    if run.best is not None and not any(generation.confirmation for generation in done):
+    if run.best is not None and run.verdict is None:
         yield from _unconfirmed(run, run.best)
     if run.ensemble is not None and (accuracy := run.ensemble.metric("test_accuracy")) is not None:
         yield (
@@ -177,7 +177,9 @@ def _unconfirmed(run: Run, best: GenerationResult) -> Iterator[str]:
         f"Generation {best.generation} has the best {named(run.metric)}: "
         f"{measured(run, best.metric(run.metric))}{_tests(run, first, best)}."
     )
-    if len(run.results) > 1:
+    if not run.finished:
+        yield "The verdict is made at the end of the run."
+    elif len(run.results) > 1:
         yield (
             "Each figure is of one model, so there is no interval and no verdict: confirm.seeds "
             "replicates the chosen settings on fresh seeds."

@@ -1,6 +1,7 @@
 """Reading a config: what takes precedence, and every mistake named with its source."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from selfkd.config import (
     to_tree,
 )
 from selfkd.errors import ConfigError
+from selfkd.results import FORMAT
 
 # --- precedence ---
 
@@ -314,3 +316,12 @@ def test_differences_name_each_value():
     assert lines[2].startswith("search.space: {'distill.temperature': ")
     assert lines[3:] == ["student.name: None -> 'selfkd_cnn'", "student.args: None -> {}"]
     assert differences(new, old)[0] == "rounds: 2 -> 5"
+
+
+def test_the_config_of_a_run_can_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"format: {FORMAT}\nrounds: 7\n")
+    assert load_config(path).rounds == 7
+    path.write_text("format: 99\nrounds: 7\n")
+    with pytest.raises(ConfigError, match="format: unknown key"):
+        load_config(path)

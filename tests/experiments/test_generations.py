@@ -15,7 +15,7 @@ from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
-from selfkd.results import Facts, GenerationResult, GenerationsSummary, Row, TrialResult
+from selfkd.results import Examples, Facts, GenerationResult, GenerationsSummary, Row, TrialResult
 from selfkd.storage.rows import load_row
 from selfkd.worker.jobs import run_job
 
@@ -33,6 +33,7 @@ class Fake:
 
     def __init__(self, accuracy: Mapping[tuple[int, int], float | str]) -> None:
         self.accuracy = accuracy
+        self.broken = ""
         self.jobs: list[tuple[str, Mapping[str, Any]]] = []
 
     def __call__(self, kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
@@ -62,6 +63,10 @@ class Fake:
             yield {"hash": digest, "test_accuracy": 0.4, "test_nll": 1.0, "test_ece": 0.1}
         elif kind == "average":
             yield {"rows": [{"hash": "all", "test_accuracy": 0.5}]}
+        elif kind == "examples":
+            if self.broken:
+                raise OSError(self.broken)
+            yield {"counts": [3, 1]}
 
     def kinds(self, kind: str) -> list[Mapping[str, Any]]:
         return [payload for name, payload in self.jobs if name == kind]
@@ -95,6 +100,27 @@ def test_best_on_validation_teaches_the_next_generation(tmp_path: Path) -> None:
     assert taught_by[3:6] == [[{"hash": "0-1", "checkpoint": str(best[0])}]] * 3
     assert taught_by[6:] == [[{"hash": "1-2", "checkpoint": str(best[1])}]] * 3
     assert best[0].read_text() == "0/1"
+
+
+def test_what_tells_the_first_and_the_best_later_generation_apart_is_kept(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    fake = Fake({(0, 0): 0.9, (1, 2): 0.8, (2, 1): 0.7})
+    lineage(config, folder, fake)
+    (asked,) = fake.kinds("examples")
+    assert [model["hash"] for model in asked["models"]] == ["0-0", "1-2"]
+    kept = load_row(Examples, folder.path / "examples.json")
+    assert (kept.generations, kept.hashes, kept.counts) == ((0, 1), ("0-0", "1-2"), (3, 1))
+    lineage(config, folder, fake)
+    assert len(fake.kinds("examples")) == 1  # of the same two models
+
+
+def test_examples_that_cannot_be_had_cost_no_run(tmp_path: Path) -> None:
+    config, folder = start(tmp_path)
+    fake, events = Fake({}), Recorder()
+    fake.broken = "no memory"
+    lineage(config, folder, fake, events)
+    assert (folder.path / "summary.json").exists()
+    assert any(note.startswith("no examples for the report: ") for note in events.notes)
 
 
 def test_ties_go_to_the_lower_nll(tmp_path: Path) -> None:
@@ -327,6 +353,11 @@ def test_the_whole_on_real_digits_is_the_same_run_to_run(tmp_path: Path) -> None
     assert found[0].ensemble is not None
     assert 0 < found[0].ensemble.metrics["test_accuracy"] <= 1
     assert 0 < second.metrics["agreement"] <= 1
+    examples = load_row(Examples, folder.path / "examples.json")
+    assert examples.gained
+    assert examples.counts[0] - examples.counts[1] == round(
+        1197 * (second.metrics["test_accuracy"] - first.metrics["test_accuracy"])
+    )
 
 
 def test_a_mistake_in_the_data_is_the_user_s(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from browser import (
     screenshot,
     show,
 )
-from run_folders import DATA, capacity_run, ensemble_run, generations_run, study_run
+from run_folders import DATA, PICTURE, capacity_run, ensemble_run, generations_run, study_run
 from selenium.webdriver import Chrome
 from selenium.webdriver.support.wait import WebDriverWait
 
@@ -242,7 +242,9 @@ def test_no_text_becomes_markup(evil: Path) -> None:
     elements = _Elements()
     elements.feed(evil.read_text())
     tags = [tag for tag, _ in elements.found]
-    assert not {"img", "a", "iframe"} & set(tags)
+    assert not {"a", "iframe"} & set(tags)
+    sources = [attributes["src"] for tag, attributes in elements.found if tag == "img"]
+    assert sources == [f"data:image/png;base64,{PICTURE}"] * 4
     assert all(not name.startswith("on") for _, attributes in elements.found for name in attributes)
     own = [tag for tag, attributes in elements.found if tag == "script" and not attributes]
     assert len(own) == 1

@@ -11,7 +11,7 @@ import pytest
 from run_folders import generations_run
 
 from selfkd.reporting import page
-from selfkd.reporting.watch import Reporter
+from selfkd.reporting.watch import Reporter, make_plots
 from selfkd.results import (
     Confirmation,
     GenerationConfirmed,
@@ -20,6 +20,7 @@ from selfkd.results import (
     GenerationsSummary,
     RunFinished,
 )
+from selfkd.storage.files import load_json
 from selfkd.storage.rows import load_row
 
 
@@ -127,3 +128,29 @@ def test_a_finished_run_is_reported_once(tmp_path: Path) -> None:
     reporter(RunFinished(load_row(GenerationsSummary, path / "summary.json")))
     reporter.finish()
     assert len(written) == 1
+
+
+def test_the_time_of_a_start_is_kept_with_each_report(tmp_path: Path) -> None:
+    path = generations_run(tmp_path / "run")
+    reporter = Reporter(path)
+    for seconds in (700.0, 7200.0):
+        reporter._begun = time.monotonic() - seconds
+        reporter.write()
+        (start,) = load_json(path / "environment.json")
+        assert seconds <= start["seconds"] < seconds + 60
+    assert "2 h 0 min" in (path / "report.html").read_text()
+
+
+def test_plots_are_pages_of_their_own(tmp_path: Path) -> None:
+    plots = make_plots(generations_run(tmp_path / "run"))
+    names = ["test_accuracy_over_generation_0", "temperature_and_alpha", "each_trial_by_generation"]
+    assert list(plots) == names
+    for text in plots.values():
+        assert text.startswith("<!doctype html>")
+        assert text.count("</svg>") > 0
+        assert "<script" not in text
+
+
+def test_no_plots_of_what_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert make_plots(tmp_path) == {}
+    assert "no plots of" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.special import rel_entr, softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
 from selfkd.config import ModelConfig, load_config, to_tree
-from selfkd.results import Evaluation, from_row
+from selfkd.results import Evaluation, Examples, from_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.tasks.images.task import ImageTask
-from selfkd.worker.evaluate import compare_errors, contrast, evaluate
+from selfkd.worker.evaluate import compare_errors, contrast, evaluate, examples
 
 CONFIG = to_tree(load_config(settings=["model={name: selfkd_mlp, args: {width: 16, depth: 1}}"]))
 
@@ -179,3 +182,29 @@ def test_ensembles_are_compared_image_by_image(tmp_path: Path) -> None:
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * spread, rel=0.1)
     with pytest.raises(ValueError, match="was written by another model"):
         list(contrast(CONFIG, [[{**members[0], "hash": "x"}]]))
+
+
+def test_items_that_tell_two_models_apart_have_pictures_and_confidences(tmp_path: Path) -> None:
+    labels = ImageTask(CONFIG).labels("test")
+    models = []
+    for number, right in enumerate((slice(3, None), slice(2, -1))):  # one gained, one lost
+        logits = torch.zeros(len(labels), 10)
+        logits[torch.arange(len(labels)), (labels + 1) % 10] = 2.0
+        logits[right] = 3.0 * torch.nn.functional.one_hot(labels, 10)[right].float()
+        file = tmp_path / f"{number}.safetensors"
+        save_tensors(file, {"test": logits}, {"student": str(number)})
+        models.append({"hash": str(number), "predictions": str(file)})
+    (row,) = examples(CONFIG, models, 5)
+    found = from_row(Examples, {**row, "generations": (0, 3)})
+    assert found.counts == (1, 1)
+    (gained,), (lost,) = found.gained, found.lost
+    assert (gained.item, lost.item) == (2, len(labels) - 1)
+    assert gained.label == labels[2] == gained.predicted[1]
+    assert gained.predicted[0] == (labels[2] + 1) % 10
+    sure = [float(torch.tensor([z] + [0.0] * 9).softmax(dim=0)[0]) for z in (2.0, 3.0)]
+    assert gained.confidence == pytest.approx(sure)
+    assert lost.confidence == pytest.approx(sure[::-1])
+    with Image.open(io.BytesIO(base64.b64decode(gained.picture))) as picture:
+        assert (picture.format, picture.size) == ("PNG", (8, 8))
+        pixels = torch.from_numpy(np.array(picture))
+    assert torch.equal(pixels, ImageTask(CONFIG).data.test.images[2][0])

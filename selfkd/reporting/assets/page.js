@@ -33,15 +33,16 @@
   const LENGTHS = ["x", "y", "width", "height", "cx", "cy", "x1", "x2", "y1", "y2"];
   function fixed(drawing) {  // a copy that needs no page: lengths in pixels, styles beside it
     const frame = drawing.getBoundingClientRect();
-    const [width, height] = [Math.ceil(frame.width), Math.ceil(frame.height)];
-    const svg = element("svg", { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}` });
+    const around = 12, [width, height] = [frame.width, frame.height].map(side => Math.ceil(side) + 2 * around);
+    const corner = { x: -around, y: -around, width, height };
+    const svg = element("svg", { xmlns: SVG, width, height, viewBox: Object.values(corner).join(" ") });
     const look = getComputedStyle(document.documentElement);
     const text = document.getElementById("figure-style").textContent.replace(/@media[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}/g, "");
     const names = [...new Set(text.match(/--[\w-]+(?=:)/g))].filter(name => name !== "--c");
     const values = names.map(name => `${name}:${look.getPropertyValue(name)}`).join(";");
     const style = element("style", {});
-    style.textContent = `${text} :root{${values}} svg{overflow:visible} .plot{padding:0!important}`;
-    svg.append(style, element("rect", { width, height, fill: look.getPropertyValue("--paper") }));
+    style.textContent = `${text} :root{${values}} svg{overflow:visible} .plot{padding:0!important} polyline{vector-effect:none!important}`;
+    svg.append(style, element("rect", { ...corner, fill: look.getPropertyValue("--paper") }));
     for (const entry of all(".legend span", drawing)) {
       const box = entry.getBoundingClientRect(), y = box.top - frame.top + box.height / 2;
       const colour = getComputedStyle(entry.firstChild);
@@ -57,6 +58,11 @@
       [copy, ...all("*", copy)].forEach((node, place) => {
         for (const key of LENGTHS)
           if (node.getAttribute(key)?.endsWith("%")) node.setAttribute(key, live[place][key].baseVal.value ?? live[place][key].baseVal[0].value);
+        if (node.localName === "polyline") {  // drawn in thousandths of the width
+          const scale = live[place].parentNode.width.baseVal.value / 1000;
+          node.setAttribute("points", node.getAttribute("points").replace(/(\S+),/g, (_, x) => `${(x * scale).toFixed(1)},`));
+          node.parentNode.removeAttribute("viewBox");
+        }
         if (node.dataset.tip) node.append(Object.assign(element("title", {}), { textContent: node.dataset.tip }));
       });
       const [left, top] = [parseFloat(own.paddingLeft), parseFloat(own.paddingTop)];
@@ -94,7 +100,7 @@
   }
   const TEX = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "−": "$-$", "→": "$\\to$", "<": "$<$", ">": "$>$" };
   function latex(table) {
-    const [head, ...rows] = cells(table).map(row => row.map(cell => cell.replace(/[\\~^±−→<>&%$#_{}]/g, sign => TEX[sign] ?? `\\${sign}`)));
+    const [head, ...rows] = cells(table).map(row => row.map(cell => cell.replace(/[\\~^±−→<>&%$#_{}]/g, sign => TEX[sign] ?? `\\${sign}`).replace(/(?<![\w.])-(?=\d)/g, "$$-$$")));
     const line = row => `  ${row.join(" & ")} \\\\`;
     const columns = head.map((_, place) => (place && !isText(table) ? "r" : "l")).join("");
     return [`\\begin{tabular}{${columns}}`, "  \\toprule", line(head), "  \\midrule", ...rows.map(line), "  \\bottomrule", "\\end{tabular}", ""].join("\n");

@@ -58,7 +58,7 @@ def gains(
     outside = ends_of([*ends, *(row.bar.value for row in beside)])
     window = max(outside[0], ends[0] - spread), min(outside[1], ends[1] + spread)
     factor = 100 if measure.percent else 1
-    y = linear_axis(_scaled(padded(window), factor), axis, sign=True)
+    y = linear_axis(_scaled(padded(window, least=1e-3), factor), axis, sign=True)
     names = [str(row.number) for row in rows]
     main = Drawing(category_axis(names, "generation"), y, 290, title, share=len(rows))
     main.rule(y=0, style="zero")
@@ -67,7 +67,7 @@ def gains(
             (place, factor * row.seeds[seed]) for place, row in enumerate(rows) if seed in row.seeds
         ]
         main.line(points, "seed")
-        for place, value in points[1:]:
+        for place, value in points if rows[0].number else points[1:]:
             main.dot(place, value, "faint", f"seed {seed}: {value / factor:+.2%}", r=2)
     _means(main, rows, factor, measure)
     if not beside:
@@ -75,10 +75,10 @@ def gains(
     names = [row.name for row in beside]
     lines = max(name.count(" ") for name in names) + 1
     side = Drawing(
-        *(category_axis(names), replace(y, title="beside it, on the same scale"), 290),
+        *(category_axis(names), replace(y, title="beside it"), 290),
         f"Beside it: {', '.join(names)}",
         bottom=max(40, 14 + 13 * min(lines, 4)),
-        share=len(beside),
+        share=max(len(beside), math.ceil(len(rows) / 4)),
     )
     main.bottom = max(main.bottom, side.bottom)
     side.bottom = main.bottom
@@ -148,7 +148,7 @@ def trials(
         else:
             spread = max(max(known) - min(every), 1e-3)
             high = min(high, max(known) + 3 * spread)
-    y = linear_axis(padded((low, high)), measure.title, percent=measure.percent)
+    y = linear_axis(padded((low, high), least=1e-3), measure.title, percent=measure.percent)
     names = [str(number) for number, _, _ in rows]
     drawing = Drawing(category_axis(names, "generation"), y, 320, "Each trial by generation")
     for place, (generation, found, best) in enumerate(rows):
@@ -301,15 +301,16 @@ def over_parameters(
     if reference is not None and finite([reference]):
         drawing.rule(y=reference, style="rule")
     for name, number, sizes in arms:
-        style = colour(number)
-        drawing.line([(count, mean.value) for count, mean, _ in sizes], f"line {style}")
-        for count, mean, values in sizes:
+        style, aside = colour(number), 1.015 if number else 1 / 1.015
+        drawing.line([(count * aside, mean.value) for count, mean, _ in sizes], f"line {style}")
+        for parameters, mean, values in sizes:
+            count = parameters * aside
             for value in values:
                 tip = f"{name}, one seed: {measure.text(value)}"
                 drawing.dot(count, value, f"{style} pale", tip, r=2.5)
             if mean.low is not None and mean.high is not None:
                 drawing.whisker(count, mean.low, mean.high, f"whisker {style}")
-            tip = f"{name}, {count:,.0f} parameters: {measure.text(mean.value)}"
+            tip = f"{name}, {parameters:,.0f} parameters: {measure.text(mean.value)}"
             drawing.dot(count, mean.value, f"{style} mark", tip, r=5)
     names = [(name, colour(number)) for name, number, _ in arms]
     return Figure((drawing,), (*names, *([("teacher", "dotted")] if reference is not None else [])))

@@ -112,12 +112,14 @@ def _of_chosen(run: Run, metric: str) -> list[Gain]:
 
 
 def _beside(run: Run, base: Replicated | None, metric: str) -> list[Gain]:
+    """Return the controls, and the ensembles where they are compared with the same."""
+    own = _has_own_baseline(run)
     found = [
         Gain(control.title, bar(control.first), _paired(control, base))
         for control in run.controls
-        if control.first is not None and control.name != "labels"
+        if control.first is not None and not (own and control.name in ("labels", "seeds"))
     ]
-    first = run.results[0].metric(metric) if run.results else None
+    first = run.results[0].metric(metric) if run.results and not own else None
     ensemble = run.ensemble.metric(metric) if run.ensemble is not None else None
     if first is not None and ensemble is not None:
         found.insert(0, Gain("ensemble of all", Bar(ensemble - first)))
@@ -131,10 +133,13 @@ def _gain_text(run: Run, *, compared: bool, beside: Sequence[Gain]) -> str:
             "validation."
         )
     lineages = run.verdict is not None and run.verdict.covers == "lineages"
+    base = "its own generation 0"
+    if _has_own_baseline(run):
+        base = "the student's network trained on labels from the same seed"
     text = (
         "Each thin line is one "
         + ("lineage" if lineages else "fresh seed")
-        + ", paired with its own generation 0; dots are means, bars their 95 % intervals"
+        + f", paired with {base}; dots are means, bars their 95 % intervals"
         + (", which cover whole lineages." if lineages else ".")
     )
     if run.verdict is not None and run.verdict.comparisons:

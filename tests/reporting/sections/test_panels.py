@@ -17,7 +17,7 @@ from selfkd.reporting.sections.panels import Panel, response
 from selfkd.results import TrialResult
 from selfkd.storage.rows import load_row, save_row
 
-SETTINGS = list(itertools.product((1.5, 2.5, 4.0, 7.0, 12.0), (0.1, 0.3, 0.5, 0.7, 0.9)))
+SETTINGS = list(itertools.product((1.5, 2.5, 4.0, 6.0, 9.0), (0.1, 0.3, 0.5, 0.7, 0.9)))
 
 
 def bowl(temperature: float, alpha: float) -> float:

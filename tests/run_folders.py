@@ -444,7 +444,6 @@ def _confirmation(
         values=tuple(values),
         wanted=len(values),
         mean=Interval(mean) if len(values) == 1 else _around(mean, 0.004),
-        wanted=len(values),
         first=difference,
         previous=difference,
         mcnemar=McNemar(only_student=12, only_teacher=7, p=0.359) if number else None,

@@ -28,4 +28,5 @@ from selfkd.config.schema import Source as Source
 from selfkd.config.schema import TrainConfig as TrainConfig
 from selfkd.config.schema import Tree as Tree
 from selfkd.config.schema import from_tree as from_tree
+from selfkd.config.schema import get as get
 from selfkd.config.schema import to_tree as to_tree

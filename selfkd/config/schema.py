@@ -195,9 +195,9 @@ class DistillConfig:
     """Distillation loss, `(1 - alpha) CE(labels) + alpha T² KL(teacher || student)`, and its
     teacher."""
 
-    temperature: Single = Field(default=4.0, gt=0)
+    temperature: Single = Field(default=3.5, gt=0)
     """Softmax temperature T of teacher and student in the soft term."""
-    alpha: float = Field(default=0.9, ge=0, le=1)
+    alpha: float = Field(default=0.65, ge=0, le=1)
     """Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`."""
     average: Literal["probabilities", "logits"] = "probabilities"
     """What of an ensemble's members is averaged: their probabilities or their logits."""
@@ -401,13 +401,9 @@ class SearchConfig:
     """Further search space of models trained on labels alone, such as generation 0."""
     points: list[Point] | None = None
     """Points that each search with teachers tries after the winner of the search before, as dotted
-    keys with values, inside the space or not; with the default space and at least 4 trials the
-    loss of the born-again paper, T 1 and alpha 1, when not given."""
-
-    def __post_init__(self) -> None:
-        if self.points is None:
-            default = self.space == SPACE and self.trials >= 4
-            object.__setattr__(self, "points", [dict(PAPER)] if default else [])
+    keys with values, inside the space or not; with the default space and at least 4 trials, when
+    not given, `distill.temperature` and `distill.alpha` and the loss of the born-again paper, T 1
+    and alpha 1."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -543,6 +539,15 @@ class Config:
             raise ValueError("must have a name: set student.name, also where it is model.name")
         return value
 
+    def __post_init__(self) -> None:
+        search = self.search
+        if search.points is None:
+            own = self.distill.temperature, self.distill.alpha
+            points = [dict(zip(PAPER, own, strict=True)), dict(PAPER)]
+            default = search.space == SPACE and search.trials >= 4
+            search = dataclasses.replace(search, points=points if default else [])
+            object.__setattr__(self, "search", search)
+
     @property
     def most_rounds(self) -> int:
         """Largest number of born-again generations."""
@@ -671,6 +676,18 @@ def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[st
             yield dotted, value
         if nested:
             yield from leaves(value, f"{dotted}.", inner=inner)
+
+
+def get(config: Config, key: str) -> Any:
+    """Return a value by its dotted key; None where there is none.
+
+    >>> get(Config(), "model.args.width"), get(Config(), "params.lr")
+    (8, None)
+    """
+    value: Any = to_tree(config)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def put(tree: Tree, key: str, value: Any) -> None:

@@ -98,6 +98,17 @@ class Distribution:
             value = float(f"{exact:.12g}")
         return float(min(max(value, low), high))  # against rounding
 
+    def quantile(self, value: float) -> float:
+        """Return where a number lies in the range, the inverse of `at`; beyond [0, 1] outside it.
+
+        >>> Distribution("loguniform", (1, 100)).quantile(10)
+        0.5
+        """
+        low, high = self.values
+        if self.kind == "loguniform":
+            return math.log(value / low) / math.log(high / low) if value > 0 else -math.inf
+        return float((value - low) / (high - low))
+
     def contains(self, value: Any) -> bool:
         """Return whether the distribution can take a value."""
         if self.kind == "choice":

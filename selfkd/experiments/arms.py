@@ -20,6 +20,7 @@ from selfkd.config import Config, ModelConfig, to_tree, uses_pretrained
 from selfkd.config.space import Distribution, Points
 from selfkd.errors import ConfigError, RunError
 from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, run_one
+from selfkd.experiments.choice import choose
 from selfkd.experiments.replicas import confirm_seeds, make_terms
 from selfkd.experiments.run_folder import RunFolder, student_file
 from selfkd.experiments.stages import Stage, make_proposer, run_stages, trial_seed
@@ -91,7 +92,7 @@ class Searched:
 
     trials: Sequence[TrialResult]
     ranked: Sequence[TrialResult]
-    """Those that completed, best first."""
+    """Those that completed, the one that is taken first, then the best first."""
     models: Sequence[Model]
     """Students that are kept, best first."""
 
@@ -175,7 +176,8 @@ class Run:
             early=early if search.scheduler == "asha" else None,
         )
         (trials,) = run_stages(self.executor, self.events, [stage], title=arm.title)
-        ranked = stage.ranked(trials)
+        items = self.folder.facts.items.get("val", 0)
+        ranked = choose(config, arm.space, stage.ranked(trials), items=items)
         kept = [arm.model(self, trial) for trial in ranked[: keep if save else 0]]
         if save is not None:
             source = self.folder.path / kept[0].checkpoint
@@ -286,8 +288,6 @@ class Run:
             for shard in range(shards)
         ]
         self.jobs(title, "cache_teacher_logits", parts, config=config)
-
-    # --- measuring ---
 
     def evaluate(
         self, requests: Sequence[Request], *, title: str, keep: bool = True
@@ -403,8 +403,6 @@ class Run:
         save_row(self.folder.path / "summary.json", summary)
         self.events(RunFinished(summary))
         return summary
-
-    # --- jobs ---
 
     def check(self, config: Config | None = None, *, where: str = "") -> Facts:
         """Return the facts of a config's data and networks, which a worker has tried.

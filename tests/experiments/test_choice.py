@@ -1,4 +1,4 @@
-"""Which trial of a search is taken, by its accuracy and its distance from the config's own values."""
+"""Which trial of a search is taken: by accuracy, and distance from the config's own values."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_the_view_shows_what_trials_log() -> None:
 
 def test_the_view_shows_what_a_lineage_logs(tmp_path: Path) -> None:
     tiny = ["model={name: selfkd_mlp, args: {width: 8, depth: 1}}", "train.epochs=1", "rounds=1"]
-    config = load_config(settings=[*tiny, "search.trials=1", "confirm.seeds=2"])
+    config = load_config(settings=[*tiny, "search.trials=1", "confirm.seeds=3"])
     folder = RunFolder.create(tmp_path / "run", config)
     jobs = InProcess(run_job)
     summary = born_again(

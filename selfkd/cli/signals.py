@@ -32,7 +32,8 @@ class _Command:
 
     def __init__(self, say: Callable[[], object]) -> None:
         self._say = say
-        self._said = threading.Lock()
+        self._saying = threading.Lock()
+        self._said = threading.Event()
         self._at: float | None = None
         self._over = threading.Event()
 
@@ -77,12 +78,16 @@ class _Command:
             timer.start()
 
     def say_once(self) -> None:
-        if self._said.acquire(blocking=False):
-            self._say()
+        if self._saying.acquire(blocking=False):
+            try:
+                self._say()
+            finally:
+                self._said.set()
 
     def leave(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self.say_once()
+        self._said.wait(timeout=AGAIN_SECONDS)  # the main thread may be at it, on a busy machine
         leave_now(INTERRUPTED)
 
 

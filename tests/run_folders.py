@@ -177,7 +177,9 @@ STUDENT = Verdict(
 def ensemble_run(path: Path, *, done: bool = True, seed: int = 0) -> Path:
     """Make the folder of a run of an ensemble of three and its student."""
     rolled = random.Random(seed)
-    config = load_config(settings=("search.trials=4", "members.count=3"), flags={"seed": seed})
+    config = load_config(
+        settings=("search.trials=4", "members.count=3", "confirm.seeds=3"), flags={"seed": seed}
+    )
     _begin(path, "ensemble", config, DATA)
     trained = [_trial(path / "members", 0, k, rolled, 0) for k in range(3)]
     members = tuple(
@@ -216,6 +218,7 @@ def ensemble_run(path: Path, *, done: bool = True, seed: int = 0) -> Path:
         ),
         trials=4,
         seeds=3,
+        wanted=3,
         gain=Interval(0.0117, 0.004, 0.0194),
         share=Interval(0.72, 0.31, 4.2),
         diagnostics={
@@ -229,7 +232,12 @@ def ensemble_run(path: Path, *, done: bool = True, seed: int = 0) -> Path:
 
 def capacity_run(path: Path) -> Path:
     """Make the folder of a capacity curve of three sizes."""
-    _begin(path, "capacity", load_config(settings=("capacity.values=[2, 8, 32]",)), DATA)
+    _begin(
+        path,
+        "capacity",
+        load_config(settings=("capacity.values=[2, 8, 32]", "confirm.seeds=2")),
+        DATA,
+    )
     sizes = []
     for place, value in enumerate((2, 8, 32)):
         labels, distilled = 0.80 + 0.05 * place, 0.83 + 0.05 * place

@@ -104,7 +104,7 @@ def test_every_key_and_section_is_described() -> None:
         assert describe_key(key).startswith(f"{key}: ")
     text = describe_key("distill")
     assert text.startswith("Distillation loss, ")
-    assert "\n\ndistill.alpha: number, at least 0, at most 1 (default 0.9)\n    Weight" in text
+    assert "\n\ndistill.alpha: number, at least 0, at most 1 (default 0.65)\n    Weight" in text
     assert "members.checkpoints.each" in describe_key("members")
 
 

@@ -204,15 +204,16 @@ def test_the_space_of_generation_0_has_no_distill_keys():
     assert list(config.space(with_teacher=True)) == ["train.lr", "distill.alpha"]
 
 
+OWN = {"distill.temperature": 3.5, "distill.alpha": 0.65}
 PAPER = {"distill.temperature": 1.0, "distill.alpha": 1.0}
 
 
 @pytest.mark.parametrize(
     ("settings", "points"),
     [
-        ([], [PAPER]),
-        (["search.trials=4"], [PAPER]),
-        (["search.trials=3"], []),  # would be a third of all
+        ([], [OWN, PAPER]),
+        (["search.trials=4", "distill.alpha=0.3"], [OWN | {"distill.alpha": 0.3}, PAPER]),
+        (["search.trials=3"], []),  # would be most of all
         (["search.space={distill.alpha: {uniform: [0, 1]}}"], []),
         (["search.space.train.lr={loguniform: [0.01, 0.1]}"], []),
         (
@@ -222,7 +223,9 @@ PAPER = {"distill.temperature": 1.0, "distill.alpha": 1.0}
         (["search.points=[]"], []),
     ],
 )
-def test_the_paper_s_loss_is_tried_unless_the_user_gives_space_or_points(settings, points):
+def test_the_own_setting_and_the_paper_s_are_tried_unless_the_user_gives_space_or_points(
+    settings, points
+):
     config = load_config(settings=settings)
     assert config.search.points == ([{"train.lr": 1}] if points is None else points)
     assert schema.from_tree(schema.to_tree(config)) == config  # resolved, also with other settings
@@ -248,6 +251,7 @@ def test_at_sets_the_values_of_a_point():
     config = Config(model=ModelConfig(args={"depth": 1}))
     point = {"distill.alpha": 1, "train.lr": 0.25, "model.args.width": 8}
     assert config.at(point) == Config(
+        search=config.search,  # its points stay those that were resolved
         model=ModelConfig(args={"depth": 1, "width": 8}),
         train=TrainConfig(lr=0.25),
         distill=DistillConfig(alpha=1.0),

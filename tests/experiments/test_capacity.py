@@ -82,7 +82,7 @@ def test_sizes_come_smallest_first_with_their_parameters(done: Done) -> None:
         (2, 64 * 2 + 2 + 2 * 10 + 10),
         (8, 64 * 8 + 8 + 8 * 10 + 10),
     ]
-    assert {(size.temperature, size.alpha) for size in summary.sizes} == {(4.0, 0.9)}
+    assert {(size.temperature, size.alpha) for size in summary.sizes} == {(3.5, 0.65)}
 
 
 def test_the_figures_are_those_of_the_predictions(done: Done) -> None:
@@ -118,7 +118,7 @@ def test_the_summary_is_kept_and_the_best_taught_student_of_each_size(done: Done
 def test_a_budget_is_made_of_it(done: Done) -> None:
     _, folder, _, _ = done
     found = measured(str(folder.path), value="8")
-    assert (found["items"], found["trials"], found["teacher_ms"]) == (200, 1, 0.1)
+    assert (found["items"], found["trials"], found["teacher_ms"]) == (100, 1, 0.1)
     assert found["train_seconds"] > 0
 
 

@@ -36,6 +36,7 @@ from selfkd.storage.files import load_json
 from selfkd.storage.rows import save_row
 
 TINY = [
+    "data.train_size=200",
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
     "train={epochs: 3, batch_size: 20}",
     "members=3",

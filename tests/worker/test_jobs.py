@@ -21,6 +21,7 @@ from selfkd.tasks.images import networks
 from selfkd.worker.jobs import run_job
 
 TINY = (
+    "data.train_size=200",
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
     "train={epochs: 2, lr: 0.1, batch_size: 50}",
 )
@@ -129,7 +130,7 @@ def history(rows):
 
 def numpy_logits(teacher, split):
     """The network's logits, worked out from its weights alone."""
-    data = load_data("digits")
+    data = load_data("digits", train_size=200)
     images = getattr(data, split).images.double().numpy().reshape(-1, 64)
     state = {name: tensor.double().numpy() for name, tensor in weights(teacher).items()}
     (w1,) = (value for value in state.values() if value.shape == (16, 64))
@@ -146,7 +147,7 @@ def numpy_logits(teacher, split):
 def test_check_gives_the_facts(jobs):
     (row,) = jobs.job("check", "data.jitter=1", "student={name: selfkd_mlp, args: {width: 8}}")
     prints = row["facts"].pop("fingerprints")
-    assert prints["train"] == load_data("digits").fingerprint
+    assert prints["train"] == load_data("digits", train_size=200).fingerprint
     assert prints.keys() == {"train", "val", "test"}
     assert len(set(prints.values())) == 3
     assert row == {
@@ -220,7 +221,7 @@ def test_a_student_is_saved_with_its_facts(trained):
     assert ["hash" in row for row in trained.rows] == [False, True]
     assert trained.rows[1]["loss"] < trained.rows[0]["loss"]
     tensors, facts = load_tensors(Path(trained.teacher["checkpoint"]))
-    data = load_data("digits")
+    data = load_data("digits", train_size=200)
     assert len(tensors) == 4
     assert facts == {
         "model": {"name": "selfkd_mlp", "args": {"width": 16, "depth": 1}},
@@ -241,7 +242,7 @@ def test_a_student_is_saved_with_its_facts(trained):
 @pytest.mark.parametrize("settings", [[], ["train.ema=0.9"], ["data.jitter=1"]])
 def test_what_is_saved_is_what_was_measured(jobs, settings):
     rows, student = jobs.train("one", *settings)
-    labels = load_data("digits").val.labels.numpy()
+    labels = load_data("digits", train_size=200).val.labels.numpy()
     logits = numpy_logits(student, "val")
     assert rows[-1]["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
     assert rows[-1]["val_nll"] == pytest.approx(log_loss(labels, softmax(logits, 1)), rel=1e-4)
@@ -319,16 +320,25 @@ def test_the_rate_is_that_of_the_steps_there_are(jobs):
 
 def test_the_seed_of_the_run_is_of_splits_and_views(jobs):
     (row,) = jobs.job("check", "seed=3")
-    assert row["facts"]["fingerprints"]["train"] == load_data("digits", seed=3).fingerprint
-    assert row["facts"]["fingerprints"]["train"] != load_data("digits", seed=0).fingerprint
+    assert (
+        row["facts"]["fingerprints"]["train"]
+        == load_data("digits", train_size=200, seed=3).fingerprint
+    )
+    assert (
+        row["facts"]["fingerprints"]["train"]
+        != load_data("digits", train_size=200, seed=0).fingerprint
+    )
     views = networks.ImageNetworks(make_tree("seed=3", "data.jitter=1", "data.crop=0.5")).views
     assert views == Views(crop=0.5, jitter=1, seed=3, count=8)
 
 
 def test_label_noise_is_passed_on_and_by_the_seed_of_the_run():
     found = networks.ImageNetworks(make_tree("seed=3", "data.label_noise=0.5"))
-    assert found.fingerprint == load_data("digits", seed=3, label_noise=0.5).fingerprint
-    assert found.fingerprint != load_data("digits", seed=3).fingerprint
+    assert (
+        found.fingerprint
+        == load_data("digits", train_size=200, seed=3, label_noise=0.5).fingerprint
+    )
+    assert found.fingerprint != load_data("digits", train_size=200, seed=3).fingerprint
 
 
 def test_compile_is_passed_on(jobs, monkeypatch):
@@ -496,7 +506,7 @@ def test_training_and_caching_never_read_the_test_split(jobs, trained, monkeypat
 
 def test_the_evaluation_is_that_of_the_weights_on_the_test_split(trained):
     found = trained.evaluate("one")
-    labels = load_data("digits").test.labels
+    labels = load_data("digits", train_size=200).test.labels
     logits = numpy_logits(trained.teacher, "test")
     right = logits.argmax(1) == labels.numpy()
     assert found == {
@@ -537,7 +547,10 @@ def test_an_ensemble_averages_probabilities(trained):
     trained.evaluate("one")
     trained.evaluate("two")
     found = trained.ensemble("one", "two")
-    labels = {split: getattr(load_data("digits"), split).labels for split in ("val", "test")}
+    labels = {
+        split: getattr(load_data("digits", train_size=200), split).labels
+        for split in ("val", "test")
+    }
     mean = {
         split: sum(
             softmax(numpy_logits(teacher, split), axis=1) / 2

@@ -194,7 +194,7 @@ def _describe(
     else:
         also = ", and once for each model that confirms" if summary.confirmations else ""
         more.append(
-            f"val {short_metric(facts.metric)} is the best of {trials} trials, so it is "
+            f"val {short_metric(facts.metric)} is of one chosen among {trials} trials, so it is "
             f"optimistic; the test split was read once a generation, after the choice{also}."
         )
     if summary.confirmations:

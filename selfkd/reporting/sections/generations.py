@@ -228,7 +228,7 @@ def _trials(run: Run) -> Iterator[Panel]:
         return
     yield Panel(
         "Each trial by generation",
-        "On validation; the ring is the chosen trial. As the best of several it is optimistic.",
+        "On validation; the ring is the chosen trial. As one of several it is optimistic.",
         charts.trials(rows, measure=measure(run)),
         tables.all_trials_table(run),
     )

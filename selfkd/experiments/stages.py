@@ -108,7 +108,7 @@ def make_proposer(
     """
     winner = {key: value for key, value in (last or {}).items() if key in space}
     first = [winner] if space and winner.keys() == space.keys() else []
-    first += [point for point in more if point not in first]
+    first += more  # a winner that is among them gets a second seed
     if config.search.algorithm == "optuna":
         return Optuna(space, seed=seed, first=first)
     algorithm, count = config.search.algorithm, config.search.trials

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
 from selfkd.cli.command import Command, Description, load_line
-from selfkd.cli.options import base_parser
+from selfkd.cli.options import base_parser, config_flags
 from selfkd.cli.output import safe_output
 from selfkd.cli.plan import plan_generations
 from selfkd.cli.result import Given, Result, Settings, run_command
@@ -32,6 +32,11 @@ from selfkd.reporting.words import form, short_metric
 from selfkd.results import GenerationsSummary
 from selfkd.storage.remote import secret_fault
 from selfkd.training.functions import function_reference
+
+DEFAULT_JOB = {"confirm.lineages": 12}
+"""What the command without a config adds, as `tune_configs/digits.yaml` does: digits are quick."""
+ASIDE = ("tracking", "storage", "resources", "checkpoint", "name", "seed", "rounds")
+"""Beginnings of the keys that leave the default job what it is."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,7 +70,16 @@ def _rounds(text: str) -> int | str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
-    return _command(arguments.train).main(arguments, {"rounds": arguments.rounds})
+    flags = {"rounds": arguments.rounds, **(DEFAULT_JOB if _is_default_job(arguments) else {})}
+    return _command(arguments.train).main(arguments, flags)
+
+
+def _is_default_job(arguments: argparse.Namespace) -> bool:
+    """Say whether nothing is given that changes what is trained, but for its seed and rounds."""
+    given = [setting.partition("=")[0] for setting in arguments.settings]
+    given += [key for key, value in config_flags(arguments).items() if value is not None]
+    of_its_own = arguments.config or arguments.resume or arguments.train
+    return not of_its_own and all(key.startswith(ASIDE) for key in given)
 
 
 def run_generations(

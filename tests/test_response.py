@@ -36,7 +36,9 @@ def make_run(
     stage: str | None = None,
 ) -> Path:
     """A run as selfkd.generations leaves it; the best alpha of generation k is `peaks[k - 1]`."""
-    run = RunFolder.create(folder / name, load_config(settings=list(settings)))
+    space = "{distill.temperature: {loguniform: [1, 20]}, distill.alpha: {uniform: [0, 1]}}"
+    config = load_config(settings=[f"search.space={space}", *settings])
+    run = RunFolder.create(folder / name, config)
     sizes = {"model": 9, "student": parameters}
     save_row(run.path / "data.json", Facts(parameters=sizes, fingerprints={"train": "same"}))
     rng = np.random.default_rng(0)

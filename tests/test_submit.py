@@ -435,7 +435,7 @@ def test_a_missing_extra_is_named(
     [
         ["--config", "a/b.yaml", "--train", "c/d.py:f"],
         ["--train=c/d.py:f", "--config=a/b.yaml"],
-        ["--conf", "a/b.yaml", "--tr", "c/d.py:f", "--seed", "1"],
+        ["--conf", "a/b.yaml", "--trai", "c/d.py:f", "--seed", "1"],
     ],
 )
 def test_files_that_the_command_names_are_staged(

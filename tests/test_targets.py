@@ -17,7 +17,7 @@ from selfkd.worker.jobs import run_job
 SETTINGS = [
     "model={name: selfkd_mlp, args: {width: 8, depth: 1}}",
     "train={epochs: 1, batch_size: 50}",
-    "data={jitter: 1, views: 2}",
+    "data={train_size: 200, jitter: 1, views: 2}",
     "targets.shard_size=150",
 ]
 

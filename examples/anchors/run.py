@@ -123,7 +123,8 @@ def collect(run: Run, folder: Path) -> Row:
 
 def settings(config: Config) -> Row:
     """Return what makes a run what it is, by dotted key: nothing of where it was made."""
-    return {key: value for key, value in resume_invariant(config).items() if key != "members.runs"}
+    kept = {key: value for key, value in resume_invariant(config).items() if key != "members.runs"}
+    return kept | {"confirm.seeds": config.confirm.seeds}
 
 
 def _without(tree: Any, keys: Sequence[str]) -> Any:

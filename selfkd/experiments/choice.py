@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from selfkd.analysis.verdicts import is_fraction
-from selfkd.config import Config, get
+from selfkd.config import SPACE, Config, get
 from selfkd.config.space import Distribution, Point
 from selfkd.results import TrialResult
 
@@ -33,8 +33,8 @@ def choose(
         |p - q| <= 1.5 sqrt((p (1 - p) + q (1 - q)) / n)
 
     Of the trials that are not told apart from the best, the one nearest to the config's own values
-    is taken, by the sum of squared differences of their quantiles in the space. Where another
-    metric is searched by, whose spread is not known, it is the best.
+    is taken, by the sum of squared differences of their quantiles in the space. In a space of the
+    user's own, and by another metric, whose spread is not known, it is the best.
 
     Args:
         config: Config of the search.
@@ -43,7 +43,7 @@ def choose(
         items: Number of validation items; 0 where it is not known.
     """
     metric = config.search.metric
-    if not is_fraction(metric) or not items or not ranked:
+    if config.search.space != SPACE or not (is_fraction(metric) and items and ranked):
         return list(ranked)
     best, *others = (trial.metrics[metric] for trial in ranked)
     near = [ranked[0]]

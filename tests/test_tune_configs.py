@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from selfkd.config import ModelConfig, TrainConfig, load_config
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.generations import DEFAULT_JOB
 from selfkd.models import make_model
 from selfkd.training.fit import make_optimizer, make_scheduler
 
@@ -104,7 +105,7 @@ def test_loads_and_its_model_and_optimiser_can_be_made(path: Path) -> None:
 
 
 def test_digits_is_the_built_in_default() -> None:
-    assert load_config(FOLDER / "digits.yaml") == load_config()
+    assert load_config(FOLDER / "digits.yaml") == load_config(flags=DEFAULT_JOB)
 
 
 def test_the_paper_s_setting_is_in_the_born_again_space() -> None:

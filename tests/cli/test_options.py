@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from selfkd import capacity, ensemble, generations, study
+from selfkd.cli.command import Command
 from selfkd.cli.options import FLAGS, config_flags
 from selfkd.config import load_config
 from selfkd.config.load import flat
@@ -73,3 +74,27 @@ def test_a_flag_that_is_no_number_is_code_2(capsys: pytest.CaptureFixture[str]) 
         study.main(["--epochs", "many"])
     assert caught.value.code == 2
     assert "argument --epochs: invalid int value: 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "lineages"),
+    [
+        ([], 12),
+        (["--rounds", "3", "--seed", "2", "--name", "x", "--storage", "s", "--plan"], 12),
+        (["--set", "tracking=none", "--set", "resources.cpu=2"], 12),
+        (["--seeds", "6"], 0),
+        (["--labels", "200"], 0),
+        (["--set", "confirm.seeds=3"], 0),
+        (["--set", "model.args.width=64"], 0),
+        (["--config", "tune_configs/mnist.yaml"], 0),
+        (["--train", "x.py:f"], 0),
+        (["--resume", "runs/x"], 0),
+    ],
+)
+def test_the_default_job_alone_repeats_whole_lineages(
+    words: list[str], lineages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags: dict[str, Any] = {}
+    monkeypatch.setattr(Command, "main", lambda self, arguments, given: flags.update(given) or 0)
+    assert generations.main(words) == 0
+    assert flags.get("confirm.lineages", 0) == lineages

@@ -65,6 +65,13 @@ def test_other_metrics_are_taken_as_they_are() -> None:
     assert choose(CONFIG, SPACE, [], items=400) == []
 
 
+def test_in_a_space_of_the_user_s_own_the_best_is_taken() -> None:
+    rows = (FAR, 0.93), (OWN, 0.92)
+    own = {"search.space.distill.alpha": "{uniform: [0, 1]}"}
+    assert taken(*rows) == [1, 0]
+    assert taken(*rows, **own) == [0, 1]
+
+
 def test_points_of_other_keys_are_far() -> None:
     lr = {"train.lr": 0.5}
     assert taken((lr, 0.93), (OWN, 0.92)) == [1, 0]

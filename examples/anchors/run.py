@@ -123,8 +123,12 @@ def collect(run: Run, folder: Path) -> Row:
 
 def settings(config: Config) -> Row:
     """Return what makes a run what it is, by dotted key: nothing of where it was made."""
-    kept = {key: value for key, value in resume_invariant(config).items() if key != "members.runs"}
-    return kept | {"confirm.seeds": config.confirm.seeds}
+    aside = (
+        "members.runs",
+        *(["search."] if config.study.arms else []),
+    )  # a study searches nothing
+    kept = resume_invariant(config) | {"confirm.seeds": config.confirm.seeds}
+    return {key: value for key, value in kept.items() if not key.startswith(aside)}
 
 
 def _without(tree: Any, keys: Sequence[str]) -> Any:

@@ -152,9 +152,9 @@ class ProgressReporter:
             case GenerationFinished(result):
                 self._say_generation(result)
             case GenerationConfirmed(confirmation):
-                seeds = count(len(confirmation.seeds), "fresh seed")
+                again = count(len(confirmation.seeds), "time")
                 mean = plus_minus(confirmation.mean, confirmation.metric)
-                self.say(f"generation {confirmation.generation} again on {seeds}: {mean}")
+                self.say(f"generation {confirmation.generation} again, {again}: {mean}")
             case Message(text):
                 self.notes.append(f"note:  {text}")
                 self.say(f"  {text}")

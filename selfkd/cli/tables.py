@@ -36,7 +36,8 @@ def summary_table(summary: GenerationsSummary, metric: str) -> Table:
         rules = rules or [len(rows)]
         rows.append((control.title, *_replicated(control, None, metric), "", ""))
     seeds = max((len(row.seeds) for row in summary.confirmations), default=0)
-    over = f", {count(seeds, 'seed')}" if seeds else ""
+    lineages = summary.verdict is not None and summary.verdict.covers == "lineages"
+    over = f", {count(seeds, 'lineage' if lineages else 'seed')}" if seeds else ""
     gain = "gain" if seeds and not is_fraction(summary.confirmations[0].metric) else "gain, points"
     head = ("generation", f"{_title(summary, metric)}{over}", gain, "T", "alpha")
     return Table(head, tuple(rows), rules=tuple(rules)).without_empty()

@@ -401,9 +401,10 @@ class SearchConfig:
     """Further search space of models trained on labels alone, such as generation 0."""
     points: list[Point] | None = None
     """Points that each search with teachers tries after the winner of the search before, as dotted
-    keys with values, inside the space or not; with the default space and at least 4 trials, when
-    not given, `distill.temperature` and `distill.alpha` and the loss of the born-again paper, T 1
-    and alpha 1."""
+    keys with values, inside the space or not. With the default space and at least 4 trials, when
+    not given: `distill.temperature` and `distill.alpha` with three of eight trials, so that the
+    best of several seeds teaches, and the loss of the born-again paper, T 1 and alpha 1, with
+    one."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -542,8 +543,8 @@ class Config:
     def __post_init__(self) -> None:
         search = self.search
         if search.points is None:
-            own = self.distill.temperature, self.distill.alpha
-            points = [dict(zip(PAPER, own, strict=True)), dict(PAPER)]
+            own = dict(zip(PAPER, (self.distill.temperature, self.distill.alpha), strict=True))
+            points = [*(dict(own) for _ in range(3 * search.trials // 8)), dict(PAPER)]
             default = search.space == SPACE and search.trials >= 4
             search = dataclasses.replace(search, points=points if default else [])
             object.__setattr__(self, "search", search)

@@ -81,7 +81,9 @@ def generations_table(run: Run) -> Table:
         )
         for control in run.controls
     ]
-    head = ("generation", "T", "alpha", _column(run.metric), "test acc", "fresh seeds")
+    lineages = run.verdict is not None and run.verdict.covers == "lineages"
+    again = "whole lineages" if lineages else "fresh seeds"
+    head = ("generation", "T", "alpha", _column(run.metric), "test acc", again)
     differences = "vs gen. 0, points", "vs previous, points"
     return Table((*head, *differences, "NLL", "ECE", "agreement"), tuple(rows)).without_empty()
 

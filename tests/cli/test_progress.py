@@ -180,7 +180,7 @@ def test_a_log_says_whose_trial_confirms() -> None:
         report(GenerationConfirmed(confirmation(2)))
     assert output.getvalue().splitlines() == [
         "  confirm 2, trial 0: val 90.00%, 2.0 s",
-        "generation 2 again on 3 fresh seeds: 95.93% ± 0.48%",
+        "generation 2 again, 3 times: 95.93% ± 0.48%",
     ]
 
 

@@ -211,7 +211,7 @@ PAPER = {"distill.temperature": 1.0, "distill.alpha": 1.0}
 @pytest.mark.parametrize(
     ("settings", "points"),
     [
-        ([], [OWN, PAPER]),
+        ([], [OWN, OWN, OWN, PAPER]),
         (["search.trials=4", "distill.alpha=0.3"], [OWN | {"distill.alpha": 0.3}, PAPER]),
         (["search.trials=3"], []),  # would be most of all
         (["search.space={distill.alpha: {uniform: [0, 1]}}"], []),

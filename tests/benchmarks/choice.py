@@ -121,6 +121,7 @@ class Pool:
         data = np.load(file)
         self.points, self.val, self.test = data["points"], data["val"], data["test"]
         self.gains = 100 * (self.test - data["labels"])
+        self.over_mean = 100 * (self.test - data["labels"].mean())
         temperature, alpha = self.points.T
         self.places = np.stack([np.log10(temperature), (alpha - 0.1) / 0.9], axis=1)
         self.inside = (temperature <= 10) & (alpha >= 0.1)
@@ -210,6 +211,38 @@ def replay(pool: Pool, split: int) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in gains.items()}
 
 
+def models(pool: Pool, split: int, seeds_at_own: int) -> tuple[float, float]:
+    """Return the test gain of two models of a search, in points.
+
+    Args:
+        pool: Pool of a split.
+        split: Seed of the draws.
+        seeds_at_own: Trials at (T 3.5, alpha 0.65), each with a seed of its own.
+
+    Returns:
+        Gain over the mean of labels: of the model that is taken, and of the best on validation.
+    """
+    rng, gains = np.random.default_rng(split), []
+    away = np.square(pool.places - place(3.5, 0.65)).sum(axis=1)
+    own = int(np.where(pool.inside, away, np.inf).argmin())
+    others = [n for n in np.flatnonzero(pool.inside) if n not in (0, own)]
+    seeds = pool.test.shape[1]
+    repeats = min(seeds_at_own, seeds)
+    rest = min(TRIALS - 1 - repeats, len(others))
+    for _ in range(DRAWS):
+        points = [*[own] * repeats, 0, *rng.choice(others, rest, replace=False)]
+        drawn = [*rng.permutation(seeds)[:repeats], *rng.integers(seeds, size=rest + 1)]
+        hits = np.stack([pool.val[p, s] for p, s in zip(points, drawn, strict=True)])
+        values = hits.mean(axis=1)
+        best = values.max()
+        error = np.sqrt((values * (1 - values) + best * (1 - best)) / hits.shape[1])
+        good = np.flatnonzero(best - values <= APART * error)
+        taken = min(good, key=lambda n: (away[points[n]], -values[n]))
+        gains.append([pool.over_mean[points[n], drawn[n]] for n in (taken, values.argmax())])
+    first, second = np.mean(gains, axis=0)
+    return float(first), float(second)
+
+
 def main() -> None:
     """Train pools, or replay the rules on all there are."""
     parser = argparse.ArgumentParser(
@@ -252,6 +285,9 @@ def main() -> None:
                 print(
                     f"  {name:52} {values.mean():+.2f} ± {error:.2f}  {values.mean() / best:5.2f}"
                 )
+        for count in (1, 3):
+            taken, top = np.mean([models(p, n, count) for n, p in enumerate(pools)], axis=0)
+            print(f"  model, {count} of 8 at the own setting: taken {taken:+.2f}, best {top:+.2f}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
     for seed in 0 1 2 3 4; do python -m selfkd.generations --seed $seed --name digits-$seed; done
     python examples/plot_generations.py runs/digits-* --output accuracy.svg
 
-Each run is a whole lineage with its own split and seeds. The interval is Student's t over the
-runs, of the accuracy and of the paired difference to generation 0 of the same run.
+Each run has its own split and seeds. Its accuracy of a generation is the mean over its fresh seeds
+or lineages, or that of the chosen model where there are none; the ensemble is the one of its chosen
+models. The interval is Student's t over the runs, of the accuracy and of the paired difference to
+generation 0 of the same run.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ def load_accuracy(runs: Sequence[Path]) -> np.ndarray:
     rows = []
     for run in runs:
         summary = json.loads((run / "summary.json").read_text())
-        models = [*summary["generations"], summary["ensemble"]]
-        rows.append([model["test_accuracy"] for model in models])
+        replicated = [row["mean"]["value"] for row in summary["confirmations"]]
+        chosen = [row["test_accuracy"] for row in summary["generations"]]
+        rows.append([*(replicated or chosen), summary["ensemble"]["test_accuracy"]])
     if len({len(row) for row in rows}) != 1:
         raise ValueError("runs must have the same number of generations")
     return np.array(rows)
@@ -73,7 +76,7 @@ def draw(accuracy: np.ndarray, names: Sequence[str], output: Path) -> None:
     )
     axes.set_xlabel("generation (0: labels only)")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{len(accuracy)} lineages, mean and 95 % interval", loc="left", fontsize=10)
+    axes.set_title(f"{len(accuracy)} runs, mean and 95 % interval", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.93")
     figure.savefig(output)

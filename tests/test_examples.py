@@ -30,7 +30,15 @@ def test_plot_generations_gives_means_and_paired_intervals(tmp_path: Path) -> No
         folder = tmp_path / f"run-{number}"
         folder.mkdir()
         (folder / "summary.json").write_text(
-            json.dumps({"generations": generations, "ensemble": ensemble})
+            json.dumps(
+                {
+                    "generations": [{"test_accuracy": 0.5}] * len(generations),
+                    "confirmations": [
+                        {"mean": {"value": row["test_accuracy"]}} for row in generations
+                    ],
+                    "ensemble": ensemble,
+                }
+            )
         )
     printed = subprocess.run(
         [sys.executable, str(EXAMPLES / "plot_generations.py"), *map(str, tmp_path.iterdir())],

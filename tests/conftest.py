@@ -37,6 +37,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(  # of workers: the jobs that tests g
 
 LONG = (  # first, so that none of them is left to one process at the end
     *("test_generations", "test_submit", "test_group", "test_online", "test_lost_workers"),
+    *("test_pseudo_terminal", "test_fuzz"),
     *("test_killed_driver", "test_examples", "test_cluster", "test_nodes", "test_ensemble"),
     *("test_capacity", "test_remote", "test_pool", "test_study", "test_tune_configs"),
 )

@@ -136,7 +136,8 @@ def trained(pool: Pool, job: dict[str, Any]) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("case", ["distilled", pytest.param("labels", marks=pytest.mark.slow)])
+@pytest.mark.slow  # what `test_three_train_as_one` has, on workers of Ray
+@pytest.mark.parametrize("case", ["distilled", "labels"])
 def test_the_loss_curve_is_that_of_one_worker(training: Pool, tmp_path: Path, case: str) -> None:
     """With the same global batch, on cached logits; `test_ranks` covers labels, too."""
     more = born_again(tmp_path) if case == "distilled" else {}

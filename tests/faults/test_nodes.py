@@ -167,6 +167,7 @@ def test_a_node_that_joins_late_is_used(nodes: Nodes, pool: Pool) -> None:
     assert sum(outcome.row["node"] == late for outcome in batch.outcomes) >= 2
 
 
+@pytest.mark.slow  # as the node above, but for how many are lost
 def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool, tmp_path: Path) -> None:
     """Without a GPU anywhere the run waits, and goes on when there is one again."""
     names = nodes.have(2)

@@ -105,7 +105,17 @@ def _has_finite_numbers(value: Any) -> bool:
 
 def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield faults of the settings for replication and controls."""
-    seeds, key = config.confirm.replicas, "lineages" if config.confirm.lineages else "seeds"
+    lineages, given = config.confirm.lineages, ("--set", "command line")
+    seeds, key = config.confirm.replicas, "lineages" if lineages else "seeds"
+    later, earlier = (
+        given.index(source) if (source := sources.get(f"confirm.{name}")) in given else -1
+        for name in ("seeds", "lineages")
+    )
+    if lineages and later > earlier:
+        yield (
+            f"{locate_key('confirm.seeds', sources)}: {lineages} whole lineages take the place of "
+            "seeds: raise confirm.lineages, or give --set confirm.lineages=0 as well"
+        )
     where = locate_key(f"confirm.{key}", sources)
     if config.confirm.lineages and config.distill.teacher.startswith("top:"):
         yield (

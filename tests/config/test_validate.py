@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from selfkd.config import load_config
+from selfkd.config import load_config, merge_settings
 from selfkd.config.validate import check_capacity
 from selfkd.errors import ConfigError
 
@@ -159,3 +159,31 @@ def test_sizes_are_different_numbers_or_words(values, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as found:
         check_capacity(config)
     assert len(str(found.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "refused"),
+    [
+        (["confirm.lineages=6"], {"confirm.seeds": 10}, True),  # as --seeds 10
+        (["confirm.lineages=6", "confirm.seeds=10"], {}, False),
+        (["confirm.lineages=0"], {"confirm.seeds": 10}, False),
+        (["confirm.seeds=10"], {"confirm.lineages": 6}, False),
+    ],
+)
+def test_seeds_that_would_be_passed_over_are_refused(settings, flags, refused):
+    def load():
+        return load_config(settings=settings, flags=flags)
+
+    if not refused:
+        assert load().confirm.seeds == 10
+        return
+    with pytest.raises(ConfigError, match="6 whole lineages take the place of seeds"):
+        load()
+
+
+def test_seeds_for_a_run_of_whole_lineages_name_the_way_out():
+    old = load_config(settings=["confirm.lineages=6"])
+    with pytest.raises(ConfigError, match=r"raise confirm\.lineages, or give --set"):
+        merge_settings(old, settings=["confirm.seeds=10"], flags={})
+    fresh = ["confirm.seeds=10", "confirm.lineages=0"]
+    assert merge_settings(old, settings=fresh, flags={}).confirm.replicas == 10

@@ -114,7 +114,7 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
     if lineages and later > earlier:
         yield (
             f"{locate_key('confirm.seeds', sources)}: {lineages} whole lineages take the place of "
-            "seeds: raise confirm.lineages, or give --set confirm.lineages=0 as well"
+            "seeds: raise confirm.lineages, or give confirm.lineages=0 as well in a new run"
         )
     where = locate_key(f"confirm.{key}", sources)
     if config.confirm.lineages and config.distill.teacher.startswith("top:"):

@@ -183,7 +183,7 @@ def test_seeds_that_would_be_passed_over_are_refused(settings, flags, refused):
 
 def test_seeds_for_a_run_of_whole_lineages_name_the_way_out():
     old = load_config(settings=["confirm.lineages=6"])
-    with pytest.raises(ConfigError, match=r"raise confirm\.lineages, or give --set"):
+    with pytest.raises(ConfigError, match=r"raise confirm\.lineages, or give"):
         merge_settings(old, settings=["confirm.seeds=10"], flags={})
     fresh = ["confirm.seeds=10", "confirm.lineages=0"]
     assert merge_settings(old, settings=fresh, flags={}).confirm.replicas == 10

@@ -11,13 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from selfkd.reporting.read import ENVIRONMENT
 from selfkd.storage.files import load_json, save_json
 
 PACKAGES = (
     *("selfkd", "torch", "torchvision", "timm", "ray", "wandb", "numpy", "scipy"),
     *("scikit-learn", "torchmetrics", "safetensors"),
 )
-FILE = "environment.json"
 
 
 def describe() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
 
 def record(folder: Path) -> None:
     """Add this start of a run to its environment.json; a damaged one is begun again."""
-    path = folder / FILE
+    path = folder / ENVIRONMENT
     try:
         starts = load_json(path) if path.exists() else []
     except ValueError:

@@ -45,13 +45,14 @@ def choose(
     metric = config.search.metric
     if config.search.space != SPACE or not (is_fraction(metric) and items and ranked):
         return list(ranked)
-    best, *others = (trial.metrics[metric] for trial in ranked)
-    near = [ranked[0]]
-    for trial, value in zip(ranked[1:], others, strict=True):
+    best = ranked[0].metrics[metric]
+
+    def near(trial: TrialResult) -> bool:
+        value = trial.metrics[metric]
         error = math.sqrt((best * (1 - best) + value * (1 - value)) / items)
-        if best - value <= APART * error:
-            near.append(trial)
-    taken = min(near, key=lambda trial: distance(config, space, trial.point))
+        return best - value <= APART * error
+
+    taken = min(filter(near, ranked), key=lambda trial: distance(config, space, trial.point))
     return [taken, *(trial for trial in ranked if trial is not taken)]
 
 

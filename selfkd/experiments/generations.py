@@ -21,7 +21,7 @@ from selfkd.experiments.confirm import (
 )
 from selfkd.experiments.controls import judge_controls, run_controls
 from selfkd.experiments.replicas import resolution
-from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.run_folder import EXAMPLES, RunFolder
 from selfkd.results import (
     Confirmation,
     Evaluation,
@@ -38,7 +38,6 @@ from selfkd.results import (
 )
 from selfkd.storage.rows import load_row, save_row
 
-EXAMPLES = "examples.json"
 MOST_EXAMPLES = 12
 
 

@@ -39,6 +39,8 @@ COMMANDS = ("generations", "ensemble", "capacity", "study")
 HASH = "config.hash"  # of what may not change
 BEST = "best.safetensors"
 """File of the model to take, in a finished run's folder."""
+EXAMPLES = "examples.json"
+"""File of the items that tell generation 0 and the best later one apart, in a run's folder."""
 T = TypeVar("T")
 _SETTLE_SECONDS = 0.2
 

@@ -16,16 +16,13 @@ from selfkd.results import (
     Row,
     StudySummary,
     Summary,
-    Verdict,
 )
 
 
 def headline(summary: Summary) -> str:
     """Return the verdict of a run in one sentence; empty where there is none."""
-    verdict: Any = getattr(summary, "verdict", None)
-    if isinstance(verdict, Verdict):
-        return verdict.sentences[0] if verdict.sentences else ""
-    return verdict if isinstance(verdict, str) else ""
+    verdict = summary.verdict
+    return verdict.sentences[0] if verdict and verdict.sentences else ""
 
 
 def plain_rows(summary: Summary) -> list[Row]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from selfkd.config import from_tree, load_yaml
 from selfkd.errors import ConfigError
-from selfkd.experiments.run_folder import COMMANDS
+from selfkd.experiments.run_folder import COMMANDS, EXAMPLES
 from selfkd.results import (
     FORMAT,
     CapacitySummary,
@@ -302,7 +302,7 @@ class _Reader:
             "controls": found.controls,
             "verdict": found.verdict,
             "stopped": found.stopped,
-            "examples": self._row(Examples, "examples.json"),
+            "examples": self._row(Examples, EXAMPLES),
             "missing": missing,
         }
 

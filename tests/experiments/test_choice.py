@@ -91,7 +91,7 @@ def test_words_differ_or_do_not() -> None:
 
 
 def test_luck_is_not_taken_for_skill() -> None:
-    """Of eight equal settings the config's own is taken in most searches, not in one of eight."""
+    """Of eight equal settings the config's own wins most searches, not one in eight."""
     rng = np.random.default_rng(0)
     points = [OWN, *({**OWN, "distill.alpha": 0.1 + 0.1 * k} for k in range(7))]
     own = 0

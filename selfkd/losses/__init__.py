@@ -32,6 +32,8 @@ from selfkd.losses.logits import soft_cross_entropy as soft_cross_entropy
 from selfkd.losses.logits import standardize_logits as standardize_logits
 from selfkd.losses.logits import standardized_loss as standardized_loss
 from selfkd.losses.logits import teacher_free_logits as teacher_free_logits
+from selfkd.losses.multi_label import multi_label_terms as multi_label_terms
+from selfkd.losses.regression import regression_terms as regression_terms
 from selfkd.losses.relations import rkd_angle as rkd_angle
 from selfkd.losses.relations import rkd_distance as rkd_distance
 from selfkd.losses.sequences import LinearLogits as LinearLogits

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,13 @@ class Teacher:
         if self._columns is not None:
             logits = logits.index_select(1, self._columns.to(logits.device))
         return logits.detach()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Scale and shift of the inputs, and column of each class; None where unchanged."""
+        affine = None if self._affine is None else [part.tolist() for part in self._affine]
+        columns = None if self._columns is None else self._columns.tolist()
+        return {"affine": affine, "columns": columns}
 
     def to(self, device: torch.device | str | int) -> "Teacher":
         """Move the teacher to `device` in place, as `nn.Module.to` does, and return self."""

@@ -230,7 +230,8 @@ class Distiller:
 
         Args:
             student_logits: Logits `[batch, classes]`.
-            labels: Class indices `[batch]`.
+            labels: Class indices `[batch]`, or probabilities `[batch, classes]`, such as those of
+                mixup.
             inputs: Inputs of the teacher; needed with `teacher`.
             index: Indices of the images `[batch]`; needed with `targets`.
             view: Number of the images' augmentation, for `targets`.
@@ -266,7 +267,7 @@ class Distiller:
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
         if teacher_logits is None:
             loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
-            return {"loss": loss, "hard_loss": loss.detach()}
+            return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
         if isinstance(teacher_logits, SparseLogits):
             if self.average == "logits" and teacher_logits.values.ndim == 3:

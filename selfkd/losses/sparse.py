@@ -99,7 +99,7 @@ def sparse_terms(
             autocast too.
         teacher: Sparse logits `[batch, k]`, or `[members, batch, k]` of an ensemble. Never gets a
             gradient. The range of its indices, like that of the labels, is checked on the CPU only.
-        labels: Class indices `[batch]`, int64.
+        labels: Class indices `[batch]`, int64, or probabilities `[batch, classes]`.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
         label_smoothing: Label smoothing of the hard term, in [0, 1].

@@ -129,6 +129,28 @@ def test_labels_only() -> None:
     assert not terms["hard_loss"].requires_grad
 
 
+@pytest.mark.parametrize("source", ["labels", "teacher", "sparse", "terms"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_soft_labels_and_a_loss_that_shares_no_memory(source: str, alpha: float) -> None:
+    student_logits, labels, batch = make_step()
+    teacher, terms = (
+        nn.Linear(FEATURES, CLASSES),
+        {"mse": LogitTerm(lambda s, t, y: logit_mse(s, t))},
+    )
+    make = partial(Distiller, alpha=alpha, label_smoothing=0.1)
+    distiller = {
+        "labels": make(),
+        "teacher": make(teacher),
+        "sparse": make(targets=lambda index, view: sparsify(torch.zeros(BATCH, CLASSES), 2)),
+        "terms": make(teacher, terms=terms),
+    }[source]
+    expected = distiller(student_logits, labels, **batch)
+    named = distiller(student_logits, nn.functional.one_hot(labels, CLASSES).float(), **batch)
+    torch.testing.assert_close(named, expected)
+    named["loss"] /= 4  # as timm's train.py does
+    torch.testing.assert_close(named, expected | {"loss": expected["loss"] / 4})
+
+
 def test_teacher_is_not_run_at_alpha_0() -> None:
     student_logits, labels, batch = make_step()
 

@@ -9,6 +9,7 @@ from selfkd.losses.distillation import distillation_loss as distillation_loss
 from selfkd.losses.distillation import distillation_terms as distillation_terms
 from selfkd.losses.distillation import hard_loss as hard_loss
 from selfkd.losses.distillation import soft_targets as soft_targets
+from selfkd.losses.divergences import Divergence as Divergence
 from selfkd.losses.features import Projection as Projection
 from selfkd.losses.features import attention_matrices as attention_matrices
 from selfkd.losses.features import attention_transfer as attention_transfer

@@ -22,6 +22,7 @@ from selfkd.distill.terms import (
 )
 from selfkd.losses import Average, distillation_terms
 from selfkd.losses.distillation import check_settings, hard_loss
+from selfkd.losses.fused import weighted_sum
 from selfkd.losses.sparse import SparseLogits, sparse_terms
 
 
@@ -168,8 +169,9 @@ class Distiller:
         self.detach()
         self._features = FeatureTerms(terms, student, self.teacher.module)
         if not len(self.projections):
-            device = next(student.parameters()).device
-            self.projections = self._features.make_projections().to(device)
+            like = next(student.parameters())
+            dtype = like.dtype if like.is_floating_point() else None
+            self.projections = self._features.make_projections().to(like.device, dtype)
         self._synchronize()
 
     def _synchronize(self) -> None:
@@ -219,6 +221,7 @@ class Distiller:
         index: Tensor | None = None,
         view: int = 0,
         normalizer: float | Tensor | None = None,
+        hard_loss: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss of a batch, by name.
 
@@ -236,6 +239,8 @@ class Distiller:
             index: Indices of the images `[batch]`; needed with `targets`.
             view: Number of the images' augmentation, for `targets`.
             normalizer: Divisor in place of the batch's number of images in each mean, above 0.
+            hard_loss: Hard term of the caller's own, a scalar with the graph, in place of the
+                cross-entropy; the labels are given to the further terms only.
 
         Returns:
             Scalars by name: `loss`, with the graph; `hard_loss`; `soft_loss` if a teacher was used;
@@ -249,7 +254,7 @@ class Distiller:
         """
         if isinstance(normalizer, int | float) and not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer must be > 0 and finite, got {normalizer}")
-        terms = self._terms(student_logits, labels, inputs, index, view)
+        terms = self._terms(student_logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms
         return {name: term * (len(labels) / normalizer) for name, term in terms.items()}
@@ -261,13 +266,22 @@ class Distiller:
         inputs: Any,
         index: Tensor | None,
         view: int,
+        own_hard_loss: Tensor | None,
     ) -> dict[str, Tensor]:
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
         if teacher_logits is None:
-            loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
+            loss = own_hard_loss
+            if loss is None:
+                loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
             return {"loss": loss, "hard_loss": loss.detach().clone()}
+        alpha, hard_labels = self.alpha, labels
+        if own_hard_loss is not None:  # the soft term alone
+            alpha, hard_labels = (
+                1.0,
+                student_logits.new_zeros(len(student_logits), dtype=torch.int64),
+            )
         teacher_logits = teacher_logits.to(student_logits.device)
         if isinstance(teacher_logits, SparseLogits):
             if self.average == "logits" and teacher_logits.values.ndim == 3:
@@ -278,9 +292,9 @@ class Distiller:
             terms = sparse_terms(
                 student_logits,
                 teacher_logits,
-                labels,
+                hard_labels,
                 temperature=self.temperature,
-                alpha=self.alpha,
+                alpha=alpha,
                 label_smoothing=self.label_smoothing,
                 weights=self.weights,
             )
@@ -288,14 +302,17 @@ class Distiller:
             terms = distillation_terms(
                 student_logits,
                 teacher_logits,
-                labels,
+                hard_labels,
                 temperature=self.temperature,
-                alpha=self.alpha,
+                alpha=alpha,
                 average=self.average,
                 label_smoothing=self.label_smoothing,
                 weights=self.weights,
             )
         named = terms._asdict()
+        if own_hard_loss is not None:
+            named["loss"] = weighted_sum(own_hard_loss, terms.loss, self.alpha)
+            named["hard_loss"] = own_hard_loss.detach()
         for name, value in self._further_terms(student_logits, teacher_logits, labels).items():
             named["loss"] = named["loss"] + self.terms[name].weight * value
             named[name] = value.detach()

@@ -151,6 +151,30 @@ def test_soft_labels_and_a_loss_that_shares_no_memory(source: str, alpha: float)
     torch.testing.assert_close(named, expected | {"loss": expected["loss"] / 4})
 
 
+@pytest.mark.parametrize("source", ["labels", "teacher", "sparse", "terms"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_hard_term_of_the_callers_own(source: str, alpha: float) -> None:
+    student_logits, labels, batch = make_step()
+    teacher, mse = nn.Linear(FEATURES, CLASSES), LogitTerm(lambda s, t, y: logit_mse(s, t))
+    make = partial(Distiller, alpha=alpha)
+    distiller = {
+        "labels": make(),
+        "teacher": make(teacher),
+        "sparse": make(targets=lambda index, view: sparsify(torch.zeros(BATCH, CLASSES), 2)),
+        "terms": make(teacher, terms={"mse": mse}),
+    }[source]
+    expected = distiller(student_logits, labels, **batch)
+    own = nn.functional.cross_entropy(student_logits, labels)
+    unknown = torch.full((BATCH,), -1) if source != "terms" else labels
+    named = distiller(student_logits, unknown, **batch, hard_loss=own)
+    torch.testing.assert_close(named, expected)
+    for terms in (named, expected):
+        terms["gradient"] = torch.autograd.grad(terms["loss"], student_logits)[0]
+    torch.testing.assert_close(named["gradient"], expected["gradient"])
+    doubled = distiller(student_logits, labels, **batch, hard_loss=2 * own, normalizer=2 * BATCH)
+    torch.testing.assert_close(doubled["hard_loss"], own.detach())
+
+
 def test_teacher_is_not_run_at_alpha_0() -> None:
     student_logits, labels, batch = make_step()
 

@@ -235,14 +235,17 @@ class CheckpointConfig:
     """Trained network in a file from elsewhere."""
 
     path: Place
-    """Safetensors or state-dict file of the weights."""
+    """File of the weights: safetensors, or of `torch.save` (state dict, checkpoint or module)."""
+    weights: str | None = None
+    """Name of the weights in a file that has several sets, such as `state_dict`; when not given, an
+    average (EMA, SWA) where there is one, which is said."""
     model: str
     """Name of the network, of `timm.create_model`."""
     args: ModelArgs = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them."""
     classes: Place | None = None
-    """YAML or JSON file with the list of class names in the order of the network's logits; the
-    order of the dataset when not given."""
+    """File with the list of class names in the order of the network's logits: YAML, JSON, or text
+    with one a line; the order of the dataset when not given."""
     mean: list[float] | None = None
     """Mean of each channel, for pixels in [0, 1], by which the network's inputs are normalised;
     that of the dataset when not given."""

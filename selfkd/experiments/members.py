@@ -148,6 +148,9 @@ def _imported(run: Run) -> list[Member]:
     faults = [row["fault"] for row in rows if "fault" in row]
     if faults:
         raise ConfigError("\n".join(faults))
+    for row in rows:
+        if row["said"]:
+            run.events(Message(row["said"]))
     other = sum(not row["same_data"] for row in rows)
     if other:
         run.events(

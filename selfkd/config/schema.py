@@ -181,7 +181,8 @@ class TrainConfig:
     """Largest L2 norm of the gradient; no clipping when not given."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is evaluated and saved in place
-    of the student; no average when not given."""
+    of the student, warmed up over the steps n as min(ema, (1 + n) / (10 + n)); no average when not
+    given."""
     amp: Literal["none", "bfloat16", "float16"] = "none"
     """Mixed precision of the student's forward pass; none is float32."""
     compile: bool = False

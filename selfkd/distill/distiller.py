@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from selfkd.distill.layers import unwrap
+from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
@@ -71,8 +73,9 @@ class Distiller:
 
     Args:
         teacher: Function or module from inputs to logits `[batch, classes]`, or
-            `[members, batch, classes]` of an ensemble; called without gradients. An `nn.Module` is
-            copied and frozen (`selfkd.distill.teacher.Teacher`).
+            `[members, batch, classes]` of an ensemble, or to an output with them; called without
+            gradients. An `nn.Module` is copied and frozen (`selfkd.distill.teacher.Teacher`);
+            `Teacher(module, copy=False)` is run as it is.
         targets: Function from `(index, view)` to cached logits of either shape, or to the k largest
             of them (`SparseLogits`).
         temperature: Temperature T, above 0.
@@ -106,7 +109,7 @@ class Distiller:
 
     def __init__(
         self,
-        teacher: Callable[[Any], Tensor] | None = None,
+        teacher: Callable[[Any], Any] | None = None,
         *,
         targets: CachedLogits | None = None,
         temperature: float = 4.0,
@@ -165,6 +168,11 @@ class Distiller:
             )
         if student is None:
             raise ValueError(f"student must be given for terms of features ({', '.join(terms)})")
+        if unwrap(student) is unwrap(self.teacher.module):
+            raise ValueError(
+                "teacher must be another module than the student, got the same, not copied: "
+                "Teacher(module) copies it"
+            )
         self.detach()
         self._features = FeatureTerms(terms, student, self.teacher.module)
         if not len(self.projections):
@@ -212,8 +220,8 @@ class Distiller:
 
     def __call__(
         self,
-        student_logits: Tensor,
-        labels: Tensor,
+        student_logits: Any,
+        labels: Tensor | None,
         *,
         inputs: Any = None,
         index: Tensor | None = None,
@@ -229,44 +237,62 @@ class Distiller:
         normalisation in the student.
 
         Args:
-            student_logits: Logits `[batch, classes]`.
-            labels: Class indices `[batch]`, or probabilities `[batch, classes]`, such as those of
-                mixup.
+            student_logits: Logits `[batch, classes]`, or an output of the student in which it is
+                clear which tensor they are, such as one with `logits`.
+            labels: Class indices `[batch]`; None of unlabelled data, at `alpha` 1 with a teacher.
             inputs: Inputs of the teacher; needed with `teacher`.
             index: Indices of the images `[batch]`; needed with `targets`.
             view: Number of the images' augmentation, for `targets`.
             normalizer: Divisor in place of the batch's number of images in each mean, above 0.
 
         Returns:
-            Scalars by name: `loss`, with the graph; `hard_loss`; `soft_loss` if a teacher was used;
-            and the further terms. The first three are in nats. All but `loss` are unweighted and
-            detached, for logging.
+            Scalars by name: `loss`, with the graph; `hard_loss`, if there are labels; `soft_loss`,
+            if a teacher was used; and the further terms. The first three are in nats. All but
+            `loss` are unweighted and detached, for logging.
 
         Raises:
-            ValueError: Missing `inputs` or `index`, an average of logits that are sparse, or a
-                normalizer of 0 or less; otherwise as `distillation_terms`.
-            TypeError: Same as `distillation_terms`.
+            ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
+                a normalizer of 0 or less, or logits or features without a graph of a student in
+                train mode with feature terms; otherwise as `distillation_terms`.
+            TypeError: An output in which it is not clear which tensor the logits are; otherwise as
+                `distillation_terms`.
         """
         if isinstance(normalizer, int | float) and not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer must be > 0 and finite, got {normalizer}")
-        terms = self._terms(student_logits, labels, inputs, index, view)
+        logits = take_logits(student_logits, "student_logits")
+        terms = self._terms(logits, labels, inputs, index, view)
         if normalizer is None:
             return terms
-        return {name: term * (len(labels) / normalizer) for name, term in terms.items()}
+        return {name: term * (len(logits) / normalizer) for name, term in terms.items()}
+
+    def _check_unlabelled(self) -> None:
+        if self.teacher is None and self.targets is None:
+            raise ValueError(
+                "labels must be given where there is neither a teacher nor targets, got None"
+            )
+        if self.alpha != 1:
+            raise ValueError(
+                f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
+                "unlabelled data, or the loss has a term of the labels"
+            )
 
     def _terms(
         self,
         student_logits: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         inputs: Any,
         index: Tensor | None,
         view: int,
     ) -> dict[str, Tensor]:
+        if labels is None:
+            self._check_unlabelled()
+        # of weight 0 in the loss where there are none
+        classes = torch.zeros_like(student_logits[:, 0]).long() if labels is None else labels
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
         if teacher_logits is None:
-            loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
+            loss = hard_loss(student_logits, classes, label_smoothing=self.label_smoothing)
             return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
         if isinstance(teacher_logits, SparseLogits):
@@ -278,7 +304,7 @@ class Distiller:
             terms = sparse_terms(
                 student_logits,
                 teacher_logits,
-                labels,
+                classes,
                 temperature=self.temperature,
                 alpha=self.alpha,
                 label_smoothing=self.label_smoothing,
@@ -288,7 +314,7 @@ class Distiller:
             terms = distillation_terms(
                 student_logits,
                 teacher_logits,
-                labels,
+                classes,
                 temperature=self.temperature,
                 alpha=self.alpha,
                 average=self.average,
@@ -296,13 +322,15 @@ class Distiller:
                 weights=self.weights,
             )
         named = terms._asdict()
+        if labels is None:
+            del named["hard_loss"]
         for name, value in self._further_terms(student_logits, teacher_logits, labels).items():
             named["loss"] = named["loss"] + self.terms[name].weight * value
             named[name] = value.detach()
         return named
 
     def _further_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor | SparseLogits, labels: Tensor
+        self, student_logits: Tensor, teacher_logits: Tensor | SparseLogits, labels: Tensor | None
     ) -> dict[str, Tensor]:
         """Return the further terms, unweighted."""
         values: dict[str, Tensor] = {}
@@ -310,8 +338,18 @@ class Distiller:
             if isinstance(term, LogitTerm):
                 if isinstance(teacher_logits, SparseLogits):
                     raise ValueError(f"{name} needs all logits of the teacher, got the largest")
-                values[name] = term.loss(student_logits, teacher_logits, labels)
+                try:
+                    # without labels this suits the losses that do not read them
+                    values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
+                except (AttributeError, TypeError, ValueError) as error:
+                    if labels is not None:
+                        raise
+                    raise ValueError(
+                        f"labels must be given for the term {name!r}, got None: {error}"
+                    ) from error
         if self._features is not None:
+            if self._features.student.training:
+                check_graph(student_logits, "student_logits")
             values |= self._features.losses(self.projections)
         elif len(values) < len(self.terms):
             raise ValueError("terms of features must have a student: distiller.attach(student)")
@@ -329,14 +367,15 @@ class Distiller:
                 )
             if self._features is not None:
                 return self._features.run_teacher(self.teacher, inputs)
-            return self.teacher(inputs)
+            return take_logits(self.teacher(inputs), "teacher")
         if self.targets is not None:
             if index is None:
                 raise ValueError(
                     "index must be given where targets are cached, got None: "
                     "distiller(student_logits, labels, index=index)"
                 )
-            return self.targets(index, view)
+            logits = self.targets(index, view)
+            return logits if isinstance(logits, SparseLogits) else take_logits(logits, "targets")
         return None
 
     def __repr__(self) -> str:

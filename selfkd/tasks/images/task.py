@@ -20,6 +20,7 @@ from selfkd.config import (
     load_yaml,
 )
 from selfkd.data import fingerprint
+from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
@@ -94,13 +95,17 @@ class ImageTask(ImageNetworks):
         size, classes = self.data.image_size, self.data.num_classes
         try:
             with torch.no_grad():
-                shape = list(network(inputs).shape)
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                output = network(inputs)
+        except Exception as error:
             raise ValueError(
                 f"model must take {size}x{size} images, got {model.name!r} with {model.args}: "
                 f"{error}"
             ) from error
-        if shape != [2, classes]:
+        try:
+            shape = str(list(take_logits(output, "model").shape))
+        except TypeError:
+            shape = describe_output(output)
+        if shape != str([2, classes]):
             raise ValueError(
                 f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
                 f"which gives {shape} for 2 images"

@@ -14,11 +14,13 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from selfkd.analysis import metrics
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
+from selfkd.data.batches import batch_sizes
 from selfkd.distill.distiller import Loss
 from selfkd.distill.teacher import Teacher
 from selfkd.errors import NonFiniteLossError
@@ -96,6 +98,35 @@ def make_scheduler(
         updates_per_epoch=steps_per_epoch,
     )
     return scheduler
+
+
+def smallest_batch(student: nn.Module, *, batch_size: int, images: int, ranks: int = 1) -> int:
+    """Return the number of images that a training batch has at least.
+
+    A batch of one has no variance for batch normalisation: two images on each rank that takes the
+    statistics of its own share, two in all where they are synchronised, else one.
+
+    Args:
+        student: Network to train.
+        batch_size: Images a step, over all ranks.
+        images: Number of training images.
+        ranks: Processes that share each batch.
+
+    Raises:
+        ValueError: Batches, or the whole of the images, that are smaller.
+    """
+    norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return 1
+    smallest = 2 if all(isinstance(norm, nn.SyncBatchNorm) for norm in norms) else 2 * ranks
+    where = f" on {ranks} workers" if ranks > 1 else ""
+    for name, number in (("train.batch_size", batch_size), ("data.train_size", images)):
+        if number < smallest:
+            raise ValueError(
+                f"{name} must be at least {smallest} with batch normalisation{where}, which takes "
+                f"means over two images or more, got {number}"
+            )
+    return smallest
 
 
 def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
@@ -196,7 +227,8 @@ def fit(
         distiller: Loss of a batch.
         epochs: Number of epochs in all, completed ones included; epoch e, from 0, is trained on
             view e mod V.
-        batch_size: Images a step, over all ranks.
+        batch_size: Images a step, over all ranks; under batch normalisation a last step of one
+            image is part of the step before.
         views: Augmented views of the images.
         workers: Processes that decode streamed images.
         clip_grad: Largest norm of the gradient; None for no clipping.
@@ -211,11 +243,15 @@ def fit(
 
     Raises:
         NonFiniteLossError: The training or validation loss is not finite.
+        ValueError: Batches of one image under batch normalisation.
     """
     start = time.perf_counter() - training.seconds
     student, optimizer, device = training.student, training.optimizer, training.device
     forward = ranks.parallel(student)
     forward = cast(nn.Module, torch.compile(forward)) if compiled else forward
+    images = len(data.train)
+    smallest = smallest_batch(student, batch_size=batch_size, images=images, ranks=ranks.size)
+    sizes = batch_sizes(images, batch_size, smallest)
     for epoch in range(training.epoch + 1, epochs + 1):
         student.train()
         view = views.at(epoch - 1) if views else 0
@@ -229,9 +265,9 @@ def fit(
             device=device,
             workers=workers,
             share=ranks.share,
+            smallest=smallest,
         )
-        for number, (inputs, labels, index) in enumerate(batches):
-            count = min(batch_size, len(data.train) - number * batch_size)
+        for count, (inputs, labels, index) in zip(sizes, batches, strict=True):
             if training.scheduler is not None:
                 training.scheduler.step_update(training.step)
             with autocast(device, training.precision):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -18,7 +19,15 @@ from selfkd.data.augmentation import Views
 from selfkd.distill.distiller import Distiller
 from selfkd.errors import NonFiniteLossError
 from selfkd.models import make_model
-from selfkd.training.fit import Training, evaluate, fit, make_optimizer, make_scheduler, predict
+from selfkd.training.fit import (
+    Training,
+    evaluate,
+    fit,
+    make_optimizer,
+    make_scheduler,
+    predict,
+    smallest_batch,
+)
 
 CLASSES = 3
 
@@ -548,3 +557,63 @@ def test_a_student_that_diverges_at_its_last_step_is_not_complete():
     rows = fit(training, data, Distiller(), epochs=1, batch_size=200)
     with pytest.raises(NonFiniteLossError, match=r"validation loss must be finite.* epoch 1"):
         list(rows)
+
+
+# --- batches of one ---
+
+
+def steps_of(student, images, **settings):
+    """Return the indices of each training step."""
+    steps = []
+
+    class Recorder(Distiller):
+        def __call__(self, logits, labels, **more):
+            steps.append(more["index"].tolist())
+            return super().__call__(logits, labels, **more)
+
+    list(run(student, make_data(images), Recorder(), epochs=1, **settings))
+    return steps
+
+
+def test_batch_normalisation_never_sees_one_image():
+    usual = steps_of(make_student(), images=41)
+    merged = steps_of(make_student(norm=True), images=41)
+    assert [len(step) for step in usual] == [20, 20, 1]
+    assert merged == [usual[0], usual[1] + usual[2]]
+    assert steps_of(make_student(norm=True), images=42) == steps_of(make_student(), images=42)
+
+
+@pytest.mark.parametrize(
+    ("layer", "ranks", "smallest"),
+    [
+        (nn.Identity(), 4, 1),
+        (nn.GroupNorm(1, 4), 4, 1),
+        (nn.BatchNorm2d(4), 1, 2),
+        (nn.BatchNorm1d(4), 3, 6),
+        (BatchNormAct2d(4), 2, 4),
+        (nn.SyncBatchNorm(4), 4, 2),
+        (nn.Sequential(nn.SyncBatchNorm(4), nn.BatchNorm3d(4)), 4, 8),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_smallest_batch(layer, ranks, smallest):
+    student = nn.Sequential(nn.Flatten(), layer)
+    settings = {"batch_size": 8, "images": 8, "ranks": ranks}
+    assert smallest_batch(student, **settings) == smallest
+    if smallest > 1:
+        for name, key in (("train.batch_size", "batch_size"), ("data.train_size", "images")):
+            where = f" on {ranks} workers" if ranks > 1 else ""
+            message = f"{name} must be at least {smallest} with batch normalisation{where}"
+            with pytest.raises(ValueError, match=f"^{message}, .* got {smallest - 1}$"):
+                smallest_batch(student, **(settings | {key: smallest - 1}))
+
+
+def test_batches_of_one_are_refused_before_training():
+    student = make_student(norm=True)
+    before = [parameter.clone() for parameter in student.parameters()]
+    with pytest.raises(ValueError, match=r"train\.batch_size must be at least 2 with batch norm"):
+        list(run(student, batch_size=1))
+    with pytest.raises(ValueError, match=r"data\.train_size must be at least 2 with batch norm"):
+        list(run(student, make_data(images=1)))
+    assert all(map(torch.equal, before, student.parameters()))
+    assert len(steps_of(make_student(), images=3, batch_size=1)) == 3

@@ -26,6 +26,7 @@ FOLDER = ROOT / "build" / "docs"
 RECIPES = ("generations", "ensemble", "capacity", "study")
 PLUG_IN = (
     *("Distiller", "Teacher", "Ensemble", "distillation_loss"),
+    *("cache_logits", "SeededView"),
     *("distill.terms.LogitTerm", "distill.terms.FeatureTerm"),
 )
 LOADING = tuple(

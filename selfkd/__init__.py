@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from selfkd.loading.model import push_to_hub as push_to_hub
     from selfkd.losses import distillation_loss as distillation_loss
     from selfkd.models import make_model as make_model
+    from selfkd.soft_targets.cache import SeededView as SeededView
+    from selfkd.soft_targets.cache import cache_logits as cache_logits
     from selfkd.study import run_study as run_study
 
 # imported when asked for: the command line starts without torch
@@ -29,7 +31,9 @@ _HOMES = {
     "Ensemble": "selfkd.distill.teacher",
     "LoadedModel": "selfkd.loading.model",
     "Result": "selfkd.cli.result",
+    "SeededView": "selfkd.soft_targets.cache",
     "Teacher": "selfkd.distill.teacher",
+    "cache_logits": "selfkd.soft_targets.cache",
     "distillation_loss": "selfkd.losses",
     "load": "selfkd.loading.model",
     "make_model": "selfkd.models",
@@ -44,8 +48,10 @@ __all__ = [
     "Ensemble",
     "LoadedModel",
     "Result",
+    "SeededView",
     "Teacher",
     "__version__",
+    "cache_logits",
     "distillation_loss",
     "generations",
     "load",

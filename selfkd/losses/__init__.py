@@ -9,6 +9,7 @@ from selfkd.losses.distillation import distillation_loss as distillation_loss
 from selfkd.losses.distillation import distillation_terms as distillation_terms
 from selfkd.losses.distillation import hard_loss as hard_loss
 from selfkd.losses.distillation import soft_targets as soft_targets
+from selfkd.losses.divergences import Divergence as Divergence
 from selfkd.losses.features import Projection as Projection
 from selfkd.losses.features import attention_matrices as attention_matrices
 from selfkd.losses.features import attention_transfer as attention_transfer
@@ -32,6 +33,8 @@ from selfkd.losses.logits import soft_cross_entropy as soft_cross_entropy
 from selfkd.losses.logits import standardize_logits as standardize_logits
 from selfkd.losses.logits import standardized_loss as standardized_loss
 from selfkd.losses.logits import teacher_free_logits as teacher_free_logits
+from selfkd.losses.multi_label import multi_label_terms as multi_label_terms
+from selfkd.losses.regression import regression_terms as regression_terms
 from selfkd.losses.relations import rkd_angle as rkd_angle
 from selfkd.losses.relations import rkd_distance as rkd_distance
 from selfkd.losses.sequences import LinearLogits as LinearLogits

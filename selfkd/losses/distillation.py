@@ -17,7 +17,7 @@ from selfkd.losses.averaging import (
     mean_softmax,
     member_weights,
 )
-from selfkd.losses.fused import fused_terms, weighted_sum
+from selfkd.losses.fused import fused_terms, smooth, weighted_sum
 
 
 class DistillationTerms(NamedTuple):
@@ -60,8 +60,9 @@ def distillation_terms(
             autocast too.
         teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble;
             half precision is enough. Never gets a gradient.
-        labels: Class indices `[batch]`, int64. Their range is checked on the CPU only, so that a
-            GPU is not waited for.
+        labels: Class indices `[batch]`, int64, or probabilities y `[batch, classes]`, floating
+            point, such as those of mixup. Never get a gradient. Their values are checked on the CPU
+            only, so that a GPU is not waited for.
         temperature: Temperature T, above 0, dimensionless like the logits.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
         average: Soft targets of an ensemble: `probabilities` for the mean of the members' softmax
@@ -76,8 +77,9 @@ def distillation_terms(
         Scalars of at least float32. Only `loss` carries the graph.
 
     Raises:
-        ValueError: A setting out of range, shapes that do not match, or a label out of range.
-        TypeError: Logits that are not floating point, or labels that are not int64.
+        ValueError: A setting out of range, shapes that do not match, a label out of range, or
+            probabilities that are negative or not of sum 1.
+        TypeError: Logits that are not floating point, or labels of another type.
 
     >>> student_logits = torch.tensor([[2.0, 0.0, -2.0]], requires_grad=True)
     >>> teacher_logits = torch.tensor([[1.0, 0.5, -1.0]])
@@ -93,7 +95,7 @@ def distillation_terms(
     """
     check_settings(temperature, alpha, average, label_smoothing)
     _check_tensors(student_logits, teacher_logits, labels)
-    if not _fused_is_faster(student_logits):
+    if labels.ndim == 2 or not _fused_is_faster(student_logits):
         check_labels(labels, student_logits.shape[1])
     try:
         terms = unchecked_terms(
@@ -131,7 +133,7 @@ def unchecked_terms(
     terms = compute(
         student_logits,
         members.detach(),
-        labels,
+        labels.detach(),
         temperature=float(temperature),
         alpha=float(alpha),
         average=average,
@@ -158,7 +160,7 @@ def distillation_loss(
     Args:
         student_logits: Logits `[batch, classes]`.
         teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
-        labels: Class indices `[batch]`.
+        labels: Class indices `[batch]`, or probabilities `[batch, classes]`.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
         average: Whether an ensemble's `probabilities` or `logits` are averaged.
@@ -238,7 +240,7 @@ def hard_loss(student_logits: Tensor, labels: Tensor, *, label_smoothing: float 
 
     Args:
         student_logits: Logits `[batch, classes]`.
-        labels: Class indices `[batch]`.
+        labels: Class indices `[batch]`, or probabilities `[batch, classes]`.
         label_smoothing: Share of the labels' mass spread over all classes, in [0, 1].
 
     Returns:
@@ -254,7 +256,28 @@ def hard_loss(student_logits: Tensor, labels: Tensor, *, label_smoothing: float 
     _check_tensors(student_logits, student_logits, labels)
     check_labels(labels, student_logits.shape[1])
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    return F.cross_entropy(student_logits.to(dtype), labels, label_smoothing=label_smoothing)
+    return cross_entropy(student_logits.to(dtype), labels.detach(), label_smoothing)
+
+
+def cross_entropy(
+    student_logits: Tensor, labels: Tensor, label_smoothing: float, reduction: str = "mean"
+) -> Tensor:
+    """Return the cross-entropy with labels of either kind, without checks.
+
+    Args:
+        student_logits: Logits `[batch, classes]`, float32 or wider.
+        labels: Class indices `[batch]`, or probabilities `[batch, classes]`.
+        label_smoothing: Share of the labels' mass spread over all classes.
+        reduction: Whether the `mean` over the rows is taken, or `none`.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(
+            student_logits, labels, reduction=reduction, label_smoothing=label_smoothing
+        )
+    y = smooth(labels.to(student_logits.dtype), label_smoothing)
+    log_p = F.log_softmax(student_logits, dim=-1)
+    losses = -torch.where(y == 0, 0.0, y * log_p).sum(dim=-1)  # a class without mass may be -inf
+    return losses.mean() if reduction == "mean" else losses
 
 
 def plain_terms(
@@ -271,7 +294,7 @@ def plain_terms(
     """Compute `distillation_terms` in plain PyTorch, without checks."""
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits = student_logits.to(dtype)
-    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    hard = cross_entropy(student_logits, labels, label_smoothing)
     log_p_s = F.log_softmax(student_logits / temperature, dim=-1)
     if average == "logits":
         teacher_logits = average_logits(teacher_logits, weights, dtype)
@@ -358,19 +381,43 @@ def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tenso
     shape = tuple(student_logits.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"student_logits must be [batch, classes], got shape {shape}")
+    if shape[1] == 1:  # each term would be 0, and so would its gradient
+        raise ValueError(
+            f"student_logits must be of at least 2 classes, got shape {shape}: the softmax of one "
+            "class is 1 whatever its logit; for a yes or no give two logits, or train by "
+            "binary cross-entropy (BCE, as for multi-label data)"
+        )
     if teacher_logits.shape[-2:] != shape or teacher_logits.ndim > 3 or not len(teacher_logits):
         raise ValueError(
             f"teacher_logits must be {list(shape)} as student_logits are, or that for each of the "
             f"members, got {list(teacher_logits.shape)}"
         )
-    if labels.shape != shape[:1]:
-        raise ValueError(f"labels must be [{shape[0]}], one a row, got {list(labels.shape)}")
+    check_label_form(labels, student_logits)
     if not student_logits.is_floating_point() or not teacher_logits.is_floating_point():
         raise TypeError(
             "logits must be floating point, got "
             f"{student_logits.dtype} of the student, {teacher_logits.dtype} of the teacher"
         )
-    if labels.dtype != torch.int64:
+
+
+def check_label_form(labels: Tensor, logits: Tensor) -> None:
+    """Check shape and type of class indices `[batch]` or probabilities `[batch, classes]`.
+
+    Raises:
+        ValueError: Labels of another shape.
+        TypeError: Class indices that are not int64, or probabilities that are not floating point.
+    """
+    batch, classes = logits.shape
+    if labels.shape not in ((batch,), (batch, classes)):
+        raise ValueError(
+            f"labels must be [{batch}], one a row, or probabilities {[batch, classes]}, got "
+            f"{list(labels.shape)}"
+        )
+    if labels.ndim == 2 and not labels.is_floating_point():
+        raise TypeError(
+            f"labels {list(labels.shape)} must be floating-point probabilities, got {labels.dtype}"
+        )
+    if labels.ndim != 2 and labels.dtype != torch.int64:
         raise TypeError(f"labels must be class indices of torch.int64, got {labels.dtype}")
 
 
@@ -392,7 +439,11 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise ValueError for a label out of range, where reading it would not wait for a GPU."""
-    if _on_cpu(labels):
+    if not _on_cpu(labels):
+        return
+    if labels.ndim == 2:
+        _check_probabilities(labels.detach())
+    else:
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high >= classes:
             hint = ""
@@ -400,6 +451,24 @@ def check_labels(labels: Tensor, classes: int) -> None:
                 hint = ": leave such rows out, or give sequences to sequence_terms (ignore_index)"
             wrong = low if low < 0 else high
             raise ValueError(f"labels must be in [0, {classes}), got {wrong}{hint}")
+
+
+def _check_probabilities(labels: Tensor) -> None:
+    sums = labels.sum(dim=-1, dtype=torch.float64)
+    # rows of 21,000 classes in half precision are off by as much
+    tolerance = 1e-3 if labels.element_size() >= 4 else 1e-2
+    off = (sums - 1).abs()
+    if not off.max().item() <= tolerance:  # catches NaN too
+        row = int(off.nan_to_num(torch.inf).argmax())
+        raise ValueError(
+            f"labels must be probabilities of sum 1, got a sum of {sums[row].item():.4g} in row "
+            f"{row}"
+        )
+    if labels.min().item() < 0:
+        row = int(labels.amin(dim=-1).argmin())
+        raise ValueError(
+            f"labels must be probabilities >= 0, got {labels[row].min().item():.4g} in row {row}"
+        )
 
 
 def _check_no_nan(teacher_logits: Tensor) -> None:

@@ -36,10 +36,21 @@ _Scalar = TypeVar("_Scalar", float, Tensor)
 
 
 def weighted_sum(hard: _Scalar, soft: _Scalar, alpha: float) -> _Scalar:
-    """Return `(1 - alpha) hard + alpha soft`, exactly one of them where the other has weight 0."""
+    """Return `(1 - alpha) hard + alpha soft`, exactly one of them where the other has weight 0.
+
+    The sum shares no memory with the terms, so that `loss /= n` does not change what is logged.
+    """
     if alpha in (0.0, 1.0):  # an infinite term times 0 would be NaN
-        return soft if alpha else hard
+        term = soft if alpha else hard
+        return term.clone() if isinstance(term, Tensor) else term
     return (1 - alpha) * hard + alpha * soft
+
+
+def smooth(labels: Tensor, label_smoothing: float) -> Tensor:
+    """Spread a share of the mass of probabilities `[batch, classes]` over all classes."""
+    if not label_smoothing:
+        return labels
+    return labels * (1 - label_smoothing) + label_smoothing / labels.shape[-1]
 
 
 def fused_terms(
@@ -118,21 +129,22 @@ def _losses_and_gradient(
         shares = member_weights(teacher_logits, weights, dtype)
     at_once = 1 if shares is None else min(len(shares), max(1, int(limit / (rows * classes))))
     work = gradient.new_empty(1 + at_once, rows, classes)
-    sums = gradient.new_empty(5, batch, 1)
+    sums = gradient.new_empty(6, batch, 1)
     scale = 1 / (_LN_2 * temperature)
     hard_weight, soft_weight = (1 - alpha) / batch, alpha * temperature / batch
-    indices = labels.unsqueeze(1)
+    soft_labels = labels.ndim == 2
+    targets = labels.to(dtype) if soft_labels else labels.unsqueeze(1)
     parts = (
         tensor.tensor_split(chunks, dim) if chunks > 1 else (tensor,)
         for tensor, dim in (
             (student_logits, 0),
             (teacher_logits, -2),
-            (indices, 0),
+            (targets, 0),
             (gradient, 0),
             (sums, 1),
         )
     )
-    for student, teacher, label, p_s, (log_y, cross, total_1, total_s, total_t) in zip(
+    for student, teacher, label, p_s, (log_y, cross, total_1, total_s, total_t, mass) in zip(
         *parts, strict=True
     ):
         # in place, exponents become unnormalised probabilities; the totals normalise them
@@ -146,23 +158,34 @@ def _losses_and_gradient(
             add_softmax(teacher, shares, scale, work=here[1:], out=p_t)
             torch.log2(p_t, out=p_1)
             torch.mul(p_t[:, :1], 0, out=total_t).add_(1)  # NaN where a member's logits are
-        torch.gather(p_s, 1, label, out=log_y)
+        torch.nansum(p_1.sub_(p_s).mul_(p_t), -1, True, out=cross)  # 0 log 0 = 0; total_t has NaN
+        if soft_labels:
+            torch.nansum(torch.mul(p_s, label, out=p_1), -1, True, out=log_y)
+        else:
+            torch.gather(p_s, 1, label, out=log_y)
         if label_smoothing:
             log_y.lerp_(p_s.mean(-1, True), label_smoothing)
-        torch.nansum(p_1.sub_(p_s).mul_(p_t), -1, True, out=cross)  # 0 log 0 = 0; total_t has NaN
         torch.sum(torch.mul(p_s, temperature, out=p_1).exp2_(), -1, True, out=total_1)
+        if soft_labels:  # their sum is 1 up to rounding
+            torch.sum(label, -1, True, out=mass)
+            p_1.mul_(mass.mul_(1 - label_smoothing).add_(label_smoothing))
         torch.sum(p_s.exp2_(), -1, True, out=total_s)
         p_s.mul_(total_s.reciprocal().mul_(soft_weight))
         p_s.addcmul_(p_t, total_t.reciprocal(), value=-soft_weight)
         p_s.addcmul_(p_1, total_1.reciprocal(), value=hard_weight)
-    gradient.scatter_(1, indices, -hard_weight * (1 - label_smoothing), reduce="add")
+    if soft_labels:
+        gradient.sub_(targets, alpha=hard_weight * (1 - label_smoothing))
+    else:
+        gradient.scatter_(1, targets, -hard_weight * (1 - label_smoothing), reduce="add")
     if label_smoothing:
         gradient.sub_(hard_weight * label_smoothing / classes)
     sums = sums.double()
     sums[1].div_(sums[4])
-    sums[2:].log2_()
+    sums[2:5].log2_()
+    if soft_labels:
+        sums[2].mul_(sums[5])
     nats = _LN_2 / batch
-    log_y, cross, log_1, log_s, log_t = sums.sum((1, 2)).tolist()
+    log_y, cross, log_1, log_s, log_t = sums[:5].sum((1, 2)).tolist()
     hard, soft = log_1 - temperature * log_y, temperature**2 * (cross + log_s - log_t)
     return nats * hard, nats * soft, gradient
 
@@ -184,7 +207,8 @@ def _gradient(
     if average == "logits":
         members = average_logits(members, weights, members.dtype)
     p_t = mean_softmax(members / temperature, weights)
-    y = F.one_hot(labels, classes).to(p_t.dtype) * (1 - label_smoothing) + label_smoothing / classes
-    hard = F.softmax(student_logits, dim=-1) - y
+    y = (labels if labels.ndim == 2 else F.one_hot(labels, classes)).to(p_t.dtype)
+    y = smooth(y, label_smoothing)
+    hard = F.softmax(student_logits, dim=-1) * y.sum(-1, True) - y
     soft = F.softmax(student_logits / temperature, dim=-1) - p_t
     return ((1 - alpha) * hard + alpha * temperature * soft) / batch

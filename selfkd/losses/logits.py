@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfkd.losses.distillation import check_floating, check_labels, check_settings
+from selfkd.losses.distillation import (
+    check_floating,
+    check_label_form,
+    check_labels,
+    check_settings,
+    cross_entropy,
+)
 
 
 def soft_cross_entropy(
@@ -401,7 +407,7 @@ def confidence_weighted_loss(
     Args:
         student_logits: Logits `[batch, classes]`.
         teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
-        labels: Class indices y `[batch]`, int64.
+        labels: Class indices y `[batch]`, int64, or probabilities `[batch, classes]`.
         label_smoothing: Share of the labels' mass spread over all classes, in [0, 1].
         mean: Function for the mean of the teacher's confidence, as for `confidence_weights`.
 
@@ -410,7 +416,7 @@ def confidence_weighted_loss(
 
     Raises:
         ValueError: A label or the smoothing out of range; otherwise as `soft_cross_entropy`.
-        TypeError: Labels that are not int64; otherwise as `soft_cross_entropy`.
+        TypeError: Labels of another type; otherwise as `soft_cross_entropy`.
 
     >>> student_logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
     >>> teacher_logits = torch.tensor([[0.9, 0.1], [0.6, 0.4]]).log()
@@ -421,9 +427,10 @@ def confidence_weighted_loss(
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
     """
     student, teacher = _pair(student_logits, teacher_logits)
-    _check_labels(labels, student)
+    check_label_form(labels, student)
+    check_labels(labels, student.shape[1])
     check_settings(1.0, 0.0, "probabilities", label_smoothing)
-    losses = F.cross_entropy(student, labels, reduction="none", label_smoothing=label_smoothing)
+    losses = cross_entropy(student, labels.detach(), label_smoothing, reduction="none")
     return (confidence_weights(teacher, mean=mean) * losses).mean()
 
 

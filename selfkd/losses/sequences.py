@@ -20,6 +20,7 @@ from selfkd.losses.distillation import (
     is_nan,
     unchecked_terms,
 )
+from selfkd.losses.divergences import Divergence, SoftTerm, divergence_terms
 from selfkd.losses.fused import weighted_sum
 from selfkd.losses.sparse import SparseLogits, check_sparse, unchecked_sparse_terms
 
@@ -89,13 +90,19 @@ def sequence_terms(
     average: Average = "probabilities",
     weights: Sequence[float] | Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    vocabulary: int | None = None,
     chunk: int = 64,
 ) -> DistillationTerms:
     """Distillation loss of token logits, with its two terms by name.
 
         hard_loss = sum_i CE(y_i, p_s,i) / n
-        soft_loss = sum_i T^2 KL(p_t,i^T || p_s,i^T) / n             p^T = softmax(z / T)
+        soft_loss = sum_i T^2 D(p_t,i^T, p_s,i^T) / n                p^T = softmax(z / T)
         loss      = (1 - alpha) hard_loss + alpha soft_loss
+
+        forward_kl: D = KL(p_t || p_s)                         reverse_kl: D = KL(p_s || p_t)
+        js:         D = beta KL(p_t || m) + (1 - beta) KL(p_s || m),  m = beta p_t + (1 - beta) p_s
 
     over the n valid tokens of the whole batch, so that tokens of short and long rows have the same
     weight. Logits and labels must be aligned: for a causal model `student_logits[:, :-1]` with
@@ -122,6 +129,15 @@ def sequence_terms(
         average: Whether an ensemble's `probabilities` or `logits` are averaged.
         weights: Weights of the ensemble's members in that average, with sum 1.
         normalizer: Divisor in place of n, above 0.
+        divergence: Divergence of the soft term: `forward_kl`, `reverse_kl` or `js`, the generalised
+            Jensen-Shannon divergence. The last two need full logits or `LinearLogits`: the k
+            largest or sampled logits of a teacher do not determine them.
+        beta: Weight of the teacher in the mixture m of `js`, in [0, 1]. At 0 and 1, where the
+            divergence would vanish, it is `forward_kl` and `reverse_kl`, as in GKD.
+        vocabulary: Number of the first classes over which the soft term is computed, with softmax
+            over these; the hard term is over all classes of the student. For models of one
+            tokenizer whose vocabularies are padded to different sizes, with full logits or
+            `LinearLogits`; all classes, which must then be as many, if not given.
         chunk: Number of tokens computed at once, at least 1.
 
     Returns:
@@ -143,14 +159,19 @@ def sequence_terms(
     Reference:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
         https://arxiv.org/abs/1503.02531
+        Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated
+        Mistakes", 2024, https://arxiv.org/abs/2306.13649
     """
     settings = _Settings(temperature, alpha, label_smoothing, average, weights)
+    soft = SoftTerm(divergence, beta, vocabulary).checked()
     if student_logits.ndim != 3 or not student_logits.is_floating_point():
         raise ValueError(
             "student_logits must be floating-point [batch, length, vocabulary], got "
             f"{student_logits.dtype} {list(student_logits.shape)}"
         )
-    tokens = _Tokens(student_logits, teacher, labels, ignore_index, mask, settings, normalizer)
+    tokens = _Tokens(
+        student_logits, teacher, labels, ignore_index, mask, settings, normalizer, soft
+    )
     flat = student_logits.detach().flatten(0, 1)
     wide = torch.promote_types(flat.dtype, torch.float32)
     if not (student_logits.requires_grad and torch.is_grad_enabled()):
@@ -182,6 +203,9 @@ def linear_sequence_terms(
     average: Average = "probabilities",
     weights: Sequence[float] | Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    vocabulary: int | None = None,
     chunk: int = 64,
 ) -> DistillationTerms:
     """Distillation loss of the logits `hidden @ weight.T + bias`, which are never held as a whole.
@@ -209,6 +233,9 @@ def linear_sequence_terms(
         average: Whether an ensemble's `probabilities` or `logits` are averaged.
         weights: Weights of the ensemble's members in that average, with sum 1.
         normalizer: Divisor in place of the number of valid tokens, above 0.
+        divergence: Divergence of the soft term: `forward_kl`, `reverse_kl` or `js`.
+        beta: Weight of the teacher in the mixture of `js`, in [0, 1].
+        vocabulary: Number of the first classes over which the soft term is computed.
         chunk: Number of tokens computed at once, at least 1.
 
     Returns:
@@ -235,6 +262,7 @@ def linear_sequence_terms(
         https://arxiv.org/abs/2410.10989
     """
     settings = _Settings(temperature, alpha, label_smoothing, average, weights)
+    soft = SoftTerm(divergence, beta, vocabulary).checked()
     if hidden.ndim != 3 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "hidden must be [batch, length, width] and weight [vocabulary, width], got "
@@ -244,13 +272,15 @@ def linear_sequence_terms(
         raise ValueError(f"bias must be {list(weight.shape[:1])}, got {list(bias.shape)}")
     # a view in the shape of the logits, for the checks
     like = hidden.detach()[..., :1].expand(*hidden.shape[:2], len(weight))
-    tokens = _Tokens(like, teacher, labels, ignore_index, mask, settings, normalizer)
+    tokens = _Tokens(like, teacher, labels, ignore_index, mask, settings, normalizer, soft)
+    teacher = tokens.given
     inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if (
         needs_gradient
         and isinstance(teacher, LinearLogits)
         and len(tokens.rows)
+        and tokens.is_whole
         and liger_fits(*inputs, *teacher, label_smoothing=label_smoothing)
     ):
         return _liger_terms(hidden, weight, bias, teacher, tokens)
@@ -314,11 +344,12 @@ def _liger_terms(
 ) -> DistillationTerms:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    temperature, alpha = tokens.settings.temperature, tokens.settings.alpha
+    temperature, alpha, soft = tokens.settings.temperature, tokens.settings.alpha, tokens.soft
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=1 - alpha,
         weight_soft_loss=alpha * temperature**2,  # Liger's soft loss has no T^2
-        beta=0.0,  # at which Liger's divergence is KL(p_t || p_s)
+        # at 0 Liger's divergence is KL(p_t || p_s), at 1 KL(p_s || p_t)
+        beta={"forward_kl": 0.0, "reverse_kl": 1.0}.get(soft.divergence, soft.beta),
         temperature=temperature,
         compiled=hidden.is_cuda,
         return_soft_hard_loss=True,
@@ -398,6 +429,7 @@ class _Tokens:
         mask: Validity of each token `[batch, length]`, bool.
         settings: Settings of the loss.
         normalizer: Divisor in place of the number of valid tokens.
+        soft: Settings of the soft term.
     """
 
     def __init__(
@@ -409,11 +441,14 @@ class _Tokens:
         mask: Tensor | None,
         settings: _Settings,
         normalizer: float | Tensor | None,
+        soft: SoftTerm,
     ) -> None:
         check_settings(
             settings.temperature, settings.alpha, settings.average, settings.label_smoothing
         )
-        _check_teacher(teacher, student_logits, settings)
+        self.given = teacher = _cut(teacher, student_logits, soft)
+        _check_teacher(teacher, student_logits[..., : soft.vocabulary], settings)
+        self.soft, self.is_whole = soft, soft.is_whole(student_logits.shape[-1])
         shape = student_logits.shape[:2]
         if labels.shape != shape:
             raise ValueError(f"labels must be {list(shape)}, got {list(labels.shape)}")
@@ -483,6 +518,8 @@ class _Tokens:
         if isinstance(teacher, LinearLogits):
             with torch.no_grad():
                 teacher = F.linear(*teacher)
+        if self.soft.divergence != "forward_kl" or not self.is_whole:
+            return divergence_terms(logits, teacher, labels, **settings, soft=self.soft)
         return unchecked_terms(logits, teacher, labels, **settings)
 
     def _check_no_nan(self) -> None:
@@ -519,11 +556,40 @@ def _map_tensors(teacher: _Teacher, change: Callable[[Tensor], Tensor]) -> _Teac
     if isinstance(teacher, Tensor):
         return change(teacher)
     if isinstance(teacher, SparseLogits):
-        return SparseLogits(*map(change, teacher))
+        return teacher.map(change)
     if isinstance(teacher, LinearLogits):
         return teacher._replace(hidden=change(teacher.hidden))
     indices, weights, log_p, temperature = teacher
     return SampledTargets(change(indices), change(weights), change(log_p), temperature)
+
+
+def _cut(teacher: TokenTeacher, student_logits: Tensor, soft: SoftTerm) -> TokenTeacher:
+    """Return the teacher over the vocabulary that is compared."""
+    if isinstance(teacher, SparseLogits | SampledTargets):
+        kind = type(teacher).__name__
+        if soft.divergence != "forward_kl":
+            raise ValueError(
+                f"divergence must be 'forward_kl' where teacher is {kind}, got "
+                f"{soft.divergence!r}: others need full logits or LinearLogits"
+            )
+        if soft.vocabulary is not None:
+            raise ValueError(
+                f"vocabulary must be None where teacher is {kind}, got {soft.vocabulary}: cut the "
+                "teacher's logits before"
+            )
+        return teacher
+    if soft.vocabulary is None:
+        return teacher
+    classes = len(teacher.weight) if isinstance(teacher, LinearLogits) else teacher.shape[-1]
+    if soft.vocabulary > min(student_logits.shape[-1], classes):
+        raise ValueError(
+            f"vocabulary must be at most that of the student, {student_logits.shape[-1]}, and of "
+            f"the teacher, {classes}, got {soft.vocabulary}"
+        )
+    if isinstance(teacher, LinearLogits):
+        bias = None if teacher.bias is None else teacher.bias[: soft.vocabulary]
+        return LinearLogits(teacher.hidden, teacher.weight[: soft.vocabulary], bias)
+    return teacher[..., : soft.vocabulary]
 
 
 def _has_members(teacher: TokenTeacher) -> bool:

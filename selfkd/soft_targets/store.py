@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from selfkd.losses.sparse import SparseLogits
+from selfkd.losses.sparse import REST_TEMPERATURES, SparseLogits, rest_mass
 from selfkd.soft_targets.manifest import (
     DEFAULT_SHARD,
     Manifest,
@@ -36,6 +36,7 @@ PACK_LIMIT = 64 * 2**20
 """Largest number of bytes of packed views that an open store holds in memory."""
 
 ShardState = Literal["absent", "whole", "damaged"]
+_GRID = "rest_grid"
 _MAPS = 16_384  # files mapped at a time; Linux allows a process 65,530 mappings
 _CHECKED: set[tuple[object, ...]] = set()  # identities of verified shards
 
@@ -45,7 +46,7 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
 
     Half precision is enough: the softmax is invariant to a shift of a row, so each row is shifted
     to a largest logit of 0, near which half precision is finest. With `top_k`, the log-sum-exp of
-    the other logits is written as well.
+    the other logits at 7 temperatures is written as well, in single precision.
 
     Args:
         root: Folder of all stores.
@@ -149,7 +150,8 @@ class SoftTargets:
         Returns:
             On the CPU: logits `[batch, classes]`, float16 of one teacher or float32 of the mean of
             several; float16 `[members, batch, classes]` of members kept separate. With `top_k`,
-            `SparseLogits` with the same leading dimensions.
+            `SparseLogits` with the same leading dimensions, without `rest_grid` where a shard of
+            these images lacks it.
 
         Raises:
             IndexError: An index is out of range.
@@ -169,7 +171,7 @@ class SoftTargets:
         tensors = {name: torch.from_numpy(array) for name, array in found.items()}
         if "logits" in tensors:
             return tensors["logits"]
-        return SparseLogits(tensors["values"], tensors["indices"].long(), tensors["rest"])
+        return SparseLogits(**tensors | {"indices": tensors["indices"].long()})
 
     def _rows(self, index: Tensor, view: int) -> NDArray[np.int64]:
         if not 0 <= view < self.views:
@@ -198,8 +200,10 @@ class SoftTargets:
         }
         for start in range(0, self.images, DEFAULT_SHARD):
             rows = np.arange(start, min(start + DEFAULT_SHARD, self.images))
-            for name, array in self._gather(view, rows).items():
-                packed[name][rows[0] : rows[-1] + 1] = array
+            found = self._gather(view, rows)
+            packed = {name: array for name, array in packed.items() if name in found}
+            for name, array in packed.items():
+                array[rows[0] : rows[-1] + 1] = found[name]
         self._packed[view] = packed
         self._shards = {key: arrays for key, arrays in self._shards.items() if key[1] != view}
 
@@ -215,9 +219,11 @@ class SoftTargets:
         }
         for member, manifest in enumerate(self._manifests):
             for shard, piece, local in pieces[manifest.shard_size]:
-                for name, array in self._shard(member, view, shard).items():
+                arrays = self._shard(member, view, shard)
+                found = {name: array for name, array in found.items() if name in arrays}
+                for name, array in found.items():
                     # mode="raise" would copy to a buffer; the rows are checked
-                    array.take(local, axis=0, out=found[name][member, piece], mode="clip")
+                    arrays[name].take(local, axis=0, out=array[member, piece], mode="clip")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         if self._weights is not None:
@@ -306,8 +312,11 @@ def _encode(logits: Tensor, top_k: int | None, rows: range) -> dict[str, Tensor]
         return {"logits": shifted.half()}
     indices = wide.topk(top_k, dim=1).indices  # of the given logits, as clamping makes ties
     values = shifted.gather(1, indices)
-    rest = shifted.scatter(1, indices, -torch.inf).logsumexp(dim=1)
-    return {"values": values.half(), "indices": indices.int(), "rest": rest.float()}
+    rest, grid = rest_mass(shifted, indices)
+    return {
+        "values": values.half(), "indices": indices.int(), "rest": rest.float(),
+        _GRID: grid.float(),
+    }  # fmt: skip
 
 
 def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -319,6 +328,7 @@ def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tupl
         "values": (torch.float16, (rows, manifest.top_k)),
         "indices": (torch.int32, (rows, manifest.top_k)),
         "rest": (torch.float32, (rows,)),
+        _GRID: (torch.float32, (rows, len(REST_TEMPERATURES))),
     }
 
 
@@ -332,7 +342,10 @@ def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
     if found != expected:
         raise ValueError(f"{path} must hold {expected}, got {found}: remove it and resume")
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if layout != _layout(manifest, shard):
+    wanted = _layout(manifest, shard)
+    if _GRID in wanted and _GRID not in layout:  # exact at T = 1 only
+        del wanted[_GRID]
+    if layout != wanted:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise ValueError(f"{path} does not fit its manifest, got {shapes}: remove it and resume")
     if "indices" in tensors:

@@ -14,7 +14,6 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from selfkd.analysis import metrics
@@ -22,9 +21,10 @@ from selfkd.data import Data
 from selfkd.data.augmentation import Views
 from selfkd.data.batches import batch_sizes
 from selfkd.distill.distiller import Loss
+from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.errors import NonFiniteLossError
-from selfkd.training.ranks import Ranks
+from selfkd.training.ranks import Ranks, smallest_batch
 
 Precision = Literal["none", "bfloat16", "float16"]
 EVAL_BATCH = 1000  # images
@@ -100,44 +100,30 @@ def make_scheduler(
     return scheduler
 
 
-def smallest_batch(student: nn.Module, *, batch_size: int, images: int, ranks: int = 1) -> int:
-    """Return the number of images that a training batch has at least.
-
-    A batch of one has no variance for batch normalisation: two images on each rank that takes the
-    statistics of its own share, two in all where they are synchronised, else one.
-
-    Args:
-        student: Network to train.
-        batch_size: Images a step, over all ranks.
-        images: Number of training images.
-        ranks: Processes that share each batch.
-
-    Raises:
-        ValueError: Batches, or the whole of the images, that are smaller.
-    """
-    norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
-    if not norms:
-        return 1
-    smallest = 2 if all(isinstance(norm, nn.SyncBatchNorm) for norm in norms) else 2 * ranks
-    where = f" on {ranks} workers" if ranks > 1 else ""
-    for name, number in (("train.batch_size", batch_size), ("data.train_size", images)):
-        if number < smallest:
-            raise ValueError(
-                f"{name} must be at least {smallest} with batch normalisation{where}, which takes "
-                f"means over two images or more, got {number}"
-            )
-    return smallest
-
-
 def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
     """Return an exponential moving average of a student's weights and buffers.
+
+        average_n = d_n average_(n - 1) + (1 - d_n) weights_n
+        d_n = min(decay, (1 + n) / (10 + n))
+
+    for n = 1, 2, …, from the weights after the first step, average_0. The warm-up of the decay
+    keeps a training that is short for it from measuring its first weights: 0.9999 is reached after
+    90,000 steps. The number of steps is in the state of the average.
 
     Args:
         student: Network to average.
         decay: Weight of the average at each step, in (0, 1); the new weights get `1 - decay`.
     """
-    rule = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(student, multi_avg_fn=rule, use_buffers=True)
+    average = AveragedModel(student, use_buffers=True)
+    state = average._buffers  # on the CPU, unlike the number that a GPU's tensors are given
+
+    def update(averages: Any, weights: Any, _: object) -> None:
+        number = int(cast(Tensor, state["n_averaged"]))
+        rule = get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))  # type: ignore[no-untyped-call]
+        rule(averages, weights, number)
+
+    average.multi_avg_fn = update
+    return average
 
 
 @dataclass(kw_only=True)
@@ -243,7 +229,9 @@ def fit(
 
     Raises:
         NonFiniteLossError: The training or validation loss is not finite.
-        ValueError: Batches of one image under batch normalisation.
+        TypeError: An output of the student in which it is not clear which tensor the logits are.
+        ValueError: Logits of the student without a graph, or batches of one image under batch
+            normalisation.
     """
     start = time.perf_counter() - training.seconds
     student, optimizer, device = training.student, training.optimizer, training.device
@@ -271,7 +259,8 @@ def fit(
             if training.scheduler is not None:
                 training.scheduler.step_update(training.step)
             with autocast(device, training.precision):
-                logits = forward(inputs)
+                logits = take_logits(forward(inputs), "student")
+            check_graph(logits, "student_logits")
             values = distiller(logits, labels, inputs=inputs, index=index, view=view)
             optimizer.zero_grad(set_to_none=True)
             _descend(training, ranks.mean_loss(values["loss"], count), clip_grad)
@@ -381,7 +370,7 @@ def predict(
     values = data.in_chans * data.image_size**2
     with autocast(device, precision):
         logits = [
-            model(inputs).float().cpu()
+            take_logits(model(inputs), "model").float().cpu()
             for inputs, _, _ in data.batches(
                 split,
                 batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),

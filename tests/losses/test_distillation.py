@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, logsumexp, softmax
 from torch import Tensor
 
-from selfkd.losses import distillation_loss, distillation_terms, soft_targets
+from selfkd.losses import DistillationTerms, distillation_loss, distillation_terms, soft_targets
 from selfkd.losses import fused as fused_module
 from selfkd.losses.distillation import hard_loss, plain_terms
 from selfkd.losses.fused import fused_terms
+from selfkd.losses.sparse import sparse_terms, sparsify
 
 Loss = Callable[..., Tensor]
 TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
@@ -64,6 +65,10 @@ def reference(
     return (1 - alpha) * hard + alpha * soft, hard, soft, gradient / batch
 
 
+def sparse(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> DistillationTerms:
+    return sparse_terms(student, sparsify(teacher, 3), *args, **settings)
+
+
 def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
     return torch.autograd.grad(loss, student)[0]
 
@@ -96,6 +101,97 @@ def test_equals_reference_in_float64(
         np.testing.assert_allclose(
             gradient_of(terms[0], student), gradient, rtol=0, atol=1e-12, err_msg=str(case)
         )
+
+
+# --- soft labels -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terms_of", [distillation_terms, fused_terms, plain_terms])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("chunk", [8, 10**6])
+def test_soft_labels_are_those_of_cross_entropy(
+    terms_of: Callable[..., tuple[Tensor, ...]],
+    label_smoothing: float,
+    alpha: float,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("selfkd.losses.fused._CHUNK", chunk)
+    student, teacher, labels = make_batch(members=2)
+    y = F.softmax(torch.randn(4, 7, dtype=torch.float64), dim=-1)
+    y[0] = F.one_hot(labels[0], 7)
+    y[1] *= 1 + 5e-4  # within the tolerance
+    case = {"temperature": 3.0, "alpha": alpha, "label_smoothing": label_smoothing}
+    case |= {} if terms_of is distillation_terms else {"average": "probabilities"}
+    loss, hard, soft = terms_of(student, teacher, y, **case)
+    expected = F.cross_entropy(student, y, label_smoothing=label_smoothing)
+    of_indices = plain_terms(student, teacher, labels, **{"average": "probabilities"} | case)
+    torch.testing.assert_close(hard, expected.detach())
+    torch.testing.assert_close(soft, of_indices[2])
+    soft_loss = distillation_loss(student, teacher, labels, temperature=3.0, alpha=1.0)
+    whole = (1 - alpha) * expected + alpha * soft_loss
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(gradient_of(loss, student), gradient_of(whole, student))
+
+
+def test_one_hot_labels_are_the_indices() -> None:
+    student, teacher, labels = make_batch()
+    y = F.one_hot(labels, 7).to(torch.bfloat16)
+    for settings in ({"alpha": 0.0}, {"alpha": 0.4, "label_smoothing": 0.2}, {"alpha": 1.0}):
+        terms = distillation_terms(student, teacher, y, temperature=2.0, **settings)
+        expected = distillation_terms(student, teacher, labels, temperature=2.0, **settings)
+        torch.testing.assert_close(terms, expected)
+    torch.testing.assert_close(hard_loss(student, y), F.cross_entropy(student, labels))
+
+
+def test_soft_labels_can_be_differentiated_twice_and_get_no_gradient() -> None:
+    student, teacher, _ = make_batch(3, 4)
+    y = F.softmax(torch.randn(3, 4, dtype=torch.float64), dim=-1).requires_grad_()
+    loss = partial(distillation_loss, temperature=2.0, alpha=0.4)
+    torch.autograd.gradcheck(lambda z: loss(z, teacher, y.detach()), student)
+    torch.autograd.gradgradcheck(lambda z: loss(z, teacher, y.detach()), student)
+    loss(student, teacher, y).backward()
+    hard_loss(student, y).backward()
+    assert y.grad is None
+
+
+@pytest.mark.parametrize("terms_of", [fused_terms, plain_terms])
+def test_a_class_without_mass_may_be_masked_out(terms_of: Callable[..., Any]) -> None:
+    student = torch.tensor([[0.0, 1.0, -torch.inf]], requires_grad=True)
+    y = torch.tensor([[0.25, 0.75, 0.0]])
+    settings = {"temperature": 1.0, "alpha": 0.5, "average": "probabilities"}
+    loss, hard, _ = terms_of(student, student.detach(), y, **settings, label_smoothing=0.0)
+    torch.testing.assert_close(hard, F.cross_entropy(student[:, :2], y[:, :2]).detach())
+    assert gradient_of(loss, student).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda y: y * 1.1, ValueError, r"be probabilities of sum 1, got a sum of 1.1 in row 0"),
+        (lambda y: y + torch.eye(4, 7), ValueError, r"of sum 1, got a sum of 2 in row 0"),
+        (lambda y: y * torch.nan, ValueError, r"of sum 1, got a sum of nan in row 0"),
+        (
+            lambda y: y + torch.tensor([-1.0, 1, 0, 0, 0, 0, 0]),
+            ValueError,
+            r"probabilities >= 0, got -0.8571 in row 0",
+        ),
+        (lambda y: y[:, :5], ValueError, r"\[4\], one a row, or prob.* \[4, 7\], got \[4, 5\]"),
+        (lambda y: y.long(), TypeError, r"labels \[4, 7\] must be floating-point .*torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_labels_that_are_no_probabilities(
+    change: Callable[[Tensor], Tensor], error: type[Exception], message: str, with_gradient: bool
+) -> None:
+    student, teacher, _ = make_batch()
+    student = student.detach().requires_grad_(with_gradient)
+    y = change(torch.full((4, 7), 1 / 7))
+    with pytest.raises(error, match=message):
+        distillation_terms(student, teacher, y, temperature=2.0, alpha=0.5)
+    with pytest.raises(error, match=message):
+        hard_loss(student, y)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -491,6 +587,21 @@ def test_only_the_loss_carries_a_graph() -> None:
     assert not terms.loss.requires_grad
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("terms_of", [distillation_terms, plain_terms, sparse])
+def test_the_loss_shares_no_memory_with_its_terms(
+    alpha: float, terms_of: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    student, teacher, labels = make_batch()
+    case: dict[str, Any] = {"temperature": 2.0, "alpha": alpha}
+    case |= {"average": "logits", "label_smoothing": 0.0} if terms_of is plain_terms else {}
+    for graph in (True, False):
+        loss, *terms = terms_of(student.detach().requires_grad_(graph), teacher, labels, **case)
+        before = [term.item() for term in terms]
+        loss /= 4  # as timm's train.py does
+        assert [term.item() for term in terms] == before
+
+
 @pytest.mark.parametrize("members", [None, 3])
 def test_compiles_whole(members: int | None) -> None:
     student, teacher, labels = make_batch(4, 6, members)
@@ -597,6 +708,15 @@ def test_nan_of_the_teacher_is_named_by_its_row(
         loss(student, teacher, labels)
     teacher = teacher.nan_to_num()  # NaN in the student alone raises no error about the teacher
     assert loss(student.detach().fill_(torch.nan), teacher, labels).loss.isnan()
+
+
+@pytest.mark.parametrize("loss", [hard_loss, distillation_loss])
+def test_one_class_is_refused(loss: Any) -> None:
+    logits, labels = torch.randn(4, 1, requires_grad=True), torch.zeros(4, dtype=torch.long)
+    arguments = (logits, labels) if loss is hard_loss else (logits, logits, labels)
+    settings = {} if loss is hard_loss else {"temperature": 4.0, "alpha": 0.9}
+    with pytest.raises(ValueError, match=r"at least 2 classes, got shape \(4, 1\): .*\(BCE"):
+        loss(*arguments, **settings)
 
 
 def test_types_that_do_not_fit() -> None:

@@ -637,10 +637,21 @@ def test_labels_out_of_range(loss: Loss) -> None:
     for wrong in (3, -1):
         with pytest.raises(ValueError, match=rf"labels must be in \[0, 3\), got {wrong}"):
             loss(torch.tensor([0, 1, wrong, 2]))
-    with pytest.raises(ValueError, match=r"labels must be \[4\], one a row, got \[4, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"be \[4\], one a row(, or prob.* \[4, 3\])?, got \[4, 1\]"
+    ):
         loss(torch.zeros(4, 1, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"labels must be class indices of torch.int64, got .*32"):
         loss(torch.zeros(4))
+
+
+def test_confidence_weights_soft_labels_too() -> None:
+    student, teacher, labels = make_batch()
+    y = F.one_hot(labels, student.shape[1]).double()
+    loss = partial(confidence_weighted_loss, student, teacher, label_smoothing=0.1)
+    torch.testing.assert_close(loss(y), loss(labels))
+    with pytest.raises(ValueError, match="labels must be probabilities of sum 1, got a sum of 2"):
+        loss(2 * y)
 
 
 def test_too_few_classes_and_a_negative_eps() -> None:

@@ -14,6 +14,7 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 
 from selfkd.losses import sequences
+from selfkd.losses.divergences import SoftTerm
 from selfkd.losses.sequences import (
     LinearLogits,
     SampledTargets,
@@ -355,7 +356,10 @@ LIGER_SETTINGS: dict[str, Any] = {"temperature": 3.0, "alpha": 0.6}
 
 @pytest.mark.parametrize("normalizer", [None, 17])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_liger_kernel_has_the_same_loss(with_bias: bool, normalizer: int | None) -> None:
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+def test_liger_kernel_has_the_same_loss(
+    divergence: Any, with_bias: bool, normalizer: int | None
+) -> None:
     """Liger's own code gives the same loss; it runs on a CPU if it is not compiled."""
     pytest.importorskip("liger_kernel")
     _, _, labels, mask = make_batch()
@@ -364,11 +368,12 @@ def test_liger_kernel_has_the_same_loss(with_bias: bool, normalizer: int | None)
     inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
     teacher = teacher if with_bias else teacher._replace(bias=None)
     settings = LIGER_SETTINGS | {"bias": bias if with_bias else None, "mask": mask}
-    settings["normalizer"] = normalizer
+    settings |= {"normalizer": normalizer, "divergence": divergence, "beta": 0.3}
     expected = linear_sequence_terms(hidden, weight, teacher, labels, **settings)
     tokens = sequences._Tokens(
         F.linear(*inputs), teacher, labels, -100, mask,
         sequences._Settings(3.0, 0.6, 0.0, "probabilities", None), normalizer,
+        SoftTerm(divergence, 0.3),
     )  # fmt: skip
     actual = sequences._liger_terms(hidden, weight, settings["bias"], teacher, tokens)
     torch.testing.assert_close(tuple(actual), tuple(expected))

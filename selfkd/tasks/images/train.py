@@ -28,14 +28,8 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
-from selfkd.training.fit import (
-    Training,
-    fit,
-    make_average,
-    make_optimizer,
-    make_scheduler,
-    smallest_batch,
-)
+from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
+from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
 

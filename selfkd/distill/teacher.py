@@ -86,7 +86,9 @@ class Teacher:
         self._columns = None if in_order else torch.tensor(columns)
 
     @classmethod
-    def from_timm(cls, module: nn.Module, *, input_stats: Stats | None = None) -> "Teacher":
+    def from_timm(
+        cls, module: nn.Module, *, input_stats: Stats | None = None, copy: bool = True
+    ) -> "Teacher":
         """Make a teacher from a timm model with its published pretrained weights.
 
         `trained_stats` is read from `module.pretrained_cfg`. For a model fine-tuned on inputs of
@@ -96,6 +98,7 @@ class Teacher:
             module: Model from `timm.create_model(..., pretrained=True)`.
             input_stats: Mean and standard deviation with which the inputs of each call are
                 normalised, one value a channel.
+            copy: Whether to copy and freeze the module rather than run it as it is.
 
         Raises:
             ValueError: A module without a `pretrained_cfg` that has weights.
@@ -113,7 +116,7 @@ class Teacher:
                 f"{type(unwrap(module)).__name__}: give its statistics to Teacher as trained_stats"
             )
         trained_stats = None if input_stats is None else (cfg["mean"], cfg["std"])
-        return cls(module, input_stats=input_stats, trained_stats=trained_stats)
+        return cls(module, input_stats=input_stats, trained_stats=trained_stats, copy=copy)
 
     @torch.no_grad()
     def __call__(self, inputs: Any) -> Tensor:

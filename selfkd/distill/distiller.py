@@ -276,8 +276,8 @@ class Distiller:
 
         Raises:
             ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
-                a normalizer of 0 or less, or logits or features without a graph of a student in
-                train mode with feature terms; otherwise as `distillation_terms`.
+                a normalizer of 0 or less, or with feature terms, logits or features without a
+                graph of a student that trains; otherwise as `distillation_terms`.
             TypeError: An output in which it is not clear which tensor the logits are; otherwise as
                 `distillation_terms`.
         """
@@ -351,15 +351,16 @@ class Distiller:
                     # without labels this suits the losses that do not read them
                     values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
                 except (AttributeError, TypeError, ValueError) as error:
-                    if labels is not None:
+                    if labels is not None or "None" not in str(error):
                         raise
                     raise ValueError(
                         f"labels must be given for the term {name!r}, got None: {error}"
                     ) from error
         if self._features is not None:
-            if self._features.student.training:
+            trains = self._features.student.training or student_logits.requires_grad
+            if trains:
                 check_graph(student_logits, "student_logits")
-            values |= self._features.losses(self.projections)
+            values |= self._features.losses(self.projections, trains=trains)
         elif len(values) < len(self.terms):
             raise ValueError("terms of features must have a student: distiller.attach(student)")
         return values
@@ -376,7 +377,7 @@ class Distiller:
                 )
             if self._features is not None:
                 return self._features.run_teacher(self.teacher, inputs)
-            return take_logits(self.teacher(inputs), "teacher")
+            return take_logits(self.teacher(inputs), "teacher").detach()
         if self.targets is not None:
             if index is None:
                 raise ValueError(

@@ -145,7 +145,13 @@ class ImageTask(ImageNetworks):
         more: Row = {"classes": names, "fingerprint": None, "from": source.path}
         if own is not None:
             more |= {"fingerprint": own.fingerprint, "mean": own.mean, "std": own.std}
-        if source.mean is not None:
+        if source.mean is not None and source.std is not None:
+            sizes = (len(source.mean), len(source.std))
+            if sizes != (self.data.in_chans,) * 2 or not min(source.std) > 0:
+                raise ValueError(
+                    f"mean and std of {source.path} must be {self.data.in_chans} numbers each, std "
+                    f"above 0, got {source.mean} and {source.std}"
+                )
             more |= {"mean": source.mean, "std": source.std}
         self.save(save, network, model, more)
         return found.note and f"{source.path} {found.note}"

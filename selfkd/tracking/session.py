@@ -357,7 +357,11 @@ class Session:
 
     def done(self) -> set[str]:
         """Return the ids of the runs that are whole, from this start and those before."""
-        return set(self._ledger.read_text().split()) if self._ledger.exists() else set()
+        return (
+            set(self._ledger.read_text(encoding="utf-8").split())
+            if self._ledger.exists()
+            else set()
+        )
 
 
 def _synced_file(folder: Path, run_id: str) -> Path:
@@ -372,7 +376,9 @@ def _log_file(folder: Path, run_id: str) -> Path:
 def _went_wrong(folder: Path) -> bool:
     """Say whether W&B's process has logged an error; those of artifacts are nowhere else."""
     with contextlib.suppress(OSError):
-        return '"level":"ERROR' in (folder / "logs" / "debug-internal.log").read_text()
+        return '"level":"ERROR' in (folder / "logs" / "debug-internal.log").read_text(
+            encoding="utf-8"
+        )
     return False
 
 

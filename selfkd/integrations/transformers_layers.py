@@ -1,14 +1,22 @@
-"""Layers of transformers' models: their mapping from student to teacher, and copying them."""
+"""Layers of transformers' models: their mapping and losses, and copying them to a student."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from selfkd.distill.layers import copy_layers
-from selfkd.losses.features import every_other
+from selfkd.distill.outputs import check_graph
+from selfkd.losses.features import (
+    attention_matrices,
+    cosine_embedding,
+    every_other,
+    hidden_state_loss,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,3 +107,73 @@ def _path_of_layers(model: PreTrainedModel) -> str:
             "selfkd.distill.layers.copy_layers"
         )
     return paths[0]
+
+
+def check_weights(weights: Mapping[str, float], teachers: int) -> None:
+    """Raise ValueError for weights of layers out of range, or with several teachers."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}_weight must be >= 0 and finite, got {weight}")
+    if any(weights.values()) and teachers != 1:
+        raise ValueError(
+            "teacher must be one model where hidden states or attention are compared, got "
+            f"{teachers}"
+        )
+
+
+def feature_terms(
+    student: Any,
+    teacher: Any,
+    weights: Mapping[str, float],
+    layer_map: Sequence[int],
+    *,
+    project: Callable[[Tensor], Tensor],
+    mask: Tensor | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the terms of hidden states and attention by name, each a mean over the batch.
+
+    Args:
+        student: Outputs of the student.
+        teacher: Outputs of the teacher.
+        weights: Weights of the terms `hidden`, `cosine` and `attention`; those of 0 are left out.
+        layer_map: Index of the teacher's layer for each layer of the student.
+        project: Map of the student's hidden states to the teacher's width.
+        mask: Attention mask.
+
+    Raises:
+        ValueError: Outputs without hidden states or attention, or, where the student trains, with
+            none that has a graph.
+    """
+    if weights["hidden"] or weights["cosine"]:
+        students, teachers = _layers(student, teacher, "hidden_states")
+        states = [project(state) for state in students[1:]]
+        teachers = teachers[1:]  # the first are embeddings
+        if weights["hidden"]:
+            yield "hidden", hidden_state_loss(states, teachers, layer_map=layer_map, mask=mask)
+        if weights["cosine"]:
+            yield "cosine", cosine_embedding(states[-1], teachers[layer_map[-1]], mask=mask)
+    if weights["attention"]:
+        students, teachers = _layers(student, teacher, "attentions")
+        losses = [
+            attention_matrices(matrix, teachers[layer], mask=mask)
+            for matrix, layer in zip(students, layer_map, strict=True)
+        ]
+        yield "attention", torch.stack(losses).mean()
+
+
+def _layers(student: Any, teacher: Any, name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the layers of both models, those of the teacher on the student's devices."""
+    found: list[list[Tensor]] = []
+    for outputs in (student, teacher):
+        layers = getattr(outputs, name, None)
+        if not layers or any(layer is None for layer in layers):
+            hint = ': make both models with attn_implementation="eager"'
+            raise ValueError(
+                f"{name} must be returned by both models, got {layers}"
+                f"{hint if name == 'attentions' else ''}"
+            )
+        found.append(list(layers))
+    students, teachers = found
+    if not any(layer.requires_grad for layer in students):
+        check_graph(students[-1], f"{name} of the student")
+    return students, [layer.to(students[0].device) for layer in teachers]

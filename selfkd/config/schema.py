@@ -181,7 +181,8 @@ class TrainConfig:
     """Largest L2 norm of the gradient; no clipping when not given."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is evaluated and saved in place
-    of the student; no average when not given."""
+    of the student, warmed up over the steps n as min(ema, (1 + n) / (10 + n)); no average when not
+    given."""
     amp: Literal["none", "bfloat16", "float16"] = "none"
     """Mixed precision of the student's forward pass; none is float32."""
     compile: bool = False
@@ -235,17 +236,41 @@ class CheckpointConfig:
     """Trained network in a file from elsewhere."""
 
     path: Place
-    """Safetensors or state-dict file of the weights."""
+    """File of the weights: safetensors, or of `torch.save` (state dict, checkpoint or module)."""
+    weights: str | None = None
+    """Name of the weights in a file that has several sets, such as `state_dict`; when not given, an
+    average (EMA, SWA) where there is one, which is said."""
     model: str
     """Name of the network, of `timm.create_model`."""
     args: ModelArgs = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them."""
     classes: Place | None = None
-    """YAML or JSON file with the list of class names in the order of the network's logits; the
-    order of the dataset when not given."""
+    """File with the list of class names in the order of the network's logits: YAML, JSON, or text
+    with one a line; the order of the dataset when not given."""
     mean: list[float] | None = None
     """Mean of each channel, for pixels in [0, 1], by which the network's inputs are normalised;
     that of the dataset when not given."""
+    std: list[float] | None = None
+    """Standard deviation of each channel, for pixels in [0, 1]; given together with `mean`."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class GivenConfig:
+    """Model that is generation 0 of `selfkd.generations`, in place of one that is trained on
+    labels."""
+
+    path: Place | None = None
+    """File of weights of `model`, or folder of an earlier run of generations or of an ensemble,
+    whose model it is (`--from`); generation 0 is trained when not given."""
+    weights: str | None = None
+    """Name of the weights in a file that has several sets, such as `state_dict`; when not given, an
+    average (EMA, SWA) where there is one, which is said."""
+    classes: Place | None = None
+    """File with the list of class names in the order of the logits: YAML, JSON, or text with one a
+    line; the order of the dataset when not given."""
+    mean: list[float] | None = None
+    """Mean of each channel, for pixels in [0, 1], by which the inputs are normalised; that of the
+    dataset when not given."""
     std: list[float] | None = None
     """Standard deviation of each channel, for pixels in [0, 1]; given together with `mean`."""
 
@@ -481,6 +506,8 @@ class Config:
     """Dataset, splits and augmentation."""
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 8}))
     """Network of generation 0, of the members and, without `student`, of the students."""
+    generation_0: GivenConfig = Field(default_factory=GivenConfig)
+    """Generation 0, where it is given."""
     student: ModelConfig | None = None
     """Network of the distilled students, such as generations 1, 2, …; `model` when not given."""
     params: dict[str, Any] = Field(default_factory=dict)

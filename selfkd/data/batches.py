@@ -67,6 +67,8 @@ class Data:
     """Standard deviation of each channel, of pixels in [0, 1]."""
     fingerprint: str
     """Hash of the training split and its normalisation, 16 hexadecimal digits."""
+    note: str = ""
+    """What was read of folders, and what was left out; empty for known data sets."""
 
     @property
     def num_classes(self) -> int:

@@ -50,6 +50,8 @@ class Source:
     """Number of test images taken from the pool."""
     statistics: Statistics | None = None
     """Mean and std of each channel, if they are known."""
+    note: str = ""
+    """What is read of folders, and what is left out; empty for known data sets."""
 
 
 def open_digits() -> Source:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from selfkd.distill.layers import unwrap
+from selfkd.distill.outputs import check_graph, take_logits
+from selfkd.distill.tasks import Task, hard_term, task_terms
 from selfkd.distill.teacher import Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
@@ -20,9 +23,10 @@ from selfkd.distill.terms import (
     check_paths,
     parse_terms,
 )
-from selfkd.losses import Average, distillation_terms
-from selfkd.losses.distillation import check_settings, hard_loss
-from selfkd.losses.sparse import SparseLogits, sparse_terms
+from selfkd.losses import Average
+from selfkd.losses.distillation import check_settings
+from selfkd.losses.fused import weighted_sum
+from selfkd.losses.sparse import SparseLogits
 
 
 class CachedLogits(Protocol):
@@ -71,8 +75,9 @@ class Distiller:
 
     Args:
         teacher: Function or module from inputs to logits `[batch, classes]`, or
-            `[members, batch, classes]` of an ensemble; called without gradients. An `nn.Module` is
-            copied and frozen (`selfkd.distill.teacher.Teacher`).
+            `[members, batch, classes]` of an ensemble, or to an output with them; called without
+            gradients. An `nn.Module` is copied and frozen (`selfkd.distill.teacher.Teacher`);
+            `Teacher(module, copy=False)` is run as it is.
         targets: Function from `(index, view)` to cached logits of either shape, or to the k largest
             of them (`SparseLogits`).
         temperature: Temperature T, above 0.
@@ -86,6 +91,12 @@ class Distiller:
             `{"student": "layer2", "teacher": "layer3", "weight": 0.1}`.
         student: Model that is trained, in any wrapper, if there are feature terms. Its last forward
             pass before each call is the one whose features are used.
+        task: Kind of label. `single_label`: one class of several, the loss above. `multi_label`:
+            labels `[batch, labels]` of which each may hold, with a sigmoid in the place of the
+            softmax (`selfkd.losses.multi_label_terms`). `regression`: numbers `[batch, ...]`, with
+            squared errors and no temperature (`selfkd.losses.regression_terms`).
+        margin: Margin by which the student must be better than a regression's teacher for an item
+            to be trained on its label alone, in squared units of the labels; None for never.
 
     Raises:
         ValueError: Both `teacher` and `targets`, a setting out of range, a path of no submodule,
@@ -106,7 +117,7 @@ class Distiller:
 
     def __init__(
         self,
-        teacher: Callable[[Any], Tensor] | None = None,
+        teacher: Callable[[Any], Any] | None = None,
         *,
         targets: CachedLogits | None = None,
         temperature: float = 4.0,
@@ -116,8 +127,17 @@ class Distiller:
         label_smoothing: float = 0.0,
         terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
         student: nn.Module | None = None,
+        task: Task = "single_label",
+        margin: float | None = 0.0,
     ) -> None:
         check_settings(temperature, alpha, average, label_smoothing)
+        if task not in get_args(Task):
+            raise ValueError(f"task must be one of {', '.join(get_args(Task))}, got {task!r}")
+        if task != "single_label" and getattr(targets, "shifted", False):
+            raise ValueError(
+                f"targets must be cached with exact=True for {task}: these are logits less the "
+                "largest of a row, which only a softmax does not change"
+            )
         if teacher is not None and targets is not None:
             raise ValueError(
                 "teacher must be None where targets are given, got "
@@ -133,6 +153,8 @@ class Distiller:
         self.average: Average = average
         self.weights = weights
         self.label_smoothing = label_smoothing
+        self.task: Task = task
+        self.margin = margin
         self.terms = parse_terms(terms or {})
         self._features: FeatureTerms | None = None
         self._sync_hooks: list[RemovableHandle] = []
@@ -165,11 +187,17 @@ class Distiller:
             )
         if student is None:
             raise ValueError(f"student must be given for terms of features ({', '.join(terms)})")
+        if unwrap(student) is unwrap(self.teacher.module):
+            raise ValueError(
+                "teacher must be another module than the student, got the same, not copied: "
+                "Teacher(module) copies it"
+            )
         self.detach()
         self._features = FeatureTerms(terms, student, self.teacher.module)
         if not len(self.projections):
-            device = next(student.parameters()).device
-            self.projections = self._features.make_projections().to(device)
+            like = next(student.parameters())
+            dtype = like.dtype if like.is_floating_point() else None
+            self.projections = self._features.make_projections().to(like.device, dtype)
         self._synchronize()
 
     def _synchronize(self) -> None:
@@ -212,13 +240,14 @@ class Distiller:
 
     def __call__(
         self,
-        student_logits: Tensor,
-        labels: Tensor,
+        student_logits: Any,
+        labels: Tensor | None,
         *,
         inputs: Any = None,
         index: Tensor | None = None,
         view: int = 0,
         normalizer: float | Tensor | None = None,
+        hard_loss: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss of a batch, by name.
 
@@ -229,80 +258,96 @@ class Distiller:
         normalisation in the student.
 
         Args:
-            student_logits: Logits `[batch, classes]`.
-            labels: Class indices `[batch]`, or probabilities `[batch, classes]`, such as those of
-                mixup.
+            student_logits: Logits `[batch, classes]`, or an output of the student in which it is
+                clear which tensor they are, such as one with `logits`.
+            labels: Class indices `[batch]`, or probabilities `[batch, classes]`; those of the task
+                otherwise; None of unlabelled data, at `alpha` 1 with a teacher.
             inputs: Inputs of the teacher; needed with `teacher`.
             index: Indices of the images `[batch]`; needed with `targets`.
             view: Number of the images' augmentation, for `targets`.
             normalizer: Divisor in place of the batch's number of images in each mean, above 0.
+            hard_loss: Hard term of the caller's own, a scalar with the graph, in place of the
+                cross-entropy; the labels are given to the further terms only.
 
         Returns:
-            Scalars by name: `loss`, with the graph; `hard_loss`; `soft_loss` if a teacher was used;
-            and the further terms. The first three are in nats. All but `loss` are unweighted and
-            detached, for logging.
+            Scalars by name: `loss`, with the graph; `hard_loss`, if there are labels; `soft_loss`,
+            if a teacher was used; and the further terms. The first three are in nats. All but
+            `loss` are unweighted and detached, for logging.
 
         Raises:
-            ValueError: Missing `inputs` or `index`, an average of logits that are sparse, or a
-                normalizer of 0 or less; otherwise as `distillation_terms`.
-            TypeError: Same as `distillation_terms`.
+            ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
+                a normalizer of 0 or less, or logits or features without a graph of a student in
+                train mode with feature terms; otherwise as `distillation_terms`.
+            TypeError: An output in which it is not clear which tensor the logits are; otherwise as
+                `distillation_terms`.
         """
         if isinstance(normalizer, int | float) and not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer must be > 0 and finite, got {normalizer}")
-        terms = self._terms(student_logits, labels, inputs, index, view)
+        logits = take_logits(student_logits, "student_logits")
+        terms = self._terms(logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms
-        return {name: term * (len(labels) / normalizer) for name, term in terms.items()}
+        return {name: term * (len(logits) / normalizer) for name, term in terms.items()}
+
+    def _check_unlabelled(self) -> None:
+        if self.teacher is None and self.targets is None:
+            raise ValueError(
+                "labels must be given where there is neither a teacher nor targets, got None"
+            )
+        if self.alpha != 1:
+            raise ValueError(
+                f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
+                "unlabelled data, or the loss has a term of the labels"
+            )
 
     def _terms(
         self,
         student_logits: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         inputs: Any,
         index: Tensor | None,
         view: int,
+        own_hard_loss: Tensor | None,
     ) -> dict[str, Tensor]:
+        if labels is None and own_hard_loss is None:
+            self._check_unlabelled()
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
         if teacher_logits is None:
-            loss = hard_loss(student_logits, labels, label_smoothing=self.label_smoothing)
+            loss = own_hard_loss
+            if loss is None and labels is not None:
+                loss = hard_term(
+                    self.task, student_logits, labels, label_smoothing=self.label_smoothing
+                )
+            assert loss is not None, "there are labels where there is no teacher"
             return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
-        if isinstance(teacher_logits, SparseLogits):
-            if self.average == "logits" and teacher_logits.values.ndim == 3:
-                raise ValueError(
-                    "average must be 'probabilities' where targets are SparseLogits of several "
-                    "members, got 'logits'"
-                )
-            terms = sparse_terms(
-                student_logits,
-                teacher_logits,
-                labels,
-                temperature=self.temperature,
-                alpha=self.alpha,
-                label_smoothing=self.label_smoothing,
-                weights=self.weights,
-            )
-        else:
-            terms = distillation_terms(
-                student_logits,
-                teacher_logits,
-                labels,
-                temperature=self.temperature,
-                alpha=self.alpha,
-                average=self.average,
-                label_smoothing=self.label_smoothing,
-                weights=self.weights,
-            )
+        terms = task_terms(
+            self.task,
+            student_logits,
+            teacher_logits,
+            labels if own_hard_loss is None else None,
+            temperature=self.temperature,
+            alpha=self.alpha if own_hard_loss is None else 1.0,
+            average=self.average,
+            label_smoothing=self.label_smoothing,
+            weights=self.weights,
+            margin=self.margin,
+        )
         named = terms._asdict()
+        if own_hard_loss is not None:
+            named["loss"] = weighted_sum(own_hard_loss, terms.loss, self.alpha)
+            named["hard_loss"] = own_hard_loss.detach().clone()
+        elif labels is None:
+            del named["hard_loss"]
         for name, value in self._further_terms(student_logits, teacher_logits, labels).items():
             named["loss"] = named["loss"] + self.terms[name].weight * value
             named[name] = value.detach()
         return named
 
     def _further_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor | SparseLogits, labels: Tensor
+        self, student_logits: Tensor, teacher_logits: Tensor | SparseLogits, labels: Tensor | None
     ) -> dict[str, Tensor]:
         """Return the further terms, unweighted."""
         values: dict[str, Tensor] = {}
@@ -310,8 +355,18 @@ class Distiller:
             if isinstance(term, LogitTerm):
                 if isinstance(teacher_logits, SparseLogits):
                     raise ValueError(f"{name} needs all logits of the teacher, got the largest")
-                values[name] = term.loss(student_logits, teacher_logits, labels)
+                try:
+                    # without labels this suits the losses that do not read them
+                    values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
+                except (AttributeError, TypeError, ValueError) as error:
+                    if labels is not None:
+                        raise
+                    raise ValueError(
+                        f"labels must be given for the term {name!r}, got None: {error}"
+                    ) from error
         if self._features is not None:
+            if self._features.student.training:
+                check_graph(student_logits, "student_logits")
             values |= self._features.losses(self.projections)
         elif len(values) < len(self.terms):
             raise ValueError("terms of features must have a student: distiller.attach(student)")
@@ -329,14 +384,15 @@ class Distiller:
                 )
             if self._features is not None:
                 return self._features.run_teacher(self.teacher, inputs)
-            return self.teacher(inputs)
+            return take_logits(self.teacher(inputs), "teacher")
         if self.targets is not None:
             if index is None:
                 raise ValueError(
                     "index must be given where targets are cached, got None: "
                     "distiller(student_logits, labels, index=index)"
                 )
-            return self.targets(index, view)
+            logits = self.targets(index, view)
+            return logits if isinstance(logits, SparseLogits) else take_logits(logits, "targets")
         return None
 
     def __repr__(self) -> str:

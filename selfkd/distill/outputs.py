@@ -45,7 +45,7 @@ tensor they are, got tuple of [2, 3], [2, 3]: give that tensor alone
         verb, way_out = "return", "wrap it in a module or function that returns that tensor alone"
     raise TypeError(
         f"{name} must {verb} a tensor of logits, or an output in which it is clear which tensor "
-        f"they are, got {_describe(output)}: {way_out}"
+        f"they are, got {describe_output(output)}: {way_out}"
     )
 
 
@@ -114,6 +114,24 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def describe_output(output: Any) -> str:
+    """Return type and shapes of an output for a message, on one line.
+
+    >>> describe_output([torch.zeros(2, 3), torch.zeros(2)])
+    'list of [2, 3], [2]'
+    """
+    items = _items(output)
+    name = type(output).__name__
+    if isinstance(output, str) or not items:
+        return name
+    shapes = [
+        ("" if isinstance(key, int) else f"{key} ")
+        + (str(list(item.shape)) if isinstance(item, Tensor) else type(item).__name__)
+        for key, item in list(items.items())[:6]
+    ]
+    return f"{name} of {', '.join(shapes)}" + (", …" if len(items) > len(shapes) else "")
+
+
 def _find_logits(output: Any) -> Tensor | None:
     """Return the logits of an output, None where it is not clear which tensor they are."""
     if isinstance(output, Tensor):
@@ -153,17 +171,3 @@ def _items(output: Any) -> dict[Any, Any] | None:
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     return None
-
-
-def _describe(output: Any) -> str:
-    """Return type and contents of an output for a message, on one line."""
-    items = _items(output)
-    name = type(output).__name__
-    if isinstance(output, str) or not items:
-        return name
-    shapes = [
-        ("" if isinstance(key, int) else f"{key} ")
-        + (str(list(item.shape)) if isinstance(item, Tensor) else type(item).__name__)
-        for key, item in list(items.items())[:6]
-    ]
-    return f"{name} of {', '.join(shapes)}" + (", …" if len(items) > len(shapes) else "")

@@ -1,8 +1,10 @@
 """Frozen teachers: copies of networks, always in eval mode, whose logits carry no graph."""
 
-import copy
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from selfkd.distill.features import drop_hooks
 from selfkd.distill.layers import check_whole, unwrap
+from selfkd.distill.outputs import map_tensors, take_logits
 
 Stats = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each channel, of images scaled to [0, 1]."""
@@ -24,24 +27,35 @@ class Teacher:
     `DataParallel` or `DistributedDataParallel` and the hooks of a distiller's feature terms are
     removed from the copy; to compile the teacher is up to the caller.
 
+    With `copy=False` the module is run as it is: wrapped, quantised, offloaded or sharded, without
+    further memory. It is never moved or unwrapped, no parameter gets a gradient from a call, and
+    the mode of each of its parts (train or eval) is put back after it. It is not frozen beyond
+    that: if it is trained elsewhere, as a moving average is, the logits follow.
+
+    Inputs are detached, moved to the device of the module's parameters and, if floating point, cast
+    to their dtype, leaf by leaf in nested inputs. A mapping is given as keyword arguments, as many
+    of them as `forward` takes, unless it takes the mapping itself.
+
     If the teacher was trained on inputs of another normalisation than those of the calls, inputs
     are normalised again, channel by channel:
 
         x' = (x * std_in + mean_in - mean_trained) / std_trained
 
     Args:
-        module: Network from inputs `[batch, ...]` to logits `[batch, classes]`.
+        module: Network from inputs `[batch, ...]` to logits `[batch, classes]`, or to an output in
+            which it is clear which tensor they are, such as one with `logits`.
         input_stats: Mean and standard deviation with which the inputs of each call are
             normalised, one value a channel.
         trained_stats: Mean and standard deviation of the inputs that `module` was trained on; the
             same as `input_stats` if not given.
         columns: Index of the module's logit for each class; the same order if not given.
+        copy: Whether to copy and freeze the module rather than run it as it is.
 
     Raises:
         TypeError: A module that is no `nn.Module`.
         ValueError: Trained statistics without input statistics, statistics of different lengths, a
-            standard deviation that is not positive, or a module of which each process has only a
-            shard (FSDP).
+            standard deviation that is not positive, or, with `copy`, a module that cannot be
+            copied: of which each process has only a shard (FSDP), offloaded, or otherwise.
 
     Reference:
         Furlanello et al., "Born-Again Neural Networks", 2018, https://arxiv.org/abs/1805.04770
@@ -61,11 +75,12 @@ class Teacher:
         input_stats: Stats | None = None,
         trained_stats: Stats | None = None,
         columns: Sequence[int] | None = None,
+        copy: bool = True,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        check_whole("module", module)
-        self.module = drop_hooks(copy.deepcopy(unwrap(module))).requires_grad_(False).eval()
+        self.copied = copy
+        self.module = _frozen_copy(module) if copy else module
         self._affine = _renormalisation(input_stats, trained_stats)
         in_order = columns is None or list(columns) == list(range(len(columns)))
         self._columns = None if in_order else torch.tensor(columns)
@@ -101,30 +116,30 @@ class Teacher:
         return cls(module, input_stats=input_stats, trained_stats=trained_stats)
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Any) -> Tensor:
         """Compute the teacher logits.
 
         Args:
-            inputs: Inputs `[batch, ...]`; with `trained_stats`, `[batch, channels, height, width]`.
+            inputs: Inputs `[batch, ...]`, or a mapping, list or tuple with such tensors; with
+                `trained_stats`, `[batch, channels, height, width]`.
 
         Returns:
             Logits `[batch, classes]`, without a graph even if `inputs` require a gradient.
 
         Raises:
-            TypeError: A result of the module that is not a tensor.
+            TypeError: A result of the module in which it is not clear which tensor the logits are.
             ValueError: Logits that are not `[batch, classes]`, or inputs whose channels are not
                 those of `input_stats`.
         """
-        self.module.eval()
-        inputs = inputs.detach()
+        inputs = _as_for(self.module, inputs)
         if self._affine is not None:
             inputs = _renormalise(inputs, *self._affine)
-        logits = self.module(inputs)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"teacher must return a tensor of logits, got {type(logits).__name__}: "
-                "wrap it in a module that takes them out"
-            )
+        training = _set_eval(self.module)
+        try:
+            logits = take_logits(_run(self.module, inputs), "teacher")
+        finally:
+            for part in [] if self.copied else training:
+                part.training = True
         if logits.ndim != 2:
             raise ValueError(f"teacher must return [batch, classes], got {list(logits.shape)}")
         if self._columns is not None:
@@ -139,8 +154,12 @@ class Teacher:
         return {"affine": affine, "columns": columns}
 
     def to(self, device: torch.device | str | int) -> "Teacher":
-        """Move the teacher to `device` in place, as `nn.Module.to` does, and return self."""
-        self.module.to(device)
+        """Move the teacher to `device` in place, as `nn.Module.to` does, and return self.
+
+        A module that is not copied stays where it is, and inputs are moved to it.
+        """
+        if self.copied:
+            self.module.to(device)
         if self._affine is not None:
             scale, shift = self._affine
             self._affine = (scale.to(device), shift.to(device))
@@ -179,19 +198,20 @@ class Ensemble:
         if not self.members:
             raise ValueError("members must be at least one teacher, got none")
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Any) -> Tensor:
         """Compute the logits of each member.
 
         Args:
-            inputs: Inputs `[batch, ...]`, the same for every member.
+            inputs: Inputs `[batch, ...]`, the same for every member; nested ones as for a teacher.
 
         Returns:
-            Logits `[members, batch, classes]`, without a graph.
+            Logits `[members, batch, classes]`, without a graph, on the device of the first.
 
         Raises:
             ValueError: Members with different numbers of classes.
         """
         logits = [member(inputs) for member in self.members]
+        logits = [member_logits.to(logits[0].device) for member_logits in logits]
         classes = [member_logits.shape[1] for member_logits in logits]
         if len(set(classes)) > 1:
             raise ValueError(f"members must have the same number of classes, got {classes}")
@@ -208,6 +228,112 @@ class Ensemble:
 
     def __repr__(self) -> str:
         return f"Ensemble({self.members})"
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """Return a deep copy of a module, without wrappers and the hooks of a distiller.
+
+    Tensors that the module computes from its parameters and keeps, such as the weight of the old
+    `weight_norm`, are copied without their graph, which `copy.deepcopy` refuses.
+
+    Args:
+        module: Module in any wrapper.
+
+    Raises:
+        ValueError: A module that is sharded, offloaded, or cannot be copied for another reason.
+    """
+    way_out = "Teacher(module, copy=False) runs it as it is"
+    try:
+        check_whole("module", module)
+    except ValueError as error:
+        raise ValueError(f"{error}; {way_out}") from None
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            "module must have its weights in memory to be copied, got some on the meta device "
+            f"(offloaded, or never loaded): {way_out}"
+        )
+    module = unwrap(module)
+    try:
+        computed = (tensor for part in module.modules() for tensor in _computed(vars(part)))
+        twin = deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in computed})
+    except Exception as error:  # a module's own way of copying may raise anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"module must be one that can be copied, got {type(module).__name__} ({first}): "
+            f"{way_out}"
+        ) from error
+    return drop_hooks(twin)
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    twin = copy_module(module)
+    for parameter in twin.parameters():
+        # the copied parameters of a ScriptModule have a graph
+        parameter.requires_grad_(False) if parameter.is_leaf else parameter.detach_()
+    _set_eval(twin)
+    return twin
+
+
+def _computed(value: object) -> Iterator[Tensor]:
+    """Yield the tensors with a graph in nested containers."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _computed(item)
+
+
+def _set_eval(module: nn.Module) -> list[nn.Module]:
+    """Set a module to eval mode; return those of its parts that were in train mode."""
+    # a frozen ScriptModule has no mode, an exported graph one that cannot be set
+    training = [part for part in module.modules() if getattr(part, "training", False)]
+    if training:
+        try:
+            module.eval()
+        except NotImplementedError:
+            for part in training:
+                part.training = False
+    return training
+
+
+def _as_for(module: nn.Module, inputs: Any) -> Any:
+    """Return inputs without their graph, on the module's device and, if floating, in its dtype."""
+    device, dtype = None, None
+    for tensor in chain(module.parameters(), module.buffers()):
+        if device is None and not tensor.is_meta:
+            device = tensor.device
+        # weights in 8 bits are computed with in another dtype
+        if dtype is None and tensor.is_floating_point() and tensor.itemsize > 1:
+            dtype = tensor.dtype
+        if device is not None and dtype is not None:
+            break
+
+    def change(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
+
+    return map_tensors(inputs, change)
+
+
+def _run(module: nn.Module, inputs: Any) -> Any:
+    """Return a module's output; a mapping is given as keyword arguments where it takes them."""
+    if not isinstance(inputs, Mapping):
+        return module(inputs)
+    if isinstance(module, torch.jit.ScriptModule):
+        _, *arguments = module.forward.schema.arguments  # type: ignore[attr-defined]
+        required = [argument.name for argument in arguments if not argument.has_default_value()]
+        accepted = {argument.name for argument in arguments}
+    else:
+        parameters = inspect.signature(module.forward).parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        required = [parameter.name for parameter in named if parameter.default is parameter.empty]
+        accepted = {parameter.name for parameter in named}
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            accepted |= inputs.keys()
+    keywords = {name: value for name, value in inputs.items() if name in accepted}
+    if not keywords or any(name not in keywords for name in required):
+        return module(inputs)
+    return module(**keywords)
 
 
 def _renormalisation(given: Stats | None, trained: Stats | None) -> tuple[Tensor, Tensor] | None:
@@ -245,10 +371,16 @@ def _check_stats(name: str, stats: Stats) -> None:
         raise ValueError(f"{name} must have a std above 0 in every channel, got {tuple(std)}")
 
 
-def _renormalise(inputs: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _renormalise(inputs: Any, scale: Tensor, shift: Tensor) -> Tensor:
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            "inputs must be a tensor where a teacher renormalises them (trained_stats), got "
+            f"{type(inputs).__name__}"
+        )
     if inputs.ndim != 4 or inputs.shape[1] != len(scale):
         raise ValueError(
             f"inputs must be [batch, {len(scale)}, height, width], as many channels as input_stats "
             f"has, got {list(inputs.shape)}"
         )
+    scale, shift = scale.to(inputs.device), shift.to(inputs.device)
     return (inputs * scale + shift).to(inputs.dtype)

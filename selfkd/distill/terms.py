@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.distill.features import Features
+from selfkd.distill.outputs import check_graph
 from selfkd.losses.distillation import is_nan
 from selfkd.losses.features import Projection, hint_loss, reconcile
 
@@ -112,6 +113,7 @@ class FeatureTerms:
         self, terms: Mapping[str, FeatureTerm], student: nn.Module, teacher: nn.Module
     ) -> None:
         self._terms = terms
+        self.student = student
         paths = list(dict.fromkeys(term.student for term in terms.values()))
         self._student = Features(student, paths)
         of_teacher = list(dict.fromkeys(term.of_teacher for term in terms.values()))
@@ -147,15 +149,19 @@ class FeatureTerms:
             projections: Result of `make_projections`.
 
         Raises:
-            ValueError: NaN in a feature of the teacher (checked on the CPU only).
+            ValueError: NaN in a feature of the teacher (checked on the CPU only), or a feature of a
+                student in train mode that has no graph although its term has a weight.
         """
         return {name: self._loss(name, term, projections) for name, term in self._terms.items()}
 
     def _loss(self, name: str, term: FeatureTerm, projections: nn.ModuleDict) -> Tensor:
         losses = []
         for number, (student, teacher) in enumerate(self._pairs(term)):
+            if term.weight and self.student.training:
+                check_graph(student, f"feature {term.student!r} of the student, of {name!r},")
             if term.project is not None:
-                student = projections[_key(name, number)](student)
+                projection = projections[_key(name, number)]
+                student = projection(student.to(next(projection.parameters()).dtype))
             if term.loss is hint_loss and student.ndim == teacher.ndim == 4:
                 student, teacher = reconcile(student, teacher)
             losses.append(term.loss(student, teacher))
@@ -168,7 +174,8 @@ class FeatureTerms:
         student, teacher = self._student[term.student], self._teacher[term.of_teacher]
         students = student if isinstance(student, list) else [student]
         teachers = teacher if isinstance(teacher, list) else [teacher]
-        return list(zip(students, teachers, strict=True))
+        pairs = zip(students, teachers, strict=True)
+        return [(student, teacher.to(student.device)) for student, teacher in pairs]
 
     def _check_count(self, term: FeatureTerm) -> None:
         count, expected = self._student.count(term.student), self._teacher.count(term.of_teacher)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from selfkd.config import Config, ModelConfig, Source
 from selfkd.config.space import Distribution
-from selfkd.config.validate import no_lineages
+from selfkd.config.validate import no_generations
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Run
 from selfkd.experiments.run_folder import RunFolder
@@ -85,7 +85,7 @@ def check_members(config: Config) -> None:
     Raises:
         ConfigError: One is not there, or a run is given twice.
     """
-    for fault in no_lineages(config):
+    for fault in no_generations(config):
         raise ConfigError(fault)
     given: dict[str, str] = {}
     for run in config.members.runs:
@@ -148,6 +148,9 @@ def _imported(run: Run) -> list[Member]:
     faults = [row["fault"] for row in rows if "fault" in row]
     if faults:
         raise ConfigError("\n".join(faults))
+    for row in rows:
+        if row["said"]:
+            run.events(Message(row["said"]))
     other = sum(not row["same_data"] for row in rows)
     if other:
         run.events(

@@ -381,6 +381,12 @@ def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tenso
     shape = tuple(student_logits.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"student_logits must be [batch, classes], got shape {shape}")
+    if shape[1] == 1:  # each term would be 0, and so would its gradient
+        raise ValueError(
+            f"student_logits must be of at least 2 classes, got shape {shape}: the softmax of one "
+            "class is 1 whatever its logit; for a yes or no give two logits, or train by "
+            "binary cross-entropy (BCE, as for multi-label data)"
+        )
     if teacher_logits.shape[-2:] != shape or teacher_logits.ndim > 3 or not len(teacher_logits):
         raise ValueError(
             f"teacher_logits must be {list(shape)} as student_logits are, or that for each of the "

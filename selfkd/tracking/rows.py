@@ -132,7 +132,8 @@ def confirmation_row(confirmation: Confirmation) -> Row:
         "confirmed/gain": confirmation.first,
         "confirmed/step_gain": confirmation.previous,
     }
-    return {"generation": confirmation.generation, **intervals(named)}
+    given = {"confirmed/seeds": 1} if confirmation.given else {}
+    return {"generation": confirmation.generation, **intervals(named), **given}
 
 
 def confirmation_summary(confirmation: Confirmation) -> Row:
@@ -142,4 +143,5 @@ def confirmation_summary(confirmation: Confirmation) -> Row:
         "gain": confirmation.first,
         "step_gain": confirmation.previous,
     }
-    return {"confirmed_generation": confirmation.generation, **intervals(named)}
+    given = {"confirmed_seeds": 1} if confirmation.given else {}
+    return {"confirmed_generation": confirmation.generation, **intervals(named), **given}

@@ -20,6 +20,7 @@ from selfkd.analysis import metrics
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
 from selfkd.distill.distiller import Loss
+from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.errors import NonFiniteLossError
 from selfkd.training.ranks import Ranks
@@ -101,12 +102,27 @@ def make_scheduler(
 def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
     """Return an exponential moving average of a student's weights and buffers.
 
+        average_n = d_n average_(n - 1) + (1 - d_n) weights_n
+        d_n = min(decay, (1 + n) / (10 + n))
+
+    for n = 1, 2, …, from the weights after the first step, average_0. The warm-up of the decay
+    keeps a training that is short for it from measuring its first weights: 0.9999 is reached after
+    90,000 steps. The number of steps is in the state of the average.
+
     Args:
         student: Network to average.
         decay: Weight of the average at each step, in (0, 1); the new weights get `1 - decay`.
     """
-    rule = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(student, multi_avg_fn=rule, use_buffers=True)
+    average = AveragedModel(student, use_buffers=True)
+    state = average._buffers  # on the CPU, unlike the number that a GPU's tensors are given
+
+    def update(averages: Any, weights: Any, _: object) -> None:
+        number = int(cast(Tensor, state["n_averaged"]))
+        rule = get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))  # type: ignore[no-untyped-call]
+        rule(averages, weights, number)
+
+    average.multi_avg_fn = update
+    return average
 
 
 @dataclass(kw_only=True)
@@ -211,6 +227,8 @@ def fit(
 
     Raises:
         NonFiniteLossError: The training or validation loss is not finite.
+        TypeError: An output of the student in which it is not clear which tensor the logits are.
+        ValueError: Logits of the student without a graph.
     """
     start = time.perf_counter() - training.seconds
     student, optimizer, device = training.student, training.optimizer, training.device
@@ -235,7 +253,8 @@ def fit(
             if training.scheduler is not None:
                 training.scheduler.step_update(training.step)
             with autocast(device, training.precision):
-                logits = forward(inputs)
+                logits = take_logits(forward(inputs), "student")
+            check_graph(logits, "student_logits")
             values = distiller(logits, labels, inputs=inputs, index=index, view=view)
             optimizer.zero_grad(set_to_none=True)
             _descend(training, ranks.mean_loss(values["loss"], count), clip_grad)
@@ -345,7 +364,7 @@ def predict(
     values = data.in_chans * data.image_size**2
     with autocast(device, precision):
         logits = [
-            model(inputs).float().cpu()
+            take_logits(model(inputs), "model").float().cpu()
             for inputs, _, _ in data.batches(
                 split,
                 batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),

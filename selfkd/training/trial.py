@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import queue
@@ -20,7 +19,7 @@ from torch import nn, set_num_threads
 from selfkd.config import Config, ModelConfig, resume_invariant
 from selfkd.distill.distiller import Distiller
 from selfkd.distill.layers import check_whole, unwrap
-from selfkd.distill.teacher import Ensemble, Teacher
+from selfkd.distill.teacher import Ensemble, Teacher, copy_module
 from selfkd.distill.terms import Term
 from selfkd.errors import cut_text, describe_error
 from selfkd.models import parameters_count
@@ -119,7 +118,7 @@ class Trial:
         members = []
         for row in self.teachers:
             tensors, _ = load_tensors(as_path(row["checkpoint"]))
-            network = unwrap(make_teacher()) if make_teacher else copy.deepcopy(unwrap(student))
+            network = unwrap(make_teacher()) if make_teacher else copy_module(student)
             try:
                 network.load_state_dict(tensors)
             except RuntimeError as error:

@@ -16,7 +16,7 @@ from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import LogitTerm
 from selfkd.losses import SparseLogits, distillation_terms, sparse_terms, sparsify
 from selfkd.losses.distillation import hard_loss
-from selfkd.losses.logits import logit_mse
+from selfkd.losses.logits import dkd_loss, logit_mse
 
 BATCH, FEATURES, CLASSES = 6, 4, 3
 
@@ -151,6 +151,30 @@ def test_soft_labels_and_a_loss_that_shares_no_memory(source: str, alpha: float)
     torch.testing.assert_close(named, expected | {"loss": expected["loss"] / 4})
 
 
+@pytest.mark.parametrize("source", ["labels", "teacher", "sparse", "terms"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_hard_term_of_the_callers_own(source: str, alpha: float) -> None:
+    student_logits, labels, batch = make_step()
+    teacher, mse = nn.Linear(FEATURES, CLASSES), LogitTerm(lambda s, t, y: logit_mse(s, t))
+    make = partial(Distiller, alpha=alpha)
+    distiller = {
+        "labels": make(),
+        "teacher": make(teacher),
+        "sparse": make(targets=lambda index, view: sparsify(torch.zeros(BATCH, CLASSES), 2)),
+        "terms": make(teacher, terms={"mse": mse}),
+    }[source]
+    expected = distiller(student_logits, labels, **batch)
+    own = nn.functional.cross_entropy(student_logits, labels)
+    unknown = torch.full((BATCH,), -1) if source != "terms" else labels
+    named = distiller(student_logits, unknown, **batch, hard_loss=own)
+    torch.testing.assert_close(named, expected)
+    for terms in (named, expected):
+        terms["gradient"] = torch.autograd.grad(terms["loss"], student_logits)[0]
+    torch.testing.assert_close(named["gradient"], expected["gradient"])
+    doubled = distiller(student_logits, labels, **batch, hard_loss=2 * own, normalizer=2 * BATCH)
+    torch.testing.assert_close(doubled["hard_loss"], own.detach())
+
+
 def test_teacher_is_not_run_at_alpha_0() -> None:
     student_logits, labels, batch = make_step()
 
@@ -268,6 +292,104 @@ def test_micro_batches_of_different_sizes_add_up(source: str) -> None:
     for value in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="normalizer must be > 0 and finite, got"):
             distiller(student_logits, labels, normalizer=value, **batch)
+
+
+@pytest.mark.parametrize("source", ["teacher", "cached", "sparse", "ensemble"])
+def test_unlabelled_data(source: str) -> None:
+    student_logits, labels, batch = make_step()
+    cached = CachedLogits(2)
+    distiller = {
+        "teacher": Distiller(
+            nn.Linear(FEATURES, CLASSES),
+            alpha=1.0,
+            terms={"mse": LogitTerm(lambda z_s, z_t, _: logit_mse(z_s, z_t), weight=0.5)},
+        ),
+        "cached": Distiller(targets=cached, alpha=1.0),
+        "sparse": Distiller(targets=lambda index, view: sparsify(cached(index, view), 2), alpha=1),
+        "ensemble": Distiller(
+            Ensemble([nn.Linear(FEATURES, CLASSES)] * 2), alpha=1.0, label_smoothing=0.1
+        ),
+    }[source]
+    for normalizer in (None, 9):
+        expected = distiller(student_logits, labels, normalizer=normalizer, **batch)
+        terms = distiller(student_logits, None, normalizer=normalizer, **batch)
+        del expected["hard_loss"]
+        assert terms == expected
+        gradients = [torch.autograd.grad(t["loss"], student_logits)[0] for t in (terms, expected)]
+        assert torch.equal(*gradients)
+
+
+def test_labels_are_named_where_they_are_needed() -> None:
+    student_logits, _, batch = make_step()
+    teacher = nn.Linear(FEATURES, CLASSES)
+    for alpha in (0.0, 0.5):
+        with pytest.raises(ValueError, match=f"labels must be given at alpha {alpha}, got None"):
+            Distiller(teacher, alpha=alpha)(student_logits, None, **batch)
+    with pytest.raises(ValueError, match="labels must be given where there is neither a teacher"):
+        Distiller(alpha=1.0)(student_logits, None)
+    term = LogitTerm(partial(dkd_loss, temperature=2.0, alpha=1.0, beta=1.0))
+    with pytest.raises(ValueError, match="labels must be given for the term 'dkd', got None"):
+        Distiller(teacher, alpha=1.0, terms={"dkd": term})(student_logits, None, **batch)
+
+
+class Output:
+    """An output with logits among other things."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.hidden = logits, torch.zeros(BATCH, FEATURES)
+
+
+@pytest.mark.parametrize(
+    "wrap", [Output, lambda z: {"logits": z, "aux": z}, lambda z: (z, [z]), lambda z: [z]]
+)
+def test_logits_are_taken_of_outputs(wrap: Any) -> None:
+    student_logits, labels, batch = make_step()
+    module, cached = nn.Linear(FEATURES, CLASSES), CachedLogits()
+
+    class Wrapped(nn.Linear):
+        def forward(self, inputs: Tensor) -> Any:
+            return wrap(super().forward(inputs))
+
+    wrapped = Wrapped(FEATURES, CLASSES)
+    wrapped.load_state_dict(module.state_dict())
+    for plain, other in (
+        (Distiller(), Distiller()),
+        (Distiller(module), Distiller(wrapped)),
+        (Distiller(module), Distiller(lambda inputs: wrap(module(inputs)))),
+        (Distiller(Ensemble([module] * 2)), Distiller(Ensemble([wrapped] * 2))),
+        (Distiller(targets=cached), Distiller(targets=lambda *at: wrap(cached(*at)))),
+    ):
+        expected = plain(student_logits, labels, **batch)
+        assert other(wrap(student_logits), labels, **batch) == expected
+
+
+def test_outputs_without_clear_logits_are_described() -> None:
+    student_logits, labels, batch = make_step()
+    pair = (student_logits, student_logits)
+    for distiller in (Distiller(), Distiller(nn.Linear(FEATURES, CLASSES))):
+        with pytest.raises(
+            TypeError, match=r"student_logits must be .*, got tuple of \[6, 3\], \["
+        ):
+            distiller(pair, labels, **batch)
+    for name, distiller in (
+        ("teacher", Distiller(lambda _: pair)),
+        ("targets", Distiller(targets=lambda *_: pair)),  # type: ignore[arg-type,return-value]
+    ):
+        with pytest.raises(TypeError, match=f"{name} must return .*, got tuple of .*: wrap it"):
+            distiller(student_logits, labels, **batch)
+
+
+def test_nested_inputs_reach_the_teacher() -> None:
+    student_logits, labels, batch = make_step()
+
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x if mask is None else x * mask)
+
+    teacher = Pair(FEATURES, CLASSES)
+    inputs = {"x": batch["inputs"].double(), "mask": torch.tensor([1, 0, 1, 0]), "ids": labels}
+    expected = Distiller(teacher)(student_logits, labels, inputs=batch["inputs"] * inputs["mask"])
+    assert Distiller(teacher)(student_logits, labels, inputs=inputs) == expected
 
 
 def test_cached_logits_move_to_the_students_device() -> None:

@@ -1,11 +1,14 @@
 import copy
 import pickle
+from collections import UserDict
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.models import make_cnn
@@ -285,6 +288,244 @@ def test_its_name_says_what_it_is():
     assert repr(Ensemble([nn.Linear(3, 2)])) == "Ensemble([Teacher(Linear, 8 parameters)])"
 
 
+# What is copied, and what is run as it is
+
+
+def weight_norm_lstm():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.utils.weight_norm(nn.LSTM(3, 4, batch_first=True), "weight_hh_l0")
+
+        def forward(self, inputs):
+            return self.lstm(inputs.flatten(2).transpose(1, 2))[0][:, -1]
+
+    return Last()
+
+
+def spectral_norm():
+    module = nn.utils.spectral_norm(nn.Linear(108, 4))
+    return nn.Sequential(nn.Flatten(), module)
+
+
+def run_before(module):
+    module.train()
+    module(images())  # leaves tensors with a graph in the module
+    return module
+
+
+class Keeps(nn.Linear):
+    """A module that keeps what it computed."""
+
+    def __init__(self):
+        super().__init__(108, 4)
+        self.seen = {"features": []}
+
+    def forward(self, inputs):
+        self.seen["features"].append(super().forward(inputs.flatten(1)))
+        return self.seen["features"][-1]
+
+
+HARD_TO_COPY = {
+    "weight_norm": lambda: nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(108, 4))),
+    "weight_norm of an LSTM": weight_norm_lstm,
+    "parametrised weight_norm": lambda: nn.Sequential(
+        nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(108, 4))
+    ),
+    "spectral_norm": spectral_norm,
+    "traced": lambda: torch.jit.trace(network().eval(), images()),
+    "scripted": lambda: torch.jit.script(network()),
+    "script inside": lambda: nn.Sequential(network(), torch.jit.script(nn.Linear(4, 4))),
+    "exported": lambda: torch.export.export(network().eval(), (images(),)).module(),
+    "keeps tensors": Keeps,
+    "quantised": lambda: torch.ao.quantization.quantize_dynamic(network(), {nn.Linear}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", HARD_TO_COPY)
+def test_modules_that_are_hard_to_copy(name):
+    module, inputs = HARD_TO_COPY[name](), images()
+    run_before(module) if name not in ("exported", "traced") else None
+    modes = [getattr(part, "training", None) for part in module.modules()]
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    teacher, itself = Teacher(module), Teacher(module, copy=False)
+    before = [tensor.clone() for tensor in teacher.module.parameters()]
+    logits = teacher(inputs)
+    torch.testing.assert_close(itself(inputs), logits)
+    assert not logits.requires_grad
+    assert not itself(inputs).requires_grad
+    assert itself.module is module
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+    assert all(map(torch.equal, teacher.module.parameters(), before))
+    # the module itself is as it was
+    assert [getattr(part, "training", None) for part in module.modules()] == modes
+    assert [parameter.requires_grad for parameter in module.parameters()] == trained
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(teacher(inputs), logits)
+
+
+def test_a_module_run_as_it_is_keeps_its_modes_and_its_place():
+    module, inputs = network(), images()
+    module[1].eval()  # frozen statistics
+    module[5].register_forward_hook(lambda *args: seen.append(args[0].training))
+    modes, seen = [part.training for part in module.modules()], []
+    teacher = Teacher(torch.compile(module, backend="eager"), copy=False)
+    assert torch.equal(teacher(inputs), Teacher(module)(inputs))
+    assert seen == [False, False]
+    assert [part.training for part in module.modules()] == modes
+    assert teacher.to("meta").module is teacher.module
+    assert teacher(inputs).device.type == "cpu"
+    module.forward = lambda _: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        Teacher(module, copy=False)(inputs)
+    assert [part.training for part in module.modules()] == modes
+
+
+def test_a_moving_average_is_followed_where_it_is_not_copied():
+    module, inputs = network(), images()
+    copied, followed = Teacher(module), Teacher(module, copy=False)
+    before = copied(inputs)
+    with torch.no_grad():
+        module[6].bias.add_(1)
+    assert torch.equal(copied(inputs), before)
+    torch.testing.assert_close(followed(inputs), before + 1)
+
+
+class NotCopied(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("no copy of me")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (NotCopied(3, 2), r"got NotCopied \(no copy of me\)"),
+        (nn.Linear(3, 2, device="meta"), "got some on the meta device"),
+    ],
+)
+def test_a_module_that_cannot_be_copied_is_told_the_way_out(module, message):
+    with pytest.raises(ValueError, match=rf"{message}.*Teacher\(module, copy=False\) runs it"):
+        Teacher(module)
+    assert Teacher(module, copy=False).module is module
+
+
+# What a module is given
+
+
+class Doubles(nn.Module):
+    """A module that notes what it is called with."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=dtype)
+
+    def forward(self, x, ids=None, *, more=None):
+        self.given = {"x": x, "ids": ids, "more": more}
+        return {"logits": self.linear(x)}
+
+
+@pytest.mark.parametrize(
+    "of_teacher", [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("copied", [True, False])
+def test_floating_inputs_are_cast_to_its_dtype(dtype, of_teacher, copied):
+    teacher = Teacher(Doubles(of_teacher), copy=copied)
+    inputs = torch.randn(4, 3, dtype=dtype, requires_grad=True)
+    ids = torch.arange(4)
+    nested = {"x": inputs, "ids": ids, "more": [(inputs, ids)], "unknown": inputs}
+    assert teacher(nested).dtype == of_teacher
+    given = teacher.module.given
+    assert given["x"].dtype == given["more"][0][0].dtype == of_teacher
+    assert given["ids"].dtype == given["more"][0][1].dtype == torch.int64
+    assert not given["x"].requires_grad
+    assert inputs.dtype == nested["more"][0][0].dtype == dtype
+    assert torch.equal(teacher(inputs), teacher(nested))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_are_cast_under_autocast(dtype):
+    teacher, inputs = Teacher(network()), images().to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = teacher(inputs)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), teacher(inputs), rtol=0.05, atol=0.05)
+
+
+def test_inputs_of_weights_in_8_bits_keep_the_dtype_of_the_rest():
+    module = Doubles(torch.float64)
+    module.register_parameter("first", nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), False))
+    assert Teacher(module, copy=False)(torch.ones(1, 3)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BatchEncoding({"x": torch.ones(2, 3)}),
+        lambda: UserDict(x=torch.ones(2, 3)),
+        lambda: MappingProxyType({"x": torch.ones(2, 3)}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("scripted", [False, True])
+def test_mappings_are_keyword_arguments(make, scripted):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    module = Net()
+    teacher = Teacher(torch.jit.script(module) if scripted else module)
+    assert torch.equal(teacher(make()), teacher(torch.ones(2, 3)))
+
+
+def test_a_module_may_take_the_mapping_itself():
+    class Whole(nn.Linear):
+        def forward(self, batch, **options):
+            return super().forward(batch["x"])
+
+    class Any(nn.Linear):
+        def forward(self, *args, **kwargs):
+            return super().forward(kwargs["x"])
+
+    for kind in (Whole, Any):
+        teacher = Teacher(kind(3, 2))
+        expected = F.linear(torch.ones(2, 3), teacher.module.weight, teacher.module.bias)
+        assert torch.equal(teacher({"x": torch.ones(2, 3), "other": None}), expected)
+
+
+def test_a_model_of_transformers_is_a_teacher():
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=8, num_labels=3)  # fmt: skip
+    module = BertForSequenceClassification(config).eval()
+    batch = BatchEncoding(
+        {"input_ids": torch.tensor([[1, 2], [3, 4]]), "attention_mask": torch.ones(2, 2).long()}
+    )
+    with torch.no_grad():
+        expected = module(**batch).logits
+    assert torch.equal(Teacher(module)(batch), expected)
+    assert Ensemble([module] * 2)(batch).shape == (2, 2, 3)
+
+
+def test_members_of_different_precision():
+    ensemble = Ensemble([network(), network().to(torch.bfloat16)])
+    assert ensemble(images()).shape == (2, 5, 4)
+
+
+def test_nested_inputs_are_not_renormalised():
+    teacher = Teacher(network(), input_stats=INPUT, trained_stats=TRAINED)
+    with pytest.raises(
+        TypeError, match="inputs must be a tensor where a teacher renormalises them"
+    ):
+        teacher({"input": images()})
+
+
 # Inputs normalised otherwise
 
 INPUT = ((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
@@ -390,7 +631,7 @@ def test_outputs_that_are_no_logits_are_refused():
         def forward(self, inputs):
             return super().forward(inputs), inputs
 
-    with pytest.raises(TypeError, match="must return a tensor of logits, got tuple"):
+    with pytest.raises(TypeError, match=r"must return a tensor of logits.*, got tuple"):
         Teacher(Two(3, 2))(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"must return \[batch, classes\], got \[2, 1, 3\]"):
         Teacher(nn.Identity())(torch.zeros(2, 1, 3))

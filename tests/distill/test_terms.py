@@ -16,6 +16,7 @@ from rank_jobs import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from selfkd import Distiller, Teacher
 from selfkd.distill.features import Features
@@ -74,6 +75,96 @@ def test_its_gradient_reaches_the_student_and_only_the_student(
     loss.backward()
     torch.testing.assert_close(found, student[0].weight.grad)  # type: ignore[index]
     assert all(p.grad is None for p in teacher.module.parameters())
+
+
+class Checkpointed(nn.Module):
+    """A network whose block is checkpointed in train mode."""
+
+    def __init__(self, *, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.stem, self.head, self.reentrant = nn.Linear(6, 5), nn.Linear(5, 4), reentrant
+        self.block = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+
+    def forward(self, inputs: Tensor) -> Any:
+        hidden = self.stem(inputs)
+        if self.reentrant is None or not self.training:
+            return self.head(self.block(hidden))
+        return self.head(checkpoint(self.block, hidden, use_reentrant=self.reentrant))
+
+
+def hint_gradient(batch: tuple[Tensor, Tensor], path: str, reentrant: bool | None) -> Tensor:
+    inputs, labels = batch
+    torch.manual_seed(0)
+    student, teacher = Checkpointed(reentrant=reentrant), Checkpointed()
+    distiller = Distiller(teacher, terms={"hint": {"student": path}}, student=student)
+    distiller(student(inputs), labels, inputs=inputs)["loss"].backward()
+    assert student.block[0].weight.grad is not None
+    return student.block[0].weight.grad  # type: ignore[return-value]
+
+
+def test_a_checkpointed_student_learns_of_its_features_or_is_refused(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    for path in ("block.0", "block"):
+        plain = hint_gradient(batch, path, None)
+        torch.testing.assert_close(hint_gradient(batch, path, False), plain)
+    # the output of the checkpointed module itself gets its graph afterwards
+    torch.testing.assert_close(hint_gradient(batch, "block", True), plain)
+    with pytest.raises(
+        ValueError, match=r"feature 'block\.0' of the student, of 'hint', must have"
+    ):
+        hint_gradient(batch, "block.0", True)
+
+
+def test_features_need_a_graph_where_the_student_trains(batch: tuple[Tensor, Tensor]) -> None:
+    inputs, labels = batch
+    student, _, distiller = setting()
+    student.eval()
+    with torch.no_grad():
+        logits = student(inputs)
+    expected = distiller(logits, labels, inputs=inputs)["hint"]  # validation, without no_grad here
+    student.train()
+    with torch.no_grad():
+        assert distiller(student(inputs), labels, inputs=inputs)["hint"] == expected
+    with pytest.raises(ValueError, match="student_logits must have a graph"):
+        distiller(student(inputs).detach(), labels, inputs=inputs)
+    for parameter in student[:3].parameters():  # type: ignore[index]
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="feature '2' of the student, of 'hint', must have a gr"):
+        distiller(student(inputs), labels, inputs=inputs)
+    _, _, measured = setting(terms={"hint": FeatureTerm("2", weight=0.0)}, student=student)
+    assert measured(student(inputs), labels, inputs=inputs)["hint"] == expected
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"),
+    [(torch.bfloat16, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.half)],
+)
+def test_student_and_teacher_of_different_precision(
+    batch: tuple[Tensor, Tensor], of_student: torch.dtype, of_teacher: torch.dtype
+) -> None:
+    inputs, labels = batch
+    terms: dict[str, Any] = {
+        "hint": {"student": "2", "teacher": "2", "project": (5, 5)},
+        "plain": {"student": "2", "teacher": "2"},
+    }
+    student, teacher, distiller = setting(terms=terms)
+    expected = distiller(student(inputs), labels, inputs=inputs)
+    student.to(of_student)
+    teacher.module.to(of_teacher)
+    inputs = inputs.to(of_student)
+    found = distiller(student(inputs), labels, inputs=inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].float(), value, rtol=0.05, atol=0.02)
+    found["loss"].backward()
+    assert all(p.grad is not None for p in (*student.parameters(), *distiller.parameters()))
+
+
+def test_a_teacher_that_is_the_student_itself_is_refused() -> None:
+    student, _, _ = setting()
+    terms = {"hint": FeatureTerm("2")}
+    with pytest.raises(ValueError, match="teacher must be another module than the student"):
+        Distiller(Teacher(student, copy=False), terms=terms, student=student)
 
 
 def test_wildcards_are_lists_and_their_terms_a_mean(batch: tuple[Tensor, Tensor]) -> None:

@@ -710,6 +710,15 @@ def test_nan_of_the_teacher_is_named_by_its_row(
     assert loss(student.detach().fill_(torch.nan), teacher, labels).loss.isnan()
 
 
+@pytest.mark.parametrize("loss", [hard_loss, distillation_loss])
+def test_one_class_is_refused(loss: Any) -> None:
+    logits, labels = torch.randn(4, 1, requires_grad=True), torch.zeros(4, dtype=torch.long)
+    arguments = (logits, labels) if loss is hard_loss else (logits, logits, labels)
+    settings = {} if loss is hard_loss else {"temperature": 4.0, "alpha": 0.9}
+    with pytest.raises(ValueError, match=r"at least 2 classes, got shape \(4, 1\): .*\(BCE"):
+        loss(*arguments, **settings)
+
+
 def test_types_that_do_not_fit() -> None:
     student, teacher, labels = make_batch()
     with pytest.raises(TypeError, match=r"labels must be class indices of torch.int64, got .*32"):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from selfkd.analysis import metrics
 from selfkd.data import Data, Split, load_data
@@ -18,7 +17,15 @@ from selfkd.data.augmentation import Views
 from selfkd.distill.distiller import Distiller
 from selfkd.errors import NonFiniteLossError
 from selfkd.models import make_model
-from selfkd.training.fit import Training, evaluate, fit, make_optimizer, make_scheduler, predict
+from selfkd.training.fit import (
+    Training,
+    evaluate,
+    fit,
+    make_average,
+    make_optimizer,
+    make_scheduler,
+    predict,
+)
 
 CLASSES = 3
 
@@ -337,20 +344,20 @@ def test_a_step_is_plain_gradient_descent():
         torch.testing.assert_close(value, reference.state_dict()[name])
 
 
-def test_the_moving_average_is_evaluated():
+@pytest.mark.parametrize("decay", [0.4, 0.9999])
+def test_the_moving_average_is_warmed_up_and_evaluated(decay):
     data = make_data()
     student = make_student(norm=True)
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
-    expected = None
+    average = make_average(student, decay=decay)
+    steps, expected = 0, [torch.zeros_like(p, dtype=torch.double) for p in student.parameters()]
     optimizer = sgd(student, 0.3)
 
     def follow(*_):
-        nonlocal expected
+        nonlocal steps, expected
+        d = min(decay, (1 + steps) / (10 + steps)) if steps else 0.0
         now = [p.detach().double() for p in student.parameters()]
-        if expected is None:
-            expected = now
-        else:
-            expected = [0.8 * e + 0.2 * n for e, n in zip(expected, now, strict=True)]
+        expected = [d * e + (1 - d) * n for e, n in zip(expected, now, strict=True)]
+        steps += 1
 
     optimizer.register_step_post_hook(follow)
     rows = list(run(student, data, optimizer=optimizer, average=average))
@@ -359,6 +366,32 @@ def test_the_moving_average_is_evaluated():
     assert rows[-1]["val_nll"] == evaluate(average.module, data)["nll"]
     assert rows[-1]["val_nll"] != evaluate(student, data)["nll"]
     assert student.training
+    assert steps == 9
+
+
+def test_logits_are_taken_of_the_students_output():
+    class Output(nn.Sequential):
+        def forward(self, inputs):
+            return {"logits": super().forward(inputs), "features": inputs}
+
+    data, plain = make_data(), make_student()
+    expected = list(run(plain, data))
+    student = Output(*make_student())
+    rows = list(run(student, data))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert [row["val_nll"] for row in rows] == [row["val_nll"] for row in expected]
+    assert torch.equal(predict(student, data, "val"), predict(plain, data, "val"))
+    student.forward = lambda inputs: [inputs, inputs]
+    with pytest.raises(TypeError, match=r"student must return a tensor of logits.*got list of \["):
+        next(run(student, data))
+
+
+def test_a_student_that_cannot_be_trained_is_refused():
+    student = make_student()
+    optimizer = sgd(student)
+    student.requires_grad_(False)
+    with pytest.raises(ValueError, match="student_logits must have a graph to train the student"):
+        next(run(student, optimizer=optimizer))
 
 
 def test_biases_and_norms_are_not_decayed():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.special import softmax
 from sklearn.metrics import log_loss
+from torch import nn
 
 from selfkd.analysis.metrics import ece
 from selfkd.config import load_config, to_tree
@@ -211,6 +212,25 @@ def test_check_names_a_mistake(jobs, monkeypatch, settings, fault):
     (row,) = jobs.job("check", *settings)
     assert row.keys() == {"fault"}
     assert row["fault"].startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("output", "fault"),
+    [
+        (lambda z: [z, z], "which gives list of [2, 10], [2, 10] for 2 images"),
+        (lambda z: {"logits": z[:, None]}, "which gives [2, 1, 10] for 2 images"),
+        (lambda z: z.missing, "model must take 8x8 images, got 'selfkd_mlp' with"),
+        (lambda z: {"logits": z}, None),
+    ],
+)
+def test_check_names_a_network_whose_output_is_no_logits(jobs, monkeypatch, output, fault):
+    class Network(nn.Linear):
+        def forward(self, inputs):
+            return output(super().forward(inputs.flatten(1)))
+
+    monkeypatch.setattr("selfkd.tasks.images.networks.make_model", lambda *_, **__: Network(64, 10))
+    (row,) = jobs.job("check")
+    assert (fault in row["fault"]) if fault else "facts" in row
 
 
 # --- train ---

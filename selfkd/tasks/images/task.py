@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from selfkd.analysis.metrics import fit_temperature
-from selfkd.config import (
-    CheckpointConfig,
-    ModelConfig,
-    load_yaml,
-)
+from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
+from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
@@ -27,8 +24,9 @@ from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
+from selfkd.storage.weights import find_weights
 from selfkd.tasks.images import evaluate
-from selfkd.tasks.images.networks import ImageNetworks, parts_of
+from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, open_checkpoint, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Split
@@ -94,52 +92,58 @@ class ImageTask(ImageNetworks):
         size, classes = self.data.image_size, self.data.num_classes
         try:
             with torch.no_grad():
-                shape = list(network(inputs).shape)
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                output = network(inputs)
+        except Exception as error:
             raise ValueError(
                 f"model must take {size}x{size} images, got {model.name!r} with {model.args}: "
                 f"{error}"
             ) from error
-        if shape != [2, classes]:
+        try:
+            shape = str(list(take_logits(output, "model").shape))
+        except TypeError:
+            shape = describe_output(output)
+        if shape != str([2, classes]):
             raise ValueError(
                 f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
                 f"which gives {shape} for 2 images"
             )
         return network
 
-    def import_weights(self, source: CheckpointConfig, save: Path) -> None:
-        """Save the network of a state-dict file as a checkpoint.
+    def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
+        """Save the network of a file from elsewhere as a checkpoint; return what is to be said.
+
+        What selfkd has written itself brings the order of its classes and its normalisation.
 
         Raises:
             ValueError: Its classes or its tensors are not those of this data and network.
         """
         model = ModelConfig(name=source.model, args=source.args)
-        names = list(self.data.class_names)
+        path, own = Path(source.path), _own_facts(source.path)
+        names = list(self.data.class_names if own is None else map(str, own.classes))
         if source.classes is not None:
-            listed = load_yaml(Path(source.classes))
-            if not isinstance(listed, list):
-                raise ValueError(f"{source.classes} must be a list of class names, got {listed!r}")
-            names = [str(name) for name in listed]
-            if sorted(names) != sorted(self.data.class_names):
-                raise ValueError(
-                    f"{source.path} must tell {self.data.name}'s {self.data.num_classes} classes "
-                    f"apart, got {len(names)} others in {source.classes}"
-                )
-        network = self.make(model)
-        try:
-            network.load_state_dict(load_state_dict(source.path))
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001 - reading what is no checkpoint may end in any error
-            first = str(error).strip().splitlines()
+            names = load_class_names(Path(source.classes))
+        if sorted(names) != sorted(map(str, self.data.class_names)):
             raise ValueError(
-                f"{source.path} must fit {source.model!r} with {source.args} for "
-                f"{self.data.num_classes} classes: {' '.join(first[:2])}"
+                f"{source.path} must be for the classes of {self.data.name}: "
+                f"{source.classes or 'it'} has {describe_classes(names, self.data.class_names)}"
+            )
+        network = self.make(model)
+        shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        try:
+            found = find_weights(path, shapes, key=source.weights, outputs=len(names))
+        except ValueError as error:
+            raise ValueError(
+                f"{source.path} must fit {source.model!r} with {source.args} for {len(names)} "
+                f"classes: {error}"
             ) from None
+        network.load_state_dict(found.tensors)
         more: Row = {"classes": names, "fingerprint": None, "from": source.path}
+        if own is not None:
+            more |= {"fingerprint": own.fingerprint, "mean": own.mean, "std": own.std}
         if source.mean is not None:
             more |= {"mean": source.mean, "std": source.std}
         self.save(save, network, model, more)
+        return found.note and f"{source.path} {found.note}"
 
     def digest(self, checkpoint: str) -> str:
         """Return the hash that a checkpoint's logits are cached under."""
@@ -289,3 +293,11 @@ class ImageTask(ImageNetworks):
         probabilities = (self.predict(checkpoint, "val") / CLUSTER_TEMPERATURE).softmax(dim=1)
         found = cluster_classes(probabilities, clusters=clusters, seed=self.config.seed)
         return [list(classes) for classes in found]
+
+
+def _own_facts(path: str) -> NetworkFacts | None:
+    """Return the metadata of a file that selfkd has written; None of any other."""
+    try:
+        return open_checkpoint(path)[1]
+    except (OSError, ValueError):
+        return None

@@ -350,6 +350,7 @@ class DistillationTrainer(ProjectionTrainer):
                 self.layer_map,
                 project=self.project,
                 mask=inputs.get("attention_mask"),
+                trained=bare(model) if model.training else None,
             ):
                 part = term * (pair_share if name == "attention" else token_share)
                 loss = loss + self.weights[name] * part

@@ -295,9 +295,18 @@ def _distinct(names: Sequence[str]) -> bool:
 
 
 def column_names(models: Sequence[nn.Module]) -> Iterator[str]:
-    """Yield the names of columns that any of the models takes."""
+    """Yield the names of columns that any of the models takes.
+
+    Of a forward with `**kwargs` without types, those of the models of transformers inside count.
+    """
     for model in models:
-        yield from signature_of(model).names
+        names, takes_any = signature_of(model)
+        yield from names
+        if takes_any:
+            inside = (part for part in bare(model).modules() if hasattr(part, "config"))
+            first = next(inside, None)
+            if first is not None and first is not bare(model):
+                yield from column_names([first])
 
 
 def as_teachers(teacher: Teachers | Sequence[Teachers]) -> list[Teacher]:

@@ -35,7 +35,8 @@ def start_from_teacher(
             `selfkd.losses.features.every_other` if not given.
 
     Returns:
-        Names of the student's parameters and buffers that were overwritten.
+        Names of the student's parameters and buffers that are now the teacher's. Of tied embeddings
+        whose teacher's are not tied, the head is overwritten but not the teacher's.
 
     Raises:
         ValueError: An impossible map, or models that do not fit (see `copy_layers`).
@@ -129,6 +130,7 @@ def feature_terms(
     *,
     project: Callable[[Tensor], Tensor],
     mask: Tensor | None,
+    trained: nn.Module | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the terms of hidden states and attention by name, each a mean over the batch.
 
@@ -139,21 +141,25 @@ def feature_terms(
         layer_map: Index of the teacher's layer for each layer of the student.
         project: Map of the student's hidden states to the teacher's width.
         mask: Attention mask.
+        trained: Student where it trains: each layer must then have a graph, but the first ones
+            that have no trainable parameters.
 
     Raises:
-        ValueError: Outputs without hidden states or attention, or, where the student trains, with
-            none that has a graph.
+        ValueError: Outputs without hidden states or attention, or layers without a graph.
     """
     if weights["hidden"] or weights["cosine"]:
         students, teachers = _layers(student, teacher, "hidden_states")
-        states = [project(state) for state in students[1:]]
-        teachers = teachers[1:]  # the first are embeddings
+        students, teachers = students[1:], teachers[1:]  # the first are embeddings
+        compared = range(len(students)) if weights["hidden"] else [len(students) - 1]
+        _check_graphs(students, compared, "hidden state", trained)
+        states = [project(state) for state in students]
         if weights["hidden"]:
             yield "hidden", hidden_state_loss(states, teachers, layer_map=layer_map, mask=mask)
         if weights["cosine"]:
             yield "cosine", cosine_embedding(states[-1], teachers[layer_map[-1]], mask=mask)
     if weights["attention"]:
         students, teachers = _layers(student, teacher, "attentions")
+        _check_graphs(students, range(len(students)), "attention", trained)
         losses = [
             attention_matrices(matrix, teachers[layer], mask=mask)
             for matrix, layer in zip(students, layer_map, strict=True)
@@ -174,6 +180,21 @@ def _layers(student: Any, teacher: Any, name: str) -> tuple[list[Tensor], list[T
             )
         found.append(list(layers))
     students, teachers = found
-    if not any(layer.requires_grad for layer in students):
-        check_graph(students[-1], f"{name} of the student")
     return students, [layer.to(students[0].device) for layer in teachers]
+
+
+def _check_graphs(
+    layers: Sequence[Tensor], compared: Sequence[int], name: str, trained: nn.Module | None
+) -> None:
+    """Check that layers have a graph, as they do not inside reentrantly checkpointed blocks."""
+    missing = [i for i in compared if not layers[i].requires_grad]
+    if trained is None or not missing:
+        return
+    frozen = 0
+    for layer in trained.get_submodule(_path_of_layers(trained)).children():  # type: ignore[arg-type]
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            break
+        frozen += 1
+    for i in missing:
+        if i >= frozen:
+            check_graph(layers[i], f"{name} of the student's layer {i}")

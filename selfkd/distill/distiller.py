@@ -289,17 +289,6 @@ class Distiller:
             return terms
         return {name: term * (len(logits) / normalizer) for name, term in terms.items()}
 
-    def _check_unlabelled(self) -> None:
-        if self.teacher is None and self.targets is None:
-            raise ValueError(
-                "labels must be given where there is neither a teacher nor targets, got None"
-            )
-        if self.alpha != 1:
-            raise ValueError(
-                f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
-                "unlabelled data, or the loss has a term of the labels"
-            )
-
     def _terms(
         self,
         student_logits: Tensor,
@@ -309,18 +298,21 @@ class Distiller:
         view: int,
         own_hard_loss: Tensor | None,
     ) -> dict[str, Tensor]:
-        if labels is None and own_hard_loss is None:
-            self._check_unlabelled()
+        has_teacher = self.teacher is not None or self.targets is not None
+        if labels is None and own_hard_loss is None and has_teacher and self.alpha != 1:
+            raise ValueError(
+                f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
+                "unlabelled data, or the loss has a term of the labels"
+            )
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
         if teacher_logits is None:
             loss = own_hard_loss
-            if loss is None and labels is not None:
+            if loss is None:
                 loss = hard_term(
                     self.task, student_logits, labels, label_smoothing=self.label_smoothing
                 )
-            assert loss is not None, "there are labels where there is no teacher"
             return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
         terms = task_terms(

@@ -124,7 +124,8 @@ class Teacher:
                 `trained_stats`, `[batch, channels, height, width]`.
 
         Returns:
-            Logits `[batch, classes]`, without a graph even if `inputs` require a gradient.
+            Logits `[batch, classes]`, or numbers `[batch]`, without a graph even if `inputs`
+            require a gradient.
 
         Raises:
             TypeError: A result of the module in which it is not clear which tensor the logits are.
@@ -140,7 +141,7 @@ class Teacher:
         finally:
             for part in [] if self.copied else training:
                 part.training = True
-        if logits.ndim != 2:
+        if logits.ndim not in (1, 2):  # one number each, of a regression
             raise ValueError(f"teacher must return [batch, classes], got {list(logits.shape)}")
         if self._columns is not None:
             logits = logits.index_select(1, self._columns.to(logits.device))
@@ -212,7 +213,7 @@ class Ensemble:
         """
         logits = [member(inputs) for member in self.members]
         logits = [member_logits.to(logits[0].device) for member_logits in logits]
-        classes = [member_logits.shape[1] for member_logits in logits]
+        classes = [member_logits[0].numel() for member_logits in logits]
         if len(set(classes)) > 1:
             raise ValueError(f"members must have the same number of classes, got {classes}")
         return torch.stack(logits)

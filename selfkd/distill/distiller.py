@@ -284,10 +284,11 @@ class Distiller:
         index: Tensor | None,
         view: int,
     ) -> dict[str, Tensor]:
-        if labels is None:
+        classes = labels
+        if classes is None:
             self._check_unlabelled()
-        # of weight 0 in the loss where there are none
-        classes = torch.zeros_like(student_logits[:, 0]).long() if labels is None else labels
+            # any will do in a term of weight 0
+            classes = student_logits.new_zeros(student_logits.shape[:1], dtype=torch.int64)
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)

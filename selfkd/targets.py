@@ -16,6 +16,7 @@ from torch import Tensor
 from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.terminal import make_console, print_lines
 from selfkd.config import Config, from_tree, merge_settings, refuse_foreign, to_tree
+from selfkd.losses.sparse import rest_mass
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.soft_targets.store import SoftTargets, check_shard, open_store
 from selfkd.soft_targets.upkeep import StoreInfo, list_stores, remove_store, sweep
@@ -209,9 +210,11 @@ def _distance(cached: SoftTargets, logits: Tensor, row: int, view: int) -> float
     if isinstance(found, Tensor):
         there, here = found[0].float(), shifted.clamp(min=torch.finfo(torch.float16).min)
     else:
-        rest = shifted.scatter(0, found.indices[0], -torch.inf).logsumexp(0)
+        rest, grid = rest_mass(shifted, found.indices[0])
         there = torch.cat([found.values[0].float(), found.rest[0].float()[None]])
         here = torch.cat([shifted[found.indices[0]], rest[None]])
+        if found.rest_grid is not None:
+            there, here = torch.cat([there, found.rest_grid[0]]), torch.cat([here, grid])
     return float(((there - here).abs() / (1 + here.abs())).max())
 
 

@@ -351,7 +351,8 @@ class Command(Generic[S]):
         wall = time.perf_counter() - start
         more = [_cost(wall, progress.train_seconds, workers), tracker.description]
         time_line = f"time:    {duration(wall)} on {count(workers, 'worker')}"
-        return summary, Work([*progress.notes, time_line], more)
+        tracked = [f"note:    {tracker.description}"] if tracker.incomplete else []
+        return summary, Work([*progress.notes, *tracked, time_line], more)
 
 
 def load_line(folder: RunFolder, *, own: bool = False) -> str:

@@ -216,7 +216,7 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     if config.distill.live:
         return "cached:  no teacher logits, as teachers are run at each step"
     top_k = config.targets.top_k
-    each = 2 * facts.outputs if top_k is None else 6 * top_k + 4
+    each = 2 * facts.outputs if top_k is None else 6 * top_k + 28
     items = facts.items["train"] * facts.views
     views = f" in {facts.views} views" if facts.views > 1 else ""
     return (

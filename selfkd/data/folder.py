@@ -6,7 +6,7 @@ not decode.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 
 from .batches import Split
 from .sources import Source
-from .stream import Files, Stream, Survey, survey
+from .stream import Files, Pictures, Stream, Survey, survey
 
 _SYSTEM = frozenset(
     ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
@@ -46,23 +46,44 @@ def open_folder(root: Path, image_size: int | None) -> Source:
                 f"{root / part}"
             )
     parts = {part: _list_images(root, part, class_names, left_out) for part in names}
+    return make_source(str(root), parts, class_names, image_size, left_out)
+
+
+def make_source(
+    name: str,
+    parts: Mapping[str, tuple[Pictures, Sequence[int]]],
+    class_names: tuple[str, ...],
+    image_size: int | None,
+    left_out: Counter[str],
+) -> Source:
+    """Return pictures in folders, or of a saved data set, as a source.
+
+    Args:
+        name: Folder, for messages.
+        parts: Pictures and labels of `train` and perhaps of `val` and `test`. Where there is no
+            test, val is the test split; where there is neither, both are taken from train.
+        class_names: Names of the classes.
+        image_size: Height and width in pixels; chosen by the pictures if not given.
+        left_out: Number of files that are not read, by type.
+    """
     looked = survey(parts["train"][0])
     size = image_size or looked.size
     splits = {
-        part: Split(Stream(files, torch.arange(len(files)), size, "RGB"), torch.tensor(labels))
-        for part, (files, labels) in parts.items()
+        part: Split(Stream(pictures, torch.arange(len(labels)), size, "RGB"), torch.tensor(labels))
+        for part, (pictures, labels) in parts.items()
     }
-    val = splits.get("val") if "test" in splits else None
     pool = splits["train"]
+    val = splits.get("val") if "test" in splits else None
+    held_out = default_val_size(len(pool), len(class_names))
+    images = sum(map(len, splits.values()))
     return Source(
         pool,
         class_names,
-        val_size=default_val_size(len(pool), len(class_names)) if val is None else len(val),
+        val_size=held_out if val is None else len(val),
         test=splits.get("test", splits.get("val")),
         val=val,
-        note=describe(
-            str(root), sum(map(len, splits.values())), class_names, size, looked, left_out
-        ),
+        test_size=held_out if len(splits) == 1 else 0,
+        note=describe(name, images, class_names, size, looked, left_out),
     )
 
 

@@ -289,8 +289,8 @@ class Distiller:
 
         Raises:
             ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
-                a normalizer of 0 or less, or logits or features without a graph of a student in
-                train mode with feature terms; otherwise as `distillation_terms`.
+                a normalizer of 0 or less, or with feature terms, logits or features without a
+                graph of a student that trains; otherwise as `distillation_terms`.
             TypeError: An output in which it is not clear which tensor the logits are; otherwise as
                 `distillation_terms`.
         """
@@ -302,17 +302,6 @@ class Distiller:
             return terms
         return {name: term * (len(logits) / normalizer) for name, term in terms.items()}
 
-    def _check_unlabelled(self) -> None:
-        if self.teacher is None and self.targets is None:
-            raise ValueError(
-                "labels must be given where there is neither a teacher nor targets, got None"
-            )
-        if self.alpha != 1:
-            raise ValueError(
-                f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
-                "unlabelled data, or the loss has a term of the labels"
-            )
-
     def _terms(
         self,
         student_logits: Tensor,
@@ -322,18 +311,21 @@ class Distiller:
         view: int,
         own_hard_loss: Tensor | None,
     ) -> dict[str, Tensor]:
-        if labels is None and own_hard_loss is None:
-            self._check_unlabelled()
+        has_teacher = self.teacher is not None or self.targets is not None
+        if labels is None and own_hard_loss is None and has_teacher and self.alpha != 1:
+            raise ValueError(
+                f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
+                "unlabelled data, or the loss has a term of the labels"
+            )
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
         if teacher_logits is None:
             loss = own_hard_loss
-            if loss is None and labels is not None:
+            if loss is None:
                 loss = hard_term(
                     self.task, student_logits, labels, label_smoothing=self.label_smoothing
                 )
-            assert loss is not None, "there are labels where there is no teacher"
             return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
         terms = task_terms(
@@ -372,15 +364,16 @@ class Distiller:
                     # without labels this suits the losses that do not read them
                     values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
                 except (AttributeError, TypeError, ValueError) as error:
-                    if labels is not None:
+                    if labels is not None or "None" not in str(error):
                         raise
                     raise ValueError(
                         f"labels must be given for the term {name!r}, got None: {error}"
                     ) from error
         if self._features is not None:
-            if self._features.student.training:
+            trains = self._features.student.training or student_logits.requires_grad
+            if trains:
                 check_graph(student_logits, "student_logits")
-            values |= self._features.losses(self.projections)
+            values |= self._features.losses(self.projections, trains=trains)
         elif len(values) < len(self.terms):
             raise ValueError("terms of features must have a student: distiller.attach(student)")
         return values
@@ -397,7 +390,7 @@ class Distiller:
                 )
             if self._features is not None:
                 return self._features.run_teacher(self.teacher, inputs)
-            return take_logits(self.teacher(inputs), "teacher")
+            return take_logits(self.teacher(inputs), "teacher").detach()
         if self.targets is not None:
             if index is None:
                 raise ValueError(

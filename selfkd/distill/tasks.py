@@ -19,9 +19,13 @@ Task = Literal["single_label", "multi_label", "regression"]
 
 
 def hard_term(
-    task: Task, student_logits: Tensor, labels: Tensor, *, label_smoothing: float
+    task: Task, student_logits: Tensor, labels: Tensor | None, *, label_smoothing: float
 ) -> Tensor:
     """Return the loss without a teacher: cross-entropy, binary cross-entropy or squared error."""
+    if labels is None:
+        raise ValueError(
+            "labels must be given where there is neither a teacher nor targets, got None"
+        )
     if task == "single_label":
         return hard_loss(student_logits, labels, label_smoothing=label_smoothing)
     labels = _as_outputs(labels, student_logits)

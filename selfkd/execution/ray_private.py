@@ -138,7 +138,7 @@ def raylet_listens() -> bool:
     It is not where the system has no such table, or the raylet runs in a namespace of its own.
     """
     with contextlib.suppress(OSError, AttributeError):
-        return str(_worker._global_node.raylet_socket_name) in _SOCKETS.read_text()
+        return str(_worker._global_node.raylet_socket_name) in _SOCKETS.read_text(encoding="utf-8")
     return False
 
 

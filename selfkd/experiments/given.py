@@ -7,6 +7,7 @@ generation; else nothing is known of other seeds, and nothing is said of them.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ from selfkd.results import (
 from selfkd.storage.files import fetch, link, retry_io
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.storage.rows import save_row
+from selfkd.text import shell_quote
 
 _TRAINING = ("data.", "train.", "distill.", "targets.top_k")
 """Beginnings of the keys that decide how a model is trained."""
@@ -287,10 +289,11 @@ def _with_facts(run: Run, source: _Source, row: Row) -> _Source:
     config, model = run.config, ModelConfig.of_checkpoint(row["model"])
     own = (config if source.unknown else config.at(source.point)).model
     if (own.name, _own_args(own)) != (model.name, model.args):
+        wanted = json.dumps({"name": model.name, "args": model.args})
         raise ConfigError(
             f"model must be the network of {source.title}, got {own.name!r} with "
-            f"{_own_args(own)}: --set 'model={{name: {model.name}, args: {model.args}}}', and "
-            "student for another network of the later generations"
+            f"{_own_args(own)}: --set {shell_quote(f'model={wanted}')}, and student for another "
+            "network of the later generations"
         )
     here, there = run.folder.facts, source.facts
     same = there is not None and all(

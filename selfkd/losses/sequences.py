@@ -556,7 +556,7 @@ def _map_tensors(teacher: _Teacher, change: Callable[[Tensor], Tensor]) -> _Teac
     if isinstance(teacher, Tensor):
         return change(teacher)
     if isinstance(teacher, SparseLogits):
-        return SparseLogits(*map(change, teacher))
+        return teacher.map(change)
     if isinstance(teacher, LinearLogits):
         return teacher._replace(hidden=change(teacher.hidden))
     indices, weights, log_p, temperature = teacher

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from selfkd.losses.distillation import (
 )
 from selfkd.losses.fused import weighted_sum
 
+REST_TEMPERATURES = (1.5, 2.0, 3.0, 5.0, 8.0, 20.0)
+"""Temperatures beside 1 at which `SparseLogits` keeps the mass of the rest."""
+
 
 class SparseLogits(NamedTuple):
     """The k largest logits of each row, and the log-sum-exp of the others.
@@ -32,14 +36,24 @@ class SparseLogits(NamedTuple):
     """Classes of the values `[..., batch, k]`, int64, each once in a row."""
     rest: Tensor
     """Log-sum-exp of the other logits `[..., batch]`; -inf if there are none or all are -inf."""
+    rest_grid: Tensor | None = None
+    """Log-sum-exp of the other logits over T, `[..., batch, 6]`, at T = 1.5, 2, 3, 5, 8 and 20;
+    None if it is known at T = 1 only."""
 
     def to(self, device: torch.device | str | int) -> SparseLogits:
         """Return a copy on `device`."""
-        return SparseLogits(*(tensor.to(device) for tensor in self))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> SparseLogits:
+        """Return the sparse logits with `change` applied to each of their tensors."""
+        values, indices, rest, grid = self
+        return SparseLogits(
+            change(values), change(indices), change(rest), None if grid is None else change(grid)
+        )
 
 
 def sparsify(logits: Tensor, k: int) -> SparseLogits:
-    """Keep the k largest logits of each row, and the log-sum-exp of the others.
+    """Keep the k largest logits of each row, and the log-sum-exp of the others at 7 temperatures.
 
     Args:
         logits: Logits `[..., classes]`.
@@ -51,16 +65,23 @@ def sparsify(logits: Tensor, k: int) -> SparseLogits:
     Raises:
         ValueError: A k out of range.
 
-    >>> sparsify(torch.tensor([[3.0, 0.0, 1.0, 0.0]]), 2)
-    SparseLogits(values=tensor([[3., 1.]]), indices=tensor([[0, 2]]), rest=tensor([0.6931]))
+    >>> sparse = sparsify(torch.tensor([[3.0, 0.0, 1.0, 0.0]]), 2)
+    >>> sparse.values, sparse.indices, sparse.rest
+    (tensor([[3., 1.]]), tensor([[0, 2]]), tensor([0.6931]))
     """
     classes = logits.shape[-1]
     if not 1 <= k <= classes:
         raise ValueError(f"k must be in [1, {classes}], the number of classes, got {k}")
     logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     values, indices = logits.topk(k)
-    rest = logits.scatter(-1, indices, -torch.inf).logsumexp(-1)
-    return SparseLogits(values, indices, rest)
+    return SparseLogits(values, indices, *rest_mass(logits, indices))
+
+
+def rest_mass(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rest` and `rest_grid` of logits `[..., classes]` without those of `indices`."""
+    others = logits.scatter(-1, indices, -torch.inf)
+    grid = [(others / temperature).logsumexp(-1) for temperature in REST_TEMPERATURES]
+    return others.logsumexp(-1), torch.stack(grid, dim=-1)
 
 
 def sparse_terms(
@@ -80,15 +101,21 @@ def sparse_terms(
         loss      = (1 - alpha) hard_loss + alpha soft_loss
 
     each a mean over the batch. The student's bucket is exact: the log-sum-exp of its other logits
-    over T. The teacher's bucket assumes that its rest is spread evenly over the K - k other
-    classes,
+    over T. So is the teacher's at T = 1, 1.5, 2, 3, 5, 8 and 20, from `rest_grid`. In between it is
+    interpolated in 1 / T: the probability of the bucket is off by at most 0.001, and the loss of a
+    student equal to the teacher is below 0.001 instead of 0 (docs/targets.md). Above 20 the error
+    vanishes as T -> inf; below 1 the bucket is extrapolated, and a warning says so.
+
+    Without `rest_grid` the rest is taken as spread evenly over the K - k other classes,
 
         (1 - 1 / T) log(K - k) + rest / T
 
-    which is exact at T = 1, too large above it, and tends to the right mass as T -> inf. The bucket
-    hides the teacher's ranking of the other classes: at T = 1 the loss is at most the full loss,
+    which is exact at T = 1, too large above it, as a warning says, and tends to the right mass as
+    T -> inf.
+
+    The bucket hides the teacher's ranking of the other classes: the loss is at most the full loss,
     and if many classes share the rest it becomes much smaller as T grows. With 20 of 1,000 classes
-    known, the gradient has a cosine of 0.99 with the full gradient at T = 1, and 0.4 at T = 4.
+    known, the gradient has a cosine of 0.99 with the full gradient at T = 1, and 0.5 at T = 4.
 
     For an ensemble, the mean of the members' KL is taken. If all classes are known (k = K), its
     gradient is that of the KL from the members' mean distribution, and its value is larger by a
@@ -116,7 +143,7 @@ def sparse_terms(
     >>> teacher = sparsify(torch.tensor([[1.0, 0.5, -1.0, 0.5]]), 2)
     >>> terms = sparse_terms(logits, teacher, torch.tensor([0]), temperature=2.0, alpha=0.5)
     >>> [round(term.item(), 4) for term in terms]
-    [0.2933, 0.2539, 0.3326]
+    [0.278, 0.2539, 0.3022]
 
     Reference:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
@@ -149,50 +176,157 @@ def unchecked_sparse_terms(
     weights: Sequence[float] | Tensor | None = None,
 ) -> DistillationTerms:
     """Compute `sparse_terms` without checking the teacher; its NaN gives a NaN soft loss."""
+    teacher, shares = _weighted_members(teacher.map(Tensor.detach), weights)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_q_t = bucket_log_probabilities(teacher, temperature, student_logits.shape[-1], dtype)
     hard = hard_loss(student_logits, labels, label_smoothing=label_smoothing)
-    shares: Sequence[float] = [1.0]
-    if weights is not None:
-        shares = check_weights(weights, teacher.values)
-    elif teacher.values.ndim == 3:
-        shares = [1 / len(teacher.values)] * len(teacher.values)
-    members = [teacher] if teacher.values.ndim == 2 else map(SparseLogits, *teacher)
-    log_p_s = F.log_softmax(student_logits.to(hard.dtype) / temperature, dim=-1)
+    log_p_s = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
     divergences = [
-        share * bucket_divergence(log_p_s, member, temperature).mean()
-        for share, member in zip(shares, members, strict=True)
-        if share
+        share * bucket_divergence(log_p_s, *member).mean()
+        for share, *member in zip(shares, log_q_t, teacher.indices, strict=True)
     ]
     soft = temperature**2 * torch.stack(divergences).sum()
     return DistillationTerms(weighted_sum(hard, soft, alpha), hard.detach(), soft.detach())
 
 
-def bucket_divergence(log_p_s: Tensor, teacher: SparseLogits, temperature: float) -> Tensor:
+def bucket_divergence(log_p_s: Tensor, log_q_t: Tensor, indices: Tensor) -> Tensor:
     """Return each row's KL over the k classes and the bucket of the others, `[...]`.
 
     Args:
         log_p_s: Log-probabilities of the student at T, `[..., classes]`.
-        teacher: Sparse logits `[..., k]`.
-        temperature: Temperature T, above 0.
+        log_q_t: Log-probabilities of the teacher at T, `[..., k + 1]`, the bucket last; `[..., k]`
+            if all classes are known.
+        indices: Classes of the teacher's, `[..., k]`.
     """
-    values, indices, rest = (tensor.detach() for tensor in teacher)
-    others = log_p_s.shape[-1] - values.shape[-1]
-    z_t = values.to(log_p_s.dtype) / temperature
     log_q_s = log_p_s.gather(-1, indices)
-    if others:
-        spread = (1 - 1 / temperature) * math.log(others)
-        bucket = rest.to(log_p_s.dtype).unsqueeze(-1) / temperature + spread
-        z_t = torch.cat([z_t, bucket], dim=-1)
+    if log_q_t.shape[-1] > indices.shape[-1]:
         # masked rather than subtracted from 1, and with the least number rather than -inf, because
         # the log-sum-exp of -inf alone has a NaN gradient
         masked = log_p_s.scatter(-1, indices, torch.finfo(log_p_s.dtype).min)
         log_q_s = torch.cat([log_q_s, masked.logsumexp(-1, keepdim=True)], dim=-1)
-    log_q_t = F.log_softmax(z_t, dim=-1)
     q_t = log_q_t.exp()
     return torch.where(q_t == 0, 0.0, q_t * (log_q_t - log_q_s)).sum(-1)  # 0 log 0 = 0, NaN stays
 
 
+def _weighted_members(
+    teacher: SparseLogits, weights: Sequence[float] | Tensor | None
+) -> tuple[SparseLogits, list[float]]:
+    """Return members `[members, batch, ...]` of weight above 0 and their weights."""
+    members = len(teacher.values) if teacher.values.ndim == 3 else 1
+    shares = [1 / members] * members
+    if weights is not None:
+        shares = check_weights(weights, teacher.values)
+    if teacher.values.ndim == 2:
+        return teacher.map(lambda tensor: tensor[None]), shares
+    if 0 in shares:
+        kept = [i for i, share in enumerate(shares) if share]
+        return teacher.map(lambda tensor: tensor[kept]), [shares[i] for i in kept]
+    return teacher, shares
+
+
+def bucket_log_probabilities(
+    teacher: SparseLogits, temperature: float, classes: int, dtype: torch.dtype
+) -> Tensor:
+    """Return log-probabilities at T of the known classes and, last, of the others, if any."""
+    values, _, rest, grid = teacher
+    z_t = values.to(dtype) / temperature
+    others = classes - values.shape[-1]
+    if others:
+        grid = None if grid is None else grid.to(dtype)
+        bucket = _rest_at(rest.to(dtype), grid, temperature, others)
+        z_t = torch.cat([z_t, bucket.unsqueeze(-1)], dim=-1)
+    return F.log_softmax(z_t, dim=-1)
+
+
+def _rest_at(rest: Tensor, grid: Tensor | None, temperature: float, others: int) -> Tensor:
+    """Return the log-sum-exp of the other logits over T."""
+    if temperature == 1:
+        return rest
+    if grid is None:
+        _warn(
+            "sparse logits without rest_grid are exact at T = 1 only: at other temperatures the "
+            "mass of the other classes is taken as spread evenly, which is too much above 1; "
+            "sparsify the teacher's logits again, or cache them again"
+        )
+        return (1 - 1 / temperature) * math.log(others) + rest / temperature
+    if temperature < 1:
+        _warn("the mass of the other classes of sparse logits is extrapolated below T = 1")
+    first, *middle, last = _interpolation(temperature)
+    at_t = rest * first + (grid * grid.new_tensor(middle)).sum(-1) + last * math.log(others)
+    return torch.where(rest == -torch.inf, rest, at_t)
+
+
+_NODES = (1.0, *(1 / temperature for temperature in REST_TEMPERATURES))  # of b = 1 / T
+_SHIFT = 0.4
+_KNOTS = [math.log(b + _SHIFT) for b in _NODES[2:-2]]
+
+
+def _spline(b: float) -> list[float]:
+    """Return the basis functions of a cubic spline in log(b + 0.4), `not-a-knot`."""
+    x = math.log(b + _SHIFT)
+    return [1.0, x, x * x, x**3, *(max(x - knot, 0.0) ** 3 for knot in _KNOTS)]
+
+
+def _spline_slope(b: float) -> list[float]:
+    """Return the derivatives of the basis functions with respect to b."""
+    x = math.log(b + _SHIFT)
+    slopes = [0.0, 1.0, 2 * x, 3 * x * x, *(3 * max(x - knot, 0.0) ** 2 for knot in _KNOTS)]
+    return [slope / (b + _SHIFT) for slope in slopes]
+
+
+_COEFFICIENTS: list[list[float]] = torch.linalg.inv(
+    torch.tensor([_spline(b) for b in _NODES], dtype=torch.float64, device="cpu")
+).tolist()
+
+
+def _interpolation(temperature: float) -> list[float]:
+    """Return the weights by which the log-sum-exp at T follows from those that are known.
+
+    These are, in this order, the ones at T = 1, at `REST_TEMPERATURES`, and at T = inf, the
+    logarithm of the number of classes. As a function of b = 1 / T the log-sum-exp is convex, and
+    nearly linear for large b. A line is reproduced exactly; what is above it is a spline in
+    log(b + 0.4), which makes the nodes nearly equidistant: of cubic splines, its error on
+    classifiers and Zipf's laws is the least (tests/benchmarks/rest.py). Below the least b it is the
+    parabola through log(K - k) that continues the spline, and above 1 its tangent.
+    """
+    b, least = 1 / temperature, _NODES[-1]
+    if b > 1:
+        slope = _on_nodes(_spline_slope(1.0), 1.0)
+        return [1 + (b - 1) * slope[0], *((b - 1) * weight for weight in slope[1:]), 0.0]
+    if b >= least:
+        return [*_on_nodes(_spline(b), b), 0.0]
+    u, slope = b / least, _on_nodes(_spline_slope(least), 1.0)
+    bend = [least * weight for weight in slope]  # what the tangent changes from b = 0 to the node
+    bend[-1] -= 1.0
+    square = u * u - u
+    weights = [square * weight for weight in bend]
+    weights[-1] += u
+    return [*weights, 1 - u + square]
+
+
+def _on_nodes(basis: list[float], moment: float) -> list[float]:
+    """Return the weights of the nodes, such that they map b to `moment`."""
+    weights = [
+        sum(value * row[node] for value, row in zip(basis, _COEFFICIENTS, strict=True))
+        for node in range(len(_NODES))
+    ]
+    missing = moment - sum(w * b for w, b in zip(weights, _NODES, strict=True))
+    weights[0] += missing / (_NODES[0] - _NODES[-1])
+    weights[-1] -= missing / (_NODES[0] - _NODES[-1])
+    return weights
+
+
+def _warn(message: str) -> None:
+    """Warn once, as Python's default filter drops the same words of the same line."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(message, stacklevel=2)
+
+
 def _check_no_nan(teacher: SparseLogits) -> None:
-    rows = (teacher.values.isnan().any(dim=-1) | teacher.rest.isnan()).nonzero()
+    nan = teacher.values.isnan().any(dim=-1) | teacher.rest.isnan()
+    if teacher.rest_grid is not None:
+        nan |= teacher.rest_grid.isnan().any(dim=-1)
+    rows = nan.nonzero()
     if len(rows):
         *member, row = rows[0].tolist()
         suffix = f" of member {member[0]}" if member else ""
@@ -206,7 +340,7 @@ def check_sparse(teacher: SparseLogits, student_logits: Tensor) -> None:
         ValueError: Shapes that do not match, or (checked on the CPU only) a class out of range.
         TypeError: Values or rest that are not floating point, or indices that are not int64.
     """
-    values, indices, rest = teacher
+    values, indices, rest, grid = teacher
     *rows, classes = student_logits.shape
     k = values.shape[-1] if values.ndim else 0
     if (
@@ -224,6 +358,13 @@ def check_sparse(teacher: SparseLogits, student_logits: Tensor) -> None:
             f"teacher must have indices {list(values.shape)} as its values and rest "
             f"{list(values.shape[:-1])}, got {list(indices.shape)} and {list(rest.shape)}"
         )
+    if grid is not None and grid.shape != (*rest.shape, len(REST_TEMPERATURES)):
+        raise ValueError(
+            f"teacher must have rest_grid {[*rest.shape, len(REST_TEMPERATURES)]}, got "
+            f"{list(grid.shape)}"
+        )
+    if grid is not None and not grid.is_floating_point():
+        raise TypeError(f"teacher must have a floating-point rest_grid, got {grid.dtype}")
     if not values.is_floating_point() or not rest.is_floating_point():
         raise TypeError(
             f"teacher must have floating-point values and rest, got {values.dtype}, {rest.dtype}"

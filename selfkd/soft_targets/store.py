@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from selfkd.losses.sparse import SparseLogits
+from selfkd.losses.sparse import REST_TEMPERATURES, SparseLogits, rest_mass
 from selfkd.soft_targets.manifest import (
     DEFAULT_SHARD,
     Manifest,
@@ -36,6 +36,7 @@ PACK_LIMIT = 64 * 2**20
 """Largest number of bytes of packed views that an open store holds in memory."""
 
 ShardState = Literal["absent", "whole", "damaged"]
+_GRID = "rest_grid"
 _MAPS = 16_384  # files mapped at a time; Linux allows a process 65,530 mappings
 _CHECKED: set[tuple[object, ...]] = set()  # identities of verified shards
 
@@ -44,8 +45,9 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
     """Write a teacher's logits for the images of one shard and view, with the manifest.
 
     Half precision is enough: the softmax is invariant to a shift of a row, so each row is shifted
-    to a largest logit of 0, near which half precision is finest. With `top_k`, the log-sum-exp of
-    the other logits is written as well.
+    to a largest logit of 0, near which half precision is finest, but for those of an `exact`
+    manifest, which are kept in single precision as they are. With `top_k`, the log-sum-exp of
+    the other logits at 7 temperatures is written as well, in single precision.
 
     Args:
         root: Folder of all stores.
@@ -67,7 +69,7 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
         raise ValueError(
             f"logits must be [{len(rows)}, {manifest.classes}], got {list(logits.shape)}"
         )
-    tensors = _encode(logits.detach(), manifest.top_k, rows)
+    tensors = _encode(logits.detach(), manifest, rows)
     save_manifest(root, manifest)
     path = shard_path(root, manifest, view=view, shard=shard)
     save_tensors(path, tensors, _facts(manifest, view, shard))
@@ -138,6 +140,7 @@ class SoftTargets:
         self.classes = manifests[0].classes
         self.views = min(manifest.views for manifest in manifests)
         self.members = len(manifests)
+        self.shifted = not all(manifest.exact for manifest in manifests)
 
     def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
         """Return the cached logits for one view of some images.
@@ -147,9 +150,11 @@ class SoftTargets:
             view: Number of the view, in [0, views).
 
         Returns:
-            On the CPU: logits `[batch, classes]`, float16 of one teacher or float32 of the mean of
-            several; float16 `[members, batch, classes]` of members kept separate. With `top_k`,
-            `SparseLogits` with the same leading dimensions.
+            On the CPU: logits `[batch, classes]`, float16 of one teacher (float32 of an `exact`
+            store) or float32 of the mean of several; `[members, batch, classes]` of members kept
+            separate, in the dtype of one. With `top_k`,
+            `SparseLogits` with the same leading dimensions, without `rest_grid` where a shard of
+            these images lacks it.
 
         Raises:
             IndexError: An index is out of range.
@@ -169,7 +174,7 @@ class SoftTargets:
         tensors = {name: torch.from_numpy(array) for name, array in found.items()}
         if "logits" in tensors:
             return tensors["logits"]
-        return SparseLogits(tensors["values"], tensors["indices"].long(), tensors["rest"])
+        return SparseLogits(**tensors | {"indices": tensors["indices"].long()})
 
     def _rows(self, index: Tensor, view: int) -> NDArray[np.int64]:
         if not 0 <= view < self.views:
@@ -198,8 +203,10 @@ class SoftTargets:
         }
         for start in range(0, self.images, DEFAULT_SHARD):
             rows = np.arange(start, min(start + DEFAULT_SHARD, self.images))
-            for name, array in self._gather(view, rows).items():
-                packed[name][rows[0] : rows[-1] + 1] = array
+            found = self._gather(view, rows)
+            packed = {name: array for name, array in packed.items() if name in found}
+            for name, array in packed.items():
+                array[rows[0] : rows[-1] + 1] = found[name]
         self._packed[view] = packed
         self._shards = {key: arrays for key, arrays in self._shards.items() if key[1] != view}
 
@@ -215,9 +222,11 @@ class SoftTargets:
         }
         for member, manifest in enumerate(self._manifests):
             for shard, piece, local in pieces[manifest.shard_size]:
-                for name, array in self._shard(member, view, shard).items():
+                arrays = self._shard(member, view, shard)
+                found = {name: array for name, array in found.items() if name in arrays}
+                for name, array in found.items():
                     # mode="raise" would copy to a buffer; the rows are checked
-                    array.take(local, axis=0, out=found[name][member, piece], mode="clip")
+                    arrays[name].take(local, axis=0, out=array[member, piece], mode="clip")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         if self._weights is not None:
@@ -265,7 +274,7 @@ def open_store(
     shares = _shares(len(teachers), weights)
     manifests = [load_manifest(root, teacher, data) for teacher in teachers]
     for manifest in manifests[1:]:
-        for name in ("images", "classes", "top_k"):
+        for name in ("images", "classes", "top_k", "exact"):
             here, first = getattr(manifest, name), getattr(manifests[0], name)
             if here != first:
                 path = manifest_path(root, manifest.teacher, data)
@@ -291,7 +300,7 @@ def _facts(manifest: Manifest, view: int, shard: int) -> dict[str, Any]:
     return {"teacher": manifest.teacher, "data": manifest.data, "view": view, "shard": shard}
 
 
-def _encode(logits: Tensor, top_k: int | None, rows: range) -> dict[str, Tensor]:
+def _encode(logits: Tensor, manifest: Manifest, rows: range) -> dict[str, Tensor]:
     wrong = (~torch.isfinite(logits)).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
@@ -299,26 +308,35 @@ def _encode(logits: Tensor, top_k: int | None, rows: range) -> dict[str, Tensor]
             f"teacher logits must be finite, got {float(logits[row, column])} "
             f"in row {rows.start + row}"
         )
+    if manifest.exact:
+        return {"logits": logits.float()}
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     shifted = wide - wide.amax(dim=1, keepdim=True)
     shifted = shifted.clamp(min=torch.finfo(torch.float16).min)
-    if top_k is None:
+    if manifest.top_k is None:
         return {"logits": shifted.half()}
-    indices = wide.topk(top_k, dim=1).indices  # of the given logits, as clamping makes ties
+    indices = wide.topk(
+        manifest.top_k, dim=1
+    ).indices  # of the given logits, as clamping makes ties
     values = shifted.gather(1, indices)
-    rest = shifted.scatter(1, indices, -torch.inf).logsumexp(dim=1)
-    return {"values": values.half(), "indices": indices.int(), "rest": rest.float()}
+    rest, grid = rest_mass(shifted, indices)
+    return {
+        "values": values.half(), "indices": indices.int(), "rest": rest.float(),
+        _GRID: grid.float(),
+    }  # fmt: skip
 
 
 def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of each tensor of a shard."""
     rows = len(manifest.rows(shard))
     if manifest.top_k is None:
-        return {"logits": (torch.float16, (rows, manifest.classes))}
+        dtype = torch.float32 if manifest.exact else torch.float16
+        return {"logits": (dtype, (rows, manifest.classes))}
     return {
         "values": (torch.float16, (rows, manifest.top_k)),
         "indices": (torch.int32, (rows, manifest.top_k)),
         "rest": (torch.float32, (rows,)),
+        _GRID: (torch.float32, (rows, len(REST_TEMPERATURES))),
     }
 
 
@@ -332,7 +350,10 @@ def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
     if found != expected:
         raise ValueError(f"{path} must hold {expected}, got {found}: remove it and resume")
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if layout != _layout(manifest, shard):
+    wanted = _layout(manifest, shard)
+    if _GRID in wanted and _GRID not in layout:  # exact at T = 1 only
+        del wanted[_GRID]
+    if layout != wanted:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise ValueError(f"{path} does not fit its manifest, got {shapes}: remove it and resume")
     if "indices" in tensors:

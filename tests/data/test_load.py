@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import selfkd.data.load
 from selfkd.data import Data, Split, batches, load_data
 from selfkd.data.augmentation import Views
 from selfkd.data.splits import divide, redraw, subset
+from selfkd.training.ranks import Ranks
 
 DATA = os.environ.get("SELFKD_DATA")
 CLASSES = ("ant", "bee", "cat")
@@ -228,6 +229,49 @@ def test_order_is_drawn_when_called():
 def test_last_batch(drop_last, sizes):
     read = load_data("digits", train_size=200).batches("train", batch_size=90, drop_last=drop_last)
     assert [len(inputs) for inputs, _, _ in read] == sizes
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("batch_size", "smallest", "sizes"),
+    [
+        (5, 2, [5] * 5 + [6]),
+        (6, 2, [6] * 4 + [7]),
+        (10, 2, [10, 10, 11]),
+        (30, 2, [31]),
+        (31, 2, [31]),
+        (40, 2, [31]),
+        (7, 2, [7] * 4 + [3]),
+        (7, 3, [7] * 4 + [3]),
+        (7, 4, [7] * 3 + [10]),
+        (9, 6, [9, 9, 13]),
+        (5, 1, [5] * 6 + [1]),
+        (1, 1, [1] * 31),
+    ],
+)
+def test_a_last_batch_that_is_too_small_is_part_of_the_one_before(
+    folder, in_memory, batch_size, smallest, sizes
+):
+    data = load_data("folder", root=folder, train_size=31, in_memory=in_memory)
+
+    def indices(**settings) -> list[list[int]]:
+        order = torch.Generator().manual_seed(3)
+        read = data.batches("train", batch_size=batch_size, generator=order, **settings)
+        seen = []
+        for inputs, labels, index in read:
+            assert len(inputs) == len(labels) == len(index)
+            seen.append(index.tolist())
+        return seen
+
+    found, usual = indices(smallest=smallest), indices()
+    assert [len(batch) for batch in found] == sizes
+    assert [*chain(*found)] == [*chain(*usual)]  # in the same order
+    if smallest == 1 or 31 % batch_size >= smallest:
+        assert found == usual
+    one, two = (indices(smallest=smallest, share=Ranks(rank, 2).share) for rank in (0, 1))
+    if smallest >= 4:  # two for each of two ranks
+        assert [a + b for a, b in zip(one, two, strict=True)] == found
+        assert min(map(len, one + two)) >= 2
 
 
 def test_fewer_images_than_a_batch():

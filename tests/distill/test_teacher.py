@@ -412,6 +412,23 @@ def test_a_module_that_cannot_be_copied_is_told_the_way_out(module, message):
     assert Teacher(module, copy=False).module is module
 
 
+def test_a_forward_of_the_original_is_bound_to_the_copy_or_refused():
+    module, inputs = network(), images()
+    module.forward = torch.compile(module.forward, backend="eager")
+    teacher = Teacher(module)
+    before = teacher(inputs)
+    with torch.no_grad():
+        module[6].bias.add_(1)
+    assert torch.equal(teacher(inputs), before)
+    module = network()
+    forward = module.forward
+    module.forward = lambda inputs: 2 * forward(inputs)
+    with pytest.raises(ValueError, match=r"forward of Sequential replaced by a function.*copy=Fal"):
+        Teacher(module)
+    module.forward = lambda inputs: inputs.flatten(1)
+    assert torch.equal(Teacher(module)(inputs), inputs.flatten(1))
+
+
 # What a module is given
 
 

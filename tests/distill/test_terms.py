@@ -132,6 +132,9 @@ def test_features_need_a_graph_where_the_student_trains(batch: tuple[Tensor, Ten
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="feature '2' of the student, of 'hint', must have a gr"):
         distiller(student(inputs), labels, inputs=inputs)
+    student.eval()  # trained all the same, such as for frozen statistics of batch normalisation
+    with pytest.raises(ValueError, match="feature '2' of the student, of 'hint', must have a gr"):
+        distiller(student(inputs), labels, inputs=inputs)
     _, _, measured = setting(terms={"hint": FeatureTerm("2", weight=0.0)}, student=student)
     assert measured(student(inputs), labels, inputs=inputs)["hint"] == expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from selfkd.losses import SparseLogits, distillation_terms, sparse_terms, sparsify
 from selfkd.losses.distillation import hard_loss
+from selfkd.losses.sparse import REST_TEMPERATURES
 
 TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
 SHAPES = ((5, 2, 1, None), (4, 7, 3, 1), (4, 7, 3, 3), (2, 1000, 20, 2))  # batch, K, k, members
@@ -34,9 +36,18 @@ def make_batch(
 
 
 def reference_soft_loss(
-    student: Tensor, teacher: Tensor, k: int, *, temperature: float, weights: np.ndarray
+    student: Tensor,
+    teacher: Tensor,
+    k: int,
+    *,
+    temperature: float,
+    weights: np.ndarray,
+    spread: bool = False,
 ) -> float:
-    """Return the soft term by the formula from full logits, row by row; k below K."""
+    """Return the soft term by the formula from full logits, row by row; k below K.
+
+    The bucket of the teacher's other classes is exact, or that of an evenly `spread` rest.
+    """
     z_s, z_t = student.detach().numpy() / temperature, teacher.numpy()
     z_t = z_t.reshape(-1, *z_s.shape)
     batch, classes = z_s.shape
@@ -45,13 +56,18 @@ def reference_soft_loss(
         for row_s, row_t in zip(z_s, member, strict=True):
             order = np.argsort(-row_t)
             known, others = order[:k], order[k:]
-            bucket = (1 - 1 / temperature) * np.log(classes - k) + logsumexp(
-                row_t[others]
-            ) / temperature
+            bucket = logsumexp(row_t[others] / temperature)
+            if spread:
+                bucket = logsumexp(row_t[others]) / temperature
+                bucket += (1 - 1 / temperature) * np.log(classes - k)
             log_t = log_softmax(np.append(row_t[known] / temperature, bucket))
             log_s = np.append(row_s[known], logsumexp(row_s[others])) - logsumexp(row_s)
             total += weight * (np.exp(log_t) * (log_t - log_s)).sum() / batch
     return float(temperature**2 * total)
+
+
+def without_grid(teacher: Tensor, k: int) -> SparseLogits:
+    return sparsify(teacher, k)._replace(rest_grid=None)
 
 
 def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
@@ -60,14 +76,17 @@ def gradient_of(loss: Tensor, student: Tensor) -> Tensor:
 
 def test_sparsify() -> None:
     _, teacher, _ = make_batch(members=2)
-    values, indices, rest = sparsify(teacher.requires_grad_(), 3)
+    values, indices, rest, grid = sparsify(teacher.requires_grad_(), 3)
+    assert grid is not None
     z_t = teacher.detach().numpy()
     order = np.argsort(-z_t, axis=-1)
     np.testing.assert_array_equal(indices, order[..., :3])
     np.testing.assert_array_equal(values, np.take_along_axis(z_t, order, -1)[..., :3])
-    np.testing.assert_allclose(rest, logsumexp(np.take_along_axis(z_t, order, -1)[..., 3:], -1))
-    assert not values.requires_grad
-    assert not rest.requires_grad
+    others = np.take_along_axis(z_t, order, -1)[..., 3:]
+    np.testing.assert_allclose(rest, logsumexp(others, -1))
+    for column, temperature in zip(grid.unbind(-1), REST_TEMPERATURES, strict=True):
+        np.testing.assert_allclose(column, logsumexp(others / temperature, -1))
+    assert not any(tensor.requires_grad for tensor in (values, rest, grid))
     half = sparsify(teacher.half(), 7)
     assert half.values.dtype == half.rest.dtype == torch.float32
     assert (half.rest == -torch.inf).all()
@@ -76,23 +95,27 @@ def test_sparsify() -> None:
             sparsify(teacher, k)
 
 
+@pytest.mark.filterwarnings("ignore:sparse logits without rest_grid")
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_reference(shape: tuple[int, int, int, int | None]) -> None:
+def test_equals_reference(shape: tuple[int, int, int, int | None], *, spread: bool) -> None:
     batch, classes, k, members = shape
     student, teacher, labels = make_batch(batch, classes, members)
     even = np.full(members or 1, 1 / (members or 1))
     uneven = np.arange(1, len(even) + 1) / np.arange(1, len(even) + 1).sum()
     for temperature, alpha, weights in itertools.product(
-        TEMPERATURES, (0.0, 0.3, 1.0), (None, uneven) if members else (None,)
+        TEMPERATURES if spread else (1.0, 3.0, 20.0),
+        (0.0, 0.3, 1.0),
+        (None, uneven) if members else (None,),
     ):
         terms = sparse_terms(
-            student, sparsify(teacher, k), labels,
+            student, without_grid(teacher, k) if spread else sparsify(teacher, k), labels,
             temperature=temperature, alpha=alpha, label_smoothing=0.1, weights=weights,
         )  # fmt: skip
         hard = F.cross_entropy(student, labels, label_smoothing=0.1).item()
         soft = reference_soft_loss(
             student, teacher, k,
-            temperature=temperature, weights=even if weights is None else weights,
+            temperature=temperature, weights=even if weights is None else weights, spread=spread,
         )  # fmt: skip
         expected = [(1 - alpha) * hard + alpha * soft, hard, soft]
         np.testing.assert_allclose([term.item() for term in terms], expected, rtol=1e-10)
@@ -111,6 +134,7 @@ def test_gradcheck(members: int | None) -> None:
     assert torch.autograd.gradgradcheck(loss, student)
 
 
+@pytest.mark.filterwarnings("ignore:the mass of the other classes")
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_with_all_classes_known_it_is_the_full_loss(temperature: float) -> None:
     student, teacher, labels = make_batch()
@@ -138,11 +162,12 @@ def test_members_have_the_gradient_of_their_mean(weights: list[float] | None) ->
     assert surplus[0] == pytest.approx(surplus[1])
 
 
+@pytest.mark.filterwarnings("ignore:sparse logits without rest_grid")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 1e6])
-def test_mass_of_the_bucket(temperature: float) -> None:
+def test_mass_of_the_bucket_without_grid(temperature: float) -> None:
     """The rest is exact at T = 1 and as T -> inf, too large in between, too small below T = 1."""
     _, teacher, _ = make_batch(classes=50)
-    values, indices, rest = sparsify(teacher, 5)
+    values, indices, rest, _ = sparsify(teacher, 5)
     student = torch.zeros(4, 50, dtype=torch.float64, requires_grad=True)
     terms = sparse_terms(
         student, SparseLogits(values, indices, rest), torch.zeros(4, dtype=torch.int64),
@@ -156,6 +181,81 @@ def test_mass_of_the_bucket(temperature: float) -> None:
         np.testing.assert_allclose(excess, 0, atol=1e-6)
     else:
         assert (np.sign(excess) == np.sign(temperature - 1)).all()
+
+
+# --- the rest of the teacher between the temperatures at which it is known -----------------------
+
+
+def make_teachers() -> dict[str, tuple[Tensor, int]]:
+    """Return logits and k of rests of several kinds, float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def zipf(power: float, classes: int) -> Tensor:
+        ranks = torch.arange(1, classes + 1, dtype=torch.float64)
+        return noise(4, classes) - power * ranks.log()
+
+    padded = 2 * noise(4, 1000)
+    padded[:, 800:] -= 1e4
+    return {
+        "flat": (torch.zeros(1, 1000, dtype=torch.float64), 20),
+        "normal": (2 * noise(4, 1000), 20),
+        "few": (8 * noise(64, 10), 3),
+        "Zipf 1": (zipf(1, 5000), 20),
+        "Zipf 2": (zipf(2, 5000), 20),
+        "Zipf 3": (zipf(3, 5000), 20),
+        "one known": (zipf(1, 1000), 1),
+        "padded": (padded, 20),
+        "even": (-40 * torch.rand(4, 1000, generator=generator, dtype=torch.float64), 20),
+    }
+
+
+@pytest.mark.parametrize("name", make_teachers())
+def test_student_equal_to_the_teacher_has_no_loss(name: str) -> None:
+    teacher, k = make_teachers()[name]
+    labels = torch.zeros(len(teacher), dtype=torch.int64)
+    for shape in (teacher.shape, (2, *teacher.shape)):  # one teacher, and two equal ones
+        sparse = sparsify(teacher.expand(shape), k)
+        for temperature in (1.0, 1.2, 1.5, 1.8, 2.0, 2.5, 4.0, 5.0, 6.5, 8.0, 12.0, 16.0, 20.0):
+            student = teacher.clone().requires_grad_()
+            terms = sparse_terms(student, sparse, labels, temperature=temperature, alpha=1.0)
+            exact = temperature in (1.0, *REST_TEMPERATURES)
+            assert terms.soft_loss.item() == pytest.approx(0, abs=1e-9 if exact else 5e-4)
+            # T (p_s - q_t) / batch: the error of a probability
+            gradient = gradient_of(terms.loss, student) * len(teacher) / temperature
+            assert gradient.abs().max() < (1e-9 if exact else 1.2e-3)
+
+
+@pytest.mark.parametrize("temperature", [25.0, 50.0, 200.0, 1e6])
+@pytest.mark.parametrize("name", ["flat", "normal", "Zipf 1", "Zipf 2", "Zipf 3"])
+def test_rest_above_the_last_temperature(name: str, temperature: float) -> None:
+    teacher, k = make_teachers()[name]
+    labels = torch.zeros(len(teacher), dtype=torch.int64)
+    settings: dict[str, Any] = {"temperature": temperature, "alpha": 1.0}
+    assert sparse_terms(teacher, sparsify(teacher, k), labels, **settings).loss < 1e-3
+
+
+def test_rest_below_1_is_extrapolated_with_a_warning() -> None:
+    """The tangent is nearer than an evenly spread rest; a line, as of one class, is exact."""
+    teacher, k = make_teachers()["normal"]
+    labels = torch.zeros(len(teacher), dtype=torch.int64)
+    settings: dict[str, Any] = {"temperature": 0.8, "alpha": 1.0}
+    with pytest.warns(UserWarning, match="extrapolated below T = 1"):
+        loss = sparse_terms(teacher, sparsify(teacher, k), labels, **settings).loss
+    with pytest.warns(UserWarning, match="without rest_grid are exact at T = 1 only"):
+        spread = sparse_terms(teacher, without_grid(teacher, k), labels, **settings).loss
+    assert loss < 0.2 * spread
+
+
+@pytest.mark.parametrize("make", [sparsify, without_grid])
+def test_what_is_exact_does_not_warn(make: Callable[..., SparseLogits]) -> None:
+    student, teacher, labels = make_batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for k, temperature in ((3, 1.0), (7, 3.0)):  # no rest where all are known
+            sparse_terms(student, make(teacher, k), labels, temperature=temperature, alpha=0.5)
 
 
 # --- the bias of the unknown classes -----------------------------------------------------------
@@ -238,8 +338,8 @@ def test_half_precision_is_computed_in_float32() -> None:
     student, teacher, labels = make_batch(8, 100)
     half = student.detach().bfloat16().requires_grad_()
     sparse = sparsify(teacher, 10)
-    sparse = SparseLogits(sparse.values.half(), sparse.indices, sparse.rest.half())
-    wide = SparseLogits(sparse.values.float(), sparse.indices, sparse.rest.float())
+    sparse = sparse.map(lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
+    wide = sparse.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = sparse_terms(half, sparse, labels, temperature=2.0, alpha=0.5)
     expected = sparse_terms(half.float(), wide, labels, temperature=2.0, alpha=0.5)
@@ -270,7 +370,9 @@ def test_compiles_whole() -> None:
     torch.testing.assert_close(compiled, loss(student, sparse, labels))
 
 
-GOOD = SparseLogits(torch.zeros(4, 2), torch.tensor([[0, 1]]).repeat(4, 1), torch.zeros(4))
+GOOD = SparseLogits(
+    torch.zeros(4, 2), torch.tensor([[0, 1]]).repeat(4, 1), torch.zeros(4), torch.zeros(4, 6)
+)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +389,8 @@ GOOD = SparseLogits(torch.zeros(4, 2), torch.tensor([[0, 1]]).repeat(4, 1), torc
         ({"indices": GOOD.indices - 1}, ValueError, r"indices in \[0, 3\), got -1"),
         ({"indices": GOOD.indices.int()}, TypeError, r"indices of torch.int64, got torch.int32"),
         ({"values": GOOD.indices}, TypeError, r"floating-point values and rest, got torch.int64"),
+        ({"rest_grid": torch.zeros(4, 5)}, ValueError, r"rest_grid \[4, 6\], got \[4, 5\]"),
+        ({"rest_grid": torch.zeros(4, 6).int()}, TypeError, r"rest_grid, got torch.int32"),
     ],
 )
 def test_teachers_that_do_not_fit(
@@ -319,11 +423,14 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("members", [(), (2,)])
-@pytest.mark.parametrize("place", ["values", "rest"])
+@pytest.mark.parametrize("place", ["values", "rest", "rest_grid"])
 def test_nan_of_the_teacher_is_named_by_its_row(place: str, members: tuple[int, ...]) -> None:
     teacher = sparsify(torch.randn(*members, 4, 3), 2)
     if place == "rest":
         teacher.rest[..., 2] = torch.nan
+    elif place == "rest_grid":
+        assert teacher.rest_grid is not None
+        teacher.rest_grid[..., 2, 0] = torch.nan
     else:
         teacher.values[..., 2, 1] = torch.nan
     message = "got nan in row 2" + (" of member 0$" if members else "$")
@@ -333,7 +440,9 @@ def test_nan_of_the_teacher_is_named_by_its_row(place: str, members: tuple[int, 
 
 
 def test_moves_as_a_whole() -> None:
-    assert {tensor.device.type for tensor in GOOD.to("meta")} == {"meta"}
+    assert {tensor.device.type for tensor in GOOD.to("meta") if tensor is not None} == {"meta"}
+    moved = sparsify(torch.zeros(2, 3), 1).to("meta")
+    assert {None if tensor is None else tensor.device.type for tensor in moved} == {"meta"}
 
 
 # --- wrong versions are rejected ---------------------------------------------------------------
@@ -344,7 +453,7 @@ KNOWN = 3
 
 def right(student: Tensor, teacher: Tensor, labels: Tensor, **settings: Any) -> Tensor:
     """Return the loss of full teacher logits of which the k largest are kept."""
-    return sparse_terms(student, sparsify(teacher, KNOWN), labels, **settings).loss
+    return sparse_terms(student, without_grid(teacher, KNOWN), labels, **settings).loss
 
 
 def check_loss(loss: Loss) -> None:
@@ -355,8 +464,9 @@ def check_loss(loss: Loss) -> None:
         for temperature in (0.5, 4.0):
             hard = F.cross_entropy(student, labels, label_smoothing=0.1).item()
             soft = reference_soft_loss(
-                student, teacher.detach(), KNOWN, temperature=temperature, weights=shares
-            )
+                student, teacher.detach(), KNOWN,
+                temperature=temperature, weights=shares, spread=True,
+            )  # fmt: skip
             settings: dict[str, Any] = {
                 "temperature": temperature, "alpha": 0.3, "label_smoothing": 0.1,
                 "weights": weights,
@@ -371,8 +481,9 @@ def check_loss(loss: Loss) -> None:
     teacher, settings["weights"] = sure.detach() / 80, None
     value = loss(sure, teacher, torch.tensor([0]), **settings)
     soft = reference_soft_loss(
-        sure.double(), teacher.double(), KNOWN, temperature=temperature, weights=np.ones(1)
-    )
+        sure.double(), teacher.double(), KNOWN,
+        temperature=temperature, weights=np.ones(1), spread=True,
+    )  # fmt: skip
     hard = F.cross_entropy(sure, torch.tensor([0]), label_smoothing=0.1).item()
     np.testing.assert_allclose(value.item(), 0.7 * hard + 0.3 * soft, rtol=1e-5)
     try:
@@ -490,6 +601,7 @@ WRONG = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:sparse logits without rest_grid")
 @pytest.mark.parametrize("loss", [right, naive])
 def test_right_versions_pass_the_check(loss: Loss) -> None:
     check_loss(loss)

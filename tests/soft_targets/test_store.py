@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from scipy.special import logsumexp, softmax
 
+from selfkd.losses.sparse import REST_TEMPERATURES, sparsify
 from selfkd.soft_targets import store
 from selfkd.soft_targets.manifest import (
     Manifest,
@@ -234,8 +235,9 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest(tmp_path, way, top_k, 
     key = cache(tmp_path, [logits], images=50, classes=11, top_k=top_k).data
     index = torch.tensor([40, 2, 49, 2])
     served = open_store(tmp_path, ["t1"], data=key)(index, 0)
-    assert [tuple(tensor.shape) for tensor in served] == [(4, top_k), (4, top_k), (4,)]
-    assert [tensor.dtype for tensor in served] == [torch.float16, torch.int64, torch.float32]
+    assert [tuple(tensor.shape) for tensor in served] == [(4, top_k), (4, top_k), (4,), (4, 6)]
+    assert [tensor.dtype for tensor in served[:2]] == [torch.float16, torch.int64]
+    assert [tensor.dtype for tensor in served[2:]] == [torch.float32] * 2
 
     rows = logits.double().numpy()[index]
     rows = rows - rows.max(axis=1, keepdims=True)
@@ -245,6 +247,9 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest(tmp_path, way, top_k, 
     np.testing.assert_allclose(served.values, ordered[:, :top_k], rtol=1e-3, atol=1e-3)
     expected = logsumexp(ordered[:, top_k:], axis=1)
     np.testing.assert_allclose(served.rest, expected, rtol=1e-5, atol=1e-5)
+    for column, temperature in zip(served.rest_grid.unbind(1), REST_TEMPERATURES, strict=True):
+        expected = logsumexp(ordered[:, top_k:] / temperature, axis=1)
+        np.testing.assert_allclose(column, expected, rtol=1e-5, atol=1e-5)
     parts = np.concatenate([served.values.double(), served.rest.double()[:, None]], axis=1)
     kept = softmax(ordered, axis=1)[:, :top_k]
     np.testing.assert_allclose(softmax(parts, axis=1)[:, :top_k], kept, atol=1e-3)
@@ -256,10 +261,28 @@ def test_top_k_of_members_keeps_their_order(tmp_path, way):
         key = cache(tmp_path, [logits], teacher=teacher, top_k=2).data
     index = torch.tensor([13, 1, 19])
     served = open_store(tmp_path, ["b", "a"], data=key)(index, 0)
-    assert [tuple(tensor.shape) for tensor in served] == [(2, 3, 2), (2, 3, 2), (2, 3)]
+    assert [tuple(tensor.shape) for tensor in served] == [(2, 3, 2), (2, 3, 2), (2, 3), (2, 3, 6)]
     for member, teacher in enumerate("ba"):
         expected = predictions[teacher][index].topk(2).indices
         assert torch.equal(served.indices[member], expected)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_shards_without_the_mass_at_other_temperatures(tmp_path, way, members):
+    """Without `rest_grid` in one of its shards, a store is whole, and exact at T = 1 only."""
+    teachers = [f"t{member}" for member in range(members)]
+    for teacher in teachers:
+        manifest = cache(tmp_path, [make_logits(0)], teacher=teacher, top_k=2)
+    path = shard_path(tmp_path, manifest, view=0, shard=1)
+    tensors, facts = load_tensors(path)
+    save_tensors(path, {n: tensor for n, tensor in tensors.items() if n != "rest_grid"}, facts)
+    assert whole(tmp_path, manifest) == ["whole"] * 3
+    targets = open_store(tmp_path, teachers, data=manifest.data)
+    assert targets(torch.tensor([2, 9]), 0).rest_grid is None
+    served = targets(torch.tensor([9, 2, 19]), 0)
+    rest = sparsify(shifted(make_logits(0))[[9, 2, 19]], 2).rest
+    torch.testing.assert_close(served.rest, rest.expand(members, 3) if members > 1 else rest)
+    assert (targets(torch.tensor([0, 1]), 0).rest_grid is None) == (way == "packed")
 
 
 def test_top_k_takes_less_disk(tmp_path):

@@ -31,6 +31,7 @@ from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Split
 from selfkd.training.fit import make_optimizer, predict
+from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
@@ -53,12 +54,15 @@ class ImageTask(ImageNetworks):
                 f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}: "
                 "a training function of your own reports others"
             )
-        for model in config.members.models:
-            self._tried(model)
         networks = {
             "model": self._tried(config.model),
             "student": self._tried(config.student or config.model),
         }
+        for network in (*networks.values(), *map(self._tried, config.members.models)):
+            # on GPUs the statistics of several workers are synchronised
+            workers = 1 if self.device == "cuda" else config.resources.workers
+            images = len(data.train)
+            smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
         make_optimizer(
             networks["student"],
             name=train.optimizer,
@@ -81,6 +85,7 @@ class ImageTask(ImageNetworks):
                 "val": fingerprint(data.val, mean=data.mean, std=data.std),
                 "test": fingerprint(data.test, mean=data.mean, std=data.std),
             },
+            notes=(data.note,) if data.note else (),
         )
 
     def _tried(self, model: ModelConfig) -> nn.Module:
@@ -140,7 +145,13 @@ class ImageTask(ImageNetworks):
         more: Row = {"classes": names, "fingerprint": None, "from": source.path}
         if own is not None:
             more |= {"fingerprint": own.fingerprint, "mean": own.mean, "std": own.std}
-        if source.mean is not None:
+        if source.mean is not None and source.std is not None:
+            sizes = (len(source.mean), len(source.std))
+            if sizes != (self.data.in_chans,) * 2 or not min(source.std) > 0:
+                raise ValueError(
+                    f"mean and std of {source.path} must be {self.data.in_chans} numbers each, std "
+                    f"above 0, got {source.mean} and {source.std}"
+                )
             more |= {"mean": source.mean, "std": source.std}
         self.save(save, network, model, more)
         return found.note and f"{source.path} {found.note}"
@@ -160,7 +171,7 @@ class ImageTask(ImageNetworks):
     def refresh(self, network: nn.Module) -> None:
         """Make the statistics of batch normalisation those of the weights."""
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-            batches = self.data.batches("train", batch_size=500, device=self.device)
+            batches = self.data.batches("train", batch_size=500, device=self.device, smallest=2)
             update_bn((inputs for inputs, _, _ in batches), network)
 
     def example(self, items: int) -> Tensor:

@@ -76,7 +76,7 @@ class LogitTerm:
         _check_weight(self.weight)
 
 
-Term = FeatureTerm | LogitTerm
+Term = LogitTerm | FeatureTerm
 
 
 def parse_terms(terms: Mapping[str, Term | Mapping[str, Any]]) -> dict[str, Term]:

@@ -233,7 +233,16 @@ def test_generation_0_goes_through_the_same_call(batch: tuple[Tensor, Tensor]) -
     ("make", "message"),
     [
         (lambda s, t: Distiller(t, terms={"a": {"student": "9"}}, student=s), "path must be .*'9'"),
-        (lambda s, t: Distiller(t, terms={"a": {"student": "0"}}), "student must be given"),
+        (
+            lambda s, t: Distiller(t, terms={"a": {"student": "0"}}).attach(None),
+            "student must be given",
+        ),
+        (
+            lambda s, t: Distiller(t, terms={"a": {"student": "0"}})(
+                torch.zeros(1, 4), torch.tensor([0]), inputs=torch.zeros(1, 6)
+            ),
+            "terms of features must have a student",
+        ),
         (
             lambda s, t: Distiller(
                 targets=lambda i, v: i, terms={"a": {"student": "0"}}, student=s

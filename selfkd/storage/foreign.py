@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def state_of(module: Inert, prefix: str, depth: int) -> Iterator[tuple[str, Tens
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError:
+    except (SafetensorError, KeyError):  # KeyError: of a type that this version does not know
         raise ValueError("it is a safetensors file that is damaged or cut off") from None
     return tensors
 
@@ -142,8 +143,8 @@ def _archive(path: Path) -> Any:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
-        except (ValueError, TypeError):
-            raise ValueError("it is a NumPy archive of objects rather than of numbers") from None
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+            raise ValueError("it is a NumPy archive that is damaged, or has no numbers") from None
     if any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(
             "it is a TorchScript program, which is not run here: save its weights alone, by "

@@ -106,10 +106,10 @@ its splits as those folders; of a single one a tenth is test, too |
         raise ValueError(f"data.label_noise must be in [0, 1), got {label_noise}")
     source = _open(name, root, download, image_size)
     if len(source.class_names) < 2:
+        only = ", ".join(source.class_names)
         raise ValueError(
-            f"data.name must be of at least 2 classes, got {', '.join(source.class_names)} alone"
-            f"{f' in {root}' if root is not None else ''}: with one class there is nothing to "
-            "learn; add images of another"
+            f"data.{'root' if root else 'name'} must hold at least 2 classes, got {only} alone in "
+            f"{root or name}: with one class there is nothing to learn; add images of another"
         )
     selected = _training_classes(classes, source.class_names)
     splits = _split(source, train_size, val_size, selected, label_noise, seed)
@@ -127,7 +127,7 @@ its splits as those folders; of a single one a tenth is test, too |
 
 @lru_cache
 def _log_once(note: str) -> None:
-    log.log(logging.WARNING if "left out" in note else logging.INFO, "%s", note)
+    log.warning("%s", note)
 
 
 def _open(

@@ -1081,7 +1081,7 @@ def test_a_single_class_is_refused(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / part / "cat" / "0.png")
-    message = r"^data.name must be of at least 2 classes, got cat alone in .*: .*add images of ano"
+    message = r"^data.root must hold at least 2 classes, got cat alone in .*: .*add images of ano"
     with pytest.raises(ValueError, match=message):
         load_data("folder", root=tmp_path)
 
@@ -1090,7 +1090,7 @@ def test_a_single_class_is_refused(tmp_path):
 def test_a_single_class_of_a_timm_set_is_refused(tmp_path, monkeypatch, kind):
     write_folder(tmp_path, train=8, val=2)
     fake_timm(monkeypatch, tmp_path, kind, classes=("ant",))
-    with pytest.raises(ValueError, match="must be of at least 2 classes, got ant alone"):
+    with pytest.raises(ValueError, match=r"data\.name must hold at least 2 classes, got ant "):
         load_data("hfds/set")
 
 

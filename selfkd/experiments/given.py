@@ -332,7 +332,8 @@ def _remarks(run: Run, source: _Source, row: Row) -> Iterator[str | None]:
 def _no_lineages(config: Config, unknown: str) -> str:
     return (
         f"confirm.lineages must be 0 with --from {config.generation_0.path}, as {unknown}, so that "
-        f"no lineage can begin with it, got {config.confirm.lineages}: use confirm.seeds"
+        f"no lineage can begin with it, got {config.confirm.lineages}: --set confirm.lineages=0 "
+        "replicates on confirm.seeds"
     )
 
 

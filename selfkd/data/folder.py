@@ -85,7 +85,7 @@ def make_source(
         test=splits.get("test", splits.get("val")),
         val=val,
         test_size=held_out if len(splits) == 1 else 0,
-        note=describe(name, images, class_names, size, looked, left_out),
+        note=describe(name, images, class_names, image_size, looked, left_out),
     )
 
 
@@ -98,7 +98,7 @@ def describe(
     name: str,
     images: int,
     class_names: Sequence[str],
-    size: int,
+    image_size: int | None,
     looked: Survey,
     left_out: Counter[str],
 ) -> str:
@@ -108,23 +108,29 @@ def describe(
         name: Folder or name of the data set.
         images: Number of images that are read.
         class_names: Names of the classes.
-        size: Height and width in pixels that they are read at.
+        image_size: Height and width in pixels that were given.
         looked: Sizes that the pictures have.
         left_out: Number of files that are not read, by type.
 
+    Returns:
+        The line; empty where nothing is left out, and the size is that of all pictures or given.
+
     Example:
         >>> looked = Survey((8, 64, 500), grey=False)
-        >>> describe("pets", 3, ("cat", "dog"), 64, looked, Counter({".txt": 2, "hidden": 1}))
+        >>> describe("pets", 3, ("cat", "dog"), None, looked, Counter({".txt": 2, "hidden": 1}))
         'pets: 3 images of 2 classes, read at 64x64 pixels (shorter sides are 8 to 500, the median \
 64; data.image_size sets the size); left out: 2 .txt, 1 hidden'
     """
+    size, low, high = image_size or looked.size, looked.sides[0], looked.sides[-1]
     line = f"{name}: {images:,} images of {len(class_names)} classes, read at {size}x{size} pixels"
-    low, high = looked.sides[0], looked.sides[-1]
-    if not low == high == size:
+    chosen = image_size is None and not low == high == size
+    if chosen:
         median = looked.sides[(len(looked.sides) - 1) // 2]
         sides = f"{low} to {high}, the median {median}" if low < high else str(low)
         line += f" (shorter sides are {sides}; data.image_size sets the size)"
-    return one_line(f"{line}; left out: {_listed(left_out)}" if left_out else line)
+    if left_out:
+        line += f"; left out: {_listed(left_out)}"
+    return one_line(line) if chosen or left_out else ""
 
 
 def _listed(left_out: Counter[str]) -> str:

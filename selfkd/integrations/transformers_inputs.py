@@ -375,8 +375,8 @@ def as_teachers(teacher: Teachers | Sequence[Teachers]) -> list[Teacher]:
         raise ValueError("teacher must be at least one model, got none")
     if any(member._affine is not None or member._columns is not None for member in members):
         raise ValueError(
-            "teacher must have no trained_stats or columns, which apply to calls of a Teacher alone: "
-            "transform images before, and name classes by id2label"
+            "teacher must have no trained_stats or columns, which only calls of a Teacher apply: "
+            "name classes by id2label"
         )
     return members
 

@@ -86,7 +86,8 @@ class DataConfig:
 
     name: Place = "digits"
     """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
-    train/CLASS and test/CLASS) or any name of `timm.data.create_dataset`."""
+    train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`) or any name of
+    `timm.data.create_dataset`."""
     root: Place | None = None
     """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
     download: bool = False
@@ -96,15 +97,15 @@ class DataConfig:
     val_size: int | None = Field(default=None, ge=1)
     """Number of validation images, by which trials are chosen; each dataset has its own default."""
     classes: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Classes whose images are trained on, by index; all when not given. Validation and test keep
-    all."""
+    """Classes whose images are trained on, by index: two or more; all when not given. Validation
+    and test keep all."""
     label_noise: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training labels that are drawn anew, in [0, 1): uniformly from the classes that
     are trained on, the right one among them. By `seed`, the same in all trials and generations;
     validation and test keep their labels."""
     image_size: int | None = Field(default=None, ge=1)
     """Side in pixels to which images are resized and cropped; when not given, that of the dataset,
-    and of a folder or timm dataset the shorter side of its first training image, at most 64."""
+    and of a folder or timm dataset the median of its training images' shorter sides, at most 64."""
     in_memory: bool | None = None
     """Whether to hold all images in memory rather than decode them batch by batch; when not given,
     up to 2 GB are held."""

@@ -6,15 +6,17 @@ not decode.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from selfkd.text import one_line
+
 from .batches import Split
 from .sources import Source
-from .stream import Files, Stream, Survey, survey
+from .stream import Files, Pictures, Stream, Survey, survey
 
 _SYSTEM = frozenset(
     ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
@@ -46,23 +48,44 @@ def open_folder(root: Path, image_size: int | None) -> Source:
                 f"{root / part}"
             )
     parts = {part: _list_images(root, part, class_names, left_out) for part in names}
+    return make_source(str(root), parts, class_names, image_size, left_out)
+
+
+def make_source(
+    name: str,
+    parts: Mapping[str, tuple[Pictures, Sequence[int]]],
+    class_names: tuple[str, ...],
+    image_size: int | None,
+    left_out: Counter[str],
+) -> Source:
+    """Return pictures in folders, or of a saved data set, as a source.
+
+    Args:
+        name: Folder, for messages.
+        parts: Pictures and labels of `train` and perhaps of `val` and `test`. Where there is no
+            test, val is the test split; where there is neither, both are taken from train.
+        class_names: Names of the classes.
+        image_size: Height and width in pixels; chosen by the pictures if not given.
+        left_out: Number of files that are not read, by type.
+    """
     looked = survey(parts["train"][0])
     size = image_size or looked.size
     splits = {
-        part: Split(Stream(files, torch.arange(len(files)), size, "RGB"), torch.tensor(labels))
-        for part, (files, labels) in parts.items()
+        part: Split(Stream(pictures, torch.arange(len(labels)), size, "RGB"), torch.tensor(labels))
+        for part, (pictures, labels) in parts.items()
     }
-    val = splits.get("val") if "test" in splits else None
     pool = splits["train"]
+    val = splits.get("val") if "test" in splits else None
+    held_out = default_val_size(len(pool), len(class_names))
+    images = sum(map(len, splits.values()))
     return Source(
         pool,
         class_names,
-        val_size=default_val_size(len(pool), len(class_names)) if val is None else len(val),
+        val_size=held_out if val is None else len(val),
         test=splits.get("test", splits.get("val")),
         val=val,
-        note=describe(
-            str(root), sum(map(len, splits.values())), class_names, size, looked, left_out
-        ),
+        test_size=held_out if len(splits) == 1 else 0,
+        note=describe(name, images, class_names, size, looked, left_out),
     )
 
 
@@ -101,7 +124,7 @@ def describe(
         median = looked.sides[(len(looked.sides) - 1) // 2]
         sides = f"{low} to {high}, the median {median}" if low < high else str(low)
         line += f" (shorter sides are {sides}; data.image_size sets the size)"
-    return f"{line}; left out: {_listed(left_out)}" if left_out else line
+    return one_line(f"{line}; left out: {_listed(left_out)}" if left_out else line)
 
 
 def _listed(left_out: Counter[str]) -> str:
@@ -148,35 +171,42 @@ def _list_images(
     root: Path, part: str, class_names: tuple[str, ...], left_out: Counter[str]
 ) -> tuple[Files, list[int]]:
     """List the image files of a part in the order of their paths, and their labels."""
-    paths, labels = [], []
+    paths, labels = list[str](), list[int]()
     for label, name in enumerate(class_names):
         folder = root / part / name
         if folder.is_dir():
-            for path in _walk(folder, frozenset(), left_out):
-                paths.append(path.relative_to(root).as_posix())
-                labels.append(label)
+            found = list(_walk(folder, f"{part}/{name}", frozenset(), left_out))
+            paths += found
+            labels += [label] * len(found)
     if not paths:
         without = f" (left out: {_listed(left_out)})" if left_out else ""
         raise ValueError(f"data.root must hold images, got none in {root / part}{without}")
     return Files(root, paths), labels
 
 
-def _walk(folder: Path, above: frozenset[Path], left_out: Counter[str]) -> Iterator[Path]:
-    """Yield the image files under a folder in the order of their paths; links are followed."""
+def _walk(folder: Path, name: str, above: frozenset[Path], left_out: Counter[str]) -> Iterator[str]:
+    """Yield the image files under a folder in the order of their paths; links are followed.
+
+    Args:
+        folder: Folder to list.
+        name: Its name, with which the files' names begin.
+        above: Folders that it is in, by links or otherwise.
+        left_out: Number of files that are not read, by type; counted here.
+    """
     real = folder.resolve()
     above |= {real, *real.parents}
     for entry in _entries(folder, left_out):
-        path = folder / entry.name
+        path = f"{name}/{entry.name}"
         if not _is_folder(entry):
             kind = _kind(entry)
             if kind in suffixes():
                 yield path
             else:
                 left_out[kind] += 1
-        elif entry.is_symlink() and path.resolve() in above:
+        elif entry.is_symlink() and Path(entry.path).resolve() in above:
             left_out["circular link"] += 1
         else:
-            yield from _walk(path, above, left_out)
+            yield from _walk(Path(entry.path), path, above, left_out)
 
 
 def _entries(folder: Path, left_out: Counter[str]) -> Iterator["os.DirEntry[str]"]:
@@ -199,8 +229,9 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 def _kind(entry: "os.DirEntry[str]") -> str:
     """Return the suffix of a file in lower case, or what it is instead of a file."""
-    if entry.is_symlink() and not os.path.exists(entry.path):
+    link = entry.is_symlink()
+    if link and not os.path.exists(entry.path):
         return "broken link"
-    if not os.path.isfile(entry.path):
+    if not (os.path.isfile(entry.path) if link else entry.is_file()):
         return "special file"
-    return Path(entry.name).suffix.lower() or "without suffix"
+    return os.path.splitext(entry.name)[1].lower() or "without suffix"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .batches import Data, Split
 from .folder import open_folder
+from .saved import is_saved, open_saved
 from .sources import (
     KNOWN_STATISTICS,
     TORCHVISION,
@@ -59,6 +60,8 @@ def load_data(
     | `cifar10`, `cifar100` | 32x32, 3 channels | 45,000, 5,000, the official 10,000 |
     | `folder` | root/train/<class>/<image>, root/test and root/val | a tenth of train is held out \
 where there is no val; val is the test split where there is no test |
+    | `folder` | a folder of `datasets.save_to_disk`, with a column of images and one of classes | \
+its splits as those folders; of a single one a tenth is test, too |
     | `torch/…`, `hfds/…`, `tfds/…`, … | any set of `timm.data.create_dataset` | as for `folder` |
 
     Args:
@@ -136,11 +139,14 @@ def _open(
     if name in TORCHVISION:
         return open_torchvision(name, resolve_root(root, name, download), download)
     if name == "folder":
-        return open_folder(resolve_root(root, name, download=False), image_size)
+        folder = resolve_root(root, name, download=False)
+        return (
+            open_saved(folder, image_size) if is_saved(folder) else open_folder(folder, image_size)
+        )
     if name in TORCH_NAMES or (slash and prefix in PREFIXES and prefix != "torch"):
         rootless = root is None and prefix in ROOTLESS
-        folder = None if rootless else resolve_root(root, name, download)
-        return open_timm(name, folder, download, image_size, MEMORY_LIMIT)
+        place = None if rootless else resolve_root(root, name, download)
+        return open_timm(name, place, download, image_size, MEMORY_LIMIT)
     names = (*KNOWN_STATISTICS, "folder")
     close = difflib.get_close_matches(name, (*names, *TORCH_NAMES), n=1)
     raise ValueError(

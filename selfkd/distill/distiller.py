@@ -90,7 +90,8 @@ class Distiller:
             `FeatureTerm` for outputs of submodules, also written as a mapping
             `{"student": "layer2", "teacher": "layer3", "weight": 0.1}`.
         student: Model that is trained, in any wrapper, if there are feature terms. Its last forward
-            pass before each call is the one whose features are used.
+            pass before each call is the one whose features are used. If not given, `attach` it
+            before the first call, as timm's task and Lightning's callback do.
         task: Kind of label. `single_label`: one class of several, the loss above. `multi_label`:
             labels `[batch, labels]` of which each may hold, with a sigmoid in the place of the
             softmax (`selfkd.losses.multi_label_terms`). `regression`: numbers `[batch, ...]`, with
@@ -100,7 +101,7 @@ class Distiller:
 
     Raises:
         ValueError: Both `teacher` and `targets`, a setting out of range, a path of no submodule,
-            or feature terms without a live teacher and a student.
+            or feature terms without a live teacher.
         TypeError: A teacher or targets that cannot be called.
 
     >>> model, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -119,7 +120,7 @@ class Distiller:
         self,
         teacher: Callable[[Any], Any] | None = None,
         *,
-        targets: CachedLogits | None = None,
+        targets: CachedLogits | Callable[..., Any] | None = None,
         temperature: float = 4.0,
         alpha: float = 0.9,
         average: Average = "probabilities",
@@ -159,7 +160,9 @@ class Distiller:
         self._features: FeatureTerms | None = None
         self._sync_hooks: list[RemovableHandle] = []
         self.projections = nn.ModuleDict()
-        if self.teacher is not None or self.targets is not None:
+        if isinstance(self.teacher, Teacher) and student is None:
+            pass  # attached later, if there are feature terms
+        elif self.teacher is not None or self.targets is not None:
             self.attach(student)
         elif student is not None:  # a wrong path is reported before there is a teacher
             check_paths(self._feature_terms(), student)
@@ -198,16 +201,26 @@ class Distiller:
             like = next(student.parameters())
             dtype = like.dtype if like.is_floating_point() else None
             self.projections = self._features.make_projections().to(like.device, dtype)
-        self._synchronize()
+        self.synchronize()
 
-    def _synchronize(self) -> None:
-        """Keep projections equal in all processes: same initial values, averaged gradients."""
+    def synchronize(self) -> None:
+        """Keep projections equal in all processes: same initial values, averaged gradients.
+
+        `attach` does so where the process group exists by then; otherwise call it once it does.
+        """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        if self.in_step:
             return
         for parameter in self.parameters():
             dist.broadcast(parameter.detach(), 0)
             hook = parameter.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
             self._sync_hooks.append(hook)
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is nothing to attach: a student is, or no term needs its features."""
+        return self._features is not None or not self._feature_terms()
 
     @property
     def in_step(self) -> bool:
@@ -276,8 +289,8 @@ class Distiller:
 
         Raises:
             ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
-                a normalizer of 0 or less, or logits or features without a graph of a student in
-                train mode with feature terms; otherwise as `distillation_terms`.
+                a normalizer of 0 or less, or with feature terms, logits or features without a
+                graph of a student that trains; otherwise as `distillation_terms`.
             TypeError: An output in which it is not clear which tensor the logits are; otherwise as
                 `distillation_terms`.
         """
@@ -351,15 +364,16 @@ class Distiller:
                     # without labels this suits the losses that do not read them
                     values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
                 except (AttributeError, TypeError, ValueError) as error:
-                    if labels is not None:
+                    if labels is not None or "None" not in str(error):
                         raise
                     raise ValueError(
                         f"labels must be given for the term {name!r}, got None: {error}"
                     ) from error
         if self._features is not None:
-            if self._features.student.training:
+            trains = self._features.student.training or student_logits.requires_grad
+            if trains:
                 check_graph(student_logits, "student_logits")
-            values |= self._features.losses(self.projections)
+            values |= self._features.losses(self.projections, trains=trains)
         elif len(values) < len(self.terms):
             raise ValueError("terms of features must have a student: distiller.attach(student)")
         return values
@@ -376,7 +390,7 @@ class Distiller:
                 )
             if self._features is not None:
                 return self._features.run_teacher(self.teacher, inputs)
-            return take_logits(self.teacher(inputs), "teacher")
+            return take_logits(self.teacher(inputs), "teacher").detach()
         if self.targets is not None:
             if index is None:
                 raise ValueError(

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 from selfkd.distill.distiller import Distiller
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.integrations.common import check_processes, place
+from selfkd.integrations.common import attach, place
 from selfkd.losses.distillation import hard_loss
 
 try:
@@ -67,7 +67,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
     Args:
         student: Network from inputs to logits `[batch, classes]`, or to an output that has them.
         distiller: Distiller with a teacher, an `Ensemble`, cached targets, or none of them
-            (generation 0).
+            (generation 0). Feature terms that have no student yet are attached to this one.
         criterion: Loss of logits and target in the place of the distiller's cross-entropy, such as
             those of `timm.loss.create_classification_loss`. Without it, soft targets are taken as
             they are, because Mixup smooths them, and others with the distiller's `label_smoothing`.
@@ -101,6 +101,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         super().__init__(
             student, criterion=criterion or distiller, device=device, dtype=dtype, verbose=False
         )
+        attach(distiller, student, processes=1)
         self.distiller = distiller
         self.view = 0
         self.projections = distiller.projections
@@ -143,7 +144,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         if target.ndim == 1:
             return target, None
         if target.ndim == 2 and target.is_floating_point():
-            if self.distiller.targets is not None:
+            if self.distiller.targets is not None and self.distiller.task == "single_label":
                 raise ValueError(
                     "target must be labels and indices [batch, 2] (WithIndex) where targets are "
                     f"cached, got probabilities {list(target.shape)}: turn off what mixes images "
@@ -163,7 +164,8 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss: Tensor = self.criterion(wide, labels)
             return loss
-        return hard_loss(logits, labels) if labels.ndim == 2 else None
+        mixed = labels.ndim == 2 and self.distiller.task == "single_label"
+        return hard_loss(logits, labels) if mixed else None
 
     def no_weight_decay(self) -> set[str]:
         """Return the task's names of the parameters that the student keeps from weight decay."""
@@ -207,7 +209,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         Raises:
             ValueError: Projections that would differ between processes.
         """
-        check_processes(self.distiller, torch.distributed.get_world_size())
+        attach(self.distiller, self.trainable_module, torch.distributed.get_world_size())
         super().prepare_distributed(device_ids, **ddp_kwargs)
         return self
 

@@ -335,9 +335,12 @@ def test_labels_are_named_where_they_are_needed() -> None:
             Distiller(teacher, alpha=alpha)(student_logits, None, **batch)
     with pytest.raises(ValueError, match="labels must be given where there is neither a teacher"):
         Distiller(alpha=1.0)(student_logits, None)
-    term = LogitTerm(partial(dkd_loss, temperature=2.0, alpha=1.0, beta=1.0))
+    term = LogitTerm(partial(dkd_loss, temperature=2.0))
     with pytest.raises(ValueError, match="labels must be given for the term 'dkd', got None"):
         Distiller(teacher, alpha=1.0, terms={"dkd": term})(student_logits, None, **batch)
+    mistaken = LogitTerm(partial(logit_mse, temperature=2.0))
+    with pytest.raises(TypeError, match="argument 'temperature'"):
+        Distiller(teacher, alpha=1.0, terms={"mse": mistaken})(student_logits, None, **batch)
 
 
 class Output:

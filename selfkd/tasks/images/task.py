@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize  # macOS decomposes the names of files
 
 import torch
 from PIL import Image
@@ -126,7 +127,9 @@ class ImageTask(ImageNetworks):
         path, own = Path(source.path), _own_facts(source.path)
         names = list(self.data.class_names if own is None else map(str, own.classes))
         if source.classes is not None:
-            names = load_class_names(Path(source.classes))
+            here = {normalize("NFC", name): name for name in map(str, self.data.class_names)}
+            listed = load_class_names(Path(source.classes))
+            names = [here.get(normalize("NFC", name), name) for name in listed]
         if sorted(names) != sorted(map(str, self.data.class_names)):
             raise ValueError(
                 f"{source.path} must be for the classes of {self.data.name}: "
@@ -145,7 +148,13 @@ class ImageTask(ImageNetworks):
         more: Row = {"classes": names, "fingerprint": None, "from": source.path}
         if own is not None:
             more |= {"fingerprint": own.fingerprint, "mean": own.mean, "std": own.std}
-        if source.mean is not None:
+        if source.mean is not None and source.std is not None:
+            sizes = (len(source.mean), len(source.std))
+            if sizes != (self.data.in_chans,) * 2 or not min(source.std) > 0:
+                raise ValueError(
+                    f"mean and std of {source.path} must be {self.data.in_chans} numbers each, std "
+                    f"above 0, got {source.mean} and {source.std}"
+                )
             more |= {"mean": source.mean, "std": source.std}
         self.save(save, network, model, more)
         return found.note and f"{source.path} {found.note}"

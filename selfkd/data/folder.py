@@ -6,7 +6,7 @@ not decode.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -162,12 +162,14 @@ def suffixes() -> frozenset[str]:
 
 
 def _class_names(folder: Path, left_out: Counter[str]) -> tuple[str, ...]:
-    names = []
+    names, real = [], folder.resolve()
     for entry in _entries(folder, left_out):
-        if _is_folder(entry):
-            names.append(entry.name)
-        else:
+        if not _is_folder(entry):
             left_out[f"{_kind(entry)} beside the classes"] += 1
+        elif _is_circular(entry, {real, *real.parents}):
+            left_out["circular link"] += 1
+        else:
+            names.append(entry.name)
     if not names:
         raise ValueError(f"data.root must hold train/<class>/<image>, got no class in {folder}")
     return tuple(names)
@@ -209,7 +211,7 @@ def _walk(folder: Path, name: str, above: frozenset[Path], left_out: Counter[str
                 yield path
             else:
                 left_out[kind] += 1
-        elif entry.is_symlink() and Path(entry.path).resolve() in above:
+        elif _is_circular(entry, above):
             left_out["circular link"] += 1
         else:
             yield from _walk(Path(entry.path), path, above, left_out)
@@ -231,6 +233,10 @@ def _entries(folder: Path, left_out: Counter[str]) -> Iterator["os.DirEntry[str]
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     # of links by `os.path`, which takes a link to itself
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_circular(entry: "os.DirEntry[str]", above: Collection[Path]) -> bool:
+    return entry.is_symlink() and Path(entry.path).resolve() in above
 
 
 def _kind(entry: "os.DirEntry[str]") -> str:

@@ -26,7 +26,10 @@ def load_class_names(path: Path) -> list[str]:
         OSError: The file cannot be read.
         ConfigError: It has no list of names.
     """
-    text = read_text(path).removeprefix("\ufeff")
+    try:
+        text = read_text(path).removeprefix("\ufeff")
+    except ValueError:
+        raise ConfigError(f"{path} must be text in UTF-8: save it as such") from None
     if path.suffix.lower() == ".txt":
         found: Any = [line.strip() for line in text.splitlines() if line.strip()]
     elif path.suffix.lower() == ".json":
@@ -43,10 +46,10 @@ def load_class_names(path: Path) -> list[str]:
 
 
 def _in_order(found: Mapping[Any, Any]) -> Any:
-    """Return the names of a mapping between names and indices, or of its key `names`."""
-    if isinstance(found.get("names"), list | dict):  # as YOLO's data.yaml has them
-        inner = found["names"]
-        return _in_order(inner) if isinstance(inner, Mapping) else inner
+    """Return the names of a mapping between names and indices, or of its key for them."""
+    for key in ("names", "id2label"):  # as YOLO's data.yaml, and config.json of transformers
+        if isinstance(inner := found.get(key), list | dict):
+            return _in_order(inner) if isinstance(inner, Mapping) else inner
     wanted = [str(number) for number in range(len(found))]
     by_number = {str(key): value for key, value in found.items()}
     by_name = {value: key for key, value in found.items() if isinstance(value, str)}

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from selfkd.text import one_line
+
 from .batches import Split
 from .sources import Source
 from .stream import Files, Pictures, Stream, Survey, survey
@@ -83,7 +85,7 @@ def make_source(
         test=splits.get("test", splits.get("val")),
         val=val,
         test_size=held_out if len(splits) == 1 else 0,
-        note=describe(name, images, class_names, size, looked, left_out),
+        note=describe(name, images, class_names, image_size, looked, left_out),
     )
 
 
@@ -96,7 +98,7 @@ def describe(
     name: str,
     images: int,
     class_names: Sequence[str],
-    size: int,
+    image_size: int | None,
     looked: Survey,
     left_out: Counter[str],
 ) -> str:
@@ -106,23 +108,29 @@ def describe(
         name: Folder or name of the data set.
         images: Number of images that are read.
         class_names: Names of the classes.
-        size: Height and width in pixels that they are read at.
+        image_size: Height and width in pixels that were given.
         looked: Sizes that the pictures have.
         left_out: Number of files that are not read, by type.
 
+    Returns:
+        The line; empty where nothing is left out, and the size is that of all pictures or given.
+
     Example:
         >>> looked = Survey((8, 64, 500), grey=False)
-        >>> describe("pets", 3, ("cat", "dog"), 64, looked, Counter({".txt": 2, "hidden": 1}))
+        >>> describe("pets", 3, ("cat", "dog"), None, looked, Counter({".txt": 2, "hidden": 1}))
         'pets: 3 images of 2 classes, read at 64x64 pixels (shorter sides are 8 to 500, the median \
 64; data.image_size sets the size); left out: 2 .txt, 1 hidden'
     """
+    size, low, high = image_size or looked.size, looked.sides[0], looked.sides[-1]
     line = f"{name}: {images:,} images of {len(class_names)} classes, read at {size}x{size} pixels"
-    low, high = looked.sides[0], looked.sides[-1]
-    if not low == high == size:
+    chosen = image_size is None and not low == high == size
+    if chosen:
         median = looked.sides[(len(looked.sides) - 1) // 2]
         sides = f"{low} to {high}, the median {median}" if low < high else str(low)
         line += f" (shorter sides are {sides}; data.image_size sets the size)"
-    return f"{line}; left out: {_listed(left_out)}" if left_out else line
+    if left_out:
+        line += f"; left out: {_listed(left_out)}"
+    return one_line(line) if chosen or left_out else ""
 
 
 def _listed(left_out: Counter[str]) -> str:
@@ -169,35 +177,42 @@ def _list_images(
     root: Path, part: str, class_names: tuple[str, ...], left_out: Counter[str]
 ) -> tuple[Files, list[int]]:
     """List the image files of a part in the order of their paths, and their labels."""
-    paths, labels = [], []
+    paths, labels = list[str](), list[int]()
     for label, name in enumerate(class_names):
         folder = root / part / name
         if folder.is_dir():
-            for path in _walk(folder, frozenset(), left_out):
-                paths.append(path.relative_to(root).as_posix())
-                labels.append(label)
+            found = list(_walk(folder, f"{part}/{name}", frozenset(), left_out))
+            paths += found
+            labels += [label] * len(found)
     if not paths:
         without = f" (left out: {_listed(left_out)})" if left_out else ""
         raise ValueError(f"data.root must hold images, got none in {root / part}{without}")
     return Files(root, paths), labels
 
 
-def _walk(folder: Path, above: frozenset[Path], left_out: Counter[str]) -> Iterator[Path]:
-    """Yield the image files under a folder in the order of their paths; links are followed."""
+def _walk(folder: Path, name: str, above: frozenset[Path], left_out: Counter[str]) -> Iterator[str]:
+    """Yield the image files under a folder in the order of their paths; links are followed.
+
+    Args:
+        folder: Folder to list.
+        name: Its name, with which the files' names begin.
+        above: Folders that it is in, by links or otherwise.
+        left_out: Number of files that are not read, by type; counted here.
+    """
     real = folder.resolve()
     above |= {real, *real.parents}
     for entry in _entries(folder, left_out):
-        path = folder / entry.name
+        path = f"{name}/{entry.name}"
         if not _is_folder(entry):
             kind = _kind(entry)
             if kind in suffixes():
                 yield path
             else:
                 left_out[kind] += 1
-        elif entry.is_symlink() and path.resolve() in above:
+        elif entry.is_symlink() and Path(entry.path).resolve() in above:
             left_out["circular link"] += 1
         else:
-            yield from _walk(path, above, left_out)
+            yield from _walk(Path(entry.path), path, above, left_out)
 
 
 def _entries(folder: Path, left_out: Counter[str]) -> Iterator["os.DirEntry[str]"]:
@@ -220,8 +235,9 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 def _kind(entry: "os.DirEntry[str]") -> str:
     """Return the suffix of a file in lower case, or what it is instead of a file."""
-    if entry.is_symlink() and not os.path.exists(entry.path):
+    link = entry.is_symlink()
+    if link and not os.path.exists(entry.path):
         return "broken link"
-    if not os.path.isfile(entry.path):
+    if not (os.path.isfile(entry.path) if link else entry.is_file()):
         return "special file"
-    return Path(entry.name).suffix.lower() or "without suffix"
+    return os.path.splitext(entry.name)[1].lower() or "without suffix"

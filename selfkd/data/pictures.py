@@ -18,6 +18,7 @@ BACKGROUND = 255
 """Value of all channels behind transparent pixels: white, as on a page."""
 _TOPS = (255, 65535)
 _OVERSHOOT = 0.1  # fraction of a range that interpolation may leave it by
+_LONGEST = 20  # largest ratio of the sides of a picture that is scaled as a whole
 _KEY_BITS = {"L;2": 85, "L;4": 17}  # what Pillow scales the pixels of such PNGs by, not their key
 
 
@@ -195,6 +196,11 @@ def square(picture: Image, size: int) -> Image:
     from PIL.Image import Resampling
 
     width, height = picture.size
+    longest = _LONGEST * min(width, height)
+    if max(width, height) > longest:  # scaled as a whole, its ends would take memory for nothing
+        left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+        picture = picture.crop((left, top, width - left, height - top))
+        width, height = picture.size
     if width <= height:
         width, height = size, int(size * height / width)
     else:

@@ -119,7 +119,9 @@ def task_terms(
 
 def _or_none_of_weight(labels: Tensor | None, logits: Tensor) -> Tensor:
     """Return the labels, or the class 0 for all, which has no weight at alpha 1."""
-    return torch.zeros_like(logits[:, 0]).long() if labels is None else labels
+    if labels is None:
+        return logits.new_zeros(logits.shape[:1], dtype=torch.int64)
+    return labels
 
 
 def _as_outputs(labels: Tensor, outputs: Tensor) -> Tensor:

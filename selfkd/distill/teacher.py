@@ -354,7 +354,7 @@ def _run(module: nn.Module, inputs: Any) -> Any:
         required = [argument.name for argument in arguments if not argument.has_default_value()]
         accepted = {argument.name for argument in arguments}
     else:
-        parameters = signature(module.forward).parameters.values()
+        parameters = signature(unwrap(module).forward).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = [parameter.name for parameter in named if parameter.default is parameter.empty]
         accepted = {parameter.name for parameter in named}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from selfkd.analysis.verdicts import is_fraction
 from selfkd.config import RESERVED_ARGS, Config, ModelConfig, flat
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Request, Run
@@ -46,6 +47,7 @@ _ELSEWHERE = (
 """Those among them that do not decide it."""
 _OF_FILES = ("weights", "classes", "mean", "std")
 SHOWN = 3  # keys in a message
+CHANCE = 0.1  # of the way from chance to 1, below which an accuracy is said to be about as by it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +118,11 @@ def import_generation(run: Run) -> GenerationResult:
         for file, path in zip(files, saves, strict=True):
             link(file, path)
     rows = run.jobs("importing generation 0", "import_checkpoint", parts)
-    if faults := [row["fault"] for row in rows if "fault" in row]:
-        raise ConfigError("\n".join(f"--from: {fault}" for fault in faults))
+    for row, path, file in zip(rows, saves, files, strict=True):
+        if "fault" in row:
+            raise ConfigError(f"--from: {row['fault'].replace(str(path), str(file))}")
     source = _with_facts(run, source, rows[0])
-    for said in filter(None, _remarks(source, rows[0])):
+    for said in filter(None, _remarks(run, source, rows[0])):
         run.events(Message(said))
     if config.confirm.lineages and source.unknown is not None:
         raise ConfigError(_no_lineages(config, source.unknown))
@@ -305,8 +308,17 @@ def _with_facts(run: Run, source: _Source, row: Row) -> _Source:
     return source if source.unknown is None else replace(source, point={})
 
 
-def _remarks(source: _Source, row: Row) -> Iterator[str | None]:
+def _remarks(run: Run, source: _Source, row: Row) -> Iterator[str | None]:
     yield row["said"]
+    metric, classes = f"val_{run.folder.facts.metric}", run.folder.facts.outputs
+    value = row["metrics"].get(metric)
+    chance = 1 / classes if is_fraction(metric) and classes > 1 else 0.0
+    if source.config is None and value is not None and value < chance + CHANCE * (1 - chance):
+        yield (
+            f"generation 0 ({source.title}) is right on {value:.1%} of validation, about as by "
+            "chance: the order of its classes (generation_0.classes) or the normalisation of its "
+            "inputs (generation_0.mean and std) may be another"
+        )
     if not row["same_data"]:
         yield (
             f"generation 0 ({source.title}) may have been trained on other data than this run's "
@@ -320,7 +332,8 @@ def _remarks(source: _Source, row: Row) -> Iterator[str | None]:
 def _no_lineages(config: Config, unknown: str) -> str:
     return (
         f"confirm.lineages must be 0 with --from {config.generation_0.path}, as {unknown}, so that "
-        f"no lineage can begin with it, got {config.confirm.lineages}: use confirm.seeds"
+        f"no lineage can begin with it, got {config.confirm.lineages}: --set confirm.lineages=0 "
+        "replicates on confirm.seeds"
     )
 
 

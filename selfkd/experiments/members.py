@@ -134,7 +134,8 @@ def _imported(run: Run) -> list[Member]:
     """Import the models that were trained elsewhere."""
     members, folder = run.config.members, run.folder.path / "members"
     parts: list[dict[str, Any]] = []
-    for number, source in enumerate([path for name in members.runs for path in find_members(name)]):
+    found = [path for name in members.runs for path in find_members(name)]
+    for number, source in enumerate(found):
         save = folder / f"run_{number:03d}.safetensors"
         if not save.exists():
             link(source, save)
@@ -145,7 +146,12 @@ def _imported(run: Run) -> list[Member]:
     if not parts:
         return []
     rows = run.jobs("importing members", "import_checkpoint", parts)
-    faults = [row["fault"] for row in rows if "fault" in row]
+    places = [*map(str, found), *(file.path for file in members.checkpoints)]
+    faults = [
+        row["fault"].replace(part["save"], place)
+        for row, part, place in zip(rows, parts, places, strict=True)
+        if "fault" in row
+    ]
     if faults:
         raise ConfigError("\n".join(faults))
     for row in rows:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfkd.distill.outputs import check_graph, take_logits
+from selfkd.distill.outputs import check_graph
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.integrations.transformers_batches import TermSums, shares_of, sizes_of, targets_of
 from selfkd.integrations.transformers_card import describe_distillation
@@ -28,8 +28,10 @@ from selfkd.integrations.transformers_inputs import (
     match_vocabularies,
     output_options,
     predictions_of,
+    require_labels,
     run_teacher,
     select_inputs,
+    task_of,
     with_labels,
 )
 from selfkd.integrations.transformers_layers import (
@@ -39,7 +41,12 @@ from selfkd.integrations.transformers_layers import (
     text_config,
 )
 from selfkd.integrations.transformers_layers import start_from_teacher as start_from_teacher
-from selfkd.integrations.transformers_logits import check_linear_head, run_to_head, token_terms
+from selfkd.integrations.transformers_logits import (
+    check_linear_head,
+    logits_of,
+    loss_terms,
+    run_to_head,
+)
 from selfkd.losses import Average
 from selfkd.losses.distillation import check_settings
 from selfkd.losses.divergences import Divergence, SoftTerm
@@ -76,16 +83,16 @@ class DistillationTrainer(ProjectionTrainer):
     tokens, attention_loss over pairs of tokens, each over the whole batch of an optimiser step, and
     in evaluation over the whole data set. They do not depend on the split into micro-batches, nor
     into processes unless `average_tokens_across_devices` is off. `label_smoothing_factor` of `args`
-    applies to hard_loss.
+    applies to hard_loss. Several labels a row and numbers (`problem_type` of the student, as
+    transformers reads it) have the terms of `selfkd.losses.multi_label_terms` and
+    `regression_terms`.
 
-    Each model is given the inputs that its own forward takes, and columns that any of them takes
-    are kept (`remove_unused_columns`). Classes are matched by `id2label` and `label2id`.
-    Vocabularies of one tokenizer that are padded to different sizes are compared over their common
-    part; hard_loss is over all of the student's.
+    Each model is given the inputs that its own forward takes; the columns of all are kept. Classes
+    are matched by `id2label` and `label2id`. Vocabularies of one tokenizer that are padded to
+    different sizes are compared over their common part; hard_loss is over all of the student's.
 
-    The terms are logged by name, before weighting, as means over the steps since the last log, and
-    in evaluation as `eval_hard_loss`, `eval_soft_loss`, ...: `exp(eval_hard_loss)` is the
-    perplexity. In evaluation the loss is the same sum.
+    The terms are logged by name, before weighting, as means over the steps since the last log. In
+    evaluation the loss is the same sum, and `exp(eval_hard_loss)` is the perplexity.
 
     It is a mixin too: `class Mine(DistillationTrainer, Seq2SeqTrainer)` distils in another trainer,
     whose further keywords it passes on.
@@ -94,9 +101,8 @@ class DistillationTrainer(ProjectionTrainer):
         model: Student; None with `model_init`.
         args: Arguments of `Trainer`.
         teacher: Teacher, or several as an ensemble. Frozen copies are made, which are in no
-            checkpoint; a quantised, offloaded or sharded model, and a `selfkd.Teacher`, is taken as
-            it is. The logits of an ensemble are averaged; its hidden states and attention are not
-            compared.
+            checkpoint; quantised, offloaded and sharded models and a `selfkd.Teacher` are taken as
+            they are. Of an ensemble only logits are compared.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
             is still run, to log soft_loss.
@@ -104,8 +110,7 @@ class DistillationTrainer(ProjectionTrainer):
         divergence: Divergence D of the soft term: `forward_kl`, `reverse_kl` or `js`.
         beta: Weight of the teacher in the mixture of `js`, in [0, 1].
         full_logits: Whether logits of all tokens are computed at once. If not, losses are computed
-            from the inputs of both models' linear heads, chunk by chunk
-            (`selfkd.losses.linear_sequence_terms`); predictions have full logits.
+            from the inputs of linear heads (`selfkd.losses.linear_sequence_terms`).
         hidden_weight: Weight of the mean squared error of hidden states, at least 0.
         cosine_weight: Weight of the cosine distance of the last hidden states, at least 0.
         attention_weight: Weight of the mean squared error of attention probabilities, at least 0.
@@ -114,18 +119,15 @@ class DistillationTrainer(ProjectionTrainer):
             embeddings; `selfkd.losses.features.every_other` if not given.
         shift_labels: Whether logits are those of the next token; as in the student's own loss if
             not given.
-        further: Further keywords of `Trainer`, or of the trainer that is mixed in (`model_init`,
-            `train_dataset`, `peft_config`, ...).
+        further: Further keywords of `Trainer`, or of the trainer mixed in, such as `peft_config`.
 
     Attributes:
         projection: Map from the student's hidden states to the teacher's width, shared by all
-            layers; None if the widths are equal. It is trained without weight decay and clipping,
-            and saved and restored with the student.
+            layers; None if the widths are equal. It is trained without weight decay and clipping.
 
     Raises:
-        ValueError: A setting out of range, an impossible map, or models of other classes or another
-            vocabulary; in a step, inputs without labels, logits without a graph, or a model that
-            returns no hidden states or attention.
+        ValueError: A setting out of range, an impossible map, or models that do not match; in a
+            step, inputs without labels, or a model that returns no graph, states or attention.
         TypeError: In a step, outputs of which it is not clear what the logits are.
 
     >>> from transformers import BertConfig, BertForSequenceClassification
@@ -177,7 +179,7 @@ class DistillationTrainer(ProjectionTrainer):
         **further: Any,
     ) -> None:
         check_settings(temperature, alpha, average, 0.0)
-        self.soft = SoftTerm(divergence, beta).checked()
+        SoftTerm(divergence, beta).checked()
         members = as_teachers(teacher)
         self.weights = {
             "hidden": hidden_weight, "cosine": cosine_weight, "attention": attention_weight
@@ -185,14 +187,16 @@ class DistillationTrainer(ProjectionTrainer):
         check_weights(self.weights, len(members))
         if further.get("compute_loss_func") is not None:
             raise ValueError(
-                "compute_loss_func must be None, as the loss is that of the distillation, got one"
+                "compute_loss_func must be None, as the loss is this trainer's, got one"
             )
         if not full_logits and len(members) != 1:
-            raise ValueError(
-                f"full_logits must be True with several teachers, got False with {len(members)}"
-            )
+            raise ValueError(f"full_logits must be True with {len(members)} teachers, got False")
         self.temperature, self.alpha, self.shift_labels = temperature, alpha, shift_labels
         self.average, self.full_logits = average, full_logits
+        self._settings: dict[str, Any] = {
+            "temperature": temperature, "alpha": alpha, "average": average,
+            "divergence": divergence, "beta": beta,
+        }  # fmt: skip
         self._given_map = layer_map
         self.layer_map: list[int] | None = None
         self._output_options = {
@@ -203,28 +207,13 @@ class DistillationTrainer(ProjectionTrainer):
         self._sums, self._eval_sums = TermSums(), TermSums()
         self._steps = 0
         super().__init__(model=model, args=args, **further)
-        self._check_devices()
+        self.check_devices(full_logits=full_logits)
         self._members = [member.to(self.args.device) for member in members]
         self.teacher = members[0] if len(members) == 1 else Ensemble(members)
-        if self.args.label_names is None:
-            self.label_names = find_labels(type(bare(self.model))) or ["labels"]
+        self.label_names = (
+            self.args.label_names or find_labels(type(bare(self.model))) or ["labels"]
+        )
         self._match_student(self.model)
-
-    def _check_devices(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"n_gpu must be 1 a process, got {self.args.n_gpu}: start with torchrun, or set "
-                "CUDA_VISIBLE_DEVICES"
-            )
-        shards = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        if shards > 1:
-            raise ValueError(f"sequences must be whole on each device, got {shards} parts of them")
-        if not self.full_logits and (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
-        ):
-            raise ValueError(
-                "full_logits must be True under FSDP, DeepSpeed and torch.compile, got False"
-            )
 
     def _match_student(self, model: nn.Module) -> None:
         """Match a student with the teachers: layers, classes and vocabulary."""
@@ -252,19 +241,17 @@ class DistillationTrainer(ProjectionTrainer):
         super()._set_signature_columns_if_needed()
         if not made:
             models = [self.model, *(member.module for member in self._members)]
-            names = [*column_names(models), *LABEL_COLUMNS, *self.label_names]
-            self._signature_columns = list(
-                dict.fromkeys([*(self._signature_columns or ()), *names])
-            )
+            own = self._signature_columns or []
+            self._signature_columns = [*own, *column_names(models), *LABEL_COLUMNS]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """Return the micro-batches of a step, and their labels, tokens, pairs and rows `[4]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._with_labels(batch) for batch in batches]
         if not batches:
             return batches, None
-        batches = [self._named(batch) for batch in batches]
         totals = torch.stack([sizes_of(batch, shift=self._shifts()) for batch in batches])
         totals = totals.sum(dim=0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -273,19 +260,6 @@ class DistillationTrainer(ProjectionTrainer):
             self.projection.zero_grad()  # Trainer does this only for the model
         self._steps += 1
         return batches, totals
-
-    def _named(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return inputs with their labels as `labels`."""
-        named = with_labels(inputs, self.label_names)
-        decodes = is_encoder_decoder(self.model)
-        if "labels" not in named and (self.alpha < 1 or decodes):
-            way_out = (
-                "an encoder-decoder makes its inputs from them"
-                if decodes
-                else "alpha=1 distils without, label_names of the arguments says their name"
-            )
-            raise ValueError(f"inputs must have 'labels', got {sorted(named)}: {way_out}")
-        return named
 
     def compute_loss(
         self,
@@ -300,9 +274,8 @@ class DistillationTrainer(ProjectionTrainer):
             model: Student, in any wrapper.
             inputs: Inputs of student and teacher, with `labels`.
             return_outputs: Whether to return the student's outputs too.
-            num_items_in_batch: Numbers of labels, tokens, pairs and rows of the whole batch `[4]`,
-                as from `get_batch_samples`, or of labels only; those of `inputs` if not given, and
-                in evaluation.
+            num_items_in_batch: Sizes of the whole batch `[4]`, as from `get_batch_samples`, or its
+                number of labels; those of `inputs` if not given, and in evaluation.
 
         Returns:
             Scalar, and the outputs without hidden states and attention if `return_outputs`.
@@ -312,7 +285,7 @@ class DistillationTrainer(ProjectionTrainer):
                 hidden states or attention.
             TypeError: Outputs of which it is not clear what the logits are.
         """
-        inputs = self._named(inputs)
+        inputs = self._with_labels(inputs)
         full = self.full_logits or return_outputs
         outputs, student = self._run_student(model, inputs, full=full)
         logits = student.hidden if isinstance(student, LinearLogits) else student
@@ -321,27 +294,27 @@ class DistillationTrainer(ProjectionTrainer):
         teachers = self._run_teacher(inputs) if full else self._run_teacher(inputs, run_to_head)
         sizes = sizes_of(inputs, shift=self._shifts())
         whole = num_items_in_batch if model.training else None
-        rows = logits.ndim == 2 and "labels" not in inputs
+        targets = inputs.get("labels")
+        task = task_of(self.model, targets)
+        rows = logits.ndim == 2 and (task != "single_label" or targets is None)
+        if task == "single_label":
+            targets = targets_of(inputs, shift=self._shifts(), rows=rows)
         count, token_share, pair_share = shares_of(sizes, whole, rows=rows)
-        targets = targets_of(inputs, shift=self._shifts(), rows=rows)
-        terms = token_terms(
+        terms = loss_terms(
+            task,
             student,
-            [take_logits(outputs, "teacher") for outputs in teachers] if full else [teachers[0][1]],
+            [logits_of(outputs, "teacher") for outputs in teachers] if full else [teachers[0][1]],
             targets,
             columns=self._columns,
             vocabulary=self._vocabulary,
             normalizer=count,
-            temperature=self.temperature,
-            alpha=self.alpha,
             label_smoothing=self.args.label_smoothing_factor,
-            average=self.average,
-            divergence=self.soft.divergence,
-            beta=self.soft.beta,
+            **self._settings,
         )
         loss = terms.pop("loss")
         if "labels" not in inputs:
             del terms["hard_loss"]
-        units = dict.fromkeys(terms, count)
+        units = dict.fromkeys(terms, sizes[3 if rows else 0])
         if self.layer_map is not None:
             for name, term in feature_terms(
                 outputs,
@@ -367,8 +340,7 @@ class DistillationTrainer(ProjectionTrainer):
             return loss
         if not isinstance(outputs, Mapping):
             return loss, {"logits": student}
-        left_out = ("hidden_states", "attentions")
-        return loss, {name: value for name, value in outputs.items() if name not in left_out}
+        return loss, {k: v for k, v in outputs.items() if k not in ("hidden_states", "attentions")}
 
     def _run_student(
         self, model: nn.Module, inputs: Mapping[str, Any], *, full: bool = True
@@ -379,10 +351,7 @@ class DistillationTrainer(ProjectionTrainer):
         if not full:
             return run_to_head(model, given)
         outputs = model(**given)
-        logits = take_logits(outputs, "student")
-        if logits.shape[-1] < 2:
-            raise ValueError(f"student must have at least 2 classes, got {list(logits.shape)}")
-        return outputs, logits
+        return outputs, logits_of(outputs, "student")
 
     def _run_teacher(self, inputs: Mapping[str, Any], run: Any = None) -> list[Any]:
         """Return the outputs of the teacher, or of each member."""
@@ -391,6 +360,9 @@ class DistillationTrainer(ProjectionTrainer):
                 run_teacher(member.module, inputs, self._output_options, self.label_names, run=run)
                 for member in self._members
             ]
+
+    def _with_labels(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return require_labels(inputs, self.model, self.label_names, optional=self.alpha == 1)
 
     def _shifts(self) -> bool:
         if self.shift_labels is not None:
@@ -469,9 +441,10 @@ class DistillationTrainer(ProjectionTrainer):
         """Write the card of the student, with its teachers and the settings of the loss."""
         super().create_model_card(*args, **further)
         if self.is_world_process_zero():
-            settings: dict[str, Any] = {"temperature": self.temperature, "alpha": self.alpha}
-            settings["divergence"] = self.soft.divergence
-            settings |= {f"{name}_weight": w for name, w in self.weights.items() if w}
-            card = os.path.join(self.args.output_dir, "README.md")
-            with open(card, "a", encoding="utf-8") as file:
-                file.write(describe_distillation([m.module for m in self._members], settings))
+            teachers = [member.module for member in self._members]
+            weights = {f"{name}_weight": weight for name, weight in self.weights.items()}
+            text = describe_distillation(teachers, self._settings | weights)
+            with open(
+                os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8"
+            ) as file:
+                file.write(text)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import map_tensors
+from selfkd.distill.tasks import Task
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.integrations.transformers_layers import text_config
 
@@ -25,6 +26,7 @@ PADDING = 0.01
 
 _SIGNATURES: WeakKeyDictionary[nn.Module, Signature] = WeakKeyDictionary()
 
+_TASKS: dict[str, Task] = {"regression": "regression", "multi_label_classification": "multi_label"}
 Teachers = nn.Module | Teacher | Ensemble
 """What is taken as a teacher."""
 
@@ -122,6 +124,49 @@ def with_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> dict[s
     if label is None:
         return {name: value for name, value in found.items() if name not in names}
     return {**found, "labels": label}
+
+
+def require_labels(
+    inputs: Mapping[str, Any], model: nn.Module, label_names: Sequence[str], *, optional: bool
+) -> dict[str, Any]:
+    """Return the inputs with their labels as `labels`.
+
+    Args:
+        inputs: Inputs of a batch.
+        model: Student.
+        label_names: Names of labels.
+        optional: Whether there may be none, but for an encoder-decoder.
+
+    Raises:
+        ValueError: Inputs without labels.
+    """
+    named = with_labels(inputs, label_names)
+    decodes = is_encoder_decoder(model)
+    if "labels" not in named and (decodes or not optional):
+        way_out = "alpha=1 distils without, label_names of the arguments says their name"
+        if decodes:
+            way_out = "an encoder-decoder makes its inputs from them"
+        raise ValueError(f"inputs must have 'labels', got {sorted(named)}: {way_out}")
+    return named
+
+
+def task_of(model: nn.Module, labels: Tensor | None) -> Task:
+    """Return the kind of a student's labels, as transformers reads it of a classifier.
+
+    Args:
+        model: Student.
+        labels: Labels of a batch; floating-point ones `[batch, classes]` are several labels a row.
+    """
+    config = getattr(bare(model), "config", None)
+    if config is None or has_token_logits(model):
+        return "single_label"
+    kind = getattr(config, "problem_type", None)
+    if kind is not None:
+        return _TASKS.get(kind, "single_label")
+    if _class_count(model) == 1:
+        return "regression"
+    several = labels is not None and labels.ndim == 2 and labels.is_floating_point()
+    return "multi_label" if several else "single_label"
 
 
 @torch.no_grad()
@@ -315,7 +360,7 @@ def as_teachers(teacher: Teachers | Sequence[Teachers]) -> list[Teacher]:
     Models are copied, but for those that must stay as they are.
 
     Raises:
-        ValueError: No teacher.
+        ValueError: No teacher, or one that changes inputs or logits.
     """
     given = teacher if isinstance(teacher, Sequence) else [teacher]
     members: list[Teacher] = []
@@ -328,6 +373,11 @@ def as_teachers(teacher: Teachers | Sequence[Teachers]) -> list[Teacher]:
             members.append(Teacher(each, copy=False) if must_stay(each) else Teacher(each))
     if not members:
         raise ValueError("teacher must be at least one model, got none")
+    if any(member._affine is not None or member._columns is not None for member in members):
+        raise ValueError(
+            "teacher must have no trained_stats or columns, which only calls of a Teacher apply: "
+            "name classes by id2label"
+        )
     return members
 
 

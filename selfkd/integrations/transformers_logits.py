@@ -12,11 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
+from selfkd.distill.tasks import Task, task_terms
 from selfkd.integrations.transformers_inputs import bare, is_encoder_decoder
 from selfkd.losses.sequences import LinearLogits, linear_sequence_terms, sequence_terms
 
 _PLAIN: WeakSet[nn.Linear] = WeakSet()
 """Heads whose outputs have been seen to be the logits."""
+
+
+def logits_of(outputs: Any, name: str) -> Tensor:
+    """Return the logits of a model's outputs.
+
+    Args:
+        outputs: Outputs of the model.
+        name: Name of the model for the message.
+
+    Raises:
+        TypeError: Outputs of which it is not clear what the logits are, or that have none.
+    """
+    logits = take_logits(outputs, name)
+    if logits.ndim < 2:
+        raise TypeError(
+            f"{name} must return logits [batch, classes] or [batch, length, vocabulary], got "
+            f"{list(logits.shape)}: a loss alone cannot be distilled"
+        )
+    return logits
 
 
 def check_linear_head(model: nn.Module, name: str) -> nn.Linear:
@@ -60,7 +80,7 @@ def run_to_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Linea
     with _first_token(head) as states:
         outputs = model(**given)
     (hidden,) = states
-    logits = take_logits(outputs, "model")
+    logits = logits_of(outputs, "model")
     with torch.no_grad():
         expected = F.linear(hidden[:, :1], head.weight, head.bias)
     if head not in _PLAIN and not torch.equal(logits.detach().to(expected.dtype), expected):
@@ -88,10 +108,11 @@ def _first_token(head: nn.Linear) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def token_terms(
+def loss_terms(
+    task: Task,
     student: Tensor | LinearLogits,
     teachers: Sequence[Any],
-    targets: Tensor,
+    targets: Any,
     *,
     columns: Sequence[Sequence[int] | None],
     vocabulary: int | None,
@@ -100,27 +121,44 @@ def token_terms(
     """Return the loss and its terms by name, of rows or tokens.
 
     Args:
+        task: Kind of labels.
         student: Logits `[batch, classes]` or `[batch, length, vocabulary]`.
         teachers: Logits of each teacher, of as many rows and tokens, linear ones as the student's.
-        targets: Labels `[batch]` or `[batch, length]`.
+        targets: Labels `[batch]`, `[batch, length]`, or `[batch, classes]` of several labels.
         columns: Logit of each teacher for each class of the student, None for the same order.
         vocabulary: Number of the first classes compared, None for all.
         settings: Keywords of `selfkd.losses.sequence_terms`.
+
+    Raises:
+        ValueError: A divergence or a number of classes that the task does not have.
     """
-    settings["vocabulary"] = vocabulary
     if isinstance(student, LinearLogits):
         (teacher,) = teachers
         hidden, weight, bias = student
-        terms = linear_sequence_terms(
-            hidden, weight, teacher.to(hidden.device), targets, bias=bias, **settings
-        )
-        return terms._asdict()
+        settings |= {"bias": bias, "vocabulary": vocabulary}
+        teacher = teacher.to(hidden.device)
+        return linear_sequence_terms(hidden, weight, teacher, targets, **settings)._asdict()
     members = []
     for logits, order in zip(teachers, columns, strict=True):
         logits = logits.to(student.device)
         members.append((logits if order is None else logits[..., order])[..., :vocabulary])
     teacher_logits = members[0] if len(members) == 1 else torch.stack(members)
+    if task != "single_label":
+        if settings.pop("divergence") != "forward_kl":
+            raise ValueError(f"divergence must be 'forward_kl' for {task} labels, got another")
+        share = len(student) / settings.pop("normalizer")
+        del settings["beta"]
+        terms = task_terms(
+            task, student, teacher_logits, targets, weights=None, margin=0.0, **settings
+        )
+        return {name: term * share for name, term in terms._asdict().items()}
+    if student.shape[-1] < 2:
+        raise ValueError(
+            f"student must have at least 2 classes, got logits {list(student.shape)}: "
+            "problem_type='regression' of its configuration is for numbers"
+        )
     if targets.ndim == 1:  # a row with one label is a sequence of one token
         student, targets = student[:, None], targets[:, None]
         teacher_logits = teacher_logits.unsqueeze(-2)
+    settings["vocabulary"] = vocabulary
     return sequence_terms(student, teacher_logits, targets, **settings)._asdict()

@@ -25,6 +25,25 @@ class ProjectionTrainer(Trainer):  # type: ignore[misc]
 
     projection: Projection | None = None
 
+    def check_devices(self, *, full_logits: bool) -> None:
+        """Raise ValueError where a distillation cannot run on the devices as they are used.
+
+        Args:
+            full_logits: Whether the heads of the models compute the logits.
+        """
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu must be 1 a process, got {self.args.n_gpu}: start with torchrun, or set "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        shards = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        if shards > 1:
+            raise ValueError(f"sequences must be whole on each device, got {shards} parts of them")
+        if not full_logits and (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
+        ):
+            raise ValueError("full_logits must be True under FSDP, DeepSpeed and compilation")
+
     def make_projection(self, width: int, expected: int) -> None:
         """Make a projection where the widths of student and teacher differ.
 

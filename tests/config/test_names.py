@@ -32,7 +32,13 @@ def test_names_stay_as_they_are_written(tmp_path: Path, file: str, text: str) ->
 
 @pytest.mark.parametrize(
     "text",
-    ["{1: dog, 0: cat}", "{cat: 0, dog: 1}", "{names: {0: cat, 1: dog}}", "- cat\n- dog\n"],
+    [
+        "{1: dog, 0: cat}",
+        "{cat: 0, dog: 1}",
+        "{names: {0: cat, 1: dog}}",
+        "{id2label: {0: cat, 1: dog}}",
+        "- cat\n- dog\n",
+    ],
 )
 def test_mappings_are_read_by_their_indices(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
@@ -56,6 +62,12 @@ def test_other_files_are_refused(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).write_text(text)
     with pytest.raises(ConfigError, match=rf"{file} must be (JSON|a list of class names)"):
         load_class_names(tmp_path / file)
+
+
+def test_text_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("né".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"a\.txt must be text in UTF-8: save it as such$"):
+        load_class_names(tmp_path / "a.txt")
 
 
 def test_long_lists_are_cut_and_what_differs_is_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from selfkd.data.folder import suffixes
-from selfkd.data.pictures import is_grey, read_or_raise, read_picture
+from selfkd.data.pictures import is_grey, read_or_raise, read_picture, square
 
 GREY = np.linspace(0, 255, 12 * 16).reshape(12, 16).round().astype(np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=-1)
@@ -331,3 +331,14 @@ def test_what_is_no_picture_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"every image must be readable, got .*x\.png \("):
         read_or_raise(lambda: read_picture(path), str(path))
+
+
+def test_a_very_long_picture_takes_no_memory_for_its_ends():
+    long = np.zeros((2, 40_000, 3), np.uint8)
+    long[:, 19_990:20_010] = 200
+    read = np.asarray(square(Image.fromarray(long), 16))
+    assert read.shape == (16, 16, 3)
+    assert (read == 200).all()
+    whole = np.tile(COLOUR, (1, 40, 1))  # 640 x 12, whose centre is that of 240 x 12
+    cut = square(Image.fromarray(whole[:, 200:440]), 12)
+    assert np.asarray(square(Image.fromarray(whole), 12)).tolist() == np.asarray(cut).tolist()

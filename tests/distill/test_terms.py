@@ -487,6 +487,10 @@ def _worker(rank: int, folder: Path, kind: str) -> None:
     if kind == "fsdp":
         with pytest.raises(ValueError, match="module must have its parameters whole, got shards"):
             Teacher(student)
+        sharded = fully_shard(copy.deepcopy(teacher.module))
+        torch.testing.assert_close(
+            Teacher(sharded, copy=False)(inputs[mine]), teacher(inputs[mine])
+        )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -115,6 +115,7 @@ def test_a_file_has_one_seed_and_no_interval_and_this_is_said(from_file: Done) -
         "intervals are over seeds of the later generations"
     )
     assert any("generation 0 (a.pt) has one seed" in note for note in from_file.events.notes)
+    assert any("10.5% of validation, about as by chance" in note for note in from_file.events.notes)
     assert any("its metrics are optimistic" in note for note in from_file.events.notes)
     table = summary_table(summary, "accuracy")
     assert table.rows[0][1].endswith("(1 seed)")
@@ -355,6 +356,7 @@ def test_what_can_be_no_generation_0_is_refused(
             r"model must be the network of generation 0 of old, got .*--set .model={\"name\": ",
         ),
         (["generation_0.mean=[0.5]", "generation_0.std=[1.0]"], "mean must be of a file of weigh"),
+        (["data.image_size=16"], r"--from: .*old/generation_000/student\.safetensors cannot be re"),
         (["confirm.lineages=3", "train.epochs=2"], "lineages must be 0 with --from .*train.epochs"),
         (["confirm.lineages=3", "seed=1"], "lineages must be 0 with --from .*other images"),
     ],

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize  # macOS decomposes the names of files
 
 import torch
 from PIL import Image
@@ -126,7 +127,9 @@ class ImageTask(ImageNetworks):
         path, own = Path(source.path), _own_facts(source.path)
         names = list(self.data.class_names if own is None else map(str, own.classes))
         if source.classes is not None:
-            names = load_class_names(Path(source.classes))
+            here = {normalize("NFC", name): name for name in map(str, self.data.class_names)}
+            listed = load_class_names(Path(source.classes))
+            names = [here.get(normalize("NFC", name), name) for name in listed]
         if sorted(names) != sorted(map(str, self.data.class_names)):
             raise ValueError(
                 f"{source.path} must be for the classes of {self.data.name}: "

@@ -254,8 +254,9 @@ class DistillationMixin:
 
     The distiller is in no `state_dict`. Feature terms need the module before its first step:
     `Distiller(…, student=self)`, or `distiller.attach(self)`. If the module calls
-    `save_hyperparameters`, give it `ignore=["distiller"]`, or every checkpoint has the teacher. Add the projections of its terms,
-    `self.distiller.parameters()`, to the optimiser in `configure_optimizers`, and save them.
+    `save_hyperparameters`, give it `ignore=["distiller"]`, or every checkpoint has the teacher. Add
+    the projections of its terms, `self.distiller.parameters()`, to the optimiser in
+    `configure_optimizers`, and save them.
     """
 
     distiller: Distiller

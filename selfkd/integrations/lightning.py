@@ -88,6 +88,7 @@ class DistillationCallback(Callback):
         self.view = 0
         self._calls: list[_Call] | None = None
         self._state: dict[str, Any] = {}  # of projections that are not made yet
+        self._detach = False  # whether the student was attached here, for this fit
         self._handle: RemovableHandle | None = None
         self._replaced: dict[str, Any] = {}
 
@@ -104,6 +105,7 @@ class DistillationCallback(Callback):
                 "cannot be replaced, use DistillationMixin"
             )
         student = self._student(pl_module)
+        self._detach = not self.distiller.attached
         place(self.distiller, pl_module.device, _floating_dtype(student))
         attach(self.distiller, student, trainer.world_size)
         if self._state:  # of a checkpoint that was read before there were projections
@@ -166,6 +168,9 @@ class DistillationCallback(Callback):
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def _restore(self, pl_module: LightningModule) -> None:
+        if self._detach:
+            self._detach = False
+            self.distiller.detach()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -247,9 +252,11 @@ class DistillationMixin:
                 inputs, labels = batch
                 return self.distillation_loss(self(inputs), labels, inputs=inputs)
 
-    The distiller is in no `state_dict`. If the module calls `save_hyperparameters`, give it
-    `ignore=["distiller"]`, or every checkpoint has the teacher. Add the projections of its terms,
-    `self.distiller.parameters()`, to the optimiser in `configure_optimizers`, and save them.
+    The distiller is in no `state_dict`. Feature terms need the module before its first step:
+    `Distiller(…, student=self)`, or `distiller.attach(self)`. If the module calls
+    `save_hyperparameters`, give it `ignore=["distiller"]`, or every checkpoint has the teacher. Add
+    the projections of its terms, `self.distiller.parameters()`, to the optimiser in
+    `configure_optimizers`, and save them.
     """
 
     distiller: Distiller

@@ -424,6 +424,10 @@ def test_the_student_is_attached_where_the_fit_starts(before: bool) -> None:
     pairs = zip(callback.state_dict().values(), start.values(), strict=True)
     assert start
     assert not any(torch.equal(trained, first) for trained, first in pairs)
+    assert distiller.attached == before
+    if not before:  # and so the distiller can be used for another student
+        assert not any(part._forward_hooks for part in module.modules())
+        fit(Plain(), distiller, path="model")
 
 
 def test_batches_of_a_seeded_view_are_those_of_the_module(tmp_path: Path) -> None:

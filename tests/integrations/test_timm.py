@@ -15,6 +15,7 @@ from PIL import Image
 from timm.optim import create_optimizer_v2
 from timm.task import (
     LogitDistillationTask,
+    MultiLabelClassificationEvaluator,
     TrainingTask,
     load_task_ema_checkpoint,
     resume_task_checkpoint,
@@ -300,6 +301,24 @@ def test_mixed_images_have_no_cached_targets() -> None:
     task = DistillationTask(make_net(), Distiller(targets=CachedLogits(20)))
     with pytest.raises(ValueError, match="turn off what mixes images"):
         task(*mixup(*make_batch()))
+
+
+def test_several_labels_and_numbers_are_given_to_the_distiller() -> None:
+    student, (inputs, _) = make_net().eval(), make_batch()
+    logits = student(inputs)
+    several = torch.randint(2, (BATCH, CLASSES)).float()
+    distiller = Distiller(task="multi_label")
+    task = DistillationTask(student, distiller)
+    torch.testing.assert_close(task(inputs, several)["loss"], distiller(logits, several)["loss"])
+    assert isinstance(task.create_evaluator(), MultiLabelClassificationEvaluator)
+    assert not isinstance(
+        DistillationTask(student, Distiller()).create_evaluator(), MultiLabelClassificationEvaluator
+    )
+    numbers = torch.randn(BATCH, CLASSES)
+    loss = DistillationTask(student, Distiller(task="regression"))(inputs, numbers)["loss"]
+    torch.testing.assert_close(loss, nn.functional.mse_loss(logits, numbers))
+    with pytest.raises(ValueError, match=r"labels must be class indices, got 0\.5 of image 1"):
+        WithIndex([("a.png", 1), ("b.png", 0.5)])[1]
 
 
 def test_data_sets_without_numbers_are_refused() -> None:

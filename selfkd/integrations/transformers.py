@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfkd.distill.outputs import check_graph, take_logits
+from selfkd.distill.outputs import check_graph
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.integrations.transformers_batches import TermSums, shares_of, sizes_of, targets_of
 from selfkd.integrations.transformers_card import describe_distillation
@@ -41,7 +41,12 @@ from selfkd.integrations.transformers_layers import (
     text_config,
 )
 from selfkd.integrations.transformers_layers import start_from_teacher as start_from_teacher
-from selfkd.integrations.transformers_logits import check_linear_head, loss_terms, run_to_head
+from selfkd.integrations.transformers_logits import (
+    check_linear_head,
+    logits_of,
+    loss_terms,
+    run_to_head,
+)
 from selfkd.losses import Average
 from selfkd.losses.distillation import check_settings
 from selfkd.losses.divergences import Divergence, SoftTerm
@@ -86,9 +91,8 @@ class DistillationTrainer(ProjectionTrainer):
     are matched by `id2label` and `label2id`. Vocabularies of one tokenizer that are padded to
     different sizes are compared over their common part; hard_loss is over all of the student's.
 
-    The terms are logged by name, before weighting, as means over the steps since the last log, and
-    in evaluation as `eval_hard_loss`, `eval_soft_loss`, ...: `exp(eval_hard_loss)` is the
-    perplexity. In evaluation the loss is the same sum.
+    The terms are logged by name, before weighting, as means over the steps since the last log. In
+    evaluation the loss is the same sum, and `exp(eval_hard_loss)` is the perplexity.
 
     It is a mixin too: `class Mine(DistillationTrainer, Seq2SeqTrainer)` distils in another trainer,
     whose further keywords it passes on.
@@ -97,9 +101,8 @@ class DistillationTrainer(ProjectionTrainer):
         model: Student; None with `model_init`.
         args: Arguments of `Trainer`.
         teacher: Teacher, or several as an ensemble. Frozen copies are made, which are in no
-            checkpoint; a quantised, offloaded or sharded model, and a `selfkd.Teacher`, is taken as
-            it is. The logits of an ensemble are averaged; its hidden states and attention are not
-            compared.
+            checkpoint; quantised, offloaded and sharded models and a `selfkd.Teacher` are taken as
+            they are. Of an ensemble only logits are compared.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
             is still run, to log soft_loss.
@@ -116,18 +119,15 @@ class DistillationTrainer(ProjectionTrainer):
             embeddings; `selfkd.losses.features.every_other` if not given.
         shift_labels: Whether logits are those of the next token; as in the student's own loss if
             not given.
-        further: Further keywords of `Trainer`, or of the trainer that is mixed in (`model_init`,
-            `train_dataset`, `peft_config`, ...).
+        further: Further keywords of `Trainer`, or of the trainer mixed in, such as `peft_config`.
 
     Attributes:
         projection: Map from the student's hidden states to the teacher's width, shared by all
-            layers; None if the widths are equal. It is trained without weight decay and clipping,
-            and saved and restored with the student.
+            layers; None if the widths are equal. It is trained without weight decay and clipping.
 
     Raises:
-        ValueError: A setting out of range, an impossible map, or models of other classes or another
-            vocabulary; in a step, inputs without labels, logits without a graph, or a model that
-            returns no hidden states or attention.
+        ValueError: A setting out of range, an impossible map, or models that do not match; in a
+            step, inputs without labels, or a model that returns no graph, states or attention.
         TypeError: In a step, outputs of which it is not clear what the logits are.
 
     >>> from transformers import BertConfig, BertForSequenceClassification
@@ -303,7 +303,7 @@ class DistillationTrainer(ProjectionTrainer):
         terms = loss_terms(
             task,
             student,
-            [take_logits(outputs, "teacher") for outputs in teachers] if full else [teachers[0][1]],
+            [logits_of(outputs, "teacher") for outputs in teachers] if full else [teachers[0][1]],
             targets,
             columns=self._columns,
             vocabulary=self._vocabulary,
@@ -351,7 +351,7 @@ class DistillationTrainer(ProjectionTrainer):
         if not full:
             return run_to_head(model, given)
         outputs = model(**given)
-        return outputs, take_logits(outputs, "student")
+        return outputs, logits_of(outputs, "student")
 
     def _run_teacher(self, inputs: Mapping[str, Any], run: Any = None) -> list[Any]:
         """Return the outputs of the teacher, or of each member."""

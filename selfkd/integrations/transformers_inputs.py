@@ -360,7 +360,7 @@ def as_teachers(teacher: Teachers | Sequence[Teachers]) -> list[Teacher]:
     Models are copied, but for those that must stay as they are.
 
     Raises:
-        ValueError: No teacher.
+        ValueError: No teacher, or one that changes inputs or logits.
     """
     given = teacher if isinstance(teacher, Sequence) else [teacher]
     members: list[Teacher] = []
@@ -373,6 +373,11 @@ def as_teachers(teacher: Teachers | Sequence[Teachers]) -> list[Teacher]:
             members.append(Teacher(each, copy=False) if must_stay(each) else Teacher(each))
     if not members:
         raise ValueError("teacher must be at least one model, got none")
+    if any(member._affine is not None or member._columns is not None for member in members):
+        raise ValueError(
+            "teacher must have no trained_stats or columns, which only calls of a Teacher apply: "
+            "name classes by id2label"
+        )
     return members
 
 

@@ -20,6 +20,25 @@ _PLAIN: WeakSet[nn.Linear] = WeakSet()
 """Heads whose outputs have been seen to be the logits."""
 
 
+def logits_of(outputs: Any, name: str) -> Tensor:
+    """Return the logits of a model's outputs.
+
+    Args:
+        outputs: Outputs of the model.
+        name: Name of the model for the message.
+
+    Raises:
+        TypeError: Outputs of which it is not clear what the logits are, or that have none.
+    """
+    logits = take_logits(outputs, name)
+    if logits.ndim < 2:
+        raise TypeError(
+            f"{name} must return logits [batch, classes] or [batch, length, vocabulary], got "
+            f"{list(logits.shape)}: a loss alone cannot be distilled"
+        )
+    return logits
+
+
 def check_linear_head(model: nn.Module, name: str) -> nn.Linear:
     """Return the linear head of a model of token logits.
 
@@ -61,7 +80,7 @@ def run_to_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Linea
     with _first_token(head) as states:
         outputs = model(**given)
     (hidden,) = states
-    logits = take_logits(outputs, "model")
+    logits = logits_of(outputs, "model")
     with torch.no_grad():
         expected = F.linear(hidden[:, :1], head.weight, head.bias)
     if head not in _PLAIN and not torch.equal(logits.detach().to(expected.dtype), expected):

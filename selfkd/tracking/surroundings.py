@@ -86,11 +86,16 @@ def settings() -> Any:
     """Return W&B's settings as they are now: its defaults, its files, and variables.
 
     Raises:
-        ConfigError: W&B refuses one of them.
+        ConfigError: W&B refuses one of them, or cannot be imported.
     """
-    import_wandb()
-    import wandb
-
+    try:
+        import_wandb()
+        import wandb
+    except Exception as error:  # of a damaged installation
+        raise ConfigError(
+            f"tracking.mode must be none where W&B cannot be imported ({one_line(str(error))}): "
+            "pip install --force-reinstall wandb"
+        ) from error
     found = wandb.Settings()
     folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     with own_surroundings():

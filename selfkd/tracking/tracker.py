@@ -45,11 +45,13 @@ from selfkd.tracking.rows import (
     epoch_row,
     generation_row,
     intervals,
+    short_id,
     short_name,
     trial_rank,
     trial_summary,
     validation_summaries,
 )
+from selfkd.tracking.surroundings import LONGEST
 from selfkd.tracking.temporary import import_wandb
 
 if TYPE_CHECKING:
@@ -96,14 +98,14 @@ class WandbTracker(NoTracker):
         self._show = logged
         self._start_seconds = runs.START_SECONDS
         self._folder, self._run_folder = folder, folder if run is None else run
-        self._name, self._run_id, self._config = name, run_id, config
+        self._name, self._run_id, self._config = name[:LONGEST], short_id(run_id), config
         self._plots = plots
         self._session = runs.Session(
             online=mode == "online",
             url=base_url() if mode == "online" else "",
             project=config.tracking.project,
             entity=config.tracking.entity,
-            group=name,
+            group=self._name,
             folder=folder,
             wait=config.tracking.wait,
         )

@@ -239,6 +239,8 @@ def test_teachers_are_taken_as_they_are_given() -> None:
     assert members == [*ensemble.members, given]
     with pytest.raises(ValueError, match="teacher must be at least one model, got none"):
         as_teachers([])
+    with pytest.raises(ValueError, match="teacher must have no trained_stats or columns"):
+        as_teachers(Teacher(make_bert(), columns=[1, 0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

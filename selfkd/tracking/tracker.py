@@ -402,6 +402,8 @@ class WandbTracker(NoTracker):
             if handled != self._handled:
                 handled, since = self._handled, time.monotonic()
             elif time.monotonic() - since > 2 * self._start_seconds + 10:
+                late = TimeoutError("W&B does not respond")
+                self._stopped = self._stopped or end_of_tracking(late)
                 break
             left = self._work.qsize() - 1
             if left > 0:

@@ -159,7 +159,13 @@ class WandbTracker(NoTracker):
             f"; {count(number, what)} could not be logged ({reason})"
             for what, (number, reason) in self._session.lost.items()
         )
-        return stopped + "".join(lost)
+        torn = len(self._session.torn) if self._closed and not self._session.wanted_online else 0
+        files = (
+            f"; {count(torn, 'run')} not whole in the files, as where the disk is full"
+            if torn
+            else ""
+        )
+        return stopped + "".join(lost) + files
 
     @property
     def incomplete(self) -> bool:  # type: ignore[override]

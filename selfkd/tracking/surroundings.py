@@ -140,12 +140,18 @@ def wanted_mode() -> Literal["online", "offline", "none"] | None:
     return None if mode == "online" else mode
 
 
-def split_project(project: str, entity: str | None) -> tuple[str | None, str]:
+def split_project(
+    project: str,
+    entity: str | None,
+    *,
+    named: tuple[str, str] = ("tracking.project", "tracking.entity"),
+) -> tuple[str | None, str]:
     """Return the owner and the name of a project, which may be written `OWNER/PROJECT`.
 
     Args:
         project: Project, with its owner or without.
         entity: Owner that is given apart.
+        named: Names of both, for messages.
 
     Raises:
         ConfigError: W&B has no such names.
@@ -155,16 +161,14 @@ def split_project(project: str, entity: str | None) -> tuple[str | None, str]:
     """
     owner, slash, name = project.rpartition("/")
     if slash and owner and entity not in (None, owner):
-        raise ConfigError(
-            f"tracking.project must be of tracking.entity, got {project} and {entity}: give one"
-        )
+        raise ConfigError(f"{named[0]} must be of {named[1]}, got {project} and {entity}: give one")
     faults = []
     if not _fits(name) or (slash and not _fits(owner)):
         faults.append(
-            f"tracking.project must be PROJECT or OWNER/PROJECT, each of 1 to {LONGEST} characters "
+            f"{named[0]} must be PROJECT or OWNER/PROJECT, each of 1 to {LONGEST} characters "
             f"and none of {NOT_IN_NAMES}, got {project}"
         )
-    owners = {"tracking.entity": entity}
+    owners = {named[1]: entity}
     if entity is None and not slash:
         owners = {"WANDB_ENTITY": os.environ.get("WANDB_ENTITY") or None}
     for key, value in owners.items():

@@ -24,7 +24,7 @@ def load_accuracy(runs: Sequence[Path]) -> np.ndarray:
     """Return test accuracy `[runs, generations + 1]`; the last column is the ensemble."""
     rows = []
     for run in runs:
-        summary = json.loads((run / "summary.json").read_text())
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         replicated = [row["mean"]["value"] for row in summary["confirmations"]]
         chosen = [row["test_accuracy"] for row in summary["generations"]]
         rows.append([*(replicated or chosen), summary["ensemble"]["test_accuracy"]])

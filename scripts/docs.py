@@ -44,12 +44,14 @@ def write_sources(folder: Path) -> None:
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, folder)
     for page in folder.glob("*.md"):  # links from docs/ and from the root, as they are seen here
-        page.write_text(re.sub(r"\]\((\.\./|docs/)", "](", page.read_text()))
-    (folder / "config.md").write_text(config_page())
-    (folder / "commands.md").write_text(commands_page())
-    (folder / "api.md").write_text(api_page())
-    (folder / "losses.md").write_text(losses_page())
-    (folder / "packages.svg").write_text(packages_picture())
+        page.write_text(
+            re.sub(r"\]\((\.\./|docs/)", "](", page.read_text(encoding="utf-8")), encoding="utf-8"
+        )
+    (folder / "config.md").write_text(config_page(), encoding="utf-8")
+    (folder / "commands.md").write_text(commands_page(), encoding="utf-8")
+    (folder / "api.md").write_text(api_page(), encoding="utf-8")
+    (folder / "losses.md").write_text(losses_page(), encoding="utf-8")
+    (folder / "packages.svg").write_text(packages_picture(), encoding="utf-8")
 
 
 # --- the config, from its schema ---
@@ -162,7 +164,7 @@ def _own_names(file: Path) -> list[str]:
 
 
 def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 # --- the packages, from the import contract ---
@@ -170,7 +172,9 @@ def _parse(file: Path) -> ast.Module:
 
 def layers() -> list[tuple[list[str], bool]]:
     """Return the packages of each layer, top first, and whether they may import each other."""
-    linter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "importlinter"
+    ]
     (contract,) = (
         contract
         for contract in linter["contracts"]

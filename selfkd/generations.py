@@ -26,6 +26,7 @@ from selfkd.cli.tables import chosen_table, own_metrics_table, summary_table
 from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.generations import born_again, finished
+from selfkd.experiments.given import check_given
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
 from selfkd.reporting.words import form, short_metric
@@ -52,6 +53,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="born-again generations after generation 0; auto: until two show no gain",
     )
     parser.add_argument(
+        "--from",
+        metavar="FILE|RUN",
+        dest="given",
+        help="generation 0: a file of weights of the model, or the model of an earlier run",
+    )
+    parser.add_argument(
         "--train",
         metavar="FILE.py:FUNCTION",
         help="a training function of your own; its file is run on every worker",
@@ -70,7 +77,8 @@ def _rounds(text: str) -> int | str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
-    flags = {"rounds": arguments.rounds, **(DEFAULT_JOB if _is_default_job(arguments) else {})}
+    flags = {"rounds": arguments.rounds, "generation_0.path": arguments.given}
+    flags |= DEFAULT_JOB if _is_default_job(arguments) else {}
     return _command(arguments.train).main(arguments, flags)
 
 
@@ -78,7 +86,7 @@ def _is_default_job(arguments: argparse.Namespace) -> bool:
     """Say whether nothing is given that changes what is trained, but for its seed and rounds."""
     given = [setting.partition("=")[0] for setting in arguments.settings]
     given += [key for key, value in config_flags(arguments).items() if value is not None]
-    of_its_own = arguments.config or arguments.resume or arguments.train
+    of_its_own = arguments.config or arguments.resume or arguments.train or arguments.given
     return not of_its_own and all(key.startswith(ASIDE) for key in given)
 
 
@@ -87,6 +95,7 @@ def run_generations(
     *,
     config: Given = None,
     rounds: int | Literal["auto"] | None = None,
+    generation_0: str | Path | None = None,
     space: Mapping[str, Any] | None = None,
     trials: int | None = None,
     metric: str | None = None,
@@ -108,6 +117,8 @@ def run_generations(
             config's model when not given.
         config: YAML file, or a mapping like its content.
         rounds: Number of born-again generations after generation 0; `auto` stops by itself.
+        generation_0: File of weights of the config's model, or folder of an earlier run whose model
+            it is, in place of a generation 0 that is trained; see `--from`.
         space: Dotted keys and distributions, `{"params.lr": {"loguniform": [1e-3, 1e-1]}}`.
         trials: Number of trials of each generation.
         metric: Metric of validation by which the best trial is chosen; `train_fn` reports it.
@@ -132,6 +143,7 @@ def run_generations(
     reference = function_reference(train_fn) if callable(train_fn) else train_fn
     flags: dict[str, Any] = {
         "rounds": rounds,
+        "generation_0.path": None if generation_0 is None else str(generation_0),
         "search.space": space,
         "search.trials": trials,
         "seed": seed,
@@ -155,6 +167,11 @@ def _command(reference: str | None) -> Command[GenerationsSummary]:
         reference = f"{Path(path).expanduser().absolute()}:{name}"
 
     def check(config: Config) -> None:
+        if config.generation_0.path is not None:
+            raise ConfigError(
+                "--from must not be given with --train, whose networks and data are its own, got "
+                f"{config.generation_0.path}"
+            )
         if config.controls:
             raise ConfigError(
                 "controls must be empty with --train, whose data and test split are its own, got "
@@ -186,7 +203,9 @@ def _plan(config: Config) -> str:
         again = f"at most {most} born-again, until two in a row show no gain"
     noun = "whole lineage" if config.confirm.lineages else "fresh seed"
     confirmed = f", confirmed on {count(seeds, noun)}" if seeds else ""
-    return f"generation 0 on labels, then {again}, {trials} trials each{confirmed}"
+    given = config.generation_0.path
+    first = "on labels" if given is None else f"from {given}"
+    return f"generation 0 {first}, then {again}, {trials} trials each{confirmed}"
 
 
 def _describe(
@@ -259,7 +278,7 @@ def _sparkline(summary: GenerationsSummary, metric: str, compared_by: str) -> st
 
 _COMMAND = Command(
     name="generations",
-    check=lambda config: None,
+    check=check_given,
     greet=_greet,
     finished=finished,
     work=born_again,

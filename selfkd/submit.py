@@ -180,6 +180,7 @@ def check(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--env must name set variables, got {', '.join(missing)}")
     named = [("--resume", arguments.resume)]
     named += [("--from", run) for run in getattr(arguments, "runs", None) or ()]
+    named += [("--from", getattr(arguments, "given", None))]
     config = None
     if arguments.resume is None or arguments.config:
         config = load_config(arguments.config, settings=arguments.settings)

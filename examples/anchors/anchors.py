@@ -56,7 +56,7 @@ class Run:
 
 def load(name: str) -> Row:
     """Return the stored result of a run."""
-    result: Row = json.loads((RESULTS / f"{name}.json").read_text())
+    result: Row = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return result
 
 

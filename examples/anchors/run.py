@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if code:
                     return code
     if not arguments.tenth:
-        (HERE / "RESULTS.md").write_text(results_page())
+        (HERE / "RESULTS.md").write_text(results_page(), encoding="utf-8")
     return 0
 
 
@@ -69,7 +69,7 @@ def reproduce(run: Run, runs: Path, *, data: str | None = None, tenth: bool = Fa
         if tenth:
             path = runs / f"{run.name}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(dump_config(shrunk(load_config(CONFIGS / path.name))))
+            path.write_text(dump_config(shrunk(load_config(CONFIGS / path.name))), encoding="utf-8")
         command += ["--config", str(path), "--name", run.name, "--set", f"storage={runs}"]
         command += ["--set", f"data.root={data}"] if data else []
         command += ["--from", str(runs / run.teacher)] if run.teacher else []
@@ -78,7 +78,7 @@ def reproduce(run: Run, runs: Path, *, data: str | None = None, tenth: bool = Fa
     if code == 0:
         target = (runs if tenth else RESULTS) / f"{run.name}.json"
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(collect(run, folder), indent=1) + "\n")
+        target.write_text(json.dumps(collect(run, folder), indent=1) + "\n", encoding="utf-8")
     return code
 
 
@@ -103,10 +103,12 @@ def _tenth(epochs: int) -> int:
 def collect(run: Run, folder: Path) -> Row:
     """Return the result of a finished run: its settings, what came out, machine and time."""
     _, config = RunFolder.open(folder)
-    machine = json.loads((folder / "environment.json").read_text())[-1]
-    facts = json.loads((folder / "data.json").read_text())
-    trials = [json.loads(path.read_text()) for path in folder.rglob("trial_*/result.json")]
-    summary = _without(json.loads((folder / "summary.json").read_text()), DROPPED)
+    machine = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[-1]
+    facts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    trials = [
+        json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("trial_*/result.json")
+    ]
+    summary = _without(json.loads((folder / "summary.json").read_text(encoding="utf-8")), DROPPED)
     if run.train:  # of ridge regression: generations beside their closed form
         rows = compare(folder)
         summary["closed_form"] = [
@@ -149,7 +151,7 @@ def results_page() -> str:
         path = RESULTS / f"{anchor.run}.json"
         if not path.exists():
             continue
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         found = anchor.judge(result)
         seeds = result["config"]["confirm.seeds"] or 1
         lines.append(
@@ -168,7 +170,7 @@ def results_page() -> str:
                 f"tune_configs/anchors/{run.name}.yaml --name {run.name}{more}` | "
                 f"{result['core_minutes']:.1f} | {_machine(result)} |"
             )
-    notes = (HERE / "notes.md").read_text() if (HERE / "notes.md").exists() else ""
+    notes = (HERE / "notes.md").read_text(encoding="utf-8") if (HERE / "notes.md").exists() else ""
     head = ["| run | command | core-minutes | hardware |", "|---|---|---|---|"]
     title = "# The published results, reproduced\n\nWritten by `python examples/anchors/run.py`.\n"
     tables = "\n".join(lines) + "\n\n" + "\n".join(remarks)

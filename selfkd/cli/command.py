@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -351,7 +352,8 @@ class Command(Generic[S]):
         wall = time.perf_counter() - start
         more = [_cost(wall, progress.train_seconds, workers), tracker.description]
         time_line = f"time:    {duration(wall)} on {count(workers, 'worker')}"
-        return summary, Work([*progress.notes, time_line], more)
+        tracked = [f"note:    {tracker.description}"] if tracker.incomplete else []
+        return summary, Work([*progress.notes, *tracked, time_line], more)
 
 
 def load_line(folder: RunFolder, *, own: bool = False) -> str:
@@ -373,12 +375,28 @@ def _refuse_relative(config: Config | None, *named: tuple[str, str | None]) -> N
 
 
 def _refuse_other_encodings(options: Options) -> None:
-    """Refuse names that are no UTF-8, which Ray and W&B have no way to pass on."""
-    named = {"the working folder": os.getcwd(), "--config": options.config}
+    """Refuse names that are no UTF-8, which neither Ray nor W&B has a way to pass on."""
+    try:
+        working = os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working folder must be there, got one that was removed ({error.strerror}): "
+            "go to another with cd"
+        ) from None
+    named = {"the working folder": working, "--config": options.config}
     named |= {"--resume": options.resume, "--set": " ".join(options.settings), **options.flags}
     for name, value in named.items():
         if any(0xD800 <= ord(character) < 0xE000 for character in str(value)):
-            raise ConfigError(f"{name} must be UTF-8, got {value}")
+            raise ConfigError(f"{name} must be UTF-8, got {value}{_of_another_locale(value)}")
+
+
+def _of_another_locale(value: object) -> str:
+    """Return the way out where a text is UTF-8, and the locale of this process is not."""
+    try:
+        os.fsencode(str(value)).decode("utf-8")
+    except UnicodeError:
+        return ""
+    return f", by a locale of {sys.getfilesystemencoding()}: set PYTHONUTF8=1"
 
 
 def _import_the_rest() -> None:

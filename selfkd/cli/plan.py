@@ -15,6 +15,7 @@ from selfkd.config import Config, Tree, to_tree, uses_pretrained
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import load_entry
 from selfkd.experiments.controls import TITLES
+from selfkd.experiments.given import has_known_training
 from selfkd.experiments.members import find_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
@@ -52,18 +53,21 @@ def plan_generations(config: Config) -> Plan:
     """Return the plan of `selfkd.generations`."""
     rounds, trials, seeds = config.most_rounds, config.search.trials, config.confirm.replicas
     student = _student(config)
-    stages = [Planned("generation 0", trials, ["generation_000/trial_*"], config)]
+    given, known = config.generation_0.path is not None, has_known_training(config)
+    stages = []
+    if not given:
+        stages.append(Planned("generation 0", trials, ["generation_000/trial_*"], config))
     if rounds:
         which = "generation 1" if rounds == 1 else f"generations 1 to {rounds}"
         at_most = "at most " if config.rounds == "auto" else ""
         patterns = ["generation_*[1-9]*/trial_*"]
         stages.append(Planned(f"{at_most}{which}", rounds * trials, patterns, student))
-    if seeds:
+    if seeds and known:
         patterns = ["generation_000/confirm/*"]
         stages.append(Planned("confirmation, generation 0", seeds, patterns, config))
-        if config.student is not None:
-            patterns = ["labels/confirm/*"]
-            stages.append(Planned("confirmation, student on labels", seeds, patterns, student))
+    if seeds and config.student is not None:
+        patterns = ["labels/confirm/*"]
+        stages.append(Planned("confirmation, student on labels", seeds, patterns, student))
     if seeds and rounds:
         patterns = ["generation_*[1-9]*/confirm/*"]
         stages.append(Planned(f"confirmation, {which}", rounds * seeds, patterns, student))

@@ -152,9 +152,10 @@ class ProgressReporter:
             case GenerationFinished(result):
                 self._say_generation(result)
             case GenerationConfirmed(confirmation):
-                again = count(len(confirmation.seeds), "time")
+                times = count(len(confirmation.seeds), "time")
+                again = "is one given model" if confirmation.given else f"again, {times}"
                 mean = plus_minus(confirmation.mean, confirmation.metric)
-                self.say(f"generation {confirmation.generation} again, {again}: {mean}")
+                self.say(f"generation {confirmation.generation} {again}: {mean}")
             case Message(text):
                 self.notes.append(f"note:  {text}")
                 self.say(f"  {text}")

@@ -23,6 +23,7 @@ from selfkd.config.schema import ContrastConfig as ContrastConfig
 from selfkd.config.schema import Control as Control
 from selfkd.config.schema import DataConfig as DataConfig
 from selfkd.config.schema import DistillConfig as DistillConfig
+from selfkd.config.schema import GivenConfig as GivenConfig
 from selfkd.config.schema import ModelConfig as ModelConfig
 from selfkd.config.schema import SearchConfig as SearchConfig
 from selfkd.config.schema import Source as Source

@@ -35,12 +35,13 @@ def reaches_out(config: Config) -> dict[str, Any]:
             found[key] = values[key]
     places: dict[str, list[Any]] = {
         "data.root": [config.data.root],
+        "generation_0.path": [config.generation_0.path],
         "members.runs": list(config.members.runs),
         "members.checkpoints": [file.path for file in config.members.checkpoints],
     }
     for key, named in places.items():
         if any("://" in str(place) for place in named):
-            found[key] = named[0] if key == "data.root" else named
+            found[key] = named if key.startswith("members.") else named[0]
     if config.data.name.partition("/")[0] in _FETCHED:
         found["data.name"] = config.data.name
     return found | dict(_pretrained(to_tree(config), ""))

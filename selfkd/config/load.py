@@ -87,6 +87,29 @@ for _tag in ("binary", "set"):  # no JSON has them
     )
 
 
+class _TextLoader(_Loader):
+    """Loader whose scalars are all text: `no`, `01` and `1e3` stay as they are written."""
+
+
+_TextLoader.yaml_implicit_resolvers = {}
+
+
+def parse_names(text: str, source: str) -> Any:
+    """Parse YAML whose scalars are names, so that all of them are text.
+
+    Args:
+        text: YAML text.
+        source: Name of its source, for messages.
+
+    Raises:
+        ConfigError: The text is not YAML, or has duplicate keys or aliases.
+
+    >>> parse_names("[no, 01, 1e3, null]", "x.yaml")
+    ['no', '01', '1e3', 'null']
+    """
+    return _parse(text, source, _TextLoader)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML safely; `1e-3` is a number.
 
@@ -100,8 +123,12 @@ def parse_yaml(text: str, source: str) -> Any:
     >>> parse_yaml("lr: 1e-3", "x.yaml")
     {'lr': 0.001}
     """
+    return _parse(text, source, _Loader)
+
+
+def _parse(text: str, source: str, loader: type[_Loader]) -> Any:
     try:
-        tree = yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
+        tree = yaml.load(text, loader)  # noqa: S506 - derived from SafeLoader
         check_depth(tree)
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: of 5,000 digits
         raise ConfigError(f"{source}: must be YAML: {' '.join(str(error).split())}") from None

@@ -22,8 +22,14 @@ def with_absolute_paths(config: Config) -> Config:
             for file in config.members.checkpoints
         ],
     )
+    given = config.generation_0
+    given = dataclasses.replace(
+        given,
+        path=given.path and absolute(given.path),
+        classes=given.classes and absolute(given.classes),
+    )
     data = dataclasses.replace(config.data, root=root and absolute(root))
-    return dataclasses.replace(config, data=data, members=members)
+    return dataclasses.replace(config, data=data, members=members, generation_0=given)
 
 
 def absolute(path: str) -> str:
@@ -42,6 +48,7 @@ def relative_paths(config: Config | None, *named: tuple[str, str | None]) -> lis
     if config is not None:
         paths += [("data.root", config.data.root), ("targets.root", config.targets.root)]
         paths += [("--from", run) for run in config.members.runs]
+        paths += [("--from", config.generation_0.path)]
         paths += [("members.checkpoints", file.path) for file in config.members.checkpoints]
     return [
         f"{name}: must be absolute (or a URI) in a Ray job, whose own folder is removed with it, "

@@ -86,7 +86,8 @@ class DataConfig:
 
     name: Place = "digits"
     """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
-    train/CLASS and test/CLASS) or any name of `timm.data.create_dataset`."""
+    train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`) or any name of
+    `timm.data.create_dataset`."""
     root: Place | None = None
     """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
     download: bool = False
@@ -96,15 +97,15 @@ class DataConfig:
     val_size: int | None = Field(default=None, ge=1)
     """Number of validation images, by which trials are chosen; each dataset has its own default."""
     classes: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Classes whose images are trained on, by index; all when not given. Validation and test keep
-    all."""
+    """Classes whose images are trained on, by index: two or more; all when not given. Validation
+    and test keep all."""
     label_noise: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training labels that are drawn anew, in [0, 1): uniformly from the classes that
     are trained on, the right one among them. By `seed`, the same in all trials and generations;
     validation and test keep their labels."""
     image_size: int | None = Field(default=None, ge=1)
     """Side in pixels to which images are resized and cropped; when not given, that of the dataset,
-    and of a folder or timm dataset the shorter side of its first training image, at most 64."""
+    and of a folder or timm dataset the median of its training images' shorter sides, at most 64."""
     in_memory: bool | None = None
     """Whether to hold all images in memory rather than decode them batch by batch; when not given,
     up to 2 GB are held."""
@@ -236,17 +237,41 @@ class CheckpointConfig:
     """Trained network in a file from elsewhere."""
 
     path: Place
-    """Safetensors or state-dict file of the weights."""
+    """File of the weights: safetensors, or of `torch.save` (state dict, checkpoint or module)."""
+    weights: str | None = None
+    """Name of the weights in a file that has several sets, such as `state_dict`; when not given, an
+    average (EMA, SWA) where there is one, which is said."""
     model: str
     """Name of the network, of `timm.create_model`."""
     args: ModelArgs = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them."""
     classes: Place | None = None
-    """YAML or JSON file with the list of class names in the order of the network's logits; the
-    order of the dataset when not given."""
+    """File with the list of class names in the order of the network's logits: YAML, JSON, or text
+    with one a line; the order of the dataset when not given."""
     mean: list[float] | None = None
     """Mean of each channel, for pixels in [0, 1], by which the network's inputs are normalised;
     that of the dataset when not given."""
+    std: list[float] | None = None
+    """Standard deviation of each channel, for pixels in [0, 1]; given together with `mean`."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class GivenConfig:
+    """Model that is generation 0 of `selfkd.generations`, in place of one that is trained on
+    labels."""
+
+    path: Place | None = None
+    """File of weights of `model`, or folder of an earlier run of generations or of an ensemble,
+    whose model it is (`--from`); generation 0 is trained when not given."""
+    weights: str | None = None
+    """Name of the weights in a file that has several sets, such as `state_dict`; when not given, an
+    average (EMA, SWA) where there is one, which is said."""
+    classes: Place | None = None
+    """File with the list of class names in the order of the logits: YAML, JSON, or text with one a
+    line; the order of the dataset when not given."""
+    mean: list[float] | None = None
+    """Mean of each channel, for pixels in [0, 1], by which the inputs are normalised; that of the
+    dataset when not given."""
     std: list[float] | None = None
     """Standard deviation of each channel, for pixels in [0, 1]; given together with `mean`."""
 
@@ -482,6 +507,8 @@ class Config:
     """Dataset, splits and augmentation."""
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 8}))
     """Network of generation 0, of the members and, without `student`, of the students."""
+    generation_0: GivenConfig = Field(default_factory=GivenConfig)
+    """Generation 0, where it is given."""
     student: ModelConfig | None = None
     """Network of the distilled students, such as generations 1, 2, …; `model` when not given."""
     params: dict[str, Any] = Field(default_factory=dict)

@@ -23,7 +23,16 @@ from selfkd.results import OWN
 # keys that all trials of a run share, so that they cannot be searched
 _FIXED = (
     *("rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
-    *("controls", "search", "resources", "checkpoint", "tracking", "capacity", "study"),
+    *(
+        "generation_0",
+        "controls",
+        "search",
+        "resources",
+        "checkpoint",
+        "tracking",
+        "capacity",
+        "study",
+    ),
 )
 
 MEMBERS = "members"
@@ -63,6 +72,16 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
         if (checkpoint.mean is None) != (checkpoint.std is None):
             where = locate_key("members.checkpoints", sources)
             yield f"{where}: must have mean and std or neither, got one of {checkpoint.path}"
+    given = config.generation_0
+    if (given.mean is None) != (given.std is None):
+        where = locate_key("generation_0", sources)
+        yield f"{where}: must have mean and std or neither, got one of them"
+    if config.train.init == "teacher" and (given.classes or given.mean):
+        where = locate_key("train.init", sources)
+        yield (
+            f"{where}: must be fresh with generation_0.classes or mean, whose weights are for "
+            "another order or normalisation than that of the students"
+        )
     averages = (config.distill.average, str(config.search.space.get("distill.average")))
     if config.targets.top_k is not None and any("logits" in average for average in averages):
         where = locate_key("targets.top_k", sources)
@@ -201,7 +220,7 @@ def _capacity_faults(config: Config) -> Iterator[str]:
         yield f"capacity.values must be different ones, got {capacity.values}"
     if capacity.key in {**config.search.space, **config.search.labels_only_space}:
         yield f"search.space must not hold capacity.key, got {capacity.key} in both"
-    yield from no_lineages(config)
+    yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
     if config.train.init != "fresh":
@@ -228,7 +247,7 @@ def _study_faults(config: Config) -> Iterator[str]:
         yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
     if not arms:
         yield "study.arms must have at least one arm, got none: see tune_configs/anchors/"
-    yield from no_lineages(config)
+    yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
     for name, arm in arms.items():
@@ -270,8 +289,10 @@ def _study_faults(config: Config) -> Iterator[str]:
                 yield f"study.compare.{number}: must name arms ({', '.join(arms)}), got {name!r}"
 
 
-def no_lineages(config: Config) -> Iterator[str]:
-    """Yield the fault of lineages where there are no generations."""
+def no_generations(config: Config) -> Iterator[str]:
+    """Yield the faults of settings of generations where there are none."""
+    if config.generation_0.path is not None:
+        yield f"generation_0.path: of selfkd.generations only, got {config.generation_0.path}"
     if config.confirm.lineages:
         yield f"confirm.lineages: of selfkd.generations only, got {config.confirm.lineages}"
 

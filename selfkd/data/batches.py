@@ -67,6 +67,8 @@ class Data:
     """Standard deviation of each channel, of pixels in [0, 1]."""
     fingerprint: str
     """Hash of the training split and its normalisation, 16 hexadecimal digits."""
+    note: str = ""
+    """What was read of folders, at which size, and what was left out, where that is to be said."""
 
     @property
     def num_classes(self) -> int:
@@ -96,6 +98,7 @@ class Data:
         workers: int = 0,
         rows: range | None = None,
         share: Callable[[int], range] | None = None,
+        smallest: int = 1,
     ) -> Iterator[Batch]:
         """Iterate over the batches of a split given by name, as `selfkd.data.batches` does."""
         if split not in ("train", "val", "test"):
@@ -113,6 +116,7 @@ class Data:
             workers=workers,
             rows=rows,
             share=share,
+            smallest=smallest,
         )
 
 
@@ -130,6 +134,7 @@ def batches(
     workers: int = 0,
     rows: range | None = None,
     share: Callable[[int], range] | None = None,
+    smallest: int = 1,
 ) -> Iterator[Batch]:
     """Iterate once over a split, or over some of its images.
 
@@ -139,7 +144,8 @@ def batches(
         split: Images and labels to read.
         mean: Mean of each channel, of pixels in [0, 1].
         std: Standard deviation of each channel, of pixels in [0, 1].
-        batch_size: Number of images in a batch; the last batch may have fewer.
+        batch_size: Number of images in a batch; the last batch may have fewer, or more by
+            `smallest`.
         generator: Random generator of the order; without one the order is 0, 1, …, N-1.
         views: Augmentation, applied to whole batches on `device`.
         view: Number of the view of each image, in [0, views.count).
@@ -149,6 +155,8 @@ def batches(
         rows: Indices of the images to read; all if not given.
         share: Function from the size of a batch to the positions in it that this process reads,
             where several processes share each batch; a process without any reads the first image.
+        smallest: Number of images that a last batch has at least; one of fewer is merged into the
+            batch before.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
@@ -176,16 +184,37 @@ def batches(
         order = order[shuffle.cpu()]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
-    chunks = _chunks(order, batch_size, share)
+    sizes = batch_sizes(len(order), batch_size, smallest)
+    chunks = _chunks(order, sizes, share)
     if isinstance(split.images, Tensor):
-        raw = _gathered(split.images, _chunks(order.to(split.images.device), batch_size, share))
+        raw = _gathered(split.images, _chunks(order.to(split.images.device), sizes, share))
     else:
         raw = _decoded(split.images, chunks, workers, torch.device(device))
     return _finished(raw, chunks, split.labels, mean, std, views, view, torch.device(device))
 
 
-def _chunks(order: Tensor, batch_size: int, share: Callable[[int], range] | None) -> list[Tensor]:
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def batch_sizes(images: int, batch_size: int, smallest: int = 1) -> list[int]:
+    """Return the number of images in each batch of an epoch.
+
+    Args:
+        images: Number of images.
+        batch_size: Number of images in a batch.
+        smallest: Number of images that a last batch has at least; one of fewer is merged into the
+            batch before.
+
+    Example:
+        >>> batch_sizes(7, 3), batch_sizes(7, 3, smallest=2), batch_sizes(8, 3, smallest=2)
+        ([3, 3, 1], [3, 4], [3, 3, 2])
+    """
+    whole, rest = divmod(images, batch_size)
+    sizes = [batch_size] * whole + [rest] * (rest > 0)
+    if whole and 0 < rest < smallest:
+        sizes[-2:] = [batch_size + rest]
+    return sizes
+
+
+def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | None) -> list[Tensor]:
+    chunks = list(torch.split(order, sizes)) if sizes else []
     if share is None:
         return chunks
     parts = [share(len(chunk)) for chunk in chunks]

@@ -3,15 +3,18 @@
 import difflib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .batches import Data, Split
 from .folder import open_folder
+from .saved import is_saved, open_saved
 from .sources import (
     KNOWN_STATISTICS,
     TORCHVISION,
@@ -26,6 +29,7 @@ from .splits import divide, redraw, subset
 from .stream import Stream
 from .timm_sets import PREFIXES, ROOTLESS, TORCH_NAMES, open_timm
 
+log = logging.getLogger(__name__)
 MEMORY_LIMIT = 2_000_000_000
 """Size in bytes of the decoded images up to which they are held in memory."""
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -56,6 +60,8 @@ def load_data(
     | `cifar10`, `cifar100` | 32x32, 3 channels | 45,000, 5,000, the official 10,000 |
     | `folder` | root/train/<class>/<image>, root/test and root/val | a tenth of train is held out \
 where there is no val; val is the test split where there is no test |
+    | `folder` | a folder of `datasets.save_to_disk`, with a column of images and one of classes | \
+its splits as those folders; of a single one a tenth is test, too |
     | `torch/…`, `hfds/…`, `tfds/…`, … | any set of `timm.data.create_dataset` | as for `folder` |
 
     Args:
@@ -67,7 +73,7 @@ where there is no val; val is the test split where there is no test |
         classes: Classes whose images are trained on; all if not given. Validation, test and the
             logits have all classes.
         image_size: Height and width in pixels. By default the data set's own; for folders and
-            timm's data sets the shorter side of the first training image, at most 64.
+            timm's data sets the median of the training images' shorter sides, at most 64.
         in_memory: Whether to hold all images as uint8 tensors, or to decode those of a folder or of
             a timm data set batch by batch; by size if not given (up to 2 GB are held).
         label_noise: Share of the training labels that are drawn anew, uniformly from the classes
@@ -100,7 +106,11 @@ where there is no val; val is the test split where there is no test |
         raise ValueError(f"data.label_noise must be in [0, 1), got {label_noise}")
     source = _open(name, root, download, image_size)
     if len(source.class_names) < 2:
-        raise ValueError(f"data must have at least 2 classes, got {', '.join(source.class_names)}")
+        raise ValueError(
+            f"data.name must be of at least 2 classes, got {', '.join(source.class_names)} alone"
+            f"{f' in {root}' if root is not None else ''}: with one class there is nothing to "
+            "learn; add images of another"
+        )
     selected = _training_classes(classes, source.class_names)
     splits = _split(source, train_size, val_size, selected, label_noise, seed)
     train, val, test = (
@@ -109,7 +119,15 @@ where there is no val; val is the test split where there is no test |
     mean, std = source.statistics or _statistics(train)
     size = train.images.shape[-1] if isinstance(train.images, Tensor) else train.images.image_size
     digest = fingerprint(train, mean=mean, std=std)
-    return Data(name, train, val, test, source.class_names, size, mean, std, digest)
+    if source.note:
+        _log_once(source.note)
+    names = source.class_names
+    return Data(name, train, val, test, names, size, mean, std, digest, source.note)
+
+
+@lru_cache
+def _log_once(note: str) -> None:
+    log.log(logging.WARNING if "left out" in note else logging.INFO, "%s", note)
 
 
 def _open(
@@ -121,11 +139,14 @@ def _open(
     if name in TORCHVISION:
         return open_torchvision(name, resolve_root(root, name, download), download)
     if name == "folder":
-        return open_folder(resolve_root(root, name, download=False), image_size)
+        folder = resolve_root(root, name, download=False)
+        return (
+            open_saved(folder, image_size) if is_saved(folder) else open_folder(folder, image_size)
+        )
     if name in TORCH_NAMES or (slash and prefix in PREFIXES and prefix != "torch"):
         rootless = root is None and prefix in ROOTLESS
-        folder = None if rootless else resolve_root(root, name, download)
-        return open_timm(name, folder, download, image_size, MEMORY_LIMIT)
+        place = None if rootless else resolve_root(root, name, download)
+        return open_timm(name, place, download, image_size, MEMORY_LIMIT)
     names = (*KNOWN_STATISTICS, "folder")
     close = difflib.get_close_matches(name, (*names, *TORCH_NAMES), n=1)
     raise ValueError(
@@ -138,6 +159,11 @@ def _training_classes(classes: Sequence[int] | None, class_names: Sequence[str])
     selected = list(range(len(class_names)) if classes is None else dict.fromkeys(classes))
     if wrong := [label for label in selected if not 0 <= label < len(class_names)]:
         raise ValueError(f"data.classes must be in [0, {len(class_names) - 1}], got {wrong[0]}")
+    if len(selected) < 2:
+        raise ValueError(
+            f"data.classes must be at least 2 classes, got {list(classes or ())}: with one class "
+            "there is nothing to learn; add another, or leave data.classes out for all"
+        )
     return selected
 
 
@@ -168,7 +194,7 @@ def _split(
         seed=seed,
     )
     train = pool.take(in_train)
-    _check_classes(train, source.class_names, classes)
+    _check_classes(train, source, classes)
     if label_noise:
         noisy = redraw(train.labels, in_train, label_noise, classes=classes, seed=seed)
         train = replace(train, labels=noisy)
@@ -201,11 +227,14 @@ def _resolve_images(
     return split
 
 
-def _check_classes(train: Split, class_names: tuple[str, ...], classes: Sequence[int]) -> None:
-    counts = train.labels.bincount(minlength=len(class_names)).tolist()
-    absent = [repr(class_names[label]) for label in classes if not counts[label]]
+def _check_classes(train: Split, source: Source, classes: Sequence[int]) -> None:
+    counts = train.labels.bincount(minlength=len(source.class_names)).tolist()
+    absent = [repr(source.class_names[label]) for label in classes if not counts[label]]
     if absent:
-        raise ValueError(f"every class must have a training image, got none of {', '.join(absent)}")
+        raise ValueError(
+            f"every class must have a training image, got none of {', '.join(absent)}"
+            + (f" ({source.note})" if source.note else "")
+        )
 
 
 def _statistics(train: Split) -> Statistics:

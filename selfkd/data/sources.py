@@ -50,6 +50,8 @@ class Source:
     """Number of test images taken from the pool."""
     statistics: Statistics | None = None
     """Mean and std of each channel, if they are known."""
+    note: str = ""
+    """What is read of folders, at which size, and what is left out, where that is to be said."""
 
 
 def open_digits() -> Source:

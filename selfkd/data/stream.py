@@ -1,22 +1,26 @@
 """Streams of images that are decoded on access and scaled to one size."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .pictures import Mode, is_grey, read_or_raise, read_picture, square
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Mode = Literal["L", "RGB"]
-"""Mode of a Pillow image: one channel, or three."""
+LARGEST_DEFAULT = 64
+"""Largest image size in pixels that is chosen if none is given."""
+SURVEYED = 500
+"""Number of pictures by which an image size is chosen."""
 
 
 class Pictures(Protocol):
@@ -25,8 +29,11 @@ class Pictures(Protocol):
     def __len__(self) -> int:
         """Return the number of pictures."""
 
-    def __getitem__(self, number: int, /) -> "Image":
-        """Decode a picture."""
+    def open(self, number: int, /) -> "Image":
+        """Open a picture, which need not be decoded yet."""
+
+    def where(self, number: int, /) -> str:
+        """Return the file or the place of a picture, for messages."""
 
     def key(self, number: int, /) -> str:
         """Return a name that identifies a picture without decoding it."""
@@ -44,9 +51,15 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> "Image":
-        path = self.root / self.paths[number]
-        return read_or_raise(lambda: read_picture(path), str(path))
+    def open(self, number: int) -> "Image":
+        """Open a picture without decoding it."""
+        from PIL import Image
+
+        return Image.open(self.root / self.paths[number])
+
+    def where(self, number: int) -> str:
+        """Return the file of a picture."""
+        return str(self.root / self.paths[number])
 
     def key(self, number: int) -> str:
         """Return a name that identifies a picture without decoding it."""
@@ -74,10 +87,15 @@ class Stream(Dataset[Tensor]):
         return len(self.positions)
 
     def __getitem__(self, i: int) -> Tensor:
-        picture = self.pictures[int(self.positions[i])]
+        number = int(self.positions[i])
+        picture = read_or_raise(lambda: self._read(number), self.pictures.where(number))
         pixels = np.array(square(picture.convert(self.mode), self.image_size))
         tensor = torch.from_numpy(pixels)
         return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+    def _read(self, number: int) -> "Image":
+        with self.pictures.open(number) as picture:
+            return read_picture(picture)
 
     def take(self, index: Tensor) -> "Stream":
         """Return a stream of the images at `index` alone, in that order."""
@@ -104,39 +122,36 @@ class Stream(Dataset[Tensor]):
         return images
 
 
-def read_picture(file: object) -> "Image":
-    """Open and decode an image file."""
-    from PIL import Image
+@dataclass(frozen=True)
+class Survey:
+    """Shorter sides and channels of some pictures, spread over all of them."""
 
-    with Image.open(file) as picture:  # type: ignore[arg-type]
-        picture.load()
-        return picture
+    sides: Sequence[int]
+    """Shorter side of each in pixels, ascending."""
+    grey: bool
+    """Whether all of them have one channel, besides alpha."""
+
+    @property
+    def size(self) -> int:
+        """Default image size: the median of the shorter sides, at most 64 pixels."""
+        return min(LARGEST_DEFAULT, self.sides[(len(self.sides) - 1) // 2])
 
 
-def read_or_raise(read: Callable[[], "Image"], source: str) -> "Image":
-    """Return the result of `read`, with any error of Pillow's turned into one that names `source`.
+def survey(pictures: Pictures) -> Survey:
+    """Look at the headers of some pictures, all of them where there are few.
 
     Raises:
         ValueError: A picture that cannot be read.
     """
-    from PIL.Image import DecompressionBombError
 
-    try:
-        return read()
-    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise ValueError(f"every image must be readable, got {source} ({error})") from error
+    def look(number: int) -> tuple[int, bool]:
+        def header() -> "Image":
+            with pictures.open(number) as picture:
+                return picture
 
+        picture = read_or_raise(header, pictures.where(number))
+        return min(picture.size), is_grey(picture)
 
-def square(picture: "Image", size: int) -> "Image":
-    """Scale the shorter side of a picture to `size` pixels and cut its centre out."""
-    from PIL.Image import Resampling
-
-    width, height = picture.size
-    if width <= height:
-        width, height = size, int(size * height / width)
-    else:
-        width, height = int(size * width / height), size
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return picture.crop((left, top, left + size, top + size))
+    few = min(len(pictures), SURVEYED)
+    seen = [look(number * len(pictures) // few) for number in range(few)]
+    return Survey(sorted(side for side, _ in seen), all(grey for _, grey in seen))

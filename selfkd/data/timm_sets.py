@@ -1,16 +1,19 @@
 """Loading of timm's data sets (`create_dataset`): torch/…, hfds/…, hfids/…, tfds/…, wds/…"""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .batches import Split
-from .folder import LARGEST_DEFAULT, default_size, default_val_size
+from .folder import default_val_size, describe
+from .pictures import Mode, read_or_raise, read_picture, square
 from .sources import Source, missing
-from .stream import Mode, Pictures, Stream, read_or_raise, read_picture, square
+from .stream import LARGEST_DEFAULT, Pictures, Stream, survey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +36,7 @@ TORCH_NAMES = tuple(
         "inaturalist",
     )
 )
+_UNCONVERTED = ("hfids", "wds")  # timm would convert their pictures to RGB by Pillow alone
 _FAILURES = (AssertionError, KeyError, OSError, RuntimeError, ValueError)
 
 
@@ -48,15 +52,19 @@ class TimmPictures:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, number: int) -> "Image":
-        return read_or_raise(lambda: self._read(number), f"image {number} of {self.name}")
-
-    def _read(self, number: int) -> "Image":
+    def open(self, number: int) -> "Image":
+        """Open a picture, decoded or not."""
         reader = getattr(self.dataset, "reader", None)  # timm's items skip unreadable files
-        if reader is None:
-            picture: Image = self.dataset[number][0]
-            return picture
-        return read_picture(reader[number][0])
+        if reader is not None:
+            from PIL import Image
+
+            return Image.open(reader[number][0])
+        picture: Image.Image = self.dataset[number][0]
+        return picture
+
+    def where(self, number: int) -> str:
+        """Return the place of a picture."""
+        return f"image {number} of {self.name}"
 
     def key(self, number: int) -> str:
         """Return a name that identifies a picture without decoding it."""
@@ -75,8 +83,13 @@ class ListedPictures:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, number: int) -> "Image":
+    def open(self, number: int) -> "Image":
+        """Return a picture."""
         return self.pictures[number]
+
+    def where(self, number: int) -> str:
+        """Return the place of a picture."""
+        return f"image {number} of {self.name}"
 
     def key(self, number: int) -> str:
         """Return a name that identifies a picture without decoding it."""
@@ -94,23 +107,32 @@ def open_timm(
         test = _open_split(name, root, "validation", download)
     pool_pictures, pool_labels = _read(name, pool, image_size, limit)
     test_pictures, test_labels = _read(name, test, image_size, limit)
-    size = image_size or default_size(pool_pictures)
-    mode: Mode = "L" if pool_pictures[0].mode in ("1", "L", "I;16") else "RGB"
+    looked = survey(pool_pictures)
+    size = image_size or looked.size
+    mode: Mode = "L" if looked.grey else "RGB"
     names = _class_names(pool, max(pool_labels + test_labels) + 1)
     pool_split, test_split = (
         Split(Stream(pictures, torch.arange(len(labels)), size, mode), torch.tensor(labels))
         for pictures, labels in ((pool_pictures, pool_labels), (test_pictures, test_labels))
     )
     val_size = default_val_size(len(pool_split), len(names))
-    return Source(pool_split, names, val_size=val_size, test=test_split)
+    return Source(
+        pool_split,
+        names,
+        val_size=val_size,
+        test=test_split,
+        note=describe(name, len(pool_labels + test_labels), names, image_size, looked, Counter()),
+    )
 
 
 def _open_split(name: str, root: Path | None, split: str, download: bool) -> Any:
     import timm.data
 
-    settings = {"root": root and str(root), "split": split, "download": download}
+    settings: dict[str, Any] = {"root": root and str(root), "split": split, "download": download}
+    if name.partition("/")[0] in _UNCONVERTED:
+        settings["input_img_mode"] = ""  # as they are, for `read_picture`
     try:
-        return timm.data.create_dataset(name, **settings)
+        dataset = timm.data.create_dataset(name, **settings)
     except ImportError as error:
         raise ValueError(
             f"data.name must be a data set whose package is installed, got {name!r}: {error}"
@@ -122,6 +144,11 @@ def _open_split(name: str, root: Path | None, split: str, download: bool) -> Any
             f"data.name must be a data set that timm can open, got {name!r} (split {split}): "
             f"{error}"
         ) from error
+    if hasattr(dataset, "loader"):  # torchvision's own drops alpha and orientation
+        from PIL import Image
+
+        dataset.loader = Image.open
+    return dataset
 
 
 def _read(
@@ -154,12 +181,15 @@ def _read_all(
 ) -> tuple[ListedPictures, list[int]]:
     """Read an iterable data set once, and scale each picture as it is read."""
     pictures: list[Image] = []
-    labels = []
+    labels: list[Any] = []
+    total = 0
     for picture, label, *_ in dataset:
         size = image_size or min(LARGEST_DEFAULT, *picture.size)
-        pictures.append(square(picture, size))
+        where = f"image {len(labels)} of {name}"
+        pictures.append(square(read_or_raise(partial(read_picture, picture), where), size))
         labels.append(label)
-        if len(pictures) * 3 * size * size > limit:
+        total += 3 * size * size
+        if total > limit:
             raise ValueError(
                 f"data.name must name a data set of at most {limit:,} decoded bytes where it can "
                 f"only be read in order, got {name}: lower data.image_size or use hfds/ or folder"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
+from selfkd.distill.tasks import Task, hard_term, task_terms
 from selfkd.distill.teacher import Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
@@ -22,9 +23,10 @@ from selfkd.distill.terms import (
     check_paths,
     parse_terms,
 )
-from selfkd.losses import Average, distillation_terms
-from selfkd.losses.distillation import check_settings, hard_loss
-from selfkd.losses.sparse import SparseLogits, sparse_terms
+from selfkd.losses import Average
+from selfkd.losses.distillation import check_settings
+from selfkd.losses.fused import weighted_sum
+from selfkd.losses.sparse import SparseLogits
 
 
 class CachedLogits(Protocol):
@@ -88,11 +90,18 @@ class Distiller:
             `FeatureTerm` for outputs of submodules, also written as a mapping
             `{"student": "layer2", "teacher": "layer3", "weight": 0.1}`.
         student: Model that is trained, in any wrapper, if there are feature terms. Its last forward
-            pass before each call is the one whose features are used.
+            pass before each call is the one whose features are used. If not given, `attach` it
+            before the first call, as timm's task and Lightning's callback do.
+        task: Kind of label. `single_label`: one class of several, the loss above. `multi_label`:
+            labels `[batch, labels]` of which each may hold, with a sigmoid in the place of the
+            softmax (`selfkd.losses.multi_label_terms`). `regression`: numbers `[batch, ...]`, with
+            squared errors and no temperature (`selfkd.losses.regression_terms`).
+        margin: Margin by which the student must be better than a regression's teacher for an item
+            to be trained on its label alone, in squared units of the labels; None for never.
 
     Raises:
         ValueError: Both `teacher` and `targets`, a setting out of range, a path of no submodule,
-            or feature terms without a live teacher and a student.
+            or feature terms without a live teacher.
         TypeError: A teacher or targets that cannot be called.
 
     >>> model, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -111,7 +120,7 @@ class Distiller:
         self,
         teacher: Callable[[Any], Any] | None = None,
         *,
-        targets: CachedLogits | None = None,
+        targets: CachedLogits | Callable[..., Any] | None = None,
         temperature: float = 4.0,
         alpha: float = 0.9,
         average: Average = "probabilities",
@@ -119,8 +128,17 @@ class Distiller:
         label_smoothing: float = 0.0,
         terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
         student: nn.Module | None = None,
+        task: Task = "single_label",
+        margin: float | None = 0.0,
     ) -> None:
         check_settings(temperature, alpha, average, label_smoothing)
+        if task not in get_args(Task):
+            raise ValueError(f"task must be one of {', '.join(get_args(Task))}, got {task!r}")
+        if task != "single_label" and getattr(targets, "shifted", False):
+            raise ValueError(
+                f"targets must be cached with exact=True for {task}: these are logits less the "
+                "largest of a row, which only a softmax does not change"
+            )
         if teacher is not None and targets is not None:
             raise ValueError(
                 "teacher must be None where targets are given, got "
@@ -136,11 +154,15 @@ class Distiller:
         self.average: Average = average
         self.weights = weights
         self.label_smoothing = label_smoothing
+        self.task: Task = task
+        self.margin = margin
         self.terms = parse_terms(terms or {})
         self._features: FeatureTerms | None = None
         self._sync_hooks: list[RemovableHandle] = []
         self.projections = nn.ModuleDict()
-        if self.teacher is not None or self.targets is not None:
+        if isinstance(self.teacher, Teacher) and student is None:
+            pass  # attached later, if there are feature terms
+        elif self.teacher is not None or self.targets is not None:
             self.attach(student)
         elif student is not None:  # a wrong path is reported before there is a teacher
             check_paths(self._feature_terms(), student)
@@ -176,18 +198,29 @@ class Distiller:
         self.detach()
         self._features = FeatureTerms(terms, student, self.teacher.module)
         if not len(self.projections):
-            device = next(student.parameters()).device
-            self.projections = self._features.make_projections().to(device)
-        self._synchronize()
+            like = next(student.parameters())
+            dtype = like.dtype if like.is_floating_point() else None
+            self.projections = self._features.make_projections().to(like.device, dtype)
+        self.synchronize()
 
-    def _synchronize(self) -> None:
-        """Keep projections equal in all processes: same initial values, averaged gradients."""
+    def synchronize(self) -> None:
+        """Keep projections equal in all processes: same initial values, averaged gradients.
+
+        `attach` does so where the process group exists by then; otherwise call it once it does.
+        """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        if self.in_step:
             return
         for parameter in self.parameters():
             dist.broadcast(parameter.detach(), 0)
             hook = parameter.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
             self._sync_hooks.append(hook)
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is nothing to attach: a student is, or no term needs its features."""
+        return self._features is not None or not self._feature_terms()
 
     @property
     def in_step(self) -> bool:
@@ -227,6 +260,7 @@ class Distiller:
         index: Tensor | None = None,
         view: int = 0,
         normalizer: float | Tensor | None = None,
+        hard_loss: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss of a batch, by name.
 
@@ -239,11 +273,14 @@ class Distiller:
         Args:
             student_logits: Logits `[batch, classes]`, or an output of the student in which it is
                 clear which tensor they are, such as one with `logits`.
-            labels: Class indices `[batch]`; None of unlabelled data, at `alpha` 1 with a teacher.
+            labels: Class indices `[batch]`, or probabilities `[batch, classes]`; those of the task
+                otherwise; None of unlabelled data, at `alpha` 1 with a teacher.
             inputs: Inputs of the teacher; needed with `teacher`.
             index: Indices of the images `[batch]`; needed with `targets`.
             view: Number of the images' augmentation, for `targets`.
             normalizer: Divisor in place of the batch's number of images in each mean, above 0.
+            hard_loss: Hard term of the caller's own, a scalar with the graph, in place of the
+                cross-entropy; the labels are given to the further terms only.
 
         Returns:
             Scalars by name: `loss`, with the graph; `hard_loss`, if there are labels; `soft_loss`,
@@ -252,29 +289,18 @@ class Distiller:
 
         Raises:
             ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
-                a normalizer of 0 or less, or logits or features without a graph of a student in
-                train mode with feature terms; otherwise as `distillation_terms`.
+                a normalizer of 0 or less, or with feature terms, logits or features without a
+                graph of a student that trains; otherwise as `distillation_terms`.
             TypeError: An output in which it is not clear which tensor the logits are; otherwise as
                 `distillation_terms`.
         """
         if isinstance(normalizer, int | float) and not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer must be > 0 and finite, got {normalizer}")
         logits = take_logits(student_logits, "student_logits")
-        terms = self._terms(logits, labels, inputs, index, view)
+        terms = self._terms(logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms
         return {name: term * (len(logits) / normalizer) for name, term in terms.items()}
-
-    def _check_unlabelled(self) -> None:
-        if self.teacher is None and self.targets is None:
-            raise ValueError(
-                "labels must be given where there is neither a teacher nor targets, got None"
-            )
-        if self.alpha != 1:
-            raise ValueError(
-                f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
-                "unlabelled data, or the loss has a term of the labels"
-            )
 
     def _terms(
         self,
@@ -283,46 +309,42 @@ class Distiller:
         inputs: Any,
         index: Tensor | None,
         view: int,
+        own_hard_loss: Tensor | None,
     ) -> dict[str, Tensor]:
-        if labels is None:
-            self._check_unlabelled()
-        # of weight 0 in the loss where there are none
-        classes = torch.zeros_like(student_logits[:, 0]).long() if labels is None else labels
+        has_teacher = self.teacher is not None or self.targets is not None
+        if labels is None and own_hard_loss is None and has_teacher and self.alpha != 1:
+            raise ValueError(
+                f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
+                "unlabelled data, or the loss has a term of the labels"
+            )
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
         if teacher_logits is None:
-            loss = hard_loss(student_logits, classes, label_smoothing=self.label_smoothing)
+            loss = own_hard_loss
+            if loss is None:
+                loss = hard_term(
+                    self.task, student_logits, labels, label_smoothing=self.label_smoothing
+                )
             return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
-        if isinstance(teacher_logits, SparseLogits):
-            if self.average == "logits" and teacher_logits.values.ndim == 3:
-                raise ValueError(
-                    "average must be 'probabilities' where targets are SparseLogits of several "
-                    "members, got 'logits'"
-                )
-            terms = sparse_terms(
-                student_logits,
-                teacher_logits,
-                classes,
-                temperature=self.temperature,
-                alpha=self.alpha,
-                label_smoothing=self.label_smoothing,
-                weights=self.weights,
-            )
-        else:
-            terms = distillation_terms(
-                student_logits,
-                teacher_logits,
-                classes,
-                temperature=self.temperature,
-                alpha=self.alpha,
-                average=self.average,
-                label_smoothing=self.label_smoothing,
-                weights=self.weights,
-            )
+        terms = task_terms(
+            self.task,
+            student_logits,
+            teacher_logits,
+            labels if own_hard_loss is None else None,
+            temperature=self.temperature,
+            alpha=self.alpha if own_hard_loss is None else 1.0,
+            average=self.average,
+            label_smoothing=self.label_smoothing,
+            weights=self.weights,
+            margin=self.margin,
+        )
         named = terms._asdict()
-        if labels is None:
+        if own_hard_loss is not None:
+            named["loss"] = weighted_sum(own_hard_loss, terms.loss, self.alpha)
+            named["hard_loss"] = own_hard_loss.detach().clone()
+        elif labels is None:
             del named["hard_loss"]
         for name, value in self._further_terms(student_logits, teacher_logits, labels).items():
             named["loss"] = named["loss"] + self.terms[name].weight * value
@@ -342,15 +364,16 @@ class Distiller:
                     # without labels this suits the losses that do not read them
                     values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
                 except (AttributeError, TypeError, ValueError) as error:
-                    if labels is not None:
+                    if labels is not None or "None" not in str(error):
                         raise
                     raise ValueError(
                         f"labels must be given for the term {name!r}, got None: {error}"
                     ) from error
         if self._features is not None:
-            if self._features.student.training:
+            trains = self._features.student.training or student_logits.requires_grad
+            if trains:
                 check_graph(student_logits, "student_logits")
-            values |= self._features.losses(self.projections)
+            values |= self._features.losses(self.projections, trains=trains)
         elif len(values) < len(self.terms):
             raise ValueError("terms of features must have a student: distiller.attach(student)")
         return values
@@ -367,7 +390,7 @@ class Distiller:
                 )
             if self._features is not None:
                 return self._features.run_teacher(self.teacher, inputs)
-            return take_logits(self.teacher(inputs), "teacher")
+            return take_logits(self.teacher(inputs), "teacher").detach()
         if self.targets is not None:
             if index is None:
                 raise ValueError(

@@ -22,7 +22,8 @@ class Features:
     Hooks are registered on the modules inside `torch.compile`, `DataParallel`,
     `DistributedDataParallel` or `FullyShardedDataParallel`, and removed after the block. Each
     forward pass of `model` replaces the features of the previous one; of a submodule that runs
-    twice in a pass, the last output is kept. Of a tuple or list, the first tensor is taken.
+    twice in a pass, the last output is kept. Of a tuple, list or `ModelOutput`, the first tensor is
+    taken, of another mapping its only one.
 
     Features that in-place modules (`nn.ReLU(inplace=True)`) would overwrite are cloned just before.
     If other code overwrites a feature (`out += identity`), reading it raises an error: use `clone`.
@@ -215,12 +216,18 @@ def _is_pattern(path: str) -> bool:
 def _first_tensor(name: str, output: object) -> Tensor:
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, (tuple, list)):
-        for value in output:
-            if isinstance(value, Tensor):
-                return value
+    values: list[object] = []
+    if isinstance(output, Mapping):
+        values = list(output.values())
+    elif isinstance(output, tuple | list):
+        values = list(output)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    ordered = not isinstance(output, Mapping) or hasattr(output, "to_tuple")  # of transformers
+    if len(tensors) == 1 or (tensors and ordered):
+        return tensors[0]
     raise TypeError(
-        f"{name!r} must return a tensor, or a tuple with one, got {type(output).__name__}"
+        f"{name!r} must return a tensor, a tuple with one, or a mapping with one only, got "
+        f"{type(output).__name__}"
     )
 
 

@@ -47,7 +47,8 @@ def check_whole(name: str, module: nn.Module) -> None:
 def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, str]) -> list[str]:
     """Initialise layers of a student from a teacher's by copying parameters and buffers in place.
 
-    Nothing is copied if anything does not fit, and no memory is shared afterwards.
+    Nothing is copied if anything does not fit, and no memory is shared afterwards. Of tensors that
+    are one in the student, such as tied embeddings, and several in the teacher, the last is copied.
 
     Args:
         student: Model whose layers are overwritten.
@@ -55,7 +56,7 @@ def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, st
         mapping: Path of the teacher's submodule for each path of a submodule of the student.
 
     Returns:
-        Names of the student's parameters and buffers that were overwritten.
+        Names of the student's parameters and buffers that are now the teacher's.
 
     Raises:
         TypeError: A student or teacher that is no `nn.Module`.
@@ -91,7 +92,12 @@ def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, st
     with torch.no_grad():
         for tensor, value in copies.values():
             tensor.copy_(value)
-    return list(copies)
+    last = {id(tensor): value for tensor, value in copies.values()}
+    return [
+        name
+        for name, (tensor, value) in copies.items()
+        if last[id(tensor)] is value or torch.equal(last[id(tensor)], value)
+    ]
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:

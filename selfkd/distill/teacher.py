@@ -1,10 +1,12 @@
 """Frozen teachers: copies of networks, always in eval mode, whose logits carry no graph."""
 
-import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from inspect import getclosurevars, isfunction, signature
+from inspect import unwrap as unwrap_function
 from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -86,7 +88,9 @@ class Teacher:
         self._columns = None if in_order else torch.tensor(columns)
 
     @classmethod
-    def from_timm(cls, module: nn.Module, *, input_stats: Stats | None = None) -> "Teacher":
+    def from_timm(
+        cls, module: nn.Module, *, input_stats: Stats | None = None, copy: bool = True
+    ) -> "Teacher":
         """Make a teacher from a timm model with its published pretrained weights.
 
         `trained_stats` is read from `module.pretrained_cfg`. For a model fine-tuned on inputs of
@@ -96,6 +100,7 @@ class Teacher:
             module: Model from `timm.create_model(..., pretrained=True)`.
             input_stats: Mean and standard deviation with which the inputs of each call are
                 normalised, one value a channel.
+            copy: Whether to copy and freeze the module rather than run it as it is.
 
         Raises:
             ValueError: A module without a `pretrained_cfg` that has weights.
@@ -113,7 +118,7 @@ class Teacher:
                 f"{type(unwrap(module)).__name__}: give its statistics to Teacher as trained_stats"
             )
         trained_stats = None if input_stats is None else (cfg["mean"], cfg["std"])
-        return cls(module, input_stats=input_stats, trained_stats=trained_stats)
+        return cls(module, input_stats=input_stats, trained_stats=trained_stats, copy=copy)
 
     @torch.no_grad()
     def __call__(self, inputs: Any) -> Tensor:
@@ -124,7 +129,8 @@ class Teacher:
                 `trained_stats`, `[batch, channels, height, width]`.
 
         Returns:
-            Logits `[batch, classes]`, without a graph even if `inputs` require a gradient.
+            Logits `[batch, classes]`, or numbers `[batch]`, without a graph even if `inputs`
+            require a gradient.
 
         Raises:
             TypeError: A result of the module in which it is not clear which tensor the logits are.
@@ -140,7 +146,7 @@ class Teacher:
         finally:
             for part in [] if self.copied else training:
                 part.training = True
-        if logits.ndim != 2:
+        if logits.ndim not in (1, 2):  # one number each, of a regression
             raise ValueError(f"teacher must return [batch, classes], got {list(logits.shape)}")
         if self._columns is not None:
             logits = logits.index_select(1, self._columns.to(logits.device))
@@ -212,7 +218,7 @@ class Ensemble:
         """
         logits = [member(inputs) for member in self.members]
         logits = [member_logits.to(logits[0].device) for member_logits in logits]
-        classes = [member_logits.shape[1] for member_logits in logits]
+        classes = [member_logits[0].numel() for member_logits in logits]
         if len(set(classes)) > 1:
             raise ValueError(f"members must have the same number of classes, got {classes}")
         return torch.stack(logits)
@@ -262,7 +268,31 @@ def copy_module(module: nn.Module) -> nn.Module:
             f"module must be one that can be copied, got {type(module).__name__} ({first}): "
             f"{way_out}"
         ) from error
+    _bind_forward(module, twin, way_out)
     return drop_hooks(twin)
+
+
+def _bind_forward(module: nn.Module, twin: nn.Module, way_out: str) -> None:
+    """Bind a copy's `forward` to the copy where it was replaced by a function of the original.
+
+    A function is not copied: with its own `forward`, a teacher would follow the original's weights.
+    """
+    originals = {id(part) for part in module.modules()}
+    for part, copied in zip(module.modules(), twin.modules(), strict=False):
+        forward: Callable[..., Any] = vars(part).get("forward", part.forward)
+        if not isfunction(forward) or vars(copied).get("forward") is not forward:
+            continue
+        inner, held = unwrap_function(forward), getclosurevars(forward)
+        compiled = hasattr(forward, "_torchdynamo_orig_callable")
+        if compiled and isinstance(inner, MethodType) and inner.__self__ is part:
+            copied.forward = MethodType(inner.__func__, copied)
+            continue
+        values = [inner, *held.nonlocals.values(), *held.globals.values()]
+        if any(id(getattr(value, "__self__", value)) in originals for value in values):
+            raise ValueError(
+                "module must be one that can be copied, got the forward of "
+                f"{type(part).__name__} replaced by a function of the module itself: {way_out}"
+            )
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:
@@ -324,7 +354,7 @@ def _run(module: nn.Module, inputs: Any) -> Any:
         required = [argument.name for argument in arguments if not argument.has_default_value()]
         accepted = {argument.name for argument in arguments}
     else:
-        parameters = inspect.signature(module.forward).parameters.values()
+        parameters = signature(unwrap(module).forward).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = [parameter.name for parameter in named if parameter.default is parameter.empty]
         accepted = {parameter.name for parameter in named}

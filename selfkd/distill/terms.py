@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.distill.features import Features
+from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph
 from selfkd.losses.distillation import is_nan
 from selfkd.losses.features import Projection, hint_loss, reconcile
@@ -75,7 +76,7 @@ class LogitTerm:
         _check_weight(self.weight)
 
 
-Term = FeatureTerm | LogitTerm
+Term = LogitTerm | FeatureTerm
 
 
 def parse_terms(terms: Mapping[str, Term | Mapping[str, Any]]) -> dict[str, Term]:
@@ -113,7 +114,7 @@ class FeatureTerms:
         self, terms: Mapping[str, FeatureTerm], student: nn.Module, teacher: nn.Module
     ) -> None:
         self._terms = terms
-        self.student = student
+        self.student = unwrap(student)
         paths = list(dict.fromkeys(term.student for term in terms.values()))
         self._student = Features(student, paths)
         of_teacher = list(dict.fromkeys(term.of_teacher for term in terms.values()))
@@ -142,22 +143,28 @@ class FeatureTerms:
         with self._teacher:
             return teacher(inputs)
 
-    def losses(self, projections: nn.ModuleDict) -> dict[str, Tensor]:
+    def losses(self, projections: nn.ModuleDict, *, trains: bool) -> dict[str, Tensor]:
         """Return the loss of each term, unweighted, with its graph.
 
         Args:
             projections: Result of `make_projections`.
+            trains: Whether the student is trained by this batch, so that its features must have a
+                graph.
 
         Raises:
-            ValueError: NaN in a feature of the teacher (checked on the CPU only), or a feature of a
-                student in train mode that has no graph although its term has a weight.
+            ValueError: NaN in a feature of the teacher (checked on the CPU only), or a feature of
+                the student without a graph, of a term with a weight.
         """
-        return {name: self._loss(name, term, projections) for name, term in self._terms.items()}
+        return {
+            name: self._loss(name, term, projections, trains) for name, term in self._terms.items()
+        }
 
-    def _loss(self, name: str, term: FeatureTerm, projections: nn.ModuleDict) -> Tensor:
+    def _loss(
+        self, name: str, term: FeatureTerm, projections: nn.ModuleDict, trains: bool
+    ) -> Tensor:
         losses = []
         for number, (student, teacher) in enumerate(self._pairs(term)):
-            if term.weight and self.student.training:
+            if term.weight and trains:
                 check_graph(student, f"feature {term.student!r} of the student, of {name!r},")
             if term.project is not None:
                 projection = projections[_key(name, number)]

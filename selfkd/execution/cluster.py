@@ -22,7 +22,7 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from selfkd.errors import ConfigError, RayLostError
+from selfkd.errors import ConfigError, RayLostError, cut_text, describe_error
 from selfkd.execution.group import fitting
 from selfkd.execution.ray_private import (
     DEBUG_AUTOSCALING_STATUS,
@@ -82,6 +82,9 @@ def connect(
             watch.check()
         except Exception as error:
             watch.check()  # what has led to it
+            # of a call of this process: those of jobs are caught, and Ray alone raises the latter
+            if isinstance(error, RayError) or type(error) is Exception:
+                raise RayLostError(lost_message(error)) from error
             if not isinstance(error, RayLostError):
                 watch.end()  # before its processes end
                 ray.shutdown()
@@ -173,6 +176,16 @@ def token_message(source: str) -> str:
         "Put the cluster's token (on its head: ray get-auth-token) into ~/.ray/auth_token or "
         "RAY_AUTH_TOKEN, and export RAY_AUTH_MODE=token"
     )
+
+
+def lost_message(error: Exception) -> str:
+    """Return why Ray cannot be worked with any more, and the way out.
+
+    Args:
+        error: What a call of it has raised, as where the machine is too busy for it to respond.
+    """
+    reason = cut_text(" ".join(describe_error(error).split()), 500)
+    return f"Ray does not respond as it should: {reason}\nContinue when the machine is less busy"
 
 
 def open_message(*, joined: bool) -> str | None:

@@ -39,8 +39,19 @@ _SOCKET = "session_0000-00-00_00-00-00_000000_0000000/sockets/plasma_store"
 
 
 def temporary_folder() -> Path:
-    """Return the folder for the sessions of all Rays that are started here."""
-    return Path(get_default_ray_temp_dir())
+    """Return the folder for the sessions of all Rays that are started here.
+
+    Ray takes an empty variable for the working folder.
+    """
+    given = [os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")]
+    if "" in given:
+        return Path(given[0] or given[1] or "/tmp", "ray").absolute()  # noqa: S108 - as Ray's own
+    return Path(usual_of_ray()).absolute()
+
+
+def usual_of_ray() -> str:
+    """Return that folder as Ray names it."""
+    return str(get_default_ray_temp_dir())
 
 
 def session_name() -> str:
@@ -138,7 +149,7 @@ def raylet_listens() -> bool:
     It is not where the system has no such table, or the raylet runs in a namespace of its own.
     """
     with contextlib.suppress(OSError, AttributeError):
-        return str(_worker._global_node.raylet_socket_name) in _SOCKETS.read_text()
+        return str(_worker._global_node.raylet_socket_name) in _SOCKETS.read_text(encoding="utf-8")
     return False
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from selfkd.execution.ray_private import (
     sockets_fit,
     stop_autoscaler,
     temporary_folder,
+    usual_of_ray,
 )
 from selfkd.storage.temporary import TemporaryFolder, sweep
 
 TUNE_SECONDS = 10.0  # limit for Tune to end its trials
+LEAST_BYTES = 2**20  # that Ray's logs need, at the very least
 _SHORT = "/tmp"  # noqa: S108 - where RAY_TMPDIR is not set and TMPDIR is too long
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -61,11 +65,13 @@ class Session:
         self.temporary: str | None = None
         """Ray's temporary folder, where it is not the usual one."""
         usual = temporary_folder()
-        short = Path(os.environ.get("RAY_TMPDIR", _SHORT))
+        short = Path(os.environ.get("RAY_TMPDIR") or _SHORT).absolute()
         try:
             if sockets_fit(usual):
                 sweep(usual, "session_*")
                 self.folder = TemporaryFolder(path=usual / self.name)
+                if usual_of_ray() != str(usual):
+                    self.temporary = str(usual)
             elif sockets_fit(short / "selfkd-ray-00000000"):  # TMPDIR of a batch system
                 self.folder = TemporaryFolder("selfkd-ray-", parent=short)
                 self.temporary = str(self.folder.path)
@@ -74,11 +80,39 @@ class Session:
                     f"RAY_TMPDIR must be short, as Ray's sockets lie in it, got {short}: "
                     "set it to a short folder on this machine, or unset it"
                 )
+            _check_space(self.folder)
         except OSError as error:
             raise ConfigError(
                 f"Ray's folder for temporary files must be writable, got {usual} "
                 f"({error.strerror or error}): set RAY_TMPDIR to a short one on this machine"
             ) from None
+
+
+def _check_space(folder: TemporaryFolder) -> None:
+    """Write a file, as Ray waits half a minute for one of its own where the disk is full."""
+    try:
+        with tempfile.TemporaryFile(dir=folder.path) as file:
+            file.write(bytes(LEAST_BYTES))
+    except OSError:
+        folder.remove()
+        raise
+
+
+def _have_token() -> None:
+    """Set a token of this process where Ray cannot write one to the user's home."""
+    known = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or any(
+        map(os.environ.get, known)
+    ):
+        return
+    try:
+        folder = Path.home() / ".ray"
+        if (folder / "auth_token").is_file():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def start(session: Session | None, *, verbose: bool, address: str | None) -> None:
@@ -103,6 +137,7 @@ def start(session: Session | None, *, verbose: bool, address: str | None) -> Non
             if session is None:
                 ray.init(**printed)
                 return
+            _have_token()
             with on_loopback(session.name):
                 ray.init(
                     address="local",
@@ -132,7 +167,7 @@ def start_message(reason: str, address: str | None) -> str:
             free.append(f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB in {folder}")
     return (
         f"Ray did not start on this machine: {reason}\n"
-        f"It needs memory, files (ulimit -n), processes (ulimit -u) and space (free are "
-        f"{', '.join(free)}): free some, or set RAY_TMPDIR to a short folder with space; "
-        "--verbose shows what Ray prints"
+        f"It needs memory (ulimit -v), files (ulimit -n), processes (ulimit -u), space (free are "
+        f"{', '.join(free)}) and a machine that is not too busy: free some, set RAY_TMPDIR to a "
+        "short folder with space, or try again later; --verbose shows what Ray prints"
     )

@@ -8,7 +8,7 @@ the difference of each pair says what the setting does.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -416,7 +416,10 @@ class Run:
             checked = run_one(self.executor, "check_function", function=self.function)
         if "fault" in checked:
             raise ConfigError(f"{where}{checked['fault']}")
-        return from_row(Facts, checked["facts"])
+        facts = from_row(Facts, checked["facts"])
+        for note in facts.notes if config is None else ():  # once a run
+            self.events(Message(note))
+        return replace(facts, notes=())
 
     def job(self, kind: str, config: Config | None = None, **payload: Any) -> Row:
         """Run a single job; return its last row."""
@@ -430,10 +433,9 @@ class Run:
         Raises:
             RunError: A job failed again.
         """
-        settings = {"config": to_tree(config or self.config)}
+        settings, rows = {"config": to_tree(config or self.config)}, dict[int, Row]()
         jobs = [Job(kind, settings | payload) for payload in payloads]
         self.events(TaskStarted(title, len(jobs)))
-        rows: dict[int, Row] = {}
 
         def progressed(row: Row) -> None:
             self.events(TaskProgressed(row.get("state")))

@@ -53,6 +53,8 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
     config = run.config
     if not config.confirm.replicas:
         return []
+    for result in results[:1]:
+        _keep_given(run, result)
     done = {row.generation for row in load_confirmations(config, run.folder, len(results))}
     waiting = [row for row in results if row.generation not in done]
     for lot in [[row] for row in waiting] if config.confirm.lineages else [waiting]:
@@ -60,6 +62,26 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
     for result in results:  # here, as a kill may have come between
         _remove_students(run, result.generation)
     return [load_row(Confirmation, _path(run.folder, row.generation)) for row in results]
+
+
+def _keep_given(run: Run, result: GenerationResult) -> None:
+    """Write down a generation 0 whose training cannot be repeated as what it is: one model."""
+    path = _path(run.folder, result.generation)
+    if result.origin is None or result.origin.unknown is None or path.exists():
+        return
+    value = result.metrics[run.metric]
+    given = Confirmation(
+        generation=result.generation,
+        seeds=(0,),
+        metric=run.metric,
+        values=(value,),
+        validation=(result.metrics[run.config.search.metric],),
+        mean=Interval(value),
+        wanted=1,
+        given=True,
+    )
+    save_row(path, given)
+    run.events(GenerationConfirmed(given))
 
 
 def _replicate(
@@ -106,7 +128,8 @@ def labels_only(folder: RunFolder, confirmations: Sequence[Confirmation]) -> tup
     path = _baseline_path(folder)
     if path.exists():
         return "the same network from labels only", load_row(Replicated, path)
-    return "generation 0", confirmations[0]
+    name = "generation 0 (one given model)" if confirmations[0].given else "generation 0"
+    return name, confirmations[0]
 
 
 def baseline_row(run: Run, confirmations: Sequence[Confirmation]) -> ControlResult | None:
@@ -123,7 +146,7 @@ def baseline_row(run: Run, confirmations: Sequence[Confirmation]) -> ControlResu
 def load_confirmations(config: Config, folder: RunFolder, generations: int) -> list[Confirmation]:
     """Return the confirmations of the first generations, as far as all seeds are done."""
     known = _load_known(folder, generations)
-    return [row for row in known if row.wanted >= config.confirm.replicas]
+    return [row for row in known if row.given or row.wanted >= config.confirm.replicas]
 
 
 def judge_generations(run: Run, confirmations: Sequence[Confirmation]) -> Verdict | None:
@@ -137,7 +160,16 @@ def judge_generations(run: Run, confirmations: Sequence[Confirmation]) -> Verdic
     numbers = ranges([row.generation for row in confirmations[1:]])
     together = f"born-again generations {numbers}, taken together,"
     terms = run.terms
-    return judge(family, terms=terms, together=together, noun="generation", method="closed")
+    found = judge(family, terms=terms, together=together, noun="generation", method="closed")
+    if not baseline.given:
+        return found
+    origin = run.folder.results()[0].origin
+    why = f", as {origin.unknown}" if origin else ""
+    rests = (
+        f"generation 0 has one seed{why}: the intervals are over seeds of the later generations, "
+        "and another training of generation 0 would move all differences alike"
+    )
+    return replace(found, sentences=(*found.sentences, rests))
 
 
 def _load_known(folder: RunFolder, generations: int) -> list[Confirmation]:
@@ -204,7 +236,7 @@ def stop_reason(
     return (
         f"stopped after generation {numbers[-1]}: generations {join(numbers)}, taken together, "
         f"show no evidence of a gain over generation {before.generation} ({metric}, "
-        f"{count(seeds, 'paired seed')}: {value})"
+        f"{count(seeds, 'fresh seed' if before.given else 'paired seed')}: {value})"
     )
 
 

@@ -20,6 +20,7 @@ from selfkd.experiments.confirm import (
     stop_reason,
 )
 from selfkd.experiments.controls import judge_controls, run_controls
+from selfkd.experiments.given import import_generation, say_changes
 from selfkd.experiments.replicas import resolution
 from selfkd.experiments.run_folder import EXAMPLES, RunFolder
 from selfkd.results import (
@@ -59,6 +60,8 @@ def born_again(run: Run) -> GenerationsSummary:
     results = folder.results()[: config.most_rounds + 1]
     for result in results:
         run.events(GenerationFinished(result))
+    for result in results[:1]:
+        say_changes(run, result)
     for confirmation in load_confirmations(config, folder, len(results)):
         run.events(GenerationConfirmed(confirmation))
     while not _is_last(config, folder, results):
@@ -137,7 +140,7 @@ def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:
     replicas = [*summary.confirmations, *(r for r in summary.controls if r.name != "seeds")]
     confirmed = not config.confirm.replicas or (
         len(summary.confirmations) == len(rows)
-        and all(row.wanted >= config.confirm.replicas for row in replicas)
+        and all(row.given or row.wanted >= config.confirm.replicas for row in replicas)
     )
     same = [row.hash for row in rows] == [row.hash for row in results]
     return summary if same and confirmed and done >= set(config.controls) else None
@@ -161,8 +164,10 @@ def _stopped(
 
 
 def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResult:
-    """Search, choose and measure the next generation."""
+    """Search, choose and measure the next generation; import one that is given."""
     config, generation = run.config, len(results)
+    if not generation and config.generation_0.path is not None:
+        return import_generation(run)
     start = time.perf_counter()
     teachers = _teachers(config, results)
     if teachers and run.function is None and not config.distill.live:

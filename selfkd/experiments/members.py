@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from selfkd.config import Config, ModelConfig, Source
 from selfkd.config.space import Distribution
-from selfkd.config.validate import no_lineages
+from selfkd.config.validate import no_generations
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Run
 from selfkd.experiments.run_folder import RunFolder
@@ -85,7 +85,7 @@ def check_members(config: Config) -> None:
     Raises:
         ConfigError: One is not there, or a run is given twice.
     """
-    for fault in no_lineages(config):
+    for fault in no_generations(config):
         raise ConfigError(fault)
     given: dict[str, str] = {}
     for run in config.members.runs:
@@ -134,7 +134,8 @@ def _imported(run: Run) -> list[Member]:
     """Import the models that were trained elsewhere."""
     members, folder = run.config.members, run.folder.path / "members"
     parts: list[dict[str, Any]] = []
-    for number, source in enumerate([path for name in members.runs for path in find_members(name)]):
+    found = [path for name in members.runs for path in find_members(name)]
+    for number, source in enumerate(found):
         save = folder / f"run_{number:03d}.safetensors"
         if not save.exists():
             link(source, save)
@@ -145,9 +146,17 @@ def _imported(run: Run) -> list[Member]:
     if not parts:
         return []
     rows = run.jobs("importing members", "import_checkpoint", parts)
-    faults = [row["fault"] for row in rows if "fault" in row]
+    places = [*map(str, found), *(file.path for file in members.checkpoints)]
+    faults = [
+        row["fault"].replace(part["save"], place)
+        for row, part, place in zip(rows, parts, places, strict=True)
+        if "fault" in row
+    ]
     if faults:
         raise ConfigError("\n".join(faults))
+    for row in rows:
+        if row["said"]:
+            run.events(Message(row["said"]))
     other = sum(not row["same_data"] for row in rows)
     if other:
         run.events(

@@ -45,10 +45,13 @@ def make_terms(config: Config, metric: str, mode: Mode, facts: Facts) -> Terms:
 def pair_up(
     name: str, to: str, measured: Replicated, other: Replicated, *, key: Key = "values"
 ) -> Pairs:
-    """Return two arms, paired by their seeds."""
+    """Return two arms, paired by their seeds; each seed of one with the other's given model."""
     first, second = (
         dict(zip(arm.seeds, getattr(arm, key), strict=True)) for arm in (measured, other)
     )
+    if other.given:
+        (value,) = second.values()
+        second = dict.fromkeys(first, value)
     return Pairs.of(name, to, first, second)
 
 

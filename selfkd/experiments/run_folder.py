@@ -313,7 +313,7 @@ def _claim(path: Path, run_id: str, *, left: bool) -> bool:
         return False
     save_text(path / "run_id", run_id, patience=0)
     time.sleep(_SETTLE_SECONDS)  # of several that write at the same moment the last one stands
-    return (path / "run_id").read_text() == run_id
+    return (path / "run_id").read_text(encoding="utf-8") == run_id
 
 
 def _never_began(path: Path) -> bool:

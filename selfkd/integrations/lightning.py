@@ -3,6 +3,20 @@
     trainer = Trainer(callbacks=[DistillationCallback(Distiller(Teacher(model), alpha=0.9))])
     trainer.fit(module, loader)  # `module` computes cross-entropy, without a teacher
 
+In the YAML of a `LightningCLI`:
+
+    trainer:
+      callbacks:
+        - class_path: selfkd.integrations.lightning.DistillationCallback
+          init_args:
+            path: model
+            distiller:
+              class_path: selfkd.Distiller
+              init_args:
+                teacher: {class_path: mynets.Net, init_args: {width: 64}}
+                alpha: 0.9
+                terms: {hint: {student: layer2, teacher: layer3}}
+
 For the next generation make a new module, a new `Trainer`, and a `Teacher` of the last module:
 `examples/lightning_callback.py`.
 """
@@ -10,6 +24,9 @@ For the next generation make a new module, a new `Trainer`, and a `Teacher` of t
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +34,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.distiller import Distiller
-from selfkd.integrations.common import check_processes, place
+from selfkd.distill.layers import unwrap
+from selfkd.distill.outputs import check_graph, describe_output, take_logits
+from selfkd.integrations.common import attach, place
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,17 +57,20 @@ class DistillationCallback(Callback):
     teacher run on the same inputs. The distiller's terms are logged as `distill/loss`,
     `distill/hard_loss` and so on. After the fit, or an error in it, the module is restored.
 
-    The batch must be `(inputs, labels)`, or `(inputs, labels, index)` with cached targets.
-    `training_step` must run the student once and use automatic optimisation; otherwise, or if parts
-    of its loss are to be kept, use `DistillationMixin`. Checkpoints have nothing of the teacher.
-    The projections of the distiller's terms are added to the first parameter group of the first
-    optimiser.
+    The batch must be `(inputs, labels)`, or a mapping with one of the keys `label`, `labels`,
+    `target`, `targets`, `y`; with cached targets `(inputs, labels, index)`, a mapping that has one
+    of `index`, `indices`, `idx` too, or `(batch, index)` as of `selfkd.SeededView`, of which
+    `training_step` gets the batch. Without labels, at `alpha` 1, the student is distilled on
+    unlabelled data. `training_step` must run the student once and use automatic optimisation;
+    otherwise, or if parts of its loss are to be kept, use `DistillationMixin`. Checkpoints have
+    nothing of the teacher. The projections of the distiller's terms are added to the first
+    parameter group of the first optimiser, and kept equal in all processes.
 
     Args:
         distiller: Distiller with a teacher, an `Ensemble`, cached targets, or none of them
-            (generation 0).
+            (generation 0). Feature terms that have no student yet are attached to that of `path`.
         path: Path of the submodule from inputs to logits, as in `named_modules`; if not given, the
-            LightningModule itself, called as `self(inputs)`.
+            LightningModule itself, called as `self(inputs)`. It may return more than logits.
 
     Attributes:
         view: Number of the images' augmentation for cached targets, 0 at first; to be set during
@@ -64,7 +86,9 @@ class DistillationCallback(Callback):
         self.distiller = distiller
         self.path = path
         self.view = 0
-        self._calls: list[tuple[Any, Any]] | None = None  # inputs and outputs of the student
+        self._calls: list[_Call] | None = None
+        self._state: dict[str, Any] = {}  # of projections that are not made yet
+        self._detach = False  # whether the student was attached here, for this fit
         self._handle: RemovableHandle | None = None
         self._replaced: dict[str, Any] = {}
 
@@ -80,12 +104,16 @@ class DistillationCallback(Callback):
                 "automatic_optimization must be True, got False: with manual optimisation the loss "
                 "cannot be replaced, use DistillationMixin"
             )
-        check_processes(self.distiller, trainer.world_size)
-        place(self.distiller, pl_module.device)
+        student = self._student(pl_module)
+        self._detach = not self.distiller.attached
+        place(self.distiller, pl_module.device, _floating_dtype(student))
+        attach(self.distiller, student, trainer.world_size)
+        if self._state:  # of a checkpoint that was read before there were projections
+            self.distiller.load_state_dict(self._state)
+            self._state = {}
         projections = list(self.distiller.parameters())
         if projections:  # a separate group would not fit the schedule, nor a checkpoint
             trainer.optimizers[0].param_groups[0]["params"].extend(projections)
-        student = self._student(pl_module)
         self._handle = student.register_forward_hook(self._record_call, with_kwargs=True)
         self._wrap(pl_module)
 
@@ -104,8 +132,11 @@ class DistillationCallback(Callback):
         return self.distiller.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of `state_dict`."""
-        self.distiller.load_state_dict(state_dict)
+        """Load the result of `state_dict`, when the fit starts if there is no student yet."""
+        if self.distiller.attached:
+            self.distiller.load_state_dict(state_dict)
+        else:
+            self._state = state_dict
 
     def _student(self, pl_module: LightningModule) -> nn.Module:
         try:
@@ -117,8 +148,7 @@ class DistillationCallback(Callback):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self._calls is not None:
-            inputs = args[0] if args else next(iter(kwargs.values()), None)
-            self._calls.append((inputs, output))
+            self._calls.append(_Call(module, args, kwargs, output))
 
     def _wrap(self, pl_module: LightningModule) -> None:
         step = pl_module.training_step
@@ -129,7 +159,8 @@ class DistillationCallback(Callback):
         def training_step(batch: Any, *args: Any) -> Any:
             self._calls = []
             try:
-                output = step(batch, *args)
+                own = batch[0] if _is_indexed(batch, self.distiller) else batch
+                output = step(own, *args)
                 return output if output is None else self._replace_loss(pl_module, batch, output)
             finally:
                 self._calls = None
@@ -137,6 +168,9 @@ class DistillationCallback(Callback):
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def _restore(self, pl_module: LightningModule) -> None:
+        if self._detach:
+            self._detach = False
+            self.distiller.detach()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -144,27 +178,70 @@ class DistillationCallback(Callback):
             vars(pl_module).update(self._replaced)
 
     def _replace_loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Any:
-        labels, index = _labels_and_index(batch)
-        inputs, logits = self._recorded_call()
+        labels, index = _labels_and_index(batch, self.distiller)
+        call = self._recorded_call()
+        logits = self._logits(call.output)
+        check_graph(logits, "student_logits")
+        inputs = call.inputs(labels)
         terms = self.distiller(logits, labels, inputs=inputs, index=index, view=self.view)
-        _log(pl_module, terms, len(labels))
+        _log(pl_module, terms, len(logits))
         return {**output, "loss": terms["loss"]} if isinstance(output, dict) else terms["loss"]
 
-    def _recorded_call(self) -> tuple[Any, Tensor]:
-        name = f"submodule {self.path!r}" if self.path else "LightningModule"
+    @property
+    def _name(self) -> str:
+        return f"submodule {self.path!r}" if self.path else "LightningModule"
+
+    def _recorded_call(self) -> _Call:
         if self._calls is None or len(self._calls) != 1:
             raise RuntimeError(
-                f"the {name} must be called once in training_step, got {len(self._calls or [])} "
-                "calls: give the path of the submodule that maps inputs to logits, or use "
+                f"the {self._name} must be called once in training_step, got "
+                f"{len(self._calls or [])} calls: give the path of the submodule that maps inputs "
+                "to logits, or use DistillationMixin"
+            )
+        return self._calls[0]
+
+    def _logits(self, output: Any) -> Tensor:
+        try:
+            return take_logits(output, "student")
+        except TypeError as error:
+            raise TypeError(
+                f"the {self._name} must return a tensor of logits, or an output in which it is "
+                f"clear which tensor they are, got {describe_output(output)}: give the path of "
+                "the submodule that does, or use DistillationMixin"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A recorded call of the student."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def inputs(self, labels: Tensor | None) -> Any:
+        """Return the inputs of the teacher: the only argument, or a mapping of several by name.
+
+        Labels that the student takes too, as models of transformers do, are none of them.
+        """
+        if len(self.args) + len(self.kwargs) == 1:
+            return next(iter([*self.args, *self.kwargs.values()]))
+        parameters = inspect.signature(unwrap(self.module).forward).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+        if len(names) < len(self.args):
+            raise TypeError(
+                f"{type(self.module).__name__} must have names for several inputs, got *args: use "
                 "DistillationMixin"
             )
-        inputs, logits = self._calls[0]
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"the {name} must return a tensor of logits, got {type(logits).__name__}: give the "
-                "path of the submodule that does, or use DistillationMixin"
-            )
-        return inputs, logits
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        inputs = {
+            name: value
+            for name, value in given.items()
+            if value is not None and (labels is None or value is not labels)
+        }
+        return inputs if len(inputs) > 1 else next(iter(inputs.values()), None)
 
 
 class DistillationMixin:
@@ -175,9 +252,11 @@ class DistillationMixin:
                 inputs, labels = batch
                 return self.distillation_loss(self(inputs), labels, inputs=inputs)
 
-    The distiller is in no `state_dict`. If the module calls `save_hyperparameters`, give it
-    `ignore=["distiller"]`, or every checkpoint has the teacher. Add the projections of its terms,
-    `self.distiller.parameters()`, to the optimiser in `configure_optimizers`, and save them.
+    The distiller is in no `state_dict`. Feature terms need the module before its first step:
+    `Distiller(…, student=self)`, or `distiller.attach(self)`. If the module calls
+    `save_hyperparameters`, give it `ignore=["distiller"]`, or every checkpoint has the teacher. Add
+    the projections of its terms, `self.distiller.parameters()`, to the optimiser in
+    `configure_optimizers`, and save them.
     """
 
     distiller: Distiller
@@ -211,11 +290,15 @@ class DistillationMixin:
         """
         if not isinstance(self, LightningModule):
             raise TypeError(f"self must be a LightningModule, got {type(self).__name__}")
-        if self._teacher_device != student_logits.device:
-            self._teacher_device = student_logits.device
-            place(self.distiller, self._teacher_device)
-        terms = self.distiller(student_logits, labels, inputs=inputs, index=index, view=view)
-        _log(self, terms, len(labels))
+        logits = take_logits(student_logits, "student_logits")
+        if self.training:
+            check_graph(logits, "student_logits")
+        if self._teacher_device != logits.device:
+            self._teacher_device = logits.device
+            place(self.distiller, logits.device, _floating_dtype(self))
+            self.distiller.synchronize()
+        terms = self.distiller(logits, labels, inputs=inputs, index=index, view=view)
+        _log(self, terms, len(logits))
         return terms["loss"]
 
 
@@ -224,12 +307,56 @@ def _log(pl_module: LightningModule, terms: dict[str, Tensor], batch_size: int) 
     pl_module.log_dict(values, batch_size=batch_size)
 
 
-def _labels_and_index(batch: Any) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+_LABELS = ("label", "labels", "target", "targets", "y")
+_INDICES = ("index", "indices", "idx")
+
+
+def _labels_and_index(batch: Any, distiller: Distiller) -> tuple[Tensor | None, Tensor | None]:
+    """Return labels, None of unlabelled data, and indices where targets are cached."""
+    labels: Tensor | None = None
+    index: Tensor | None = None
+    known = True
+    if _is_indexed(batch, distiller):
+        labels, _ = _labels_and_index(batch[0], distiller)
+        return labels, batch[1]
+    if isinstance(batch, Mapping):
+        labels = _only(batch, _LABELS)
+        index = _only(batch, _INDICES) if distiller.targets is not None else None
+    elif isinstance(batch, tuple | list) and len(batch) in (1, 2, 3):
+        labels, index = (*batch[1:], None, None)[:2]
+    else:
+        known = isinstance(batch, Tensor)
+    if not known or (labels is None and distiller.alpha != 1):
         raise TypeError(
-            "batch must be (inputs, labels) or (inputs, labels, index), got "
-            f"{type(batch).__name__}{size}: use DistillationMixin"
+            "batch must be (inputs, labels) or (inputs, labels, index), or a mapping with one of "
+            f"{', '.join(_LABELS)}, got {describe_output(batch)}: use DistillationMixin, or alpha "
+            "1 for unlabelled data"
         )
-    labels, *index = batch[1:]
-    return labels, index[0] if index else None
+    return labels, index
+
+
+def _is_indexed(batch: Any, distiller: Distiller) -> bool:
+    """Whether a batch is one with the indices of its items, as of `selfkd.SeededView`."""
+    return (
+        distiller.targets is not None
+        and isinstance(batch, tuple | list)
+        and len(batch) == 2
+        and isinstance(batch[0], tuple | list | Mapping)
+    )
+
+
+def _only(batch: Mapping[Any, Any], names: tuple[str, ...]) -> Tensor | None:
+    found = [name for name in names if name in batch]
+    if len(found) > 1:
+        raise ValueError(
+            f"batch must have one key of {', '.join(names)}, got {', '.join(found)}: use "
+            "DistillationMixin"
+        )
+    value: Tensor | None = batch[found[0]] if found else None
+    return value
+
+
+def _floating_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the data type of the first floating-point parameter."""
+    floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(floating, None)

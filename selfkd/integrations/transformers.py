@@ -5,74 +5,112 @@ Needs `pip install 'selfkd[transformers]'`.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfkd.distill.outputs import check_graph
 from selfkd.distill.teacher import Ensemble, Teacher
-from selfkd.integrations.transformers_layers import resolve_layer_map, text_config
+from selfkd.integrations.transformers_batches import TermSums, shares_of, sizes_of, targets_of
+from selfkd.integrations.transformers_card import describe_distillation
+from selfkd.integrations.transformers_inputs import (
+    LABEL_COLUMNS,
+    Teachers,
+    as_teachers,
+    bare,
+    column_names,
+    is_encoder_decoder,
+    match_classes,
+    match_vocabularies,
+    output_options,
+    predictions_of,
+    require_labels,
+    run_teacher,
+    select_inputs,
+    task_of,
+    with_labels,
+)
+from selfkd.integrations.transformers_layers import (
+    check_weights,
+    feature_terms,
+    resolve_layer_map,
+    text_config,
+)
 from selfkd.integrations.transformers_layers import start_from_teacher as start_from_teacher
+from selfkd.integrations.transformers_logits import (
+    check_linear_head,
+    logits_of,
+    loss_terms,
+    run_to_head,
+)
 from selfkd.losses import Average
 from selfkd.losses.distillation import check_settings
-from selfkd.losses.features import (
-    Projection,
-    attention_matrices,
-    cosine_embedding,
-    hidden_state_loss,
-)
-from selfkd.losses.sequences import sequence_terms
+from selfkd.losses.divergences import Divergence, SoftTerm
+from selfkd.losses.fused import weighted_sum
+from selfkd.losses.sequences import LinearLogits
 
 try:
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
     from transformers.loss.loss_utils import ForCausalLMLoss
+    from transformers.trainer_utils import EvalLoopOutput
+    from transformers.utils.generic import find_labels
+
+    from selfkd.integrations.transformers_projection import PROJECTION_FILE as PROJECTION_FILE
+    from selfkd.integrations.transformers_projection import ProjectionTrainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "transformers is not installed: pip install 'selfkd[transformers]'", name=error.name
     ) from error
 
-IGNORED = -100
-"""Label of ignored tokens in transformers, which enter no term."""
-PROJECTION_FILE = "projection.safetensors"
-"""File of the projection in the folder of a checkpoint, beside the student's weights."""
 
-
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(ProjectionTrainer):
     """Trainer of transformers with the distillation loss of a teacher.
 
         loss = (1 - alpha) hard_loss + alpha soft_loss
                + hidden_weight hidden_loss + cosine_weight cosine_loss
                + attention_weight attention_loss
 
-        hard_loss = CE(y, p_s)        soft_loss = T^2 KL(p_t^T || p_s^T)        p^T = softmax(z / T)
+        hard_loss = CE(y, p_s)        soft_loss = T^2 D(p_t^T, p_s^T)        p^T = softmax(z / T)
 
     Logits are `[batch, classes]` with one label a row, or `[batch, length, vocabulary]` with labels
     `[batch, length]`, which are shifted by one for causal models, as in their own loss. Labels of
-    -100 are left out. hard_loss and soft_loss are means over labels, hidden_loss and cosine_loss
-    over tokens, attention_loss over pairs of tokens, each over the whole batch of an optimiser
-    step. They do not depend on the split into micro-batches, nor into processes unless
-    `average_tokens_across_devices` is off. `label_smoothing_factor` of `args` applies to hard_loss.
+    -100 are left out; at alpha = 1 there need be no labels, and all tokens count that the attention
+    mask shows. hard_loss and soft_loss are means over labels, hidden_loss and cosine_loss over
+    tokens, attention_loss over pairs of tokens, each over the whole batch of an optimiser step, and
+    in evaluation over the whole data set. They do not depend on the split into micro-batches, nor
+    into processes unless `average_tokens_across_devices` is off. `label_smoothing_factor` of `args`
+    applies to hard_loss. Several labels a row and numbers (`problem_type` of the student, as
+    transformers reads it) have the terms of `selfkd.losses.multi_label_terms` and
+    `regression_terms`.
 
-    It is a mixin too: `class Mine(DistillationTrainer, Seq2SeqTrainer)` distils in another trainer.
+    Each model is given the inputs that its own forward takes; the columns of all are kept. Classes
+    are matched by `id2label` and `label2id`. Vocabularies of one tokenizer that are padded to
+    different sizes are compared over their common part; hard_loss is over all of the student's.
 
     The terms are logged by name, before weighting, as means over the steps since the last log. In
-    evaluation the loss is the same sum.
+    evaluation the loss is the same sum, and `exp(eval_hard_loss)` is the perplexity.
+
+    It is a mixin too: `class Mine(DistillationTrainer, Seq2SeqTrainer)` distils in another trainer,
+    whose further keywords it passes on.
 
     Args:
-        model: Student.
+        model: Student; None with `model_init`.
         args: Arguments of `Trainer`.
-        teacher: Teacher, or several as an ensemble, run on the student's inputs. Frozen copies are
-            made (`selfkd.Teacher`), which are in no checkpoint. The logits of an ensemble are
-            averaged; its hidden states and attention are not compared.
+        teacher: Teacher, or several as an ensemble. Frozen copies are made, which are in no
+            checkpoint; quantised, offloaded and sharded models and a `selfkd.Teacher` are taken as
+            they are. Of an ensemble only logits are compared.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
             is still run, to log soft_loss.
         average: Whether an ensemble's `probabilities` or `logits` are averaged.
+        divergence: Divergence D of the soft term: `forward_kl`, `reverse_kl` or `js`.
+        beta: Weight of the teacher in the mixture of `js`, in [0, 1].
+        full_logits: Whether logits of all tokens are computed at once. If not, losses are computed
+            from the inputs of linear heads (`selfkd.losses.linear_sequence_terms`).
         hidden_weight: Weight of the mean squared error of hidden states, at least 0.
         cosine_weight: Weight of the cosine distance of the last hidden states, at least 0.
         attention_weight: Weight of the mean squared error of attention probabilities, at least 0.
@@ -81,16 +119,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             embeddings; `selfkd.losses.features.every_other` if not given.
         shift_labels: Whether logits are those of the next token; as in the student's own loss if
             not given.
-        data_collator: Collator of `Trainer`, whose further arguments follow.
+        further: Further keywords of `Trainer`, or of the trainer mixed in, such as `peft_config`.
 
     Attributes:
         projection: Map from the student's hidden states to the teacher's width, shared by all
-            layers; None if the widths are equal. It is trained without weight decay and clipping,
-            and saved beside the student.
+            layers; None if the widths are equal. It is trained without weight decay and clipping.
 
     Raises:
-        ValueError: A setting out of range or an impossible map; in a training step, inputs without
-            labels, or a model that returns no hidden states or attention.
+        ValueError: A setting out of range, an impossible map, or models that do not match; in a
+            step, inputs without labels, or a model that returns no graph, states or attention.
+        TypeError: In a step, outputs of which it is not clear what the logits are.
 
     >>> from transformers import BertConfig, BertForSequenceClassification
     >>> sizes = dict(vocab_size=9, num_attention_heads=2, intermediate_size=8, num_labels=2)
@@ -112,109 +150,110 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         https://arxiv.org/abs/1910.01108
         Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", 2020,
         https://arxiv.org/abs/1909.10351
+        Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated
+        Mistakes", 2024, https://arxiv.org/abs/2306.13649
     """
 
     # compute_loss divides by the sizes of the whole batch
     loss_is_scaled_for_ga: bool | None = True
+    teacher: Teacher | Ensemble | None = None
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
         *,
-        teacher: PreTrainedModel | Sequence[PreTrainedModel],
+        teacher: Teachers | Sequence[Teachers],
         temperature: float = 2.0,
         alpha: float = 0.5,
         average: Average = "probabilities",
+        divergence: Divergence = "forward_kl",
+        beta: float = 0.5,
+        full_logits: bool = True,
         hidden_weight: float = 0.0,
         cosine_weight: float = 0.0,
         attention_weight: float = 0.0,
         layer_map: Sequence[int] | None = None,
         shift_labels: bool | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **further: Any,
     ) -> None:
         check_settings(temperature, alpha, average, 0.0)
-        teachers = list(teacher) if isinstance(teacher, Sequence) else [teacher]
+        SoftTerm(divergence, beta).checked()
+        members = as_teachers(teacher)
         self.weights = {
             "hidden": hidden_weight, "cosine": cosine_weight, "attention": attention_weight
         }  # fmt: skip
-        _check_weights(self.weights, len(teachers))
+        check_weights(self.weights, len(members))
+        if further.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func must be None, as the loss is this trainer's, got one"
+            )
+        if not full_logits and len(members) != 1:
+            raise ValueError(f"full_logits must be True with {len(members)} teachers, got False")
         self.temperature, self.alpha, self.shift_labels = temperature, alpha, shift_labels
-        self.average = average
-        self.layer_map = None
-        if any(self.weights.values()):
-            self.layer_map = resolve_layer_map(model, teachers[0], layer_map)
-        self.projection: Projection | None = None
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
-        self._check_devices()
-        self.teacher: Teacher | Ensemble = (
-            Ensemble(teachers) if len(teachers) != 1 else Teacher(teachers[0])
-        ).to(self.args.device)
-        if hidden_weight or cosine_weight:
-            self._make_projection(teachers[0])
+        self.average, self.full_logits = average, full_logits
+        self._settings: dict[str, Any] = {
+            "temperature": temperature, "alpha": alpha, "average": average,
+            "divergence": divergence, "beta": beta,
+        }  # fmt: skip
+        self._given_map = layer_map
+        self.layer_map: list[int] | None = None
         self._output_options = {
             "return_dict": True,
             "output_hidden_states": bool(hidden_weight or cosine_weight),
             "output_attentions": bool(attention_weight),
         }
-        self._sums: dict[str, Tensor] = {}
+        self._sums, self._eval_sums = TermSums(), TermSums()
         self._steps = 0
+        super().__init__(model=model, args=args, **further)
+        self.check_devices(full_logits=full_logits)
+        self._members = [member.to(self.args.device) for member in members]
+        self.teacher = members[0] if len(members) == 1 else Ensemble(members)
+        self.label_names = (
+            self.args.label_names or find_labels(type(bare(self.model))) or ["labels"]
+        )
+        self._match_student(self.model)
 
-    def _check_devices(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"n_gpu must be 1 a process, got {self.args.n_gpu}: start with torchrun, or set "
-                "CUDA_VISIBLE_DEVICES"
-            )
-        shards = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        if shards > 1:
-            raise ValueError(f"sequences must be whole on each device, got {shards} parts of them")
+    def _match_student(self, model: nn.Module) -> None:
+        """Match a student with the teachers: layers, classes and vocabulary."""
+        teachers = [member.module for member in self._members]
+        if any(self.weights.values()):
+            self.layer_map = resolve_layer_map(bare(model), bare(teachers[0]), self._given_map)
+        self._columns = [match_classes(model, teacher) for teacher in teachers]
+        self._vocabulary = match_vocabularies(model, teachers, self.processing_class)
+        if not self.full_logits:
+            check_linear_head(model, "student")
+            check_linear_head(teachers[0], "teacher")
+        if self.weights["hidden"] or self.weights["cosine"]:
+            widths = [text_config(bare(each)).hidden_size for each in (model, teachers[0])]
+            self.make_projection(*widths)
 
-    def _make_projection(self, teacher: PreTrainedModel) -> None:
-        width, expected = (text_config(m).hidden_size for m in (self.model, teacher))
-        if width == expected:
-            return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                f"hidden_size must be the teacher's {expected} under DeepSpeed and FSDP, which "
-                f"would not train a projection, got {width}"
-            )
-        self.projection = Projection(width, expected).to(self.args.device)
-        if self.args.world_size > 1:
-            # DistributedDataParallel does not average its gradients
-            for parameter in self.projection.parameters():
-                parameter.register_hook(self._mean_over_processes)  # type: ignore[no-untyped-call]
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a student by `model_init`, and match it with the teacher."""
+        model: nn.Module = super().call_model_init(trial)
+        if self.teacher is not None:  # not yet while `Trainer` is made
+            self._match_student(model)
+        return model
 
-    def _mean_over_processes(self, tensor: Tensor) -> Tensor:
-        mean: Tensor = self.accelerator.reduce(tensor, "mean")
-        return mean
+    def _set_signature_columns_if_needed(self) -> None:
+        made = self._signature_columns is not None
+        super()._set_signature_columns_if_needed()
+        if not made:
+            models = [self.model, *(member.module for member in self._members)]
+            own = self._signature_columns or []
+            self._signature_columns = [*own, *column_names(models), *LABEL_COLUMNS]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Return the micro-batches of a step, and their total labels, tokens and pairs `[3]`."""
+        """Return the micro-batches of a step, and their labels, tokens, pairs and rows `[4]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._with_labels(batch) for batch in batches]
         if not batches:
             return batches, None
-        totals = torch.stack([self._sizes(batch) for batch in batches]).sum(dim=0).to(device)
+        totals = torch.stack([sizes_of(batch, shift=self._shifts()) for batch in batches])
+        totals = totals.sum(dim=0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
         if self.projection is not None:
@@ -225,7 +264,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Mapping[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -235,187 +274,177 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             model: Student, in any wrapper.
             inputs: Inputs of student and teacher, with `labels`.
             return_outputs: Whether to return the student's outputs too.
-            num_items_in_batch: Numbers of labels, tokens and pairs of the whole batch `[3]`, as
-                from `get_batch_samples`, or of labels only; those of `inputs` if not given, and in
-                evaluation.
+            num_items_in_batch: Sizes of the whole batch `[4]`, as from `get_batch_samples`, or its
+                number of labels; those of `inputs` if not given, and in evaluation.
 
         Returns:
             Scalar, and the outputs without hidden states and attention if `return_outputs`.
 
         Raises:
-            ValueError: Inputs without labels, or a model that returns no hidden states or
-                attention.
+            ValueError: Inputs without labels, logits without a graph, or a model that returns no
+                hidden states or attention.
+            TypeError: Outputs of which it is not clear what the logits are.
         """
-        if "labels" not in inputs:
-            raise ValueError(f"inputs must have 'labels', got {sorted(inputs)}")
-        model_inputs = {
-            name: value
-            for name, value in inputs.items()
-            # an encoder-decoder makes its inputs from the labels
-            if name not in ("labels", "shift_labels") or text_config(self.model).is_encoder_decoder
-        }
-        outputs = model(**model_inputs, **self._output_options)
-        teacher_outputs = self._run_teacher(model_inputs)
+        inputs = self._with_labels(inputs)
+        full = self.full_logits or return_outputs
+        outputs, student = self._run_student(model, inputs, full=full)
+        logits = student.hidden if isinstance(student, LinearLogits) else student
+        if model.training:
+            check_graph(logits, "student_logits")
+        teachers = self._run_teacher(inputs) if full else self._run_teacher(inputs, run_to_head)
+        sizes = sizes_of(inputs, shift=self._shifts())
         whole = num_items_in_batch if model.training else None
-        labels, token_share, pair_share = self._shares(inputs, whole)
-        targets = self._targets(inputs)
-        teacher_logits = teacher_outputs[0].logits
-        if len(teacher_outputs) > 1:
-            teacher_logits = torch.stack([member.logits for member in teacher_outputs])
-        student_logits = outputs.logits
-        if targets.ndim == 1:  # a row with one label is a sequence of one token
-            student_logits, targets = student_logits[:, None], targets[:, None]
-            teacher_logits = teacher_logits.unsqueeze(-2)
-        terms = sequence_terms(
-            student_logits,
-            teacher_logits,
+        targets = inputs.get("labels")
+        task = task_of(self.model, targets)
+        rows = logits.ndim == 2 and (task != "single_label" or targets is None)
+        if task == "single_label":
+            targets = targets_of(inputs, shift=self._shifts(), rows=rows)
+        count, token_share, pair_share = shares_of(sizes, whole, rows=rows)
+        terms = loss_terms(
+            task,
+            student,
+            [logits_of(outputs, "teacher") for outputs in teachers] if full else [teachers[0][1]],
             targets,
-            temperature=self.temperature,
-            alpha=self.alpha,
+            columns=self._columns,
+            vocabulary=self._vocabulary,
+            normalizer=count,
             label_smoothing=self.args.label_smoothing_factor,
-            average=self.average,
-            normalizer=labels,
-        )._asdict()
+            **self._settings,
+        )
         loss = terms.pop("loss")
-        mask = inputs.get("attention_mask")
-        for name, term in self._feature_terms(outputs, teacher_outputs[0], mask):
-            terms[f"{name}_loss"] = term * (pair_share if name == "attention" else token_share)
-            loss = loss + self.weights[name] * terms[f"{name}_loss"]
+        if "labels" not in inputs:
+            del terms["hard_loss"]
+        units = dict.fromkeys(terms, sizes[3 if rows else 0])
+        if self.layer_map is not None:
+            for name, term in feature_terms(
+                outputs,
+                teachers[0] if full else teachers[0][0],
+                self.weights,
+                self.layer_map,
+                project=self.project,
+                mask=inputs.get("attention_mask"),
+                trained=bare(model) if model.training else None,
+            ):
+                part = term * (pair_share if name == "attention" else token_share)
+                loss = loss + self.weights[name] * part
+                terms[f"{name}_loss"] = part
+                units[f"{name}_loss"] = sizes[2 if name == "attention" else 1]
         if whole is not None and self.args.average_tokens_across_devices:
             # DistributedDataParallel averages the gradients, but their sum is needed
             loss = loss * self.args.world_size
         if model.training:
-            self._accumulate(terms)
+            self._sums.add(terms, dict.fromkeys(terms, 1))
+        else:
+            self._eval_sums.add(terms, units)
         if not return_outputs:
             return loss
-        left_out = ("hidden_states", "attentions")
-        return loss, {name: value for name, value in outputs.items() if name not in left_out}
+        if not isinstance(outputs, Mapping):
+            return loss, {"logits": student}
+        return loss, {k: v for k, v in outputs.items() if k not in ("hidden_states", "attentions")}
 
-    def _run_teacher(self, inputs: Mapping[str, Any]) -> list[Any]:
+    def _run_student(
+        self, model: nn.Module, inputs: Mapping[str, Any], *, full: bool = True
+    ) -> tuple[Any, Tensor | LinearLogits]:
+        """Return outputs and logits of the student."""
+        given = select_inputs(model, inputs, self.label_names)
+        given |= output_options(model, self._output_options)
+        if not full:
+            return run_to_head(model, given)
+        outputs = model(**given)
+        return outputs, logits_of(outputs, "student")
+
+    def _run_teacher(self, inputs: Mapping[str, Any], run: Any = None) -> list[Any]:
         """Return the outputs of the teacher, or of each member."""
-        members = self.teacher.members if isinstance(self.teacher, Ensemble) else [self.teacher]
-        with torch.no_grad(), self.accelerator.autocast():
-            return [member.module.eval()(**inputs, **self._output_options) for member in members]
+        with self.accelerator.autocast():
+            return [
+                run_teacher(member.module, inputs, self._output_options, self.label_names, run=run)
+                for member in self._members
+            ]
 
-    def _targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the labels `[batch]` or `[batch, length]`, aligned with the logits."""
-        labels: Tensor = inputs.get("shift_labels", inputs["labels"])
-        if "shift_labels" in inputs or labels.ndim == 1 or not self._shifts():
-            return labels
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    def _with_labels(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return require_labels(inputs, self.model, self.label_names, optional=self.alpha == 1)
 
     def _shifts(self) -> bool:
         if self.shift_labels is not None:
             return self.shift_labels
-        loss_function = getattr(self.model, "loss_function", None)
-        return loss_function is ForCausalLMLoss and not text_config(self.model).is_encoder_decoder
+        loss_function = getattr(bare(self.model), "loss_function", None)
+        return loss_function is ForCausalLMLoss and not is_encoder_decoder(self.model)
 
-    def _sizes(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the numbers of labels, tokens and pairs of tokens of a micro-batch, `[3]`."""
-        labels = (self._targets(inputs) != IGNORED).sum()
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            rows = inputs.get("input_ids", inputs["labels"])
-            mask = torch.ones_like(rows if rows.ndim == 2 else rows[:, None])
-        lengths = (mask != 0).sum(dim=1)
-        return torch.stack([labels, lengths.sum(), lengths.square().sum()])
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **further: Any,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Return loss, predictions and labels of a batch; no loss without labels if alpha < 1."""
+        inputs = self._prepare_inputs(with_labels(inputs, self.label_names))
+        generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
+        has_labels = "labels" in inputs
+        loss, outputs = None, None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if has_labels or self.alpha == 1:
+                loss = self.compute_loss(model, inputs, not (prediction_loss_only or generates))
+                loss, outputs = loss if isinstance(loss, tuple) else (loss, None)
+                loss = loss.detach().mean()
+            elif not generates:
+                outputs, logits = self._run_student(model, inputs)
+                outputs = outputs if isinstance(outputs, Mapping) else {"logits": logits}
+        if generates:
+            given = select_inputs(model, inputs, self.label_names)
+            given |= {"labels": inputs["labels"]} if has_labels else {}
+            _, *rest = super().prediction_step(model, given, False, ignore_keys, **further)
+            return loss, *rest
+        if prediction_loss_only or outputs is None:
+            return loss, None, None
+        predictions = predictions_of(outputs, self.model, ignore_keys)
+        return loss, predictions, inputs["labels"].detach() if has_labels else None
 
-    def _shares(self, inputs: Mapping[str, Any], whole: Tensor | int | None) -> list[Tensor]:
-        """Return the number of labels of the whole batch, and the inputs' shares of the rest."""
-        sizes = self._sizes(inputs)
-        totals = sizes.clone()
-        if whole is not None:
-            whole = torch.as_tensor(whole, device=sizes.device).flatten()
-            totals[: len(whole)] = whole
-        totals = totals.clamp_min(1)
-        return [totals[0], *(sizes[1:] / totals[1:])]
-
-    def _feature_terms(
-        self, outputs: Any, teacher_outputs: Any, mask: Tensor | None
-    ) -> Iterator[tuple[str, Tensor]]:
-        if self.layer_map is None:
-            return
-        if self._output_options["output_hidden_states"]:
-            students, teachers = (_layers(m, "hidden_states") for m in (outputs, teacher_outputs))
-            states = [self._project(state) for state in students[1:]]
-            teachers = teachers[1:]  # the first are embeddings
-            if self.weights["hidden"]:
-                yield (
-                    "hidden",
-                    hidden_state_loss(states, teachers, layer_map=self.layer_map, mask=mask),
-                )
-            if self.weights["cosine"]:
-                last = teachers[self.layer_map[-1]]
-                yield "cosine", cosine_embedding(states[-1], last, mask=mask)
-        if self._output_options["output_attentions"]:
-            students, teachers = (_layers(m, "attentions") for m in (outputs, teacher_outputs))
-            losses = [
-                attention_matrices(student, teachers[layer], mask=mask)
-                for student, layer in zip(students, self.layer_map, strict=True)
-            ]
-            yield "attention", torch.stack(losses).mean()
-
-    def _project(self, state: Tensor) -> Tensor:
-        if self.projection is None:
-            return state
-        mapped: Tensor = self.projection(state.to(self.projection.linear.weight.dtype))
-        return mapped
-
-    def _accumulate(self, terms: Mapping[str, Tensor]) -> None:
-        for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + term.detach()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, with each term as the mean over all of the data set's labels or tokens."""
+        self._eval_sums.pop()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        terms = self._eval_sums.pop(self._reduction(summed=True))
+        if terms:
+            loss = terms["soft_loss"]
+            if "hard_loss" in terms:
+                loss = weighted_sum(terms["hard_loss"], loss, self.alpha)
+            loss += sum(self.weights[name] * terms.get(f"{name}_loss", 0) for name in self.weights)
+            terms = {"loss": loss, **terms}
+        output.metrics.update({f"{metric_key_prefix}_{name}": terms[name] for name in terms})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the terms with the training loss, as means over the steps since the last log."""
-        if "loss" in logs and self._sums and self._steps:
-            means = torch.stack(list(self._sums.values())) / self._steps
-            if self.args.world_size > 1:
-                reduction = "sum" if self.args.average_tokens_across_devices else "mean"
-                means = self.accelerator.reduce(means, reduction)
-            logs = {**logs, **dict(zip(self._sums, means.tolist(), strict=True))}
-            self._sums, self._steps = {}, 0
+        if "loss" in logs and self._steps:
+            summed = self.args.average_tokens_across_devices
+            logs = {**logs, **self._sums.pop(self._reduction(summed), self._steps)}
+            self._steps = 0
         super().log(logs, start_time)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser, with the projection as a further parameter group."""
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self.projection is not None:
-            optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if id(self.projection.linear.weight) not in optimized:
-                group = {"params": list(self.projection.parameters()), "weight_decay": 0.0}
-                optimizer.add_param_group(group)
-        return optimizer
+    def _reduction(self, summed: bool) -> Callable[[Tensor], Tensor] | None:
+        if self.args.world_size == 1:
+            return None
+        return partial(self.accelerator.reduce, reduction="sum" if summed else "mean")
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, and the projection in a separate file."""
-        super().save_model(output_dir, _internal_call)
-        if self.projection is not None and self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            save_file(self.projection.state_dict(), os.path.join(folder, PROJECTION_FILE))
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.projection is not None:
-            file = os.path.join(resume_from_checkpoint, PROJECTION_FILE)
-            self.projection.load_state_dict(load_file(file))
-
-
-def _check_weights(weights: Mapping[str, float], teachers: int) -> None:
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name}_weight must be >= 0 and finite, got {weight}")
-    if any(weights.values()) and teachers != 1:
-        raise ValueError(
-            "teacher must be one model where hidden states or attention are compared, got "
-            f"{teachers}"
-        )
-
-
-def _layers(outputs: Any, name: str) -> tuple[Tensor, ...]:
-    layers: tuple[Tensor, ...] | None = getattr(outputs, name, None)
-    if layers and all(layer is not None for layer in layers):
-        return layers
-    hint = ': make both models with attn_implementation="eager"' if name == "attentions" else ""
-    raise ValueError(f"{name} must be returned by both models, got {layers}{hint}")
+    def create_model_card(self, *args: Any, **further: Any) -> None:
+        """Write the card of the student, with its teachers and the settings of the loss."""
+        super().create_model_card(*args, **further)
+        if self.is_world_process_zero():
+            teachers = [member.module for member in self._members]
+            weights = {f"{name}_weight": weight for name, weight in self.weights.items()}
+            text = describe_distillation(teachers, self._settings | weights)
+            with open(
+                os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8"
+            ) as file:
+                file.write(text)

@@ -1,14 +1,22 @@
-"""Layers of transformers' models: their mapping from student to teacher, and copying them."""
+"""Layers of transformers' models: their mapping and losses, and copying them to a student."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from selfkd.distill.layers import copy_layers
-from selfkd.losses.features import every_other
+from selfkd.distill.outputs import check_graph
+from selfkd.losses.features import (
+    attention_matrices,
+    cosine_embedding,
+    every_other,
+    hidden_state_loss,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +35,8 @@ def start_from_teacher(
             `selfkd.losses.features.every_other` if not given.
 
     Returns:
-        Names of the student's parameters and buffers that were overwritten.
+        Names of the student's parameters and buffers that are now the teacher's. Of tied embeddings
+        whose teacher's are not tied, the head is overwritten but not the teacher's.
 
     Raises:
         ValueError: An impossible map, or models that do not fit (see `copy_layers`).
@@ -99,3 +108,93 @@ def _path_of_layers(model: PreTrainedModel) -> str:
             "selfkd.distill.layers.copy_layers"
         )
     return paths[0]
+
+
+def check_weights(weights: Mapping[str, float], teachers: int) -> None:
+    """Raise ValueError for weights of layers out of range, or with several teachers."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}_weight must be >= 0 and finite, got {weight}")
+    if any(weights.values()) and teachers != 1:
+        raise ValueError(
+            "teacher must be one model where hidden states or attention are compared, got "
+            f"{teachers}"
+        )
+
+
+def feature_terms(
+    student: Any,
+    teacher: Any,
+    weights: Mapping[str, float],
+    layer_map: Sequence[int],
+    *,
+    project: Callable[[Tensor], Tensor],
+    mask: Tensor | None,
+    trained: nn.Module | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the terms of hidden states and attention by name, each a mean over the batch.
+
+    Args:
+        student: Outputs of the student.
+        teacher: Outputs of the teacher.
+        weights: Weights of the terms `hidden`, `cosine` and `attention`; those of 0 are left out.
+        layer_map: Index of the teacher's layer for each layer of the student.
+        project: Map of the student's hidden states to the teacher's width.
+        mask: Attention mask.
+        trained: Student where it trains: each layer must then have a graph, but the first ones
+            that have no trainable parameters.
+
+    Raises:
+        ValueError: Outputs without hidden states or attention, or layers without a graph.
+    """
+    if weights["hidden"] or weights["cosine"]:
+        students, teachers = _layers(student, teacher, "hidden_states")
+        students, teachers = students[1:], teachers[1:]  # the first are embeddings
+        compared = range(len(students)) if weights["hidden"] else [len(students) - 1]
+        _check_graphs(students, compared, "hidden state", trained)
+        states = [project(state) for state in students]
+        if weights["hidden"]:
+            yield "hidden", hidden_state_loss(states, teachers, layer_map=layer_map, mask=mask)
+        if weights["cosine"]:
+            yield "cosine", cosine_embedding(states[-1], teachers[layer_map[-1]], mask=mask)
+    if weights["attention"]:
+        students, teachers = _layers(student, teacher, "attentions")
+        _check_graphs(students, range(len(students)), "attention", trained)
+        losses = [
+            attention_matrices(matrix, teachers[layer], mask=mask)
+            for matrix, layer in zip(students, layer_map, strict=True)
+        ]
+        yield "attention", torch.stack(losses).mean()
+
+
+def _layers(student: Any, teacher: Any, name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the layers of both models, those of the teacher on the student's devices."""
+    found: list[list[Tensor]] = []
+    for outputs in (student, teacher):
+        layers = getattr(outputs, name, None)
+        if not layers or any(layer is None for layer in layers):
+            hint = ': make both models with attn_implementation="eager"'
+            raise ValueError(
+                f"{name} must be returned by both models, got {layers}"
+                f"{hint if name == 'attentions' else ''}"
+            )
+        found.append(list(layers))
+    students, teachers = found
+    return students, [layer.to(students[0].device) for layer in teachers]
+
+
+def _check_graphs(
+    layers: Sequence[Tensor], compared: Sequence[int], name: str, trained: nn.Module | None
+) -> None:
+    """Check that layers have a graph, as they do not inside reentrantly checkpointed blocks."""
+    missing = [i for i in compared if not layers[i].requires_grad]
+    if trained is None or not missing:
+        return
+    frozen = 0
+    for layer in trained.get_submodule(_path_of_layers(trained)).children():  # type: ignore[arg-type]
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            break
+        frozen += 1
+    for i in missing:
+        if i >= frozen:
+            check_graph(layers[i], f"{name} of the student's layer {i}")

@@ -23,7 +23,7 @@ _KINDS: Mapping[str, type[GenerationsSummary] | type[EnsembleSummary]] = {
 }
 PLACE = "USER/NAME"
 """What stands for the repository in a card, until it is pushed to one."""
-_LEFT_OUT = ("seed", "members.runs", "members.checkpoints")
+_LEFT_OUT = ("seed", "members.runs", "members.checkpoints", "generation_0")
 _PLACE = re.compile(r"^([/~\\]|\.{1,2}/|[A-Za-z]:[\\/])|://")  # a path of somebody's machine
 
 
@@ -88,10 +88,9 @@ def _made_by(command: str) -> str:
 
 def _results(summary: Summary) -> str:
     """Return the table of a run, its intervals at 95 %."""
-    note = (
-        "mean: over fresh seeds that nothing was chosen on; gain: its paired difference to what "
-        "was trained on labels only."
-    )
+    given = any(row.given for row in getattr(summary, "confirmations", ()))
+    base = "generation 0, one given model" if given else "what was trained on labels only"
+    note = f"mean: over fresh seeds that nothing was chosen on; gain: its difference to {base}."
     return f"## Results\n\n{_markdown(short_table(summary))}\n\n{note}"
 
 
@@ -116,7 +115,9 @@ def _made(config: Config, facts: Facts | None, chosen: Chosen) -> Iterator[str]:
         sizes = "" if facts is None else _sizes(facts)
         yield f"- data: {_quoted(config.data.name)}{sizes}"
     settings = settings_of(config, chosen)
-    if settings:
+    if chosen.given:
+        yield "- given to the run as its generation 0, not trained by it"
+    elif settings:
         temperature, alpha = settings["temperature"], settings["alpha"]
         yield f"- distilled with temperature T = {temperature:.3g}, weight alpha = {alpha:.3g}"
     else:
@@ -138,6 +139,8 @@ def _command(name: str, config: Config, facts: Facts | None) -> str:
         words.append(f"--train {shell_quote(f'{Path(path).name}:{function}')}")
     if name == "generations":
         words.append(f"--rounds {config.rounds}")
+    if config.generation_0.path is not None:
+        words.append("--from FILE")
     for key, value in flat(config).items():
         kept = key == "controls" or not key.startswith((*RESUMABLE, *_LEFT_OUT))
         if kept and value != default.get(key):

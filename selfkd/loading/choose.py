@@ -40,6 +40,8 @@ class Chosen:
     point: Point | None = None
     """Values of the search space that its trial had; None where nothing was searched for it."""
     generation: int | None = None
+    given: bool = False
+    """Whether it is a generation 0 that the run was given."""
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config, Facts | None]:
@@ -162,6 +164,7 @@ def _of_generations(
         models=result.models[:1],
         point=result.point if generation else None,
         generation=generation,
+        given=result.origin is not None,
     )
 
 

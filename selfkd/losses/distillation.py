@@ -378,15 +378,15 @@ def check_weights(weights: Sequence[float] | Tensor, members: Tensor) -> list[fl
 
 
 def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
+    """Raise ValueError or TypeError for shapes that do not match, or types that are not right."""
+    named = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     shape = tuple(student_logits.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"student_logits must be [batch, classes], got shape {shape}")
-    if shape[1] == 1:  # each term would be 0, and so would its gradient
-        raise ValueError(
-            f"student_logits must be of at least 2 classes, got shape {shape}: the softmax of one "
-            "class is 1 whatever its logit; for a yes or no give two logits, or train by "
-            "binary cross-entropy (BCE, as for multi-label data)"
-        )
+    check_classes(shape)
     if teacher_logits.shape[-2:] != shape or teacher_logits.ndim > 3 or not len(teacher_logits):
         raise ValueError(
             f"teacher_logits must be {list(shape)} as student_logits are, or that for each of the "
@@ -419,6 +419,16 @@ def check_label_form(labels: Tensor, logits: Tensor) -> None:
         )
     if labels.ndim != 2 and labels.dtype != torch.int64:
         raise TypeError(f"labels must be class indices of torch.int64, got {labels.dtype}")
+
+
+def check_classes(shape: Sequence[int]) -> None:
+    """Raise ValueError for logits of one class, of which each loss of probabilities is 0."""
+    if shape[1] == 1:
+        raise ValueError(
+            f"student_logits must be of at least 2 classes, got shape {tuple(shape)}: the softmax "
+            "of one class is 1 whatever its logit; for yes or no give two logits, or train by "
+            "binary cross-entropy (BCE, as for multi-label data)"
+        )
 
 
 def _on_cpu(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfkd.losses.distillation import (
+    check_classes,
     check_floating,
     check_label_form,
     check_labels,
@@ -156,7 +157,7 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, centre: bool = 
         Buciluă, Caruana, Niculescu-Mizil, "Model Compression", 2006,
         https://doi.org/10.1145/1150402.1150464
     """
-    student, teacher = _pair(student_logits, teacher_logits, finite=False)
+    student, teacher = _pair(student_logits, teacher_logits, finite=False, one_class=not centre)
     if centre:
         student = student - student.mean(dim=-1, keepdim=True)
         teacher = teacher - teacher.mean(dim=-1, keepdim=True)
@@ -210,7 +211,6 @@ def dkd_loss(
     _check_weight("target_weight", target_weight)
     _check_weight("nontarget_weight", nontarget_weight)
     student, teacher = _pair(student_logits, teacher_logits, temperature)
-    _check_classes(student.shape[1])
     _check_labels(labels, student)
     (student_b, student_q), (teacher_b, teacher_q) = (
         _decouple(logits, labels[:, None]) for logits in (student, teacher)
@@ -500,7 +500,8 @@ def teacher_free_logits(labels: Tensor, *, classes: int, confidence: float) -> T
         Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", 2020,
         https://arxiv.org/abs/1909.11723
     """
-    _check_classes(classes)
+    if classes < 2:
+        raise ValueError(f"classes must be >= 2, got {classes}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
     others = math.log1p(-confidence) - math.log(classes - 1)
@@ -535,6 +536,7 @@ def _pair(
     temperature: float = 1.0,
     *,
     finite: bool = True,
+    one_class: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return checked logits `[batch, classes]` in float32 or wider, divided by the temperature.
 
@@ -546,6 +548,8 @@ def _pair(
     shape = student_logits.shape
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"student_logits must be [batch, classes], got shape {tuple(shape)}")
+    if not one_class:
+        check_classes(shape)
     if teacher_logits.shape[-2:] != shape:
         raise ValueError(
             f"teacher_logits must be {list(shape)} as student_logits are, or that for each of the "
@@ -622,11 +626,6 @@ def _centre(p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _check_weight(name: str, weight: float) -> None:
     if not 0 <= weight < math.inf:
         raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
-
-
-def _check_classes(classes: int) -> None:
-    if classes < 2:
-        raise ValueError(f"classes must be >= 2, got {classes}")
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:

@@ -97,7 +97,7 @@ def last_arm(run: Run) -> Arm | None:
         return None
     last, result = done[-1], done[-1].result
     confirmed, name = last.confirmation, f"generation {last.number}"
-    known = confirmed is not None and confirmed.metric == "test_accuracy"
+    known = confirmed is not None and confirmed.metric == "test_accuracy" and not confirmed.given
     return Arm(
         name,
         result.metric(run.metric),

@@ -100,14 +100,15 @@ def measured(run: Run, value: float | None) -> str:
 
 
 def confirmed(confirmation: Replicated | None) -> str:
-    """Return the mean over fresh seeds with half of its interval."""
+    """Return the mean over fresh seeds with half of its interval, or that of one given model."""
     if confirmation is None:
         return ""
+    seeds = " (1 seed)" if confirmation.given else ""
     if is_fraction(confirmation.metric):
-        return mean(confirmation.mean)
+        return f"{mean(confirmation.mean)}{seeds}"
     found = confirmation.mean
     half = "" if found.high is None else f" ± {found.high - found.value:.2g}"
-    return f"{number(found.value, '.4g')}{half}"
+    return f"{number(found.value, '.4g')}{half}{seeds}"
 
 
 def gained(confirmation: Replicated | None, other: Literal["first", "previous"]) -> str:

@@ -44,6 +44,7 @@ from selfkd.results.generations import Confirmation as Confirmation
 from selfkd.results.generations import ControlResult as ControlResult
 from selfkd.results.generations import GenerationResult as GenerationResult
 from selfkd.results.generations import GenerationsSummary as GenerationsSummary
+from selfkd.results.generations import Origin as Origin
 from selfkd.results.generations import Replicated as Replicated
 from selfkd.results.generations import best_generation as best_generation
 from selfkd.results.row import CHECKPOINT as CHECKPOINT

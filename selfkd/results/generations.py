@@ -30,6 +30,9 @@ class Replicated:
     mean: Interval
     wanted: Count = 0
     """Number of seeds that it was to be trained on, those that failed included."""
+    given: bool = False
+    """Whether it is one model that was given: nothing is known of other seeds, its only one has no
+    meaning, and differences to it are those of the other arm's seeds to this one model."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -61,6 +64,18 @@ class ControlResult(Replicated):
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
+class Origin:
+    """Where a generation 0 comes from that was given."""
+
+    name: str
+    """Name of its file, or of the model of a run."""
+    digest: Digest
+    """Hash of that file when the run began."""
+    unknown: str | None = None
+    """Why its training cannot be repeated, so that it has one seed; None where it is repeated."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
 class GenerationResult(Measured):
     """A finished generation: its chosen trial, measured."""
 
@@ -85,6 +100,8 @@ class GenerationResult(Measured):
     failed: Count = 0
     train_seconds: float = 0.0
     seconds: float = 0.0
+    origin: Origin | None = None
+    """Where it comes from, if it was not trained by this run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)

@@ -47,6 +47,8 @@ class Facts:
     """Hashes of the splits."""
     function: str | None = None
     """Reference of a user's training function, which has data of its own."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the data, such as files that are left out; not kept."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)

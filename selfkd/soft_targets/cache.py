@@ -67,6 +67,7 @@ def cache_logits(
     *,
     views: int = 1,
     top_k: int | None = None,
+    exact: bool = False,
     seed: int = 0,
     batch_size: int = 256,
     workers: int = 0,
@@ -94,6 +95,8 @@ def cache_logits(
         path: Folder of the cached logits.
         views: Number of augmented views of each item.
         top_k: Number of largest logits cached of an item; all when None.
+        exact: Whether logits are kept as they are, in single precision: for several labels and for
+            numbers. Half precision, less the largest of a row, does for classes.
         seed: Seed of the views.
         batch_size: Items a batch of the teacher.
         workers: Processes that read the data set.
@@ -127,7 +130,7 @@ def cache_logits(
     _check_dataset(dataset, views)
     read = _Reader(dataset, seed, batch_size, workers, collate, inputs)
     fingerprint = read.fingerprint()
-    recipe = {"seed": seed}
+    recipe = {"seed": seed, **({"exact": True} if exact else {})}
     key = data_key(fingerprint, recipe, top_k=top_k)
     root = Path(path)
     names = [_digest(member) for member in members]
@@ -142,6 +145,7 @@ def cache_logits(
             images=len(dataset),
             classes=classes,
             top_k=top_k,
+            exact=exact,
             shard_size=max(1, min(DEFAULT_SHARD, _SHARD_BYTES // (4 * classes * len(members)))),
         )
         for name in names
@@ -311,7 +315,11 @@ def _classes(root: Path, teachers: Sequence[str], key: str) -> int | None:
 
 
 def _count_classes(members: Sequence[Teacher], batch: Any) -> int:
-    classes = [_run(member, batch).shape[1] for member in members]
+    shapes = [_run(member, batch).shape for member in members]
+    for shape in shapes:
+        if len(shape) != 2:
+            raise ValueError(f"teacher must return [batch, classes], got {list(shape)}")
+    classes = [shape[1] for shape in shapes]
     if len(set(classes)) > 1:
         raise ValueError(f"teacher must have members of the same classes, got {classes}")
     return classes[0]

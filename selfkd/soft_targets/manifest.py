@@ -61,6 +61,8 @@ class Manifest:
     """Number of classes."""
     top_k: int | None = None
     """Number of largest logits cached of an image; all when None."""
+    exact: bool = False
+    """Whether all logits are kept in single precision as they are, for losses without a softmax."""
     shard_size: int = DEFAULT_SHARD
     """Images a shard; the last shard may have fewer."""
     origin: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +80,8 @@ class Manifest:
             raise ValueError(f"top_k must be an integer or none, got {self.top_k!r}")
         if self.top_k is not None and not 1 <= self.top_k < self.classes:
             raise ValueError(f"top_k must be in [1, {self.classes - 1}], got {self.top_k}")
+        if type(self.exact) is not bool or (self.exact and self.top_k is not None):
+            raise ValueError(f"exact must be false where there is top_k, got {self.exact!r}")
         key = data_key(self.fingerprint, self.recipe, top_k=self.top_k)
         if self.data != key:
             raise ValueError(
@@ -177,7 +181,7 @@ def check_same(root: Path, stored: Manifest, manifest: Manifest) -> None:
     Raises:
         ValueError: They differ in images, classes or shard size.
     """
-    for name in ("images", "classes", "shard_size"):
+    for name in ("images", "classes", "shard_size", "exact"):
         there, here = getattr(stored, name), getattr(manifest, name)
         if there != here:
             path = manifest_path(root, stored.teacher, stored.data)

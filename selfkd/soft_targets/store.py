@@ -45,7 +45,8 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
     """Write a teacher's logits for the images of one shard and view, with the manifest.
 
     Half precision is enough: the softmax is invariant to a shift of a row, so each row is shifted
-    to a largest logit of 0, near which half precision is finest. With `top_k`, the log-sum-exp of
+    to a largest logit of 0, near which half precision is finest, but for those of an `exact`
+    manifest, which are kept in single precision as they are. With `top_k`, the log-sum-exp of
     the other logits at 7 temperatures is written as well, in single precision.
 
     Args:
@@ -68,7 +69,7 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
         raise ValueError(
             f"logits must be [{len(rows)}, {manifest.classes}], got {list(logits.shape)}"
         )
-    tensors = _encode(logits.detach(), manifest.top_k, rows)
+    tensors = _encode(logits.detach(), manifest, rows)
     save_manifest(root, manifest)
     path = shard_path(root, manifest, view=view, shard=shard)
     save_tensors(path, tensors, _facts(manifest, view, shard))
@@ -139,6 +140,7 @@ class SoftTargets:
         self.classes = manifests[0].classes
         self.views = min(manifest.views for manifest in manifests)
         self.members = len(manifests)
+        self.shifted = not all(manifest.exact for manifest in manifests)
 
     def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
         """Return the cached logits for one view of some images.
@@ -148,8 +150,9 @@ class SoftTargets:
             view: Number of the view, in [0, views).
 
         Returns:
-            On the CPU: logits `[batch, classes]`, float16 of one teacher or float32 of the mean of
-            several; float16 `[members, batch, classes]` of members kept separate. With `top_k`,
+            On the CPU: logits `[batch, classes]`, float16 of one teacher (float32 of an `exact`
+            store) or float32 of the mean of several; `[members, batch, classes]` of members kept
+            separate, in the dtype of one. With `top_k`,
             `SparseLogits` with the same leading dimensions, without `rest_grid` where a shard of
             these images lacks it.
 
@@ -271,7 +274,7 @@ def open_store(
     shares = _shares(len(teachers), weights)
     manifests = [load_manifest(root, teacher, data) for teacher in teachers]
     for manifest in manifests[1:]:
-        for name in ("images", "classes", "top_k"):
+        for name in ("images", "classes", "top_k", "exact"):
             here, first = getattr(manifest, name), getattr(manifests[0], name)
             if here != first:
                 path = manifest_path(root, manifest.teacher, data)
@@ -297,7 +300,7 @@ def _facts(manifest: Manifest, view: int, shard: int) -> dict[str, Any]:
     return {"teacher": manifest.teacher, "data": manifest.data, "view": view, "shard": shard}
 
 
-def _encode(logits: Tensor, top_k: int | None, rows: range) -> dict[str, Tensor]:
+def _encode(logits: Tensor, manifest: Manifest, rows: range) -> dict[str, Tensor]:
     wrong = (~torch.isfinite(logits)).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
@@ -305,12 +308,16 @@ def _encode(logits: Tensor, top_k: int | None, rows: range) -> dict[str, Tensor]
             f"teacher logits must be finite, got {float(logits[row, column])} "
             f"in row {rows.start + row}"
         )
+    if manifest.exact:
+        return {"logits": logits.float()}
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     shifted = wide - wide.amax(dim=1, keepdim=True)
     shifted = shifted.clamp(min=torch.finfo(torch.float16).min)
-    if top_k is None:
+    if manifest.top_k is None:
         return {"logits": shifted.half()}
-    indices = wide.topk(top_k, dim=1).indices  # of the given logits, as clamping makes ties
+    indices = wide.topk(
+        manifest.top_k, dim=1
+    ).indices  # of the given logits, as clamping makes ties
     values = shifted.gather(1, indices)
     rest, grid = rest_mass(shifted, indices)
     return {
@@ -323,7 +330,8 @@ def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tupl
     """Return dtype and shape of each tensor of a shard."""
     rows = len(manifest.rows(shard))
     if manifest.top_k is None:
-        return {"logits": (torch.float16, (rows, manifest.classes))}
+        dtype = torch.float32 if manifest.exact else torch.float16
+        return {"logits": (dtype, (rows, manifest.classes))}
     return {
         "values": (torch.float16, (rows, manifest.top_k)),
         "indices": (torch.int32, (rows, manifest.top_k)),

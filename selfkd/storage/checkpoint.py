@@ -85,7 +85,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it and resume") from None
     if not {"facts", "hash"} <= metadata.keys():
-        raise ValueError(f"{path} was not written by selfkd: it has no hash or facts")
+        raise ValueError(
+            f"{path} was not written by selfkd: it has no hash or facts (weights from elsewhere "
+            "are for `generations --from` and members.checkpoints)"
+        )
     facts, digest = metadata["facts"], metadata["hash"]
     if _hash(tensors, facts) != digest:
         raise ValueError(f"{path} is damaged (its hash differs): remove it and resume")

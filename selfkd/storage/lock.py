@@ -210,7 +210,7 @@ def _location() -> dict[str, str | None]:
     """
     boot, processes = None, None
     with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         processes = os.readlink("/proc/self/ns/pid")
     return {"host": socket.gethostname(), "boot": boot, "processes": processes}
 
@@ -221,7 +221,7 @@ def _started(pid: int) -> str | None:
     The process id alone may have been reused by another process.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:
         if Path("/proc/self").exists():
             return None

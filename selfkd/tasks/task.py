@@ -82,8 +82,8 @@ class Task(Protocol):
             ValueError: It is of other data, or of no network that can be made.
         """
 
-    def import_weights(self, source: CheckpointConfig, save: Path) -> None:
-        """Save the network of a file from elsewhere as a checkpoint.
+    def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
+        """Save the network of a file from elsewhere as a checkpoint; return what is to be said.
 
         Raises:
             ValueError: It is none for this data.

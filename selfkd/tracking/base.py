@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
+from selfkd.errors import cut_text, describe_error
 from selfkd.results import Event
+
+
+def end_of_tracking(error: Exception) -> str:
+    """Return when and why tracking has stopped: the time of now, and an error in one line."""
+    reason = " ".join(describe_error(error).split())
+    return f"{datetime.now():%H:%M:%S} ({cut_text(reason, 300)})"
 
 
 class NoTracker:
     """A tracker that logs nothing."""
 
     description = "W&B: none"
+    incomplete = False
 
     def __call__(self, event: Event) -> None:
         """Do nothing."""
@@ -32,6 +42,11 @@ class BothTrackers(NoTracker):
     def description(self) -> str:  # type: ignore[override]
         """Where the run can be seen."""
         return "; ".join(tracker.description for tracker in self._both)
+
+    @property
+    def incomplete(self) -> bool:  # type: ignore[override]
+        """Whether something could not be logged or sent, which the description says."""
+        return any(tracker.incomplete for tracker in self._both)
 
     def __call__(self, event: Event) -> None:
         """Log an event."""

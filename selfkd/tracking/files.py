@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import shutil
@@ -21,7 +22,7 @@ from selfkd.results import (
     TrialResult,
 )
 from selfkd.storage.rows import load_row
-from selfkd.tracking.base import NoTracker
+from selfkd.tracking.base import NoTracker, end_of_tracking
 from selfkd.tracking.event_file import EventFile
 from selfkd.tracking.rows import confirmation_row, epoch_row, generation_row, short_name
 
@@ -49,28 +50,39 @@ class FileTracker(NoTracker):
         self, writers: Sequence[Literal["csv", "tensorboard"]], *, folder: Path, run: Path
     ) -> None:
         self._folder = folder / FOLDER
-        self.description = f"{' and '.join(writers)}: {self._folder}"
+        self._writers = " and ".join(writers)
         self._csv, self._board = "csv" in writers, "tensorboard" in writers
         self._last: dict[tuple[str, int], int] = {}
         self._open: dict[tuple[str, int], EventFile] = {}
         self._generations: dict[int, Row] = {}
         self._lineage: EventFile | None = None
-        self._broken = False
+        self._stopped: str | None = None
         shutil.rmtree(self._folder, ignore_errors=True)
         self._table = Table(self._folder / EPOCHS)
         self._try(self._replay, run)
+
+    @property
+    def description(self) -> str:  # type: ignore[override]
+        """Where the files are, and from when on nothing is written to them."""
+        stopped = f", nothing is written since {self._stopped}" if self._stopped else ""
+        return f"{self._writers}: {self._folder}{stopped}"
+
+    @property
+    def incomplete(self) -> bool:  # type: ignore[override]
+        """Whether something could not be written."""
+        return self._stopped is not None
 
     def __call__(self, event: Event) -> None:
         """Write what an event has; a fault here stops no training."""
         self._try(self._follow, event)
 
     def _try(self, work: Callable[[T], None], argument: T) -> None:
-        if self._broken:
+        if self._stopped is not None:
             return
         try:
             work(argument)
         except Exception as error:  # noqa: BLE001 - tracking must never stop a training
-            self._broken = True
+            self._stopped = end_of_tracking(error)
             log.warning("tracking in files stops, training goes on: %s", error)
 
     def _replay(self, run: Path) -> None:
@@ -123,7 +135,8 @@ class FileTracker(NoTracker):
         """Close the files."""
         for file in (*self._open.values(), self._lineage):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # of what could not be written before
+                    file.close()
         self._open.clear()
 
 
@@ -141,12 +154,12 @@ class Table:
     def add(self, row: Row) -> None:
         """Add a row, which is in the file when this returns."""
         if row.keys() <= self._columns.keys():
-            with self._path.open("a", newline="") as file:
+            with self._path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, list(self._columns)).writerow(row)
             return
         rows: list[Row] = []
         if self._columns:
-            with self._path.open(newline="") as file:
+            with self._path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
         self._columns |= dict.fromkeys(row)
         write_table(self._path, [*rows, row])
@@ -156,7 +169,7 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as a CSV file with all of their columns, in the order in which they are met."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = list(rows)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
         table.writerows(rows)

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
-from selfkd.tracking.temporary import import_wandb
+from selfkd.tracking.surroundings import settings
 
 REACH_SECONDS = 3.0
 """Time in which a host must answer."""
@@ -21,13 +21,12 @@ EARLIER_HOST = "api.wandb.ai"
 
 
 def base_url() -> str:
-    """Return the URL of the host that the installed client uses; its default has changed before."""
-    if "WANDB_BASE_URL" in os.environ:
-        return os.environ["WANDB_BASE_URL"]
-    import_wandb()
-    import wandb
+    """Return the URL of the host: of WANDB_BASE_URL, `wandb login --host`, or W&B's default.
 
-    return str(wandb.Settings().base_url)
+    Raises:
+        ConfigError: W&B refuses it.
+    """
+    return str(settings().base_url)
 
 
 def has_key(url: str) -> bool:

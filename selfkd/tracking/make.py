@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +11,8 @@ from selfkd.errors import ConfigError
 from selfkd.tracking.base import BothTrackers, NoTracker
 from selfkd.tracking.files import FileTracker
 from selfkd.tracking.host import answers, base_url, has_key
+from selfkd.tracking.surroundings import settings, split_project, wanted_mode
 from selfkd.tracking.tracker import Plots, WandbTracker
-
-LONGEST_PROJECT, NOT_IN_PROJECTS = 128, "/\\#?%:"
-"""What W&B takes as the name of a project."""
 
 
 def make_tracker(
@@ -37,7 +35,8 @@ def make_tracker(
         plots: Maker of the figures of a run folder, pages in HTML by their names.
 
     Raises:
-        ConfigError: `tracking.mode` is online, and there is no key; or W&B has no such projects.
+        ConfigError: `tracking.mode` is online, and there is no key; W&B has no such project; or it
+            refuses a variable.
     """
     mode = _mode(config)
     files = config.tracking.writers
@@ -45,6 +44,10 @@ def make_tracker(
         return NoTracker()
     if mode == "none":
         return FileTracker(files, folder=folder, run=run or folder)
+    settings()  # refused before the run, and not by a thread of it
+    tracking = config.tracking
+    entity, project = split_project(tracking.project, tracking.entity)
+    config = replace(config, tracking=replace(tracking, entity=entity, project=project))
     wandb = WandbTracker(
         mode, name=name, run_id=run_id, folder=folder, config=config, run=run, plots=plots
     )
@@ -56,24 +59,15 @@ def make_tracker(
 def _mode(config: Config) -> Literal["online", "offline", "none"]:
     """Return the mode of W&B; `auto` is online only where that will work."""
     mode = config.tracking.mode
-    if mode == "auto" and os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
-        mode = "none"
-    elif mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
-        mode = "offline"
-    elif mode == "auto":
+    if mode == "auto":
+        mode = wanted_mode() or "auto"
+    if mode == "auto":
         url = base_url()
         mode = "online" if has_key(url) and answers(url) else "offline"
-    if mode == "none":
-        return mode
-    project = config.tracking.project
-    if len(project) > LONGEST_PROJECT or set(project) & set(NOT_IN_PROJECTS):
-        raise ConfigError(
-            f"tracking.project must have at most {LONGEST_PROJECT} characters and none of "
-            f"{NOT_IN_PROJECTS}, got {project} (its owner is tracking.entity)"
-        )
     if mode == "online" and not has_key(base_url()):
         raise ConfigError(
-            "tracking.mode must be offline where there is no key, got online: "
+            "tracking.mode must be offline where there is no key, got online"
+            f"{'' if config.tracking.mode == mode else ' by WANDB_MODE'}: "
             "run wandb login or set WANDB_API_KEY"
         )
     return mode

@@ -21,29 +21,44 @@ class LoggedRun:
         *,
         left_code: int,
         recover: Callable[[], bool] = lambda: False,
+        lose: Callable[[str, Exception], None] = lambda what, reason: None,
     ) -> None:
         self.run_id, self.left_code = run_id, left_code
-        self._start, self._recover = start, recover
-        self._done: list[Work] = []
+        self._start, self._recover, self._lose = start, recover, lose
+        self._done: list[tuple[Work, str | None]] = []
         self._once: set[str] = set()
         self.whole = True
         """Whether all of the trial has been logged once the run is closed."""
         self.run = start()
 
-    def do(self, work: Work) -> None:
-        """Log something."""
-        self._done.append(work)
+    def do(self, work: Work, *, extra: str | None = None) -> None:
+        """Log something.
+
+        Args:
+            work: What logs it.
+            extra: What it is, where its failure is not that of the run, as that of a file.
+        """
+        self._done.append((work, extra))
         try:
             work(self.run)
-        except Exception:
-            if not self._recover():  # else all of it has been logged again
+        except Exception as error:
+            if self._recover():  # all of it has been logged again
+                return
+            if extra is None:
                 raise
+            self._done.remove((work, extra))
+            self._lose(extra, error)
 
     def reopen(self) -> None:
         """Open the run anew, and log all of it again."""
         self.run = self._start()
-        for work in self._done:
-            work(self.run)
+        for work, extra in self._done:
+            try:
+                work(self.run)
+            except Exception as error:
+                if extra is None:
+                    raise
+                self._lose(extra, error)
 
     @property
     def folder(self) -> Path:
@@ -83,7 +98,7 @@ class LoggedRun:
                 run, artifact, names, is_user_created=used, use_after_commit=used
             )
 
-        self.do(work)
+        self.do(work, extra="artifact")
 
 
 def make_html(page: str) -> Any:

@@ -22,22 +22,27 @@ from typing import Any, Literal
 
 import wandb
 
+from selfkd.errors import cut_text, describe_error
 from selfkd.tracking.host import answers
+from selfkd.tracking.log_file import has_end
 from selfkd.tracking.run import LoggedRun
+from selfkd.tracking.surroundings import (
+    clean_environment,
+    of_no_other_run,
+    own_folders,
+    own_surroundings,
+)
 
 START_SECONDS = 10.0
 """Time in which a run must start."""
 TRANSMIT_SECONDS: float | None = None
 """Time between two requests of a run; W&B's own default when not given."""
+WRITE_SECONDS = 5.0
+"""Time in which a run that has ended must be in its file."""
 PROBE_SECONDS = 10.0
 """Time for which a host that has answered is not tried again."""
 MOST_RESTARTS = 3
 """Number of times that W&B's process is started again where it is killed."""
-OF_ANOTHER_RUN = (
-    *("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_NAME"),
-    *("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_TAGS", "WANDB_NOTES", "WANDB_LAUNCH"),
-)
-"""Variables that speak of one run, of which a command has many, with names of their own."""
 
 log = logging.getLogger(__name__)
 _HOOKS = {"before": threading.excepthook}
@@ -70,7 +75,7 @@ class Session:
         self.online = self.wanted_online = online
         self.unsent: dict[str, Path] = {}
         self.torn: dict[str, LoggedRun] = {}
-        """Runs whose process was killed as they were closed: their files may not be whole."""
+        """Runs whose files may not be whole: their process was killed, or the disk was full."""
         self._processes: dict[str, Any] = {}
         self._ended_here: list[Any] = []
         self.page: str | None = None
@@ -82,8 +87,14 @@ class Session:
         self._answered = -PROBE_SECONDS
         self._warned = False
         self._restarts = MOST_RESTARTS
-        _set_up()
-        logging.getLogger("wandb").propagate = False  # it has files of its own
+        self.lost: dict[str, tuple[int, str]] = {}
+        """How many of what could not be logged beside the metrics, and why the first could not."""
+        self._is_set_up = False
+        self._own_folders = own_folders(folder / "wandb")
+        os.environ.update(self._own_folders)
+        own = logging.getLogger("wandb")
+        own.propagate = False
+        own.setLevel(logging.CRITICAL)  # its file has a traceback a line where the disk is full
 
     def open(
         self,
@@ -129,12 +140,20 @@ class Session:
                 run.define_metric(metric, step_metric=axis, summary=kind)
             return run
 
+        def log_from_now() -> LoggedRun:
+            return LoggedRun(
+                run_id, start, left_code=left_code, recover=self._restart, lose=self._lose
+            )
+
+        if not self._is_set_up:
+            _set_up()
+            self._is_set_up = True
         try:
-            logged = LoggedRun(run_id, start, left_code=left_code, recover=self._restart)
+            logged = log_from_now()
         except Exception:
             if not self._restart():
                 raise
-            logged = LoggedRun(run_id, start, left_code=left_code, recover=self._restart)
+            logged = log_from_now()
         self._open[run_id] = logged
         if self.page is None and not logged.run.offline:
             self.page = f"{logged.run.project_url}/groups/{self._group}"
@@ -155,16 +174,17 @@ class Session:
     def _init(
         self, facts: Mapping[str, Any], packages: bool, mode: Literal["online", "offline"]
     ) -> Any:
-        return wandb.init(
-            project=self._project,
-            entity=self._entity,
-            group=self._group,
-            dir=str(self._folder),
-            mode=mode,
-            reinit="create_new",
-            settings=self._settings(packages=packages),
-            **facts,
-        )
+        with of_no_other_run():
+            return wandb.init(
+                project=self._project,
+                entity=self._entity,
+                group=self._group,
+                dir=str(self._folder),
+                mode=mode,
+                reinit="create_new",
+                settings=self._settings(packages=packages),
+                **facts,
+            )
 
     def _settings(self, *, packages: bool) -> Any:
         return wandb.Settings(
@@ -227,6 +247,14 @@ class Session:
             logged.reopen()
         return True
 
+    def _lose(self, what: str, error: Exception) -> None:
+        """Note that something beside the metrics could not be logged; say it once."""
+        reason = cut_text(" ".join(describe_error(error).split()), 300)
+        if what not in self.lost:
+            log.warning("W&B: 1 %s could not be logged, all else goes on: %s", what, reason)
+        number, first = self.lost.get(what, (0, reason))
+        self.lost[what] = number + 1, first
+
     def finish(self, logged: LoggedRun, exit_code: int) -> None:
         """Close a run; the rest of it is sent meanwhile."""
         if logged.run.offline:
@@ -249,12 +277,17 @@ class Session:
             logged.run.finish(exit_code=exit_code)
             if not logged.run.offline and _went_wrong(logged.folder):
                 raise RuntimeError("W&B's process could not send all of it")
+            torn = logged.run.offline and not self._is_written(logged)
         except Exception as error:  # noqa: BLE001 - it stays among the unsent
             log.debug("%s is not sent: %s", logged.run_id, error)
             process = self._processes[logged.run_id]
-            if process not in self._ended_here and _has_ended(process, seconds=0.5):
-                with self._lock:
-                    self.torn[logged.run_id] = logged
+            torn = process not in self._ended_here and _has_ended(process, seconds=0.5)
+            if not torn:
+                return False
+        if torn:
+            self._warn(f"W&B: {logged.run_id} is not whole in its file: written again at the end")
+            with self._lock:
+                self.torn[logged.run_id] = logged
             return False
         with self._lock:
             self.torn.pop(logged.run_id, None)
@@ -264,6 +297,16 @@ class Session:
                 _synced_file(logged.folder, logged.run_id).touch()  # which `wandb sync` then skips
             elif self.wanted_online:
                 self.unsent[logged.run_id] = logged.folder
+        return True
+
+    def _is_written(self, logged: LoggedRun) -> bool:
+        """Return whether all of a run is in its file, which W&B's process may still write."""
+        path = _log_file(logged.folder, logged.run_id)
+        end = time.monotonic() + (0.1 if self.torn else WRITE_SECONDS)
+        while not has_end(path):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.005)
         return True
 
     def close(self) -> None:
@@ -282,9 +325,10 @@ class Session:
         if any(thread.is_alive() for thread in self._finishing):
             self._ended_here.append(_service_process())
             _end_service()
-        atexit.register(_forget_ended)  # before W&B's own, which fails where its process has ended
         if self.unsent and answers(self._url):
             self._sync()
+        for name in self._own_folders:
+            os.environ.pop(name, None)
 
     def _sync(self) -> None:
         """Send the runs that are not sent yet, from their files."""
@@ -292,7 +336,11 @@ class Session:
         paths = [str(path) for path in self.unsent.values()]
         with contextlib.suppress(subprocess.TimeoutExpired, OSError):
             subprocess.run(  # noqa: S603 - W&B's own command
-                [*command, *paths], capture_output=True, timeout=self._wait, check=False
+                [*command, *paths],
+                env=clean_environment(),
+                capture_output=True,
+                timeout=self._wait,
+                check=False,
             )
         for run_id, path in list(self.unsent.items()):
             if _synced_file(path, run_id).exists():
@@ -304,23 +352,33 @@ class Session:
 
     def _record_done(self, logged: LoggedRun) -> None:
         if logged.whole:
-            with self._ledger.open("a") as file:
+            with self._ledger.open("a", encoding="utf-8") as file:
                 file.write(f"{logged.run_id}\n")
 
     def done(self) -> set[str]:
         """Return the ids of the runs that are whole, from this start and those before."""
-        return set(self._ledger.read_text().split()) if self._ledger.exists() else set()
+        return (
+            set(self._ledger.read_text(encoding="utf-8").split())
+            if self._ledger.exists()
+            else set()
+        )
 
 
 def _synced_file(folder: Path, run_id: str) -> Path:
     """Return the file by which `wandb sync` knows that a run has been sent."""
-    return folder / f"run-{run_id}.wandb.synced"
+    return _log_file(folder, run_id).with_suffix(".wandb.synced")
+
+
+def _log_file(folder: Path, run_id: str) -> Path:
+    return folder / f"run-{run_id}.wandb"
 
 
 def _went_wrong(folder: Path) -> bool:
     """Say whether W&B's process has logged an error; those of artifacts are nowhere else."""
     with contextlib.suppress(OSError):
-        return '"level":"ERROR' in (folder / "logs" / "debug-internal.log").read_text()
+        return '"level":"ERROR' in (folder / "logs" / "debug-internal.log").read_text(
+            encoding="utf-8"
+        )
     return False
 
 
@@ -329,12 +387,10 @@ def _ignore_stop() -> None:
 
 
 def _set_up() -> None:
-    """Read W&B's settings, without those of the sweep or run that this command is started by."""
-    hidden = {name: os.environ.pop(name) for name in OF_ANOTHER_RUN if name in os.environ}
-    try:
-        wandb.setup(wandb.Settings(silent=True))
-    finally:
-        os.environ.update(hidden)  # a user's training function may want them
+    """Start W&B's process where it is not, without the settings of another run."""
+    with own_surroundings():
+        wandb.setup(wandb.Settings(silent=True, mode="online"))  # `wandb disabled` would start none
+    atexit.register(_forget_ended)  # before W&B's own, which fails where its process has ended
     if threading.excepthook is not _log_of_wandb:
         threading.excepthook, _HOOKS["before"] = _log_of_wandb, threading.excepthook
 

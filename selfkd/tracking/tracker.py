@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from selfkd.analysis.verdicts import count
 from selfkd.config import Config, to_tree
+from selfkd.errors import describe_error
 from selfkd.results import (
     STUDENT,
     Confirmation,
@@ -35,7 +36,7 @@ from selfkd.results import (
 from selfkd.storage.files import fetch
 from selfkd.storage.rows import load_row
 from selfkd.text import shell_quote
-from selfkd.tracking.base import NoTracker
+from selfkd.tracking.base import NoTracker, end_of_tracking
 from selfkd.tracking.host import base_url
 from selfkd.tracking.rows import (
     best_and_last,
@@ -44,11 +45,13 @@ from selfkd.tracking.rows import (
     epoch_row,
     generation_row,
     intervals,
+    short_id,
     short_name,
     trial_rank,
     trial_summary,
     validation_summaries,
 )
+from selfkd.tracking.surroundings import LONGEST
 from selfkd.tracking.temporary import import_wandb
 
 if TYPE_CHECKING:
@@ -95,14 +98,14 @@ class WandbTracker(NoTracker):
         self._show = logged
         self._start_seconds = runs.START_SECONDS
         self._folder, self._run_folder = folder, folder if run is None else run
-        self._name, self._run_id, self._config = name, run_id, config
+        self._name, self._run_id, self._config = name[:LONGEST], short_id(run_id), config
         self._plots = plots
         self._session = runs.Session(
             online=mode == "online",
             url=base_url() if mode == "online" else "",
             project=config.tracking.project,
             entity=config.tracking.entity,
-            group=name,
+            group=self._name,
             folder=folder,
             wait=config.tracking.wait,
         )
@@ -115,7 +118,8 @@ class WandbTracker(NoTracker):
         self._results: list[GenerationResult] = []
         self._verdict: str | None = None
         self._whole: LoggedRun | None = None  # the run of the lineage, or of the ensemble
-        self._broken = self._closed = False
+        self._stopped: str | None = None  # why, and from when
+        self._closed = False
         self._handled = 0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
@@ -124,42 +128,60 @@ class WandbTracker(NoTracker):
 
     @property
     def description(self) -> str:  # type: ignore[override]
-        """Where the run can be seen, and what has not been sent yet."""
+        """Where the run can be seen, what has not been sent yet, and what could not be logged."""
+        return f"W&B: {self._where()}{self._missing()}"
+
+    def _where(self) -> str:
         session, folder = self._session, self._folder / "wandb"
+        torn = self._closed and not self._whole_in_files
         if not session.wanted_online:
-            if self._closed and not self._whole_in_files:
+            if torn:
                 whole = session.done()
-                where = f", listed in {folder / LEDGER}" if whole else ""
-                return f"W&B: not all could be logged; {count(len(whole), 'run')} whole{where}"
+                listed = f", listed in {folder / LEDGER}" if whole else ""
+                return f"not all could be logged; {count(len(whole), 'run')} whole{listed}"
             if self._closed and not folder.is_dir():
-                return "W&B: offline, nothing was logged"
+                return "offline, nothing was logged"
             again = f"wandb sync {shell_quote(str(folder))}"
-            return f"W&B: offline, in {folder}; send it with: {again}"
+            return f"offline, in {folder}; send it with: {again}"
         place = session.page or f"project {self._config.tracking.project}, group {self._name}"
         if self._closed and session.unsent:
             again = f"wandb sync --include-online {shell_quote(str(folder))}"
-            torn = len(session.torn)
-            lost = f" ({torn} of them not whole in their files)" if torn else ""
+            number = len(session.torn)
+            lost = f" ({number} of them not whole in their files)" if number else ""
             unsent = f"{count(len(session.unsent), 'run')} could not be sent whole to {place}{lost}"
-            return f"W&B: {unsent}; send the rest with: {again}"
-        if self._closed and not self._whole_in_files:
-            return f"W&B: not all could be logged to {place}"
-        return f"W&B: online, {place}"
+            return f"{unsent}; send the rest with: {again}"
+        return f"not all could be logged to {place}" if torn else f"online, {place}"
+
+    def _missing(self) -> str:
+        """Return what could not be logged, and why, as the end of a sentence."""
+        stopped = f"; nothing is logged since {self._stopped}" if self._stopped else ""
+        lost = (
+            f"; {count(number, what)} could not be logged ({reason})"
+            for what, (number, reason) in self._session.lost.items()
+        )
+        return stopped + "".join(lost)
+
+    @property
+    def incomplete(self) -> bool:  # type: ignore[override]
+        """Whether something could not be logged or sent."""
+        unsent = self._closed and bool(self._session.unsent)
+        return unsent or not self._whole_in_files or bool(self._session.lost)
 
     @property
     def _whole_in_files(self) -> bool:
-        return not (self._broken or self._session.torn or self._thread.is_alive())
+        alive = self._closed and self._thread.is_alive()
+        return not (self._stopped or self._session.torn or alive)
 
     def _loop(self) -> None:
         while (work := self._work.get()) is not None:
             self._handled += 1
-            if self._broken:
+            if self._stopped is not None:
                 continue
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - tracking must never stop a training
-                self._broken = True
-                log.warning("W&B tracking stops, training goes on: %s", error)
+                self._stopped = end_of_tracking(error)
+                log.warning("W&B tracking stops, training goes on: %s", describe_error(error))
 
     def _replay(self) -> None:
         """Log the trials that a killed start left done, and not logged whole."""
@@ -355,14 +377,17 @@ class WandbTracker(NoTracker):
             return
         report = self._run_folder / "report.html"
         if report.exists():
-            page = self._show.make_html(fetch(report).read_text())
-            whole.do(_summarise({"report": page}))
+            self._show_page(whole, "report", fetch(report).read_text(encoding="utf-8"))
         figures = self._plots(self._run_folder) if self._plots is not None else {}
         for name, figure in figures.items():
-            whole.do(_summarise({name: self._show.make_html(figure)}))
+            self._show_page(whole, name, figure)
         if self._config.tracking.alerts:
             text = self._verdict or f"{len(self._results)} generations"
-            whole.do(lambda run: run.alert(f"selfkd: {self._name} has ended", text))
+            whole.do(lambda run: run.alert(f"selfkd: {self._name} has ended", text), extra="alert")
+
+    def _show_page(self, run: LoggedRun, name: str, page: str) -> None:
+        # made anew where the run is opened again: a page belongs to one run
+        run.do(lambda run: run.summary.update({name: self._show.make_html(page)}), extra="page")
 
     def close(self) -> None:
         """Finish what is open; wait for it, within bounds."""
@@ -381,7 +406,11 @@ class WandbTracker(NoTracker):
             left = self._work.qsize() - 1
             if left > 0:
                 log.warning("W&B: %s to write yet", count(left, "event"))
-        self._session.close()
+        try:
+            self._session.close()
+        except Exception as error:  # noqa: BLE001 - tracking must never stop a training
+            self._stopped = self._stopped or end_of_tracking(error)
+            log.warning("W&B could not be left in order: %s", describe_error(error))
 
 
 def _log(row: Row) -> Callable[[Any], None]:

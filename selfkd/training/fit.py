@@ -19,11 +19,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from selfkd.analysis import metrics
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
+from selfkd.data.batches import batch_sizes
 from selfkd.distill.distiller import Loss
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.errors import NonFiniteLossError
-from selfkd.training.ranks import Ranks
+from selfkd.training.ranks import Ranks, smallest_batch
 
 Precision = Literal["none", "bfloat16", "float16"]
 EVAL_BATCH = 1000  # images
@@ -212,7 +213,8 @@ def fit(
         distiller: Loss of a batch.
         epochs: Number of epochs in all, completed ones included; epoch e, from 0, is trained on
             view e mod V.
-        batch_size: Images a step, over all ranks.
+        batch_size: Images a step, over all ranks; under batch normalisation a last step of one
+            image is part of the step before.
         views: Augmented views of the images.
         workers: Processes that decode streamed images.
         clip_grad: Largest norm of the gradient; None for no clipping.
@@ -228,12 +230,16 @@ def fit(
     Raises:
         NonFiniteLossError: The training or validation loss is not finite.
         TypeError: An output of the student in which it is not clear which tensor the logits are.
-        ValueError: Logits of the student without a graph.
+        ValueError: Logits of the student without a graph, or batches of one image under batch
+            normalisation.
     """
     start = time.perf_counter() - training.seconds
     student, optimizer, device = training.student, training.optimizer, training.device
     forward = ranks.parallel(student)
     forward = cast(nn.Module, torch.compile(forward)) if compiled else forward
+    images = len(data.train)
+    smallest = smallest_batch(student, batch_size=batch_size, images=images, ranks=ranks.size)
+    sizes = batch_sizes(images, batch_size, smallest)
     for epoch in range(training.epoch + 1, epochs + 1):
         student.train()
         view = views.at(epoch - 1) if views else 0
@@ -247,9 +253,9 @@ def fit(
             device=device,
             workers=workers,
             share=ranks.share,
+            smallest=smallest,
         )
-        for number, (inputs, labels, index) in enumerate(batches):
-            count = min(batch_size, len(data.train) - number * batch_size)
+        for count, (inputs, labels, index) in zip(sizes, batches, strict=True):
             if training.scheduler is not None:
                 training.scheduler.step_update(training.step)
             with autocast(device, training.precision):

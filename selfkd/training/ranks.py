@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -119,3 +120,32 @@ class Ranks:
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+
+def smallest_batch(student: nn.Module, *, batch_size: int, images: int, ranks: int = 1) -> int:
+    """Return the number of images that a training batch has at least.
+
+    A batch of one has no variance for batch normalisation: two images on each rank that takes the
+    statistics of its own share, two in all where they are synchronised, else one.
+
+    Args:
+        student: Network to train.
+        batch_size: Images a step, over all ranks.
+        images: Number of training images.
+        ranks: Processes that share each batch.
+
+    Raises:
+        ValueError: Batches, or the whole of the images, that are smaller.
+    """
+    norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return 1
+    smallest = 2 if all(isinstance(norm, nn.SyncBatchNorm) for norm in norms) else 2 * ranks
+    where = f" on {ranks} workers" if ranks > 1 else ""
+    for name, number in (("train.batch_size", batch_size), ("data.train_size", images)):
+        if number < smallest:
+            raise ValueError(
+                f"{name} must be at least {smallest} with batch normalisation{where}, which takes "
+                f"means over two images or more, got {number}"
+            )
+    return smallest

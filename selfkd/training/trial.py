@@ -110,7 +110,8 @@ class Trial:
             The loss, to be called with the student's batch.
 
         Raises:
-            ValueError: A teacher's weights do not fit the network.
+            ValueError: A teacher's weights do not fit the network, or a student that cannot be
+                copied without `make_teacher`.
         """
         distill, smoothing = self.config.distill, self.config.train.label_smoothing
         if not self.teachers:
@@ -118,7 +119,7 @@ class Trial:
         members = []
         for row in self.teachers:
             tensors, _ = load_tensors(as_path(row["checkpoint"]))
-            network = unwrap(make_teacher()) if make_teacher else copy_module(student)
+            network = unwrap(make_teacher()) if make_teacher else _copied(student)
             try:
                 network.load_state_dict(tensors)
             except RuntimeError as error:
@@ -207,6 +208,15 @@ class Trial:
             epochs=often.epochs,
             ranks=self.ranks,
         )
+
+
+def _copied(student: nn.Module) -> nn.Module:
+    try:
+        return copy_module(student)
+    except ValueError as error:
+        raise ValueError(
+            f"make_teacher must be given for a student that cannot be copied: {error}"
+        ) from None
 
 
 TrainFunction = Callable[[Trial], object]

@@ -28,12 +28,14 @@ def import_checkpoint(config: Tree, save: str, source: Tree | None = None) -> It
         source: The `CheckpointConfig` of a file from elsewhere.
 
     Yields:
-        `hash`, `model`, `metrics` on validation, and whether it was trained on the `same_data`.
+        `hash`, `model`, `metrics` on validation, whether it was trained on the `same_data`, and a
+        `said`, what the user is to know of the file.
     """
     task = make_task(config)
+    said = None
     try:
         if source is not None:
-            task.import_weights(CheckpointConfig(**source), as_path(save))
+            said = task.import_weights(CheckpointConfig(**source), as_path(save))
         _, facts = task.load(save)
         logits = task.predict(save, "val")
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -44,6 +46,7 @@ def import_checkpoint(config: Tree, save: str, source: Tree | None = None) -> It
         "model": facts.model,
         "same_data": facts.fingerprint == task.fingerprint,
         "metrics": task.evaluate({"val": logits}),
+        "said": said,
     }
 
 

@@ -223,7 +223,7 @@ def timed(pool: object, jobs: list[Job]) -> float:
 
 def private_bytes() -> int:
     """Memory that no other process can share: not that of mapped files, which all have once."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 

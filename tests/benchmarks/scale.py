@@ -127,7 +127,7 @@ def measure(slots: int, *, trials: int, generations: int, mean: float) -> dict[s
             "confirm.seeds=0",
         ]
     )
-    with tempfile.TemporaryDirectory() as name, open(os.devnull, "w") as nowhere:
+    with tempfile.TemporaryDirectory() as name, open(os.devnull, "w", encoding="utf-8") as nowhere:
         here = Path(name)
         folder = RunFolder.create(here / "run", config)
         (here / "gathered").mkdir()

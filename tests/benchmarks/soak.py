@@ -93,7 +93,7 @@ def killed_at(here: Path, moment: float, kind: str) -> str:
     killed = time.monotonic()
     code = process.wait()
     seconds = time.monotonic() - killed
-    log = (here / "log").read_text(errors="replace")
+    log = (here / "log").read_text(errors="replace", encoding="utf-8")
     wrong = [text for text in ("Traceback", "Fatal Python error") if text in log]
     if kind in ("raylet", "GCS"):
         ended_well = code == 1 and seconds < LIMIT and "continue with: " in log
@@ -129,9 +129,9 @@ def main() -> None:
         whole.mkdir(parents=True)
         begin = time.perf_counter()
         code = first(whole).wait()
-        assert code == 0, (whole / "log").read_text()
-        facts.write_text(json.dumps(time.perf_counter() - begin))
-    length = json.loads(facts.read_text())
+        assert code == 0, (whole / "log").read_text(encoding="utf-8")
+        facts.write_text(json.dumps(time.perf_counter() - begin), encoding="utf-8")
+    length = json.loads(facts.read_text(encoding="utf-8"))
     expected = record(whole / "runs" / "run")
     print(f"an undisturbed run takes {length:.1f} s; {args.kills} kills within that", flush=True)
     draw = random.Random(args.seed)
@@ -147,9 +147,12 @@ def main() -> None:
             run = here / "runs" / "run"
             begun = (run / "config.yaml").exists()
             process = start(here, "--resume", str(run)) if begun else first(here)
-            (here / "code").write_text(str(process.wait()))
-            (here / "done").write_text(seen)
-        seen, code = (here / "done").read_text(), (here / "code").read_text()
+            (here / "code").write_text(str(process.wait()), encoding="utf-8")
+            (here / "done").write_text(seen, encoding="utf-8")
+        seen, code = (
+            (here / "done").read_text(encoding="utf-8"),
+            (here / "code").read_text(encoding="utf-8"),
+        )
         equal = code == "0" and record(here / "runs" / "run") == expected and "WRONG" not in seen
         agreed += equal
         verdict = "equal" if equal else f"DIFFERS (exit code {code}), see {here}"

@@ -85,7 +85,7 @@ def main() -> None:
     begin = time.monotonic()
     if (length := args.length) is None:
         process = start(folder / "whole")
-        assert process.wait() == 0, (folder / "whole" / "log").read_text()
+        assert process.wait() == 0, (folder / "whole" / "log").read_text(encoding="utf-8")
         length = time.monotonic() - begin
     print(f"an undisturbed run takes {length:.1f} s; {args.rounds} stops within that", flush=True)
     draw = random.Random(args.seed)
@@ -107,7 +107,7 @@ def main() -> None:
         code = process.wait()
         seconds = time.monotonic() - stopped
         until_gone, processes = wait_for_none(here)
-        printed = (here / "log").read_text()
+        printed = (here / "log").read_text(encoding="utf-8")
         said = printed.count("\nstopped")
         done = code == 0 and "report:" in printed
         right = (done or (code == 130 and said == 1)) and seconds < LIMIT and not processes

@@ -34,7 +34,7 @@ def measure(head: Head, folder: Path) -> dict[str, float]:
     command += [word for setting in settings for word in ("--set", setting)]
     start = time.perf_counter()
     client = subprocess.Popen(
-        command, env=head.env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=head.env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     )
     assert client.stdout is not None
     seen: dict[str, float] = {}

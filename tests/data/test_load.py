@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import selfkd.data.load
 from selfkd.data import Data, Split, batches, load_data
 from selfkd.data.augmentation import Views
 from selfkd.data.splits import divide, redraw, subset
+from selfkd.training.ranks import Ranks
 
 DATA = os.environ.get("SELFKD_DATA")
 CLASSES = ("ant", "bee", "cat")
@@ -230,6 +231,49 @@ def test_last_batch(drop_last, sizes):
     assert [len(inputs) for inputs, _, _ in read] == sizes
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("batch_size", "smallest", "sizes"),
+    [
+        (5, 2, [5] * 5 + [6]),
+        (6, 2, [6] * 4 + [7]),
+        (10, 2, [10, 10, 11]),
+        (30, 2, [31]),
+        (31, 2, [31]),
+        (40, 2, [31]),
+        (7, 2, [7] * 4 + [3]),
+        (7, 3, [7] * 4 + [3]),
+        (7, 4, [7] * 3 + [10]),
+        (9, 6, [9, 9, 13]),
+        (5, 1, [5] * 6 + [1]),
+        (1, 1, [1] * 31),
+    ],
+)
+def test_a_last_batch_that_is_too_small_is_part_of_the_one_before(
+    folder, in_memory, batch_size, smallest, sizes
+):
+    data = load_data("folder", root=folder, train_size=31, in_memory=in_memory)
+
+    def indices(**settings) -> list[list[int]]:
+        order = torch.Generator().manual_seed(3)
+        read = data.batches("train", batch_size=batch_size, generator=order, **settings)
+        seen = []
+        for inputs, labels, index in read:
+            assert len(inputs) == len(labels) == len(index)
+            seen.append(index.tolist())
+        return seen
+
+    found, usual = indices(smallest=smallest), indices()
+    assert [len(batch) for batch in found] == sizes
+    assert [*chain(*found)] == [*chain(*usual)]  # in the same order
+    if smallest == 1 or 31 % batch_size >= smallest:
+        assert found == usual
+    one, two = (indices(smallest=smallest, share=Ranks(rank, 2).share) for rank in (0, 1))
+    if smallest >= 4:  # two for each of two ranks
+        assert [a + b for a, b in zip(one, two, strict=True)] == found
+        assert min(map(len, one + two)) >= 2
+
+
 def test_fewer_images_than_a_batch():
     split = Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
     settings = {"mean": [0.0], "std": [1.0], "batch_size": 4}
@@ -350,27 +394,159 @@ def test_parts_of_a_folder(tmp_path, parts, sizes):
     assert data.val.labels.bincount().tolist() == [sizes[1] // 3] * 3
 
 
-def test_default_image_size_is_the_first_image_s_up_to_64(tmp_path):
-    write_folder(tmp_path, train=12, test=1)
-    with Image.open(tmp_path / "train" / "ant" / "00.png") as first:
-        assert load_data("folder", root=tmp_path).image_size == min(first.size)
-        first.resize((200, 100)).save(tmp_path / "train" / "ant" / "00.png")
-    assert load_data("folder", root=tmp_path).image_size == 64
+def write_sizes(root: Path, sizes: list[tuple[int, int]]) -> Path:
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (root / part / name).mkdir(parents=True)
+            for i, size in enumerate(sizes):
+                Image.new("RGB", size).save(root / part / name / f"{i:03d}.png")
+    return root
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
-def test_images_of_any_mode_become_rgb(tmp_path, mode):
-    write_folder(tmp_path, train=5, test=1)
-    path = tmp_path / "train" / "ant" / "00.png"
-    with Image.open(path) as image:
-        image.convert(mode).save(path)
-    assert load_data("folder", root=tmp_path).in_chans == 3
+@pytest.mark.parametrize(
+    ("sizes", "expected", "said"),
+    [
+        ([(1, 1), *[(48, 50)] * 4], 48, "(shorter sides are 1 to 48, the median 48;"),
+        ([(3, 900), *[(20, 20)] * 6, (500, 500)], 20, "3 to 500, the median 20;"),
+        ([(500, 300)] * 5, 64, "(shorter sides are 300; data.image_size sets the size)"),
+        ([(32, 40)] * 5, 32, None),
+    ],
+)
+def test_default_image_size_is_the_median_of_the_shorter_sides_up_to_64(
+    tmp_path, sizes, expected, said
+):
+    data = load_data("folder", root=write_sizes(tmp_path, sizes))
+    assert data.image_size == expected
+    if said is None:  # all pictures have it, so that there is nothing to say
+        assert data.note == ""
+    else:
+        assert f" images of 2 classes, read at {expected}x{expected} pixels " in data.note
+        assert said in data.note
+    given = load_data("folder", root=tmp_path, image_size=9)
+    assert given.image_size == 9
+    assert given.note == ""
+
+
+def test_size_of_many_images_is_that_of_a_sample_from_all_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("selfkd.data.stream.SURVEYED", 10)
+    write_sizes(tmp_path, [(8, 8)] * 20)
+    for path in (tmp_path / "train" / "b").iterdir():
+        Image.new("RGB", (40, 40)).save(path)
+    for i in range(10):  # of the 50 pictures, 30 are large
+        Image.new("RGB", (40, 40)).save(tmp_path / "train" / "b" / f"more{i}.png")
+    assert load_data("folder", root=tmp_path).image_size == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (".hidden.png", "1 hidden"),
+        ("._00.png", "1 hidden"),
+        (".ipynb_checkpoints/00-checkpoint.png", "1 hidden"),
+        ("deep/er/.git/x.png", "1 hidden"),
+        ("__MACOSX/x.png", "1 system folder"),
+        ("@eaDir/00.png/SYNOPHOTO_THUMB_M.jpg", "1 system folder"),
+        ("Thumbs.db", "1 .db"),
+        ("notes.TXT", "1 .txt"),
+        ("labels.csv.bak", "1 .bak"),
+        ("drawing.svg", "1 .svg"),
+        ("scan.pdf", "1 .pdf"),
+        ("array.npy", "1 .npy"),
+        ("README", "1 without suffix"),
+    ],
+)
+def test_files_that_are_no_images_are_left_out_at_any_depth_and_counted(tmp_path, name, said):
+    write_sizes(tmp_path, [(8, 8)] * 3)
+    for folder in ("train/a", "test/b"):
+        path = tmp_path / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, "PNG")
+    data = load_data("folder", root=tmp_path)
+    assert len(data.train) + len(data.val) == len(data.test) == 6
+    two = said.replace("1", "2") + ("s" if said.endswith("folder") else "")
+    assert data.note.endswith(f"pixels; left out: {two}")
+
+
+def test_what_is_left_out_is_one_line_in_the_log(tmp_path, caplog):
+    write_sizes(tmp_path, [(8, 8)] * 3)
+    for i in range(3):
+        (tmp_path / "train" / "a" / f"{i}.txt").touch()
+    (tmp_path / "train" / "b" / ".hidden").touch()
+    (tmp_path / "train" / "stray.png").touch()
+    (tmp_path / "test" / ".DS_Store").touch()
+    for i in range(20):
+        (tmp_path / "train" / "b" / f"part.{i:03d}").touch()
+    for _ in range(2):  # as in each trial of a process
+        data = load_data("folder", root=tmp_path)
+    assert [record.message for record in caplog.records] == [data.note]
+    assert data.note == (
+        f"{tmp_path}: 12 images of 2 classes, read at 8x8 pixels; left out: 1 .000, 1 .001, "
+        "1 .002, 1 .003, 1 .004, 1 .png beside the classes, 3 .txt, 2 hidden, 15 of other types"
+    )
+
+
+def test_links_are_followed_but_in_no_circle(tmp_path):
+    root, more = write_sizes(tmp_path / "root", [(8, 8)] * 3), tmp_path / "more"
+    more.mkdir()
+    Image.new("RGB", (8, 8)).save(more / "linked.png")
+    a, b = root / "train" / "a", root / "train" / "b"
+    (a / "folder").symlink_to(more)
+    (a / "file.png").symlink_to(more / "linked.png")
+    (a / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (a / "up").symlink_to(a)
+    (a / "whole").symlink_to(root)
+    (b / "disk").symlink_to("/")
+    (b / "self.png").symlink_to(b / "self.png")
+    (more / "back").symlink_to(tmp_path)
+    (root / "train" / "c").symlink_to(more)
+    (root / "train" / "d").symlink_to(root)
+    (root / "test" / "e").symlink_to(root / "test")
+    (root / "test" / "c").symlink_to(tmp_path / "nowhere")
+    data = load_data("folder", root=root, in_memory=False)
+    assert data.class_names == ("a", "b", "c")
+    pool = [*data.train.images.keys(), *data.val.images.keys()]
+    linked = ["train/a/file.png", "train/a/folder/linked.png", "train/c/linked.png"]
+    assert {key.partition(":")[0] for key in pool} >= set(linked)
+    assert len(pool) == 9
+    assert data.note.endswith(
+        "left out: 2 broken links, 1 broken link beside the classes, 7 circular links"
+    )
+
+
+def test_the_order_of_files_is_that_of_their_paths(tmp_path):
+    write_sizes(tmp_path, [])
+    names = ["b.png", "a/z.png", "a.png", "a-b.png", "B.PNG", "a/b/c.JPG", "Z/x.jpeg", "é.png"]
+    for part in ("train", "test"):
+        for name in (*names, "../b/x.jfif", "../b/y.gif", "../b/z.Tif", "../b/w.webp"):
+            path = tmp_path / part / "a" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path, "PNG")
+    keys = load_data("folder", root=tmp_path, in_memory=False).test.images.keys()
+    found = [tmp_path / key.partition(":")[0] for key in keys]
+    assert len(found) == 12
+    assert found == sorted(found)
+
+
+def test_a_file_where_a_folder_is_expected(tmp_path):
+    write_sizes(tmp_path, [(8, 8)] * 3)
+    for path in (tmp_path / "test" / "b").iterdir():
+        path.unlink()
+    (tmp_path / "test" / "b").rmdir()
+    (tmp_path / "test" / "b").touch()
+    (tmp_path / "train" / "a" / "folder.png").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a" / "folder.png" / "x.png")
+    data = load_data("folder", root=tmp_path)
+    assert len(data.train) + len(data.val) == 7
+    assert data.test.labels.tolist() == [0, 0, 0]
+    assert data.note.endswith("left out: 1 without suffix beside the classes")
 
 
 def test_folder_without_images(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part / "ant").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"data\.root must hold images, got none in .*train"):
+    (tmp_path / "train" / "ant" / "0.npy").touch()
+    message = r"data\.root must hold images, got none in .*train \(left out: 1 \.npy\)"
+    with pytest.raises(ValueError, match=message):
         load_data("folder", root=tmp_path)
 
 
@@ -583,33 +759,35 @@ def test_timm_set_is_the_same_as_torchvision_s(mnist):
     assert streamed.mean == selfkd.data.load.GREY[0]
 
 
-def fake_timm(monkeypatch, folder: Path, kind: str) -> None:
+def fake_timm(monkeypatch, folder: Path, kind: str, classes: tuple[str, ...] = CLASSES) -> None:
     """Replace data sets that need packages or the network by timm's own classes on a folder."""
     import timm.data
 
     class Reader:
-        class_to_idx = {name: i for i, name in enumerate(CLASSES)}  # noqa: RUF012
+        class_to_idx = {name: i for i, name in enumerate(classes)}  # noqa: RUF012
 
-        def __init__(self, part: Path) -> None:
-            self.paths = sorted(part.rglob("*.png"))
+        def __init__(self, part: Path, mode: str) -> None:
+            self.paths = sorted(p for p in part.rglob("*.*") if p.parent.name in classes)
+            self.mode = mode
 
         def __getitem__(self, i: int):
-            return self.paths[i].open("rb"), CLASSES.index(self.paths[i].parent.name)
+            return self.paths[i].open("rb"), classes.index(self.paths[i].parent.name)
 
         def __len__(self) -> int:
             return len(self.paths)
 
         def __iter__(self):
             for file, label in (self[i] for i in range(len(self))):
-                yield Image.open(file).convert("RGB"), label
+                picture = Image.open(file)
+                yield picture.convert(self.mode) if self.mode else picture, label
 
         def iter_targets(self):
-            return (CLASSES.index(path.parent.name) for path in self.paths)
+            return (classes.index(path.parent.name) for path in self.paths)
 
-    def create(name: str, root=None, split: str = "train", download: bool = False):
+    def create(name: str, root=None, split="train", download=False, input_img_mode="RGB"):
         if split == "test":
             raise ValueError('Unknown split "test"')
-        reader = Reader(folder / {"train": "train", "validation": "val"}[split])
+        reader = Reader(folder / {"train": "train", "validation": "val"}[split], input_img_mode)
         if kind == "map":
             return timm.data.ImageDataset("", reader=reader)
         return timm.data.IterableImageDataset("", reader=reader)
@@ -620,6 +798,8 @@ def fake_timm(monkeypatch, folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), [("hfds/some/set", "map"), ("tfds/set", "iterable")])
 def test_other_timm_sets(folder, monkeypatch, name, kind):
     fake_timm(monkeypatch, folder, kind)
+    data = load_data(name)
+    assert data.note.startswith(f"{name}: 48 images of 3 classes, read at 10x10 pixels (shorter ")
     data = load_data(name, image_size=10)
     ours = load_data("folder", root=folder, image_size=10)
     assert data.class_names == CLASSES
@@ -627,6 +807,46 @@ def test_other_timm_sets(folder, monkeypatch, name, kind):
     assert data.test.labels.equal(torch.arange(3).repeat_interleave(4))
     everything = torch.cat([data.train.images, data.val.images]).flatten(1).tolist()
     assert sorted(everything) == sorted(ours.train.images.flatten(1).tolist())
+
+
+def write_odd(root: Path) -> Path:
+    """Write pictures of 16 bits, with alpha or an orientation; the first of all is grey."""
+    random, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    for part in ("train", "val"):
+        for name in CLASSES:
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            wide = random.integers(0, 65536, (12, 10), dtype=np.uint16)
+            Image.fromarray(wide).save(folder / "0.png")
+            rgba = random.integers(0, 256, (12, 10, 4), dtype=np.uint8)
+            Image.fromarray(rgba).save(folder / "1.png")
+            Image.fromarray(rgba[..., :3]).save(folder / "2.jpg", exif=exif)
+            Image.fromarray(rgba[..., 0]).save(folder / "3.tiff")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("hfds/set", "map"), ("hfids/set", "iterable"), ("wds/set", "iterable")]
+)
+def test_pictures_of_timm_sets_are_read_as_those_of_folders(tmp_path, monkeypatch, name, kind):
+    write_odd(tmp_path)
+    fake_timm(monkeypatch, tmp_path, kind)
+    theirs = load_data(name, root=tmp_path, image_size=10).test.images
+    assert theirs.equal(load_data("folder", root=tmp_path, image_size=10).test.images)
+    assert theirs.shape[1] == 3  # though the first picture is grey
+
+
+def test_torchvision_s_loader_is_replaced(tmp_path, monkeypatch):
+    from torchvision.datasets import ImageFolder
+
+    def create(name: str, root: str, split: str, download: bool):
+        return ImageFolder(Path(root) / {"train": "train", "test": "val"}[split])
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    write_odd(tmp_path)
+    theirs = load_data("torch/imagenet", root=tmp_path).test.images
+    assert theirs.equal(load_data("folder", root=tmp_path).test.images)
 
 
 def test_unreadable_image_of_a_timm_set_is_not_skipped(tmp_path, monkeypatch):
@@ -847,7 +1067,9 @@ def test_a_part_of_some_classes_is_nested_and_in_proportion() -> None:
         ({"classes": [10]}, r"data.classes must be in \[0, 9\], got 10"),
         ({"classes": [-1]}, r"data.classes must be in \[0, 9\], got -1"),
         ({"classes": [1, 2], "train_size": 1}, r"at least the number of classes \(2\), got 1"),
-        ({"classes": [1], "train_size": 400}, "at most .* the images of data.classes, got 400"),
+        ({"classes": [1, 2], "train_size": 800}, "at most .* the images of data.classes, got 800"),
+        ({"classes": [3]}, r"at least 2 classes, got \[3\]: .* leave data.classes out for all"),
+        ({"classes": [3, 3]}, r"at least 2 classes, got \[3, 3\]: "),
     ],
 )
 def test_classes_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -859,5 +1081,20 @@ def test_a_single_class_is_refused(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / part / "cat" / "0.png")
-    with pytest.raises(ValueError, match=r"^data must have at least 2 classes, got cat$"):
+    message = r"^data.name must be of at least 2 classes, got cat alone in .*: .*add images of ano"
+    with pytest.raises(ValueError, match=message):
         load_data("folder", root=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_a_single_class_of_a_timm_set_is_refused(tmp_path, monkeypatch, kind):
+    write_folder(tmp_path, train=8, val=2)
+    fake_timm(monkeypatch, tmp_path, kind, classes=("ant",))
+    with pytest.raises(ValueError, match="must be of at least 2 classes, got ant alone"):
+        load_data("hfds/set")
+
+
+@pytest.mark.parametrize("name", ["mnist", "torch/mnist"])
+def test_a_single_class_of_a_known_set_is_refused(mnist, name):
+    with pytest.raises(ValueError, match=r"data.classes must be at least 2 classes, got \[4\]"):
+        load_data(name, root=mnist, classes=[4])

@@ -9,12 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfkd.distill.distiller import Distiller
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import LogitTerm
-from selfkd.losses import SparseLogits, distillation_terms, sparse_terms, sparsify
+from selfkd.losses import (
+    SparseLogits,
+    distillation_terms,
+    multi_label_terms,
+    regression_terms,
+    sparse_terms,
+    sparsify,
+)
 from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import dkd_loss, logit_mse
 
@@ -149,6 +157,30 @@ def test_soft_labels_and_a_loss_that_shares_no_memory(source: str, alpha: float)
     torch.testing.assert_close(named, expected)
     named["loss"] /= 4  # as timm's train.py does
     torch.testing.assert_close(named, expected | {"loss": expected["loss"] / 4})
+
+
+@pytest.mark.parametrize("source", ["labels", "teacher", "sparse", "terms"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_hard_term_of_the_callers_own(source: str, alpha: float) -> None:
+    student_logits, labels, batch = make_step()
+    teacher, mse = nn.Linear(FEATURES, CLASSES), LogitTerm(lambda s, t, y: logit_mse(s, t))
+    make = partial(Distiller, alpha=alpha)
+    distiller = {
+        "labels": make(),
+        "teacher": make(teacher),
+        "sparse": make(targets=lambda index, view: sparsify(torch.zeros(BATCH, CLASSES), 2)),
+        "terms": make(teacher, terms={"mse": mse}),
+    }[source]
+    expected = distiller(student_logits, labels, **batch)
+    own = nn.functional.cross_entropy(student_logits, labels)
+    unknown = torch.full((BATCH,), -1) if source != "terms" else labels
+    named = distiller(student_logits, unknown, **batch, hard_loss=own)
+    torch.testing.assert_close(named, expected)
+    for terms in (named, expected):
+        terms["gradient"] = torch.autograd.grad(terms["loss"], student_logits)[0]
+    torch.testing.assert_close(named["gradient"], expected["gradient"])
+    doubled = distiller(student_logits, labels, **batch, hard_loss=2 * own, normalizer=2 * BATCH)
+    torch.testing.assert_close(doubled["hard_loss"], own.detach())
 
 
 def test_teacher_is_not_run_at_alpha_0() -> None:
@@ -303,9 +335,12 @@ def test_labels_are_named_where_they_are_needed() -> None:
             Distiller(teacher, alpha=alpha)(student_logits, None, **batch)
     with pytest.raises(ValueError, match="labels must be given where there is neither a teacher"):
         Distiller(alpha=1.0)(student_logits, None)
-    term = LogitTerm(partial(dkd_loss, temperature=2.0, alpha=1.0, beta=1.0))
+    term = LogitTerm(partial(dkd_loss, temperature=2.0))
     with pytest.raises(ValueError, match="labels must be given for the term 'dkd', got None"):
         Distiller(teacher, alpha=1.0, terms={"dkd": term})(student_logits, None, **batch)
+    mistaken = LogitTerm(partial(logit_mse, temperature=2.0))
+    with pytest.raises(TypeError, match="argument 'temperature'"):
+        Distiller(teacher, alpha=1.0, terms={"mse": mistaken})(student_logits, None, **batch)
 
 
 class Output:
@@ -401,3 +436,61 @@ def test_what_is_missing_is_named() -> None:
 def test_settings_out_of_range(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+# --- several labels, numbers ---
+
+TASKS: dict[str, Any] = {"multi_label": multi_label_terms, "regression": regression_terms}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_loss_of_a_task_is_that_of_its_function(task: Any, alpha: float, members: int) -> None:
+    student_logits, _, batch = make_step()
+    teachers = [nn.Linear(FEATURES, CLASSES) for _ in range(members)]
+    labels = torch.rand(BATCH, CLASSES)
+    teacher = Ensemble(teachers) if members > 1 else teachers[0]
+    found = Distiller(teacher, task=task, alpha=alpha, temperature=3.0)(
+        student_logits, labels, **batch
+    )
+    teacher_logits = torch.stack([one(batch["inputs"]) for one in teachers]).squeeze(0)
+    more = {"temperature": 3.0} if task == "multi_label" else {}
+    expected = TASKS[task](student_logits, teacher_logits, labels, alpha=alpha, **more)._asdict()
+    assert set(found) == ({"loss", "hard_loss"} if alpha == 0 else set(expected))
+    torch.testing.assert_close(found, {name: expected[name] for name in found})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_labels_without_a_teacher_and_a_teacher_without_labels(task: Any) -> None:
+    student_logits, _, batch = make_step()
+    labels = torch.rand(BATCH, CLASSES)
+    hard = {"multi_label": F.binary_cross_entropy_with_logits, "regression": F.mse_loss}[task]
+    found = Distiller(task=task)(student_logits, labels)
+    torch.testing.assert_close(found["loss"], hard(student_logits, labels))
+    teacher = nn.Linear(FEATURES, CLASSES)
+    unlabelled = Distiller(teacher, task=task, alpha=1.0)(student_logits, None, **batch)
+    assert set(unlabelled) == {"loss", "soft_loss"}
+
+
+def test_one_number_an_item_may_have_labels_of_a_number_each() -> None:
+    outputs, labels = torch.randn(BATCH, 1), torch.randn(BATCH)
+    teacher = nn.Sequential(nn.Linear(FEATURES, 1))
+    inputs = torch.randn(BATCH, FEATURES)
+    distiller = Distiller(teacher, task="regression", margin=None)
+    found = distiller(outputs, labels, inputs=inputs)
+    torch.testing.assert_close(found["hard_loss"], F.mse_loss(outputs[:, 0], labels))
+    flat = Distiller(nn.Sequential(teacher, nn.Flatten(0)), task="regression", margin=None)
+    torch.testing.assert_close(flat(outputs[:, 0], labels, inputs=inputs), found)
+
+
+def test_a_task_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match="task must be one of single_label, multi_label, regr"):
+        Distiller(task="binary")  # type: ignore[arg-type]
+    student_logits, _, batch = make_step()
+    targets = CachedLogits(2)
+    distiller = Distiller(
+        targets=lambda index, view: sparsify(targets(index, view), 2), task="multi_label"
+    )
+    with pytest.raises(ValueError, match="targets must have all logits for multi_label"):
+        distiller(student_logits, torch.rand(BATCH, CLASSES), **batch)

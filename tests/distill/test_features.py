@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from selfkd import Teacher
 from selfkd.distill.features import Features
@@ -201,13 +203,18 @@ def test_of_several_outputs_the_first_tensor_is_taken(inputs: Tensor) -> None:
     assert torch.equal(captured["lstm"], outputs)
 
     class Words(nn.Module):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"x": x}
+        def forward(self, x: Tensor, output: Any) -> Any:
+            return output
 
-    words = nn.Sequential(Words())
-    message = "'0' must return a tensor, or a tuple with one, got dict"
-    with Features(words, ["0"]), pytest.raises(TypeError, match=message):
-        words(inputs)
+    other, words = inputs + 1, Words()
+    for output in ({"x": inputs, "y": None}, BaseModelOutputWithPooling(inputs, other)):
+        with Features(words, [""]) as captured:
+            words(inputs, output)
+        assert captured[""] is inputs
+    message = "'' must return a tensor, a tuple with one, or a mapping with one only, got"
+    for output in ({"x": inputs, "y": other}, {}, (), "text", None):
+        with Features(words, [""]), pytest.raises(TypeError, match=message):
+            words(inputs, output)
 
 
 def test_hooks_are_gone_afterwards_also_after_an_error(net: Net, inputs: Tensor) -> None:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from torch.nn import functional as F
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
@@ -410,6 +411,34 @@ def test_a_module_that_cannot_be_copied_is_told_the_way_out(module, message):
     with pytest.raises(ValueError, match=rf"{message}.*Teacher\(module, copy=False\) runs it"):
         Teacher(module)
     assert Teacher(module, copy=False).module is module
+
+
+def test_an_offloaded_module_is_run_where_it_is():
+    module, inputs = network(), images()
+    expected = Teacher(module)(inputs)
+    cpu_offload(module, execution_device="cpu")
+    with pytest.raises(ValueError, match="got some on the meta device"):
+        Teacher(module)
+    teacher = Teacher(module, copy=False).to("cpu")
+    torch.testing.assert_close(teacher(inputs.double()), expected)
+    assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_a_forward_of_the_original_is_bound_to_the_copy_or_refused():
+    module, inputs = network(), images()
+    module.forward = torch.compile(module.forward, backend="eager")
+    teacher = Teacher(module)
+    before = teacher(inputs)
+    with torch.no_grad():
+        module[6].bias.add_(1)
+    assert torch.equal(teacher(inputs), before)
+    module = network()
+    forward = module.forward
+    module.forward = lambda inputs: 2 * forward(inputs)
+    with pytest.raises(ValueError, match=r"forward of Sequential replaced by a function.*copy=Fal"):
+        Teacher(module)
+    module.forward = lambda inputs: inputs.flatten(1)
+    assert torch.equal(Teacher(module)(inputs), inputs.flatten(1))
 
 
 # What a module is given

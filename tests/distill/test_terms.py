@@ -132,6 +132,9 @@ def test_features_need_a_graph_where_the_student_trains(batch: tuple[Tensor, Ten
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="feature '2' of the student, of 'hint', must have a gr"):
         distiller(student(inputs), labels, inputs=inputs)
+    student.eval()  # trained all the same, such as for frozen statistics of batch normalisation
+    with pytest.raises(ValueError, match="feature '2' of the student, of 'hint', must have a gr"):
+        distiller(student(inputs), labels, inputs=inputs)
     _, _, measured = setting(terms={"hint": FeatureTerm("2", weight=0.0)}, student=student)
     assert measured(student(inputs), labels, inputs=inputs)["hint"] == expected
 
@@ -230,7 +233,16 @@ def test_generation_0_goes_through_the_same_call(batch: tuple[Tensor, Tensor]) -
     ("make", "message"),
     [
         (lambda s, t: Distiller(t, terms={"a": {"student": "9"}}, student=s), "path must be .*'9'"),
-        (lambda s, t: Distiller(t, terms={"a": {"student": "0"}}), "student must be given"),
+        (
+            lambda s, t: Distiller(t, terms={"a": {"student": "0"}}).attach(None),
+            "student must be given",
+        ),
+        (
+            lambda s, t: Distiller(t, terms={"a": {"student": "0"}})(
+                torch.zeros(1, 4), torch.tensor([0]), inputs=torch.zeros(1, 6)
+            ),
+            "terms of features must have a student",
+        ),
         (
             lambda s, t: Distiller(
                 targets=lambda i, v: i, terms={"a": {"student": "0"}}, student=s
@@ -475,6 +487,10 @@ def _worker(rank: int, folder: Path, kind: str) -> None:
     if kind == "fsdp":
         with pytest.raises(ValueError, match="module must have its parameters whole, got shards"):
             Teacher(student)
+        sharded = fully_shard(copy.deepcopy(teacher.module))
+        torch.testing.assert_close(
+            Teacher(sharded, copy=False)(inputs[mine]), teacher(inputs[mine])
+        )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import GetTimeoutError, RpcError
 
 from selfkd.errors import ConfigError, RayLostError
 from selfkd.execution import start, watch
 from selfkd.execution.cluster import connect, open_message
-from selfkd.execution.ray_private import sockets_fit
+from selfkd.execution.ray_private import sockets_fit, temporary_folder
 from selfkd.execution.watch import Watch, check
 
 
@@ -157,6 +160,80 @@ def test_a_ray_that_does_not_start_is_one_message(
     assert " ".join(str(error).split()) in str(failed.value)
     assert "did not start on this machine" in str(failed.value)
     assert "RAY_TMPDIR" in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RpcError("Deadline\nExceeded", rpc_code=4), GetTimeoutError("late"), Exception("busy")],
+)
+def test_a_ray_that_does_not_respond_is_one_message(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a busy machine, right after its start; Ray itself would raise a traceback."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(start.ray, "init", lambda **options: None)
+    monkeypatch.setattr(start, "stop_autoscaler", lambda: None)
+    with pytest.raises(RayLostError) as failed, connect():
+        raise error
+    reason, way_out = str(failed.value).splitlines()
+    assert reason.startswith(f"Ray does not respond as it should: {type(error).__name__}: ")
+    assert way_out == "Continue when the machine is less busy"
+
+
+@pytest.mark.parametrize(
+    ("ray", "others", "folder"),
+    [
+        ("", None, "/tmp/ray"),
+        ("", "/var/tmp", "/var/tmp/ray"),
+        (None, "", "/tmp/ray"),
+        ("here", None, "{cwd}/here/ray"),
+        (None, "here", "{cwd}/here/ray"),
+    ],
+)
+def test_an_empty_or_relative_folder_of_rays_is_none_of_the_working_folder(
+    ray: str | None,
+    others: str | None,
+    folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("RAY_TMPDIR", ray), ("TMPDIR", others)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert str(temporary_folder()) == folder.format(cwd=tmp_path)
+
+
+def test_a_full_disk_is_said_before_ray_waits_for_its_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(**_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(start.tempfile, "TemporaryFile", fail)
+    folder = re.escape(str(temporary_folder()))
+    told = rf"must be writable, got {folder} \(No space left on device\): set RAY_TMPDIR"
+    with pytest.raises(ConfigError, match=told), connect():
+        pass
+    assert not list(temporary_folder().glob(f"session_*_{os.getpid()}"))
+
+
+@pytest.mark.parametrize("home", ["/dev/null/home", "new", "with a token"])
+def test_a_token_is_there_where_ray_cannot_write_one(
+    home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if home == "with a token":
+        (tmp_path / home / ".ray").mkdir(parents=True)
+        (tmp_path / home / ".ray" / "auth_token").write_text("its own")
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # which is put back at the end
+    start._have_token()
+    assert bool(os.environ["RAY_AUTH_TOKEN"]) == (home == "/dev/null/home")
 
 
 def test_ray_listens_on_loopback_in_a_folder_that_its_sockets_fit_in(

@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import selfkd
 from selfkd import Distiller, Ensemble, Teacher
 from selfkd.losses import distillation_terms
 
 pl = pytest.importorskip("lightning.pytorch")
 
-from selfkd.integrations.lightning import DistillationCallback, DistillationMixin  # noqa: E402
+from selfkd.integrations.lightning import (  # noqa: E402
+    DistillationCallback,
+    DistillationMixin,
+    _Call,
+)
 
 IMAGES, FEATURES, CLASSES = 16, 4, 3
 SETTINGS: dict[str, float] = {"temperature": 3.0, "alpha": 0.7}
@@ -325,10 +330,10 @@ class Manual(Plain):
 
 class Several(Plain):
     def forward(self, inputs: Tensor) -> Any:
-        return {"logits": self.model(inputs)}
+        return self.model(inputs), self.model(inputs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss: Tensor = F.cross_entropy(self(batch[0])["logits"], batch[1])
+        loss: Tensor = F.cross_entropy(self(batch[0])[0], batch[1])
         return loss
 
 
@@ -339,7 +344,12 @@ class Several(Plain):
         (Plain(calls="twice"), "", RuntimeError, "called once in training_step, got 2 calls"),
         (Plain(calls="twice"), "model", RuntimeError, "submodule 'model' must be called once"),
         (Plain(), "net", ValueError, "path must be that of a submodule, got 'net'"),
-        (Several(), "", TypeError, "must return a tensor of logits, got dict"),
+        (
+            Several(),
+            "",
+            TypeError,
+            r"in which it is clear .* got tuple of \[8, 3\], \[8, 3\]: give",
+        ),
         (Manual(), "", ValueError, "automatic_optimization must be True, got False"),
     ],
 )
@@ -354,8 +364,14 @@ def test_modules_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("collate", "got"),
     [
-        (lambda rows: {0: torch.stack([r[0] for r in rows]), 1: torch.zeros(8).long()}, "dict"),
-        (lambda rows: (torch.stack([r[0] for r in rows]), torch.zeros(8).long(), 1, 2), "of 4"),
+        (
+            lambda rows: {0: torch.stack([r[0] for r in rows]), 1: torch.zeros(8).long()},
+            r"dict of \[8, 4\], \[8\]",
+        ),
+        (
+            lambda rows: (torch.stack([r[0] for r in rows]), torch.zeros(8).long(), 1, 2),
+            r"tuple of \[8, 4\], \[8\], int, int",
+        ),
     ],
 )
 def test_other_batches_are_refused(collate: Any, got: str) -> None:
@@ -387,6 +403,272 @@ def test_the_teacher_and_the_projections_move_to_the_students_device() -> None:
     assert {p.device.type for p in parameters} == {"meta"}
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_the_student_is_attached_where_the_fit_starts(before: bool) -> None:
+    teacher, module, twin = make_net(), Plain(), Plain()
+    twin.load_state_dict(module.state_dict())
+    terms: dict[str, Any] = {"hint": {"student": "0", "project": (8, 8)}}
+    torch.manual_seed(3)
+    expected = Distiller(teacher, **SETTINGS, terms=terms, student=twin.model)
+    start = copy.deepcopy(expected.state_dict())
+    fit(twin, expected, path="model")
+    distiller = Distiller(
+        teacher, **SETTINGS, terms=terms, student=module.model if before else None
+    )
+    callback = DistillationCallback(distiller, path="model")
+    callback.load_state_dict(start)  # as of a checkpoint, read before the fit starts
+    trainer = make_trainer(callback)
+    trainer.fit(module, DataLoader(make_data(), 8))
+    torch.testing.assert_close(module.state_dict(), twin.state_dict())
+    torch.testing.assert_close(callback.state_dict(), expected.state_dict())
+    pairs = zip(callback.state_dict().values(), start.values(), strict=True)
+    assert start
+    assert not any(torch.equal(trained, first) for trained, first in pairs)
+    assert distiller.attached == before
+    if not before:  # and so the distiller can be used for another student
+        assert not any(part._forward_hooks for part in module.modules())
+        fit(Plain(), distiller, path="model")
+
+
+def test_batches_of_a_seeded_view_are_those_of_the_module(tmp_path: Path) -> None:
+    module, twin, teacher = Plain(), Plain(), make_net()
+    twin.load_state_dict(module.state_dict())
+    data = TensorDataset(2 * make_data().tensors[0], make_data().tensors[1])  # as Plain's inputs
+    targets = selfkd.cache_logits(teacher, data, tmp_path, views=1, exact=True)
+    trainer = make_trainer(DistillationCallback(Distiller(targets=targets, **SETTINGS)))
+    trainer.fit(module, DataLoader(selfkd.SeededView(make_data(), 0), 8))
+    fit(twin, Distiller(teacher, **SETTINGS))
+    torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+class Keyed(Plain):
+    """Module of mapping batches, whose student takes several arguments and returns a mapping."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = KeyedNet()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        given = {name: value for name, value in batch.items() if name in ("x", "scale", "labels")}
+        output = self.model(given.pop("x"), **given)
+        return output["logits"].sum()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        pass
+
+
+class KeyedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.given = make_net(), []
+
+    def forward(self, x: Tensor, scale: Tensor, labels: Tensor | None = None) -> Any:
+        self.given.append(labels)
+        return {"logits": self.net(x * scale), "features": [x]}
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("labels", 0.7), ("label", 0.7), ("target", 0.7), ("y", 0.7), ("z", 1.0)]
+)
+def test_mapping_batches_and_students_of_several_arguments(name: str, alpha: float) -> None:
+    rows = DataLoader(
+        [
+            {"x": x, "scale": x.new_tensor([2.0]), name: y, "idx": torch.tensor(0)}
+            for x, y in make_data()
+        ],
+        IMAGES,
+    )
+    module, teacher = Keyed(), KeyedNet()
+    start = copy.deepcopy(module.model.net)
+    distiller = Distiller(teacher, temperature=3.0, alpha=alpha)
+    make_trainer(DistillationCallback(distiller, path="model")).fit(module, rows)
+    inputs, labels = make_data().tensors
+    teacher_logits = teacher.net(2 * inputs)
+    loss = distillation_terms(
+        start(2 * inputs), teacher_logits, labels, temperature=3.0, alpha=alpha
+    ).loss
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(start.parameters()))])
+    torch.testing.assert_close(module.gradients, [expected])
+    assert distiller.teacher.module.given == [None]  # the teacher computes no loss of its own
+
+
+def test_inputs_of_a_recorded_call() -> None:
+    class Wide(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return inputs[0]
+
+    def inputs(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _Call(module, args, kwargs, None).inputs(labels)
+
+    x, y, labels = torch.zeros(1), torch.ones(1), torch.tensor([1])
+    compiled = torch.compile(KeyedNet())
+    assert inputs(Wide(), x) is x
+    assert inputs(KeyedNet(), {"x": x, "labels": labels})["labels"] is labels
+    for net in (KeyedNet(), compiled):
+        assert inputs(net, x, scale=y) == {"x": x, "scale": y}
+        assert inputs(net, x, y, labels) == {"x": x, "scale": y}
+        assert inputs(net, x=x, labels=labels) is x
+    with pytest.raises(TypeError, match=r"Wide must have names for several inputs, got \*args"):
+        inputs(Wide(), x, y)
+
+
+def test_mappings_with_several_labels_are_refused() -> None:
+    rows = [{"x": x, "scale": torch.ones(1), "label": y, "target": y} for x, y in make_data()]
+    trainer = make_trainer(DistillationCallback(Distiller(KeyedNet()), path="model"))
+    with pytest.raises(ValueError, match=r"must have one key of .*, got label, target: use"):
+        trainer.fit(Keyed(), DataLoader(rows, 8))
+
+
+class Recorded(Plain):
+    """Records the dtype of its logits, and the loss that the fit gets."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        self.dtype_of_logits = logits.dtype
+        return {"loss": F.cross_entropy(logits, batch[1])}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.loss = outputs["loss"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("bf16-true", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("64-true", torch.float64),
+        ("bf16-mixed", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("project", [True, False])
+def test_precisions(precision: str, dtype: torch.dtype, project: bool) -> None:
+    module, teacher = Recorded(), make_net()
+    terms: dict[str, Any] = {"hint": {"student": "0", "project": (8, 8)}} if project else {}
+    distiller = Distiller(teacher, **SETTINGS, terms=terms, student=module.model)
+    start = copy.deepcopy(module.model)
+    callback = DistillationCallback(distiller, path="model")
+    make_trainer(callback, precision=precision).fit(module, DataLoader(make_data(), IMAGES))
+    inputs, labels = make_data().tensors
+    expected = distillation_terms(start(inputs), teacher(inputs), labels, **SETTINGS)
+    assert module.dtype_of_logits == dtype
+    assert module.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    if not project:
+        torch.testing.assert_close(module.loss.float(), expected.loss.detach(), rtol=0.02, atol=0)
+    assert all(p.dtype == next(module.parameters()).dtype for p in distiller.parameters())
+    assert {p.dtype for p in distiller.teacher.module.parameters()} == {torch.float32}
+
+
+class Validating(Plain):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_validation_and_several_loaders_are_as_without() -> None:
+    runs, module = [], Validating()
+    for callbacks in ([], [DistillationCallback(Distiller(make_net(), alpha=0.0))]):
+        twin = Validating()
+        twin.load_state_dict(module.state_dict())
+        trainer = make_trainer(*callbacks)
+        loader = DataLoader(make_data(), 8)
+        trainer.fit(twin, loader, [loader, loader])
+        metrics = trainer.callback_metrics
+        runs.append({name: value for name, value in metrics.items() if name.startswith("val")})
+    assert len(runs[0]) == 2
+    assert runs[0] == runs[1]
+
+
+def test_students_that_cannot_be_trained_are_refused() -> None:
+    class Frozen(Plain):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs).detach().requires_grad_(False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).sum() + self.model[0].bias.sum()
+
+    with pytest.raises(ValueError, match="student_logits must have a graph to train the student"):
+        fit(Frozen(), Distiller(make_net()))
+
+
+@pytest.mark.slow
+def test_projections_stay_equal_in_processes_that_lightning_starts() -> None:
+    module = Plain()
+    callback = DistillationCallback(projecting(module))
+    trainer = make_trainer(callback, Equal(), devices=2, strategy="ddp_fork")
+    trainer.fit(module, DataLoader(make_data(), 4))
+
+
+class Equal(pl.Callback):
+    """Compares the projections and the student of two processes where the fit ends."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        (callback,) = (c for c in trainer.callbacks if isinstance(c, DistillationCallback))
+        for parameter in [*callback.distiller.parameters(), *pl_module.parameters()]:
+            parts = [torch.zeros_like(parameter) for _ in range(2)]
+            torch.distributed.all_gather(parts, parameter.detach())
+            assert torch.equal(*parts)
+            assert parameter.grad is not None
+
+
+# --- in YAML -----------------------------------------------------------------------------------
+
+
+def constant_targets(index: Tensor, view: int) -> Tensor:
+    return torch.zeros(len(index), CLASSES)
+
+
+def some_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    return (student_logits - teacher_logits).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("distiller", "expected"),
+    [
+        ("{alpha: 0.0}", "Distiller(None, temperature=4.0, alpha=0.0)"),
+        ("{teacher: {class_path: NET}}", "Distiller(Teacher(Net, 15 parameters), temp"),
+        (
+            "{class_path: selfkd.Distiller, init_args: {temperature: 2, teacher: "
+            "{class_path: selfkd.Teacher, init_args: {module: {class_path: NET}}}}}",
+            "Distiller(Teacher(Net, 15 parameters), temperature=2.0",
+        ),
+        (
+            "{average: logits, weights: [0.5, 0.5], teacher: {class_path: selfkd.Ensemble, "
+            "init_args: {members: [{class_path: NET}, {class_path: NET}]}}}",
+            "Distiller(Ensemble([Teacher(Net",
+        ),
+        ("{targets: HERE.constant_targets}", "Distiller(<function constant_targets"),
+        (
+            "{teacher: {class_path: NET}, terms: {hint: {student: '0', weight: 0.5, project: "
+            "[8, 8]}, own: {loss: HERE.some_loss}}}",
+            "Distiller(Teacher(Net",
+        ),
+    ],
+)
+def test_it_is_built_from_yaml(distiller: str, expected: str) -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[pl.Callback])
+    text = distiller.replace("NET", f"{__name__}.Net").replace("HERE", __name__)
+    config = parser.parse_args(
+        [
+            "--callbacks=[{class_path: selfkd.integrations.lightning.DistillationCallback, "
+            f"init_args: {{path: model, distiller: {text}}}}}]"
+        ]
+    )
+    (callback,) = parser.instantiate(config).callbacks
+    assert repr(callback.distiller).startswith(expected)
+    if "terms" in distiller:
+        hint, own = callback.distiller.terms.values()
+        assert (hint.weight, hint.project, own.loss) == (0.5, (8, 8), some_loss)
+
+
+class Net(nn.Sequential):
+    """A teacher that a YAML names."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(FEATURES, CLASSES))
+
+
 # --- the mixin ---------------------------------------------------------------------------------
 
 
@@ -416,6 +698,29 @@ def test_the_mixin_is_the_same_loss() -> None:
     )
     assert ours == theirs
     assert set(ours[0]) == {"distill/loss", "distill/hard_loss", "distill/soft_loss"}
+
+
+class MixedManual(DistillationMixin, Plain):
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.distiller, self.automatic_optimization = distiller, False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, labels = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.distillation_loss({"logits": self(2 * inputs)}, labels, inputs=2 * inputs)
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+def test_the_mixin_with_manual_optimisation_and_outputs_with_logits() -> None:
+    module, plain, teacher = MixedManual(Distiller()), Plain(), make_net()
+    module.distiller = Distiller(teacher, **SETTINGS)
+    plain.load_state_dict(module.state_dict())
+    make_trainer().fit(module, DataLoader(make_data(), 8))
+    fit(plain, Distiller(teacher, **SETTINGS))
+    torch.testing.assert_close(module.state_dict(), plain.state_dict())
 
 
 def test_the_mixin_moves_them_too() -> None:

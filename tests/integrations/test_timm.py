@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,19 @@ import timm.data
 import torch
 from PIL import Image
 from timm.optim import create_optimizer_v2
-from timm.task import LogitDistillationTask, TrainingTask, resume_task_checkpoint
+from timm.task import (
+    LogitDistillationTask,
+    MultiLabelClassificationEvaluator,
+    TrainingTask,
+    load_task_ema_checkpoint,
+    resume_task_checkpoint,
+)
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+import selfkd.losses
 from selfkd import Distiller, Ensemble, Teacher, make_model
 from selfkd.integrations.timm import DistillationTask, WithIndex
 from selfkd.losses import distillation_terms
@@ -95,6 +102,101 @@ def test_is_timms_own_task_for_one_teacher(temperature: float, alpha: float) -> 
     assert set(their_result) <= set(result)  # no key of timm's result is missing
     torch.testing.assert_close(result["task_loss"], result["hard_loss"])
     torch.testing.assert_close(result["kd_loss"], result["soft_loss"])
+
+
+MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "num_classes": CLASSES, "label_smoothing": 0.1}
+RECIPES: dict[str, dict[str, Any]] = {
+    "mixup": {"soft_targets": True},
+    "mixup, BCE": {"loss_type": "bce", "soft_targets": True},
+    "mixup, BCE, summed above a threshold": {
+        "loss_type": "bce", "soft_targets": True, "bce_target_thresh": 0.2, "bce_sum": True,
+    },
+    "smoothing": {"smoothing": 0.1},
+    "BCE": {"loss_type": "bce", "smoothing": 0.1},
+    "JSD": {"loss_type": "jsd", "jsd_splits": 2, "smoothing": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_recipes_are_those_of_timms_own_task(recipe: str, alpha: float) -> None:
+    student, teacher = make_net(), make_net()
+    inputs, target = make_batch()
+    if "mixup" in recipe:
+        inputs, target = timm.data.Mixup(**MIXED)(inputs, target)
+    theirs = LogitDistillationTask(
+        copy.deepcopy(student),
+        teacher,
+        criterion_kwargs=RECIPES[recipe],
+        task_loss_weight=1 - alpha,
+        distill_loss_weight=alpha,
+        temperature=3.0,
+        verbose=False,
+    ).train()
+    distiller = Distiller(teacher, temperature=3.0, alpha=alpha)
+    ours = DistillationTask(student, distiller, theirs.criterion).train()
+    torch.testing.assert_close(gradients(ours, inputs, target), gradients(theirs, inputs, target))
+    their_result, result = theirs(inputs, target), ours(inputs, target)
+    torch.testing.assert_close(result["loss"], their_result["loss"])
+    torch.testing.assert_close(result["task_loss"], their_result["task_loss"].detach())
+
+
+def test_soft_targets_are_not_smoothed_again() -> None:
+    student, (inputs, labels) = make_net().eval(), make_batch()
+    mixed, target = timm.data.Mixup(**MIXED)(inputs, labels)
+    task = DistillationTask(student, Distiller(make_net(), label_smoothing=0.1))
+    expected = nn.functional.cross_entropy(student(mixed), target)
+    torch.testing.assert_close(task(mixed, target)["hard_loss"], expected.detach())
+    expected = nn.functional.cross_entropy(student(inputs), labels, label_smoothing=0.1)
+    torch.testing.assert_close(task(inputs, labels)["hard_loss"], expected.detach())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("criterion", [None, nn.CrossEntropyLoss()])
+def test_the_loss_can_be_divided_in_place(
+    alpha: float, teacher: bool, criterion: nn.Module | None
+) -> None:
+    distiller = Distiller(make_net() if teacher else None, alpha=alpha)
+    result = DistillationTask(make_net(), distiller, criterion)(*make_batch())
+    before = {name: value.clone() for name, value in result.items()}
+    loss = result["loss"]
+    loss /= 4
+    torch.testing.assert_close(result, before | {"loss": before["loss"] / 4})
+
+
+class Several(nn.Module):
+    """A network whose output has more than logits."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__()
+        self.net, self.output = make_net(), output
+
+    def forward(self, inputs: Tensor) -> Any:
+        logits = self.net(inputs)
+        return {
+            "dict": {"logits": logits, "features": inputs},
+            "tuple": (logits, inputs),
+            "no graph": logits.detach(),
+            "maps": [inputs, inputs],
+        }[self.output]
+
+
+@pytest.mark.parametrize("output", ["dict", "tuple"])
+def test_logits_are_taken_from_the_output(output: str) -> None:
+    student = Several(output).eval()
+    inputs, labels = make_batch()
+    task = DistillationTask(student, Distiller(student.net, **SETTINGS))
+    expected = DistillationTask(student.net, Distiller(student.net, **SETTINGS))(inputs, labels)
+    torch.testing.assert_close(task(inputs, labels), expected)
+
+
+def test_outputs_that_cannot_teach_are_refused() -> None:
+    with pytest.raises(ValueError, match="student_logits must have a graph to train the student"):
+        DistillationTask(Several("no graph"), Distiller()).train()(*make_batch())
+    DistillationTask(Several("no graph"), Distiller()).eval()(*make_batch())
+    with pytest.raises(TypeError, match=r"student must return a tensor .* got list of"):
+        DistillationTask(Several("maps"), Distiller())(*make_batch())
 
 
 def test_labels_only_an_ensemble_and_further_terms() -> None:
@@ -183,8 +285,8 @@ def test_numbers_come_through_timms_loader(tmp_path: Path, use_prefetcher: bool)
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [
-        (torch.rand(BATCH, CLASSES), TypeError, r"indices, got torch.float32 .*Mixup"),
-        (torch.rand(BATCH, 2), TypeError, "target must be class indices"),
+        (torch.rand(BATCH), TypeError, "labels must be class indices of torch.int64, got .*32"),
+        (torch.full((BATCH, 2), 0.5), ValueError, r"or probabilities \[8, 5\], got \[8, 2\]"),
         (torch.zeros(BATCH, 3).long(), ValueError, r"label and index .*, got \[8, 3\]"),
         (torch.tensor(1), ValueError, r"target must be labels \[batch\].*, got \[\]"),
     ],
@@ -194,10 +296,29 @@ def test_other_targets_are_refused(target: Tensor, error: type[Exception], messa
         DistillationTask(make_net(), Distiller())(make_batch()[0], target)
 
 
-def test_mixup_of_timm_is_refused() -> None:
+def test_mixed_images_have_no_cached_targets() -> None:
     mixup = timm.data.Mixup(mixup_alpha=0.2, num_classes=CLASSES)
-    with pytest.raises(TypeError, match="turn off what mixes labels"):
-        DistillationTask(make_net(), Distiller())(*mixup(*make_batch()))
+    task = DistillationTask(make_net(), Distiller(targets=CachedLogits(20)))
+    with pytest.raises(ValueError, match="turn off what mixes images"):
+        task(*mixup(*make_batch()))
+
+
+def test_several_labels_and_numbers_are_given_to_the_distiller() -> None:
+    student, (inputs, _) = make_net().eval(), make_batch()
+    logits = student(inputs)
+    several = torch.randint(2, (BATCH, CLASSES)).float()
+    distiller = Distiller(task="multi_label")
+    task = DistillationTask(student, distiller)
+    torch.testing.assert_close(task(inputs, several)["loss"], distiller(logits, several)["loss"])
+    assert isinstance(task.create_evaluator(), MultiLabelClassificationEvaluator)
+    assert not isinstance(
+        DistillationTask(student, Distiller()).create_evaluator(), MultiLabelClassificationEvaluator
+    )
+    numbers = torch.randn(BATCH, CLASSES)
+    loss = DistillationTask(student, Distiller(task="regression"))(inputs, numbers)["loss"]
+    torch.testing.assert_close(loss, nn.functional.mse_loss(logits, numbers))
+    with pytest.raises(ValueError, match=r"labels must be class indices, got 0\.5 of image 1"):
+        WithIndex([("a.png", 1), ("b.png", 0.5)])[1]
 
 
 def test_data_sets_without_numbers_are_refused() -> None:
@@ -227,6 +348,35 @@ def test_the_teacher_moves_with_the_task() -> None:
     devices = {p.device.type for member in ensemble.members for p in member.module.parameters()}
     assert devices == {"meta"} == {task.device.type}
     assert DistillationTask(make_net(), Distiller(lambda inputs: inputs)).to("meta")
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_model_dtypes_of_timm(project: bool) -> None:
+    student, teacher, (inputs, labels) = make_net(), make_net(), make_batch()
+    terms: dict[str, Any] = {"hint": {"student": "head.fc", "project": (CLASSES, CLASSES)}}
+    expected = DistillationTask(copy.deepcopy(student).eval(), Distiller(teacher, **SETTINGS))
+    student.to(torch.bfloat16)
+    distiller = Distiller(teacher, **SETTINGS, terms=terms if project else {})
+    task = DistillationTask(student, distiller, dtype=torch.bfloat16).eval()
+    result = task(inputs.bfloat16(), labels)
+    assert result["output"].dtype == torch.bfloat16
+    assert result["loss"].dtype == torch.float32
+    result["loss"].backward()
+    assert {p.dtype for p in task.parameters()} == {torch.bfloat16}
+    assert all(p.grad is not None for p in task.parameters())
+    hard = expected(inputs, labels)["hard_loss"]
+    torch.testing.assert_close(result["hard_loss"], hard, rtol=0.02, atol=0.0)
+    assert {p.dtype for p in distiller.teacher.module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("loss", ["hint_loss", "similarity_preserving", "pkt"])
+def test_a_batch_of_one_is_finite(loss: str) -> None:
+    term = {"student": "head.fc", "loss": getattr(selfkd.losses, loss)}
+    distiller = Distiller(make_net(), terms={"feature": term}, **SETTINGS)
+    task = DistillationTask(make_net(), distiller).train()
+    for target in (torch.tensor([0]), torch.full((1, CLASSES), 1 / CLASSES)):
+        found = gradients(task, make_batch()[0][:1], target)
+        assert all(gradient.isfinite().all() for gradient in found.values())
 
 
 def test_micro_batches_have_the_gradient_of_the_whole() -> None:
@@ -294,17 +444,67 @@ def test_projections_are_trained_clipped_and_saved(tmp_path: Path) -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, projections, strict=True))
 
     task.setup_ema()
+    task.update_ema(step=9)
+    assert task.get_eval_model() is student
+    assert task.get_eval_model(ema=True)(make_batch()[0]).shape == (BATCH, CLASSES)
     path = tmp_path / "last.pth.tar"
     CheckpointSaver(student, optimizer, checkpoint_dir=tmp_path, task=task)._save(path, epoch=3)
     saved = torch.load(path, weights_only=False)
     assert set(saved["state_dict"]) == set(student.state_dict())
     assert set(saved["task_state"]) == set(task.distiller.state_dict())
-    assert "task_state_ema" not in saved
+    assert set(saved["state_dict_ema"]) == set(student.state_dict())
+    assert set(saved["task_state_ema"]) == set(task.distiller.state_dict())
     fresh = make_net()
     resumed = DistillationTask(fresh, projecting(fresh))
+    resumed.setup_ema()
+    load_task_ema_checkpoint(resumed, path, weights_only=False)
     assert resume_task_checkpoint(resumed, path, weights_only=False, log_info=False) == 4
     torch.testing.assert_close(fresh.state_dict(), student.state_dict())
     torch.testing.assert_close(resumed.distiller.state_dict(), task.distiller.state_dict())
+
+
+def make_vit() -> nn.Module:
+    return timm.create_model("test_vit", num_classes=CLASSES)
+
+
+def vit_task(student: nn.Module, *, project: bool) -> DistillationTask:
+    hint: dict[str, Any] = {"student": "norm", "project": (64, 64)}
+    terms = {"hint": hint} if project else {}
+    return DistillationTask(student, Distiller(make_vit(), student=student, terms=terms))
+
+
+@pytest.mark.parametrize("project", [True, False])
+@pytest.mark.parametrize("source", ["task", "trainable module", "compiled"])
+@pytest.mark.parametrize("make", [make_vit, make_net])
+def test_weight_decay_and_layer_decay_are_the_students(
+    make: Callable[[], nn.Module], source: str, project: bool
+) -> None:
+    student = make()
+    if make is make_vit:
+        task = vit_task(student, project=project)
+    else:  # a network without no_weight_decay and group_matcher
+        task = DistillationTask(student, projecting(student) if project else Distiller())
+    if source == "compiled":
+        task.compile(backend="eager")
+    module = task.get_trainable_module() if source == "trainable module" else task
+    for layer_decay in (None, 0.5):
+        settings = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "layer_decay": layer_decay}
+        plain, ours = (
+            settings_by_parameter(create_optimizer_v2(m, **settings)) for m in (student, module)
+        )
+        projections = [ours.pop(id(p)) for p in task.distiller.parameters()]
+        assert ours == plain
+        assert [decay for decay, _ in projections] == ([0.05, 0.0] if project else [])
+        assert {scale for _, scale in projections} <= {1.0, None}
+
+
+def settings_by_parameter(optimizer: torch.optim.Optimizer) -> dict[int, tuple[float, Any]]:
+    """Return weight decay and scale of the learning rate by the identity of each parameter."""
+    return {
+        id(parameter): (group["weight_decay"], group.get("lr_scale"))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
 def test_projections_that_would_differ_are_refused(

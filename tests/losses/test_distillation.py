@@ -710,6 +710,15 @@ def test_nan_of_the_teacher_is_named_by_its_row(
     assert loss(student.detach().fill_(torch.nan), teacher, labels).loss.isnan()
 
 
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits", "labels"])
+@pytest.mark.parametrize("value", [None, (torch.zeros(4, 3),), [0, 1, 2, 0]])
+def test_what_is_no_tensor_is_named(name: str, value: Any) -> None:
+    tensors = {"student_logits": torch.randn(4, 3), "teacher_logits": torch.randn(4, 3)}
+    tensors |= {"labels": torch.zeros(4, dtype=torch.long), name: value}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got {type(value).__name__}"):
+        distillation_loss(**tensors, temperature=4.0, alpha=0.9)
+
+
 @pytest.mark.parametrize("loss", [hard_loss, distillation_loss])
 def test_one_class_is_refused(loss: Any) -> None:
     logits, labels = torch.randn(4, 1, requires_grad=True), torch.zeros(4, dtype=torch.long)

@@ -656,8 +656,19 @@ def test_confidence_weights_soft_labels_too() -> None:
 
 def test_too_few_classes_and_a_negative_eps() -> None:
     labels = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="classes must be >= 2, got 1"):
-        dkd_loss(torch.zeros(4, 1), torch.zeros(4, 1), labels, temperature=1.0)
+    student, teacher = torch.zeros(4, 1), torch.ones(4, 1)
+    for loss in (
+        partial(soft_cross_entropy, temperature=2.0),
+        partial(jensen_shannon, temperature=2.0),
+        partial(dist_loss, temperature=2.0),
+        partial(dkd_loss, labels=labels, temperature=2.0),
+        partial(confidence_weighted_loss, labels=labels),
+        partial(logit_mse, centre=True),
+        hard_teacher_loss,
+    ):
+        with pytest.raises(ValueError, match=r"at least 2 classes, got shape \(4, 1\): .*\(BCE"):
+            loss(student, teacher)
+    assert logit_mse(student, teacher) == 1
     with pytest.raises(ValueError, match="classes must be >= 2, got 1"):
         teacher_free_logits(labels, classes=1, confidence=0.9)
     with pytest.raises(ValueError, match="eps must be >= 0 and finite, got -1"):

@@ -122,6 +122,7 @@ OTHERS: dict[str, Callable[[], tuple[Any, Any, dict[str, Any]]]] = {
     "order": lambda: (Counting(), TensorDataset(*(part.flip(0) for part in make_data()[:])), {}),
     "seed": lambda: (Counting(), make_data(), {"seed": 1}),
     "top_k": lambda: (Counting(), make_data(), {"top_k": 1}),
+    "exact": lambda: (Counting(), make_data(), {"exact": True}),
 }
 
 
@@ -131,7 +132,7 @@ def test_other_teachers_and_data_have_stores_of_their_own(tmp_path: Path, name: 
     teacher, data, more = OTHERS[name]()
     found = selfkd.cache_logits(teacher, data, tmp_path, **more)(torch.arange(3), 0)
     assert len(list(tmp_path.rglob("manifest.json"))) == 2
-    if name != "top_k":
+    if name not in ("top_k", "exact"):
         run = teacher if isinstance(teacher, selfkd.Teacher) else selfkd.Teacher(teacher)
         close(found, run(data[:3][0]))
 
@@ -159,6 +160,23 @@ def test_a_loop_that_reads_cached_logits_trains_as_one_with_a_live_teacher(tmp_p
         for distiller in (selfkd.Distiller(teacher), selfkd.Distiller(targets=targets))
     ]
     torch.testing.assert_close(losses[0], losses[1], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("task", ["multi_label", "regression"])
+def test_several_labels_and_numbers_need_exact_logits(tmp_path: Path, task: Any) -> None:
+    teacher, data = [Counting(0), Counting(1)], make_data()
+    inputs, index = data[:][0], torch.arange(LENGTH)
+    labels = torch.rand(LENGTH, CLASSES)
+    with pytest.raises(ValueError, match=f"targets must be cached with exact=True for {task}"):
+        selfkd.Distiller(targets=selfkd.cache_logits(teacher, data, tmp_path), task=task)
+    targets = selfkd.cache_logits(teacher, data, tmp_path, exact=True)
+    live = selfkd.Distiller(selfkd.Ensemble(teacher), task=task)
+    cached = selfkd.Distiller(targets=targets, task=task)
+    losses = [
+        distiller(Counting(2)(inputs), labels, inputs=inputs, index=index)["loss"]
+        for distiller in (live, cached)
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 class Named(nn.Module):
@@ -234,6 +252,8 @@ def sizes(*lengths: int) -> list[Tensor]:
         (Counting(), Unseeded(), {}, ValueError, "must give the same item each time"),
         (Counting(), [object()], {}, ValueError, "items that make a batch, got object .*collate"),
         (Counting(), sizes(4), {"views": 0}, ValueError, "views must be at least 1, got 0"),
+        (Counting(), sizes(4), {"top_k": 1, "exact": True}, ValueError, "exact must be false"),
+        (nn.Flatten(0), sizes(1), {}, ValueError, r"must return \[batch, classes\], got \[1\]"),
         (Counting(), sizes(4, 4), {"top_k": 3}, ValueError, r"top_k must be in \[1, 2\], got 3"),
         (Counting(), [torch.full((4,), torch.nan)], {}, ValueError, "logits must be finite"),
         (

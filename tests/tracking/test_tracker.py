@@ -40,6 +40,7 @@ from selfkd.results import (
 )
 from selfkd.tracking import NoTracker, WandbTracker, make, make_tracker
 from selfkd.tracking import tracker as tracking
+from selfkd.tracking.log_file import has_end
 
 TRIAL = Trial(
     stage="generation-1", trial=2, seed=7, point={"distill.alpha": 0.25}, teachers=("abc",)
@@ -535,7 +536,11 @@ def test_one_that_is_killed_again_and_again_is_left_and_that_is_said(
     tracker(ended(TRIAL))
     tracker.close()
     ledger = tmp_path / "wandb" / "done.txt"
-    assert tracker.description == f"W&B: not all could be logged; 2 runs whole, listed in {ledger}"
+    told = (
+        f"W&B: not all could be logged; 2 runs whole, listed in {ledger}; nothing is logged since "
+    )
+    assert tracker.description.startswith(told)
+    assert tracker.incomplete
     assert "sync" not in tracker.description
     assert len(ledger.read_text().split()) == 2
     session._forget_ended()  # what its own end does, so that W&B's does not fail
@@ -574,32 +579,121 @@ def test_what_is_left_to_write_is_shown_at_the_end(
     assert len((tmp_path / "wandb" / "done.txt").read_text().split()) == 3
 
 
-@pytest.mark.parametrize("project", ["team/selfkd", "a#b", "a?", "a%20", "a:b", "a\\b", "a" * 129])
+@pytest.mark.parametrize("failing", ["make_artifact", "make_html"])
+def test_an_artifact_that_fails_ends_no_metrics_and_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    from selfkd.tracking import artifacts, run
+
+    monkeypatch.setattr(artifacts if failing == "make_artifact" else run, failing, fail)
+    (tmp_path / "report.html").write_text("<p>whole</p>")
+    (tmp_path / "student.safetensors").write_bytes(b"weights")
+    tracker = offline(tmp_path)
+    tracker(RunFinished(ENSEMBLE))
+    tracker(TrialProgressed(TRIAL, EPOCHS))
+    tracker(ended(TRIAL))
+    tracker.close()
+    what = "2 artifacts" if failing == "make_artifact" else "1 page"
+    assert tracker.incomplete
+    assert "wandb sync" in tracker.description
+    assert f"; {what} could not be logged (OSError: [Errno 28] No space" in tracker.description
+    assert caplog.text.count("could not be logged, all else goes on") == 1
+    assert [row["row"] for row in history(tmp_path, "run-a-0-ensemble")] == [0, 1]
+    assert [row["epoch"] for row in history(tmp_path, "run-a-0-g1-t2")] == [1, 2, 3]
+    assert summary_of(records(tmp_path, "run-a-0-ensemble"))["verdict"] == "no evidence of a gain"
+
+
+def test_a_file_that_is_not_whole_is_told_and_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the disk is full, which W&B's process says to nobody."""
+    from selfkd.tracking import session
+
+    found = iter([False])
+    monkeypatch.setattr(session.Session, "_is_written", lambda self, run: next(found, True))
+    tracker = offline(tmp_path)
+    for trial in range(2):
+        tracker(TrialProgressed(replace(TRIAL, stage="members", trial=trial), EPOCHS))
+        tracker(ended(replace(TRIAL, stage="members", trial=trial)))
+    tracker.close()
+    assert "run-a-0-members-t0 is not whole in its file" in caplog.text
+    assert not tracker.incomplete
+    for trial in range(2):
+        assert len(history(tmp_path, f"run-a-0-members-t{trial}")) == 3
+
+
+@pytest.mark.parametrize(("cut", "whole"), [(0, True), (1, False), (200, False), (10**9, False)])
+def test_the_end_of_a_run_is_found_in_its_file(tmp_path: Path, cut: int, whole: bool) -> None:
+    tracker = offline(tmp_path)
+    many = [replace(EPOCHS[0], epoch=e, metrics={"x" * 500: 1.0}) for e in range(1, 100)]
+    tracker(TrialProgressed(TRIAL, tuple(many)))  # of several blocks
+    tracker(ended(TRIAL))
+    tracker.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-run-a-0-g1-t2.wandb")
+    content = file.read_bytes()
+    assert len(content) > 2**16
+    file.write_bytes(content[: max(len(content) - cut, 0)])
+    assert has_end(file) == whole
+
+
+@pytest.mark.parametrize(
+    "project", ["a/b/c", "/b", "a/", "a#b", "a?", "a%20", "a:b", " ", "a" * 129]
+)
 def test_a_project_that_wandb_cannot_have_is_refused(tmp_path: Path, project: str) -> None:
     config = load_config(settings=["tracking=offline", f"tracking.project='{project}'"])
-    with pytest.raises(ConfigError, match=r"tracking\.project must have"):
+    with pytest.raises(ConfigError, match=r"^tracking\.project must be PROJECT or OWNER/PROJECT"):
         make_tracker(config, name="a", run_id="a-0", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_project_may_be_written_with_its_owner(tmp_path: Path) -> None:
+    tracker = offline(tmp_path, "tracking.project=team/mine")
+    tracker(ended(TRIAL))
+    tracker.close()
+    run = next(r["run"] for r in records(tmp_path, "run-a-0-g1-t2") if r["type"] == "run")
+    assert (run["entity"], run["project"]) == ("team", "mine")
+
+
+@pytest.mark.parametrize("before", [False, True])
 def test_variables_of_a_sweep_or_another_run_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
+    """Nor where W&B has read them before, as in the function of a sweep's agent."""
     wandb.teardown()
-    given = {"WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": "x", "WANDB_NAME": "y", "WANDB_TAGS": "z"}
-    for name, value in given.items():
+    given = {
+        **{"WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": "x", "WANDB_NAME": "y", "WANDB_TAGS": "z"},
+        **{"WANDB_RUN_GROUP": "g", "WANDB_JOB_TYPE": "j", "WANDB_NOTES": "n"},
+        **{"WANDB_PROJECT": "p", "WANDB_SWEEP_PARAM_PATH": "nowhere", "WANDB_DIR": "/nowhere"},
+    }
+    others = {
+        **{"WANDB_RESUME": "must", "WANDB_X_SKIP_TRANSACTION_LOG": "true", "WANDB_SERVICE": "x"},
+        **{"WANDB_USE_DOT_WANDB": "true", "WANDB_X_FILES_DIR": "/dev/null/x"},
+        **{"WANDB_CONFIG_PATHS": "nowhere.yaml", "WANDB_MODE": "disabled"},
+    }
+    for name, value in (given if before else given | others).items():
         monkeypatch.setenv(name, value)
+    if before:
+        wandb.setup()
     tracker = offline(tmp_path)
     for trial in range(2):
         tracker(ended(replace(TRIAL, stage="members", trial=trial)))
     tracker.close()
     assert {name: os.environ[name] for name in given} == given  # a user's own function has them
+    for name in given | others:
+        monkeypatch.delenv(name, raising=False)
     wandb.teardown()
     for trial in range(2):
         found = records(tmp_path, f"run-a-0-members-t{trial}")
         run = next(record["run"] for record in found if record["type"] == "run")
         assert (run["project"], run["display_name"]) == ("selfkd", f"members-t{trial}")
-        assert "sweep_id" not in run
+        assert (run["run_group"], run["job_type"]) == ("run-a", "members")
+        assert not {"sweep_id", "notes"} & set(run)
 
 
 def test_no_key_is_written_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -581,3 +581,38 @@ def test_a_student_that_diverges_at_its_last_step_is_not_complete():
     rows = fit(training, data, Distiller(), epochs=1, batch_size=200)
     with pytest.raises(NonFiniteLossError, match=r"validation loss must be finite.* epoch 1"):
         list(rows)
+
+
+# --- batches of one ---
+
+
+def steps_of(student, images, **settings):
+    """Return the indices of each training step."""
+    steps = []
+
+    class Recorder(Distiller):
+        def __call__(self, logits, labels, **more):
+            steps.append(more["index"].tolist())
+            return super().__call__(logits, labels, **more)
+
+    list(run(student, make_data(images), Recorder(), epochs=1, **settings))
+    return steps
+
+
+def test_batch_normalisation_never_sees_one_image():
+    usual = steps_of(make_student(), images=41)
+    merged = steps_of(make_student(norm=True), images=41)
+    assert [len(step) for step in usual] == [20, 20, 1]
+    assert merged == [usual[0], usual[1] + usual[2]]
+    assert steps_of(make_student(norm=True), images=42) == steps_of(make_student(), images=42)
+
+
+def test_batches_of_one_are_refused_before_training():
+    student = make_student(norm=True)
+    before = [parameter.clone() for parameter in student.parameters()]
+    with pytest.raises(ValueError, match=r"train\.batch_size must be at least 2 with batch norm"):
+        list(run(student, batch_size=1))
+    with pytest.raises(ValueError, match=r"data\.train_size must be at least 2 with batch norm"):
+        list(run(student, make_data(images=1)))
+    assert all(map(torch.equal, before, student.parameters()))
+    assert len(steps_of(make_student(), images=3, batch_size=1)) == 3

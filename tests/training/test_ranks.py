@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from rank_jobs import on_ranks, train_together
+from timm.layers import BatchNormAct2d
+from torch import nn
 from train_jobs import PLAIN, born_again, payload
 
 from selfkd.data import Data, Split
 from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.training.ranks import Ranks
+from selfkd.training.ranks import Ranks, smallest_batch
 from selfkd.worker.jobs import run_job
 
 RANKS = 3
@@ -143,3 +145,28 @@ def test_the_parts_of_each_batch_are_the_batch() -> None:
     assert [a + b for a, b in zip(one[:2], two[:2], strict=True)] == whole[:2]
     assert one[2] == two[2] == whole[2]  # rank 0 gets the image too, with weight 0
     assert (Ranks(0, 2).weight(1), Ranks(1, 2).weight(1)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "ranks", "smallest"),
+    [
+        (nn.Identity(), 4, 1),
+        (nn.GroupNorm(1, 4), 4, 1),
+        (nn.BatchNorm2d(4), 1, 2),
+        (nn.BatchNorm1d(4), 3, 6),
+        (BatchNormAct2d(4), 2, 4),
+        (nn.SyncBatchNorm(4), 4, 2),
+        (nn.Sequential(nn.SyncBatchNorm(4), nn.BatchNorm3d(4)), 4, 8),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_smallest_batch(layer: nn.Module, ranks: int, smallest: int) -> None:
+    student = nn.Sequential(nn.Flatten(), layer)
+    settings: dict[str, int] = {"batch_size": 8, "images": 8, "ranks": ranks}
+    assert smallest_batch(student, **settings) == smallest
+    if smallest > 1:
+        for name, key in (("train.batch_size", "batch_size"), ("data.train_size", "images")):
+            where = f" on {ranks} workers" if ranks > 1 else ""
+            message = f"{name} must be at least {smallest} with batch normalisation{where}"
+            with pytest.raises(ValueError, match=f"^{message}, .* got {smallest - 1}$"):
+                smallest_batch(student, **(settings | {key: smallest - 1}))

@@ -285,6 +285,25 @@ def test_a_student_of_another_architecture_needs_make_teacher(tmp_path: Path) ->
     assert distiller(student(torch.ones(1, 2)), torch.tensor([0]), inputs=torch.ones(1, 2))
 
 
+class NotCopied(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> None:
+        raise RuntimeError("no copy of me")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_student_that_is_hard_to_copy(tmp_path: Path) -> None:
+    student = nn.utils.weight_norm(nn.Linear(2, 2))  # deepcopy refuses it
+    trial = make_trial(tmp_path / "one")
+    trial.report({"val_accuracy": 0.5}, student=student)
+    row = {"hash": "x", "checkpoint": str(trial.path)}
+    born_again = make_trial(tmp_path / "two", stage="generation-1", teachers=[row])
+    teacher = born_again.distiller(student).teacher
+    assert isinstance(teacher, Teacher)
+    assert torch.equal(teacher(torch.ones(1, 2)), student(torch.ones(1, 2)))
+    with pytest.raises(ValueError, match="make_teacher must be given for a student that cannot be"):
+        born_again.distiller(NotCopied(2, 2))
+
+
 def compile_eagerly(model: nn.Module) -> nn.Module:
     compiled: nn.Module = torch.compile(model, backend="eager")
     return compiled

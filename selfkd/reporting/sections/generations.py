@@ -86,9 +86,10 @@ def _baseline(run: Run) -> Replicated | None:
 
 
 def _paired(row: Replicated, base: Replicated | None) -> dict[int, float]:
-    if base is None:
+    if base is None or row.given:
         return {}
-    known = dict(zip(base.seeds, base.values, strict=False))
+    seeds = row.seeds if base.given else base.seeds
+    known = dict(zip(seeds, base.values * len(seeds) if base.given else base.values, strict=False))
     pairs = zip(row.seeds, row.values, strict=False)
     return {seed: value - known[seed] for seed, value in pairs if seed in known}
 
@@ -133,13 +134,19 @@ def _gain_text(run: Run, *, compared: bool, beside: Sequence[Gain]) -> str:
             "validation."
         )
     lineages = run.verdict is not None and run.verdict.covers == "lineages"
-    base = "its own generation 0"
+    base = "paired with its own generation 0"
+    if (
+        run.generations
+        and run.generations[0].confirmation
+        and run.generations[0].confirmation.given
+    ):
+        base = "compared with generation 0, which is one given model"
     if _has_own_baseline(run):
-        base = "the student's network trained on labels from the same seed"
+        base = "paired with the student's network trained on labels from the same seed"
     text = (
         "Each thin line is one "
         + ("lineage" if lineages else "fresh seed")
-        + f", paired with {base}; dots are means, bars their 95 % intervals"
+        + f", {base}; dots are means, bars their 95 % intervals"
         + (", which cover whole lineages." if lineages else ".")
     )
     if run.verdict is not None and run.verdict.comparisons:

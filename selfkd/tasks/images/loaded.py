@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from selfkd.config import ModelConfig
 from selfkd.data.batches import Split, batches
-from selfkd.data.stream import read_or_raise, read_picture, square
+from selfkd.data.pictures import read_or_raise, read_picture, square
 from selfkd.distill.teacher import Teacher
 from selfkd.losses import Average, ensemble_logits
 from selfkd.models import make_model
@@ -174,15 +174,22 @@ def _listed(items: Any) -> Sequence[Any]:
 
 
 def _has_channels(image: Any) -> bool:
-    return isinstance(image, Tensor) or image.shape[-1] in (1, 3)
+    return isinstance(image, Tensor) or image.shape[-1] in (1, 3) or _has_alpha(image)
+
+
+def _has_alpha(image: Any) -> bool:
+    return image.ndim >= 3 and image.shape[-1] in (2, 4)
 
 
 def _pixels(image: Any, size: int, channels: int) -> Tensor:
     """Return an image as pixels of 0 to 255, `[channels, size, size]`."""
-    if isinstance(image, str | os.PathLike):
-        file = Path(image)
-        image = read_or_raise(lambda: read_picture(file), str(file))
-    if hasattr(image, "convert"):
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and _has_alpha(image):
+        from PIL import Image
+
+        image = Image.fromarray(image)
+    if isinstance(image, str | os.PathLike) or hasattr(image, "convert"):
+        where = str(image) if isinstance(image, str | os.PathLike) else "an image of Pillow's"
+        image = read_or_raise(partial(read_picture, image), where)
         pixels = np.array(square(image.convert("L" if channels == 1 else "RGB"), size))
         return _channels_first(pixels)
     if isinstance(image, np.ndarray):

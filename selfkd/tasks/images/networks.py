@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
+from selfkd.config.names import describe_classes
 from selfkd.data import Data, load_data
 from selfkd.data.augmentation import Views
 from selfkd.distill.teacher import Teacher
@@ -144,7 +145,7 @@ class ImageNetworks:
         if sorted(map(str, facts.classes)) != sorted(map(str, here)):
             raise ValueError(
                 f"{checkpoint} was trained for other classes than {self.data.name}'s: "
-                f"{_few(facts.classes)} instead of {_few(here)}"
+                f"{describe_classes(facts.classes, here)}"
             )
         model = ModelConfig(**facts.model)
         network = rebuild(checkpoint, tensors, facts, lambda: self._make(model))
@@ -246,7 +247,3 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(part)
     elif isinstance(value, int | float):
         yield value
-
-
-def _few(names: Sequence[str | int]) -> str:
-    return f"{len(names)} classes ({', '.join(map(str, names[:5]))}{', …' if names[5:] else ''})"

@@ -6,19 +6,16 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize  # macOS decomposes the names of files
 
 import torch
 from PIL import Image
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from selfkd.analysis.metrics import fit_temperature
-from selfkd.config import (
-    CheckpointConfig,
-    ModelConfig,
-    load_yaml,
-)
+from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
@@ -28,12 +25,14 @@ from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
+from selfkd.storage.weights import find_weights
 from selfkd.tasks.images import evaluate
-from selfkd.tasks.images.networks import ImageNetworks, parts_of
+from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, open_checkpoint, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Split
 from selfkd.training.fit import make_optimizer, predict
+from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
@@ -56,12 +55,15 @@ class ImageTask(ImageNetworks):
                 f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}: "
                 "a training function of your own reports others"
             )
-        for model in config.members.models:
-            self._tried(model)
         networks = {
             "model": self._tried(config.model),
             "student": self._tried(config.student or config.model),
         }
+        for network in (*networks.values(), *map(self._tried, config.members.models)):
+            # on GPUs the statistics of several workers are synchronised
+            workers = 1 if self.device == "cuda" else config.resources.workers
+            images = len(data.train)
+            smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
         make_optimizer(
             networks["student"],
             name=train.optimizer,
@@ -84,6 +86,7 @@ class ImageTask(ImageNetworks):
                 "val": fingerprint(data.val, mean=data.mean, std=data.std),
                 "test": fingerprint(data.test, mean=data.mean, std=data.std),
             },
+            notes=(data.note,) if data.note else (),
         )
 
     def _tried(self, model: ModelConfig) -> nn.Module:
@@ -112,39 +115,49 @@ class ImageTask(ImageNetworks):
             )
         return network
 
-    def import_weights(self, source: CheckpointConfig, save: Path) -> None:
-        """Save the network of a state-dict file as a checkpoint.
+    def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
+        """Save the network of a file from elsewhere as a checkpoint; return what is to be said.
+
+        What selfkd has written itself brings the order of its classes and its normalisation.
 
         Raises:
             ValueError: Its classes or its tensors are not those of this data and network.
         """
         model = ModelConfig(name=source.model, args=source.args)
-        names = list(self.data.class_names)
+        path, own = Path(source.path), _own_facts(source.path)
+        names = list(self.data.class_names if own is None else map(str, own.classes))
         if source.classes is not None:
-            listed = load_yaml(Path(source.classes))
-            if not isinstance(listed, list):
-                raise ValueError(f"{source.classes} must be a list of class names, got {listed!r}")
-            names = [str(name) for name in listed]
-            if sorted(names) != sorted(self.data.class_names):
-                raise ValueError(
-                    f"{source.path} must tell {self.data.name}'s {self.data.num_classes} classes "
-                    f"apart, got {len(names)} others in {source.classes}"
-                )
-        network = self.make(model)
-        try:
-            network.load_state_dict(load_state_dict(source.path))
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001 - reading what is no checkpoint may end in any error
-            first = str(error).strip().splitlines()
+            here = {normalize("NFC", name): name for name in map(str, self.data.class_names)}
+            listed = load_class_names(Path(source.classes))
+            names = [here.get(normalize("NFC", name), name) for name in listed]
+        if sorted(names) != sorted(map(str, self.data.class_names)):
             raise ValueError(
-                f"{source.path} must fit {source.model!r} with {source.args} for "
-                f"{self.data.num_classes} classes: {' '.join(first[:2])}"
+                f"{source.path} must be for the classes of {self.data.name}: "
+                f"{source.classes or 'it'} has {describe_classes(names, self.data.class_names)}"
+            )
+        network = self.make(model)
+        shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        try:
+            found = find_weights(path, shapes, key=source.weights, outputs=len(names))
+        except ValueError as error:
+            raise ValueError(
+                f"{source.path} must fit {source.model!r} with {source.args} for {len(names)} "
+                f"classes: {error}"
             ) from None
+        network.load_state_dict(found.tensors)
         more: Row = {"classes": names, "fingerprint": None, "from": source.path}
-        if source.mean is not None:
+        if own is not None:
+            more |= {"fingerprint": own.fingerprint, "mean": own.mean, "std": own.std}
+        if source.mean is not None and source.std is not None:
+            sizes = (len(source.mean), len(source.std))
+            if sizes != (self.data.in_chans,) * 2 or not min(source.std) > 0:
+                raise ValueError(
+                    f"mean and std of {source.path} must be {self.data.in_chans} numbers each, std "
+                    f"above 0, got {source.mean} and {source.std}"
+                )
             more |= {"mean": source.mean, "std": source.std}
         self.save(save, network, model, more)
+        return found.note and f"{source.path} {found.note}"
 
     def digest(self, checkpoint: str) -> str:
         """Return the hash that a checkpoint's logits are cached under."""
@@ -161,7 +174,7 @@ class ImageTask(ImageNetworks):
     def refresh(self, network: nn.Module) -> None:
         """Make the statistics of batch normalisation those of the weights."""
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-            batches = self.data.batches("train", batch_size=500, device=self.device)
+            batches = self.data.batches("train", batch_size=500, device=self.device, smallest=2)
             update_bn((inputs for inputs, _, _ in batches), network)
 
     def example(self, items: int) -> Tensor:
@@ -294,3 +307,11 @@ class ImageTask(ImageNetworks):
         probabilities = (self.predict(checkpoint, "val") / CLUSTER_TEMPERATURE).softmax(dim=1)
         found = cluster_classes(probabilities, clusters=clusters, seed=self.config.seed)
         return [list(classes) for classes in found]
+
+
+def _own_facts(path: str) -> NetworkFacts | None:
+    """Return the metadata of a file that selfkd has written; None of any other."""
+    try:
+        return open_checkpoint(path)[1]
+    except (OSError, ValueError):
+        return None

@@ -12,6 +12,7 @@ from torch import nn
 
 from selfkd.config import TrainConfig
 from selfkd.data import Data
+from selfkd.data.batches import batch_sizes
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
@@ -28,6 +29,7 @@ from selfkd.storage.remote import as_path
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
 from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
+from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
 
@@ -59,7 +61,11 @@ def train_classifier(
         learner = Specialist(learner, specialist).to(task.device)
         data, shift = _special_data(task.data, specialist, trial.seed)
         facts |= {"specialist": list(specialist), "dustbin_shift": shift}
-    training = _training(task, learner, options, trial.seed, len(data.train), cycles)
+    smallest = smallest_batch(
+        learner, batch_size=options.batch_size, images=len(data.train), ranks=ranks.size
+    )
+    steps = len(batch_sizes(len(data.train), options.batch_size, smallest))
+    training = _training(task, learner, options, trial.seed, steps, cycles)
     if not ranks.first:  # dropout differs from rank to rank
         torch.manual_seed(trial.seed + ranks.rank)
     if (state := trial.checkpoint) is not None:
@@ -116,7 +122,7 @@ def _training(
     learner: nn.Module,
     options: TrainConfig,
     seed: int,
-    images: int,
+    steps: int,
     cycles: int,
 ) -> Training:
     optimizer = make_optimizer(
@@ -131,7 +137,7 @@ def _training(
         schedule=options.schedule if cycles == 1 else "cosine",
         epochs=options.epochs // cycles * cycles,
         warmup_epochs=options.warmup_epochs if cycles == 1 else 0,
-        steps_per_epoch=-(-images // options.batch_size),
+        steps_per_epoch=steps,
         cycles=cycles,
     )
     return Training(

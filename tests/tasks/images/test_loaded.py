@@ -93,6 +93,44 @@ def test_pictures_become_the_inputs_of_the_evaluation(tmp_path: Path) -> None:
     assert torch.equal(found, wanted)
 
 
+def test_pictures_of_any_mode_are_read_as_the_data_were(tmp_path: Path) -> None:
+    """As files, as Pillow images, and arrays with alpha."""
+    drawn, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    rgba = drawn.integers(0, 256, (12, 12, 4), np.uint8)
+    kinds = {
+        "alpha.png": Image.fromarray(rgba),
+        "turned.png": Image.fromarray(rgba[..., :3]),
+        "wide.png": Image.fromarray(drawn.integers(0, 65536, (12, 12), np.uint16)),
+        "float.tif": Image.fromarray(drawn.random((12, 12), np.float32)),
+        "grey_alpha.png": Image.fromarray(rgba[..., 2:]),
+    }
+    for split in ("train", "test"):
+        for name, picture in kinds.items():
+            file = tmp_path / split / ("a" if name == "alpha.png" else "b") / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file, **({"exif": exif} if name == "turned.png" else {}))
+    split = open_folder(tmp_path, 12).test
+    assert split is not None
+    stats = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    wanted, _, _ = next(batches(split, batch_size=9, **stats))
+    facts = NetworkFacts(hash="", model={}, classes=("a", "b"), image_size=12, **stats)
+    predictor = ImagePredictor(nn.Identity(), facts)
+
+    def inputs(items: object) -> torch.Tensor:
+        return torch.cat([*predictor.inputs(items, batch_size=9, device=torch.device("cpu"))])
+
+    files = sorted((tmp_path / "test").rglob("*.*"))
+    assert torch.equal(inputs(files), wanted)
+    opened = [Image.open(file) for file in files]
+    for _ in range(2):  # a caller's images stay as they are
+        assert torch.equal(inputs(opened), wanted)
+    assert torch.equal(inputs(rgba), wanted[:1])
+    assert torch.equal(inputs(rgba[None].repeat(2, axis=0)), wanted[[0, 0]])
+    greys = [file.name for file in files].index("grey_alpha.png")
+    assert torch.equal(inputs([rgba[..., 2:]]), wanted[greys : greys + 1])
+
+
 def test_other_classes_are_refused(place: Place, tmp_path: Path) -> None:
     _, files = place
     tensors, facts = load_tensors(Path(files[0]))

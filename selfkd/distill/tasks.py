@@ -1,0 +1,130 @@
+"""Hard and soft term of a batch for each kind of label: one class, several labels, or numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selfkd.losses.averaging import Average
+from selfkd.losses.distillation import DistillationTerms, distillation_terms, hard_loss
+from selfkd.losses.multi_label import multi_label_terms
+from selfkd.losses.regression import regression_terms
+from selfkd.losses.sparse import SparseLogits, sparse_terms
+
+Task = Literal["single_label", "multi_label", "regression"]
+"""Kind of label: one class of several, several labels of which each may hold, or numbers."""
+
+
+def hard_term(
+    task: Task, student_logits: Tensor, labels: Tensor | None, *, label_smoothing: float
+) -> Tensor:
+    """Return the loss without a teacher: cross-entropy, binary cross-entropy or squared error."""
+    if labels is None:
+        raise ValueError(
+            "labels must be given where there is neither a teacher nor targets, got None"
+        )
+    if task == "single_label":
+        return hard_loss(student_logits, labels, label_smoothing=label_smoothing)
+    labels = _as_outputs(labels, student_logits)
+    if task == "regression":
+        return regression_terms(student_logits, None, labels, alpha=0.0).loss
+    return multi_label_terms(
+        student_logits,
+        None,
+        labels,
+        temperature=1.0,
+        alpha=0.0,
+        label_smoothing=label_smoothing,
+    ).loss
+
+
+def task_terms(
+    task: Task,
+    student_logits: Tensor,
+    teacher_logits: Tensor | SparseLogits,
+    labels: Tensor | None,
+    *,
+    temperature: float,
+    alpha: float,
+    average: Average,
+    label_smoothing: float,
+    weights: Sequence[float] | None,
+    margin: float | None,
+) -> DistillationTerms:
+    """Return the terms of a task's loss.
+
+    Args:
+        task: Kind of label.
+        student_logits: Logits `[batch, classes]`, or numbers `[batch, ...]`.
+        teacher_logits: Those of the teacher, or `[members, batch, ...]` of an ensemble.
+        labels: Labels of the task's loss; None with `alpha` 1, for a hard term without meaning.
+        temperature: Temperature of the soft term.
+        alpha: Weight of the soft term.
+        average: Whether an ensemble's probabilities or logits are averaged.
+        label_smoothing: Label smoothing of the hard term.
+        weights: Weights of an ensemble's members.
+        margin: Margin of a regression's bound.
+
+    Raises:
+        ValueError: Logits of the largest classes with another task than `single_label`, or an
+            average of them; otherwise as the task's loss.
+    """
+    if isinstance(teacher_logits, SparseLogits):
+        if task != "single_label":
+            raise ValueError(f"targets must have all logits for {task}, got the largest of them")
+        if average == "logits" and teacher_logits.values.ndim == 3:
+            raise ValueError(
+                "average must be 'probabilities' where targets are SparseLogits of several "
+                "members, got 'logits'"
+            )
+        return sparse_terms(
+            student_logits,
+            teacher_logits,
+            _or_none_of_weight(labels, student_logits),
+            temperature=temperature,
+            alpha=alpha,
+            label_smoothing=label_smoothing,
+            weights=weights,
+        )
+    if task == "single_label":
+        return distillation_terms(
+            student_logits,
+            teacher_logits,
+            _or_none_of_weight(labels, student_logits),
+            temperature=temperature,
+            alpha=alpha,
+            average=average,
+            label_smoothing=label_smoothing,
+            weights=weights,
+        )
+    labels = None if labels is None else _as_outputs(labels, student_logits)
+    if task == "regression":
+        return regression_terms(
+            student_logits, teacher_logits, labels, alpha=alpha, margin=margin, weights=weights
+        )
+    return multi_label_terms(
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature=temperature,
+        alpha=alpha,
+        average=average,
+        label_smoothing=label_smoothing,
+        weights=weights,
+    )
+
+
+def _or_none_of_weight(labels: Tensor | None, logits: Tensor) -> Tensor:
+    """Return the labels, or the class 0 for all, which has no weight at alpha 1."""
+    if labels is None:
+        return logits.new_zeros(logits.shape[:1], dtype=torch.int64)
+    return labels
+
+
+def _as_outputs(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Return labels `[batch]` as `[batch, 1]` where the outputs are."""
+    one_each = outputs.ndim == labels.ndim + 1 and outputs.shape[-1] == 1
+    return labels.unsqueeze(-1) if one_each else labels

@@ -1,0 +1,44 @@
+"""Description of a distillation in the card of its student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from selfkd.integrations.transformers_inputs import bare
+
+
+def describe_distillation(
+    teachers: Sequence[nn.Module], settings: Mapping[str, float | str]
+) -> str:
+    """Return a section of a model card: the teacher, or each member of an ensemble, and the loss.
+
+    Args:
+        teachers: Teachers.
+        settings: Settings of the loss by name; those of 0 are left out.
+
+    >>> print(describe_distillation([nn.Linear(2, 3)] * 2, {"alpha": 0.5, "hidden": 0.0}))
+    <BLANKLINE>
+    ### Distillation
+    <BLANKLINE>
+    The student was distilled with selfkd from an ensemble of 2 teachers:
+    <BLANKLINE>
+    - Linear, 9 parameters
+    - Linear, 9 parameters
+    <BLANKLINE>
+    The loss had alpha 0.5.
+    <BLANKLINE>
+    """
+    of = "a teacher" if len(teachers) == 1 else f"an ensemble of {len(teachers)} teachers"
+    lines = [f"- {_describe(teacher)}" for teacher in teachers]
+    loss = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
+    parts = [f"The student was distilled with selfkd from {of}:", "\n".join(lines)]
+    return "\n### Distillation\n\n" + "\n\n".join([*parts, f"The loss had {loss}."]) + "\n"
+
+
+def _describe(teacher: nn.Module) -> str:
+    inside = bare(teacher)
+    name = getattr(getattr(inside, "config", None), "_name_or_path", "")
+    count = sum(parameter.numel() for parameter in teacher.parameters())
+    return f"{f'`{name}`, ' if name else ''}{type(inside).__name__}, {count:,} parameters"

@@ -1,0 +1,164 @@
+"""Losses of logits, and those of tokens without full logits: from the inputs of linear heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfkd.distill.outputs import take_logits
+from selfkd.distill.tasks import Task, task_terms
+from selfkd.integrations.transformers_inputs import bare, is_encoder_decoder
+from selfkd.losses.sequences import LinearLogits, linear_sequence_terms, sequence_terms
+
+_PLAIN: WeakSet[nn.Linear] = WeakSet()
+"""Heads whose outputs have been seen to be the logits."""
+
+
+def logits_of(outputs: Any, name: str) -> Tensor:
+    """Return the logits of a model's outputs.
+
+    Args:
+        outputs: Outputs of the model.
+        name: Name of the model for the message.
+
+    Raises:
+        TypeError: Outputs of which it is not clear what the logits are, or that have none.
+    """
+    logits = take_logits(outputs, name)
+    if logits.ndim < 2:
+        raise TypeError(
+            f"{name} must return logits [batch, classes] or [batch, length, vocabulary], got "
+            f"{list(logits.shape)}: a loss alone cannot be distilled"
+        )
+    return logits
+
+
+def check_linear_head(model: nn.Module, name: str) -> nn.Linear:
+    """Return the linear head of a model of token logits.
+
+    Args:
+        model: Model of transformers in any wrapper.
+        name: Name of the model for the message.
+
+    Raises:
+        ValueError: A head that is not exactly `nn.Linear`, as quantised or adapted ones, or none.
+    """
+    inside = bare(model)
+    head = getattr(inside, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"full_logits must be True where the {name} has no plain linear head, got "
+            f"{type(head).__name__} of {type(inside).__name__}"
+        )
+    return head
+
+
+def run_to_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, LinearLogits]:
+    """Return a model's outputs, with logits of the first token only, and its logits as linear ones.
+
+    Args:
+        model: Model of transformers in any wrapper, through which it is called.
+        inputs: Keywords of its forward.
+
+    Raises:
+        ValueError: Logits that are not those of the linear head, but scaled or capped.
+    """
+    head = check_linear_head(model, "model")
+    given = dict(inputs)
+    if is_encoder_decoder(model) and given.get("labels") is not None:
+        # its own loss of the labels needs all logits
+        labels = given.pop("labels")
+        if given.get("decoder_input_ids") is None:
+            prepare = bare(model).prepare_decoder_input_ids_from_labels
+            given["decoder_input_ids"] = prepare(labels=labels)
+    with _first_token(head) as states:
+        outputs = model(**given)
+    (hidden,) = states
+    logits = logits_of(outputs, "model")
+    with torch.no_grad():
+        expected = F.linear(hidden[:, :1], head.weight, head.bias)
+    if head not in _PLAIN and not torch.equal(logits.detach().to(expected.dtype), expected):
+        raise ValueError(
+            f"full_logits must be True for {type(bare(model)).__name__}, whose logits are not "
+            "those of its linear head alone (scaled or capped)"
+        )
+    _PLAIN.add(head)  # once is enough, as a GPU is waited for
+    return outputs, LinearLogits(hidden, head.weight, head.bias)
+
+
+@contextmanager
+def _first_token(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Let a head compute the first token's logits only, and collect its inputs."""
+    states: list[Tensor] = []
+
+    def cut(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states.append(inputs[0])
+        return (inputs[0][:, :1], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(cut)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def loss_terms(
+    task: Task,
+    student: Tensor | LinearLogits,
+    teachers: Sequence[Any],
+    targets: Any,
+    *,
+    columns: Sequence[Sequence[int] | None],
+    vocabulary: int | None,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """Return the loss and its terms by name, of rows or tokens.
+
+    Args:
+        task: Kind of labels.
+        student: Logits `[batch, classes]` or `[batch, length, vocabulary]`.
+        teachers: Logits of each teacher, of as many rows and tokens, linear ones as the student's.
+        targets: Labels `[batch]`, `[batch, length]`, or `[batch, classes]` of several labels.
+        columns: Logit of each teacher for each class of the student, None for the same order.
+        vocabulary: Number of the first classes compared, None for all.
+        settings: Keywords of `selfkd.losses.sequence_terms`.
+
+    Raises:
+        ValueError: A divergence or a number of classes that the task does not have.
+    """
+    if isinstance(student, LinearLogits):
+        (teacher,) = teachers
+        hidden, weight, bias = student
+        settings |= {"bias": bias, "vocabulary": vocabulary}
+        teacher = teacher.to(hidden.device)
+        return linear_sequence_terms(hidden, weight, teacher, targets, **settings)._asdict()
+    members = []
+    for logits, order in zip(teachers, columns, strict=True):
+        logits = logits.to(student.device)
+        members.append((logits if order is None else logits[..., order])[..., :vocabulary])
+    teacher_logits = members[0] if len(members) == 1 else torch.stack(members)
+    if task != "single_label":
+        if settings.pop("divergence") != "forward_kl":
+            raise ValueError(f"divergence must be 'forward_kl' for {task} labels, got another")
+        share = len(student) / settings.pop("normalizer")
+        del settings["beta"]
+        terms = task_terms(
+            task, student, teacher_logits, targets, weights=None, margin=0.0, **settings
+        )
+        return {name: term * share for name, term in terms._asdict().items()}
+    if student.shape[-1] < 2:
+        raise ValueError(
+            f"student must have at least 2 classes, got logits {list(student.shape)}: "
+            "problem_type='regression' of its configuration is for numbers"
+        )
+    if targets.ndim == 1:  # a row with one label is a sequence of one token
+        student, targets = student[:, None], targets[:, None]
+        teacher_logits = teacher_logits.unsqueeze(-2)
+    settings["vocabulary"] = vocabulary
+    return sequence_terms(student, teacher_logits, targets, **settings)._asdict()

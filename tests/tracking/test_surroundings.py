@@ -1,0 +1,170 @@
+"""What W&B reads of its surroundings: its modes, names, variables, files and folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from selfkd.config import load_config
+from selfkd.errors import ConfigError
+from selfkd.tracking import NoTracker, WandbTracker, make_tracker, surroundings
+from selfkd.tracking.host import base_url
+from selfkd.tracking.surroundings import (
+    own_folders,
+    own_surroundings,
+    settings,
+    split_project,
+    wanted_mode,
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "means"),
+    [
+        *(("online", "online"), ("run", "online"), ("shared", "online"), ("", None)),
+        *(("offline", "offline"), ("dryrun", "offline"), ("disabled", "none")),
+    ],
+)
+def test_each_mode_of_wandb_means_the_same_here(
+    mode: str, means: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert wanted_mode() == means
+
+
+def test_all_modes_are_known() -> None:
+    from typing import get_args
+
+    import wandb
+
+    from selfkd.tracking.surroundings import MODES
+
+    assert set(MODES) == set(get_args(wandb.Settings.model_fields["mode"].annotation))
+
+
+@pytest.mark.parametrize("mode", ["OFFLINE", "off", "none", "dry-run"])
+def test_an_unknown_mode_is_refused_in_one_line(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(ConfigError, match=rf"^WANDB_MODE must be one of online, .*, got {mode}"):
+        make_tracker(load_config(), name="a", run_id="a", folder=tmp_path)
+    for given in ("none", "offline"):  # which do not ask for it
+        config = load_config(settings=[f"tracking={given}"])
+        make_tracker(config, name="a", run_id="a", folder=tmp_path).close()
+
+
+@pytest.mark.parametrize(("value", "kind"), [("true", NoTracker), ("false", WandbTracker)])
+def test_the_variable_of_other_libraries_disables_it(
+    value: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    tracker = make_tracker(load_config(), name="a", run_id="a", folder=tmp_path)
+    tracker.close()
+    assert type(tracker) is kind
+
+
+def test_the_files_of_wandb_are_read(tmp_path: Path) -> None:
+    """Which its commands write: `wandb offline`, `wandb login --host`."""
+    file = tmp_path / ".config" / "wandb" / "settings"
+    file.parent.mkdir(parents=True)
+    file.write_text("[default]\nmode = offline\nbase_url = https://example.com\n")
+    assert wanted_mode() == "offline"
+    assert base_url() == "https://example.com"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("WANDB_BASE_URL", "example.com"), ("WANDB_BASE_URL", "https://wandb.ai")),
+        *(("WANDB_HTTPS_PROXY", "x"), ("WANDB_INSECURE_DISABLE_SSL", "perhaps")),
+        ("WANDB_API_KEY", "a key "),
+    ],
+)
+def test_a_variable_that_wandb_refuses_is_named_in_one_line(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    config = load_config(settings=["tracking=offline"])
+    with pytest.raises(ConfigError) as refused:
+        make_tracker(config, name="a", run_id="a", folder=tmp_path)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert (name in text) == (name != "WANDB_API_KEY")
+    assert "a key " not in text
+
+
+def test_a_wandb_that_cannot_be_imported_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ImportError("protobuf is too old")
+
+    monkeypatch.setattr(surroundings, "import_wandb", fail)
+    config = load_config(settings=["tracking=offline"])
+    with pytest.raises(ConfigError, match=r"must be none where W&B .*\(protobuf is too old\)"):
+        make_tracker(config, name="a", run_id="a", folder=tmp_path)
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = settings().base_url
+    for name in ("WANDB_BASE_URL", "WANDB_API_KEY", "WANDB_ENTITY", "WANDB_HTTPS_PROXY"):
+        monkeypatch.setenv(name, "")
+    assert settings().base_url == usual
+
+
+def test_variables_of_a_run_are_hidden_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "x")
+    monkeypatch.setenv("WANDB_SERVICE", "old")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    with own_surroundings():
+        assert "WANDB_RUN_ID" not in os.environ
+        assert os.environ["WANDB_ENTITY"] == "team"
+        os.environ["WANDB_SERVICE"] = "new"  # W&B sets it
+    assert (os.environ["WANDB_RUN_ID"], os.environ["WANDB_SERVICE"]) == ("x", "new")
+    assert "WANDB_SILENT" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("project", "entity", "message"),
+    [
+        ("team/a", "other", r"tracking\.project must be of tracking\.entity, got team/a and other"),
+        ("a", "b/c", r"tracking\.entity must be a user or team"),
+        ("a", "", r"tracking\.entity must be a user or team"),
+        ("a", "x" * 129, r"tracking\.entity must be a user or team"),
+    ],
+)
+def test_owners_that_wandb_cannot_have_are_refused(project: str, entity: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        split_project(project, entity)
+
+
+def test_the_owner_of_the_environment_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_ENTITY", "team/project")
+    with pytest.raises(ConfigError, match=r"^WANDB_ENTITY must be a user or team"):
+        split_project("a", None)
+    assert split_project("mine/a", None) == ("mine", "a")
+
+
+def test_folders_that_cannot_be_written_to_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert own_folders(tmp_path / "wandb") == {}
+    monkeypatch.setenv("WANDB_DATA_DIR", "/dev/null/data")
+    data = {"WANDB_DATA_DIR": str(tmp_path / "wandb" / "wandb_data_dir")}
+    assert own_folders(tmp_path / "wandb") == data
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("HOME")
+    assert own_folders(tmp_path / "wandb") == data
+    monkeypatch.delenv("WANDB_CACHE_DIR")
+    assert set(own_folders(tmp_path / "wandb")) == {"WANDB_DATA_DIR", "WANDB_CACHE_DIR"}

@@ -614,6 +614,17 @@ def test_missing_part_of_a_folder(tmp_path, parts, message):
         load_data("folder", root=write_folder(tmp_path, **parts))
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_validation_folders_of_any_usual_name(tmp_path, name):
+    write_folder(tmp_path, train=8, test=2, extra=3, **{name: 4})
+    data = load_data("folder", root=tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == (24, 12, 6)
+    assert data.note.endswith("left out: 1 other folder")
+    write_folder(tmp_path, **{"val" if name == "validation" else "validation": 4})
+    with pytest.raises(ValueError, match="one folder of validation images, got val"):
+        load_data("folder", root=tmp_path)
+
+
 # --- torchvision's sets ---
 
 

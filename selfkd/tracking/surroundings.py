@@ -46,13 +46,16 @@ def own_surroundings() -> Iterator[None]:
     """Hide the variables of another run from W&B; a user's own function finds them afterwards."""
     given = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     hidden = {name: value for name, value in given.items() if name not in KEPT or not value}
+    own = dict(_OWN)
+    if (usual := os.environ.get("TMPDIR")) and not _writable(Path(usual), make=False):
+        hidden["TMPDIR"], own["TMPDIR"] = usual, tempfile.gettempdir()  # which looks elsewhere
     for name in hidden:
         del os.environ[name]
-    os.environ.update(_OWN)
+    os.environ.update(own)
     try:
         yield
     finally:
-        for name in _OWN:
+        for name in own:
             os.environ.pop(name, None)
         for name, value in hidden.items():
             os.environ.setdefault(name, value)  # W&B sets the address of its own process
@@ -207,9 +210,10 @@ def own_folders(folder: Path) -> dict[str, str]:
     }
 
 
-def _writable(folder: Path) -> bool:
+def _writable(folder: Path, *, make: bool = True) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2**16))
     except OSError:

@@ -22,33 +22,55 @@ _SYSTEM = frozenset(
     ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
 )
 
-_PLURAL = ("broken link", "circular link", "special file", "system folder")
+_VAL = ("val", "valid", "validation")
+_PLURAL = ("other folder", "broken link", "circular link", "special file", "system folder")
 MOST_TYPES = 8
 """Number of types that are named of what is left out."""
 
 
 def open_folder(root: Path, image_size: int | None) -> Source:
     """Open a folder of images as a source; without a test folder, val is the test split."""
+    left_out = Counter[str]()
+    folders = _find_parts(root, left_out)
+    names = {part: _class_names(root / folder, left_out) for part, folder in folders.items()}
+    class_names = names["train"]
+    for part in folders:
+        if unknown := sorted(set(names[part]) - set(class_names)):
+            raise ValueError(
+                f"every class must have a training image, got none of {unknown[0]!r}, which is in "
+                f"{root / folders[part]}"
+            )
+    parts = {
+        part: _list_images(root, folder, class_names, left_out) for part, folder in folders.items()
+    }
+    return make_source(str(root), parts, class_names, image_size, left_out)
+
+
+def _find_parts(root: Path, left_out: Counter[str]) -> dict[str, str]:
+    """Return the names of the folders of train, val and test, and count the other folders."""
     if not (root / "train").is_dir():
         raise FileNotFoundError(
             f"data.root must hold train/<class>/<image>, got {root}, which has no folder 'train'"
         )
-    held_out = [part for part in ("val", "test") if (root / part).is_dir()]
-    if not held_out:
+    val = [name for name in _VAL if (root / name).is_dir()]
+    if len(val) > 1:
+        found = " and ".join(val)
+        raise ValueError(
+            f"data.root must hold one folder of validation images, got {found} in {root}"
+        )
+    parts = {"train": "train"}
+    if val:
+        parts["val"] = val[0]
+    if (root / "test").is_dir():
+        parts["test"] = "test"
+    if len(parts) == 1:
         raise FileNotFoundError(
             f"data.root must hold a folder 'test' or 'val' beside 'train', got {root}"
         )
-    left_out = Counter[str]()
-    names = {part: _class_names(root / part, left_out) for part in ("train", *held_out)}
-    class_names = names["train"]
-    for part in held_out:
-        if unknown := sorted(set(names[part]) - set(class_names)):
-            raise ValueError(
-                f"every class must have a training image, got none of {unknown[0]!r}, which is in "
-                f"{root / part}"
-            )
-    parts = {part: _list_images(root, part, class_names, left_out) for part in names}
-    return make_source(str(root), parts, class_names, image_size, left_out)
+    for entry in _entries(root, Counter()):
+        if _is_folder(entry) and entry.name not in parts.values():
+            left_out["other folder"] += 1
+    return parts
 
 
 def make_source(

@@ -159,7 +159,13 @@ class WandbTracker(NoTracker):
             f"; {count(number, what)} could not be logged ({reason})"
             for what, (number, reason) in self._session.lost.items()
         )
-        return stopped + "".join(lost)
+        torn = len(self._session.torn) if self._closed and not self._session.wanted_online else 0
+        files = (
+            f"; {count(torn, 'run')} not whole in the files, as where the disk is full"
+            if torn
+            else ""
+        )
+        return stopped + "".join(lost) + files
 
     @property
     def incomplete(self) -> bool:  # type: ignore[override]
@@ -402,6 +408,8 @@ class WandbTracker(NoTracker):
             if handled != self._handled:
                 handled, since = self._handled, time.monotonic()
             elif time.monotonic() - since > 2 * self._start_seconds + 10:
+                late = TimeoutError("W&B does not respond")
+                self._stopped = self._stopped or end_of_tracking(late)
                 break
             left = self._work.qsize() - 1
             if left > 0:

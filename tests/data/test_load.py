@@ -614,6 +614,17 @@ def test_missing_part_of_a_folder(tmp_path, parts, message):
         load_data("folder", root=write_folder(tmp_path, **parts))
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_validation_folders_of_any_usual_name(tmp_path, name):
+    write_folder(tmp_path, train=8, test=2, extra=3, **{name: 4})
+    data = load_data("folder", root=tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == (24, 12, 6)
+    assert data.note.endswith("left out: 1 other folder")
+    write_folder(tmp_path, **{"val" if name == "validation" else "validation": 4})
+    with pytest.raises(ValueError, match="one folder of validation images, got val"):
+        load_data("folder", root=tmp_path)
+
+
 # --- torchvision's sets ---
 
 
@@ -1081,7 +1092,7 @@ def test_a_single_class_is_refused(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / part / "cat" / "0.png")
-    message = r"^data.name must be of at least 2 classes, got cat alone in .*: .*add images of ano"
+    message = r"^data.root must hold at least 2 classes, got cat alone in .*: .*add images of ano"
     with pytest.raises(ValueError, match=message):
         load_data("folder", root=tmp_path)
 
@@ -1090,7 +1101,7 @@ def test_a_single_class_is_refused(tmp_path):
 def test_a_single_class_of_a_timm_set_is_refused(tmp_path, monkeypatch, kind):
     write_folder(tmp_path, train=8, val=2)
     fake_timm(monkeypatch, tmp_path, kind, classes=("ant",))
-    with pytest.raises(ValueError, match="must be of at least 2 classes, got ant alone"):
+    with pytest.raises(ValueError, match=r"data\.name must hold at least 2 classes, got ant "):
         load_data("hfds/set")
 
 

@@ -240,7 +240,7 @@ def test_one_class_is_refused(tmp_path):
     one = {"photo": pictures(9), "kind": [0] * 9}
     features = datasets.Features(FEATURES | {"kind": datasets.ClassLabel(names=["ant"])})
     datasets.Dataset.from_dict(one, features=features).save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match="must be of at least 2 classes, got ant alone in "):
+    with pytest.raises(ValueError, match="must hold at least 2 classes, got ant alone in "):
         load_data("folder", root=tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,13 @@ def test_variables_of_a_run_are_hidden_for_a_while(monkeypatch: pytest.MonkeyPat
         os.environ["WANDB_SERVICE"] = "new"  # W&B sets it
     assert (os.environ["WANDB_RUN_ID"], os.environ["WANDB_SERVICE"]) == ("x", "new")
     assert "WANDB_SILENT" not in os.environ
+
+
+def test_temporary_files_go_where_there_is_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/dev/null/x")
+    with own_surroundings():
+        assert os.environ["TMPDIR"] == tempfile.gettempdir()
+    assert os.environ["TMPDIR"] == "/dev/null/x"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from selfkd.cli.output import print_data, print_error, safe_output
+from selfkd.errors import ConfigError
 from selfkd.text import one_line
 from selfkd.tracking.host import answers, base_url, has_key
+from selfkd.tracking.surroundings import split_project
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -42,17 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         import wandb_workspaces  # noqa: F401
     except ImportError:
         return _fail(f"selfkd.dashboard needs wandb-workspaces: {INSTALL}", USAGE)
+    try:
+        entity, project = split_project(
+            arguments.project, arguments.entity, named=("--project", "--entity")
+        )
+        url = "" if arguments.json else base_url()
+    except ConfigError as error:
+        return _fail(str(error), USAGE)
     if arguments.json:
-        view = make_workspace(arguments.entity or "", arguments.project, name=arguments.name)
+        view = make_workspace(entity or "", project, name=arguments.name)
         return print_data(to_json(view) + "\n")
-    if not has_key(base_url()):
+    if not has_key(url):
         missing = "there is no W&B key: run wandb login or set WANDB_API_KEY (or print with --json)"
         return _fail(missing, USAGE)
-    if not answers(base_url()):
-        return _fail(f"{base_url()} does not answer: print the view with --json", FAILED)
+    if not answers(url):
+        return _fail(f"{url} does not answer: print the view with --json", FAILED)
     try:
-        entity = arguments.entity or _own_entity()
-        view = make_workspace(entity, arguments.project, name=arguments.name).save()
+        view = make_workspace(entity or _own_entity(), project, name=arguments.name).save()
     except Exception as error:  # noqa: BLE001 - the library raises what its network raises
         return _fail(f"the view could not be saved: {error}", FAILED)
     print(f"view saved: {one_line(view.url)}")  # noqa: T201

@@ -38,6 +38,16 @@ def test_the_view_is_the_golden_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert found == json.loads(GOLDEN.read_text())
 
 
+def test_names_and_variables_that_wandb_does_not_take_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dashboard.main(["--json", "--project", "a/b/c"]) == 2
+    assert "--project must be PROJECT or OWNER/PROJECT" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_BASE_URL", "example.com")
+    assert dashboard.main([]) == 2
+    assert "WANDB_BASE_URL must be" in capsys.readouterr().err
+
+
 def panels() -> list[dict[str, Any]]:
     sections = json.loads(GOLDEN.read_text())["spec"]["section"]["panelBankConfig"]["sections"]
     return [panel for section in sections for panel in section["panels"]]

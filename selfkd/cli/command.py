@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -386,7 +387,16 @@ def _refuse_other_encodings(options: Options) -> None:
     named |= {"--resume": options.resume, "--set": " ".join(options.settings), **options.flags}
     for name, value in named.items():
         if any(0xD800 <= ord(character) < 0xE000 for character in str(value)):
-            raise ConfigError(f"{name} must be UTF-8, got {value}")
+            raise ConfigError(f"{name} must be UTF-8, got {value}{_of_another_locale(value)}")
+
+
+def _of_another_locale(value: object) -> str:
+    """Return the way out where a text is UTF-8, and the locale of this process is not."""
+    try:
+        os.fsencode(str(value)).decode("utf-8")
+    except UnicodeError:
+        return ""
+    return f", by a locale of {sys.getfilesystemencoding()}: set PYTHONUTF8=1"
 
 
 def _import_the_rest() -> None:

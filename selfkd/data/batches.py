@@ -68,7 +68,7 @@ class Data:
     fingerprint: str
     """Hash of the training split and its normalisation, 16 hexadecimal digits."""
     note: str = ""
-    """What was read of folders, and what was left out; empty for known data sets."""
+    """What was read of folders, at which size, and what was left out, where that is to be said."""
 
     @property
     def num_classes(self) -> int:

@@ -6,7 +6,7 @@ not decode.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,33 +22,55 @@ _SYSTEM = frozenset(
     ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
 )
 
-_PLURAL = ("broken link", "circular link", "special file", "system folder")
+_VAL = ("val", "valid", "validation")
+_PLURAL = ("other folder", "broken link", "circular link", "special file", "system folder")
 MOST_TYPES = 8
 """Number of types that are named of what is left out."""
 
 
 def open_folder(root: Path, image_size: int | None) -> Source:
     """Open a folder of images as a source; without a test folder, val is the test split."""
+    left_out = Counter[str]()
+    folders = _find_parts(root, left_out)
+    names = {part: _class_names(root / folder, left_out) for part, folder in folders.items()}
+    class_names = names["train"]
+    for part in folders:
+        if unknown := sorted(set(names[part]) - set(class_names)):
+            raise ValueError(
+                f"every class must have a training image, got none of {unknown[0]!r}, which is in "
+                f"{root / folders[part]}"
+            )
+    parts = {
+        part: _list_images(root, folder, class_names, left_out) for part, folder in folders.items()
+    }
+    return make_source(str(root), parts, class_names, image_size, left_out)
+
+
+def _find_parts(root: Path, left_out: Counter[str]) -> dict[str, str]:
+    """Return the names of the folders of train, val and test, and count the other folders."""
     if not (root / "train").is_dir():
         raise FileNotFoundError(
             f"data.root must hold train/<class>/<image>, got {root}, which has no folder 'train'"
         )
-    held_out = [part for part in ("val", "test") if (root / part).is_dir()]
-    if not held_out:
+    val = [name for name in _VAL if (root / name).is_dir()]
+    if len(val) > 1:
+        found = " and ".join(val)
+        raise ValueError(
+            f"data.root must hold one folder of validation images, got {found} in {root}"
+        )
+    parts = {"train": "train"}
+    if val:
+        parts["val"] = val[0]
+    if (root / "test").is_dir():
+        parts["test"] = "test"
+    if len(parts) == 1:
         raise FileNotFoundError(
             f"data.root must hold a folder 'test' or 'val' beside 'train', got {root}"
         )
-    left_out = Counter[str]()
-    names = {part: _class_names(root / part, left_out) for part in ("train", *held_out)}
-    class_names = names["train"]
-    for part in held_out:
-        if unknown := sorted(set(names[part]) - set(class_names)):
-            raise ValueError(
-                f"every class must have a training image, got none of {unknown[0]!r}, which is in "
-                f"{root / part}"
-            )
-    parts = {part: _list_images(root, part, class_names, left_out) for part in names}
-    return make_source(str(root), parts, class_names, image_size, left_out)
+    for entry in _entries(root, Counter()):
+        if _is_folder(entry) and entry.name not in parts.values():
+            left_out["other folder"] += 1
+    return parts
 
 
 def make_source(
@@ -85,7 +107,7 @@ def make_source(
         test=splits.get("test", splits.get("val")),
         val=val,
         test_size=held_out if len(splits) == 1 else 0,
-        note=describe(name, images, class_names, size, looked, left_out),
+        note=describe(name, images, class_names, image_size, looked, left_out),
     )
 
 
@@ -98,7 +120,7 @@ def describe(
     name: str,
     images: int,
     class_names: Sequence[str],
-    size: int,
+    image_size: int | None,
     looked: Survey,
     left_out: Counter[str],
 ) -> str:
@@ -108,23 +130,29 @@ def describe(
         name: Folder or name of the data set.
         images: Number of images that are read.
         class_names: Names of the classes.
-        size: Height and width in pixels that they are read at.
+        image_size: Height and width in pixels that were given.
         looked: Sizes that the pictures have.
         left_out: Number of files that are not read, by type.
 
+    Returns:
+        The line; empty where nothing is left out, and the size is that of all pictures or given.
+
     Example:
         >>> looked = Survey((8, 64, 500), grey=False)
-        >>> describe("pets", 3, ("cat", "dog"), 64, looked, Counter({".txt": 2, "hidden": 1}))
+        >>> describe("pets", 3, ("cat", "dog"), None, looked, Counter({".txt": 2, "hidden": 1}))
         'pets: 3 images of 2 classes, read at 64x64 pixels (shorter sides are 8 to 500, the median \
 64; data.image_size sets the size); left out: 2 .txt, 1 hidden'
     """
+    size, low, high = image_size or looked.size, looked.sides[0], looked.sides[-1]
     line = f"{name}: {images:,} images of {len(class_names)} classes, read at {size}x{size} pixels"
-    low, high = looked.sides[0], looked.sides[-1]
-    if not low == high == size:
+    chosen = image_size is None and not low == high == size
+    if chosen:
         median = looked.sides[(len(looked.sides) - 1) // 2]
         sides = f"{low} to {high}, the median {median}" if low < high else str(low)
         line += f" (shorter sides are {sides}; data.image_size sets the size)"
-    return one_line(f"{line}; left out: {_listed(left_out)}" if left_out else line)
+    if left_out:
+        line += f"; left out: {_listed(left_out)}"
+    return one_line(line) if chosen or left_out else ""
 
 
 def _listed(left_out: Counter[str]) -> str:
@@ -156,12 +184,14 @@ def suffixes() -> frozenset[str]:
 
 
 def _class_names(folder: Path, left_out: Counter[str]) -> tuple[str, ...]:
-    names = []
+    names, real = [], folder.resolve()
     for entry in _entries(folder, left_out):
-        if _is_folder(entry):
-            names.append(entry.name)
-        else:
+        if not _is_folder(entry):
             left_out[f"{_kind(entry)} beside the classes"] += 1
+        elif _is_circular(entry, {real, *real.parents}):
+            left_out["circular link"] += 1
+        else:
+            names.append(entry.name)
     if not names:
         raise ValueError(f"data.root must hold train/<class>/<image>, got no class in {folder}")
     return tuple(names)
@@ -203,7 +233,7 @@ def _walk(folder: Path, name: str, above: frozenset[Path], left_out: Counter[str
                 yield path
             else:
                 left_out[kind] += 1
-        elif entry.is_symlink() and Path(entry.path).resolve() in above:
+        elif _is_circular(entry, above):
             left_out["circular link"] += 1
         else:
             yield from _walk(Path(entry.path), path, above, left_out)
@@ -225,6 +255,10 @@ def _entries(folder: Path, left_out: Counter[str]) -> Iterator["os.DirEntry[str]
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     # of links by `os.path`, which takes a link to itself
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_circular(entry: "os.DirEntry[str]", above: Collection[Path]) -> bool:
+    return entry.is_symlink() and Path(entry.path).resolve() in above
 
 
 def _kind(entry: "os.DirEntry[str]") -> str:

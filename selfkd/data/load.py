@@ -58,8 +58,8 @@ def load_data(
     | `digits` | scikit-learn's, 8x8, embedded | 100, 400, 1,197 |
     | `mnist`, `fashion_mnist` | 28x28 | 50,000, 10,000, the official 10,000 |
     | `cifar10`, `cifar100` | 32x32, 3 channels | 45,000, 5,000, the official 10,000 |
-    | `folder` | root/train/<class>/<image>, root/test and root/val | a tenth of train is held out \
-where there is no val; val is the test split where there is no test |
+    | `folder` | root/train/<class>/<image>, root/test and root/val (valid, validation) | \
+a tenth of train is held out where there is no val; val is the test split where there is no test |
     | `folder` | a folder of `datasets.save_to_disk`, with a column of images and one of classes | \
 its splits as those folders; of a single one a tenth is test, too |
     | `torch/…`, `hfds/…`, `tfds/…`, … | any set of `timm.data.create_dataset` | as for `folder` |
@@ -106,10 +106,10 @@ its splits as those folders; of a single one a tenth is test, too |
         raise ValueError(f"data.label_noise must be in [0, 1), got {label_noise}")
     source = _open(name, root, download, image_size)
     if len(source.class_names) < 2:
+        only = ", ".join(source.class_names)
         raise ValueError(
-            f"data.name must be of at least 2 classes, got {', '.join(source.class_names)} alone"
-            f"{f' in {root}' if root is not None else ''}: with one class there is nothing to "
-            "learn; add images of another"
+            f"data.{'root' if root else 'name'} must hold at least 2 classes, got {only} alone in "
+            f"{root or name}: with one class there is nothing to learn; add images of another"
         )
     selected = _training_classes(classes, source.class_names)
     splits = _split(source, train_size, val_size, selected, label_noise, seed)
@@ -127,7 +127,7 @@ its splits as those folders; of a single one a tenth is test, too |
 
 @lru_cache
 def _log_once(note: str) -> None:
-    log.log(logging.WARNING if "left out" in note else logging.INFO, "%s", note)
+    log.warning("%s", note)
 
 
 def _open(

@@ -51,7 +51,7 @@ class Source:
     statistics: Statistics | None = None
     """Mean and std of each channel, if they are known."""
     note: str = ""
-    """What is read of folders, and what is left out; empty for known data sets."""
+    """What is read of folders, at which size, and what is left out, where that is to be said."""
 
 
 def open_digits() -> Source:

@@ -121,7 +121,7 @@ def open_timm(
         names,
         val_size=val_size,
         test=test_split,
-        note=describe(name, len(pool_labels + test_labels), names, size, looked, Counter()),
+        note=describe(name, len(pool_labels + test_labels), names, image_size, looked, Counter()),
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.distill.tasks import Task, hard_term, task_terms
+from selfkd.distill.tasks import Task, as_outputs, hard_term, task_terms
 from selfkd.distill.teacher import Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
@@ -317,6 +317,8 @@ class Distiller:
                 f"labels must be given at alpha {self.alpha}, got None: alpha must be 1 for "
                 "unlabelled data, or the loss has a term of the labels"
             )
+        if self.task != "single_label":
+            labels = as_outputs(labels, student_logits)
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
@@ -328,6 +330,8 @@ class Distiller:
                 )
             return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
+        if self.task != "single_label":
+            teacher_logits = as_outputs(teacher_logits, student_logits)
         terms = task_terms(
             self.task,
             student_logits,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ def hard_term(
         )
     if task == "single_label":
         return hard_loss(student_logits, labels, label_smoothing=label_smoothing)
-    labels = _as_outputs(labels, student_logits)
     if task == "regression":
         return regression_terms(student_logits, None, labels, alpha=0.0).loss
     return multi_label_terms(
@@ -100,7 +99,6 @@ def task_terms(
             label_smoothing=label_smoothing,
             weights=weights,
         )
-    labels = None if labels is None else _as_outputs(labels, student_logits)
     if task == "regression":
         return regression_terms(
             student_logits, teacher_logits, labels, alpha=alpha, margin=margin, weights=weights
@@ -124,7 +122,20 @@ def _or_none_of_weight(labels: Tensor | None, logits: Tensor) -> Tensor:
     return labels
 
 
-def _as_outputs(labels: Tensor, outputs: Tensor) -> Tensor:
-    """Return labels `[batch]` as `[batch, 1]` where the outputs are."""
-    one_each = outputs.ndim == labels.ndim + 1 and outputs.shape[-1] == 1
-    return labels.unsqueeze(-1) if one_each else labels
+def as_outputs(values: Any, outputs: Tensor) -> Any:
+    """Return values of one number an item as the outputs are, `[batch]` or `[batch, 1]`.
+
+    Args:
+        values: Labels, or outputs of a teacher, also of an ensemble's members; anything but such a
+            tensor is returned as it is.
+        outputs: Outputs of the student.
+
+    >>> as_outputs(torch.zeros(2, 5), torch.zeros(5, 1)).shape
+    torch.Size([2, 5, 1])
+    """
+    if isinstance(values, Tensor) and outputs.ndim in (1, 2) and outputs.numel() == len(outputs):
+        for members in (values.shape[:0], values.shape[:1]):
+            one_each = (*members, len(outputs))
+            if values.shape in (one_each, (*one_each, 1)):
+                return values.reshape(*members, *outputs.shape)
+    return values

@@ -1,7 +1,7 @@
 """Frozen teachers: copies of networks, always in eval mode, whose logits carry no graph."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from inspect import getclosurevars, isfunction, signature
 from inspect import unwrap as unwrap_function
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from selfkd.distill.features import drop_hooks
 from selfkd.distill.layers import check_whole, unwrap
@@ -246,7 +248,8 @@ def copy_module(module: nn.Module) -> nn.Module:
         module: Module in any wrapper.
 
     Raises:
-        ValueError: A module that is sharded, offloaded, or cannot be copied for another reason.
+        ValueError: A module that is sharded, offloaded, lazy and not yet run, or cannot be copied
+            for another reason.
     """
     way_out = "Teacher(module, copy=False) runs it as it is"
     try:
@@ -259,15 +262,27 @@ def copy_module(module: nn.Module) -> nn.Module:
             f"(offloaded, or never loaded): {way_out}"
         )
     module = unwrap(module)
+    parameters = list(module.parameters())
+    if any(map(is_lazy, [*parameters, *module.buffers()])):
+        raise ValueError(
+            "module must have the shapes of its weights to be copied, got some of a lazy module: "
+            "run it on a batch first"
+        )
     try:
-        computed = (tensor for part in module.modules() for tensor in _computed(vars(part)))
-        twin = deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in computed})
+        with _ComputedTensors():
+            twin = deepcopy(module)
     except Exception as error:  # a module's own way of copying may raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"module must be one that can be copied, got {type(module).__name__} ({first}): "
             f"{way_out}"
         ) from error
+    owned = {id(parameter) for parameter in parameters}
+    if any(id(parameter) in owned for parameter in twin.parameters()):
+        raise ValueError(
+            f"module must be one that can be copied, got {type(module).__name__} with a "
+            f"__deepcopy__ that keeps parameters of the original: {way_out}"
+        )
     _bind_forward(module, twin, way_out)
     return drop_hooks(twin)
 
@@ -304,14 +319,16 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _computed(value: object) -> Iterator[Tensor]:
-    """Yield the tensors with a graph in nested containers."""
-    if isinstance(value, Tensor):
-        if not value.is_leaf:
-            yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _computed(item)
+class _ComputedTensors(TorchFunctionMode):
+    """Copies tensors with a graph, which `copy.deepcopy` refuses, without their graph."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 def _set_eval(module: nn.Module) -> list[nn.Module]:
@@ -338,11 +355,21 @@ def _as_for(module: nn.Module, inputs: Any) -> Any:
             dtype = tensor.dtype
         if device is not None and dtype is not None:
             break
+    if dtype is None and _is_packed(module):
+        dtype = torch.float32
 
     def change(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
 
     return map_tensors(inputs, change)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether weights are constants (a frozen ScriptModule) or packed, as in quantised layers."""
+    return any(
+        isinstance(part, torch.jit.ScriptModule) or hasattr(part, "_packed_params")
+        for part in module.modules()
+    )
 
 
 def _run(module: nn.Module, inputs: Any) -> Any:

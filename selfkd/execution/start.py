@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -97,6 +98,23 @@ def _check_space(folder: TemporaryFolder) -> None:
         raise
 
 
+def _have_token() -> None:
+    """Set a token of this process where Ray cannot write one to the user's home."""
+    known = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or any(
+        map(os.environ.get, known)
+    ):
+        return
+    try:
+        folder = Path.home() / ".ray"
+        if (folder / "auth_token").is_file():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def start(session: Session | None, *, verbose: bool, address: str | None) -> None:
     """Start Ray, or join a cluster.
 
@@ -119,6 +137,7 @@ def start(session: Session | None, *, verbose: bool, address: str | None) -> Non
             if session is None:
                 ray.init(**printed)
                 return
+            _have_token()
             with on_loopback(session.name):
                 ray.init(
                     address="local",

@@ -120,7 +120,8 @@ def import_generation(run: Run) -> GenerationResult:
     rows = run.jobs("importing generation 0", "import_checkpoint", parts)
     for row, path, file in zip(rows, saves, files, strict=True):
         if "fault" in row:
-            raise ConfigError(f"--from: {row['fault'].replace(str(path), str(file))}")
+            fault = row["fault"].replace(str(path), str(file))
+            raise ConfigError(f"--from: {fault}{_way_out(run, source)}")
     source = _with_facts(run, source, rows[0])
     for said in filter(None, _remarks(run, source, rows[0])):
         run.events(Message(said))
@@ -296,7 +297,7 @@ def _with_facts(run: Run, source: _Source, row: Row) -> _Source:
         raise ConfigError(
             f"model must be the network of {source.title}, got {own.name!r} with "
             f"{_own_args(own)}: --set {shell_quote(f'model={wanted}')}, and student for another "
-            "network of the later generations"
+            f"network of the later generations{_way_out(run, source)}"
         )
     here, there = run.folder.facts, source.facts
     same = there is not None and all(
@@ -306,6 +307,14 @@ def _with_facts(run: Run, source: _Source, row: Row) -> _Source:
         unknown = "it was trained on other images than this run's training split"
         return replace(source, unknown=unknown, point={}, teachers=[])
     return source if source.unknown is None else replace(source, point={})
+
+
+def _way_out(run: Run, source: _Source) -> str:
+    """Return the end of a message on a run that does not fit this run's config."""
+    if source.config is None:
+        return ""
+    file = shell_quote(f"{run.config.generation_0.path}/config.yaml")
+    return f"; --config {file} takes all its settings"
 
 
 def _remarks(run: Run, source: _Source, row: Row) -> Iterator[str | None]:
@@ -332,7 +341,8 @@ def _remarks(run: Run, source: _Source, row: Row) -> Iterator[str | None]:
 def _no_lineages(config: Config, unknown: str) -> str:
     return (
         f"confirm.lineages must be 0 with --from {config.generation_0.path}, as {unknown}, so that "
-        f"no lineage can begin with it, got {config.confirm.lineages}: use confirm.seeds"
+        f"no lineage can begin with it, got {config.confirm.lineages}: --set confirm.lineages=0 "
+        "replicates on confirm.seeds"
     )
 
 

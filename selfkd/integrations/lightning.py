@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.distiller import Distiller
+from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, describe_output, take_logits
 from selfkd.integrations.common import attach, place
 
@@ -56,9 +57,10 @@ class DistillationCallback(Callback):
     teacher run on the same inputs. The distiller's terms are logged as `distill/loss`,
     `distill/hard_loss` and so on. After the fit, or an error in it, the module is restored.
 
-    The batch must be `(inputs, labels)`, or `(inputs, labels, index)` with cached targets, or a
-    mapping with one of the keys `label`, `labels`, `target`, `targets`, `y`, and for cached targets
-    one of `index`, `indices`, `idx`. Without labels, at `alpha` 1, the student is distilled on
+    The batch must be `(inputs, labels)`, or a mapping with one of the keys `label`, `labels`,
+    `target`, `targets`, `y`; with cached targets `(inputs, labels, index)`, a mapping that has one
+    of `index`, `indices`, `idx` too, or `(batch, index)` as of `selfkd.SeededView`, of which
+    `training_step` gets the batch. Without labels, at `alpha` 1, the student is distilled on
     unlabelled data. `training_step` must run the student once and use automatic optimisation;
     otherwise, or if parts of its loss are to be kept, use `DistillationMixin`. Checkpoints have
     nothing of the teacher. The projections of the distiller's terms are added to the first
@@ -86,6 +88,7 @@ class DistillationCallback(Callback):
         self.view = 0
         self._calls: list[_Call] | None = None
         self._state: dict[str, Any] = {}  # of projections that are not made yet
+        self._detach = False  # whether the student was attached here, for this fit
         self._handle: RemovableHandle | None = None
         self._replaced: dict[str, Any] = {}
 
@@ -102,6 +105,7 @@ class DistillationCallback(Callback):
                 "cannot be replaced, use DistillationMixin"
             )
         student = self._student(pl_module)
+        self._detach = not self.distiller.attached
         place(self.distiller, pl_module.device, _floating_dtype(student))
         attach(self.distiller, student, trainer.world_size)
         if self._state:  # of a checkpoint that was read before there were projections
@@ -155,7 +159,8 @@ class DistillationCallback(Callback):
         def training_step(batch: Any, *args: Any) -> Any:
             self._calls = []
             try:
-                output = step(batch, *args)
+                own = batch[0] if _is_indexed(batch, self.distiller) else batch
+                output = step(own, *args)
                 return output if output is None else self._replace_loss(pl_module, batch, output)
             finally:
                 self._calls = None
@@ -163,6 +168,9 @@ class DistillationCallback(Callback):
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def _restore(self, pl_module: LightningModule) -> None:
+        if self._detach:
+            self._detach = False
+            self.distiller.detach()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -213,21 +221,27 @@ class _Call:
     output: Any
 
     def inputs(self, labels: Tensor | None) -> Any:
-        """Return the inputs of the teacher: the only argument, or several by name.
+        """Return the inputs of the teacher: the only argument, or a mapping of several by name.
 
-        The student's own labels, which models of transformers take, are none of them.
+        Labels that the student takes too, as models of transformers do, are none of them.
         """
-        arguments = self.kwargs
-        if self.args:
-            arguments = (
-                inspect.signature(self.module.forward).bind(*self.args, **self.kwargs).arguments
+        if len(self.args) + len(self.kwargs) == 1:
+            return next(iter([*self.args, *self.kwargs.values()]))
+        parameters = inspect.signature(unwrap(self.module).forward).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+        if len(names) < len(self.args):
+            raise TypeError(
+                f"{type(self.module).__name__} must have names for several inputs, got *args: use "
+                "DistillationMixin"
             )
-        arguments = {
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        inputs = {
             name: value
-            for name, value in arguments.items()
+            for name, value in given.items()
             if value is not None and (labels is None or value is not labels)
         }
-        return arguments if len(arguments) > 1 else next(iter(arguments.values()), None)
+        return inputs if len(inputs) > 1 else next(iter(inputs.values()), None)
 
 
 class DistillationMixin:
@@ -238,9 +252,11 @@ class DistillationMixin:
                 inputs, labels = batch
                 return self.distillation_loss(self(inputs), labels, inputs=inputs)
 
-    The distiller is in no `state_dict`. If the module calls `save_hyperparameters`, give it
-    `ignore=["distiller"]`, or every checkpoint has the teacher. Add the projections of its terms,
-    `self.distiller.parameters()`, to the optimiser in `configure_optimizers`, and save them.
+    The distiller is in no `state_dict`. Feature terms need the module before its first step:
+    `Distiller(…, student=self)`, or `distiller.attach(self)`. If the module calls
+    `save_hyperparameters`, give it `ignore=["distiller"]`, or every checkpoint has the teacher. Add
+    the projections of its terms, `self.distiller.parameters()`, to the optimiser in
+    `configure_optimizers`, and save them.
     """
 
     distiller: Distiller
@@ -300,6 +316,9 @@ def _labels_and_index(batch: Any, distiller: Distiller) -> tuple[Tensor | None, 
     labels: Tensor | None = None
     index: Tensor | None = None
     known = True
+    if _is_indexed(batch, distiller):
+        labels, _ = _labels_and_index(batch[0], distiller)
+        return labels, batch[1]
     if isinstance(batch, Mapping):
         labels = _only(batch, _LABELS)
         index = _only(batch, _INDICES) if distiller.targets is not None else None
@@ -314,6 +333,16 @@ def _labels_and_index(batch: Any, distiller: Distiller) -> tuple[Tensor | None, 
             "1 for unlabelled data"
         )
     return labels, index
+
+
+def _is_indexed(batch: Any, distiller: Distiller) -> bool:
+    """Whether a batch is one with the indices of its items, as of `selfkd.SeededView`."""
+    return (
+        distiller.targets is not None
+        and isinstance(batch, tuple | list)
+        and len(batch) == 2
+        and isinstance(batch[0], tuple | list | Mapping)
+    )
 
 
 def _only(batch: Mapping[Any, Any], names: tuple[str, ...]) -> Tensor | None:

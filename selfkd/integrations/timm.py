@@ -36,7 +36,7 @@ from selfkd.losses.distillation import hard_loss
 try:
     from timm.models import group_parameters
     from timm.optim import auto_group_layers
-    from timm.task import ClassificationTask
+    from timm.task import ClassificationTask, MultiLabelClassificationEvaluator
     from timm.utils import unwrap_model
 except ImportError as error:
     raise ImportError(
@@ -141,10 +141,10 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         return {"output": logits, **aliases, **terms}
 
     def _labels_and_index(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        if target.ndim == 1:
+        if target.ndim == 1 or self.distiller.task != "single_label":
             return target, None
         if target.ndim == 2 and target.is_floating_point():
-            if self.distiller.targets is not None and self.distiller.task == "single_label":
+            if self.distiller.targets is not None:
                 raise ValueError(
                     "target must be labels and indices [batch, 2] (WithIndex) where targets are "
                     f"cached, got probabilities {list(target.shape)}: turn off what mixes images "
@@ -189,6 +189,12 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         model: nn.Module | None = super().get_eval_model(module, ema)
         inner = model if model is None else unwrap_model(model)
         return inner.student if isinstance(inner, _Trainable) else model
+
+    def create_evaluator(self, **kwargs: Any) -> Any:
+        """Return timm's evaluator of the distiller's kind of label, for validation."""
+        if self.distiller.task == "multi_label":
+            return MultiLabelClassificationEvaluator(device=self.device, **kwargs)
+        return super().create_evaluator(**kwargs)
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Return a context in which `DistributedDataParallel` does not average gradients."""
@@ -259,6 +265,7 @@ class WithIndex(Dataset[tuple[Any, Tensor]]):
 
     Raises:
         TypeError: A data set without a length or items by number.
+        ValueError: A label that is no class index, where the item is read.
 
     >>> WithIndex([("a.png", 7), ("b.png", 3)])[1]
     ('b.png', tensor([3, 1]))
@@ -273,6 +280,8 @@ class WithIndex(Dataset[tuple[Any, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Tensor]:
         image, label = self.dataset[index]
+        if int(label) != label:
+            raise ValueError(f"labels must be class indices, got {label} of image {index}")
         return image, torch.tensor([int(label), index])
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Contrastive representation distillation (CRD): the loss and its memory bank of embeddings.
 
-Computed in float32 or wider, in autocast too. Gradients stay finite where an embedding is 0.
+Computed in float32 or wider, in autocast too. An embedding of zeros, which has no direction, gets
+no gradient.
 """
 
 from __future__ import annotations

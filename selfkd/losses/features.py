@@ -1,7 +1,7 @@
 """Distillation losses of intermediate features: feature maps, similarities, tokens, attention.
 
 Each loss is a mean over the batch in float32 or wider, in autocast too. The teacher's tensors are
-detached. Gradients stay finite where a tensor is 0.
+detached. A row of zeros, which has no direction, gets no gradient where rows are normalised.
 `selfkd.distill.features.Features` captures the features that these losses compare.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from selfkd.losses.distillation import check_floating
 
 _MIN_MAGNITUDE = 1e-12
-"""Magnitude below which a value counts as 0, so that a division has a bounded gradient."""
+"""Magnitude below which a value counts as 0."""
 _MIN_KERNEL = 1e-7
 
 
@@ -180,7 +180,8 @@ def similarity_preserving(student_features: Tensor, teacher_features: Tensor) ->
 
         ||G_s - G_t||_F^2 / batch^2        G = A A^T, rows of L2 norm 1, A = [batch, -1]
 
-    A row of zeros stays zero. The loss depends on how a batch is split.
+    A row of zeros stays zero, and then gets a gradient from the other rows' similarities only. The
+    loss depends on how a batch is split.
 
     Args:
         student_features: Features `[batch, ...]`.
@@ -217,7 +218,7 @@ def pkt(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         K_ij = (1 + cos(x_i, x_j)) / 2 + 1e-7
 
     as in the paper; the authors' code also counts j = i, and divides by batch^2. A vector of zeros
-    has cos = 0. The loss depends on how a batch is split.
+    has cos = 0 and no gradient. The loss depends on how a batch is split.
 
     Args:
         student_features: Features `[batch, ...]`.
@@ -340,7 +341,7 @@ def cosine_embedding(
 
         mean over valid tokens of 1 - cos(h_s, h_t)
 
-    The cosine with a vector of zeros is 0.
+    The cosine with a vector of zeros is 0, without a gradient.
 
     Args:
         student_hidden: Hidden states `[batch, tokens, width]`, or `[batch, width]`.
@@ -365,7 +366,8 @@ def cosine_embedding(
     student, teacher, valid = _tokens(student_hidden, teacher_hidden, mask)
     cosines = (student * teacher).sum(dim=-1)
     for states in (student, teacher):  # a faster backward pass than that of a norm
-        cosines = cosines * states.square().sum(dim=-1).clamp_min(_MIN_MAGNITUDE**2).rsqrt()
+        squares = states.square().sum(dim=-1)
+        cosines = cosines * squares.masked_fill(squares < _MIN_MAGNITUDE**2, math.inf).rsqrt()
     return _mean_of_valid(1 - cosines, valid)
 
 
@@ -512,14 +514,16 @@ def _max_magnitude(values: Tensor) -> Tensor:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Rows divided by their L2 norm; rows of zeros stay zero."""
+    """Rows divided by their L2 norm; rows of zeros stay zero and get no gradient."""
     return _units_and_norms(vectors)[0]
 
 
 def _units_and_norms(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    largest = vectors.detach().abs().amax(-1, keepdim=True).clamp_min(_MIN_MAGNITUDE)
-    scaled = vectors / largest  # of norm >= 1, unless nearly 0
-    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp_min(0.5)
+    largest = vectors.detach().abs().amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest < _MIN_MAGNITUDE, math.inf)
+    scaled = vectors / largest  # of norm >= 1, unless 0
+    # not `vector_norm`, whose second derivative at 0 is NaN
+    norms = scaled.square().sum(dim=-1, keepdim=True).clamp_min(0.25).sqrt()
     return scaled / norms, largest * norms
 
 

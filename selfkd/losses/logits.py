@@ -23,6 +23,9 @@ from selfkd.losses.distillation import (
     cross_entropy,
 )
 
+_LEAST_RANGE = 1e-12
+"""Range below which a row of logits is constant, whatever its magnitude."""
+
 
 def soft_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
@@ -276,7 +279,7 @@ def standardize_logits(logits: Tensor, *, eps: float = 1e-6) -> Tensor:
     Args:
         logits: Logits `[..., classes]`.
         eps: Largest range of a row, relative to its largest magnitude, at which the row counts as
-            constant and becomes zeros without a gradient; at least 0.
+            constant and becomes zeros without a gradient; at least 0. It does so below 1e-12, too.
 
     Returns:
         Standardised logits `[..., classes]` in float32 or wider, with the graph.
@@ -298,7 +301,8 @@ def standardize_logits(logits: Tensor, *, eps: float = 1e-6) -> Tensor:
     check_floating("logits", logits)
     rows = _widened(logits)
     high, low = rows.detach().amax(-1, keepdim=True), rows.detach().amin(-1, keepdim=True)
-    varies = high - low > eps * torch.maximum(high.abs(), low.abs())
+    least = (eps * torch.maximum(high.abs(), low.abs())).clamp_min(_LEAST_RANGE)
+    varies = high - low > least
     # a tiny eps, so that constant rows are finite; they and their gradients are multiplied by 0
     return F.layer_norm(rows, rows.shape[-1:], eps=1e-30) * varies
 

@@ -14,6 +14,7 @@ from selfkd.losses.distillation import (
     check_floating,
     check_settings,
     check_weights,
+    is_nan,
 )
 from selfkd.losses.fused import weighted_sum
 
@@ -41,10 +42,11 @@ def multi_label_terms(
         d loss / d z_s = [(1 - alpha) (p_s - y) + alpha T (p_s^T - p_t^T)] / (batch labels)
 
     Args:
-        student_logits: Logits `[batch, labels]`, floating point; computed in float32 or wider.
-        teacher_logits: Logits `[batch, labels]`, or `[members, batch, labels]` of an ensemble;
+        student_logits: Logits `[batch, labels]`, or of more dimensions, floating point; computed
+            in float32 or wider.
+        teacher_logits: Logits of the same shape, or `[members, batch, labels]` of an ensemble;
             None for the hard term alone, with `alpha` 0. Never gets a gradient.
-        labels: Labels or their probabilities `[batch, labels]`, in [0, 1], of any dtype; None for
+        labels: Labels or their probabilities of the same shape, in [0, 1], of any dtype; None for
             data without labels, with `alpha` 1.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1].
@@ -57,9 +59,10 @@ def multi_label_terms(
         or teacher is 0.
 
     Raises:
-        ValueError: A setting out of range, shapes that do not match, labels outside [0, 1], or
-            labels or a teacher missing where `alpha` gives them a weight.
-        TypeError: Logits that are not floating point.
+        ValueError: A setting out of range, shapes that do not match, labels outside [0, 1], NaN of
+            the teacher (checked on the CPU only), or labels or a teacher missing where `alpha`
+            gives them a weight.
+        TypeError: Logits that are not floating point, or labels that are no tensor.
 
     >>> student, teacher = torch.tensor([[2.0, -1.0]]), torch.tensor([[3.0, 0.0]])
     >>> labels = torch.tensor([[1, 1]])
@@ -73,20 +76,22 @@ def multi_label_terms(
     check_settings(temperature, alpha, average, label_smoothing)
     check_values("student_logits", student_logits, teacher_logits, labels, alpha)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student_logits = student_logits.to(dtype)
-    hard = soft = student_logits.new_zeros(())
+    student = student_logits.to(dtype).reshape(len(student_logits), -1)
+    hard = soft = student.new_zeros(())
     if labels is not None:
         _check_probabilities(labels)
         targets = labels.to(dtype) * (1 - label_smoothing) + label_smoothing / 2
-        hard = F.binary_cross_entropy_with_logits(student_logits, targets)
+        hard = F.binary_cross_entropy_with_logits(student, targets.reshape_as(student))
     if teacher_logits is not None:
-        positive, negative = _log_probabilities(
-            teacher_logits.detach().to(dtype), temperature, average, weights
-        )
-        scaled = student_logits / temperature
+        members = teacher_logits.shape[: teacher_logits.ndim - student_logits.ndim]
+        teacher = teacher_logits.detach().to(dtype).reshape(*members, *student.shape)
+        positive, negative = _log_probabilities(teacher, temperature, average, weights)
+        scaled = student / temperature
         kl = _part(positive, F.logsigmoid(scaled)) + _part(negative, F.logsigmoid(-scaled))
         soft = temperature**2 * kl.mean()
-    return DistillationTerms(weighted_sum(hard, soft, alpha), hard.detach(), soft.detach())
+    terms = DistillationTerms(weighted_sum(hard, soft, alpha), hard.detach(), soft.detach())
+    check_no_nan("teacher_logits", teacher_logits, terms.soft_loss)
+    return terms
 
 
 def check_values(
@@ -96,8 +101,10 @@ def check_values(
 
     Raises:
         ValueError: Shapes that do not match, or what `alpha` gives a weight is missing.
-        TypeError: Values that are not floating point.
+        TypeError: Values that are not floating point, or labels that are no tensor.
     """
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     shape = list(student.shape)
     if not shape or 0 in shape:
         raise ValueError(f"{name} must be [batch, ...], got shape {shape}")
@@ -117,6 +124,16 @@ def check_values(
             )
 
 
+def check_no_nan(name: str, value: Tensor | None, term: Tensor) -> None:
+    """Raise ValueError where a term is NaN because a value is.
+
+    Nothing is checked where reading the term would wait for a GPU.
+    """
+    if value is not None and is_nan(term) and value.isnan().any():
+        place = value.isnan().nonzero()[0].tolist()
+        raise ValueError(f"{name} must be numbers, got nan at {place}")
+
+
 def _check_probabilities(labels: Tensor) -> None:
     """Raise ValueError for a label outside [0, 1], where reading it would not wait for a GPU."""
     if labels.is_cpu and not torch.compiler.is_compiling():
@@ -129,9 +146,16 @@ def _check_probabilities(labels: Tensor) -> None:
 def _log_probabilities(
     logits: Tensor, temperature: float, average: Average, weights: Sequence[float] | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the log of the teacher's probability that each label holds, and that it does not."""
+    """Return the log of the teacher's probability that each label holds, and that it does not.
+
+    Args:
+        logits: Logits `[batch, labels]`, or `[members, batch, labels]`.
+        temperature: Temperature T.
+        average: Average of probabilities or of logits.
+        weights: Weights of the members.
+    """
+    shares = None if weights is None else check_weights(weights, logits)
     if logits.ndim == 3:
-        shares = None if weights is None else check_weights(weights, logits)
         if average == "logits":
             logits = average_logits(logits, shares, logits.dtype)
         else:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selfkd.losses.averaging import average_logits
 from selfkd.losses.distillation import DistillationTerms, check_settings, check_weights
 from selfkd.losses.fused import weighted_sum
-from selfkd.losses.multi_label import check_values
+from selfkd.losses.multi_label import check_no_nan, check_values
 
 
 def regression_terms(
@@ -46,9 +47,10 @@ def regression_terms(
         a term without labels or teacher is 0.
 
     Raises:
-        ValueError: A setting out of range, shapes that do not match, or labels or a teacher missing
-            where `alpha` gives them a weight.
-        TypeError: Outputs that are not floating point.
+        ValueError: A setting out of range, shapes that do not match, NaN of the labels or the
+            teacher (checked on the CPU only), or labels or a teacher missing where `alpha` gives
+            them a weight.
+        TypeError: Outputs that are not floating point, or labels that are no tensor.
 
     >>> student = torch.tensor([1.0, 5.0], requires_grad=True)
     >>> teacher, labels = torch.tensor([2.0, 9.0]), torch.tensor([3.0, 5.0])
@@ -73,19 +75,19 @@ def regression_terms(
         hard = errors.mean()
     if teacher_outputs is not None:
         teacher = teacher_outputs.detach().to(dtype)
-        if teacher.ndim > student.ndim:
-            shares = torch.full((len(teacher),), 1 / len(teacher))
-            if weights is not None:
-                shares = torch.tensor(
-                    check_weights(weights, teacher.reshape(*teacher.shape[:2], -1))
-                )
-            teacher = torch.tensordot(shares.to(teacher), teacher, dims=1)
+        members = teacher.shape[: teacher.ndim - student.ndim]
+        rows = teacher.reshape(*members, len(student), -1)
+        shares = None if weights is None else check_weights(weights, rows)
+        teacher = average_logits(rows, shares, dtype).reshape_as(student)
         distances = _squared_error(student, teacher)
         if margin is not None and errors is not None and labels is not None:
             bound = _squared_error(teacher, labels.to(dtype))
             distances = distances * (errors.detach() + margin > bound)
         soft = distances.mean()
-    return DistillationTerms(weighted_sum(hard, soft, alpha), hard.detach(), soft.detach())
+    terms = DistillationTerms(weighted_sum(hard, soft, alpha), hard.detach(), soft.detach())
+    check_no_nan("labels", labels, terms.hard_loss)
+    check_no_nan("teacher_outputs", teacher_outputs, terms.soft_loss)
+    return terms
 
 
 def _squared_error(values: Tensor, others: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from selfkd.losses.distillation import (
     DistillationTerms,
+    check_labels,
     check_settings,
+    check_tensors,
     check_weights,
-    hard_loss,
+    fused_is_faster,
     is_nan,
 )
-from selfkd.losses.fused import weighted_sum
+from selfkd.losses.fused_sparse import fused_sparse_terms, plain_sparse_terms
 
 REST_TEMPERATURES = (1.5, 2.0, 3.0, 5.0, 8.0, 20.0)
 """Temperatures beside 1 at which `SparseLogits` keeps the mass of the rest."""
@@ -150,16 +153,26 @@ def sparse_terms(
         https://arxiv.org/abs/1503.02531
     """
     check_settings(temperature, alpha, "probabilities", label_smoothing)
-    check_sparse(teacher, student_logits)
-    terms = unchecked_sparse_terms(
-        student_logits,
-        teacher,
-        labels,
-        temperature=temperature,
-        alpha=alpha,
-        label_smoothing=label_smoothing,
-        weights=weights,
-    )
+    check_tensors(student_logits, student_logits, labels)
+    _check_form(teacher, student_logits)
+    classes = student_logits.shape[1]
+    if labels.ndim == 2 or not fused_is_faster(student_logits):
+        check_labels(labels, classes)
+        _check_range(teacher.indices, classes)
+    try:
+        terms = unchecked_sparse_terms(
+            student_logits,
+            teacher,
+            labels,
+            temperature=temperature,
+            alpha=alpha,
+            label_smoothing=label_smoothing,
+            weights=weights,
+        )
+    except RuntimeError:  # raised by `gather`, which checks each class anyway
+        check_labels(labels, classes)
+        _check_range(teacher.indices, classes)
+        raise
     if is_nan(terms.soft_loss):
         _check_no_nan(teacher)
     return terms
@@ -175,65 +188,33 @@ def unchecked_sparse_terms(
     label_smoothing: float = 0.0,
     weights: Sequence[float] | Tensor | None = None,
 ) -> DistillationTerms:
-    """Compute `sparse_terms` without checking the teacher; its NaN gives a NaN soft loss."""
-    teacher, shares = _weighted_members(teacher.map(Tensor.detach), weights)
+    """Compute `sparse_terms` without checks; NaN of the teacher gives a NaN soft loss."""
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_q_t = bucket_log_probabilities(teacher, temperature, student_logits.shape[-1], dtype)
-    hard = hard_loss(student_logits, labels, label_smoothing=label_smoothing)
-    log_p_s = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-    divergences = [
-        share * bucket_divergence(log_p_s, *member).mean()
-        for share, *member in zip(shares, log_q_t, teacher.indices, strict=True)
-    ]
-    soft = temperature**2 * torch.stack(divergences).sum()
-    return DistillationTerms(weighted_sum(hard, soft, alpha), hard.detach(), soft.detach())
-
-
-def bucket_divergence(log_p_s: Tensor, log_q_t: Tensor, indices: Tensor) -> Tensor:
-    """Return each row's KL over the k classes and the bucket of the others, `[...]`.
-
-    Args:
-        log_p_s: Log-probabilities of the student at T, `[..., classes]`.
-        log_q_t: Log-probabilities of the teacher at T, `[..., k + 1]`, the bucket last; `[..., k]`
-            if all classes are known.
-        indices: Classes of the teacher's, `[..., k]`.
-    """
-    log_q_s = log_p_s.gather(-1, indices)
-    if log_q_t.shape[-1] > indices.shape[-1]:
-        # masked rather than subtracted from 1, and with the least number rather than -inf, because
-        # the log-sum-exp of -inf alone has a NaN gradient
-        masked = log_p_s.scatter(-1, indices, torch.finfo(log_p_s.dtype).min)
-        log_q_s = torch.cat([log_q_s, masked.logsumexp(-1, keepdim=True)], dim=-1)
-    q_t = log_q_t.exp()
-    return torch.where(q_t == 0, 0.0, q_t * (log_q_t - log_q_s)).sum(-1)  # 0 log 0 = 0, NaN stays
-
-
-def _weighted_members(
-    teacher: SparseLogits, weights: Sequence[float] | Tensor | None
-) -> tuple[SparseLogits, list[float]]:
-    """Return members `[members, batch, ...]` of weight above 0 and their weights."""
-    members = len(teacher.values) if teacher.values.ndim == 3 else 1
-    shares = [1 / members] * members
+    with torch.no_grad():
+        log_q_t = bucket_log_probabilities(teacher, temperature, student_logits.shape[-1], dtype)
+    indices, shares = teacher.indices, [1.0]
+    if indices.ndim == 2:
+        log_q_t, indices = log_q_t[None], indices[None]
+    else:
+        shares = [1 / len(indices)] * len(indices)
     if weights is not None:
         shares = check_weights(weights, teacher.values)
-    if teacher.values.ndim == 2:
-        return teacher.map(lambda tensor: tensor[None]), shares
-    if 0 in shares:
-        kept = [i for i, share in enumerate(shares) if share]
-        return teacher.map(lambda tensor: tensor[kept]), [shares[i] for i in kept]
-    return teacher, shares
+        kept = [i for i, share in enumerate(shares) if share]  # 0 times NaN would be NaN
+        if len(kept) < len(shares):
+            log_q_t, indices, shares = log_q_t[kept], indices[kept], [shares[i] for i in kept]
+    compute = fused_sparse_terms if fused_is_faster(student_logits) else plain_sparse_terms
+    settings = float(temperature), float(alpha), float(label_smoothing), shares
+    return DistillationTerms(*compute(student_logits, log_q_t, indices, labels.detach(), *settings))
 
 
 def bucket_log_probabilities(
     teacher: SparseLogits, temperature: float, classes: int, dtype: torch.dtype
 ) -> Tensor:
     """Return log-probabilities at T of the known classes and, last, of the others, if any."""
-    values, _, rest, grid = teacher
-    z_t = values.to(dtype) / temperature
-    others = classes - values.shape[-1]
+    z_t = teacher.values.to(dtype) / temperature
+    others = classes - z_t.shape[-1]
     if others:
-        grid = None if grid is None else grid.to(dtype)
-        bucket = _rest_at(rest.to(dtype), grid, temperature, others)
+        bucket = _rest_at(teacher.rest.to(dtype), teacher.rest_grid, temperature, others)
         z_t = torch.cat([z_t, bucket.unsqueeze(-1)], dim=-1)
     return F.log_softmax(z_t, dim=-1)
 
@@ -251,8 +232,12 @@ def _rest_at(rest: Tensor, grid: Tensor | None, temperature: float, others: int)
         return (1 - 1 / temperature) * math.log(others) + rest / temperature
     if temperature < 1:
         _warn("the mass of the other classes of sparse logits is extrapolated below T = 1")
-    first, *middle, last = _interpolation(temperature)
-    at_t = rest * first + (grid * grid.new_tensor(middle)).sum(-1) + last * math.log(others)
+    compiling = torch.compiler.is_compiling()  # which warns of caches
+    weights = _interpolation(temperature) if compiling else _cached_interpolation(temperature)
+    first, *middle, last = weights
+    at_t = (grid * rest.new_tensor(middle)).sum(-1).add_(rest, alpha=first)
+    if last:
+        at_t = at_t + last * math.log(others)
     return torch.where(rest == -torch.inf, rest, at_t)
 
 
@@ -304,6 +289,9 @@ def _interpolation(temperature: float) -> list[float]:
     return [*weights, 1 - u + square]
 
 
+_cached_interpolation = functools.lru_cache(maxsize=64)(_interpolation)
+
+
 def _on_nodes(basis: list[float], moment: float) -> list[float]:
     """Return the weights of the nodes, such that they map b to `moment`."""
     weights = [
@@ -340,6 +328,11 @@ def check_sparse(teacher: SparseLogits, student_logits: Tensor) -> None:
         ValueError: Shapes that do not match, or (checked on the CPU only) a class out of range.
         TypeError: Values or rest that are not floating point, or indices that are not int64.
     """
+    _check_form(teacher, student_logits)
+    _check_range(teacher.indices, student_logits.shape[-1])
+
+
+def _check_form(teacher: SparseLogits, student_logits: Tensor) -> None:
     values, indices, rest, grid = teacher
     *rows, classes = student_logits.shape
     k = values.shape[-1] if values.ndim else 0
@@ -371,6 +364,9 @@ def check_sparse(teacher: SparseLogits, student_logits: Tensor) -> None:
         )
     if indices.dtype != torch.int64:
         raise TypeError(f"teacher must have indices of torch.int64, got {indices.dtype}")
+
+
+def _check_range(indices: Tensor, classes: int) -> None:
     if indices.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in torch.aminmax(indices))
         if low < 0 or high >= classes:

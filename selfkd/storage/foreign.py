@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,8 @@ _FORMATS = {
     b"<": "a web page or XML in place of the weights: download it again",
 }
 """What files begin with that hold no weights which can be read."""
+_UNKNOWN = re.compile(r"GLOBAL (\S+) was not an allowed global")
+MOST = 1000  # unknown classes in a file
 _PARAMETERS = ("_parameters", "_buffers", "_modules")  # of a pickled module
 
 
@@ -162,10 +166,19 @@ def _pickle(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             unknown = get_unsafe_globals_in_checkpoint(path)
-        stubs: list[Any] = [(type(n.rpartition(".")[2], (Inert,), {}), n) for n in unknown]
-        with safe_globals(stubs), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        while True:
+            try:
+                with safe_globals([*map(_stub, unknown)]), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return torch.load(path, map_location="cpu", weights_only=True)
+            except UnpicklingError as error:  # of a file before PyTorch 1.6 it names one at a time
+                found = _UNKNOWN.search(str(error))
+                if found is None or len(unknown) > MOST:
+                    raise
+                name = found[1] if "." in found[1] else f"builtins.{found[1]}"
+                if name in unknown:
+                    raise
+                unknown.append(name)
     except OSError:
         raise
     except Exception:  # noqa: BLE001 - what is no checkpoint may end in any error
@@ -174,6 +187,12 @@ def _pickle(path: Path) -> Any:
             f"it is no file of weights, or holds objects that cannot be read without running code"
             f"{few}: save the weights alone, by torch.save(model.state_dict(), 'weights.pt')"
         ) from None
+
+
+def _stub(name: str) -> Any:
+    """Return an empty class that goes by the name of another."""
+    module, _, own = name.rpartition(".")
+    return type(own, (Inert,), {"__module__": module})
 
 
 # --- words ---

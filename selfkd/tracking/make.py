@@ -11,7 +11,7 @@ from selfkd.errors import ConfigError
 from selfkd.tracking.base import BothTrackers, NoTracker
 from selfkd.tracking.files import FileTracker
 from selfkd.tracking.host import answers, base_url, has_key
-from selfkd.tracking.surroundings import split_project, wanted_mode
+from selfkd.tracking.surroundings import settings, split_project, wanted_mode
 from selfkd.tracking.tracker import Plots, WandbTracker
 
 
@@ -44,6 +44,7 @@ def make_tracker(
         return NoTracker()
     if mode == "none":
         return FileTracker(files, folder=folder, run=run or folder)
+    settings()  # refused before the run, and not by a thread of it
     tracking = config.tracking
     entity, project = split_project(tracking.project, tracking.entity)
     config = replace(config, tracking=replace(tracking, entity=entity, project=project))

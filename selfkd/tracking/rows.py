@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -16,6 +17,8 @@ from selfkd.results import (
 
 ENDS = ("value", "low", "high")
 PLAIN = ("generation", "trial", "temperature", "alpha", "parameters", "wanted_models")
+LONGEST_ID = 80
+"""Characters of the beginning of an id; the name of a trial follows."""
 COUNTS = ("trials", "failed", "train_seconds", "seconds")
 
 
@@ -27,6 +30,18 @@ def short_name(stage: str, trial: int) -> str:
     """
     kind, _, generation = stage.partition("-")
     return f"{f'g{generation}' if kind == 'generation' else stage}-t{trial}"
+
+
+def short_id(run_id: str) -> str:
+    """Return the beginning of the ids of a run, which W&B takes up to 128 characters of.
+
+    >>> short_id("a-0"), short_id("a" * 200 + "-0")[72:]
+    ('a-0', 'aaaaaaaa-83e87775')
+    """
+    if len(run_id) <= LONGEST_ID:
+        return run_id
+    digest = hashlib.blake2b(run_id.encode(), digest_size=4).hexdigest()
+    return f"{run_id[:LONGEST_ID]}-{digest}"
 
 
 def epoch_row(epoch: Epoch) -> Row:

@@ -388,8 +388,11 @@ def _ignore_stop() -> None:
 
 def _set_up() -> None:
     """Start W&B's process where it is not, without the settings of another run."""
+    from wandb.sdk import wandb_setup
+
     with own_surroundings():
-        wandb.setup(wandb.Settings(silent=True, mode="online"))  # `wandb disabled` would start none
+        # `wandb.setup` starts it under a lock that its report of a failed start waits for
+        wandb_setup._setup(wandb.Settings(silent=True), start_service=False).ensure_service()
     atexit.register(_forget_ended)  # before W&B's own, which fails where its process has ended
     if threading.excepthook is not _log_of_wandb:
         threading.excepthook, _HOOKS["before"] = _log_of_wandb, threading.excepthook

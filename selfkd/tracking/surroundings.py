@@ -46,13 +46,16 @@ def own_surroundings() -> Iterator[None]:
     """Hide the variables of another run from W&B; a user's own function finds them afterwards."""
     given = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     hidden = {name: value for name, value in given.items() if name not in KEPT or not value}
+    own = dict(_OWN)
+    if (usual := os.environ.get("TMPDIR")) and not _writable(Path(usual), make=False):
+        hidden["TMPDIR"], own["TMPDIR"] = usual, tempfile.gettempdir()  # which looks elsewhere
     for name in hidden:
         del os.environ[name]
-    os.environ.update(_OWN)
+    os.environ.update(own)
     try:
         yield
     finally:
-        for name in _OWN:
+        for name in own:
             os.environ.pop(name, None)
         for name, value in hidden.items():
             os.environ.setdefault(name, value)  # W&B sets the address of its own process
@@ -86,11 +89,16 @@ def settings() -> Any:
     """Return W&B's settings as they are now: its defaults, its files, and variables.
 
     Raises:
-        ConfigError: W&B refuses one of them.
+        ConfigError: W&B refuses one of them, or cannot be imported.
     """
-    import_wandb()
-    import wandb
-
+    try:
+        import_wandb()
+        import wandb
+    except Exception as error:  # of a damaged installation
+        raise ConfigError(
+            f"tracking.mode must be none where W&B cannot be imported ({one_line(str(error))}): "
+            "pip install --force-reinstall wandb"
+        ) from error
     found = wandb.Settings()
     folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     with own_surroundings():
@@ -135,12 +143,18 @@ def wanted_mode() -> Literal["online", "offline", "none"] | None:
     return None if mode == "online" else mode
 
 
-def split_project(project: str, entity: str | None) -> tuple[str | None, str]:
+def split_project(
+    project: str,
+    entity: str | None,
+    *,
+    named: tuple[str, str] = ("tracking.project", "tracking.entity"),
+) -> tuple[str | None, str]:
     """Return the owner and the name of a project, which may be written `OWNER/PROJECT`.
 
     Args:
         project: Project, with its owner or without.
         entity: Owner that is given apart.
+        named: Names of both, for messages.
 
     Raises:
         ConfigError: W&B has no such names.
@@ -150,16 +164,14 @@ def split_project(project: str, entity: str | None) -> tuple[str | None, str]:
     """
     owner, slash, name = project.rpartition("/")
     if slash and owner and entity not in (None, owner):
-        raise ConfigError(
-            f"tracking.project must be of tracking.entity, got {project} and {entity}: give one"
-        )
+        raise ConfigError(f"{named[0]} must be of {named[1]}, got {project} and {entity}: give one")
     faults = []
     if not _fits(name) or (slash and not _fits(owner)):
         faults.append(
-            f"tracking.project must be PROJECT or OWNER/PROJECT, each of 1 to {LONGEST} characters "
+            f"{named[0]} must be PROJECT or OWNER/PROJECT, each of 1 to {LONGEST} characters "
             f"and none of {NOT_IN_NAMES}, got {project}"
         )
-    owners = {"tracking.entity": entity}
+    owners = {named[1]: entity}
     if entity is None and not slash:
         owners = {"WANDB_ENTITY": os.environ.get("WANDB_ENTITY") or None}
     for key, value in owners.items():
@@ -198,9 +210,10 @@ def own_folders(folder: Path) -> dict[str, str]:
     }
 
 
-def _writable(folder: Path) -> bool:
+def _writable(folder: Path, *, make: bool = True) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2**16))
     except OSError:

@@ -45,11 +45,13 @@ from selfkd.tracking.rows import (
     epoch_row,
     generation_row,
     intervals,
+    short_id,
     short_name,
     trial_rank,
     trial_summary,
     validation_summaries,
 )
+from selfkd.tracking.surroundings import LONGEST
 from selfkd.tracking.temporary import import_wandb
 
 if TYPE_CHECKING:
@@ -96,14 +98,14 @@ class WandbTracker(NoTracker):
         self._show = logged
         self._start_seconds = runs.START_SECONDS
         self._folder, self._run_folder = folder, folder if run is None else run
-        self._name, self._run_id, self._config = name, run_id, config
+        self._name, self._run_id, self._config = name[:LONGEST], short_id(run_id), config
         self._plots = plots
         self._session = runs.Session(
             online=mode == "online",
             url=base_url() if mode == "online" else "",
             project=config.tracking.project,
             entity=config.tracking.entity,
-            group=name,
+            group=self._name,
             folder=folder,
             wait=config.tracking.wait,
         )
@@ -157,7 +159,13 @@ class WandbTracker(NoTracker):
             f"; {count(number, what)} could not be logged ({reason})"
             for what, (number, reason) in self._session.lost.items()
         )
-        return stopped + "".join(lost)
+        torn = len(self._session.torn) if self._closed and not self._session.wanted_online else 0
+        files = (
+            f"; {count(torn, 'run')} not whole in the files, as where the disk is full"
+            if torn
+            else ""
+        )
+        return stopped + "".join(lost) + files
 
     @property
     def incomplete(self) -> bool:  # type: ignore[override]
@@ -400,6 +408,8 @@ class WandbTracker(NoTracker):
             if handled != self._handled:
                 handled, since = self._handled, time.monotonic()
             elif time.monotonic() - since > 2 * self._start_seconds + 10:
+                late = TimeoutError("W&B does not respond")
+                self._stopped = self._stopped or end_of_tracking(late)
                 break
             left = self._work.qsize() - 1
             if left > 0:

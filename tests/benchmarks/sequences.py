@@ -27,7 +27,7 @@ from selfkd.losses.sequences import (
     sampled_targets,
     sequence_terms,
 )
-from selfkd.losses.sparse import SparseLogits, sparsify
+from selfkd.losses.sparse import REST_TEMPERATURES, SparseLogits, sparsify
 
 TOKENS, VOCABULARY, WIDTH = (4, 128), 32_000, 256
 TEMPERATURE, ALPHA, K = 2.0, 0.9, 64
@@ -51,8 +51,9 @@ def plain_sparse(student: Tensor, teacher: SparseLogits, labels: Tensor) -> Tens
     log_p = F.log_softmax(student / TEMPERATURE, -1)
     masked = log_p.scatter(-1, teacher.indices, -torch.inf)
     log_q = torch.cat([log_p.gather(-1, teacher.indices), masked.logsumexp(-1, True)], -1)
-    spread = (1 - 1 / TEMPERATURE) * torch.tensor(VOCABULARY - K).log()
-    bucket = teacher.rest[..., None] / TEMPERATURE + spread
+    assert teacher.rest_grid is not None
+    at_t = REST_TEMPERATURES.index(TEMPERATURE)
+    bucket = teacher.rest_grid[..., at_t : at_t + 1]
     log_t = F.log_softmax(torch.cat([teacher.values / TEMPERATURE, bucket], -1), -1)
     soft = (log_t.exp() * (log_t - log_q)).sum(-1).mean()
     hard = F.cross_entropy(student.flatten(0, 1), labels.flatten())

@@ -76,6 +76,11 @@ def test_a_working_folder_that_was_removed_is_said(
     assert capsys.readouterr().err.startswith("error: the working folder must be there, got one")
 
 
+def test_a_name_that_a_locale_has_not_read_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generations.main(["--name", "\udcc3\udca9", "--plan"]) == 2  # of é in ASCII
+    assert capsys.readouterr().err.rstrip().endswith(": set PYTHONUTF8=1")
+
+
 def test_outside_a_job_relative_paths_are_relative_to_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -409,7 +409,7 @@ def write_sizes(root: Path, sizes: list[tuple[int, int]]) -> Path:
         ([(1, 1), *[(48, 50)] * 4], 48, "(shorter sides are 1 to 48, the median 48;"),
         ([(3, 900), *[(20, 20)] * 6, (500, 500)], 20, "3 to 500, the median 20;"),
         ([(500, 300)] * 5, 64, "(shorter sides are 300; data.image_size sets the size)"),
-        ([(32, 40)] * 5, 32, "20 images of 2 classes, read at 32x32 pixels"),
+        ([(32, 40)] * 5, 32, None),
     ],
 )
 def test_default_image_size_is_the_median_of_the_shorter_sides_up_to_64(
@@ -417,10 +417,14 @@ def test_default_image_size_is_the_median_of_the_shorter_sides_up_to_64(
 ):
     data = load_data("folder", root=write_sizes(tmp_path, sizes))
     assert data.image_size == expected
-    assert said in data.note
+    if said is None:  # all pictures have it, so that there is nothing to say
+        assert data.note == ""
+    else:
+        assert f" images of 2 classes, read at {expected}x{expected} pixels " in data.note
+        assert said in data.note
     given = load_data("folder", root=tmp_path, image_size=9)
     assert given.image_size == 9
-    assert "read at 9x9 pixels" in given.note
+    assert given.note == ""
 
 
 def test_size_of_many_images_is_that_of_a_sample_from_all_classes(tmp_path, monkeypatch):
@@ -495,6 +499,8 @@ def test_links_are_followed_but_in_no_circle(tmp_path):
     (b / "self.png").symlink_to(b / "self.png")
     (more / "back").symlink_to(tmp_path)
     (root / "train" / "c").symlink_to(more)
+    (root / "train" / "d").symlink_to(root)
+    (root / "test" / "e").symlink_to(root / "test")
     (root / "test" / "c").symlink_to(tmp_path / "nowhere")
     data = load_data("folder", root=root, in_memory=False)
     assert data.class_names == ("a", "b", "c")
@@ -503,7 +509,7 @@ def test_links_are_followed_but_in_no_circle(tmp_path):
     assert {key.partition(":")[0] for key in pool} >= set(linked)
     assert len(pool) == 9
     assert data.note.endswith(
-        "left out: 2 broken links, 1 broken link beside the classes, 5 circular links"
+        "left out: 2 broken links, 1 broken link beside the classes, 7 circular links"
     )
 
 
@@ -606,6 +612,17 @@ def test_val_folder_smaller_than_val_size(folder):
 def test_missing_part_of_a_folder(tmp_path, parts, message):
     with pytest.raises(FileNotFoundError, match=message):
         load_data("folder", root=write_folder(tmp_path, **parts))
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_validation_folders_of_any_usual_name(tmp_path, name):
+    write_folder(tmp_path, train=8, test=2, extra=3, **{name: 4})
+    data = load_data("folder", root=tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == (24, 12, 6)
+    assert data.note.endswith("left out: 1 other folder")
+    write_folder(tmp_path, **{"val" if name == "validation" else "validation": 4})
+    with pytest.raises(ValueError, match="one folder of validation images, got val"):
+        load_data("folder", root=tmp_path)
 
 
 # --- torchvision's sets ---
@@ -792,6 +809,8 @@ def fake_timm(monkeypatch, folder: Path, kind: str, classes: tuple[str, ...] = C
 @pytest.mark.parametrize(("name", "kind"), [("hfds/some/set", "map"), ("tfds/set", "iterable")])
 def test_other_timm_sets(folder, monkeypatch, name, kind):
     fake_timm(monkeypatch, folder, kind)
+    data = load_data(name)
+    assert data.note.startswith(f"{name}: 48 images of 3 classes, read at 10x10 pixels (shorter ")
     data = load_data(name, image_size=10)
     ours = load_data("folder", root=folder, image_size=10)
     assert data.class_names == CLASSES
@@ -827,7 +846,6 @@ def test_pictures_of_timm_sets_are_read_as_those_of_folders(tmp_path, monkeypatc
     theirs = load_data(name, root=tmp_path, image_size=10).test.images
     assert theirs.equal(load_data("folder", root=tmp_path, image_size=10).test.images)
     assert theirs.shape[1] == 3  # though the first picture is grey
-    assert "read at 10x10 pixels" in load_data(name, root=tmp_path).note
 
 
 def test_torchvision_s_loader_is_replaced(tmp_path, monkeypatch):
@@ -1074,7 +1092,7 @@ def test_a_single_class_is_refused(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / part / "cat" / "0.png")
-    message = r"^data.name must be of at least 2 classes, got cat alone in .*: .*add images of ano"
+    message = r"^data.root must hold at least 2 classes, got cat alone in .*: .*add images of ano"
     with pytest.raises(ValueError, match=message):
         load_data("folder", root=tmp_path)
 
@@ -1083,7 +1101,7 @@ def test_a_single_class_is_refused(tmp_path):
 def test_a_single_class_of_a_timm_set_is_refused(tmp_path, monkeypatch, kind):
     write_folder(tmp_path, train=8, val=2)
     fake_timm(monkeypatch, tmp_path, kind, classes=("ant",))
-    with pytest.raises(ValueError, match="must be of at least 2 classes, got ant alone"):
+    with pytest.raises(ValueError, match=r"data\.name must hold at least 2 classes, got ant "):
         load_data("hfds/set")
 
 

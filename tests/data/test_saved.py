@@ -83,7 +83,7 @@ def test_splits_are_those_of_a_folder(tmp_path, val, in_memory):
         images = one.images if in_memory else one.images.decode()
         order = one.labels.argsort(stable=True)  # files are listed by class
         assert images[order].equal(other.images)
-    assert ours.note == theirs.note.replace(str(files), str(saved))
+    assert ours.note == theirs.note.replace(str(files), str(saved)) != ""
 
 
 def test_streams_of_worker_processes(tmp_path):
@@ -240,7 +240,7 @@ def test_one_class_is_refused(tmp_path):
     one = {"photo": pictures(9), "kind": [0] * 9}
     features = datasets.Features(FEATURES | {"kind": datasets.ClassLabel(names=["ant"])})
     datasets.Dataset.from_dict(one, features=features).save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match="must be of at least 2 classes, got ant alone in "):
+    with pytest.raises(ValueError, match="must hold at least 2 classes, got ant alone in "):
         load_data("folder", root=tmp_path)
 
 

@@ -473,15 +473,30 @@ def test_labels_without_a_teacher_and_a_teacher_without_labels(task: Any) -> Non
     assert set(unlabelled) == {"loss", "soft_loss"}
 
 
-def test_one_number_an_item_may_have_labels_of_a_number_each() -> None:
-    outputs, labels = torch.randn(BATCH, 1), torch.randn(BATCH)
-    teacher = nn.Sequential(nn.Linear(FEATURES, 1))
-    inputs = torch.randn(BATCH, FEATURES)
-    distiller = Distiller(teacher, task="regression", margin=None)
-    found = distiller(outputs, labels, inputs=inputs)
-    torch.testing.assert_close(found["hard_loss"], F.mse_loss(outputs[:, 0], labels))
-    flat = Distiller(nn.Sequential(teacher, nn.Flatten(0)), task="regression", margin=None)
-    torch.testing.assert_close(flat(outputs[:, 0], labels, inputs=inputs), found)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("of_labels", [0, 1])
+@pytest.mark.parametrize("of_teacher", [0, 1])
+@pytest.mark.parametrize("of_student", [0, 1])
+def test_one_number_an_item_may_be_a_column(
+    task: Any, members: int, of_labels: int, of_teacher: int, of_student: int
+) -> None:
+    def shaped(values: Tensor, columns: int) -> Tensor:
+        return values.unsqueeze(-1) if columns else values
+
+    values, labels, teacher = torch.randn(BATCH), torch.rand(BATCH), torch.randn(members, BATCH)
+    means = teacher if members > 1 else teacher[0]
+    found = Distiller(
+        lambda _: shaped(means, of_teacher),
+        task=task,
+        terms={"l1": LogitTerm(lambda s, t, y: (s - t).abs().mean() + (s - y).abs().mean())},
+    )(shaped(values, of_student), shaped(labels, of_labels), inputs=0)
+    more = {"temperature": 4.0} if task == "multi_label" else {}
+    expected = TASKS[task](values, means, labels, alpha=0.9, **more)
+    torch.testing.assert_close(found["soft_loss"], expected.soft_loss)
+    torch.testing.assert_close(found["hard_loss"], expected.hard_loss)
+    l1 = (values - teacher).abs().mean() + (values - labels).abs().mean()
+    torch.testing.assert_close(found["l1"], l1)
 
 
 def test_a_task_that_is_none_is_named() -> None:

@@ -1,7 +1,7 @@
 import copy
 import pickle
 from collections import UserDict
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -327,6 +327,14 @@ class Keeps(nn.Linear):
         return self.seen["features"][-1]
 
 
+class KeepsInObject(Keeps):
+    """A module that keeps what it computed where no container shows it."""
+
+    def forward(self, inputs):
+        self.result = SimpleNamespace(logits=super().forward(inputs))
+        return self.result.logits
+
+
 HARD_TO_COPY = {
     "weight_norm": lambda: nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(108, 4))),
     "weight_norm of an LSTM": weight_norm_lstm,
@@ -339,6 +347,7 @@ HARD_TO_COPY = {
     "script inside": lambda: nn.Sequential(network(), torch.jit.script(nn.Linear(4, 4))),
     "exported": lambda: torch.export.export(network().eval(), (images(),)).module(),
     "keeps tensors": Keeps,
+    "keeps tensors in an object": KeepsInObject,
     "quantised": lambda: torch.ao.quantization.quantize_dynamic(network(), {nn.Linear}),
 }
 
@@ -400,10 +409,16 @@ class NotCopied(nn.Linear):
         raise RuntimeError("no copy of me")
 
 
+class Kept(nn.Linear):
+    def __deepcopy__(self, memo):
+        return self
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (NotCopied(3, 2), r"got NotCopied \(no copy of me\)"),
+        (nn.Sequential(Kept(3, 2)), "__deepcopy__ that keeps parameters of the original"),
         (nn.Linear(3, 2, device="meta"), "got some on the meta device"),
     ],
 )
@@ -411,6 +426,16 @@ def test_a_module_that_cannot_be_copied_is_told_the_way_out(module, message):
     with pytest.raises(ValueError, match=rf"{message}.*Teacher\(module, copy=False\) runs it"):
         Teacher(module)
     assert Teacher(module, copy=False).module is module
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LazyLinear(2), lambda: nn.LazyBatchNorm1d()])
+def test_a_lazy_module_is_run_before_it_is_copied(make):
+    module = nn.Sequential(make())
+    with pytest.raises(ValueError, match="got some of a lazy module: run it on a batch first"):
+        Teacher(module)
+    module(torch.ones(3, 4))
+    assert Teacher(module)(torch.ones(3, 4)).shape == module(torch.ones(3, 4)).shape
 
 
 def test_an_offloaded_module_is_run_where_it_is():
@@ -473,6 +498,22 @@ def test_floating_inputs_are_cast_to_its_dtype(dtype, of_teacher, copied):
     assert not given["x"].requires_grad
     assert inputs.dtype == nested["more"][0][0].dtype == dtype
     assert torch.equal(teacher(inputs), teacher(nested))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.jit.freeze(torch.jit.script(network().eval())),
+        lambda: torch.ao.quantization.quantize_dynamic(
+            nn.Sequential(nn.Flatten(), nn.Linear(108, 4)), {nn.Linear}
+        ),
+    ],
+)
+def test_weights_that_are_no_parameters_are_of_single_precision(make, dtype):
+    logits = Teacher(make())(images().to(dtype))
+    assert logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

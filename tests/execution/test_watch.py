@@ -221,6 +221,21 @@ def test_a_full_disk_is_said_before_ray_waits_for_its_files(
     assert not list(temporary_folder().glob(f"session_*_{os.getpid()}"))
 
 
+@pytest.mark.parametrize("home", ["/dev/null/home", "new", "with a token"])
+def test_a_token_is_there_where_ray_cannot_write_one(
+    home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if home == "with a token":
+        (tmp_path / home / ".ray").mkdir(parents=True)
+        (tmp_path / home / ".ray" / "auth_token").write_text("its own")
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # which is put back at the end
+    start._have_token()
+    assert bool(os.environ["RAY_AUTH_TOKEN"]) == (home == "/dev/null/home")
+
+
 def test_ray_listens_on_loopback_in_a_folder_that_its_sockets_fit_in(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import selfkd
 from selfkd import Distiller, Ensemble, Teacher
 from selfkd.losses import distillation_terms
 
 pl = pytest.importorskip("lightning.pytorch")
 
-from selfkd.integrations.lightning import DistillationCallback, DistillationMixin  # noqa: E402
+from selfkd.integrations.lightning import (  # noqa: E402
+    DistillationCallback,
+    DistillationMixin,
+    _Call,
+)
 
 IMAGES, FEATURES, CLASSES = 16, 4, 3
 SETTINGS: dict[str, float] = {"temperature": 3.0, "alpha": 0.7}
@@ -419,6 +424,21 @@ def test_the_student_is_attached_where_the_fit_starts(before: bool) -> None:
     pairs = zip(callback.state_dict().values(), start.values(), strict=True)
     assert start
     assert not any(torch.equal(trained, first) for trained, first in pairs)
+    assert distiller.attached == before
+    if not before:  # and so the distiller can be used for another student
+        assert not any(part._forward_hooks for part in module.modules())
+        fit(Plain(), distiller, path="model")
+
+
+def test_batches_of_a_seeded_view_are_those_of_the_module(tmp_path: Path) -> None:
+    module, twin, teacher = Plain(), Plain(), make_net()
+    twin.load_state_dict(module.state_dict())
+    data = TensorDataset(2 * make_data().tensors[0], make_data().tensors[1])  # as Plain's inputs
+    targets = selfkd.cache_logits(teacher, data, tmp_path, views=1, exact=True)
+    trainer = make_trainer(DistillationCallback(Distiller(targets=targets, **SETTINGS)))
+    trainer.fit(module, DataLoader(selfkd.SeededView(make_data(), 0), 8))
+    fit(twin, Distiller(teacher, **SETTINGS))
+    torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=1e-3, atol=1e-4)
 
 
 class Keyed(Plain):
@@ -470,6 +490,26 @@ def test_mapping_batches_and_students_of_several_arguments(name: str, alpha: flo
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(start.parameters()))])
     torch.testing.assert_close(module.gradients, [expected])
     assert distiller.teacher.module.given == [None]  # the teacher computes no loss of its own
+
+
+def test_inputs_of_a_recorded_call() -> None:
+    class Wide(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return inputs[0]
+
+    def inputs(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _Call(module, args, kwargs, None).inputs(labels)
+
+    x, y, labels = torch.zeros(1), torch.ones(1), torch.tensor([1])
+    compiled = torch.compile(KeyedNet())
+    assert inputs(Wide(), x) is x
+    assert inputs(KeyedNet(), {"x": x, "labels": labels})["labels"] is labels
+    for net in (KeyedNet(), compiled):
+        assert inputs(net, x, scale=y) == {"x": x, "scale": y}
+        assert inputs(net, x, y, labels) == {"x": x, "scale": y}
+        assert inputs(net, x=x, labels=labels) is x
+    with pytest.raises(TypeError, match=r"Wide must have names for several inputs, got \*args"):
+        inputs(Wide(), x, y)
 
 
 def test_mappings_with_several_labels_are_refused() -> None:

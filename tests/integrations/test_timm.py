@@ -15,6 +15,7 @@ from PIL import Image
 from timm.optim import create_optimizer_v2
 from timm.task import (
     LogitDistillationTask,
+    MultiLabelClassificationEvaluator,
     TrainingTask,
     load_task_ema_checkpoint,
     resume_task_checkpoint,
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+import selfkd.losses
 from selfkd import Distiller, Ensemble, Teacher, make_model
 from selfkd.integrations.timm import DistillationTask, WithIndex
 from selfkd.losses import distillation_terms
@@ -301,6 +303,24 @@ def test_mixed_images_have_no_cached_targets() -> None:
         task(*mixup(*make_batch()))
 
 
+def test_several_labels_and_numbers_are_given_to_the_distiller() -> None:
+    student, (inputs, _) = make_net().eval(), make_batch()
+    logits = student(inputs)
+    several = torch.randint(2, (BATCH, CLASSES)).float()
+    distiller = Distiller(task="multi_label")
+    task = DistillationTask(student, distiller)
+    torch.testing.assert_close(task(inputs, several)["loss"], distiller(logits, several)["loss"])
+    assert isinstance(task.create_evaluator(), MultiLabelClassificationEvaluator)
+    assert not isinstance(
+        DistillationTask(student, Distiller()).create_evaluator(), MultiLabelClassificationEvaluator
+    )
+    numbers = torch.randn(BATCH, CLASSES)
+    loss = DistillationTask(student, Distiller(task="regression"))(inputs, numbers)["loss"]
+    torch.testing.assert_close(loss, nn.functional.mse_loss(logits, numbers))
+    with pytest.raises(ValueError, match=r"labels must be class indices, got 0\.5 of image 1"):
+        WithIndex([("a.png", 1), ("b.png", 0.5)])[1]
+
+
 def test_data_sets_without_numbers_are_refused() -> None:
     with pytest.raises(TypeError, match="length and items by number, got list_iterator"):
         WithIndex(iter([]))
@@ -328,6 +348,35 @@ def test_the_teacher_moves_with_the_task() -> None:
     devices = {p.device.type for member in ensemble.members for p in member.module.parameters()}
     assert devices == {"meta"} == {task.device.type}
     assert DistillationTask(make_net(), Distiller(lambda inputs: inputs)).to("meta")
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_model_dtypes_of_timm(project: bool) -> None:
+    student, teacher, (inputs, labels) = make_net(), make_net(), make_batch()
+    terms: dict[str, Any] = {"hint": {"student": "head.fc", "project": (CLASSES, CLASSES)}}
+    expected = DistillationTask(copy.deepcopy(student).eval(), Distiller(teacher, **SETTINGS))
+    student.to(torch.bfloat16)
+    distiller = Distiller(teacher, **SETTINGS, terms=terms if project else {})
+    task = DistillationTask(student, distiller, dtype=torch.bfloat16).eval()
+    result = task(inputs.bfloat16(), labels)
+    assert result["output"].dtype == torch.bfloat16
+    assert result["loss"].dtype == torch.float32
+    result["loss"].backward()
+    assert {p.dtype for p in task.parameters()} == {torch.bfloat16}
+    assert all(p.grad is not None for p in task.parameters())
+    hard = expected(inputs, labels)["hard_loss"]
+    torch.testing.assert_close(result["hard_loss"], hard, rtol=0.02, atol=0.0)
+    assert {p.dtype for p in distiller.teacher.module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("loss", ["hint_loss", "similarity_preserving", "pkt"])
+def test_a_batch_of_one_is_finite(loss: str) -> None:
+    term = {"student": "head.fc", "loss": getattr(selfkd.losses, loss)}
+    distiller = Distiller(make_net(), terms={"feature": term}, **SETTINGS)
+    task = DistillationTask(make_net(), distiller).train()
+    for target in (torch.tensor([0]), torch.full((1, CLASSES), 1 / CLASSES)):
+        found = gradients(task, make_batch()[0][:1], target)
+        assert all(gradient.isfinite().all() for gradient in found.values())
 
 
 def test_micro_batches_have_the_gradient_of_the_whole() -> None:

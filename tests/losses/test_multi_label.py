@@ -103,9 +103,27 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(found.loss, expected.loss)
 
 
+@pytest.mark.parametrize("shape", [(24,), (2, 3, 4)])
+@pytest.mark.parametrize("members", [(), (3,)])
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_labels_of_any_shape_are_a_label_each(
+    shape: tuple[int, ...], members: tuple[int, ...], average: Any
+) -> None:
+    student, teacher = pair((6, 4), (*members, 6, 4))
+    more: dict[str, Any] = {"temperature": 2.0, "alpha": 0.5, "average": average}
+    expected = multi_label_terms(student, teacher, LABELS, **more)
+    found = multi_label_terms(
+        student.reshape(shape), teacher.reshape(*members, *shape), LABELS.reshape(shape), **more
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     ("teacher", "labels", "more", "kind", "message"),
     [
+        (randn(6, 4), LABELS.tolist(), {}, TypeError, "labels must be a tensor, got list"),
+        (randn(6, 4) * torch.nan, LABELS, {}, ValueError, r"teacher_logits .* got nan at \[0, 0\]"),
+        (randn(6, 4), LABELS, {"weights": [1.0]}, ValueError, "weights must be one for each"),
         (randn(6, 4), torch.zeros(6), {}, ValueError, r"labels must be \[6, 4\] .* got \[6\]"),
         (randn(6, 4), LABELS * 2, {}, ValueError, r"labels must be in \[0, 1\], .* got 2.0"),
         (randn(6, 4), LABELS - 1, {}, ValueError, r"labels must be in \[0, 1\], .* got -1.0"),
@@ -120,7 +138,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 )
 def test_bad_input(
     teacher: Tensor | None,
-    labels: Tensor | None,
+    labels: Any,
     more: dict[str, Any],
     kind: type[Exception],
     message: str,

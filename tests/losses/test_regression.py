@@ -55,6 +55,10 @@ def test_members_are_averaged(shape: tuple[int, ...], weights: list[float] | Non
         (randn(6, 1), torch.zeros(6), {}, ValueError, r"labels must be \[6, 1\] .* got \[6\]"),
         (randn(6), torch.zeros(6, 1), {}, ValueError, r"teacher_outputs must be \[6, 1\]"),
         (randn(6, 1), None, {}, ValueError, "labels must be given where alpha is below 1"),
+        (randn(6, 1), [1.0] * 6, {}, TypeError, "labels must be a tensor, got list"),
+        (randn(6, 1), randn(6, 1) * torch.nan, {}, ValueError, r"labels .* got nan at \[0, 0\]"),
+        (randn(6, 1) * torch.nan, randn(6, 1), {}, ValueError, "teacher_outputs .* got nan at"),
+        (randn(6, 1), randn(6, 1), {"weights": [1.0]}, ValueError, "weights must be one for each"),
         (randn(6, 1), randn(6, 1), {"margin": -1.0}, ValueError, "margin must be at least 0"),
         (randn(6, 1), randn(6, 1), {"alpha": 2.0}, ValueError, r"alpha must be in \[0, 1\]"),
         (randn(6, 1).long(), randn(6, 1), {}, TypeError, "teacher_outputs must be floating point"),
@@ -62,7 +66,7 @@ def test_members_are_averaged(shape: tuple[int, ...], weights: list[float] | Non
 )
 def test_bad_input(
     teacher: Tensor,
-    labels: Tensor | None,
+    labels: Any,
     more: dict[str, Any],
     kind: type[Exception],
     message: str,

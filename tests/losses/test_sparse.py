@@ -356,7 +356,65 @@ def test_teacher_gets_no_gradient_and_alpha_0_is_the_hard_loss() -> None:
     terms.loss.backward()
     assert sparse.values.grad is None
     terms = sparse_terms(student, sparse, labels, temperature=2.0, alpha=0.0)
-    assert terms.loss == hard_loss(student, labels)
+    torch.testing.assert_close(terms.loss, hard_loss(student, labels), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("soft_labels", [False, True])
+@pytest.mark.parametrize("members", [None, 3])
+@pytest.mark.parametrize(("k", "chunk"), [(3, 2**17), (3, 25), (7, 25)])
+def test_fused_equals_plain(
+    k: int, chunk: int, members: int | None, *, soft_labels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradient, with chunks of 3 or of all rows, by either kind of labels."""
+    monkeypatch.setattr("selfkd.losses.fused_sparse._CHUNK", chunk)
+    student, teacher, labels = make_batch(8, 7, members)
+    if soft_labels:
+        labels = torch.rand(8, 7, dtype=torch.float64).softmax(-1)
+        labels[0] = torch.eye(7)[2]
+    sparse = sparsify(teacher, k)
+    for temperature, alpha, smoothing in itertools.product((1.0, 3.0), (0.0, 0.4, 1.0), (0.0, 0.2)):
+        settings: dict[str, Any] = {
+            "temperature": temperature, "alpha": alpha, "label_smoothing": smoothing,
+            "weights": None if members is None else [0.5, 0.2, 0.3],
+        }  # fmt: skip
+        fused = sparse_terms(student, sparse, labels, **settings)
+        monkeypatch.setattr("selfkd.losses.sparse.fused_is_faster", lambda logits: False)
+        plain = sparse_terms(student, sparse, labels, **settings)
+        monkeypatch.undo()
+        monkeypatch.setattr("selfkd.losses.fused_sparse._CHUNK", chunk)
+        torch.testing.assert_close(tuple(fused), tuple(plain))
+        expected = gradient_of(plain.loss, student)
+        torch.testing.assert_close(gradient_of(fused.loss, student), expected)
+
+
+@pytest.mark.parametrize("members", [None, 2])
+def test_rows_whose_probabilities_underflow(members: int | None) -> None:
+    """In float32, of a bucket, of a known class, or of a class with a logit of -inf."""
+    student, teacher, labels = make_batch(6, 7, members)
+    sparse, weights = sparsify(teacher, 2), None if members is None else [0.3, 0.7]
+    z = student.detach().clone()
+    known = sparse.indices.reshape(-1, 6, 2)[0]
+    z[1].scatter_(0, known[1], 300.0)
+    z[2, known[2, 0]] = -400.0
+    z[4, known[4, 0]] = 200.0
+    masked = z.clone()
+    masked[3, known[3, 0]] = -torch.inf
+    settings: dict[str, Any] = {"temperature": 2.0, "alpha": 0.6, "weights": weights}
+    for logits in (z, masked):
+        wide, narrow = logits.clone().requires_grad_(), logits.float().requires_grad_()
+        expected = sparse_terms(wide, sparse, labels, **settings)
+        actual = sparse_terms(narrow, sparse, labels, **settings)
+        torch.testing.assert_close(tuple(actual), tuple(expected), check_dtype=False)
+        torch.testing.assert_close(
+            gradient_of(actual.loss, narrow), gradient_of(expected.loss, wide), check_dtype=False
+        )
+
+
+def test_second_backward_and_scale() -> None:
+    student, teacher, labels = make_batch(members=2)
+    loss = sparse_terms(student, sparsify(teacher, 3), labels, temperature=2.0, alpha=0.5).loss
+    first, second = (torch.autograd.grad(f * loss, student, retain_graph=True)[0] for f in (1, 3))
+    torch.testing.assert_close(second, 3 * first)
 
 
 def test_compiles_whole() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from selfkd.config import load_config
 from selfkd.errors import ConfigError
-from selfkd.tracking import NoTracker, WandbTracker, make_tracker
+from selfkd.tracking import NoTracker, WandbTracker, make_tracker, surroundings
 from selfkd.tracking.host import base_url
 from selfkd.tracking.surroundings import (
     own_folders,
@@ -95,12 +96,25 @@ def test_a_variable_that_wandb_refuses_is_named_in_one_line(
     name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
+    config = load_config(settings=["tracking=offline"])
     with pytest.raises(ConfigError) as refused:
-        make_tracker(load_config(), name="a", run_id="a", folder=tmp_path)
+        make_tracker(config, name="a", run_id="a", folder=tmp_path)
     text = str(refused.value)
     assert "\n" not in text
     assert (name in text) == (name != "WANDB_API_KEY")
     assert "a key " not in text
+
+
+def test_a_wandb_that_cannot_be_imported_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ImportError("protobuf is too old")
+
+    monkeypatch.setattr(surroundings, "import_wandb", fail)
+    config = load_config(settings=["tracking=offline"])
+    with pytest.raises(ConfigError, match=r"must be none where W&B .*\(protobuf is too old\)"):
+        make_tracker(config, name="a", run_id="a", folder=tmp_path)
 
 
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +134,13 @@ def test_variables_of_a_run_are_hidden_for_a_while(monkeypatch: pytest.MonkeyPat
         os.environ["WANDB_SERVICE"] = "new"  # W&B sets it
     assert (os.environ["WANDB_RUN_ID"], os.environ["WANDB_SERVICE"]) == ("x", "new")
     assert "WANDB_SILENT" not in os.environ
+
+
+def test_temporary_files_go_where_there_is_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/dev/null/x")
+    with own_surroundings():
+        assert os.environ["TMPDIR"] == tempfile.gettempdir()
+    assert os.environ["TMPDIR"] == "/dev/null/x"
 
 
 @pytest.mark.parametrize(

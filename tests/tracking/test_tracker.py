@@ -547,6 +547,24 @@ def test_one_that_is_killed_again_and_again_is_left_and_that_is_said(
     wandb.setup()
 
 
+def test_a_process_of_wandb_that_does_not_start_holds_up_nothing_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's own `setup` would wait for itself, for ever."""
+    from wandb.sdk.lib.service import service_process
+
+    wandb.teardown()
+    monkeypatch.setattr(service_process, "get_core_path", lambda: "/bin/false")
+    tracker = offline(tmp_path)
+    tracker(TrialProgressed(TRIAL, EPOCHS))
+    tracker.close()
+    monkeypatch.undo()
+    wandb.teardown()
+    told = "W&B: not all could be logged; 0 runs whole; nothing is logged since "
+    assert tracker.description.startswith(told)
+    assert "wandb-core exited with code 1" in tracker.description
+
+
 def _written(tracker: WandbTracker) -> None:
     """Wait until all that was logged so far is at W&B's process."""
     done = threading.Event()

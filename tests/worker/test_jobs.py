@@ -162,6 +162,7 @@ def test_check_gives_the_facts(jobs):
             "views": 8,
             "parameters": {"model": 1210, "student": 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10},
             "function": None,
+            "notes": [],
         }
     }
 

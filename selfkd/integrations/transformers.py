@@ -23,6 +23,7 @@ from selfkd.integrations.transformers_inputs import (
     as_teachers,
     bare,
     column_names,
+    gathered_labels,
     is_encoder_decoder,
     match_classes,
     match_vocabularies,
@@ -46,6 +47,7 @@ from selfkd.integrations.transformers_logits import (
     logits_of,
     loss_terms,
     run_to_head,
+    teacher_logits,
 )
 from selfkd.losses import Average
 from selfkd.losses.distillation import check_settings
@@ -303,7 +305,7 @@ class DistillationTrainer(ProjectionTrainer):
         terms = loss_terms(
             task,
             student,
-            [logits_of(outputs, "teacher") for outputs in teachers] if full else [teachers[0][1]],
+            teacher_logits(teachers, self._members) if full else [teachers[0][1]],
             targets,
             columns=self._columns,
             vocabulary=self._vocabulary,
@@ -338,8 +340,7 @@ class DistillationTrainer(ProjectionTrainer):
             self._eval_sums.add(terms, units)
         if not return_outputs:
             return loss
-        if not isinstance(outputs, Mapping):
-            return loss, {"logits": student}
+        outputs = outputs if isinstance(outputs, Mapping) else {"logits": student}
         return loss, {k: v for k, v in outputs.items() if k not in ("hidden_states", "attentions")}
 
     def _run_student(
@@ -351,7 +352,7 @@ class DistillationTrainer(ProjectionTrainer):
         if not full:
             return run_to_head(model, given)
         outputs = model(**given)
-        return outputs, logits_of(outputs, "student")
+        return outputs, logits_of(outputs, model, "student")
 
     def _run_teacher(self, inputs: Mapping[str, Any], run: Any = None) -> list[Any]:
         """Return the outputs of the teacher, or of each member."""
@@ -398,8 +399,8 @@ class DistillationTrainer(ProjectionTrainer):
             return loss, *rest
         if prediction_loss_only or outputs is None:
             return loss, None, None
-        predictions = predictions_of(outputs, self.model, ignore_keys)
-        return loss, predictions, inputs["labels"].detach() if has_labels else None
+        labels = gathered_labels(inputs, self.label_names)
+        return loss, predictions_of(outputs, self.model, ignore_keys), labels
 
     def evaluation_loop(
         self,
@@ -416,9 +417,8 @@ class DistillationTrainer(ProjectionTrainer):
         )
         terms = self._eval_sums.pop(self._reduction(summed=True))
         if terms:
-            loss = terms["soft_loss"]
-            if "hard_loss" in terms:
-                loss = weighted_sum(terms["hard_loss"], loss, self.alpha)
+            hard, soft = terms.get("hard_loss", 0.0), terms["soft_loss"]
+            loss = weighted_sum(hard, soft, self.alpha)
             loss += sum(self.weights[name] * terms.get(f"{name}_loss", 0) for name in self.weights)
             terms = {"loss": loss, **terms}
         output.metrics.update({f"{metric_key_prefix}_{name}": terms[name] for name in terms})

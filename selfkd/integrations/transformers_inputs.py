@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from selfkd.distill.layers import unwrap
+from selfkd.distill.layers import check_whole, unwrap
 from selfkd.distill.outputs import map_tensors
 from selfkd.distill.tasks import Task
 from selfkd.distill.teacher import Ensemble, Teacher
@@ -180,7 +180,8 @@ def run_teacher(
 ) -> Any:
     """Return the outputs of a teacher in eval mode, for the inputs that it takes.
 
-    Floating-point inputs are cast to the dtype of its weights. The mode of its parts is put back.
+    Inputs are moved to the device of its weights and, if floating point, cast to their dtype. The
+    mode of its parts is put back.
 
     Args:
         module: Teacher.
@@ -189,11 +190,16 @@ def run_teacher(
         names: Names of labels.
         run: Function that runs the teacher on the keywords of its forward; a call if not given.
     """
-    weights = (p for p in module.parameters() if p.is_floating_point() and p.itemsize > 1)
-    dtype = next((weight.dtype for weight in weights), None)
+    weights = list(module.parameters())
+    device = next((weight.device for weight in weights if not weight.is_meta), None)
+    # weights in 8 bits are computed with in another dtype
+    wide = (
+        weight.dtype for weight in weights if weight.is_floating_point() and weight.itemsize > 1
+    )
+    dtype = next(wide, None)
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None)
+        return tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
 
     training = [part for part in module.modules() if getattr(part, "training", False)]
     if training:
@@ -212,16 +218,18 @@ def must_stay(model: nn.Module) -> bool:
 
     Such a model can be neither copied nor moved, or only at the price of its size in memory.
     """
-    model = unwrap(model)
     inside = bare(model)
     places = getattr(inside, "hf_device_map", None) or {}
+    try:
+        check_whole("teacher", model)
+    except ValueError:
+        return True
     return (
         getattr(inside, "quantization_method", None) is not None
         or bool(getattr(inside, "is_quantized", False))
         or len(set(map(str, places.values()))) > 1
-        or any(str(place) in ("cpu", "disk") for place in places.values())
+        or "disk" in places.values()
         or any(parameter.is_meta for parameter in model.parameters())
-        or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     )
 
 
@@ -266,7 +274,8 @@ def match_vocabularies(
     """Return the number of tokens common to vocabularies padded to different sizes, else None.
 
     Vocabularies are taken as those of one tokenizer where their sizes differ by at most 1 percent
-    and the tokens of `tokenizer`, if given, are within all of them.
+    and the tokens of `tokenizer`, if given, are within all of them. Models that are given the same
+    tokens must have one tokenizer even where they do not return logits of tokens.
 
     Raises:
         ValueError: Vocabularies of other sizes.
@@ -289,13 +298,23 @@ def match_vocabularies(
             "resize_token_embeddings of either model; of different tokenizers, tokens cannot be "
             "compared"
         )
-    return common
+    return common if all(map(has_token_logits, (student, *teachers))) else None
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    if not has_token_logits(model):
+    inside = bare(model)
+    if not hasattr(inside, "config") or "input_ids" not in signature_of(model).names:
         return None
-    return getattr(text_config(bare(model)), "vocab_size", None)
+    return getattr(text_config(inside), "vocab_size", None)
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Return the number of tokens that prompt tuning of peft puts before those of the inputs."""
+    config = getattr(unwrap(model), "active_peft_config", None)
+    if config is None or not getattr(config, "is_prompt_learning", False):
+        return 0
+    prefixed = str(getattr(config.peft_type, "value", config.peft_type)) == "PREFIX_TUNING"
+    return 0 if prefixed else int(config.num_virtual_tokens)
 
 
 def _class_count(model: nn.Module) -> int | None:
@@ -398,3 +417,11 @@ def predictions_of(
     found = tuple(value for name, value in outputs.items() if name not in left_out)
     detached = map_tensors(found, torch.Tensor.detach)
     return detached[0] if len(detached) == 1 else detached
+
+
+def gathered_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> Any:
+    """Return the labels that `Trainer` gathers: those of all names, or `labels`; None without."""
+    found = [inputs.get(name) for name in label_names]
+    if len(found) > 1 and all(label is not None for label in found):
+        return map_tensors(tuple(found), torch.Tensor.detach)
+    return map_tensors(inputs.get("labels"), torch.Tensor.detach)

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
 from selfkd.distill.tasks import Task, task_terms
-from selfkd.integrations.transformers_inputs import bare, is_encoder_decoder
+from selfkd.distill.teacher import Teacher
+from selfkd.integrations.transformers_inputs import bare, is_encoder_decoder, virtual_tokens
 from selfkd.losses.sequences import LinearLogits, linear_sequence_terms, sequence_terms
 
 _PLAIN: WeakSet[nn.Linear] = WeakSet()
 """Heads whose outputs have been seen to be the logits."""
 
 
-def logits_of(outputs: Any, name: str) -> Tensor:
-    """Return the logits of a model's outputs.
+def logits_of(outputs: Any, model: nn.Module, name: str) -> Tensor:
+    """Return the logits of a model's outputs, of the tokens of its inputs.
 
     Args:
         outputs: Outputs of the model.
+        model: Model in any wrapper.
         name: Name of the model for the message.
 
     Raises:
@@ -36,7 +38,13 @@ def logits_of(outputs: Any, name: str) -> Tensor:
             f"{name} must return logits [batch, classes] or [batch, length, vocabulary], got "
             f"{list(logits.shape)}: a loss alone cannot be distilled"
         )
-    return logits
+    return logits[:, virtual_tokens(model) :] if logits.ndim == 3 else logits
+
+
+def teacher_logits(outputs: Sequence[Any], teachers: Sequence[Teacher]) -> list[Tensor]:
+    """Return the logits of each teacher's outputs."""
+    pairs = zip(outputs, teachers, strict=True)
+    return [logits_of(output, teacher.module, "teacher") for output, teacher in pairs]
 
 
 def check_linear_head(model: nn.Module, name: str) -> nn.Linear:
@@ -80,7 +88,7 @@ def run_to_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Linea
     with _first_token(head) as states:
         outputs = model(**given)
     (hidden,) = states
-    logits = logits_of(outputs, "model")
+    logits = take_logits(outputs, "model")
     with torch.no_grad():
         expected = F.linear(hidden[:, :1], head.weight, head.bias)
     if head not in _PLAIN and not torch.equal(logits.detach().to(expected.dtype), expected):
@@ -89,7 +97,7 @@ def run_to_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Linea
             "those of its linear head alone (scaled or capped)"
         )
     _PLAIN.add(head)  # once is enough, as a GPU is waited for
-    return outputs, LinearLogits(hidden, head.weight, head.bias)
+    return outputs, LinearLogits(hidden[:, virtual_tokens(model) :], head.weight, head.bias)
 
 
 @contextmanager
@@ -142,15 +150,13 @@ def loss_terms(
     for logits, order in zip(teachers, columns, strict=True):
         logits = logits.to(student.device)
         members.append((logits if order is None else logits[..., order])[..., :vocabulary])
-    teacher_logits = members[0] if len(members) == 1 else torch.stack(members)
+    averaged = members[0] if len(members) == 1 else torch.stack(members)
     if task != "single_label":
         if settings.pop("divergence") != "forward_kl":
             raise ValueError(f"divergence must be 'forward_kl' for {task} labels, got another")
         share = len(student) / settings.pop("normalizer")
         del settings["beta"]
-        terms = task_terms(
-            task, student, teacher_logits, targets, weights=None, margin=0.0, **settings
-        )
+        terms = task_terms(task, student, averaged, targets, weights=None, margin=0.0, **settings)
         return {name: term * share for name, term in terms._asdict().items()}
     if student.shape[-1] < 2:
         raise ValueError(
@@ -159,6 +165,6 @@ def loss_terms(
         )
     if targets.ndim == 1:  # a row with one label is a sequence of one token
         student, targets = student[:, None], targets[:, None]
-        teacher_logits = teacher_logits.unsqueeze(-2)
+        averaged = averaged.unsqueeze(-2)
     settings["vocabulary"] = vocabulary
-    return sequence_terms(student, teacher_logits, targets, **settings)._asdict()
+    return sequence_terms(student, averaged, targets, **settings)._asdict()

@@ -17,6 +17,7 @@ from selfkd.integrations.transformers_inputs import (  # noqa: E402
     as_teachers,
     bare,
     column_names,
+    gathered_labels,
     match_classes,
     match_vocabularies,
     must_stay,
@@ -36,7 +37,7 @@ def make_bert(names: list[str] | None = None, **changes: Any) -> Any:
             "label2id": {n: i for i, n in enumerate(names)},
         }
     sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(**sizes, intermediate_size=8, **changes)
+    config = transformers.BertConfig(**sizes | changes, intermediate_size=8)
     return transformers.BertForSequenceClassification(config)
 
 
@@ -129,6 +130,13 @@ def test_labels_are_found_under_their_names(inputs: Any, names: list[str], label
     assert with_labels(inputs, names).get("labels") == label
 
 
+def test_labels_of_several_names_are_gathered_as_a_tuple() -> None:
+    inputs = {"labels": torch.tensor([1]), "more": torch.tensor([2])}
+    assert gathered_labels(inputs, ["labels", "more"]) == (inputs["labels"], inputs["more"])
+    assert gathered_labels(inputs, ["labels", "none"]) is not None
+    assert gathered_labels({}, ["labels"]) is None
+
+
 @pytest.mark.parametrize(
     ("teacher", "order"),
     [
@@ -195,7 +203,6 @@ def test_padded_vocabularies_have_a_common_part(
         student, *teachers = (make_llama(size) for size in sizes)
     tokenizer = None if tokens is None else Tokenizer(tokens)
     assert match_vocabularies(student, teachers, tokenizer) == common
-    assert match_vocabularies(make_bert(), [student]) is None
 
 
 @pytest.mark.parametrize(
@@ -220,6 +227,7 @@ def test_other_vocabularies_are_refused(sizes: list[int], tokens: Any, message: 
         ("quantization_method", "bitsandbytes", True),
         ("hf_device_map", {"bert": 0, "classifier": 1}, True),
         ("hf_device_map", {"": "disk"}, True),
+        ("hf_device_map", {"": "cpu"}, False),
         ("hf_device_map", {"": 0}, False),
         ("training", True, False),
     ],
@@ -258,6 +266,13 @@ def test_inputs_are_cast_to_the_teacher(dtype: torch.dtype) -> None:
     assert outputs.logits.dtype == dtype
     assert not outputs.logits.requires_grad
     assert [part.training for part in (model, *frozen)] == [True] + [False] * len(frozen)
+
+
+def test_models_that_read_the_same_tokens_have_one_tokenizer() -> None:
+    student, teacher = make_bert(vocab_size=100), make_bert(vocab_size=200)
+    with pytest.raises(ValueError, match="got 200 tokens where the student has 100"):
+        match_vocabularies(student, [teacher])
+    assert match_vocabularies(student, [Keywords(teacher)]) is None  # not known
 
 
 def test_an_offloaded_teacher_runs_where_it_is() -> None:

@@ -349,6 +349,20 @@ def test_adapters_train_on_a_frozen_base(tmp_path: Path) -> None:
         assert all(adapter.abs().sum() > 0 for adapter in adapters)
 
 
+@pytest.mark.parametrize("full_logits", [True, False])
+def test_virtual_tokens_of_a_prompt_have_no_loss(full_logits: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    rows, base = make_texts(), make_llama(seed=1)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    student = peft.get_peft_model(base, config)
+    trainer = train(tmp_path, student, make_llama(), rows, alpha=0.0, full_logits=full_logits)
+    batch = pad(rows)
+    with torch.no_grad():
+        logits = student.eval()(**batch).logits[:, 4:-1]
+        expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+    assert logged(trainer)["hard_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("flag", ["", "bf16", "bf16_full_eval"])
 def test_dtypes_of_student_and_teacher_differ(flag: str, dtype: Any, tmp_path: Path) -> None:

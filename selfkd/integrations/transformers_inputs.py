@@ -15,7 +15,6 @@ from selfkd.distill.layers import check_whole, unwrap
 from selfkd.distill.outputs import map_tensors
 from selfkd.distill.tasks import Task
 from selfkd.distill.teacher import Ensemble, Teacher
-from selfkd.integrations.transformers_layers import text_config
 
 IGNORED = -100
 """Label of ignored tokens in transformers, which enter no term."""
@@ -24,11 +23,10 @@ LABEL_COLUMNS = ("labels", "label", "label_ids")
 PADDING = 0.01
 """Share by which the vocabularies of one tokenizer differ at most where they are padded."""
 
-_SIGNATURES: WeakKeyDictionary[nn.Module, Signature] = WeakKeyDictionary()
-
-_TASKS: dict[str, Task] = {"regression": "regression", "multi_label_classification": "multi_label"}
 Teachers = nn.Module | Teacher | Ensemble
 """What is taken as a teacher."""
+_SIGNATURES: WeakKeyDictionary[nn.Module, Signature] = WeakKeyDictionary()
+_TASKS: dict[str, Task] = {"regression": "regression", "multi_label_classification": "multi_label"}
 
 
 class Signature(NamedTuple):
@@ -51,6 +49,12 @@ def bare(model: Any) -> Any:
         base = getattr(model, "get_base_model", None)  # a PeftMixedModel has none
         return unwrap(model.base_model.model if base is None else base())
     return model
+
+
+def config_of(model: nn.Module) -> Any:
+    """Return the configuration of a model of transformers in any wrapper, None of another."""
+    config = getattr(bare(model), "config", None)
+    return config if hasattr(config, "get_text_config") else None
 
 
 def signature_of(model: nn.Module) -> Signature:
@@ -100,16 +104,18 @@ def select_inputs(
 
 def output_options(model: nn.Module, options: Mapping[str, bool]) -> dict[str, bool]:
     """Return the options of outputs that a model takes."""
-    if hasattr(bare(model), "config"):
+    if config_of(model) is not None:
         return dict(options)
-    names, _ = signature_of(model)
-    return {name: value for name, value in options.items() if name in names}
+    names, takes_any = signature_of(model)
+    asked = {name for name, value in options.items() if value and name != "return_dict"}
+    taken = names | asked if takes_any else names
+    return {name: value for name, value in options.items() if name in taken}
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model of transformers has an encoder and a decoder."""
-    config = getattr(bare(model), "config", None)
-    return config is not None and bool(getattr(text_config(bare(model)), "is_encoder_decoder", 0))
+    config = config_of(model)
+    return config is not None and bool(getattr(config.get_text_config(), "is_encoder_decoder", 0))
 
 
 def with_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
@@ -157,7 +163,7 @@ def task_of(model: nn.Module, labels: Tensor | None) -> Task:
         model: Student.
         labels: Labels of a batch; floating-point ones `[batch, classes]` are several labels a row.
     """
-    config = getattr(bare(model), "config", None)
+    config = config_of(model)
     if config is None or has_token_logits(model):
         return "single_label"
     kind = getattr(config, "problem_type", None)
@@ -251,7 +257,7 @@ def match_classes(student: nn.Module, teacher: nn.Module) -> list[int] | None:
     counts = [_class_count(model) for model in (student, teacher)]
     if None in counts:
         return None
-    names, given = (_class_names(bare(model).config) for model in (student, teacher))
+    names, given = (_class_names(config_of(model)) for model in (student, teacher))
     if names is not None and given is not None:
         order = _order(names, given)
         if order is None:
@@ -302,10 +308,10 @@ def match_vocabularies(
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    inside = bare(model)
-    if not hasattr(inside, "config") or "input_ids" not in signature_of(model).names:
+    config = config_of(model)
+    if config is None or "input_ids" not in signature_of(model).names:
         return None
-    return getattr(text_config(inside), "vocab_size", None)
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def virtual_tokens(model: nn.Module) -> int:
@@ -318,11 +324,10 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def _class_count(model: nn.Module) -> int | None:
-    inside = bare(model)
-    classifies = "Classification" in type(inside).__name__
+    classifies = "Classification" in type(bare(model)).__name__
     if not classifies or has_token_logits(model):
         return None
-    return getattr(getattr(inside, "config", None), "num_labels", None)
+    return getattr(config_of(model), "num_labels", None)
 
 
 def _class_names(config: Any) -> list[str] | None:
@@ -367,7 +372,7 @@ def column_names(models: Sequence[nn.Module]) -> Iterator[str]:
         names, takes_any = signature_of(model)
         yield from names
         if takes_any:
-            inside = (part for part in bare(model).modules() if hasattr(part, "config"))
+            inside = (part for part in bare(model).modules() if config_of(part) is not None)
             first = next(inside, None)
             if first is not None and first is not bare(model):
                 yield from column_names([first])

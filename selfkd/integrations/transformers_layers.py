@@ -68,8 +68,18 @@ def start_from_teacher(
 
 
 def text_config(model: Any) -> Any:
-    """Return the configuration of a model, or of its text model if it has several."""
-    return model.config.get_text_config()
+    """Return the configuration of a model, or of its text model if it has several.
+
+    Raises:
+        ValueError: A model that is none of transformers.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(
+            "layers can be compared of models of transformers only, got "
+            f"{type(model).__name__} without their config"
+        )
+    return config.get_text_config()
 
 
 def resolve_layer_map(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -258,6 +259,20 @@ def test_tokens_without_labels_are_all_of_the_mask(size: int, tmp_path: Path) ->
     expected = distillation_terms(z_s, z_t, labels, temperature=2.0, alpha=1.0).loss.item()
     assert logged(trainer) == pytest.approx({"loss": expected, "soft_loss": expected}, rel=1e-4)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_hidden_states_are_those_of_models_of_transformers(tmp_path: Path) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.config = nn.Embedding(VOCABULARY, 3), SimpleNamespace()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.embedding(input_ids).mean(dim=1)
+
+    assert logged(train(tmp_path, Bare(), make_bert(), make_pairs()))["soft_loss"] > 0
+    with pytest.raises(ValueError, match="models of transformers only, got Bare without their"):
+        train(tmp_path, Bare(), make_bert(), make_pairs(), hidden_weight=1.0)
 
 
 def test_an_encoder_decoder_needs_labels(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class Session:
         self._own_folders = own_folders(folder / "wandb")
         os.environ.update(self._own_folders)
         own = logging.getLogger("wandb")
-        own.propagate = False
+        own.propagate, self._level = False, own.level
         own.setLevel(logging.CRITICAL)  # its file has a traceback a line where the disk is full
 
     def open(
@@ -329,6 +329,8 @@ class Session:
             self._sync()
         for name in self._own_folders:
             os.environ.pop(name, None)
+        if not self.torn:
+            logging.getLogger("wandb").setLevel(self._level)  # for a Python caller's own runs
 
     def _sync(self) -> None:
         """Send the runs that are not sent yet, from their files."""

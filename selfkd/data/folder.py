@@ -1,4 +1,4 @@
-"""Loading of image files in folders: root/train/<class>/<image>, root/val/…, root/test/…
+"""Loading of image files in folders: root/train/<class>/<image>, root/validation/…, root/test/…
 
 Links are followed. Left out is what is hidden at any depth, and files of types that Pillow does
 not decode.
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 
@@ -22,55 +23,73 @@ _SYSTEM = frozenset(
     ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
 )
 
-_VAL = ("val", "valid", "validation")
-_PLURAL = ("other folder", "broken link", "circular link", "special file", "system folder")
+PARTS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+"""Splits by the names that folders and splits of saved data sets have."""
+_PLURAL = ("broken link", "circular link", "special file", "system folder")
 MOST_TYPES = 8
 """Number of types that are named of what is left out."""
 
 
 def open_folder(root: Path, image_size: int | None) -> Source:
-    """Open a folder of images as a source; without a test folder, val is the test split."""
+    """Open a folder of images as a source; without a test folder, val is the test split.
+
+    Raises:
+        FileNotFoundError: There is no training folder, or no other beside it.
+        ValueError: A class without a training image, or no image at all.
+    """
     left_out = Counter[str]()
-    folders = _find_parts(root, left_out)
-    names = {part: _class_names(root / folder, left_out) for part, folder in folders.items()}
+    folders = _part_folders(root, left_out)
+    names = {part: _class_names(root / name, left_out) for part, name in folders.items()}
     class_names = names["train"]
-    for part in folders:
-        if unknown := sorted(set(names[part]) - set(class_names)):
+    written = {normalize("NFC", name): name for name in class_names}  # macOS writes NFD
+    parts = {}
+    for part, folder in folders.items():
+        own = {name: name for name in names[part] if name in class_names}
+        for name in set(names[part]) - own.keys():
+            own.setdefault(written.get(normalize("NFC", name), name), name)
+        if unknown := sorted(own.keys() - set(class_names)):
             raise ValueError(
                 f"every class must have a training image, got none of {unknown[0]!r}, which is in "
-                f"{root / folders[part]}"
+                f"{root / folder}; classes in train are {_few(class_names)}"
             )
-    parts = {
-        part: _list_images(root, folder, class_names, left_out) for part, folder in folders.items()
-    }
+        paths = [f"{folder}/{own[name]}" if name in own else None for name in class_names]
+        parts[part] = _list_images(root, folder, paths, left_out)
     return make_source(str(root), parts, class_names, image_size, left_out)
 
 
-def _find_parts(root: Path, left_out: Counter[str]) -> dict[str, str]:
-    """Return the names of the folders of train, val and test, and count the other folders."""
-    if not (root / "train").is_dir():
+def _part_folders(root: Path, left_out: Counter[str]) -> dict[str, str]:
+    """Return the names of the splits' folders by split, train first.
+
+    Args:
+        root: Folder that they are in.
+        left_out: Number of files that are not read, by type; other folders are counted here.
+    """
+    found, others = dict[str, str](), list[str]()
+    names = [entry.name for entry in _entries(root, Counter()) if _is_folder(entry)]
+    for name in sorted(names, key=[*PARTS, *names].index):
+        part = PARTS.get(name)
+        if part is None or part in found:
+            others.append(name)
+        else:
+            found[part] = name
+    if "train" not in found:
+        has = f"but {_few(names)}" if names else "nor any other"
         raise FileNotFoundError(
-            f"data.root must hold train/<class>/<image>, got {root}, which has no folder 'train'"
+            f"data.root must hold train/<class>/<image>, got {root}, which has no folder 'train' "
+            f"{has}"
         )
-    val = [name for name in _VAL if (root / name).is_dir()]
-    if len(val) > 1:
-        found = " and ".join(val)
-        raise ValueError(
-            f"data.root must hold one folder of validation images, got {found} in {root}"
-        )
-    parts = {"train": "train"}
-    if val:
-        parts["val"] = val[0]
-    if (root / "test").is_dir():
-        parts["test"] = "test"
-    if len(parts) == 1:
+    if len(found) == 1:
+        has = f", which has {_few(others)} there" if others else ""
         raise FileNotFoundError(
-            f"data.root must hold a folder 'test' or 'val' beside 'train', got {root}"
+            f"data.root must hold a folder 'test' or 'val' beside 'train', got {root}{has}"
         )
-    for entry in _entries(root, Counter()):
-        if _is_folder(entry) and entry.name not in parts.values():
-            left_out["other folder"] += 1
-    return parts
+    left_out.update(f"folder {name}" for name in others)
+    return found
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f", … and {len(names) - MOST_TYPES:,} more" if len(names) > MOST_TYPES else ""
+    return f"{', '.join(map(repr, names[:MOST_TYPES]))}{more}"
 
 
 def make_source(
@@ -198,14 +217,20 @@ def _class_names(folder: Path, left_out: Counter[str]) -> tuple[str, ...]:
 
 
 def _list_images(
-    root: Path, part: str, class_names: tuple[str, ...], left_out: Counter[str]
+    root: Path, part: str, folders: Sequence[str | None], left_out: Counter[str]
 ) -> tuple[Files, list[int]]:
-    """List the image files of a part in the order of their paths, and their labels."""
+    """List the image files of a part in the order of their paths, and their labels.
+
+    Args:
+        root: Folder of the data.
+        part: Name of the part's folder, for messages.
+        folders: Folder of each class, relative to `root`; None where it has none.
+        left_out: Number of files that are not read, by type; counted here.
+    """
     paths, labels = list[str](), list[int]()
-    for label, name in enumerate(class_names):
-        folder = root / part / name
-        if folder.is_dir():
-            found = list(_walk(folder, f"{part}/{name}", frozenset(), left_out))
+    for label, folder in enumerate(folders):
+        if folder is not None:
+            found = list(_walk(root / folder, folder, frozenset(), left_out))
             paths += found
             labels += [label] * len(found)
     if not paths:

@@ -58,8 +58,8 @@ def load_data(
     | `digits` | scikit-learn's, 8x8, embedded | 100, 400, 1,197 |
     | `mnist`, `fashion_mnist` | 28x28 | 50,000, 10,000, the official 10,000 |
     | `cifar10`, `cifar100` | 32x32, 3 channels | 45,000, 5,000, the official 10,000 |
-    | `folder` | root/train/<class>/<image>, root/test and root/val (valid, validation) | \
-a tenth of train is held out where there is no val; val is the test split where there is no test |
+    | `folder` | root/train/<class>/<image>, root/test and root/val (or validation, valid) | a \
+tenth of train is held out where there is no val; val is the test split where there is no test |
     | `folder` | a folder of `datasets.save_to_disk`, with a column of images and one of classes | \
 its splits as those folders; of a single one a tenth is test, too |
     | `torch/…`, `hfds/…`, `tfds/…`, … | any set of `timm.data.create_dataset` | as for `folder` |

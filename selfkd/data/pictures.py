@@ -188,6 +188,8 @@ def read_or_raise(read: Callable[[], Image], source: str) -> Image:
         return read()
     except Exception as error:  # what is no picture may end in any error of a decoder
         reason = str(error) or type(error).__name__
+        if type(error).__name__ == "DecompressionBombError":
+            reason = "it has more pixels than Pillow decodes: scale it down"
         raise ValueError(f"every image must be readable, got {source} ({reason})") from error
 
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .folder import make_source
+from .folder import PARTS, make_source
 from .sources import Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_PARTS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 _STATE = "state.json"
 
 
@@ -71,7 +70,7 @@ def open_saved(root: Path, image_size: int | None) -> Source:
     left_out, parts, class_names = Counter[str](), {}, dict[str, tuple[str, ...]]()
     found = _load(root)
     for name, dataset in found.items():
-        part = _PARTS.get(name)
+        part = PARTS.get(name)
         if part is None or part in parts:
             left_out[f"of split {name}"] = len(dataset)
             continue

@@ -115,6 +115,13 @@ def _have_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def _object_folder(session: Session) -> str | None:
+    """Return the folder of Ray's objects, where its own is not there or cannot be written to."""
+    if not _SHARED_MEMORY.parent.is_dir() or os.access(_SHARED_MEMORY, os.W_OK):
+        return None
+    return str(session.folder.path)
+
+
 def start(session: Session | None, *, verbose: bool, address: str | None) -> None:
     """Start Ray, or join a cluster.
 
@@ -143,6 +150,7 @@ def start(session: Session | None, *, verbose: bool, address: str | None) -> Non
                     address="local",
                     include_dashboard=verbose,
                     _temp_dir=session.temporary,
+                    _plasma_directory=_object_folder(session),
                     **printed,
                 )
         if not verbose:

@@ -89,7 +89,9 @@ class RunFolder:
             folder.save_config(config, patience=0)
         except OSError as error:
             reason = error.strerror or error
-            raise ConfigError(f"run folder {path} must be writable: {reason}") from None
+            raise ConfigError(
+                f"run folder {path} must be writable: {reason}; --set storage=FOLDER names another"
+            ) from None
         return folder
 
     @classmethod

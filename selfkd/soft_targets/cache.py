@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from selfkd.distill.outputs import map_tensors
+from selfkd.distill.outputs import describe_output, map_tensors
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.soft_targets.manifest import DEFAULT_SHARD, Manifest, data_key, load_manifest
 from selfkd.soft_targets.store import SoftTargets, check_shard, open_store, write_shard
 from selfkd.storage.checkpoint import tensors_hash
+from selfkd.storage.remote import as_path
 
 _PROBES = 32  # items whose bytes tell one data set from another
-_SHARD_BYTES = 256 * 2**20  # teacher logits that are held in memory until their file is written
-_LABELS = ("label", "labels", "target", "targets")
+_SHARD_BYTES = 256 * 2**20  # logits of a teacher that are held in memory until they are written
+_LABELS = ("label", "labels", "label_ids", "target", "targets")
 
 Collate = Callable[[list[Any]], Any]
 
@@ -38,9 +39,11 @@ class SeededView(Dataset[tuple[Any, int]]):
 
     Args:
         dataset: Map-style data set.
-        view: Number of the view; may be changed between epochs (the workers of a `DataLoader` with
-            `persistent_workers` keep that of their start).
+        view: Number of the view; may be changed between epochs, also with `persistent_workers`.
         seed: Seed of the views.
+
+    Raises:
+        ValueError: A view or a seed that is no integer of at least 0.
 
     >>> view = SeededView([torch.zeros(2), torch.ones(2)])
     >>> view[1]
@@ -49,8 +52,19 @@ class SeededView(Dataset[tuple[Any, int]]):
 
     def __init__(self, dataset: Any, view: int = 0, *, seed: int = 0) -> None:
         self.dataset = dataset
-        self.view = view
-        self.seed = seed
+        self.seed = _check_integer("seed", seed)
+        # shared with the workers of a loader, which copy the data set at their start
+        shared = torch.tensor(_check_integer("view", view))
+        self._view = shared.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def view(self) -> int:
+        """Number of the view."""
+        return int(self._view)
+
+    @view.setter
+    def view(self, value: int) -> None:
+        self._view.fill_(_check_integer("view", value))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -92,7 +106,7 @@ def cache_logits(
             `Ensemble`, for the logits of each member.
         dataset: Map-style data set; an item is the inputs, a tuple that starts with them, or a
             mapping, of which labels are left out.
-        path: Folder of the cached logits.
+        path: Folder of the cached logits, also a URI such as `s3://bucket/logits`.
         views: Number of augmented views of each item.
         top_k: Number of largest logits cached of an item; all when None.
         exact: Whether logits are kept as they are, in single precision: for several labels and for
@@ -101,15 +115,17 @@ def cache_logits(
         batch_size: Items a batch of the teacher.
         workers: Processes that read the data set.
         collate: Function from a list of items to a batch; PyTorch's own when None.
-        inputs: Function from a batch to the teacher's inputs; see `dataset` when None.
+        inputs: Function from a batch to the teacher's inputs; see `dataset` when None. Without
+            `collate`, only inputs are batched then.
 
     Returns:
         Cached logits by `(index, view)`, for `Distiller(targets=…)`.
 
     Raises:
         TypeError: A teacher that is no module, or a data set that is not map-style.
-        ValueError: An empty data set, items that differ at each reading of a view or that cannot be
-            batched, logits that are not finite, or a number out of range.
+        ValueError: An empty data set, items that differ at each reading of a view, cannot be
+            batched or are not what the teacher takes, logits that are not finite, or a number out
+            of range.
         OSError: A file cannot be written; what was written before is kept.
 
     >>> import tempfile
@@ -127,14 +143,17 @@ def cache_logits(
         https://arxiv.org/abs/2112.01528
     """
     members = _members(teacher)
-    _check_dataset(dataset, views)
+    _check_dataset(dataset)
+    views = _check_integer("views", views, least=1)
+    batch_size = _check_integer("batch_size", batch_size, least=1)
+    workers = _check_integer("workers", workers)
     read = _Reader(dataset, seed, batch_size, workers, collate, inputs)
     fingerprint = read.fingerprint()
     recipe = {"seed": seed, **({"exact": True} if exact else {})}
     key = data_key(fingerprint, recipe, top_k=top_k)
-    root = Path(path)
-    names = [_digest(member) for member in members]
-    classes = _classes(root, names, key) or _count_classes(members, read.first())
+    root = as_path(path).expanduser()
+    names = [_digest(member, read) for member in members]
+    classes = _classes(root, names, key) or _count_classes(members, read.first(), exact=exact)
     manifests = [
         Manifest(
             teacher=name,
@@ -146,7 +165,7 @@ def cache_logits(
             classes=classes,
             top_k=top_k,
             exact=exact,
-            shard_size=max(1, min(DEFAULT_SHARD, _SHARD_BYTES // (4 * classes * len(members)))),
+            shard_size=max(1, min(DEFAULT_SHARD, _SHARD_BYTES // (4 * classes))),
         )
         for name in names
     ]
@@ -163,7 +182,7 @@ def cache_logits(
             parts: dict[int, list[Tensor]] = {number: [] for number in wanting}
             for batch in read.batches(manifests[0].rows(shard), view):
                 for number, logits in parts.items():
-                    logits.append(_run(members[number], batch).cpu())
+                    logits.append(_columns(members[number](batch)).cpu())
                 progress.advance(task, len(logits[-1]))
             for number, logits in parts.items():
                 write_shard(
@@ -186,7 +205,10 @@ class _Reader:
     ) -> None:
         self._dataset, self._seed = dataset, seed
         self._batch_size, self._workers = batch_size, workers
-        self._batch = _Batch(collate or default_collate, inputs or _find_inputs)
+        if collate is None and inputs is None:
+            self._batch = _Batch(_collate_inputs, lambda batch: batch)
+        else:
+            self._batch = _Batch(collate or default_collate, inputs or _find_inputs)
 
     def batches(self, rows: range, view: int) -> Iterator[Any]:
         items = Subset(SeededView(self._dataset, view, seed=self._seed), rows)
@@ -205,23 +227,28 @@ class _Reader:
         """Return the hash of the data set's length and of some items' inputs in the first view."""
         count = len(self._dataset)
         rows = np.unique(np.linspace(0, count - 1, min(_PROBES, count)).round().astype(int))
-        if self._hash(rows[:1]) != self._hash(rows[:1]):
+        found = self._hash(rows)
+        if self._hash(rows) != found:
             raise ValueError(
                 "dataset must give the same item each time it is read with the same seeds of "
-                "random, numpy.random and torch, got another item 0: seed its augmentation by index"
+                "random, numpy.random and torch, got another: seed its augmentation by index"
             )
-        return hashlib.sha256(f"{count} {self._hash(rows)}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{count} {found}".encode()).hexdigest()[:16]
 
     def _hash(self, rows: Iterable[int]) -> str:
         view = SeededView(self._dataset, seed=self._seed)
-        tensors: dict[str, Tensor] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            return tensors.setdefault(f"{len(tensors)}", tensor)
-
+        digest = hashlib.sha256()
         for row in rows:
-            map_tensors(self._batch([view[int(row)]]), keep)
-        return tensors_hash(tensors)
+            batch = self._batch([view[int(row)]])
+            tensors: dict[str, Tensor] = {}
+
+            def keep(tensor: Tensor, found: dict[str, Tensor] = tensors) -> Tensor:
+                return found.setdefault(f"{len(found)}", tensor)
+
+            map_tensors(batch, keep)
+            # texts and other inputs without tensors are told apart by their bytes
+            digest.update(tensors_hash(tensors).encode() if tensors else pickle.dumps(batch))
+        return digest.hexdigest()
 
 
 class _Batch:
@@ -242,11 +269,18 @@ class _Batch:
         return self._inputs(batch)
 
 
-def _find_inputs(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        found = {name: value for name, value in batch.items() if name not in _LABELS}
+def _find_inputs(item: Any) -> Any:
+    """Return the inputs of an item or a batch: all but the labels, and text beside tensors."""
+    if isinstance(item, Mapping):
+        found = {name: value for name, value in item.items() if name not in _LABELS}
+        plain = {name: value for name, value in found.items() if not isinstance(value, str | None)}
+        found = plain or found
         return next(iter(found.values())) if len(found) == 1 else found
-    return batch[0] if isinstance(batch, list | tuple) else batch
+    return item[0] if isinstance(item, list | tuple) else item
+
+
+def _collate_inputs(items: list[Any]) -> Any:
+    return default_collate([_find_inputs(item) for item in items])
 
 
 @contextmanager
@@ -278,29 +312,34 @@ def _members(teacher: Any) -> list[Teacher]:
     return Ensemble(several).members
 
 
-def _check_dataset(dataset: Any, views: int) -> None:
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+def _check_dataset(dataset: Any) -> None:
+    map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not map_style or isinstance(dataset, IterableDataset | Mapping | SeededView | str):
         raise TypeError(
             "dataset must be map-style, with a length and items by index, got "
             f"{type(dataset).__name__}"
         )
     if len(dataset) == 0:
         raise ValueError("dataset must have items, got none")
-    if views < 1:
-        raise ValueError(f"views must be at least 1, got {views}")
 
 
-def _run(member: Teacher, batch: Any) -> Tensor:
-    parameter = next(chain(member.module.parameters(), member.module.buffers()), None)
-    if parameter is None:
-        return member(batch)
-    return member(map_tensors(batch, lambda leaf: leaf.to(parameter.device)))
+def _check_integer(name: str, value: Any, *, least: int = 0) -> int:
+    """Return an integer; raise ValueError for another value, or one below the least."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
 
 
-def _digest(member: Teacher) -> str:
-    """Return the hash of a teacher: of its structure, its weights and what it does to inputs."""
+def _digest(member: Teacher, read: _Reader) -> str:
+    """Return the hash of a teacher: of its structure, its weights and what it does to inputs.
+
+    A teacher whose weights are no tensors of its state (packed by quantisation, or constants of
+    TorchScript) is told apart by its logits of the first item.
+    """
     state = member.module.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if len(tensors) < max(1, len(state)):
+        (tensors["logits"],) = _logits([member], read.first())
     parts = f"{member.module!r} {member.facts} {tensors_hash(tensors)}"
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
@@ -314,15 +353,34 @@ def _classes(root: Path, teachers: Sequence[str], key: str) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _count_classes(members: Sequence[Teacher], batch: Any) -> int:
-    shapes = [_run(member, batch).shape for member in members]
+def _logits(members: Sequence[Teacher], batch: Any) -> list[Tensor]:
+    """Run teachers on a first batch; raise ValueError where they do not take it."""
+    try:
+        return [member(batch) for member in members]
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"teacher must take the inputs of a batch of dataset, got {describe_output(batch)} "
+            f"({error}): give inputs, a function from a batch to them"
+        ) from error
+
+
+def _count_classes(members: Sequence[Teacher], batch: Any, *, exact: bool) -> int:
+    logits = _logits(members, batch)
+    shapes = [list(member_logits.shape) for member_logits in logits]
     for shape in shapes:
-        if len(shape) != 2:
-            raise ValueError(f"teacher must return [batch, classes], got {list(shape)}")
-    classes = [shape[1] for shape in shapes]
+        if len(shape) != 2 and not (exact and len(shape) == 1):
+            raise ValueError(f"teacher must return [batch, classes], got {shape}")
+    classes = [_columns(member_logits).shape[1] for member_logits in logits]
     if len(set(classes)) > 1:
         raise ValueError(f"teacher must have members of the same classes, got {classes}")
+    if classes[0] == 1 and not exact:
+        raise ValueError("teacher must return at least 2 classes, or exact be given, got 1")
     return classes[0]
+
+
+def _columns(logits: Tensor) -> Tensor:
+    """Return logits `[batch, classes]`; those of one number an item as `[batch, 1]`."""
+    return logits.unsqueeze(-1) if logits.ndim == 1 else logits
 
 
 def _wanting(root: Path, manifests: Sequence[Manifest], view: int, shard: int) -> list[int]:

@@ -158,6 +158,7 @@ class SoftTargets:
 
         Raises:
             IndexError: An index is out of range.
+            TypeError: An index that is no tensor.
             ValueError: The view is out of range, or a shard is damaged.
             FileNotFoundError: A shard has not been written.
         """
@@ -179,6 +180,8 @@ class SoftTargets:
     def _rows(self, index: Tensor, view: int) -> NDArray[np.int64]:
         if not 0 <= view < self.views:
             raise ValueError(f"view must be in [0, {self.views}), got {view}")
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index must be a tensor, int64 [batch], got {type(index).__name__}")
         if index.dtype != torch.int64 or index.ndim != 1:
             raise ValueError(f"index must be int64 [batch], got {index.dtype} {list(index.shape)}")
         rows: NDArray[np.int64] = index.cpu().numpy()

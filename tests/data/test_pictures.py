@@ -342,3 +342,10 @@ def test_a_very_long_picture_takes_no_memory_for_its_ends():
     whole = np.tile(COLOUR, (1, 40, 1))  # 640 x 12, whose centre is that of 240 x 12
     cut = square(Image.fromarray(whole[:, 200:440]), 12)
     assert np.asarray(square(Image.fromarray(whole), 12)).tolist() == np.asarray(cut).tolist()
+
+
+def test_a_picture_of_too_many_pixels_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    large = saved(Image.new("L", (30, 30)), "PNG")
+    with pytest.raises(ValueError, match=r"got a\.png \(it has more pixels .*: scale it down\)"):
+        read_or_raise(lambda: read_picture(large), "a.png")

@@ -252,7 +252,11 @@ def test_ray_listens_on_loopback_in_a_folder_that_its_sockets_fit_in(
     with connect():
         pass
     assert seen["clusters"] is False
-    assert seen["_temp_dir"] is None
+    assert seen["_temp_dir"] is seen["_plasma_directory"] is None
+    with monkeypatch.context() as without:  # as in a container
+        without.setattr(start, "_SHARED_MEMORY", Path("/dev/none"))
+        with connect():
+            assert os.path.isdir(seen["_plasma_directory"])
     short, long = os.environ["RAY_TMPDIR"], tmp_path / ("x" * 60)
     monkeypatch.delenv("RAY_TMPDIR")
     monkeypatch.setenv("TMPDIR", str(long))

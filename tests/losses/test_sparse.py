@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selfkd.losses import SparseLogits, distillation_terms, sparse_terms, sparsify
 from selfkd.losses.distillation import hard_loss
+from selfkd.losses.sequences import linear_sequence_terms, sequence_terms
 from selfkd.losses.sparse import REST_TEMPERATURES
 
 TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
@@ -226,6 +227,24 @@ def test_student_equal_to_the_teacher_has_no_loss(name: str) -> None:
             # T (p_s - q_t) / batch: the error of a probability
             gradient = gradient_of(terms.loss, student) * len(teacher) / temperature
             assert gradient.abs().max() < (1e-9 if exact else 1.2e-3)
+
+
+@pytest.mark.parametrize("members", [(), (2,)])
+def test_tokens_equal_to_the_teacher_have_no_loss(members: tuple[int, ...]) -> None:
+    logits = torch.randn(2, 5, 60, generator=torch.Generator().manual_seed(0)).double()
+    weight = torch.eye(60, dtype=torch.float64)
+    labels = torch.tensor([[3, -100, 0, 1, 2], [5, 4, -100, -100, 9]])
+    sparse = sparsify(logits.expand(*members, 2, 5, 60), 6)
+    for temperature, bound in ((1.0, 1e-12), (2.5, 5e-4), (8.0, 1e-12)):
+        settings: dict[str, Any] = {"temperature": temperature, "alpha": 0.5}
+        student = logits.clone().requires_grad_()
+        terms = sequence_terms(student, sparse, labels, **settings)
+        head = linear_sequence_terms(student, weight, sparse, labels, **settings)
+        assert terms.soft_loss.item() == pytest.approx(0, abs=bound)
+        torch.testing.assert_close(tuple(head), tuple(terms))
+        torch.testing.assert_close(
+            gradient_of(head.loss, student), gradient_of(terms.loss, student)
+        )
 
 
 @pytest.mark.parametrize("temperature", [25.0, 50.0, 200.0, 1e6])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import selfkd
 from selfkd.losses import SparseLogits, sparsify
@@ -71,6 +71,19 @@ def test_cached_logits_are_those_of_the_items_that_the_student_gets(
             assert labels.equal(index % CLASSES)
             close(targets(index, view), teacher(inputs).detach())
     assert not torch.equal(targets(torch.arange(3), 0), targets(torch.arange(3), 1))
+
+
+def test_workers_that_persist_follow_the_view(tmp_path: Path) -> None:
+    teacher, data = Counting(), Augmented()
+    targets = selfkd.cache_logits(teacher, data, tmp_path, views=2)
+    view = selfkd.SeededView(data)
+    loader = DataLoader(Subset(view, [7, 2, 5]), num_workers=1, persistent_workers=True)
+    for number in (0, 1):
+        view.view = number
+        for (inputs, _), index in loader:
+            close(targets(index, number), teacher(inputs).detach())
+    with pytest.raises(ValueError, match="view must be an integer of at least 0, got -1"):
+        view.view = -1
 
 
 def test_reading_a_view_leaves_the_generators_as_they_were() -> None:
@@ -179,6 +192,18 @@ def test_several_labels_and_numbers_need_exact_logits(tmp_path: Path, task: Any)
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_one_number_an_item_is_a_column(tmp_path: Path) -> None:
+    data = make_data()
+    teacher = nn.Sequential(nn.Linear(FEATURES, 1), nn.Flatten(0))
+    targets = selfkd.cache_logits(teacher, data, tmp_path, exact=True)
+    found = targets(torch.arange(LENGTH), 0)
+    torch.testing.assert_close(found, teacher(data[:][0]).detach()[:, None])
+    student, labels = torch.randn(LENGTH), torch.randn(LENGTH)
+    distiller = selfkd.Distiller(targets=targets, task="regression", margin=None)
+    terms = distiller(student, labels, index=torch.arange(LENGTH))
+    torch.testing.assert_close(terms["soft_loss"], (student - found[:, 0]).square().mean())
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -204,6 +229,49 @@ def test_items_that_are_mappings(tmp_path: Path, names: tuple[str, ...], label: 
     close(found, torch.stack(expected))
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inputs, number: (inputs, None),
+        lambda inputs, number: (inputs, {"boxes": torch.zeros(number, 4)}),
+        lambda inputs, number: {"pixels": inputs, "label_ids": number, "file": "a.png"},
+        lambda inputs, number: inputs.numpy(),
+    ],
+)
+def test_what_is_no_input_is_not_batched(tmp_path: Path, wrap: Any) -> None:
+    teacher, rows = Counting(), make_data()[:][0]
+    items = [wrap(inputs, number) for number, inputs in enumerate(rows)]
+    found = selfkd.cache_logits(teacher, items, tmp_path)(torch.arange(LENGTH), 0)
+    close(found, teacher(rows).detach())
+
+
+class OfTexts(nn.Module):
+    """Network of texts by their length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, CLASSES)
+
+    def forward(self, texts: list[str]) -> Tensor:
+        return self.embedding(torch.tensor([len(text) for text in texts]))
+
+
+def frozen_script(seed: int) -> Any:
+    return torch.jit.freeze(torch.jit.script(nn.Sequential(Counting(seed).linear).eval()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_items_that_are_no_tensors_are_told_apart(tmp_path: Path) -> None:
+    data, index = make_data(), torch.arange(2)
+    one, other = (selfkd.cache_logits(frozen_script(seed), data, tmp_path) for seed in (0, 1))
+    assert not torch.equal(one(index, 0), other(index, 0))
+    teacher = OfTexts()
+    one, other = (
+        selfkd.cache_logits(teacher, texts, tmp_path) for texts in (["a", "bc"], ["def", "g"])
+    )
+    assert not torch.equal(one(index, 0), other(index, 0))
+
+
 def test_inputs_and_batches_may_be_found_by_functions(tmp_path: Path) -> None:
     teacher = Counting()
     items = [(number, np.full(FEATURES, number, dtype=np.float64)) for number in range(5)]
@@ -225,11 +293,17 @@ def test_files_are_small_where_there_are_many_classes(
     targets = selfkd.cache_logits(teacher, data, tmp_path, batch_size=3)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
     close(targets(torch.arange(LENGTH), 0), teacher(data[:][0]).detach())
+    assert selfkd.cache_logits([teacher, Counting(1)], data, tmp_path).members == 2
 
 
 class Endless(IterableDataset[Tensor]):
     def __iter__(self) -> Any:
         return iter([torch.zeros(FEATURES)])
+
+
+class Sized(Endless):
+    def __len__(self) -> int:
+        return 3
 
 
 class Unseeded(Augmented):
@@ -251,7 +325,22 @@ def sizes(*lengths: int) -> list[Tensor]:
         (Counting(), [], {}, ValueError, "dataset must have items, got none"),
         (Counting(), Unseeded(), {}, ValueError, "must give the same item each time"),
         (Counting(), [object()], {}, ValueError, "items that make a batch, got object .*collate"),
-        (Counting(), sizes(4), {"views": 0}, ValueError, "views must be at least 1, got 0"),
+        (Counting(), Sized(), {}, TypeError, "dataset must be map-style, .* got Sized"),
+        (Counting(), {"train": sizes(4)}, {}, TypeError, "dataset must be map-style, .* got dict"),
+        (Counting(), selfkd.SeededView(sizes(4)), {}, TypeError, "map-style, .* got SeededView"),
+        (Counting(), sizes(4), {"views": 0}, ValueError, "views must be an integer .* 1, got 0"),
+        (Counting(), sizes(4), {"batch_size": 0}, ValueError, "batch_size must be .* 1, got 0"),
+        (Counting(), sizes(4), {"workers": -1}, ValueError, "workers must be .* 0, got -1"),
+        (Counting(), sizes(4), {"seed": -1}, ValueError, "seed must be .* 0, got -1"),
+        (Counting(), sizes(3), {}, ValueError, "teacher must take .* give inputs, a function"),
+        (
+            nn.Linear(FEATURES, CLASSES),
+            [{"x": torch.zeros(FEATURES), "number": 3}],
+            {},
+            ValueError,
+            r"teacher must take .* got dict of x \[1, 4\], number \[1\] .* give inputs",
+        ),
+        (nn.Linear(FEATURES, 1), sizes(4), {}, ValueError, "at least 2 classes, or exact"),
         (Counting(), sizes(4), {"top_k": 1, "exact": True}, ValueError, "exact must be false"),
         (nn.Flatten(0), sizes(1), {}, ValueError, r"must return \[batch, classes\], got \[1\]"),
         (Counting(), sizes(4, 4), {"top_k": 3}, ValueError, r"top_k must be in \[1, 2\], got 3"),

@@ -291,6 +291,9 @@ def test_top_k_takes_less_disk(tmp_path):
         cache(tmp_path / root, [logits], images=100, classes=1000, shard_size=100, top_k=top_k)
     full, top = (list_stores(tmp_path / root)[0].bytes for root in ("full", "top"))
     assert top < full / 10
+    (path,) = (tmp_path / "top").glob("*/*/view_000/*")
+    size = sum(tensor.nbytes for tensor in load_tensors(path)[0].values())
+    assert size == 100 * (6 * 20 + 28)  # as `cli.plan` says
 
 
 # --- refused arguments ---

@@ -168,6 +168,9 @@ def test_a_folder_that_cannot_be_written_stops_no_training(
         tracker(TrialProgressed(TRIAL, (epoch(2),)))
         tracker.close()
     assert caplog.text.count("training goes on") == 1
+    told = f"csv and tensorboard: {tmp_path / 'tracking'}, nothing is written since "
+    assert tracker.description.startswith(told)
+    assert tracker.incomplete
 
 
 def test_files_beside_wandb(tmp_path: Path) -> None:

@@ -380,7 +380,7 @@ class DistillationTrainer(ProjectionTrainer):
         **further: Any,
     ) -> tuple[Tensor | None, Any, Any]:
         """Return loss, predictions and labels of a batch; no loss without labels if alpha < 1."""
-        inputs = self._prepare_inputs(with_labels(inputs, self.label_names))
+        inputs = self._prepare_inputs(self.without_repeats(with_labels(inputs, self.label_names)))
         generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
         has_labels = "labels" in inputs
         loss, outputs = None, None

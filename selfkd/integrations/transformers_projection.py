@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from selfkd.integrations.transformers_inputs import IGNORED
 from selfkd.losses.features import Projection
 
 PROJECTION_FILE = "projection.safetensors"
@@ -43,6 +45,23 @@ class ProjectionTrainer(Trainer):  # type: ignore[misc]
             self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
         ):
             raise ValueError("full_logits must be True under FSDP, DeepSpeed and compilation")
+
+    def without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return inputs of evaluation without the labels of rows that fill up the last batch.
+
+        So that each process has as many batches, the first rows of a data set are evaluated again.
+        """
+        state, labels = self.accelerator.gradient_state, inputs.get("labels")
+        integers = isinstance(labels, Tensor) and labels.dtype == torch.int64
+        if self.args.world_size == 1 or not integers or not state.end_of_dataloader:
+            return inputs
+        rows, remainder = len(inputs["labels"]), state.remainder
+        if remainder <= 0:
+            return inputs
+        real = min(max(remainder - rows * self.args.process_index, 0), rows)
+        kept = inputs["labels"].clone()
+        kept[real:] = IGNORED
+        return {**inputs, "labels": kept}
 
     def make_projection(self, width: int, expected: int) -> None:
         """Make a projection where the widths of student and teacher differ.

@@ -302,6 +302,27 @@ def test_terms_of_evaluation_are_means_over_all_tokens(tmp_path: Path) -> None:
     assert trainer.predict(rows).metrics["test_soft_loss"] == found["eval_soft_loss"]
 
 
+@pytest.mark.parametrize(
+    ("rank", "remainder", "ends", "real"),
+    [(0, 5, True, 4), (1, 5, True, 1), (1, 3, True, 0), (1, 5, False, 4), (1, 0, True, 4)],
+)
+def test_rows_that_fill_the_last_batch_are_not_evaluated_twice(
+    rank: int, remainder: int, ends: bool, real: int
+) -> None:
+    """Of 5 rows two processes evaluate batches of 4: the second one three rows again."""
+    state = SimpleNamespace(end_of_dataloader=ends, remainder=remainder)
+    trainer: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(gradient_state=state),
+        args=SimpleNamespace(world_size=2, process_index=rank),
+    )
+    inputs = {"labels": torch.arange(4)}
+    found = DistillationTrainer.without_repeats(trainer, inputs)["labels"]
+    assert found.tolist() == [*range(real), *[-100] * (4 - real)]
+    assert inputs["labels"].tolist() == [0, 1, 2, 3]
+    scores = {"labels": torch.ones(4, 3)}
+    assert DistillationTrainer.without_repeats(trainer, scores) is scores
+
+
 def checkpointed(reentrant: bool) -> dict[str, Any]:
     kwargs = {"use_reentrant": reentrant}
     return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}

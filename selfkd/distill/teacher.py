@@ -269,7 +269,7 @@ def copy_module(module: nn.Module) -> nn.Module:
             "run it on a batch first"
         )
     try:
-        with _ComputedTensors():
+        with ComputedTensors():
             twin = deepcopy(module)
     except Exception as error:  # a module's own way of copying may raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -319,8 +319,11 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-class _ComputedTensors(TorchFunctionMode):
-    """Copies tensors with a graph, which `copy.deepcopy` refuses, without their graph."""
+class ComputedTensors(TorchFunctionMode):
+    """Context in which `copy.deepcopy` copies tensors that have a graph, without their graph.
+
+    It refuses them otherwise. Modules keep such tensors, as the old `weight_norm` does.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

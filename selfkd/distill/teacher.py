@@ -38,7 +38,8 @@ class Teacher:
 
     Inputs are detached, moved to the device of the module's parameters and, if floating point, cast
     to their dtype, leaf by leaf in nested inputs. A mapping is given as keyword arguments, as many
-    of them as `forward` takes, unless it takes the mapping itself.
+    of them as `forward` takes, unless it takes the mapping itself; a list or tuple as positional
+    ones if `forward` needs more than one.
 
     If the teacher was trained on inputs of another normalisation than those of the calls, inputs
     are normalised again, channel by channel:
@@ -376,8 +377,8 @@ def _is_packed(module: nn.Module) -> bool:
 
 
 def _run(module: nn.Module, inputs: Any) -> Any:
-    """Return a module's output; a mapping is given as keyword arguments where it takes them."""
-    if not isinstance(inputs, Mapping):
+    """Return a module's output; several inputs are given as arguments where it takes them."""
+    if not isinstance(inputs, Mapping | list | tuple):
         return module(inputs)
     if isinstance(module, torch.jit.ScriptModule):
         _, *arguments = module.forward.schema.arguments  # type: ignore[attr-defined]
@@ -390,6 +391,8 @@ def _run(module: nn.Module, inputs: Any) -> Any:
         accepted = {parameter.name for parameter in named}
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             accepted |= inputs.keys()
+    if not isinstance(inputs, Mapping):
+        return module(*inputs) if len(required) > 1 else module(inputs)
     keywords = {name: value for name, value in inputs.items() if name in accepted}
     if not keywords or any(name not in keywords for name in required):
         return module(inputs)

@@ -380,6 +380,7 @@ def _run(module: nn.Module, inputs: Any) -> Any:
     """Return a module's output; several inputs are given as arguments where it takes them."""
     if not isinstance(inputs, Mapping | list | tuple):
         return module(inputs)
+    takes_any = False
     if isinstance(module, torch.jit.ScriptModule):
         _, *arguments = module.forward.schema.arguments  # type: ignore[attr-defined]
         required = [argument.name for argument in arguments if not argument.has_default_value()]
@@ -389,11 +390,10 @@ def _run(module: nn.Module, inputs: Any) -> Any:
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = [parameter.name for parameter in named if parameter.default is parameter.empty]
         accepted = {parameter.name for parameter in named}
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            accepted |= inputs.keys()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     if not isinstance(inputs, Mapping):
         return module(*inputs) if len(required) > 1 else module(inputs)
-    keywords = {name: value for name, value in inputs.items() if name in accepted}
+    keywords = {key: value for key, value in inputs.items() if takes_any or key in accepted}
     if not keywords or any(name not in keywords for name in required):
         return module(inputs)
     return module(**keywords)

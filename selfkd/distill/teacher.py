@@ -38,7 +38,8 @@ class Teacher:
 
     Inputs are detached, moved to the device of the module's parameters and, if floating point, cast
     to their dtype, leaf by leaf in nested inputs. A mapping is given as keyword arguments, as many
-    of them as `forward` takes, unless it takes the mapping itself.
+    of them as `forward` takes, unless it takes the mapping itself; a list or tuple as positional
+    ones if `forward` needs more than one.
 
     If the teacher was trained on inputs of another normalisation than those of the calls, inputs
     are normalised again, channel by channel:
@@ -269,7 +270,7 @@ def copy_module(module: nn.Module) -> nn.Module:
             "run it on a batch first"
         )
     try:
-        with _ComputedTensors():
+        with ComputedTensors():
             twin = deepcopy(module)
     except Exception as error:  # a module's own way of copying may raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -319,8 +320,11 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-class _ComputedTensors(TorchFunctionMode):
-    """Copies tensors with a graph, which `copy.deepcopy` refuses, without their graph."""
+class ComputedTensors(TorchFunctionMode):
+    """Context in which `copy.deepcopy` copies tensors that have a graph, without their graph.
+
+    It refuses them otherwise. Modules keep such tensors, as the old `weight_norm` does.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -373,9 +377,10 @@ def _is_packed(module: nn.Module) -> bool:
 
 
 def _run(module: nn.Module, inputs: Any) -> Any:
-    """Return a module's output; a mapping is given as keyword arguments where it takes them."""
-    if not isinstance(inputs, Mapping):
+    """Return a module's output; several inputs are given as arguments where it takes them."""
+    if not isinstance(inputs, Mapping | list | tuple):
         return module(inputs)
+    takes_any = False
     if isinstance(module, torch.jit.ScriptModule):
         _, *arguments = module.forward.schema.arguments  # type: ignore[attr-defined]
         required = [argument.name for argument in arguments if not argument.has_default_value()]
@@ -385,9 +390,10 @@ def _run(module: nn.Module, inputs: Any) -> Any:
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = [parameter.name for parameter in named if parameter.default is parameter.empty]
         accepted = {parameter.name for parameter in named}
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            accepted |= inputs.keys()
-    keywords = {name: value for name, value in inputs.items() if name in accepted}
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    if not isinstance(inputs, Mapping):
+        return module(*inputs) if len(required) > 1 else module(inputs)
+    keywords = {key: value for key, value in inputs.items() if takes_any or key in accepted}
     if not keywords or any(name not in keywords for name in required):
         return module(inputs)
     return module(**keywords)

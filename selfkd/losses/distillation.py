@@ -381,8 +381,7 @@ def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
     """Raise ValueError or TypeError for shapes that do not match, or types that are not right."""
     named = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_tensor(name, value)
     shape = tuple(student_logits.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"student_logits must be [batch, classes], got shape {shape}")
@@ -423,7 +422,7 @@ def check_label_form(labels: Tensor, logits: Tensor) -> None:
 
 def check_classes(shape: Sequence[int]) -> None:
     """Raise ValueError for logits of one class, of which each loss of probabilities is 0."""
-    if shape[1] == 1:
+    if shape[-1] == 1:
         raise ValueError(
             f"student_logits must be of at least 2 classes, got shape {tuple(shape)}: the softmax "
             "of one class is 1 whatever its logit; for yes or no give two logits, or train by "
@@ -439,6 +438,12 @@ def _on_cpu(tensor: Tensor) -> bool:
 def is_nan(value: Tensor) -> bool:
     """Whether a scalar is NaN; false where reading it would wait for a GPU."""
     return _on_cpu(value) and math.isnan(value.item())
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError for a value that is no tensor, such as a list or an array."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -20,6 +20,7 @@ from selfkd.losses.distillation import (
     check_label_form,
     check_labels,
     check_settings,
+    check_tensor,
     cross_entropy,
 )
 
@@ -630,6 +631,7 @@ def _check_weight(name: str, weight: float) -> None:
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
     batch, classes = logits.shape
+    check_tensor("labels", labels)
     if labels.shape != (batch,):
         raise ValueError(f"labels must be [{batch}], one a row, got {list(labels.shape)}")
     if labels.dtype != torch.int64:

@@ -13,6 +13,7 @@ from selfkd.losses.distillation import (
     DistillationTerms,
     check_floating,
     check_settings,
+    check_tensor,
     check_weights,
     is_nan,
 )
@@ -103,8 +104,8 @@ def check_values(
         ValueError: Shapes that do not match, or what `alpha` gives a weight is missing.
         TypeError: Values that are not floating point, or labels that are no tensor.
     """
-    if labels is not None and not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels is not None:
+        check_tensor("labels", labels)
     shape = list(student.shape)
     if not shape or 0 in shape:
         raise ValueError(f"{name} must be [batch, ...], got shape {shape}")

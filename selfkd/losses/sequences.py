@@ -14,8 +14,10 @@ from torch import Tensor
 from selfkd.losses.averaging import Average
 from selfkd.losses.distillation import (
     DistillationTerms,
+    check_classes,
     check_labels,
     check_settings,
+    check_tensor,
     hard_loss,
     is_nan,
     unchecked_terms,
@@ -446,6 +448,8 @@ class _Tokens:
         check_settings(
             settings.temperature, settings.alpha, settings.average, settings.label_smoothing
         )
+        check_classes(student_logits.shape)
+        check_tensor("labels", labels)
         self.given = teacher = _cut(teacher, student_logits, soft)
         _check_teacher(teacher, student_logits[..., : soft.vocabulary], settings)
         self.soft, self.is_whole = soft, soft.is_whole(student_logits.shape[-1])

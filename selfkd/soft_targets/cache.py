@@ -26,7 +26,8 @@ from selfkd.storage.remote import as_path
 
 _PROBES = 32  # items whose bytes tell one data set from another
 _SHARD_BYTES = 256 * 2**20  # logits of a teacher that are held in memory until they are written
-_LABELS = ("label", "labels", "label_ids", "target", "targets")
+_LABELS = ("label", "labels", "label_ids", "target", "targets", "y")
+_INDICES = ("index", "indices", "idx")
 
 Collate = Callable[[list[Any]], Any]
 
@@ -105,7 +106,7 @@ def cache_logits(
         teacher: Network from inputs to logits `[batch, classes]`, on its device; several, or an
             `Ensemble`, for the logits of each member.
         dataset: Map-style data set; an item is the inputs, a tuple that starts with them, or a
-            mapping, of which labels are left out.
+            mapping, of which labels and indices are left out.
         path: Folder of the cached logits, also a URI such as `s3://bucket/logits`.
         views: Number of augmented views of each item.
         top_k: Number of largest logits cached of an item; all when None.
@@ -115,8 +116,8 @@ def cache_logits(
         batch_size: Items a batch of the teacher.
         workers: Processes that read the data set.
         collate: Function from a list of items to a batch; PyTorch's own when None.
-        inputs: Function from a batch to the teacher's inputs; see `dataset` when None. Without
-            `collate`, only inputs are batched then.
+        inputs: Function from a batch, with its labels, to the teacher's inputs; see `dataset` when
+            None.
 
     Returns:
         Cached logits by `(index, view)`, for `Distiller(targets=…)`.
@@ -205,8 +206,8 @@ class _Reader:
     ) -> None:
         self._dataset, self._seed = dataset, seed
         self._batch_size, self._workers = batch_size, workers
-        if collate is None and inputs is None:
-            self._batch = _Batch(_collate_inputs, lambda batch: batch)
+        if collate is None and inputs is None:  # labels need not make a batch
+            self._batch = _Batch(_collate_inputs, None)
         else:
             self._batch = _Batch(collate or default_collate, inputs or _find_inputs)
 
@@ -217,6 +218,7 @@ class _Reader:
             batch_size=self._batch_size,
             num_workers=self._workers,
             collate_fn=self._batch,
+            generator=torch.Generator(),  # or DataLoader would draw from the global one
         )
 
     def first(self) -> Any:
@@ -254,7 +256,7 @@ class _Reader:
 class _Batch:
     """Function from items of a `SeededView` to a teacher's inputs, for the workers of a loader."""
 
-    def __init__(self, collate: Collate, inputs: Callable[[Any], Any]) -> None:
+    def __init__(self, collate: Collate, inputs: Callable[[Any], Any] | None) -> None:
         self._collate, self._inputs = collate, inputs
 
     def __call__(self, items: list[tuple[Any, int]]) -> Any:
@@ -266,13 +268,14 @@ class _Batch:
                 f"dataset must give items that make a batch, got {kind} ({error}): transform them "
                 "to tensors of one size, or give collate"
             ) from None
-        return self._inputs(batch)
+        return batch if self._inputs is None else self._inputs(batch)
 
 
 def _find_inputs(item: Any) -> Any:
-    """Return the inputs of an item or a batch: all but the labels, and text beside tensors."""
+    """Return the inputs of an item or a batch, of a mapping without text beside other values."""
     if isinstance(item, Mapping):
-        found = {name: value for name, value in item.items() if name not in _LABELS}
+        others = _LABELS + _INDICES
+        found = {name: value for name, value in item.items() if name not in others}
         plain = {name: value for name, value in found.items() if not isinstance(value, str | None)}
         found = plain or found
         return next(iter(found.values())) if len(found) == 1 else found
@@ -313,8 +316,10 @@ def _members(teacher: Any) -> list[Teacher]:
 
 
 def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, SeededView):
+        raise TypeError("dataset must be that inside of SeededView, got SeededView: view.dataset")
     map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not map_style or isinstance(dataset, IterableDataset | Mapping | SeededView | str):
+    if not map_style or isinstance(dataset, IterableDataset | Mapping | str):
         raise TypeError(
             "dataset must be map-style, with a length and items by index, got "
             f"{type(dataset).__name__}"

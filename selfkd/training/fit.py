@@ -22,7 +22,7 @@ from selfkd.data.augmentation import Views
 from selfkd.data.batches import batch_sizes
 from selfkd.distill.distiller import Loss
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.distill.teacher import Teacher
+from selfkd.distill.teacher import ComputedTensors, Teacher
 from selfkd.errors import NonFiniteLossError
 from selfkd.training.ranks import Ranks, smallest_batch
 
@@ -114,7 +114,8 @@ def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
         student: Network to average.
         decay: Weight of the average at each step, in (0, 1); the new weights get `1 - decay`.
     """
-    average = AveragedModel(student, use_buffers=True)
+    with ComputedTensors():
+        average = AveragedModel(student, use_buffers=True)
     state = average._buffers  # on the CPU, unlike the number that a GPU's tensors are given
 
     def update(averages: Any, weights: Any, _: object) -> None:

@@ -555,6 +555,22 @@ def test_mappings_are_keyword_arguments(make, scripted):
     assert torch.equal(teacher(make()), teacher(torch.ones(2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lists_are_arguments_where_more_than_one_is_needed(kind, scripted):
+    class Sum(nn.Linear):
+        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return F.linear(first + second, self.weight, self.bias)
+
+    module, inputs = Sum(3, 2), torch.ones(4, 3)
+    teacher = Teacher(torch.jit.script(module) if scripted else module)
+    logits = teacher(kind([inputs, inputs.double()]))
+    torch.testing.assert_close(logits, module(inputs, inputs).detach())
+    with pytest.raises(TypeError, match="must be Tensor, not"):  # given as it is
+        Teacher(nn.Linear(3, 2))(kind([inputs, inputs]))
+
+
 def test_a_module_may_take_the_mapping_itself():
     class Whole(nn.Linear):
         def forward(self, batch, **options):

@@ -669,6 +669,8 @@ def test_too_few_classes_and_a_negative_eps() -> None:
         with pytest.raises(ValueError, match=r"at least 2 classes, got shape \(4, 1\): .*\(BCE"):
             loss(student, teacher)
     assert logit_mse(student, teacher) == 1
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        dkd_loss(torch.zeros(4, 3), torch.zeros(4, 3), [0] * 4, temperature=2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="classes must be >= 2, got 1"):
         teacher_free_logits(labels, classes=1, confidence=0.9)
     with pytest.raises(ValueError, match="eps must be >= 0 and finite, got -1"):

@@ -440,6 +440,10 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
         ({"student_logits": torch.zeros(2, 3)}, r"student_logits must be .* got .*\[2, 3\]"),
         ({"teacher": torch.zeros(2, 5, 8)}, r"teacher must be \[2, 5, 7\].*got \[2, 5, 8\]"),
         ({"labels": torch.zeros(2, 4, dtype=torch.int64)}, r"labels must be \[2, 5\], got \[2, 4"),
+        (
+            {"student_logits": torch.zeros(2, 5, 1), "teacher": torch.zeros(2, 5, 1)},
+            r"at least 2 classes, got shape \(2, 5, 1\)",
+        ),
         ({"labels": torch.full((2, 5), 7)}, r"labels must be in \[0, 7\), got 7"),
         ({"mask": torch.ones(2, 5)}, r"mask must be bool \[2, 5\], got torch.float32 \[2, 5\]"),
         ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask must be bool .*got torch.bool \[5\]"),
@@ -488,6 +492,8 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> Non
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         sequence_terms(**arguments | changes)
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        sequence_terms(**arguments | {"labels": [[0] * 5] * 2})
 
 
 @pytest.mark.parametrize("kind", ["logits", "members", "largest", "sampled", "head"])

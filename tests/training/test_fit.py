@@ -369,6 +369,14 @@ def test_the_moving_average_is_warmed_up_and_evaluated(decay):
     assert steps == 9
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_student_that_keeps_what_it_computed_is_averaged():
+    student = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(16, CLASSES)))
+    average = make_average(student, decay=0.5)
+    rows = list(run(student, average=average))
+    assert rows[-1]["val_nll"] < rows[0]["val_nll"]
+
+
 def test_logits_are_taken_of_the_students_output():
     class Output(nn.Sequential):
         def forward(self, inputs):

@@ -258,7 +258,7 @@ def _describe_misfit(
 def _same_shapes(
     tensors: Mapping[str, Tensor], extra: Sequence[str], wanted: Shapes, missing: Sequence[str]
 ) -> bool:
-    """Say whether tensors that are left over have the shapes of those that are missing, in order."""
+    """Say whether tensors that are left over have the shapes of those that are missing."""
     return [list(tensors[name].shape) for name in extra] == [list(wanted[n]) for n in missing]
 
 
@@ -272,7 +272,8 @@ def _of_shapes(pairs: Sequence[tuple[list[int], list[int]]], outputs: int) -> st
         )
     (found, own), *others = pairs
     if not others and len(own) > 1 and own[:1] + own[2:] == found[:1] + found[2:]:
-        return f"it was trained for inputs of {found[1]} channel{'s' * (found[1] > 1)}, and the data have {own[1]}"
+        channels = f"{found[1]} channel{'s' * (found[1] > 1)}"
+        return f"it was trained for inputs of {channels}, and the data have {own[1]}"
     return "it is of another width or size: give model and args as it was trained with"
 
 

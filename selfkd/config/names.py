@@ -20,7 +20,7 @@ def load_class_names(path: Path) -> list[str]:
 
     Args:
         path: YAML or JSON file with a list, or with a mapping of names to indices or of indices to
-            names; or a text file (.txt) with one name a line.
+            names; or text with one name a line.
 
     Raises:
         OSError: The file cannot be read.
@@ -30,8 +30,9 @@ def load_class_names(path: Path) -> list[str]:
         text = read_text(path).removeprefix("\ufeff")
     except ValueError:
         raise ConfigError(f"{path} must be text in UTF-8: save it as such") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix.lower() == ".txt":
-        found: Any = [line.strip() for line in text.splitlines() if line.strip()]
+        found: Any = lines
     elif path.suffix.lower() == ".json":
         try:
             found = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
@@ -39,9 +40,13 @@ def load_class_names(path: Path) -> list[str]:
             raise ConfigError(f"{path} must be JSON, and is damaged") from None
     else:
         found = parse_names(text, str(path))
+        found = lines if isinstance(found, str) and len(lines) > 1 else found
     names = _in_order(found) if isinstance(found, Mapping) else found
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise ConfigError(f"{path} must be a list of class names, got {str(found)[:200]}")
+        raise ConfigError(
+            f"{path} must be a list of class names (or a mapping between them and 0, 1, …) in YAML "
+            f"or JSON, or text with one a line, got {str(found)[:200]}"
+        )
     return names
 
 

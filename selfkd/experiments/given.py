@@ -47,6 +47,7 @@ _ELSEWHERE = (
 """Those among them that do not decide it."""
 _OF_FILES = ("weights", "classes", "mean", "std")
 SHOWN = 3  # keys in a message
+LISTED = 8  # files in a message
 CHANCE = 0.1  # of the way from chance to 1, below which an accuracy is said to be about as by it
 
 
@@ -183,10 +184,21 @@ def _find(config: Config) -> _Source:
         return _of_run(place, config)
     if isinstance(place, RemotePath) or not place.is_file():
         raise ConfigError(
-            f"--from must be a file of weights or a run folder (with a config.yaml), got {place}"
+            "--from must be a file of weights or a run folder (with a config.yaml), got "
+            f"{place}{_what_is_there(place)}"
         )
     unknown = "a file of weights says nothing of its training"
     return _Source(title=place.name, file=place, point={}, unknown=unknown)
+
+
+def _what_is_there(place: Path | RemotePath) -> str:
+    if isinstance(place, RemotePath):
+        return ": a file in a bucket must be fetched first"
+    if not place.is_dir():
+        return ", which is not there"
+    names = sorted(entry.name for entry in place.iterdir())
+    more = f", … and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f", a folder of {', '.join(names[:LISTED])}{more}" if names else ", an empty folder"
 
 
 def _of_run(place: Path, config: Config) -> _Source:

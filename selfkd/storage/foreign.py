@@ -22,6 +22,8 @@ from selfkd.storage.files import parse_json, read_text
 
 NAMED, LISTED = 3, 8
 """Names of a kind, and keys, in a message."""
+SAVE_ALONE = "save the weights alone, by torch.save(model.state_dict(), 'weights.pt')"
+"""Way out of a file that has no weights which can be read."""
 _FORMATS = {
     b"\x89HDF": "HDF5, as Keras writes it",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
@@ -185,7 +187,7 @@ def _pickle(path: Path) -> Any:
         few = f" ({', '.join(sorted(unknown)[:NAMED])})" if unknown else ""
         raise ValueError(
             f"it is no file of weights, or holds objects that cannot be read without running code"
-            f"{few}: save the weights alone, by torch.save(model.state_dict(), 'weights.pt')"
+            f"{few}: {SAVE_ALONE}"
         ) from None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from selfkd.storage.foreign import (
     LISTED,
     NAMED,
+    SAVE_ALONE,
     Inert,
     describe_content,
     is_module,
@@ -61,7 +62,7 @@ def find_weights(path: Path, wanted: Shapes, *, key: str | None = None, outputs:
     tree = read_weights(path)
     groups = list(_groups(tree, ()))
     if not groups:
-        raise ValueError(f"it has no tensors by name; {describe_content(tree)}")
+        raise ValueError(f"it has no tensors by name: {SAVE_ALONE}; {describe_content(tree)}")
     sets = {label: found for group in groups for label, found in _complete(*group, wanted)}
     if not sets:
         part = " (it is one part of several: give their index, ….index.json)"
@@ -71,7 +72,7 @@ def find_weights(path: Path, wanted: Shapes, *, key: str | None = None, outputs:
         named = [label for label in sets if _is_named(label, key)]
         if len(named) != 1:
             raise ValueError(f"weights must be one of {_listed(sets)}, got {key!r}")
-        return Weights(sets[named[0]])
+        return Weights(_finite(sets[named[0]]))
     averages = [label for label in sets if _AVERAGE.search(label)]
     others = [label for label in sets if label not in averages]
     among = averages or others
@@ -86,7 +87,18 @@ def find_weights(path: Path, wanted: Shapes, *, key: str | None = None, outputs:
             f"has the average {averages[0]!r} beside the weights {_listed(others)}: the average is "
             f"taken, and `weights: {others[0] or 'raw'}` takes the latter"
         )
-    return Weights(sets[among[0]], note)
+    return Weights(_finite(sets[among[0]]), note)
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return tensors, none of which is NaN as after a training that has diverged."""
+    bad = [n for n, t in tensors.items() if t.is_floating_point() and t.float().isnan().any()]
+    if bad:
+        raise ValueError(
+            f"{_some(f'{len(bad)} of {len(tensors)} tensors have NaN', bad)}: its training "
+            "has diverged, so give weights from before that"
+        )
+    return tensors
 
 
 # --- sets of tensors ---
@@ -98,6 +110,8 @@ def _groups(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Mapping[st
         yield ".".join(path), dict(state_of(value, "", 0))
         return
     items = {**value, **vars(value)} if isinstance(value, Inert) else value
+    if isinstance(value, list | tuple):  # such as (state dict, epoch)
+        items = {str(number): part for number, part in enumerate(value[:LISTED])}
     if not isinstance(items, Mapping):
         return
     named = {key: part for key, part in items.items() if isinstance(key, str)}
@@ -224,13 +238,28 @@ def _describe_misfit(
         _some(f"{len(reshaped)} of another shape", shapes),
     ]
     pairs = [(list(tensors[prefix + name].shape), list(wanted[name])) for name in reshaped]
-    if missing and not extra and not pairs and all(wanted[n][0] == outputs for n in missing):
+    head = not pairs and all(list(wanted[name][:1]) == [outputs] for name in missing)
+    if missing and not extra and head:
         why = "it has no last layer: train one for these classes first"
+    elif missing and head and _same_shapes(tensors, extra, wanted, missing):
+        pairs_of_names = zip(extra, missing, strict=True)
+        renamed = ", ".join(f"{old} to {prefix}{new}" for old, new in pairs_of_names)
+        why = f"its last layer has another name: rename {renamed} in the file"
     elif missing or extra:
-        why = "it is of another network or depth: give model and args as it was trained with"
+        why = (
+            "it is of another network or depth: give model and args as it was trained with, if it "
+            "is one of timm's or selfkd's"
+        )
     else:
         why = _of_shapes(pairs, outputs)
     return f"{', '.join(filter(None, parts))}: {why}"
+
+
+def _same_shapes(
+    tensors: Mapping[str, Tensor], extra: Sequence[str], wanted: Shapes, missing: Sequence[str]
+) -> bool:
+    """Say whether tensors that are left over have the shapes of those that are missing."""
+    return [list(tensors[name].shape) for name in extra] == [list(wanted[n]) for n in missing]
 
 
 def _of_shapes(pairs: Sequence[tuple[list[int], list[int]]], outputs: int) -> str:
@@ -243,7 +272,8 @@ def _of_shapes(pairs: Sequence[tuple[list[int], list[int]]], outputs: int) -> st
         )
     (found, own), *others = pairs
     if not others and len(own) > 1 and own[:1] + own[2:] == found[:1] + found[2:]:
-        return f"it was trained for inputs of {found[1]} channels, and the data have {own[1]}"
+        channels = f"{found[1]} channel{'s' * (found[1] > 1)}"
+        return f"it was trained for inputs of {channels}, and the data have {own[1]}"
     return "it is of another width or size: give model and args as it was trained with"
 
 

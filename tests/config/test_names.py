@@ -21,6 +21,7 @@ ODD = ["no", "yes", "01", "1e3", "null", "2024-01-01", "0x1F", "1_000", "on", "~
         ("a.yaml", "names:\n" + "".join(f"  {n}: {name}\n" for n, name in enumerate(ODD))),
         ("a.yaml", "nc: 12\nnames:\n" + "".join(f"- {name}\n" for name in ODD)),
         ("a.txt", "\ufeff" + "\r\n".join([*ODD, ""])),
+        ("a.names", "\n".join(ODD)),
         ("a.json", '["no", "yes", "01", 1e3, "null", "2024-01-01", "0x1F", "1_000", "on", "~", '
         '".5", "\\u00e9"]'),
     ],

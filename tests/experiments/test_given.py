@@ -307,8 +307,14 @@ def test_lineages_are_no_default_with_a_given_generation() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["generation_0.path=gone.pt"], "must be a file of weights or a run folder .*, got "),
-        (["generation_0.path={}"], "must be a file of weights or a run folder"),
+        (
+            ["generation_0.path=gone.pt"],
+            r"a run folder .*, got .*, which is not",
+        ),
+        (
+            ["generation_0.path={}"],
+            r"run folder .*, got .*, a folder of a\.pt, names\.txt",
+        ),
         (["generation_0.classes=a.txt"], r"path must be given with generation_0\.classes"),
         (
             ["generation_0.path={}/a.pt", "generation_0.classes=gone.txt"],

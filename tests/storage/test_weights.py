@@ -95,11 +95,23 @@ def test_weights_are_found_with_any_prefix(tmp_path: Path, prefix: str) -> None:
         {**STATE, "total_ops": torch.zeros(1), "conv.total_params": torch.zeros(1)},
         NET,
         {"model": Trained(NET), "epoch": 2},
+        (STATE, 3),
         nn.DataParallel(NET),
         AveragedModel(NET),
         AveragedModel(NET).state_dict(),
     ],
-    ids=["plain", "deep", "compiled part", "thop", "net", "own", "parallel", "swa", "swa state"],
+    ids=[
+        "plain",
+        "deep",
+        "compiled part",
+        "thop",
+        "net",
+        "own",
+        "tuple",
+        "parallel",
+        "swa",
+        "swa state",
+    ],
 )
 def test_weights_are_found_in_other_wraps(tmp_path: Path, saved: Any) -> None:
     assert is_whole(find(tmp_path / "a.pt", saved))
@@ -183,8 +195,16 @@ def test_of_several_others_one_must_be_named(tmp_path: Path) -> None:
         ),
         ({**STATE, "fc2.bias": torch.zeros(3)}, r"1 left over \(fc2.bias\): it is of another net"),
         ({"a": torch.zeros(2)}, "none of its tensors has a name of this one's .*; the file has 1 "),
-        ({"epoch": 3, "args": argparse.Namespace()}, "no tensors by name; .*'args' .*Namespace"),
-        ([STATE], "no tensors by name; the file has list of 1"),
+        ({"epoch": 3, "args": argparse.Namespace()}, "no tensors by name: .*'args' .*Namespace"),
+        ([3], "no tensors by name: save the weights alone, by .*; the file has list of 1"),
+        (
+            {name.replace("fc.", "fc.1."): tensor for name, tensor in STATE.items()},
+            "last layer has another name: rename fc.1.weight to fc.weight, fc.1.bias to fc.bias in",
+        ),
+        (
+            {**STATE, "fc.bias": torch.tensor([0.0, torch.nan, 0.0])},
+            r"1 of 9 tensors have NaN \(fc.bias\): its training has diverged",
+        ),
         ({}, "the file has no keys"),
     ],
 )

@@ -110,7 +110,7 @@ def api_page() -> str:
     adapters = [
         f"integrations.{name}.{adapter}"
         for name in INTEGRATIONS
-        for adapter in _own_names(ROOT / "selfkd" / "integrations" / f"{name}.py")
+        for adapter in _adapters(ROOT / "selfkd" / "integrations" / name)
     ]
     parts = {
         "In a loop of your own": PLUG_IN,
@@ -153,6 +153,16 @@ def losses() -> dict[str, list[str]]:
 
 def _losses_file(module: str) -> Path:
     return ROOT / "selfkd" / "losses" / f"{module}.py"
+
+
+def _adapters(place: Path) -> list[str]:
+    """Return the names of an adapter, a module or a package that has them from its modules."""
+    if not place.is_dir():
+        return _own_names(place.with_suffix(".py"))
+    imports = [
+        node for node in _parse(place / "__init__.py").body if isinstance(node, ast.ImportFrom)
+    ]
+    return [alias.name for node in imports for alias in node.names]
 
 
 def _own_names(file: Path) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BLOCKED = ("ray", "wandb", "plotly", "sklearn", "optuna", "pandas")
+BLOCKED = ("ray", "wandb", "plotly", "sklearn", "optuna", "pandas", "datasets")
 PROGRAM = f"""
 import importlib, importlib.util, sys
 

@@ -148,7 +148,8 @@ def _find_logits(output: Any) -> Tensor | None:
     if items is None:
         return None
     if len(items) == 1:
-        return _find_logits(next(iter(items.values())))
+        only = _find_logits(next(iter(items.values())))
+        return None if only is None or only.ndim == 0 else only  # a loss is no logits
     found = [
         item
         for item in items.values()

@@ -22,10 +22,10 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from selfkd.integrations.transformers import (  # noqa: E402
-    PROJECTION_FILE,
     DistillationTrainer,
     start_from_teacher,
 )
+from selfkd.integrations.transformers.projection import PROJECTION_FILE  # noqa: E402
 from selfkd.losses import distillation_terms  # noqa: E402
 
 VOCABULARY, CLASSES = 64, 4
@@ -515,7 +515,8 @@ def test_two_generations_reach_the_accuracy_of_the_teacher(tmp_path: Path) -> No
 
 def test_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "selfkd.integrations.transformers")
+    for name in [name for name in sys.modules if name.startswith("selfkd.integrations.transf")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'selfkd\[transformers\]'"):
         import selfkd.integrations.transformers  # noqa: F401
 

@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from selfkd import Ensemble, Teacher  # noqa: E402
-from selfkd.integrations.transformers_batches import targets_of  # noqa: E402
-from selfkd.integrations.transformers_inputs import (  # noqa: E402
+from selfkd.integrations.transformers.batches import targets_of  # noqa: E402
+from selfkd.integrations.transformers.inputs import (  # noqa: E402
     as_teachers,
     bare,
     column_names,

@@ -18,10 +18,10 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from selfkd.integrations.transformers import (  # noqa: E402
-    PROJECTION_FILE,
     DistillationTrainer,
     start_from_teacher,
 )
+from selfkd.integrations.transformers.projection import PROJECTION_FILE  # noqa: E402
 from selfkd.losses import distillation_terms, multi_label_terms, sequence_terms  # noqa: E402
 
 VOCABULARY = 40
@@ -208,11 +208,9 @@ def test_models_in_any_wrapper_have_the_same_loss(wrap: str, which: str, tmp_pat
 
 def test_what_has_no_logits_is_refused(tmp_path: Path) -> None:
     student = Returning(make_distilbert(), lambda logits: {"loss": logits.sum()})
-    with pytest.raises(
-        TypeError, match=r"student must return logits \[batch, classes\] .* got \[\]"
-    ):
+    with pytest.raises(TypeError, match="student must return a tensor of logits, .* dict of loss"):
         train(tmp_path, student, make_bert(), make_pairs())
-    with pytest.raises(TypeError, match=r"teacher must return logits \[batch, classes\]"):
+    with pytest.raises(TypeError, match="teacher must return a tensor of logits, .* dict of loss"):
         train(tmp_path, make_distilbert(), student, make_pairs())
 
 

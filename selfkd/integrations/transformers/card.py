@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from selfkd.integrations.transformers_inputs import bare
+from selfkd.integrations.transformers.inputs import bare
 
 
 def describe_distillation(

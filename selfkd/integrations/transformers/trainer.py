@@ -1,7 +1,4 @@
-"""Distillation in the Trainer of transformers: of logits, hidden states and attention.
-
-Needs `pip install 'selfkd[transformers]'`.
-"""
+"""The Trainer of transformers with a teacher."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ from torch import Tensor, nn
 
 from selfkd.distill.outputs import check_graph
 from selfkd.distill.teacher import Ensemble, Teacher
-from selfkd.integrations.transformers_batches import TermSums, shares_of, sizes_of, targets_of
-from selfkd.integrations.transformers_card import describe_distillation
-from selfkd.integrations.transformers_inputs import (
+from selfkd.integrations.transformers.batches import TermSums, shares_of, sizes_of, targets_of
+from selfkd.integrations.transformers.card import describe_distillation
+from selfkd.integrations.transformers.inputs import (
     LABEL_COLUMNS,
     Teachers,
     as_teachers,
@@ -35,14 +32,13 @@ from selfkd.integrations.transformers_inputs import (
     task_of,
     with_labels,
 )
-from selfkd.integrations.transformers_layers import (
+from selfkd.integrations.transformers.layers import (
     check_weights,
     feature_terms,
     resolve_layer_map,
     text_config,
 )
-from selfkd.integrations.transformers_layers import start_from_teacher as start_from_teacher
-from selfkd.integrations.transformers_logits import (
+from selfkd.integrations.transformers.logits import (
     check_linear_head,
     logits_of,
     loss_terms,
@@ -61,11 +57,11 @@ try:
     from transformers.trainer_utils import EvalLoopOutput
     from transformers.utils.generic import find_labels
 
-    from selfkd.integrations.transformers_projection import PROJECTION_FILE as PROJECTION_FILE
-    from selfkd.integrations.transformers_projection import ProjectionTrainer
+    from selfkd.integrations.transformers.projection import ProjectionTrainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "transformers is not installed: pip install 'selfkd[transformers]'", name=error.name
+        f"transformers cannot be imported ({error}): pip install 'selfkd[transformers]'",
+        name=error.name,
     ) from error
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selfkd.distill.outputs import take_logits
 from selfkd.distill.tasks import Task, task_terms
 from selfkd.distill.teacher import Teacher
-from selfkd.integrations.transformers_inputs import bare, is_encoder_decoder, virtual_tokens
+from selfkd.integrations.transformers.inputs import bare, is_encoder_decoder, virtual_tokens
 from selfkd.losses.sequences import LinearLogits, linear_sequence_terms, sequence_terms
 
 _PLAIN: WeakSet[nn.Linear] = WeakSet()

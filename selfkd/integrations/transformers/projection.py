@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
-from selfkd.integrations.transformers_inputs import IGNORED
+from selfkd.integrations.transformers.inputs import IGNORED
 from selfkd.losses.features import Projection
 
 PROJECTION_FILE = "projection.safetensors"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfkd.integrations.transformers_inputs import IGNORED
+from selfkd.integrations.transformers.inputs import IGNORED
 
 
 def targets_of(inputs: Mapping[str, Any], *, shift: bool, rows: bool = False) -> Tensor:

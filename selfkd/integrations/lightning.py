@@ -58,7 +58,8 @@ class DistillationCallback(Callback):
 
     The batch must be `(inputs, labels)`, or `(inputs, labels, index)` with cached targets, or a
     mapping with one of the keys `label`, `labels`, `target`, `targets`, `y`, and for cached targets
-    one of `index`, `indices`, `idx`. Without labels, at `alpha` 1, the student is distilled on
+    one of `index`, `indices`, `idx`, or either without an index in a pair with it, as a
+    `selfkd.SeededView` gives them. Without labels, at `alpha` 1, the student is distilled on
     unlabelled data. `training_step` must run the student once and use automatic optimisation;
     otherwise, or if parts of its loss are to be kept, use `DistillationMixin`. Checkpoints have
     nothing of the teacher. The projections of the distiller's terms are added to the first
@@ -297,6 +298,10 @@ _INDICES = ("index", "indices", "idx")
 
 def _labels_and_index(batch: Any, distiller: Distiller) -> tuple[Tensor | None, Tensor | None]:
     """Return labels, None of unlabelled data, and indices where targets are cached."""
+    if distiller.targets is not None and isinstance(batch, tuple | list) and len(batch) == 2:
+        item, place = batch
+        if isinstance(item, tuple | list | Mapping):  # of `SeededView`
+            return _labels_and_index(item, distiller)[0], place
     labels: Tensor | None = None
     index: Tensor | None = None
     known = True

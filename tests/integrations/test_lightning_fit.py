@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from selfkd import Distiller, Ensemble, Teacher
 from selfkd.losses import distillation_terms
+from selfkd.soft_targets.cache import SeededView
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -165,12 +166,17 @@ def test_cached_targets_are_those_of_the_images_and_the_view() -> None:
     def targets(index: Tensor, view: int) -> Tensor:
         return cached[view][index]
 
+    class OfPairs(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch[0], batch_idx)
+
     for view in (0, 1):
-        module = Plain()
+        module = OfPairs() if view else Plain()
+        data = SeededView(make_data(), view) if view else make_data(index=True)
         start = copy.deepcopy(module.model)
         callback = DistillationCallback(Distiller(targets=targets, **SETTINGS))
         callback.view = view
-        loader = DataLoader(make_data(index=True), IMAGES, shuffle=True)
+        loader = DataLoader(data, IMAGES, shuffle=True)
         make_trainer(callback).fit(module, loader)
         torch.testing.assert_close(module.gradients, [expected_gradient(start, cached[view])])
 

@@ -24,7 +24,7 @@ from selfkd.distill.terms import (
     parse_terms,
 )
 from selfkd.losses import Average
-from selfkd.losses.distillation import check_settings
+from selfkd.losses.distillation import check_settings, check_tensor
 from selfkd.losses.fused import weighted_sum
 from selfkd.losses.sparse import SparseLogits
 
@@ -289,14 +289,19 @@ class Distiller:
 
         Raises:
             ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
-                a normalizer of 0 or less, or with feature terms, logits or features without a
-                graph of a student that trains; otherwise as `distillation_terms`.
-            TypeError: An output in which it is not clear which tensor the logits are; otherwise as
+                a normalizer of 0 or less, a `hard_loss` that is no scalar, or with feature terms,
+                logits or features without a graph of a student that trains; otherwise as
                 `distillation_terms`.
+            TypeError: An output in which it is not clear which tensor the logits are, or a
+                `hard_loss` that is no tensor; otherwise as `distillation_terms`.
         """
         if isinstance(normalizer, int | float) and not 0 < normalizer < math.inf:
             raise ValueError(f"normalizer must be > 0 and finite, got {normalizer}")
         logits = take_logits(student_logits, "student_logits")
+        if hard_loss is not None:
+            check_tensor("hard_loss", hard_loss)
+            if hard_loss.ndim:
+                raise ValueError(f"hard_loss must be a scalar, got shape {list(hard_loss.shape)}")
         terms = self._terms(logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms

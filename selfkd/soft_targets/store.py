@@ -8,6 +8,7 @@ not grow with the store; small views are packed into one array.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -158,10 +159,11 @@ class SoftTargets:
 
         Raises:
             IndexError: An index is out of range.
-            TypeError: An index that is no tensor.
+            TypeError: An index that is no tensor, or a view that is no integer.
             ValueError: The view is out of range, or a shard is damaged.
             FileNotFoundError: A shard has not been written.
         """
+        view = operator.index(view)  # of a tensor too, whose hash is that of the object
         rows = self._rows(index, view)
         if view not in self._packed:
             self._pack(view)

@@ -181,6 +181,10 @@ def test_hard_term_of_the_callers_own(source: str, alpha: float) -> None:
     torch.testing.assert_close(named["gradient"], expected["gradient"])
     doubled = distiller(student_logits, labels, **batch, hard_loss=2 * own, normalizer=2 * BATCH)
     torch.testing.assert_close(doubled["hard_loss"], own.detach())
+    with pytest.raises(TypeError, match="hard_loss must be a tensor, got float"):
+        distiller(student_logits, labels, **batch, hard_loss=own.item())
+    with pytest.raises(ValueError, match=r"hard_loss must be a scalar, got shape \[2\]"):
+        distiller(student_logits, labels, **batch, hard_loss=torch.ones(2))
 
 
 def test_teacher_is_not_run_at_alpha_0() -> None:

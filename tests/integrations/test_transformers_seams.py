@@ -208,9 +208,9 @@ def test_models_in_any_wrapper_have_the_same_loss(wrap: str, which: str, tmp_pat
 
 def test_what_has_no_logits_is_refused(tmp_path: Path) -> None:
     student = Returning(make_distilbert(), lambda logits: {"loss": logits.sum()})
-    with pytest.raises(TypeError, match="student must return a tensor of logits, .* dict of loss"):
+    with pytest.raises(TypeError, match=r"student must return a tensor of logits, .* dict of loss"):
         train(tmp_path, student, make_bert(), make_pairs())
-    with pytest.raises(TypeError, match="teacher must return a tensor of logits, .* dict of loss"):
+    with pytest.raises(TypeError, match=r"teacher must return a tensor of logits, .* dict of loss"):
         train(tmp_path, make_distilbert(), student, make_pairs())
 
 

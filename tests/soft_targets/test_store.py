@@ -375,6 +375,16 @@ def test_a_view_out_of_range_and_a_wrong_index_are_refused(tmp_path, way):
     for index in [torch.tensor([1.0]), torch.tensor([True]), torch.tensor(1), torch.ones(2, 2)]:
         with pytest.raises(ValueError, match=r"index must be int64 \[batch\], got torch\.\w+ \["):
             targets(index, 0)
+    with pytest.raises(TypeError, match=r"index must be a tensor, int64 .*, got list"):
+        targets([0], 0)
+
+
+def test_a_view_may_be_a_tensor(tmp_path, way):
+    targets = open_store(tmp_path, ["t1"], data=cache(tmp_path, [make_logits(0)]).data)
+    index = torch.tensor([2, 1])
+    for view in (torch.tensor(0), torch.tensor(0)):
+        assert torch.equal(targets(index, view), targets(index, 0))
+    assert list(targets._packed) == [0]
 
 
 def test_an_average_of_top_k_logits_is_refused(tmp_path):

@@ -211,6 +211,8 @@ class Command(Generic[S]):
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
             path = as_path(config.storage).expanduser() / (config.name or now)
             if options.plan:
+                if config.name is not None:
+                    RunFolder.check_new(path)
                 return RunFolder(path), config
             remember(config)
             numbered = config.name is None

@@ -68,12 +68,7 @@ class RunFolder:
         """
         if (length := len(dump_config(config))) > LARGEST:
             raise ConfigError(f"a config must have at most {LARGEST:,} characters, got {length:,}")
-        left = not numbered and path.exists()
-        if left and not _never_began(path):
-            raise ConfigError(
-                f"run folder {path} exists already: continue it with --resume {path}, "
-                "or choose another --name"
-            )
+        left = not numbered and cls.check_new(path)
         token, name, number = secrets.token_hex(4), path.name, 1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +88,21 @@ class RunFolder:
                 f"run folder {path} must be writable: {reason}; --set storage=FOLDER names another"
             ) from None
         return folder
+
+    @staticmethod
+    def check_new(path: Path) -> bool:
+        """Return whether a start has left a folder there in which no run began.
+
+        Raises:
+            ConfigError: A run is there.
+        """
+        left = path.exists()
+        if left and not _never_began(path):
+            raise ConfigError(
+                f"run folder {path} exists already: continue it with --resume {path}, "
+                "or choose another --name"
+            )
+        return left
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, Config]:

@@ -21,7 +21,7 @@ from selfkd.cli.plan import (
     plan_study,
     print_plan,
 )
-from selfkd.config import load_config
+from selfkd.config import Config, load_config
 from selfkd.experiments.capacity import grow
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.generations import born_again
@@ -145,6 +145,9 @@ def test_bad_input_is_code_2_as_without_it(
     assert generations.main(["--plan", "--train", "nowhere.py:f"]) == 2
     assert "--train must be path/file.py:function" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    RunFolder.create(tmp_path / "runs" / "a", Config())
+    assert generations.main(["--plan", "--name", "a"]) == 2
+    assert "exists already: continue it with --resume runs/a" in capsys.readouterr().err
 
 
 def test_with_a_function_it_counts_trainings_and_starts_no_ray(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from selfkd.distill.terms import (
     parse_terms,
 )
 from selfkd.losses import Average
-from selfkd.losses.distillation import check_settings, check_tensor
+from selfkd.losses.distillation import check_settings, check_tensor, detached
 from selfkd.losses.fused import weighted_sum
 from selfkd.losses.sparse import SparseLogits
 
@@ -335,6 +335,10 @@ class Distiller:
                 )
             return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
+        if isinstance(teacher_logits, SparseLogits):
+            teacher_logits = teacher_logits.map(detached)
+        else:
+            teacher_logits = detached(teacher_logits)
         if self.task != "single_label":
             teacher_logits = as_outputs(teacher_logits, student_logits)
         terms = task_terms(
@@ -399,7 +403,7 @@ class Distiller:
                 )
             if self._features is not None:
                 return self._features.run_teacher(self.teacher, inputs)
-            return take_logits(self.teacher(inputs), "teacher").detach()
+            return take_logits(self.teacher(inputs), "teacher")
         if self.targets is not None:
             if index is None:
                 raise ValueError(

@@ -132,8 +132,8 @@ def unchecked_terms(
     compute = fused_terms if fused_is_faster(student_logits) else plain_terms
     terms = compute(
         student_logits,
-        members.detach(),
-        labels.detach(),
+        detached(members),
+        detached(labels),
         temperature=float(temperature),
         alpha=float(alpha),
         average=average,
@@ -438,6 +438,16 @@ def _on_cpu(tensor: Tensor) -> bool:
 def is_nan(value: Tensor) -> bool:
     """Whether a scalar is NaN; false where reading it would wait for a GPU."""
     return _on_cpu(value) and math.isnan(value.item())
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph; a copy if it was made in inference mode.
+
+    Autograd refuses to save a tensor of inference mode for the backward pass.
+    """
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return tensor.clone()
+    return tensor.detach()
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -22,6 +22,7 @@ from selfkd.losses.distillation import (
     check_settings,
     check_tensor,
     cross_entropy,
+    detached,
 )
 
 _LEAST_RANGE = 1e-12
@@ -574,7 +575,7 @@ def _teacher(teacher_logits: Tensor, *, finite: bool = True) -> Tensor:
         )
     if finite:
         check_finite("teacher_logits", teacher_logits)
-    teacher = _widened(teacher_logits.detach())
+    teacher = _widened(detached(teacher_logits))
     return teacher if teacher.ndim == 2 else teacher.mean(dim=0)
 
 

@@ -477,6 +477,25 @@ def test_labels_without_a_teacher_and_a_teacher_without_labels(task: Any) -> Non
     assert set(unlabelled) == {"loss", "soft_loss"}
 
 
+@pytest.mark.parametrize("source", ["teacher", "targets", "sparse"])
+def test_teacher_logits_of_inference_mode(source: str) -> None:
+    student_logits, labels, batch = make_step()
+    logits = torch.randn(BATCH, CLASSES)
+    with torch.inference_mode():
+        made = logits.clone()
+        sparse = sparsify(logits, 2)
+    more = {"targets": {"targets": lambda index, view: made}}
+    more["sparse"] = {"targets": lambda index, view: sparse}
+    given: Any = more.get(source, {"teacher": lambda inputs: made})
+    terms = {} if source == "sparse" else {"mse": LogitTerm(lambda s, t, y: logit_mse(s, t))}
+    found = Distiller(**given, terms=terms)(student_logits, labels, **batch)["loss"]
+    (gradient,) = torch.autograd.grad(found, student_logits)
+    given = sparsify(logits, 2) if source == "sparse" else logits
+    distiller = Distiller(targets=lambda index, view: given, terms=terms)
+    expected = distiller(student_logits, labels, **batch)["loss"]
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student_logits)[0])
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("members", [1, 2])
 @pytest.mark.parametrize("of_labels", [0, 1])

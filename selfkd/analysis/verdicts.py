@@ -182,3 +182,11 @@ def ranges(numbers: Sequence[int]) -> str:
             for text in ([f"{row[0]} to {row[-1]}"] if row[2:] else [str(each) for each in row])
         ]
     )
+
+
+def describe_other_data(name: str) -> str:
+    """Return what is to be said of a model that may have seen what it is measured on."""
+    return (
+        f"{name} may have been trained on other data than this run's training split: where it was "
+        "in this run's validation or test split, its metrics are optimistic"
+    )

@@ -14,6 +14,7 @@ from selfkd.analysis.families import judge
 from selfkd.analysis.statistics import mean_interval
 from selfkd.analysis.verdicts import (
     count,
+    describe_other_data,
     format_difference,
     is_better,
     join,
@@ -169,7 +170,8 @@ def judge_generations(run: Run, confirmations: Sequence[Confirmation]) -> Verdic
         f"generation 0 has one seed{why}: the intervals are over seeds of the later generations, "
         "and another training of generation 0 would move all differences alike"
     )
-    return replace(found, sentences=(*found.sentences, rests))
+    more = [describe_other_data("generation 0")] if origin and origin.other_data else []
+    return replace(found, sentences=(*found.sentences, rests, *more))
 
 
 def _load_known(folder: RunFolder, generations: int) -> list[Confirmation]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfkd.analysis.verdicts import is_fraction
+from selfkd.analysis.verdicts import describe_other_data, is_fraction
 from selfkd.config import RESERVED_ARGS, Config, ModelConfig, flat
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Request, Run
@@ -149,7 +149,12 @@ def import_generation(run: Run) -> GenerationResult:
         mcnemar=found.mcnemar,
         diagnostics=found.diagnostics,
         seconds=time.perf_counter() - start,
-        origin=Origin(name=source.title, digest=_digest(source), unknown=source.unknown),
+        origin=Origin(
+            name=source.title,
+            digest=_digest(source),
+            unknown=source.unknown,
+            other_data=not rows[0]["same_data"],
+        ),
     )
     save_row(folder / "result.json", result)
     return result
@@ -341,11 +346,7 @@ def _remarks(run: Run, source: _Source, row: Row) -> Iterator[str | None]:
             "inputs (generation_0.mean and std) may be another"
         )
     if not row["same_data"]:
-        yield (
-            f"generation 0 ({source.title}) may have been trained on other data than this run's "
-            "training split: where it was in this run's validation or test split, its metrics are "
-            "optimistic"
-        )
+        yield describe_other_data(f"generation 0 ({source.title})")
     if source.unknown is not None:
         yield f"generation 0 ({source.title}) has one seed, as {source.unknown}"
 

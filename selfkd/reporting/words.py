@@ -8,6 +8,7 @@ from typing import Literal
 from selfkd.analysis import verdicts
 from selfkd.analysis.verdicts import (
     count,
+    describe_other_data,
     format_difference,
     is_fraction,
     short,
@@ -178,6 +179,10 @@ def _unconfirmed(run: Run, best: GenerationResult) -> Iterator[str]:
         f"Generation {best.generation} has the best {named(run.metric)}: "
         f"{measured(run, best.metric(run.metric))}{_tests(run, first, best)}."
     )
+    if first.origin is not None:
+        yield f"Generation 0 is a given model: {first.origin.name}."
+        if first.origin.other_data:
+            yield sentence(describe_other_data("generation 0"))
     if not run.finished:
         yield "The verdict is made at the end of the run."
     elif len(run.results) > 1:

@@ -73,6 +73,8 @@ class Origin:
     """Hash of that file when the run began."""
     unknown: str | None = None
     """Why its training cannot be repeated, so that it has one seed; None where it is repeated."""
+    other_data: bool = False
+    """Whether it may have been trained on other data than this run's training split."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)

@@ -24,6 +24,7 @@ from selfkd.models import make_model
 from selfkd.reporting.page import run_page
 from selfkd.reporting.plain import plain_rows
 from selfkd.reporting.read import read_run
+from selfkd.reporting.words import headlines
 from selfkd.results import GenerationsSummary, McNemar
 from selfkd.tracking.rows import confirmation_row, confirmation_summary
 from selfkd.worker.jobs import run_job
@@ -110,7 +111,8 @@ def test_a_file_has_one_seed_and_no_interval_and_this_is_said(from_file: Done) -
     assert later.first.value == pytest.approx(later.mean.value - given.mean.value)
     assert summary.verdict is not None
     assert "generation 0 (one given model)" in summary.verdict.sentences[0]
-    assert summary.verdict.sentences[-1].startswith(
+    assert summary.verdict.sentences[-1].startswith("generation 0 may have been trained on other d")
+    assert summary.verdict.sentences[-2].startswith(
         "generation 0 has one seed, as a file of weights says nothing of its training: the "
         "intervals are over seeds of the later generations"
     )
@@ -142,6 +144,9 @@ def test_classes_of_another_order_are_matched(tmp_path: Path, from_file: Done) -
     classes = f"generation_0.classes={tmp_path}/names.txt"
     done = run(tmp_path / "run", config_of(classes, "rounds=0", given=path))
     assert done.folder.results()[0].metrics == pytest.approx(from_file.folder.results()[0].metrics)
+    _, given, other, *_ = headlines(read_run(done.folder.path))
+    assert given == "Generation 0 is a given model: a.pt."
+    assert "its metrics are optimistic" in other
 
 
 def test_rounds_auto_and_controls_take_one_given_model(tmp_path: Path) -> None:

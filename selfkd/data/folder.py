@@ -35,7 +35,7 @@ def open_folder(root: Path, image_size: int | None) -> Source:
 
     Raises:
         FileNotFoundError: There is no training folder, or no other beside it.
-        ValueError: A class without a training image, or no image at all.
+        ValueError: A class without a training image, no image at all, or training images alone.
     """
     left_out = Counter[str]()
     folders = _part_folders(root, left_out)
@@ -83,6 +83,9 @@ def _part_folders(root: Path, left_out: Counter[str]) -> dict[str, str]:
         raise FileNotFoundError(
             f"data.root must hold a folder 'test' or 'val' beside 'train', got {root}{has}"
         )
+    for name in [name for part, name in found.items() if part != "train"]:
+        if (root / name).resolve() == (root / "train").resolve():
+            raise ValueError(f"data.root must hold {name} apart from train, got a link in {root}")
     left_out.update(f"folder {name}" for name in others)
     return found
 

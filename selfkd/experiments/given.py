@@ -186,7 +186,10 @@ def _find(config: Config) -> _Source:
     """
     place = as_path(config.generation_0.path or "")
     if retry_io(place, (place / "config.yaml").is_file):
-        return _of_run(place, config)
+        source = _of_run(place, config)
+        if not retry_io(source.file, source.file.exists):
+            raise ConfigError(f"--from must be a run with its model, got none at {source.file}")
+        return source
     if isinstance(place, RemotePath) or not place.is_file():
         raise ConfigError(
             "--from must be a file of weights or a run folder (with a config.yaml), got "

@@ -404,6 +404,13 @@ def test_folders_beside_the_splits_are_named(tmp_path):
     assert data.note.endswith("left out: 1 folder unlabelled, 1 folder valid")
 
 
+def test_training_images_are_not_held_out_by_a_link(tmp_path):
+    write_folder(tmp_path, train=8)
+    (tmp_path / "test").symlink_to("train")
+    with pytest.raises(ValueError, match="must hold test apart from train, got a link in"):
+        load_data("folder", root=tmp_path)
+
+
 def test_a_class_may_be_written_in_another_form_of_unicode(tmp_path):
     write_folder(tmp_path, train=8, test=2)
     (tmp_path / "train" / "bee").rename(tmp_path / "train" / normalize("NFC", "b\u00e9e"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -386,6 +387,10 @@ def test_runs_without_one_model_are_refused(earlier: Done, tmp_path: Path) -> No
     RunFolder.create(tmp_path / "study", config_of(), command="study")
     with pytest.raises(ConfigError, match=r"a finished model, got .*study, of study"):
         check_given(config_of(given=tmp_path / "study"))
+    copied = tmp_path / "copied"
+    shutil.copytree(earlier.folder.path, copied, ignore=shutil.ignore_patterns("student*"))
+    with pytest.raises(ConfigError, match=r"a run with its model, got none at .*student\.safet"):
+        check_given(config_of(given=copied))
     with pytest.raises(ConfigError, match=r"generation_0\.path: of selfkd\.generations only"):
         check_members(config_of(given=earlier.folder.path))
 

@@ -152,6 +152,7 @@ def test_no_images_are_no_rows(lineage: Path) -> None:
         ),
         (torch.zeros(1, 8, 8, dtype=torch.int64), ValueError, "must be uint8.* got torch.int64"),
         ([3], TypeError, "must be files, Pillow images, arrays or tensors, got int"),
+        (3, TypeError, "must be files, Pillow images, arrays or tensors, got int"),
         ("nowhere.png", ValueError, "every image must be readable, got nowhere.png"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -170,7 +170,7 @@ def _listed(items: Any) -> Sequence[Any]:
         return [items] if single else list(items)
     if isinstance(items, str | os.PathLike) or hasattr(items, "convert"):
         return [items]
-    return list(items)
+    return list(items) if isinstance(items, Iterable) else [items]
 
 
 def _has_channels(image: Any) -> bool:

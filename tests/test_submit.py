@@ -175,10 +175,13 @@ def test_ctrl_c_stops_the_job_and_what_it_prints_continues_it(head: Head, tmp_pa
 class Cluster:
     """Takes one job, and sends signals to the client while it is being submitted."""
 
-    def __init__(self, *signals: signal.Signals) -> None:
-        self.signals, self.status = signals, "PENDING"
+    def __init__(self, *signals: signal.Signals, refusals: int = 0) -> None:
+        self.signals, self.status, self.refusals = signals, "PENDING", refusals
 
     def submit_job(self, **_: Any) -> None:
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise RuntimeError("status code 500: No available agent to submit job, please try …")
         for number in self.signals:
             os.kill(os.getpid(), number)
         self.status = "RUNNING"
@@ -222,6 +225,20 @@ def test_a_job_that_was_interrupted_while_it_was_submitted_is_stopped(
     said = capsys.readouterr().err
     assert "submit: stopped mine; continue with:" in said
     assert "-- generations --resume /shared/runs/a" in said
+
+
+def test_a_cluster_whose_nodes_are_starting_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from selfkd.execution import submission as remote
+
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.0)
+    cluster = Cluster(refusals=3)
+    assert submit_to(cluster, monkeypatch, "--no-wait") == 0
+    assert cluster.status == "RUNNING"
+    monkeypatch.setattr(remote, "START_SECONDS", 0.0)
+    assert submit_to(Cluster(refusals=3), monkeypatch, "--no-wait") == 2
+    assert "the job was refused: status code 500: No available agent" in capsys.readouterr().err
 
 
 def test_who_interrupts_twice_is_told_what_may_be_running(

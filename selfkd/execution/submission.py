@@ -18,6 +18,7 @@ import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from selfkd.errors import ConfigError
 from selfkd.execution.cluster import token_message
@@ -28,6 +29,8 @@ STOP_SECONDS = 60.0  # limit for a job to stop
 RETRIES = 20  # of a lost connection, a second apart
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOO_LARGE = "413"
+STARTING = "No available agent"  # of a cluster whose nodes are just starting
+START_SECONDS, PAUSE_SECONDS = 60.0, 1.0
 LOST = (aiohttp.ClientError, requests.RequestException, RuntimeError, OSError)
 
 Say = Callable[[str], object]
@@ -89,7 +92,7 @@ def open_client(address: str) -> JobSubmissionClient:
 def submit(
     client: JobSubmissionClient, *, job: str, entrypoint: str, runtime_env: Mapping[str, Any]
 ) -> None:
-    """Upload the files of a job, and submit it.
+    """Upload the files of a job, and submit it; a cluster that is starting is waited for.
 
     Args:
         client: Client of the cluster.
@@ -101,8 +104,19 @@ def submit(
         ConfigError: The submission id exists, the files are too large, or the runtime environment
             is invalid.
     """
+    retrying = Retrying(
+        retry=retry_if_exception(lambda error: STARTING in str(error)),
+        wait=wait_fixed(PAUSE_SECONDS),
+        stop=stop_after_delay(START_SECONDS),
+        reraise=True,
+    )
     try:
-        client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=dict(runtime_env))
+        retrying(
+            client.submit_job,
+            entrypoint=entrypoint,
+            submission_id=job,
+            runtime_env=dict(runtime_env),
+        )
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         if f"status code {TOO_LARGE}" in str(error):
             raise ConfigError(

@@ -216,9 +216,10 @@ def test_a_full_disk_is_said_before_ray_waits_for_its_files(
     monkeypatch.setattr(start.tempfile, "TemporaryFile", fail)
     folder = re.escape(str(temporary_folder()))
     told = rf"must be writable, got {folder} \(No space left on device\): set RAY_TMPDIR"
+    before = set(temporary_folder().glob(f"session_*_{os.getpid()}"))
     with pytest.raises(ConfigError, match=told), connect():
         pass
-    assert not list(temporary_folder().glob(f"session_*_{os.getpid()}"))
+    assert set(temporary_folder().glob(f"session_*_{os.getpid()}")) == before
 
 
 @pytest.mark.parametrize("home", ["/dev/null/home", "new", "with a token"])

@@ -7,13 +7,15 @@ further ones of its tables, `further`. Rows have them with the split before them
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["max", "min"]
 
 SPLITS = {"val_": "validation ", "test_": "test "}
+TIE = "val_nll"
+"""Metric that breaks ties of what is chosen by, where it is measured; less is better."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,26 @@ def find_metric(name: str) -> Metric:
     if known is not None:
         return known
     return _fraction(name, name) if "acc" in name else Metric(name, name, name)
+
+
+def is_measured(name: str) -> bool:
+    """Say whether a key of a row is a known metric of a split.
+
+    >>> is_measured("test_nll"), is_measured("nll"), is_measured("test_errors")
+    (True, False, False)
+    """
+    split = _split(name)
+    return bool(split) and name.removeprefix(split) in METRICS
+
+
+def find_main(metrics: Iterable[str]) -> str:
+    """Return the metric that models are compared by: accuracy, else the first on the test split.
+
+    >>> find_main(["val_nll", "val_token_accuracy", "test_nll", "test_token_accuracy"])
+    'nll'
+    """
+    tested = [name.removeprefix("test_") for name in metrics if name.startswith("test_")]
+    return "accuracy" if "accuracy" in tested or not tested else tested[0]
 
 
 def title(name: str) -> str:

@@ -26,7 +26,7 @@ def form(metric: str) -> str:
     """Return the format of a metric's values.
 
     >>> form("val_accuracy"), form("val_nll")
-    ('.2%', '.4g')
+    ('.2%', '#.4g')
     """
     return find_metric(metric).form
 

@@ -77,6 +77,10 @@ def _number(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "–"
 
 
+def _nats(name: str, label: str, short: str) -> Metric:
+    return Metric(name, label, short, "min", "nats", form="#.4g", step="+.3f")
+
+
 def _fraction(name: str, label: str, short: str = "") -> Metric:
     return Metric(name, label, short or label, "max", "points", ".2%", ".2%", "+.2f")
 
@@ -88,10 +92,10 @@ METRICS: Mapping[str, Metric] = {
         _fraction("token_accuracy", "token accuracy", "token acc"),
         _fraction("exact_match", "exact match"),
         _fraction("agreement", "teacher agreement", "agreement"),
-        Metric("nll", "NLL", "NLL", "min", "nats", step="+#.3g"),
+        _nats("nll", "NLL", "NLL"),
         Metric("perplexity", "perplexity", "perplexity", "min", cell=".4g"),
-        Metric("bits_per_byte", "bits per byte", "bits/byte", "min", "bits", step="+#.3g"),
-        Metric("kl", "KL to the teacher", "KL", "min", "nats", step="+#.3g"),
+        Metric("bits_per_byte", "bits per byte", "bits/byte", "min", "bits", "#.4g", step="+.3f"),
+        _nats("kl", "KL to the teacher", "KL"),
         Metric("ece", "ECE", "ECE", "min"),
         Metric("brier", "Brier score", "Brier", "min"),
     )

@@ -82,7 +82,7 @@ def test_without_a_difference_there_is_no_evidence() -> None:
 
 @pytest.mark.parametrize(
     ("metric", "text"),
-    [("test_accuracy", "+1.00 points"), ("val_nll", "+0.0100 nats"), ("loss", "+0.01")],
+    [("test_accuracy", "+1.00 points"), ("val_nll", "+0.010 nats"), ("loss", "+0.01")],
 )
 def test_a_difference_has_the_unit_of_its_metric(metric: str, text: str) -> None:
     assert find_metric(metric).difference(0.01) == text

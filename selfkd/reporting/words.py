@@ -23,12 +23,12 @@ MAIN = "accuracy"
 
 
 def form(metric: str) -> str:
-    """Return the format of a metric's values.
+    """Return the format of a metric's values, without zeros at their ends.
 
     >>> form("val_accuracy"), form("val_nll")
-    ('.2%', '#.4g')
+    ('.2%', '.4g')
     """
-    return find_metric(metric).form
+    return find_metric(metric).form.removeprefix("#")
 
 
 def percent(value: float | None) -> str:
@@ -38,7 +38,7 @@ def percent(value: float | None) -> str:
 
 def value(value: float | None, metric: str) -> str:
     """Return a value of a metric; an empty text for None, a dash for NaN."""
-    return number(value, form(metric))
+    return "" if value is None else find_metric(metric).value(value)
 
 
 def short_metric(metric: str) -> str:
@@ -94,7 +94,7 @@ def plus_minus(estimate: Interval | None, metric: str, *, sign: str = "") -> str
     """Return an estimate of a metric with half its interval, the larger half where they differ."""
     if estimate is None:
         return ""
-    text = number(estimate.value, f"{sign}{form(metric)}")
+    text = number(estimate.value, f"{sign}{find_metric(metric).form}")
     if estimate.low is None or estimate.high is None:
         return text
     half = max(estimate.high - estimate.value, estimate.value - estimate.low)
@@ -124,7 +124,7 @@ def bare_difference(estimate: Interval | None, metric: str = MAIN) -> str:
 
 def measured(run: Run, value: float | None) -> str:
     """Return a value of the metric that trials are chosen by."""
-    return number(value, form(run.metric))
+    return "" if value is None else find_metric(run.metric).value(value)
 
 
 def confirmed(confirmation: Replicated | None) -> str:
@@ -183,9 +183,10 @@ def _of_generations(run: Run) -> Iterator[str]:
         yield sentence(run.stopped)
     if run.best is not None and run.verdict is None:
         yield from _unconfirmed(run, run.best)
-    if run.ensemble is not None and (tested := run.ensemble.metric(run.tested)) is not None:
+    if run.ensemble is not None and (tested := run.ensemble.metric(run.data.tested)) is not None:
         yield (
-            f"The ensemble of all {len(done)} generations {right(run.compared, tested, run.unit)}."
+            f"The ensemble of all {len(done)} generations "
+            f"{right(run.data.metric, tested, run.data.unit)}."
         )
     if not done:
         yield "No generation is finished yet."
@@ -211,11 +212,11 @@ def _unconfirmed(run: Run, best: GenerationResult) -> Iterator[str]:
 
 
 def _tests(run: Run, first: GenerationResult, best: GenerationResult) -> str:
-    tested, of_first = best.metric(run.tested), first.metric(run.tested)
+    tested, of_first = best.metric(run.data.tested), first.metric(run.data.tested)
     if tested is None:
         return ""
-    metric = find_metric(run.compared)
-    text = f"; it {right(run.compared, tested, run.unit)}"
+    metric = find_metric(run.data.metric)
+    text = f"; it {right(run.data.metric, tested, run.data.unit)}"
     if first is not best and of_first is not None:
         on = "on " if metric.is_fraction else ""
         text += f", generation {first.generation} {on}{metric.with_unit(of_first)}"

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 
 def make_task(config: Tree) -> Task:
-    """Return the task of a config."""
+    """Return the task of a config.
+
+    Raises:
+        ConfigError: What it takes is not installed.
+    """
+    if config.get("task") == "text":
+        from selfkd.tasks.text.task import TextTask
+
+        return TextTask(config)
     from selfkd.tasks.images.task import ImageTask  # torch and timm: only where work is done
 
     return ImageTask(config)

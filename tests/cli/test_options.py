@@ -10,7 +10,7 @@ from selfkd import capacity, ensemble, generations, study
 from selfkd.cli.command import Command
 from selfkd.cli.options import FLAGS, config_flags
 from selfkd.config import load_config
-from selfkd.config.load import flat
+from selfkd.config.schema import flat
 
 COMMANDS = [generations, ensemble, capacity, study]
 GIVEN = {

@@ -21,7 +21,7 @@ from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import capacity_table
 from selfkd.reporting.words import describe_members
-from selfkd.results import CapacitySummary
+from selfkd.results import CapacitySummary, title
 from selfkd.text import shell_quote
 
 
@@ -117,11 +117,12 @@ def _greet(config: Config) -> str:
 
 
 def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> Description:
+    metric, seeds = folder.facts.metric, count(summary.seeds, "seed")
     said = (
-        f"test accuracy, mean ± half of a 95 % interval over {count(summary.seeds, 'seed')}, for "
+        f"{title(f'test_{metric}')}, mean ± half of a 95 % interval over {seeds}, for "
         "these teachers and this test split."
     )
-    table = capacity_table(summary)
+    table = capacity_table(summary, metric)
     name = summary.key.rpartition(".")[2]
     command = "response" if summary.searched else "budget --from"
     return Description(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from selfkd.cli.output import print_data, print_error, safe_output
 from selfkd.errors import ConfigError
+from selfkd.results import METRICS, find_metric, title
 from selfkd.text import one_line
 from selfkd.tracking.host import answers, base_url, has_key
 from selfkd.tracking.surroundings import split_project
@@ -25,11 +26,17 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m selfkd.dashboard",
-        description="Save a view in a W&B project: accuracy per generation, T and alpha.",
+        description="Save a view in a W&B project: the metric per generation, T and alpha.",
     )
     parser.add_argument("--project", default=DEFAULT_PROJECT, help="project of the runs")
     parser.add_argument("--entity", help="user or team (default: your own)")
     parser.add_argument("--name", default=NAME, help="name of the view")
+    parser.add_argument(
+        "--metric",
+        default="accuracy",
+        choices=list(METRICS),
+        help="metric that the models are compared by: accuracy of images, nll of text",
+    )
     parser.add_argument(
         "--json", action="store_true", help="print the view; needs neither a key nor a network"
     )
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(str(error), USAGE)
     if arguments.json:
-        view = make_workspace(entity or "", project, name=arguments.name)
+        view = make_workspace(entity or "", project, name=arguments.name, metric=arguments.metric)
         return print_data(to_json(view) + "\n")
     if not has_key(url):
         missing = "there is no W&B key: run wandb login or set WANDB_API_KEY (or print with --json)"
@@ -60,14 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not answers(url):
         return _fail(f"{url} does not answer: print the view with --json", FAILED)
     try:
-        view = make_workspace(entity or _own_entity(), project, name=arguments.name).save()
+        owner = entity or _own_entity()
+        view = make_workspace(owner, project, name=arguments.name, metric=arguments.metric).save()
     except Exception as error:  # noqa: BLE001 - the library raises what its network raises
         return _fail(f"the view could not be saved: {error}", FAILED)
     print(f"view saved: {one_line(view.url)}")  # noqa: T201
     return 0
 
 
-def make_workspace(entity: str, project: str, *, name: str = NAME) -> Workspace:
+def make_workspace(
+    entity: str, project: str, *, name: str = NAME, metric: str = "accuracy"
+) -> Workspace:
     """Return the view of a project, not saved yet.
 
     Trials and lineages are runs of one project: each panel shows the runs that have its metrics.
@@ -76,6 +86,7 @@ def make_workspace(entity: str, project: str, *, name: str = NAME) -> Workspace:
         entity: User or team.
         project: Project of the runs.
         name: Name of the view.
+        metric: Metric that the models are compared by.
     """
     from wandb_workspaces.workspaces import RunsetSettings, Workspace
 
@@ -83,10 +94,10 @@ def make_workspace(entity: str, project: str, *, name: str = NAME) -> Workspace:
         entity=entity,
         project=project,
         name=name,
-        sections=[_generations(), _search(), _calibration()],
+        sections=[_generations(metric), _search(metric), _calibration()],
         runset_settings=RunsetSettings(
             pinned_columns=[
-                *("run:displayName", "run:jobType", "summary:best_test_accuracy"),
+                *("run:displayName", "run:jobType", f"summary:best_test_{metric}"),
                 *("summary:gain", "summary:gain_low", "summary:gain_high", "summary:verdict"),
             ]
         ),
@@ -99,22 +110,23 @@ def to_json(view: Workspace) -> str:
     return text
 
 
-def _generations() -> Section:
+def _generations(metric: str) -> Section:
     import wandb_workspaces.reports.v2 as panels
     from wandb_workspaces.workspaces import Section
 
     axis = {"x": "generation", "title_x": "generation"}
+    tested, validated = f"test_{metric}", f"val_{metric}"
     return Section(
-        name="accuracy per generation",
+        name=f"{find_metric(metric).label} per generation",
         is_open=True,
         panels=[
-            panels.LinePlot(title="test accuracy", y=["test_accuracy"], **axis),
+            panels.LinePlot(title=title(tested), y=[tested], **axis),
             panels.LinePlot(
-                title="test accuracy on fresh seeds, mean and 95 % interval",
-                y=[f"confirmed/test_accuracy{end}" for end in ("", "_low", "_high")],
+                title=f"{title(tested)} on fresh seeds, mean and 95 % interval",
+                y=[f"confirmed/{tested}{end}" for end in ("", "_low", "_high")],
                 **axis,
             ),
-            panels.LinePlot(title="validation accuracy", y=["val_accuracy"], **axis),
+            panels.LinePlot(title=title(validated), y=[validated], **axis),
             panels.LinePlot(title="teacher agreement", y=["agreement"], **axis),
             panels.BarPlot(
                 title="gain over generation 0",
@@ -125,13 +137,14 @@ def _generations() -> Section:
     )
 
 
-def _search() -> Section:
+def _search(metric: str) -> Section:
     import wandb_workspaces.reports.v2 as panels
     from wandb_workspaces.workspaces import Section
 
     temperature = panels.Config("distill.temperature")
     alpha = panels.Config("distill.alpha")
-    accuracy = panels.SummaryMetric("trial_val_accuracy")  # which a lineage does not have
+    validated = title(f"val_{metric}")
+    value = panels.SummaryMetric(f"trial_val_{metric}")  # which a lineage does not have
     column = panels.ParallelCoordinatesPlotColumn
     return Section(
         name="T and alpha",
@@ -143,17 +156,17 @@ def _search() -> Section:
                     column(metric=panels.Config("generation"), display_name="generation"),
                     column(metric=temperature, display_name="T", log=True),
                     column(metric=alpha, display_name="alpha"),
-                    column(metric=accuracy, display_name="validation accuracy"),
+                    column(metric=value, display_name=validated),
                 ],
             ),
             panels.ScatterPlot(
-                title="validation accuracy over T and alpha",
+                title=f"{validated} over T and alpha",
                 x=temperature,
                 y=alpha,
-                z=accuracy,
+                z=value,
                 log_x=True,
             ),
-            panels.LinePlot(title="learning curves", x="epoch", y=["val_accuracy"]),
+            panels.LinePlot(title="learning curves", x="epoch", y=[f"val_{metric}"]),
         ],
     )
 

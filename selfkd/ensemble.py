@@ -17,7 +17,7 @@ from selfkd.config import Config
 from selfkd.experiments.ensemble import compress, finished
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.reporting.tables import ensemble_table
+from selfkd.reporting.tables import ensemble_table, further_head
 from selfkd.reporting.words import describe_ensemble, describe_members, short_metric
 from selfkd.results import EnsembleSummary
 
@@ -94,8 +94,8 @@ def _greet(config: Config) -> str:
 
 
 def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Description:
-    metric = folder.facts.metric
-    short, table = short_metric(metric), ensemble_table(summary.rows, metric)
+    metric, further = folder.facts.metric, folder.facts.further
+    short, table = short_metric(metric), ensemble_table(summary.rows, metric, further)
     setting, *sentences = describe_ensemble(summary)
     return Description(
         sentences,
@@ -103,7 +103,7 @@ def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> De
         [f"model:   {folder.path}/student.safetensors", load_line(folder)],
         f"python -m selfkd.targets ls {folder.targets(config)}",
         [
-            pick(table, "model", f"val {short}", "NLL", "ECE"),
+            pick(table, "model", f"val {short}", *further_head(further)),
             setting,
             f"test {short} ± half of a 95 % interval over members or seeds; ms an item, of 1 and "
             "of 128 at once, on one thread.",

@@ -30,7 +30,7 @@ from selfkd.experiments.given import check_given
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
 from selfkd.reporting.words import form, short_metric
-from selfkd.results import GenerationsSummary
+from selfkd.results import GenerationsSummary, title
 from selfkd.storage.remote import secret_fault
 from selfkd.training.functions import function_reference
 
@@ -217,8 +217,9 @@ def _describe(
 ) -> Description:
     metric, trials, facts = config.search.metric, config.search.trials, folder.facts
     results, own = summary.generations, summary.ensemble is None
+    chosen = chosen_table(summary, facts.metric, facts.further)
     more: list[Table | str] = [
-        own_metrics_table(results, metric) if own else chosen_table(summary, facts.metric),
+        own_metrics_table(results, metric) if own else chosen,
         _sparkline(summary, metric, facts.metric),
         f"models:  {folder.path}/generation_*/student.safetensors",
     ]
@@ -271,9 +272,7 @@ def _sparkline(summary: GenerationsSummary, metric: str, compared_by: str) -> st
         metric = tested if (tested := f"test_{compared_by}") in results[0].metrics else metric
         mean, values = "", [row.metrics[metric] for row in results]
     low, high = (format(end, form(metric)) for end in (min(values), max(values)))
-    return (
-        f"{mean}{metric.replace('_', ' ')} by generation:  {sparkline(values)}  ({low} to {high})"
-    )
+    return f"{mean}{title(metric)} by generation:  {sparkline(values)}  ({low} to {high})"
 
 
 _COMMAND = Command(

@@ -127,7 +127,7 @@ def _print(console: Console, runs: Sequence[Run]) -> None:
     _show(console, comparison.runs_table(runs))
     repeated = comparison.repeats(runs)
     if repeated:
-        _show(console, comparison.repeats_table(repeated))
+        _show(console, comparison.repeats_table(repeated, runs[0].tested))
     print_lines(console, comparison.verdicts(runs))
     for run in runs:
         if run.missing is not None:
@@ -141,10 +141,10 @@ def _show(console: Console, table: Table) -> None:
 
 
 def _csv(runs: Sequence[Run]) -> str:
-    from selfkd.reporting.comparison_page import FIELDS, records
+    from selfkd.reporting.comparison_page import record_fields, records
 
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer = csv.DictWriter(text, record_fields(runs), lineterminator="\n")
     writer.writeheader()
     rows = (_finite(row) for run in runs for row in records(run))
     writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)

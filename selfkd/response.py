@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ from selfkd.cli.terminal import make_console, print_lines
 from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.results import Facts, Interval, SearchesOfSizes, TrialResult
+from selfkd.results import Facts, Interval, SearchesOfSizes, TrialResult, find_metric
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.text import one_line
@@ -56,6 +57,8 @@ class Stage:
     """Searched ranges of temperature and alpha."""
     others: list[str]
     """Other keys that were searched, which count as noise here."""
+    metric: str = "accuracy"
+    """Metric of the trials on validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +81,25 @@ def read_stages(run: str | Path) -> tuple[list[Stage], list[str]]:
         raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {run}")
     folder, config = RunFolder.open(path)
     notes: list[str] = []
-    file = folder.path / "data.json"
-    facts = _read(Facts, file, notes) if file.exists() else None
+    facts = _facts(folder.path, notes)
     stages = []
     for name, generation, size, place in _places(folder.path, facts, notes):
-        trials = _trials(place, config, notes)
+        trials = _trials(place, config, notes, metric=f"val_{facts.metric}")
         if trials:
             stages.append(_stage(folder, config, facts, name, generation, size, trials))
     return stages, notes
 
 
+def _facts(path: Path, notes: list[str]) -> Facts:
+    file = path / "data.json"
+    return (_read(Facts, file, notes) if file.exists() else None) or Facts()
+
+
 def _places(
-    path: Path, facts: Facts | None, notes: list[str]
+    path: Path, facts: Facts, notes: list[str]
 ) -> Iterator[tuple[str, int | None, int | None, Path]]:
     """Yield name, generation, parameters and folder of each search with a teacher."""
-    size = facts.parameters.get("student") if facts is not None else None
+    size = facts.parameters.get("student")
     for place in sorted(path.glob("generation_*")):
         suffix = place.name.removeprefix("generation_")
         if suffix.isdecimal() and (number := int(suffix)):
@@ -106,11 +113,11 @@ def _places(
             yield f"student {row.value}", None, row.parameters, path / row.search
 
 
-def _trials(place: Path, config: Config, notes: list[str]) -> list[Trial]:
+def _trials(place: Path, config: Config, notes: list[str], *, metric: str) -> list[Trial]:
     trials = []
     for path in sorted(place.glob("trial_*/result.json")):
         row = _read(TrialResult, path, notes)
-        value = None if row is None else row.metric("val_accuracy")
+        value = None if row is None else row.metric(metric)
         if row is None or row.status != "completed" or value is None or not math.isfinite(value):
             continue
         default = (config.distill.temperature, config.distill.alpha)
@@ -127,7 +134,7 @@ def _trials(place: Path, config: Config, notes: list[str]) -> list[Trial]:
 def _stage(
     folder: RunFolder,
     config: Config,
-    facts: Facts | None,
+    facts: Facts,
     name: str,
     generation: int | None,
     size: int | None,
@@ -143,10 +150,11 @@ def _stage(
         name=name,
         generation=generation,
         parameters=size,
-        data=facts.fingerprints.get("train") if facts is not None else None,
+        data=facts.fingerprints.get("train"),
         trials=trials,
         ranges=(ranges[0], ranges[1]),
         others=[key for key in space if key not in KEYS],
+        metric=facts.metric,
     )
 
 
@@ -164,8 +172,12 @@ def find_responses(stages: Sequence[Stage], *, seed: int = 0) -> list[Found]:
     found = []
     for stage in stages:
         t_range, alpha_range = stage.ranges
-        response = fit_response(stage.trials, temperatures=t_range, alphas=alpha_range, seed=seed)
-        found.append(Found(stage=stage, response=response, reason=unfit(stage.trials)))
+        metric = find_metric(stage.metric)
+        response = fit_response(
+            stage.trials, temperatures=t_range, alphas=alpha_range, mode=metric.mode, seed=seed
+        )
+        reason = unfit(stage.trials, label=metric.label)
+        found.append(Found(stage=stage, response=response, reason=reason))
     return found
 
 
@@ -192,20 +204,26 @@ def find_drifts(found: Sequence[Found]) -> list[tuple[str, str, Drift]]:
 # --- in words ---
 
 
-def describe_effect(name: str, effect: Effect | None, noise: float) -> str:
-    """Return whether accuracy depends on T or alpha, in words."""
+def describe_effect(
+    name: str, effect: Effect | None, noise: float, *, metric: str = "accuracy"
+) -> str:
+    """Return whether a metric depends on T or alpha, in words."""
     if effect is None:
         return f"{name} was not searched"
-    most = f"moves it by at most {effect.change.high:.2%}"
+    of = find_metric(metric)
+    high = effect.change.high or 0.0
+    most = f"moves it by at most {of.with_unit(high)}"
     if effect.probability >= EVIDENCE:
         return (
-            f"accuracy depends on {name}, which moves it by {effect.change.value:.2%} (sd over "
-            f"its range); {effect.share:.0%} of all that T and alpha do is {name}'s alone"
+            f"{of.label} depends on {name}, which moves it by {of.with_unit(effect.change.value)} "
+            f"(sd over its range); {effect.share:.0%} of all that T and alpha do is {name}'s alone"
         )
-    if (effect.change.high or 0.0) < noise:
-        return f"accuracy hardly depends on {name}, which {most}, and trials scatter by {noise:.2%}"
+    if high < noise:
+        scatter = f"trials scatter by {of.with_unit(noise)}"
+        return f"{of.label} hardly depends on {name}, which {most}, and {scatter}"
     return (
-        f"no evidence that accuracy depends on {name}, and too few trials to rule it out: it {most}"
+        f"no evidence that {of.label} depends on {name}, and too few trials to rule it out: "
+        f"it {most}"
     )
 
 
@@ -228,7 +246,9 @@ def make_response_table(found: Sequence[Found]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("search", justify="left")
     table.add_column("trials", justify="right")
-    for column in ("best T", "best alpha", "val acc there", "T matters", "alpha matters"):
+    metric = find_metric(found[0].stage.metric if found else "accuracy")
+    there = f"val {metric.short} there"
+    for column in ("best T", "best alpha", there, "T matters", "alpha matters"):
         table.add_column(column, justify="right", no_wrap=True)
     several = len({each.stage.run for each in found}) > 1
     for each in found:
@@ -243,7 +263,7 @@ def make_response_table(found: Sequence[Found]) -> Table:
             str(len(stage.trials)),
             _ranged(response.best_temperature, "{:.3g}"),
             _ranged(response.best_alpha, "{:.2f}"),
-            _ranged(response.best_accuracy, "{:.1%}"),
+            _ranged(response.best_accuracy, "{:.1%}" if metric.is_fraction else "{:.4g}"),
             *("" if effect is None else f"{effect.probability:.0%}" for effect in effects),
         )
     return table
@@ -264,9 +284,10 @@ def describe_responses(found: Sequence[Found]) -> list[str]:
             continue
         name = f"{stage.run}, {stage.name}" if several else stage.name
         (low_t, high_t), (low, high), share = response.region_bounds()
+        describe = partial(describe_effect, noise=response.noise, metric=stage.metric)
         lines += [
-            f"{name}: {describe_effect('T', response.temperature, response.noise)}",
-            f"  {describe_effect('alpha', response.alpha, response.noise)}",
+            f"{name}: {describe('T', response.temperature)}",
+            f"  {describe('alpha', response.alpha)}",
             f"  indistinguishable from the best with these trials: T {low_t:.3g} to {high_t:.3g} "
             f"and alpha {low:.2f} to {high:.2f}, {share:.0%} of what was searched",
         ]
@@ -291,9 +312,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             notes += faults
             stages += own
             if not own:
+                metric = _facts(as_path(run).expanduser(), notes).metric
                 raise ConfigError(
-                    f"RUN must have completed trials with a teacher and a val_accuracy, got {run}"
+                    f"RUN must have completed trials with a teacher and a val_{metric}, got {run}"
                 )
+        if len(measured := {stage.metric for stage in stages}) > 1:
+            raise ConfigError(f"RUNs must have the same metric, got {', '.join(sorted(measured))}")
         found = find_responses(stages)
     except (ValueError, OSError) as error:
         print_error("\n".join([str(error), *notes]))
@@ -306,7 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tree = {"responses": [asdict(each) for each in found], "drifts": moved, "notes": notes}
         return print_data(json.dumps(tree) + "\n")
     console.print(make_response_table(found))
-    print_lines(console, [*describe_responses(found), _LEGEND, *notes])
+    legend = _LEGEND.format(*_ends_of(stages[0].metric))
+    print_lines(console, [*describe_responses(found), legend, *notes])
     return 0
 
 
@@ -322,9 +347,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 _LEGEND = (
-    "best: where the fitted surface is highest, and 95 % of where the best may be; matters: the "
-    "probability that accuracy depends on it. Validation accuracy, one seed a trial."
+    "best: where the fitted surface is {0}, and 95 % of where the best may be; matters: the "
+    "probability that {1} depends on it. Validation {1}, one seed a trial."
 )
+
+
+def _ends_of(metric: str) -> tuple[str, str]:
+    of = find_metric(metric)
+    return ("highest" if of.mode == "max" else "lowest"), of.label
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

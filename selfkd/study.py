@@ -20,6 +20,7 @@ from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import compare_arms, finished
 from selfkd.reporting.tables import study_table
+from selfkd.reporting.words import short_metric
 from selfkd.results import ContrastResult, Interval, StudySummary
 from selfkd.text import shell_quote
 
@@ -113,10 +114,11 @@ def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Descr
         f"± is half of a 95 % interval over seeds (Student's t), on {summary.items:,} test "
         f"{folder.facts.unit}; differences are paired by seed, shares have Fieller's interval."
     )
-    table = study_table(summary)
+    metric = folder.facts.metric
+    table = study_table(summary, metric)
     return Description(
         _describe_contrasts(summary),
-        pick(table, "arm", "test acc", "seeds", "test errors"),
+        pick(table, "arm", f"test {short_metric(metric)}", "seeds", "test errors"),
         [f"models:  {folder.path}/arms/*/trial_*/student.safetensors"],
         f"python -m selfkd.report {shell_quote(str(folder.path))} --format csv",
         [pick(table, "arm", *table.head[4:]), said, *_describe_bias(summary)],

@@ -8,7 +8,7 @@ from dataclasses import replace
 from selfkd.analysis.families import LEVEL, Pairs, Terms, judge
 from selfkd.analysis.statistics import LEAST, mean_interval, paired_interval, paired_p
 from selfkd.analysis.verdicts import short
-from selfkd.results import Evaluation, Seeds, Size, Verdict
+from selfkd.results import Evaluation, Mode, Seeds, Size, Verdict
 
 FROM_LABELS = "the same from labels only"
 
@@ -89,13 +89,14 @@ def judge_sizes(
     return found, verdict
 
 
-def describe_curve(sizes: Sequence[Size]) -> list[str]:
+def describe_curve(sizes: Sequence[Size], *, mode: Mode = "max") -> list[str]:
     """Return why distillation may not help at some sizes.
 
     Args:
         sizes: Sizes with their verdicts.
+        mode: Whether more of the metric is better, or less.
     """
-    lines = []
+    lines, beside = [], "below" if mode == "max" else "above"
     unsure = [size for size in sizes if size.verdict == "no evidence"]
     alone = [size for size in unsure if size.p is not None and size.p <= LEVEL]
     large = [size for size in unsure if not _has_room(size)]
@@ -107,13 +108,13 @@ def describe_curve(sizes: Sequence[Size]) -> list[str]:
         )
     if large:
         lines.append(
-            f"{_listed(large)}: labels alone are not evidently below the teacher: perhaps large "
-            "enough without it"
+            f"{_listed(large)}: labels alone are not evidently {beside} the teacher: perhaps "
+            "large enough without it"
         )
     if small:
         lines.append(
-            f"{_listed(small)}: below the teacher with labels alone and not evidently helped: too "
-            "small to follow it, or too few seeds"
+            f"{_listed(small)}: {beside} the teacher with labels alone and not evidently helped: "
+            "too small to follow it, or too few seeds"
         )
     return lines
 

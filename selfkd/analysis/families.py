@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfkd.analysis.statistics import CONFIDENCE, LEAST, SAME, holm, paired_interval, paired_p
-from selfkd.analysis.verdicts import Mode, count, format_difference, join, points, ranges
-from selfkd.results import Comparison, Interval, Outcome, Verdict
+from selfkd.analysis.verdicts import count, format_difference, join, points, ranges
+from selfkd.results import Comparison, Interval, Mode, Outcome, Verdict
 
 LEVEL = 1 - CONFIDENCE
 """Error rate of a family."""

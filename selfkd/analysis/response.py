@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfkd.results import Interval
+from selfkd.results import Interval, Mode
 
 Array = NDArray[np.float64]
 Trial = tuple[float, float, float]
@@ -68,11 +68,11 @@ class Response:
     region: list[list[bool]]
     """Points that cannot be distinguished from the best: lower with less than 95 %."""
     best_temperature: Interval
-    """Temperature of the highest mean, with the 95 % interval of the best point's."""
+    """Temperature of the best mean, with the 95 % interval of the best point's."""
     best_alpha: Interval
-    """Alpha of the highest mean, with the 95 % interval of the best point's."""
+    """Alpha of the best mean, with the 95 % interval of the best point's."""
     best_accuracy: Interval
-    """Accuracy of the surface at the highest mean."""
+    """Accuracy, or another metric, of the surface at its best mean."""
     temperature: Effect | None
     """Effect of the temperature; None where it was not searched."""
     alpha: Effect | None
@@ -101,8 +101,12 @@ class Drift:
     """Change of alpha for one unit more; None where it was not searched."""
 
 
-def unfit(trials: Sequence[Trial]) -> str | None:
+def unfit(trials: Sequence[Trial], *, label: str = "accuracy") -> str | None:
     """Return the reason why no surface can be fitted to these trials, or None.
+
+    Args:
+        trials: Temperature, alpha and metric of each.
+        label: Name of the metric.
 
     >>> unfit([(1.0, 0.5, 0.9)] * 3)
     'at least 5 trials are needed, got 3'
@@ -113,7 +117,7 @@ def unfit(trials: Sequence[Trial]) -> str | None:
     if len(temperatures) == len(alphas) == 1:
         return "all trials have the same temperature and alpha"
     if len(accuracies) == 1:
-        return "all trials have the same accuracy"
+        return f"all trials have the same {label}"
     return None
 
 
@@ -139,9 +143,10 @@ def fit_response(
     *,
     temperatures: tuple[float, float] | None = None,
     alphas: tuple[float, float] | None = None,
+    mode: Mode = "max",
     seed: int = 0,
 ) -> Response | None:
-    """Fit accuracy as a function of temperature and alpha, with its uncertainty.
+    """Fit accuracy, or another metric, as a function of temperature and alpha.
 
     A Gaussian process on u = log T and v = alpha, both scaled to [0, 1] over their ranges, on
     standardised accuracies:
@@ -158,6 +163,7 @@ def fit_response(
         trials: Temperature, alpha and accuracy of each.
         temperatures: Searched range of the temperature; that of the trials when not given.
         alphas: Searched range of alpha; that of the trials when not given.
+        mode: Whether more of the metric is better, or less.
         seed: Seed of the sequence and the draws.
 
     Returns:
@@ -184,7 +190,8 @@ def fit_response(
             )
     if unfit(trials) is not None:
         return None
-    table = np.array(trials, dtype=np.float64)
+    sign = 1 if mode == "max" else -1
+    table = np.array(trials, dtype=np.float64) * (1, 1, sign)
     t_ends = _range("temperatures", table[:, 0], temperatures)
     alpha_ends = _range("alphas", table[:, 1], alphas)
     log_ends = (math.log(t_ends[0]), math.log(t_ends[1]))
@@ -200,7 +207,7 @@ def fit_response(
     with threadpool_limits(1):  # threads of matrices this small cost ten times what they save
         average = _average(inputs, (table[:, 2] - center) / scale, grid, searched, seed)
     shape = (len(axes[0]), len(axes[1]))
-    return _response(
+    found = _response(
         list(trials),
         np.select([axes[0] == 0, axes[0] == 1], t_ends, np.exp(_unscaled(axes[0], log_ends))),
         _unscaled(axes[1], alpha_ends),
@@ -210,6 +217,10 @@ def fit_response(
         surfaces=(center + scale * average.surfaces).reshape(-1, *shape),
         noise=scale * average.noise,
     )
+    if sign > 0:
+        return found
+    mean = [[-value for value in row] for row in found.mean]
+    return replace(found, mean=mean, best_accuracy=found.best_accuracy.reversed())
 
 
 def drift(places: Sequence[float], responses: Sequence[Response]) -> Drift | None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
 
-from selfkd.results import Interval
+from selfkd.results import Interval, Mode, find_metric
 
-Mode = Literal["max", "min"]
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -28,26 +26,7 @@ def points(value: float) -> str:
     >>> points(0.00412)
     '+0.41 points'
     """
-    return f"{number(100 * value, '+.2f')} points"
-
-
-def plain(value: float) -> str:
-    """Return a difference of a metric that is no fraction, in four digits.
-
-    >>> plain(0.123456)
-    '+0.1235'
-    """
-    return number(value, "+.4g")
-
-
-def is_fraction(metric: str) -> bool:
-    """Say whether a metric is a fraction, an accuracy, by its name."""
-    return "acc" in metric
-
-
-def metric_format(metric: str) -> Callable[[float], str]:
-    """Return the format of differences of a metric."""
-    return points if is_fraction(metric) else plain
+    return find_metric("accuracy").difference(value)
 
 
 def format_difference(interval: Interval, *, form: Callable[[float], str] = points) -> str:
@@ -55,13 +34,12 @@ def format_difference(interval: Interval, *, form: Callable[[float], str] = poin
 
     >>> format_difference(Interval(0.004, 0.001, 0.007))
     '+0.40 points [+0.10, +0.70]'
+    >>> format_difference(Interval(-0.26, -0.405, -0.115), form=find_metric("nll").difference)
+    '-0.260 nats [-0.405, -0.115]'
     """
     if interval.low is None or interval.high is None:
         return form(interval.value)
-    low, high = (
-        form(end).removesuffix(" %").removesuffix(" points")
-        for end in (interval.low, interval.high)
-    )
+    low, high = (form(end).partition(" ")[0] for end in (interval.low, interval.high))
     return f"{form(interval.value)} [{low}, {high}]"
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from selfkd.analysis.verdicts import count
 from selfkd.cli.terminal import print_lines
 from selfkd.config import Config
-from selfkd.reporting.words import percent, plus_minus, value
+from selfkd.reporting.words import percent, plus_minus, short_metric, value
 from selfkd.results import (
     Event,
     GenerationConfirmed,
@@ -205,14 +205,15 @@ class ProgressReporter:
         return self._sign * (own - best) > 0
 
     def _value(self, row: Measured) -> str:
-        name = "val" if self._metric == "val_accuracy" else self._metric
+        name = "val" if self._metric == "val_accuracy" else short_metric(self._metric)
         return f"{name} {value(row.metrics[self._metric], self._metric)}"
 
     def _say_generation(self, result: GenerationResult) -> None:
         agreement = result.metric("agreement")
         tested = next((name for name in result.metrics if name.startswith("test_")), "")
         parts = [f"generation {result.generation}: {self._value(result)}"]
-        parts += [f"test {value(result.metrics[tested], tested)}"] if tested else []
+        name = "test" if tested == "test_accuracy" else short_metric(tested)
+        parts += [f"{name} {value(result.metrics[tested], tested)}"] if tested else []
         parts += [f"teacher agreement {percent(agreement)}"] if agreement is not None else []
         self.say(", ".join(parts) + _setting(result.point))
         if len(result.models) < result.wanted_models:

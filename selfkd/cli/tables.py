@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from selfkd.analysis.verdicts import count, is_fraction
+from selfkd.analysis.verdicts import count
 from selfkd.reporting import words
-from selfkd.reporting.tables import Table, measures
+from selfkd.reporting.tables import FURTHER, Table, further_head, measures
 from selfkd.results import Confirmation, ControlResult, GenerationResult, GenerationsSummary
 
 
@@ -38,7 +38,8 @@ def summary_table(summary: GenerationsSummary, metric: str) -> Table:
     seeds = max((len(row.seeds) for row in summary.confirmations), default=0)
     lineages = summary.verdict is not None and summary.verdict.covers == "lineages"
     over = f", {count(seeds, 'lineage' if lineages else 'seed')}" if seeds else ""
-    gain = "gain" if seeds and not is_fraction(summary.confirmations[0].metric) else "gain, points"
+    replicated = summary.confirmations[0].metric if summary.confirmations else metric
+    gain = f"gain{words.difference_head(replicated)}"
     head = ("generation", f"{_title(summary, metric)}{over}", gain, "T", "alpha")
     return Table(head, tuple(rows), rules=tuple(rules)).without_empty()
 
@@ -49,7 +50,7 @@ def _title(summary: GenerationsSummary, metric: str) -> str:
     metric = summary.confirmations[0].metric if summary.confirmations else metric
     tested = metric.startswith("test_") or f"test_{metric}" in known
     metric = metric.removeprefix("test_")
-    return f"test {words.short_metric(metric)}" if tested else metric
+    return f"test {words.short_metric(metric)}" if tested else words.short_metric(metric)
 
 
 def _replicated(
@@ -68,20 +69,24 @@ def _setting(result: GenerationResult) -> tuple[str, str]:
     return words.number(result.temperature, ".2f"), words.number(result.alpha, ".2f")
 
 
-def chosen_table(summary: GenerationsSummary, metric: str) -> Table:
+def chosen_table(
+    summary: GenerationsSummary, metric: str, further: Sequence[str] = FURTHER
+) -> Table:
     """Return a row a generation of the models that were chosen, then their ensemble.
 
     Args:
         summary: Summary of the run.
         metric: Metric that models are compared by, see `Facts.metric`.
+        further: Further metrics, see `Facts.further`.
     """
     short = words.short_metric(metric)
     tests = {row.generation: row.mcnemar.p for row in summary.confirmations if row.mcnemar}
-    head = ("chosen", f"val {short}", f"test {short}", "NLL", "ECE", "agreement", "McNemar")
+    quality = (f"val {short}", f"test {short}", *further_head(further))
+    head = ("chosen", *quality, "agreement", "McNemar")
     rows = [
         (
             str(result.generation),
-            *measures(result, metric),
+            *measures(result, metric, further),
             words.percent(result.metric("agreement")),
             words.number(tests.get(result.generation), ".2g"),
             f"{result.seconds:.1f}",
@@ -89,7 +94,7 @@ def chosen_table(summary: GenerationsSummary, metric: str) -> Table:
         for result in summary.generations
     ]
     if summary.ensemble is not None:
-        rows.append(("ensemble", *measures(summary.ensemble, metric), "", "", ""))
+        rows.append(("ensemble", *measures(summary.ensemble, metric, further), "", "", ""))
     return Table((*head, "seconds"), tuple(rows), rules=(len(summary.generations),))
 
 

@@ -17,11 +17,14 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from selfkd.config.space import Distribution, Point
 from selfkd.errors import ConfigError, cut_text
+from selfkd.results import find_metric
 from selfkd.storage.remote import secret_fault
 
 Tree = dict[str, Any]
@@ -470,7 +473,8 @@ class SearchConfig:
     metric: str = "val_accuracy"
     """Metric by which the best trial is chosen; user training functions may report others."""
     mode: Literal["max", "min"] = "max"
-    """Whether larger (max) or smaller (min) values of the metric are better."""
+    """Whether larger (max) or smaller (min) values of the metric are better; as is known of the
+    metric, when not given."""
     algorithm: Literal["sobol", "random", "optuna"] = "sobol"
     """Search algorithm: sobol (scrambled Sobol sequence), random, or optuna (TPE)."""
     scheduler: Literal["none", "asha"] = "none"
@@ -486,6 +490,15 @@ class SearchConfig:
     not given: `distill.temperature` and `distill.alpha` with three of eight trials, so that the
     best of several seeds teaches, and the loss of the born-again paper, T 1 and alpha 1, with
     one. Of text, whose defaults are those: with three of eight trials, at least one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_of_metric(cls, given: Any) -> Any:
+        values = given.kwargs if isinstance(given, ArgsKwargs) else given
+        if not isinstance(values, dict) or "mode" in values or "metric" not in values:
+            return given
+        values = {**values, "mode": find_metric(str(values["metric"])).mode}
+        return ArgsKwargs((), values) if isinstance(given, ArgsKwargs) else values
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from selfkd.analysis.families import Terms
 from selfkd.analysis.statistics import mean_interval
-from selfkd.analysis.verdicts import Mode
 from selfkd.config import Config, ModelConfig, to_tree, uses_pretrained
 from selfkd.config.space import Distribution, Points
 from selfkd.errors import ConfigError, RunError
@@ -29,6 +28,7 @@ from selfkd.results import (
     Events,
     Facts,
     Message,
+    Mode,
     Model,
     Point,
     Replicated,

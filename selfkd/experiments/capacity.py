@@ -20,6 +20,7 @@ from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
 from selfkd.results import (
+    TIE,
     CapacitySummary,
     Message,
     Model,
@@ -188,7 +189,7 @@ def _measure(
         teacher=teachers.row(config, teacher, cost),
         sizes=tuple(sizes),
         verdict=verdict,
-        said=tuple(describe_curve(sizes)),
+        said=tuple(describe_curve(sizes, mode=run.mode)),
     )
 
 
@@ -198,7 +199,7 @@ def _best(run: Run, trained: Sequence[tuple[Model, TrialResult]]) -> Model:
     sign = 1 if search.mode == "max" else -1
     best, _ = max(
         trained,
-        key=lambda own: (sign * own[1].metrics[search.metric], -own[1].metrics["val_nll"]),
+        key=lambda own: (sign * own[1].metrics[search.metric], -own[1].metrics.get(TIE, 0.0)),
     )
     return best
 

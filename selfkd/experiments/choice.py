@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from selfkd.analysis.verdicts import is_fraction
 from selfkd.config import SPACE, Config, get
 from selfkd.config.space import Distribution, Point
-from selfkd.results import TrialResult
+from selfkd.results import TrialResult, find_metric
 
 APART = 1.5
 """Standard errors by which accuracies of two models on the same items are told apart. The errors
@@ -43,7 +42,7 @@ def choose(
         items: Number of validation items; 0 where it is not known.
     """
     metric = config.search.metric
-    if config.search.space != SPACE or not (is_fraction(metric) and items and ranked):
+    if config.search.space != SPACE or not (find_metric(metric).is_fraction and items and ranked):
         return list(ranked)
     best = ranked[0].metrics[metric]
 

@@ -17,7 +17,6 @@ from selfkd.analysis.verdicts import (
     format_difference,
     is_better,
     join,
-    metric_format,
     ranges,
 )
 from selfkd.config import Config
@@ -33,6 +32,7 @@ from selfkd.results import (
     Interval,
     Replicated,
     Verdict,
+    find_metric,
 )
 from selfkd.storage.rows import load_row, save_row
 
@@ -232,7 +232,8 @@ def stop_reason(
     if is_better(gain, mode=mode):
         return None
     numbers = [str(row.generation) for row in last]
-    value = format_difference(gain, form=metric_format(metric)) if gain else "none in common"
+    form = find_metric(metric).difference
+    value = format_difference(gain, form=form) if gain else "none in common"
     return (
         f"stopped after generation {numbers[-1]}: generations {join(numbers)}, taken together, "
         f"show no evidence of a gain over generation {before.generation} ({metric}, "

@@ -135,6 +135,7 @@ def _measure(
         b.metrics[metric] - a.metrics[metric] for a, b in zip(of_labels, of_students, strict=True)
     ]
     room = [teacher.metrics[metric] - row.metrics[metric] for row in of_labels]
+    sign = 1 if run.mode == "max" else -1
     compared = Pairs.of(
         "the student from its teacher",
         "the same from labels only",
@@ -157,7 +158,7 @@ def _measure(
         wanted=config.confirm.seeds,
         gain=mean_interval(gained, floor=run.terms.floor),
         verdict=judge([compared], terms=run.terms),
-        share=ratio_interval(gained, room),
+        share=ratio_interval([sign * each for each in gained], [sign * each for each in room]),
         diagnostics={
             "labels": of_labels[0].diagnostics,
             "student": of_students[0].diagnostics,

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfkd.analysis.verdicts import is_fraction
 from selfkd.config import RESERVED_ARGS, Config, ModelConfig, flat
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Request, Run
@@ -32,6 +31,7 @@ from selfkd.results import (
     Point,
     Row,
     best_generation,
+    find_metric,
 )
 from selfkd.storage.files import fetch, link, retry_io
 from selfkd.storage.remote import RemotePath, as_path
@@ -321,8 +321,9 @@ def _remarks(run: Run, source: _Source, row: Row) -> Iterator[str | None]:
     yield row["said"]
     metric, classes = f"val_{run.folder.facts.metric}", run.folder.facts.outputs
     value = row["metrics"].get(metric)
-    chance = 1 / classes if is_fraction(metric) and classes > 1 else 0.0
-    if source.config is None and value is not None and value < chance + CHANCE * (1 - chance):
+    chance = 1 / classes if classes > 1 else 0.0
+    low = find_metric(metric).is_fraction and value is not None
+    if source.config is None and low and value < chance + CHANCE * (1 - chance):
         yield (
             f"generation 0 ({source.title}) is right on {value:.1%} of validation, about as by "
             "chance: the order of its classes (generation_0.classes) or the normalisation of its "

@@ -22,6 +22,7 @@ from selfkd.experiments.arms import Arm, Run
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
 from selfkd.results import (
+    TIE,
     Evaluation,
     Facts,
     Member,
@@ -204,7 +205,7 @@ def _members(run: Run, imported: Sequence[Member]) -> Members:
     sign = -1 if config.search.mode == "max" else 1
 
     def rank(member: Member) -> tuple[float, float]:
-        value, nll = sign * member.metrics[config.search.metric], member.metrics.get("val_nll", 0.0)
+        value, nll = sign * member.metrics[config.search.metric], member.metrics.get(TIE, 0.0)
         return math.inf if math.isnan(value) else value, math.inf if math.isnan(nll) else nll
 
     return Members(members=tuple(sorted([*trained, *imported], key=rank)))

@@ -7,10 +7,9 @@ from typing import Literal
 
 from selfkd.analysis.families import Pairs, Terms
 from selfkd.analysis.statistics import paired_interval
-from selfkd.analysis.verdicts import Mode, is_fraction, metric_format
 from selfkd.config import Config
 from selfkd.experiments.stages import trial_seed
-from selfkd.results import Facts, Interval, Replicated
+from selfkd.results import Facts, Interval, Mode, Replicated, find_metric, title
 from selfkd.storage.files import remove_file
 
 Key = Literal["values", "validation"]
@@ -25,7 +24,7 @@ def confirm_seeds(config: Config, count: int | None = None) -> list[int]:
 def resolution(facts: Facts, metric: str, split: str) -> float:
     """Return the smallest difference of an accuracy on a split; 0 of other metrics."""
     items = facts.items.get(split, 0)
-    return 1 / items if is_fraction(metric) and items else 0.0
+    return 1 / items if find_metric(metric).is_fraction and items else 0.0
 
 
 def make_terms(config: Config, metric: str, mode: Mode, facts: Facts) -> Terms:
@@ -34,8 +33,8 @@ def make_terms(config: Config, metric: str, mode: Mode, facts: Facts) -> Terms:
     replica = "whole lineage" if config.confirm.lineages else replica
     return Terms(
         mode=mode,
-        form=metric_format(metric),
-        unit="" if is_fraction(metric) else metric.replace("_", " "),
+        form=find_metric(metric).difference,
+        unit="" if find_metric(metric).is_fraction else title(metric),
         floor=resolution(facts, metric, "test"),
         covers="lineages" if config.confirm.lineages else "seeds",
         replica=replica,

@@ -16,6 +16,7 @@ from selfkd.execution.jobs import EarlyStopping, Executor, Job, Outcome
 from selfkd.experiments.run_folder import student_file, trial_folder
 from selfkd.results import (
     CHECKPOINT,
+    TIE,
     Epoch,
     Events,
     Message,
@@ -77,7 +78,7 @@ class Stage:
         """Return the completed trials, best first; ties by NLL."""
 
         def key(trial: TrialResult) -> tuple[float, float, int]:
-            value, nll = self.value(trial.metrics), trial.metrics.get("val_nll", 0.0)
+            value, nll = self.value(trial.metrics), trial.metrics.get(TIE, 0.0)
             return -(value or 0.0), math.inf if math.isnan(nll) else nll, trial.trial
 
         return sorted((trial for trial in trials if trial.status == "completed"), key=key)

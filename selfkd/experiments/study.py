@@ -223,8 +223,9 @@ class _Study:
         if contrast.reference:
             ends = runs[contrast.reference]
             alone = contrast.reference == MEMBERS or len(ends) == 1
+            sign = 1 if self.run.mode == "max" else -1
             gaps = [
-                (a.metrics[metric] - b.metrics[metric], end.metrics[metric] - b.metrics[metric])
+                tuple(sign * (each.metrics[metric] - b.metrics[metric]) for each in (a, end))
                 for a, b in pairs
                 for end in ends
                 if alone or end.number == a.number

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from selfkd.analysis import verdicts
 from selfkd.analysis.statistics import CONFIDENCE, LEAST, mean_interval, paired_interval
 from selfkd.reporting.read import Run, Tree
-from selfkd.results import Interval
+from selfkd.results import Interval, find_metric
 
 INCIDENTAL = ("seed", "name", "storage", "tracking", "resources", "rounds", "confirm", "targets")
 """Keys of a config in which repeats may differ: seed and length of a run, where it ran, names."""
@@ -22,8 +23,8 @@ class Arm:
     Args:
         name: Name of the generation, or student.
         val: Validation metric by which it was chosen, optimistic.
-        test: Test accuracy of the chosen model.
-        values: Test accuracy of each fresh seed; none where nothing was replicated.
+        test: Test metric of the chosen model, such as its accuracy.
+        values: Test metric of each fresh seed; none where nothing was replicated.
         seeds: Fresh seeds, where they are known.
     """
 
@@ -41,14 +42,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a run differs from another in test accuracy.
+    """How a run differs from another on the test split.
 
     Args:
         run: Name of the run.
         reference: Name of the other.
-        difference: Difference in test accuracy, run less reference.
+        difference: Difference in the metric, run less reference.
         paired: Whether the two are compared seed by seed.
         why: What the interval rests on, or why it is unpaired or absent.
+        metric: Name of the metric.
     """
 
     run: str
@@ -56,17 +58,22 @@ class Comparison:
     difference: Interval
     paired: bool
     why: str
+    metric: str = "test_accuracy"
 
     @property
     def verdict(self) -> str:
         """Words for it, the same for a gain and for none."""
+        metric = find_metric(self.metric)
+        form, mode = metric.difference, metric.mode
         if self.difference.low is None:
-            difference = verdicts.format_difference(self.difference)
+            difference = verdicts.format_difference(self.difference, form=form)
             return (
                 f"no evidence that {self.run} is better than {self.reference} "
                 f"(difference {difference}, {self.why})"
             )
-        return verdicts.describe_difference(self.run, self.reference, self.difference, self.why)
+        return verdicts.describe_difference(
+            *(self.run, self.reference, self.difference, self.why), mode=mode, form=form
+        )
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,13 @@ class Across:
 
     Args:
         name: Name of the generation, or ensemble.
-        accuracies: Test accuracy of each run.
-        mean: Mean of these accuracies.
+        values: Test metric of each run.
+        mean: Mean of these values.
         first: Difference to generation 0 of the same run; None of generation 0.
     """
 
     name: str
-    accuracies: tuple[float, ...]
+    values: tuple[float, ...]
     mean: Interval
     first: Interval | None = None
 
@@ -91,17 +98,17 @@ def last_arm(run: Run) -> Arm | None:
     if (summary := run.ensemble_summary) is not None:
         student, val = summary.rows[-1], summary.chosen.metric(run.metric)
         values = student.runs if summary.seeds else ()
-        return Arm("student", val, student.metric("test_accuracy"), values=values)
+        return Arm("student", val, student.metric(run.tested), values=values)
     done = [generation for generation in run.generations if generation.result is not None]
     if not done or done[-1].result is None:
         return None
     last, result = done[-1], done[-1].result
     confirmed, name = last.confirmation, f"generation {last.number}"
-    known = confirmed is not None and confirmed.metric == "test_accuracy" and not confirmed.given
+    known = confirmed is not None and confirmed.metric == run.tested and not confirmed.given
     return Arm(
         name,
         result.metric(run.metric),
-        result.metric("test_accuracy"),
+        result.metric(run.tested),
         values=confirmed.values if confirmed and known else (),
         seeds=confirmed.seeds if confirmed and known else (),
     )
@@ -120,7 +127,7 @@ def compare(run: Run, reference: Run) -> Comparison | None:
 
     Returns:
         The comparison; its interval has no ends where a run has fewer than two fresh seeds. None
-        where a run has no test accuracy.
+        where a run was not measured on the test split, or by another metric.
 
     Reference:
         Welch, "The generalization of 'Student's' problem when several different population
@@ -129,6 +136,9 @@ def compare(run: Run, reference: Run) -> Comparison | None:
     own, other = last_arm(run), last_arm(reference)
     if own is None or other is None or own.test is None or other.test is None:
         return None
+    if run.tested != reference.tested:
+        return None
+    make = partial(Comparison, run.name, reference.name, metric=run.tested)
     unpaired = why_unpaired(run, reference)
     whose = "" if own.name == other.name else f", {own.name} against {other.name}"
     a, b = own.values, other.values
@@ -138,18 +148,18 @@ def compare(run: Run, reference: Run) -> Comparison | None:
         if found.low is None:
             few_pairs = len(pairs[0]) < LEAST
             why += ", too few for an interval" if few_pairs else ", the same in all: no interval"
-        return Comparison(run.name, reference.name, found, True, why)
+        return make(found, True, why)
     if len(a) > 1 and len(b) > 1:
         why = f"unpaired (Welch, {len(a)} and {len(b)} seeds), {unpaired}{whose}"
-        return Comparison(run.name, reference.name, welch_interval(a, b), False, why)
+        return make(welch_interval(a, b), False, why)
     few = f"no interval: {len(a)} and {len(b)} fresh seeds, confirm.seeds must be at least 2{whose}"
     value = (a[0] if a else own.test) - (b[0] if b else other.test)
     why = few if unpaired is None else f"{few}; {unpaired}"
-    return Comparison(run.name, reference.name, Interval(value), False, why)
+    return make(Interval(value), False, why)
 
 
 def _pairs(own: Arm, other: Arm) -> tuple[list[float], list[float]]:
-    """Return accuracies by shared seed; by their order where the seeds are not known."""
+    """Return values by shared seed; by their order where the seeds are not known."""
     if not own.seeds or not other.seeds:
         return list(own.values), list(other.values)
     by_seed = [dict(zip(arm.seeds, arm.values, strict=True)) for arm in (own, other)]
@@ -220,23 +230,22 @@ def _essence(config: Tree) -> dict[str, Any]:
 
 
 def across(runs: Sequence[Run]) -> list[Across]:
-    """Return test accuracy by generation over runs, as many generations as all have.
+    """Return the test metric by generation over runs, as many generations as all have.
 
     Differences are to generation 0 of the same run, so they are paired by run.
     """
-    shared = min(len(run.results) for run in runs)
+    shared, tested = min(len(run.results) for run in runs), runs[0].tested
     columns: list[tuple[str, list[float | None]]] = [
-        (f"generation {k}", [run.results[k].metric("test_accuracy") for run in runs])
-        for k in range(shared)
+        (f"generation {k}", [run.results[k].metric(tested) for run in runs]) for k in range(shared)
     ]
     if len({len(run.results) for run in runs}) == 1:
-        ensembles = [run.ensemble.metric("test_accuracy") if run.ensemble else None for run in runs]
+        ensembles = [run.ensemble.metric(tested) if run.ensemble else None for run in runs]
         columns.append(("ensemble of all", ensembles))
     rows: list[Across] = []
     for name, found in columns:
-        accuracies = tuple(value for value in found if value is not None)
-        if len(accuracies) < len(runs):
+        values = tuple(value for value in found if value is not None)
+        if len(values) < len(runs):
             continue
-        first = paired_interval(accuracies, rows[0].accuracies) if rows else None
-        rows.append(Across(name, accuracies, mean_interval(accuracies), first))
+        first = paired_interval(values, rows[0].values) if rows else None
+        rows.append(Across(name, values, mean_interval(values), first))
     return rows

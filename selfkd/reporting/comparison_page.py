@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from selfkd.reporting import words
@@ -16,19 +17,16 @@ from selfkd.reporting.across_runs import (
     last_arm,
 )
 from selfkd.reporting.figures import charts
-from selfkd.reporting.figures.style import Bar, Level, Line, Measure
+from selfkd.reporting.figures.style import Bar, Level, Line
 from selfkd.reporting.page import Page
 from selfkd.reporting.read import Run
-from selfkd.reporting.sections.panels import Panel, Section, bar
+from selfkd.reporting.sections.panels import Panel, Section, bar, measure_of
 from selfkd.reporting.tables import Table
-from selfkd.results import Interval, Seeds, to_row
+from selfkd.results import Interval, Seeds, find_metric, title, to_row
 
 Record = dict[str, Any]
-FIELDS = (
-    *("run", "command", "finished", "row", "temperature", "alpha", "val_accuracy"),
-    *("test_accuracy", "test_nll", "test_ece", "agreement", "seeds", "mean", "low", "high"),
-    *("parameters", "trials", "seconds"),
-)
+FIRST = ("run", "command", "finished", "row", "temperature", "alpha")
+LAST = ("agreement", "seeds", "mean", "low", "high", "parameters", "trials", "seconds")
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
@@ -46,7 +44,8 @@ def repeats(runs: Sequence[Run]) -> list[Across]:
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """Return a row a run: its data and network, and its last generation, or student."""
-    head = ("run", "data", "network", "model", "val", "test acc", "fresh seeds", "ensemble")
+    tested = words.short_metric(runs[0].tested)
+    head = ("run", "data", "network", "model", "val", tested, "fresh seeds", "ensemble")
     rows = [_run_row(run) for run in runs]
     return Table((*head, "trained", "state"), tuple(rows)).without_empty()
 
@@ -54,30 +53,37 @@ def runs_table(runs: Sequence[Run]) -> Table:
 def _run_row(run: Run) -> tuple[str, ...]:
     last = last_arm(run) or Arm("", None, None)
     student = run.get("student.name")
-    ensemble = run.ensemble.metric("test_accuracy") if run.ensemble else None
+    metric = run.tested
+    ensemble = run.ensemble.metric(metric) if run.ensemble else None
     return (
         *(run.name, str(run.get("data.name", "")), str(student or run.get("model.name", ""))),
-        *(last.name, words.measured(run, last.val), words.percent(last.test)),
-        *(words.mean(last.mean), words.percent(ensemble), str(run.trained)),
+        *(last.name, words.measured(run, last.val), words.value(last.test, metric)),
+        *(words.mean(last.mean, metric), words.value(ensemble, metric), str(run.trained)),
         "finished" if run.finished else "unfinished",
     )
 
 
-def repeats_table(rows: Sequence[Across]) -> Table:
-    """Return test accuracy by generation over runs of one config."""
+def repeats_table(rows: Sequence[Across], metric: str) -> Table:
+    """Return the test metric by generation over runs of one config."""
     return Table(
-        ("", "test acc", "vs gen. 0, points"),
-        tuple((row.name, words.mean(row.mean), words.points(row.first)) for row in rows),
-        f"Mean and 95 % interval over {len(rows[0].accuracies)} runs that differ in their seed "
+        ("", words.short_metric(metric), f"vs gen. 0{words.difference_head(metric)}"),
+        tuple(
+            (row.name, words.mean(row.mean, metric), words.bare_difference(row.first, metric))
+            for row in rows
+        ),
+        f"Mean and 95 % interval over {len(rows[0].values)} runs that differ in their seed "
         "alone; differences paired by run.",
     )
 
 
 def comparisons_table(rows: Sequence[Comparison]) -> Table:
     """Return how each run differs from the first."""
+    metric = rows[0].metric
     return Table(
-        ("run", "against", "test acc, points", "of"),
-        tuple((r.run, r.reference, words.points(r.difference), r.why) for r in rows),
+        ("run", "against", f"{words.short_metric(metric)}{words.difference_head(metric)}", "of"),
+        tuple(
+            (r.run, r.reference, words.bare_difference(r.difference, r.metric), r.why) for r in rows
+        ),
         texts=True,
     )
 
@@ -88,7 +94,8 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     for row in repeats(runs)[1:]:
         gain = row.first or Interval(0)
         why = f"paired in {len(runs)} runs that differ in their seed alone"
-        found.append(words.sentence(Comparison(row.name, "generation 0", gain, True, why).verdict))
+        compared = Comparison(row.name, "generation 0", gain, True, why, runs[0].tested)
+        found.append(words.sentence(compared.verdict))
     return found or ["There is nothing to compare yet."]
 
 
@@ -102,9 +109,10 @@ def comparison_page(runs: Sequence[Run]) -> Page:
     """Return the page of several runs."""
     unfinished = [run.name for run in runs if not run.finished]
     status = f"unfinished: {', '.join(unfinished)}" if unfinished else "finished"
-    accuracy = _accuracy(runs)
+    levels = _levels(runs)
+    label = find_metric(runs[0].tested).label
     parts = [
-        Section("Accuracy", tuple(accuracy[1:])),
+        Section(f"{label[:1].upper()}{label[1:]}", tuple(levels[1:])),
         Section("Differences", tuple(_differences(runs))),
     ]
     return Page(
@@ -116,15 +124,18 @@ def comparison_page(runs: Sequence[Run]) -> Page:
         facts=[],
         problems=[problem for run in runs for problem in run.problems],
         results=runs_table(runs),
-        lead=accuracy[0] if accuracy else None,
+        lead=levels[0] if levels else None,
         sections=[part for part in parts if part.panels],
         appendices=[],
     )
 
 
-def _accuracy(runs: Sequence[Run]) -> list[Panel]:
-    panels = []
-    arms = [(place, run, last_arm(run)) for place, run in enumerate(runs)]
+def _levels(runs: Sequence[Run]) -> list[Panel]:
+    """Return the figures of the test metric: of those runs that have that of the first."""
+    panels, tested = [], runs[0].tested
+    metric, measure = find_metric(tested), measure_of(tested)
+    alike = [(place, run) for place, run in enumerate(runs) if run.tested == tested]
+    arms = [(place, run, last_arm(run)) for place, run in alike]
     levels = [
         Level(
             run.name,
@@ -136,15 +147,14 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
         if last is not None and last.test is not None
     ]
     if levels:
-        text = "Accuracy on test of the last model of each run: " + "; ".join(
-            f"{level.name} {words.percent(level.bar.value)}" for level in levels
-        )
+        of_each = "; ".join(f"{level.name} {metric.value(level.bar.value)}" for level in levels)
+        text = words.sentence(f"{measure.title} of the last model of each run: {of_each}")
         panels.append(
             Panel(
                 "Last model of each run",
-                f"{text}. Dots with an interval are means over fresh seeds, the others one "
+                f"{text} Dots with an interval are means over fresh seeds, the others one "
                 "model each.",
-                charts.levels(levels, measure=Measure("accuracy on test")),
+                charts.levels(levels, measure=measure),
                 runs_table(runs),
             )
         )
@@ -152,21 +162,21 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
         Line(
             run.name,
             [r.generation for r in known],
-            [r.metric("test_accuracy") for r in known],
+            [r.metric(tested) for r in known],
             place,
         )
-        for place, run in enumerate(runs)
-        if (known := [r for r in run.results if "test_accuracy" in r.metrics])
+        for place, run in alike
+        if (known := [r for r in run.results if tested in r.metrics])
     ]
     if lines:
         numbers = sorted({int(x) for line in lines for x in line.x})
         by_run = [dict(zip(line.x, line.y, strict=True)) for line in lines]
-        rows = [(str(k), *(words.percent(of.get(k)) for of in by_run)) for k in numbers]
+        rows = [(str(k), *(words.value(of.get(k), tested) for of in by_run)) for k in numbers]
         panels.append(
             Panel(
-                "Test accuracy per generation",
+                f"Test {metric.label} per generation",
                 "Of the chosen models, one a generation and run.",
-                charts.curves(lines, x="generation", measure=Measure("accuracy on test")),
+                charts.curves(lines, x="generation", measure=measure),
                 Table(("generation", *(line.name for line in lines)), tuple(rows)),
             )
         )
@@ -174,7 +184,8 @@ def _accuracy(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _differences(runs: Sequence[Run]) -> list[Panel]:
-    measure = Measure("difference in test accuracy")
+    metric = runs[0].tested
+    measure = replace(measure_of(metric), title=f"difference in {title(metric)}")
     found, repeated = comparisons(runs), repeats(runs)
     panels = []
     if found:
@@ -193,16 +204,28 @@ def _differences(runs: Sequence[Run]) -> list[Panel]:
             for place, row in enumerate(repeated[1:])
             if row.first
         ]
-        gains = "; ".join(f"{row.name} {words.points(row.first)} points" for row in repeated[1:])
+        unit = f" {find_metric(metric).unit}".rstrip()
+        gains = "; ".join(
+            f"{row.name} {words.bare_difference(row.first, metric)}{unit}" for row in repeated[1:]
+        )
         panels.append(
             Panel(
                 "Generations against generation 0 of the same run",
                 f"{gains}.",
                 charts.levels(levels, measure=measure, reference=0),
-                repeats_table(repeated),
+                repeats_table(repeated, metric),
             )
         )
     return panels
+
+
+def record_fields(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the columns of flat rows."""
+    of_runs = [
+        [f"val_{run.compared}", run.tested, *(f"test_{name}" for name in run.columns)]
+        for run in runs
+    ]
+    return [*FIRST, *dict.fromkeys(name for names in of_runs for name in names), *LAST]
 
 
 def records(run: Run) -> list[Record]:
@@ -236,7 +259,7 @@ def records(run: Run) -> list[Record]:
             )
     for each in run.study_summary.arms if run.study_summary else ():
         rows.append({**same, "row": each.name, **_ends(each.mean), "seeds": len(each.runs)})
-    return [{field: row.get(field) for field in FIELDS} for row in rows]
+    return [{field: row.get(field) for field in record_fields([run])} for row in rows]
 
 
 def _ends(estimate: Interval | Seeds) -> Record:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from selfkd.analysis.verdicts import format_difference, metric_format
+from selfkd.analysis.verdicts import format_difference
 from selfkd.reporting import words
 from selfkd.results import (
     CapacitySummary,
@@ -16,6 +16,8 @@ from selfkd.results import (
     Row,
     StudySummary,
     Summary,
+    find_metric,
+    title,
 )
 
 
@@ -55,10 +57,11 @@ def short_table(summary: Summary) -> list[list[str]]:
     metrics = [row.metric for row in getattr(summary, "confirmations", ())[:1]]
     metrics += [key for start in ("test_", "val_") for key in rows[0] if key.startswith(start)]
     measured = [key for key in metrics if key in rows[0]][:1]
-    metric = measured[0] if measured else "accuracy"
+    elsewhere = [key for key in _of_teacher(summary) if key.startswith("test_")]
+    metric = (measured or elsewhere or [words.MAIN])[0]
     settings = [key for key in ("temperature", "alpha") if key in rows[0]]
     ends = [key for key in ("labels", "mean", "gain") if f"{key}_low" in rows[0]]
-    named = [*(key.replace("_", " ") for key in measured), *(f"{key} [95 %]" for key in ends)]
+    named = [*map(title, measured), *(f"{key} [95 %]" for key in ends)]
     return [
         ["", *named, *("T" if key == "temperature" else key for key in settings)],
         *(
@@ -73,10 +76,15 @@ def short_table(summary: Summary) -> list[list[str]]:
     ]
 
 
+def _of_teacher(summary: Summary) -> Iterable[str]:
+    """Return the names of the metrics of a capacity curve, whose rows have none."""
+    return summary.teacher.metrics if isinstance(summary, CapacitySummary) else ()
+
+
 def _between(row: Row, key: str, metric: str) -> str:
     value, low, high = (row[f"{key}{end}"] for end in ("", "_low", "_high"))
     if key == "gain" and value is not None:
-        form = metric_format(metric)
+        form = find_metric(metric).difference
         return format_difference(Interval(value, low, high), form=form)
     text, *ends = (_number(each, words.form(metric)) for each in (value, low, high))
     return f"{text} [{', '.join(ends)}]" if all(ends) else text

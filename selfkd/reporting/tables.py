@@ -11,15 +11,19 @@ from selfkd.reporting.read import DISTILL, Generation, Run
 from selfkd.results import (
     CapacitySummary,
     Evaluation,
+    Facts,
     GenerationResult,
     Interval,
     Measured,
     StudySummary,
     TableRow,
     TrialResult,
+    find_metric,
 )
 from selfkd.text import one_line
 
+FURTHER = Facts().further
+"""Further metrics of what is not said."""
 MOST_ROWS = 200
 """Number of rows after which a table of classes or trials is cut."""
 
@@ -61,11 +65,11 @@ class Table:
 def results_table(run: Run) -> Table:
     """Return the main table of a run, or its costs so far where it has no results yet."""
     if run.ensemble_summary is not None:
-        return ensemble_table(run.ensemble_summary.rows)
+        return ensemble_table(run.ensemble_summary.rows, run.compared, run.columns)
     if run.capacity_summary is not None:
-        return capacity_table(run.capacity_summary)
+        return capacity_table(run.capacity_summary, run.compared)
     if run.study_summary is not None:
-        return study_table(run.study_summary)
+        return study_table(run.study_summary, run.compared)
     return generations_table(run) if run.generations else cost_table(run)
 
 
@@ -73,57 +77,64 @@ def generations_table(run: Run) -> Table:
     """Return a row a generation, then their ensemble and the controls."""
     rows = [_generation_row(run, generation) for generation in run.generations]
     if run.ensemble is not None:
-        rows.append(_ensemble_row(run.ensemble))
+        rows.append(_ensemble_row(run, run.ensemble))
     rows += [
         (
-            *(control.title, "", "", "", "", words.mean(control.mean)),
-            *(words.points(control.first), "", "", "", ""),
+            *(control.title, "", "", "", "", words.mean(control.mean, control.metric)),
+            *(words.bare_difference(control.first, control.metric), "", *[""] * len(run.columns)),
+            "",
         )
         for control in run.controls
     ]
     lineages = run.verdict is not None and run.verdict.covers == "lineages"
     again = "whole lineages" if lineages else "fresh seeds"
-    head = ("generation", "T", "alpha", _column(run.metric), "test acc", again)
-    differences = "vs gen. 0, points", "vs previous, points"
-    return Table((*head, *differences, "NLL", "ECE", "agreement"), tuple(rows)).without_empty()
+    tested = words.short_metric(run.tested)
+    head = ("generation", "T", "alpha", words.short_metric(run.metric), tested, again)
+    unit = words.difference_head(run.compared)
+    differences = f"vs gen. 0{unit}", f"vs previous{unit}"
+    columns = (*head, *differences, *further_head(run.columns), "agreement")
+    return Table(columns, tuple(rows)).without_empty()
 
 
-def _column(metric: str) -> str:
-    return {"val_accuracy": "val acc"}.get(metric, metric)
+def further_head(names: Sequence[str]) -> list[str]:
+    """Return the heads of the columns of further metrics."""
+    return [words.short_metric(name) for name in names]
 
 
 def _generation_row(run: Run, generation: Generation) -> tuple[str, ...]:
     result, confirmed = generation.result, generation.confirmation
     if result is None:
-        return (f"{generation.number} (unfinished)", *[""] * 10)
+        return (f"{generation.number} (unfinished)", *[""] * (8 + len(run.columns)))
     return (
         str(generation.number),
         words.number(result.temperature, ".2f"),
         words.number(result.alpha, ".2f"),
         words.measured(run, result.metric(run.metric)),
-        words.percent(result.metric("test_accuracy")),
+        words.value(result.metric(run.tested), run.tested),
         words.confirmed(confirmed),
         words.gained(confirmed, "first"),
         words.gained(confirmed, "previous"),
-        words.number(result.metric("test_nll")),
-        words.number(result.metric("test_ece")),
+        *_further(result, run.columns),
         words.percent(result.metric("agreement")),
     )
 
 
-def _ensemble_row(row: Evaluation) -> tuple[str, ...]:
-    val, test, nll, ece = measures(row)
-    return ("ensemble of all", "", "", val, test, "", "", "", nll, ece, "")
+def _ensemble_row(run: Run, row: Evaluation) -> tuple[str, ...]:
+    val, test, *further = measures(row, run.compared, run.columns)
+    return ("ensemble of all", "", "", val, test, "", "", "", *further, "")
 
 
-def measures(row: Measured, metric: str = "accuracy") -> tuple[str, str, str, str]:
-    """Return a metric on validation and test, NLL and ECE."""
+def measures(row: Measured, metric: str, further: Sequence[str] = FURTHER) -> tuple[str, ...]:
+    """Return a metric on validation and test, and further ones on test."""
     return (
         words.value(row.metric(f"val_{metric}"), metric),
         words.value(row.metric(f"test_{metric}"), metric),
-        words.number(row.metric("test_nll")),
-        words.number(row.metric("test_ece")),
+        *_further(row, further),
     )
+
+
+def _further(row: Measured, names: Sequence[str]) -> list[str]:
+    return [words.number(row.metric(f"test_{name}"), find_metric(name).cell) for name in names]
 
 
 def all_trials_table(run: Run) -> Table:
@@ -133,13 +144,13 @@ def all_trials_table(run: Run) -> Table:
             f"generation {generation.number}, trial {trial.trial}",
             words.measured(run, trial.metric(run.metric)),
             _outcome(trial, generation.result.trial if generation.result else None),
-            words.percent(chosen.metric("test_accuracy")) if chosen else "",
+            words.value(chosen.metric(run.tested), run.tested) if chosen else "",
         )
         for generation in run.generations
         for trial in generation.trials
         for chosen in [_if_chosen(generation, trial)]
     ]
-    head = ("trial", _column(run.metric), "", "test acc")
+    head = ("trial", words.short_metric(run.metric), "", words.short_metric(run.tested))
     note = cut_note(len(rows), "trials")
     return Table(head, tuple(rows[:MOST_ROWS]), note).without_empty()
 
@@ -153,7 +164,8 @@ def trials_table(run: Run, trials: Sequence[TrialResult], chosen: int | None) ->
     """Return a row a trial: its settings and its metric."""
     keys = sorted({key for trial in trials for key in trial.point}, key=_distill_first)
     short = {"distill.temperature": "T", "distill.alpha": "alpha"}
-    head = ("trial", *(short.get(key, key) for key in keys), _column(run.metric), "seconds", "")
+    named = words.short_metric(run.metric)
+    head = ("trial", *(short.get(key, key) for key in keys), named, "seconds", "")
     rows = [
         (
             str(trial.trial),
@@ -260,35 +272,39 @@ def lineage_table(run: Run) -> Table:
 
 def members_table(run: Run) -> Table:
     """Return the teachers of an ensemble, the best on validation first."""
+    names = [f"val_{run.compared}", *(f"val_{name}" for name in run.columns[:1])]
     rows = [
         (
             row.hash,
             str(row.model.get("name", "")),
-            words.percent(row.metric("val_accuracy")),
-            words.number(row.metric("val_nll")),
+            words.value(row.metric(names[0]), names[0]),
+            *(words.number(row.metric(name), find_metric(name).cell) for name in names[1:]),
         )
         for row in run.members
     ]
-    return Table(("hash", "model", "val acc", "val NLL"), tuple(rows))
+    return Table(("hash", "model", *map(words.short_metric, names)), tuple(rows))
 
 
-def ensemble_table(rows: Sequence[TableRow], metric: str = "accuracy") -> Table:
+def ensemble_table(
+    rows: Sequence[TableRow], metric: str = words.MAIN, further: Sequence[str] = FURTHER
+) -> Table:
     """Return the table that `selfkd.ensemble` prints: quality and costs of teachers and student.
 
     Args:
         rows: Rows of the summary.
         metric: Metric that models are compared by, see `Facts.metric`.
+        further: Further metrics, see `Facts.further`.
     """
     short = words.short_metric(metric)
-    quality = (f"val {short}", f"test {short}", "NLL", "ECE")
+    quality = (f"val {short}", f"test {short}", *further_head(further))
     head = ("model", *quality, "parameters", "ms, 1", "ms, 128")
     texts = []
     for row in rows:
-        val, test, nll, ece = measures(row, metric)
+        val, test, *more = measures(row, metric, further)
         if row.low is not None and row.high is not None:
             test += f" ± {words.value((row.high - row.low) / 2, metric)}"
         costs = words.number(row.ms_1, ".3g"), words.number(row.ms_128, ".3g")
-        texts.append((row.name, val, test, nll, ece, words.size(row.parameters), *costs))
+        texts.append((row.name, val, test, *more, words.size(row.parameters), *costs))
     note = "ms an item, of 1 and of 128 at once, on one thread."
     return Table(head, tuple(texts), note, rules=(len(texts) - 2,))
 
@@ -307,36 +323,47 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", shown
 
 
-def capacity_table(summary: CapacitySummary) -> Table:
-    """Return a row a size, the smallest first, then the teacher."""
+def capacity_table(summary: CapacitySummary, metric: str = words.MAIN) -> Table:
+    """Return a row a size, the smallest first, then the teacher.
+
+    Args:
+        summary: Summary of the run.
+        metric: Metric that models are compared by, see `Facts.metric`.
+    """
     rows = [
         (
             str(size.value),
             words.size(size.parameters),
-            words.mean(size.labels.interval),
-            words.mean(size.distilled.interval),
-            words.points(size.difference),
+            words.mean(size.labels.interval, metric),
+            words.mean(size.distilled.interval, metric),
+            words.bare_difference(size.difference, metric),
             words.p_value(size.p_holm),
             size.verdict,
         )
         for size in summary.sizes
     ]
     teacher = summary.teacher
-    accuracy = words.percent(teacher.metric("test_accuracy"))
-    rows.append(("teacher", words.size(teacher.parameters), accuracy, "", "", "", ""))
+    tested = words.value(teacher.metric(f"test_{metric}"), metric)
+    rows.append(("teacher", words.size(teacher.parameters), tested, "", "", "", ""))
     head = (summary.key.rpartition(".")[2], "params", "labels only", "distilled")
-    return Table((*head, "difference, points", "p, Holm", "distillation"), tuple(rows))
+    difference = f"difference{words.difference_head(metric)}"
+    return Table((*head, difference, "p, Holm", "distillation"), tuple(rows))
 
 
-def study_table(study: StudySummary) -> Table:
-    """Return a row an arm, in the order of the config, then the teachers from elsewhere."""
+def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
+    """Return a row an arm, in the order of the config, then the teachers from elsewhere.
+
+    Args:
+        study: Summary of the run.
+        metric: Metric that models are compared by, see `Facts.metric`.
+    """
     rows = [
         (
             arm.name,
             str(len(arm.runs)),
             _errors(arm.errors),
-            words.mean(arm.mean),
-            words.percent(arm.metric("val_accuracy")),
+            words.mean(arm.mean, metric),
+            words.value(arm.metric(f"val_{metric}"), metric),
             words.mean(arm.agreement),
             _errors(arm.biased_errors),
             _errors(arm.all_biased_errors),
@@ -346,10 +373,10 @@ def study_table(study: StudySummary) -> Table:
     if study.members is not None:
         members = study.members
         errors = words.number(members.metric("test_errors"), ".0f")
-        val, test, _, _ = measures(members)
-        accuracies = test, val
-        rows.append((f"members ({members.count})", "", errors, *accuracies, "", "", ""))
-    head = ("arm", "seeds", "test errors", "test acc", "val acc", "agreement")
+        val, test = measures(members, metric, ())
+        rows.append((f"members ({members.count})", "", errors, test, val, "", "", ""))
+    short = words.short_metric(metric)
+    head = ("arm", "seeds", "test errors", f"test {short}", f"val {short}", "agreement")
     return Table((*head, "errors, one bias", "errors, biases"), tuple(rows)).without_empty()
 
 

@@ -6,24 +6,29 @@ from collections.abc import Iterator
 from typing import Literal
 
 from selfkd.analysis import verdicts
-from selfkd.analysis.verdicts import (
-    count,
-    format_difference,
-    is_fraction,
-    short,
-)
+from selfkd.analysis.verdicts import count, format_difference, short
 from selfkd.config import Config
 from selfkd.reporting.read import Run
-from selfkd.results import EnsembleSummary, GenerationResult, Interval, Replicated
+from selfkd.results import (
+    EnsembleSummary,
+    GenerationResult,
+    Interval,
+    Replicated,
+    find_metric,
+    title,
+)
+
+MAIN = "accuracy"
+"""Metric of what is not said."""
 
 
 def form(metric: str) -> str:
     """Return the format of a metric's values.
 
     >>> form("val_accuracy"), form("val_nll")
-    ('.2%', '.4g')
+    ('.2%', '#.4g')
     """
-    return ".2%" if is_fraction(metric) else ".4g"
+    return find_metric(metric).form
 
 
 def percent(value: float | None) -> str:
@@ -37,12 +42,36 @@ def value(value: float | None, metric: str) -> str:
 
 
 def short_metric(metric: str) -> str:
-    """Return the name of a metric as a column has it.
+    """Return the name of a metric as a column has it, with its split where there is one.
 
-    >>> short_metric("accuracy"), short_metric("perplexity")
-    ('acc', 'perplexity')
+    >>> short_metric("accuracy"), short_metric("val_nll"), short_metric("val_f1")
+    ('acc', 'val NLL', 'val_f1')
     """
-    return "acc" if metric == "accuracy" else metric
+    found = find_metric(metric)
+    split = metric.removesuffix(found.name)
+    return f"{split.removesuffix('_')} {found.short}" if split else found.short
+
+
+def difference_head(metric: str) -> str:
+    """Return the unit of differences of a metric, as the head of a column has it.
+
+    >>> difference_head("accuracy"), difference_head("nll"), difference_head("f1")
+    (', points', ', nats', '')
+    """
+    unit = find_metric(metric).unit
+    return f", {unit}" if unit else ""
+
+
+def right(metric: str, value: float, unit: str) -> str:
+    """Return a predicate: how good a model is on the test split.
+
+    >>> right("accuracy", 0.5, "images"), right("nll", 1.234, "windows")
+    ('is right on 50.00% of the test images', 'has test NLL 1.234 nats')
+    """
+    found = find_metric(metric)
+    if found.is_fraction:
+        return f"is right on {found.value(value)} of the test {unit}"
+    return f"has test {found.label} {found.with_unit(value)}"
 
 
 def number(value: float | None, form: str = ".4f") -> str:
@@ -50,13 +79,15 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "" if value is None else verdicts.number(value, form)
 
 
-def mean(estimate: Interval | None) -> str:
-    """Return a mean accuracy with half of its interval."""
+def mean(estimate: Interval | None, metric: str = MAIN) -> str:
+    """Return a mean of a metric with half of its interval."""
     if estimate is None:
         return ""
     if estimate.low is None or estimate.high is None:
-        return percent(estimate.value)
-    return f"{percent(estimate.value)} ± {percent((estimate.high - estimate.low) / 2)}"
+        return value(estimate.value, metric)
+    half = (estimate.high - estimate.low) / 2
+    of = form(metric) if find_metric(metric).is_fraction else ".2g"
+    return f"{value(estimate.value, metric)} ± {number(half, of)}"
 
 
 def plus_minus(estimate: Interval | None, metric: str, *, sign: str = "") -> str:
@@ -79,19 +110,16 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else number(value, ".3f")
 
 
-def difference(estimate: Interval | None) -> str:
-    """Return a difference of accuracies with its interval."""
-    return "" if estimate is None else format_difference(estimate)
-
-
-def points(estimate: Interval | None) -> str:
-    """Return a difference of accuracies with its interval, in points, for a table's cell."""
+def difference(estimate: Interval | None, metric: str = MAIN) -> str:
+    """Return a difference of a metric with its interval."""
     if estimate is None:
         return ""
-    text = number(100 * estimate.value, "+.2f")
-    if estimate.low is None or estimate.high is None:
-        return text
-    return f"{text} [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
+    return format_difference(estimate, form=find_metric(metric).difference)
+
+
+def bare_difference(estimate: Interval | None, metric: str = MAIN) -> str:
+    """Return a difference of a metric with its interval, without unit, for a table's cell."""
+    return "" if estimate is None else format_difference(estimate, form=find_metric(metric).bare)
 
 
 def measured(run: Run, value: float | None) -> str:
@@ -104,21 +132,13 @@ def confirmed(confirmation: Replicated | None) -> str:
     if confirmation is None:
         return ""
     seeds = " (1 seed)" if confirmation.given else ""
-    if is_fraction(confirmation.metric):
-        return f"{mean(confirmation.mean)}{seeds}"
-    found = confirmation.mean
-    half = "" if found.high is None else f" ± {found.high - found.value:.2g}"
-    return f"{number(found.value, '.4g')}{half}{seeds}"
+    return f"{mean(confirmation.mean, confirmation.metric)}{seeds}"
 
 
 def gained(confirmation: Replicated | None, other: Literal["first", "previous"]) -> str:
     """Return the difference to generation 0, or to the previous generation."""
     found: Interval | None = getattr(confirmation, other, None)
-    if confirmation is None or found is None or is_fraction(confirmation.metric):
-        return points(found)
-    if found.low is None or found.high is None:
-        return number(found.value, "+.4g")
-    return f"{number(found.value, '+.4g')} [{found.low:+.4g}, {found.high:+.4g}]"
+    return "" if confirmation is None else bare_difference(found, confirmation.metric)
 
 
 def duration(seconds: float) -> str:
@@ -163,10 +183,9 @@ def _of_generations(run: Run) -> Iterator[str]:
         yield sentence(run.stopped)
     if run.best is not None and run.verdict is None:
         yield from _unconfirmed(run, run.best)
-    if run.ensemble is not None and (accuracy := run.ensemble.metric("test_accuracy")) is not None:
+    if run.ensemble is not None and (tested := run.ensemble.metric(run.tested)) is not None:
         yield (
-            f"The ensemble of all {len(done)} generations is right on {percent(accuracy)} of the "
-            f"test {run.unit}."
+            f"The ensemble of all {len(done)} generations {right(run.compared, tested, run.unit)}."
         )
     if not done:
         yield "No generation is finished yet."
@@ -175,7 +194,7 @@ def _of_generations(run: Run) -> Iterator[str]:
 def _unconfirmed(run: Run, best: GenerationResult) -> Iterator[str]:
     first = run.results[0]
     yield (
-        f"Generation {best.generation} has the best {named(run.metric)}: "
+        f"Generation {best.generation} has the best {title(run.metric)}: "
         f"{measured(run, best.metric(run.metric))}{_tests(run, first, best)}."
     )
     if not run.finished:
@@ -188,18 +207,15 @@ def _unconfirmed(run: Run, best: GenerationResult) -> Iterator[str]:
 
 
 def _tests(run: Run, first: GenerationResult, best: GenerationResult) -> str:
-    tested, of_first = best.metric("test_accuracy"), first.metric("test_accuracy")
+    tested, of_first = best.metric(run.tested), first.metric(run.tested)
     if tested is None:
         return ""
-    text = f"; it is right on {percent(tested)} of the test {run.unit}"
+    metric = find_metric(run.compared)
+    text = f"; it {right(run.compared, tested, run.unit)}"
     if first is not best and of_first is not None:
-        text += f", generation {first.generation} on {percent(of_first)}"
+        on = "on " if metric.is_fraction else ""
+        text += f", generation {first.generation} {on}{metric.with_unit(of_first)}"
     return text
-
-
-def named(metric: str) -> str:
-    """Return the name of a metric for people."""
-    return {"val_accuracy": "validation accuracy", "val_nll": "validation NLL"}.get(metric, metric)
 
 
 def _of_ensemble(run: Run) -> Iterator[str]:

@@ -47,6 +47,14 @@ from selfkd.results.generations import GenerationsSummary as GenerationsSummary
 from selfkd.results.generations import Origin as Origin
 from selfkd.results.generations import Replicated as Replicated
 from selfkd.results.generations import best_generation as best_generation
+from selfkd.results.metrics import METRICS as METRICS
+from selfkd.results.metrics import TIE as TIE
+from selfkd.results.metrics import Metric as Metric
+from selfkd.results.metrics import Mode as Mode
+from selfkd.results.metrics import find_main as find_main
+from selfkd.results.metrics import find_metric as find_metric
+from selfkd.results.metrics import is_measured as is_measured
+from selfkd.results.metrics import title as title
 from selfkd.results.row import CHECKPOINT as CHECKPOINT
 from selfkd.results.row import FORMAT as FORMAT
 from selfkd.results.row import OWN as OWN

@@ -35,6 +35,8 @@ class Facts:
     """Metric that models are compared by, measured as val_<metric> and test_<metric>."""
     mode: Literal["max", "min"] = "max"
     """Whether more of it is better, or less."""
+    further: tuple[str, ...] = ("nll", "ece")
+    """Further metrics that tables show, measured as test_<metric>."""
     outputs: Count = 0
     """Number of classes, or size of the vocabulary."""
     names: tuple[str, ...] = ()

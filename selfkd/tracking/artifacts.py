@@ -8,20 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.config import Config
-from selfkd.results import GenerationResult, Row
+from selfkd.results import GenerationResult, Row, is_measured
 from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tracking.run import LoggedRun, make_artifact
 
-FACTS = (
-    "temperature",
-    "alpha",
-    "val_accuracy",
-    "val_nll",
-    "test_accuracy",
-    "test_nll",
-    "test_ece",
-)
 MANIFEST = ("teacher", "data", "views", "images", "classes", "top_k")
 
 Make = Callable[[], Any]
@@ -69,12 +60,13 @@ class Artifacts:
             "model": network.name,
             "teachers": [teacher.hash for teacher in result.teachers],
         }
-        own = {"temperature": result.temperature, "alpha": result.alpha, **result.metrics}
+        measured = {name: v for name, v in result.metrics.items() if is_measured(name)}
+        own = {"temperature": result.temperature, "alpha": result.alpha, **measured}
         found = []
         for rank, model in enumerate(result.models):
             facts = {**shared, "hash": model.hash, "rank": rank}
             if not rank:
-                facts |= {key: own[key] for key in FACTS if own.get(key) is not None}
+                facts |= {key: value for key, value in own.items() if value is not None}
             alias = f"generation-{generation}" + (f"-rank-{rank}" if rank else "")
             path = model.checkpoint
             found.append((alias, self.model(self._folder / path, facts) if path else None))

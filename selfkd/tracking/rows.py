@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from selfkd.results import (
+    TIE,
     Confirmation,
     Epoch,
     GenerationResult,
     Interval,
     Row,
     TrialResult,
+    find_main,
+    find_metric,
+    is_measured,
 )
 
 ENDS = ("value", "low", "high")
@@ -61,14 +65,18 @@ def trial_summary(trial: TrialResult) -> Row:
     found: Row = {"status": trial.status, "error": trial.error}
     found |= {"train_seconds": trial.train_seconds}
     # what it ended with; a lineage has a val_accuracy, too
-    found |= {f"trial_{name}": trial.metric(name) for name in ("val_accuracy", "val_nll")}
+    found |= {f"trial_{name}": v for name, v in trial.metrics.items() if _is_validation(name)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _is_validation(name: str) -> bool:
+    return name.startswith("val_") and is_measured(name)
 
 
 def trial_rank(trial: TrialResult, *, metric: str, mode: str) -> tuple[float, float, int]:
     """Return a key that sorts trials, best first: by the metric, ties by NLL."""
     value = trial.metric(metric) or 0.0
-    return -value if mode == "max" else value, trial.metrics.get("val_nll", 0.0), trial.trial
+    return -value if mode == "max" else value, trial.metrics.get(TIE, 0.0), trial.trial
 
 
 def generation_row(result: GenerationResult) -> Row:
@@ -99,9 +107,18 @@ def best_and_last(results: Sequence[GenerationResult], best: GenerationResult, m
         results: Finished generations.
         best: The best of them, on validation.
         metric: Metric that is chosen by, `search.metric`.
+
+    >>> first, last = (
+    ...     GenerationResult(generation=k, trial=0, metrics={"val_nll": nll, "test_nll": nll + 0.5})
+    ...     for k, nll in enumerate((4.0, 3.75))
+    ... )
+    >>> best_and_last([first, last], last, "val_nll")  # doctest: +NORMALIZE_WHITESPACE
+    {'generations': 2, 'best_generation': 1, 'best_val_nll': 3.75, 'last_val_nll': 3.75,
+     'best_test_nll': 4.25, 'last_test_nll': 4.25}
     """
     found: Row = {"generations": len(results), "best_generation": best.generation}
-    for name in dict.fromkeys([metric, "val_accuracy", "test_accuracy"]):
+    main = find_main(best.metrics)
+    for name in dict.fromkeys([metric, *(f"{split}_{main}" for split in ("val", "test"))]):
         values = {f"best_{name}": best.metric(name), f"last_{name}": results[-1].metric(name)}
         found |= {key: value for key, value in values.items() if value is not None}
     return found
@@ -113,7 +130,8 @@ def validation_summaries(metric: str, mode: Literal["max", "min"]) -> dict[str, 
     >>> validation_summaries("val_nll", "min")
     {'val_accuracy': 'max', 'val_nll': 'min'}
     """
-    return {"val_accuracy": "max", "val_nll": "min", metric: mode}
+    known = {f"val_{name}": str(find_metric(name).mode) for name in ("accuracy", "nll")}
+    return known | {metric: mode}
 
 
 def intervals(named: Mapping[str, Interval | None]) -> Row:

@@ -31,6 +31,7 @@ from selfkd.results import (
     TrialResult,
     Verdict,
     best_generation,
+    find_main,
     to_row,
 )
 from selfkd.storage.files import fetch
@@ -368,7 +369,9 @@ class WandbTracker(NoTracker):
             plain = {k: v for k, v in to_row(row).items() if k != "runs" and v is not None}
             run.do(_log({"row": number, **plain}))
         found = intervals({"gain": summary.gain, "share_kept": summary.share})
-        found["student_test_accuracy"] = summary.rows[-1].metric("test_accuracy")
+        student = summary.rows[-1]
+        if (tested := f"test_{find_main(student.metrics)}") in student.metrics:
+            found[f"student_{tested}"] = student.metric(tested)
         run.do(_summarise(found))
         self._say(run, summary.verdict)
         path = self._run_folder / STUDENT

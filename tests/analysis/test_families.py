@@ -12,8 +12,8 @@ from benchmarks.evidence import IMAGES, by_holm, closed, draw, error, intervals,
 from scipy import stats
 
 from selfkd.analysis.families import LEVEL, Pairs, Terms, closed_test, judge
-from selfkd.analysis.verdicts import plain, ranges
-from selfkd.results import Interval, Verdict
+from selfkd.analysis.verdicts import ranges
+from selfkd.results import Interval, Verdict, find_metric
 
 RUNS = 2000
 MOST = LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / RUNS)
@@ -161,7 +161,13 @@ def test_no_evidence_in_words() -> None:
 def test_a_loss_and_less_is_better_in_words() -> None:
     worse = generations(rows([-0.03, -0.03]), mode="max")
     assert " are worse than generation 0: -" in worse.sentences[0]
-    better = generations(rows([-0.03, -0.03]), mode="min", form=plain, unit="val nll", floor=0)
+    better = generations(
+        rows([-0.03, -0.03]),
+        mode="min",
+        form=find_metric("f1").difference,
+        unit="val nll",
+        floor=0,
+    )
     assert " are better than generation 0: -" in better.sentences[0]
     assert "] in val nll over 6 fresh seeds" in better.sentences[0]
 
@@ -207,7 +213,7 @@ def test_generations_without_a_common_seed() -> None:
 
 
 def test_huge_values_are_judged_without_overflow() -> None:
-    found = generations(rows([0.03, 0.03]) * 1e300, floor=0, form=plain)
+    found = generations(rows([0.03, 0.03]) * 1e300, floor=0, form=find_metric("f1").difference)
     assert found.outcome == "better"
     assert [each.outcome for each in found.comparisons] == ["better", "better"]
     same = generations(np.zeros((3, 3)), floor=0)
@@ -256,7 +262,7 @@ def test_students_that_differ_by_an_image_now_and_then_are_not_told_apart(
 
 def test_without_a_floor_equal_differences_have_no_interval() -> None:
     pairs = [Pairs.of("B", "A", {n: 0.5 + n / 8 for n in range(3)}, {n: n / 8 for n in range(3)})]
-    (only,) = judge(pairs, terms=Terms(form=plain)).sentences
+    (only,) = judge(pairs, terms=Terms(form=find_metric("f1").difference)).sentences
     assert only == "B and A differ by +0.5, the same on all 3 fresh seeds, so there is no interval"
 
 

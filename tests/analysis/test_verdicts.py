@@ -9,13 +9,13 @@ import pytest
 from selfkd.analysis.verdicts import (
     describe_difference,
     is_better,
-    metric_format,
     number,
-    plain,
     points,
     sparkline,
 )
-from selfkd.results import Interval
+from selfkd.results import Interval, find_metric
+
+PLAIN = find_metric("f1").difference
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_less_may_be_better() -> None:
     assert is_better(loss, mode="min")
     assert not is_better(loss)
     assert (
-        describe_difference("B", "A", loss, "3 paired seeds", mode="min", form=plain)
+        describe_difference("B", "A", loss, "3 paired seeds", mode="min", form=PLAIN)
         == "B is better than A: -0.2 [-0.3, -0.1], 3 paired seeds"
     )
     gain = Interval(0.2, 0.1, 0.3)
-    assert describe_difference("B", "A", gain, "x", mode="min", form=plain).startswith(
+    assert describe_difference("B", "A", gain, "x", mode="min", form=PLAIN).startswith(
         "B is worse than A"
     )
 
@@ -81,10 +81,11 @@ def test_without_a_difference_there_is_no_evidence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "text"), [("test_accuracy", "+1.00 points"), ("val_nll", "+0.01"), ("loss", "+0.01")]
+    ("metric", "text"),
+    [("test_accuracy", "+1.00 points"), ("val_nll", "+0.010 nats"), ("loss", "+0.01")],
 )
-def test_an_accuracy_is_a_fraction_and_other_metrics_are_plain(metric: str, text: str) -> None:
-    assert metric_format(metric)(0.01) == text
+def test_a_difference_has_the_unit_of_its_metric(metric: str, text: str) -> None:
+    assert find_metric(metric).difference(0.01) == text
 
 
 def test_sparkline_is_as_long_as_its_values_and_in_their_order() -> None:
@@ -97,5 +98,5 @@ def test_sparkline_is_as_long_as_its_values_and_in_their_order() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_none_are_a_dash(value: float) -> None:
-    shown = [number(value, ".2f"), points(value), plain(value)]
+    shown = [number(value, ".2f"), points(value), PLAIN(value)]
     assert shown == ["–", "– points", "–"]

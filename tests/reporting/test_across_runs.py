@@ -155,7 +155,7 @@ def test_repeats_are_averaged_and_paired_by_run(tmp_path: Path) -> None:
         *("generation 0", "generation 1", "generation 2", "ensemble of all")
     ]
     table = np.array([[result.metrics["test_accuracy"] for result in run.results] for run in runs])
-    assert rows[2].accuracies == pytest.approx(table[:, 2])
+    assert rows[2].values == pytest.approx(table[:, 2])
     ends = stats.ttest_rel(table[:, 2], table[:, 0]).confidence_interval(0.95)
     assert rows[2].first is not None
     assert rows[2].first.low == pytest.approx(ends.low)

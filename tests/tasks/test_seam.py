@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,16 @@ from selfkd.experiments.ensemble import compress
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import compare_arms
+from selfkd.reporting import comparison_page, plain, tables, words
+from selfkd.reporting.across_runs import compare
 from selfkd.reporting.page import write_report
-from selfkd.results import Diagnostics, Facts, Row, Unseen
+from selfkd.reporting.read import Run, read_run
+from selfkd.results import Diagnostics, Facts, GenerationsSummary, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.soft_targets.store import open_store
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.tasks.task import Split, Task
+from selfkd.tracking import rows
 from selfkd.training.trial import Trial
 
 SIZES: dict[Split, int] = {"train": 300, "val": 80, "test": 90}
@@ -40,7 +45,10 @@ SETTINGS = [
 
 
 class Letters:
-    """The task of predicting the next letter from the last one: the more often seen, the surer."""
+    """The task of predicting the next letter from the last one: the more often seen, the surer.
+
+    Models are compared by what they are chosen by: perplexity, or NLL with perplexity beside it.
+    """
 
     evaluated: tuple[Split, ...] = ("test",)
     device = "cpu"
@@ -57,13 +65,16 @@ class Letters:
         train = torch.stack(self.items["train"]).numpy().tobytes()
         self.fingerprint = hashlib.sha256(train).hexdigest()[:16]
         self.data_key = data_key(self.fingerprint, {})
+        by_nll = self.config.search.metric == "val_nll"
+        self.measures = ("nll", "perplexity") if by_nll else ("perplexity",)
 
     def check(self) -> Facts:
         return Facts(
             items={str(split): count for split, count in SIZES.items()},
             unit="letters",
-            metric="perplexity",
+            metric=self.measures[0],
             mode="min",
+            further=self.measures[1:],
             outputs=LETTERS,
             parameters={"model": LETTERS**2, "student": LETTERS**2},
             fingerprints={"train": self.fingerprint},
@@ -157,10 +168,12 @@ class Letters:
         return self.items[split][1]
 
     def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
-        return {
-            f"{split}_perplexity": float(F.cross_entropy(own, self.labels(split)).exp())
-            for split, own in logits.items()
-        }
+        found = {}
+        for split, own in logits.items():
+            nll = float(F.cross_entropy(own, self.labels(split)))
+            values = {"nll": nll, "perplexity": math.exp(nll)}
+            found |= {f"{split}_{name}": values[name] for name in self.measures}
+        return found
 
     def hits(self, logits: Tensor, split: Split) -> Tensor:
         return logits.argmax(dim=-1) == self.labels(split)
@@ -180,14 +193,16 @@ class Letters:
         raise NotImplementedError
 
 
-@pytest.fixture(autouse=True)
-def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def letters() -> Iterator[None]:
     def make_task(tree: Tree) -> Task:
         return Letters(tree)
 
-    for module in ("jobs", "evaluate", "ensembling"):
-        monkeypatch.setattr(f"selfkd.worker.{module}.make_task", make_task)
-    monkeypatch.setattr("selfkd.worker.ensembling.TIMED_SECONDS", 0.001)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("jobs", "evaluate", "ensembling"):
+            patch.setattr(f"selfkd.worker.{module}.make_task", make_task)
+        patch.setattr("selfkd.worker.ensembling.TIMED_SECONDS", 0.001)
+        yield
 
 
 def start(tmp_path: Path, *settings: str) -> tuple[Config, RunFolder]:
@@ -246,3 +261,117 @@ def test_arms_are_compared(tmp_path: Path) -> None:
     assert found.difference.high < 0
     assert summary.verdict is not None
     assert summary.verdict.sentences[0].startswith("long is better than short: -")
+
+
+# --- a task whose models are compared by NLL, of which less is better ---
+
+BY_NLL = ("search={metric: val_nll, trials: 3}", "rounds=1")
+
+
+@pytest.fixture(scope="module")
+def by_nll(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Two runs of two generations, the second of ten times as many epochs."""
+    found = []
+    for epochs in (1, 10):
+        place = tmp_path_factory.mktemp("by_nll")
+        settings = [each for each in SETTINGS if not each.startswith("search")]
+        config = load_config(settings=[*settings, *BY_NLL, f"train.epochs={epochs}"])
+        folder = RunFolder.create(place / f"{epochs}_epochs", config)
+        born_again(make_run(config, folder))
+        found.append(read_run(folder.path))
+    return found
+
+
+def test_less_nll_is_chosen_and_is_better(by_nll: list[Run]) -> None:
+    for run in by_nll:
+        assert run.get("search.mode") == "min"  # as is known of NLL
+        for generation in run.generations:
+            assert generation.result is not None
+            found = [trial.metrics["val_nll"] for trial in generation.trials]
+            assert generation.result.metrics["val_nll"] == min(found)
+        means = [sum(g.confirmation.validation) for g in run.generations if g.confirmation]
+        assert run.best is not None
+        assert run.best.generation == means.index(min(means))
+        verdict = run.verdict
+        assert verdict is not None
+        assert verdict.difference is not None
+        assert re.search(r"[+-]\S+ nats \[.+\] in test NLL over 3 fresh", verdict.sentences[0])
+        if verdict.outcome != "none":
+            assert (verdict.outcome == "better") == (verdict.difference.value < 0)
+
+
+def test_runs_are_compared_by_nll(by_nll: list[Run]) -> None:
+    short, long = by_nll
+    found = compare(long, short)
+    assert found is not None
+    assert found.difference.high is not None
+    assert found.difference.high < 0
+    assert re.match(r"10_epochs is better than 1_epochs: -\S+ nats \[-\S+, -\S+\]", found.verdict)
+    assert "10_epochs is better" in comparison_page.verdicts([short, long])[0]
+    assert comparison_page.comparisons_table([found]).head[2] == "test NLL, nats"
+    assert comparison_page.runs_table(by_nll).head[5] == "test NLL"
+    page = comparison_page.comparison_page([short, long])
+    assert page.lead is not None
+    assert page.lead.text.startswith("NLL on test of the last model of each run: 1_epochs ")
+    assert "test_perplexity" in comparison_page.record_fields(by_nll)
+    assert comparison_page.records(long)[0]["val_nll"] == long.results[0].metrics["val_nll"]
+
+
+def test_tables_and_lines_are_of_nll(by_nll: list[Run]) -> None:
+    _, run = by_nll
+    facts, summary = run.facts, RunFolder(run.path).summary(GenerationsSummary)
+    assert facts is not None
+    assert summary is not None
+    table = summary_table(summary, facts.metric)
+    assert table.head[:3] == ("generation", "test NLL, 3 seeds", "gain, nats")
+    chosen = chosen_table(summary, facts.metric, facts.further)
+    assert chosen.head[1:5] == ("val NLL", "test NLL", "perplexity", "agreement")
+    nll, perplexity = (run.results[0].metrics[f"test_{name}"] for name in ("nll", "perplexity"))
+    assert chosen.rows[0][2:4] == (f"{nll:#.4g}", f"{perplexity:.4g}")
+    found = tables.results_table(run).head
+    assert found[3:8] == (
+        "val NLL",
+        "test NLL",
+        "fresh seeds",
+        "vs gen. 0, nats",
+        "vs previous, nats",
+    )
+    head, *rows_of = plain.short_table(summary)
+    assert head[1] == "test NLL"
+    assert " nats" in rows_of[1][head.index("gain [95 %]")]
+    text = " ".join(words.headlines(run))
+    assert re.search(r"The ensemble of all 2 generations has test NLL [\d.]+ nats\.", text)
+    assert "right on" not in text
+    report = write_report(run.path).read_text()
+    for words_of in ("Test NLL over generation 0", "test NLL, less is better", "NLL on validation"):
+        assert words_of in report
+    assert "accuracy" not in re.sub(r"<script.*?</script>|<style.*?</style>", "", report)
+
+
+def test_wandb_has_nll_of_trials_and_generations(by_nll: list[Run]) -> None:
+    _, run = by_nll
+    first, last = run.results
+    found = rows.best_and_last([first, last], last, run.metric)
+    assert found["best_test_nll"] == last.metrics["test_nll"]
+    assert found["best_val_nll"] == last.metrics["val_nll"]
+    trials = run.generations[1].trials
+    assert rows.trial_summary(trials[0])["trial_val_nll"] == trials[0].metrics["val_nll"]
+    best = min(trials, key=lambda trial: rows.trial_rank(trial, metric=run.metric, mode=run.mode))
+    assert best.trial == last.trial
+    assert rows.validation_summaries(run.metric, run.mode)["val_nll"] == "min"
+    confirmed = run.generations[1].confirmation
+    assert confirmed is not None
+    assert "confirmed/test_nll" in rows.confirmation_row(confirmed)
+
+
+def test_a_student_keeps_a_share_of_less_nll(tmp_path: Path) -> None:
+    settings = [each for each in SETTINGS if not each.startswith("search")]
+    more = ("members.count=3", "confirm.seeds=3", "distill={temperature: 1.0, alpha: 1.0}")
+    config = load_config(settings=[*settings, *BY_NLL, *more, "search.space={}"])
+    folder = RunFolder.create(tmp_path / "run", config, command="ensemble")
+    summary = compress(make_run(config, folder))
+    room = summary.teacher.metrics["test_nll"] - summary.rows[-2].metrics["test_nll"]
+    assert (summary.share is not None) == (room < 0)
+    assert "nats" in summary.verdict.sentences[0]
+    text = write_report(folder.path).read_text()
+    assert "NLL on test, with 95 % intervals" in text

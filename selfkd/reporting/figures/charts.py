@@ -68,7 +68,7 @@ def gains(
         ]
         main.line(points, "seed")
         for place, value in points if rows[0].number else points[1:]:
-            main.dot(place, value, "faint", f"seed {seed}: {value / factor:+.2%}", r=2)
+            main.dot(place, value, "faint", f"seed {seed}: {measure.change(value / factor)}", r=2)
     _means(main, rows, factor, measure)
     if not beside:
         return Figure((main,))
@@ -85,7 +85,7 @@ def gains(
     side.rule(y=0, style="zero")
     for place, row in enumerate(beside):
         for seed, value in row.seeds.items():
-            tip = f"{row.name}, seed {seed}: {value:+.2%}"
+            tip = f"{row.name}, seed {seed}: {measure.change(value)}"
             if y.low <= factor * value <= y.high:
                 side.dot(place, factor * value, "faint", tip, r=2)
     _means(side, beside, factor, measure)

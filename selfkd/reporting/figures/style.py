@@ -37,6 +37,10 @@ class Measure:
         """Return a value as a text."""
         return f"{value:.2%}" if self.percent else f"{value:.4g}"
 
+    def change(self, value: float) -> str:
+        """Return a difference as a text: of fractions in percent."""
+        return f"{value:+.2%}" if self.percent else self.gain(value)
+
     def gain(self, value: float) -> str:
         """Return a difference as a text: of fractions in points."""
         return f"{100 * value:+.2f}" if self.percent else f"{value:+.3g}"

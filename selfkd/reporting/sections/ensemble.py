@@ -6,18 +6,23 @@ from collections.abc import Iterator
 
 from selfkd.reporting import tables, words
 from selfkd.reporting.figures import charts
-from selfkd.reporting.figures.style import Bar, Level, Line, Measure
+from selfkd.reporting.figures.style import Bar, Level, Line
 from selfkd.reporting.read import Run
 from selfkd.reporting.sections.diagnostics import diagnosis_sections
-from selfkd.reporting.sections.panels import Panel, Section, measure, response, settings
+from selfkd.reporting.sections.panels import (
+    Panel,
+    Section,
+    measure,
+    measure_of,
+    response,
+    settings,
+)
 from selfkd.reporting.tables import Table
-from selfkd.results import TrialResult
-
-ACCURACY = Measure("accuracy on test")
+from selfkd.results import TrialResult, title
 
 
 def ensemble_sections(run: Run) -> Iterator[Section]:
-    """Yield accuracy and the share of the gain, T and alpha, learning, calibration, classes."""
+    """Yield the test metric and share of the gain, T and alpha, learning, calibration, classes."""
     yield Section("", tuple(_models(run)))
     yield Section("Gain kept", tuple(_share(run)))
     yield Section("Search on validation", tuple(_student_map(run)))
@@ -26,22 +31,24 @@ def ensemble_sections(run: Run) -> Iterator[Section]:
 
 
 def _models(run: Run) -> Iterator[Panel]:
-    """Yield the accuracy of the teachers and of both students, the last two rows."""
+    """Yield the test metric of the teachers and of both students, the last two rows."""
     if run.ensemble_summary is None:
         return
-    rows = [row for row in run.ensemble_summary.rows if "test_accuracy" in row.metrics]
+    tested, shown = run.tested, measure_of(run.tested)
+    rows = [row for row in run.ensemble_summary.rows if tested in row.metrics]
     numbers = ([0] * len(rows) + [2, 1])[2:]
     levels = [
-        Level(row.name, Bar(row.metrics["test_accuracy"], row.low, row.high), row.runs, number)
+        Level(row.name, Bar(row.metrics[tested], row.low, row.high), row.runs, number)
         for row, number in zip(rows, numbers, strict=True)
     ]
     yield Panel(
         "Teachers and student",
-        "Accuracy on test, with 95 % intervals where several models were trained: "
-        + "; ".join(f"{row.name} {words.percent(row.metric('test_accuracy'))}" for row in rows)
-        + ".",
-        charts.levels(levels, measure=ACCURACY),
-        tables.ensemble_table(run.ensemble_summary.rows),
+        words.sentence(
+            f"{shown.title}, with 95 % intervals where several models were trained: "
+            + "; ".join(f"{row.name} {words.value(row.metric(tested), tested)}" for row in rows)
+        ),
+        charts.levels(levels, measure=shown),
+        tables.ensemble_table(run.ensemble_summary.rows, run.compared, run.columns),
     )
 
 
@@ -53,7 +60,10 @@ def _share(run: Run) -> Iterator[Panel]:
     table = Table(
         ("", "value and 95 % interval"),
         (
-            ("student over labels only, test accuracy", words.difference(summary.gain)),
+            (
+                f"student over labels only, {title(run.tested)}",
+                words.difference(summary.gain, run.tested),
+            ),
             ("share of the teacher's gain kept", words.difference(share)),
         ),
     )
@@ -77,7 +87,7 @@ def _student_map(run: Run) -> Iterator[Panel]:
     surface, best = response(run, [(0, trials)])
     yield Panel(
         "The student's trials over T and alpha",
-        f"{text}; colour: {words.named(run.metric)} against their mean. {best}".strip(),
+        f"{text}; colour: {title(run.metric)} against their mean. {best}".strip(),
         charts.setting_map(points, measure=measure(run), surface=surface),
         tables.trials_table(run, trials, chosen.trial if chosen else None),
     )
@@ -104,7 +114,7 @@ def _student_learning(run: Run) -> Iterator[Panel]:
     yield Panel(
         "The student's trials by epoch",
         words.sentence(
-            f"{words.named(run.metric)} of each trial by epoch"
+            f"{title(run.metric)} of each trial by epoch"
             + (f"; trial {chosen.trial} was chosen" if chosen else "")
         ),
         charts.curves(

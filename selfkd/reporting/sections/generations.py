@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from selfkd.analysis.verdicts import is_fraction
 from selfkd.reporting import tables, words
 from selfkd.reporting.figures import charts
 from selfkd.reporting.figures.style import Bar, Gain, Line, Measure
@@ -21,7 +20,7 @@ from selfkd.reporting.sections.panels import (
     values,
 )
 from selfkd.reporting.tables import Table
-from selfkd.results import Interval, Replicated, TrialResult
+from selfkd.results import Interval, Replicated, TrialResult, find_metric, title
 
 
 def generation_sections(run: Run) -> Iterator[Section]:
@@ -49,19 +48,19 @@ def _gain(run: Run) -> Iterator[Panel]:
     if len(found) < 2:
         return
     beside = _beside(run, base, metric) if compared else []
-    percent, larger = is_fraction(metric), run.mode != "min" or is_fraction(metric)
-    name = metric.replace("test_", "test ").replace("val_", "validation ").replace("_", " ")
+    of, name = find_metric(metric), title(metric)
+    larger = of.mode == "max" and (of.is_fraction or run.mode == "max" or metric != run.metric)
     zero = "the student's network from labels" if _has_own_baseline(run) else "generation 0"
-    unit = "points" if percent else name if larger else f"{name}, less is better"
-    title = f"{name[:1].upper()}{name[1:]} over {zero}"
-    shown = Measure(name, percent=percent, larger_is_better=larger)
+    unit = "points" if of.is_fraction else name if larger else f"{name}, less is better"
+    head = f"{name[:1].upper()}{name[1:]} over {zero}"
+    shown = Measure(name, percent=of.is_fraction, larger_is_better=larger)
     yield Panel(
-        title,
+        head,
         _gain_text(run, compared=compared, beside=beside),
         charts.gains(
             *(found, beside),
             measure=shown,
-            title=f"{title} by generation",
+            title=f"{head} by generation",
             axis=unit,
         ),
         gain_table([*found[not found[0].number :], *beside], shown),
@@ -70,8 +69,7 @@ def _gain(run: Run) -> Iterator[Panel]:
 
 def _tested(run: Run) -> str:
     """Return the metric of the chosen models that is shown where none is replicated."""
-    name = f"test_{run.facts.metric if run.facts is not None else 'accuracy'}"
-    return name if run.results and name in run.results[-1].metrics else run.metric
+    return run.tested if run.results and run.tested in run.results[-1].metrics else run.metric
 
 
 def _has_own_baseline(run: Run) -> bool:
@@ -194,7 +192,7 @@ def _map(run: Run) -> Iterator[Panel]:
     yield Panel(
         "Temperature and alpha",
         f"{len(points)} trials of all generations, each with its generation's number, chosen ones "
-        f"ringed; colour: {words.named(run.metric)} against the mean of the generation. {best}",
+        f"ringed; colour: {title(run.metric)} against the mean of the generation. {best}",
         charts.setting_map(points, measure=measure(run), surface=surface),
         _settings_table(run, distilled),
     )
@@ -249,7 +247,7 @@ def _learning(run: Run) -> Iterator[Panel]:
     numbers = [result.generation for result in run.results]
     histories = [result.history for result in run.results]
     known = {key for history in histories for row in history for key in row.metrics}
-    for key, title, logarithmic in (
+    for key, named, logarithmic in (
         (run.metric, measure(run).title, False),
         ("val_nll", "NLL on validation", True),
         ("hard_loss", "cross-entropy with the labels, training", True),
@@ -265,9 +263,9 @@ def _learning(run: Run) -> Iterator[Panel]:
             for history in histories
         ]
         yield Panel(
-            f"{title[:1].upper()}{title[1:]} by epoch",
+            f"{named[:1].upper()}{named[1:]} by epoch",
             words.sentence(
-                f"{title} of the chosen models by epoch{_last(names, curves, words.form(key))}"
+                f"{named} of the chosen models by epoch{_last(names, curves, words.form(key))}"
             ),
             charts.curves(
                 [
@@ -275,7 +273,7 @@ def _learning(run: Run) -> Iterator[Panel]:
                     for name, curve, number in zip(names, curves, numbers, strict=True)
                 ],
                 x="epoch",
-                measure=Measure(title, percent=is_fraction(key)),
+                measure=Measure(named, percent=find_metric(key).is_fraction),
                 logarithmic=logarithmic and all(v > 0 for c in curves for v in c.values()),
             ),
             tables.epoch_table(names, curves, words.form(key)),

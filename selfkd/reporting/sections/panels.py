@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from selfkd.analysis.response import EVIDENCE, Response, fit_response, search_range
-from selfkd.analysis.verdicts import is_fraction
 from selfkd.reporting.figures.style import Bar, Figure, Measure, Setting, Surface
 from selfkd.reporting.read import DISTILL, Run
 from selfkd.reporting.tables import Table
-from selfkd.results import Interval, TrialResult
+from selfkd.results import Interval, TrialResult, find_metric
 
 TrialPoint = tuple[float, float, float]
 """Temperature, alpha, and the metric of a trial there."""
 Ends = tuple[float, float] | None
+SPLITS = {"val_": " on validation", "test_": " on test"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,23 @@ class Section:
 
 def measure(run: Run) -> Measure:
     """Return the measure of the metric that trials are chosen by."""
-    title = {"val_accuracy": "accuracy", "val_nll": "NLL on validation"}.get(run.metric, run.metric)
-    larger = run.get("search.mode") != "min"
-    return Measure(title, percent=is_fraction(run.metric), larger_is_better=larger)
+    found = replace(measure_of(run.metric), larger_is_better=run.mode == "max")
+    return replace(found, title="accuracy") if run.metric == "val_accuracy" else found
+
+
+def measure_of(name: str) -> Measure:
+    """Return the measure of a metric by its name in rows.
+
+    >>> measure_of("test_accuracy").title, measure_of("val_nll").title, measure_of("f1").title
+    ('accuracy on test', 'NLL on validation', 'f1')
+    """
+    metric = find_metric(name)
+    split = SPLITS.get(name.removesuffix(metric.name), "")
+    return Measure(
+        f"{metric.label}{split}",
+        percent=metric.is_fraction,
+        larger_is_better=metric.mode == "max",
+    )
 
 
 def values(run: Run, trials: Sequence[TrialResult]) -> list[tuple[int, float]]:

@@ -14,7 +14,7 @@ MOST = 700.0  # nats, whose exponential is still a number
 
 
 def measure(split: str, logits: Tensor, tokens: Tokens) -> dict[str, float]:
-    """Return NLL, perplexity, bits a byte and accuracy of logits on a split.
+    """Return NLL, perplexity, bits a byte and token accuracy of logits on a split.
 
         nll = -sum_i log p(token i) / n,  perplexity = exp(nll),
         bits_per_byte = n nll / (ln 2 bytes)
@@ -37,7 +37,7 @@ def measure(split: str, logits: Tensor, tokens: Tokens) -> dict[str, float]:
         f"{split}_nll": nll,
         f"{split}_perplexity": math.exp(min(nll, MOST)),
         f"{split}_bits_per_byte": len(tokens) * nll / (math.log(2) * tokens.bytes),
-        f"{split}_accuracy": metrics.accuracy(logits, tokens.labels),
+        f"{split}_token_accuracy": metrics.accuracy(logits, tokens.labels),
     }
 
 

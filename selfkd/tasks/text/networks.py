@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class NetworkFacts(ModelFacts):
     """Number of tokens."""
     context: int
     """Number of tokens that it sees at most."""
+    end: int
+    """Id of the end token."""
     tokenizer: str
     """Text of its tokenizer.json."""
 
@@ -82,6 +85,7 @@ class TextNetworks:
             "model": {"name": model.name, "args": model.args},
             "vocabulary": self.data.vocabulary,
             "context": self.data.context,
+            "end": self.data.end,
             "tokenizer": self.data.tokenizer,
             "data": self.data.name,
             "fingerprint": self.fingerprint,
@@ -96,12 +100,7 @@ class TextNetworks:
         Raises:
             ValueError: It has another tokenizer or context, or is of no network that can be made.
         """
-        tensors, found = load_tensors(as_path(checkpoint))
-        try:
-            facts = from_row(NetworkFacts, found)
-            model = ModelConfig.of_checkpoint(facts.model)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
+        tensors, facts = open_checkpoint(checkpoint)
         if facts.tokenizer != self.data.tokenizer:
             raise ValueError(
                 f"{checkpoint} must have the tokenizer of this run, whose tokens its outputs are: "
@@ -111,13 +110,7 @@ class TextNetworks:
             raise ValueError(
                 f"{checkpoint} must have data.context {self.data.context}, got {facts.context}"
             )
-        try:
-            network = self.make(model)
-            network.load_state_dict(tensors)
-        except (ValueError, RuntimeError) as error:
-            first = str(error).splitlines()[:2]
-            raise ValueError(f"{checkpoint} cannot be rebuilt: {' '.join(first)}") from None
-        return network, facts
+        return rebuild(checkpoint, tensors, facts).to(self.device), facts
 
     @torch.no_grad()
     def run(
@@ -147,3 +140,55 @@ class TextNetworks:
         found = [logits for logits, _ in self.run(network, tokens, range(first, last))]
         start = rows.start - first * tokens.context
         return torch.cat(found)[start : start + len(rows)]
+
+
+def open_checkpoint(checkpoint: str) -> tuple[dict[str, Tensor], NetworkFacts]:
+    """Return the tensors and the metadata of a language model's checkpoint.
+
+    Raises:
+        ValueError: It is damaged, or of no network that can be made.
+    """
+    tensors, found = load_tensors(as_path(checkpoint))
+    try:
+        facts = from_row(NetworkFacts, found)
+        model = ModelConfig.of_checkpoint(facts.model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
+    return tensors, replace(facts, model={"name": model.name, "args": model.args})
+
+
+def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts) -> nn.Module:
+    """Return the network of a checkpoint with its weights.
+
+    What the metadata describe is compared with the tensors before any memory is taken for it.
+
+    Args:
+        checkpoint: Name of its file, for messages.
+        tensors: Tensors by name.
+        facts: Metadata.
+
+    Raises:
+        ValueError: The network cannot be made, or has other tensors.
+    """
+    model = ModelConfig(**facts.model)
+
+    def make() -> nn.Module:
+        return make_language_model(
+            model.name, model.args, vocabulary=facts.vocabulary, context=facts.context
+        )
+
+    try:
+        most = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
+        for number in (facts.vocabulary, facts.context, *model.args.values()):
+            if isinstance(number, int | float) and number > most:
+                raise ValueError(f"sizes must be those of its tensors, got {number}")
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            described = {name: tensor.shape for name, tensor in make().state_dict().items()}
+        if described != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError(f"its tensors must be those of {model.name} with {model.args}")
+        network = make()
+        network.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[:2]
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {' '.join(first)}") from None
+    return network

@@ -22,7 +22,10 @@ from selfkd.tasks.text.train import train_language_model
 from selfkd.training.fit import make_optimizer
 from selfkd.training.trial import Trial
 
-METRICS = ("val_nll", "val_accuracy")  # of what training reports, what is measured on validation
+METRICS = (
+    "val_nll",
+    "val_token_accuracy",
+)  # of what training reports, what is measured on validation
 
 
 class TextTask(TextNetworks):
@@ -60,6 +63,7 @@ class TextTask(TextNetworks):
             unit="tokens",
             metric="nll",
             mode="min",
+            further=("perplexity", "bits_per_byte", "token_accuracy"),
             outputs=data.vocabulary,
             parameters=sizes,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
@@ -138,7 +142,7 @@ class TextTask(TextNetworks):
     # --- evaluation ---
 
     def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
-        """Return nll, perplexity, bits_per_byte and accuracy of each split."""
+        """Return nll, perplexity, bits_per_byte and token_accuracy of each split."""
         found: dict[str, float] = {}
         for split, own in logits.items():
             found |= evaluate.measure(split, own, self.data.splits[split])

@@ -198,7 +198,7 @@ def _train_steps(
 
 
 def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
-    """Return val_nll (nats a token) and val_accuracy (fraction of the tokens).
+    """Return val_nll (nats a token) and val_token_accuracy (fraction of the tokens).
 
     Raises:
         NonFiniteLossError: The validation loss is not finite.
@@ -212,7 +212,7 @@ def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
         raise NonFiniteLossError(
             f"validation loss must be finite, got {nll}: lower train.lr or set train.clip_grad"
         )
-    return {"val_nll": nll / len(tokens), "val_accuracy": hits / len(tokens)}
+    return {"val_nll": nll / len(tokens), "val_token_accuracy": hits / len(tokens)}
 
 
 def _make_loss(task: TextNetworks, trial: Trial) -> Loss:

@@ -132,7 +132,7 @@ def test_metrics_are_of_tokens_and_bytes(root: Path) -> None:
     assert found["test_nll"] == pytest.approx(nll)
     assert found["test_perplexity"] == pytest.approx(math.exp(nll))
     assert found["test_bits_per_byte"] == pytest.approx(nll / math.log(2) * tokens / (tokens - 1))
-    assert found["test_accuracy"] == task.hits(logits["test"], "test").float().mean()
+    assert found["test_token_accuracy"] == task.hits(logits["test"], "test").float().mean()
     diagnostics = task.diagnose(logits, logits)["test"].metrics
     assert diagnostics["agreement"] == 1
     assert diagnostics["kl"] == pytest.approx(0, abs=1e-6)
@@ -207,7 +207,7 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
         (["model.name=resnet18"], "model.name must be selfkd_gpt with task text"),
         (["model.args.widht=8"], "got 'widht': did you mean width"),
         (["model.args.heads=3"], "width must be a multiple of heads"),
-        (["search.metric=val_f1"], "search.metric must be one of val_nll, val_accuracy"),
+        (["search.metric=val_f1"], "search.metric must be one of val_nll, val_token_accuracy"),
         (["targets.top_k=5000"], r"targets.top_k must be in \[1,"),
     ],
 )

@@ -38,6 +38,14 @@ def test_the_view_is_the_golden_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert found == json.loads(GOLDEN.read_text())
 
 
+def test_the_view_of_a_task_by_nll(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dashboard.main(["--json", "--metric", "nll"]) == 0
+    found = capsys.readouterr().out
+    for key in ("confirmed/test_nll_low", "trial_val_nll", "best_test_nll", "NLL per generation"):
+        assert key in found
+    assert "accuracy" not in found
+
+
 def test_names_and_variables_that_wandb_does_not_take_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -231,6 +231,29 @@ def test_effects_in_words(probability: float, high: float, words: str) -> None:
     assert words in describe_effect("T", effect, 0.005)
 
 
+def test_the_response_of_a_task_by_nll(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_run(tmp_path, "nll", "search.metric=val_nll", peaks=(0.3,))
+    facts = load_row(Facts, path / "data.json")
+    save_row(path / "data.json", replace(facts, metric="nll", mode="min"))
+    for file in path.glob("generation_*/trial_*/result.json"):
+        trial = load_row(TrialResult, file)
+        save_row(file, replace(trial, metrics={"val_nll": 4 - 20 * trial.metrics["val_accuracy"]}))
+    assert main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "val NLL there" in printed
+    assert "NLL depends on alpha, which moves it by 0." in printed
+    assert "where the fitted surface is lowest" in printed
+    assert "accuracy" not in printed
+    assert "%" not in printed.split("NLL depends on alpha")[1].split("(sd over")[0]
+    (found,) = find_responses(read_stages(path)[0])
+    assert found.response is not None
+    assert abs(found.response.best_alpha.value - 0.3) < 0.2
+    assert found.response.best_accuracy.value == min(map(min, found.response.mean))
+    accuracy = make_run(tmp_path, "accuracy")
+    assert main([str(path), str(accuracy)]) == 2
+    assert "must have the same metric, got accuracy, nll" in capsys.readouterr().err
+
+
 def test_starts_without_torch(run: Path) -> None:
     code = (
         "import sys; from selfkd.response import main; "

@@ -135,7 +135,10 @@ class Task(Protocol):
         """Return a split's labels, on the CPU."""
 
     def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
-        """Return metrics of predictions, named val_… and test_…; of those that are there."""
+        """Return metrics of predictions, named val_… and test_…; of those that are there.
+
+        The metric that models are compared by, `Facts.metric`, is the first of each split.
+        """
 
     def hits(self, logits: Tensor, split: Split) -> Tensor:
         """Return for each item whether it is predicted rightly."""

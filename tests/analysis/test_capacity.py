@@ -155,3 +155,9 @@ def test_looking_at_many_sizes_finds_no_more_by_chance() -> None:
         single += any(each.p is not None and each.p <= 0.05 for each in sizes)
     assert claimed / 200 < 0.08
     assert single / 200 > 0.25
+
+
+def test_labels_only_are_above_the_nll_of_their_teacher() -> None:
+    lines = describe_curve(judged([size(600, 0.0), size(50_000, 0.0, room=0.0)])[0], mode="min")
+    assert any("alone are not evidently above the teacher" in line for line in lines)
+    assert any("600 parameters: above the teacher" in line for line in lines)

@@ -235,3 +235,17 @@ def test_a_drift_needs_two_places(hill_of_32: Response) -> None:
     assert drift([1, 1], [hill_of_32] * 2) is None
     with pytest.raises(ValueError, match="places must be as many as responses, got 1 and 2"):
         drift([1], [hill_of_32] * 2)
+
+
+def test_less_is_better_is_the_mirror_image() -> None:
+    points = trials(hill, count=8, seed=1)
+    more = fit_response(points)
+    less = fit_response([(t, alpha, -y) for t, alpha, y in points], mode="min")
+    assert more is not None
+    assert less is not None
+    assert np.array(less.mean) == pytest.approx(-np.array(more.mean))
+    assert less.best_accuracy.value == pytest.approx(-more.best_accuracy.value)
+    assert less.best_accuracy.low is not None
+    assert less.best_accuracy.low <= less.best_accuracy.value
+    assert (less.best_temperature, less.region) == (more.best_temperature, more.region)
+    assert less.trials[0][2] == -points[0][2]

@@ -367,3 +367,19 @@ def test_long_values_are_cut_in_messages(faults):
     (message,) = faults(settings=[f"train.lr='{'x' * 5_000_000}'"])
     assert message.startswith("--set: train.lr: must be a valid number, got 'xxx")
     assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        ((), "max"),
+        (("search.metric=val_nll",), "min"),
+        (("search.metric=val_token_accuracy",), "max"),
+        (("search={metric: val_nll, mode: max}",), "max"),
+        (("search.metric=val_f1",), "max"),
+    ],
+)
+def test_the_mode_of_a_known_metric_is_known(settings: tuple[str, ...], mode: str) -> None:
+    config = load_config(settings=settings)
+    assert config.search.mode == mode
+    assert config.at({"distill.alpha": 0.5}).search.mode == mode

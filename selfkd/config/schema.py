@@ -657,6 +657,11 @@ class Config:
         """Largest number of born-again generations."""
         return self.rounds_max if self.rounds == "auto" else self.rounds
 
+    @property
+    def steps_by_part(self) -> int | None:
+        """Number of steps in each of `train.epochs` equal parts; None where epochs are passes."""
+        return None if self.task == "images" else -(-self.train.steps // self.train.epochs)
+
     def space(self, *, with_teacher: bool) -> dict[str, Distribution]:
         """Return the search space by dotted key.
 

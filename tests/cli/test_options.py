@@ -14,6 +14,7 @@ from selfkd.config.schema import flat
 
 COMMANDS = [generations, ensemble, capacity, study]
 GIVEN = {
+    "--task": ("images", "images"),
     "--data": ("mnist", "mnist"),
     "--data-root": ("d", "d"),
     "--labels": ("50", 50),

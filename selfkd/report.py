@@ -127,7 +127,7 @@ def _print(console: Console, runs: Sequence[Run]) -> None:
     _show(console, comparison.runs_table(runs))
     repeated = comparison.repeats(runs)
     if repeated:
-        _show(console, comparison.repeats_table(repeated, runs[0].tested))
+        _show(console, comparison.repeats_table(repeated, runs[0].data.tested))
     print_lines(console, comparison.verdicts(runs))
     for run in runs:
         if run.missing is not None:

@@ -29,6 +29,7 @@ from selfkd.results import (
     TrialFinished,
     TrialProgressed,
     TrialResult,
+    is_measured,
 )
 from selfkd.text import one_line
 
@@ -155,7 +156,8 @@ class ProgressReporter:
                 times = count(len(confirmation.seeds), "time")
                 again = "is one given model" if confirmation.given else f"again, {times}"
                 mean = plus_minus(confirmation.mean, confirmation.metric)
-                self.say(f"generation {confirmation.generation} {again}: {mean}")
+                name = _named(confirmation.metric)
+                self.say(f"generation {confirmation.generation} {again}: {name}{mean}")
             case Message(text):
                 self.notes.append(f"note:  {text}")
                 self.say(f"  {text}")
@@ -212,12 +214,18 @@ class ProgressReporter:
         agreement = result.metric("agreement")
         tested = next((name for name in result.metrics if name.startswith("test_")), "")
         parts = [f"generation {result.generation}: {self._value(result)}"]
-        name = "test" if tested == "test_accuracy" else short_metric(tested)
-        parts += [f"{name} {value(result.metrics[tested], tested)}"] if tested else []
+        name = _named(tested) or "test "
+        parts += [f"{name}{value(result.metrics[tested], tested)}"] if tested else []
         parts += [f"teacher agreement {percent(agreement)}"] if agreement is not None else []
         self.say(", ".join(parts) + _setting(result.point))
         if len(result.models) < result.wanted_models:
             self.say(f"  only {count(len(result.models), 'trial')} of it can teach")
+
+
+def _named(metric: str) -> str:
+    """Return the name of a known metric before its value; none of accuracy, whose % says it."""
+    known = is_measured(metric) and metric != "test_accuracy"
+    return f"{short_metric(metric)} " if known else ""
 
 
 def _setting(point: Point) -> str:

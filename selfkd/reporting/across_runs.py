@@ -98,17 +98,17 @@ def last_arm(run: Run) -> Arm | None:
     if (summary := run.ensemble_summary) is not None:
         student, val = summary.rows[-1], summary.chosen.metric(run.metric)
         values = student.runs if summary.seeds else ()
-        return Arm("student", val, student.metric(run.tested), values=values)
+        return Arm("student", val, student.metric(run.data.tested), values=values)
     done = [generation for generation in run.generations if generation.result is not None]
     if not done or done[-1].result is None:
         return None
     last, result = done[-1], done[-1].result
     confirmed, name = last.confirmation, f"generation {last.number}"
-    known = confirmed is not None and confirmed.metric == run.tested and not confirmed.given
+    known = confirmed is not None and confirmed.metric == run.data.tested and not confirmed.given
     return Arm(
         name,
         result.metric(run.metric),
-        result.metric(run.tested),
+        result.metric(run.data.tested),
         values=confirmed.values if confirmed and known else (),
         seeds=confirmed.seeds if confirmed and known else (),
     )
@@ -136,9 +136,9 @@ def compare(run: Run, reference: Run) -> Comparison | None:
     own, other = last_arm(run), last_arm(reference)
     if own is None or other is None or own.test is None or other.test is None:
         return None
-    if run.tested != reference.tested:
+    if run.data.tested != reference.data.tested:
         return None
-    make = partial(Comparison, run.name, reference.name, metric=run.tested)
+    make = partial(Comparison, run.name, reference.name, metric=run.data.tested)
     unpaired = why_unpaired(run, reference)
     whose = "" if own.name == other.name else f", {own.name} against {other.name}"
     a, b = own.values, other.values
@@ -234,7 +234,7 @@ def across(runs: Sequence[Run]) -> list[Across]:
 
     Differences are to generation 0 of the same run, so they are paired by run.
     """
-    shared, tested = min(len(run.results) for run in runs), runs[0].tested
+    shared, tested = min(len(run.results) for run in runs), runs[0].data.tested
     columns: list[tuple[str, list[float | None]]] = [
         (f"generation {k}", [run.results[k].metric(tested) for run in runs]) for k in range(shared)
     ]

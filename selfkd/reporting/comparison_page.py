@@ -44,7 +44,7 @@ def repeats(runs: Sequence[Run]) -> list[Across]:
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """Return a row a run: its data and network, and its last generation, or student."""
-    tested = words.short_metric(runs[0].tested)
+    tested = words.short_metric(runs[0].data.tested)
     head = ("run", "data", "network", "model", "val", tested, "fresh seeds", "ensemble")
     rows = [_run_row(run) for run in runs]
     return Table((*head, "trained", "state"), tuple(rows)).without_empty()
@@ -53,7 +53,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 def _run_row(run: Run) -> tuple[str, ...]:
     last = last_arm(run) or Arm("", None, None)
     student = run.get("student.name")
-    metric = run.tested
+    metric = run.data.tested
     ensemble = run.ensemble.metric(metric) if run.ensemble else None
     return (
         *(run.name, str(run.get("data.name", "")), str(student or run.get("model.name", ""))),
@@ -94,7 +94,7 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     for row in repeats(runs)[1:]:
         gain = row.first or Interval(0)
         why = f"paired in {len(runs)} runs that differ in their seed alone"
-        compared = Comparison(row.name, "generation 0", gain, True, why, runs[0].tested)
+        compared = Comparison(row.name, "generation 0", gain, True, why, runs[0].data.tested)
         found.append(words.sentence(compared.verdict))
     return found or ["There is nothing to compare yet."]
 
@@ -110,7 +110,7 @@ def comparison_page(runs: Sequence[Run]) -> Page:
     unfinished = [run.name for run in runs if not run.finished]
     status = f"unfinished: {', '.join(unfinished)}" if unfinished else "finished"
     levels = _levels(runs)
-    label = find_metric(runs[0].tested).label
+    label = find_metric(runs[0].data.tested).label
     parts = [
         Section(f"{label[:1].upper()}{label[1:]}", tuple(levels[1:])),
         Section("Differences", tuple(_differences(runs))),
@@ -132,9 +132,9 @@ def comparison_page(runs: Sequence[Run]) -> Page:
 
 def _levels(runs: Sequence[Run]) -> list[Panel]:
     """Return the figures of the test metric: of those runs that have that of the first."""
-    panels, tested = [], runs[0].tested
+    panels, tested = [], runs[0].data.tested
     metric, measure = find_metric(tested), measure_of(tested)
-    alike = [(place, run) for place, run in enumerate(runs) if run.tested == tested]
+    alike = [(place, run) for place, run in enumerate(runs) if run.data.tested == tested]
     arms = [(place, run, last_arm(run)) for place, run in alike]
     levels = [
         Level(
@@ -184,7 +184,7 @@ def _levels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _differences(runs: Sequence[Run]) -> list[Panel]:
-    metric = runs[0].tested
+    metric = runs[0].data.tested
     measure = replace(measure_of(metric), title=f"difference in {title(metric)}")
     found, repeated = comparisons(runs), repeats(runs)
     panels = []
@@ -222,7 +222,7 @@ def _differences(runs: Sequence[Run]) -> list[Panel]:
 def record_fields(runs: Sequence[Run]) -> list[str]:
     """Return the names of the columns of flat rows."""
     of_runs = [
-        [f"val_{run.compared}", run.tested, *(f"test_{name}" for name in run.columns)]
+        [f"val_{run.data.metric}", run.data.tested, *(f"test_{name}" for name in run.data.further)]
         for run in runs
     ]
     return [*FIRST, *dict.fromkeys(name for names in of_runs for name in names), *LAST]

@@ -204,7 +204,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     started = run.starts[-1].get("started") if run.starts else None
     facts = [
         ("data", str(run.get("data.name", ""))),
-        (f"train / val / test {run.unit}", split),
+        (f"train / val / test {run.data.unit}", split),
         ("model", model),
         ("parameters", words.size(parameters)),
         ("models trained", str(run.trained)),

@@ -165,24 +165,9 @@ class Run:
         return str(self.get("search.metric", "val_accuracy"))
 
     @property
-    def compared(self) -> str:
-        """Name of the metric that its models are compared by, without a split."""
-        return (self.facts or Facts()).metric
-
-    @property
-    def tested(self) -> str:
-        """Name of the same on the test split."""
-        return f"test_{self.compared}"
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the further metrics of its tables, without a split."""
-        return (self.facts or Facts()).further
-
-    @property
-    def unit(self) -> str:
-        """Word for the items of its data, such as images."""
-        return (self.facts or Facts()).unit
+    def data(self) -> Facts:
+        """Facts of its data; of images, where they are not known."""
+        return self.facts or Facts()
 
     @property
     def trained(self) -> int:

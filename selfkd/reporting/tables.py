@@ -65,11 +65,11 @@ class Table:
 def results_table(run: Run) -> Table:
     """Return the main table of a run, or its costs so far where it has no results yet."""
     if run.ensemble_summary is not None:
-        return ensemble_table(run.ensemble_summary.rows, run.compared, run.columns)
+        return ensemble_table(run.ensemble_summary.rows, run.data.metric, run.data.further)
     if run.capacity_summary is not None:
-        return capacity_table(run.capacity_summary, run.compared)
+        return capacity_table(run.capacity_summary, run.data.metric)
     if run.study_summary is not None:
-        return study_table(run.study_summary, run.compared)
+        return study_table(run.study_summary, run.data.metric)
     return generations_table(run) if run.generations else cost_table(run)
 
 
@@ -81,18 +81,22 @@ def generations_table(run: Run) -> Table:
     rows += [
         (
             *(control.title, "", "", "", "", words.mean(control.mean, control.metric)),
-            *(words.bare_difference(control.first, control.metric), "", *[""] * len(run.columns)),
+            *(
+                words.bare_difference(control.first, control.metric),
+                "",
+                *[""] * len(run.data.further),
+            ),
             "",
         )
         for control in run.controls
     ]
     lineages = run.verdict is not None and run.verdict.covers == "lineages"
     again = "whole lineages" if lineages else "fresh seeds"
-    tested = words.short_metric(run.tested)
+    tested = words.short_metric(run.data.tested)
     head = ("generation", "T", "alpha", words.short_metric(run.metric), tested, again)
-    unit = words.difference_head(run.compared)
+    unit = words.difference_head(run.data.metric)
     differences = f"vs gen. 0{unit}", f"vs previous{unit}"
-    columns = (*head, *differences, *further_head(run.columns), "agreement")
+    columns = (*head, *differences, *further_head(run.data.further), "agreement")
     return Table(columns, tuple(rows)).without_empty()
 
 
@@ -104,23 +108,23 @@ def further_head(names: Sequence[str]) -> list[str]:
 def _generation_row(run: Run, generation: Generation) -> tuple[str, ...]:
     result, confirmed = generation.result, generation.confirmation
     if result is None:
-        return (f"{generation.number} (unfinished)", *[""] * (8 + len(run.columns)))
+        return (f"{generation.number} (unfinished)", *[""] * (8 + len(run.data.further)))
     return (
         str(generation.number),
         words.number(result.temperature, ".2f"),
         words.number(result.alpha, ".2f"),
         words.measured(run, result.metric(run.metric)),
-        words.value(result.metric(run.tested), run.tested),
+        words.value(result.metric(run.data.tested), run.data.tested),
         words.confirmed(confirmed),
         words.gained(confirmed, "first"),
         words.gained(confirmed, "previous"),
-        *_further(result, run.columns),
+        *_further(result, run.data.further),
         words.percent(result.metric("agreement")),
     )
 
 
 def _ensemble_row(run: Run, row: Evaluation) -> tuple[str, ...]:
-    val, test, *further = measures(row, run.compared, run.columns)
+    val, test, *further = measures(row, run.data.metric, run.data.further)
     return ("ensemble of all", "", "", val, test, "", "", "", *further, "")
 
 
@@ -144,13 +148,13 @@ def all_trials_table(run: Run) -> Table:
             f"generation {generation.number}, trial {trial.trial}",
             words.measured(run, trial.metric(run.metric)),
             _outcome(trial, generation.result.trial if generation.result else None),
-            words.value(chosen.metric(run.tested), run.tested) if chosen else "",
+            words.value(chosen.metric(run.data.tested), run.data.tested) if chosen else "",
         )
         for generation in run.generations
         for trial in generation.trials
         for chosen in [_if_chosen(generation, trial)]
     ]
-    head = ("trial", words.short_metric(run.metric), "", words.short_metric(run.tested))
+    head = ("trial", words.short_metric(run.metric), "", words.short_metric(run.data.tested))
     note = cut_note(len(rows), "trials")
     return Table(head, tuple(rows[:MOST_ROWS]), note).without_empty()
 
@@ -272,7 +276,7 @@ def lineage_table(run: Run) -> Table:
 
 def members_table(run: Run) -> Table:
     """Return the teachers of an ensemble, the best on validation first."""
-    names = [f"val_{run.compared}", *(f"val_{name}" for name in run.columns[:1])]
+    names = [f"val_{run.data.metric}", *(f"val_{name}" for name in run.data.further[:1])]
     rows = [
         (
             row.hash,

@@ -98,7 +98,7 @@ def plus_minus(estimate: Interval | None, metric: str, *, sign: str = "") -> str
     if estimate.low is None or estimate.high is None:
         return text
     half = max(estimate.high - estimate.value, estimate.value - estimate.low)
-    return f"{text} ± {number(half, form(metric))}"
+    return f"{text} ± {number(half, form(metric).removeprefix('#'))}"
 
 
 def p_value(value: float | None) -> str:
@@ -183,9 +183,10 @@ def _of_generations(run: Run) -> Iterator[str]:
         yield sentence(run.stopped)
     if run.best is not None and run.verdict is None:
         yield from _unconfirmed(run, run.best)
-    if run.ensemble is not None and (tested := run.ensemble.metric(run.tested)) is not None:
+    if run.ensemble is not None and (tested := run.ensemble.metric(run.data.tested)) is not None:
         yield (
-            f"The ensemble of all {len(done)} generations {right(run.compared, tested, run.unit)}."
+            f"The ensemble of all {len(done)} generations "
+            f"{right(run.data.metric, tested, run.data.unit)}."
         )
     if not done:
         yield "No generation is finished yet."
@@ -207,11 +208,11 @@ def _unconfirmed(run: Run, best: GenerationResult) -> Iterator[str]:
 
 
 def _tests(run: Run, first: GenerationResult, best: GenerationResult) -> str:
-    tested, of_first = best.metric(run.tested), first.metric(run.tested)
+    tested, of_first = best.metric(run.data.tested), first.metric(run.data.tested)
     if tested is None:
         return ""
-    metric = find_metric(run.compared)
-    text = f"; it {right(run.compared, tested, run.unit)}"
+    metric = find_metric(run.data.metric)
+    text = f"; it {right(run.data.metric, tested, run.data.unit)}"
     if first is not best and of_first is not None:
         on = "on " if metric.is_fraction else ""
         text += f", generation {first.generation} {on}{metric.with_unit(of_first)}"

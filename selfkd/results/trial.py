@@ -52,6 +52,11 @@ class Facts:
     notes: tuple[str, ...] = ()
     """What a user should know of the data, such as files that are left out; not kept."""
 
+    @property
+    def tested(self) -> str:
+        """Name of the metric that models are compared by, on the test split."""
+        return f"test_{self.metric}"
+
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
 class Epoch(Measured):

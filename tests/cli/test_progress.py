@@ -204,6 +204,20 @@ def test_the_best_and_its_value_are_of_the_runs_own_metric() -> None:
     assert "best loss 2.25" in frame(console)[-1]
 
 
+def test_lines_of_a_task_by_nll_name_it() -> None:
+    output = io.StringIO()
+    console = Console(file=output, width=110, markup=False, highlight=False)
+    config = load_config(settings=["search.metric=val_nll"])
+    metrics = {"val_nll": 4.25, "val_perplexity": 70.1, "test_nll": 4.5, "test_perplexity": 90.0}
+    with ProgressReporter(console, config) as report:
+        report(GenerationFinished(replace(RESULT, metrics=metrics)))
+        found = replace(confirmation(1), metric="test_nll", mean=Interval(4.5, 4.486, 4.514))
+        report(GenerationConfirmed(found))
+    lines = output.getvalue().splitlines()
+    assert lines[0].startswith("generation 1: val NLL 4.250, test NLL 4.500")
+    assert lines[1] == "generation 1 again, 3 times: test NLL 4.500 ± 0.014"
+
+
 def confirmation(generation: int, mean: float = 0.9593) -> Confirmation:
     return Confirmation(
         generation=generation,

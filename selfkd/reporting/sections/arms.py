@@ -17,7 +17,7 @@ def capacity_sections(run: Run) -> Iterator[Section]:
     """Yield the test metric over parameters, from labels only and distilled."""
     if run.capacity_summary is None:
         return
-    summary, metric = run.capacity_summary, find_metric(run.tested)
+    summary, metric = run.capacity_summary, find_metric(run.data.tested)
     arms = [
         (name, number, [(size.parameters, bar(pick.interval), pick.runs) for size, pick in picked])
         for name, number, picked in (
@@ -25,7 +25,7 @@ def capacity_sections(run: Run) -> Iterator[Section]:
             ("distilled", 1, [(size, size.distilled) for size in summary.sizes]),
         )
     ]
-    teacher = summary.teacher.metric(run.tested)
+    teacher = summary.teacher.metric(run.data.tested)
     means = "; ".join(
         f"{words.size(size.parameters)}: {metric.value(size.labels.value)} and "
         f"{metric.value(size.distilled.value)}"
@@ -37,9 +37,11 @@ def capacity_sections(run: Run) -> Iterator[Section]:
             Panel(
                 f"{metric.label[:1].upper()}{metric.label[1:]} over parameters",
                 f"Labels only and distilled on test, with 95 % intervals over seeds: {means}. "
-                f"The dotted line is the teacher, {words.value(teacher, run.tested)}.",
-                charts.over_parameters(arms, measure=measure_of(run.tested), reference=teacher),
-                capacity_table(summary, run.compared),
+                f"The dotted line is the teacher, {words.value(teacher, run.data.tested)}.",
+                charts.over_parameters(
+                    arms, measure=measure_of(run.data.tested), reference=teacher
+                ),
+                capacity_table(summary, run.data.metric),
             ),
         ),
     )
@@ -49,18 +51,19 @@ def study_sections(run: Run) -> Iterator[Section]:
     """Yield the test metric of each arm."""
     if run.study_summary is None:
         return
-    study, metric, measure = run.study_summary, find_metric(run.tested), measure_of(run.tested)
+    study, tested = run.study_summary, run.data.tested
+    metric, measure = find_metric(tested), measure_of(tested)
     levels = [
         Level(
             arm.name,
             bar(arm.mean),
-            [value for row in arm.runs if (value := row.metric(run.tested)) is not None],
+            [value for row in arm.runs if (value := row.metric(tested)) is not None],
         )
         for arm in study.arms
     ]
     members = study.members
-    if members is not None and (tested := members.metric(run.tested)) is not None:
-        levels.append(Level(f"members ({members.count})", Bar(tested), (), 0))
+    if members is not None and (value := members.metric(tested)) is not None:
+        levels.append(Level(f"members ({members.count})", Bar(value), (), 0))
     means = "; ".join(f"{arm.name} {metric.value(arm.mean.value)}" for arm in study.arms)
     yield Section(
         "",
@@ -71,7 +74,7 @@ def study_sections(run: Run) -> Iterator[Section]:
                     f"{measure.title} with 95 % intervals over the seeds that all share: {means}"
                 ),
                 charts.levels(levels, measure=measure),
-                study_table(study, run.compared),
+                study_table(study, run.data.metric),
             ),
         ),
     )

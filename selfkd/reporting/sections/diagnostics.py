@@ -46,13 +46,13 @@ def _reliability(run: Run, tested: Sequence[Generation]) -> Iterator[Panel]:
     )
     text = (
         "Below the diagonal a model is overconfident, above it underconfident; dots and bars count "
-        f"the {run.unit}. ECE on test: {errors}."
+        f"the {run.data.unit}. ECE on test: {errors}."
     )
     yield Panel(
         "Reliability on test",
         text,
-        charts.reliability(models, unit=run.unit),
-        reliability_table(binned, unit=run.unit),
+        charts.reliability(models, unit=run.data.unit),
+        reliability_table(binned, unit=run.data.unit),
     )
 
 
@@ -67,7 +67,7 @@ def _agreement(run: Run) -> Iterator[Panel]:
     values = [(g.number, g.result.metrics["agreement"]) for g in distilled if g.result]
     yield Panel(
         "Teacher agreement",
-        f"Fraction of the test {run.unit} on which a generation predicts the class that its "
+        f"Fraction of the test {run.data.unit} on which a generation predicts the class that its "
         "teacher predicts: "
         + ", ".join(f"generation {n} {words.percent(v)}" for n, v in values)
         + ".",
@@ -86,7 +86,7 @@ def _student_agreement(run: Run) -> Iterator[Panel]:
     yield Panel(
         "Teacher agreement",
         f"The student predicts the class that its teacher predicts on {words.percent(agreement)} "
-        f"of the test {run.unit}; KL {words.number(test.metric('kl'))} nats.",
+        f"of the test {run.data.unit}; KL {words.number(test.metric('kl'))} nats.",
         None,
         agreement_table([student]),
     )

@@ -34,7 +34,7 @@ def _models(run: Run) -> Iterator[Panel]:
     """Yield the test metric of the teachers and of both students, the last two rows."""
     if run.ensemble_summary is None:
         return
-    tested, shown = run.tested, measure_of(run.tested)
+    tested, shown = run.data.tested, measure_of(run.data.tested)
     rows = [row for row in run.ensemble_summary.rows if tested in row.metrics]
     numbers = ([0] * len(rows) + [2, 1])[2:]
     levels = [
@@ -48,7 +48,7 @@ def _models(run: Run) -> Iterator[Panel]:
             + "; ".join(f"{row.name} {words.value(row.metric(tested), tested)}" for row in rows)
         ),
         charts.levels(levels, measure=shown),
-        tables.ensemble_table(run.ensemble_summary.rows, run.compared, run.columns),
+        tables.ensemble_table(run.ensemble_summary.rows, run.data.metric, run.data.further),
     )
 
 
@@ -61,8 +61,8 @@ def _share(run: Run) -> Iterator[Panel]:
         ("", "value and 95 % interval"),
         (
             (
-                f"student over labels only, {title(run.tested)}",
-                words.difference(summary.gain, run.tested),
+                f"student over labels only, {title(run.data.tested)}",
+                words.difference(summary.gain, run.data.tested),
             ),
             ("share of the teacher's gain kept", words.difference(share)),
         ),

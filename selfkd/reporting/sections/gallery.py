@@ -52,8 +52,8 @@ def make_gallery(run: Run) -> Gallery | None:
     if not kept:
         return None
     text = (
-        f"Of the test {run.unit}, {right} are predicted rightly by {best} alone and {wrong} by "
-        f"{first} alone. Shown are those where the probability of the label changes most."
+        f"Of the test {run.data.unit}, {right} are predicted rightly by {best} alone and {wrong} "
+        f"by {first} alone. Shown are those where the probability of the label changes most."
     )
     return Gallery(text, (first, best), kept)
 

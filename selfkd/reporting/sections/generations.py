@@ -69,7 +69,11 @@ def _gain(run: Run) -> Iterator[Panel]:
 
 def _tested(run: Run) -> str:
     """Return the metric of the chosen models that is shown where none is replicated."""
-    return run.tested if run.results and run.tested in run.results[-1].metrics else run.metric
+    return (
+        run.data.tested
+        if run.results and run.data.tested in run.results[-1].metrics
+        else run.metric
+    )
 
 
 def _has_own_baseline(run: Run) -> bool:

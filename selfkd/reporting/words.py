@@ -23,12 +23,12 @@ MAIN = "accuracy"
 
 
 def form(metric: str) -> str:
-    """Return the format of a metric's values.
+    """Return the format of a metric's values, without zeros at their ends.
 
     >>> form("val_accuracy"), form("val_nll")
-    ('.2%', '#.4g')
+    ('.2%', '.4g')
     """
-    return find_metric(metric).form
+    return find_metric(metric).form.removeprefix("#")
 
 
 def percent(value: float | None) -> str:
@@ -38,7 +38,7 @@ def percent(value: float | None) -> str:
 
 def value(value: float | None, metric: str) -> str:
     """Return a value of a metric; an empty text for None, a dash for NaN."""
-    return number(value, form(metric))
+    return "" if value is None else find_metric(metric).value(value)
 
 
 def short_metric(metric: str) -> str:
@@ -94,11 +94,11 @@ def plus_minus(estimate: Interval | None, metric: str, *, sign: str = "") -> str
     """Return an estimate of a metric with half its interval, the larger half where they differ."""
     if estimate is None:
         return ""
-    text = number(estimate.value, f"{sign}{form(metric)}")
+    text = number(estimate.value, f"{sign}{find_metric(metric).form}")
     if estimate.low is None or estimate.high is None:
         return text
     half = max(estimate.high - estimate.value, estimate.value - estimate.low)
-    return f"{text} ± {number(half, form(metric).removeprefix('#'))}"
+    return f"{text} ± {number(half, form(metric))}"
 
 
 def p_value(value: float | None) -> str:
@@ -124,7 +124,7 @@ def bare_difference(estimate: Interval | None, metric: str = MAIN) -> str:
 
 def measured(run: Run, value: float | None) -> str:
     """Return a value of the metric that trials are chosen by."""
-    return number(value, form(run.metric))
+    return "" if value is None else find_metric(run.metric).value(value)
 
 
 def confirmed(confirmation: Replicated | None) -> str:

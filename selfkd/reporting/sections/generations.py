@@ -69,11 +69,8 @@ def _gain(run: Run) -> Iterator[Panel]:
 
 def _tested(run: Run) -> str:
     """Return the metric of the chosen models that is shown where none is replicated."""
-    return (
-        run.data.tested
-        if run.results and run.data.tested in run.results[-1].metrics
-        else run.metric
-    )
+    tested = run.data.tested
+    return tested if run.results and tested in run.results[-1].metrics else run.metric
 
 
 def _has_own_baseline(run: Run) -> bool:

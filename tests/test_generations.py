@@ -388,8 +388,8 @@ def test_a_language_model_is_born_again(tmp_path: Path) -> None:
     assert "pydoc of Python 3." in found.stdout
     assert "test NLL, 2 seeds" in found.stdout
     first, *others = ledger(tmp_path / "runs" / "a")
-    assert first["metrics"].keys() >= {"val_nll", "test_perplexity", "test_bits_per_byte"}
-    assert [row["metrics"]["agreement"] > 0 for row in others] == [True, True]
+    assert first.keys() >= {"val_nll", "test_perplexity", "test_bits_per_byte"}
+    assert [row["agreement"] > 0 for row in others] == [True, True]
     again = run(tmp_path, *given[:4], "--name", "b", *given[6:], settings=tiny)
     assert again.returncode == 0, again.stderr
     assert ledger(tmp_path / "runs" / "b") == ledger(tmp_path / "runs" / "a")

@@ -18,7 +18,7 @@ import selfkd
 import selfkd.losses
 from selfkd.__main__ import COMMANDS
 from selfkd.config import Config
-from selfkd.config.load import flat
+from selfkd.config.schema import flat
 
 ROOT = Path(__file__).parents[1]
 

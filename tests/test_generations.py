@@ -371,3 +371,25 @@ def test_auto_stops_and_controls_are_added_to_a_finished_run(tmp_path: Path) -> 
     again = run(tmp_path, "--resume", str(folder), settings=[])
     assert "no trial was left to run" not in again.stdout  # it did not even start Ray
     assert again.stdout.count("teacher-free") == done.stdout.count("teacher-free") - 1
+
+
+@pytest.mark.slow  # tests/tasks/text has the parts of it in one process
+def test_a_language_model_is_born_again(tmp_path: Path) -> None:
+    tiny = [
+        "data={context: 16, tokenizer: 'bpe:260'}",
+        "model.args={depth: 1, width: 8, heads: 2}",
+        "train={steps: 8, epochs: 2, warmup_steps: 2}",
+        "search.trials=2",
+        "confirm.seeds=2",
+    ]
+    given = ("--task", "text", "--rounds", "2", "--name", "a", "--set", "tracking=none")
+    found = run(tmp_path, *given, settings=tiny)
+    assert found.returncode == 0, found.stderr
+    assert "pydoc of Python 3." in found.stdout
+    assert "test NLL, 2 seeds" in found.stdout
+    first, *others = ledger(tmp_path / "runs" / "a")
+    assert first.keys() >= {"val_nll", "test_perplexity", "test_bits_per_byte"}
+    assert [row["agreement"] > 0 for row in others] == [True, True]
+    again = run(tmp_path, *given[:4], "--name", "b", *given[6:], settings=tiny)
+    assert again.returncode == 0, again.stderr
+    assert ledger(tmp_path / "runs" / "b") == ledger(tmp_path / "runs" / "a")

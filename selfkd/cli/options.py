@@ -12,6 +12,7 @@ from selfkd.errors import ConfigError
 
 USAGE = 2
 FLAGS: dict[str, tuple[str, type, str, str]] = {
+    "--task": ("task", str, "NAME", "what is learnt: images or text"),
     "--data": ("data.name", str, "NAME", "dataset"),
     "--data-root": ("data.root", str, "DIR", "folder of the dataset"),
     "--labels": ("data.train_size", int, "N", "number of labelled training images"),

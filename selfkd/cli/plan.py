@@ -24,6 +24,7 @@ from selfkd.results import Facts, Row, TrialResult, from_row
 from selfkd.storage.rows import load_row
 
 ENTRY = "selfkd.worker.jobs:run_job"
+STEPS = 25  # of a part that is timed, where epochs are parts of the steps
 BATCHES, EPOCHS, SECONDS = 8, 40, 1.0  # batches of an epoch that is timed; ends of the timing
 NETWORKS = 8  # networks that are timed at most
 
@@ -292,6 +293,9 @@ def _epoch_seconds(config: Config, facts: Facts) -> float:
     tree: Tree = to_tree(config)
     tree["data"] |= {"train_size": train, "val_size": val}
     tree["train"] |= {"epochs": 1 + EPOCHS, "warmup_epochs": 0}
+    if steps := config.steps_by_part:
+        few = min(steps, STEPS)
+        tree["train"] |= {"steps": few * (1 + EPOCHS), "warmup_steps": 0}
     tree["checkpoint"] = {"seconds": None, "epochs": None}
     with tempfile.TemporaryDirectory() as folder:
         times = [0.0]  # the first epoch warms up
@@ -300,6 +304,8 @@ def _epoch_seconds(config: Config, facts: Facts) -> float:
             if len(times) > 3 and times[-1] - times[1] > SECONDS:
                 break
     seconds = (times[-1] - times[1]) / (len(times) - 2)
+    if steps:
+        return float(seconds * steps / few)  # each with a whole validation, so too much
     # a validation item costs a forward pass, a third of what a training item does
     return float(seconds * (whole_train + whole_val / 3) / (train + val / 3))
 

@@ -8,7 +8,6 @@ from selfkd.config.load import LARGEST as LARGEST
 from selfkd.config.load import RESUMABLE as RESUMABLE
 from selfkd.config.load import differences as differences
 from selfkd.config.load import dump_config as dump_config
-from selfkd.config.load import flat as flat
 from selfkd.config.load import load_config as load_config
 from selfkd.config.load import load_yaml as load_yaml
 from selfkd.config.load import merge_settings as merge_settings
@@ -29,6 +28,7 @@ from selfkd.config.schema import SearchConfig as SearchConfig
 from selfkd.config.schema import Source as Source
 from selfkd.config.schema import TrainConfig as TrainConfig
 from selfkd.config.schema import Tree as Tree
+from selfkd.config.schema import flat as flat
 from selfkd.config.schema import from_tree as from_tree
 from selfkd.config.schema import get as get
 from selfkd.config.schema import to_tree as to_tree

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from selfkd.config.load import flat, resume_invariant
-from selfkd.config.schema import Config, Tree, to_tree
+from selfkd.config.load import resume_invariant
+from selfkd.config.schema import Config, Tree, flat, to_tree
 from selfkd.errors import ConfigError
 from selfkd.storage.files import cache_folder
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from selfkd.config.schema import Config, Tree, from_tree, leaves, put, to_tree
+from selfkd.config.schema import Config, Tree, flat, from_tree, leaves, put, to_tree
 from selfkd.config.validate import settings_faults
 from selfkd.errors import ConfigError
 from selfkd.results import FORMAT
@@ -221,8 +221,8 @@ def _overlay(
         except ConfigError as error:
             faults.append(str(error))
     given += [(key, value, "command line") for key, value in flags.items() if value is not None]
-    for key, value, source in given:
-        put(tree, key, value)
+    for key, value, source in sorted(given, key=lambda each: each[0] != "task"):
+        put(tree, key, value)  # the task first, whose defaults others extend
         sources |= {k: source for k, _ in leaves({key: value}, "", inner=True)}
     try:
         config = from_tree(tree, sources)
@@ -234,11 +234,6 @@ def _overlay(
     if faults:
         raise ConfigError("\n".join(faults))
     return config
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Return the values of a config by dotted key."""
-    return dict(leaves(to_tree(config), ""))
 
 
 def dump_config(config: Config) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from selfkd.config.schema import Config
+from selfkd.config.schema import TRAINED_TOKENIZER, Config
 from selfkd.storage.remote import as_path
 
 
@@ -28,7 +28,10 @@ def with_absolute_paths(config: Config) -> Config:
         path=given.path and absolute(given.path),
         classes=given.classes and absolute(given.classes),
     )
-    data = dataclasses.replace(config.data, root=root and absolute(root))
+    tokenizer = config.data.tokenizer
+    if not TRAINED_TOKENIZER.fullmatch(tokenizer):
+        tokenizer = absolute(tokenizer)
+    data = dataclasses.replace(config.data, root=root and absolute(root), tokenizer=tokenizer)
     return dataclasses.replace(config, data=data, members=members, generation_0=given)
 
 

@@ -80,6 +80,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float)
 
 
+TRAINED_TOKENIZER = re.compile(r"bpe:(\d+)|chars")
+"""Tokenizers of text that a run trains itself; any other is a folder."""
 ModelArgs = Annotated[dict[str, Any], AfterValidator(_plain_args)]
 
 
@@ -90,7 +92,8 @@ class DataConfig:
     name: Place = "digits"
     """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
     train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`) or any name of
-    `timm.data.create_dataset`."""
+    `timm.data.create_dataset`. Of text: pydoc (the manual in Python itself), the default there, or
+    text (`root` has files .txt, or .jsonl with `{"text": …}` a line)."""
     root: Place | None = None
     """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
     download: bool = False
@@ -123,6 +126,11 @@ class DataConfig:
     views: int | None = Field(default=None, ge=1, le=10_000)
     """Number of augmented views of each image whose teacher logits are cached; epoch e is trained
     on view e mod `views`. 1 without augmentation, else 8, when not given."""
+    context: int = Field(default=64, ge=2, le=1_000_000)
+    """Number of tokens that a language model sees at most; text is divided into windows of it."""
+    tokenizer: Place = "bpe:1024"
+    """Tokenizer of text: bpe:N, byte pairs with N tokens, or chars, one token a character, both
+    trained on the training split; or a folder with a tokenizer.json."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -131,7 +139,7 @@ class ModelConfig:
 
     name: str = "selfkd_cnn"
     """Name of the network: any of `timm.create_model`, selfkd's own small networks (`selfkd_*`)
-    among them."""
+    among them; of text, selfkd_gpt."""
     args: ModelArgs = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` starts
     from timm's pretrained weights."""
@@ -163,9 +171,12 @@ class TrainConfig:
     """Training of one student."""
 
     epochs: int = Field(default=40, ge=1, le=1_000_000)
-    """Number of passes over the training images."""
+    """Number of passes over the training images; of text, number of equal parts of `steps`, at
+    whose ends the model is validated and checkpoints are written."""
+    steps: int = Field(default=300, ge=1, le=1_000_000_000)
+    """Number of optimiser steps on text."""
     batch_size: int = Field(default=20, ge=1)
-    """Images a step, over all workers of a trial."""
+    """Images a step, over all workers of a trial; windows of text a step."""
     optimizer: str = "sgd"
     """Name of a timm optimiser: sgd (with Nesterov momentum), adamw, …"""
     lr: Single = Field(default=0.05, gt=0)
@@ -179,6 +190,8 @@ class TrainConfig:
     epochs; or none, a constant learning rate."""
     warmup_epochs: int = Field(default=0, ge=0)
     """Epochs of linear warm-up from a tenth of the learning rate, at the start of `epochs`."""
+    warmup_steps: int = Field(default=30, ge=0)
+    """Steps of linear warm-up from 0 on text, at the start of `steps`."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the labels' mass that is spread over all classes, in [0, 1)."""
     clip_grad: float | None = Field(default=None, gt=0)
@@ -409,6 +422,48 @@ PAPER: Point = {"distill.temperature": 1.0, "distill.alpha": 1.0}
 """Loss of born-again networks (Furlanello et al., 2018)."""
 
 
+TEXT: Tree = {
+    "data": {"name": "pydoc"},
+    "train": {
+        "epochs": 3,
+        "batch_size": 12,
+        "optimizer": "adamw",
+        "lr": 1e-2,
+        "weight_decay": 0.01,
+        "clip_grad": 1.0,
+    },
+    "distill": {"temperature": 1.0, "alpha": 1.0},
+    "search": {
+        "metric": "val_nll",
+        "mode": "min",
+        "space": {
+            "distill.temperature": {"loguniform": [1, 2]},
+            "distill.alpha": {"uniform": [0.5, 1]},
+        },
+    },
+}
+"""Defaults of `task: text` that differ: T = 1 and alpha = 1 are hard to beat on tokens."""
+TEXT_MODEL: Tree = {"name": "selfkd_gpt", "args": {"depth": 2, "width": 64, "heads": 4}}
+
+
+def with_task_defaults(tree: Tree) -> Tree:
+    """Return nested dictionaries of config keys with the defaults of their task.
+
+    >>> with_task_defaults({"task": "text", "data": {"context": 8}})["data"]
+    {'name': 'pydoc', 'context': 8}
+    """
+    if tree.get("task") != "text":
+        return tree
+    found = dict(tree)
+    for section, defaults in copy.deepcopy(TEXT).items():
+        given = tree.get(section, {})
+        found[section] = {**defaults, **given} if isinstance(given, Mapping) else given
+    model = tree.get("model", copy.deepcopy(TEXT_MODEL))
+    own = {"name": TEXT_MODEL["name"]}
+    found["model"] = {**own, **model} if isinstance(model, Mapping) else model
+    return found
+
+
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class SearchConfig:
     """Hyperparameter search."""
@@ -434,7 +489,7 @@ class SearchConfig:
     keys with values, inside the space or not. With the default space and at least 4 trials, when
     not given: `distill.temperature` and `distill.alpha` with three of eight trials, so that the
     best of several seeds teaches, and the loss of the born-again paper, T 1 and alpha 1, with
-    one."""
+    one. Of text, whose defaults are those: with three of eight trials, at least one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -516,6 +571,9 @@ class Config:
     given."""
     storage: Place = "runs"
     """Folder of the run folders, or its URI, such as s3://bucket/runs."""
+    task: Literal["images", "text"] = "images"
+    """What is learnt: images (classifiers) or text (causal language models, which take
+    `selfkd[text]` and have defaults of their own)."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Dataset, splits and augmentation."""
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(args={"width": 8}))
@@ -586,7 +644,11 @@ class Config:
         if search.points is None:
             own = dict(zip(PAPER, (self.distill.temperature, self.distill.alpha), strict=True))
             points = [*(dict(own) for _ in range(3 * search.trials // 8)), dict(PAPER)]
-            default = search.space == SPACE and search.trials >= 4
+            if self.task == "text":
+                points = points[:-1] or [own]
+                default = search.space == TEXT["search"]["space"]
+            else:
+                default = search.space == SPACE and search.trials >= 4
             search = dataclasses.replace(search, points=points if default else [])
             object.__setattr__(self, "search", search)
 
@@ -594,6 +656,11 @@ class Config:
     def most_rounds(self) -> int:
         """Largest number of born-again generations."""
         return self.rounds_max if self.rounds == "auto" else self.rounds
+
+    @property
+    def steps_by_part(self) -> int | None:
+        """Number of steps in each of `train.epochs` equal parts; None where epochs are passes."""
+        return None if self.task == "images" else -(-self.train.steps // self.train.epochs)
 
     def space(self, *, with_teacher: bool) -> dict[str, Distribution]:
         """Return the search space by dotted key.
@@ -652,7 +719,7 @@ def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
     """
     try:
         # as JSON: pydantic's strict mode makes dataclasses of JSON objects only
-        return _ADAPTER.validate_json(json.dumps(tree, default=str))
+        return _ADAPTER.validate_json(json.dumps(with_task_defaults(tree), default=str))
     except ValidationError as error:
         raise ConfigError("\n".join(_faults(error, sources or {}))) from None
 
@@ -720,6 +787,11 @@ def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[st
             yield from leaves(value, f"{dotted}.", inner=inner)
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Return the values of a config by dotted key."""
+    return dict(leaves(to_tree(config), ""))
+
+
 def get(config: Config, key: str) -> Any:
     """Return a value by its dotted key; None where there is none.
 
@@ -744,9 +816,10 @@ def put(tree: Tree, key: str, value: Any) -> None:
         return
     inside_space = re.match(r"(search)\.(space|labels_only_space)\.(.+)", key)
     *parents, last = inside_space.groups() if inside_space else key.split(".")
+    default = TEXT["search"]["space"] if tree.get("task") == "text" else SPACE
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
             whole = inside_space and parent == "space"
-            tree[parent] = dict(SearchConfig().space) if whole else {}
+            tree[parent] = copy.deepcopy(default) if whole else {}
         tree = tree[parent]
     tree[last] = value

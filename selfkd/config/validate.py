@@ -11,6 +11,8 @@ from selfkd.config.schema import (
     OF_TEACHERS,
     Config,
     did_you_mean,
+    flat,
+    from_tree,
     known_keys,
     leaves,
     locate_key,
@@ -22,7 +24,7 @@ from selfkd.results import OWN
 
 # keys that all trials of a run share, so that they cannot be searched
 _FIXED = (
-    *("rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
+    *("task", "rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
     *(
         "generation_0",
         "controls",
@@ -35,6 +37,16 @@ _FIXED = (
     ),
 )
 
+_OF_TASK = {
+    "images": (
+        *("data.download", "data.train_size", "data.val_size", "data.classes", "data.label_noise"),
+        *("data.image_size", "data.in_memory", "data.crop", "data.flip", "data.jitter"),
+        *("data.views", "train.warmup_epochs", "train.momentum"),
+    ),
+    "text": ("data.context", "data.tokenizer", "train.steps", "train.warmup_steps"),
+}
+"""Keys of one task alone."""
+_TEXT_CONTROLS = ("seeds", "label_smoothing")
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
@@ -64,6 +76,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
         where = locate_key("search.metric", sources)
         yield f"{where}: must be a metric, got {config.search.metric}, which selfkd sets itself"
     yield from _evidence_faults(config, sources)
+    yield from _task_faults(config, sources)
     for key, value in leaves(to_tree(config), ""):
         if not key.startswith("search.") and not _has_finite_numbers(value):
             yield f"{locate_key(key, sources)}: must have finite numbers, got {value!r}"
@@ -156,6 +169,43 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                     f"{where}: {name} needs cached teacher logits of all classes: leave out "
                     f"distill.live and targets.top_k, or {name}"
                 )
+
+
+def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield faults of keys that another task has, and of what a task does not do."""
+    default, given = flat(from_tree({"task": config.task})), flat(config)
+    other = "images" if config.task == "text" else "text"
+    for key in _OF_TASK[other]:
+        if given[key] != default[key]:
+            where = locate_key(key, sources)
+            yield f"{where}: only with task {other}, got {given[key]!r} with task {config.task}"
+    for key in (*config.search.space, *config.search.labels_only_space):
+        if key in _OF_TASK[other]:
+            where = locate_key("search.space", sources)
+            yield f"{where}: {key} is only with task {other}"
+    if config.task != "text":
+        return
+    wrong = [name for name in config.controls if name not in _TEXT_CONTROLS]
+    if wrong:
+        where, known = locate_key("controls", sources), " or ".join(_TEXT_CONTROLS)
+        yield f"{where}: must be {known} with task text, got {', '.join(wrong)}"
+    for source in ("snapshots", "specialists"):
+        if source in (config.members.source, *config.members.compare):
+            where = locate_key("members", sources)
+            yield f"{where}: {source} are only with task images"
+    if config.distill.live:
+        where = locate_key("distill.live", sources)
+        yield f"{where}: must be false with task text, whose teacher logits are cached, got True"
+    if config.resources.workers > 1:
+        where, workers = locate_key("resources.workers", sources), config.resources.workers
+        yield f"{where}: must be 1 with task text, got {workers}"
+    steps, warmup, epochs = config.train.steps, config.train.warmup_steps, config.train.epochs
+    if warmup >= steps:
+        where = locate_key("train.warmup_steps", sources)
+        yield f"{where}: must be less than train.steps ({steps}), got {warmup}"
+    if epochs > steps:
+        where = locate_key("train.epochs", sources)
+        yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
 
 
 def _key_faults(key: str) -> Iterator[str]:

@@ -49,7 +49,8 @@ def card_of_run(folder: RunFolder, config: Config, facts: Facts | None, chosen: 
         "\n".join(_made(config, facts, chosen)),
         f"```bash\n{command}\n```",
     ]
-    return _card(folder.path.name, lines, images=facts is None or facts.function is None)
+    task = config.task if facts is None or facts.function is None else None
+    return _card(folder.path.name, lines, task=task)
 
 
 def plain_card(metadata: Mapping[str, Any]) -> str:
@@ -61,19 +62,32 @@ def plain_card(metadata: Mapping[str, Any]) -> str:
     model = metadata.get("model")
     name = model.get("name") if isinstance(model, Mapping) else None
     line = f"- network: `{_quoted(name)}`" if name else "- network: of a function of the user's own"
-    return _card(name or "model", ["A model of selfkd.", line], images="classes" in metadata)
+    return _card(
+        name or "model",
+        ["A model of selfkd.", line],
+        task=metadata.get("task", "images" if "classes" in metadata else None),
+    )
 
 
-def _card(title: str, lines: Sequence[str], *, images: bool) -> str:
+_TAGS = {"images": "image-classification", "text": "text-generation"}
+_ITEMS = {"images": '"image.png"', "text": '"The value of "'}
+
+
+def _card(title: str, lines: Sequence[str], *, task: str | None) -> str:
     tags = ["knowledge-distillation", "self-distillation", "selfkd", "pytorch"]
-    head = ["---", "library_name: selfkd", *(["pipeline_tag: image-classification"] * images)]
+    head = [
+        "---",
+        "library_name: selfkd",
+        *([f"pipeline_tag: {_TAGS[task]}"] if task in _TAGS else []),
+    ]
     head += ["tags:", *(f"- {tag}" for tag in tags), "---"]
-    network = "" if images else ", make_model=lambda: MyNetwork()"
+    item = _ITEMS.get(task or "")
+    network = "" if item else ", make_model=lambda: MyNetwork()"
     use = [
         "## Use",
         "```python\nimport selfkd\nfrom huggingface_hub import snapshot_download\n\n"
         f'model = selfkd.load(snapshot_download("{PLACE}"){network})  # or its folder\n'
-        + ('print(model.predict("image.png").top(3))\n```' if images else "```"),
+        + (f"print(model.predict({item}).top(3))\n```" if item else "```"),
         "The license is not set: it is for the owner of the data and the weights to choose.",
     ]
     body = [f"# {_quoted(title)}", *filter(None, lines), *use]

@@ -20,7 +20,7 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import read_text, save_text
 from selfkd.storage.remote import as_path
 from selfkd.storage.temporary import TemporaryFolder
-from selfkd.tasks import load_ensemble, load_predictor
+from selfkd.tasks import is_known, load_ensemble, load_predictor
 from selfkd.tasks.task import Predictor
 
 EXPORTED = "model.safetensors"
@@ -277,7 +277,7 @@ def _load_file(path: Path, make_model: MakeModel | None) -> LoadedModel:
 def _load_one(checkpoint: str, make: MakeModel | None) -> tuple[Predictor, dict[str, Any]]:
     """Return a model, of images where it was trained by selfkd, with its metadata."""
     tensors, metadata = load_tensors(as_path(checkpoint))
-    if "classes" in metadata:
+    if is_known(metadata):
         return load_predictor(checkpoint, make), metadata
     if make is None:
         raise ConfigError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from selfkd.storage.remote import as_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +16,15 @@ if TYPE_CHECKING:
 
 
 def make_task(config: Tree) -> Task:
-    """Return the task of a config."""
+    """Return the task of a config.
+
+    Raises:
+        ConfigError: What it takes is not installed.
+    """
+    if config.get("task") == "text":
+        from selfkd.tasks.text.task import TextTask
+
+        return TextTask(config)
     from selfkd.tasks.images.task import ImageTask  # torch and timm: only where work is done
 
     return ImageTask(config)
@@ -30,6 +40,10 @@ def load_predictor(checkpoint: str, make: Callable[[], nn.Module] | None = None)
     Raises:
         ValueError: The file is damaged, or its network cannot be made.
     """
+    if _is_text(checkpoint):
+        from selfkd.tasks.text.loaded import load_language_model
+
+        return load_language_model(checkpoint)
     from selfkd.tasks.images.loaded import load_classifier
 
     return load_classifier(checkpoint, make)
@@ -48,6 +62,22 @@ def load_ensemble(
     Raises:
         ValueError: A file is damaged, or its network cannot be made.
     """
+    if _is_text(checkpoints[0]):
+        from selfkd.tasks.text.loaded import load_mean
+
+        return load_mean(checkpoints, average=average, weights=weights)
     from selfkd.tasks.images.loaded import load_average
 
     return load_average(checkpoints, average=average, weights=weights)
+
+
+def is_known(metadata: Mapping[str, Any]) -> bool:
+    """Say whether the network of a checkpoint is made by its name: a task has trained it."""
+    return "classes" in metadata or "task" in metadata
+
+
+def _is_text(checkpoint: str) -> bool:
+    from selfkd.storage.checkpoint import load_tensors
+
+    path = as_path(checkpoint)
+    return path.suffix == ".safetensors" and load_tensors(path)[1].get("task") == "text"

@@ -264,7 +264,7 @@ def fit(
             check_graph(logits, "student_logits")
             values = distiller(logits, labels, inputs=inputs, index=index, view=view)
             optimizer.zero_grad(set_to_none=True)
-            _descend(training, ranks.mean_loss(values["loss"], count), clip_grad)
+            descend(training, ranks.mean_loss(values["loss"], count), clip_grad)
             for name, value in values.items():
                 mine = value.detach()
                 terms.setdefault(name, []).append(
@@ -272,9 +272,9 @@ def fit(
                 )
             training.step += 1
             if training.step % CHECK_STEPS == 0:
-                _check_finite(torch.stack(terms["loss"]), epoch)
+                check_finite(torch.stack(terms["loss"]), epoch)
         means = {name: ranks.sum(torch.stack(steps)) for name, steps in terms.items()}
-        _check_finite(means["loss"], epoch)
+        check_finite(means["loss"], epoch)
         measured = _measure(training, data, workers, ranks)
         if not math.isfinite(measured["nll"]):
             raise NonFiniteLossError(
@@ -292,7 +292,7 @@ def fit(
         }
 
 
-def _descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
+def descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
     """Make one optimiser step; update the moving average."""
     scaler, student = training.scaler, training.student
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -324,7 +324,8 @@ def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, precision))
 
 
-def _check_finite(values: Tensor, epoch: int) -> None:
+def check_finite(values: Tensor, epoch: int) -> None:
+    """Raise NonFiniteLossError for a loss that is not finite, with its step."""
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         step = int((~finite).nonzero()[0])

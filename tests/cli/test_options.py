@@ -10,10 +10,11 @@ from selfkd import capacity, ensemble, generations, study
 from selfkd.cli.command import Command
 from selfkd.cli.options import FLAGS, config_flags
 from selfkd.config import load_config
-from selfkd.config.load import flat
+from selfkd.config.schema import flat
 
 COMMANDS = [generations, ensemble, capacity, study]
 GIVEN = {
+    "--task": ("images", "images"),
     "--data": ("mnist", "mnist"),
     "--data-root": ("d", "d"),
     "--labels": ("50", 50),

@@ -14,8 +14,8 @@ from jsonschema import Draft202012Validator
 from selfkd import capacity, ensemble, generations, study
 from selfkd.config import Config, load_config, load_yaml
 from selfkd.config.__main__ import main
-from selfkd.config.load import flat
 from selfkd.config.reference import commented_yaml, describe_key, field_docstrings, json_schema
+from selfkd.config.schema import flat
 from selfkd.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -172,7 +172,7 @@ def test_every_key_is_documented():
         ),
         ("search.trials: 3", "search.trials: unknown key: did you mean search?"),
         ("search: {spaces: {}}", "search.spaces: unknown key: did you mean search.space, "),
-        ("zzz: 1", "zzz: unknown key (known: rounds, rounds_max, seed, name, storage, data, "),
+        ("zzz: 1", "zzz: unknown key (known: rounds, rounds_max, seed, name, storage, task, "),
         ("1: 2", "1: unknown key (known: rounds, "),
     ],
 )

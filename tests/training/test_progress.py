@@ -176,19 +176,19 @@ def test_completed_epochs_are_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    monkeypatch.setattr("selfkd.training.fit._descend", _counted(steps))
+    monkeypatch.setattr("selfkd.training.fit.descend", _counted(steps))
     interrupted(lambda: train(tmp_path, *SMALL), 4)
     assert len(steps) == 6 * 3  # three batches an epoch: none of them twice
 
 
 def _counted(steps: list[int]) -> Any:
-    from selfkd.training.fit import _descend
+    from selfkd.training.fit import descend
 
-    def descend(training: Training, *arguments: Any) -> None:
+    def counted(training: Training, *arguments: Any) -> None:
         steps.append(training.step)
-        _descend(training, *arguments)
+        descend(training, *arguments)
 
-    return descend
+    return counted
 
 
 def test_interrupted_again_and_again(tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""Trained language models without their data: texts become probabilities of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfkd.distill.outputs import take_logits
+from selfkd.losses import Average, ensemble_logits
+from selfkd.tasks.text import check_installed
+from selfkd.tasks.text.networks import NetworkFacts, open_checkpoint, rebuild
+from selfkd.tasks.text.tokenizer import read_tokenizer
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class TextPredictor:
+    """A language model and its tokenizer; see `selfkd.tasks.task.Predictor`."""
+
+    network: nn.Module
+    """Network from padded tokens `[batch, length]` to logits of the token after each text."""
+    facts: NetworkFacts
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return read_tokenizer(self.facts.tokenizer)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Texts of the tokens, in the order of the logits."""
+        numbers = range(self.facts.vocabulary)
+        return tuple(self._tokenizer.decode([n], skip_special_tokens=False) for n in numbers)
+
+    def inputs(self, items: Any, *, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+        """Yield the tokens of texts, an end token before them as at the start of a document.
+
+        Args:
+            items: One text or several; of long ones the end counts.
+            batch_size: Number of texts in a batch.
+            device: Device of the inputs.
+
+        Raises:
+            TypeError: An item that is no text.
+        """
+        texts = [items] if isinstance(items, str) else list(items)
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"items must be texts, got {type(text).__name__}")
+        for start in range(0, len(texts), batch_size):
+            rows = [
+                [self.facts.end, *self._tokenizer.encode(text, add_special_tokens=False).ids]
+                for text in texts[start : start + batch_size]
+            ]
+            tokens = [torch.tensor(row[-self.facts.context :]) for row in rows]
+            padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PADDING)
+            yield padded.to(device)
+
+
+class NextToken(nn.Module):
+    """A language model as a classifier of the next token.
+
+    Args:
+        network: Language model from tokens to logits of each position.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits `[batch, vocabulary]` after padded texts `[batch, length]`."""
+        last = (tokens != PADDING).sum(dim=1) - 1
+        logits = take_logits(self.network(tokens.clamp(min=0)), "model")
+        return logits[torch.arange(len(tokens), device=tokens.device), last]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors of the language model by its own names."""
+        return self.network.state_dict(*args, **kwargs)
+
+
+class _Mean(nn.Module):
+    def __init__(
+        self, members: Sequence[nn.Module], average: Average, weights: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self._average: Average = average
+        self._weights = weights
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = torch.stack([member(tokens) for member in self.members])
+        return ensemble_logits(logits, average=self._average, weights=self._weights)
+
+
+def load_language_model(checkpoint: str) -> TextPredictor:
+    """Return a language model in eval mode.
+
+    Args:
+        checkpoint: Its file.
+
+    Raises:
+        ValueError: It is damaged, or its network cannot be made.
+    """
+    check_installed()
+    tensors, facts = open_checkpoint(checkpoint)
+    network = rebuild(checkpoint, tensors, facts)
+    return TextPredictor(NextToken(network).eval(), facts)
+
+
+def load_mean(
+    checkpoints: Sequence[str], *, average: Average, weights: Sequence[float] | None
+) -> TextPredictor:
+    """Return the average of language models of one tokenizer.
+
+    Args:
+        checkpoints: File of each.
+        average: What is averaged.
+        weights: Weight of each; all alike when not given.
+
+    Raises:
+        ValueError: One is damaged, of another tokenizer, or its network cannot be made.
+    """
+    members = [load_language_model(checkpoint) for checkpoint in checkpoints]
+    facts = members[0].facts
+    if any(
+        (m.facts.tokenizer, m.facts.context) != (facts.tokenizer, facts.context) for m in members
+    ):
+        raise ValueError(f"{checkpoints[0]} must have tokenizer and context of all others")
+    networks = [member.network for member in members]
+    return TextPredictor(_Mean(networks, average, weights).eval(), facts)

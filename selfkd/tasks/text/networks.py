@@ -1,0 +1,194 @@
+"""The text of a config and its networks: made, saved, loaded, run on windows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from selfkd.config import Config, ModelConfig, Tree, from_tree
+from selfkd.distill.outputs import take_logits
+from selfkd.models import parameters_count
+from selfkd.results import from_row
+from selfkd.results.row import ROW
+from selfkd.soft_targets.manifest import data_key
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.remote import as_path
+from selfkd.tasks.task import SPLITS, ModelFacts, Split
+from selfkd.tasks.text import check_installed
+from selfkd.tasks.text.data import Tokens, load_text
+from selfkd.tasks.text.models import make_language_model
+from selfkd.training.fit import autocast
+
+EVAL_VALUES = 2**22
+"""Most logits a batch of the evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class NetworkFacts(ModelFacts):
+    """Metadata of a language model's checkpoint."""
+
+    vocabulary: int
+    """Number of tokens."""
+    context: int
+    """Number of tokens that it sees at most."""
+    end: int
+    """Id of the end token."""
+    tokenizer: str
+    """Text of its tokenizer.json."""
+
+
+class TextNetworks:
+    """The text of a config, and networks for it."""
+
+    def __init__(self, tree: Tree) -> None:
+        check_installed()
+        self.config: Config = from_tree(tree)
+        torch.set_num_threads(max(1, int(self.config.resources.cpu)))
+        self.device = "cuda" if self.config.resources.gpu > 0 else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"resources.gpu must be 0 where torch finds no GPU, got {self.config.resources.gpu}"
+            )
+        self.data = load_text(self.config.data, self.config.seed)
+        self.fingerprint = self.data.fingerprints["train"]
+        self.evaluated: tuple[Split, ...] = SPLITS
+        top_k = self.config.targets.top_k
+        if top_k is not None and top_k >= self.data.vocabulary:
+            raise ValueError(
+                f"targets.top_k must be in [1, {self.data.vocabulary - 1}], got {top_k}"
+            )
+        self.data_key = data_key(self.fingerprint, {}, top_k=top_k)
+
+    def labels(self, split: Split) -> Tensor:
+        """Return the token that each row of a split predicts."""
+        return self.data.splits[split].labels
+
+    def make(self, model: ModelConfig) -> nn.Module:
+        """Return a fresh network for this text."""
+        data = self.data
+        return make_language_model(
+            model.name, model.args, vocabulary=data.vocabulary, context=data.context
+        ).to(self.device)
+
+    def save(
+        self, path: Path, network: nn.Module, model: ModelConfig, more: Mapping[str, Any]
+    ) -> str:
+        """Save a network with what it is loaded by; return its hash."""
+        facts = {
+            "task": "text",
+            "model": {"name": model.name, "args": model.args},
+            "vocabulary": self.data.vocabulary,
+            "context": self.data.context,
+            "end": self.data.end,
+            "tokenizer": self.data.tokenizer,
+            "data": self.data.name,
+            "fingerprint": self.fingerprint,
+            "parameters": parameters_count(network),
+            **more,
+        }
+        return save_tensors(path, network.state_dict(), facts)
+
+    def load(self, checkpoint: str) -> tuple[nn.Module, NetworkFacts]:
+        """Return the network of a checkpoint, and its metadata.
+
+        Raises:
+            ValueError: It has another tokenizer or context, or is of no network that can be made.
+        """
+        tensors, facts = open_checkpoint(checkpoint)
+        if facts.tokenizer != self.data.tokenizer:
+            raise ValueError(
+                f"{checkpoint} must have the tokenizer of this run, whose tokens its outputs are: "
+                "got another one"
+            )
+        if facts.context != self.data.context:
+            raise ValueError(
+                f"{checkpoint} must have data.context {self.data.context}, got {facts.context}"
+            )
+        return rebuild(checkpoint, tensors, facts).to(self.device), facts
+
+    @torch.no_grad()
+    def run(
+        self, network: nn.Module, tokens: Tokens, windows: range
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits `[rows, vocabulary]` and labels `[rows]` of windows, without the padding.
+
+        The network predicts in eval mode and is then put back into its previous mode.
+        """
+        training = network.training
+        network.eval()
+        size = max(1, EVAL_VALUES // (tokens.context * self.data.vocabulary))
+        for start in range(windows.start, windows.stop, size):
+            batch = torch.arange(start, min(start + size, windows.stop))
+            with autocast(self.device, self.config.train.amp):
+                logits = take_logits(network(tokens.inputs(batch).to(self.device)), "model")
+            valid = (tokens.rows(batch) < len(tokens)).flatten()
+            labels = tokens.labels_of(batch).flatten()[valid]
+            yield logits.flatten(0, 1)[valid.to(self.device)].float().cpu(), labels
+        network.train(training)
+
+    def logits(self, network: nn.Module, split: Split, items: range | None) -> Tensor:
+        """Return the logits of rows of a split, float32 on the CPU."""
+        tokens = self.data.splits[split]
+        rows = range(len(tokens)) if items is None else items
+        first, last = rows.start // tokens.context, -(-rows.stop // tokens.context)
+        found = [logits for logits, _ in self.run(network, tokens, range(first, last))]
+        start = rows.start - first * tokens.context
+        return torch.cat(found)[start : start + len(rows)]
+
+
+def open_checkpoint(checkpoint: str) -> tuple[dict[str, Tensor], NetworkFacts]:
+    """Return the tensors and the metadata of a language model's checkpoint.
+
+    Raises:
+        ValueError: It is damaged, or of no network that can be made.
+    """
+    tensors, found = load_tensors(as_path(checkpoint))
+    try:
+        facts = from_row(NetworkFacts, found)
+        model = ModelConfig.of_checkpoint(facts.model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
+    return tensors, replace(facts, model={"name": model.name, "args": model.args})
+
+
+def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts) -> nn.Module:
+    """Return the network of a checkpoint with its weights.
+
+    What the metadata describe is compared with the tensors before any memory is taken for it.
+
+    Args:
+        checkpoint: Name of its file, for messages.
+        tensors: Tensors by name.
+        facts: Metadata.
+
+    Raises:
+        ValueError: The network cannot be made, or has other tensors.
+    """
+    model = ModelConfig(**facts.model)
+
+    def make() -> nn.Module:
+        return make_language_model(
+            model.name, model.args, vocabulary=facts.vocabulary, context=facts.context
+        )
+
+    try:
+        most = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
+        for number in (facts.vocabulary, facts.context, *model.args.values()):
+            if isinstance(number, int | float) and number > most:
+                raise ValueError(f"sizes must be those of its tensors, got {number}")
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            described = {name: tensor.shape for name, tensor in make().state_dict().items()}
+        if described != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError(f"its tensors must be those of {model.name} with {model.args}")
+        network = make()
+        network.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[:2]
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {' '.join(first)}") from None
+    return network

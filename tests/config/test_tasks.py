@@ -1,0 +1,59 @@
+"""Settings of a task: its own defaults, and keys of another task refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from selfkd.config import Config, dump_config, from_tree, load_config, to_tree
+from selfkd.errors import ConfigError
+
+FIRST = {"distill.temperature": 1.0, "distill.alpha": 1.0}
+
+
+def test_text_has_defaults_of_its_own() -> None:
+    config = load_config(flags={"task": "text"}, settings=["search.trials=2"])
+    assert (config.search.metric, config.search.mode) == ("val_nll", "min")
+    assert (config.distill.temperature, config.distill.alpha) == (1, 1)
+    assert config.search.points == [FIRST]
+    assert config.model.name == "selfkd_gpt"
+    assert load_config(flags={"task": "text"}).search.points == [FIRST] * 3
+    assert load_config() == Config()
+
+
+def test_what_is_given_wins_in_any_order(tmp_path: Path) -> None:
+    settings = ["search.space.train.lr={loguniform: [1e-3, 1e-1]}", "task=text", "train.lr=1e-3"]
+    config = load_config(settings=settings)
+    assert list(config.search.space) == ["distill.temperature", "distill.alpha", "train.lr"]
+    assert config.search.space["distill.temperature"] == {"loguniform": [1, 2]}
+    assert config.train.lr == 1e-3
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+    assert from_tree(to_tree(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "message"),
+    [
+        ("text", "data.crop=0.5", "data.crop: only with task images, got 0.5 with task text"),
+        ("text", "data.classes=[0, 1]", "data.classes: only with task images"),
+        ("text", "train.warmup_epochs=1", "train.warmup_epochs: only with task images"),
+        ("images", "data.context=8", "data.context: only with task text"),
+        ("images", "train.steps=8", "train.steps: only with task text"),
+        ("images", "search.space={train.steps: {choice: [1, 2]}}", "train.steps is only with"),
+        ("text", "controls=[dkpp]", "must be seeds or label_smoothing with task text, got dkpp"),
+        ("text", "distill.live=true", "distill.live: must be false with task text"),
+        ("text", "members.source=snapshots", "snapshots are only with task images"),
+        ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),
+        ("text", "train.warmup_steps=300", "must be less than train.steps"),
+        ("text", "train.steps=31", "train.epochs: must be at most"),
+        ("sound", "rounds=1", "task: must be 'images' or 'text', got 'sound'"),
+    ],
+)
+def test_keys_of_another_task_are_refused_by_name(task: str, setting: str, message: str) -> None:
+    more = ["train.epochs=40"] if "train.steps=31" in setting else []
+    with pytest.raises(ConfigError) as error:
+        load_config(flags={"task": task}, settings=[setting, *more])
+    assert message in str(error.value)

@@ -1,0 +1,79 @@
+"""Trained language models without their data: what comes after texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfkd.config import load_config, to_tree
+from selfkd.loading.model import load
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.tasks import load_ensemble
+from selfkd.tasks.text.task import TextTask
+
+TEXT = "one two three four five six seven. " * 30
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[TextTask, Path]:
+    (tmp_path / "a.txt").write_text(TEXT)
+    settings = [
+        f"data={{name: text, root: {tmp_path}, context: 8, tokenizer: chars}}",
+        "model.args={depth: 1, width: 8, heads: 2}",
+    ]
+    config = load_config(settings=settings, flags={"task": "text"})
+    task = TextTask(to_tree(config))
+    torch.manual_seed(0)
+    path = tmp_path / "student.safetensors"
+    task.save(path, task.make(config.model), config.model, {})
+    return task, path
+
+
+def test_texts_become_probabilities_of_the_next_token(saved: tuple[TextTask, Path]) -> None:
+    task, path = saved
+    model = load(path)
+    found = model.predict(["one", "one two three four"], batch_size=2)
+    assert model.classes[:4] == ("<|endoftext|>", "<|unknown|>", " ", ".")
+    network = task.load(str(path))[0].eval()
+    letters = [model.classes.index(letter) for letter in "one"]
+    logits = network(torch.tensor([[0, *letters]])).logits[0, -1]
+    torch.testing.assert_close(found.probabilities[0], logits.softmax(dim=0).detach())
+    letters = [model.classes.index(letter) for letter in "ree four"]  # the end of a long one
+    logits = network(torch.tensor([letters])).logits[0, -1]
+    torch.testing.assert_close(found.probabilities[1], logits.softmax(dim=0).detach())
+    torch.testing.assert_close(model.predict("one").probabilities[0], found.probabilities[0])
+    with pytest.raises(TypeError, match="items must be texts, got int"):
+        model.predict([3])
+
+
+def test_an_exported_folder_is_loaded_back(saved: tuple[TextTask, Path], tmp_path: Path) -> None:
+    model = load(saved[1])
+    again = load(model.save(tmp_path / "own"))
+    assert torch.equal(again.predict("two").probabilities, model.predict("two").probabilities)
+
+
+def test_models_are_averaged(saved: tuple[TextTask, Path]) -> None:
+    one = load(saved[1])
+    several = load_ensemble([str(saved[1])] * 2, average="probabilities", weights=None)
+    (inputs,) = several.inputs("two", batch_size=4, device=torch.device("cpu"))
+    found = several.network(inputs).softmax(dim=1)
+    torch.testing.assert_close(found, one.predict("two").probabilities)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocabulary": 10**9},
+        {"model": {"name": "selfkd_gpt", "args": {"depth": 10**9}}},
+        {"context": 7},
+    ],
+)
+def test_metadata_that_are_not_of_the_tensors_are_refused(
+    saved: tuple[TextTask, Path], change: dict[str, object]
+) -> None:
+    tensors, facts = load_tensors(saved[1])
+    save_tensors(saved[1], tensors, {**facts, **change})
+    with pytest.raises(ValueError, match="cannot be rebuilt"):
+        load(saved[1])

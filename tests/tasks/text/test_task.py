@@ -1,0 +1,235 @@
+"""The task of text: tokens as rows, cached logits read token by token, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from selfkd.config import Config, load_config, to_tree
+from selfkd.results import Row
+from selfkd.soft_targets.store import open_store, write_shard
+from selfkd.tasks import make_task
+from selfkd.tasks.task import Split
+from selfkd.tasks.text.task import TextTask
+from selfkd.training.trial import Trial
+
+TEXT = " ".join(f"the {word} is {word * 2 % 7} of {word % 5}." for word in range(400))
+SETTINGS = [
+    "data={name: text, context: 8, tokenizer: chars}",
+    "model={name: selfkd_gpt, args: {depth: 1, width: 8, heads: 2}}",
+    "train={steps: 12, epochs: 3, batch_size: 4, warmup_steps: 2}",
+    "checkpoint={seconds: null, epochs: 1}",
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(TEXT)
+    return tmp_path / "text"
+
+
+def start(root: Path, *settings: str) -> tuple[Config, TextTask]:
+    config = load_config(
+        settings=[*SETTINGS, f"data.root={root}", *settings], flags={"task": "text"}
+    )
+    task = make_task(to_tree(config))
+    assert isinstance(task, TextTask)
+    return config, task
+
+
+def make_trial(config: Config, path: Path, teachers: list[Row] | None = None) -> Trial:
+    path.parent.mkdir(exist_ok=True)
+    return Trial(
+        config=config,
+        stage="generation-1" if teachers else "generation-0",
+        seed=5,
+        model=config.model,
+        path=path,
+        targets=path.parents[1] / "targets",
+        teachers=teachers or (),
+    )
+
+
+def taught(root: Path, tmp_path: Path, *settings: str) -> tuple[Config, TextTask, list[Row]]:
+    """Return a task with a teacher whose logits are cached."""
+    config, task = start(root, "targets.shard_size=1000", *settings)
+    trial = make_trial(config, tmp_path / "teacher" / "student.safetensors")
+    *_, last = task.train(trial)
+    manifest = task.manifest(last["hash"], {})
+    for shard in range(manifest.shards):
+        logits = task.predict(str(trial.path), "train", items=manifest.rows(shard))
+        write_shard(tmp_path / "targets", manifest, view=0, shard=shard, logits=logits)
+    return config, task, [{"hash": last["hash"], "checkpoint": str(trial.path)}]
+
+
+def test_the_facts_are_of_tokens(root: Path) -> None:
+    _, task = start(root)
+    facts = task.check()
+    # an end token is predicted at the end of each document
+    assert sum(facts.items.values()) == len(TEXT) + 3
+    assert (facts.unit, facts.metric, facts.mode) == ("tokens", "nll", "min")
+    assert facts.outputs == len(set(TEXT)) + 2
+    assert "divided by position, 80/10/10 %" in facts.notes[0]
+    assert len(set(facts.fingerprints.values())) == 3
+
+
+def test_fingerprints_cover_context_and_tokenizer(root: Path) -> None:
+    marks = {
+        start(root, *more)[1].fingerprint
+        for more in ([], ["data.context=9"], ["data.tokenizer=bpe:260"], ["seed=0"])
+    }
+    assert len(marks) == 3
+
+
+def test_a_tokenizer_is_trained_and_read_again(root: Path, tmp_path: Path) -> None:
+    _, task = start(root, "data.tokenizer=bpe:300")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(task.data.tokenizer)
+    _, other = start(root, f"data.tokenizer={folder}")
+    assert other.data.vocabulary == 300
+    assert torch.equal(other.data.splits["test"].ids, task.data.splits["test"].ids)
+    tree = json.loads(task.data.tokenizer)
+    del tree["model"]["vocab"]["<|endoftext|>"]
+    tree["added_tokens"] = []
+    folder = tmp_path / "endless"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="must have an end token"):
+        start(root, f"data.tokenizer={folder}")
+
+
+def test_rows_do_not_depend_on_how_they_are_asked_for(root: Path) -> None:
+    config, task = start(root)
+    torch.manual_seed(0)
+    network = task.make(config.model)
+    whole = task.predict_with(network, "test")
+    assert whole.shape == (len(task.labels("test")), task.data.vocabulary)
+    parts = [
+        task.logits(network, "test", range(n, min(n + 13, len(whole))))
+        for n in range(0, len(whole), 13)
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    # the second row of the second window, from the two tokens before it in that window
+    tokens = task.data.splits["test"].ids[8:10]
+    torch.testing.assert_close(network(tokens[None]).logits[0, 1], whole[9])
+
+
+def test_metrics_are_of_tokens_and_bytes(root: Path) -> None:
+    config, task = start(root)
+    logits: dict[Split, torch.Tensor] = {"test": task.predict_with(task.make(config.model), "test")}
+    found = task.evaluate(logits)
+    nll = float(F.cross_entropy(logits["test"], task.labels("test")))
+    tokens = len(task.labels("test"))
+    assert found["test_nll"] == pytest.approx(nll)
+    assert found["test_perplexity"] == pytest.approx(math.exp(nll))
+    assert found["test_bits_per_byte"] == pytest.approx(nll / math.log(2) * tokens / (tokens - 1))
+    assert found["test_token_accuracy"] == task.hits(logits["test"], "test").float().mean()
+    diagnostics = task.diagnose(logits, logits)["test"].metrics
+    assert diagnostics["agreement"] == 1
+    assert diagnostics["kl"] == pytest.approx(0, abs=1e-6)
+    assert task.pictures("test", [0]) == []
+    assert task.unseen(logits) is None
+
+
+def test_a_student_learns_from_the_cached_tokens(root: Path, tmp_path: Path) -> None:
+    config, task, teachers = taught(root, tmp_path, "train.steps=90", "train.batch_size=8")
+    rows = list(task.train(make_trial(config, tmp_path / "s" / "student.safetensors", teachers)))
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["val_nll"] < rows[0]["val_nll"] < math.log(task.data.vocabulary) + 0.2
+    assert rows[-1]["soft_loss"] < rows[0]["soft_loss"]
+    assert rows[-1]["hash"] == task.digest(str(tmp_path / "s" / "student.safetensors"))
+    # what is stored of a row is the teacher's own, but for a shift
+    stored = open_store(tmp_path / "targets", [teachers[0]["hash"]], data=task.data_key)
+    found = stored(torch.tensor([1007]), 0)
+    own = task.predict(teachers[0]["checkpoint"], "train", items=range(1007, 1008))
+    assert isinstance(found, torch.Tensor)
+    torch.testing.assert_close(found.float(), own - own.max(), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["targets.top_k=5"],
+        ["distill.average=logits"],
+        ["distill.alpha=0.5", "distill.temperature=2.0"],
+    ],
+)
+def test_targets_of_any_kind_are_read_by_tokens(
+    root: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    config, task, teachers = taught(root, tmp_path, *settings)
+    found = []
+    for each in (teachers, teachers * 2):  # the mean of twice the same is the same
+        if config.targets.top_k is None or len(each) == 1:
+            path = tmp_path / f"s{len(each)}" / "student.safetensors"
+            *_, last = task.train(make_trial(config, path, each))
+            found.append([last["loss"], last["val_nll"]])
+    assert found[-1] == pytest.approx(found[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("settings", [[], ["train.ema=0.9", "model.args.dropout=0.1"]])
+def test_an_interrupted_training_ends_the_same(
+    root: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    config, task, teachers = taught(root, tmp_path, *settings)
+    path = tmp_path / "whole" / "student.safetensors"
+    whole = list(task.train(make_trial(config, path, teachers)))
+    again = tmp_path / "again" / "student.safetensors"
+    for parts in (1, 2):
+        rows = task.train(make_trial(config, again, teachers))
+        list(islice(rows, parts))
+        rows.close()  # type: ignore[attr-defined]
+        torch.manual_seed(99)
+    resumed = list(task.train(make_trial(config, again, teachers)))
+    assert [without_time(row) for row in resumed] == [without_time(row) for row in whole]
+    assert task.digest(str(again)) == task.digest(str(path))
+
+
+def without_time(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.context=2000"], "data.context must be at most the tokens of each split, got 2000"),
+        (["data.tokenizer=bpe:100"], "data.tokenizer must be bpe:N with N from 257"),
+        (["data.tokenizer=/no/such"], "data.tokenizer must be bpe:N, chars or a folder"),
+        (["model.name=resnet18"], "model.name must be selfkd_gpt with task text"),
+        (["model.args.widht=8"], "got 'widht': did you mean width"),
+        (["model.args.heads=3"], "width must be a multiple of heads"),
+        (["search.metric=val_f1"], "search.metric must be one of val_nll, val_token_accuracy"),
+        (["targets.top_k=5000"], r"targets.top_k must be in \[1,"),
+    ],
+)
+def test_what_does_not_fit_is_named(root: Path, settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(root, *settings)[1].check()
+
+
+def test_a_model_of_another_context_is_refused(root: Path, tmp_path: Path) -> None:
+    config, task = start(root)
+    path = tmp_path / "a.safetensors"
+    task.save(path, task.make(config.model), config.model, {})
+    assert task.load(str(path))[1].context == 8
+    with pytest.raises(ValueError, match=r"must have data.context 9, got 8"):
+        start(root, "data.context=9")[1].load(str(path))
+    with pytest.raises(ValueError, match="must have the tokenizer of this run"):
+        start(root, "data.tokenizer=bpe:300")[1].load(str(path))
+
+
+def test_what_is_not_installed_is_said_with_the_pip_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'selfkd\[text\]'"):
+        start(root)

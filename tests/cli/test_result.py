@@ -90,7 +90,7 @@ def test_the_metric_is_that_of_the_means(tmp_path: Path) -> None:
     summary = load_row(GenerationsSummary, run / "summary.json")
     own = tuple(replace(row, metric="val_accuracy") for row in summary.confirmations)
     printed = repr(Result(run, replace(summary, confirmations=own)))
-    assert "val accuracy" in printed
+    assert "validation accuracy" in printed
     assert f"{summary.generations[0].metrics['val_accuracy']:.2%}" in printed
 
 

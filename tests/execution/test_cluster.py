@@ -228,6 +228,7 @@ def test_a_node_with_a_folder_of_its_own_in_the_storages_place(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@pytest.mark.slow  # an autoscaler takes 20 s to decide
 def test_an_autoscaler_is_waited_for_no_longer_than_needed(tmp_path: Path) -> None:
     """Its GPU nodes do not exist yet; more GPUs than such a node has are refused."""
     kinds = {

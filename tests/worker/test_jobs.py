@@ -157,6 +157,7 @@ def test_check_gives_the_facts(jobs):
             "unit": "images",
             "metric": "accuracy",
             "mode": "max",
+            "further": ["nll", "ece"],
             "outputs": 10,
             "names": list("0123456789"),
             "views": 8,

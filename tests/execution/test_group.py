@@ -105,6 +105,7 @@ def test_a_job_whose_storage_fails_is_repeated(
     assert f"OSError: [Errno 5] the storage is away in mid-{kind}" in caplog.text
 
 
+@pytest.mark.slow
 def test_stopping_a_trial_ends_its_group(pool: Pool, tmp_path: Path) -> None:
     """The workers are released: all four CPUs are available again."""
     jobs = [

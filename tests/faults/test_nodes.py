@@ -183,7 +183,8 @@ def test_all_nodes_lost_and_one_back(nodes: Nodes, pool: Pool, tmp_path: Path) -
     assert [outcome.row["node"] for outcome in batch.outcomes] == [back] * 3
 
 
-@pytest.mark.parametrize("losses", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_lost_workers loses a node in mid-trial
+@pytest.mark.parametrize("losses", [2, 4])
 def test_a_trial_outlives_its_nodes_as_long_as_it_gets_further(
     nodes: Nodes, pool: Pool, tmp_path: Path, losses: int
 ) -> None:

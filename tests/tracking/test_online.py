@@ -312,6 +312,8 @@ def test_a_killed_process_of_wandb_loses_nothing_and_says_no_traceback(
     tracker(TrialProgressed(trial(1), epochs(1)))
     settled(tracker)
     assert server.wait_for(lambda: "a-0-g1-t0" in server.runs)
+    # what W&B has sent and not yet noted it sends again, after what is there
+    assert server.wait_for(lambda: not tracker._session.unsent)
     process = wandb.setup().assert_service()._proc._process  # type: ignore[union-attr]
     process.kill()
     process.wait()

@@ -17,9 +17,10 @@ from selfkd.config import ModelConfig
 from selfkd.data.batches import Split, batches
 from selfkd.data.pictures import read_or_raise, read_picture, square
 from selfkd.distill.teacher import Teacher
-from selfkd.losses import Average, ensemble_logits
+from selfkd.losses import Average
 from selfkd.models import make_model
-from selfkd.tasks.images.networks import NetworkFacts, open_checkpoint, parts_of, rebuild
+from selfkd.tasks.common import Averaged, open_checkpoint
+from selfkd.tasks.images.networks import NetworkFacts, parts_of, rebuild
 from selfkd.tasks.images.specialists import Specialist, combine
 
 MakeModel = Callable[[], nn.Module]
@@ -72,7 +73,7 @@ def load_classifier(checkpoint: str, make: MakeModel | None = None) -> ImagePred
     Raises:
         ValueError: It is damaged, or its network cannot be made.
     """
-    tensors, facts = open_checkpoint(checkpoint)
+    tensors, facts = open_checkpoint(checkpoint, NetworkFacts)
     if not facts.image_size or len(facts.mean) != len(facts.std) or not min(facts.std) > 0:
         raise ValueError(
             f"{checkpoint} must say the size and the normalisation of its images, got "
@@ -102,7 +103,7 @@ def load_average(
         if sorted(map(str, other.classes)) != sorted(map(str, facts.classes)):
             raise ValueError(f"{checkpoints[0]} must have the classes of all others of its average")
     members = [_Member(facts, each) for each in loaded]
-    return ImagePredictor(_Average(members, average, weights).eval(), facts)
+    return ImagePredictor(Averaged(members, average, weights).eval(), facts)
 
 
 class _Member(nn.Module):
@@ -131,21 +132,6 @@ class _Member(nn.Module):
             own[:, -1] += facts.dustbin_shift
             found.append((facts.specialist, own))
         return combine(logits, found) if found else logits
-
-
-class _Average(nn.Module):
-    def __init__(
-        self, members: Sequence[_Member], average: Average, weights: Sequence[float] | None
-    ) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self._average: Average = average
-        self._weights = weights
-
-    @torch.no_grad()
-    def forward(self, inputs: Tensor) -> Tensor:
-        logits = torch.stack([member(inputs) for member in self.members])
-        return ensemble_logits(logits, average=self._average, weights=self._weights)
 
 
 def _make(facts: NetworkFacts) -> nn.Module:

@@ -19,13 +19,14 @@ from selfkd.data import Data, load_data
 from selfkd.data.augmentation import Views
 from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
-from selfkd.results import Parts, from_row
+from selfkd.results import Parts
 from selfkd.results.row import ROW
 from selfkd.soft_targets.manifest import data_key
-from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.checkpoint import save_tensors
 from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
+from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 
 AUGMENTED_VIEWS = 8
@@ -77,22 +78,13 @@ class ImageNetworks:
 
     def __init__(self, tree: Tree) -> None:
         self.config: Config = from_tree(tree)
-        torch.set_num_threads(max(1, int(self.config.resources.cpu)))
-        self.device = "cuda" if self.config.resources.gpu > 0 else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"resources.gpu must be 0 where torch finds no GPU, got {self.config.resources.gpu}"
-            )
+        self.device = prepare_device(self.config)
         self.data = _load_data(self.config.data, self.config.seed, self.device)
         self.fingerprint = self.data.fingerprint
         # the bias of classes without training images is fitted on validation
         self.evaluated: tuple[Split, ...] = SPLITS if self.config.data.classes else SPLITS[1:]
         self.views = _views(self.config.data, self.config.seed)
-        top_k = self.config.targets.top_k
-        if top_k is not None and top_k >= self.data.num_classes:
-            raise ValueError(
-                f"targets.top_k must be in [1, {self.data.num_classes - 1}], got {top_k}"
-            )
+        top_k = check_top_k(self.config, self.data.num_classes)
         self.data_key = data_key(self.data.fingerprint, self.views.recipe, top_k=top_k)
 
     def labels(self, split: Split) -> Tensor:
@@ -140,7 +132,7 @@ class ImageNetworks:
         Raises:
             ValueError: It was trained for other classes, or is of no network that can be made.
         """
-        tensors, facts = open_checkpoint(checkpoint)
+        tensors, facts = open_checkpoint(checkpoint, NetworkFacts)
         here = self.data.class_names
         if sorted(map(str, facts.classes)) != sorted(map(str, here)):
             raise ValueError(
@@ -160,21 +152,6 @@ class ImageNetworks:
             trained_stats=(facts.mean, facts.std),
             columns=[facts.classes.index(name) for name in self.data.class_names],
         )
-
-
-def open_checkpoint(checkpoint: str) -> tuple[dict[str, Tensor], NetworkFacts]:
-    """Return the tensors and the metadata of a classifier's checkpoint.
-
-    Raises:
-        ValueError: It is damaged, or of no network that can be made.
-    """
-    tensors, found = load_tensors(as_path(checkpoint))
-    try:
-        facts = from_row(NetworkFacts, found)
-        model = ModelConfig.of_checkpoint(facts.model)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
-    return tensors, replace(facts, model={"name": model.name, "args": model.args})
 
 
 def rebuild(

@@ -26,12 +26,13 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
+from selfkd.tasks.common import open_checkpoint, optimizer_of
 from selfkd.tasks.images import evaluate
-from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, open_checkpoint, parts_of
+from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Split
-from selfkd.training.fit import make_optimizer, predict
+from selfkd.training.fit import predict
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
@@ -64,13 +65,7 @@ class ImageTask(ImageNetworks):
             workers = 1 if self.device == "cuda" else config.resources.workers
             images = len(data.train)
             smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
-        make_optimizer(
-            networks["student"],
-            name=train.optimizer,
-            lr=train.lr,
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-        )
+        optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
         if train.init == "teacher" and sizes["model"] != sizes["student"]:
             raise ValueError("train.init must be fresh when student differs from model")
@@ -312,6 +307,6 @@ class ImageTask(ImageNetworks):
 def _own_facts(path: str) -> NetworkFacts | None:
     """Return the metadata of a file that selfkd has written; None of any other."""
     try:
-        return open_checkpoint(path)[1]
+        return open_checkpoint(path, NetworkFacts)[1]
     except (OSError, ValueError):
         return None

@@ -24,11 +24,10 @@ from selfkd.soft_targets.transforms import (
     Transform,
     VirtualTargets,
 )
-from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.remote import as_path
+from selfkd.tasks.common import make_fresh, optimizer_of
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
-from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
+from selfkd.training.fit import Training, fit, make_average, make_scheduler
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
@@ -104,14 +103,7 @@ def train_classifier(
 
 def _fresh(task: ImageNetworks, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
     """Return a network to be trained, the same on all ranks."""
-    torch.manual_seed(start.get("seed", trial.seed))
-    network = task.make(trial.model)
-    if "checkpoint" in start:
-        network.load_state_dict(load_tensors(as_path(start["checkpoint"]))[0])
-    elif task.config.train.init == "teacher" and trial.teachers:
-        network.load_state_dict(load_tensors(as_path(trial.teachers[0]["checkpoint"]))[0])
-    if "seed" in start:
-        torch.manual_seed(trial.seed)
+    network = make_fresh(task, trial, start)
     if trial.ranks.size > 1 and task.device == "cuda":  # torch has none on the CPU
         network = convert_sync_batchnorm(network)
     return network
@@ -125,13 +117,7 @@ def _training(
     steps: int,
     cycles: int,
 ) -> Training:
-    optimizer = make_optimizer(
-        learner,
-        name=options.optimizer,
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-    )
+    optimizer = optimizer_of(learner, options)
     scheduler = make_scheduler(
         optimizer,
         schedule=options.schedule if cycles == 1 else "cosine",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
-from selfkd.losses import Average, ensemble_logits
+from selfkd.losses import Average
+from selfkd.tasks.common import Averaged, open_checkpoint
 from selfkd.tasks.text import check_installed
-from selfkd.tasks.text.networks import NetworkFacts, open_checkpoint, rebuild
+from selfkd.tasks.text.networks import NetworkFacts, rebuild
 from selfkd.tasks.text.tokenizer import read_tokenizer
 
 PADDING = -1
@@ -84,21 +85,6 @@ class NextToken(nn.Module):
         return self.network.state_dict(*args, **kwargs)
 
 
-class _Mean(nn.Module):
-    def __init__(
-        self, members: Sequence[nn.Module], average: Average, weights: Sequence[float] | None
-    ) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self._average: Average = average
-        self._weights = weights
-
-    @torch.no_grad()
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits = torch.stack([member(tokens) for member in self.members])
-        return ensemble_logits(logits, average=self._average, weights=self._weights)
-
-
 def load_language_model(checkpoint: str) -> TextPredictor:
     """Return a language model in eval mode.
 
@@ -109,7 +95,7 @@ def load_language_model(checkpoint: str) -> TextPredictor:
         ValueError: It is damaged, or its network cannot be made.
     """
     check_installed()
-    tensors, facts = open_checkpoint(checkpoint)
+    tensors, facts = open_checkpoint(checkpoint, NetworkFacts)
     network = rebuild(checkpoint, tensors, facts)
     return TextPredictor(NextToken(network).eval(), facts)
 
@@ -134,4 +120,4 @@ def load_mean(
     ):
         raise ValueError(f"{checkpoints[0]} must have tokenizer and context of all others")
     networks = [member.network for member in members]
-    return TextPredictor(_Mean(networks, average, weights).eval(), facts)
+    return TextPredictor(Averaged(networks, average, weights).eval(), facts)

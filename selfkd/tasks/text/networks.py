@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from selfkd.config import Config, ModelConfig, Tree, from_tree
 from selfkd.distill.outputs import take_logits
 from selfkd.models import parameters_count
-from selfkd.results import from_row
 from selfkd.results.row import ROW
 from selfkd.soft_targets.manifest import data_key
-from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.remote import as_path
+from selfkd.storage.checkpoint import save_tensors
+from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.data import Tokens, load_text
@@ -49,20 +47,11 @@ class TextNetworks:
     def __init__(self, tree: Tree) -> None:
         check_installed()
         self.config: Config = from_tree(tree)
-        torch.set_num_threads(max(1, int(self.config.resources.cpu)))
-        self.device = "cuda" if self.config.resources.gpu > 0 else "cpu"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"resources.gpu must be 0 where torch finds no GPU, got {self.config.resources.gpu}"
-            )
+        self.device = prepare_device(self.config)
         self.data = load_text(self.config.data, self.config.seed)
         self.fingerprint = self.data.fingerprints["train"]
         self.evaluated: tuple[Split, ...] = SPLITS
-        top_k = self.config.targets.top_k
-        if top_k is not None and top_k >= self.data.vocabulary:
-            raise ValueError(
-                f"targets.top_k must be in [1, {self.data.vocabulary - 1}], got {top_k}"
-            )
+        top_k = check_top_k(self.config, self.data.vocabulary)
         self.data_key = data_key(self.fingerprint, {}, top_k=top_k)
 
     def labels(self, split: Split) -> Tensor:
@@ -100,7 +89,7 @@ class TextNetworks:
         Raises:
             ValueError: It has another tokenizer or context, or is of no network that can be made.
         """
-        tensors, facts = open_checkpoint(checkpoint)
+        tensors, facts = open_checkpoint(checkpoint, NetworkFacts)
         if facts.tokenizer != self.data.tokenizer:
             raise ValueError(
                 f"{checkpoint} must have the tokenizer of this run, whose tokens its outputs are: "
@@ -140,21 +129,6 @@ class TextNetworks:
         found = [logits for logits, _ in self.run(network, tokens, range(first, last))]
         start = rows.start - first * tokens.context
         return torch.cat(found)[start : start + len(rows)]
-
-
-def open_checkpoint(checkpoint: str) -> tuple[dict[str, Tensor], NetworkFacts]:
-    """Return the tensors and the metadata of a language model's checkpoint.
-
-    Raises:
-        ValueError: It is damaged, or of no network that can be made.
-    """
-    tensors, found = load_tensors(as_path(checkpoint))
-    try:
-        facts = from_row(NetworkFacts, found)
-        model = ModelConfig.of_checkpoint(facts.model)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
-    return tensors, replace(facts, model={"name": model.name, "args": model.args})
 
 
 def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts) -> nn.Module:

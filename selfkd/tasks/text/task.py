@@ -15,11 +15,11 @@ from selfkd.results import Diagnostics, Facts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
+from selfkd.tasks.common import optimizer_of
 from selfkd.tasks.task import Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.train import train_language_model
-from selfkd.training.fit import make_optimizer
 from selfkd.training.trial import Trial
 
 METRICS = (
@@ -48,13 +48,7 @@ class TextTask(TextNetworks):
         }
         for model in config.members.models:
             self.make(model)
-        make_optimizer(
-            networks["student"],
-            name=train.optimizer,
-            lr=train.lr,
-            momentum=train.momentum,
-            weight_decay=train.weight_decay,
-        )
+        optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
         if train.init == "teacher" and sizes["model"] != sizes["student"]:
             raise ValueError("train.init must be fresh when student differs from model")

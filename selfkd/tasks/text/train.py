@@ -19,8 +19,7 @@ from selfkd.losses.sequences import sequence_terms
 from selfkd.losses.sparse import SparseLogits
 from selfkd.results import Row
 from selfkd.soft_targets.store import SoftTargets, open_store
-from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.remote import as_path
+from selfkd.tasks.common import make_fresh, optimizer_of
 from selfkd.tasks.text.data import IGNORED, Tokens
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.training.fit import (
@@ -29,7 +28,6 @@ from selfkd.training.fit import (
     check_finite,
     descend,
     make_average,
-    make_optimizer,
 )
 from selfkd.training.trial import Trial
 
@@ -59,16 +57,10 @@ def train_language_model(
     if transform != "none":
         raise ValueError(f"target_transform must be none with task text, got {transform}")
     options, data = task.config.train, task.data.splits["train"]
-    student = _fresh(task, trial, start or {})
+    student = make_fresh(task, trial, start or {})
     training = Training(
         student=student,
-        optimizer=make_optimizer(
-            student,
-            name=options.optimizer,
-            lr=options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-        ),
+        optimizer=optimizer_of(student, options),
         average=make_average(student, decay=options.ema) if options.ema is not None else None,
         generator=torch.Generator(),  # the order is a function of seed and step
         device=task.device,
@@ -150,18 +142,6 @@ def rate(step: int, options: TrainConfig) -> float:
     if options.schedule == "step":
         return 0.1 ** ((step >= options.steps / 2) + (step >= options.steps * 3 / 4))
     return (1 + math.cos(math.pi * done)) / 2 if options.schedule == "cosine" else 1.0
-
-
-def _fresh(task: TextNetworks, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
-    torch.manual_seed(start.get("seed", trial.seed))
-    network = task.make(trial.model)
-    if "checkpoint" in start:
-        network.load_state_dict(load_tensors(as_path(start["checkpoint"]))[0])
-    elif task.config.train.init == "teacher" and trial.teachers:
-        network.load_state_dict(load_tensors(as_path(trial.teachers[0]["checkpoint"]))[0])
-    if "seed" in start:
-        torch.manual_seed(trial.seed)
-    return network
 
 
 def _train_steps(

@@ -1,0 +1,131 @@
+"""What every task does alike: its device, checkpoints, fresh networks and averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from selfkd.config import Config, ModelConfig, TrainConfig
+from selfkd.losses import Average, ensemble_logits
+from selfkd.results import from_row
+from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.remote import as_path
+from selfkd.tasks.task import ModelFacts
+from selfkd.training.fit import make_optimizer
+from selfkd.training.trial import Trial
+
+Facts = TypeVar("Facts", bound=ModelFacts)
+
+
+class Maker(Protocol):
+    """The part of a task that makes networks."""
+
+    config: Config
+
+    def make(self, model: ModelConfig) -> nn.Module:
+        """Return a fresh network for the task's data."""
+
+
+def prepare_device(config: Config) -> str:
+    """Set the threads of this worker, and return its device.
+
+    Raises:
+        ValueError: A GPU is asked for, and torch finds none.
+    """
+    torch.set_num_threads(max(1, int(config.resources.cpu)))
+    if config.resources.gpu <= 0:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"resources.gpu must be 0 where torch finds no GPU, got {config.resources.gpu}"
+        )
+    return "cuda"
+
+
+def check_top_k(config: Config, outputs: int) -> int | None:
+    """Return `targets.top_k`.
+
+    Raises:
+        ValueError: It is not below the number of outputs.
+    """
+    top_k = config.targets.top_k
+    if top_k is not None and top_k >= outputs:
+        raise ValueError(f"targets.top_k must be in [1, {outputs - 1}], got {top_k}")
+    return top_k
+
+
+def open_checkpoint(checkpoint: str, kind: type[Facts]) -> tuple[dict[str, Tensor], Facts]:
+    """Return the tensors and the metadata of a checkpoint.
+
+    Args:
+        checkpoint: Its file.
+        kind: Type of the task's metadata.
+
+    Raises:
+        ValueError: It is damaged, or of no network that can be made.
+    """
+    tensors, found = load_tensors(as_path(checkpoint))
+    try:
+        facts = from_row(kind, found)
+        model = ModelConfig.of_checkpoint(facts.model)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
+    return tensors, replace(facts, model={"name": model.name, "args": model.args})
+
+
+def make_fresh(task: Maker, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
+    """Return a network to be trained, the same on all ranks.
+
+    Args:
+        task: Task that makes it.
+        trial: Student and its teachers.
+        start: `checkpoint` to start the weights from, or `seed` of the initialisation.
+    """
+    torch.manual_seed(start.get("seed", trial.seed))
+    network = task.make(trial.model)
+    if "checkpoint" in start:
+        network.load_state_dict(load_tensors(as_path(start["checkpoint"]))[0])
+    elif task.config.train.init == "teacher" and trial.teachers:
+        network.load_state_dict(load_tensors(as_path(trial.teachers[0]["checkpoint"]))[0])
+    if "seed" in start:
+        torch.manual_seed(trial.seed)
+    return network
+
+
+def optimizer_of(network: nn.Module, options: TrainConfig) -> torch.optim.Optimizer:
+    """Return the config's optimiser of a network."""
+    return make_optimizer(
+        network,
+        name=options.optimizer,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+    )
+
+
+class Averaged(nn.Module):
+    """The average of trained networks.
+
+    Args:
+        members: Networks from the same inputs to logits of the same outputs.
+        average: What is averaged.
+        weights: Weight of each; all alike when None.
+    """
+
+    def __init__(
+        self, members: Sequence[nn.Module], average: Average, weights: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self._average: Average = average
+        self._weights = weights
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits `[batch, outputs]`."""
+        logits = torch.stack([member(inputs) for member in self.members])
+        return ensemble_logits(logits, average=self._average, weights=self._weights)

@@ -23,7 +23,7 @@ from typing import Any
 from a17_ridge import compare
 from anchors import ANCHORS, RESULTS, RUNS, Row, Run
 
-from selfkd.config import Config, dump_config, from_tree, load_config, resume_invariant
+from selfkd.config import OF_TASK, Config, dump_config, from_tree, load_config, resume_invariant
 from selfkd.experiments.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -127,6 +127,7 @@ def settings(config: Config) -> Row:
     """Return what makes a run what it is, by dotted key: nothing of where it was made."""
     aside = (
         "members.runs",
+        *(key for task, keys in OF_TASK.items() if task != config.task for key in keys),
         *(["search."] if config.study.arms else []),
     )  # a study searches nothing
     kept = resume_invariant(config) | {"confirm.seeds": config.confirm.seeds}

@@ -131,6 +131,11 @@ class DataConfig:
     tokenizer: Place = "bpe:1024"
     """Tokenizer of text: bpe:N, byte pairs with N tokens, or chars, one token a character, both
     trained on the training split; or a folder with a tokenizer.json."""
+    rationales: bool = True
+    """Whether the rationales of prompts are part of the text that is trained on, before the
+    completion; without them, the completion follows the prompt."""
+    rationale_weight: float = Field(default=1.0, gt=0, le=1000)
+    """Weight of a token of a rationale in the loss; a token of the completion has weight 1."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -177,6 +182,8 @@ class TrainConfig:
     """Number of optimiser steps on text."""
     batch_size: int = Field(default=20, ge=1)
     """Images a step, over all workers of a trial; windows of text a step."""
+    accumulate: int = Field(default=1, ge=1, le=1_000_000)
+    """Number of batches of text whose gradients are added up for one optimiser step."""
     optimizer: str = "sgd"
     """Name of a timm optimiser: sgd (with Nesterov momentum), adamw, …"""
     lr: Single = Field(default=0.05, gt=0)
@@ -225,6 +232,15 @@ class DistillConfig:
     generation)."""
     live: bool = False
     """Whether to run the teacher at every step rather than read its cached logits."""
+    mode: Literal["tokens", "traces"] = "tokens"
+    """What students of text are distilled from: tokens, the teacher's distribution of each token of
+    the training text; or traces, text that the teacher writes on the training prompts."""
+    on_policy: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps on text whose batch the student itself has written on training prompts;
+    such steps run the teacher live."""
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
+    """Divergence of the soft term on text: KL(teacher || student), KL(student || teacher), or the
+    Jensen-Shannon divergence; the last two need all logits."""
 
     @field_validator("teacher")
     @classmethod
@@ -244,8 +260,28 @@ class TargetsConfig:
     top_k: int | None = Field(default=None, ge=1)
     """Number of largest logits that are cached of each image, for very many classes; all when not
     given."""
+    samples: int | None = Field(default=None, ge=1, le=1024)
+    """Number of classes sampled from the teacher at T 1 that are cached of each token of text, in
+    place of logits. 8 when not given and all logits of one teacher would take more than 1 GB or the
+    vocabulary has more than 4,096 tokens."""
     shard_size: int = Field(default=16_384, ge=1)
     """Number of images whose logits one job caches in one file."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class WriteConfig:
+    """Text that a teacher writes, with `distill.mode: traces`."""
+
+    temperature: Single = Field(default=1.0, gt=0)
+    """Temperature that its tokens are sampled at."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Probability of the smallest set of most probable tokens that is sampled from."""
+    samples: int = Field(default=1, ge=1, le=1024)
+    """Number of texts a prompt."""
+    keep: Literal["all", "right"] = "all"
+    """Texts that students are trained on: all, or those whose completion is right."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the sampling."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -590,6 +626,8 @@ class Config:
     """Distillation loss and teacher."""
     targets: TargetsConfig = Field(default_factory=TargetsConfig)
     """Cached teacher logits."""
+    write: WriteConfig = Field(default_factory=WriteConfig)
+    """Text that a teacher writes."""
     members: MembersConfig = Field(default_factory=MembersConfig)
     """Members of the teacher ensemble, in `selfkd.ensemble`, `selfkd.capacity` and
     `selfkd.study`."""

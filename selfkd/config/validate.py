@@ -25,6 +25,7 @@ from selfkd.results import OWN
 # keys that all trials of a run share, so that they cannot be searched
 _FIXED = (
     *("task", "rounds", "rounds_max", "seed", "name", "storage", "data", "targets", "confirm"),
+    "write",
     *(
         "generation_0",
         "controls",
@@ -37,13 +38,18 @@ _FIXED = (
     ),
 )
 
-_OF_TASK = {
+OF_TASK = {
     "images": (
         *("data.download", "data.train_size", "data.val_size", "data.classes", "data.label_noise"),
         *("data.image_size", "data.in_memory", "data.crop", "data.flip", "data.jitter"),
         *("data.views", "train.warmup_epochs", "train.momentum"),
     ),
-    "text": ("data.context", "data.tokenizer", "train.steps", "train.warmup_steps"),
+    "text": (
+        *("data.context", "data.tokenizer", "data.rationales", "data.rationale_weight"),
+        *("train.steps", "train.warmup_steps", "train.accumulate", "targets.samples"),
+        *("distill.mode", "distill.on_policy", "distill.divergence"),
+        *(f"write.{key}" for key in ("temperature", "top_p", "samples", "keep", "seed")),
+    ),
 }
 """Keys of one task alone."""
 _TEXT_CONTROLS = ("seeds", "label_smoothing")
@@ -175,12 +181,12 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield faults of keys that another task has, and of what a task does not do."""
     default, given = flat(from_tree({"task": config.task})), flat(config)
     other = "images" if config.task == "text" else "text"
-    for key in _OF_TASK[other]:
+    for key in OF_TASK[other]:
         if given[key] != default[key]:
             where = locate_key(key, sources)
             yield f"{where}: only with task {other}, got {given[key]!r} with task {config.task}"
     for key in (*config.search.space, *config.search.labels_only_space):
-        if key in _OF_TASK[other]:
+        if key in OF_TASK[other]:
             where = locate_key("search.space", sources)
             yield f"{where}: {key} is only with task {other}"
     if config.task != "text":

@@ -111,7 +111,7 @@ def test_every_key_and_section_is_described() -> None:
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        ("temperature", "did you mean distill.temperature?"),
+        ("temperature", "did you mean distill.temperature, write.temperature?"),
         ("train.epoch", "did you mean train.epochs"),
         ("nonsense", "(sections: top level, data, model"),
     ],

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,34 @@ _NAMED: dict[str, Split] = {
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Documents by split."""
+class Example:
+    """A prompt and what is to follow it.
 
-    splits: dict[Split, list[str]]
+    >>> example = Example("1 + 2 =", " 3")
+    >>> str(example), example.is_right(" 1, 3"), example.is_right(" 13")
+    ('1 + 2 = 3', True, False)
+    """
+
+    prompt: str
+    completion: str
+    rationale: str = ""
+    """Text between the two, such as the steps of a calculation."""
+
+    def __str__(self) -> str:
+        return self.prompt + self.rationale + self.completion
+
+    def is_right(self, written: str) -> bool:
+        """Say whether a text that follows the prompt ends in the completion, as a word."""
+        wanted, found = self.completion.strip(), written.strip()
+        before = found[: len(found) - len(wanted)]
+        return found.endswith(wanted) and not before[-1:].isalnum()
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents by split, or examples."""
+
+    splits: Mapping[Split, Sequence[str | Example]]
     note: str
     """Where they come from and how they are divided, in words."""
 

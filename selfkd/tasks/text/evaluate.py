@@ -24,7 +24,7 @@ def measure(split: str, logits: Tensor, tokens: Tokens) -> dict[str, float]:
 
     Args:
         split: Name of the split, which the names begin with.
-        logits: Logits `[rows, vocabulary]`.
+        logits: Logits `[scored, vocabulary]` of the scored rows.
         tokens: Tokens of the split.
 
     >>> import torch
@@ -32,12 +32,13 @@ def measure(split: str, logits: Tensor, tokens: Tokens) -> dict[str, float]:
     >>> round(measure("val", torch.zeros(2, 2), tokens)["val_bits_per_byte"], 6)
     1.0
     """
-    nll = metrics.nll(logits, tokens.labels)
+    labels = tokens.labels[tokens.scored]
+    nll = metrics.nll(logits, labels)
     return {
         f"{split}_nll": nll,
         f"{split}_perplexity": math.exp(min(nll, MOST)),
-        f"{split}_bits_per_byte": len(tokens) * nll / (math.log(2) * tokens.bytes),
-        f"{split}_token_accuracy": metrics.accuracy(logits, tokens.labels),
+        f"{split}_bits_per_byte": len(labels) * nll / (math.log(2) * tokens.bytes),
+        f"{split}_token_accuracy": metrics.accuracy(logits, labels),
     }
 
 

@@ -55,8 +55,9 @@ class TextNetworks:
         self.data_key = data_key(self.fingerprint, {}, top_k=top_k)
 
     def labels(self, split: Split) -> Tensor:
-        """Return the token that each row of a split predicts."""
-        return self.data.splits[split].labels
+        """Return the tokens that the scored rows of a split predict."""
+        tokens = self.data.splits[split]
+        return tokens.labels[tokens.scored]
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this text."""
@@ -107,6 +108,8 @@ class TextNetworks:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits `[rows, vocabulary]` and labels `[rows]` of windows, without the padding.
 
+        Labels of rows that are not scored are `IGNORED`.
+
         The network predicts in eval mode and is then put back into its previous mode.
         """
         training = network.training
@@ -122,13 +125,21 @@ class TextNetworks:
         network.train(training)
 
     def logits(self, network: nn.Module, split: Split, items: range | None) -> Tensor:
-        """Return the logits of rows of a split, float32 on the CPU."""
+        """Return the logits of rows of a split, float32 on the CPU.
+
+        Args:
+            network: Language model.
+            split: Split whose rows are predicted.
+            items: Rows that are predicted; those that are scored when not given.
+        """
         tokens = self.data.splits[split]
         rows = range(len(tokens)) if items is None else items
-        first, last = rows.start // tokens.context, -(-rows.stop // tokens.context)
-        found = [logits for logits, _ in self.run(network, tokens, range(first, last))]
-        start = rows.start - first * tokens.context
-        return torch.cat(found)[start : start + len(rows)]
+        windows = tokens.windows_of(rows)
+        found = torch.cat([logits for logits, _ in self.run(network, tokens, windows)])
+        if items is None:
+            return found if tokens.weights is None else found[tokens.scored]
+        start = rows.start - int(tokens.bounds[windows.start])
+        return found[start : start + len(rows)]
 
 
 def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts) -> nn.Module:

@@ -186,13 +186,14 @@ def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
     tokens = task.data.splits["val"]
     nll, hits = 0.0, 0
     for logits, labels in task.run(network, tokens, range(tokens.windows)):
-        nll += float(F.cross_entropy(logits, labels, reduction="sum"))
+        nll += float(F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED))
         hits += int((logits.argmax(dim=-1) == labels).sum())
     if not math.isfinite(nll):
         raise NonFiniteLossError(
             f"validation loss must be finite, got {nll}: lower train.lr or set train.clip_grad"
         )
-    return {"val_nll": nll / len(tokens), "val_token_accuracy": hits / len(tokens)}
+    count = len(tokens.scored)
+    return {"val_nll": nll / count, "val_token_accuracy": hits / count}
 
 
 def _make_loss(task: TextNetworks, trial: Trial) -> Loss:

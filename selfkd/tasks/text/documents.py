@@ -13,38 +13,16 @@ from pathlib import Path
 from selfkd.analysis.verdicts import count
 from selfkd.storage.remote import as_path
 from selfkd.tasks.task import Split
+from selfkd.tasks.text import arithmetic
+from selfkd.tasks.text.example import Example as Example
 
-DATASETS = ("pydoc", "text")
+DATASETS = ("pydoc", "arithmetic", "text")
 SHARE = 0.1  # of the characters, for validation and for test
 _NAMED: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     "test": "test",
 }
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and what is to follow it.
-
-    >>> example = Example("1 + 2 =", " 3")
-    >>> str(example), example.is_right(" 1, 3"), example.is_right(" 13")
-    ('1 + 2 = 3', True, False)
-    """
-
-    prompt: str
-    completion: str
-    rationale: str = ""
-    """Text between the two, such as the steps of a calculation."""
-
-    def __str__(self) -> str:
-        return self.prompt + self.rationale + self.completion
-
-    def is_right(self, written: str) -> bool:
-        """Say whether a text that follows the prompt ends in the completion, as a word."""
-        wanted, found = self.completion.strip(), written.strip()
-        before = found[: len(found) - len(wanted)]
-        return found.endswith(wanted) and not before[-1:].isalnum()
 
 
 @dataclass(frozen=True)
@@ -56,7 +34,14 @@ class Documents:
     """Where they come from and how they are divided, in words."""
 
 
-def load_documents(name: str, root: str | None, seed: int) -> Documents:
+def load_documents(
+    name: str,
+    root: str | None,
+    seed: int,
+    *,
+    train_size: int | None = None,
+    val_size: int | None = None,
+) -> Documents:
     """Return the documents of a dataset, divided into training, validation and test.
 
     Whole documents are drawn by the seed until validation and test have about a tenth of the
@@ -65,9 +50,11 @@ def load_documents(name: str, root: str | None, seed: int) -> Documents:
     file or folder (train, val, test) stays in it.
 
     Args:
-        name: `pydoc` or `text`.
+        name: `pydoc`, `arithmetic` or `text`.
         root: Folder of `text`.
-        seed: Seed of the division.
+        seed: Seed of the division, or of the problems.
+        train_size: Number of problems of `arithmetic` for training; its default when not given.
+        val_size: Number of its problems for validation, and for test.
 
     Raises:
         ValueError: An unknown name, or files that are not as they must be; says which and where.
@@ -78,8 +65,11 @@ def load_documents(name: str, root: str | None, seed: int) -> Documents:
         texts = [text for _, text in sorted(topics.items())]
         splits, how = _divide(texts, {}, seed)
         return Documents(splits, f"pydoc of Python {platform.python_version()}: {how}")
+    if name == "arithmetic":
+        return Documents(*arithmetic.load(train_size, val_size, seed))
     if name != "text":
-        raise ValueError(f"data.name must be {' or '.join(DATASETS)} with task text, got {name!r}")
+        known = f"{', '.join(DATASETS[:-1])} or {DATASETS[-1]}"
+        raise ValueError(f"data.name must be {known} with task text, got {name!r}")
     root = root or os.environ.get("SELFKD_DATA")
     if root is None:
         raise ValueError("data.root must be a folder of .txt or .jsonl files, got none")

@@ -79,7 +79,7 @@ def test_bad_files_are_named(tmp_path: Path, files: dict[str, str | bytes], mess
 @pytest.mark.parametrize(
     ("name", "root", "message"),
     [
-        ("digits", None, "data.name must be pydoc or text"),
+        ("digits", None, "data.name must be pydoc, arithmetic or text"),
         ("text", None, "data.root must be a folder"),
         ("text", "/no/such", "data.root must be a folder .* got /no/such"),
     ],

@@ -53,7 +53,7 @@ def make_example(digits: list[int], operators: list[str]) -> Example:
         operators: One of + - x between each two of them.
 
     >>> make_example([7, 3, 2, 4, 5, 9], ["+", "x", "-", "+", "x"])
-    Example(prompt='7+3x2-4+5x9=', completion=' 9', rationale='0061', place='')
+    Example(prompt='7+3x2-4+5x9=', completion=' 9', rationale='0061')
     """
     value, steps, prompt = digits[0], "", str(digits[0])
     for operator, digit in zip(operators, digits[1:], strict=True):

@@ -56,13 +56,19 @@ RESERVED_ARGS = (
     *("pretrained_model_args",),
 )
 """Arguments of timm's own functions: where weights come from, and how they are loaded."""
+SOURCE_ARGS = (*RESERVED_ARGS, "path")
+"""Arguments that a checkpoint drops, as its weights come from itself."""
+
+
+HF = "hf"
+"""Name of the language models of `transformers` that are read from a folder, `model.args.path`."""
 
 
 def _plain_args(args: dict[str, Any]) -> dict[str, Any]:
     for key, value in args.items():
         if key == "pretrained" and isinstance(value, bool):
             continue
-        if key in RESERVED_ARGS:
+        if key in SOURCE_ARGS:
             raise ValueError(f"must be arguments of the network alone, got {key}")
         if not _is_plain(value):
             raise ValueError(
@@ -148,10 +154,24 @@ class ModelConfig:
 
     name: str = "selfkd_cnn"
     """Name of the network: any of `timm.create_model`, selfkd's own small networks (`selfkd_*`)
-    among them; of text, selfkd_gpt."""
-    args: ModelArgs = Field(default_factory=dict)
+    among them; of text, selfkd_gpt, or hf, a model of transformers in the folder `args.path`."""
+    args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` starts
-    from timm's pretrained weights."""
+    from timm's pretrained weights; hf has `path`, `fresh: true` for random weights, and `lora` and
+    `lora_alpha` for adapters."""
+
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
+        own, path = dict(args), args.get("path")
+        if isinstance(path, str) and path and "://" not in path:
+            del own["path"]
+        _plain_args(own)
+        return args
+
+    def __post_init__(self) -> None:
+        if self.name != HF and "path" in self.args:
+            raise ValueError(f"args.path must be left out but with name {HF}, got {self.name}")
 
     @classmethod
     def of_checkpoint(cls, model: object) -> ModelConfig:
@@ -167,7 +187,7 @@ class ModelConfig:
         """
         if not isinstance(model, Mapping) or not isinstance(args := model.get("args"), Mapping):
             raise ValueError(f"model must have a name and args, got {model!r}")
-        kept = {key: value for key, value in args.items() if key not in RESERVED_ARGS}
+        kept = {key: value for key, value in args.items() if key not in SOURCE_ARGS}
         try:
             return cls(name=model.get("name"), args=kept)  # type: ignore[arg-type]
         except ValidationError as error:
@@ -488,6 +508,8 @@ ARITHMETIC: Tree = {
     "train": {"batch_size": 32, "lr": 3e-3, "steps": 1200},
 }
 """Defaults of `data.name: arithmetic` that differ from those of text; its context just fits."""
+HF_RATE = 5e-5
+"""Learning rate by default of a model that starts from trained weights."""
 TEXT_MODEL: Tree = {"name": "selfkd_gpt", "args": {"depth": 2, "width": 64, "heads": 4}}
 
 
@@ -508,7 +530,26 @@ def with_task_defaults(tree: Tree) -> Tree:
     model = tree.get("model", copy.deepcopy(TEXT_MODEL))
     own = {"name": TEXT_MODEL["name"]}
     found["model"] = {**own, **model} if isinstance(model, Mapping) else model
+    models = [each for each in (model, tree.get("student")) if each is not None]
+    folders = [folder for each in models if (folder := _folder_of(each)) is not None]
+    if folders:
+        _default(found["data"], tree.get("data"), "tokenizer", folders[0])
+    if len(folders) == len(models) and not any(each["args"].get("fresh") for each in models):
+        _default(found["train"], tree.get("train"), "lr", HF_RATE)
     return found
+
+
+def _default(section: Any, given: Any, key: str, value: Any) -> None:
+    """Set a default of a section of the config, where it is one and was not given the key."""
+    if isinstance(section, dict) and key not in (given or {}):
+        section[key] = value
+
+
+def _folder_of(model: Any) -> str | None:
+    """Return the folder of a model of `hf`."""
+    args = model.get("args") if isinstance(model, Mapping) and model.get("name") == HF else None
+    path = args.get("path") if isinstance(args, Mapping) else None
+    return path if isinstance(path, str) else None
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

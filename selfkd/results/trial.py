@@ -49,6 +49,11 @@ class Facts:
     """Sizes of the networks: `model` and `student`."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
     """Hashes of the splits."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """Hashes of the folders that networks start from, by path."""
+    export: str | None = None
+    """Name of the folder that a chosen model is also written to, for other programs; none when not
+    given."""
     function: str | None = None
     """Reference of a user's training function, which has data of its own."""
     notes: tuple[str, ...] = ()

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfkd.config import CheckpointConfig
+from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config.schema import HF
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest
@@ -19,6 +20,8 @@ from selfkd.tasks.common import optimizer_of
 from selfkd.tasks.task import Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.pretrained import check_causal, folder_hash
+from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
 from selfkd.training.trial import Trial
 
@@ -46,12 +49,17 @@ class TextTask(TextNetworks):
             "model": self.make(config.model),
             "student": self.make(config.student or config.model),
         }
+        weights = self._check_folder(config.model, networks["model"])
+        if config.student is not None:
+            weights |= self._check_folder(config.student, networks["student"])
         for model in config.members.models:
-            self.make(model)
+            weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
         if train.init == "teacher" and sizes["model"] != sizes["student"]:
             raise ValueError("train.init must be fresh when student differs from model")
+        if train.init == "teacher" and (config.student or config.model).args.get("lora"):
+            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
         return Facts(
             items={split: len(tokens) for split, tokens in data.splits.items()},
             unit="tokens",
@@ -62,8 +70,27 @@ class TextTask(TextNetworks):
             outputs=data.vocabulary,
             parameters=sizes,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
+            weights=weights,
             notes=(data.note,),
         )
+
+    def _check_folder(self, model: ModelConfig, network: nn.Module) -> dict[str, str]:
+        """Check the model of a folder against this text; return the folder's hash by its path.
+
+        Raises:
+            ValueError: It has another tokenizer, or is not causal.
+        """
+        if model.name != HF:
+            return {}
+        path, fresh = str(model.args["path"]), bool(model.args.get("fresh"))
+        if not fresh and not has_tokens_of(path, self.data.tokenizer):
+            raise ValueError(
+                f"data.tokenizer must be that of the model of {path}, whose tokens its outputs "
+                f"are, got {self.config.data.tokenizer}: data.tokenizer={path}; a teacher of "
+                "another tokenizer is distilled from by text that it writes"
+            )
+        check_causal(network, path)
+        return {path: folder_hash(path, weights=not fresh)}
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
         """Refuse weights from elsewhere.

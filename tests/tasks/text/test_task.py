@@ -204,7 +204,7 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
         (["data.context=2000"], "data.context must be at most the tokens of each split, got 2000"),
         (["data.tokenizer=bpe:100"], "data.tokenizer must be bpe:N with N from 257"),
         (["data.tokenizer=/no/such"], "data.tokenizer must be bpe:N, chars or a folder"),
-        (["model.name=resnet18"], "model.name must be selfkd_gpt with task text"),
+        (["model.name=resnet18"], "model.name must be selfkd_gpt or hf with task text"),
         (["model.args.widht=8"], "got 'widht': did you mean width"),
         (["model.args.heads=3"], "width must be a multiple of heads"),
         (["search.metric=val_f1"], "search.metric must be one of val_nll, val_token_accuracy"),

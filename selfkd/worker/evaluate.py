@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfkd.analysis import metrics
 from selfkd.analysis.statistics import bootstrap_interval, mcnemar
 from selfkd.config import Tree
 from selfkd.losses import Average, ensemble_logits
@@ -37,7 +36,8 @@ def evaluate(
         predictions: File for its validation and test logits, if they are kept.
         teachers: `checkpoint`, perhaps `weight`, of each of its teachers, for the agreement with
             their average.
-        diagnose: Whether to look at calibration and confusions, on both splits.
+        diagnose: Whether to look at calibration and confusions, on both splits, and at what it
+            generates.
     """
     task = make_task(config)
     digest = task.digest(student)
@@ -46,7 +46,7 @@ def evaluate(
     if predictions is not None:
         by_name = {str(split): own for split, own in logits.items()}
         save_tensors(as_path(predictions), by_name, {"student": digest})
-    found = task.evaluate(logits)
+    found = task.evaluate(logits, task.networks(student))
     teacher_logits: dict[Split, Tensor] = {}
     compared = None
     if teachers:
@@ -54,9 +54,11 @@ def evaluate(
             members = [task.predict(member["checkpoint"], split) for member in teachers]
             average = task.config.distill.average
             teacher_logits[split] = average_logits(members, teachers, average)
-        found["agreement"] = metrics.agreement(logits["test"], teacher_logits["test"])
+        found |= task.fidelity(logits["test"], teacher_logits["test"])
         hits = (task.hits(each["test"], "test") for each in (logits, teacher_logits))
         compared = compare_errors(*hits)
+    if diagnose:
+        found |= task.measure_samples(student, teachers)
     yield to_row(
         Evaluation(
             hash=digest,
@@ -79,9 +81,13 @@ def average_logits(
         members: Rows of the models, with a `weight` where they differ.
         average: What is averaged.
     """
-    weights = [member["weight"] for member in members if "weight" in member]
     stacked = torch.stack(list(logits))
-    return ensemble_logits(stacked, average=average, weights=weights or None)
+    return ensemble_logits(stacked, average=average, weights=weights_of(members))
+
+
+def weights_of(members: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Return the weights of the models of an average; None where all are alike."""
+    return [member["weight"] for member in members if "weight" in member] or None
 
 
 def compare_errors(student: Tensor, teacher: Tensor) -> McNemar:
@@ -106,8 +112,8 @@ def average(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
 
     Args:
         config: Config of their data.
-        ensembles: `members` (`hash`, file of `predictions`, perhaps `weight`) and `average` of
-            each.
+        ensembles: `members` (`hash`, `checkpoint`, file of `predictions`, perhaps `weight`) and
+            `average` of each.
 
     Yields:
         `rows`, one each.
@@ -122,7 +128,13 @@ def average(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
             for split in SPLITS
         }
         digest = "+".join(member["hash"] for member in members)
-        rows.append(to_row(Evaluation(hash=digest, metrics=task.evaluate(mean))))
+        found = task.evaluate(
+            mean,
+            (network for member in members for network in task.networks(member["checkpoint"])),
+            average=ensemble["average"],
+            weights=weights_of(members),
+        )
+        rows.append(to_row(Evaluation(hash=digest, metrics=found)))
     yield {"rows": rows}
 
 

@@ -175,10 +175,16 @@ class Task(Protocol):
     def hits(self, logits: Tensor, split: Split) -> Tensor:
         """Return for each item whether it is predicted rightly."""
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return values, double, whose mean is the metric that models are compared by.
 
         There is one for each item, or for each group of items that depend on each other.
+
+        Args:
+            logits: Logits of the split.
+            split: Split that was predicted.
+            networks: Networks whose mean probabilities predicted them, for a metric of what they
+                generate.
         """
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfkd.analysis.statistics import bootstrap_interval, mcnemar
 from selfkd.config import Tree
@@ -18,7 +18,7 @@ from selfkd.results import Evaluation, McNemar, Row, to_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
-from selfkd.tasks.task import SPLITS, Split
+from selfkd.tasks.task import SPLITS, Split, Task
 
 
 def evaluate(
@@ -85,6 +85,12 @@ def average_logits(
     return ensemble_logits(stacked, average=average, weights=weights_of(members))
 
 
+def _networks(task: Task, members: Sequence[Mapping[str, Any]]) -> Iterator[nn.Module]:
+    """Yield the networks of models, loaded where they are asked for."""
+    for member in members:
+        yield from task.networks(member["checkpoint"])
+
+
 def weights_of(members: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """Return the weights of the models of an average; None where all are alike."""
     return [member["weight"] for member in members if "weight" in member] or None
@@ -130,7 +136,7 @@ def average(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
         digest = "+".join(member["hash"] for member in members)
         found = task.evaluate(
             mean,
-            (network for member in members for network in task.networks(member["checkpoint"])),
+            _networks(task, members),
             average=ensemble["average"],
             weights=weights_of(members),
         )
@@ -143,7 +149,7 @@ def contrast(config: Tree, ensembles: Sequence[Sequence[Mapping[str, Any]]]) -> 
 
     Args:
         config: Config of their data.
-        ensembles: `hash` and file of `predictions` of the members of each.
+        ensembles: `hash`, `checkpoint` and file of `predictions` of the members of each.
 
     Yields:
         `values` of each with their intervals over items, and `differences`: the first one's less
@@ -153,7 +159,8 @@ def contrast(config: Tree, ensembles: Sequence[Sequence[Mapping[str, Any]]]) -> 
     scores = []
     for members in ensembles:
         logits = [load_predictions(member)["test"] for member in members]
-        scores.append(task.scores(average_logits(logits, members, "probabilities"), "test").numpy())
+        mean = average_logits(logits, members, "probabilities")
+        scores.append(task.scores(mean, "test", _networks(task, members)).numpy())
     yield {
         "values": [asdict(bootstrap_interval(each)) for each in scores],
         "differences": [asdict(bootstrap_interval(scores[0] - each)) for each in scores],

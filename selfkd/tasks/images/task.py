@@ -274,7 +274,7 @@ class ImageTask(ImageNetworks):
         """Return for each image whether its class is predicted."""
         return logits.argmax(dim=-1) == self.labels(split)
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return for each image 1 where its class is predicted, else 0."""
         return self.hits(logits, split).double()
 

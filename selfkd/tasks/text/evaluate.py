@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -208,6 +210,16 @@ def distinct(texts: Sequence[Tensor], n: int) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """What became of prompts that models went on from, greedily."""
+
+    right: Tensor
+    """Whether the text after each prompt is right, bool `[prompts]`."""
+    ended: Tensor
+    """Whether it came to the end token before the end of the context, bool `[prompts]`."""
+
+
 def match(
     data: TextData,
     split: Split,
@@ -215,10 +227,10 @@ def match(
     *,
     average: Average = "probabilities",
     weights: Sequence[float] | None = None,
-) -> dict[str, float]:
-    """Return the share of prompts that are greedily followed by the right text; none of documents.
+) -> Matches:
+    """Return which prompts of a split are greedily followed by the right text.
 
-    A text that comes to the end of the context without an end token is wrong, and counted.
+    A text that comes to the end of the context without an end token is wrong.
 
     Args:
         data: Text, of whose examples at most 500 are tried.
@@ -227,11 +239,8 @@ def match(
         average: Average of the members.
         weights: Weight of each member; all alike when not given.
     """
-    examples, tokens = data.examples[split], data.splits[split]
-    if not examples:
-        return {}
-    numbers = spread(len(examples), CHECKED)
-    prompts = tokens.prompts(numbers)
+    numbers = spread(len(data.examples[split]), CHECKED)
+    prompts = data.splits[split].prompts(numbers)
     if len(networks) == 1:
         written = generate(
             networks[0], prompts, end=data.end, context=data.context, seed=0, greedy=True
@@ -240,15 +249,35 @@ def match(
         members = [network.eval() for network in networks]
         written = list(_follow(members, prompts, data, average, weights))
     tokenizer = read_tokenizer(data.tokenizer)
-    right = ended = 0
-    for number, text in zip(numbers, written, strict=True):
-        if len(text) and text[-1] == data.end:
-            ended += 1
-            found = tokenizer.decode(text[:-1].tolist(), skip_special_tokens=False)
-            right += examples[number].is_right(found)
-    shares = {f"{split}_exact_match": right / len(numbers)}
-    if ended < len(numbers):
-        shares[f"{split}_unended"] = 1 - ended / len(numbers)
+    ended = [bool(len(text)) and int(text[-1]) == data.end for text in written]
+    texts = [
+        tokenizer.decode(text.tolist()[: len(text) - end], skip_special_tokens=False)
+        for text, end in zip(written, ended, strict=True)
+    ]
+    right = [
+        end and data.examples[split][number].is_right(text)
+        for number, text, end in zip(numbers, texts, ended, strict=True)
+    ]
+    return Matches(torch.tensor(right), torch.tensor(ended))
+
+
+def measure_matches(
+    data: TextData, split: Split, *networks: nn.Module, **averaging: Any
+) -> dict[str, float]:
+    """Return exact match, and the share of texts without an end where there is one.
+
+    Args:
+        data: Text.
+        split: Split of the examples; of documents nothing is measured.
+        networks: Language model, or the members of an ensemble.
+        averaging: Further arguments of `match`.
+    """
+    if not data.examples[split] or not networks:
+        return {}
+    found = match(data, split, networks, **averaging)
+    shares = {f"{split}_exact_match": float(found.right.double().mean())}
+    if not found.ended.all():
+        shares[f"{split}_unended"] = float((~found.ended).double().mean())
     return shares
 
 

@@ -175,11 +175,9 @@ class TextTask(TextNetworks):
         members = list(networks) if any(self.data.examples[split] for split in logits) else []
         for split, own in logits.items():
             measured = evaluate.measure(split, own, self.data.splits[split])
-            matched = {}
-            if members:
-                matched = evaluate.match(
-                    self.data, split, members, average=average, weights=weights
-                )
+            matched = evaluate.measure_matches(
+                self.data, split, *members, average=average, weights=weights
+            )
             by_match = self._metric == "exact_match"
             found |= {**matched, **measured} if by_match else {**measured, **matched}
         return found
@@ -215,8 +213,13 @@ class TextTask(TextNetworks):
         """Return for each row whether its token is predicted."""
         return logits.argmax(dim=-1) == self.labels(split)
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
-        """Return the NLL of each window, as its part of the mean over all tokens."""
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
+        """Return the NLL of each window, as its part of the mean over all tokens.
+
+        Where models are compared by exact match, 1 of each prompt whose text is right, else 0.
+        """
+        if self._metric == "exact_match":
+            return evaluate.match(self.data, split, list(networks)).right.double()
         return evaluate.window_nll(logits, self.data.splits[split])
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:

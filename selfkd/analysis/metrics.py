@@ -14,8 +14,8 @@ from torch import Tensor
 ECE_BINS = 15
 TEMPERATURES = (0.05, 20.0)
 """Ends of the range that a temperature is fitted in."""
-CHUNK_VALUES = 2**24
-"""Most logits that are converted at once: a vocabulary's would be copied as a whole else."""
+LARGE, CHUNK = 2**24, 2**22
+"""Number of logits above which not all are converted at once, and number that are then."""
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -47,7 +47,7 @@ def _mean(value: Callable[..., float], logits: Tensor, *others: Tensor) -> float
 
 def _chunk(logits: Tensor) -> int:
     """Return how many rows a chunk has."""
-    return max(CHUNK_VALUES // logits.shape[-1], 1)
+    return max(CHUNK // logits.shape[-1], 1) if logits.numel() > LARGE else len(logits)
 
 
 def ece(logits: Tensor, labels: Tensor) -> float:

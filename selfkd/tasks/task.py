@@ -172,8 +172,16 @@ class Task(Protocol):
             teachers: `checkpoint`, perhaps `weight`, of each of its teachers.
         """
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
-        """Return for each item whether it is predicted rightly."""
+    def hits(
+        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()
+    ) -> Tensor | None:
+        """Return for each item whether it is right; None where models are not compared by that.
+
+        Args:
+            logits: Logits of the split.
+            split: Split that was predicted.
+            networks: Networks whose mean probabilities predicted them, for what they generate.
+        """
 
     def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return values, double, whose mean is the metric that models are compared by.

@@ -55,8 +55,10 @@ def evaluate(
             average = task.config.distill.average
             teacher_logits[split] = average_logits(members, teachers, average)
         found |= task.fidelity(logits["test"], teacher_logits["test"])
-        hits = (task.hits(each["test"], "test") for each in (logits, teacher_logits))
-        compared = compare_errors(*hits)
+        hits = task.hits(logits["test"], "test", task.networks(student))
+        if hits is not None:
+            of_teachers = task.hits(teacher_logits["test"], "test", _networks(task, teachers))
+            compared = None if of_teachers is None else compare_errors(hits, of_teachers)
     if diagnose:
         found |= task.measure_samples(student, teachers)
     yield to_row(
@@ -176,12 +178,15 @@ def examples(config: Tree, models: Sequence[Mapping[str, Any]], most: int) -> It
         most: Number of items of either kind.
 
     Yields:
-        `counts`, `gained` and `lost`, see `Examples`.
+        `counts`, `gained` and `lost`, see `Examples`; none where items are no pictures.
     """
     task = make_task(config)
+    if not task.pictures("test", [0]):
+        yield {}
+        return
     labels = task.labels("test")
     logits = [load_predictions(model)["test"].double() for model in models]
-    hits = [task.hits(own, "test") for own in logits]
+    hits = [task.scores(own, "test") > 0 for own in logits]
     probabilities = torch.stack([own.softmax(dim=-1) for own in logits])
     confidence, predicted = probabilities.max(dim=-1)
     change = probabilities.gather(-1, labels.expand(2, -1)[..., None])[..., 0].diff(dim=0)[0]
@@ -192,20 +197,16 @@ def examples(config: Tree, models: Sequence[Mapping[str, Any]], most: int) -> It
         counts.append(len(places))
         chosen = places[change[places].abs().argsort(descending=True, stable=True)][:most].tolist()
         pictures = task.pictures("test", chosen)
-        found[name] = (
-            [
-                {
-                    "item": item,
-                    "label": int(labels[item]),
-                    "predicted": predicted[:, item].tolist(),
-                    "confidence": confidence[:, item].tolist(),
-                    "picture": base64.b64encode(picture).decode(),
-                }
-                for item, picture in zip(chosen, pictures, strict=True)
-            ]
-            if pictures
-            else []
-        )
+        found[name] = [
+            {
+                "item": item,
+                "label": int(labels[item]),
+                "predicted": predicted[:, item].tolist(),
+                "confidence": confidence[:, item].tolist(),
+                "picture": base64.b64encode(picture).decode(),
+            }
+            for item, picture in zip(chosen, pictures, strict=True)
+        ]
     yield found | {"counts": counts}
 
 

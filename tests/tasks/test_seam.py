@@ -186,7 +186,7 @@ class Letters:
     ) -> dict[str, float]:
         return {}
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
+    def hits(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         return logits.argmax(dim=-1) == self.labels(split)
 
     def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:

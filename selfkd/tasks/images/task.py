@@ -270,7 +270,7 @@ class ImageTask(ImageNetworks):
         """Return nothing: classifiers generate nothing."""
         return {}
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
+    def hits(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return for each image whether its class is predicted."""
         return logits.argmax(dim=-1) == self.labels(split)
 

@@ -209,17 +209,25 @@ class TextTask(TextNetworks):
             weights=weights or None,
         )
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
-        """Return for each row whether its token is predicted."""
-        return logits.argmax(dim=-1) == self.labels(split)
+    def hits(
+        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()
+    ) -> Tensor | None:
+        """Return for each prompt whether its text is right; None where models are compared by NLL.
+
+        Tokens of a text depend on each other, and a test of items does not hold for them.
+        """
+        if self._metric != "exact_match":
+            return None
+        return evaluate.match(self.data, split, list(networks)).right
 
     def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return the NLL of each window, as its part of the mean over all tokens.
 
         Where models are compared by exact match, 1 of each prompt whose text is right, else 0.
         """
-        if self._metric == "exact_match":
-            return evaluate.match(self.data, split, list(networks)).right.double()
+        hits = self.hits(logits, split, networks)
+        if hits is not None:
+            return hits.double()
         return evaluate.window_nll(logits, self.data.splits[split])
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:

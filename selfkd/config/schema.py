@@ -92,16 +92,20 @@ class DataConfig:
     name: Place = "digits"
     """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
     train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`) or any name of
-    `timm.data.create_dataset`. Of text: pydoc (the manual in Python itself), the default there, or
-    text (`root` has files .txt, or .jsonl with `{"text": …}` a line)."""
+    `timm.data.create_dataset`. Of text: pydoc (the manual in Python itself), the default there;
+    arithmetic (generated problems); or text (`root` has files .txt, or .jsonl with `{"text": …}` a
+    line)."""
     root: Place | None = None
     """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
     download: bool = False
     """Whether to download the dataset into `root` where it is missing."""
     train_size: int | None = Field(default=None, ge=1)
-    """Number of training images, stratified by class; all when not given."""
+    """Number of training images, stratified by class, all when not given; or of the training
+    problems of arithmetic, 20,000 when not given."""
     val_size: int | None = Field(default=None, ge=1)
-    """Number of validation images, by which trials are chosen; each dataset has its own default."""
+    """Number of validation images, by which trials are chosen; each dataset has its own default. Of
+    arithmetic, number of the problems for validation and of those for test, 1,000 each when not
+    given."""
     classes: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Classes whose images are trained on, by index: two or more; all when not given. Validation
     and test keep all."""
@@ -479,6 +483,11 @@ TEXT: Tree = {
     },
 }
 """Defaults of `task: text` that differ: T = 1 and alpha = 1 are hard to beat on tokens."""
+ARITHMETIC: Tree = {
+    "data": {"tokenizer": "chars", "context": 19},
+    "train": {"batch_size": 32, "lr": 3e-3, "steps": 1200},
+}
+"""Defaults of `data.name: arithmetic` that differ from those of text; its context just fits."""
 TEXT_MODEL: Tree = {"name": "selfkd_gpt", "args": {"depth": 2, "width": 64, "heads": 4}}
 
 
@@ -490,8 +499,10 @@ def with_task_defaults(tree: Tree) -> Tree:
     """
     if tree.get("task") != "text":
         return tree
-    found = dict(tree)
+    found, data = dict(tree), tree.get("data")
+    own_of = ARITHMETIC if isinstance(data, Mapping) and data.get("name") == "arithmetic" else {}
     for section, defaults in copy.deepcopy(TEXT).items():
+        defaults |= own_of.get(section, {})
         given = tree.get(section, {})
         found[section] = {**defaults, **given} if isinstance(given, Mapping) else given
     model = tree.get("model", copy.deepcopy(TEXT_MODEL))

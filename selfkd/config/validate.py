@@ -40,9 +40,9 @@ _FIXED = (
 
 OF_TASK = {
     "images": (
-        *("data.download", "data.train_size", "data.val_size", "data.classes", "data.label_noise"),
-        *("data.image_size", "data.in_memory", "data.crop", "data.flip", "data.jitter"),
-        *("data.views", "train.warmup_epochs", "train.momentum"),
+        *("data.download", "data.classes", "data.label_noise", "data.image_size"),
+        *("data.in_memory", "data.crop", "data.flip", "data.jitter", "data.views"),
+        *("train.warmup_epochs", "train.momentum"),
     ),
     "text": (
         *("data.context", "data.tokenizer", "data.rationales", "data.rationale_weight"),
@@ -191,6 +191,14 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{where}: {key} is only with task {other}"
     if config.task != "text":
         return
+    if config.data.name != "arithmetic":
+        for key in ("data.train_size", "data.val_size"):
+            if given[key] is not None:
+                where = locate_key(key, sources)
+                yield (
+                    f"{where}: only with data.name arithmetic, whose problems are generated, or "
+                    f"task images, got {given[key]} with {config.data.name}"
+                )
     wrong = [name for name in config.controls if name not in _TEXT_CONTROLS]
     if wrong:
         where, known = locate_key("controls", sources), " or ".join(_TEXT_CONTROLS)

@@ -38,7 +38,10 @@ class Facts:
     mode: Literal["max", "min"] = "max"
     """Whether more of it is better, or less."""
     further: tuple[str, ...] = ("nll", "ece")
-    """Further metrics that tables show, measured as test_<metric>."""
+    """Further metrics that tables show, measured as test_<metric>; the teacher agreement comes
+    after them where it is not among them."""
+    counts: dict[str, Count] = Field(default_factory=dict)
+    """Number of items of val and test that `metric` is a mean over, where it is not of all."""
     outputs: Count = 0
     """Number of classes, or size of the vocabulary."""
     names: tuple[str, ...] = ()
@@ -58,6 +61,10 @@ class Facts:
     """Reference of a user's training function, which has data of its own."""
     notes: tuple[str, ...] = ()
     """What a user should know of the data, such as files that are left out; not kept."""
+
+    def count(self, split: str) -> int:
+        """Return how many items of a split `metric` is a mean over; 0 where it is not known."""
+        return self.counts.get(split, self.items.get(split, 0))
 
     @property
     def tested(self) -> str:

@@ -21,6 +21,7 @@ from selfkd.results import Row
 from selfkd.soft_targets.store import SoftTargets, open_store
 from selfkd.tasks.common import make_fresh, optimizer_of
 from selfkd.tasks.text.data import IGNORED, Tokens
+from selfkd.tasks.text.evaluate import measure_matches
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.training.fit import (
     Training,
@@ -178,7 +179,7 @@ def _train_steps(
 
 
 def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
-    """Return val_nll (nats a token) and val_token_accuracy (fraction of the tokens).
+    """Return val_nll (nats a token), val_token_accuracy, of examples also val_exact_match.
 
     Raises:
         NonFiniteLossError: The validation loss is not finite.
@@ -193,7 +194,8 @@ def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
             f"validation loss must be finite, got {nll}: lower train.lr or set train.clip_grad"
         )
     count = len(tokens.scored)
-    return {"val_nll": nll / count, "val_token_accuracy": hits / count}
+    found = {"val_nll": nll / count, "val_token_accuracy": hits / count}
+    return found | measure_matches(task.data, "val", network)
 
 
 def _make_loss(task: TextNetworks, trial: Trial) -> Loss:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from selfkd.config import CheckpointConfig
 from selfkd.models import parameters_count
-from selfkd.results import Diagnostics, Facts, Row, Unseen
+from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
@@ -20,6 +20,7 @@ from selfkd.tasks.task import Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.train import train_language_model
+from selfkd.tasks.text.write import WrittenText
 from selfkd.training.trial import Trial
 
 METRICS = (
@@ -42,6 +43,11 @@ class TextTask(TextNetworks):
             raise ValueError(
                 f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}"
             )
+        if config.write.keep == "right" and not data.examples["train"]:
+            raise ValueError(
+                f"write.keep must be all without completions to compare with, got right and "
+                f"data.name {data.name}"
+            )
         networks = {
             "model": self.make(config.model),
             "student": self.make(config.student or config.model),
@@ -60,6 +66,7 @@ class TextTask(TextNetworks):
             further=("perplexity", "bits_per_byte", "token_accuracy"),
             outputs=data.vocabulary,
             parameters=sizes,
+            prompts=data.splits["train"].windows,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
             notes=(data.note,),
         )
@@ -132,6 +139,11 @@ class TextTask(TextNetworks):
             shard_size=self.config.targets.shard_size,
             origin=dict(origin),
         )
+
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Write text by a teacher on the training prompts of a shard, unless it is there."""
+        state, found = WrittenText(self, root).write(checkpoint, shard, run=run)
+        return {"state": state, **to_row(found)}
 
     # --- evaluation ---
 

@@ -223,8 +223,7 @@ class WrittenText:
         return [
             text
             for text in texts
-            if self._has_end(text)
-            and self._examples[text.window].is_right(self._decode(text.ids))
+            if self._has_end(text) and self._examples[text.window].is_right(self._decode(text.ids))
         ]
 
     def _has_end(self, text: Text) -> bool:

@@ -258,7 +258,9 @@ class DistillConfig:
     """Whether to run the teacher at every step rather than read its cached logits."""
     mode: Literal["tokens", "traces"] = "tokens"
     """What students of text are distilled from: tokens, the teacher's distribution of each token of
-    the training text; or traces, text that the teacher writes on the training prompts."""
+    the training text; or traces, text that each teacher writes on the training prompts (see
+    `write`), by cross-entropy alone. Then T and alpha have no meaning, and the default search space
+    is empty: the trials of a search differ by their seeds."""
     on_policy: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps on text whose batch the student itself has written on training prompts;
     such steps run the teacher live."""
@@ -513,6 +515,15 @@ HF_RATE = 5e-5
 TEXT_MODEL: Tree = {"name": "selfkd_gpt", "args": {"depth": 2, "width": 64, "heads": 4}}
 
 
+def _default_space(tree: Tree) -> Tree:
+    """Return the default search space of a config: none where T and alpha have no meaning."""
+    if tree.get("task") != "text":
+        return SPACE
+    distill = tree.get("distill")
+    traces = isinstance(distill, Mapping) and distill.get("mode") == "traces"
+    return {} if traces else dict(TEXT["search"]["space"])
+
+
 def with_task_defaults(tree: Tree) -> Tree:
     """Return nested dictionaries of config keys with the defaults of their task.
 
@@ -523,7 +534,9 @@ def with_task_defaults(tree: Tree) -> Tree:
         return tree
     found, data = dict(tree), tree.get("data")
     own_of = ARITHMETIC if isinstance(data, Mapping) and data.get("name") == "arithmetic" else {}
-    for section, defaults in copy.deepcopy(TEXT).items():
+    own_defaults = copy.deepcopy(TEXT)
+    own_defaults["search"]["space"] = copy.deepcopy(_default_space(tree))
+    for section, defaults in own_defaults.items():
         defaults |= own_of.get(section, {})
         given = tree.get(section, {})
         found[section] = {**defaults, **given} if isinstance(given, Mapping) else given
@@ -906,7 +919,7 @@ def put(tree: Tree, key: str, value: Any) -> None:
         return
     inside_space = re.match(r"(search)\.(space|labels_only_space)\.(.+)", key)
     *parents, last = inside_space.groups() if inside_space else key.split(".")
-    default = TEXT["search"]["space"] if tree.get("task") == "text" else SPACE
+    default = _default_space(tree)
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
             whole = inside_space and parent == "space"

@@ -52,16 +52,22 @@ OF_TASK = {
     ),
 }
 """Keys of one task alone."""
+_OF_LOGITS = (
+    *("distill.temperature", "distill.alpha", "distill.average", "distill.live"),
+    *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
+)
+"""Keys of distillation by logits alone."""
 _TEXT_CONTROLS = ("seeds", "label_smoothing")
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
     *("data.train_size", "data.classes", "data.label_noise"),
     *("data.crop", "data.flip", "data.jitter", "data.views"),
+    *("data.rationales", "data.rationale_weight"),
 )
 """What an arm of a study may change of the data: its training items, their labels and views."""
 _FIXED_KEYS = (
-    *("distill.teacher", "distill.live"),
+    *("distill.teacher", "distill.live", "distill.mode"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
     "members.compare",
 )
@@ -199,6 +205,7 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
                     f"{where}: only with data.name arithmetic, whose problems are generated, or "
                     f"task images, got {given[key]} with {config.data.name}"
                 )
+    yield from _traces_faults(config, sources)
     wrong = [name for name in config.controls if name not in _TEXT_CONTROLS]
     if wrong:
         where, known = locate_key("controls", sources), " or ".join(_TEXT_CONTROLS)
@@ -220,6 +227,21 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if epochs > steps:
         where = locate_key("train.epochs", sources)
         yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+
+
+def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield faults of what has no meaning where students are trained on the text of teachers."""
+    if config.distill.mode == "tokens":
+        return
+    default, given = flat(from_tree({"task": "text"})), flat(config)
+    why = "has no effect with distill.mode traces"
+    for key in _OF_LOGITS:
+        if given[key] != default[key]:
+            yield f"{locate_key(key, sources)}: {why}, got {given[key]!r}"
+        if key in config.search.space:
+            yield f"{locate_key(f'search.space.{key}', sources)}: {why}"
+        if any(key in point for point in config.search.points or ()):
+            yield f"{locate_key('search.points', sources)}: {key} {why}"
 
 
 def _key_faults(key: str) -> Iterator[str]:

@@ -76,6 +76,7 @@ from selfkd.results.trial import Facts as Facts
 from selfkd.results.trial import Model as Model
 from selfkd.results.trial import Trial as Trial
 from selfkd.results.trial import TrialResult as TrialResult
+from selfkd.results.trial import Written as Written
 from selfkd.results.verdict import Comparison as Comparison
 from selfkd.results.verdict import Outcome as Outcome
 from selfkd.results.verdict import Verdict as Verdict

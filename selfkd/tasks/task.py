@@ -130,6 +130,23 @@ class Task(Protocol):
     def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
         """Return the manifest of a teacher's cached logits."""
 
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Write text by a teacher on the training prompts of a shard, unless it is there.
+
+        Args:
+            checkpoint: File of the teacher.
+            root: Folder of all that teachers write.
+            shard: Number of the shard.
+            run: Run folder that uses it.
+
+        Returns:
+            `state` (kept, written, or remade where what was there was damaged), and the numbers of
+            `selfkd.results.Written`.
+
+        Raises:
+            ValueError: Models of this task write nothing.
+        """
+
     # --- evaluation ---
 
     def labels(self, split: Split) -> Tensor:

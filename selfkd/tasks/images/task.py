@@ -247,6 +247,14 @@ class ImageTask(ImageNetworks):
             origin=dict(origin),
         )
 
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Refuse to write.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("text is written with task text only")
+
     # --- evaluation ---
 
     def evaluate(

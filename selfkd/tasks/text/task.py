@@ -13,7 +13,7 @@ from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.schema import HF
 from selfkd.losses import Average
 from selfkd.models import parameters_count
-from selfkd.results import Diagnostics, Facts, Row, Unseen
+from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
@@ -24,6 +24,7 @@ from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.pretrained import check_causal, folder_hash
 from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
+from selfkd.tasks.text.write import WrittenText
 from selfkd.training.trial import Trial
 
 METRICS = (
@@ -52,6 +53,11 @@ class TextTask(TextNetworks):
             raise ValueError(
                 f"search.metric must be one of {', '.join(metrics)}, got "
                 f"{config.search.metric}{only if config.search.metric == MATCHED else ''}"
+            )
+        if config.write.keep == "right" and not data.examples["train"]:
+            raise ValueError(
+                f"write.keep must be all without completions to compare with, got right and "
+                f"data.name {data.name}"
             )
         networks = {
             "model": self.make(config.model),
@@ -82,6 +88,7 @@ class TextTask(TextNetworks):
             else {},
             outputs=data.vocabulary,
             parameters=sizes,
+            prompts=data.splits["train"].windows,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
             weights=weights,
             notes=(data.note,),
@@ -182,6 +189,11 @@ class TextTask(TextNetworks):
             shard_size=self.config.targets.shard_size,
             origin=dict(origin),
         )
+
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Write text by a teacher on the training prompts of a shard, unless it is there."""
+        state, found = WrittenText(self, root).write(checkpoint, shard, run=run)
+        return {"state": state, **to_row(found)}
 
     # --- evaluation ---
 

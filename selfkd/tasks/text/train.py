@@ -23,6 +23,7 @@ from selfkd.tasks.common import make_fresh, optimizer_of
 from selfkd.tasks.text.data import IGNORED, Tokens
 from selfkd.tasks.text.evaluate import measure_matches
 from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.write import training_text
 from selfkd.training.fit import (
     Training,
     autocast,
@@ -57,7 +58,7 @@ def train_language_model(
     """
     if transform != "none":
         raise ValueError(f"target_transform must be none with task text, got {transform}")
-    options, data = task.config.train, task.data.splits["train"]
+    options, data = task.config.train, training_text(task, trial)
     student = make_fresh(task, trial, start or {})
     training = Training(
         student=student,
@@ -201,7 +202,7 @@ def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
 def _make_loss(task: TextNetworks, trial: Trial) -> Loss:
     distill, smoothing = task.config.distill, task.config.train.label_smoothing
     teachers = trial.teachers
-    if not teachers:
+    if not teachers or distill.mode == "traces":  # whose text are the labels
         return partial(_label_loss, smoothing=smoothing)
     weights = None
     if len(teachers) > 1 and "weight" in teachers[0]:

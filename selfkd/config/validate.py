@@ -199,9 +199,6 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         if source in (config.members.source, *config.members.compare):
             where = locate_key("members", sources)
             yield f"{where}: {source} are only with task images"
-    if config.distill.live:
-        where = locate_key("distill.live", sources)
-        yield f"{where}: must be false with task text, whose teacher logits are cached, got True"
     if config.resources.workers > 1:
         where, workers = locate_key("resources.workers", sources), config.resources.workers
         yield f"{where}: must be 1 with task text, got {workers}"

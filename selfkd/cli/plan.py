@@ -191,6 +191,7 @@ def print_plan(
         lines.append(_describe_text(config, plan, facts))
     if not function and (plan.teachers or not plan.writers):
         lines.append(_describe_cache(config, plan, facts))
+    lines += describe_written(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
 
@@ -247,6 +248,21 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
         f"cached:  {short(plan.teachers * items * each)}B of teacher logits, of "
         f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}"
     )
+
+
+def describe_written(plan: Plan, left: Sequence[int]) -> list[str]:
+    """Return in words what students write themselves, in the stages that are left."""
+    lines = []
+    for stage, number in zip(plan.stages, left, strict=True):
+        share, train = stage.config.distill.on_policy, stage.config.train
+        if number and share:
+            texts = round(share * train.steps) * train.batch_size * train.accumulate
+            lines.append(
+                f"written: {short(texts)} texts by each student with a teacher, in {share:.0%} of "
+                "its steps; such a step takes three to five times as long as one on labels, which "
+                "the time below leaves out"
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _describe_time(

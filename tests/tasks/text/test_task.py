@@ -178,7 +178,14 @@ def test_targets_of_any_kind_are_read_by_tokens(
     assert found[-1] == pytest.approx(found[0], rel=1e-2)
 
 
-@pytest.mark.parametrize("settings", [[], ["train.ema=0.9", "model.args.dropout=0.1"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["train.ema=0.9", "model.args.dropout=0.1", "train.accumulate=2"],
+        ["distill.live=true", "distill.on_policy=0.7", "model.args.dropout=0.1", "train.ema=0.9"],
+    ],
+)
 def test_an_interrupted_training_ends_the_same(
     root: Path, tmp_path: Path, settings: list[str]
 ) -> None:

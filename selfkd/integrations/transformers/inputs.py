@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selfkd.distill.layers import check_whole, unwrap
 from selfkd.distill.outputs import map_tensors
+from selfkd.distill.signature import bare as bare
+from selfkd.distill.signature import config_of as config_of
+from selfkd.distill.signature import is_encoder_decoder as is_encoder_decoder
+from selfkd.distill.signature import signature_of as signature_of
 from selfkd.distill.tasks import Task
 from selfkd.distill.teacher import Ensemble, Teacher
 
@@ -25,63 +27,7 @@ PADDING = 0.01
 
 Teachers = nn.Module | Teacher | Ensemble
 """What is taken as a teacher."""
-_SIGNATURES: WeakKeyDictionary[nn.Module, Signature] = WeakKeyDictionary()
 _TASKS: dict[str, Task] = {"regression": "regression", "multi_label_classification": "multi_label"}
-
-
-class Signature(NamedTuple):
-    """Inputs that a model's forward takes."""
-
-    names: frozenset[str]
-    """Names of the inputs."""
-    takes_any: bool
-    """Whether further inputs of any name are taken (`**kwargs` without types)."""
-
-
-def bare(model: Any) -> Any:
-    """Return the model inside wrappers of compilation, data parallelism and peft.
-
-    >>> bare(torch.compile(nn.Linear(2, 3)))
-    Linear(in_features=2, out_features=3, bias=True)
-    """
-    model = unwrap(model)
-    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
-        base = getattr(model, "get_base_model", None)  # a PeftMixedModel has none
-        return unwrap(model.base_model.model if base is None else base())
-    return model
-
-
-def config_of(model: nn.Module) -> Any:
-    """Return the configuration of a model of transformers in any wrapper, None of another."""
-    config = getattr(bare(model), "config", None)
-    return config if hasattr(config, "get_text_config") else None
-
-
-def signature_of(model: nn.Module) -> Signature:
-    """Return the inputs that the forward of a model in any wrapper takes.
-
-    Of `**kwargs` with types, as transformers' models have them, these names are taken.
-    """
-    model = bare(model)
-    if model in _SIGNATURES:
-        return _SIGNATURES[model]
-    _SIGNATURES[model] = _read_signature(model)
-    return _SIGNATURES[model]
-
-
-def _read_signature(model: nn.Module) -> Signature:
-    if isinstance(model, torch.jit.ScriptModule):
-        schema: Any = model.forward.schema  # type: ignore[attr-defined]
-        arguments = schema.arguments[1:]
-        return Signature(frozenset(argument.name for argument in arguments), False)
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = {parameter.name for parameter in parameters if parameter.kind in named}
-    further = [p.annotation for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    typed = [kind for annotation in further for kind in get_args(annotation)]
-    for kind in typed:
-        names |= getattr(kind, "__annotations__", {}).keys()
-    return Signature(frozenset(names), bool(further) and not typed)
 
 
 def select_inputs(
@@ -110,12 +56,6 @@ def output_options(model: nn.Module, options: Mapping[str, bool]) -> dict[str, b
     asked = {name for name, value in options.items() if value and name != "return_dict"}
     taken = names | asked if takes_any else names
     return {name: value for name, value in options.items() if name in taken}
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model of transformers has an encoder and a decoder."""
-    config = config_of(model)
-    return config is not None and bool(getattr(config.get_text_config(), "is_encoder_decoder", 0))
 
 
 def with_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from selfkd.distill.signature import is_encoder_decoder, signature_of
 from selfkd.distill.teacher import Teacher
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.soft_targets.store import check_shard, write_shard
-from selfkd.soft_targets.tokens import TokenIndex, pad_tokens, read_tokens
+from selfkd.soft_targets.tokens import TokenIndex, check_padding, pad_tokens, read_tokens
 
 SHARD_ROWS = 2**17
 """Largest number of tokens a shard."""
@@ -134,29 +133,6 @@ class _Collate:
         batch = self._collate(items)
         check_padding(batch, tokens, self._column)
         return self._inputs(batch), [len(each) for each in tokens]
-
-
-def check_padding(batch: Any, tokens: Sequence[NDArray[np.int64]], column: str) -> None:
-    """Raise ValueError for a batch that is not the items' tokens, padded on the right.
-
-    Args:
-        batch: Batch of a collate.
-        tokens: Tokens of each item, without padding.
-        column: Column of the tokens.
-    """
-    found = batch.get(column) if isinstance(batch, Mapping) else None
-    rows = None if found is None else np.asarray(found)
-    for number, each in enumerate(tokens):
-        if rows is None or rows.ndim != 2 or len(rows) != len(tokens):
-            got = type(batch).__name__ if rows is None else f"{column} {list(rows.shape)}"
-        elif np.array_equal(rows[number, : len(each)], each):
-            continue
-        else:
-            got = f"{rows[number, :8].tolist()} of {each[:8].tolist()}"
-        raise ValueError(
-            f"collate must keep the {column} of {len(tokens)} items as they are and pad on the "
-            f"right only (padding_side='right', no random mask), got {got}"
-        )
 
 
 def fill_shards(

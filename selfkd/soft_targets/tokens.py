@@ -229,6 +229,29 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(each, int | float) for each in value)
 
 
+def check_padding(batch: Any, tokens: Sequence[NDArray[np.int64]], column: str) -> None:
+    """Raise ValueError for a batch that is not the items' tokens, padded on the right.
+
+    Args:
+        batch: Batch of a collate.
+        tokens: Tokens of each item, without padding.
+        column: Column of the tokens.
+    """
+    found = batch.get(column) if isinstance(batch, Mapping) else None
+    rows = None if found is None else np.asarray(found)
+    for number, each in enumerate(tokens):
+        if rows is None or rows.ndim != 2 or len(rows) != len(tokens):
+            got = type(batch).__name__ if rows is None else f"{column} {list(rows.shape)}"
+        elif np.array_equal(rows[number, : len(each)], each):
+            continue
+        else:
+            got = f"{rows[number, :8].tolist()} of {each[:8].tolist()}"
+        raise ValueError(
+            f"collate must keep the {column} of {len(tokens)} items as they are and pad on the "
+            f"right only (padding_side='right', no random mask), got {got}"
+        )
+
+
 def load_logits(
     path: str | Path, *, teachers: Sequence[str] = (), data: str | None = None
 ) -> SoftTargets | TokenTargets:

@@ -38,7 +38,7 @@ def select_inputs(
     Labels are kept for an encoder-decoder, which makes inputs from them.
     """
     names, takes_any = signature_of(model)
-    labels = {*LABEL_COLUMNS, "shift_labels", *label_names}
+    labels = {*LABEL_COLUMNS, "shift_labels", "soft_target_rows", *label_names}
     if is_encoder_decoder(model):
         labels.discard("labels")
     return {
@@ -228,23 +228,53 @@ def match_vocabularies(
     """
     sizes = [_vocabulary(model) for model in (student, *teachers)]
     known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes) or len(set(known)) == 1:
+    if len(known) < len(sizes):
         return None
-    common, largest = min(known), max(known)
+    common = _common(known, tokenizer, "teacher")
+    return common if all(map(has_token_logits, (student, *teachers))) else None
+
+
+def match_cached_classes(student: nn.Module, classes: int, tokenizer: Any = None) -> int | None:
+    """Return the number of tokens common to a padded vocabulary and cached logits, else None.
+
+    Args:
+        student: Student.
+        classes: Number of classes of the cached logits.
+        tokenizer: Tokenizer, whose tokens must be common; None if unknown.
+
+    Raises:
+        ValueError: Cached logits of other classes or of another vocabulary.
+    """
+    count = _class_count(student)
+    if count not in (None, classes):
+        raise ValueError(
+            f"targets must have as many classes as the student, {count}, got {classes}"
+        )
+    size = _vocabulary(student)
+    if count is not None or size is None:
+        return None
+    return _common([size, classes], tokenizer, "targets")
+
+
+def _common(sizes: Sequence[int], tokenizer: Any, given: str) -> int | None:
+    """Return the least of the student's and other vocabularies, None where all are as large."""
+    if len(set(sizes)) == 1:
+        return None
+    common, largest = min(sizes), max(sizes)
     try:
         tokens = len(tokenizer)
     except TypeError:
         tokens = 0
     if largest - common > PADDING * largest or tokens > common:
-        given = known[1] if len(known) == 2 else known[1:]
+        others = sizes[1] if len(sizes) == 2 else list(sizes[1:])
         of = f" and the tokenizer {tokens}" if tokens > common else ""
         raise ValueError(
-            f"teacher must have the student's vocabulary, up to padding of {PADDING:.0%}, got "
-            f"{given} tokens where the student has {known[0]}{of}: with one tokenizer, "
+            f"{given} must have the student's vocabulary, up to padding of {PADDING:.0%}, got "
+            f"{others} tokens where the student has {sizes[0]}{of}: with one tokenizer, "
             "resize_token_embeddings of either model; of different tokenizers, tokens cannot be "
             "compared"
         )
-    return common if all(map(has_token_logits, (student, *teachers))) else None
+    return common
 
 
 def _vocabulary(model: nn.Module) -> int | None:

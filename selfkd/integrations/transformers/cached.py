@@ -214,7 +214,8 @@ class CachedTrainer(ProjectionTrainer):
             largest = int(found.indices.max())
             if largest >= self._compared:
                 raise ValueError(
-                    f"targets must have tokens of the student's vocabulary, below {self._compared}, "
-                    f"got token {largest}: student.resize_token_embeddings({targets.classes})"
+                    "targets must have tokens of the student's vocabulary, below "
+                    f"{self._compared}, got token {largest}: student.resize_token_embeddings("
+                    f"{targets.classes})"
                 )
         return gathered(found, chosen.shape)

@@ -24,6 +24,18 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
+class CachedFormat:
+    """How the logits of a teacher are cached."""
+
+    words: str
+    """What is cached of an item in a view, in words."""
+    row_bytes: Count
+    """Number of its bytes."""
+    shard_size: Count
+    """Number of items whose logits one job caches in one file."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
 class Facts:
     """What a task says of its data and of the networks of a config."""
 
@@ -49,6 +61,10 @@ class Facts:
     """Hashes of the splits."""
     function: str | None = None
     """Reference of a user's training function, which has data of its own."""
+    cached: CachedFormat | None = None
+    """How teacher logits are cached, where they are."""
+    fixed: tuple[str, ...] = ()
+    """Dotted keys that no search varies on this data, whatever its space says."""
     notes: tuple[str, ...] = ()
     """What a user should know of the data, such as files that are left out; not kept."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from selfkd.config import TrainConfig
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
-from selfkd.losses.sequences import sequence_terms
+from selfkd.losses.sequences import SampledTargets, sequence_terms
 from selfkd.losses.sparse import SparseLogits
 from selfkd.results import Row
 from selfkd.soft_targets.store import SoftTargets, open_store
@@ -211,7 +211,8 @@ def _make_loss(task: TextNetworks, trial: Trial) -> Loss:
         average=distill.average,
         weights=weights,
     )
-    separate = len(teachers) > 1 and distill.average == "probabilities"
+    # samples of all members are one set, in which these weights are
+    separate = len(teachers) > 1 and distill.average == "probabilities" and not stored.samples
 
     def loss(logits: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
         teacher = token_targets(stored, rows).to(logits.device)
@@ -239,7 +240,7 @@ def _label_loss(
     return {"loss": loss}
 
 
-def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits:
+def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits | SampledTargets:
     """Return the cached logits of windows; those of padding are of the last row, and no matter.
 
     Args:
@@ -250,7 +251,8 @@ def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits:
         `[batch, length, ...]`, or `[members, batch, length, ...]` of several teachers.
     """
     found = stored(rows.flatten().clamp(max=stored.images - 1), 0)
-    axis = (found if isinstance(found, Tensor) else found.values).ndim - 2  # that of the rows
+    largest = found.values if isinstance(found, SparseLogits) else found
+    axis = largest.ndim - 2 if isinstance(largest, Tensor) else 0  # that of the rows
 
     def shape(tensor: Tensor) -> Tensor:
         return tensor.reshape(*tensor.shape[:axis], *rows.shape, *tensor.shape[axis + 1 :])

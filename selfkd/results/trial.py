@@ -31,6 +31,8 @@ class Facts:
     """Sizes of the splits train, val and test; none of a user's training function."""
     unit: str = "images"
     """Word for the items."""
+    items_an_input: Count = 1
+    """Number of items that one prediction takes at once, such as the tokens of a window."""
     metric: str = "accuracy"
     """Metric that models are compared by, measured as val_<metric> and test_<metric>."""
     mode: Literal["max", "min"] = "max"

@@ -143,6 +143,12 @@ class Task(Protocol):
     def hits(self, logits: Tensor, split: Split) -> Tensor:
         """Return for each item whether it is predicted rightly."""
 
+    def scores(self, logits: Tensor, split: Split) -> Tensor:
+        """Return values, double, whose mean is the metric that models are compared by.
+
+        There is one for each item, or for each group of items that depend on each other.
+        """
+
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:
         """Return what becomes of outputs that a student was trained on no item of."""
 

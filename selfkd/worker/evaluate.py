@@ -127,26 +127,24 @@ def average(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
 
 
 def contrast(config: Tree, ensembles: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[Row]:
-    """Compare ensembles on the test items, from saved predictions.
+    """Compare ensembles by the task's metric on the test items, from saved predictions.
 
     Args:
         config: Config of their data.
         ensembles: `hash` and file of `predictions` of the members of each.
 
     Yields:
-        `values` of each, the fraction of items it has right, with their intervals over items,
-        `differences`: the first one's less each one's, item by item, and how many `items`.
+        `values` of each with their intervals over items, and `differences`: the first one's less
+        each one's, item by item.
     """
     task = make_task(config)
-    hits = []
+    scores = []
     for members in ensembles:
         logits = [load_predictions(member)["test"] for member in members]
-        right = task.hits(average_logits(logits, members, "probabilities"), "test")
-        hits.append(right.double().numpy())
+        scores.append(task.scores(average_logits(logits, members, "probabilities"), "test").numpy())
     yield {
-        "values": [asdict(bootstrap_interval(each)) for each in hits],
-        "differences": [asdict(bootstrap_interval(hits[0] - each)) for each in hits],
-        "items": len(hits[0]),
+        "values": [asdict(bootstrap_interval(each)) for each in scores],
+        "differences": [asdict(bootstrap_interval(scores[0] - each)) for each in scores],
     }
 
 

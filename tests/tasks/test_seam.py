@@ -178,6 +178,9 @@ class Letters:
     def hits(self, logits: Tensor, split: Split) -> Tensor:
         return logits.argmax(dim=-1) == self.labels(split)
 
+    def scores(self, logits: Tensor, split: Split) -> Tensor:
+        return self.hits(logits, split).double()
+
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:
         return None
 

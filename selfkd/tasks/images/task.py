@@ -256,6 +256,10 @@ class ImageTask(ImageNetworks):
         """Return for each image whether its class is predicted."""
         return logits.argmax(dim=-1) == self.labels(split)
 
+    def scores(self, logits: Tensor, split: Split) -> Tensor:
+        """Return for each image 1 where its class is predicted, else 0."""
+        return self.hits(logits, split).double()
+
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:
         """Return what becomes of classes that a student was trained on no image of."""
         seen = self.config.data.classes

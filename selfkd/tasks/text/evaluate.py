@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selfkd.analysis import metrics
@@ -27,7 +29,6 @@ def measure(split: str, logits: Tensor, tokens: Tokens) -> dict[str, float]:
         logits: Logits `[scored, vocabulary]` of the scored rows.
         tokens: Tokens of the split.
 
-    >>> import torch
     >>> tokens = Tokens(torch.tensor([0, 1, 1]), context=2, bytes=2)
     >>> round(measure("val", torch.zeros(2, 2), tokens)["val_bits_per_byte"], 6)
     1.0
@@ -40,6 +41,27 @@ def measure(split: str, logits: Tensor, tokens: Tokens) -> dict[str, float]:
         f"{split}_bits_per_byte": len(labels) * nll / (math.log(2) * tokens.bytes),
         f"{split}_token_accuracy": metrics.accuracy(logits, labels),
     }
+
+
+def window_nll(logits: Tensor, tokens: Tokens) -> Tensor:
+    """Return NLLs of windows, double `[windows]`, whose mean is the NLL of a token.
+
+        w_j = windows / n sum_{i in window j} -log p(token i)
+
+    with n the number of tokens; tokens of one window depend on each other.
+
+    Args:
+        logits: Logits `[scored, vocabulary]` of the scored rows.
+        tokens: Tokens of the split.
+
+    >>> tokens = Tokens(torch.tensor([0, 1, 1, 0]), context=2, bytes=2)
+    >>> window_nll(torch.zeros(3, 2), tokens).mean().exp()
+    tensor(2.0000, dtype=torch.float64)
+    """
+    nll = F.cross_entropy(logits, tokens.labels[tokens.scored], reduction="none").double()
+    windows = torch.searchsorted(tokens.bounds, tokens.scored, right=True) - 1
+    sums = torch.zeros(tokens.windows, dtype=torch.float64).index_add(0, windows, nll)
+    return sums * (tokens.windows / len(nll))
 
 
 def diagnosis(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Diagnostics:

@@ -55,6 +55,7 @@ class TextTask(TextNetworks):
         return Facts(
             items={split: len(tokens) for split, tokens in data.splits.items()},
             unit="tokens",
+            items_an_input=data.context,
             metric="nll",
             mode="min",
             further=("perplexity", "bits_per_byte", "token_accuracy"),
@@ -145,6 +146,10 @@ class TextTask(TextNetworks):
     def hits(self, logits: Tensor, split: Split) -> Tensor:
         """Return for each row whether its token is predicted."""
         return logits.argmax(dim=-1) == self.labels(split)
+
+    def scores(self, logits: Tensor, split: Split) -> Tensor:
+        """Return the NLL of each window, as its part of the mean over all tokens."""
+        return evaluate.window_nll(logits, self.data.splits[split])
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:
         """Return None: students are trained on all of the training text."""

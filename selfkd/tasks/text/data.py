@@ -176,6 +176,13 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     documents = load_documents(
         config.name, config.root, seed, train_size=config.train_size, val_size=config.val_size
     )
+    if isinstance(documents.splits["train"][0], str):
+        for key, value, usual in (
+            ("rationales", config.rationales, True),
+            ("rationale_weight", config.rationale_weight, 1.0),
+        ):
+            if value != usual:
+                raise ValueError(f"data.{key} must be left out with documents, got {value}")
     tokenizer, end = make_tokenizer(
         config.tokenizer,
         [str(text) for text in documents.splits["train"]],  # with rationales: one tokenizer for all
@@ -194,18 +201,12 @@ def load_text(config: DataConfig, seed: int) -> TextData:
             )
         else:
             tokens = _encode(tokenizer, end, [str(text) for text in texts], config.context)
-        if not examples and len(tokens) < config.context:
-            raise ValueError(
-                f"data.context must be at most the tokens of each split, got {config.context} and "
-                f"{len(tokens)} of {split}"
-            )
-        splits[split] = tokens
-        digest = hashlib.sha256(f"{config.context} {as_json} ".encode())
-        digest.update(tokens.ids.numpy().tobytes())
-        if tokens.starts is not None:
-            digest.update(tokens.starts.numpy().tobytes())
-            digest.update(tokens.scored.numpy().tobytes())
-        fingerprints[split] = digest.hexdigest()[:16]
+            if len(tokens) < config.context:
+                raise ValueError(
+                    f"data.context must be at most the tokens of each split, got {config.context} "
+                    f"and {len(tokens)} of {split}"
+                )
+        splits[split], fingerprints[split] = tokens, _fingerprint(tokens, as_json)
     return TextData(
         name=config.name,
         context=config.context,
@@ -217,6 +218,15 @@ def load_text(config: DataConfig, seed: int) -> TextData:
         fingerprints=fingerprints,
         note=documents.note,
     )
+
+
+def _fingerprint(tokens: Tokens, tokenizer: str) -> str:
+    digest = hashlib.sha256(f"{tokens.context} {tokenizer} ".encode())
+    digest.update(tokens.ids.numpy().tobytes())
+    if tokens.starts is not None:
+        digest.update(tokens.starts.numpy().tobytes())
+        digest.update(tokens.scored.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _encode(tokenizer: Any, end: int, texts: list[str], context: int) -> Tokens:
@@ -250,11 +260,13 @@ def encode_examples(
     parts, ends = encode_texts(tokenizer, texts), np.array([end])
     sizes = np.array([len(part) for part in parts], dtype=np.int64).reshape(-1, 3)
     rows = sizes.sum(axis=1) + 1
-    for number in np.flatnonzero(rows > context)[:1]:
-        example = examples[number]
+    if len(longer := np.flatnonzero(rows > context)):
+        number = int(rows.argmax())
         raise ValueError(
             f"data.context must be at least {rows[number]}, the tokens of "
-            f"{example.place or f'example {number}'}, got {context}: {example.prompt[:60]!r}"
+            f"{examples[number].place or f'example {number}'} with what follows the prompt, got "
+            f"{context}, and {len(longer):,} of {len(examples):,} are longer: raise it, or leave "
+            "them out"
         )
     ids = [part for n in range(0, len(parts), 3) for part in (ends, *parts[n : n + 3])]
     sizes[:, 2] += 1  # and the end token

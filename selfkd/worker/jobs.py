@@ -124,11 +124,25 @@ def cache_teacher_logits(
     yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 
 
+def export(config: Tree, checkpoint: str, folder: str, card: str) -> Iterator[Row]:
+    """Write a model for other programs.
+
+    Args:
+        config: Config of its data.
+        checkpoint: File of the model.
+        folder: Folder to write.
+        card: Text of its card.
+    """
+    make_task(config).export(checkpoint, as_path(folder), card)
+    yield {"state": "written"}
+
+
 _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "check": check,
     "check_function": check_function,
     "train": train,
     "cache_teacher_logits": cache_teacher_logits,
+    "export": export,
     **evaluate.JOBS,
     **ensembling.JOBS,
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.config import CheckpointConfig, ModelConfig
-from selfkd.config.schema import HF
+from selfkd.config.schema import HF, TRAINED_TOKENIZER
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest
@@ -19,6 +19,7 @@ from selfkd.storage.remote import as_path
 from selfkd.tasks.common import optimizer_of
 from selfkd.tasks.task import Split
 from selfkd.tasks.text import evaluate
+from selfkd.tasks.text.export import FOLDER, export_model
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.pretrained import check_causal, folder_hash
 from selfkd.tasks.text.tokenizer import has_tokens_of
@@ -71,6 +72,7 @@ class TextTask(TextNetworks):
             parameters=sizes,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
             weights=weights,
+            export=FOLDER,
             notes=(data.note,),
         )
 
@@ -91,6 +93,25 @@ class TextTask(TextNetworks):
             )
         check_causal(network, path)
         return {path: folder_hash(path, weights=not fresh)}
+
+    def export(self, checkpoint: str, folder: Path, card: str) -> None:
+        """Write a model as a folder that `AutoModelForCausalLM.from_pretrained` opens.
+
+        Args:
+            checkpoint: File of the model.
+            folder: Folder to write, whose parent exists.
+            card: Text of its card, as Markdown.
+        """
+        tokenizer = self.config.data.tokenizer
+        export_model(
+            folder,
+            self.load(checkpoint)[0].cpu(),
+            tokenizer=self.data.tokenizer,
+            end=self.data.end,
+            context=self.data.context,
+            card=card,
+            source=None if TRAINED_TOKENIZER.fullmatch(tokenizer) else tokenizer,
+        )
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
         """Refuse weights from elsewhere.

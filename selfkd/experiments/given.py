@@ -21,6 +21,7 @@ from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Request, Run
 from selfkd.experiments.confirm import load_confirmations
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import (
     STUDENT,
     EnsembleSummary,
@@ -133,7 +134,7 @@ def import_generation(run: Run) -> GenerationResult:
         Model(row["hash"], run.folder.relative(path)) for row, path in zip(rows, saves, strict=True)
     )
     if teachers and not config.distill.live:
-        run.cache_teacher_logits(teachers, title="generation 0: caching its teacher's logits")
+        prepare_teachers(run, teachers, of="generation 0")
     request = Request(model, teachers=teachers, diagnose=True)
     (found,) = run.evaluate([request], title="testing generation 0")
     result = GenerationResult(

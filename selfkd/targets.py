@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
     described = {
         "ls": "list the cached logits of each teacher",
-        "verify": "run the teachers again on some images and compare",
+        "verify": "run the teachers again on some rows and compare",
         "gc": "remove what no run refers to",
     }
     for name, text in described.items():
@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "gc":
             command.add_argument("--yes", action="store_true", help="remove without asking")
         if name == "verify":
-            command.add_argument("--rows", type=_positive, default=16, help="images of each view")
+            command.add_argument("--rows", type=_positive, default=16, help="rows of each view")
             command.add_argument(
                 "--set",
                 metavar="KEY=VALUE",
@@ -93,7 +93,7 @@ def _list(console: Console, root: Path) -> int:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("teacher", "data"):
         table.add_column(column, no_wrap=True)
-    for column in ("images", "views", "format", "shards", "MB", "runs"):
+    for column in ("rows", "views", "format", "shards", "MB", "runs"):
         table.add_column(column, justify="right", no_wrap=True)
     for info in stores:
         manifest = info.manifest
@@ -152,7 +152,7 @@ def _verify(console: Console, root: Path, *, rows: int, settings: Sequence[str])
         if fault is not None:
             print_lines(console, [f"{name}: {fault}"])
             return DIFFER
-        print_lines(console, [f"{name}: {rows} images a view are as the teacher predicts"])
+        print_lines(console, [f"{name}: {rows} rows a view are as the teacher predicts"])
     return USAGE if unknown else 0
 
 

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.token_steps
 
-Student of 2 layers of width 64, teacher of 4 of width 128, 12 windows of 64 tokens over a vocabulary of 1,024, as
-in the defaults of `--task text`, from an embedded text. One step of each kind after the other in
-one process: time of the processor, medians of the steps, quartiles of the ratio to the label step
-of the same round.
+Student of 2 layers of width 64, teacher of 4 of width 128, 12 windows of 64 tokens over a
+vocabulary of 1,024, as in the defaults of `--task text`, from an embedded text. One step of each
+kind after the other in one process: time of the processor, medians of the steps, quartiles of the
+ratio to the label step of the same round.
 """
 
 from __future__ import annotations

@@ -86,8 +86,9 @@ def main() -> None:
             for each in zip(*(errors(logits, sparse, t) for t in TEMPERATURES), strict=True)
         )
         high = max(errors(logits, sparse, t)[0] for t in HIGH.tolist())
+        size = row_bytes(logits.shape[-1], top_k=k)
         print(
-            f"{name:23} {k:4} {row_bytes(logits.shape[-1], top_k=k):7} {2 * logits.shape[-1]:6} {spread:6.3f} {loss:10.1e} "
+            f"{name:23} {k:4} {size:7} {2 * logits.shape[-1]:6} {spread:6.3f} {loss:10.1e} "
             f"{high:10.1e} {q:9.1e} {log_q:7.1e}"
         )
 

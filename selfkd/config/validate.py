@@ -215,9 +215,11 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     if any("logits" in average for average in averages):
         where = locate_key("distill.average", sources)
         yield f"{where}: must be probabilities, got logits, which are not cached: {why}"
-    if config.distill.divergence != "forward_kl":
+    divergences = {config.distill.divergence, *_searched(config, "distill.divergence")}
+    others = divergences - {"forward_kl"}
+    if others and config.targets.samples is None:  # else it is a fault of the loss
         where = locate_key("distill.divergence", sources)
-        yield f"{where}: must be forward_kl, got {config.distill.divergence}: {why}"
+        yield f"{where}: must be forward_kl, got {', '.join(sorted(others))}: {why}"
     needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
     if needing:
         where = locate_key("controls", sources)

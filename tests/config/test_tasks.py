@@ -99,6 +99,43 @@ def test_a_loss_without_the_logits_it_takes_is_refused(settings: list[str], mess
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("distill.temperature=2", "distill.temperature: must be 1, got 2.0: targets.samples are"),
+        (
+            "search.points=[{distill.alpha: 1}, {distill.temperature: 2}]",
+            "search.points.1.distill.temperature: must be 1, got 2",
+        ),
+        (
+            "search.space.distill.temperature={uniform: [1, 3]}",
+            "search.space.distill.temperature: must be left out, got {'uniform': [1, 3]}",
+        ),
+        ("distill.average=logits", "distill.average: must be probabilities, got logits"),
+        ("controls=[dkpp]", "controls: dkpp need all logits: targets.samples are drawn at T = 1"),
+        ("targets.top_k=8", "targets.samples: cannot go with targets.top_k: give one of them"),
+        ("targets.samples=0", "targets.samples: must be greater than or equal to 1, got 0"),
+        (
+            "study.arms={a: {}, b: {teacher: a, set: {distill.temperature: 2}}}",
+            "study.arms.b.set.distill.temperature: must be 1, got 2",
+        ),
+    ],
+)
+def test_what_samples_cannot_go_with_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(flags={"task": "text"}, settings=["targets.samples=8", setting])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("more", [[], ["search.space.train.lr={choice: [0.01, 0.02]}"]])
+def test_alpha_alone_is_searched_with_samples(more: list[str]) -> None:
+    config = load_config(flags={"task": "text"}, settings=[*more, "targets.samples=8"])
+    keys = {"distill.alpha", *(["train.lr"] if more else [])}
+    assert config.search.space.keys() == keys
+    assert config.search.points == ([] if more else [{"distill.alpha": 1.0}] * 3)
+    assert from_tree(to_tree(config)) == config
+
+
 def test_the_loss_of_an_arm_is_checked_too() -> None:
     arms = "study.arms={a: {}, b: {teacher: a, set: {distill.on_policy: 0.5}}}"
     config = load_config(flags={"task": "text"}, settings=[arms])

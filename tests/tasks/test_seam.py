@@ -27,10 +27,11 @@ from selfkd.reporting import comparison_page, plain, tables, words
 from selfkd.reporting.across_runs import compare
 from selfkd.reporting.page import write_report
 from selfkd.reporting.read import Run, read_run
-from selfkd.results import Diagnostics, Facts, GenerationsSummary, Row, Unseen
+from selfkd.results import Diagnostics, Facts, GenerationsSummary, Row, TrialResult, Unseen
 from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.soft_targets.store import open_store
 from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.rows import load_row
 from selfkd.tasks.task import Split, Task
 from selfkd.tracking import rows
 from selfkd.training.trial import Trial
@@ -53,6 +54,7 @@ class Letters:
 
     evaluated: tuple[Split, ...] = ("test",)
     device = "cpu"
+    fixed: tuple[str, ...] = ()
 
     def __init__(self, tree: Tree) -> None:
         self.config: Config = from_tree(tree)
@@ -79,6 +81,7 @@ class Letters:
             outputs=LETTERS,
             parameters={"model": LETTERS**2, "student": LETTERS**2},
             fingerprints={"train": self.fingerprint},
+            fixed=self.fixed,
         )
 
     def make(self, model: ModelConfig) -> nn.Module:
@@ -250,6 +253,15 @@ def test_the_best_trial_has_the_least_perplexity(tmp_path: Path) -> None:
     paths = folder.path.glob("generation_000/trial_*/result.json")
     found = [re.findall(r'"val_perplexity": ([\d.]+)', path.read_text())[-1] for path in paths]
     assert result.metrics["val_perplexity"] == min(map(float, found))
+
+
+def test_what_a_task_fixes_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letters, "fixed", ("distill.temperature",))
+    more = ("rounds=1", "confirm.seeds=0", "search.points=[{distill.temperature: 1}]")
+    config, folder = start(tmp_path, *more, "search.trials=3")
+    born_again(make_run(config, folder))
+    found = [load_row(TrialResult, path) for path in folder.path.glob("generation_001/*/result*")]
+    assert [trial.point.keys() for trial in found] == [{"distill.alpha"}] * 3
 
 
 def test_an_ensemble_becomes_one_model(tmp_path: Path) -> None:

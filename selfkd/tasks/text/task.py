@@ -22,6 +22,7 @@ from selfkd.storage.remote import as_path
 from selfkd.tasks.common import describe_cached, optimizer_of
 from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
+from selfkd.tasks.text.cached import caches_logits
 from selfkd.tasks.text.export import FOLDER, export_model
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.pretrained import check_causal, folder_hash
@@ -97,7 +98,7 @@ class TextTask(TextNetworks):
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
             weights=weights,
             export=FOLDER,
-            cached=describe_cached(manifest),
+            cached=describe_cached(manifest) if caches_logits(config) else None,
             fixed=("distill.temperature",) if self.samples is not None else (),
             notes=(data.note, *notes),
         )
@@ -154,7 +155,7 @@ class TextTask(TextNetworks):
         Raises:
             ValueError: Samples are cached of themselves, which other settings cannot go with.
         """
-        if self.config.distill.live or self.config.distill.mode == "traces":
+        if not caches_logits(self.config):
             return
         total = short(manifest.images * manifest.row_bytes)
         note = f"teacher logits: {manifest.words} a token, {total}B a teacher"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -290,4 +291,28 @@ def test_labels_in_the_padding_have_no_logits(tmp_path: Path) -> None:
 
     trainer = make_trainer(tmp_path, make_gpt(0), data, targets=targets, data_collator=labelled)
     with pytest.raises(ValueError, match="labels must be -100 where there are no cached logits"):
+        trainer.train()
+
+
+def test_imported_log_probabilities_train_at_one_temperature(tmp_path: Path) -> None:
+    data, teacher, count = make_rows("completion"), make_gpt(1), 6
+    lines = []
+    for row in data:
+        log_p = teacher(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1).detach()
+        values, ids = log_p[1:-1].topk(count)  # of the completion, which starts at the third token
+        lines.append(json.dumps({"ids": ids.tolist(), "logprobs": values.tolist()}))
+    file = tmp_path / "teacher.jsonl"
+    file.write_text("\n".join(lines))
+    imported = selfkd.import_logprobs(file, data, tmp_path / "logits", vocabulary=VOCABULARY)
+    cached = selfkd.cache_logits(teacher, data, tmp_path / "logits", top_k=count)
+    ours, theirs = (
+        losses(make_trainer(tmp_path, make_gpt(0), data, targets=targets))
+        for targets in (imported, cached)
+    )
+    assert ours == pytest.approx(theirs, abs=2e-3)
+    with pytest.raises(ValueError, match="temperature must be 1 with targets of log-probabilities"):
+        make_trainer(tmp_path, make_gpt(0), data, targets=imported, temperature=2.0)
+    whole = data.map(lambda row: {"labels": row["input_ids"]})
+    trainer = make_trainer(tmp_path, make_gpt(0), whole, targets=imported)
+    with pytest.raises(ValueError, match="or a prompt whose log-probabilities were not imported"):
         trainer.train()

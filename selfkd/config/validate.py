@@ -40,9 +40,9 @@ _FIXED = (
 
 OF_TASK = {
     "images": (
-        *("data.download", "data.train_size", "data.val_size", "data.classes", "data.label_noise"),
-        *("data.image_size", "data.in_memory", "data.crop", "data.flip", "data.jitter"),
-        *("data.views", "train.warmup_epochs", "train.momentum"),
+        *("data.download", "data.classes", "data.label_noise", "data.image_size"),
+        *("data.in_memory", "data.crop", "data.flip", "data.jitter", "data.views"),
+        *("train.warmup_epochs", "train.momentum"),
     ),
     "text": (
         *("data.context", "data.tokenizer", "data.rationales", "data.rationale_weight"),
@@ -52,16 +52,22 @@ OF_TASK = {
     ),
 }
 """Keys of one task alone."""
+_OF_LOGITS = (
+    *("distill.temperature", "distill.alpha", "distill.average", "distill.live"),
+    *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
+)
+"""Keys of distillation by logits alone."""
 _TEXT_CONTROLS = ("seeds", "label_smoothing")
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
     *("data.train_size", "data.classes", "data.label_noise"),
     *("data.crop", "data.flip", "data.jitter", "data.views"),
+    *("data.rationales", "data.rationale_weight"),
 )
 """What an arm of a study may change of the data: its training items, their labels and views."""
 _FIXED_KEYS = (
-    *("distill.teacher", "distill.live"),
+    *("distill.teacher", "distill.live", "distill.mode"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
     "members.compare",
 )
@@ -191,6 +197,15 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{where}: {key} is only with task {other}"
     if config.task != "text":
         return
+    if config.data.name != "arithmetic":
+        for key in ("data.train_size", "data.val_size"):
+            if given[key] is not None:
+                where = locate_key(key, sources)
+                yield (
+                    f"{where}: only with data.name arithmetic, whose problems are generated, or "
+                    f"task images, got {given[key]} with {config.data.name}"
+                )
+    yield from _traces_faults(config, sources)
     wrong = [name for name in config.controls if name not in _TEXT_CONTROLS]
     if wrong:
         where, known = locate_key("controls", sources), " or ".join(_TEXT_CONTROLS)
@@ -199,9 +214,7 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         if source in (config.members.source, *config.members.compare):
             where = locate_key("members", sources)
             yield f"{where}: {source} are only with task images"
-    if config.distill.live:
-        where = locate_key("distill.live", sources)
-        yield f"{where}: must be false with task text, whose teacher logits are cached, got True"
+    yield from (f"{locate_key(k, sources)}: {fault}" for k, fault in _loss_faults(config))
     if config.resources.workers > 1:
         where, workers = locate_key("resources.workers", sources), config.resources.workers
         yield f"{where}: must be 1 with task text, got {workers}"
@@ -212,6 +225,54 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if epochs > steps:
         where = locate_key("train.epochs", sources)
         yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+
+
+def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield faults of what has no meaning where students are trained on the text of teachers."""
+    if config.distill.mode == "tokens":
+        return
+    default, given = flat(from_tree({"task": "text"})), flat(config)
+    why = "has no effect with distill.mode traces"
+    for key in _OF_LOGITS:
+        if given[key] != default[key]:
+            yield f"{locate_key(key, sources)}: {why}, got {given[key]!r}"
+        if key in config.search.space:
+            yield f"{locate_key(f'search.space.{key}', sources)}: {why}"
+        if any(key in point for point in config.search.points or ()):
+            yield f"{locate_key('search.points', sources)}: {key} {why}"
+
+
+def _loss_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of the loss on text: what it needs of the teacher and is not there."""
+    distill, targets = config.distill, config.targets
+    given = [key for key in ("top_k", "samples") if getattr(targets, key) is not None]
+    shares = (distill.on_policy, *_searched(config, "distill.on_policy"))
+    if any(shares) and not distill.live:
+        yield (
+            "distill.on_policy",
+            "needs distill.live=true, as no teacher logits of what a student writes are cached, "
+            f"got {max(shares):g}",
+        )
+    for key in given:
+        if distill.live:
+            value = getattr(targets, key)
+            yield f"targets.{key}", f"not with distill.live=true, which caches none, got {value}"
+    others = {distill.divergence, *_searched(config, "distill.divergence")} - {"forward_kl"}
+    if given and not distill.live and others:
+        yield (
+            "distill.divergence",
+            f"needs all teacher logits: leave out targets.{given[0]}, set distill.live=true, or "
+            f"forward_kl, got {', '.join(sorted(others))}",
+        )
+
+
+def _searched(config: Config, key: str) -> list[Any]:
+    """Return the values, or the ends, of a key's search space."""
+    try:
+        found = Distribution.parse(config.search.space[key])
+    except (KeyError, ValueError):
+        return []
+    return list(found.values) if found.kind == "choice" else [found.at(0.0), found.at(1.0)]
 
 
 def _key_faults(key: str) -> Iterator[str]:
@@ -335,9 +396,12 @@ def _study_faults(config: Config) -> Iterator[str]:
                 known = f"model, train, distill or of {', '.join(FREE)}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
         try:
-            config.at(arm.set)
+            own = config.at(arm.set)
         except ConfigError as error:
             yield from (f"{where}.set: {line}" for line in str(error).splitlines())
+        else:
+            if own.task == "text":
+                yield from (f"{where}.set: {key}: {fault}" for key, fault in _loss_faults(own))
         before.append(name)
     for number, compared in enumerate(config.study.compare):
         for name in filter(None, (compared.arm, compared.to, compared.reference)):

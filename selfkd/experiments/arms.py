@@ -240,7 +240,7 @@ class Run:
             "point": point,
             "model": {"name": model.name, "args": model.args},
             "teachers": self.rows(arm.teachers(own, number)),
-            "targets": str(self.folder.targets(self.config)),
+            "targets": str(self.folder.targets(own)),
             **({"function": self.function} if self.function else {}),
             **arm.options(number),
         }
@@ -255,39 +255,6 @@ class Run:
             }
             for model in models
         ]
-
-    def cache_teacher_logits(
-        self,
-        teachers: Sequence[Model],
-        *,
-        title: str,
-        config: Config | None = None,
-        facts: Facts | None = None,
-    ) -> None:
-        """Cache the logits of teachers for every view of every training item, once.
-
-        The work is split by teacher, view and shard of items; a part that fails is done again
-        alone.
-
-        Args:
-            teachers: Models whose logits are cached.
-            title: Name of the work, for people.
-            config: Config of the students; the run's when not given.
-            facts: Facts of its data, where it is other than the run's.
-
-        Raises:
-            RunError: A part failed again.
-        """
-        config, facts = config or self.config, facts or self.folder.facts
-        shards = -(-facts.items["train"] // config.targets.shard_size)
-        place = {"targets": str(self.folder.targets(config)), "run": str(self.folder.path)}
-        parts = [
-            {"checkpoint": teacher["checkpoint"], "view": view, "shard": shard, **place}
-            for teacher in self.rows(teachers)
-            for view in range(facts.views)
-            for shard in range(shards)
-        ]
-        self.jobs(title, "cache_teacher_logits", parts, config=config)
 
     def evaluate(
         self, requests: Sequence[Request], *, title: str, keep: bool = True

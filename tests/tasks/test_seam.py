@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from engine import Recorder, make_run
 from torch import Tensor, nn
 
+from selfkd.analysis.metrics import agreement
 from selfkd.cli.tables import chosen_table, summary_table
 from selfkd.config import CheckpointConfig, Config, ModelConfig, Tree, from_tree, load_config
 from selfkd.distill.distiller import Distiller
@@ -167,7 +168,9 @@ class Letters:
     def labels(self, split: Split) -> Tensor:
         return self.items[split][1]
 
-    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
+    def evaluate(
+        self, logits: Mapping[Split, Tensor], networks: Iterable[nn.Module] = (), **options: Any
+    ) -> dict[str, float]:
         found = {}
         for split, own in logits.items():
             nll = float(F.cross_entropy(own, self.labels(split)))
@@ -175,10 +178,18 @@ class Letters:
             found |= {f"{split}_{name}": values[name] for name in self.measures}
         return found
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
+    def fidelity(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, float]:
+        return {"agreement": agreement(logits, teacher_logits)}
+
+    def measure_samples(
+        self, checkpoint: str, teachers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        return {}
+
+    def hits(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         return logits.argmax(dim=-1) == self.labels(split)
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         return self.hits(logits, split).double()
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:

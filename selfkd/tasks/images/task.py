@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize  # macOS decomposes the names of files
@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from selfkd.analysis.metrics import fit_temperature
+from selfkd.analysis.metrics import agreement, fit_temperature
 from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
+from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest
@@ -246,17 +247,42 @@ class ImageTask(ImageNetworks):
             origin=dict(origin),
         )
 
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Refuse to write.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("text is written with task text only")
+
     # --- evaluation ---
 
-    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
+    def evaluate(
+        self,
+        logits: Mapping[Split, Tensor],
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> dict[str, float]:
         """Return val_accuracy and val_nll; test_accuracy, test_nll, test_ece and test_errors."""
         return evaluate.measure({split: (z, self.labels(split)) for split, z in logits.items()})
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
+    def fidelity(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, float]:
+        """Return the agreement of a student and its teacher on test."""
+        return {"agreement": agreement(logits, teacher_logits)}
+
+    def measure_samples(
+        self, checkpoint: str, teachers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return nothing: classifiers generate nothing."""
+        return {}
+
+    def hits(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return for each image whether its class is predicted."""
         return logits.argmax(dim=-1) == self.labels(split)
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return for each image 1 where its class is predicted, else 0."""
         return self.hits(logits, split).double()
 

@@ -11,16 +11,24 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, Tree, from_tree
+from selfkd.config.schema import HF
 from selfkd.distill.outputs import take_logits
 from selfkd.models import parameters_count
-from selfkd.results.row import ROW
+from selfkd.results.row import ROW, Row
 from selfkd.soft_targets.manifest import data_key
 from selfkd.storage.checkpoint import save_tensors
 from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.data import Tokens, load_text
-from selfkd.tasks.text.models import make_language_model
+from selfkd.tasks.text.models import make_language_model, prepare
+from selfkd.tasks.text.pretrained import (
+    architecture_of,
+    check_architecture,
+    check_context,
+    make_architecture,
+    merged,
+)
 from selfkd.training.fit import autocast
 
 EVAL_VALUES = 2**22
@@ -39,6 +47,8 @@ class NetworkFacts(ModelFacts):
     """Id of the end token."""
     tokenizer: str
     """Text of its tokenizer.json."""
+    architecture: Row | None = None
+    """Config of a model of transformers, by which it is made without the folder it came from."""
 
 
 class TextNetworks:
@@ -70,9 +80,11 @@ class TextNetworks:
         self, path: Path, network: nn.Module, model: ModelConfig, more: Mapping[str, Any]
     ) -> str:
         """Save a network with what it is loaded by; return its hash."""
+        network = merged(network)
         facts = {
             "task": "text",
             "model": {"name": model.name, "args": model.args},
+            **({"architecture": architecture_of(network)} if model.name == HF else {}),
             "vocabulary": self.data.vocabulary,
             "context": self.data.context,
             "end": self.data.end,
@@ -163,6 +175,8 @@ def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts)
         )
 
     try:
+        if model.name == HF:
+            return _rebuild_architecture(tensors, facts)
         most = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
         for number in (facts.vocabulary, facts.context, *model.args.values()):
             if isinstance(number, int | float) and number > most:
@@ -176,4 +190,23 @@ def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts)
     except (ValueError, RuntimeError) as error:
         first = str(error).splitlines()[:2]
         raise ValueError(f"{checkpoint} cannot be rebuilt: {' '.join(first)}") from None
+    return network
+
+
+def _rebuild_architecture(tensors: Mapping[str, Tensor], facts: NetworkFacts) -> nn.Module:
+    """Return a model that came from a folder, which is not read again.
+
+    Raises:
+        ValueError: Its config is not there, not of its tensors, or not of its text.
+    """
+    if facts.architecture is None:
+        raise ValueError("it must have the config of its architecture, got none")
+    check_architecture(facts.architecture, tensors)
+    network = prepare(make_architecture(facts.architecture))
+    network.load_state_dict(tensors)
+    model: Any = network
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows != facts.vocabulary:
+        raise ValueError(f"it must have {facts.vocabulary} outputs, got {rows}")
+    check_context(network, facts.context, "its model")
     return network

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selfkd.config import CheckpointConfig
+from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config.schema import HF
+from selfkd.losses import Average
 from selfkd.models import parameters_count
-from selfkd.results import Diagnostics, Facts, Row, Unseen
+from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.common import optimizer_of
-from selfkd.tasks.task import Split
+from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.pretrained import check_causal, folder_hash
+from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
+from selfkd.tasks.text.write import WrittenText
 from selfkd.training.trial import Trial
 
 METRICS = (
     "val_nll",
     "val_token_accuracy",
 )  # of what training reports, what is measured on validation
+MATCHED = "val_exact_match"  # of examples as well
+FURTHER = ("perplexity", "bits_per_byte", "token_accuracy")
+OF_TEACHER = ("agreement", "kl", "own_nll", "draft_acceptance")
+OF_SAMPLES = ("distinct_1", "distinct_2", "distinct_3", "unended")
 
 
 class TextTask(TextNetworks):
@@ -38,32 +47,79 @@ class TextTask(TextNetworks):
             ValueError: They do not fit; says what must be otherwise.
         """
         config, data, train = self.config, self.data, self.config.train
-        if config.search.metric not in METRICS:
+        metrics = (*METRICS, MATCHED) if self.data.examples["test"] else METRICS
+        if config.search.metric not in metrics:
+            only = "" if MATCHED in metrics else f" ({MATCHED} is of prompts and completions)"
             raise ValueError(
-                f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}"
+                f"search.metric must be one of {', '.join(metrics)}, got "
+                f"{config.search.metric}{only if config.search.metric == MATCHED else ''}"
+            )
+        if config.write.keep == "right" and not data.examples["train"]:
+            raise ValueError(
+                f"write.keep must be all without completions to compare with, got right and "
+                f"data.name {data.name}"
             )
         networks = {
             "model": self.make(config.model),
             "student": self.make(config.student or config.model),
         }
+        weights = self._check_folder(config.model, networks["model"])
+        if config.student is not None:
+            weights |= self._check_folder(config.student, networks["student"])
         for model in config.members.models:
-            self.make(model)
+            weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
         if train.init == "teacher" and sizes["model"] != sizes["student"]:
             raise ValueError("train.init must be fresh when student differs from model")
+        if train.init == "teacher" and (config.student or config.model).args.get("lora"):
+            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+        metric = self._metric
+        further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
         return Facts(
             items={split: len(tokens) for split, tokens in data.splits.items()},
             unit="tokens",
             items_an_input=data.context,
-            metric="nll",
-            mode="min",
-            further=("perplexity", "bits_per_byte", "token_accuracy"),
+            metric=metric,
+            mode="max" if metric == "exact_match" else "min",
+            further=tuple(name for name in (*further, *OF_TEACHER, *OF_SAMPLES) if name != metric),
+            counts={split: min(len(data.examples[split]), evaluate.CHECKED) for split in SPLITS}
+            if metric == "exact_match"
+            else {},
             outputs=data.vocabulary,
             parameters=sizes,
+            prompts=data.splits["train"].windows,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
+            weights=weights,
             notes=(data.note,),
         )
+
+    def _check_folder(self, model: ModelConfig, network: nn.Module) -> dict[str, str]:
+        """Check the model of a folder against this text; return the folder's hash by its path.
+
+        Raises:
+            ValueError: It has another tokenizer, or is not causal.
+        """
+        if model.name != HF:
+            return {}
+        path, fresh = str(model.args["path"]), bool(model.args.get("fresh"))
+        if not fresh and not has_tokens_of(path, self.data.tokenizer):
+            raise ValueError(
+                f"data.tokenizer must be that of the model of {path}, whose tokens its outputs "
+                f"are, got {self.config.data.tokenizer}: data.tokenizer={path}; a teacher of "
+                "another tokenizer is distilled from by text that it writes"
+            )
+        check_causal(network, path)
+        return {path: folder_hash(path, weights=not fresh)}
+
+    @property
+    def _metric(self) -> str:
+        """Metric that models are compared by: exact match where it is chosen by, or exact.
+
+        Of prompts and completions of any text it is NLL: few open texts are matched exactly.
+        """
+        matched = self.config.search.metric == MATCHED or self.data.name == "arithmetic"
+        return "exact_match" if matched and self.data.examples["test"] else "nll"
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
         """Refuse weights from elsewhere.
@@ -134,21 +190,83 @@ class TextTask(TextNetworks):
             origin=dict(origin),
         )
 
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Write text by a teacher on the training prompts of a shard, unless it is there."""
+        state, found = WrittenText(self, root).write(checkpoint, shard, run=run)
+        return {"state": state, **to_row(found)}
+
     # --- evaluation ---
 
-    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
-        """Return nll, perplexity, bits_per_byte and token_accuracy of each split."""
+    def evaluate(
+        self,
+        logits: Mapping[Split, Tensor],
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> dict[str, float]:
+        """Return nll, perplexity, bits_per_byte and token_accuracy of each split.
+
+        Of examples also exact_match and, where there are any, the share of texts without an end
+        (unended), if the networks are given that write them.
+        """
         found: dict[str, float] = {}
+        members = list(networks) if any(self.data.examples[split] for split in logits) else []
         for split, own in logits.items():
-            found |= evaluate.measure(split, own, self.data.splits[split])
+            measured = evaluate.measure(split, own, self.data.splits[split])
+            matched = evaluate.measure_matches(
+                self.data, split, *members, average=average, weights=weights
+            )
+            by_match = self._metric == "exact_match"
+            found |= {**matched, **measured} if by_match else {**measured, **matched}
         return found
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
-        """Return for each row whether its token is predicted."""
-        return logits.argmax(dim=-1) == self.labels(split)
+    def fidelity(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, float]:
+        """Return agreement, KL and draft acceptance of a student and its teacher on test."""
+        return evaluate.fidelity(logits, teacher_logits)
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
-        """Return the NLL of each window, as its part of the mean over all tokens."""
+    def measure_samples(
+        self, checkpoint: str, teachers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return own NLL and distinct n-grams of what a model writes after test prompts.
+
+        What a model without a teacher writes is scored by itself: the own NLL of a student that
+        writes the same.
+
+        Args:
+            checkpoint: File of the model.
+            teachers: `checkpoint`, perhaps `weight`, of each of its teachers.
+        """
+        network = self.load(checkpoint)[0].eval()
+        weights = [teacher["weight"] for teacher in teachers if "weight" in teacher]
+        return evaluate.measure_samples(
+            network,
+            [self.load(teacher["checkpoint"])[0].eval() for teacher in teachers] or [network],
+            self.data,
+            seed=self.config.seed,
+            average=self.config.distill.average,
+            weights=weights or None,
+        )
+
+    def hits(
+        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()
+    ) -> Tensor | None:
+        """Return for each prompt whether its text is right; None where models are compared by NLL.
+
+        Tokens of a text depend on each other, and a test of items does not hold for them.
+        """
+        if self._metric != "exact_match":
+            return None
+        return evaluate.match(self.data, split, list(networks)).right
+
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
+        """Return the NLL of each window, as its part of the mean over all tokens.
+
+        Where models are compared by exact match, 1 of each prompt whose text is right, else 0.
+        """
+        hits = self.hits(logits, split, networks)
+        if hits is not None:
+            return hits.double()
         return evaluate.window_nll(logits, self.data.splits[split])
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:

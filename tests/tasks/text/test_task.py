@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from selfkd.analysis import metrics
 from selfkd.config import Config, load_config, to_tree
 from selfkd.results import Row
 from selfkd.soft_targets.store import open_store, write_shard
@@ -132,7 +133,8 @@ def test_metrics_are_of_tokens_and_bytes(root: Path) -> None:
     assert found["test_nll"] == pytest.approx(nll)
     assert found["test_perplexity"] == pytest.approx(math.exp(nll))
     assert found["test_bits_per_byte"] == pytest.approx(nll / math.log(2) * tokens / (tokens - 1))
-    assert found["test_token_accuracy"] == task.hits(logits["test"], "test").float().mean()
+    assert found["test_token_accuracy"] == metrics.accuracy(logits["test"], task.labels("test"))
+    assert task.hits(logits["test"], "test") is None
     diagnostics = task.diagnose(logits, logits)["test"].metrics
     assert diagnostics["agreement"] == 1
     assert diagnostics["kl"] == pytest.approx(0, abs=1e-6)
@@ -176,7 +178,14 @@ def test_targets_of_any_kind_are_read_by_tokens(
     assert found[-1] == pytest.approx(found[0], rel=1e-2)
 
 
-@pytest.mark.parametrize("settings", [[], ["train.ema=0.9", "model.args.dropout=0.1"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["train.ema=0.9", "model.args.dropout=0.1", "train.accumulate=2"],
+        ["distill.live=true", "distill.on_policy=0.7", "model.args.dropout=0.1", "train.ema=0.9"],
+    ],
+)
 def test_an_interrupted_training_ends_the_same(
     root: Path, tmp_path: Path, settings: list[str]
 ) -> None:
@@ -204,7 +213,7 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
         (["data.context=2000"], "data.context must be at most the tokens of each split, got 2000"),
         (["data.tokenizer=bpe:100"], "data.tokenizer must be bpe:N with N from 257"),
         (["data.tokenizer=/no/such"], "data.tokenizer must be bpe:N, chars or a folder"),
-        (["model.name=resnet18"], "model.name must be selfkd_gpt with task text"),
+        (["model.name=resnet18"], "model.name must be selfkd_gpt or hf with task text"),
         (["model.args.widht=8"], "got 'widht': did you mean width"),
         (["model.args.heads=3"], "width must be a multiple of heads"),
         (["search.metric=val_f1"], "search.metric must be one of val_nll, val_token_accuracy"),

@@ -240,13 +240,14 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     """Return the size of the cached teacher logits in words."""
     if config.distill.live:
         return "cached:  no teacher logits, as teachers are run at each step"
-    top_k = config.targets.top_k
-    each = 2 * facts.outputs if top_k is None else 6 * top_k + 28
-    items = facts.items["train"] * facts.views
+    if facts.cached is None:
+        return "cached:  no teacher logits"
+    items, each = facts.items["train"] * facts.views, facts.cached.row_bytes
     views = f" in {facts.views} views" if facts.views > 1 else ""
     return (
         f"cached:  {short(plan.teachers * items * each)}B of teacher logits, of "
-        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}"
+        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}: "
+        f"{facts.cached.words}, {each:,} bytes each"
     )
 
 

@@ -289,7 +289,7 @@ class TargetsConfig:
     samples: int | None = Field(default=None, ge=1, le=1024)
     """Number of classes sampled from the teacher at T 1 that are cached of each token of text, in
     place of logits. 8 when not given and all logits of one teacher would take more than 1 GB or the
-    vocabulary has more than 4,096 tokens."""
+    vocabulary has more than 4,096 tokens. T is then 1, and alpha alone is searched by default."""
     shard_size: int = Field(default=16_384, ge=1)
     """Number of images whose logits one job caches in one file."""
 
@@ -512,6 +512,7 @@ ARITHMETIC: Tree = {
 """Defaults of `data.name: arithmetic` that differ from those of text; its context just fits."""
 HF_RATE = 5e-5
 """Learning rate by default of a model that starts from trained weights."""
+_TEXT_SPACE: Tree = TEXT["search"]["space"]
 TEXT_MODEL: Tree = {"name": "selfkd_gpt", "args": {"depth": 2, "width": 64, "heads": 4}}
 
 
@@ -522,6 +523,16 @@ def _default_space(tree: Tree) -> Tree:
     distill = tree.get("distill")
     traces = isinstance(distill, Mapping) and distill.get("mode") == "traces"
     return {} if traces else dict(TEXT["search"]["space"])
+
+
+def without_default_temperature(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a search space of text without T, where its range is the default one.
+
+    >>> list(without_default_temperature(TEXT["search"]["space"]))
+    ['distill.alpha']
+    """
+    key = "distill.temperature"
+    return {name: spec for name, spec in space.items() if (name, spec) != (key, _TEXT_SPACE[key])}
 
 
 def with_task_defaults(tree: Tree) -> Tree:
@@ -743,13 +754,20 @@ class Config:
         return value
 
     def __post_init__(self) -> None:
-        search = self.search
+        search, space = self.search, _TEXT_SPACE
+        sampled = self.task == "text" and self.targets.samples is not None
+        if sampled:  # at T = 1
+            space = without_default_temperature(space)
+            search = dataclasses.replace(search, space=without_default_temperature(search.space))
+            object.__setattr__(self, "search", search)
         if search.points is None:
             own = dict(zip(PAPER, (self.distill.temperature, self.distill.alpha), strict=True))
             points = [*(dict(own) for _ in range(3 * search.trials // 8)), dict(PAPER)]
             if self.task == "text":
                 points = points[:-1] or [own]
-                default = search.space == TEXT["search"]["space"]
+                if sampled:
+                    points = [{"distill.alpha": self.distill.alpha} for _ in points]
+                default = search.space == space
             else:
                 default = search.space == SPACE and search.trials >= 4
             search = dataclasses.replace(search, points=points if default else [])

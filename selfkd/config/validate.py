@@ -17,6 +17,7 @@ from selfkd.config.schema import (
     leaves,
     locate_key,
     to_tree,
+    without_default_temperature,
 )
 from selfkd.config.space import Distribution, is_finite
 from selfkd.errors import ConfigError
@@ -111,6 +112,11 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if config.targets.top_k is not None and any("logits" in average for average in averages):
         where = locate_key("targets.top_k", sources)
         yield f"{where}: cannot go with distill.average logits: an average needs all logits"
+    if config.targets.samples is not None:
+        yield from sampled_faults(config, sources, "targets.samples are drawn at T = 1")
+    if config.targets.samples is not None and config.targets.top_k is not None:
+        where = locate_key("targets.samples", sources)
+        yield f"{where}: cannot go with targets.top_k: give one of them"
     if config.distill.live and "specialists" in (members.source, *members.compare):
         where = locate_key("distill.live", sources)
         yield f"{where}: must be false with specialists, whose logits are cached, got True"
@@ -181,6 +187,44 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                     f"{where}: {name} needs cached teacher logits of all classes: leave out "
                     f"distill.live and targets.top_k, or {name}"
                 )
+
+
+def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iterator[str]:
+    """Yield faults of settings that samples of a teacher cannot go with.
+
+    The default range of T in the search space is none: it is left out there.
+
+    Args:
+        config: Config to check.
+        sources: Where dotted keys were given, for messages.
+        why: Why there are samples, in words.
+    """
+    key, search = "distill.temperature", config.search
+    given: dict[str, Any] = {key: config.distill.temperature}
+    given |= {f"search.points.{n}.{key}": p.get(key, 1) for n, p in enumerate(search.points or ())}
+    arms = config.study.arms
+    given |= {f"study.arms.{name}.set.{key}": arm.set.get(key, 1) for name, arm in arms.items()}
+    for name, temperature in given.items():
+        if temperature != 1:
+            yield f"{locate_key(name, sources)}: must be 1, got {temperature}: {why}"
+    spec = without_default_temperature(search.space).get(key, {"choice": [1]})
+    if spec not in ({"choice": [1]}, {"uniform": [1, 1]}):
+        where = locate_key(f"search.space.{key}", sources)
+        yield f"{where}: must be left out, got {spec}: {why}"
+    averages = (config.distill.average, str(search.space.get("distill.average")))
+    if any("logits" in average for average in averages):
+        where = locate_key("distill.average", sources)
+        yield f"{where}: must be probabilities, got logits, which are not cached: {why}"
+    if config.distill.divergence != "forward_kl":
+        where = locate_key("distill.divergence", sources)
+        yield f"{where}: must be forward_kl, got {config.distill.divergence}: {why}"
+    needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
+    if needing:
+        where = locate_key("controls", sources)
+        yield f"{where}: {' and '.join(needing)} need all logits: {why}"
+    for name, arm in arms.items():
+        if arm.target_transform in ("permuted", "confidence"):
+            yield f"study.arms.{name}: {arm.target_transform} needs all logits: {why}"
 
 
 def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:

@@ -71,6 +71,7 @@ from selfkd.results.study import ArmRun as ArmRun
 from selfkd.results.study import ContrastResult as ContrastResult
 from selfkd.results.study import MembersRow as MembersRow
 from selfkd.results.study import StudySummary as StudySummary
+from selfkd.results.trial import CachedFormat as CachedFormat
 from selfkd.results.trial import Epoch as Epoch
 from selfkd.results.trial import Facts as Facts
 from selfkd.results.trial import Model as Model

@@ -44,6 +44,18 @@ class Written:
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
+class CachedFormat:
+    """How the logits of a teacher are cached."""
+
+    words: str
+    """What is cached of an item in a view, in words."""
+    row_bytes: Count
+    """Number of its bytes."""
+    shard_size: Count
+    """Number of items whose logits one job caches in one file."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
 class Facts:
     """What a task says of its data and of the networks of a config."""
 
@@ -81,6 +93,10 @@ class Facts:
     """Reference of a user's training function, which has data of its own."""
     prompts: Count = 0
     """Number of training prompts that a teacher can go on from; 0 where it writes nothing."""
+    cached: CachedFormat | None = None
+    """How teacher logits are cached, where they are."""
+    fixed: tuple[str, ...] = ()
+    """Dotted keys that no search varies on this data, whatever its space says."""
     notes: tuple[str, ...] = ()
     """What a user should know of the data, such as files that are left out; not kept."""
 

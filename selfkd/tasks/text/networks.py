@@ -20,6 +20,7 @@ from selfkd.storage.checkpoint import save_tensors
 from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 from selfkd.tasks.text import check_installed
+from selfkd.tasks.text.cached import choose_samples
 from selfkd.tasks.text.data import Tokens, load_text
 from selfkd.tasks.text.models import make_language_model, prepare
 from selfkd.tasks.text.pretrained import (
@@ -61,8 +62,10 @@ class TextNetworks:
         self.data = load_text(self.config.data, self.config.seed)
         self.fingerprint = self.data.fingerprints["train"]
         self.evaluated: tuple[Split, ...] = SPLITS
-        top_k = check_top_k(self.config, self.data.vocabulary)
-        self.data_key = data_key(self.fingerprint, {}, top_k=top_k)
+        self.top_k = check_top_k(self.config, self.data.vocabulary)
+        rows = len(self.data.splits["train"])
+        self.samples = choose_samples(self.config, rows, self.data.vocabulary)
+        self.data_key = data_key(self.fingerprint, {}, top_k=self.top_k, samples=self.samples)
 
     def labels(self, split: Split) -> Tensor:
         """Return the tokens that the scored rows of a split predict."""
@@ -136,22 +139,27 @@ class TextNetworks:
             yield logits.flatten(0, 1)[valid.to(self.device)].float().cpu(), labels
         network.train(training)
 
-    def logits(self, network: nn.Module, split: Split, items: range | None) -> Tensor:
-        """Return the logits of rows of a split, float32 on the CPU.
+    def logits(self, network: nn.Module, split: Split) -> Tensor:
+        """Return the logits of the scored rows of a split, float32 on the CPU."""
+        tokens = self.data.splits[split]
+        found = torch.cat(list(self.batches(network, split, range(len(tokens)))))
+        return found if tokens.weights is None else found[tokens.scored]
+
+    def batches(self, network: nn.Module, split: Split, rows: range) -> Iterator[Tensor]:
+        """Yield the logits of rows of a split batch by batch, float32 on the CPU.
 
         Args:
             network: Language model.
             split: Split whose rows are predicted.
-            items: Rows that are predicted; those that are scored when not given.
+            rows: Rows that are predicted, whose windows are run whole.
         """
         tokens = self.data.splits[split]
-        rows = range(len(tokens)) if items is None else items
         windows = tokens.windows_of(rows)
-        found = torch.cat([logits for logits, _ in self.run(network, tokens, windows)])
-        if items is None:
-            return found if tokens.weights is None else found[tokens.scored]
-        start = rows.start - int(tokens.bounds[windows.start])
-        return found[start : start + len(rows)]
+        start = int(tokens.bounds[windows.start])
+        for logits, _ in self.run(network, tokens, windows):
+            end = start + len(logits)
+            yield logits[max(rows.start - start, 0) : len(logits) - max(end - rows.stop, 0)]
+            start = end
 
 
 def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from selfkd.config import TrainConfig
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
-from selfkd.losses.sequences import TokenTeacher, sequence_terms
+from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
 from selfkd.losses.sparse import SparseLogits
 from selfkd.results import Row
 from selfkd.soft_targets.store import SoftTargets, open_store
@@ -217,7 +217,7 @@ def make_loss(task: TextNetworks, trial: Trial) -> Loss:
             weights=weights,
         )
         targets = partial(_cached_targets, stored)
-        if average == "logits":  # by the store, once
+        if average == "logits" or stored.samples:  # by the store, once
             average, weights = "probabilities", None
 
     def terms_of(
@@ -298,7 +298,7 @@ def _cached_targets(stored: SoftTargets, batch: Batch) -> TokenTeacher:
     return token_targets(stored, batch.rows).to(batch.inputs.device)
 
 
-def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits:
+def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits | SampledTargets:
     """Return the cached logits of windows; those of padding are of the last row, and no matter.
 
     Args:
@@ -309,7 +309,8 @@ def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits:
         `[batch, length, ...]`, or `[members, batch, length, ...]` of several teachers.
     """
     found = stored(rows.flatten().clamp(max=stored.images - 1), 0)
-    axis = (found if isinstance(found, Tensor) else found.values).ndim - 2  # that of the rows
+    largest = found.values if isinstance(found, SparseLogits) else found
+    axis = largest.ndim - 2 if isinstance(largest, Tensor) else 0  # that of the rows
 
     def shape(tensor: Tensor) -> Tensor:
         return tensor.reshape(*tensor.shape[:axis], *rows.shape, *tensor.shape[axis + 1 :])

@@ -17,7 +17,14 @@ from rich.progress import track
 
 from selfkd.losses.sparse import SparseLogits
 from selfkd.soft_targets.logprob_rows import TokenStrings, entries_of, largest
-from selfkd.soft_targets.manifest import Manifest, data_key, save_manifest, store_path
+from selfkd.soft_targets.manifest import (
+    Manifest,
+    data_key,
+    row_bytes,
+    rows_of_shard,
+    save_manifest,
+    store_path,
+)
 from selfkd.soft_targets.store import SoftTargets, write_sparse
 from selfkd.soft_targets.token_cache import SHARD_ROWS, fingerprint
 from selfkd.soft_targets.tokens import TokenIndex, TokenTargets, open_logits, read_tokens
@@ -102,7 +109,7 @@ def import_logprobs(
         "views": 1,
         "classes": vocabulary,
         "top_k": top_k,
-        "shard_size": SHARD_ROWS,
+        "shard_size": rows_of_shard(SHARD_ROWS, row_bytes(vocabulary, top_k=top_k)),
     }
     try:
         return open_logits(root, [facts["teacher"]], facts["data"])

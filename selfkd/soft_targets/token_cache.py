@@ -218,15 +218,14 @@ class _Cutter:
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self._batches, self._left = batches, torch.empty(0)
 
-    def take(self, count: int) -> Tensor:
-        parts = []
+    def take(self, count: int) -> Iterator[Tensor]:
+        """Yield parts of as many rows together."""
         while count:
             if not len(self._left):
                 self._left = next(self._batches)
             part, self._left = self._left[:count], self._left[count:]
             count -= len(part)
-            parts.append(part.cpu())
-        return torch.cat(parts)
+            yield part
 
 
 def fingerprint(index: TokenIndex, inputs: str) -> str:

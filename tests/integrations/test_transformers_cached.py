@@ -138,8 +138,12 @@ def test_cached_logits_train_as_a_live_teacher(case: str, tmp_path: Path) -> Non
     assert len(live) >= 8
 
 
-@pytest.mark.parametrize(("more", "loss"), [({"top_k": 6}, "below"), ({}, "close")])
-def test_half_precision_and_the_largest_logits(more: Any, loss: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "loss"), [({"top_k": 6}, "below"), ({"samples": 8}, "below"), ({}, "close")]
+)
+def test_half_precision_the_largest_logits_and_samples(
+    more: Any, loss: str, tmp_path: Path
+) -> None:
     data, teachers = make_rows(), [make_gpt(1), make_gpt(2)]
     targets = selfkd.cache_logits(teachers, data, tmp_path / "logits", **more)
     live = losses(make_trainer(tmp_path, make_gpt(0), data, teacher=teachers))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from selfkd.distill.outputs import describe_output
-from selfkd.distill.signature import is_encoder_decoder
+from selfkd.distill.signature import bare, config_of, is_encoder_decoder
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.soft_targets.manifest import (
     DEFAULT_SHARD,
@@ -160,8 +160,9 @@ def cache_logits(
             top_k=top_k,
             exact=exact,
             shard_size=max(1, min(DEFAULT_SHARD, _SHARD_BYTES // (4 * classes))),
+            origin=_class_names(member),
         )
-        for name in names
+        for name, member in zip(names, members, strict=True)
     ]
     missing = [
         (view, shard, wanting)
@@ -214,6 +215,7 @@ def _cache_tokens(
             images=int(index.offsets[-1]),
             classes=classes,
             shard_size=size,
+            origin=_class_names(member),
             **forms,
         )
         for member in members
@@ -267,6 +269,14 @@ def _digest(member: Teacher, first: Callable[[Teacher], Tensor]) -> str:
         tensors["logits"] = first(member)
     parts = f"{member.module!r} {member.facts} {tensors_hash(tensors)}"
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def _class_names(member: Teacher) -> dict[str, Any]:
+    """Return the names of the classes of a model of transformers, in order."""
+    names = getattr(config_of(member.module), "id2label", None) or {}
+    if "Classification" not in type(bare(member.module)).__name__:
+        return {}
+    return {"id2label": [str(names[key]) for key in sorted(names, key=int)]}
 
 
 def _classes(root: Path, teachers: Sequence[str], key: str) -> int | None:

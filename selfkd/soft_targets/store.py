@@ -184,6 +184,7 @@ class SoftTargets:
         self.views = min(manifest.views for manifest in manifests)
         self.members = len(manifests)
         self.shifted = not all(manifest.exact for manifest in manifests)
+        self.origin = manifests[0].origin
 
     def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits | SampledTargets:
         """Return the cached logits for one view of some images.

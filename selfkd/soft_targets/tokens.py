@@ -139,7 +139,7 @@ class TokenTargets:
         self.index = index
         self.items = len(index)
         self.classes, self.members, self.views = stored.classes, stored.members, 1
-        self.shifted = stored.shifted
+        self.shifted, self.origin = stored.shifted, stored.origin
 
     def __call__(self, index: Tensor, view: int = 0) -> Any:
         """Return the cached logits of tokens, as `SoftTargets` does of images.

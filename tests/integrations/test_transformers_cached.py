@@ -272,6 +272,21 @@ def test_models_must_fit_the_cached_logits(tmp_path: Path) -> None:
         make_trainer(tmp_path, make_gpt(0), data, targets=items)
 
 
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_classes_must_be_in_the_order_of_the_teacher(kind: str, tmp_path: Path) -> None:
+    data = make_rows("items" if kind.startswith("Sequence") else "classes")
+
+    def named(*names: str) -> Any:
+        return make_bert(0, kind, id2label=dict(enumerate(names)))
+
+    selfkd.cache_logits(named("yes", "no", "maybe"), data, tmp_path / "logits")
+    targets = selfkd.load_logits(tmp_path / "logits")
+    for same in (named("Yes", "no", "maybe"), make_bert(0, kind)):
+        make_trainer(tmp_path, same, data, targets=targets)
+    with pytest.raises(ValueError, match=r"classes in their order \['no', .* got \['yes', .*: set"):
+        make_trainer(tmp_path, named("no", "yes", "maybe"), data, targets=targets)
+
+
 def test_batches_must_have_the_tokens_whose_logits_are_cached(tmp_path: Path) -> None:
     data = make_rows()
     targets = selfkd.cache_logits(make_gpt(1), data, tmp_path / "logits")

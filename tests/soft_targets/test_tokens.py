@@ -13,6 +13,7 @@ import selfkd
 from selfkd.losses import SampledTargets, SparseLogits, sequence_terms
 from selfkd.soft_targets import token_cache
 from selfkd.soft_targets.tokens import TokenTargets
+from selfkd.soft_targets.upkeep import list_stores, remove_store
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
@@ -189,8 +190,11 @@ def test_one_other_token_makes_another_store(tmp_path: Path) -> None:
         selfkd.load_logits(tmp_path)
     chosen = selfkd.load_logits(tmp_path, data=found[0])
     assert isinstance(chosen, TokenTargets)
+    for store in list_stores(tmp_path):
+        remove_store(store.path)
+    assert not list(tmp_path.glob("*/*"))
     with pytest.raises(FileNotFoundError, match="no cached logits"):
-        selfkd.load_logits(tmp_path / "empty")
+        selfkd.load_logits(tmp_path)
 
 
 def test_items_of_classes_are_opened_without_a_teacher(tmp_path: Path) -> None:

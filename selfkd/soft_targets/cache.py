@@ -130,16 +130,17 @@ def cache_logits(
     root = as_path(path).expanduser()
     read = Reader(dataset, seed, batch_size or 256, workers, collate, inputs)
     forms = {"top_k": top_k, "samples": samples, "exact": exact}
-    if is_tokenised(dataset):
+    item, _ = SeededView(dataset, seed=seed)[0]
+    if is_tokenised(item):
         modules = [member.module for member in members]
         column = "labels" if is_encoder_decoder(modules[0]) else "input_ids"
         given = inputs or model_inputs(modules)
         tokens = TokenReader(dataset, column, workers, collate, given)
-        first = _logits(members, tokens.first(), Teacher.any_logits)
-        if first[0].ndim == 3:
+        batch = tokens.inputs_of(item)
+        if _logits(members, batch, Teacher.any_logits)[0].ndim == 3:
             _check_views(views)
             return _cache_tokens(
-                members, first, read, tokens, root, forms=forms, batch_size=batch_size
+                members, batch, read, tokens, root, forms=forms, batch_size=batch_size
             )
     if samples is not None:
         raise ValueError(f"samples must be None where the logits are not of tokens, got {samples}")
@@ -188,7 +189,7 @@ def cache_logits(
 
 def _cache_tokens(
     members: Sequence[Teacher],
-    first: Sequence[Tensor],
+    first: Any,
     read: Reader,
     tokens: TokenReader,
     root: Path,
@@ -196,8 +197,8 @@ def _cache_tokens(
     forms: Mapping[str, Any],
     batch_size: int | None,
 ) -> SoftTargets | TokenTargets:
-    """Cache logits of tokens, of which those of the first item are known."""
-    classes = _same_classes([logits.shape[-1] for logits in first])
+    """Cache logits of tokens; `first` is a batch of the first item."""
+    classes = _same_classes([member.any_logits(first).shape[-1] for member in members])
     index = tokens.measure()
     hashed = fingerprint(index, read.fingerprint())
     recipe = {"tokens": index.column, **({"exact": True} if forms["exact"] else {})}
@@ -207,7 +208,7 @@ def _cache_tokens(
     size = rows_of_shard(SHARD_ROWS, row_bytes(classes, **forms), multiple=whole)
     manifests = [
         Manifest(
-            teacher=_digest(member, lambda m: m.any_logits(tokens.first())),
+            teacher=_digest(member, lambda m: m.any_logits(first)),
             data=key,
             fingerprint=hashed,
             recipe=recipe,

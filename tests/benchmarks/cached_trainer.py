@@ -9,6 +9,7 @@ printed, which other processes change little.
 
 from __future__ import annotations
 
+import gc
 import logging
 import statistics
 import tempfile
@@ -67,6 +68,7 @@ def main() -> None:
         for turn in range(ROUNDS + 1):
             for label, source in sources.items():
                 trainer = make_trainer(folder, data, **source)
+                gc.freeze()  # Trainer collects garbage in each training, of all that is imported
                 start = time.process_time()
                 trainer.train()
                 if turn:  # the first warms up

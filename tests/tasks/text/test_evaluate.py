@@ -97,7 +97,10 @@ def test_exact_match_is_of_greedy_text_that_ends(monkeypatch: pytest.MonkeyPatch
     found = evaluate.measure_matches(data, "test", nn.Linear(1, 1))
     assert found == {"test_exact_match": 0.25, "test_unended": 0.25}
     texts[2] = [5, 6, 0]
-    assert evaluate.measure_matches(data, "test", nn.Linear(1, 1)) == {"test_exact_match": 0.5}
+    assert evaluate.measure_matches(data, "test", nn.Linear(1, 1)) == {
+        "test_exact_match": 0.5,
+        "test_unended": 0.0,
+    }
 
 
 def test_one_model_and_its_average_with_itself_write_the_same() -> None:

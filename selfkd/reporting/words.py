@@ -290,10 +290,13 @@ def describe_members(config: Config) -> str:
 def describe_ensemble(summary: EnsembleSummary) -> list[str]:
     """Return the findings of `selfkd.ensemble` in words: the setting, the gain, the share."""
     chosen, share = summary.chosen, summary.share
-    setting = (
-        f"chosen of {summary.trials} trials on validation: T {chosen.temperature:.3g}, "
-        f"alpha {chosen.alpha:.3g}, average of {chosen.average}"
-    )
+    setting = f"chosen of {summary.trials} trials on validation: "
+    if chosen.temperature is None or chosen.alpha is None:
+        setting += "trained on the text of its teachers"
+    else:
+        setting += (
+            f"T {chosen.temperature:.3g}, alpha {chosen.alpha:.3g}, average of {chosen.average}"
+        )
     lines = [setting, *summary.verdict.sentences]
     if share is None:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")

@@ -71,11 +71,13 @@ from selfkd.results.study import ArmRun as ArmRun
 from selfkd.results.study import ContrastResult as ContrastResult
 from selfkd.results.study import MembersRow as MembersRow
 from selfkd.results.study import StudySummary as StudySummary
+from selfkd.results.trial import CachedFormat as CachedFormat
 from selfkd.results.trial import Epoch as Epoch
 from selfkd.results.trial import Facts as Facts
 from selfkd.results.trial import Model as Model
 from selfkd.results.trial import Trial as Trial
 from selfkd.results.trial import TrialResult as TrialResult
+from selfkd.results.trial import Written as Written
 from selfkd.results.verdict import Comparison as Comparison
 from selfkd.results.verdict import Outcome as Outcome
 from selfkd.results.verdict import Verdict as Verdict

@@ -107,21 +107,21 @@ class Task(Protocol):
     def train(self, trial: Trial, **options: Any) -> Iterator[Row]:
         """Train one student; yield a row an epoch."""
 
-    def predict(
-        self,
-        checkpoint: str,
-        split: Split,
-        *,
-        view: int | None = None,
-        items: range | None = None,
-    ) -> Tensor:
+    def predict(self, checkpoint: str, split: Split) -> Tensor:
         """Return the logits of a checkpoint.
 
         Args:
             checkpoint: File of the model.
             split: Split that is predicted.
-            view: View of the items; as they are when not given.
-            items: Items that are predicted; all when not given.
+        """
+
+    def predict_batches(self, checkpoint: str, items: range, *, view: int) -> Iterator[Tensor]:
+        """Yield the logits of a checkpoint for training items, batch by batch, to be cached.
+
+        Args:
+            checkpoint: File of the model.
+            items: Training items.
+            view: Number of their view.
         """
 
     def predict_with(self, network: nn.Module, split: Split) -> Tensor:
@@ -129,6 +129,23 @@ class Task(Protocol):
 
     def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
         """Return the manifest of a teacher's cached logits."""
+
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Write text by a teacher on the training prompts of a shard, unless it is there.
+
+        Args:
+            checkpoint: File of the teacher.
+            root: Folder of all that teachers write.
+            shard: Number of the shard.
+            run: Run folder that uses it.
+
+        Returns:
+            `state` (kept, written, or remade where what was there was damaged), and the numbers of
+            `selfkd.results.Written`.
+
+        Raises:
+            ValueError: Models of this task write nothing.
+        """
 
     # --- evaluation ---
 

@@ -136,16 +136,11 @@ class Letters:
                 row["checkpoint"] = trial.path.name
             yield row
 
-    def predict(
-        self,
-        checkpoint: str,
-        split: Split,
-        *,
-        view: int | None = None,
-        items: range | None = None,
-    ) -> Tensor:
-        logits = self.predict_with(self.load(checkpoint)[0], split)
-        return logits if items is None else logits[items.start : items.stop]
+    def predict(self, checkpoint: str, split: Split) -> Tensor:
+        return self.predict_with(self.load(checkpoint)[0], split)
+
+    def predict_batches(self, checkpoint: str, items: range, *, view: int) -> Iterator[Tensor]:
+        yield from self.predict(checkpoint, "train")[items.start : items.stop].split(50)
 
     @torch.no_grad()
     def predict_with(self, network: nn.Module, split: Split) -> Tensor:

@@ -9,18 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfkd.config import CheckpointConfig
+from selfkd.analysis.verdicts import short
+from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config.schema import HF
+from selfkd.config.validate import sampled_faults
 from selfkd.losses import Average
 from selfkd.models import parameters_count
-from selfkd.results import Diagnostics, Facts, Row, Unseen
-from selfkd.soft_targets.manifest import Manifest
+from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
+from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
-from selfkd.tasks.common import optimizer_of
+from selfkd.tasks.common import describe_cached, optimizer_of
 from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.pretrained import check_causal, folder_hash
+from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
+from selfkd.tasks.text.write import WrittenText
 from selfkd.training.trial import Trial
 
 METRICS = (
@@ -50,18 +56,30 @@ class TextTask(TextNetworks):
                 f"search.metric must be one of {', '.join(metrics)}, got "
                 f"{config.search.metric}{only if config.search.metric == MATCHED else ''}"
             )
+        if config.write.keep == "right" and not data.examples["train"]:
+            raise ValueError(
+                f"write.keep must be all without completions to compare with, got right and "
+                f"data.name {data.name}"
+            )
         networks = {
             "model": self.make(config.model),
             "student": self.make(config.student or config.model),
         }
+        weights = self._check_folder(config.model, networks["model"])
+        if config.student is not None:
+            weights |= self._check_folder(config.student, networks["student"])
         for model in config.members.models:
-            self.make(model)
+            weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
         if train.init == "teacher" and sizes["model"] != sizes["student"]:
             raise ValueError("train.init must be fresh when student differs from model")
+        if train.init == "teacher" and (config.student or config.model).args.get("lora"):
+            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
         metric = self._metric
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
+        manifest = self.manifest("", {})
+        notes = list(self._check_cached(manifest))
         return Facts(
             items={split: len(tokens) for split, tokens in data.splits.items()},
             unit="tokens",
@@ -74,9 +92,31 @@ class TextTask(TextNetworks):
             else {},
             outputs=data.vocabulary,
             parameters=sizes,
+            prompts=data.splits["train"].windows,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
-            notes=(data.note,),
+            weights=weights,
+            cached=describe_cached(manifest),
+            fixed=("distill.temperature",) if self.samples is not None else (),
+            notes=(data.note, *notes),
         )
+
+    def _check_folder(self, model: ModelConfig, network: nn.Module) -> dict[str, str]:
+        """Check the model of a folder against this text; return the folder's hash by its path.
+
+        Raises:
+            ValueError: It has another tokenizer, or is not causal.
+        """
+        if model.name != HF:
+            return {}
+        path, fresh = str(model.args["path"]), bool(model.args.get("fresh"))
+        if not fresh and not has_tokens_of(path, self.data.tokenizer):
+            raise ValueError(
+                f"data.tokenizer must be that of the model of {path}, whose tokens its outputs "
+                f"are, got {self.config.data.tokenizer}: data.tokenizer={path}; a teacher of "
+                "another tokenizer is distilled from by text that it writes"
+            )
+        check_causal(network, path)
+        return {path: folder_hash(path, weights=not fresh)}
 
     @property
     def _metric(self) -> str:
@@ -86,6 +126,28 @@ class TextTask(TextNetworks):
         """
         matched = self.config.search.metric == MATCHED or self.data.name == "arithmetic"
         return "exact_match" if matched and self.data.examples["test"] else "nll"
+
+    def _check_cached(self, manifest: Manifest) -> Iterator[str]:
+        """Yield what is to be said of the cached teacher logits.
+
+        Raises:
+            ValueError: Samples are cached of themselves, which other settings cannot go with.
+        """
+        if self.config.distill.live or self.config.distill.mode == "traces":
+            return
+        total = short(manifest.images * manifest.row_bytes)
+        note = f"teacher logits: {manifest.words} a token, {total}B a teacher"
+        if self.samples is not None and self.config.targets.samples is None:
+            whole = short(manifest.images * row_bytes(manifest.classes))
+            why = f"all {manifest.classes:,} logits of a token would take {whole}B a teacher"
+            ways = "set targets.top_k for the largest logits, or targets.samples"
+            faults = sampled_faults(
+                self.config, {}, f"{manifest.words} are cached of a token, as {why}: {ways}"
+            )
+            if found := list(faults):
+                raise ValueError("\n".join(found))
+            note += f", as {why}; T is 1 and not searched"
+        yield note
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
         """Refuse weights from elsewhere.
@@ -119,30 +181,31 @@ class TextTask(TextNetworks):
         """Train a language model; see `selfkd.tasks.text.train.train_language_model`."""
         return train_language_model(self, trial, **options)
 
-    def predict(
-        self,
-        checkpoint: str,
-        split: Split,
-        *,
-        view: int | None = None,
-        items: range | None = None,
-    ) -> Tensor:
-        """Return the logits of a checkpoint, one row a token.
+    def predict(self, checkpoint: str, split: Split) -> Tensor:
+        """Return the logits of a checkpoint, one row a token that is scored."""
+        return self.logits(self.load(checkpoint)[0], split)
+
+    def predict_batches(self, checkpoint: str, items: range, *, view: int = 0) -> Iterator[Tensor]:
+        """Yield the logits of a checkpoint for rows of the training text, to be cached.
 
         Args:
             checkpoint: File of the model.
-            split: Split that is predicted.
-            view: View of the text, of which there is one.
-            items: Rows that are predicted; all when not given.
+            items: Rows, one a token.
+            view: Number of the view of the text, of which there is one.
         """
-        return self.logits(self.load(checkpoint)[0], split, items)
+        return self.batches(self.load(checkpoint)[0], "train", items)
 
     def predict_with(self, network: nn.Module, split: Split) -> Tensor:
         """Return the logits of a network that was made for this text."""
-        return self.logits(network, split, None)
+        return self.logits(network, split)
 
     def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
-        """Return the manifest of a teacher's cached logits, one row a token."""
+        """Return the manifest of a teacher's cached logits, one row a token.
+
+        Shards are of whole windows where these have a length.
+        """
+        each = row_bytes(self.data.vocabulary, top_k=self.top_k, samples=self.samples)
+        window = 1 if self.data.splits["train"].starts is not None else self.data.context
         return Manifest(
             teacher=teacher,
             data=self.data_key,
@@ -151,10 +214,16 @@ class TextTask(TextNetworks):
             views=1,
             images=len(self.data.splits["train"]),
             classes=self.data.vocabulary,
-            top_k=self.config.targets.top_k,
-            shard_size=self.config.targets.shard_size,
+            top_k=self.top_k,
+            samples=self.samples,
+            shard_size=rows_of_shard(self.config.targets.shard_size, each, multiple=window),
             origin=dict(origin),
         )
+
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Write text by a teacher on the training prompts of a shard, unless it is there."""
+        state, found = WrittenText(self, root).write(checkpoint, shard, run=run)
+        return {"state": state, **to_row(found)}
 
     # --- evaluation ---
 

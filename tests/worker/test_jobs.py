@@ -160,6 +160,7 @@ def test_check_gives_the_facts(jobs):
             "mode": "max",
             "further": ["nll", "ece"],
             "counts": {},
+            "counted": "",
             "outputs": 10,
             "names": list("0123456789"),
             "views": 8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from selfkd.reporting import tables, words
 from selfkd.reporting.figures import charts
@@ -316,7 +317,7 @@ def _learning(run: Run) -> Iterator[Panel]:
                     for name, curve, number in zip(names, curves, numbers, strict=True)
                 ],
                 x="epoch",
-                measure=Measure(named, percent=find_metric(key).is_fraction),
+                measure=replace(measure_of(key), title=named),
                 logarithmic=logarithmic and all(v > 0 for c in curves for v in c.values()),
             ),
             tables.epoch_table(names, curves, words.form(key)),

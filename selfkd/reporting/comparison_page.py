@@ -46,19 +46,25 @@ def runs_table(runs: Sequence[Run]) -> Table:
     """Return a row a run: its data and network, and its last generation, or student."""
     tested = words.short_metric(runs[0].data.tested)
     head = ("run", "data", "network", "model", "val", tested, "fresh seeds", "ensemble")
-    rows = [_run_row(run) for run in runs]
+    rows = [_run_row(run, runs[0].data.tested) for run in runs]
     return Table((*head, "trained", "state"), tuple(rows)).without_empty()
 
 
-def _run_row(run: Run) -> tuple[str, ...]:
+def _run_row(run: Run, tested: str) -> tuple[str, ...]:
+    """Return the row of a run, which names its metric where it is not that of the head."""
     last = last_arm(run) or Arm("", None, None)
     student = run.get("student.name")
     metric = run.data.tested
     ensemble = run.ensemble.metric(metric) if run.ensemble else None
+
+    def named(text: str) -> str:
+        return text if metric == tested or not text else f"{find_metric(metric).short} {text}"
+
     return (
         *(run.name, str(run.get("data.name", "")), str(student or run.get("model.name", ""))),
-        *(last.name, words.measured(run, last.val), words.value(last.test, metric)),
-        *(words.mean(last.mean, metric), words.value(ensemble, metric), str(run.trained)),
+        *(last.name, words.measured(run, last.val), named(words.value(last.test, metric))),
+        *(named(words.mean(last.mean, metric)), named(words.value(ensemble, metric))),
+        str(run.trained),
         "finished" if run.finished else "unfinished",
     )
 

@@ -498,7 +498,6 @@ TEXT: Tree = {
     "distill": {"temperature": 1.0, "alpha": 1.0},
     "search": {
         "metric": "val_nll",
-        "mode": "min",
         "space": {
             "distill.temperature": {"loguniform": [1, 2]},
             "distill.alpha": {"uniform": [0.5, 1]},

@@ -19,6 +19,8 @@ def test_text_has_defaults_of_its_own() -> None:
     assert (config.distill.temperature, config.distill.alpha) == (1, 1)
     assert config.search.points == [FIRST]
     assert config.model.name == "selfkd_gpt"
+    by_match = load_config(flags={"task": "text"}, settings=["search.metric=val_exact_match"])
+    assert by_match.search.mode == "max"
     assert load_config(flags={"task": "text"}).search.points == [FIRST] * 3
     assert load_config() == Config()
 

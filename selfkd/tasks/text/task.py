@@ -79,6 +79,7 @@ class TextTask(TextNetworks):
         if train.init == "teacher" and (config.student or config.model).args.get("lora"):
             raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
         metric = self._metric
+        matched = metric == "exact_match"
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
         manifest = self.manifest("", {})
         notes = list(self._check_cached(manifest))
@@ -87,11 +88,14 @@ class TextTask(TextNetworks):
             unit="tokens",
             items_an_input=data.context,
             metric=metric,
-            mode="max" if metric == "exact_match" else "min",
+            mode="max" if matched else "min",
             further=tuple(name for name in (*further, *OF_TEACHER, *OF_SAMPLES) if name != metric),
-            counts={split: min(len(data.examples[split]), evaluate.CHECKED) for split in SPLITS}
-            if metric == "exact_match"
-            else {},
+            counts={
+                split: min(len(data.examples[split]), evaluate.CHECKED)
+                for split in SPLITS
+                if matched
+            },
+            counted="prompts" if matched else "",
             outputs=data.vocabulary,
             parameters=sizes,
             prompts=data.splits["train"].windows,

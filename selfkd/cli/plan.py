@@ -191,6 +191,7 @@ def print_plan(
         lines.append(_describe_text(config, plan, facts))
     if not function and (plan.teachers or not plan.writers):
         lines.append(_describe_cache(config, plan, facts))
+    lines += describe_written(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
 
@@ -239,14 +240,30 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     """Return the size of the cached teacher logits in words."""
     if config.distill.live:
         return "cached:  no teacher logits, as teachers are run at each step"
-    top_k = config.targets.top_k
-    each = 2 * facts.outputs if top_k is None else 6 * top_k + 28
-    items = facts.items["train"] * facts.views
+    if facts.cached is None:
+        return "cached:  no teacher logits"
+    items, each = facts.items["train"] * facts.views, facts.cached.row_bytes
     views = f" in {facts.views} views" if facts.views > 1 else ""
     return (
         f"cached:  {short(plan.teachers * items * each)}B of teacher logits, of "
-        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}"
+        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}: "
+        f"{facts.cached.words}, {each:,} bytes each"
     )
+
+
+def describe_written(plan: Plan, left: Sequence[int]) -> list[str]:
+    """Return in words what students write themselves, in the stages that are left."""
+    lines = []
+    for stage, number in zip(plan.stages, left, strict=True):
+        share, train = stage.config.distill.on_policy, stage.config.train
+        if number and share:
+            texts = round(share * train.steps) * train.batch_size * train.accumulate
+            lines.append(
+                f"written: {short(texts)} texts by each student with a teacher, in {share:.0%} of "
+                "its steps; such a step takes three to five times as long as one on labels, which "
+                "the time below leaves out"
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _describe_time(

@@ -162,8 +162,15 @@ class Run:
         search, config = self.config.search, self.config
         named = arm.name if arm.seed_name is None else arm.seed_name
         early = EarlyStopping(config.train.epochs, search.metric, search.mode)
+        fixed = self.folder.facts.fixed
+        space = {key: values for key, values in arm.space.items() if key not in fixed}
+        points = [{k: v for k, v in point.items() if k not in fixed} for point in arm.points]
         proposer = make_proposer(
-            config, arm.space, seed=trial_seed(config.seed, named, -1), last=last, more=arm.points
+            config,
+            space,
+            seed=trial_seed(config.seed, named, -1),
+            last=last,
+            more=[point for point in points if point],
         )
         stage = Stage(
             name=arm.name,
@@ -177,7 +184,7 @@ class Run:
         )
         (trials,) = run_stages(self.executor, self.events, [stage], title=arm.title)
         items = self.folder.facts.items.get("val", 0)
-        ranked = choose(config, arm.space, stage.ranked(trials), items=items)
+        ranked = choose(config, space, stage.ranked(trials), items=items)
         kept = [arm.model(self, trial) for trial in ranked[: keep if save else 0]]
         if save is not None:
             source = self.folder.path / kept[0].checkpoint

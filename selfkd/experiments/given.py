@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import describe_other_data
-from selfkd.config import RESERVED_ARGS, Config, ModelConfig, flat
+from selfkd.config import SOURCE_ARGS, Config, ModelConfig, flat
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Request, Run
 from selfkd.experiments.confirm import load_confirmations
@@ -301,7 +301,7 @@ def _checkpoint(config: Config) -> Mapping[str, Any]:
 
 def _own_args(model: ModelConfig) -> dict[str, Any]:
     """Return the arguments of a network without those that say where weights come from."""
-    return {key: value for key, value in model.args.items() if key not in RESERVED_ARGS}
+    return {key: value for key, value in model.args.items() if key not in SOURCE_ARGS}
 
 
 def _with_facts(run: Run, source: _Source, row: Row) -> _Source:

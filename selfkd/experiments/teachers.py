@@ -40,9 +40,10 @@ def prepare_teachers(
     """
     config, facts = config or run.config, facts or run.folder.facts
     prefix = f"{of}: " if of else ""
-    shards = -(-facts.items["train"] // config.targets.shard_size)
     place = {"targets": str(run.folder.targets(config)), "run": str(run.folder.path)}
     if config.distill.mode == "tokens":
+        size = facts.cached.shard_size if facts.cached else config.targets.shard_size
+        shards = -(-facts.items["train"] // size)
         parts: list[Row] = [
             {"checkpoint": teacher["checkpoint"], "view": view, "shard": shard, **place}
             for teacher in run.rows(teachers)
@@ -51,7 +52,7 @@ def prepare_teachers(
         ]
         run.jobs(f"{prefix}caching teacher logits", "cache_teacher_logits", parts, config=config)
         return {}
-    shards *= config.write.samples
+    shards = -(-facts.items["train"] // config.targets.shard_size) * config.write.samples
     parts = [
         {"checkpoint": teacher["checkpoint"], "shard": shard, **place}
         for teacher in run.rows(teachers)

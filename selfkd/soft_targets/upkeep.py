@@ -22,7 +22,8 @@ from selfkd.storage.remote import RemotePath, as_path
 _DAY = 86_400.0  # seconds
 _HASH = re.compile(r"[0-9a-f]{16}")
 _OWN = re.compile(
-    r"manifest\.json|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors|shard_\d+\.jsonl"
+    r"manifest\.json|tokens\.safetensors|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors"
+    r"|shard_\d+\.jsonl"
 )
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
 TEXT = "shard_*.jsonl"

@@ -111,7 +111,7 @@ def cache_teacher_logits(
     remember_user(root, manifest.teacher, manifest.data, as_path(run))
     found = check_shard(root, manifest, view=view, shard=shard)
     if found != "whole":
-        logits = task.predict(checkpoint, "train", view=view, items=manifest.rows(shard))
+        logits = task.predict_batches(checkpoint, manifest.rows(shard), view=view)
         try:
             write_shard(root, manifest, view=view, shard=shard, logits=logits)
         except OSError as error:

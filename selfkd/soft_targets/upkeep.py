@@ -23,7 +23,7 @@ _DAY = 86_400.0  # seconds
 _HASH = re.compile(r"[0-9a-f]{16}")
 _OWN = re.compile(
     r"manifest\.json|tokens\.safetensors|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors"
-    r"|shard_\d+\.jsonl"
+    r"|shard_\d+\.jsonl?"
 )
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
 TEXT = "shard_*.jsonl"

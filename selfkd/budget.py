@@ -222,9 +222,10 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
         raise ConfigError(f"--from must be a run of selfkd.{', '.join(KINDS)}, got {run}{why}")
     if not (folder.path / "summary.json").exists():
         raise ConfigError(f"--from must be a finished run (with a summary.json), got {run}")
-    found: dict[str, float] = {"epochs": config.train.epochs}
-    if "train" in folder.facts.items:
-        found |= {"items": folder.facts.items["train"], "views": folder.facts.views}
+    facts = folder.facts
+    found: dict[str, float] = {} if config.steps_by_part else {"epochs": config.train.epochs}
+    if "train" in facts.items:
+        found |= {"items": facts.items["train"], "views": facts.views}
     summary = load_row(kind, folder.path / "summary.json")
     if isinstance(summary, EnsembleSummary) and not summary.rows:
         raise ConfigError(
@@ -232,11 +233,20 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
         )
     match summary:
         case CapacitySummary():
-            return found | _of_capacity(summary, batch, value)
+            found |= _of_capacity(summary, batch, value)
         case GenerationsSummary():
-            return found | _of_generations(summary)
+            found |= _of_generations(summary)
         case summary:
-            return found | _of_ensemble(folder, summary, batch)
+            found |= _of_ensemble(folder, summary, batch)
+    times = {name: value for name, value in found.items() if name.endswith("_ms")}
+    return found | {name: value / facts.items_an_input for name, value in times.items()}
+
+
+def _served(run: str) -> tuple[str, float]:
+    """Return the word for what a run's models serve, and of how many the costs are shown."""
+    facts = RunFolder.open(as_path(run).expanduser())[0].facts
+    several = facts.items_an_input > 1
+    return facts.unit.removesuffix("s"), 1e6 if several else 1.0
 
 
 def _of_ensemble(folder: RunFolder, summary: EnsembleSummary, batch: int) -> dict[str, float]:
@@ -288,7 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     number: dict[str, Any] = {"type": float, "metavar": "N"}
     add("--teacher", **cost, help="cost of the teacher's predictions of --per items")
     add("--student", **cost, help="cost of the student's predictions of --per items")
-    add("--per", **number, default=1.0, help="items that these costs are for, such as 1e6")
+    add("--per", **number, help="items that these costs are for: 1, of tokens of a RUN 1e6")
     add("--items", **number, help="items in the training data")
     add("--views", **number, help="augmented views of each item whose teacher logits are cached")
     add("--training", **cost, help="cost of all training of the student")
@@ -302,7 +312,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--from", dest="run", metavar="RUN", help="run folder to take measured figures from")
     add("--batch", type=int, choices=(1, 128), default=128, help="items at once in RUN's times")
     add("--value", help="value of the student in a RUN of selfkd.capacity")
-    add("--unit", default="item", help="word for what is served, such as image or token")
+    add("--unit", metavar="WORD", help="word for what is served: item, or that of RUN")
     add("--format", choices=("table", "json"), default="table")
     return parser
 
@@ -329,8 +339,12 @@ def _plan(arguments: argparse.Namespace) -> tuple[Budget, list[str]]:
     """Return the budget of given figures over measured ones, and notes on it."""
     given: dict[str, Any] = {k: v for k, v in vars(arguments).items() if v is not None}
     figures: dict[str, Any] = {}
+    unit, per = "item", 1.0
     if arguments.run is not None:
         figures = measured(arguments.run, batch=arguments.batch, value=arguments.value)
+        unit, per = _served(arguments.run)
+    arguments.unit = arguments.unit or unit
+    arguments.per = per if arguments.per is None else arguments.per
     for cost, time in (("teacher", "teacher_ms"), ("student", "student_ms")):
         if cost in given:
             figures.pop(time, None)  # given figures replace measured ones

@@ -248,6 +248,22 @@ def test_an_ensemble_s_run_gives_times_seconds_and_trials(
     assert alone["teacher_cost"] / alone["student_cost"] == pytest.approx(4.0)
 
 
+def test_times_of_windows_are_those_of_their_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "ensemble", ENSEMBLE)
+    whole = measured(run)
+    facts = json.loads((Path(run) / "data.json").read_text())
+    (Path(run) / "data.json").write_text(
+        json.dumps(facts | {"unit": "tokens", "items_an_input": 50})
+    )
+    assert measured(run) == whole | {
+        name: whole[name] / 50 for name in ("teacher_ms", "student_ms")
+    }
+    assert main(["--from", run]) == 0
+    assert "teacher, per million tokens" in capsys.readouterr().out
+
+
 def test_given_figures_replace_measured_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

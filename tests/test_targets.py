@@ -57,7 +57,7 @@ def test_ls_lists_what_is_there(run: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_verify_runs_the_teacher_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(run / "targets"), "--rows", "5"]) == 0
-    assert "5 images a view are as the teacher predicts" in capsys.readouterr().out
+    assert "5 rows a view are as the teacher predicts" in capsys.readouterr().out
 
 
 def test_verify_names_a_row_that_the_teacher_does_not_predict(

@@ -18,7 +18,7 @@ FLAGS: dict[str, tuple[str, type, str, str]] = {
     "--labels": ("data.train_size", int, "N", "number of labelled training images"),
     "--model": ("model.name", str, "NAME", "network: any of timm, or selfkd_*"),
     "--epochs": ("train.epochs", int, "N", "epochs of each training"),
-    "--batch-size": ("train.batch_size", int, "N", "images a step"),
+    "--batch-size": ("train.batch_size", int, "N", "images, or windows of text, a step"),
     "--lr": ("train.lr", float, "X", "learning rate"),
     "--trials": ("search.trials", int, "N", "trials of each search"),
     "--seeds": ("confirm.seeds", int, "N", "fresh seeds on which the choice is replicated"),
@@ -58,8 +58,8 @@ def describe_unknown(words: Sequence[str], flags: Sequence[str] = ()) -> str:
         words: Unknown words of a command line, flags with their values.
         flags: Flags that there are.
 
-    >>> describe_unknown(["--temperature", "4"])
-    '--temperature: unknown flag: did you mean --set distill.temperature=4?'
+    >>> describe_unknown(["--alpha", "1"])
+    '--alpha: unknown flag: did you mean --set distill.alpha=1?'
     """
     lines = []
     for number, word in enumerate(words):

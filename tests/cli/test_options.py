@@ -45,8 +45,8 @@ def test_each_command_has_the_same_flags_for_common_keys(command: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--temperature", "4"], "did you mean --set distill.temperature=4?"),
-        (["--temperature=4"], "did you mean --set distill.temperature=4?"),
+        (["--temperature", "4"], "did you mean --set distill.temperature=4 or "),
+        (["--temperature=4"], "did you mean --set distill.temperature=4 or "),
         (["--label-smoothing", "0.1"], "did you mean --set train.label_smoothing=0.1?"),
         (["--weight_decay", "0"], "did you mean --set train.weight_decay=0?"),
         (["--train.lr", "0.1"], "did you mean --set train.lr=0.1?"),

@@ -35,6 +35,23 @@ def test_what_is_given_wins_in_any_order(tmp_path: Path) -> None:
     assert from_tree(to_tree(config)) == config
 
 
+def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
+    traces = load_config(flags={"task": "text"}, settings=["distill.mode=traces"])
+    assert (traces.search.space, traces.search.points) == ({}, [])
+    settings = ["search.space.train.lr={loguniform: [1e-3, 1e-1]}", "distill.mode=traces"]
+    assert list(load_config(flags={"task": "text"}, settings=settings).search.space) == ["train.lr"]
+    for wrong, where in (
+        ("distill.temperature=2", "distill.temperature: "),
+        ("distill.on_policy=0.5", "distill.on_policy: "),
+        ("targets.top_k=8", "targets.top_k: "),
+        ("search.space.distill.alpha={uniform: [0, 1]}", "search.space.distill.alpha: "),
+        ("search.points=[{distill.alpha: 1.0}]", "search.points: distill.alpha "),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_config(flags={"task": "text"}, settings=[wrong, "distill.mode=traces"])
+        assert f"{where}has no effect with distill.mode traces" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("task", "setting", "message"),
     [

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from selfkd.config import TrainConfig
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
-from selfkd.losses.sequences import TokenTeacher, sequence_terms
+from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
 from selfkd.losses.sparse import SparseLogits
 from selfkd.results import Row
 from selfkd.soft_targets.store import SoftTargets, open_store
 from selfkd.tasks.common import make_fresh, optimizer_of
 from selfkd.tasks.text.batches import Batch, TrainingText
 from selfkd.tasks.text.data import IGNORED
+from selfkd.tasks.text.evaluate import measure_matches
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
+from selfkd.tasks.text.write import training_text
 from selfkd.training.fit import (
     Training,
     autocast,
@@ -61,7 +63,7 @@ def train_language_model(
     """
     if transform != "none":
         raise ValueError(f"target_transform must be none with task text, got {transform}")
-    options, data = task.config.train, task.data.splits["train"]
+    options, data = task.config.train, training_text(task, trial)
     distill = task.config.distill
     student = make_fresh(task, trial, start or {})
     training = Training(
@@ -176,7 +178,7 @@ def _train_steps(
 
 
 def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
-    """Return val_nll (nats a token) and val_token_accuracy (fraction of the tokens).
+    """Return val_nll (nats a token), val_token_accuracy, of examples also val_exact_match.
 
     Raises:
         NonFiniteLossError: The validation loss is not finite.
@@ -191,13 +193,14 @@ def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
             f"validation loss must be finite, got {nll}: lower train.lr or set train.clip_grad"
         )
     count = len(tokens.scored)
-    return {"val_nll": nll / count, "val_token_accuracy": hits / count}
+    found = {"val_nll": nll / count, "val_token_accuracy": hits / count}
+    return found | measure_matches(task.data, "val", network)
 
 
 def make_loss(task: TextNetworks, trial: Trial) -> Loss:
     distill, smoothing = task.config.distill, task.config.train.label_smoothing
     teachers = trial.teachers
-    if not teachers:
+    if not teachers or distill.mode == "traces":  # whose text are the labels
         return partial(_label_loss, smoothing=smoothing)
     weights = None
     if len(teachers) > 1 and "weight" in teachers[0]:
@@ -214,7 +217,7 @@ def make_loss(task: TextNetworks, trial: Trial) -> Loss:
             weights=weights,
         )
         targets = partial(_cached_targets, stored)
-        if average == "logits":  # by the store, once
+        if average == "logits" or stored.samples:  # by the store, once
             average, weights = "probabilities", None
 
     def terms_of(
@@ -295,7 +298,7 @@ def _cached_targets(stored: SoftTargets, batch: Batch) -> TokenTeacher:
     return token_targets(stored, batch.rows).to(batch.inputs.device)
 
 
-def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits:
+def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits | SampledTargets:
     """Return the cached logits of windows; those of padding are of the last row, and no matter.
 
     Args:
@@ -306,7 +309,8 @@ def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits:
         `[batch, length, ...]`, or `[members, batch, length, ...]` of several teachers.
     """
     found = stored(rows.flatten().clamp(max=stored.images - 1), 0)
-    axis = (found if isinstance(found, Tensor) else found.values).ndim - 2  # that of the rows
+    largest = found.values if isinstance(found, SparseLogits) else found
+    axis = largest.ndim - 2 if isinstance(largest, Tensor) else 0  # that of the rows
 
     def shape(tensor: Tensor) -> Tensor:
         return tensor.reshape(*tensor.shape[:axis], *rows.shape, *tensor.shape[axis + 1 :])

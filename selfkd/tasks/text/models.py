@@ -22,8 +22,9 @@ def make_gpt(
 ) -> nn.Module:
     """Return a GPT-2 of `transformers` with random weights; embedding and head are not tied.
 
-    Fresh weights have the standard deviation 1 / sqrt(width): by GPT-2's own 0.02 narrow models
-    learn slowly.
+    Fresh weights have the standard deviation 1 / sqrt(width), embeddings of tokens 1: with smaller
+    embeddings, wider and deeper models learn badly at the learning rates that suit small ones, and
+    by GPT-2's 0.02 for all, narrow models do.
 
     Args:
         vocabulary: Number of tokens.
@@ -62,6 +63,7 @@ def make_gpt(
         initializer_range=width**-0.5,
     )
     model: nn.Module = GPT2LMHeadModel(config)
+    nn.init.normal_(model.get_input_embeddings().weight)
     return model
 
 

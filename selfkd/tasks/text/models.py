@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -62,9 +62,9 @@ def make_gpt(
         tie_word_embeddings=False,
         initializer_range=width**-0.5,
     )
-    model: nn.Module = GPT2LMHeadModel(config)
-    nn.init.normal_(model.get_input_embeddings().weight)
-    return model
+    model = GPT2LMHeadModel(config)
+    nn.init.normal_(model.transformer.wte.weight)
+    return cast(nn.Module, model)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"selfkd_gpt": make_gpt}

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from selfkd.loading.model import push_to_hub as push_to_hub
     from selfkd.losses import distillation_loss as distillation_loss
     from selfkd.models import make_model as make_model
-    from selfkd.soft_targets.cache import SeededView as SeededView
     from selfkd.soft_targets.cache import cache_logits as cache_logits
+    from selfkd.soft_targets.reading import SeededView as SeededView
+    from selfkd.soft_targets.tokens import load_logits as load_logits
     from selfkd.study import run_study as run_study
 
 # imported when asked for: the command line starts without torch
@@ -31,11 +32,12 @@ _HOMES = {
     "Ensemble": "selfkd.distill.teacher",
     "LoadedModel": "selfkd.loading.model",
     "Result": "selfkd.cli.result",
-    "SeededView": "selfkd.soft_targets.cache",
+    "SeededView": "selfkd.soft_targets.reading",
     "Teacher": "selfkd.distill.teacher",
     "cache_logits": "selfkd.soft_targets.cache",
     "distillation_loss": "selfkd.losses",
     "load": "selfkd.loading.model",
+    "load_logits": "selfkd.soft_targets.tokens",
     "make_model": "selfkd.models",
     "push_to_hub": "selfkd.loading.model",
     "run_capacity": "selfkd.capacity",
@@ -55,6 +57,7 @@ __all__ = [
     "distillation_loss",
     "generations",
     "load",
+    "load_logits",
     "make_model",
     "push_to_hub",
     "run_capacity",

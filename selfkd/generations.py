@@ -29,7 +29,7 @@ from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.given import check_given
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
-from selfkd.reporting.words import form, short_metric
+from selfkd.reporting.words import form, short_metric, warn_of_collapse
 from selfkd.results import GenerationsSummary, title
 from selfkd.storage.remote import secret_fault
 from selfkd.training.functions import function_reference
@@ -232,12 +232,18 @@ def _describe(
             f"optimistic; the test split was read once a generation, after the choice{also}."
         )
     if summary.confirmations:
+        tested = any(row.mcnemar for row in summary.confirmations)
         more.append(
             "± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
-            f"{facts.unit} (bootstrap). McNemar: exact p of a chosen model and its teacher."
+            f"{facts.unit} (bootstrap)."
+            + (" McNemar: exact p of a chosen model and its teacher." if tested else "")
         )
     return Description(
-        [*_sentences(summary), *([summary.stopped] if summary.stopped else [])],
+        [
+            *_sentences(summary),
+            *([summary.stopped] if summary.stopped else []),
+            *warn_of_collapse(summary.generations),
+        ],
         summary_table(summary, metric if own else facts.metric),
         [_best(summary), load_line(folder, own=own)],
         f"{(command or _COMMAND).resume(folder)} --rounds {len(results)}",

@@ -16,9 +16,10 @@ from torch import Tensor
 from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.terminal import make_console, print_lines
 from selfkd.config import Config, from_tree, merge_settings, refuse_foreign, to_tree
+from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import rest_mass
 from selfkd.soft_targets.manifest import Manifest
-from selfkd.soft_targets.store import SoftTargets, check_shard, open_store
+from selfkd.soft_targets.store import SoftTargets, check_shard, draws, open_store
 from selfkd.soft_targets.upkeep import StoreInfo, list_stores, remove_store, sweep
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tasks import make_task
@@ -98,9 +99,7 @@ def _list(console: Console, root: Path) -> int:
         manifest = info.manifest
         known = ["?", "?", "damaged manifest"]
         if manifest is not None:
-            top_k = manifest.top_k
-            form = f"{manifest.classes} logits" if top_k is None else f"top {top_k}"
-            known = [f"{manifest.images:,}", str(manifest.views), form]
+            known = [f"{manifest.images:,}", str(manifest.views), _format(manifest)]
         table.add_row(
             *(one_line(info.path.parent.name), one_line(info.path.name)),
             *known,
@@ -178,8 +177,8 @@ def _faults(
     for view in range(manifest.views):
         sample = torch.randperm(manifest.images, generator=generator)[:rows].sort().values
         for row in sample.tolist():
-            logits = task.predict(checkpoint, "train", view=view, items=range(row, row + 1))
-            off = _distance(cached, logits, row, view)
+            (logits,) = task.predict_batches(checkpoint, range(row, row + 1), view=view)
+            off = _distance(cached, manifest, logits, row, view)
             if off > TOLERANCE:
                 yield f"row {row} of view {view} differs by {off:.3g} from the teacher's logits"
 
@@ -203,10 +202,27 @@ def _origin(
     return checkpoint, config
 
 
-def _distance(cached: SoftTargets, logits: Tensor, row: int, view: int) -> float:
-    """Return the largest difference of a row, relative to 1 and the size of its logits."""
+def _format(manifest: Manifest) -> str:
+    if manifest.samples is not None:
+        return f"{manifest.samples} samples"
+    return f"{manifest.classes} logits" if manifest.top_k is None else f"top {manifest.top_k}"
+
+
+def _distance(
+    cached: SoftTargets, manifest: Manifest, logits: Tensor, row: int, view: int
+) -> float:
+    """Return the largest difference of a row, relative to 1 and the size of its logits.
+
+    Of samples it is the probability by which a draw misses the class that it was given.
+    """
     found = cached(torch.tensor([row]), view)
     shifted = logits[0].float() - logits[0].max()
+    if isinstance(found, SampledTargets):
+        upper = shifted.double().softmax(dim=0).cumsum(dim=0)
+        lower = torch.cat([upper.new_zeros(1), upper[:-1]])
+        uniform = draws(manifest, view, range(row, row + 1))[0]
+        below, above = (ends[found.indices[0]] for ends in (lower, upper))
+        return float(torch.maximum(below - uniform, uniform - above).max())
     if isinstance(found, Tensor):
         there, here = found[0].float(), shifted.clamp(min=torch.finfo(torch.float16).min)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 ECE_BINS = 15
 TEMPERATURES = (0.05, 20.0)
 """Ends of the range that a temperature is fitted in."""
+LARGE, CHUNK = 2**24, 2**22
+"""Number of logits above which not all are converted at once, and number that are then."""
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -31,7 +33,21 @@ def nll(logits: Tensor, labels: Tensor) -> float:
     >>> round(nll(torch.zeros(1, 4), torch.tensor([2])), 4)
     1.3863
     """
-    return float(F.cross_entropy(logits.float(), labels))
+    return _mean(lambda own, of: float(F.cross_entropy(own.float(), of)), logits, labels)
+
+
+def _mean(value: Callable[..., float], logits: Tensor, *others: Tensor) -> float:
+    """Return a mean over rows, chunk by chunk: no copy of all logits is made."""
+    size = _chunk(logits)
+    if len(logits) <= size:
+        return value(logits, *others)
+    parts = zip(*(torch.split(tensor, size) for tensor in (logits, *others)), strict=True)
+    return math.fsum(len(part[0]) * value(*part) for part in parts) / len(logits)
+
+
+def _chunk(logits: Tensor) -> int:
+    """Return how many rows a chunk has."""
+    return max(CHUNK // logits.shape[-1], 1) if logits.numel() > LARGE else len(logits)
 
 
 def ece(logits: Tensor, labels: Tensor) -> float:
@@ -46,6 +62,10 @@ def ece(logits: Tensor, labels: Tensor) -> float:
     >>> round(ece(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1])), 4)
     0.5
     """
+    if len(logits) > _chunk(logits):
+        bins = [row for row in reliability(logits, labels) if row["count"]]
+        gaps = (row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins)
+        return math.fsum(gaps) / len(logits)
     # over a second to import: not in workers that only train
     from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -88,7 +108,8 @@ def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     >>> reliability(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1]))[-1]["accuracy"]
     0.5
     """
-    confidence, predicted = _below_one(logits).max(dim=-1)
+    found = [_below_one(part).max(dim=-1) for part in torch.split(logits, _chunk(logits))]
+    confidence, predicted = (torch.cat(each) for each in zip(*found, strict=True))
     edges = torch.linspace(0, 1, ECE_BINS + 1)
     bins = torch.bucketize(confidence, edges, right=True) - 1
     hits = (predicted == labels).double()
@@ -268,8 +289,36 @@ def mean_kl(logits: Tensor, other: Tensor) -> float:
     >>> round(mean_kl(torch.tensor([[9.0, -9.0]]), torch.zeros(1, 2)), 4)  # log 2
     0.6931
     """
-    log_p, log_q = logits.double().log_softmax(dim=-1), other.double().log_softmax(dim=-1)
-    return float(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+
+    def kl(own: Tensor, of: Tensor) -> float:
+        log_p, log_q = own.double().log_softmax(dim=-1), of.double().log_softmax(dim=-1)
+        return float(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
+
+    return _mean(kl, logits, other)
+
+
+def draft_acceptance(logits: Tensor, other: Tensor) -> float:
+    """Return the share of tokens drafted by one model that speculative decoding with another keeps.
+
+        mean over rows of sum_k min(p_k, q_k) = 1 - TV(p, q),    p and q at T = 1
+
+    Args:
+        logits: Logits `[rows, vocabulary]` of the model that drafts.
+        other: Logits `[rows, vocabulary]` of the model that accepts.
+
+    Reference:
+        Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding",
+        2023, https://arxiv.org/abs/2211.17192
+
+    >>> round(draft_acceptance(torch.tensor([[9.0, -9.0]]), torch.zeros(1, 2)), 4)
+    0.5
+    """
+
+    def overlap(own: Tensor, of: Tensor) -> float:
+        p, q = own.double().softmax(dim=-1), of.double().softmax(dim=-1)
+        return float(torch.minimum(p, q).sum(dim=-1).mean())
+
+    return _mean(overlap, logits, other)
 
 
 def agreement(logits: Tensor, other: Tensor) -> float:

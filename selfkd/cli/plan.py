@@ -48,6 +48,8 @@ class Plan:
     stages: Sequence[Planned]
     teachers: int = 0
     """Number of models whose logits are cached."""
+    writers: int = 0
+    """Number of models that write text for students."""
 
 
 def plan_generations(config: Config) -> Plan:
@@ -78,7 +80,7 @@ def plan_generations(config: Config) -> Plan:
         stages.append(Planned(f"control: {TITLES[name]}", many, patterns, student))
     teacher = config.distill.teacher
     each = int(teacher[4:]) if teacher.startswith("top:") else 1
-    return Plan(stages, rounds * (each + config.confirm.lineages))
+    return _by_mode(config, Plan(stages, rounds * (each + config.confirm.lineages)))
 
 
 def plan_ensemble(config: Config) -> Plan:
@@ -90,7 +92,7 @@ def plan_ensemble(config: Config) -> Plan:
         stages.append(Planned("student from labels only", trials, ["labels/trial_*"], student))
     if seeds:
         stages.append(Planned("confirmation, both", 2 * seeds, ["confirm/*/trial_*"], student))
-    return replace(members, stages=stages)
+    return _by_mode(config, replace(members, stages=stages))
 
 
 def plan_capacity(config: Config) -> Plan:
@@ -105,24 +107,32 @@ def plan_capacity(config: Config) -> Plan:
         patterns = [f"students/*_{number:03d}/trial_*", f"*search_{number:03d}/trial_*"]
         each = 2 * config.confirm.seeds + (trials * len(searches) if searched else 0)
         stages.append(Planned(title, each, patterns, own))
-    return replace(members, stages=stages)
+    return _by_mode(config, replace(members, stages=stages))
 
 
 def plan_study(config: Config) -> Plan:
     """Return the plan of `selfkd.study`."""
-    stages, teachers = [], dict[str, int]()
+    stages, teachers = [], dict[tuple[str, str], int]()
     for name, arm in config.study.arms.items():
         if not arm.average:
             own, patterns = config.at(arm.set), [f"arms/{name}/trial_*"]
             stages.append(Planned(name, config.arm_seeds(arm), patterns, own))
         for teacher in arm.teachers:
+            key = (teacher, config.at(arm.set).distill.mode)
             if teacher in config.study.arms and not arm.average:
                 known = config.arm_seeds(config.study.arms[teacher])
                 used = min(known, config.arm_seeds(arm))
-                teachers[teacher] = max(used, teachers.get(teacher, 0))
+                teachers[key] = max(used, teachers.get(key, 0))
             else:
-                teachers[teacher] = _members(config).teachers
-    return Plan(stages, sum(teachers.values()))
+                teachers[key] = _members(config).teachers
+    writers = sum(number for (_, mode), number in teachers.items() if mode == "traces")
+    return Plan(stages, sum(teachers.values()) - writers, writers)
+
+
+def _by_mode(config: Config, plan: Plan) -> Plan:
+    """Return a plan whose teachers write, where students are trained on their text."""
+    traces = config.distill.mode == "traces"
+    return replace(plan, teachers=0, writers=plan.teachers) if traces else plan
 
 
 def _student(config: Config) -> Config:
@@ -176,7 +186,12 @@ def print_plan(
     table = Table(head, tuple(rows), rules=(len(rows) - 1,))
     print_sentences(console, [f"plan of selfkd.{name}, of which nothing is started:"])
     print_table(console, table.without_empty())
-    lines = [] if function else [_describe_cache(config, plan, facts)]
+    lines = []
+    if plan.writers and not function:
+        lines.append(_describe_text(config, plan, facts))
+    if not function and (plan.teachers or not plan.writers):
+        lines.append(_describe_cache(config, plan, facts))
+    lines += describe_written(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
 
@@ -212,18 +227,43 @@ def _check(config: Config, function: str | None) -> Facts:
     return from_row(Facts, row["facts"])
 
 
+def _describe_text(config: Config, plan: Plan, facts: Facts) -> str:
+    """Return how many texts teachers are to write in words."""
+    each = facts.prompts * config.write.samples
+    return (
+        f"written: {plan.writers * each:,} texts, {each:,} each by "
+        f"{count(plan.writers, 'model')} on {facts.prompts:,} training prompts"
+    )
+
+
 def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     """Return the size of the cached teacher logits in words."""
     if config.distill.live:
         return "cached:  no teacher logits, as teachers are run at each step"
-    top_k = config.targets.top_k
-    each = 2 * facts.outputs if top_k is None else 6 * top_k + 28
-    items = facts.items["train"] * facts.views
+    if facts.cached is None:
+        return "cached:  no teacher logits"
+    items, each = facts.items["train"] * facts.views, facts.cached.row_bytes
     views = f" in {facts.views} views" if facts.views > 1 else ""
     return (
         f"cached:  {short(plan.teachers * items * each)}B of teacher logits, of "
-        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}"
+        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}: "
+        f"{facts.cached.words}, {each:,} bytes each"
     )
+
+
+def describe_written(plan: Plan, left: Sequence[int]) -> list[str]:
+    """Return in words what students write themselves, in the stages that are left."""
+    lines = []
+    for stage, number in zip(plan.stages, left, strict=True):
+        share, train = stage.config.distill.on_policy, stage.config.train
+        if number and share:
+            texts = round(share * train.steps) * train.batch_size * train.accumulate
+            lines.append(
+                f"written: {short(texts)} texts by each student with a teacher, in {share:.0%} of "
+                "its steps; such a step takes three to five times as long as one on labels, which "
+                "the time below leaves out"
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _describe_time(

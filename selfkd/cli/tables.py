@@ -8,7 +8,13 @@ from dataclasses import replace
 from selfkd.analysis.verdicts import count
 from selfkd.reporting import words
 from selfkd.reporting.tables import FURTHER, Table, further_head, measures
-from selfkd.results import Confirmation, ControlResult, GenerationResult, GenerationsSummary
+from selfkd.results import (
+    Confirmation,
+    ControlResult,
+    GenerationResult,
+    GenerationsSummary,
+    with_agreement,
+)
 
 
 def summary_table(summary: GenerationsSummary, metric: str) -> Table:
@@ -81,21 +87,21 @@ def chosen_table(
     """
     short = words.short_metric(metric)
     tests = {row.generation: row.mcnemar.p for row in summary.confirmations if row.mcnemar}
-    quality = (f"val {short}", f"test {short}", *further_head(further))
-    head = ("chosen", *quality, "agreement", "McNemar")
+    columns = with_agreement(further)
+    head = ("chosen", f"val {short}", f"test {short}", *further_head(columns), "McNemar")
     rows = [
         (
             str(result.generation),
-            *measures(result, metric, further),
-            words.percent(result.metric("agreement")),
+            *measures(result, metric, columns),
             words.number(tests.get(result.generation), ".2g"),
             f"{result.seconds:.1f}",
         )
         for result in summary.generations
     ]
     if summary.ensemble is not None:
-        rows.append(("ensemble", *measures(summary.ensemble, metric, further), "", "", ""))
-    return Table((*head, "seconds"), tuple(rows), rules=(len(summary.generations),))
+        rows.append(("ensemble", *measures(summary.ensemble, metric, columns), "", ""))
+    rules = (len(summary.generations),)
+    return Table((*head, "seconds"), tuple(rows), rules=rules).without_empty()
 
 
 def own_metrics_table(results: Sequence[GenerationResult], metric: str) -> Table:

@@ -221,8 +221,11 @@ def _overlay(
         except ConfigError as error:
             faults.append(str(error))
     given += [(key, value, "command line") for key, value in flags.items() if value is not None]
-    for key, value, source in sorted(given, key=lambda each: each[0] != "task"):
-        put(tree, key, value)  # the task first, whose defaults others extend
+    first = ("task", "distill.mode")  # whose defaults others extend
+    for key, value, source in sorted(
+        given, key=lambda each: first.index(each[0]) if each[0] in first else len(first)
+    ):
+        put(tree, key, value)
         sources |= {k: source for k, _ in leaves({key: value}, "", inner=True)}
     try:
         config = from_tree(tree, sources)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from selfkd.config.schema import TRAINED_TOKENIZER, Config
+from selfkd.config.schema import HF, TRAINED_TOKENIZER, Config, ModelConfig
 from selfkd.storage.remote import as_path
 
 
@@ -14,6 +14,7 @@ def with_absolute_paths(config: Config) -> Config:
     root = config.data.root or os.environ.get("SELFKD_DATA")
     members = dataclasses.replace(
         config.members,
+        models=[_with_absolute_path(model) for model in config.members.models],
         runs=[absolute(run) for run in config.members.runs],
         checkpoints=[
             dataclasses.replace(
@@ -32,7 +33,22 @@ def with_absolute_paths(config: Config) -> Config:
     if not TRAINED_TOKENIZER.fullmatch(tokenizer):
         tokenizer = absolute(tokenizer)
     data = dataclasses.replace(config.data, root=root and absolute(root), tokenizer=tokenizer)
-    return dataclasses.replace(config, data=data, members=members, generation_0=given)
+    student = config.student and _with_absolute_path(config.student)
+    return dataclasses.replace(
+        config,
+        data=data,
+        model=_with_absolute_path(config.model),
+        student=student,
+        members=members,
+        generation_0=given,
+    )
+
+
+def _with_absolute_path(model: ModelConfig) -> ModelConfig:
+    if model.name != HF or "path" not in model.args:
+        return model
+    args = model.args | {"path": absolute(model.args["path"])}
+    return dataclasses.replace(model, args=args)
 
 
 def absolute(path: str) -> str:
@@ -52,6 +68,11 @@ def relative_paths(config: Config | None, *named: tuple[str, str | None]) -> lis
         paths += [("data.root", config.data.root), ("targets.root", config.targets.root)]
         paths += [("--from", run) for run in config.members.runs]
         paths += [("--from", config.generation_0.path)]
+        paths += [
+            ("model.args.path", model.args.get("path"))
+            for model in (config.model, config.student, *config.members.models)
+            if model is not None and model.name == HF
+        ]
         paths += [("members.checkpoints", file.path) for file in config.members.checkpoints]
     return [
         f"{name}: must be absolute (or a URI) in a Ray job, whose own folder is removed with it, "

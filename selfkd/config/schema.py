@@ -56,13 +56,19 @@ RESERVED_ARGS = (
     *("pretrained_model_args",),
 )
 """Arguments of timm's own functions: where weights come from, and how they are loaded."""
+SOURCE_ARGS = (*RESERVED_ARGS, "path")
+"""Arguments that a checkpoint drops, as its weights come from itself."""
+
+
+HF = "hf"
+"""Name of the language models of `transformers` that are read from a folder, `model.args.path`."""
 
 
 def _plain_args(args: dict[str, Any]) -> dict[str, Any]:
     for key, value in args.items():
         if key == "pretrained" and isinstance(value, bool):
             continue
-        if key in RESERVED_ARGS:
+        if key in SOURCE_ARGS:
             raise ValueError(f"must be arguments of the network alone, got {key}")
         if not _is_plain(value):
             raise ValueError(
@@ -92,16 +98,20 @@ class DataConfig:
     name: Place = "digits"
     """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
     train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`) or any name of
-    `timm.data.create_dataset`. Of text: pydoc (the manual in Python itself), the default there, or
-    text (`root` has files .txt, or .jsonl with `{"text": …}` a line)."""
+    `timm.data.create_dataset`. Of text: pydoc (the manual in Python itself), the default there;
+    arithmetic (generated problems); or text (`root` has files .txt, or .jsonl with `{"text": …}` a
+    line)."""
     root: Place | None = None
     """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
     download: bool = False
     """Whether to download the dataset into `root` where it is missing."""
     train_size: int | None = Field(default=None, ge=1)
-    """Number of training images, stratified by class; all when not given."""
+    """Number of training images, stratified by class, all when not given; or of the training
+    problems of arithmetic, 20,000 when not given."""
     val_size: int | None = Field(default=None, ge=1)
-    """Number of validation images, by which trials are chosen; each dataset has its own default."""
+    """Number of validation images, by which trials are chosen; each dataset has its own default. Of
+    arithmetic, number of the problems for validation and of those for test, 1,000 each when not
+    given."""
     classes: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Classes whose images are trained on, by index: two or more; all when not given. Validation
     and test keep all."""
@@ -144,10 +154,24 @@ class ModelConfig:
 
     name: str = "selfkd_cnn"
     """Name of the network: any of `timm.create_model`, selfkd's own small networks (`selfkd_*`)
-    among them; of text, selfkd_gpt."""
-    args: ModelArgs = Field(default_factory=dict)
+    among them; of text, selfkd_gpt, or hf, a model of transformers in the folder `args.path`."""
+    args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` starts
-    from timm's pretrained weights."""
+    from timm's pretrained weights; hf has `path`, `fresh: true` for random weights, and `lora` and
+    `lora_alpha` for adapters."""
+
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
+        own, path = dict(args), args.get("path")
+        if isinstance(path, str) and path and "://" not in path:
+            del own["path"]
+        _plain_args(own)
+        return args
+
+    def __post_init__(self) -> None:
+        if self.name != HF and "path" in self.args:
+            raise ValueError(f"args.path must be left out but with name {HF}, got {self.name}")
 
     @classmethod
     def of_checkpoint(cls, model: object) -> ModelConfig:
@@ -163,7 +187,7 @@ class ModelConfig:
         """
         if not isinstance(model, Mapping) or not isinstance(args := model.get("args"), Mapping):
             raise ValueError(f"model must have a name and args, got {model!r}")
-        kept = {key: value for key, value in args.items() if key not in RESERVED_ARGS}
+        kept = {key: value for key, value in args.items() if key not in SOURCE_ARGS}
         try:
             return cls(name=model.get("name"), args=kept)  # type: ignore[arg-type]
         except ValidationError as error:
@@ -234,7 +258,9 @@ class DistillConfig:
     """Whether to run the teacher at every step rather than read its cached logits."""
     mode: Literal["tokens", "traces"] = "tokens"
     """What students of text are distilled from: tokens, the teacher's distribution of each token of
-    the training text; or traces, text that the teacher writes on the training prompts."""
+    the training text; or traces, text that each teacher writes on the training prompts (see
+    `write`), by cross-entropy alone. Then T and alpha have no meaning, and the default search space
+    is empty: the trials of a search differ by their seeds."""
     on_policy: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps on text whose batch the student itself has written on training prompts;
     such steps run the teacher live."""
@@ -263,7 +289,7 @@ class TargetsConfig:
     samples: int | None = Field(default=None, ge=1, le=1024)
     """Number of classes sampled from the teacher at T 1 that are cached of each token of text, in
     place of logits. 8 when not given and all logits of one teacher would take more than 1 GB or the
-    vocabulary has more than 4,096 tokens."""
+    vocabulary has more than 4,096 tokens. T is then 1, and alpha alone is searched by default."""
     shard_size: int = Field(default=16_384, ge=1)
     """Number of images whose logits one job caches in one file."""
 
@@ -479,7 +505,34 @@ TEXT: Tree = {
     },
 }
 """Defaults of `task: text` that differ: T = 1 and alpha = 1 are hard to beat on tokens."""
+ARITHMETIC: Tree = {
+    "data": {"tokenizer": "chars", "context": 19},
+    "train": {"batch_size": 32, "lr": 3e-3, "steps": 1200},
+}
+"""Defaults of `data.name: arithmetic` that differ from those of text; its context just fits."""
+HF_RATE = 5e-5
+"""Learning rate by default of a model that starts from trained weights."""
+_TEXT_SPACE: Tree = TEXT["search"]["space"]
 TEXT_MODEL: Tree = {"name": "selfkd_gpt", "args": {"depth": 2, "width": 64, "heads": 4}}
+
+
+def _default_space(tree: Tree) -> Tree:
+    """Return the default search space of a config: none where T and alpha have no meaning."""
+    if tree.get("task") != "text":
+        return SPACE
+    distill = tree.get("distill")
+    traces = isinstance(distill, Mapping) and distill.get("mode") == "traces"
+    return {} if traces else dict(TEXT["search"]["space"])
+
+
+def without_default_temperature(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a search space of text without T, where its range is the default one.
+
+    >>> list(without_default_temperature(TEXT["search"]["space"]))
+    ['distill.alpha']
+    """
+    key = "distill.temperature"
+    return {name: spec for name, spec in space.items() if (name, spec) != (key, _TEXT_SPACE[key])}
 
 
 def with_task_defaults(tree: Tree) -> Tree:
@@ -490,14 +543,37 @@ def with_task_defaults(tree: Tree) -> Tree:
     """
     if tree.get("task") != "text":
         return tree
-    found = dict(tree)
-    for section, defaults in copy.deepcopy(TEXT).items():
+    found, data = dict(tree), tree.get("data")
+    own_of = ARITHMETIC if isinstance(data, Mapping) and data.get("name") == "arithmetic" else {}
+    own_defaults = copy.deepcopy(TEXT)
+    own_defaults["search"]["space"] = copy.deepcopy(_default_space(tree))
+    for section, defaults in own_defaults.items():
+        defaults |= own_of.get(section, {})
         given = tree.get(section, {})
         found[section] = {**defaults, **given} if isinstance(given, Mapping) else given
     model = tree.get("model", copy.deepcopy(TEXT_MODEL))
     own = {"name": TEXT_MODEL["name"]}
     found["model"] = {**own, **model} if isinstance(model, Mapping) else model
+    models = [each for each in (model, tree.get("student")) if each is not None]
+    folders = [folder for each in models if (folder := _folder_of(each)) is not None]
+    if folders:
+        _default(found["data"], tree.get("data"), "tokenizer", folders[0])
+    if len(folders) == len(models) and not any(each["args"].get("fresh") for each in models):
+        _default(found["train"], tree.get("train"), "lr", HF_RATE)
     return found
+
+
+def _default(section: Any, given: Any, key: str, value: Any) -> None:
+    """Set a default of a section of the config, where it is one and was not given the key."""
+    if isinstance(section, dict) and key not in (given or {}):
+        section[key] = value
+
+
+def _folder_of(model: Any) -> str | None:
+    """Return the folder of a model of `hf`."""
+    args = model.get("args") if isinstance(model, Mapping) and model.get("name") == HF else None
+    path = args.get("path") if isinstance(args, Mapping) else None
+    return path if isinstance(path, str) else None
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -678,13 +754,20 @@ class Config:
         return value
 
     def __post_init__(self) -> None:
-        search = self.search
+        search, space = self.search, _TEXT_SPACE
+        sampled = self.task == "text" and self.targets.samples is not None
+        if sampled:  # at T = 1
+            space = without_default_temperature(space)
+            search = dataclasses.replace(search, space=without_default_temperature(search.space))
+            object.__setattr__(self, "search", search)
         if search.points is None:
             own = dict(zip(PAPER, (self.distill.temperature, self.distill.alpha), strict=True))
             points = [*(dict(own) for _ in range(3 * search.trials // 8)), dict(PAPER)]
             if self.task == "text":
                 points = points[:-1] or [own]
-                default = search.space == TEXT["search"]["space"]
+                if sampled:
+                    points = [{"distill.alpha": self.distill.alpha} for _ in points]
+                default = search.space == space
             else:
                 default = search.space == SPACE and search.trials >= 4
             search = dataclasses.replace(search, points=points if default else [])
@@ -854,7 +937,7 @@ def put(tree: Tree, key: str, value: Any) -> None:
         return
     inside_space = re.match(r"(search)\.(space|labels_only_space)\.(.+)", key)
     *parents, last = inside_space.groups() if inside_space else key.split(".")
-    default = TEXT["search"]["space"] if tree.get("task") == "text" else SPACE
+    default = _default_space(tree)
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
             whole = inside_space and parent == "space"

@@ -17,6 +17,7 @@ from selfkd.config.schema import (
     leaves,
     locate_key,
     to_tree,
+    without_default_temperature,
 )
 from selfkd.config.space import Distribution, is_finite
 from selfkd.errors import ConfigError
@@ -40,9 +41,9 @@ _FIXED = (
 
 OF_TASK = {
     "images": (
-        *("data.download", "data.train_size", "data.val_size", "data.classes", "data.label_noise"),
-        *("data.image_size", "data.in_memory", "data.crop", "data.flip", "data.jitter"),
-        *("data.views", "train.warmup_epochs", "train.momentum"),
+        *("data.download", "data.classes", "data.label_noise", "data.image_size"),
+        *("data.in_memory", "data.crop", "data.flip", "data.jitter", "data.views"),
+        *("train.warmup_epochs", "train.momentum"),
     ),
     "text": (
         *("data.context", "data.tokenizer", "data.rationales", "data.rationale_weight"),
@@ -52,16 +53,22 @@ OF_TASK = {
     ),
 }
 """Keys of one task alone."""
+_OF_LOGITS = (
+    *("distill.temperature", "distill.alpha", "distill.average", "distill.live"),
+    *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
+)
+"""Keys of distillation by logits alone."""
 _TEXT_CONTROLS = ("seeds", "label_smoothing")
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
     *("data.train_size", "data.classes", "data.label_noise"),
     *("data.crop", "data.flip", "data.jitter", "data.views"),
+    *("data.rationales", "data.rationale_weight"),
 )
 """What an arm of a study may change of the data: its training items, their labels and views."""
 _FIXED_KEYS = (
-    *("distill.teacher", "distill.live"),
+    *("distill.teacher", "distill.live", "distill.mode"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
     "members.compare",
 )
@@ -105,6 +112,11 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if config.targets.top_k is not None and any("logits" in average for average in averages):
         where = locate_key("targets.top_k", sources)
         yield f"{where}: cannot go with distill.average logits: an average needs all logits"
+    if config.targets.samples is not None:
+        yield from sampled_faults(config, sources, "targets.samples are drawn at T = 1")
+    if config.targets.samples is not None and config.targets.top_k is not None:
+        where = locate_key("targets.samples", sources)
+        yield f"{where}: cannot go with targets.top_k: give one of them"
     if config.distill.live and "specialists" in (members.source, *members.compare):
         where = locate_key("distill.live", sources)
         yield f"{where}: must be false with specialists, whose logits are cached, got True"
@@ -177,6 +189,44 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                 )
 
 
+def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iterator[str]:
+    """Yield faults of settings that samples of a teacher cannot go with.
+
+    The default range of T in the search space is none: it is left out there.
+
+    Args:
+        config: Config to check.
+        sources: Where dotted keys were given, for messages.
+        why: Why there are samples, in words.
+    """
+    key, search = "distill.temperature", config.search
+    given: dict[str, Any] = {key: config.distill.temperature}
+    given |= {f"search.points.{n}.{key}": p.get(key, 1) for n, p in enumerate(search.points or ())}
+    arms = config.study.arms
+    given |= {f"study.arms.{name}.set.{key}": arm.set.get(key, 1) for name, arm in arms.items()}
+    for name, temperature in given.items():
+        if temperature != 1:
+            yield f"{locate_key(name, sources)}: must be 1, got {temperature}: {why}"
+    spec = without_default_temperature(search.space).get(key, {"choice": [1]})
+    if spec not in ({"choice": [1]}, {"uniform": [1, 1]}):
+        where = locate_key(f"search.space.{key}", sources)
+        yield f"{where}: must be left out, got {spec}: {why}"
+    averages = (config.distill.average, str(search.space.get("distill.average")))
+    if any("logits" in average for average in averages):
+        where = locate_key("distill.average", sources)
+        yield f"{where}: must be probabilities, got logits, which are not cached: {why}"
+    if config.distill.divergence != "forward_kl":
+        where = locate_key("distill.divergence", sources)
+        yield f"{where}: must be forward_kl, got {config.distill.divergence}: {why}"
+    needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
+    if needing:
+        where = locate_key("controls", sources)
+        yield f"{where}: {' and '.join(needing)} need all logits: {why}"
+    for name, arm in arms.items():
+        if arm.target_transform in ("permuted", "confidence"):
+            yield f"study.arms.{name}: {arm.target_transform} needs all logits: {why}"
+
+
 def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield faults of keys that another task has, and of what a task does not do."""
     default, given = flat(from_tree({"task": config.task})), flat(config)
@@ -191,6 +241,15 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{where}: {key} is only with task {other}"
     if config.task != "text":
         return
+    if config.data.name != "arithmetic":
+        for key in ("data.train_size", "data.val_size"):
+            if given[key] is not None:
+                where = locate_key(key, sources)
+                yield (
+                    f"{where}: only with data.name arithmetic, whose problems are generated, or "
+                    f"task images, got {given[key]} with {config.data.name}"
+                )
+    yield from _traces_faults(config, sources)
     wrong = [name for name in config.controls if name not in _TEXT_CONTROLS]
     if wrong:
         where, known = locate_key("controls", sources), " or ".join(_TEXT_CONTROLS)
@@ -199,9 +258,7 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         if source in (config.members.source, *config.members.compare):
             where = locate_key("members", sources)
             yield f"{where}: {source} are only with task images"
-    if config.distill.live:
-        where = locate_key("distill.live", sources)
-        yield f"{where}: must be false with task text, whose teacher logits are cached, got True"
+    yield from (f"{locate_key(k, sources)}: {fault}" for k, fault in _loss_faults(config))
     if config.resources.workers > 1:
         where, workers = locate_key("resources.workers", sources), config.resources.workers
         yield f"{where}: must be 1 with task text, got {workers}"
@@ -212,6 +269,54 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if epochs > steps:
         where = locate_key("train.epochs", sources)
         yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+
+
+def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield faults of what has no meaning where students are trained on the text of teachers."""
+    if config.distill.mode == "tokens":
+        return
+    default, given = flat(from_tree({"task": "text"})), flat(config)
+    why = "has no effect with distill.mode traces"
+    for key in _OF_LOGITS:
+        if given[key] != default[key]:
+            yield f"{locate_key(key, sources)}: {why}, got {given[key]!r}"
+        if key in config.search.space:
+            yield f"{locate_key(f'search.space.{key}', sources)}: {why}"
+        if any(key in point for point in config.search.points or ()):
+            yield f"{locate_key('search.points', sources)}: {key} {why}"
+
+
+def _loss_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of the loss on text: what it needs of the teacher and is not there."""
+    distill, targets = config.distill, config.targets
+    given = [key for key in ("top_k", "samples") if getattr(targets, key) is not None]
+    shares = (distill.on_policy, *_searched(config, "distill.on_policy"))
+    if any(shares) and not distill.live:
+        yield (
+            "distill.on_policy",
+            "needs distill.live=true, as no teacher logits of what a student writes are cached, "
+            f"got {max(shares):g}",
+        )
+    for key in given:
+        if distill.live:
+            value = getattr(targets, key)
+            yield f"targets.{key}", f"not with distill.live=true, which caches none, got {value}"
+    others = {distill.divergence, *_searched(config, "distill.divergence")} - {"forward_kl"}
+    if given and not distill.live and others:
+        yield (
+            "distill.divergence",
+            f"needs all teacher logits: leave out targets.{given[0]}, set distill.live=true, or "
+            f"forward_kl, got {', '.join(sorted(others))}",
+        )
+
+
+def _searched(config: Config, key: str) -> list[Any]:
+    """Return the values, or the ends, of a key's search space."""
+    try:
+        found = Distribution.parse(config.search.space[key])
+    except (KeyError, ValueError):
+        return []
+    return list(found.values) if found.kind == "choice" else [found.at(0.0), found.at(1.0)]
 
 
 def _key_faults(key: str) -> Iterator[str]:
@@ -335,9 +440,12 @@ def _study_faults(config: Config) -> Iterator[str]:
                 known = f"model, train, distill or of {', '.join(FREE)}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
         try:
-            config.at(arm.set)
+            own = config.at(arm.set)
         except ConfigError as error:
             yield from (f"{where}.set: {line}" for line in str(error).splitlines())
+        else:
+            if own.task == "text":
+                yield from (f"{where}.set: {key}: {fault}" for key, fault in _loss_faults(own))
         before.append(name)
     for number, compared in enumerate(config.study.compare):
         for name in filter(None, (compared.arm, compared.to, compared.reference)):

@@ -173,12 +173,16 @@ def describe(
         sides = f"{low} to {high}, the median {median}" if low < high else str(low)
         line += f" (shorter sides are {sides}; data.image_size sets the size)"
     if left_out:
-        line += f"; left out: {_listed(left_out)}"
+        line += f"; left out: {list_left_out(left_out)}"
     return one_line(line) if chosen or left_out else ""
 
 
-def _listed(left_out: Counter[str]) -> str:
-    """Return the numbers of files by type, those of the most frequent types by name."""
+def list_left_out(left_out: Counter[str]) -> str:
+    """Return the numbers of files by type, those of the most frequent types by name.
+
+    >>> list_left_out(Counter({".md": 2, "hidden": 1}))
+    '2 .md, 1 hidden'
+    """
     named = sorted(kind for kind, _ in left_out.most_common(MOST_TYPES))
     words = [
         f"{left_out[kind]:,} {kind}" + ("s" if left_out[kind] > 1 and kind in _PLURAL else "")
@@ -233,23 +237,30 @@ def _list_images(
     paths, labels = list[str](), list[int]()
     for label, folder in enumerate(folders):
         if folder is not None:
-            found = list(_walk(root / folder, folder, frozenset(), left_out))
+            found = list(walk(root / folder, folder, frozenset(), left_out, suffixes()))
             paths += found
             labels += [label] * len(found)
     if not paths:
-        without = f" (left out: {_listed(left_out)})" if left_out else ""
+        without = f" (left out: {list_left_out(left_out)})" if left_out else ""
         raise ValueError(f"data.root must hold images, got none in {root / part}{without}")
     return Files(root, paths), labels
 
 
-def _walk(folder: Path, name: str, above: frozenset[Path], left_out: Counter[str]) -> Iterator[str]:
-    """Yield the image files under a folder in the order of their paths; links are followed.
+def walk(
+    folder: Path,
+    name: str,
+    above: frozenset[Path],
+    left_out: Counter[str],
+    kinds: Collection[str],
+) -> Iterator[str]:
+    """Yield the files of some types under a folder in the order of their paths; links are followed.
 
     Args:
         folder: Folder to list.
         name: Its name, with which the files' names begin.
         above: Folders that it is in, by links or otherwise.
         left_out: Number of files that are not read, by type; counted here.
+        kinds: Suffixes in lower case of the files.
     """
     real = folder.resolve()
     above |= {real, *real.parents}
@@ -257,14 +268,14 @@ def _walk(folder: Path, name: str, above: frozenset[Path], left_out: Counter[str
         path = f"{name}/{entry.name}"
         if not _is_folder(entry):
             kind = _kind(entry)
-            if kind in suffixes():
+            if kind in kinds:
                 yield path
             else:
                 left_out[kind] += 1
         elif _is_circular(entry, above):
             left_out["circular link"] += 1
         else:
-            yield from _walk(Path(entry.path), path, above, left_out)
+            yield from walk(Path(entry.path), path, above, left_out, kinds)
 
 
 def _entries(folder: Path, left_out: Counter[str]) -> Iterator["os.DirEntry[str]"]:

@@ -140,6 +140,17 @@ class Teacher:
             ValueError: Logits that are not `[batch, classes]`, or inputs whose channels are not
                 those of `input_stats`.
         """
+        logits = self.any_logits(inputs)
+        if logits.ndim not in (1, 2):  # one number each, of a regression
+            raise ValueError(f"teacher must return [batch, classes], got {list(logits.shape)}")
+        return logits
+
+    def any_logits(self, inputs: Any) -> Tensor:
+        """Compute logits `[batch, ..., classes]` of any shape, as those of tokens; as a call does.
+
+        Args:
+            inputs: Inputs `[batch, ...]`, or nested ones.
+        """
         inputs = _as_for(self.module, inputs)
         if self._affine is not None:
             inputs = _renormalise(inputs, *self._affine)
@@ -149,10 +160,8 @@ class Teacher:
         finally:
             for part in [] if self.copied else training:
                 part.training = True
-        if logits.ndim not in (1, 2):  # one number each, of a regression
-            raise ValueError(f"teacher must return [batch, classes], got {list(logits.shape)}")
         if self._columns is not None:
-            logits = logits.index_select(1, self._columns.to(logits.device))
+            logits = logits.index_select(-1, self._columns.to(logits.device))
         return logits.detach()
 
     @property

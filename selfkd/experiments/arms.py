@@ -162,8 +162,15 @@ class Run:
         search, config = self.config.search, self.config
         named = arm.name if arm.seed_name is None else arm.seed_name
         early = EarlyStopping(config.train.epochs, search.metric, search.mode)
+        fixed = self.folder.facts.fixed
+        space = {key: values for key, values in arm.space.items() if key not in fixed}
+        points = [{k: v for k, v in point.items() if k not in fixed} for point in arm.points]
         proposer = make_proposer(
-            config, arm.space, seed=trial_seed(config.seed, named, -1), last=last, more=arm.points
+            config,
+            space,
+            seed=trial_seed(config.seed, named, -1),
+            last=last,
+            more=[point for point in points if point],
         )
         stage = Stage(
             name=arm.name,
@@ -177,7 +184,7 @@ class Run:
         )
         (trials,) = run_stages(self.executor, self.events, [stage], title=arm.title)
         items = self.folder.facts.items.get("val", 0)
-        ranked = choose(config, arm.space, stage.ranked(trials), items=items)
+        ranked = choose(config, space, stage.ranked(trials), items=items)
         kept = [arm.model(self, trial) for trial in ranked[: keep if save else 0]]
         if save is not None:
             source = self.folder.path / kept[0].checkpoint
@@ -240,7 +247,7 @@ class Run:
             "point": point,
             "model": {"name": model.name, "args": model.args},
             "teachers": self.rows(arm.teachers(own, number)),
-            "targets": str(self.folder.targets(self.config)),
+            "targets": str(self.folder.targets(own)),
             **({"function": self.function} if self.function else {}),
             **arm.options(number),
         }
@@ -255,39 +262,6 @@ class Run:
             }
             for model in models
         ]
-
-    def cache_teacher_logits(
-        self,
-        teachers: Sequence[Model],
-        *,
-        title: str,
-        config: Config | None = None,
-        facts: Facts | None = None,
-    ) -> None:
-        """Cache the logits of teachers for every view of every training item, once.
-
-        The work is split by teacher, view and shard of items; a part that fails is done again
-        alone.
-
-        Args:
-            teachers: Models whose logits are cached.
-            title: Name of the work, for people.
-            config: Config of the students; the run's when not given.
-            facts: Facts of its data, where it is other than the run's.
-
-        Raises:
-            RunError: A part failed again.
-        """
-        config, facts = config or self.config, facts or self.folder.facts
-        shards = -(-facts.items["train"] // config.targets.shard_size)
-        place = {"targets": str(self.folder.targets(config)), "run": str(self.folder.path)}
-        parts = [
-            {"checkpoint": teacher["checkpoint"], "view": view, "shard": shard, **place}
-            for teacher in self.rows(teachers)
-            for view in range(facts.views)
-            for shard in range(shards)
-        ]
-        self.jobs(title, "cache_teacher_logits", parts, config=config)
 
     def evaluate(
         self, requests: Sequence[Request], *, title: str, keep: bool = True

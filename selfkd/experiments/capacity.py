@@ -114,6 +114,8 @@ def _student(
     config, distill = run.config, run.config.distill
     size: Point = {config.capacity.key: value}
     fixed = dict(zip(DISTILL, (distill.temperature, distill.alpha), strict=True))
+    if distill.mode == "traces":
+        fixed = {}
 
     def arm(kind: str, point: Point, search: str, source: str, teach: ArmTeachers) -> Arm:
         space = config.space(with_teacher=kind == "distilled") if config.capacity.search else {}
@@ -221,8 +223,8 @@ def _size(
         size,
         value=student.value,
         parameters=student.parameters,
-        temperature=own.temperature,
-        alpha=own.alpha,
+        temperature=own.temperature if own.mode == "tokens" else None,
+        alpha=own.alpha if own.mode == "tokens" else None,
         trials=trials,
         train_seconds=trials * seconds,
         ms_1=cost["ms_1"],

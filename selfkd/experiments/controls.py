@@ -17,6 +17,7 @@ from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.confirm import labels_only
 from selfkd.experiments.lineages import in_lineages
 from selfkd.experiments.replicas import confirm_seeds, contrast, pair_up, remove_students
+from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import (
     Confirmation,
     ControlResult,
@@ -109,8 +110,7 @@ def _search(run: Run, name: Control, results: Sequence[GenerationResult]) -> Arm
     """Return a control's best setting, to be replicated."""
     teachers = results[1].teachers if name in DISTILLED else ()
     if teachers:  # their logits are cached, unless somebody has removed them
-        title = f"{TITLES[name]}: caching the logits of generation 0"
-        run.cache_teacher_logits(teachers, title=title)
+        prepare_teachers(run, teachers, of=TITLES[name])
     options = {"transform": TRANSFORMS[name]} if name in TRANSFORMS else {}
     folder = run.folder.path / "controls" / name
     arm = Arm(

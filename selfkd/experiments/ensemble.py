@@ -107,7 +107,7 @@ def _measure(
     """Evaluate members, ensembles and students on the test split, and time them."""
     config, metric = run.config.at(best.point), run.metric
     own_teachers, average = teachers.of(config), config.distill.average
-    members = teachers.sources["members"]
+    members, soft = teachers.sources["members"], config.distill.mode == "tokens"
     labels, students = zip(*pairs, strict=True)
     alone = [model for models in teachers.sources.values() for model in models]
     requests = [Request(model) for model in dict.fromkeys([*alone, *own_teachers])]
@@ -147,8 +147,8 @@ def _measure(
         teacher=teachers.row(config, teacher, cost),
         chosen=Chosen(
             point=best.point,
-            temperature=config.distill.temperature,
-            alpha=config.distill.alpha,
+            temperature=config.distill.temperature if soft else None,
+            alpha=config.distill.alpha if soft else None,
             average=average,
             metrics={k: v for k, v in best.metrics.items() if k.startswith("val_")},
             hash=best.hash,

@@ -23,6 +23,7 @@ from selfkd.experiments.controls import judge_controls, run_controls
 from selfkd.experiments.given import import_generation, say_changes
 from selfkd.experiments.replicas import resolution
 from selfkd.experiments.run_folder import EXAMPLES, RunFolder
+from selfkd.experiments.teachers import prepare_teachers, sum_written
 from selfkd.results import (
     Confirmation,
     Evaluation,
@@ -34,6 +35,7 @@ from selfkd.results import (
     Message,
     Model,
     Point,
+    Written,
     best_generation,
     from_row,
 )
@@ -170,9 +172,9 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
         return import_generation(run)
     start = time.perf_counter()
     teachers = _teachers(config, results)
+    written: list[Written] = []
     if teachers and run.function is None and not config.distill.live:
-        title = f"generation {generation}: caching teacher logits"
-        run.cache_teacher_logits(teachers, title=title)
+        written += prepare_teachers(run, teachers, of=f"generation {generation}").values()
     arm = Arm(
         name=f"generation-{generation}",
         title=f"generation {generation} of {config.most_rounds}",
@@ -191,7 +193,12 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
         request = Request(searched.models[0], teachers=teachers, diagnose=True)
         (evaluation,) = run.evaluate([request], title="testing the chosen model")
     result = _result(config, generation, searched, teachers, evaluation)
-    result = replace(result, wanted_models=kept, seconds=time.perf_counter() - start)
+    result = replace(
+        result,
+        wanted_models=kept,
+        seconds=time.perf_counter() - start,
+        written=sum_written(written) if written else None,
+    )
     save_row(arm.folder / "result.json", result)
     return result
 
@@ -214,6 +221,7 @@ def _result(
 ) -> GenerationResult:
     """Return what is known of a generation's chosen trial."""
     best, distill = searched.best, config.at(searched.best.point).distill
+    soft = generation > 0 and distill.mode == "tokens"
     if evaluation is None:
         metrics, measured = best.metrics, Evaluation(hash=best.hash)
     else:
@@ -225,8 +233,8 @@ def _result(
         generation=generation,
         trial=best.trial,
         point=best.point,
-        temperature=distill.temperature if generation else None,
-        alpha=distill.alpha if generation else None,
+        temperature=distill.temperature if soft else None,
+        alpha=distill.alpha if soft else None,
         metrics=metrics,
         hash=best.hash,
         teachers=tuple(teachers),

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.verdicts import describe_other_data
-from selfkd.config import RESERVED_ARGS, Config, ModelConfig, flat
+from selfkd.config import SOURCE_ARGS, Config, ModelConfig, flat
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Request, Run
 from selfkd.experiments.confirm import load_confirmations
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import (
     STUDENT,
     EnsembleSummary,
@@ -133,7 +134,7 @@ def import_generation(run: Run) -> GenerationResult:
         Model(row["hash"], run.folder.relative(path)) for row, path in zip(rows, saves, strict=True)
     )
     if teachers and not config.distill.live:
-        run.cache_teacher_logits(teachers, title="generation 0: caching its teacher's logits")
+        prepare_teachers(run, teachers, of="generation 0")
     request = Request(model, teachers=teachers, diagnose=True)
     (found,) = run.evaluate([request], title="testing generation 0")
     result = GenerationResult(
@@ -300,7 +301,7 @@ def _checkpoint(config: Config) -> Mapping[str, Any]:
 
 def _own_args(model: ModelConfig) -> dict[str, Any]:
     """Return the arguments of a network without those that say where weights come from."""
-    return {key: value for key, value in model.args.items() if key not in RESERVED_ARGS}
+    return {key: value for key, value in model.args.items() if key not in SOURCE_ARGS}
 
 
 def _with_facts(run: Run, source: _Source, row: Row) -> _Source:

@@ -13,6 +13,7 @@ from pathlib import Path
 from selfkd.experiments.arms import Arm, Run
 from selfkd.experiments.replicas import remove_students
 from selfkd.experiments.run_folder import student_file, trial_folder
+from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import GenerationResult, Model, TrialResult
 from selfkd.storage.rows import load_row
 
@@ -37,8 +38,7 @@ def in_lineages(run: Run, arm: Arm, result: GenerationResult) -> Arm:
     }
     waiting = [model for n, own in models.items() if n not in done for model in own]
     if waiting and run.function is None and not run.config.distill.live:
-        title = f"{arm.name.replace('-', ' ')}: caching the logits of {len(waiting)} teachers"
-        run.cache_teacher_logits(waiting, title=title)
+        prepare_teachers(run, waiting, of=arm.name.replace("-", " "))
     return replace(
         arm,
         teachers=lambda own, number: models[number],

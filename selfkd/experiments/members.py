@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Run
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
+from selfkd.experiments.teachers import prepare_teachers, sum_written
 from selfkd.results import (
     TIE,
     Evaluation,
@@ -33,6 +34,7 @@ from selfkd.results import (
     Row,
     SourceResult,
     TeacherRow,
+    Written,
 )
 from selfkd.storage.files import link
 from selfkd.storage.remote import RemotePath, as_path
@@ -50,6 +52,8 @@ class Teachers:
     """The best on validation first."""
     sources: Mapping[Source, Sequence[Model]]
     """What is made of them."""
+    written: Mapping[str, Written] = field(default_factory=dict)
+    """By the hash of a teacher what it has written, where students are trained on text."""
 
     def of(self, config: Config, number: int = 0) -> Sequence[Model]:
         """Return the teachers of a student's config."""
@@ -58,8 +62,15 @@ class Teachers:
 
     def row(self, config: Config, evaluation: Evaluation, cost: Row) -> TeacherRow:
         """Return the summary's row of the teachers of a student's config."""
-        source, members = config.members.source, len(self.of(config))
-        return TeacherRow(source=source, members=members, metrics=evaluation.metrics, **cost)
+        source, models = config.members.source, self.of(config)
+        written = [self.written[model.hash] for model in models if model.hash in self.written]
+        return TeacherRow(
+            source=source,
+            members=len(models),
+            written=sum_written(written) if written else None,
+            metrics=evaluation.metrics,
+            **cost,
+        )
 
 
 def make_teachers(run: Run) -> Teachers:
@@ -75,9 +86,9 @@ def make_teachers(run: Run) -> Teachers:
     _check(run.config, facts, len(imported))
     members = _once(run, Members, "members/result", lambda: _members(run, imported)).members
     teachers = Teachers(members, _sources(run, members, facts))
-    if not run.config.distill.live:
-        run.cache_teacher_logits(_may_teach(run.config, teachers), title="caching teacher logits")
-    return teachers
+    if run.config.distill.live:
+        return teachers
+    return replace(teachers, written=prepare_teachers(run, _may_teach(run.config, teachers)))
 
 
 def check_members(config: Config) -> None:

@@ -23,7 +23,7 @@ def confirm_seeds(config: Config, count: int | None = None) -> list[int]:
 
 def resolution(facts: Facts, metric: str, split: str) -> float:
     """Return the smallest difference of an accuracy on a split; 0 of other metrics."""
-    items = facts.items.get(split, 0)
+    items = facts.count(split)
     return 1 / items if find_metric(metric).is_fraction and items else 0.0
 
 

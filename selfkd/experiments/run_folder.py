@@ -272,9 +272,12 @@ class RunFolder:
                     link(file, self.path / file.relative_to(self.local))
 
     def targets(self, config: Config) -> Path:
-        """Return the folder of the cached teacher logits."""
-        root = config.targets.root
-        return self.path / "targets" if root is None else as_path(root).expanduser().absolute()
+        """Return the folder of what teachers leave to students: cached logits, or text."""
+        root, traces = config.targets.root, config.distill.mode == "traces"
+        if root is None:
+            return self.path / ("written" if traces else "targets")
+        found = as_path(root).expanduser().absolute()
+        return found / "written" if traces else found
 
     def generation(self, generation: int) -> Path:
         """Return the folder of a generation."""

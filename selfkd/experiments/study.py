@@ -8,6 +8,7 @@ taken seed by seed. An arm may be the teacher of a later one, so whole chains ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from selfkd.analysis.families import Pairs, judge
@@ -19,6 +20,7 @@ from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import make_teachers
 from selfkd.experiments.replicas import confirm_seeds
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.teachers import prepare_teachers, sum_written
 from selfkd.results import (
     ArmResult,
     ArmRun,
@@ -29,6 +31,7 @@ from selfkd.results import (
     Model,
     StudySummary,
     TrialResult,
+    Written,
 )
 
 
@@ -58,7 +61,8 @@ class _Study:
         self.run, self.configs = run, run.config.study.arms
         self.arms: dict[str, Arm] = {}
         self.trials: dict[str, list[TrialResult]] = {}
-        self._cached = set[tuple[str, DataConfig]]()
+        self._written = dict[str, Written]()
+        self._prepared = dict[tuple[str, DataConfig, str], Written | None]()
 
     def finish(self) -> StudySummary:
         run, config = self.run, self.run.config
@@ -103,21 +107,29 @@ class _Study:
                 options=lambda number, options=options: options,  # type: ignore[misc]
                 seeds=seeds,
             )
-            waiting = {
-                model.hash: model
-                for models in teachers
-                for model in models
-                if (model.hash, own.data) not in self._cached
-            }
-            if waiting and not own.distill.live:
-                self._cached |= {(digest, own.data) for digest in waiting}
-                title = f"caching teacher logits for {name}"
-                models = list(waiting.values())
-                run.cache_teacher_logits(models, title=title, config=own, facts=facts[name])
+            if not own.distill.live:
+                self._prepare(name, own, teachers, facts[name])
         side = "one arm" if len(names) == 1 else f"{len(names)} arms side by side"
         title = f"{', '.join(names)}: {side}"
         found = run.replicate([self.arms[name] for name in names], title=title)
         self.trials |= dict(zip(names, found, strict=True))
+
+    def _prepare(
+        self, name: str, own: Config, teachers: Sequence[Sequence[Model]], facts: Facts
+    ) -> None:
+        """Prepare what the students of an arm need of their teachers, unless another arm has."""
+        models = {
+            (model.hash, own.data, own.distill.mode): model for each in teachers for model in each
+        }
+        waiting = {key: model for key, model in models.items() if key not in self._prepared}
+        if waiting:
+            found = prepare_teachers(
+                self.run, list(waiting.values()), of=name, config=own, facts=facts
+            )
+            self._prepared |= {key: found.get(key[0]) for key in waiting}
+        written = [row for key in models if (row := self._prepared[key]) is not None]
+        if written:
+            self._written[name] = sum_written(written)
 
     def _teachers(self, arm: ArmConfig, number: int) -> list[Model]:
         """Return the teachers of the trial of a seed."""
@@ -186,7 +198,10 @@ class _Study:
     def _summary(self, measured: Mapping[str, Sequence[ArmRun]]) -> StudySummary:
         run, config = self.run, self.run.config
         items, metric = run.folder.facts.items["test"], run.metric
-        rows = {name: _arm_result(name, runs, metric) for name, runs in measured.items()}
+        rows = {
+            name: replace(_arm_result(name, runs, metric), written=self._written.get(name))
+            for name, runs in measured.items()
+        }
         members, reference = None, {name: row.runs for name, row in rows.items()}
         if self.members:
             run.evaluate([Request(m) for m in self.members], title="testing the members")

@@ -28,21 +28,36 @@ from selfkd.losses.sparse import SparseLogits, check_sparse, unchecked_sparse_te
 
 
 class SampledTargets(NamedTuple):
-    """Classes sampled from a teacher for each token: an unbiased estimate of its soft targets."""
+    """Classes sampled from a teacher for each token: an unbiased estimate of its soft targets.
+
+    The classes alone are enough where they are drawn from the teacher's softmax at T = 1.
+    """
 
     indices: Tensor
     """Sampled classes `[..., samples]`, int64, with repetition."""
-    weights: Tensor
+    weights: Tensor | None = None
     """Importance weights `[..., samples]`: p / (samples q) of a class with probability p that is
-    drawn with probability q."""
-    log_p: Tensor
-    """Log-probabilities log p of the sampled classes, `[..., samples]`."""
-    temperature: float
+    drawn with probability q; 1 / samples, as of q = p, when None."""
+    log_p: Tensor | None = None
+    """Log-probabilities log p of the sampled classes, `[..., samples]`. Without them the entropy
+    of the teacher is unknown, and the soft loss is T^2 times the cross-entropy, not the KL: larger
+    by a constant, with the same gradient."""
+    temperature: float = 1.0
     """Temperature T of p, at which the student must be trained too."""
 
     def to(self, device: torch.device | str | int) -> SampledTargets:
         """Return a copy on `device`."""
-        return _map_tensors(self, lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> SampledTargets:
+        """Return the targets with `change` applied to each of their tensors."""
+        indices, weights, log_p, temperature = self
+        return SampledTargets(
+            change(indices),
+            None if weights is None else change(weights),
+            None if log_p is None else change(log_p),
+            temperature,
+        )
 
 
 class LinearLogits(NamedTuple):
@@ -550,7 +565,9 @@ def _sampled_terms(
 ) -> DistillationTerms:
     hard = hard_loss(logits, labels, label_smoothing=settings.label_smoothing)
     log_p_s = F.log_softmax(logits / settings.temperature, dim=-1).gather(-1, teacher.indices)
-    kl = (teacher.weights * (teacher.log_p - log_p_s)).sum(-1).mean()
+    log_p = 0.0 if teacher.log_p is None else teacher.log_p
+    weights = 1 / log_p_s.shape[-1] if teacher.weights is None else teacher.weights
+    kl = (weights * (log_p - log_p_s)).sum(-1).mean()
     soft = settings.temperature**2 * kl
     return DistillationTerms(weighted_sum(hard, soft, settings.alpha), hard.detach(), soft.detach())
 
@@ -559,12 +576,9 @@ def _map_tensors(teacher: _Teacher, change: Callable[[Tensor], Tensor]) -> _Teac
     """Return the teacher with `change` applied to each of its tensors of tokens."""
     if isinstance(teacher, Tensor):
         return change(teacher)
-    if isinstance(teacher, SparseLogits):
-        return teacher.map(change)
     if isinstance(teacher, LinearLogits):
         return teacher._replace(hidden=change(teacher.hidden))
-    indices, weights, log_p, temperature = teacher
-    return SampledTargets(change(indices), change(weights), change(log_p), temperature)
+    return teacher.map(change)
 
 
 def _cut(teacher: TokenTeacher, student_logits: Tensor, soft: SoftTerm) -> TokenTeacher:
@@ -614,12 +628,9 @@ def _check_teacher(teacher: TokenTeacher, student_logits: Tensor, settings: _Set
                 "members, got 'logits'"
             )
     elif isinstance(teacher, SampledTargets):
-        shapes = {tensor.shape for tensor in teacher[:3]}
-        if len(shapes) > 1 or list(teacher.indices.shape[:-1]) != shape[:2]:
-            raise ValueError(
-                f"teacher must be sampled {[*shape[:2], 'samples']}, got "
-                f"{[list(tensor.shape) for tensor in teacher[:3]]}"
-            )
+        shapes = [list(tensor.shape) for tensor in teacher[:3] if tensor is not None]
+        if shapes != [[*shape[:2], shapes[0][-1]]] * len(shapes):
+            raise ValueError(f"teacher must be sampled {[*shape[:2], 'samples']}, got {shapes}")
         if teacher.temperature != settings.temperature:
             raise ValueError(
                 f"temperature must be that of the sampled targets, {teacher.temperature}, got "

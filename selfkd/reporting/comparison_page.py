@@ -22,7 +22,7 @@ from selfkd.reporting.page import Page
 from selfkd.reporting.read import Run
 from selfkd.reporting.sections.panels import Panel, Section, bar, measure_of
 from selfkd.reporting.tables import Table
-from selfkd.results import Interval, Seeds, find_metric, title, to_row
+from selfkd.results import Interval, Seeds, find_metric, test_key, title, to_row
 
 Record = dict[str, Any]
 FIRST = ("run", "command", "finished", "row", "temperature", "alpha")
@@ -222,10 +222,11 @@ def _differences(runs: Sequence[Run]) -> list[Panel]:
 def record_fields(runs: Sequence[Run]) -> list[str]:
     """Return the names of the columns of flat rows."""
     of_runs = [
-        [f"val_{run.data.metric}", run.data.tested, *(f"test_{name}" for name in run.data.further)]
+        [f"val_{run.data.metric}", run.data.tested, *map(test_key, run.data.further)]
         for run in runs
     ]
-    return [*FIRST, *dict.fromkeys(name for names in of_runs for name in names), *LAST]
+    names = dict.fromkeys(name for names in of_runs for name in names if name not in LAST)
+    return [*FIRST, *names, *LAST]
 
 
 def records(run: Run) -> list[Record]:

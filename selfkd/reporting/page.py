@@ -234,12 +234,10 @@ def _appendices(run: Run) -> list[Appendix]:
     environment = run.starts[-1] if run.starts else {}
     restarts = f"Of the last of {len(run.starts)} starts." if len(run.starts) > 1 else ""
     tested = [model for model in run.pair or run.students if model.diagnostics]
+    best = "Best T divides all logits: it has the lowest NLL on validation (Guo et al., 2017)."
+    fitted = any(found.scaled for model in tested for found in model.diagnostics.values())
     return [
-        Appendix(
-            "Calibration",
-            diagnostics.calibration_table(tested),
-            "Best T divides all logits: it has the lowest NLL on validation (Guo et al., 2017).",
-        ),
+        Appendix("Calibration", diagnostics.calibration_table(tested), best if fitted else ""),
         Appendix("Lineage", tables.lineage_table(run), chain=chain),
         Appendix("Members", tables.members_table(run), "The best on validation first."),
         Appendix("Cost", tables.cost_table(run), cost),

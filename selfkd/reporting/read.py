@@ -186,7 +186,9 @@ class Run:
         return value
 
     def setting(self, trial: TrialResult) -> tuple[float, float] | None:
-        """Return T and alpha of a trial; None where they are damaged."""
+        """Return T and alpha of a trial; None where they are damaged, or have no meaning."""
+        if self.get("distill.mode") == "traces":
+            return None
         values = [trial.point.get(key, self.get(key)) for key in DISTILL]
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             return None

@@ -19,6 +19,8 @@ from selfkd.results import (
     TableRow,
     TrialResult,
     find_metric,
+    test_key,
+    with_agreement,
 )
 from selfkd.text import one_line
 
@@ -84,9 +86,8 @@ def generations_table(run: Run) -> Table:
             *(
                 words.bare_difference(control.first, control.metric),
                 "",
-                *[""] * len(run.data.further),
+                *[""] * len(with_agreement(run.data.further)),
             ),
-            "",
         )
         for control in run.controls
     ]
@@ -96,7 +97,7 @@ def generations_table(run: Run) -> Table:
     head = ("generation", "T", "alpha", words.short_metric(run.metric), tested, again)
     unit = words.difference_head(run.data.metric)
     differences = f"vs gen. 0{unit}", f"vs previous{unit}"
-    columns = (*head, *differences, *further_head(run.data.further), "agreement")
+    columns = (*head, *differences, *further_head(with_agreement(run.data.further)))
     return Table(columns, tuple(rows)).without_empty()
 
 
@@ -108,7 +109,8 @@ def further_head(names: Sequence[str]) -> list[str]:
 def _generation_row(run: Run, generation: Generation) -> tuple[str, ...]:
     result, confirmed = generation.result, generation.confirmation
     if result is None:
-        return (f"{generation.number} (unfinished)", *[""] * (8 + len(run.data.further)))
+        further = with_agreement(run.data.further)
+        return (f"{generation.number} (unfinished)", *[""] * (7 + len(further)))
     return (
         str(generation.number),
         words.number(result.temperature, ".2f"),
@@ -118,14 +120,13 @@ def _generation_row(run: Run, generation: Generation) -> tuple[str, ...]:
         words.confirmed(confirmed),
         words.gained(confirmed, "first"),
         words.gained(confirmed, "previous"),
-        *_further(result, run.data.further),
-        words.percent(result.metric("agreement")),
+        *_further(result, with_agreement(run.data.further)),
     )
 
 
 def _ensemble_row(run: Run, row: Evaluation) -> tuple[str, ...]:
-    val, test, *further = measures(row, run.data.metric, run.data.further)
-    return ("ensemble of all", "", "", val, test, "", "", "", *further, "")
+    val, test, *further = measures(row, run.data.metric, with_agreement(run.data.further))
+    return ("ensemble of all", "", "", val, test, "", "", "", *further)
 
 
 def measures(row: Measured, metric: str, further: Sequence[str] = FURTHER) -> tuple[str, ...]:
@@ -138,7 +139,7 @@ def measures(row: Measured, metric: str, further: Sequence[str] = FURTHER) -> tu
 
 
 def _further(row: Measured, names: Sequence[str]) -> list[str]:
-    return [words.number(row.metric(f"test_{name}"), find_metric(name).cell) for name in names]
+    return [words.number(row.metric(test_key(name)), find_metric(name).cell) for name in names]
 
 
 def all_trials_table(run: Run) -> Table:
@@ -310,7 +311,7 @@ def ensemble_table(
         costs = words.number(row.ms_1, ".3g"), words.number(row.ms_128, ".3g")
         texts.append((row.name, val, test, *more, words.size(row.parameters), *costs))
     note = "ms an item, of 1 and of 128 at once, on one thread."
-    return Table(head, tuple(texts), note, rules=(len(texts) - 2,))
+    return Table(head, tuple(texts), note, rules=(len(texts) - 2,)).without_empty()
 
 
 def tree_table(tree: Mapping[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from selfkd.analysis import verdicts
@@ -18,6 +18,8 @@ from selfkd.results import (
     title,
 )
 
+HALVED = 0.5
+"""Share of generation 0's distinct 2-grams at which a generation is warned of."""
 MAIN = "accuracy"
 """Metric of what is not said."""
 
@@ -141,6 +143,26 @@ def gained(confirmation: Replicated | None, other: Literal["first", "previous"])
     return "" if confirmation is None else bare_difference(found, confirmation.metric)
 
 
+def warn_of_collapse(results: Sequence[GenerationResult]) -> list[str]:
+    """Return a warning for each generation that repeats itself: half as many distinct 2-grams.
+
+    >>> first, last = (
+    ...     GenerationResult(generation=k, trial=0, metrics={"test_distinct_2": value})
+    ...     for k, value in enumerate((0.9, 0.4))
+    ... )
+    >>> warn_of_collapse([first, last])
+    ['warning: generation 1 repeats itself: distinct 2-grams 40.00%, of generation 0 90.00%']
+    """
+    name = "test_distinct_2"
+    first = results[0].metric(name) if results else None
+    return [
+        f"warning: generation {result.generation} repeats itself: {find_metric(name).label} "
+        f"{value(own, name)}, of generation {results[0].generation} {value(first, name)}"
+        for result in results
+        if first is not None and (own := result.metric(name)) is not None and own <= HALVED * first
+    ]
+
+
 def duration(seconds: float) -> str:
     """Return a time in seconds, or hours and minutes.
 
@@ -188,6 +210,7 @@ def _of_generations(run: Run) -> Iterator[str]:
             f"The ensemble of all {len(done)} generations "
             f"{right(run.data.metric, tested, run.data.unit)}."
         )
+    yield from map(sentence, warn_of_collapse(run.results))
     if not done:
         yield "No generation is finished yet."
 
@@ -259,10 +282,13 @@ def describe_members(config: Config) -> str:
 def describe_ensemble(summary: EnsembleSummary) -> list[str]:
     """Return the findings of `selfkd.ensemble` in words: the setting, the gain, the share."""
     chosen, share = summary.chosen, summary.share
-    setting = (
-        f"chosen of {summary.trials} trials on validation: T {chosen.temperature:.3g}, "
-        f"alpha {chosen.alpha:.3g}, average of {chosen.average}"
-    )
+    setting = f"chosen of {summary.trials} trials on validation: "
+    if chosen.temperature is None or chosen.alpha is None:
+        setting += "trained on the text of its teachers"
+    else:
+        setting += (
+            f"T {chosen.temperature:.3g}, alpha {chosen.alpha:.3g}, average of {chosen.average}"
+        )
     lines = [setting, *summary.verdict.sentences]
     if share is None:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")

@@ -54,7 +54,9 @@ from selfkd.results.metrics import Mode as Mode
 from selfkd.results.metrics import find_main as find_main
 from selfkd.results.metrics import find_metric as find_metric
 from selfkd.results.metrics import is_measured as is_measured
+from selfkd.results.metrics import test_key as test_key
 from selfkd.results.metrics import title as title
+from selfkd.results.metrics import with_agreement as with_agreement
 from selfkd.results.row import CHECKPOINT as CHECKPOINT
 from selfkd.results.row import FORMAT as FORMAT
 from selfkd.results.row import OWN as OWN
@@ -69,11 +71,13 @@ from selfkd.results.study import ArmRun as ArmRun
 from selfkd.results.study import ContrastResult as ContrastResult
 from selfkd.results.study import MembersRow as MembersRow
 from selfkd.results.study import StudySummary as StudySummary
+from selfkd.results.trial import CachedFormat as CachedFormat
 from selfkd.results.trial import Epoch as Epoch
 from selfkd.results.trial import Facts as Facts
 from selfkd.results.trial import Model as Model
 from selfkd.results.trial import Trial as Trial
 from selfkd.results.trial import TrialResult as TrialResult
+from selfkd.results.trial import Written as Written
 from selfkd.results.verdict import Comparison as Comparison
 from selfkd.results.verdict import Outcome as Outcome
 from selfkd.results.verdict import Verdict as Verdict

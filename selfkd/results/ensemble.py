@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from selfkd.results.evaluation import Diagnostics
 from selfkd.results.fields import Count, Digest, FileName, Point
 from selfkd.results.row import ROW, Interval, Measured, Row
-from selfkd.results.trial import Model
+from selfkd.results.trial import Model, Written
 from selfkd.results.verdict import Verdict
 
 
@@ -67,8 +67,8 @@ class Chosen(Measured):
     """The setting that a search chose, by its metrics on validation."""
 
     point: Point = Field(default_factory=dict)
-    temperature: float
-    alpha: float
+    temperature: float | None = None
+    alpha: float | None = None
     average: str
     hash: Digest
 
@@ -79,6 +79,8 @@ class TeacherRow(Measured):
 
     source: str
     members: Count
+    written: Written | None = None
+    """Text of its members that students were trained on, where they were."""
     parameters: float | None = None
     ms_1: float | None = None
     ms_128: float | None = None

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from selfkd.results.evaluation import Diagnostics, Evaluation, McNemar
 from selfkd.results.fields import Count, Digest, FileName, Point
 from selfkd.results.row import ROW, Interval, Measured
-from selfkd.results.trial import Epoch, Model
+from selfkd.results.trial import Epoch, Model, Written
 from selfkd.results.verdict import Verdict
 
 
@@ -102,6 +102,8 @@ class GenerationResult(Measured):
     failed: Count = 0
     train_seconds: float = 0.0
     seconds: float = 0.0
+    written: Written | None = None
+    """Text of its teachers that its students were trained on, where they were."""
     origin: Origin | None = None
     """Where it comes from, if it was not trained by this run."""
 

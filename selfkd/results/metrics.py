@@ -7,13 +7,14 @@ further ones of its tables, `further`. Rows have them with the split before them
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["max", "min"]
 
 SPLITS = {"val_": "validation ", "test_": "test "}
+AGREEMENT = "agreement"
 TIE = "val_nll"
 """Metric that breaks ties of what is chosen by, where it is measured; less is better."""
 
@@ -81,8 +82,8 @@ def _nats(name: str, label: str, short: str) -> Metric:
     return Metric(name, label, short, "min", "nats", form="#.4g", step="+.3f")
 
 
-def _fraction(name: str, label: str, short: str = "") -> Metric:
-    return Metric(name, label, short or label, "max", "points", ".2%", ".2%", "+.2f")
+def _fraction(name: str, label: str, short: str = "", mode: Mode = "max") -> Metric:
+    return Metric(name, label, short or label, mode, "points", ".2%", ".2%", "+.2f")
 
 
 METRICS: Mapping[str, Metric] = {
@@ -96,6 +97,10 @@ METRICS: Mapping[str, Metric] = {
         Metric("perplexity", "perplexity", "perplexity", "min", cell=".4g"),
         Metric("bits_per_byte", "bits per byte", "bits/byte", "min", "bits", "#.4g", step="+.3f"),
         _nats("kl", "KL to the teacher", "KL"),
+        _nats("own_nll", "own NLL", "own NLL"),
+        _fraction("draft_acceptance", "draft acceptance", "drafts kept"),
+        *(_fraction(f"distinct_{n}", f"distinct {n}-grams", f"distinct-{n}") for n in (1, 2, 3)),
+        _fraction("unended", "texts without an end", "no end", "min"),
         Metric("ece", "ECE", "ECE", "min"),
         Metric("brier", "Brier score", "Brier", "min"),
     )
@@ -125,6 +130,24 @@ def is_measured(name: str) -> bool:
     """
     split = _split(name)
     return bool(split) and name.removeprefix(split) in METRICS
+
+
+def test_key(name: str) -> str:
+    """Return the key of rows that a metric has on the test split; `agreement` is of no other.
+
+    >>> test_key("nll"), test_key("agreement")
+    ('test_nll', 'agreement')
+    """
+    return name if name == AGREEMENT else f"test_{name}"
+
+
+def with_agreement(further: Sequence[str]) -> tuple[str, ...]:
+    """Return further metrics with the teacher agreement after them, unless it is among them.
+
+    >>> with_agreement(("nll",)), with_agreement(("agreement", "kl"))
+    (('nll', 'agreement'), ('agreement', 'kl'))
+    """
+    return tuple(further) if AGREEMENT in further else (*further, AGREEMENT)
 
 
 def find_main(metrics: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 from selfkd.results.evaluation import Unseen
 from selfkd.results.fields import Count, Digest, FileName
 from selfkd.results.row import ROW, Interval, Measured
+from selfkd.results.trial import Written
 from selfkd.results.verdict import Verdict
 
 
@@ -32,6 +33,8 @@ class ArmResult(Measured):
     mean: Interval
     errors: Interval | None = None
     """Number of test errors."""
+    written: Written | None = None
+    """Text of its teachers that it was trained on, where it was."""
     agreement: Interval | None = None
     biased_errors: Interval | None = None
     all_biased_errors: Interval | None = None

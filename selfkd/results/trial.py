@@ -24,6 +24,38 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
+class Written:
+    """Texts that teachers have written for their students.
+
+    >>> Written(texts=2, cut=1, right=1) + Written(texts=3)
+    Written(texts=5, cut=1, right=None)
+    """
+
+    texts: Count = 0
+    cut: Count = 0
+    """Number of those that did not end within the context, where they are to end."""
+    right: Count | None = None
+    """Number of those that end in the right completion; None where there is none to compare."""
+
+    def __add__(self, other: Written) -> Written:
+        known = self.right is not None and other.right is not None
+        right = (self.right or 0) + (other.right or 0) if known else None
+        return Written(texts=self.texts + other.texts, cut=self.cut + other.cut, right=right)
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class CachedFormat:
+    """How the logits of a teacher are cached."""
+
+    words: str
+    """What is cached of an item in a view, in words."""
+    row_bytes: Count
+    """Number of its bytes."""
+    shard_size: Count
+    """Number of items whose logits one job caches in one file."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
 class Facts:
     """What a task says of its data and of the networks of a config."""
 
@@ -38,7 +70,10 @@ class Facts:
     mode: Literal["max", "min"] = "max"
     """Whether more of it is better, or less."""
     further: tuple[str, ...] = ("nll", "ece")
-    """Further metrics that tables show, measured as test_<metric>."""
+    """Further metrics that tables show, measured as test_<metric>; the teacher agreement comes
+    after them where it is not among them."""
+    counts: dict[str, Count] = Field(default_factory=dict)
+    """Number of items of val and test that `metric` is a mean over, where it is not of all."""
     outputs: Count = 0
     """Number of classes, or size of the vocabulary."""
     names: tuple[str, ...] = ()
@@ -49,10 +84,25 @@ class Facts:
     """Sizes of the networks: `model` and `student`."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
     """Hashes of the splits."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """Hashes of the folders that networks start from, by path."""
+    export: str | None = None
+    """Name of the folder that a chosen model is also written to, for other programs; none when not
+    given."""
     function: str | None = None
     """Reference of a user's training function, which has data of its own."""
+    prompts: Count = 0
+    """Number of training prompts that a teacher can go on from; 0 where it writes nothing."""
+    cached: CachedFormat | None = None
+    """How teacher logits are cached, where they are."""
+    fixed: tuple[str, ...] = ()
+    """Dotted keys that no search varies on this data, whatever its space says."""
     notes: tuple[str, ...] = ()
     """What a user should know of the data, such as files that are left out; not kept."""
+
+    def count(self, split: str) -> int:
+        """Return how many items of a split `metric` is a mean over; 0 where it is not known."""
+        return self.counts.get(split, self.items.get(split, 0))
 
     @property
     def tested(self) -> str:

@@ -3,76 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import IterableDataset
 
-from selfkd.distill.outputs import describe_output, map_tensors
+from selfkd.distill.outputs import describe_output
+from selfkd.distill.signature import is_encoder_decoder
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.soft_targets.manifest import DEFAULT_SHARD, Manifest, data_key, load_manifest
+from selfkd.soft_targets.reading import Collate, Reader, SeededView, check_integer
 from selfkd.soft_targets.store import SoftTargets, check_shard, open_store, write_shard
+from selfkd.soft_targets.token_cache import (
+    SHARD_ROWS,
+    TokenReader,
+    fill_shards,
+    fingerprint,
+    is_tokenised,
+    model_inputs,
+)
+from selfkd.soft_targets.tokens import TokenTargets, open_logits
 from selfkd.storage.checkpoint import tensors_hash
 from selfkd.storage.remote import as_path
 
-_PROBES = 32  # items whose bytes tell one data set from another
 _SHARD_BYTES = 256 * 2**20  # logits of a teacher that are held in memory until they are written
-_LABELS = ("label", "labels", "label_ids", "target", "targets", "y")
-_INDICES = ("index", "indices", "idx")
-
-Collate = Callable[[list[Any]], Any]
-
-
-class SeededView(Dataset[tuple[Any, int]]):
-    """Map-style data set whose random augmentation is the same at each reading of a view.
-
-    Python's, NumPy's and PyTorch's generators are seeded by seed, view and index while an item is
-    read, and restored after it. Items are `(item, index)`, with the index that `Distiller` needs.
-
-    Args:
-        dataset: Map-style data set.
-        view: Number of the view; may be changed between epochs, also with `persistent_workers`.
-        seed: Seed of the views.
-
-    Raises:
-        ValueError: A view or a seed that is no integer of at least 0.
-
-    >>> view = SeededView([torch.zeros(2), torch.ones(2)])
-    >>> view[1]
-    (tensor([1., 1.]), 1)
-    """
-
-    def __init__(self, dataset: Any, view: int = 0, *, seed: int = 0) -> None:
-        self.dataset = dataset
-        self.seed = _check_integer("seed", seed)
-        # shared with the workers of a loader, which copy the data set at their start
-        shared = torch.tensor(_check_integer("view", view))
-        self._view = shared.share_memory_()  # type: ignore[no-untyped-call]
-
-    @property
-    def view(self) -> int:
-        """Number of the view."""
-        return int(self._view)
-
-    @view.setter
-    def view(self, value: int) -> None:
-        self._view.fill_(_check_integer("view", value))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        with _seeded(self.seed, self.view, int(index)):
-            return self.dataset[index], index
 
 
 def cache_logits(
@@ -84,11 +43,11 @@ def cache_logits(
     top_k: int | None = None,
     exact: bool = False,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     workers: int = 0,
     collate: Collate | None = None,
     inputs: Callable[[Any], Any] | None = None,
-) -> SoftTargets:
+) -> SoftTargets | TokenTargets:
     """Cache a teacher's logits for a map-style data set, and return what `Distiller` reads.
 
     The teacher is run once on each view of each item; any number of students then read its logits
@@ -102,25 +61,34 @@ def cache_logits(
     `selfkd.SeededView(dataset, view, seed=seed)`, which gives the items that the teacher saw, with
     their indices. A data set without random augmentation needs one view, and no `SeededView`.
 
+    Of a language model, or another one with logits `[batch, length, classes]`, the logits of each
+    token are cached, where items have `input_ids` (of one length or of several, as lists or
+    tensors; also those of `datasets`). Padding, which is on the right, is left out; all tokens
+    are in the hash of the data. `DistillationTrainer(targets=…)` reads them, and checks that each
+    item has the tokens whose logits are cached.
+
     Args:
-        teacher: Network from inputs to logits `[batch, classes]`, on its device; several, or an
-            `Ensemble`, for the logits of each member.
+        teacher: Network from inputs to logits `[batch, classes]` or `[batch, length, classes]`, on
+            its device; several, or an `Ensemble`, for the logits of each member. It is copied;
+            `Teacher(network, copy=False)` is run as it is.
         dataset: Map-style data set; an item is the inputs, a tuple that starts with them, or a
             mapping, of which labels and indices are left out.
         path: Folder of the cached logits, also a URI such as `s3://bucket/logits`.
         views: Number of augmented views of each item.
-        top_k: Number of largest logits cached of an item; all when None.
+        top_k: Number of largest logits cached of an item or token; all when None.
         exact: Whether logits are kept as they are, in single precision: for several labels and for
             numbers. Half precision, less the largest of a row, does for classes.
         seed: Seed of the views.
-        batch_size: Items a batch of the teacher.
+        batch_size: Items a batch of the teacher; 256 when None, and of token logits as many as
+            have at most 256 MB of them.
         workers: Processes that read the data set.
-        collate: Function from a list of items to a batch; PyTorch's own when None.
+        collate: Function from a list of items to a batch; PyTorch's own when None, or padding on
+            the right of items that have `input_ids`.
         inputs: Function from a batch, with its labels, to the teacher's inputs; see `dataset` when
             None.
 
     Returns:
-        Cached logits by `(index, view)`, for `Distiller(targets=…)`.
+        Cached logits by `(index, view)`, for `Distiller(targets=…)`; of tokens `TokenTargets`.
 
     Raises:
         TypeError: A teacher that is no module, or a data set that is not map-style.
@@ -145,21 +113,31 @@ def cache_logits(
     """
     members = _members(teacher)
     _check_dataset(dataset)
-    views = _check_integer("views", views, least=1)
-    batch_size = _check_integer("batch_size", batch_size, least=1)
-    workers = _check_integer("workers", workers)
-    read = _Reader(dataset, seed, batch_size, workers, collate, inputs)
-    fingerprint = read.fingerprint()
-    recipe = {"seed": seed, **({"exact": True} if exact else {})}
-    key = data_key(fingerprint, recipe, top_k=top_k)
+    views = check_integer("views", views, least=1)
+    if batch_size is not None:
+        batch_size = check_integer("batch_size", batch_size, least=1)
+    workers = check_integer("workers", workers)
     root = as_path(path).expanduser()
-    names = [_digest(member, read) for member in members]
+    read = Reader(dataset, seed, batch_size or 256, workers, collate, inputs)
+    if is_tokenised(dataset):
+        modules = [member.module for member in members]
+        column = "labels" if is_encoder_decoder(modules[0]) else "input_ids"
+        given = inputs or model_inputs(modules)
+        tokens = TokenReader(dataset, column, workers, collate, given)
+        first = _logits(members, tokens.first(), Teacher.any_logits)
+        if first[0].ndim == 3:
+            _check_views(views)
+            return _cache_tokens(members, first, read, tokens, root, top_k, exact, batch_size)
+    hashed = read.fingerprint()
+    recipe = {"seed": seed, **({"exact": True} if exact else {})}
+    key = data_key(hashed, recipe, top_k=top_k)
+    names = [_digest(member, lambda m: _logits([m], read.first())[0]) for member in members]
     classes = _classes(root, names, key) or _count_classes(members, read.first(), exact=exact)
     manifests = [
         Manifest(
             teacher=name,
             data=key,
-            fingerprint=fingerprint,
+            fingerprint=hashed,
             recipe=recipe,
             views=views,
             images=len(dataset),
@@ -192,114 +170,45 @@ def cache_logits(
     return open_store(root, names, data=key)
 
 
-class _Reader:
-    """Inputs of a teacher from a data set, batch by batch."""
-
-    def __init__(
-        self,
-        dataset: Any,
-        seed: int,
-        batch_size: int,
-        workers: int,
-        collate: Collate | None,
-        inputs: Callable[[Any], Any] | None,
-    ) -> None:
-        self._dataset, self._seed = dataset, seed
-        self._batch_size, self._workers = batch_size, workers
-        if collate is None and inputs is None:  # labels need not make a batch
-            self._batch = _Batch(_collate_inputs, None)
-        else:
-            self._batch = _Batch(collate or default_collate, inputs or _find_inputs)
-
-    def batches(self, rows: range, view: int) -> Iterator[Any]:
-        items = Subset(SeededView(self._dataset, view, seed=self._seed), rows)
-        yield from DataLoader(
-            items,
-            batch_size=self._batch_size,
-            num_workers=self._workers,
-            collate_fn=self._batch,
-            generator=torch.Generator(),  # or DataLoader would draw from the global one
+def _cache_tokens(
+    members: Sequence[Teacher],
+    first: Sequence[Tensor],
+    read: Reader,
+    tokens: TokenReader,
+    root: Path,
+    top_k: int | None,
+    exact: bool,
+    batch_size: int | None,
+) -> SoftTargets | TokenTargets:
+    """Cache logits of tokens, of which those of the first item are known."""
+    classes = _same_classes([logits.shape[-1] for logits in first])
+    index = tokens.measure()
+    hashed = fingerprint(index, read.fingerprint())
+    recipe = {"tokens": index.column, **({"exact": True} if exact else {})}
+    key = data_key(hashed, recipe, top_k=top_k)
+    size = max(1, min(SHARD_ROWS, _SHARD_BYTES // (4 * classes)))
+    longest = int(index.lengths.max())
+    if (index.lengths == longest).all() and longest <= size:
+        size -= size % longest  # whole items
+    manifests = [
+        Manifest(
+            teacher=_digest(member, lambda m: m.any_logits(tokens.first())),
+            data=key,
+            fingerprint=hashed,
+            recipe=recipe,
+            views=1,
+            images=int(index.offsets[-1]),
+            classes=classes,
+            top_k=top_k,
+            exact=exact,
+            shard_size=size,
         )
-
-    def first(self) -> Any:
-        """Return the inputs of the first item, as a batch."""
-        return next(self.batches(range(1), 0))
-
-    def fingerprint(self) -> str:
-        """Return the hash of the data set's length and of some items' inputs in the first view."""
-        count = len(self._dataset)
-        rows = np.unique(np.linspace(0, count - 1, min(_PROBES, count)).round().astype(int))
-        found = self._hash(rows)
-        if self._hash(rows) != found:
-            raise ValueError(
-                "dataset must give the same item each time it is read with the same seeds of "
-                "random, numpy.random and torch, got another: seed its augmentation by index"
-            )
-        return hashlib.sha256(f"{count} {found}".encode()).hexdigest()[:16]
-
-    def _hash(self, rows: Iterable[int]) -> str:
-        view = SeededView(self._dataset, seed=self._seed)
-        digest = hashlib.sha256()
-        for row in rows:
-            batch = self._batch([view[int(row)]])
-            tensors: dict[str, Tensor] = {}
-
-            def keep(tensor: Tensor, found: dict[str, Tensor] = tensors) -> Tensor:
-                return found.setdefault(f"{len(found)}", tensor)
-
-            map_tensors(batch, keep)
-            # texts and other inputs without tensors are told apart by their bytes
-            digest.update(tensors_hash(tensors).encode() if tensors else pickle.dumps(batch))
-        return digest.hexdigest()
-
-
-class _Batch:
-    """Function from items of a `SeededView` to a teacher's inputs, for the workers of a loader."""
-
-    def __init__(self, collate: Collate, inputs: Callable[[Any], Any] | None) -> None:
-        self._collate, self._inputs = collate, inputs
-
-    def __call__(self, items: list[tuple[Any, int]]) -> Any:
-        try:
-            batch = self._collate([item for item, _ in items])
-        except (TypeError, RuntimeError) as error:
-            kind = type(items[0][0]).__name__
-            raise ValueError(
-                f"dataset must give items that make a batch, got {kind} ({error}): transform them "
-                "to tensors of one size, or give collate"
-            ) from None
-        return batch if self._inputs is None else self._inputs(batch)
-
-
-def _find_inputs(item: Any) -> Any:
-    """Return the inputs of an item or a batch, of a mapping without text beside other values."""
-    if isinstance(item, Mapping):
-        others = _LABELS + _INDICES
-        found = {name: value for name, value in item.items() if name not in others}
-        plain = {name: value for name, value in found.items() if not isinstance(value, str | None)}
-        found = plain or found
-        return next(iter(found.values())) if len(found) == 1 else found
-    return item[0] if isinstance(item, list | tuple) else item
-
-
-def _collate_inputs(items: list[Any]) -> Any:
-    return default_collate([_find_inputs(item) for item in items])
-
-
-@contextmanager
-def _seeded(*numbers: int) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and PyTorch within, and restore them."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        for member in members
+    ]
+    if batch_size is None:
+        batch_size = max(1, min(256, _SHARD_BYTES // (4 * classes * longest)))
+    fill_shards(root, manifests, members, tokens, index, batch_size)
+    return open_logits(root, [manifest.teacher for manifest in manifests], key)
 
 
 def _members(teacher: Any) -> list[Teacher]:
@@ -328,14 +237,12 @@ def _check_dataset(dataset: Any) -> None:
         raise ValueError("dataset must have items, got none")
 
 
-def _check_integer(name: str, value: Any, *, least: int = 0) -> int:
-    """Return an integer; raise ValueError for another value, or one below the least."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
+def _check_views(views: int) -> None:
+    if views != 1:
+        raise ValueError(f"views must be 1 where the logits of tokens are cached, got {views}")
 
 
-def _digest(member: Teacher, read: _Reader) -> str:
+def _digest(member: Teacher, first: Callable[[Teacher], Tensor]) -> str:
     """Return the hash of a teacher: of its structure, its weights and what it does to inputs.
 
     A teacher whose weights are no tensors of its state (packed by quantisation, or constants of
@@ -344,7 +251,7 @@ def _digest(member: Teacher, read: _Reader) -> str:
     state = member.module.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if len(tensors) < max(1, len(state)):
-        (tensors["logits"],) = _logits([member], read.first())
+        tensors["logits"] = first(member)
     parts = f"{member.module!r} {member.facts} {tensors_hash(tensors)}"
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
@@ -358,10 +265,12 @@ def _classes(root: Path, teachers: Sequence[str], key: str) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _logits(members: Sequence[Teacher], batch: Any) -> list[Tensor]:
+def _logits(
+    members: Sequence[Teacher], batch: Any, run: Callable[[Teacher, Any], Tensor] = Teacher.__call__
+) -> list[Tensor]:
     """Run teachers on a first batch; raise ValueError where they do not take it."""
     try:
-        return [member(batch) for member in members]
+        return [run(member, batch) for member in members]
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"teacher must take the inputs of a batch of dataset, got {describe_output(batch)} "
@@ -375,11 +284,15 @@ def _count_classes(members: Sequence[Teacher], batch: Any, *, exact: bool) -> in
     for shape in shapes:
         if len(shape) != 2 and not (exact and len(shape) == 1):
             raise ValueError(f"teacher must return [batch, classes], got {shape}")
-    classes = [_columns(member_logits).shape[1] for member_logits in logits]
+    classes = _same_classes([_columns(member_logits).shape[1] for member_logits in logits])
+    if classes == 1 and not exact:
+        raise ValueError("teacher must return at least 2 classes, or exact be given, got 1")
+    return classes
+
+
+def _same_classes(classes: Sequence[int]) -> int:
     if len(set(classes)) > 1:
         raise ValueError(f"teacher must have members of the same classes, got {classes}")
-    if classes[0] == 1 and not exact:
-        raise ValueError("teacher must return at least 2 classes, or exact be given, got 1")
     return classes[0]
 
 

@@ -14,22 +14,74 @@ from selfkd.storage.files import load_json, retry_io, save_json
 
 DEFAULT_SHARD = 16_384
 """Images a shard, by default."""
+SHARD_BYTES = 64 * 2**20
+"""Bytes of a shard, which one process holds while it is made."""
 _VERSION = 1
 
 
-def data_key(fingerprint: str, recipe: Mapping[str, Any], *, top_k: int | None = None) -> str:
-    """Return the key of cached logits: a hash of the images, their views and `top_k`.
+def data_key(
+    fingerprint: str,
+    recipe: Mapping[str, Any],
+    *,
+    top_k: int | None = None,
+    samples: int | None = None,
+) -> str:
+    """Return the key of cached logits: a hash of the images, their views, `top_k` and `samples`.
 
     Args:
         fingerprint: Hash of the images.
         recipe: JSON data that determines their augmented views.
         top_k: Number of largest logits cached of an image; all when None.
+        samples: Number of classes sampled for an image in place of logits; none when None.
 
     >>> data_key("abc", {"jitter": 2}) == data_key("abc", {"jitter": 2}, top_k=5)
     False
     """
-    parts = [fingerprint, dict(recipe), *([] if top_k is None else [{"top_k": top_k}])]
+    forms = {"top_k": top_k, "samples": samples}
+    given = [{name: value} for name, value in forms.items() if value is not None]
+    parts = [fingerprint, dict(recipe), *given]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def rows_of_shard(most: int, row_bytes: int, *, multiple: int = 1) -> int:
+    """Return the number of images a shard, which is held in memory while it is made.
+
+    Args:
+        most: Number of images that is wanted at most.
+        row_bytes: Number of bytes of an image in a view.
+        multiple: Number of images that shards have whole multiples of.
+
+    >>> rows_of_shard(16_384, 2 * 151_936, multiple=64)
+    192
+    """
+    rows = min(most, SHARD_BYTES // row_bytes)
+    return max(rows // multiple, 1) * multiple
+
+
+def row_bytes(
+    classes: int, *, top_k: int | None = None, samples: int | None = None, exact: bool = False
+) -> int:
+    """Return the number of bytes of an image in a view.
+
+    Args:
+        classes: Number of classes.
+        top_k: Number of largest logits cached of an image; all when None.
+        samples: Number of classes sampled for an image in place of logits; none when None.
+        exact: Whether all logits are kept in single precision.
+
+    >>> row_bytes(1024), row_bytes(1024, top_k=32), row_bytes(1024, samples=8)
+    (2048, 156, 16)
+    """
+    if samples is not None:
+        return samples * index_bytes(classes)
+    if top_k is not None:  # with the mass of the rest at 7 temperatures
+        return top_k * (2 + index_bytes(classes)) + 4 * 7
+    return classes * (4 if exact else 2)
+
+
+def index_bytes(classes: int) -> int:
+    """Return the number of bytes of the number of a class: 2 where 16 bits are enough, else 4."""
+    return 2 if classes <= 2**16 else 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +100,7 @@ class Manifest:
     teacher: str
     """Hash of the teacher."""
     data: str
-    """`data_key` of fingerprint, recipe and top_k."""
+    """`data_key` of fingerprint, recipe, top_k and samples."""
     fingerprint: str
     """Hash of the images."""
     recipe: dict[str, Any]
@@ -61,6 +113,8 @@ class Manifest:
     """Number of classes."""
     top_k: int | None = None
     """Number of largest logits cached of an image; all when None."""
+    samples: int | None = None
+    """Number of classes sampled for an image from the softmax at T = 1, in place of logits."""
     exact: bool = False
     """Whether all logits are kept in single precision as they are, for losses without a softmax."""
     shard_size: int = DEFAULT_SHARD
@@ -80,18 +134,42 @@ class Manifest:
             raise ValueError(f"top_k must be an integer or none, got {self.top_k!r}")
         if self.top_k is not None and not 1 <= self.top_k < self.classes:
             raise ValueError(f"top_k must be in [1, {self.classes - 1}], got {self.top_k}")
-        if type(self.exact) is not bool or (self.exact and self.top_k is not None):
-            raise ValueError(f"exact must be false where there is top_k, got {self.exact!r}")
-        key = data_key(self.fingerprint, self.recipe, top_k=self.top_k)
+        if self.samples is not None and (type(self.samples) is not int or self.samples < 1):
+            raise ValueError(
+                f"samples must be an integer of at least 1 or none, got {self.samples!r}"
+            )
+        if self.samples is not None and self.top_k is not None:
+            raise ValueError(f"samples must be none where there is top_k, got {self.samples}")
+        if type(self.exact) is not bool:
+            raise ValueError(f"exact must be true or false, got {self.exact!r}")
+        for name in ("top_k", "samples"):
+            if self.exact and getattr(self, name) is not None:
+                raise ValueError(f"exact must be false where there is {name}, got {self.exact!r}")
+        key = data_key(self.fingerprint, self.recipe, top_k=self.top_k, samples=self.samples)
         if self.data != key:
             raise ValueError(
-                f"data must be {key}, the key of fingerprint, recipe and top_k, got {self.data}"
+                f"data must be {key}, the key of fingerprint, recipe, top_k and samples, got "
+                f"{self.data}"
             )
 
     @property
     def shards(self) -> int:
         """Number of shards of a view."""
         return -(-self.images // self.shard_size)
+
+    @property
+    def row_bytes(self) -> int:
+        """Number of bytes of an image in a view."""
+        return row_bytes(self.classes, top_k=self.top_k, samples=self.samples, exact=self.exact)
+
+    @property
+    def words(self) -> str:
+        """What is cached of an image, in words."""
+        if self.samples is not None:
+            return f"{self.samples:,} samples at T = 1"
+        if self.top_k is not None:
+            return f"the {self.top_k:,} largest of {self.classes:,} logits"
+        return f"{self.classes:,} logits"
 
     def rows(self, shard: int) -> range:
         """Return the images of a shard.

@@ -8,8 +8,9 @@ not grow with the store; small views are packed into one array.
 
 from __future__ import annotations
 
+import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import REST_TEMPERATURES, SparseLogits, rest_mass
 from selfkd.soft_targets.manifest import (
     DEFAULT_SHARD,
     Manifest,
     check_same,
+    index_bytes,
     load_manifest,
     manifest_path,
     save_manifest,
@@ -42,13 +45,23 @@ _MAPS = 16_384  # files mapped at a time; Linux allows a process 65,530 mappings
 _CHECKED: set[tuple[object, ...]] = set()  # identities of verified shards
 
 
-def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits: Tensor) -> Path:
+def write_shard(
+    root: Path,
+    manifest: Manifest,
+    *,
+    view: int,
+    shard: int,
+    logits: Tensor | Iterable[Tensor],
+) -> Path:
     """Write a teacher's logits for the images of one shard and view, with the manifest.
 
     Half precision is enough: the softmax is invariant to a shift of a row, so each row is shifted
     to a largest logit of 0, near which half precision is finest, but for those of an `exact`
     manifest, which are kept in single precision as they are. With `top_k`, the log-sum-exp of
-    the other logits at 7 temperatures is written as well, in single precision.
+    the other logits at 7 temperatures is written as well, in single precision. With `samples`,
+    classes are drawn from the softmax at T = 1 and written alone, as 16-bit numbers where these
+    are enough; the draws depend on teacher, data, view and image only, so that a shard that is
+    made again has the same bits.
 
     Args:
         root: Folder of all stores.
@@ -56,7 +69,7 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
         view: Number of the view, in [0, views).
         shard: Number of the shard, in [0, shards).
         logits: Teacher logits `[rows, classes]` of the images `manifest.rows(shard)`, on any
-            device.
+            device, or batches of them one after the other, of which one at a time is held.
 
     Returns:
         File of the shard.
@@ -66,11 +79,18 @@ def write_shard(root: Path, manifest: Manifest, *, view: int, shard: int, logits
         OSError: The file cannot be written; a previous shard is unchanged.
     """
     rows = _check_position(manifest, view, shard)
-    if logits.shape != (len(rows), manifest.classes):
-        raise ValueError(
-            f"logits must be [{len(rows)}, {manifest.classes}], got {list(logits.shape)}"
-        )
-    tensors = _encode(logits.detach(), manifest, rows)
+    batches = [logits] if isinstance(logits, Tensor) else logits
+    layout = _layout(manifest, shard).items()
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in layout}
+    done = 0
+    for batch in batches:
+        shape = [done + count for count in batch.shape[:1]] + list(batch.shape[1:])
+        _check_shape(shape, manifest, range(len(rows) + 1))
+        start, end = rows.start + done, rows.start + shape[0]
+        for name, tensor in _encode(batch.detach(), manifest, view, range(start, end)).items():
+            tensors[name][done : shape[0]] = tensor
+        done = shape[0]
+    _check_shape([done, manifest.classes], manifest, range(len(rows), len(rows) + 1))
     save_manifest(root, manifest)
     path = shard_path(root, manifest, view=view, shard=shard)
     save_tensors(path, tensors, _facts(manifest, view, shard))
@@ -125,8 +145,9 @@ class SoftTargets:
     Args:
         root: Folder of all stores.
         manifests: Manifest of each member.
-        weights: Weights of the members in the mean of their logits, with sum 1; None to keep the
-            members separate.
+        weights: Weights of the members in the mean of their logits, or in the mean of the
+            probabilities that their samples are of, with sum 1; None to keep the members' logits
+            separate.
     """
 
     def __init__(
@@ -134,7 +155,9 @@ class SoftTargets:
     ) -> None:
         self._root = root
         self._manifests = list(manifests)
-        self._weights = weights
+        self.samples = manifests[0].samples
+        self._weights = weights if self.samples is None else None
+        self._mixture = weights if self.samples is not None else None
         self._shards: dict[tuple[int, int, int], dict[str, NDArray[Any]]] = {}
         self._packed: dict[int, dict[str, NDArray[Any]] | None] = {}
         self.images = manifests[0].images
@@ -143,7 +166,7 @@ class SoftTargets:
         self.members = len(manifests)
         self.shifted = not all(manifest.exact for manifest in manifests)
 
-    def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
+    def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits | SampledTargets:
         """Return the cached logits for one view of some images.
 
         Args:
@@ -155,7 +178,9 @@ class SoftTargets:
             store) or float32 of the mean of several; `[members, batch, classes]` of members kept
             separate, in the dtype of one. With `top_k`,
             `SparseLogits` with the same leading dimensions, without `rest_grid` where a shard of
-            these images lacks it.
+            these images lacks it. With `samples`, `SampledTargets` `[batch, samples]`; those of
+            all members together, `[batch, members x samples]`, are of the mean of their
+            probabilities.
 
         Raises:
             IndexError: An index is out of range.
@@ -177,7 +202,22 @@ class SoftTargets:
         tensors = {name: torch.from_numpy(array) for name, array in found.items()}
         if "logits" in tensors:
             return tensors["logits"]
+        if self.samples is not None:
+            return self._sampled(tensors["indices"].long())
         return SparseLogits(**tensors | {"indices": tensors["indices"].long()})
+
+    def _sampled(self, indices: Tensor) -> SampledTargets:
+        """Return the samples of all members, `[members, batch, samples]` of several, together."""
+        if self.members == 1:
+            return SampledTargets(indices)
+        weights = self._mixture
+        kept = [number for number in range(self.members) if weights is None or weights[number]]
+        together = torch.cat([indices[number] for number in kept], dim=-1)
+        if weights is None:
+            return SampledTargets(together)
+        each = torch.tensor([weights[number] / len(indices[0, 0]) for number in kept])
+        each = each.repeat_interleave(indices.shape[-1])
+        return SampledTargets(together, each.expand_as(together))
 
     def _rows(self, index: Tensor, view: int) -> NDArray[np.int64]:
         if not 0 <= view < self.views:
@@ -266,20 +306,20 @@ def open_store(
         data: `data_key` of the cached logits.
         average: `logits` to return the mean of the members' logits; `probabilities` to return
             the members' logits, whose probabilities the loss averages.
-        weights: Weights of the members in the mean of their logits, normalised to sum 1; equal
-            when None. Ignored with `probabilities`.
+        weights: Weights of the members in the mean of their logits, or of what their samples are
+            of, normalised to sum 1; equal when None. Ignored for logits with `probabilities`.
 
     Raises:
         FileNotFoundError: The logits of a teacher are not cached.
         ValueError: A manifest is damaged, the stores are of different data, a weight is negative,
-            or logits with `top_k` are to be averaged.
+            or logits with `top_k` or `samples` are to be averaged.
     """
     if not teachers:
         raise ValueError("teachers must be at least one hash, got none")
     shares = _shares(len(teachers), weights)
     manifests = [load_manifest(root, teacher, data) for teacher in teachers]
     for manifest in manifests[1:]:
-        for name in ("images", "classes", "top_k", "exact"):
+        for name in ("images", "classes", "top_k", "samples", "exact"):
             here, first = getattr(manifest, name), getattr(manifests[0], name)
             if here != first:
                 path = manifest_path(root, manifest.teacher, data)
@@ -292,7 +332,14 @@ def open_store(
             "average must be probabilities where only top_k logits are cached, got logits: "
             "those of the other classes are unknown"
         )
-    return SoftTargets(root.absolute(), manifests, weights=shares if mean else None)
+    sampled = manifests[0].samples is not None
+    if mean and sampled:
+        raise ValueError(
+            "average must be probabilities where only samples are cached, got logits: they are "
+            "unknown"
+        )
+    weighted = mean or (sampled and weights is not None)
+    return SoftTargets(root.absolute(), manifests, weights=shares if weighted else None)
 
 
 def _check_position(manifest: Manifest, view: int, shard: int) -> range:
@@ -305,7 +352,13 @@ def _facts(manifest: Manifest, view: int, shard: int) -> dict[str, Any]:
     return {"teacher": manifest.teacher, "data": manifest.data, "view": view, "shard": shard}
 
 
-def _encode(logits: Tensor, manifest: Manifest, rows: range) -> dict[str, Tensor]:
+def _check_shape(found: list[int], manifest: Manifest, rows: range) -> None:
+    if len(found) != 2 or found[0] not in rows or found[1] != manifest.classes:
+        raise ValueError(f"logits must be [{rows[-1]}, {manifest.classes}], got {found}")
+
+
+def _encode(logits: Tensor, manifest: Manifest, view: int, rows: range) -> dict[str, Tensor]:
+    """Return what is cached of the logits of images of a view."""
     wrong = (~torch.isfinite(logits)).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
@@ -318,28 +371,57 @@ def _encode(logits: Tensor, manifest: Manifest, rows: range) -> dict[str, Tensor
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     shifted = wide - wide.amax(dim=1, keepdim=True)
     shifted = shifted.clamp(min=torch.finfo(torch.float16).min)
+    if manifest.samples is not None:
+        return {"indices": _sample(shifted, manifest, view, rows)}
     if manifest.top_k is None:
-        return {"logits": shifted.half()}
+        return {"logits": shifted}
     indices = wide.topk(
         manifest.top_k, dim=1
     ).indices  # of the given logits, as clamping makes ties
     values = shifted.gather(1, indices)
     rest, grid = rest_mass(shifted, indices)
-    return {
-        "values": values.half(), "indices": indices.int(), "rest": rest.float(),
-        _GRID: grid.float(),
-    }  # fmt: skip
+    return {"values": values, "indices": indices, "rest": rest, _GRID: grid}
+
+
+def _sample(shifted: Tensor, manifest: Manifest, view: int, rows: range) -> Tensor:
+    """Draw classes `[rows, samples]` of images from the softmax of their logits."""
+    cumulative = shifted.double().exp_().cumsum(dim=1)
+    uniform = draws(manifest, view, rows).to(shifted.device)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+
+
+def draws(manifest: Manifest, view: int, rows: range) -> Tensor:
+    """Return uniform random numbers of images `[rows, samples]`, in [0, 1), float64.
+
+    Those of an image are the same whatever the batch and the shard: of a counter-based generator
+    whose key is the hash of teacher, data and view, and whose counter is the image.
+
+    Args:
+        manifest: Manifest of a store with `samples`.
+        view: Number of the view.
+        rows: Images.
+    """
+    samples = manifest.samples or 0
+    name = f"{manifest.teacher}/{manifest.data}/{view}"
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    blocks = -(-samples // 4)  # of 4 numbers
+    generator = np.random.Philox(key=key, counter=rows.start * blocks)
+    drawn = generator.random_raw(len(rows) * blocks * 4).reshape(len(rows), -1)[:, :samples]
+    return torch.from_numpy((drawn >> 12) * 2.0**-52)  # times the total of a row, below it
 
 
 def _layout(manifest: Manifest, shard: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of each tensor of a shard."""
     rows = len(manifest.rows(shard))
+    integer = torch.uint16 if index_bytes(manifest.classes) == 2 else torch.int32
+    if manifest.samples is not None:
+        return {"indices": (integer, (rows, manifest.samples))}
     if manifest.top_k is None:
         dtype = torch.float32 if manifest.exact else torch.float16
         return {"logits": (dtype, (rows, manifest.classes))}
     return {
         "values": (torch.float16, (rows, manifest.top_k)),
-        "indices": (torch.int32, (rows, manifest.top_k)),
+        "indices": (integer, (rows, manifest.top_k)),
         "rest": (torch.float32, (rows,)),
         _GRID: (torch.float32, (rows, len(REST_TEMPERATURES))),
     }
@@ -362,7 +444,8 @@ def _check_file(path: Path, manifest: Manifest, view: int, shard: int) -> None:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise ValueError(f"{path} does not fit its manifest, got {shapes}: remove it and resume")
     if "indices" in tensors:
-        low, high = (int(bound) for bound in torch.aminmax(tensors["indices"]))
+        indices = tensors["indices"].numpy()  # torch compares no unsigned numbers
+        low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= manifest.classes:
             raise ValueError(
                 f"{path} must have indices in [0, {manifest.classes}), got {low} to {high}: "
@@ -376,7 +459,10 @@ def _map_shard(root: Path, manifest: Manifest, view: int, shard: int) -> dict[st
     exists = retry_io(path, path.exists)
     path = fetch(path) if exists else path
     stat = path.stat() if exists else None
-    sizes = (manifest.images, manifest.classes, manifest.top_k, manifest.shard_size)
+    sizes = (
+        *(manifest.images, manifest.classes, manifest.shard_size),
+        *(manifest.top_k, manifest.samples),
+    )
     identity = (path, stat and stat.st_size, stat and stat.st_mtime_ns, sizes)
     if identity not in _CHECKED:
         # by a mapping of its own, so that the pages it reads are released

@@ -12,6 +12,7 @@ from torch import Tensor
 from selfkd.losses import ensemble_logits
 from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, teacher_free_logits
+from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import SparseLogits
 
 Transform = Literal["none", "permuted", "confidence", "virtual"]
@@ -43,7 +44,7 @@ class PermutedTargets:
 
     def __init__(
         self,
-        targets: Callable[[Tensor, int], Tensor | SparseLogits],
+        targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
         *,
         temperature: float,
         average: Literal["probabilities", "logits"] = "probabilities",
@@ -64,7 +65,7 @@ class PermutedTargets:
             view: Number of the view.
 
         Raises:
-            ValueError: Only the largest logits are cached.
+            ValueError: Only the largest logits or samples are cached.
         """
         logits = _of_one_teacher(
             self._targets(index, view),
@@ -106,7 +107,7 @@ class ConfidenceWeighted:
 
     def __init__(
         self,
-        targets: Callable[[Tensor, int], Tensor | SparseLogits],
+        targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
         *,
         average: Literal["probabilities", "logits"] = "probabilities",
         weights: Sequence[float] | None = None,
@@ -197,7 +198,7 @@ class VirtualTargets:
 
 
 def _of_one_teacher(
-    logits: Tensor | SparseLogits,
+    logits: Tensor | SparseLogits | SampledTargets,
     *,
     temperature: float,
     average: Literal["probabilities", "logits"],
@@ -206,10 +207,11 @@ def _of_one_teacher(
     """Return logits `[batch, classes]`; those of members are averaged at a temperature.
 
     Raises:
-        ValueError: Only the largest logits are cached.
+        ValueError: Only the largest logits or samples are cached.
     """
-    if isinstance(logits, SparseLogits):
-        raise ValueError("targets must hold all logits of the teacher, got the largest only")
+    if not isinstance(logits, Tensor):
+        found = "the largest" if isinstance(logits, SparseLogits) else "samples"
+        raise ValueError(f"targets must hold all logits of the teacher, got {found} only")
     if logits.ndim == 2:
         return logits
     softened = logits.float() / temperature

@@ -18,7 +18,9 @@ from selfkd.storage.remote import RemotePath, as_path
 
 _DAY = 86_400.0  # seconds
 _HASH = re.compile(r"[0-9a-f]{16}")
-_OWN = re.compile(r"manifest\.json|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors")
+_OWN = re.compile(
+    r"manifest\.json|tokens\.safetensors|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors"
+)
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
 _UNKNOWN = "who uses the store is unknown"
 

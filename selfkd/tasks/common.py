@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, TrainConfig
 from selfkd.losses import Average, ensemble_logits
-from selfkd.results import from_row
+from selfkd.results import CachedFormat, from_row
+from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.task import ModelFacts
@@ -56,6 +57,13 @@ def check_top_k(config: Config, outputs: int) -> int | None:
     if top_k is not None and top_k >= outputs:
         raise ValueError(f"targets.top_k must be in [1, {outputs - 1}], got {top_k}")
     return top_k
+
+
+def describe_cached(manifest: Manifest) -> CachedFormat:
+    """Return how a store's logits are cached."""
+    return CachedFormat(
+        words=manifest.words, row_bytes=manifest.row_bytes, shard_size=manifest.shard_size
+    )
 
 
 def open_checkpoint(checkpoint: str, kind: type[Facts]) -> tuple[dict[str, Tensor], Facts]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfkd.config import CheckpointConfig, Config, ModelConfig
+from selfkd.losses import Average
 from selfkd.results import Diagnostics, Facts, Row, Unseen
 from selfkd.results.fields import Digest
 from selfkd.results.row import ROW
@@ -106,21 +107,21 @@ class Task(Protocol):
     def train(self, trial: Trial, **options: Any) -> Iterator[Row]:
         """Train one student; yield a row an epoch."""
 
-    def predict(
-        self,
-        checkpoint: str,
-        split: Split,
-        *,
-        view: int | None = None,
-        items: range | None = None,
-    ) -> Tensor:
+    def predict(self, checkpoint: str, split: Split) -> Tensor:
         """Return the logits of a checkpoint.
 
         Args:
             checkpoint: File of the model.
             split: Split that is predicted.
-            view: View of the items; as they are when not given.
-            items: Items that are predicted; all when not given.
+        """
+
+    def predict_batches(self, checkpoint: str, items: range, *, view: int) -> Iterator[Tensor]:
+        """Yield the logits of a checkpoint for training items, batch by batch, to be cached.
+
+        Args:
+            checkpoint: File of the model.
+            items: Training items.
+            view: Number of their view.
         """
 
     def predict_with(self, network: nn.Module, split: Split) -> Tensor:
@@ -129,24 +130,86 @@ class Task(Protocol):
     def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
         """Return the manifest of a teacher's cached logits."""
 
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Write text by a teacher on the training prompts of a shard, unless it is there.
+
+        Args:
+            checkpoint: File of the teacher.
+            root: Folder of all that teachers write.
+            shard: Number of the shard.
+            run: Run folder that uses it.
+
+        Returns:
+            `state` (kept, written, or remade where what was there was damaged), and the numbers of
+            `selfkd.results.Written`.
+
+        Raises:
+            ValueError: Models of this task write nothing.
+        """
+
     # --- evaluation ---
 
     def labels(self, split: Split) -> Tensor:
         """Return a split's labels, on the CPU."""
 
-    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
+    def evaluate(
+        self,
+        logits: Mapping[Split, Tensor],
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> dict[str, float]:
         """Return metrics of predictions, named val_… and test_…; of those that are there.
 
         The metric that models are compared by, `Facts.metric`, is the first of each split.
+
+        Args:
+            logits: Logits of each split.
+            networks: Networks whose average predicted them, for metrics of what they generate.
+            average: Average of the networks.
+            weights: Weight of each network; all alike when not given.
         """
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
-        """Return for each item whether it is predicted rightly."""
+    def fidelity(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, float]:
+        """Return `agreement` of a student and its teacher on the test split, and what goes with it.
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
+        Args:
+            logits: Logits of the student.
+            teacher_logits: Logits of its teacher.
+        """
+
+    def measure_samples(
+        self, checkpoint: str, teachers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return test metrics of what a model generates by itself; none where it generates nothing.
+
+        Args:
+            checkpoint: File of the model.
+            teachers: `checkpoint`, perhaps `weight`, of each of its teachers.
+        """
+
+    def hits(
+        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()
+    ) -> Tensor | None:
+        """Return for each item whether it is right; None where models are not compared by that.
+
+        Args:
+            logits: Logits of the split.
+            split: Split that was predicted.
+            networks: Networks whose mean probabilities predicted them, for what they generate.
+        """
+
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return values, double, whose mean is the metric that models are compared by.
 
         There is one for each item, or for each group of items that depend on each other.
+
+        Args:
+            logits: Logits of the split.
+            split: Split that was predicted.
+            networks: Networks whose mean probabilities predicted them, for a metric of what they
+                generate.
         """
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:

@@ -13,7 +13,7 @@ from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tracking.run import LoggedRun, make_artifact
 
-MANIFEST = ("teacher", "data", "views", "images", "classes", "top_k")
+MANIFEST = ("teacher", "data", "views", "images", "classes", "top_k", "samples")
 
 Make = Callable[[], Any]
 

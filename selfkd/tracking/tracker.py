@@ -213,7 +213,8 @@ class WandbTracker(NoTracker):
         run_id = self._id(trial.stage, trial.trial)
         if run_id not in self._trials:
             config = to_tree(self._config.at(trial.point))
-            if not trial.teachers:  # what the trial does not set itself, it does not use
+            soft = trial.teachers and config["distill"]["mode"] == "tokens"
+            if not soft:  # what the trial does not set itself, it does not use
                 for key in ("temperature", "alpha"):
                     if f"distill.{key}" not in trial.point:
                         del config["distill"][key]

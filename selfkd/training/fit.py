@@ -335,7 +335,6 @@ def check_finite(values: Tensor, epoch: int) -> None:
         )
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module | Teacher,
     data: Data,
@@ -366,26 +365,46 @@ def predict(
     Returns:
         Logits `[images, classes]`, float32 on the CPU.
     """
+    batches = predict_batches(
+        model, data, split, views=views, view=view, device=device, workers=workers,
+        precision=precision, rows=rows,
+    )  # fmt: skip
+    return torch.cat(list(batches))
+
+
+@torch.no_grad()
+def predict_batches(
+    model: nn.Module | Teacher,
+    data: Data,
+    split: Literal["train", "val", "test"],
+    *,
+    views: Views | None = None,
+    view: int = 0,
+    device: str = "cpu",
+    workers: int = 0,
+    precision: Precision = "none",
+    rows: range | None = None,
+) -> Iterator[Tensor]:
+    """Yield the logits of a model for a split batch by batch; arguments are those of `predict`."""
     training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
         model.eval()
     values = data.in_chans * data.image_size**2
-    with autocast(device, precision):
-        logits = [
-            take_logits(model(inputs), "model").float().cpu()
-            for inputs, _, _ in data.batches(
-                split,
-                batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),
-                views=views,
-                view=view,
-                device=device,
-                workers=workers,
-                rows=rows,
-            )
-        ]
+    batches = data.batches(
+        split,
+        batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),
+        views=views,
+        view=view,
+        device=device,
+        workers=workers,
+        rows=rows,
+    )
+    for inputs, _, _ in batches:
+        with autocast(device, precision):
+            logits = take_logits(model(inputs), "model")
+        yield logits.float().cpu()
     if isinstance(model, nn.Module):
         model.train(training)
-    return torch.cat(logits)
 
 
 def evaluate(

@@ -66,7 +66,7 @@ class Trial:
     teachers: Sequence[Mapping[str, Any]] = ()
     """`hash`, `checkpoint` and optional `weight` of each teacher; empty to train on labels."""
     targets: Path = Path()
-    """Folder of the cached teacher logits."""
+    """Folder of the cached teacher logits, or of text that teachers have written."""
     path: Path
     """File that the student is saved to."""
     more: Mapping[str, Any] = field(default_factory=dict)

@@ -45,7 +45,7 @@ def import_checkpoint(config: Tree, save: str, source: Tree | None = None) -> It
         "hash": facts.hash,
         "model": facts.model,
         "same_data": facts.fingerprint == task.fingerprint,
-        "metrics": task.evaluate({"val": logits}),
+        "metrics": task.evaluate({"val": logits}, task.networks(save)),
         "said": said,
     }
 
@@ -84,7 +84,8 @@ def average_checkpoints(
         return network
 
     def value(state: dict[str, Tensor]) -> float:
-        found = task.evaluate({"val": task.predict_with(load_weights(state), "val")})[search.metric]
+        own = load_weights(state)
+        found = task.evaluate({"val": task.predict_with(own, "val")}, [own])[search.metric]
         return found if search.mode == "max" else -found
 
     taken = list(range(len(states)))

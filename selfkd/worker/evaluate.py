@@ -8,9 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from selfkd.analysis import metrics
 from selfkd.analysis.statistics import bootstrap_interval, mcnemar
 from selfkd.config import Tree
 from selfkd.losses import Average, ensemble_logits
@@ -19,7 +18,7 @@ from selfkd.results import Evaluation, McNemar, Row, to_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
-from selfkd.tasks.task import SPLITS, Split
+from selfkd.tasks.task import SPLITS, Split, Task
 
 
 def evaluate(
@@ -37,7 +36,8 @@ def evaluate(
         predictions: File for its validation and test logits, if they are kept.
         teachers: `checkpoint`, perhaps `weight`, of each of its teachers, for the agreement with
             their average.
-        diagnose: Whether to look at calibration and confusions, on both splits.
+        diagnose: Whether to look at calibration and confusions, on both splits, and at what it
+            generates.
     """
     task = make_task(config)
     digest = task.digest(student)
@@ -46,7 +46,7 @@ def evaluate(
     if predictions is not None:
         by_name = {str(split): own for split, own in logits.items()}
         save_tensors(as_path(predictions), by_name, {"student": digest})
-    found = task.evaluate(logits)
+    found = task.evaluate(logits, task.networks(student))
     teacher_logits: dict[Split, Tensor] = {}
     compared = None
     if teachers:
@@ -54,9 +54,13 @@ def evaluate(
             members = [task.predict(member["checkpoint"], split) for member in teachers]
             average = task.config.distill.average
             teacher_logits[split] = average_logits(members, teachers, average)
-        found["agreement"] = metrics.agreement(logits["test"], teacher_logits["test"])
-        hits = (task.hits(each["test"], "test") for each in (logits, teacher_logits))
-        compared = compare_errors(*hits)
+        found |= task.fidelity(logits["test"], teacher_logits["test"])
+        hits = task.hits(logits["test"], "test", task.networks(student))
+        if hits is not None:
+            of_teachers = task.hits(teacher_logits["test"], "test", _networks(task, teachers))
+            compared = None if of_teachers is None else compare_errors(hits, of_teachers)
+    if diagnose:
+        found |= task.measure_samples(student, teachers)
     yield to_row(
         Evaluation(
             hash=digest,
@@ -79,9 +83,19 @@ def average_logits(
         members: Rows of the models, with a `weight` where they differ.
         average: What is averaged.
     """
-    weights = [member["weight"] for member in members if "weight" in member]
     stacked = torch.stack(list(logits))
-    return ensemble_logits(stacked, average=average, weights=weights or None)
+    return ensemble_logits(stacked, average=average, weights=weights_of(members))
+
+
+def _networks(task: Task, members: Sequence[Mapping[str, Any]]) -> Iterator[nn.Module]:
+    """Yield the networks of models, loaded where they are asked for."""
+    for member in members:
+        yield from task.networks(member["checkpoint"])
+
+
+def weights_of(members: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Return the weights of the models of an average; None where all are alike."""
+    return [member["weight"] for member in members if "weight" in member] or None
 
 
 def compare_errors(student: Tensor, teacher: Tensor) -> McNemar:
@@ -106,8 +120,8 @@ def average(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
 
     Args:
         config: Config of their data.
-        ensembles: `members` (`hash`, file of `predictions`, perhaps `weight`) and `average` of
-            each.
+        ensembles: `members` (`hash`, `checkpoint`, file of `predictions`, perhaps `weight`) and
+            `average` of each.
 
     Yields:
         `rows`, one each.
@@ -122,7 +136,13 @@ def average(config: Tree, ensembles: Sequence[Mapping[str, Any]]) -> Iterator[Ro
             for split in SPLITS
         }
         digest = "+".join(member["hash"] for member in members)
-        rows.append(to_row(Evaluation(hash=digest, metrics=task.evaluate(mean))))
+        found = task.evaluate(
+            mean,
+            _networks(task, members),
+            average=ensemble["average"],
+            weights=weights_of(members),
+        )
+        rows.append(to_row(Evaluation(hash=digest, metrics=found)))
     yield {"rows": rows}
 
 
@@ -131,7 +151,7 @@ def contrast(config: Tree, ensembles: Sequence[Sequence[Mapping[str, Any]]]) -> 
 
     Args:
         config: Config of their data.
-        ensembles: `hash` and file of `predictions` of the members of each.
+        ensembles: `hash`, `checkpoint` and file of `predictions` of the members of each.
 
     Yields:
         `values` of each with their intervals over items, and `differences`: the first one's less
@@ -141,7 +161,8 @@ def contrast(config: Tree, ensembles: Sequence[Sequence[Mapping[str, Any]]]) -> 
     scores = []
     for members in ensembles:
         logits = [load_predictions(member)["test"] for member in members]
-        scores.append(task.scores(average_logits(logits, members, "probabilities"), "test").numpy())
+        mean = average_logits(logits, members, "probabilities")
+        scores.append(task.scores(mean, "test", _networks(task, members)).numpy())
     yield {
         "values": [asdict(bootstrap_interval(each)) for each in scores],
         "differences": [asdict(bootstrap_interval(scores[0] - each)) for each in scores],
@@ -157,12 +178,15 @@ def examples(config: Tree, models: Sequence[Mapping[str, Any]], most: int) -> It
         most: Number of items of either kind.
 
     Yields:
-        `counts`, `gained` and `lost`, see `Examples`.
+        `counts`, `gained` and `lost`, see `Examples`; none where items are no pictures.
     """
     task = make_task(config)
+    if not task.pictures("test", [0]):
+        yield {}
+        return
     labels = task.labels("test")
     logits = [load_predictions(model)["test"].double() for model in models]
-    hits = [task.hits(own, "test") for own in logits]
+    hits = [task.scores(own, "test") > 0 for own in logits]
     probabilities = torch.stack([own.softmax(dim=-1) for own in logits])
     confidence, predicted = probabilities.max(dim=-1)
     change = probabilities.gather(-1, labels.expand(2, -1)[..., None])[..., 0].diff(dim=0)[0]
@@ -173,20 +197,16 @@ def examples(config: Tree, models: Sequence[Mapping[str, Any]], most: int) -> It
         counts.append(len(places))
         chosen = places[change[places].abs().argsort(descending=True, stable=True)][:most].tolist()
         pictures = task.pictures("test", chosen)
-        found[name] = (
-            [
-                {
-                    "item": item,
-                    "label": int(labels[item]),
-                    "predicted": predicted[:, item].tolist(),
-                    "confidence": confidence[:, item].tolist(),
-                    "picture": base64.b64encode(picture).decode(),
-                }
-                for item, picture in zip(chosen, pictures, strict=True)
-            ]
-            if pictures
-            else []
-        )
+        found[name] = [
+            {
+                "item": item,
+                "label": int(labels[item]),
+                "predicted": predicted[:, item].tolist(),
+                "confidence": confidence[:, item].tolist(),
+                "picture": base64.b64encode(picture).decode(),
+            }
+            for item, picture in zip(chosen, pictures, strict=True)
+        ]
     yield found | {"counts": counts}
 
 

@@ -111,7 +111,7 @@ def cache_teacher_logits(
     remember_user(root, manifest.teacher, manifest.data, as_path(run))
     found = check_shard(root, manifest, view=view, shard=shard)
     if found != "whole":
-        logits = task.predict(checkpoint, "train", view=view, items=manifest.rows(shard))
+        logits = task.predict_batches(checkpoint, manifest.rows(shard), view=view)
         try:
             write_shard(root, manifest, view=view, shard=shard, logits=logits)
         except OSError as error:
@@ -124,11 +124,37 @@ def cache_teacher_logits(
     yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 
 
+def write(config: Tree, checkpoint: str, targets: str, shard: int, run: str) -> Iterator[Row]:
+    """Write text by a teacher on the training prompts of a shard, unless it is there.
+
+    Args:
+        config: Config of the students.
+        checkpoint: File of the teacher.
+        targets: Folder of all that teachers write.
+        shard: Number of the shard.
+        run: Run folder that uses it.
+
+    Yields:
+        `state`: kept, written, or remade where what was there was damaged; and numbers of texts.
+    """
+    task, root = make_task(config), as_path(targets)
+    try:
+        yield task.write(checkpoint, root, shard=shard, run=as_path(run))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"targets.root must have room for the text of teachers, got {root}, which is full: "
+            "free some, or resume with --set targets.root=FOLDER on another disk"
+        ) from None
+
+
 _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "check": check,
     "check_function": check_function,
     "train": train,
     "cache_teacher_logits": cache_teacher_logits,
+    "write": write,
     **evaluate.JOBS,
     **ensembling.JOBS,
 }

@@ -126,3 +126,23 @@ def test_the_metrics_of_a_users_own_training_function_are_columns() -> None:
 def test_columns_are_picked_in_the_order_that_is_given() -> None:
     table = Table(("a", "b", "c"), (("1", "2", "3"),), note="n")
     assert pick(table, "c", "x", "a") == Table(("c", "a"), (("3", "1"),), note="n")
+
+
+def test_metrics_of_text_are_columns_and_those_that_none_has_are_not() -> None:
+    own = {"val_nll": 4.5, "test_nll": 4.25, "test_perplexity": 70.11, "test_own_nll": 4.0}
+    more = {"agreement": 0.75, "test_kl": 0.125, "test_draft_acceptance": 0.8125}
+    summary = GenerationsSummary(
+        generations=(
+            replace(FIRST, metrics=own),
+            replace(RESULT, metrics={**own, **more, "test_unended": 0.5}),
+        ),
+        ensemble=replace(ENSEMBLE, metrics={"val_nll": 4.5, "test_nll": 4.0}),
+    )
+    further = ("perplexity", "agreement", "kl", "own_nll", "draft_acceptance", "distinct_2")
+    table = chosen_table(summary, "nll", (*further, "unended"))
+    assert lines(table, 120) == [
+        "chosen val NLL test NLL perplexity agreement KL own NLL drafts kept no end seconds",
+        "0 4.500 4.250 70.11 4.0000 3.0",
+        "1 4.500 4.250 70.11 75.00% 0.1250 4.0000 81.25% 50.00% 3.0",
+        "ensemble 4.500 4.000",
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from selfkd.config import Config, dump_config, from_tree, load_config, to_tree
+from selfkd.config.validate import check_study
 from selfkd.errors import ConfigError
 
 FIRST = {"distill.temperature": 1.0, "distill.alpha": 1.0}
@@ -34,6 +35,23 @@ def test_what_is_given_wins_in_any_order(tmp_path: Path) -> None:
     assert from_tree(to_tree(config)) == config
 
 
+def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
+    traces = load_config(flags={"task": "text"}, settings=["distill.mode=traces"])
+    assert (traces.search.space, traces.search.points) == ({}, [])
+    settings = ["search.space.train.lr={loguniform: [1e-3, 1e-1]}", "distill.mode=traces"]
+    assert list(load_config(flags={"task": "text"}, settings=settings).search.space) == ["train.lr"]
+    for wrong, where in (
+        ("distill.temperature=2", "distill.temperature: "),
+        ("distill.on_policy=0.5", "distill.on_policy: "),
+        ("targets.top_k=8", "targets.top_k: "),
+        ("search.space.distill.alpha={uniform: [0, 1]}", "search.space.distill.alpha: "),
+        ("search.points=[{distill.alpha: 1.0}]", "search.points: distill.alpha "),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_config(flags={"task": "text"}, settings=[wrong, "distill.mode=traces"])
+        assert f"{where}has no effect with distill.mode traces" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("task", "setting", "message"),
     [
@@ -44,7 +62,6 @@ def test_what_is_given_wins_in_any_order(tmp_path: Path) -> None:
         ("images", "train.steps=8", "train.steps: only with task text"),
         ("images", "search.space={train.steps: {choice: [1, 2]}}", "train.steps is only with"),
         ("text", "controls=[dkpp]", "must be seeds or label_smoothing with task text, got dkpp"),
-        ("text", "distill.live=true", "distill.live: must be false with task text"),
         ("text", "members.source=snapshots", "snapshots are only with task images"),
         ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),
         ("text", "train.warmup_steps=300", "must be less than train.steps"),
@@ -57,3 +74,33 @@ def test_keys_of_another_task_are_refused_by_name(task: str, setting: str, messa
     with pytest.raises(ConfigError) as error:
         load_config(flags={"task": task}, settings=[setting, *more])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["distill.on_policy=0.5"], "distill.on_policy: needs distill.live=true, as no teacher"),
+        (["search.space.distill.on_policy={choice: [0, 1]}"], "distill.on_policy: needs distill"),
+        (["distill.live=true", "targets.top_k=8"], "targets.top_k: not with distill.live=true"),
+        (["distill.live=true", "targets.samples=8"], "targets.samples: not with distill.live=true"),
+        (
+            ["distill.divergence=js", "targets.samples=8"],
+            "distill.divergence: needs all teacher logits: leave out targets.samples, set distill",
+        ),
+        (
+            ["search.space.distill.divergence={choice: [reverse_kl, js]}", "targets.top_k=8"],
+            "leave out targets.top_k, set distill.live=true, or forward_kl, got js, reverse_kl",
+        ),
+    ],
+)
+def test_a_loss_without_the_logits_it_takes_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(flags={"task": "text"}, settings=settings)
+    assert message in str(error.value)
+
+
+def test_the_loss_of_an_arm_is_checked_too() -> None:
+    arms = "study.arms={a: {}, b: {teacher: a, set: {distill.on_policy: 0.5}}}"
+    config = load_config(flags={"task": "text"}, settings=[arms])
+    with pytest.raises(ConfigError, match=r"arms.b.set: distill.on_policy: needs distill.live"):
+        check_study(config)

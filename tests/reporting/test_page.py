@@ -395,7 +395,7 @@ def test_all_parts_are_there(pages: dict[str, Path]) -> None:
     text = pages["ensemble"].read_text()
     for title in (
         *("Share of the teacher", "Reliability on test", "from its teacher", "Confusions on test"),
-        *("The student predicts the class that its teacher predicts on 95.00", "Accuracy by class"),
+        *("The student predicts what its teacher predicts on 95.00", "Accuracy by class"),
         *("Calibration", "Brier at best T", "both"),
     ):
         assert title in text, title

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from scipy.special import logsumexp, softmax
 
 from selfkd.losses.sparse import REST_TEMPERATURES, sparsify
@@ -47,12 +48,12 @@ def make_logits(seed, rows=IMAGES, classes=CLASSES):
     return 4 * torch.randn(rows, classes, generator=generator)
 
 
-def make_manifest(teacher="t1", top_k=None, fingerprint="abc", recipe=None, **more):
+def make_manifest(teacher="t1", top_k=None, fingerprint="abc", recipe=None, samples=None, **more):
     recipe = {"flip": True, "seed": 0} if recipe is None else recipe
     sizes = {"views": 1, "images": IMAGES, "classes": CLASSES, "shard_size": SHARD, **more}
-    key = data_key(fingerprint, recipe, top_k=top_k)
-    own = {"teacher": teacher, "fingerprint": fingerprint, "recipe": recipe, "top_k": top_k}
-    return Manifest(data=key, **own, **sizes)
+    forms = {"top_k": top_k, "samples": samples}
+    own = {"teacher": teacher, "fingerprint": fingerprint, "recipe": recipe, **forms}
+    return Manifest(data=data_key(fingerprint, recipe, **forms), **own, **sizes)
 
 
 def cache(root, views, **more):
@@ -166,20 +167,27 @@ def test_weights_of_probabilities_are_left_to_the_loss(tmp_path):
 
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize(
-    ("top_k", "average"), [(None, "probabilities"), (None, "logits"), (2, "probabilities")]
+    ("form", "average"),
+    [
+        ({}, "probabilities"),
+        ({}, "logits"),
+        ({"top_k": 2}, "probabilities"),
+        ({"samples": 2}, "probabilities"),
+    ],
 )
-def test_packed_and_mapped_give_the_same_bits(tmp_path, monkeypatch, members, top_k, average):
+def test_packed_and_mapped_give_the_same_bits(tmp_path, monkeypatch, members, form, average):
     teachers = [f"t{member}" for member in range(members)]
     for seed, teacher in enumerate(teachers):
         logits = make_logits(seed, rows=300, classes=11)
-        key = cache(tmp_path, [logits], teacher=teacher, top_k=top_k, images=300, classes=11).data
+        key = cache(tmp_path, [logits], teacher=teacher, images=300, classes=11, **form).data
     weights = [0.1, 0.2, 0.7][:members]
     results = []
     for limit in [0, 2**20]:
         monkeypatch.setattr(store, "PACK_LIMIT", limit)
         targets = open_store(tmp_path, teachers, data=key, average=average, weights=weights)
         served = targets(torch.randperm(300, generator=torch.Generator().manual_seed(0))[:33], 0)
-        results.append([served] if isinstance(served, torch.Tensor) else list(served))
+        parts = [served] if isinstance(served, torch.Tensor) else served
+        results.append([part for part in parts if isinstance(part, torch.Tensor)])
     for mapped, packed in zip(*results, strict=True):
         assert mapped.dtype == packed.dtype
         assert torch.equal(mapped, packed)
@@ -287,13 +295,113 @@ def test_shards_without_the_mass_at_other_temperatures(tmp_path, way, members):
 
 def test_top_k_takes_less_disk(tmp_path):
     logits = make_logits(0, rows=100, classes=1000)
-    for root, top_k in [("full", None), ("top", 20)]:
-        cache(tmp_path / root, [logits], images=100, classes=1000, shard_size=100, top_k=top_k)
-    full, top = (list_stores(tmp_path / root)[0].bytes for root in ("full", "top"))
-    assert top < full / 10
-    (path,) = (tmp_path / "top").glob("*/*/view_000/*")
-    size = sum(tensor.nbytes for tensor in load_tensors(path)[0].values())
-    assert size == 100 * (6 * 20 + 28)  # as `cli.plan` says
+    sizes = {"images": 100, "classes": 1000, "shard_size": 100}
+    taken = {}
+    for root, form in [("full", {}), ("top", {"top_k": 20}), ("few", {"samples": 8})]:
+        manifest = cache(tmp_path / root, [logits], **sizes, **form)
+        (path,) = (tmp_path / root).glob("*/*/view_000/*")
+        taken[root] = sum(tensor.nbytes for tensor in load_tensors(path)[0].values()) / 100
+        assert taken[root] == manifest.row_bytes
+    assert taken == {"full": 2000, "top": 4 * 20 + 28, "few": 16}
+
+
+# --- samples ---
+
+
+def draw(root, logits, samples=8, sizes=(20,), **more):
+    """Cache samples, each shard in batches of these sizes; return the store."""
+    rows, classes = logits.shape
+    manifest = make_manifest(samples=samples, images=rows, classes=classes, **more)
+    for shard in range(manifest.shards):
+        part = manifest.rows(shard)
+        batches, start = [], part.start
+        while start < part.stop:
+            size = min(sizes[len(batches) % len(sizes)], part.stop - start)
+            batches.append(logits[start : start + size])
+            start += size
+        write_shard(root, manifest, view=0, shard=shard, logits=iter(batches))
+    return open_store(root, [manifest.teacher], data=manifest.data)
+
+
+def test_samples_are_of_the_image_whatever_the_batch_and_the_shard(tmp_path, way):
+    logits = make_logits(0)
+    index = torch.tensor([13, 0, 19, 13])
+    drawn = {
+        draw(tmp_path / f"{size}-{sizes}", logits, sizes=sizes, shard_size=size)(index, 0)
+        .indices.numpy()
+        .tobytes()
+        for size in (1, 7, 20)
+        for sizes in ((20,), (1,), (3, 2))
+    }
+    assert len(drawn) == 1
+    others = [draw(tmp_path / "b", logits, teacher="t2"), draw(tmp_path / "c", logits, recipe={})]
+    assert all(other(index, 0).indices.numpy().tobytes() not in drawn for other in others)
+
+
+@pytest.mark.parametrize("samples", [1, 8, 33])
+def test_samples_follow_the_softmax(tmp_path, samples):
+    rows = 40_000 // samples
+    logits = torch.tensor([0.0, 1.0, -1.0, -60_000.0, -200_000.0, 0.5]).repeat(rows, 1)
+    targets = draw(tmp_path, logits, samples, sizes=(700,), shard_size=rows)
+    drawn = targets(torch.arange(rows), 0)
+    assert drawn.indices.shape == (rows, samples)
+    assert drawn.indices.dtype == torch.int64
+    assert (drawn.weights, drawn.log_p, drawn.temperature) == (None, None, 1.0)
+    shares = drawn.indices.flatten().bincount(minlength=6).double().numpy() / (rows * samples)
+    wanted = softmax(logits[0].double().numpy())
+    np.testing.assert_allclose(shares, wanted, atol=4 * np.sqrt(0.25 / (rows * samples)))
+    assert shares[3] == shares[4] == 0  # in half precision they would tie
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(2**16, "U16"), (2**16 + 1, "I32")])
+def test_numbers_of_classes_take_16_bits_where_these_are_enough(tmp_path, classes, dtype):
+    logits = torch.full((4, classes), -50.0)
+    logits[:, -1] = 0
+    for form in ({"samples": 3}, {"top_k": 1}):
+        sizes = {"images": 4, "classes": classes, "shard_size": 4}
+        manifest = cache(tmp_path, [logits], **sizes, **form)
+        with safe_open(shard_path(tmp_path, manifest, view=0, shard=0), "pt") as file:
+            assert file.get_slice("indices").get_dtype() == dtype
+        served = open_store(tmp_path, ["t1"], data=manifest.data)(torch.tensor([2]), 0)
+        assert (served.indices == classes - 1).all()
+
+
+def test_samples_of_members_are_of_their_mean(tmp_path, way):
+    logits = [make_logits(seed) for seed in range(3)]
+    single = [draw(tmp_path, own, 4, teacher=name) for name, own in zip("abc", logits, strict=True)]
+    key = make_manifest(samples=4).data
+    index = torch.tensor([3, 17])
+    own = [targets(index, 0).indices for targets in single]
+    served = open_store(tmp_path, ["a", "b", "c"], data=key)(index, 0)
+    assert torch.equal(served.indices, torch.cat(own, dim=-1))
+    assert served.weights is None
+    weighted = open_store(tmp_path, ["a", "b", "c"], data=key, weights=[1.0, 0.0, 3.0])(index, 0)
+    assert torch.equal(weighted.indices, torch.cat([own[0], own[2]], dim=-1))
+    assert weighted.weights.tolist() == [[0.0625] * 4 + [0.1875] * 4] * 2
+    with pytest.raises(ValueError, match="average must be probabilities where only samples"):
+        open_store(tmp_path, ["a", "b"], data=key, average="logits")
+
+
+def test_a_shard_is_made_batch_by_batch(tmp_path):
+    """No more than a batch of the logits is held beside what is written."""
+    rows, classes = 2_000, 5_000
+    manifest = make_manifest(samples=8, images=rows, classes=classes, shard_size=rows)
+    alive = []
+
+    def batches():
+        for _ in range(rows // 100):
+            batch = torch.zeros(100, classes)
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+            assert sum(each() is not None for each in alive) <= 1
+
+    write_shard(tmp_path, manifest, view=0, shard=0, logits=batches())
+    assert len(alive) == 20
+    with pytest.raises(ValueError, match=r"logits must be \[2000, 5000\], got \[100, 5000\]"):
+        write_shard(tmp_path, manifest, view=0, shard=0, logits=[torch.zeros(100, classes)])
+    with pytest.raises(ValueError, match=r"logits must be \[2000, 5000\], got \[2001, 5000\]"):
+        write_shard(tmp_path, manifest, view=0, shard=0, logits=[torch.zeros(667, classes)] * 3)
 
 
 # --- refused arguments ---
@@ -323,6 +431,9 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, value, top_k):
         ({"classes": -3}, "classes must be an integer of at least 1, got -3"),
         ({"shard_size": 0}, "shard_size must be an integer of at least 1, got 0"),
         ({"shard_size": 2.5}, "shard_size must be an integer of at least 1, got 2.5"),
+        ({"samples": 0}, "samples must be an integer of at least 1 or none, got 0"),
+        ({"samples": 2, "top_k": 2}, "samples must be none where there is top_k, got 2"),
+        ({"samples": 2, "exact": True}, "exact must be false where there is samples, got True"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_refused(changes, message):
@@ -332,7 +443,8 @@ def test_a_manifest_that_cannot_be_is_refused(changes, message):
 
 def test_a_manifest_under_another_key_is_refused():
     manifest = make_manifest()
-    for changes in [{"data": "d1"}, {"fingerprint": "x"}, {"recipe": {}}, {"top_k": 2}]:
+    forms = [{"top_k": 2}, {"samples": 2}]
+    for changes in [{"data": "d1"}, {"fingerprint": "x"}, {"recipe": {}}, *forms]:
         with pytest.raises(ValueError, match=r"data must be \w{16}, the key of .*, got \w+"):
             replace(manifest, **changes)
 
@@ -470,9 +582,9 @@ def flip(path, position):
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
 
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_any_flipped_byte_is_found(tmp_path, top_k):
-    manifest = cache(tmp_path, [make_logits(0)], top_k=top_k)
+@pytest.mark.parametrize("form", [{}, {"top_k": 2}, {"samples": 2}])
+def test_any_flipped_byte_is_found(tmp_path, form):
+    manifest = cache(tmp_path, [make_logits(0)], **form)
     path = shard_path(tmp_path, manifest, view=0, shard=0)
     assert whole(tmp_path, manifest) == ["whole"] * 3
     for position in range(path.stat().st_size):
@@ -492,6 +604,17 @@ def test_a_truncated_shard_is_found(tmp_path, way, size):
     targets = open_store(tmp_path, ["t1"], data=manifest.data)
     with pytest.raises(ValueError, match=r"shard_00002\.safetensors is damaged"):
         targets(torch.tensor([16]), 0)
+
+
+def test_a_damaged_shard_is_made_again_with_the_same_bits(tmp_path):
+    logits = make_logits(0)
+    manifest = cache(tmp_path, [logits], samples=4)
+    path = shard_path(tmp_path, manifest, view=0, shard=1)
+    before = load_tensors(path)[1]["hash"]
+    flip(path, -3)
+    assert whole(tmp_path, manifest) == ["whole", "damaged", "whole"]
+    write_shard(tmp_path, manifest, view=0, shard=1, logits=logits[7:14].split(2))
+    assert load_tensors(path)[1]["hash"] == before
 
 
 def test_a_damaged_shard_is_replaced(tmp_path, way):
@@ -554,16 +677,19 @@ def test_a_shard_of_other_tensors_is_found(tmp_path, way, tensors):
         targets(torch.tensor([0]), 0)
 
 
-@pytest.mark.parametrize("wrong", [-1, CLASSES])
-def test_indices_of_no_class_are_found(tmp_path, way, wrong):
-    manifest = cache(tmp_path, [make_logits(0)], top_k=2)
+@pytest.mark.parametrize("form", [{"top_k": 2}, {"samples": 2}])
+@pytest.mark.parametrize(("classes", "wrong"), [(5, 5), (5, 2**16 - 1), (70_000, -1)])
+def test_indices_of_no_class_are_found(tmp_path, way, form, classes, wrong):
+    manifest = cache(tmp_path, [make_logits(0, classes=classes)], classes=classes, **form)
     path = shard_path(tmp_path, manifest, view=0, shard=0)
     tensors = {name: tensor.clone() for name, tensor in load_tensors(path)[0].items()}
     tensors["indices"][3, 1] = wrong
     overwrite(tmp_path, manifest, tensors)
     assert check_shard(tmp_path, manifest, view=0, shard=0) == "damaged"
     targets = open_store(tmp_path, ["t1"], data=manifest.data)
-    with pytest.raises(ValueError, match=r"shard_00000\.\w+ must have indices in \[0, 5\)"):
+    with pytest.raises(
+        ValueError, match=rf"shard_00000\.\w+ must have indices in \[0, {classes}\)"
+    ):
         targets(torch.tensor([0]), 0)
 
 
@@ -868,5 +994,6 @@ def test_the_key_depends_on_images_recipe_and_format():
     others = [("abd", recipe), *(("abc", {**recipe, name: 7}) for name in recipe), ("abc", {})]
     keys = {data_key(*other) for other in others}
     keys |= {data_key("abc", recipe, top_k=top_k) for top_k in (1, 2)}
-    assert len(keys) == len(others) + 2
+    keys |= {data_key("abc", recipe, samples=samples) for samples in (1, 2)}
+    assert len(keys) == len(others) + 4
     assert key not in keys

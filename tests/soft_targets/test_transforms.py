@@ -9,6 +9,7 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 
 from selfkd.distill.distiller import Distiller
+from selfkd.losses.sequences import SampledTargets, sampled_targets
 from selfkd.losses.sparse import SparseLogits, sparsify
 from selfkd.soft_targets.transforms import ConfidenceWeighted, PermutedTargets, VirtualTargets
 
@@ -68,12 +69,16 @@ def test_a_confident_ensemble_stays_finite() -> None:
     assert bool(targets(torch.tensor([0]), 0).isfinite().all())
 
 
-def test_sparse_logits_cannot_be_permuted() -> None:
+def test_parts_of_the_logits_cannot_be_permuted() -> None:
     def sparse(index: Tensor, view: int) -> SparseLogits:
         return sparsify(LOGITS[index], 3)
 
-    with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):
-        PermutedTargets(sparse, temperature=1.0, seed=0)(INDEX, 0)
+    def sampled(index: Tensor, view: int) -> SampledTargets:
+        return sampled_targets(LOGITS[index], 3, temperature=1.0)
+
+    for targets in (sparse, sampled):
+        with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):
+            PermutedTargets(targets, temperature=1.0, seed=0)(INDEX, 0)
 
 
 @pytest.mark.parametrize("members", [1, 2])

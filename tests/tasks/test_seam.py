@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from engine import Recorder, make_run
 from torch import Tensor, nn
 
+from selfkd.analysis.metrics import agreement
 from selfkd.cli.tables import chosen_table, summary_table
 from selfkd.config import CheckpointConfig, Config, ModelConfig, Tree, from_tree, load_config
 from selfkd.distill.distiller import Distiller
@@ -135,16 +136,11 @@ class Letters:
                 row["checkpoint"] = trial.path.name
             yield row
 
-    def predict(
-        self,
-        checkpoint: str,
-        split: Split,
-        *,
-        view: int | None = None,
-        items: range | None = None,
-    ) -> Tensor:
-        logits = self.predict_with(self.load(checkpoint)[0], split)
-        return logits if items is None else logits[items.start : items.stop]
+    def predict(self, checkpoint: str, split: Split) -> Tensor:
+        return self.predict_with(self.load(checkpoint)[0], split)
+
+    def predict_batches(self, checkpoint: str, items: range, *, view: int) -> Iterator[Tensor]:
+        yield from self.predict(checkpoint, "train")[items.start : items.stop].split(50)
 
     @torch.no_grad()
     def predict_with(self, network: nn.Module, split: Split) -> Tensor:
@@ -167,7 +163,9 @@ class Letters:
     def labels(self, split: Split) -> Tensor:
         return self.items[split][1]
 
-    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
+    def evaluate(
+        self, logits: Mapping[Split, Tensor], networks: Iterable[nn.Module] = (), **options: Any
+    ) -> dict[str, float]:
         found = {}
         for split, own in logits.items():
             nll = float(F.cross_entropy(own, self.labels(split)))
@@ -175,10 +173,18 @@ class Letters:
             found |= {f"{split}_{name}": values[name] for name in self.measures}
         return found
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
+    def fidelity(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, float]:
+        return {"agreement": agreement(logits, teacher_logits)}
+
+    def measure_samples(
+        self, checkpoint: str, teachers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        return {}
+
+    def hits(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         return logits.argmax(dim=-1) == self.labels(split)
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         return self.hits(logits, split).double()
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:

@@ -163,6 +163,8 @@ def test_check_gives_the_facts(jobs):
             "views": 8,
             "parameters": {"model": 1210, "student": 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10},
             "function": None,
+            "cached": {"words": "10 logits", "row_bytes": 20, "shard_size": 16_384},
+            "fixed": [],
             "notes": [],
         }
     }

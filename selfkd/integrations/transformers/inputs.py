@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selfkd.distill.layers import check_whole, unwrap
 from selfkd.distill.outputs import map_tensors
+from selfkd.distill.signature import bare as bare
+from selfkd.distill.signature import config_of as config_of
+from selfkd.distill.signature import is_encoder_decoder as is_encoder_decoder
+from selfkd.distill.signature import signature_of as signature_of
 from selfkd.distill.tasks import Task
 from selfkd.distill.teacher import Ensemble, Teacher
 
@@ -25,63 +27,7 @@ PADDING = 0.01
 
 Teachers = nn.Module | Teacher | Ensemble
 """What is taken as a teacher."""
-_SIGNATURES: WeakKeyDictionary[nn.Module, Signature] = WeakKeyDictionary()
 _TASKS: dict[str, Task] = {"regression": "regression", "multi_label_classification": "multi_label"}
-
-
-class Signature(NamedTuple):
-    """Inputs that a model's forward takes."""
-
-    names: frozenset[str]
-    """Names of the inputs."""
-    takes_any: bool
-    """Whether further inputs of any name are taken (`**kwargs` without types)."""
-
-
-def bare(model: Any) -> Any:
-    """Return the model inside wrappers of compilation, data parallelism and peft.
-
-    >>> bare(torch.compile(nn.Linear(2, 3)))
-    Linear(in_features=2, out_features=3, bias=True)
-    """
-    model = unwrap(model)
-    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
-        base = getattr(model, "get_base_model", None)  # a PeftMixedModel has none
-        return unwrap(model.base_model.model if base is None else base())
-    return model
-
-
-def config_of(model: nn.Module) -> Any:
-    """Return the configuration of a model of transformers in any wrapper, None of another."""
-    config = getattr(bare(model), "config", None)
-    return config if hasattr(config, "get_text_config") else None
-
-
-def signature_of(model: nn.Module) -> Signature:
-    """Return the inputs that the forward of a model in any wrapper takes.
-
-    Of `**kwargs` with types, as transformers' models have them, these names are taken.
-    """
-    model = bare(model)
-    if model in _SIGNATURES:
-        return _SIGNATURES[model]
-    _SIGNATURES[model] = _read_signature(model)
-    return _SIGNATURES[model]
-
-
-def _read_signature(model: nn.Module) -> Signature:
-    if isinstance(model, torch.jit.ScriptModule):
-        schema: Any = model.forward.schema  # type: ignore[attr-defined]
-        arguments = schema.arguments[1:]
-        return Signature(frozenset(argument.name for argument in arguments), False)
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = {parameter.name for parameter in parameters if parameter.kind in named}
-    further = [p.annotation for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    typed = [kind for annotation in further for kind in get_args(annotation)]
-    for kind in typed:
-        names |= getattr(kind, "__annotations__", {}).keys()
-    return Signature(frozenset(names), bool(further) and not typed)
 
 
 def select_inputs(
@@ -92,7 +38,7 @@ def select_inputs(
     Labels are kept for an encoder-decoder, which makes inputs from them.
     """
     names, takes_any = signature_of(model)
-    labels = {*LABEL_COLUMNS, "shift_labels", *label_names}
+    labels = {*LABEL_COLUMNS, "shift_labels", "soft_target_rows", *label_names}
     if is_encoder_decoder(model):
         labels.discard("labels")
     return {
@@ -110,12 +56,6 @@ def output_options(model: nn.Module, options: Mapping[str, bool]) -> dict[str, b
     asked = {name for name, value in options.items() if value and name != "return_dict"}
     taken = names | asked if takes_any else names
     return {name: value for name, value in options.items() if name in taken}
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model of transformers has an encoder and a decoder."""
-    config = config_of(model)
-    return config is not None and bool(getattr(config.get_text_config(), "is_encoder_decoder", 0))
 
 
 def with_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
@@ -288,23 +228,53 @@ def match_vocabularies(
     """
     sizes = [_vocabulary(model) for model in (student, *teachers)]
     known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes) or len(set(known)) == 1:
+    if len(known) < len(sizes):
         return None
-    common, largest = min(known), max(known)
+    common = _common(known, tokenizer, "teacher")
+    return common if all(map(has_token_logits, (student, *teachers))) else None
+
+
+def match_cached_classes(student: nn.Module, classes: int, tokenizer: Any = None) -> int | None:
+    """Return the number of tokens common to a padded vocabulary and cached logits, else None.
+
+    Args:
+        student: Student.
+        classes: Number of classes of the cached logits.
+        tokenizer: Tokenizer, whose tokens must be common; None if unknown.
+
+    Raises:
+        ValueError: Cached logits of other classes or of another vocabulary.
+    """
+    count = _class_count(student)
+    if count not in (None, classes):
+        raise ValueError(
+            f"targets must have as many classes as the student, {count}, got {classes}"
+        )
+    size = _vocabulary(student)
+    if count is not None or size is None:
+        return None
+    return _common([size, classes], tokenizer, "targets")
+
+
+def _common(sizes: Sequence[int], tokenizer: Any, given: str) -> int | None:
+    """Return the least of the student's and other vocabularies, None where all are as large."""
+    if len(set(sizes)) == 1:
+        return None
+    common, largest = min(sizes), max(sizes)
     try:
         tokens = len(tokenizer)
     except TypeError:
         tokens = 0
     if largest - common > PADDING * largest or tokens > common:
-        given = known[1] if len(known) == 2 else known[1:]
+        others = sizes[1] if len(sizes) == 2 else list(sizes[1:])
         of = f" and the tokenizer {tokens}" if tokens > common else ""
         raise ValueError(
-            f"teacher must have the student's vocabulary, up to padding of {PADDING:.0%}, got "
-            f"{given} tokens where the student has {known[0]}{of}: with one tokenizer, "
+            f"{given} must have the student's vocabulary, up to padding of {PADDING:.0%}, got "
+            f"{others} tokens where the student has {sizes[0]}{of}: with one tokenizer, "
             "resize_token_embeddings of either model; of different tokenizers, tokens cannot be "
             "compared"
         )
-    return common if all(map(has_token_logits, (student, *teachers))) else None
+    return common
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -121,10 +121,15 @@ def _path_of_layers(model: PreTrainedModel) -> str:
 
 
 def check_weights(weights: Mapping[str, float], teachers: int) -> None:
-    """Raise ValueError for weights of layers out of range, or with several teachers."""
+    """Raise ValueError for weights of layers out of range, with several teachers or with none."""
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name}_weight must be >= 0 and finite, got {weight}")
+        if weight and not teachers:
+            raise ValueError(
+                f"{name}_weight must be 0 with targets, got {weight}: hidden states and attention "
+                "need a live teacher"
+            )
     if any(weights.values()) and teachers != 1:
         raise ValueError(
             "teacher must be one model where hidden states or attention are compared, got "

@@ -12,10 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
-from selfkd.distill.tasks import Task, task_terms
+from selfkd.distill.tasks import Task, as_outputs, hard_term, task_terms
 from selfkd.distill.teacher import Teacher
 from selfkd.integrations.transformers.inputs import bare, is_encoder_decoder, virtual_tokens
-from selfkd.losses.sequences import LinearLogits, linear_sequence_terms, sequence_terms
+from selfkd.losses.sequences import (
+    LinearLogits,
+    SampledTargets,
+    TokenTeacher,
+    linear_sequence_terms,
+    sequence_terms,
+)
+from selfkd.losses.sparse import SparseLogits
 
 _PLAIN: WeakSet[nn.Linear] = WeakSet()
 """Heads whose outputs have been seen to be the logits."""
@@ -116,13 +123,32 @@ def _first_token(head: nn.Linear) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def averaged(
+    teachers: Sequence[Tensor], columns: Sequence[Sequence[int] | None], like: Tensor
+) -> Tensor:
+    """Return the logits of several teachers as those of members, of one teacher as they are.
+
+    Args:
+        teachers: Logits of each teacher.
+        columns: Logit of each teacher for each class of the student, None for the same order.
+        like: Tensor on the device of the student's logits.
+    """
+    pairs = zip(teachers, columns, strict=True)
+    members = [
+        (logits if order is None else logits[..., order]).to(like.device) for logits, order in pairs
+    ]
+    if len(members) == 1:
+        return members[0]
+    least = min(logits.shape[-1] for logits in members)  # of padded vocabularies
+    return torch.stack([logits[..., :least] for logits in members])
+
+
 def loss_terms(
     task: Task,
     student: Tensor | LinearLogits,
-    teachers: Sequence[Any],
-    targets: Any,
+    teacher: TokenTeacher | None,
+    labels: Any,
     *,
-    columns: Sequence[Sequence[int] | None],
     vocabulary: int | None,
     **settings: Any,
 ) -> dict[str, Tensor]:
@@ -131,40 +157,80 @@ def loss_terms(
     Args:
         task: Kind of labels.
         student: Logits `[batch, classes]` or `[batch, length, vocabulary]`.
-        teachers: Logits of each teacher, of as many rows and tokens, linear ones as the student's.
-        targets: Labels `[batch]`, `[batch, length]`, or `[batch, classes]` of several labels.
-        columns: Logit of each teacher for each class of the student, None for the same order.
+        teacher: Logits of as many rows and tokens, also those of members, sparse or sampled; None
+            for the hard loss alone.
+        labels: Labels `[batch]`, `[batch, length]`, or `[batch, classes]` of several labels.
         vocabulary: Number of the first classes compared, None for all.
         settings: Keywords of `selfkd.losses.sequence_terms`.
 
     Raises:
         ValueError: A divergence or a number of classes that the task does not have.
     """
-    if isinstance(student, LinearLogits):
-        (teacher,) = teachers
-        hidden, weight, bias = student
-        settings |= {"bias": bias, "vocabulary": vocabulary}
-        teacher = teacher.to(hidden.device)
-        return linear_sequence_terms(hidden, weight, teacher, targets, **settings)._asdict()
-    members = []
-    for logits, order in zip(teachers, columns, strict=True):
-        logits = logits.to(student.device)
-        members.append((logits if order is None else logits[..., order])[..., :vocabulary])
-    averaged = members[0] if len(members) == 1 else torch.stack(members)
+    logits = student.hidden if isinstance(student, LinearLogits) else student
     if task != "single_label":
-        if settings.pop("divergence") != "forward_kl":
-            raise ValueError(f"divergence must be 'forward_kl' for {task} labels, got another")
-        share = len(student) / settings.pop("normalizer")
-        del settings["beta"]
-        terms = task_terms(task, student, averaged, targets, weights=None, margin=0.0, **settings)
-        return {name: term * share for name, term in terms._asdict().items()}
-    if student.shape[-1] < 2:
+        share = len(logits) / settings.pop("normalizer")
+        terms = _task_terms(task, logits, teacher, labels, **settings)
+        return {name: term * share for name, term in terms.items()}
+    if logits.shape[-1] < 2:
         raise ValueError(
-            f"student must have at least 2 classes, got logits {list(student.shape)}: "
+            f"student must have at least 2 classes, got logits {list(logits.shape)}: "
             "problem_type='regression' of its configuration is for numbers"
         )
-    if targets.ndim == 1:  # a row with one label is a sequence of one token
-        student, targets = student[:, None], targets[:, None]
-        averaged = averaged.unsqueeze(-2)
+    if teacher is None:  # of which nothing is taken
+        rows = torch.zeros(labels.shape, device=logits.device)
+        first = torch.zeros_like(rows, dtype=torch.int64)[..., None]
+        settings |= {"alpha": 0.0, "divergence": "forward_kl"}
+        sparse = SparseLogits(rows[..., None], first, rows)
+        terms = loss_terms(task, student, sparse, labels, vocabulary=None, **settings)
+        del terms["soft_loss"]
+        return terms
+    if isinstance(teacher, SparseLogits | SampledTargets):
+        vocabulary = None  # other classes are of the rest
     settings["vocabulary"] = vocabulary
-    return sequence_terms(student, averaged, targets, **settings)._asdict()
+    teacher = teacher.to(logits.device)
+    if isinstance(student, LinearLogits):
+        hidden, weight, bias = student
+        return linear_sequence_terms(
+            hidden, weight, teacher, labels, bias=bias, **settings
+        )._asdict()
+    if labels.ndim == 1:  # a row with one label is a sequence of one token
+        student, labels, teacher = student[:, None], labels[:, None], _as_tokens(teacher)
+    if isinstance(teacher, Tensor):
+        teacher = teacher[..., :vocabulary]
+    return sequence_terms(student, teacher, labels, **settings)._asdict()
+
+
+def _task_terms(
+    task: Task,
+    student: Tensor,
+    teacher: Any,
+    labels: Any,
+    *,
+    divergence: str,
+    beta: float,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    if divergence != "forward_kl":
+        raise ValueError(f"divergence must be 'forward_kl' for {task} labels, got another")
+    if teacher is None:
+        smoothing = settings["label_smoothing"]
+        loss = hard_term(task, student, as_outputs(labels, student), label_smoothing=smoothing)
+        return {"loss": loss, "hard_loss": loss.detach()}
+    teacher = teacher.to(student.device)
+    return task_terms(
+        task, student, teacher, labels, weights=None, margin=0.0, **settings
+    )._asdict()
+
+
+def _as_tokens(teacher: Any) -> Any:
+    """Return the logits of rows as those of sequences of one token."""
+    if isinstance(teacher, Tensor):
+        return teacher.unsqueeze(-2)
+    if isinstance(teacher, SparseLogits):
+        values, indices, rest, grid = teacher
+        return SparseLogits(
+            values.unsqueeze(-2), indices.unsqueeze(-2), rest.unsqueeze(-1),
+            None if grid is None else grid.unsqueeze(-2),
+        )  # fmt: skip
+    tensors = (None if tensor is None else tensor.unsqueeze(-2) for tensor in teacher[:3])
+    return teacher._replace(**dict(zip(teacher._fields, tensors, strict=False)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from selfkd.distill.outputs import check_graph
 from selfkd.distill.teacher import Ensemble, Teacher
-from selfkd.integrations.transformers.batches import TermSums, shares_of, sizes_of, targets_of
+from selfkd.integrations.transformers.batches import shares_of, sizes_of, targets_of
 from selfkd.integrations.transformers.card import describe_distillation
 from selfkd.integrations.transformers.inputs import (
     LABEL_COLUMNS,
@@ -39,6 +38,7 @@ from selfkd.integrations.transformers.layers import (
     text_config,
 )
 from selfkd.integrations.transformers.logits import (
+    averaged,
     check_linear_head,
     logits_of,
     loss_terms,
@@ -48,16 +48,15 @@ from selfkd.integrations.transformers.logits import (
 from selfkd.losses import Average
 from selfkd.losses.distillation import check_settings
 from selfkd.losses.divergences import Divergence, SoftTerm
-from selfkd.losses.fused import weighted_sum
 from selfkd.losses.sequences import LinearLogits
 
 try:
     from transformers import PreTrainedModel, TrainingArguments
     from transformers.loss.loss_utils import ForCausalLMLoss
-    from transformers.trainer_utils import EvalLoopOutput
     from transformers.utils.generic import find_labels
 
-    from selfkd.integrations.transformers.projection import ProjectionTrainer
+    from selfkd.integrations.transformers.cached import ROWS, Targets
+    from selfkd.integrations.transformers.terms import TermsTrainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"transformers cannot be imported ({error}): pip install 'selfkd[transformers]'",
@@ -65,8 +64,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-class DistillationTrainer(ProjectionTrainer):
-    """Trainer of transformers with the distillation loss of a teacher.
+class DistillationTrainer(TermsTrainer):
+    """Trainer of transformers with the distillation loss of a teacher, live or cached.
 
         loss = (1 - alpha) hard_loss + alpha soft_loss
                + hidden_weight hidden_loss + cosine_weight cosine_loss
@@ -92,6 +91,11 @@ class DistillationTrainer(ProjectionTrainer):
     The terms are logged by name, before weighting, as means over the steps since the last log. In
     evaluation the loss is the same sum, and `exp(eval_hard_loss)` is the perplexity.
 
+    With `targets`, which `selfkd.cache_logits` has made of `train_dataset`, no teacher is in
+    memory: each item or token has its cached logits, whatever the seed, order, batch size, workers
+    and padding on the right, also after a resume. Evaluation is then by hard_loss alone, unless
+    `eval_dataset` is `train_dataset`.
+
     It is a mixin too: `class Mine(DistillationTrainer, Seq2SeqTrainer)` distils in another trainer,
     whose further keywords it passes on.
 
@@ -101,6 +105,8 @@ class DistillationTrainer(ProjectionTrainer):
         teacher: Teacher, or several as an ensemble. Frozen copies are made, which are in no
             checkpoint; quantised, offloaded and sharded models and a `selfkd.Teacher` are taken as
             they are. Of an ensemble only logits are compared.
+        targets: Cached logits of `train_dataset` in place of a teacher, from `selfkd.cache_logits`,
+            `load_logits` or `import_logprobs`: all logits, the largest, or samples.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
             is still run, to log soft_loss.
@@ -124,8 +130,9 @@ class DistillationTrainer(ProjectionTrainer):
             layers; None if the widths are equal. It is trained without weight decay and clipping.
 
     Raises:
-        ValueError: A setting out of range, an impossible map, or models that do not match; in a
-            step, inputs without labels, or a model that returns no graph, states or attention.
+        ValueError: A setting out of range, an impossible map, models that do not match, both a
+            teacher and targets or neither, or targets of another data set or vocabulary; in a step,
+            inputs without labels, or a model that returns no graph, states or attention.
         TypeError: In a step, outputs of which it is not clear what the logits are.
 
     >>> from transformers import BertConfig, BertForSequenceClassification
@@ -162,7 +169,8 @@ class DistillationTrainer(ProjectionTrainer):
         model: PreTrainedModel | nn.Module | None = None,
         args: TrainingArguments | None = None,
         *,
-        teacher: Teachers | Sequence[Teachers],
+        teacher: Teachers | Sequence[Teachers] | None = None,
+        targets: Targets | None = None,
         temperature: float = 2.0,
         alpha: float = 0.5,
         average: Average = "probabilities",
@@ -178,7 +186,10 @@ class DistillationTrainer(ProjectionTrainer):
     ) -> None:
         check_settings(temperature, alpha, average, 0.0)
         SoftTerm(divergence, beta).checked()
-        members = as_teachers(teacher)
+        if (teacher is None) == (targets is None):
+            both = "neither" if teacher is None else "both"
+            raise ValueError(f"teacher or targets must be given, one of the two, got {both}")
+        members = as_teachers(teacher) if teacher is not None else []
         self.weights = {
             "hidden": hidden_weight, "cosine": cosine_weight, "attention": attention_weight
         }  # fmt: skip
@@ -187,7 +198,7 @@ class DistillationTrainer(ProjectionTrainer):
             raise ValueError(
                 "compute_loss_func must be None, as the loss is this trainer's, got one"
             )
-        if not full_logits and len(members) != 1:
+        if not full_logits and len(members) > 1:
             raise ValueError(f"full_logits must be True with {len(members)} teachers, got False")
         self.temperature, self.alpha, self.shift_labels = temperature, alpha, shift_labels
         self.average, self.full_logits = average, full_logits
@@ -202,12 +213,14 @@ class DistillationTrainer(ProjectionTrainer):
             "output_hidden_states": bool(hidden_weight or cosine_weight),
             "output_attentions": bool(attention_weight),
         }
-        self._sums, self._eval_sums = TermSums(), TermSums()
-        self._steps = 0
+        self.start_sums()
+        self.targets = targets
         super().__init__(model=model, args=args, **further)
         self.check_devices(full_logits=full_logits)
+        self.check_targets(temperature, divergence)
         self._members = [member.to(self.args.device) for member in members]
-        self.teacher = members[0] if len(members) == 1 else Ensemble(members)
+        if members:
+            self.teacher = members[0] if len(members) == 1 else Ensemble(members)
         self.label_names = (
             self.args.label_names or find_labels(type(bare(self.model))) or ["labels"]
         )
@@ -215,14 +228,17 @@ class DistillationTrainer(ProjectionTrainer):
 
     def _match_student(self, model: nn.Module) -> None:
         """Match a student with the teachers: layers, classes and vocabulary."""
+        self.match_targets(model)
         teachers = [member.module for member in self._members]
         if any(self.weights.values()):
             self.layer_map = resolve_layer_map(bare(model), bare(teachers[0]), self._given_map)
         self._columns = [match_classes(model, teacher) for teacher in teachers]
-        self._vocabulary = match_vocabularies(model, teachers, self.processing_class)
+        if teachers:
+            self._compared = match_vocabularies(model, teachers, self.processing_class)
         if not self.full_logits:
             check_linear_head(model, "student")
-            check_linear_head(teachers[0], "teacher")
+            for teacher in teachers:
+                check_linear_head(teacher, "teacher")
         if self.weights["hidden"] or self.weights["cosine"]:
             widths = [text_config(bare(each)).hidden_size for each in (model, teachers[0])]
             self.make_projection(*widths)
@@ -230,7 +246,7 @@ class DistillationTrainer(ProjectionTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a student by `model_init`, and match it with the teacher."""
         model: nn.Module = super().call_model_init(trial)
-        if self.teacher is not None:  # not yet while `Trainer` is made
+        if hasattr(self, "_members"):  # not yet while `Trainer` is made
             self._match_student(model)
         return model
 
@@ -289,22 +305,21 @@ class DistillationTrainer(ProjectionTrainer):
         logits = student.hidden if isinstance(student, LinearLogits) else student
         if model.training:
             check_graph(logits, "student_logits")
-        teachers = self._run_teacher(inputs) if full else self._run_teacher(inputs, run_to_head)
         sizes = sizes_of(inputs, shift=self._shifts())
         whole = num_items_in_batch if model.training else None
-        targets = inputs.get("labels")
-        task = task_of(self.model, targets)
-        rows = logits.ndim == 2 and (task != "single_label" or targets is None)
+        labels = inputs.get("labels")
+        task = task_of(self.model, labels)
+        rows = logits.ndim == 2 and (task != "single_label" or labels is None)
         if task == "single_label":
-            targets = targets_of(inputs, shift=self._shifts(), rows=rows)
+            labels = targets_of(inputs, shift=self._shifts(), rows=rows)
+        teachers, teacher = self._teacher_logits(inputs, logits, labels, full=full)
         count, token_share, pair_share = shares_of(sizes, whole, rows=rows)
         terms = loss_terms(
             task,
             student,
-            teacher_logits(teachers, self._members) if full else [teachers[0][1]],
-            targets,
-            columns=self._columns,
-            vocabulary=self._vocabulary,
+            teacher,
+            labels,
+            vocabulary=self._compared,
             normalizer=count,
             label_smoothing=self.args.label_smoothing_factor,
             **self._settings,
@@ -350,6 +365,18 @@ class DistillationTrainer(ProjectionTrainer):
         outputs = model(**given)
         return outputs, logits_of(outputs, model, "student")
 
+    def _teacher_logits(
+        self, inputs: Mapping[str, Any], logits: Tensor, labels: Any, *, full: bool
+    ) -> tuple[list[Any], Any]:
+        """Return the outputs of live teachers, and the logits, None where none are cached."""
+        if self.targets is None:
+            outputs = self._run_teacher(inputs) if full else self._run_teacher(inputs, run_to_head)
+            if not full:
+                return outputs, outputs[0][1]
+            members = teacher_logits(outputs, self._members)
+            return outputs, averaged(members, self._columns, logits)
+        return [], self.cached_teacher(inputs, logits, labels, training=self.model.training)
+
     def _run_teacher(self, inputs: Mapping[str, Any], run: Any = None) -> list[Any]:
         """Return the outputs of the teacher, or of each member."""
         with self.accelerator.autocast():
@@ -381,7 +408,7 @@ class DistillationTrainer(ProjectionTrainer):
         has_labels = "labels" in inputs
         loss, outputs = None, None
         with torch.no_grad(), self.compute_loss_context_manager():
-            if has_labels or self.alpha == 1:
+            if has_labels or (self.alpha == 1 and (self.targets is None or ROWS in inputs)):
                 loss = self.compute_loss(model, inputs, not (prediction_loss_only or generates))
                 loss, outputs = loss if isinstance(loss, tuple) else (loss, None)
                 loss = loss.detach().mean()
@@ -398,48 +425,14 @@ class DistillationTrainer(ProjectionTrainer):
         labels = gathered_labels(inputs, self.label_names)
         return loss, predictions_of(outputs, self.model, ignore_keys), labels
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate, with each term as the mean over all of the data set's labels or tokens."""
-        self._eval_sums.pop()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        terms = self._eval_sums.pop(self._reduction(summed=True))
-        if terms:
-            hard, soft = terms.get("hard_loss", 0.0), terms["soft_loss"]
-            loss = weighted_sum(hard, soft, self.alpha)
-            loss += sum(self.weights[name] * terms.get(f"{name}_loss", 0) for name in self.weights)
-            terms = {"loss": loss, **terms}
-        output.metrics.update({f"{metric_key_prefix}_{name}": terms[name] for name in terms})
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the terms with the training loss, as means over the steps since the last log."""
-        if "loss" in logs and self._steps:
-            summed = self.args.average_tokens_across_devices
-            logs = {**logs, **self._sums.pop(self._reduction(summed), self._steps)}
-            self._steps = 0
-        super().log(logs, start_time)
-
-    def _reduction(self, summed: bool) -> Callable[[Tensor], Tensor] | None:
-        if self.args.world_size == 1:
-            return None
-        return partial(self.accelerator.reduce, reduction="sum" if summed else "mean")
-
     def create_model_card(self, *args: Any, **further: Any) -> None:
         """Write the card of the student, with its teachers and the settings of the loss."""
         super().create_model_card(*args, **further)
         if self.is_world_process_zero():
             teachers = [member.module for member in self._members]
             weights = {f"{name}_weight": weight for name, weight in self.weights.items()}
-            text = describe_distillation(teachers, self._settings | weights)
+            cached = 0 if self.targets is None else self.targets.members
+            text = describe_distillation(teachers, self._settings | weights, cached=cached)
             with open(
                 os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8"
             ) as file:

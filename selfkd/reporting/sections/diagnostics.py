@@ -67,7 +67,7 @@ def _agreement(run: Run) -> Iterator[Panel]:
     values = [(g.number, g.result.metrics["agreement"]) for g in distilled if g.result]
     yield Panel(
         "Teacher agreement",
-        f"Fraction of the test {run.data.unit} on which a generation predicts the class that its "
+        f"Fraction of the test {run.data.unit} on which a generation predicts what its "
         "teacher predicts: "
         + ", ".join(f"generation {n} {words.percent(v)}" for n, v in values)
         + ".",
@@ -85,7 +85,7 @@ def _student_agreement(run: Run) -> Iterator[Panel]:
         return
     yield Panel(
         "Teacher agreement",
-        f"The student predicts the class that its teacher predicts on {words.percent(agreement)} "
+        f"The student predicts what its teacher predicts on {words.percent(agreement)} "
         f"of the test {run.data.unit}; KL {words.number(test.metric('kl'))} nats.",
         None,
         agreement_table([student]),

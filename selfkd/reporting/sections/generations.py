@@ -248,12 +248,12 @@ def _learning(run: Run) -> Iterator[Panel]:
     numbers = [result.generation for result in run.results]
     histories = [result.history for result in run.results]
     known = {key for history in histories for row in history for key in row.metrics}
-    for key, named, logarithmic in (
-        (run.metric, measure(run).title, False),
-        ("val_nll", "NLL on validation", True),
-        ("hard_loss", "cross-entropy with the labels, training", True),
-    ):
-        if key not in known or (key == "val_nll" and run.metric == key):
+    shown = {
+        "val_nll": ("NLL on validation", True),
+        "hard_loss": ("cross-entropy with the labels, training", True),
+    }
+    for key, (named, logarithmic) in ({run.metric: (measure(run).title, False)} | shown).items():
+        if key not in known:
             continue
         curves = [
             {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize  # macOS decomposes the names of files
@@ -13,26 +13,27 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from selfkd.analysis.metrics import fit_temperature
+from selfkd.analysis.metrics import agreement, fit_temperature
 from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
+from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
-from selfkd.soft_targets.manifest import Manifest
+from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
-from selfkd.tasks.common import open_checkpoint, optimizer_of
+from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of
 from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Split
-from selfkd.training.fit import predict
+from selfkd.training.fit import predict_batches
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
@@ -82,6 +83,7 @@ class ImageTask(ImageNetworks):
                 "test": fingerprint(data.test, mean=data.mean, std=data.std),
             },
             notes=(data.note,) if data.note else (),
+            cached=describe_cached(self.manifest("", {})),
         )
 
     def _tried(self, model: ModelConfig) -> nn.Module:
@@ -183,44 +185,51 @@ class ImageTask(ImageNetworks):
         """Train a classifier; see `selfkd.tasks.images.train.train_classifier`."""
         return train_classifier(self, trial, **options)
 
-    def predict(
-        self,
-        checkpoint: str,
-        split: Split,
-        *,
-        view: int | None = None,
-        items: range | None = None,
-    ) -> Tensor:
+    def predict(self, checkpoint: str, split: Split) -> Tensor:
         """Return the logits of a checkpoint, or of a generalist with its specialists.
 
         Args:
             checkpoint: File of a network, or the JSON file that names a generalist's and its
                 specialists' checkpoints.
             split: Split that is predicted.
-            view: View of the images; as they are when not given.
-            items: Images that are predicted; all when not given.
         """
-        generalist, *others = parts_of(checkpoint)
-        logits = self._predict(self.teacher(generalist), split, view, items)
-        if as_path(checkpoint).suffix != ".json":
-            return logits
-        specialists = []
-        for part in others:
-            network, facts = self.load(part)
-            special = Specialist(network, facts.specialist).to(self.device)
-            own = self._predict(special, split, view, items)
-            own[:, -1] += facts.dustbin_shift
-            specialists.append((facts.specialist, own))
-        return combine(logits, specialists)
+        return torch.cat(list(self._predict_parts(checkpoint, split, None, None)))
+
+    def predict_batches(self, checkpoint: str, items: range, *, view: int) -> Iterator[Tensor]:
+        """Yield the logits of a checkpoint for training images, batch by batch, to be cached.
+
+        Args:
+            checkpoint: File of a network, or of a generalist with its specialists.
+            items: Training images.
+            view: Number of their view.
+        """
+        return self._predict_parts(checkpoint, "train", view, items)
 
     def predict_with(self, network: nn.Module, split: Split) -> Tensor:
         """Return the logits of a network that was made for this data."""
-        return self._predict(network, split, None, None)
+        return torch.cat(list(self._predict(network, split, None, None)))
+
+    def _predict_parts(
+        self, checkpoint: str, split: Split, view: int | None, items: range | None
+    ) -> Iterator[Tensor]:
+        generalist, *others = parts_of(checkpoint)
+        batches = [self._predict(self.teacher(generalist), split, view, items)]
+        found, combined = list[NetworkFacts](), as_path(checkpoint).suffix == ".json"
+        for part in others:
+            network, facts = self.load(part)
+            special = Specialist(network, facts.specialist).to(self.device)
+            batches.append(self._predict(special, split, view, items))
+            found.append(facts)
+        for logits, *parts in zip(*batches, strict=True):
+            for own, facts in zip(parts, found, strict=True):
+                own[:, -1] += facts.dustbin_shift
+            specialists = [(f.specialist, own) for f, own in zip(found, parts, strict=True)]
+            yield combine(logits, specialists) if combined else logits
 
     def _predict(
         self, model: nn.Module | Teacher, split: Split, view: int | None, items: range | None
-    ) -> Tensor:
-        return predict(
+    ) -> Iterator[Tensor]:
+        return predict_batches(
             model,
             self.data,
             split,
@@ -233,6 +242,7 @@ class ImageTask(ImageNetworks):
 
     def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
         """Return the manifest of a teacher's cached logits."""
+        top_k = self.config.targets.top_k
         return Manifest(
             teacher=teacher,
             data=self.data_key,
@@ -241,22 +251,49 @@ class ImageTask(ImageNetworks):
             views=self.views.count,
             images=len(self.data.train),
             classes=self.data.num_classes,
-            top_k=self.config.targets.top_k,
-            shard_size=self.config.targets.shard_size,
+            top_k=top_k,
+            shard_size=rows_of_shard(
+                self.config.targets.shard_size, row_bytes(self.data.num_classes, top_k=top_k)
+            ),
             origin=dict(origin),
         )
 
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Refuse to write.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("text is written with task text only")
+
     # --- evaluation ---
 
-    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
+    def evaluate(
+        self,
+        logits: Mapping[Split, Tensor],
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> dict[str, float]:
         """Return val_accuracy and val_nll; test_accuracy, test_nll, test_ece and test_errors."""
         return evaluate.measure({split: (z, self.labels(split)) for split, z in logits.items()})
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
+    def fidelity(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, float]:
+        """Return the agreement of a student and its teacher on test."""
+        return {"agreement": agreement(logits, teacher_logits)}
+
+    def measure_samples(
+        self, checkpoint: str, teachers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return nothing: classifiers generate nothing."""
+        return {}
+
+    def hits(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return for each image whether its class is predicted."""
         return logits.argmax(dim=-1) == self.labels(split)
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return for each image 1 where its class is predicted, else 0."""
         return self.hits(logits, split).double()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -159,7 +159,8 @@ class TextData:
     fingerprints: dict[Split, str]
     """Hash of each split's tokens, the context and the tokenizer."""
     examples: dict[Split, list[Example]]
-    """Examples of each split, one a window; none of documents."""
+    """Examples of each split, one a window, without rationales where these are left out; none of
+    documents."""
     note: str
     """Where the text comes from and how it is divided, in words."""
 
@@ -171,14 +172,21 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     Raises:
         ValueError: Text, tokenizer or context are not as they must be; says which.
     """
-    documents = load_documents(config.name, config.root, seed)
+    documents = load_documents(
+        config.name, config.root, seed, train_size=config.train_size, val_size=config.val_size
+    )
     tokenizer, end = make_tokenizer(
-        config.tokenizer, [str(text) for text in documents.splits["train"]]
+        config.tokenizer,
+        [str(text) for text in documents.splits["train"]],  # with rationales: one tokenizer for all
     )
     as_json = tokenizer.to_str()
     splits, fingerprints = dict[Split, Tokens](), dict[Split, str]()
+    examples_of = dict[Split, list[Example]]()
     for split, texts in documents.splits.items():
         examples = [each for each in texts if isinstance(each, Example)]
+        if not config.rationales:
+            examples = [replace(each, rationale="") for each in examples]
+        examples_of[split] = examples
         if examples:
             tokens = encode_examples(
                 tokenizer, end, examples, config.context, rationale_weight=config.rationale_weight
@@ -195,6 +203,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
         digest.update(tokens.ids.numpy().tobytes())
         if tokens.starts is not None:
             digest.update(tokens.starts.numpy().tobytes())
+            digest.update(tokens.scored.numpy().tobytes())
         fingerprints[split] = digest.hexdigest()[:16]
     return TextData(
         name=config.name,
@@ -203,10 +212,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
         vocabulary=tokenizer.get_vocab_size(),
         end=end,
         splits=splits,
-        examples={
-            split: [each for each in texts if isinstance(each, Example)]
-            for split, texts in documents.splits.items()
-        },
+        examples=examples_of,
         fingerprints=fingerprints,
         note=documents.note,
     )
@@ -214,11 +220,17 @@ def load_text(config: DataConfig, seed: int) -> TextData:
 
 def _encode(tokenizer: Any, end: int, texts: list[str], context: int) -> Tokens:
     ids = [end]
-    for text in texts:
-        ids += tokenizer.encode(text, add_special_tokens=False).ids
+    for own in _encode_all(tokenizer, texts):
+        ids += own
         ids.append(end)
     size = sum(len(text.encode()) for text in texts)
     return Tokens(torch.tensor(ids, dtype=torch.int64), context, size)
+
+
+def _encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each text, without special ones."""
+    found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [each.ids for each in found]
 
 
 def encode_examples(
@@ -242,17 +254,16 @@ def encode_examples(
         ValueError: An example is longer than the context.
     """
     ids, starts, weights, size = list[int](), list[int](), list[float](), 0
+    texts = [(each.prompt, each.rationale, each.completion) for each in examples]
+    parts = _encode_all(tokenizer, [part for parts in texts for part in parts])
     for number, example in enumerate(examples):
-        parts = [
-            tokenizer.encode(part, add_special_tokens=False).ids
-            for part in (example.prompt, example.rationale, example.completion)
-        ]
-        prompt, rationale, completion = parts
+        prompt, rationale, completion = parts[3 * number : 3 * number + 3]
         own = [end, *prompt, *rationale, *completion]
         if len(own) > context:
+            where = example.place or f"example {number}"
             raise ValueError(
-                f"data.context must be at least {len(own)}, the tokens of example {number}, got "
-                f"{context}: {example.prompt[:60]!r}"
+                f"data.context must be at least {len(own)}, the tokens of {where}, got {context}: "
+                f"{example.prompt[:60]!r}"
             )
         starts.append(len(ids))
         ids += own

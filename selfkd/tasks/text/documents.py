@@ -1,180 +1,225 @@
-"""Documents of text and their splits: Python's own manual, or a folder of the user's."""
+"""Documents of text, or prompts, and their splits: of Python itself, generated, or the user's."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from selfkd.analysis.verdicts import count
+from selfkd.data.folder import list_left_out
 from selfkd.storage.remote import as_path
 from selfkd.tasks.task import Split
+from selfkd.tasks.text import arithmetic
+from selfkd.tasks.text.example import Example as Example
+from selfkd.tasks.text.folder import Found, read_folder
+from selfkd.text import one_line
 
-DATASETS = ("pydoc", "text")
+DATASETS = ("pydoc", "arithmetic", "text")
 SHARE = 0.1  # of the characters, for validation and for test
-_NAMED: dict[str, Split] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    "test": "test",
-}
 
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and what is to follow it.
-
-    >>> example = Example("1 + 2 =", " 3")
-    >>> str(example), example.is_right(" 1, 3"), example.is_right(" 13")
-    ('1 + 2 = 3', True, False)
-    """
-
-    prompt: str
-    completion: str
-    rationale: str = ""
-    """Text between the two, such as the steps of a calculation."""
-
-    def __str__(self) -> str:
-        return self.prompt + self.rationale + self.completion
-
-    def is_right(self, written: str) -> bool:
-        """Say whether a text that follows the prompt ends in the completion, as a word."""
-        wanted, found = self.completion.strip(), written.strip()
-        before = found[: len(found) - len(wanted)]
-        return found.endswith(wanted) and not before[-1:].isalnum()
+Piece = str | Example
+"""Document, or prompt and what follows it."""
 
 
 @dataclass(frozen=True)
 class Documents:
     """Documents by split, or examples."""
 
-    splits: Mapping[Split, Sequence[str | Example]]
+    splits: Mapping[Split, Sequence[Piece]]
     note: str
     """Where they come from and how they are divided, in words."""
 
 
-def load_documents(name: str, root: str | None, seed: int) -> Documents:
+def load_documents(
+    name: str,
+    root: str | None,
+    seed: int,
+    *,
+    train_size: int | None = None,
+    val_size: int | None = None,
+) -> Documents:
     """Return the documents of a dataset, divided into training, validation and test.
 
     Whole documents are drawn by the seed until validation and test have about a tenth of the
-    characters each. Fewer than three documents are divided by position instead: a tenth at the end
-    is for test and the tenth before it for validation. What has a split of its own by the name of a
-    file or folder (train, val, test) stays in it.
+    characters each; what has the same text or the same prompt is drawn together. Fewer than three
+    documents are divided by position instead: a tenth at the end is for test and the tenth before
+    it for validation. What has a split of its own by the name of a file or folder (train, val,
+    test) stays in it.
 
     Args:
-        name: `pydoc` or `text`.
+        name: `pydoc`, `arithmetic` or `text`.
         root: Folder of `text`.
-        seed: Seed of the division.
+        seed: Seed of the division, or of the problems.
+        train_size: Number of problems of `arithmetic` for training; its default when not given.
+        val_size: Number of its problems for validation, and for test.
 
     Raises:
-        ValueError: An unknown name, or files that are not as they must be; says which and where.
+        ValueError: An unknown name, files that are not as they must be, or a prompt that stands in
+            two splits; says which and where.
     """
     if name == "pydoc":
         from pydoc_data.topics import topics  # half a megabyte of source
 
         texts = [text for _, text in sorted(topics.items())]
-        splits, how = _divide(texts, {}, seed)
+        splits, how = _divide(texts, {}, seed, range(len(texts)))
         return Documents(splits, f"pydoc of Python {platform.python_version()}: {how}")
+    if name == "arithmetic":
+        return Documents(*arithmetic.load(train_size, val_size, seed))
     if name != "text":
-        raise ValueError(f"data.name must be {' or '.join(DATASETS)} with task text, got {name!r}")
+        known = f"{', '.join(DATASETS[:-1])} or {DATASETS[-1]}"
+        raise ValueError(f"data.name must be {known} with task text, got {name!r}")
     root = root or os.environ.get("SELFKD_DATA")
-    if root is None:
+    if not root:
         raise ValueError("data.root must be a folder of .txt or .jsonl files, got none")
-    texts, given = read_folder(as_path(root))
-    splits, how = _divide(texts, given, seed)
-    return Documents(splits, f"{root}: {how}")
+    return _load_root(as_path(root).expanduser(), seed)
 
 
-def read_folder(root: Path) -> tuple[list[str], dict[Split, list[str]]]:
-    """Return the documents of a folder, and those of splits that its files or folders name.
-
-    A .txt file is one document, a line of a .jsonl file is one: `{"text": …}`.
-
-    Raises:
-        ValueError: No documents, a file that is not UTF-8, or a line without text.
-    """
+def _load_root(root: Path, seed: int) -> Documents:
+    """Return the documents of a folder."""
     if not root.is_dir():
         raise ValueError(f"data.root must be a folder of .txt or .jsonl files, got {root}")
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".txt", ".jsonl"))
-    texts, given = list[str](), dict[Split, list[str]]()
-    for file in files:
-        found = [text for text in _read(file) if text.strip()]
-        split = _split_of(file.relative_to(root))
-        (texts if split is None else given.setdefault(split, [])).extend(found)
-    if given and "train" in given:
-        texts.extend(given.pop("train"))
-    if not texts:
+    left_out = Counter[str]()
+    pieces, given = _collect(read_folder(root, left_out), left_out)
+    if not pieces:
         what = "training text" if given else "text"
         raise ValueError(f"data.root must have {what} in .txt or .jsonl files, got none in {root}")
-    return texts, given
+    for split, own in given.items():
+        if not own:
+            raise ValueError(
+                f"data.root must have text for {split}, got empty files of it in {root}"
+            )
+    splits, how = _divide(pieces, given, seed, [_key(piece) for piece in pieces])
+    repeated = _check_apart(splits)
+    without = f"; left out: {list_left_out(left_out)}" if left_out else ""
+    return Documents(splits, one_line(f"{root}: {how}{repeated}{without}"))
 
 
-def _split_of(path: Path) -> Split | None:
-    """Return the split that the first folder, or the file at the top, is named by."""
-    first = path.parts[0] if len(path.parts) > 1 else path.stem
-    return _NAMED.get(first.lower())
+def _collect(
+    found: Iterable[Found], left_out: Counter[str]
+) -> tuple[list[Piece], dict[Split, list[Piece]]]:
+    """Return what is to be divided, and what has a split of its own besides training.
 
-
-def _read(file: Path) -> Iterator[str]:
-    raw = file.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} must be UTF-8, got byte 0x{raw[error.start]:02x} at position {error.start:,}"
-        ) from None
-    if file.suffix == ".txt":
-        yield text.replace("\r\n", "\n")
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+    Args:
+        found: Pieces, and where they stand.
+        left_out: Number of what is not read, by type; empty documents are counted here.
+    """
+    pieces, given = list[Piece](), dict[Split, list[Piece]]()
+    first: tuple[str, Piece] | None = None
+    for split, place, piece in found:
+        own = pieces if split in (None, "train") else given.setdefault(split, [])
+        if isinstance(piece, str) and not piece.strip():
+            left_out["empty document"] += 1
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{file}, line {number}: must be JSON, got {line[:60]!r}") from None
-        found = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(found, str):
-            keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f'{file}, line {number}: must have "text", got {keys or "no keys"}')
-        yield found
+        first = first or (place, piece)
+        if type(first[1]) is not type(piece):
+            kinds = ("a document", "a prompt")[:: 1 if isinstance(piece, Example) else -1]
+            raise ValueError(
+                f"data.root must have documents or prompts, not both, got {kinds[0]} in {first[0]} "
+                f"and {kinds[1]} in {place}"
+            )
+        own.append(piece)
+    return pieces, given
+
+
+def _key(piece: Piece) -> str:
+    """Return what pieces of one split share: the text of a document, or the prompt."""
+    return piece.prompt if isinstance(piece, Example) else piece
+
+
+def _check_apart(splits: Mapping[Split, Sequence[Piece]]) -> str:
+    """Check that no prompt stands in two splits; return the number of documents that do, in words.
+
+    Raises:
+        ValueError: A prompt that stands in two splits; says where.
+    """
+    known, twice = dict[str, tuple[Split, Piece]](), 0
+    for split, pieces in splits.items():
+        for piece in pieces:
+            other, first = known.setdefault(_key(piece), (split, piece))
+            if other == split:
+                continue
+            twice += 1
+            if isinstance(piece, Example) and isinstance(first, Example):
+                raise ValueError(
+                    f"a prompt must stand in one split only, got {piece.prompt[:60]!r} in {other} "
+                    f"({first.place}) and in {split} ({piece.place})"
+                )
+    return f"; {count(twice, 'document')} also in another split" if twice else ""
 
 
 def _divide(
-    texts: Sequence[str], given: dict[Split, list[str]], seed: int
-) -> tuple[dict[Split, list[str]], str]:
-    """Return the documents of each split, and how they were divided in words."""
+    pieces: Sequence[Piece],
+    given: Mapping[Split, list[Piece]],
+    seed: int,
+    keys: Sequence[Hashable],
+) -> tuple[dict[Split, list[Piece]], str]:
+    """Return the pieces of each split, and how they were divided in words.
+
+    Args:
+        pieces: Pieces that are divided.
+        given: Pieces of splits that are not drawn.
+        seed: Seed of the draws.
+        keys: Key of each piece; those of one key are drawn together.
+    """
     wanted: list[Split] = [split for split in ("test", "val") if split not in given]
-    splits: dict[Split, list[str]] = {"train": [], "val": [], "test": [], **given}
-    of = count(len(texts), "document")
+    splits: dict[Split, list[Piece]] = {"train": [], "val": [], "test": [], **given}
+    prompted = isinstance(pieces[0], Example)
+    of = count(len(pieces), "prompt" if prompted else "document")
     if not wanted:
-        return {**splits, "train": list(texts)}, f"{of} for training, splits as the files name them"
-    if len(texts) <= len(wanted):
-        rest = "\n\n".join(texts)
+        splits["train"] = list(pieces)
+        return splits, f"{of} for training, splits as the files name them"
+    groups = dict[Hashable, list[int]]()
+    for number, key in enumerate(keys):
+        groups.setdefault(key, []).append(number)
+    if prompted and len(groups) <= len(wanted):
+        raise ValueError(
+            f"data.root must have at least {len(wanted) + 1} different prompts, to draw "
+            f"{' and '.join(reversed(wanted))} from, got {len(groups)}"
+        )
+    if len(groups) <= len(wanted):
+        rest = "\n\n".join(str(piece) for piece in pieces)
         share = round(SHARE * len(rest))
         for split in wanted:
             rest, splits[split] = rest[: len(rest) - share], [rest[len(rest) - share :]]
         splits["train"] = [rest]
         shares = "/".join(["90", "10"] if len(wanted) == 1 else ["80", "10", "10"])
         return splits, f"{of} divided by position, {shares} % of its characters"
-    order = list(range(len(texts)))
+    places = _draw(list(groups.values()), [len(str(piece)) for piece in pieces], wanted, seed)
+    for split in ("train", *wanted):
+        splits[split] = [pieces[number] for number in sorted(places[split])]
+    sizes = ", ".join(f"{len(places[split])} {split}" for split in ("train", *reversed(wanted)))
+    return splits, f"{of} divided whole by the seed: {sizes}"
+
+
+def _draw(
+    groups: Sequence[list[int]], sizes: Sequence[int], wanted: Sequence[Split], seed: int
+) -> dict[Split, list[int]]:
+    """Return the numbers of the pieces of each split, whose groups are drawn whole.
+
+    Args:
+        groups: Numbers of the pieces of each group, more groups than splits that are drawn.
+        sizes: Number of characters of each piece.
+        wanted: Splits that are drawn beside training.
+        seed: Seed of the draws.
+    """
+    lengths = [sum(sizes[number] for number in group) for group in groups]
+    order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
-    room = dict.fromkeys(wanted, SHARE * sum(map(len, texts)))
+    room = dict.fromkeys(wanted, SHARE * sum(lengths))
     places: dict[Split, list[int]] = {split: [] for split in ("train", "val", "test")}
     for number in order:
-        fits = [split for split in wanted if len(texts[number]) <= room[split]]
+        fits = [split for split in wanted if lengths[number] <= room[split]]
         places[fits[0] if fits else "train"].append(number)
         if fits:
-            room[fits[0]] -= len(texts[number])
+            room[fits[0]] -= lengths[number]
     for split in wanted:
         if not places[split]:  # of a few long documents the shortest
-            number = min(places["train"], key=lambda each: (len(texts[each]), each))
+            number = min(places["train"], key=lambda each: (lengths[each], each))
             places["train"].remove(number)
             places[split].append(number)
-    for split in ("train", *wanted):
-        splits[split] = [texts[number] for number in sorted(places[split])]
-    sizes = ", ".join(f"{len(places[split])} {split}" for split in ("train", *reversed(wanted)))
-    return splits, f"{of} divided whole by data seed: {sizes}".replace("data seed", "the seed")
+    return {split: [n for own in numbers for n in groups[own]] for split, numbers in places.items()}

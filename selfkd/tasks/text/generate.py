@@ -62,6 +62,7 @@ def generate(
             do_sample=not greedy,
             eos_token_id=end,
             pad_token_id=end,
+            use_cache=True,
             **sampling,
         )
         for first in range(0, len(numbers), BATCH):

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from selfkd.config.schema import did_you_mean
+from selfkd.config.schema import HF, did_you_mean
+from selfkd.tasks.text.pretrained import make_pretrained
 
 
 def make_gpt(
@@ -67,7 +68,7 @@ def make_gpt(
     return cast(nn.Module, model)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"selfkd_gpt": make_gpt}
+MODELS: dict[str, Callable[..., nn.Module]] = {"selfkd_gpt": make_gpt, HF: make_pretrained}
 
 
 def make_language_model(
@@ -76,7 +77,7 @@ def make_language_model(
     """Return a language model by its name, initialised with torch's global generator.
 
     Args:
-        name: `selfkd_gpt`.
+        name: `selfkd_gpt`, or `hf`, the model of a folder.
         args: Keyword arguments of the network.
         vocabulary: Number of tokens.
         context: Number of positions.
@@ -85,7 +86,7 @@ def make_language_model(
         ValueError: An unknown name, or arguments that it does not accept.
     """
     if name not in MODELS:
-        known = ", ".join(MODELS)
+        known = " or ".join(MODELS)
         raise ValueError(f"model.name must be {known} with task text, got {name!r}")
     make = MODELS[name]
     known_args = list(inspect.signature(make).parameters)[2:]
@@ -94,6 +95,17 @@ def make_language_model(
             close = did_you_mean(key, known_args)
             raise ValueError(f"model.args must be arguments of {name!r}, got {key!r}{close}")
     try:
-        return make(vocabulary, context, **args)
+        return prepare(make(vocabulary, context, **args))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model.args must suit {name!r}, got {dict(args)}: {error}") from None
+
+
+def prepare(network: nn.Module) -> nn.Module:
+    """Return a model of `transformers` as all are used: no cache in training, plain sampling."""
+    from transformers import GenerationConfig
+
+    model: Any = network
+    model.config.use_cache = False
+    # whatever `generate` is not told it takes from here, such as a folder's own temperature
+    model.generation_config = GenerationConfig()
+    return network

@@ -11,16 +11,25 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, Tree, from_tree
+from selfkd.config.schema import HF
 from selfkd.distill.outputs import take_logits
 from selfkd.models import parameters_count
-from selfkd.results.row import ROW
+from selfkd.results.row import ROW, Row
 from selfkd.soft_targets.manifest import data_key
 from selfkd.storage.checkpoint import save_tensors
 from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 from selfkd.tasks.text import check_installed
+from selfkd.tasks.text.cached import choose_samples
 from selfkd.tasks.text.data import Tokens, load_text
-from selfkd.tasks.text.models import make_language_model
+from selfkd.tasks.text.models import make_language_model, prepare
+from selfkd.tasks.text.pretrained import (
+    architecture_of,
+    check_architecture,
+    check_context,
+    make_architecture,
+    merged,
+)
 from selfkd.training.fit import autocast
 
 EVAL_VALUES = 2**22
@@ -39,6 +48,8 @@ class NetworkFacts(ModelFacts):
     """Id of the end token."""
     tokenizer: str
     """Text of its tokenizer.json."""
+    architecture: Row | None = None
+    """Config of a model of transformers, by which it is made without the folder it came from."""
 
 
 class TextNetworks:
@@ -51,8 +62,10 @@ class TextNetworks:
         self.data = load_text(self.config.data, self.config.seed)
         self.fingerprint = self.data.fingerprints["train"]
         self.evaluated: tuple[Split, ...] = SPLITS
-        top_k = check_top_k(self.config, self.data.vocabulary)
-        self.data_key = data_key(self.fingerprint, {}, top_k=top_k)
+        self.top_k = check_top_k(self.config, self.data.vocabulary)
+        rows = len(self.data.splits["train"])
+        self.samples = choose_samples(self.config, rows, self.data.vocabulary)
+        self.data_key = data_key(self.fingerprint, {}, top_k=self.top_k, samples=self.samples)
 
     def labels(self, split: Split) -> Tensor:
         """Return the tokens that the scored rows of a split predict."""
@@ -70,9 +83,11 @@ class TextNetworks:
         self, path: Path, network: nn.Module, model: ModelConfig, more: Mapping[str, Any]
     ) -> str:
         """Save a network with what it is loaded by; return its hash."""
+        network = merged(network)
         facts = {
             "task": "text",
             "model": {"name": model.name, "args": model.args},
+            **({"architecture": architecture_of(network)} if model.name == HF else {}),
             "vocabulary": self.data.vocabulary,
             "context": self.data.context,
             "end": self.data.end,
@@ -124,22 +139,27 @@ class TextNetworks:
             yield logits.flatten(0, 1)[valid.to(self.device)].float().cpu(), labels
         network.train(training)
 
-    def logits(self, network: nn.Module, split: Split, items: range | None) -> Tensor:
-        """Return the logits of rows of a split, float32 on the CPU.
+    def logits(self, network: nn.Module, split: Split) -> Tensor:
+        """Return the logits of the scored rows of a split, float32 on the CPU."""
+        tokens = self.data.splits[split]
+        found = torch.cat(list(self.batches(network, split, range(len(tokens)))))
+        return found if tokens.weights is None else found[tokens.scored]
+
+    def batches(self, network: nn.Module, split: Split, rows: range) -> Iterator[Tensor]:
+        """Yield the logits of rows of a split batch by batch, float32 on the CPU.
 
         Args:
             network: Language model.
             split: Split whose rows are predicted.
-            items: Rows that are predicted; those that are scored when not given.
+            rows: Rows that are predicted, whose windows are run whole.
         """
         tokens = self.data.splits[split]
-        rows = range(len(tokens)) if items is None else items
         windows = tokens.windows_of(rows)
-        found = torch.cat([logits for logits, _ in self.run(network, tokens, windows)])
-        if items is None:
-            return found if tokens.weights is None else found[tokens.scored]
-        start = rows.start - int(tokens.bounds[windows.start])
-        return found[start : start + len(rows)]
+        start = int(tokens.bounds[windows.start])
+        for logits, _ in self.run(network, tokens, windows):
+            end = start + len(logits)
+            yield logits[max(rows.start - start, 0) : len(logits) - max(end - rows.stop, 0)]
+            start = end
 
 
 def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts) -> nn.Module:
@@ -163,6 +183,8 @@ def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts)
         )
 
     try:
+        if model.name == HF:
+            return _rebuild_architecture(tensors, facts)
         most = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
         for number in (facts.vocabulary, facts.context, *model.args.values()):
             if isinstance(number, int | float) and number > most:
@@ -176,4 +198,23 @@ def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts)
     except (ValueError, RuntimeError) as error:
         first = str(error).splitlines()[:2]
         raise ValueError(f"{checkpoint} cannot be rebuilt: {' '.join(first)}") from None
+    return network
+
+
+def _rebuild_architecture(tensors: Mapping[str, Tensor], facts: NetworkFacts) -> nn.Module:
+    """Return a model that came from a folder, which is not read again.
+
+    Raises:
+        ValueError: Its config is not there, not of its tensors, or not of its text.
+    """
+    if facts.architecture is None:
+        raise ValueError("it must have the config of its architecture, got none")
+    check_architecture(facts.architecture, tensors)
+    network = prepare(make_architecture(facts.architecture))
+    network.load_state_dict(tensors)
+    model: Any = network
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows != facts.vocabulary:
+        raise ValueError(f"it must have {facts.vocabulary} outputs, got {rows}")
+    check_context(network, facts.context, "its model")
     return network

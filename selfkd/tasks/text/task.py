@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selfkd.config import CheckpointConfig
+from selfkd.analysis.verdicts import short
+from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config.schema import HF
+from selfkd.config.validate import sampled_faults
+from selfkd.losses import Average
 from selfkd.models import parameters_count
-from selfkd.results import Diagnostics, Facts, Row, Unseen
-from selfkd.soft_targets.manifest import Manifest
+from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
+from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
-from selfkd.tasks.common import optimizer_of
-from selfkd.tasks.task import Split
+from selfkd.tasks.common import describe_cached, optimizer_of
+from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.pretrained import check_causal, folder_hash
+from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
+from selfkd.tasks.text.write import WrittenText
 from selfkd.training.trial import Trial
 
 METRICS = (
     "val_nll",
     "val_token_accuracy",
 )  # of what training reports, what is measured on validation
+MATCHED = "val_exact_match"  # of examples as well
+FURTHER = ("perplexity", "bits_per_byte", "token_accuracy")
+OF_TEACHER = ("agreement", "kl", "own_nll", "draft_acceptance")
+OF_SAMPLES = ("distinct_1", "distinct_2", "distinct_3", "unended")
 
 
 class TextTask(TextNetworks):
@@ -38,32 +49,105 @@ class TextTask(TextNetworks):
             ValueError: They do not fit; says what must be otherwise.
         """
         config, data, train = self.config, self.data, self.config.train
-        if config.search.metric not in METRICS:
+        metrics = (*METRICS, MATCHED) if self.data.examples["test"] else METRICS
+        if config.search.metric not in metrics:
+            only = "" if MATCHED in metrics else f" ({MATCHED} is of prompts and completions)"
             raise ValueError(
-                f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}"
+                f"search.metric must be one of {', '.join(metrics)}, got "
+                f"{config.search.metric}{only if config.search.metric == MATCHED else ''}"
+            )
+        if config.write.keep == "right" and not data.examples["train"]:
+            raise ValueError(
+                f"write.keep must be all without completions to compare with, got right and "
+                f"data.name {data.name}"
             )
         networks = {
             "model": self.make(config.model),
             "student": self.make(config.student or config.model),
         }
+        weights = self._check_folder(config.model, networks["model"])
+        if config.student is not None:
+            weights |= self._check_folder(config.student, networks["student"])
         for model in config.members.models:
-            self.make(model)
+            weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
         if train.init == "teacher" and sizes["model"] != sizes["student"]:
             raise ValueError("train.init must be fresh when student differs from model")
+        if train.init == "teacher" and (config.student or config.model).args.get("lora"):
+            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+        metric = self._metric
+        further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
+        manifest = self.manifest("", {})
+        notes = list(self._check_cached(manifest))
         return Facts(
             items={split: len(tokens) for split, tokens in data.splits.items()},
             unit="tokens",
             items_an_input=data.context,
-            metric="nll",
-            mode="min",
-            further=("perplexity", "bits_per_byte", "token_accuracy"),
+            metric=metric,
+            mode="max" if metric == "exact_match" else "min",
+            further=tuple(name for name in (*further, *OF_TEACHER, *OF_SAMPLES) if name != metric),
+            counts={split: min(len(data.examples[split]), evaluate.CHECKED) for split in SPLITS}
+            if metric == "exact_match"
+            else {},
             outputs=data.vocabulary,
             parameters=sizes,
+            prompts=data.splits["train"].windows,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
-            notes=(data.note,),
+            weights=weights,
+            cached=describe_cached(manifest),
+            fixed=("distill.temperature",) if self.samples is not None else (),
+            notes=(data.note, *notes),
         )
+
+    def _check_folder(self, model: ModelConfig, network: nn.Module) -> dict[str, str]:
+        """Check the model of a folder against this text; return the folder's hash by its path.
+
+        Raises:
+            ValueError: It has another tokenizer, or is not causal.
+        """
+        if model.name != HF:
+            return {}
+        path, fresh = str(model.args["path"]), bool(model.args.get("fresh"))
+        if not fresh and not has_tokens_of(path, self.data.tokenizer):
+            raise ValueError(
+                f"data.tokenizer must be that of the model of {path}, whose tokens its outputs "
+                f"are, got {self.config.data.tokenizer}: data.tokenizer={path}; a teacher of "
+                "another tokenizer is distilled from by text that it writes"
+            )
+        check_causal(network, path)
+        return {path: folder_hash(path, weights=not fresh)}
+
+    @property
+    def _metric(self) -> str:
+        """Metric that models are compared by: exact match where it is chosen by, or exact.
+
+        Of prompts and completions of any text it is NLL: few open texts are matched exactly.
+        """
+        matched = self.config.search.metric == MATCHED or self.data.name == "arithmetic"
+        return "exact_match" if matched and self.data.examples["test"] else "nll"
+
+    def _check_cached(self, manifest: Manifest) -> Iterator[str]:
+        """Yield what is to be said of the cached teacher logits.
+
+        Raises:
+            ValueError: Samples are cached of themselves, which other settings cannot go with.
+        """
+        if self.config.distill.live or self.config.distill.mode == "traces":
+            return
+        total = short(manifest.images * manifest.row_bytes)
+        note = f"teacher logits: {manifest.words} a token, {total}B a teacher"
+        if self.samples is not None and self.config.targets.samples is None:
+            whole = short(manifest.images * row_bytes(manifest.classes))
+            why = f"all {manifest.classes:,} logits of a token would take {whole}B a teacher"
+            ways = "set targets.top_k for the largest logits, or targets.samples"
+            faults = sampled_faults(
+                self.config, {}, f"{manifest.words} are cached of a token, as {why}: {ways}"
+            )
+            if found := list(faults):
+                raise ValueError("\n".join(found))
+            note += f", as {why}; T is 1 and not searched"
+        yield note
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
         """Refuse weights from elsewhere.
@@ -97,30 +181,31 @@ class TextTask(TextNetworks):
         """Train a language model; see `selfkd.tasks.text.train.train_language_model`."""
         return train_language_model(self, trial, **options)
 
-    def predict(
-        self,
-        checkpoint: str,
-        split: Split,
-        *,
-        view: int | None = None,
-        items: range | None = None,
-    ) -> Tensor:
-        """Return the logits of a checkpoint, one row a token.
+    def predict(self, checkpoint: str, split: Split) -> Tensor:
+        """Return the logits of a checkpoint, one row a token that is scored."""
+        return self.logits(self.load(checkpoint)[0], split)
+
+    def predict_batches(self, checkpoint: str, items: range, *, view: int = 0) -> Iterator[Tensor]:
+        """Yield the logits of a checkpoint for rows of the training text, to be cached.
 
         Args:
             checkpoint: File of the model.
-            split: Split that is predicted.
-            view: View of the text, of which there is one.
-            items: Rows that are predicted; all when not given.
+            items: Rows, one a token.
+            view: Number of the view of the text, of which there is one.
         """
-        return self.logits(self.load(checkpoint)[0], split, items)
+        return self.batches(self.load(checkpoint)[0], "train", items)
 
     def predict_with(self, network: nn.Module, split: Split) -> Tensor:
         """Return the logits of a network that was made for this text."""
-        return self.logits(network, split, None)
+        return self.logits(network, split)
 
     def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
-        """Return the manifest of a teacher's cached logits, one row a token."""
+        """Return the manifest of a teacher's cached logits, one row a token.
+
+        Shards are of whole windows where these have a length.
+        """
+        each = row_bytes(self.data.vocabulary, top_k=self.top_k, samples=self.samples)
+        window = 1 if self.data.splits["train"].starts is not None else self.data.context
         return Manifest(
             teacher=teacher,
             data=self.data_key,
@@ -129,26 +214,89 @@ class TextTask(TextNetworks):
             views=1,
             images=len(self.data.splits["train"]),
             classes=self.data.vocabulary,
-            top_k=self.config.targets.top_k,
-            shard_size=self.config.targets.shard_size,
+            top_k=self.top_k,
+            samples=self.samples,
+            shard_size=rows_of_shard(self.config.targets.shard_size, each, multiple=window),
             origin=dict(origin),
         )
 
+    def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
+        """Write text by a teacher on the training prompts of a shard, unless it is there."""
+        state, found = WrittenText(self, root).write(checkpoint, shard, run=run)
+        return {"state": state, **to_row(found)}
+
     # --- evaluation ---
 
-    def evaluate(self, logits: Mapping[Split, Tensor]) -> dict[str, float]:
-        """Return nll, perplexity, bits_per_byte and token_accuracy of each split."""
+    def evaluate(
+        self,
+        logits: Mapping[Split, Tensor],
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> dict[str, float]:
+        """Return nll, perplexity, bits_per_byte and token_accuracy of each split.
+
+        Of examples also exact_match and, where there are any, the share of texts without an end
+        (unended), if the networks are given that write them.
+        """
         found: dict[str, float] = {}
+        members = list(networks) if any(self.data.examples[split] for split in logits) else []
         for split, own in logits.items():
-            found |= evaluate.measure(split, own, self.data.splits[split])
+            measured = evaluate.measure(split, own, self.data.splits[split])
+            matched = evaluate.measure_matches(
+                self.data, split, *members, average=average, weights=weights
+            )
+            by_match = self._metric == "exact_match"
+            found |= {**matched, **measured} if by_match else {**measured, **matched}
         return found
 
-    def hits(self, logits: Tensor, split: Split) -> Tensor:
-        """Return for each row whether its token is predicted."""
-        return logits.argmax(dim=-1) == self.labels(split)
+    def fidelity(self, logits: Tensor, teacher_logits: Tensor) -> dict[str, float]:
+        """Return agreement, KL and draft acceptance of a student and its teacher on test."""
+        return evaluate.fidelity(logits, teacher_logits)
 
-    def scores(self, logits: Tensor, split: Split) -> Tensor:
-        """Return the NLL of each window, as its part of the mean over all tokens."""
+    def measure_samples(
+        self, checkpoint: str, teachers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return own NLL and distinct n-grams of what a model writes after test prompts.
+
+        What a model without a teacher writes is scored by itself: the own NLL of a student that
+        writes the same.
+
+        Args:
+            checkpoint: File of the model.
+            teachers: `checkpoint`, perhaps `weight`, of each of its teachers.
+        """
+        network = self.load(checkpoint)[0].eval()
+        weights = [teacher["weight"] for teacher in teachers if "weight" in teacher]
+        return evaluate.measure_samples(
+            network,
+            [self.load(teacher["checkpoint"])[0].eval() for teacher in teachers] or [network],
+            self.data,
+            seed=self.config.seed,
+            average=self.config.distill.average,
+            weights=weights or None,
+        )
+
+    def hits(
+        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()
+    ) -> Tensor | None:
+        """Return for each prompt whether its text is right; None where models are compared by NLL.
+
+        Tokens of a text depend on each other, and a test of items does not hold for them.
+        """
+        if self._metric != "exact_match":
+            return None
+        return evaluate.match(self.data, split, list(networks)).right
+
+    def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
+        """Return the NLL of each window, as its part of the mean over all tokens.
+
+        Where models are compared by exact match, 1 of each prompt whose text is right, else 0.
+        """
+        hits = self.hits(logits, split, networks)
+        if hits is not None:
+            return hits.double()
         return evaluate.window_nll(logits, self.data.splits[split])
 
     def unseen(self, logits: Mapping[Split, Tensor]) -> Unseen | None:

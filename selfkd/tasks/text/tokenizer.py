@@ -100,3 +100,18 @@ def read_tokenizer(text: str) -> Any:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(text)
+
+
+def has_tokens_of(folder: str, text: str) -> bool:
+    """Say whether a tokenizer has the tokens of the one in a folder, where there is one.
+
+    Args:
+        folder: Folder that may have a tokenizer.json.
+        text: Text of the tokenizer's own tokenizer.json.
+    """
+    file = as_path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return True
+    own, other = read_tokenizer(text), read_tokenizer(read_text(file))
+    same: bool = own.get_vocab() == other.get_vocab()
+    return same

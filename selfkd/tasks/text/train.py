@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from selfkd.config import TrainConfig
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
-from selfkd.losses.sequences import sequence_terms
+from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
 from selfkd.losses.sparse import SparseLogits
 from selfkd.results import Row
 from selfkd.soft_targets.store import SoftTargets, open_store
 from selfkd.tasks.common import make_fresh, optimizer_of
-from selfkd.tasks.text.data import IGNORED, Tokens
+from selfkd.tasks.text.batches import Batch, TrainingText
+from selfkd.tasks.text.data import IGNORED
+from selfkd.tasks.text.evaluate import measure_matches
 from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.on_policy import Writer, is_on_policy
+from selfkd.tasks.text.write import training_text
 from selfkd.training.fit import (
     Training,
     autocast,
@@ -35,8 +39,11 @@ CHUNK = 256
 """Tokens whose loss is computed at once."""
 CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it
 
-Loss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
-"""Function from logits, labels and rows of windows to the loss and its terms by name."""
+
+Loss = Callable[[Tensor, Batch, float], dict[str, Tensor]]
+"""Function from logits, their batch and the divisor of sums to the loss and its terms by name."""
+Targets = Callable[[Batch], TokenTeacher]
+"""Function from a batch to the teacher's logits of it."""
 
 
 def train_language_model(
@@ -56,7 +63,8 @@ def train_language_model(
     """
     if transform != "none":
         raise ValueError(f"target_transform must be none with task text, got {transform}")
-    options, data = task.config.train, task.data.splits["train"]
+    options, data = task.config.train, training_text(task, trial)
+    distill = task.config.distill
     student = make_fresh(task, trial, start or {})
     training = Training(
         student=student,
@@ -71,14 +79,23 @@ def train_language_model(
         trial.progress.state = None
         yield from [dict(row) for row in trial.progress.rows]
     facts = {"stage": trial.stage, "seed": trial.seed}
-    loss = _make_loss(task, trial)
-    order = Order(data.windows, trial.seed)
+    loss = make_loss(task, trial)
+    text, writer = TrainingText(data, options, trial.seed), None
+    if trial.teachers and distill.on_policy > 0:
+        writer = Writer(student, data, options, end=task.data.end, seed=trial.seed)
+        if state is not None:
+            writer.load_state_dict(state["writer"])
+
+    def batches(step: int) -> list[Batch]:
+        on_policy = writer is not None and is_on_policy(step, distill.on_policy)
+        return writer() if writer is not None and on_policy else text(step)
+
     forward = cast(nn.Module, torch.compile(student)) if options.compile else student
     begun = time.perf_counter() - training.seconds
     try:
         for part in range(training.epoch + 1, options.epochs + 1):
             until = options.steps * part // options.epochs
-            terms = _train_steps(training, forward, data, order, loss, options, until)
+            terms = _train_steps(training, forward, batches, loss, options, until)
             measured = measure(task, training.best)
             training.epoch, training.seconds = part, time.perf_counter() - begun
             row: Row = {
@@ -88,45 +105,17 @@ def train_language_model(
                 **measured,
                 "seconds": training.seconds,
             }
+            if writer is not None:
+                row["cut"] = writer.take_cut()
             unfinished = part < options.epochs
             if not unfinished:
                 row["hash"] = task.save(trial.path, training.best, trial.model, facts)
                 row["checkpoint"] = trial.path.name
-            trial.progress.reached(row, training.state_dict() if unfinished else None)
+            now = {**training.state_dict(), **({"writer": writer.state_dict()} if writer else {})}
+            trial.progress.reached(row, now if unfinished else None)
             yield row
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
-
-
-class Order:
-    """Windows in random order, pass after pass: a function of seed and position alone.
-
-    Args:
-        windows: Number of windows.
-        seed: Seed of the order.
-
-    >>> order = Order(4, seed=0)
-    >>> sorted(order(0, 4).tolist()), order(2, 4).tolist() == order(0, 6).tolist()[2:]
-    ([0, 1, 2, 3], True)
-    """
-
-    def __init__(self, windows: int, seed: int) -> None:
-        self._windows, self._seed = windows, seed
-        self._passes: dict[int, Tensor] = {}
-
-    def __call__(self, start: int, count: int) -> Tensor:
-        """Return the numbers of so many windows from a position of the endless order on."""
-        first, last = start // self._windows, (start + count - 1) // self._windows
-        numbers = range(first, last + 1)
-        self._passes = {number: self._pass(number) for number in numbers}
-        found = torch.cat([self._passes[number] for number in numbers])
-        return found[start - first * self._windows :][:count]
-
-    def _pass(self, number: int) -> Tensor:
-        if number in self._passes:
-            return self._passes[number]
-        seed = (self._seed * 1_000_003 + number) % 2**63
-        return torch.randperm(self._windows, generator=torch.Generator().manual_seed(seed))
 
 
 def rate(step: int, options: TrainConfig) -> float:
@@ -147,28 +136,39 @@ def rate(step: int, options: TrainConfig) -> float:
 def _train_steps(
     training: Training,
     forward: nn.Module,
-    data: Tokens,
-    order: Order,
+    batches_of: Callable[[int], Sequence[Batch]],
     loss: Loss,
     options: TrainConfig,
     until: int,
 ) -> dict[str, float]:
-    """Train up to a step; return the means of loss and terms."""
+    """Train up to a step; return the means of loss and terms.
+
+    The loss of a step is that of all its batches as one: a sum over their tokens, divided by the
+    sum of all weights.
+    """
     training.student.train()
     found: dict[str, list[Tensor]] = {}
-    size, device = options.batch_size, training.device
     while training.step < until:
         for group in training.optimizer.param_groups:
             group["lr"] = options.lr * rate(training.step, options)
-        windows = order(training.step * size, size)
-        with autocast(device, training.precision):
-            logits = take_logits(forward(data.inputs(windows).to(device)), "student")
-        check_graph(logits, "student_logits")
-        terms = loss(logits, data.labels_of(windows).to(device), data.rows(windows))
+        batches = batches_of(training.step)
+        total = sum(batch.total for batch in batches) or 1.0  # the loss is then 0
         training.optimizer.zero_grad(set_to_none=True)
-        descend(training, terms["loss"], options.clip_grad)
-        for name, term in terms.items():
-            found.setdefault(name, []).append(term.detach())
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches, 1):
+            batch = batch.to(training.device)
+            with autocast(training.device, training.precision):
+                logits = take_logits(forward(batch.inputs), "student")
+            check_graph(logits, "student_logits")
+            terms = loss(logits, batch, total)
+            if number < len(batches):
+                training.scaler.scale(terms["loss"]).backward()  # type: ignore[no-untyped-call]
+            else:
+                descend(training, terms["loss"], options.clip_grad)
+            for name, term in terms.items():
+                sums[name] = term.detach() + sums[name] if name in sums else term.detach()
+        for name, value in sums.items():
+            found.setdefault(name, []).append(value)
         training.step += 1
         if training.step % CHECK_STEPS == 0:
             check_finite(torch.stack(found["loss"]), training.epoch + 1)
@@ -178,7 +178,7 @@ def _train_steps(
 
 
 def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
-    """Return val_nll (nats a token) and val_token_accuracy (fraction of the tokens).
+    """Return val_nll (nats a token), val_token_accuracy, of examples also val_exact_match.
 
     Raises:
         NonFiniteLossError: The validation loss is not finite.
@@ -193,53 +193,112 @@ def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
             f"validation loss must be finite, got {nll}: lower train.lr or set train.clip_grad"
         )
     count = len(tokens.scored)
-    return {"val_nll": nll / count, "val_token_accuracy": hits / count}
+    found = {"val_nll": nll / count, "val_token_accuracy": hits / count}
+    return found | measure_matches(task.data, "val", network)
 
 
-def _make_loss(task: TextNetworks, trial: Trial) -> Loss:
+def make_loss(task: TextNetworks, trial: Trial) -> Loss:
     distill, smoothing = task.config.distill, task.config.train.label_smoothing
     teachers = trial.teachers
-    if not teachers:
+    if not teachers or distill.mode == "traces":  # whose text are the labels
         return partial(_label_loss, smoothing=smoothing)
     weights = None
     if len(teachers) > 1 and "weight" in teachers[0]:
         weights = [row["weight"] for row in teachers]
-    stored = open_store(
-        trial.targets,
-        [member["hash"] for member in teachers],
-        data=task.data_key,
-        average=distill.average,
-        weights=weights,
-    )
-    separate = len(teachers) > 1 and distill.average == "probabilities"
+    average = distill.average
+    if distill.live:
+        targets = _live_targets(task, [row["checkpoint"] for row in teachers])
+    else:
+        stored = open_store(
+            trial.targets,
+            [row["hash"] for row in teachers],
+            data=task.data_key,
+            average=average,
+            weights=weights,
+        )
+        targets = partial(_cached_targets, stored)
+        if average == "logits" or stored.samples:  # by the store, once
+            average, weights = "probabilities", None
 
-    def loss(logits: Tensor, labels: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        teacher = token_targets(stored, rows).to(logits.device)
+    def terms_of(
+        logits: Tensor,
+        labels: Tensor,
+        teacher: TokenTeacher,
+        total: float,
+        *,
+        mask: Tensor | None = None,
+        alpha: float = distill.alpha,
+    ) -> dict[str, Tensor]:
         terms = sequence_terms(
             logits,
             teacher,
             labels,
             temperature=distill.temperature,
-            alpha=distill.alpha,
+            alpha=alpha,
             label_smoothing=smoothing,
-            average="probabilities",
-            weights=weights if separate else None,
+            average=average,
+            weights=weights,
+            mask=mask,
+            normalizer=total,
+            divergence=distill.divergence,
             chunk=CHUNK,
         )
         return terms._asdict()
+
+    def loss(logits: Tensor, batch: Batch, total: float) -> dict[str, Tensor]:
+        teacher = targets(batch)
+        if batch.rows is None:  # what the student has written is no label
+            terms = terms_of(logits, batch.labels, teacher, total, alpha=1.0)
+            return {name: terms[name] for name in ("loss", "soft_loss")}
+        if batch.weights is None:
+            return terms_of(logits, batch.labels, teacher, total)
+        found: dict[str, Tensor] = {}
+        for weight in torch.unique(batch.weights).tolist():
+            if weight > 0:  # few weights, each of many tokens
+                mask = batch.weights == weight
+                terms = terms_of(logits, batch.labels, teacher, total / weight, mask=mask)
+                found = {name: term + found.get(name, 0) for name, term in terms.items()}
+        return found
 
     return loss
 
 
 def _label_loss(
-    logits: Tensor, labels: Tensor, rows: Tensor, *, smoothing: float
+    logits: Tensor, batch: Batch, total: float, *, smoothing: float
 ) -> dict[str, Tensor]:
-    flat, labels = logits.flatten(0, 1).float(), labels.flatten()
-    loss = F.cross_entropy(flat, labels, ignore_index=IGNORED, label_smoothing=smoothing)
-    return {"loss": loss}
+    losses = partial(
+        F.cross_entropy,
+        logits.flatten(0, 1).float(),
+        batch.labels.flatten(),
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+    )
+    if batch.weights is None:
+        return {"loss": losses(reduction="sum") / total}
+    return {"loss": losses(reduction="none") @ batch.weights.flatten() / total}
 
 
-def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits:
+def _live_targets(task: TextNetworks, checkpoints: Sequence[str]) -> Targets:
+    """Return a function that runs teachers on a batch."""
+    with torch.random.fork_rng(devices=[]):  # a resumed training has restored its state
+        networks = [task.load(path)[0].eval().requires_grad_(False) for path in checkpoints]
+
+    @torch.no_grad()
+    def targets(batch: Batch) -> Tensor:
+        with autocast(task.device, task.config.train.amp):
+            found = [take_logits(network(batch.inputs), "teacher") for network in networks]
+        return found[0] if len(found) == 1 else torch.stack(found)
+
+    return targets
+
+
+def _cached_targets(stored: SoftTargets, batch: Batch) -> TokenTeacher:
+    if batch.rows is None:
+        raise ValueError("distill.live must be true with distill.on_policy above 0, got false")
+    return token_targets(stored, batch.rows).to(batch.inputs.device)
+
+
+def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits | SampledTargets:
     """Return the cached logits of windows; those of padding are of the last row, and no matter.
 
     Args:
@@ -250,7 +309,8 @@ def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits:
         `[batch, length, ...]`, or `[members, batch, length, ...]` of several teachers.
     """
     found = stored(rows.flatten().clamp(max=stored.images - 1), 0)
-    axis = (found if isinstance(found, Tensor) else found.values).ndim - 2  # that of the rows
+    largest = found.values if isinstance(found, SparseLogits) else found
+    axis = largest.ndim - 2 if isinstance(largest, Tensor) else 0  # that of the rows
 
     def shape(tensor: Tensor) -> Tensor:
         return tensor.reshape(*tensor.shape[:axis], *rows.shape, *tensor.shape[axis + 1 :])

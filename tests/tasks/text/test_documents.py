@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from selfkd.tasks.text.documents import load_documents
+from selfkd.tasks.text.documents import Example, load_documents
 
 
 def folder(tmp_path: Path, **files: str | bytes) -> str:
@@ -15,6 +16,10 @@ def folder(tmp_path: Path, **files: str | bytes) -> str:
         raw = content.encode() if isinstance(content, str) else content
         (tmp_path / f"{stem}.{suffix}").write_bytes(raw)
     return str(tmp_path)
+
+
+def row(prompt: str, completion: str, **more: object) -> str:
+    return json.dumps({"prompt": prompt, "completion": completion, **more})
 
 
 def test_pydoc_is_divided_whole_and_by_the_seed() -> None:
@@ -58,17 +63,80 @@ def test_few_long_documents_leave_no_split_empty(tmp_path: Path) -> None:
     assert [len(found.splits[split][0]) for split in ("train", "val", "test")] == [70, 60, 50]
 
 
+def test_lines_may_be_prompts(tmp_path: Path) -> None:
+    lines = [row(f"{n}+1=", f" {n + 1}", rationale=None if n % 2 else "steps") for n in range(30)]
+    lines += [row("7+1=", " eight")] * 3
+    found = load_documents("text", folder(tmp_path, a_JSONL="\ufeff" + "\r\n".join(lines)), 0)
+    assert "33 prompts divided whole" in found.note
+    prompts = [
+        {piece.prompt for piece in pieces if isinstance(piece, Example)}
+        for pieces in found.splits.values()
+    ]
+    assert sum(map(len, prompts)) == len(set().union(*prompts)) == 30  # none in two
+    assert sum(map(len, found.splits.values())) == 33
+    assert Example("4+1=", " 5", "steps") in [p for own in found.splits.values() for p in own]
+
+
+def test_folders_are_read_as_those_of_images(tmp_path: Path) -> None:
+    for name, content in {
+        "train/deep/er/a.TXT": b"\xef\xbb\xbfone\r\ntwo",
+        "train/.hidden.txt": b"\xff",
+        "train/__pycache__/b.txt": b"\xff",
+        "train/c.md": b"\xff",
+        "train/empty.txt": b" \n",
+        "validation/a.txt": b"three",
+        "test.jsonl": b'{"text": "four"}\n\n{"text": "one\\ntwo"}\n',
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "train" / "loop").symlink_to(tmp_path)
+    (tmp_path / "train" / "again.txt").symlink_to(tmp_path / "train/deep/er/a.TXT")
+    (tmp_path / "train" / "gone.txt").symlink_to(tmp_path / "nothing")
+    found = load_documents("text", str(tmp_path), 0)
+    assert found.splits == {"train": ["one\ntwo"], "val": ["three"], "test": ["four", "one\ntwo"]}
+    assert "1 document also in another split; left out: 1 .md" in found.note
+    for kind in ("1 hidden", "1 circular link", "1 broken link", "1 empty document"):
+        assert kind in found.note
+    assert "1 link to a file that is read" in found.note
+    (tmp_path / "test.txt").symlink_to(tmp_path / "train/deep/er/a.TXT")
+    with pytest.raises(ValueError, match=r"each file in one split, got a link in another one"):
+        load_documents("text", str(tmp_path), 0)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"must have text in .txt or .jsonl files, got none in"),
+        ({}, r"must have .txt or .jsonl files, got none in"),
+        ({"a_md": "a", "b_md": "b"}, r"got none in .* \(left out: 2 \.md\)"),
         ({"a_txt": "  \n"}, r"must have text in .txt or .jsonl files, got none in"),
         ({"test_txt": "abc"}, r"must have training text"),
+        ({"a_txt": "abc", "val_txt": "\n"}, r"must have text for val, got empty files of it"),
         ({"a_txt": b"ab\xff"}, r"a\.txt must be UTF-8, got byte 0xff at position 2"),
-        ({"a_jsonl": '{"text": "a"}\n\n{"txt": "a"}'}, r'a\.jsonl, line 3: must have "text", got'),
-        ({"a_jsonl": '{"text": "a"}\n{"text": 3}'}, r'line 2: must have "text"'),
-        ({"a_jsonl": "[]"}, r'line 1: must have "text", got list'),
+        (
+            {"a_txt": "ab".encode("utf-16-le")},
+            r"must be text in UTF-8, got byte 0x00 at position 1",
+        ),
+        ({"a_jsonl": '{"text": "a"}\n\n{"txt": "a"}'}, r"a\.jsonl, line 3: must have .*, got txt"),
+        ({"a_jsonl": '{"text": "a"}\n{"text": 3}'}, r'line 2: "text" must be text, got int'),
+        ({"a_jsonl": "[]"}, r'line 1: must have "text", or "prompt" and "completion", got list'),
+        ({"a_jsonl": "{}"}, r"line 1: must have .*, got no keys"),
         ({"a_jsonl": "{"}, r"line 1: must be JSON"),
+        ({"a_jsonl": "[" * 100_000}, r"line 1: must be JSON"),
+        ({"a_jsonl": r'{"text": "\ud800"}'}, r"line 1: \"text\" must be Unicode, got half a char"),
+        ({"a_jsonl": '{"prompt": "a"}'}, r"line 1: must have .*, got prompt"),
+        ({"a_jsonl": row("a", "b", text="c")}, r"line 1: must have .*, got both"),
+        ({"a_jsonl": row("", "b")}, r'line 1: "prompt" must not be empty'),
+        ({"a_jsonl": row("a", " ")}, r"line 1: \"completion\" must not be empty, got ' '"),
+        ({"a_jsonl": row("a", "b", rationale=1)}, r'line 1: "rationale" must be text, got int'),
+        (
+            {"a_jsonl": row("a", "b"), "readme_txt": "text"},
+            r"not both, got a prompt in .*a\.jsonl, line 1 and a document in .*readme\.txt",
+        ),
+        ({"a_jsonl": row("a", "b")}, r"at least 3 different prompts, to draw val and test from"),
+        (
+            {"train_jsonl": f"{row('a', 'b')}\n{row('c', 'd')}", "test_jsonl": row("c", "e")},
+            r"got 'c' in train \(.*train\.jsonl, line 2\) and in test \(.*test\.jsonl, line 1\)",
+        ),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, files: dict[str, str | bytes], message: str) -> None:
@@ -79,7 +147,7 @@ def test_bad_files_are_named(tmp_path: Path, files: dict[str, str | bytes], mess
 @pytest.mark.parametrize(
     ("name", "root", "message"),
     [
-        ("digits", None, "data.name must be pydoc or text"),
+        ("digits", None, "data.name must be pydoc, arithmetic or text"),
         ("text", None, "data.root must be a folder"),
         ("text", "/no/such", "data.root must be a folder .* got /no/such"),
     ],

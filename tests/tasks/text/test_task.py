@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from selfkd.analysis import metrics
 from selfkd.config import Config, load_config, to_tree
-from selfkd.results import Row
+from selfkd.results import CachedFormat, Row
 from selfkd.soft_targets.store import open_store, write_shard
+from selfkd.storage.checkpoint import load_tensors
 from selfkd.tasks import make_task
 from selfkd.tasks.task import Split
 from selfkd.tasks.text.task import TextTask
 from selfkd.training.trial import Trial
+from selfkd.worker.jobs import run_job
 
 TEXT = " ".join(f"the {word} is {word * 2 % 7} of {word % 5}." for word in range(400))
 SETTINGS = [
@@ -65,7 +69,7 @@ def taught(root: Path, tmp_path: Path, *settings: str) -> tuple[Config, TextTask
     *_, last = task.train(trial)
     manifest = task.manifest(last["hash"], {})
     for shard in range(manifest.shards):
-        logits = task.predict(str(trial.path), "train", items=manifest.rows(shard))
+        logits = task.predict_batches(str(trial.path), manifest.rows(shard))
         write_shard(tmp_path / "targets", manifest, view=0, shard=shard, logits=logits)
     return config, task, [{"hash": last["hash"], "checkpoint": str(trial.path)}]
 
@@ -114,8 +118,9 @@ def test_rows_do_not_depend_on_how_they_are_asked_for(root: Path) -> None:
     whole = task.predict_with(network, "test")
     assert whole.shape == (len(task.labels("test")), task.data.vocabulary)
     parts = [
-        task.logits(network, "test", range(n, min(n + 13, len(whole))))
+        logits
         for n in range(0, len(whole), 13)
+        for logits in task.batches(network, "test", range(n, min(n + 13, len(whole))))
     ]
     torch.testing.assert_close(torch.cat(parts), whole)
     # the second row of the second window, from the two tokens before it in that window
@@ -132,7 +137,8 @@ def test_metrics_are_of_tokens_and_bytes(root: Path) -> None:
     assert found["test_nll"] == pytest.approx(nll)
     assert found["test_perplexity"] == pytest.approx(math.exp(nll))
     assert found["test_bits_per_byte"] == pytest.approx(nll / math.log(2) * tokens / (tokens - 1))
-    assert found["test_token_accuracy"] == task.hits(logits["test"], "test").float().mean()
+    assert found["test_token_accuracy"] == metrics.accuracy(logits["test"], task.labels("test"))
+    assert task.hits(logits["test"], "test") is None
     diagnostics = task.diagnose(logits, logits)["test"].metrics
     assert diagnostics["agreement"] == 1
     assert diagnostics["kl"] == pytest.approx(0, abs=1e-6)
@@ -150,7 +156,7 @@ def test_a_student_learns_from_the_cached_tokens(root: Path, tmp_path: Path) -> 
     # what is stored of a row is the teacher's own, but for a shift
     stored = open_store(tmp_path / "targets", [teachers[0]["hash"]], data=task.data_key)
     found = stored(torch.tensor([1007]), 0)
-    own = task.predict(teachers[0]["checkpoint"], "train", items=range(1007, 1008))
+    (own,) = task.predict_batches(teachers[0]["checkpoint"], range(1007, 1008))
     assert isinstance(found, torch.Tensor)
     torch.testing.assert_close(found.float(), own - own.max(), atol=5e-3, rtol=0)
 
@@ -159,6 +165,7 @@ def test_a_student_learns_from_the_cached_tokens(root: Path, tmp_path: Path) -> 
     "settings",
     [
         ["targets.top_k=5"],
+        ["targets.samples=64"],
         ["distill.average=logits"],
         ["distill.alpha=0.5", "distill.temperature=2.0"],
     ],
@@ -176,7 +183,14 @@ def test_targets_of_any_kind_are_read_by_tokens(
     assert found[-1] == pytest.approx(found[0], rel=1e-2)
 
 
-@pytest.mark.parametrize("settings", [[], ["train.ema=0.9", "model.args.dropout=0.1"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["train.ema=0.9", "model.args.dropout=0.1", "train.accumulate=2"],
+        ["distill.live=true", "distill.on_policy=0.7", "model.args.dropout=0.1", "train.ema=0.9"],
+    ],
+)
 def test_an_interrupted_training_ends_the_same(
     root: Path, tmp_path: Path, settings: list[str]
 ) -> None:
@@ -204,7 +218,7 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
         (["data.context=2000"], "data.context must be at most the tokens of each split, got 2000"),
         (["data.tokenizer=bpe:100"], "data.tokenizer must be bpe:N with N from 257"),
         (["data.tokenizer=/no/such"], "data.tokenizer must be bpe:N, chars or a folder"),
-        (["model.name=resnet18"], "model.name must be selfkd_gpt with task text"),
+        (["model.name=resnet18"], "model.name must be selfkd_gpt or hf with task text"),
         (["model.args.widht=8"], "got 'widht': did you mean width"),
         (["model.args.heads=3"], "width must be a multiple of heads"),
         (["search.metric=val_f1"], "search.metric must be one of val_nll, val_token_accuracy"),
@@ -214,6 +228,132 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
 def test_what_does_not_fit_is_named(root: Path, settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         start(root, *settings)[1].check()
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make all logits of a teacher too many."""
+    monkeypatch.setattr("selfkd.tasks.text.cached.STORE_BYTES", 10_000)
+
+
+def test_samples_are_cached_where_all_logits_are_too_many(root: Path, many: None) -> None:
+    _, task = start(root)
+    facts, whole = task.check(), len(task.data.splits["train"]) * 2 * task.data.vocabulary
+    assert facts.cached == CachedFormat(words="8 samples at T = 1", row_bytes=16, shard_size=16_384)
+    assert facts.fixed == ("distill.temperature",)
+    assert (
+        f"as all {facts.outputs} logits of a token would take {whole / 1000:.0f} kB"
+        in (facts.notes[1])
+    )
+    assert start(root, "targets.samples=8")[1].data_key == task.data_key
+    for settings, row_bytes in (
+        (["targets.top_k=5"], 5 * 4 + 28),
+        (["targets.samples=3"], 6),
+        (["targets.top_k=5", "distill.temperature=2"], 48),
+    ):
+        cached = start(root, *settings)[1].check().cached
+        assert cached is not None
+        assert cached.row_bytes == row_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["distill.temperature=2"], "distill.temperature: must be 1, got 2.0: 8 samples at T = 1"),
+        (["search.points=[{distill.temperature: 2}]"], "points.0.distill.temperature: must be 1"),
+        (["search.space={distill.temperature: {choice: [1, 2]}}"], "temperature: must be left out"),
+        (["distill.average=logits"], "distill.average: must be probabilities, got logits"),
+        (["distill.divergence=js"], "distill.divergence: must be forward_kl, got js"),
+    ],
+)
+def test_what_samples_cannot_go_with_is_named(
+    root: Path, many: None, settings: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(root, *settings)[1].check()
+
+
+def test_shards_are_of_whole_windows_and_bounded(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, task = start(root, "targets.shard_size=1003")
+    assert task.manifest("", {}).shard_size == 1000
+    monkeypatch.setattr("selfkd.soft_targets.manifest.SHARD_BYTES", 1500)
+    manifest = start(root)[1].manifest("", {})
+    assert (manifest.shard_size, manifest.row_bytes) == (32, 42)  # 35 rows would fit
+
+
+def test_a_store_of_another_context_is_not_used(root: Path, tmp_path: Path) -> None:
+    _, task, teachers = taught(root, tmp_path)
+    config, other = start(root, "data.context=9")
+    trial = make_trial(config, tmp_path / "s" / "student.safetensors", teachers)
+    with pytest.raises(FileNotFoundError, match="no such store"):
+        list(other.train(trial))
+    assert other.data_key != task.data_key
+
+
+@pytest.mark.parametrize("form", ["targets.top_k=null", "targets.samples=4"])
+def test_interrupted_caching_ends_with_the_same_bits(
+    root: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _, (teacher,) = taught(root, tmp_path, form)
+    monkeypatch.setattr("selfkd.tasks.text.networks.EVAL_VALUES", 5_000)  # several batches a shard
+    monkeypatch.setattr("selfkd.worker.jobs.make_task", stopping := Stopping(config))
+
+    def cache(folder: Path) -> list[str]:
+        return [
+            str(row["state"])
+            for shard in range(stopping.task.manifest("", {}).shards)
+            for row in run_job(
+                "cache_teacher_logits",
+                {
+                    "config": to_tree(config),
+                    "checkpoint": teacher["checkpoint"],
+                    "targets": str(folder),
+                    "view": 0,
+                    "shard": shard,
+                    "run": str(tmp_path),
+                },
+            )
+        ]
+
+    whole = cache(tmp_path / "whole")
+    stopping.after = 9
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path / "again")
+    done = len(list((tmp_path / "again").rglob("*.safetensors")))
+    assert 0 < done < len(whole)
+    damaged = next((tmp_path / "again").rglob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    stopping.after = None
+    states = cache(tmp_path / "again")
+    assert states == ["remade", *["kept"] * (done - 1), *["written"] * (len(whole) - done)]
+    first, second = (
+        [load_tensors(path) for path in sorted((tmp_path / name).rglob("*.safetensors"))]
+        for name in ("whole", "again")
+    )
+    assert [facts["hash"] for _, facts in first] == [facts["hash"] for _, facts in second]
+
+
+class Stopping:
+    """Task that stops after some batches of a teacher's logits, as if killed."""
+
+    def __init__(self, config: Config) -> None:
+        self.task = make_task(to_tree(config))
+        self.predict_batches = self.task.predict_batches
+        self.after: int | None = None
+
+    def __call__(self, tree: Any) -> Any:
+        self.task.predict_batches = self._predict  # type: ignore[method-assign]
+        return self.task
+
+    def _predict(self, checkpoint: str, items: range, *, view: int) -> Iterator[torch.Tensor]:
+        for logits in self.predict_batches(checkpoint, items, view=view):
+            if self.after == 0:
+                raise KeyboardInterrupt
+            if self.after is not None:
+                self.after -= 1
+            yield logits
 
 
 def test_a_model_of_another_context_is_refused(root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""What language models write: own NLL, distinct n-grams, exact match, by hand and by NumPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.special import rel_entr, softmax
+from torch import nn
+
+from selfkd.tasks.text import evaluate
+from selfkd.tasks.text.data import TextData, Tokens, encode_examples
+from selfkd.tasks.text.documents import Example
+from selfkd.tasks.text.models import make_gpt
+from selfkd.tasks.text.tokenizer import make_tokenizer
+
+
+def make_examples(examples: Sequence[Example], context: int = 8) -> TextData:
+    tokenizer, end = make_tokenizer("chars", ["abcdefgh"])
+    tokens = encode_examples(tokenizer, end, examples, context)
+    return TextData(
+        name="text",
+        context=context,
+        tokenizer=tokenizer.to_str(),
+        vocabulary=tokenizer.get_vocab_size(),
+        end=end,
+        splits={"test": tokens},
+        fingerprints={},
+        examples={"test": list(examples)},
+        note="",
+    )
+
+
+def test_fidelity_is_that_of_the_formulas() -> None:
+    student, teacher = torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(0))
+    found = evaluate.fidelity(student, teacher)
+    q, p = (softmax(z.double().numpy(), axis=1) for z in (student, teacher))
+    assert list(found) == ["agreement", "test_kl", "test_draft_acceptance"]
+    assert found["agreement"] == pytest.approx((q.argmax(1) == p.argmax(1)).mean())
+    assert found["test_kl"] == pytest.approx(rel_entr(p, q).sum(1).mean())
+    variation = np.abs(p - q).sum(1).mean() / 2
+    assert found["test_draft_acceptance"] == pytest.approx(1 - variation)
+
+
+def test_own_nll_is_of_the_written_tokens_in_their_contexts() -> None:
+    torch.manual_seed(0)
+    teachers = [make_gpt(20, 8, width=8).eval() for _ in range(2)]
+    prompts = [torch.tensor([0, 1, 2]), torch.tensor([0, 3]), torch.tensor([0])]
+    written = [torch.tensor([4, 5, 0]), torch.tensor([6]), torch.tensor([], dtype=torch.int64)]
+    total = 0.0
+    for prompt, text in zip(prompts, written, strict=True):
+        for place, token in enumerate(text):
+            before = torch.cat([prompt, text[:place]])[None]
+            with torch.no_grad():
+                p = torch.stack([t(before).logits[0, -1].softmax(dim=0) for t in teachers])
+            total -= math.log((torch.tensor([0.25, 0.75]) @ p)[token])
+    for batch in (1, 2, 3):
+        found = evaluate.own_nll(teachers, prompts, written, weights=[0.25, 0.75], batch=batch)
+        assert found == pytest.approx(total / 4, rel=1e-5)
+    assert evaluate.own_nll(teachers, prompts[2:], written[2:]) is None
+
+
+def test_what_a_model_writes_it_finds_as_probable_as_its_entropy() -> None:
+    torch.manual_seed(0)
+    network = make_gpt(20, 8, width=8)
+    ids = torch.arange(1601) % 20
+    data = make_examples([Example("a", "b")])
+    data = TextData(**{**vars(data), "splits": {"test": Tokens(ids, 8, 9)}, "vocabulary": 20})
+    found = evaluate.measure_samples(network, [network], data, seed=1)
+    assert found == evaluate.measure_samples(network, [network], data, seed=1)
+    assert found != evaluate.measure_samples(network, [network], data, seed=2)
+    other = evaluate.measure_samples(network, [make_gpt(20, 8, width=8)], data, seed=1)
+    assert other["test_own_nll"] > found["test_own_nll"]  # cross-entropy, entropy
+    assert found["test_own_nll"] < math.log(20)
+    assert found["test_distinct_1"] < found["test_distinct_2"] < found["test_distinct_3"]
+
+
+def test_text_that_repeats_itself_has_few_distinct_pairs() -> None:
+    rich, poor = torch.arange(12), torch.tensor([3, 4] * 6)
+    assert evaluate.distinct([rich], 2) == 1
+    assert evaluate.distinct([poor], 2) == pytest.approx(2 / 11)
+    assert evaluate.distinct([rich, rich], 2) == pytest.approx(1 / 2)  # pooled
+    assert evaluate.distinct([rich[:1]], 2) is None
+
+
+def test_exact_match_is_of_greedy_text_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [Example("a", "bc"), Example("b", "cd"), Example("c", "de"), Example("d", "e")]
+    data = make_examples(examples)
+    texts = [[3, 4, 0], [3, 4, 0], [5, 6], [2, 6, 0]]  # right, wrong, without an end, no word
+    monkeypatch.setattr(
+        evaluate, "generate", lambda *args, **options: [torch.tensor(text) for text in texts]
+    )
+    found = evaluate.measure_matches(data, "test", nn.Linear(1, 1))
+    assert found == {"test_exact_match": 0.25, "test_unended": 0.25}
+    texts[2] = [5, 6, 0]
+    assert evaluate.measure_matches(data, "test", nn.Linear(1, 1)) == {"test_exact_match": 0.5}
+
+
+def test_one_model_and_its_average_with_itself_write_the_same() -> None:
+    torch.manual_seed(0)
+    network = make_gpt(10, 8, width=8).eval()
+    data = make_examples([Example("ab", "cd"), Example("h", ""), Example("abcde", "f")])
+    prompts = data.splits["test"].prompts(range(3))
+    alone = evaluate.generate(network, prompts, end=0, context=8, seed=0, greedy=True)
+    both = evaluate._follow([network] * 2, prompts, data, "probabilities", [0.5, 0.5])
+    for own, other in zip(alone, both, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_large_logits_are_measured_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from selfkd.analysis import metrics
+
+    logits, teacher = torch.randn(2, 100, 9, generator=torch.Generator().manual_seed(0)) * 3
+    labels = torch.randint(9, (100,))
+    tokens = Tokens(torch.cat([labels[:1], labels]), 10, 100)
+
+    def measure() -> list[float]:
+        found = evaluate.diagnosis(logits, labels, teacher).metrics
+        found |= evaluate.measure("test", logits, tokens) | evaluate.fidelity(logits, teacher)
+        return list(found.values())
+
+    whole = measure()
+    monkeypatch.setattr(metrics, "LARGE", 9 * 99)
+    monkeypatch.setattr(metrics, "CHUNK", 9 * 7)
+    assert measure() == pytest.approx(whole, rel=1e-6)
+    assert float(F.cross_entropy(logits, labels)) in [pytest.approx(value) for value in whole]

@@ -58,7 +58,6 @@ _OF_LOGITS = (
     *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
 )
 """Keys of distillation by logits alone."""
-_TEXT_CONTROLS = ("seeds", "label_smoothing")
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
@@ -179,13 +178,15 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which need generation 1, got 0"
-    if config.distill.live or config.targets.top_k is not None:
+    distill, top_k = config.distill, config.targets.top_k
+    if distill.live or top_k is not None or distill.mode == "traces":
         where = locate_key("controls", sources)
         for name in ("dkpp", "cwtm"):
             if name in config.controls:
+                traces = ", distill.mode traces" if config.task == "text" else ""
                 yield (
                     f"{where}: {name} needs cached teacher logits of all classes: leave out "
-                    f"distill.live and targets.top_k, or {name}"
+                    f"distill.live{traces} and targets.top_k, or {name}"
                 )
 
 
@@ -250,10 +251,6 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
                     f"task images, got {given[key]} with {config.data.name}"
                 )
     yield from _traces_faults(config, sources)
-    wrong = [name for name in config.controls if name not in _TEXT_CONTROLS]
-    if wrong:
-        where, known = locate_key("controls", sources), " or ".join(_TEXT_CONTROLS)
-        yield f"{where}: must be {known} with task text, got {', '.join(wrong)}"
     for source in ("snapshots", "specialists"):
         if source in (config.members.source, *config.members.compare):
             where = locate_key("members", sources)

@@ -27,8 +27,8 @@ from selfkd.models import parameters_count
 from selfkd.soft_targets.store import write_shard
 from selfkd.tasks.common import optimizer_of
 from selfkd.tasks.text.batches import Batch
+from selfkd.tasks.text.loss import make_loss
 from selfkd.tasks.text.task import TextTask
-from selfkd.tasks.text.train import make_loss
 from selfkd.training.trial import Trial
 
 TEACHER = {"depth": 4, "width": 128, "heads": 4}

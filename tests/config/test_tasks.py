@@ -63,7 +63,6 @@ def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
         ("images", "data.context=8", "data.context: only with task text"),
         ("images", "train.steps=8", "train.steps: only with task text"),
         ("images", "search.space={train.steps: {choice: [1, 2]}}", "train.steps is only with"),
-        ("text", "controls=[dkpp]", "must be seeds or label_smoothing with task text, got dkpp"),
         ("text", "members.source=snapshots", "snapshots are only with task images"),
         ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),
         ("text", "train.warmup_steps=300", "must be less than train.steps"),

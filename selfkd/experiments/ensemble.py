@@ -14,6 +14,7 @@ from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, ratio_interval
 from selfkd.config import Config, Source
 from selfkd.experiments.arms import Arm, Request, Run
+from selfkd.experiments.export import describe_lineage, export
 from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
@@ -72,8 +73,13 @@ def compress(run: Run) -> EnsembleSummary:
         pairs = [(baseline.models[0], found.models[0])]
     if config.confirm.seeds:
         pairs = _replicate(run, labels, replace(student, point=found.best.point))
-    run.folder.keep_best(found.models[0].checkpoint)
-    return run.finish(_measure(run, teachers, found.best, pairs))
+    chosen, config = found.models[0], config.at(found.best.point)
+    run.folder.keep_best(chosen.checkpoint)
+    summary = _measure(run, teachers, found.best, pairs)
+    own = "student of an ensemble", config, run.folder.facts, chosen.hash
+    metrics = summary.chosen.metrics
+    export(run, chosen, student.folder, describe_lineage(*own, teachers.of(config), metrics))
+    return run.finish(summary)
 
 
 def finished(config: Config, folder: RunFolder) -> EnsembleSummary | None:

@@ -96,6 +96,9 @@ class Letters:
         network.load_state_dict(tensors)
         return network, facts
 
+    def export(self, checkpoint: str, folder: Path, card: str) -> None:
+        raise NotImplementedError
+
     def import_weights(self, source: CheckpointConfig, save: Path) -> None:
         raise NotImplementedError
 

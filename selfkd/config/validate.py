@@ -58,6 +58,7 @@ _OF_LOGITS = (
     *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
 )
 """Keys of distillation by logits alone."""
+_SIZES = ("data.train_size", "data.val_size")
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
@@ -242,14 +243,9 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{where}: {key} is only with task {other}"
     if config.task != "text":
         return
-    if config.data.name != "arithmetic":
-        for key in ("data.train_size", "data.val_size"):
-            if given[key] is not None:
-                where = locate_key(key, sources)
-                yield (
-                    f"{where}: only with data.name arithmetic, whose problems are generated, or "
-                    f"task images, got {given[key]} with {config.data.name}"
-                )
+    for key in _SIZES:
+        if given[key] is not None and (fault := _size_fault(config)):
+            yield f"{locate_key(key, sources)}: {fault}, got {given[key]}"
     yield from _traces_faults(config, sources)
     for source in ("snapshots", "specialists"):
         if source in (config.members.source, *config.members.compare):
@@ -266,6 +262,13 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if epochs > steps:
         where = locate_key("train.epochs", sources)
         yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+
+
+def _size_fault(config: Config) -> str | None:
+    """Return why there are no numbers of items to choose, if there are none."""
+    if config.task == "images" or config.data.name == "arithmetic":
+        return None
+    return f"only with data.name arithmetic or task images, not with {config.data.name}"
 
 
 def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
@@ -407,6 +410,7 @@ def check_study(config: Config) -> None:
 
 def _study_faults(config: Config) -> Iterator[str]:
     arms, before = config.study.arms, list[str]()
+    foreign = OF_TASK["images" if config.task == "text" else "text"]
     if config.student is not None:
         yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
     if not arms:
@@ -442,6 +446,10 @@ def _study_faults(config: Config) -> Iterator[str]:
             if data or key.split(".")[0] not in ("data", "model", "train", "distill"):
                 known = f"model, train, distill or of {', '.join(FREE)}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
+            elif key in foreign:
+                yield f"{where}.set: {key} is not with task {config.task}"
+            elif key in _SIZES and (fault := _size_fault(config)):
+                yield f"{where}.set: {key} is {fault}"
         try:
             own = config.at(arm.set)
         except ConfigError as error:

@@ -142,3 +142,21 @@ def test_the_loss_of_an_arm_is_checked_too() -> None:
     config = load_config(flags={"task": "text"}, settings=[arms])
     with pytest.raises(ConfigError, match=r"arms.b.set: distill.on_policy: needs distill.live"):
         check_study(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("data.crop: 0.5", "arms.a.set: data.crop is not with task text"),
+        ("data.train_size: 5", "arms.a.set: data.train_size is only with data.name arithmetic or"),
+    ],
+)
+def test_an_arm_has_keys_of_its_task_alone(key: str, message: str) -> None:
+    config = load_config(flags={"task": "text"}, settings=[f"study.arms={{a: {{set: {{{key}}}}}}}"])
+    with pytest.raises(ConfigError, match=message):
+        check_study(config)
+    own = load_config(
+        flags={"task": "text"},
+        settings=["data.name=arithmetic", "study.arms={a: {set: {data.train_size: 5}}}"],
+    )
+    check_study(own)

@@ -77,6 +77,7 @@ def _load(folder: Path) -> tuple[Any, int]:
     if not file.is_file():
         raise ValueError(
             f"data.tokenizer must be bpe:N, chars or a folder with a tokenizer.json, got {folder}"
+            + (": AutoTokenizer.from_pretrained(…).save_pretrained(…) writes one" * folder.is_dir())
         )
     try:
         tokenizer = Tokenizer.from_str(read_text(file))

@@ -99,8 +99,9 @@ class DataConfig:
     """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
     train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`) or any name of
     `timm.data.create_dataset`. Of text: pydoc (the manual in Python itself), the default there;
-    arithmetic (generated problems); or text (`root` has files .txt, or .jsonl with `{"text": …}` a
-    line)."""
+    docstrings (of Python's standard library); arithmetic (generated problems); or text (`root` has
+    files .txt, or .jsonl with `{"text": …}` or `{"prompt": …, "completion": …}` a line, or is a
+    folder of `datasets.save_to_disk`)."""
     root: Place | None = None
     """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
     download: bool = False

@@ -27,7 +27,8 @@ def choose_samples(config: Config, rows: int, vocabulary: int) -> int | None:
     (None, 8)
     """
     targets = config.targets
-    if targets.samples is not None or targets.top_k is not None or config.distill.live:
+    given = targets.samples is not None or targets.top_k is not None
+    if given or config.distill.live or config.distill.mode == "traces":
         return targets.samples
     few = vocabulary <= VOCABULARY and rows * row_bytes(vocabulary) <= STORE_BYTES
     return None if few else SAMPLES

@@ -97,6 +97,8 @@ def make_language_model(
     try:
         return prepare(make(vocabulary, context, **args))
     except (RuntimeError, TypeError, ValueError) as error:
+        if name == HF and isinstance(error, ValueError):  # which names the folder and its fault
+            raise
         raise ValueError(f"model.args must suit {name!r}, got {dict(args)}: {error}") from None
 
 

@@ -144,7 +144,7 @@ def test_many_logits_are_measured_on_spread_windows(
     _, few = start(root)
     load_text.cache_clear()
     tokens = few.data.splits["test"]
-    assert f"test on {len(tokens.scored)} of its {len(all_tokens):,} tokens" in few.data.note
+    assert f"and {len(tokens.scored)} of the {len(all_tokens):,} tokens of test" in few.data.note
     assert most * 0.8 < len(tokens.scored) <= most
     assert len(few.data.splits["train"]) == len(task.data.splits["train"])
     assert few.fingerprint == task.fingerprint

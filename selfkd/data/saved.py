@@ -68,7 +68,7 @@ def open_saved(root: Path, image_size: int | None) -> Source:
             or without one column of images and one of classes.
     """
     left_out, parts, class_names = Counter[str](), {}, dict[str, tuple[str, ...]]()
-    found = _load(root)
+    found = load_saved(root)
     for name, dataset in found.items():
         part = PARTS.get(name)
         if part is None or part in parts:
@@ -92,8 +92,12 @@ def open_saved(root: Path, image_size: int | None) -> Source:
     return make_source(str(root), parts, names, image_size, left_out)
 
 
-def _load(root: Path) -> Mapping[str, Any]:
-    """Return the splits of a saved data set by name; a single one is that of training."""
+def load_saved(root: Path) -> Mapping[str, Any]:
+    """Return the splits of a saved data set by name; a single one is that of training.
+
+    Raises:
+        ValueError: The library is missing, or the data set is damaged.
+    """
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError:  # or another module of that name

@@ -19,6 +19,8 @@ def test_text_has_defaults_of_its_own() -> None:
     assert (config.distill.temperature, config.distill.alpha) == (1, 1)
     assert config.search.points == [FIRST]
     assert config.model.name == "selfkd_gpt"
+    by_match = load_config(flags={"task": "text"}, settings=["search.metric=val_exact_match"])
+    assert by_match.search.mode == "max"
     assert load_config(flags={"task": "text"}).search.points == [FIRST] * 3
     assert load_config() == Config()
 
@@ -84,12 +86,12 @@ def test_keys_of_another_task_are_refused_by_name(task: str, setting: str, messa
         (["distill.live=true", "targets.top_k=8"], "targets.top_k: not with distill.live=true"),
         (["distill.live=true", "targets.samples=8"], "targets.samples: not with distill.live=true"),
         (
-            ["distill.divergence=js", "targets.samples=8"],
-            "distill.divergence: needs all teacher logits: leave out targets.samples, set distill",
+            ["distill.divergence=js", "targets.top_k=8"],
+            "distill.divergence: must be forward_kl, got js, which needs all logits: leave out",
         ),
         (
-            ["search.space.distill.divergence={choice: [reverse_kl, js]}", "targets.top_k=8"],
-            "leave out targets.top_k, set distill.live=true, or forward_kl, got js, reverse_kl",
+            ["search.space.distill.divergence={choice: [reverse_kl, js]}", "targets.samples=8"],
+            "distill.divergence: must be forward_kl, got js, reverse_kl: targets.samples are drawn",
         ),
     ],
 )

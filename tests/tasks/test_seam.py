@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ class Letters:
         network = self.make(ModelConfig.of_checkpoint(facts["model"]))
         network.load_state_dict(tensors)
         return network, facts
+
+    def export(self, checkpoint: str, folder: Path, card: str) -> None:
+        raise NotImplementedError
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> None:
         raise NotImplementedError
@@ -331,6 +335,9 @@ def test_runs_are_compared_by_nll(by_nll: list[Run]) -> None:
     assert "10_epochs is better" in comparison_page.verdicts([short, long])[0]
     assert comparison_page.comparisons_table([found]).head[2] == "test NLL, nats"
     assert comparison_page.runs_table(by_nll).head[5] == "test NLL"
+    assert long.facts is not None
+    other = replace(long, facts=replace(long.facts, metric="perplexity"))
+    assert comparison_page.runs_table([short, other]).rows[1][5].startswith("perplexity ")
     page = comparison_page.comparison_page([short, long])
     assert page.lead is not None
     assert page.lead.text.startswith("NLL on test of the last model of each run: 1_epochs ")

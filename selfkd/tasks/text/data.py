@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from selfkd.config import DataConfig
 from selfkd.tasks.task import Split
 from selfkd.tasks.text.documents import Example, load_documents
-from selfkd.tasks.text.tokenizer import make_tokenizer
+from selfkd.tasks.text.tokenizer import encode_texts, make_tokenizer, vocabulary_of
 
+MOST_LOGITS = 2**28
+"""Most logits of a split that models are evaluated on, 1 GiB in memory."""
 IGNORED = -100
 """Label of positions beyond the end of a split."""
 
@@ -126,7 +129,7 @@ class Tokens:
         found = []
         for window in windows:
             start, end = self.bounds[window : window + 2].tolist()
-            if self.weights is None:
+            if self.weights is None or self.weights[start] > 0:  # no prompt begins there
                 length = max((end - start) // 4, 1)
             else:
                 length = int((self.weights[start:end] > 0).int().argmax()) + 1
@@ -175,62 +178,95 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     documents = load_documents(
         config.name, config.root, seed, train_size=config.train_size, val_size=config.val_size
     )
+    if isinstance(documents.splits["train"][0], str):
+        for key, value, usual in (
+            ("rationales", config.rationales, True),
+            ("rationale_weight", config.rationale_weight, 1.0),
+        ):
+            if value != usual:
+                raise ValueError(f"data.{key} must be left out with documents, got {value}")
     tokenizer, end = make_tokenizer(
         config.tokenizer,
         [str(text) for text in documents.splits["train"]],  # with rationales: one tokenizer for all
     )
     as_json = tokenizer.to_str()
+    vocabulary = vocabulary_of(tokenizer)
     splits, fingerprints = dict[Split, Tokens](), dict[Split, str]()
-    examples_of = dict[Split, list[Example]]()
+    examples_of, limits = dict[Split, list[Example]](), list[str]()
     for split, texts in documents.splits.items():
         examples = [each for each in texts if isinstance(each, Example)]
         if not config.rationales:
             examples = [replace(each, rationale="") for each in examples]
-        examples_of[split] = examples
         if examples:
             tokens = encode_examples(
                 tokenizer, end, examples, config.context, rationale_weight=config.rationale_weight
             )
         else:
             tokens = _encode(tokenizer, end, [str(text) for text in texts], config.context)
-        if not examples and len(tokens) < config.context:
-            raise ValueError(
-                f"data.context must be at most the tokens of each split, got {config.context} and "
-                f"{len(tokens)} of {split}"
-            )
-        splits[split] = tokens
-        digest = hashlib.sha256(f"{config.context} {as_json} ".encode())
-        digest.update(tokens.ids.numpy().tobytes())
-        if tokens.starts is not None:
-            digest.update(tokens.starts.numpy().tobytes())
-            digest.update(tokens.scored.numpy().tobytes())
-        fingerprints[split] = digest.hexdigest()[:16]
+            if len(tokens) < config.context:
+                raise ValueError(
+                    f"data.context must be at most the tokens of each split, got {config.context} "
+                    f"and {len(tokens)} of {split}"
+                )
+        most, scored = MOST_LOGITS // vocabulary, len(tokens.scored)
+        if split != "train" and scored > most:
+            tokens, examples = _sample(tokens, examples, most)
+            limits.append(f"{split} on {len(tokens.scored):,} of its {scored:,} tokens")
+        examples_of[split] = examples
+        splits[split], fingerprints[split] = tokens, _fingerprint(tokens, as_json)
     return TextData(
         name=config.name,
         context=config.context,
         tokenizer=as_json,
-        vocabulary=tokenizer.get_vocab_size(),
+        vocabulary=vocabulary,
         end=end,
         splits=splits,
         examples=examples_of,
         fingerprints=fingerprints,
-        note=documents.note,
+        note="; ".join([documents.note, *(f"measured of {limit}" for limit in limits)]),
     )
 
 
+def _fingerprint(tokens: Tokens, tokenizer: str) -> str:
+    digest = hashlib.sha256(f"{tokens.context} {tokenizer} ".encode())
+    digest.update(tokens.ids.numpy().tobytes())
+    if tokens.starts is not None:
+        digest.update(tokens.starts.numpy().tobytes())
+        digest.update(tokens.scored.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _encode(tokenizer: Any, end: int, texts: list[str], context: int) -> Tokens:
-    ids = [end]
-    for own in _encode_all(tokenizer, texts):
-        ids += own
-        ids.append(end)
+    ends = np.array([end])
+    parts = [part for own in encode_texts(tokenizer, texts) for part in (own, ends)]
     size = sum(len(text.encode()) for text in texts)
-    return Tokens(torch.tensor(ids, dtype=torch.int64), context, size)
+    return Tokens(torch.from_numpy(np.concatenate([ends, *parts])), context, size)
 
 
-def _encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each text, without special ones."""
-    found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [each.ids for each in found]
+def _sample(tokens: Tokens, examples: list[Example], most: int) -> tuple[Tokens, list[Example]]:
+    """Return evenly spaced windows with about so many scored rows, and their examples.
+
+    The last row of a window of documents is left out: its label is in the window after it.
+    """
+    count = max(1, most * tokens.windows // len(tokens.scored))
+    numbers = torch.linspace(0, tokens.windows - 1, count).long()
+    ids, starts, weights, length = list[Tensor](), list[int](), list[Tensor](), 0
+    for number in numbers.tolist():
+        start, end = tokens.bounds[number : number + 2].tolist()
+        own = torch.ones(end - start) if tokens.weights is None else tokens.weights[start:end]
+        if tokens.weights is None:
+            own[-1] = 0
+        starts.append(length)
+        ids.append(tokens.ids[start:end])
+        weights.append(own)
+        length += end - start
+    ids.append(tokens.ids[end : end + 1])
+    rows = torch.cat(weights)
+    share = int((rows > 0).sum()) / len(tokens.scored)
+    sampled = Tokens(
+        torch.cat(ids), tokens.context, round(tokens.bytes * share), torch.tensor(starts), rows
+    )
+    return sampled, [examples[number] for number in numbers.tolist()] if examples else []
 
 
 def encode_examples(
@@ -253,27 +289,25 @@ def encode_examples(
     Raises:
         ValueError: An example is longer than the context.
     """
-    ids, starts, weights, size = list[int](), list[int](), list[float](), 0
-    texts = [(each.prompt, each.rationale, each.completion) for each in examples]
-    parts = _encode_all(tokenizer, [part for parts in texts for part in parts])
-    for number, example in enumerate(examples):
-        prompt, rationale, completion = parts[3 * number : 3 * number + 3]
-        own = [end, *prompt, *rationale, *completion]
-        if len(own) > context:
-            where = example.place or f"example {number}"
-            raise ValueError(
-                f"data.context must be at least {len(own)}, the tokens of {where}, got {context}: "
-                f"{example.prompt[:60]!r}"
-            )
-        starts.append(len(ids))
-        ids += own
-        weights += [0.0] * len(prompt) + [rationale_weight] * len(rationale)
-        weights += [1.0] * (len(completion) + 1)  # and the end token
-        size += len((example.rationale + example.completion).encode())
+    texts = [part for each in examples for part in (each.prompt, each.rationale, each.completion)]
+    parts, ends = encode_texts(tokenizer, texts), np.array([end])
+    sizes = np.array([len(part) for part in parts], dtype=np.int64).reshape(-1, 3)
+    rows = sizes.sum(axis=1) + 1
+    if len(longer := np.flatnonzero(rows > context)):
+        number = int(rows.argmax())
+        raise ValueError(
+            f"data.context must be at least {rows[number]}, the tokens of "
+            f"{examples[number].place or f'example {number}'} with what follows the prompt, got "
+            f"{context}, and {len(longer):,} of {len(examples):,} are longer: raise it, or leave "
+            "them out"
+        )
+    ids = [part for n in range(0, len(parts), 3) for part in (ends, *parts[n : n + 3])]
+    sizes[:, 2] += 1  # and the end token
+    weights = np.tile(np.array([0, rationale_weight, 1], dtype=np.float32), len(examples))
     return Tokens(
-        torch.tensor([*ids, end], dtype=torch.int64),
+        torch.from_numpy(np.concatenate([*ids, ends])),
         context,
-        size,
-        torch.tensor(starts, dtype=torch.int64),
-        torch.tensor(weights, dtype=torch.float32),
+        sum(len((each.rationale + each.completion).encode()) for each in examples),
+        torch.from_numpy(np.cumsum(rows) - rows),
+        torch.from_numpy(np.repeat(weights, sizes.ravel())),
     )

@@ -15,11 +15,12 @@ from selfkd.data.folder import list_left_out
 from selfkd.storage.remote import as_path
 from selfkd.tasks.task import Split
 from selfkd.tasks.text import arithmetic
+from selfkd.tasks.text.docstrings import read_docstrings
 from selfkd.tasks.text.example import Example as Example
 from selfkd.tasks.text.folder import Found, read_folder
 from selfkd.text import one_line
 
-DATASETS = ("pydoc", "arithmetic", "text")
+DATASETS = ("pydoc", "docstrings", "arithmetic", "text")
 SHARE = 0.1  # of the characters, for validation and for test
 
 Piece = str | Example
@@ -52,7 +53,7 @@ def load_documents(
     test) stays in it.
 
     Args:
-        name: `pydoc`, `arithmetic` or `text`.
+        name: `pydoc`, `docstrings`, `arithmetic` or `text`.
         root: Folder of `text`.
         seed: Seed of the division, or of the problems.
         train_size: Number of problems of `arithmetic` for training; its default when not given.
@@ -62,12 +63,10 @@ def load_documents(
         ValueError: An unknown name, files that are not as they must be, or a prompt that stands in
             two splits; says which and where.
     """
-    if name == "pydoc":
-        from pydoc_data.topics import topics  # half a megabyte of source
-
-        texts = [text for _, text in sorted(topics.items())]
+    if name in ("pydoc", "docstrings"):
+        texts = _read_pydoc() if name == "pydoc" else read_docstrings()
         splits, how = _divide(texts, {}, seed, range(len(texts)))
-        return Documents(splits, f"pydoc of Python {platform.python_version()}: {how}")
+        return Documents(splits, f"{name} of Python {platform.python_version()}: {how}")
     if name == "arithmetic":
         return Documents(*arithmetic.load(train_size, val_size, seed))
     if name != "text":
@@ -79,6 +78,12 @@ def load_documents(
     return _load_root(as_path(root).expanduser(), seed)
 
 
+def _read_pydoc() -> list[str]:
+    from pydoc_data.topics import topics  # half a megabyte of source
+
+    return [text for _, text in sorted(topics.items())]
+
+
 def _load_root(root: Path, seed: int) -> Documents:
     """Return the documents of a folder."""
     if not root.is_dir():
@@ -87,7 +92,7 @@ def _load_root(root: Path, seed: int) -> Documents:
     pieces, given = _collect(read_folder(root, left_out), left_out)
     if not pieces:
         what = "training text" if given else "text"
-        raise ValueError(f"data.root must have {what} in .txt or .jsonl files, got none in {root}")
+        raise ValueError(f"data.root must have {what}, got none in {root}")
     for split, own in given.items():
         if not own:
             raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEYS = '"text", or "prompt" and "completion"'
+ROW_KEYS = ("text", "prompt", "completion", "rationale")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Documents and prompts in the files of a folder: .txt, and .jsonl with one a line."""
+"""Documents and prompts of a folder: .txt, .jsonl with one a line, or a saved data set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selfkd.data.folder import list_left_out, walk
+from selfkd.data.saved import is_saved, load_saved
 from selfkd.tasks.task import Split
-from selfkd.tasks.text.example import Example, read_row
+from selfkd.tasks.text.example import KEYS, ROW_KEYS, Example, read_row
 
 KINDS = (".txt", ".jsonl")
 NAMED: dict[str, Split] = {
@@ -26,7 +27,8 @@ Found = tuple[Split | None, str, str | Example]
 def read_folder(root: Path, left_out: Counter[str]) -> Iterator[Found]:
     """Yield the documents and prompts of a folder, in the order of the paths of their files.
 
-    A .txt file is one document, a line of a .jsonl file one document or one prompt. Links are
+    A data set of the library `datasets`, saved by `save_to_disk`, has one of them a row. Elsewhere
+    a .txt file is one document, and a line of a .jsonl file one document or one prompt. Links are
     followed; hidden files and files of other types are left out.
 
     Args:
@@ -34,8 +36,11 @@ def read_folder(root: Path, left_out: Counter[str]) -> Iterator[Found]:
         left_out: Number of files that are not read, by type; counted here.
 
     Raises:
-        ValueError: No such files, one that is not UTF-8, or a line without its keys.
+        ValueError: No such files, one that is not UTF-8, or a line or row without its keys.
     """
+    if is_saved(root):
+        yield from _read_saved(root, left_out)
+        return
     names = [name.removeprefix("./") for name in walk(root, ".", frozenset(), left_out, KINDS)]
     if not names:
         others = f" (left out: {list_left_out(left_out)})" if left_out else ""
@@ -90,3 +95,23 @@ def _read(file: Path) -> Iterator[tuple[str, str | Example]]:
         except (ValueError, RecursionError):
             raise ValueError(f"{place}: must be JSON, got {line[:60]!r}") from None
         yield place, read_row(row, place)
+
+
+def _read_saved(root: Path, left_out: Counter[str]) -> Iterator[Found]:
+    """Yield what the rows of a saved data set hold; one without splits is divided."""
+    splits = load_saved(root)
+    for name, dataset in splits.items():
+        split = NAMED.get(name.lower()) if len(splits) > 1 else None
+        if split is None and len(splits) > 1:
+            left_out[f"of split {name}"] += len(dataset)
+            continue
+        columns = [key for key in ROW_KEYS if key in dataset.column_names]
+        if not columns:
+            raise ValueError(
+                f"{root} (split {name}): must have columns {KEYS}, got "
+                f"{', '.join(dataset.column_names) or 'none'}"
+            )
+        rows = dataset.with_format(None).select_columns(columns)
+        for number, row in enumerate(rows):
+            place = f"{root} (split {name}), row {number}"
+            yield split, place, read_row(row, place)

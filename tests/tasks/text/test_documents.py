@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
+import textwrap
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
+from selfkd.tasks.text.docstrings import read_docstrings
 from selfkd.tasks.text.documents import Example, load_documents
 
 
@@ -32,6 +36,92 @@ def test_pydoc_is_divided_whole_and_by_the_seed() -> None:
     assert 0.05 < sizes["test"] / whole < 0.11
     assert 0.05 < sizes["val"] / whole < 0.11
     assert "pydoc of Python 3." in found.note
+
+
+def test_docstrings_are_read_in_the_order_of_the_sources(tmp_path: Path) -> None:
+    source = """
+    '''First.'''
+    import nothing_of_this_name
+    class A:
+        "Second."
+        async def a(self):
+            r"third \\d"
+            if 1:
+                def b(): "fourth"
+    try: pass
+    except A:
+        def c(): "fifth"
+    x = "none"
+    def d(): return "none"
+    """
+    for name, text in {
+        "b.py": '"last"',
+        "a/b.py": textwrap.dedent(source),
+        "a/bad.py": "print 3",
+        "a/none.py": "1",
+        "test/a.py": "'none'",
+        "a/site-packages/a.py": "'none'",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    ordered = "\n\n".join(["First.", "Second.", r"third \d", "fourth", "fifth"])
+    assert read_docstrings(tmp_path) == [ordered, "last"]
+    with pytest.raises(ValueError, match="must have the sources of Python's standard library"):
+        read_docstrings(tmp_path / "nothing")
+
+
+def test_docstrings_are_those_of_this_python() -> None:
+    found = load_documents("docstrings", None, 0)
+    assert f"docstrings of Python {platform.python_version()}: " in found.note
+    sizes = {split: sum(len(str(text)) for text in own) for split, own in found.splits.items()}
+    assert 1e6 < sum(sizes.values()) < 3e6
+    assert 0.05 < sizes["test"] / sum(sizes.values()) < 0.11
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_saved_data_sets_are_read(tmp_path: Path, prompted: bool) -> None:
+    def rows(split: str, number: int) -> Dataset:
+        texts = [f"{split} {row}" for row in range(number)]
+        if not prompted:
+            return Dataset.from_dict({"text": texts, "id": range(number)})
+        rationales = [None, *texts[1:]]
+        return Dataset.from_dict({"prompt": texts, "completion": texts, "rationale": rationales})
+
+    whole = {"train": rows("train", 5), "validation": rows("val", 2), "test": rows("test", 1)}
+    DatasetDict({**whole, "other": rows("other", 3)}).save_to_disk(tmp_path / "all")
+    found = load_documents("text", str(tmp_path / "all"), 0)
+    assert {split: len(own) for split, own in found.splits.items()} == {
+        "train": 5,
+        "val": 2,
+        "test": 1,
+    }
+    assert "left out: 3 of split other" in found.note
+    first, second = found.splits["train"][:2]
+    if prompted:
+        assert first == Example("train 0", "train 0")
+        assert second == Example("train 1", "train 1", "train 1")
+    else:
+        assert (first, second) == ("train 0", "train 1")
+    rows("any", 20).save_to_disk(tmp_path / "one")
+    found = load_documents("text", str(tmp_path / "one"), 0)
+    assert sum(map(len, found.splits.values())) == 20
+    assert len(found.splits["test"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"txt": ["a"], "id": [1]}, r"must have columns \"text\", or .*, got txt, id"),
+        ({"text": ["a", None]}, r'row 1: "text" must be text, got NoneType'),
+        ({"prompt": ["a"]}, r"row 0: must have .*, got prompt"),
+    ],
+)
+def test_saved_data_sets_are_checked(
+    tmp_path: Path, columns: dict[str, list[object]], message: str
+) -> None:
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=message):
+        load_documents("text", str(tmp_path / "saved"), 0)
 
 
 def test_a_document_alone_is_divided_by_position(tmp_path: Path) -> None:
@@ -108,7 +198,7 @@ def test_folders_are_read_as_those_of_images(tmp_path: Path) -> None:
     [
         ({}, r"must have .txt or .jsonl files, got none in"),
         ({"a_md": "a", "b_md": "b"}, r"got none in .* \(left out: 2 \.md\)"),
-        ({"a_txt": "  \n"}, r"must have text in .txt or .jsonl files, got none in"),
+        ({"a_txt": "  \n"}, r"must have text, got none in"),
         ({"test_txt": "abc"}, r"must have training text"),
         ({"a_txt": "abc", "val_txt": "\n"}, r"must have text for val, got empty files of it"),
         ({"a_txt": b"ab\xff"}, r"a\.txt must be UTF-8, got byte 0xff at position 2"),
@@ -147,7 +237,7 @@ def test_bad_files_are_named(tmp_path: Path, files: dict[str, str | bytes], mess
 @pytest.mark.parametrize(
     ("name", "root", "message"),
     [
-        ("digits", None, "data.name must be pydoc, arithmetic or text"),
+        ("digits", None, "data.name must be pydoc, docstrings, arithmetic or text"),
         ("text", None, "data.root must be a folder"),
         ("text", "/no/such", "data.root must be a folder .* got /no/such"),
     ],

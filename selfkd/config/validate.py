@@ -207,7 +207,7 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     arms = config.study.arms
     given |= {f"study.arms.{name}.set.{key}": arm.set.get(key, 1) for name, arm in arms.items()}
     for name, temperature in given.items():
-        if temperature != 1:
+        if temperature != 1 and (name == key or temperature != given[key]):  # said once
             yield f"{locate_key(name, sources)}: must be 1, got {temperature}: {why}"
     spec = without_default_temperature(search.space).get(key, {"choice": [1]})
     if spec not in ({"choice": [1]}, {"uniform": [1, 1]}):

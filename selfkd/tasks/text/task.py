@@ -164,15 +164,15 @@ class TextTask(TextNetworks):
         total = short(manifest.images * manifest.row_bytes)
         note = f"teacher logits: {manifest.words} a token, {total}B a teacher"
         if self.samples is not None and self.config.targets.samples is None:
-            whole = short(manifest.images * row_bytes(manifest.classes))
-            why = f"all {manifest.classes:,} logits of a token would take {whole}B a teacher"
-            ways = "set targets.top_k for the largest logits, or targets.samples"
-            faults = sampled_faults(
-                self.config, {}, f"{manifest.words} are cached of a token, as {why}: {ways}"
+            why = f"as all logits of {manifest.classes:,} tokens would take " + short(
+                manifest.images * row_bytes(manifest.classes)
             )
-            if found := list(faults):
+            of = (
+                f"{manifest.words} are cached of a token, {why}B: targets.top_k=N for the N largest"
+            )
+            if found := list(sampled_faults(self.config, {}, of)):
                 raise ValueError("\n".join(found))
-            note += f", as {why}; T is 1 and not searched"
+            note += f", {why}B; T is 1 and not searched"
         yield note
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:

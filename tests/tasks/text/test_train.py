@@ -137,7 +137,7 @@ def test_a_live_teacher_is_as_its_cached_logits(tmp_path: Path) -> None:
     teachers = [make_teacher(config, task, tmp_path, seed=seed) for seed in (1, 2)]
     for row in teachers:
         manifest = task.manifest(row["hash"], {})
-        logits = task.predict(row["checkpoint"], "train", items=manifest.rows(0))
+        logits = task.predict_batches(row["checkpoint"], manifest.rows(0))
         write_shard(tmp_path / "targets", manifest, view=0, shard=0, logits=logits)
     losses = []
     for live in ("false", "true"):

@@ -215,9 +215,9 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     if any("logits" in average for average in averages):
         where = locate_key("distill.average", sources)
         yield f"{where}: must be probabilities, got logits, which are not cached: {why}"
-    if config.distill.divergence != "forward_kl":
+    if others := _other_divergences(config):
         where = locate_key("distill.divergence", sources)
-        yield f"{where}: must be forward_kl, got {config.distill.divergence}: {why}"
+        yield f"{where}: must be forward_kl, got {others}: {why}"
     needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
     if needing:
         where = locate_key("controls", sources)
@@ -301,13 +301,19 @@ def _loss_faults(config: Config) -> Iterator[tuple[str, str]]:
         if distill.live:
             value = getattr(targets, key)
             yield f"targets.{key}", f"not with distill.live=true, which caches none, got {value}"
-    others = {distill.divergence, *_searched(config, "distill.divergence")} - {"forward_kl"}
-    if given and not distill.live and others:
+    others = _other_divergences(config)
+    if "top_k" in given and not distill.live and others:
         yield (
             "distill.divergence",
-            f"needs all teacher logits: leave out targets.{given[0]}, set distill.live=true, or "
-            f"forward_kl, got {', '.join(sorted(others))}",
+            f"must be forward_kl, got {others}, which needs all logits: leave out targets.top_k "
+            "or set distill.live=true",
         )
+
+
+def _other_divergences(config: Config) -> str:
+    """Return the names of the divergences, searched or set, that need all logits."""
+    found = {config.distill.divergence, *_searched(config, "distill.divergence")}
+    return ", ".join(sorted(found - {"forward_kl"}))
 
 
 def _searched(config: Config, key: str) -> list[Any]:

@@ -36,7 +36,9 @@ from selfkd.training.fit import (
 from selfkd.training.trial import Trial
 
 CHUNK = 256
-"""Tokens whose loss is computed at once."""
+"""Tokens whose loss is computed at once, at least."""
+CHUNK_VALUES = 2**20
+"""Logits whose loss is computed at once, where these are of more tokens."""
 CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it
 
 
@@ -241,7 +243,7 @@ def make_loss(task: TextNetworks, trial: Trial) -> Loss:
             mask=mask,
             normalizer=total,
             divergence=distill.divergence,
-            chunk=CHUNK,
+            chunk=max(CHUNK, CHUNK_VALUES // logits.shape[-1]),
         )
         return terms._asdict()
 

@@ -190,7 +190,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
         [str(text) for text in documents.splits["train"]],  # with rationales: one tokenizer for all
     )
     as_json = tokenizer.to_str()
-    vocabulary = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    vocabulary = vocabulary_of(tokenizer)
     splits, fingerprints = dict[Split, Tokens](), dict[Split, str]()
     examples_of, limits = dict[Split, list[Example]](), list[str]()
     for split, texts in documents.splits.items():
@@ -211,7 +211,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
         most, scored = MOST_LOGITS // vocabulary, len(tokens.scored)
         if split != "train" and scored > most:
             tokens, examples = _sample(tokens, examples, most)
-            limits.append(f"{split} on {len(tokens.scored):,} of its {scored:,} tokens")
+            limits.append(f"{len(tokens.scored):,} of the {scored:,} tokens of {split}")
         examples_of[split] = examples
         splits[split], fingerprints[split] = tokens, _fingerprint(tokens, as_json)
     return TextData(
@@ -223,7 +223,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
         splits=splits,
         examples=examples_of,
         fingerprints=fingerprints,
-        note="; ".join([documents.note, *(f"measured of {limit}" for limit in limits)]),
+        note=f"{documents.note}; measured on {' and '.join(limits)}" if limits else documents.note,
     )
 
 

@@ -27,6 +27,7 @@ from selfkd.tasks.text.pretrained import (
     architecture_of,
     check_architecture,
     check_context,
+    check_folder,
     make_architecture,
     merged,
 )
@@ -59,6 +60,10 @@ class TextNetworks:
         check_installed()
         self.config: Config = from_tree(tree)
         self.device = prepare_device(self.config)
+        models = [self.config.model, *filter(None, [self.config.student])]
+        for path in [model.args.get("path") for model in models if model.name == HF]:
+            if path in (None, self.config.data.tokenizer):  # said of the model, not its tokenizer
+                check_folder(path, weights=False)
         self.data = load_text(self.config.data, self.config.seed)
         self.fingerprint = self.data.fingerprints["train"]
         self.evaluated: tuple[Split, ...] = SPLITS

@@ -144,7 +144,7 @@ def test_many_logits_are_measured_on_spread_windows(
     _, few = start(root)
     load_text.cache_clear()
     tokens = few.data.splits["test"]
-    assert f"test on {len(tokens.scored)} of its {len(all_tokens):,} tokens" in few.data.note
+    assert f"and {len(tokens.scored)} of the {len(all_tokens):,} tokens of test" in few.data.note
     assert most * 0.8 < len(tokens.scored) <= most
     assert len(few.data.splits["train"]) == len(task.data.splits["train"])
     assert few.fingerprint == task.fingerprint
@@ -288,7 +288,7 @@ def test_samples_are_cached_where_all_logits_are_too_many(root: Path, many: None
     assert facts.cached == CachedFormat(words="8 samples at T = 1", row_bytes=16, shard_size=16_384)
     assert facts.fixed == ("distill.temperature",)
     assert (
-        f"as all {facts.outputs} logits of a token would take {whole / 1000:.0f} kB"
+        f"as all logits of {facts.outputs} tokens would take {whole / 1000:.0f} kB"
         in (facts.notes[1])
     )
     assert start(root, "targets.samples=8")[1].data_key == task.data_key

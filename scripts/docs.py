@@ -26,7 +26,7 @@ FOLDER = ROOT / "build" / "docs"
 RECIPES = ("generations", "ensemble", "capacity", "study")
 PLUG_IN = (
     *("Distiller", "Teacher", "Ensemble", "distillation_loss"),
-    *("cache_logits", "load_logits", "SeededView"),
+    *("cache_logits", "load_logits", "import_logprobs", "SeededView"),
     "soft_targets.tokens.TokenTargets",
     *("distill.terms.LogitTerm", "distill.terms.FeatureTerm"),
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from selfkd.losses import distillation_loss as distillation_loss
     from selfkd.models import make_model as make_model
     from selfkd.soft_targets.cache import cache_logits as cache_logits
+    from selfkd.soft_targets.logprobs import import_logprobs as import_logprobs
     from selfkd.soft_targets.reading import SeededView as SeededView
     from selfkd.soft_targets.tokens import load_logits as load_logits
     from selfkd.study import run_study as run_study
@@ -36,6 +37,7 @@ _HOMES = {
     "Teacher": "selfkd.distill.teacher",
     "cache_logits": "selfkd.soft_targets.cache",
     "distillation_loss": "selfkd.losses",
+    "import_logprobs": "selfkd.soft_targets.logprobs",
     "load": "selfkd.loading.model",
     "load_logits": "selfkd.soft_targets.tokens",
     "make_model": "selfkd.models",
@@ -56,6 +58,7 @@ __all__ = [
     "cache_logits",
     "distillation_loss",
     "generations",
+    "import_logprobs",
     "load",
     "load_logits",
     "make_model",

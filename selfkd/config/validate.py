@@ -59,7 +59,6 @@ _OF_LOGITS = (
 )
 """Keys of distillation by logits alone."""
 _SIZES = ("data.train_size", "data.val_size")
-_TEXT_CONTROLS = ("seeds", "label_smoothing")
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
@@ -180,13 +179,15 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which need generation 1, got 0"
-    if config.distill.live or config.targets.top_k is not None:
+    distill, top_k = config.distill, config.targets.top_k
+    if distill.live or top_k is not None or distill.mode == "traces":
         where = locate_key("controls", sources)
         for name in ("dkpp", "cwtm"):
             if name in config.controls:
+                traces = ", distill.mode traces" if config.task == "text" else ""
                 yield (
                     f"{where}: {name} needs cached teacher logits of all classes: leave out "
-                    f"distill.live and targets.top_k, or {name}"
+                    f"distill.live{traces} and targets.top_k, or {name}"
                 )
 
 
@@ -216,9 +217,9 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     if any("logits" in average for average in averages):
         where = locate_key("distill.average", sources)
         yield f"{where}: must be probabilities, got logits, which are not cached: {why}"
-    if config.distill.divergence != "forward_kl":
+    if others := _other_divergences(config):
         where = locate_key("distill.divergence", sources)
-        yield f"{where}: must be forward_kl, got {config.distill.divergence}: {why}"
+        yield f"{where}: must be forward_kl, got {others}: {why}"
     needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
     if needing:
         where = locate_key("controls", sources)
@@ -246,10 +247,6 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         if given[key] is not None and (fault := _size_fault(config)):
             yield f"{locate_key(key, sources)}: {fault}, got {given[key]}"
     yield from _traces_faults(config, sources)
-    wrong = [name for name in config.controls if name not in _TEXT_CONTROLS]
-    if wrong:
-        where, known = locate_key("controls", sources), " or ".join(_TEXT_CONTROLS)
-        yield f"{where}: must be {known} with task text, got {', '.join(wrong)}"
     for source in ("snapshots", "specialists"):
         if source in (config.members.source, *config.members.compare):
             where = locate_key("members", sources)
@@ -304,13 +301,19 @@ def _loss_faults(config: Config) -> Iterator[tuple[str, str]]:
         if distill.live:
             value = getattr(targets, key)
             yield f"targets.{key}", f"not with distill.live=true, which caches none, got {value}"
-    others = {distill.divergence, *_searched(config, "distill.divergence")} - {"forward_kl"}
-    if given and not distill.live and others:
+    others = _other_divergences(config)
+    if "top_k" in given and not distill.live and others:
         yield (
             "distill.divergence",
-            f"needs all teacher logits: leave out targets.{given[0]}, set distill.live=true, or "
-            f"forward_kl, got {', '.join(sorted(others))}",
+            f"must be forward_kl, got {others}, which needs all logits: leave out targets.top_k "
+            "or set distill.live=true",
         )
+
+
+def _other_divergences(config: Config) -> str:
+    """Return the names of the divergences, searched or set, that need all logits."""
+    found = {config.distill.divergence, *_searched(config, "distill.divergence")}
+    return ", ".join(sorted(found - {"forward_kl"}))
 
 
 def _searched(config: Config, key: str) -> list[Any]:

@@ -26,13 +26,14 @@ from selfkd.distill.terms import (
 from selfkd.losses import Average
 from selfkd.losses.distillation import check_settings, check_tensor, detached
 from selfkd.losses.fused import weighted_sum
+from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import SparseLogits
 
 
 class CachedLogits(Protocol):
     """Cached teacher logits by image, such as `selfkd.soft_targets.store.SoftTargets`."""
 
-    def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits:
+    def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits | SampledTargets:
         """Return the logits of images `[batch]` under a view.
 
         Args:
@@ -78,8 +79,8 @@ class Distiller:
             `[members, batch, classes]` of an ensemble, or to an output with them; called without
             gradients. An `nn.Module` is copied and frozen (`selfkd.distill.teacher.Teacher`);
             `Teacher(module, copy=False)` is run as it is.
-        targets: Function from `(index, view)` to cached logits of either shape, or to the k largest
-            of them (`SparseLogits`).
+        targets: Function from `(index, view)` to cached logits of either shape, to the k largest of
+            them (`SparseLogits`), or to samples (`SampledTargets`).
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0, and without
             further terms, the teacher is not run.
@@ -335,7 +336,7 @@ class Distiller:
                 )
             return {"loss": loss, "hard_loss": loss.detach().clone()}
         teacher_logits = teacher_logits.to(student_logits.device)
-        if isinstance(teacher_logits, SparseLogits):
+        if isinstance(teacher_logits, SparseLogits | SampledTargets):
             teacher_logits = teacher_logits.map(detached)
         else:
             teacher_logits = detached(teacher_logits)
@@ -365,14 +366,19 @@ class Distiller:
         return named
 
     def _further_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor | SparseLogits, labels: Tensor | None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | SparseLogits | SampledTargets,
+        labels: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return the further terms, unweighted."""
         values: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             if isinstance(term, LogitTerm):
-                if isinstance(teacher_logits, SparseLogits):
-                    raise ValueError(f"{name} needs all logits of the teacher, got the largest")
+                if not isinstance(teacher_logits, Tensor):
+                    sampled = isinstance(teacher_logits, SampledTargets)
+                    kind = "samples" if sampled else "the largest"
+                    raise ValueError(f"{name} needs all logits of the teacher, got {kind}")
                 try:
                     # without labels this suits the losses that do not read them
                     values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
@@ -394,7 +400,7 @@ class Distiller:
     @torch.no_grad()
     def _teacher_logits(
         self, inputs: Any, index: Tensor | None, view: int
-    ) -> Tensor | SparseLogits | None:
+    ) -> Tensor | SparseLogits | SampledTargets | None:
         if self.teacher is not None:
             if inputs is None:
                 raise ValueError(
@@ -411,7 +417,9 @@ class Distiller:
                     "distiller(student_logits, labels, index=index)"
                 )
             logits = self.targets(index, view)
-            return logits if isinstance(logits, SparseLogits) else take_logits(logits, "targets")
+            if isinstance(logits, SparseLogits | SampledTargets):
+                return logits
+            return take_logits(logits, "targets")
         return None
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from selfkd.losses.averaging import Average
 from selfkd.losses.distillation import DistillationTerms, distillation_terms, hard_loss
 from selfkd.losses.multi_label import multi_label_terms
 from selfkd.losses.regression import regression_terms
+from selfkd.losses.sequences import SampledTargets, sequence_terms
 from selfkd.losses.sparse import SparseLogits, sparse_terms
 
 Task = Literal["single_label", "multi_label", "regression"]
@@ -43,7 +44,7 @@ def hard_term(
 def task_terms(
     task: Task,
     student_logits: Tensor,
-    teacher_logits: Tensor | SparseLogits,
+    teacher_logits: Tensor | SparseLogits | SampledTargets,
     labels: Tensor | None,
     *,
     temperature: float,
@@ -68,12 +69,23 @@ def task_terms(
         margin: Margin of a regression's bound.
 
     Raises:
-        ValueError: Logits of the largest classes with another task than `single_label`, or an
-            average of them; otherwise as the task's loss.
+        ValueError: Logits of the largest classes or samples with another task than `single_label`,
+            or an average of the former; otherwise as the task's loss.
     """
+    if isinstance(teacher_logits, SparseLogits | SampledTargets) and task != "single_label":
+        kind = "samples" if isinstance(teacher_logits, SampledTargets) else "the largest of them"
+        raise ValueError(f"targets must have all logits for {task}, got {kind}")
+    if isinstance(teacher_logits, SampledTargets):  # rows are the tokens of one sequence
+        return sequence_terms(
+            student_logits[None],
+            teacher_logits.map(lambda tensor: tensor[None]),
+            _or_none_of_weight(labels, student_logits)[None],
+            temperature=temperature,
+            alpha=alpha,
+            label_smoothing=label_smoothing,
+            weights=weights,
+        )
     if isinstance(teacher_logits, SparseLogits):
-        if task != "single_label":
-            raise ValueError(f"targets must have all logits for {task}, got the largest of them")
         if average == "logits" and teacher_logits.values.ndim == 3:
             raise ValueError(
                 "average must be 'probabilities' where targets are SparseLogits of several "

@@ -188,7 +188,8 @@ def _ensembles(
 
 def _mean_row(name: str, rows: Sequence[Evaluation], metric: str) -> TableRow:
     names = [name for name in rows[0].metrics if name.startswith(("val_", "test_"))]
-    means: dict[str, Any] = {n: sum(r.metrics[n] for r in rows) / len(rows) for n in names}
+    known = {n: [r.metrics[n] for r in rows if n in r.metrics] for n in names}  # some of the first
+    means: dict[str, Any] = {n: sum(values) / len(values) for n, values in known.items()}
     runs = tuple(row.metrics[metric] for row in rows)
     interval = mean_interval(runs)
     return TableRow(name=name, metrics=means, low=interval.low, high=interval.high, runs=runs)

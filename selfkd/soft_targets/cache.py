@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from selfkd.distill.outputs import describe_output
-from selfkd.distill.signature import is_encoder_decoder
+from selfkd.distill.signature import bare, config_of, is_encoder_decoder
 from selfkd.distill.teacher import Ensemble, Teacher
-from selfkd.soft_targets.manifest import DEFAULT_SHARD, Manifest, data_key, load_manifest
+from selfkd.soft_targets.manifest import (
+    DEFAULT_SHARD,
+    Manifest,
+    data_key,
+    load_manifest,
+    row_bytes,
+    rows_of_shard,
+)
 from selfkd.soft_targets.reading import Collate, Reader, SeededView, check_integer
 from selfkd.soft_targets.store import SoftTargets, check_shard, open_store, write_shard
 from selfkd.soft_targets.token_cache import (
@@ -41,6 +48,7 @@ def cache_logits(
     *,
     views: int = 1,
     top_k: int | None = None,
+    samples: int | None = None,
     exact: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
@@ -76,6 +84,8 @@ def cache_logits(
         path: Folder of the cached logits, also a URI such as `s3://bucket/logits`.
         views: Number of augmented views of each item.
         top_k: Number of largest logits cached of an item or token; all when None.
+        samples: Number of tokens drawn for each from the softmax at T = 1, in place of logits: of
+            large vocabularies, for students at T = 1.
         exact: Whether logits are kept as they are, in single precision: for several labels and for
             numbers. Half precision, less the largest of a row, does for classes.
         seed: Seed of the views.
@@ -119,15 +129,21 @@ def cache_logits(
     workers = check_integer("workers", workers)
     root = as_path(path).expanduser()
     read = Reader(dataset, seed, batch_size or 256, workers, collate, inputs)
-    if is_tokenised(dataset):
+    forms = {"top_k": top_k, "samples": samples, "exact": exact}
+    item, _ = SeededView(dataset, seed=seed)[0]
+    if is_tokenised(item):
         modules = [member.module for member in members]
         column = "labels" if is_encoder_decoder(modules[0]) else "input_ids"
         given = inputs or model_inputs(modules)
         tokens = TokenReader(dataset, column, workers, collate, given)
-        first = _logits(members, tokens.first(), Teacher.any_logits)
-        if first[0].ndim == 3:
+        batch = tokens.inputs_of(item)
+        if _logits(members, batch, Teacher.any_logits)[0].ndim == 3:
             _check_views(views)
-            return _cache_tokens(members, first, read, tokens, root, top_k, exact, batch_size)
+            return _cache_tokens(
+                members, batch, read, tokens, root, forms=forms, batch_size=batch_size
+            )
+    if samples is not None:
+        raise ValueError(f"samples must be None where the logits are not of tokens, got {samples}")
     hashed = read.fingerprint()
     recipe = {"seed": seed, **({"exact": True} if exact else {})}
     key = data_key(hashed, recipe, top_k=top_k)
@@ -145,8 +161,9 @@ def cache_logits(
             top_k=top_k,
             exact=exact,
             shard_size=max(1, min(DEFAULT_SHARD, _SHARD_BYTES // (4 * classes))),
+            origin=_class_names(member),
         )
-        for name in names
+        for name, member in zip(names, members, strict=True)
     ]
     missing = [
         (view, shard, wanting)
@@ -172,36 +189,35 @@ def cache_logits(
 
 def _cache_tokens(
     members: Sequence[Teacher],
-    first: Sequence[Tensor],
+    first: Any,
     read: Reader,
     tokens: TokenReader,
     root: Path,
-    top_k: int | None,
-    exact: bool,
+    *,
+    forms: Mapping[str, Any],
     batch_size: int | None,
 ) -> SoftTargets | TokenTargets:
-    """Cache logits of tokens, of which those of the first item are known."""
-    classes = _same_classes([logits.shape[-1] for logits in first])
+    """Cache logits of tokens; `first` is a batch of the first item."""
+    classes = _same_classes([member.any_logits(first).shape[-1] for member in members])
     index = tokens.measure()
     hashed = fingerprint(index, read.fingerprint())
-    recipe = {"tokens": index.column, **({"exact": True} if exact else {})}
-    key = data_key(hashed, recipe, top_k=top_k)
-    size = max(1, min(SHARD_ROWS, _SHARD_BYTES // (4 * classes)))
+    recipe = {"tokens": index.column, **({"exact": True} if forms["exact"] else {})}
+    key = data_key(hashed, recipe, top_k=forms["top_k"], samples=forms["samples"])
     longest = int(index.lengths.max())
-    if (index.lengths == longest).all() and longest <= size:
-        size -= size % longest  # whole items
+    whole = longest if (index.lengths == longest).all() else 1  # shards of whole items
+    size = rows_of_shard(SHARD_ROWS, row_bytes(classes, **forms), multiple=whole)
     manifests = [
         Manifest(
-            teacher=_digest(member, lambda m: m.any_logits(tokens.first())),
+            teacher=_digest(member, lambda m: m.any_logits(first)),
             data=key,
             fingerprint=hashed,
             recipe=recipe,
             views=1,
             images=int(index.offsets[-1]),
             classes=classes,
-            top_k=top_k,
-            exact=exact,
             shard_size=size,
+            origin=_class_names(member),
+            **forms,
         )
         for member in members
     ]
@@ -254,6 +270,14 @@ def _digest(member: Teacher, first: Callable[[Teacher], Tensor]) -> str:
         tensors["logits"] = first(member)
     parts = f"{member.module!r} {member.facts} {tensors_hash(tensors)}"
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def _class_names(member: Teacher) -> dict[str, Any]:
+    """Return the names of the classes of a model of transformers, in order."""
+    names = getattr(config_of(member.module), "id2label", None) or {}
+    if "Classification" not in type(bare(member.module)).__name__:
+        return {}
+    return {"id2label": [str(names[key]) for key in sorted(names, key=int)]}
 
 
 def _classes(root: Path, teachers: Sequence[str], key: str) -> int | None:

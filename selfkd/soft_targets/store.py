@@ -135,6 +135,25 @@ def check_shard(root: Path, manifest: Manifest, *, view: int, shard: int) -> Sha
     return "whole"
 
 
+def write_sparse(root: Path, manifest: Manifest, *, shard: int, sparse: SparseLogits) -> None:
+    """Write the largest logits of the first rows of a shard, without its manifest.
+
+    Args:
+        root: Folder of all stores.
+        manifest: Manifest of the store, with `top_k`, which the caller saves last.
+        shard: Number of the shard.
+        sparse: Logits of its rows, shifted to a largest one of 0; `rest_grid` may be None.
+    """
+    dtypes = {name: dtype for name, (dtype, _) in _layout(manifest, shard).items()}
+    tensors = {
+        name: tensor.to(dtypes[name])
+        for name, tensor in sparse._asdict().items()
+        if tensor is not None
+    }
+    path = shard_path(root, manifest, view=0, shard=shard)
+    save_tensors(path, tensors, _facts(manifest, 0, shard))
+
+
 class SoftTargets:
     """Cached logits of one or more teachers, gathered by image index.
 
@@ -165,6 +184,7 @@ class SoftTargets:
         self.views = min(manifest.views for manifest in manifests)
         self.members = len(manifests)
         self.shifted = not all(manifest.exact for manifest in manifests)
+        self.origin = manifests[0].origin
 
     def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits | SampledTargets:
         """Return the cached logits for one view of some images.

@@ -28,9 +28,8 @@ _MEASURED = 256  # items read at once for their lengths
 Inputs = Callable[[Any], Any]
 
 
-def is_tokenised(dataset: Any) -> bool:
-    """Whether items have `input_ids`."""
-    first = dataset[0]
+def is_tokenised(first: Any) -> bool:
+    """Whether an item has `input_ids`."""
     return isinstance(first, Mapping) and "input_ids" in first
 
 
@@ -87,9 +86,9 @@ class TokenReader:
         self._dataset, self._column, self._workers = dataset, column, workers
         self._collate = _Collate(collate or pad_tokens, inputs, column)
 
-    def first(self) -> Any:
-        """Return the inputs of the first item, as a batch."""
-        return self._collate([self._dataset[0]])[0]
+    def inputs_of(self, item: Any) -> Any:
+        """Return the inputs of an item, as a batch."""
+        return self._collate([item])[0]
 
     def measure(self) -> TokenIndex:
         """Read all tokens, and return their rows."""
@@ -218,15 +217,14 @@ class _Cutter:
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self._batches, self._left = batches, torch.empty(0)
 
-    def take(self, count: int) -> Tensor:
-        parts = []
+    def take(self, count: int) -> Iterator[Tensor]:
+        """Yield parts of as many rows together."""
         while count:
             if not len(self._left):
                 self._left = next(self._batches)
             part, self._left = self._left[:count], self._left[count:]
             count -= len(part)
-            parts.append(part.cpu())
-        return torch.cat(parts)
+            yield part
 
 
 def fingerprint(index: TokenIndex, inputs: str) -> str:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from selfkd.losses.sparse import SparseLogits
 from selfkd.soft_targets.manifest import Manifest, load_manifest, shard_path, store_path
 from selfkd.soft_targets.store import SoftTargets, open_store
 from selfkd.storage.checkpoint import load_tensors, save_tensors
@@ -140,7 +139,7 @@ class TokenTargets:
         self.index = index
         self.items = len(index)
         self.classes, self.members, self.views = stored.classes, stored.members, 1
-        self.shifted = stored.shifted
+        self.shifted, self.origin = stored.shifted, stored.origin
 
     def __call__(self, index: Tensor, view: int = 0) -> Any:
         """Return the cached logits of tokens, as `SoftTargets` does of images.
@@ -327,10 +326,10 @@ def gathered(found: Any, shape: Sequence[int]) -> Any:
         found: Logits `[rows, classes]` or `[members, rows, classes]`, sparse, or sampled.
         shape: Shape of the rows.
     """
-    if isinstance(found, Tensor):
-        return found.reshape(*found.shape[:-2], *shape, found.shape[-1])
-    if isinstance(found, SparseLogits):
-        axis = found.values.ndim - 2
-        return found.map(lambda t: t.reshape(*t.shape[:axis], *shape, *t.shape[axis + 1 :]))
-    tensors = (t if t is None else t.reshape(*shape, t.shape[-1]) for t in found[:3])
-    return found._replace(**dict(zip(found._fields, tensors, strict=False)))
+    first = found if isinstance(found, Tensor) else found[0]
+    axis = first.ndim - 2  # that of the rows
+
+    def reshape(tensor: Tensor) -> Tensor:
+        return tensor.reshape(*tensor.shape[:axis], *shape, *tensor.shape[axis + 1 :])
+
+    return reshape(found) if isinstance(found, Tensor) else found.map(reshape)

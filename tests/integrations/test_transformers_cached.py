@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,12 @@ def test_cached_logits_train_as_a_live_teacher(case: str, tmp_path: Path) -> Non
     assert len(live) >= 8
 
 
-@pytest.mark.parametrize(("more", "loss"), [({"top_k": 6}, "below"), ({}, "close")])
-def test_half_precision_and_the_largest_logits(more: Any, loss: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "loss"), [({"top_k": 6}, "below"), ({"samples": 8}, "below"), ({}, "close")]
+)
+def test_half_precision_the_largest_logits_and_samples(
+    more: Any, loss: str, tmp_path: Path
+) -> None:
     data, teachers = make_rows(), [make_gpt(1), make_gpt(2)]
     targets = selfkd.cache_logits(teachers, data, tmp_path / "logits", **more)
     live = losses(make_trainer(tmp_path, make_gpt(0), data, teacher=teachers))
@@ -267,6 +272,21 @@ def test_models_must_fit_the_cached_logits(tmp_path: Path) -> None:
         make_trainer(tmp_path, make_gpt(0), data, targets=items)
 
 
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_classes_must_be_in_the_order_of_the_teacher(kind: str, tmp_path: Path) -> None:
+    data = make_rows("items" if kind.startswith("Sequence") else "classes")
+
+    def named(*names: str) -> Any:
+        return make_bert(0, kind, id2label=dict(enumerate(names)))
+
+    selfkd.cache_logits(named("yes", "no", "maybe"), data, tmp_path / "logits")
+    targets = selfkd.load_logits(tmp_path / "logits")
+    for same in (named("Yes", "no", "maybe"), make_bert(0, kind)):
+        make_trainer(tmp_path, same, data, targets=targets)
+    with pytest.raises(ValueError, match=r"classes in their order \['no', .* got \['yes', .*: set"):
+        make_trainer(tmp_path, named("no", "yes", "maybe"), data, targets=targets)
+
+
 def test_batches_must_have_the_tokens_whose_logits_are_cached(tmp_path: Path) -> None:
     data = make_rows()
     targets = selfkd.cache_logits(make_gpt(1), data, tmp_path / "logits")
@@ -290,4 +310,28 @@ def test_labels_in_the_padding_have_no_logits(tmp_path: Path) -> None:
 
     trainer = make_trainer(tmp_path, make_gpt(0), data, targets=targets, data_collator=labelled)
     with pytest.raises(ValueError, match="labels must be -100 where there are no cached logits"):
+        trainer.train()
+
+
+def test_imported_log_probabilities_train_at_one_temperature(tmp_path: Path) -> None:
+    data, teacher, count = make_rows("completion"), make_gpt(1), 6
+    lines = []
+    for row in data:
+        log_p = teacher(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1).detach()
+        values, ids = log_p[1:-1].topk(count)  # of the completion, which starts at the third token
+        lines.append(json.dumps({"ids": ids.tolist(), "logprobs": values.tolist()}))
+    file = tmp_path / "teacher.jsonl"
+    file.write_text("\n".join(lines))
+    imported = selfkd.import_logprobs(file, data, tmp_path / "logits", vocabulary=VOCABULARY)
+    cached = selfkd.cache_logits(teacher, data, tmp_path / "logits", top_k=count)
+    ours, theirs = (
+        losses(make_trainer(tmp_path, make_gpt(0), data, targets=targets))
+        for targets in (imported, cached)
+    )
+    assert ours == pytest.approx(theirs, abs=2e-3)
+    with pytest.raises(ValueError, match="temperature must be 1 with targets of log-probabilities"):
+        make_trainer(tmp_path, make_gpt(0), data, targets=imported, temperature=2.0)
+    whole = data.map(lambda row: {"labels": row["input_ids"]})
+    trainer = make_trainer(tmp_path, make_gpt(0), whole, targets=imported)
+    with pytest.raises(ValueError, match="or a prompt whose log-probabilities were not imported"):
         trainer.train()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import selfkd
-from selfkd.losses import SparseLogits, sequence_terms
+from selfkd.losses import SampledTargets, SparseLogits, sequence_terms
 from selfkd.soft_targets import token_cache
 from selfkd.soft_targets.tokens import TokenTargets
+from selfkd.soft_targets.upkeep import list_stores, remove_store
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
@@ -109,6 +110,21 @@ def test_the_largest_logits_and_an_ensemble(tmp_path: Path) -> None:
     assert cached(tmp_path, items, teachers[1]).members == 1
 
 
+def test_samples_are_of_the_softmax_at_one(tmp_path: Path) -> None:
+    items = make_items()[:2]
+    targets = cached(tmp_path, items, samples=4_000, batch_size=1)
+    found = targets(targets.rows(torch.tensor([1]), 3)[0])
+    assert isinstance(found, SampledTargets)
+    share = nn.functional.one_hot(found.indices, VOCABULARY).float().mean(dim=1)
+    torch.testing.assert_close(share, expected(Language(), items[1]).softmax(-1), atol=0.03, rtol=0)
+    logits, labels = torch.randn(3, VOCABULARY), torch.tensor([1, 2, 3])
+    distiller = selfkd.Distiller(targets=targets, temperature=1.0, alpha=0.5)
+    loss = distiller(logits, labels, index=targets.rows(torch.tensor([1]), 3)[0])["soft_loss"]
+    torch.testing.assert_close(loss, -(share * logits.log_softmax(-1)).sum(-1).mean())
+    with pytest.raises(ValueError, match=r"temperature must be that of the sampled targets, 1\.0"):
+        selfkd.Distiller(targets=targets)(logits, labels, index=torch.arange(3))
+
+
 def test_an_encoder_decoder_has_logits_of_its_labels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = transformers.T5ForConditionalGeneration(
@@ -174,8 +190,11 @@ def test_one_other_token_makes_another_store(tmp_path: Path) -> None:
         selfkd.load_logits(tmp_path)
     chosen = selfkd.load_logits(tmp_path, data=found[0])
     assert isinstance(chosen, TokenTargets)
+    for store in list_stores(tmp_path):
+        remove_store(store.path)
+    assert not list(tmp_path.glob("*/*"))
     with pytest.raises(FileNotFoundError, match="no cached logits"):
-        selfkd.load_logits(tmp_path / "empty")
+        selfkd.load_logits(tmp_path)
 
 
 def test_items_of_classes_are_opened_without_a_teacher(tmp_path: Path) -> None:
@@ -221,10 +240,12 @@ LEFT = [{"input_ids": [0, 3, 4], "attention_mask": [0, 1, 1]}]
         (make_items(), {"views": 2}, "views must be 1 where the logits of tokens are cached"),
         ([{"input_ids": [[1, 2], [3, 4]]}], {}, "items with input_ids as one list of token ids"),
         ([*make_items(), {"text": "a"}], {}, r"input_ids as one list .*, got \['text'\]"),
+        ([torch.zeros(2)], {"samples": 3}, "samples must be None where the logits are not of"),
         (make_items(), {"top_k": VOCABULARY}, r"top_k must be in \[1, 18\], got 19"),
     ],
 )
 def test_bad_input(data: Any, more: Any, message: str, tmp_path: Path) -> None:
+    teacher = nn.Linear(2, 3) if "samples" in more else Language()
     with pytest.raises(ValueError, match=message):
-        selfkd.cache_logits(Language(), data, tmp_path, **more)
+        selfkd.cache_logits(teacher, data, tmp_path, **more)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -139,8 +139,9 @@ class CachedTrainer(ProjectionTrainer):
     def match_targets(self, model: nn.Module) -> None:
         """Match a student with the cached logits: classes and vocabulary."""
         if self.targets is not None:
+            names = self.targets.origin.get("id2label", ())
             self._compared = match_cached_classes(
-                model, self.targets.classes, self.processing_class
+                model, self.targets.classes, self.processing_class, names
             )
 
     def _get_dataloader(

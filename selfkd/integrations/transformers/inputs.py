@@ -234,21 +234,31 @@ def match_vocabularies(
     return common if all(map(has_token_logits, (student, *teachers))) else None
 
 
-def match_cached_classes(student: nn.Module, classes: int, tokenizer: Any = None) -> int | None:
+def match_cached_classes(
+    student: nn.Module, classes: int, tokenizer: Any = None, names: Sequence[str] = ()
+) -> int | None:
     """Return the number of tokens common to a padded vocabulary and cached logits, else None.
 
     Args:
         student: Student.
         classes: Number of classes of the cached logits.
         tokenizer: Tokenizer, whose tokens must be common; None if unknown.
+        names: Names of the classes of the cached logits; none if unknown.
 
     Raises:
-        ValueError: Cached logits of other classes or of another vocabulary.
+        ValueError: Cached logits of other classes, in another order, or of another vocabulary.
     """
     count = _class_count(student)
     if count not in (None, classes):
         raise ValueError(
             f"targets must have as many classes as the student, {count}, got {classes}"
+        )
+    given = _named(list(names)) if count is not None else None
+    own = _class_names(config_of(student)) if given else None
+    if own and given and _order(own, given) != list(range(classes)):
+        raise ValueError(
+            f"targets must have the student's classes in their order {own}, got {given}: set "
+            "id2label and label2id of the student's configuration to those of the teacher"
         )
     size = _vocabulary(student)
     if count is not None or size is None:
@@ -306,14 +316,19 @@ def _class_names(config: Any) -> list[str] | None:
     by_name = getattr(config, "label2id", None) or {}
     swapped = {int(key): str(name) for name, key in by_name.items()}
     for names in (by_id, swapped):
-        known = [names[key] for key in sorted(names)]
-        unnamed = all(
-            re.fullmatch(rf"(label|class)?[_ -]?{i}", name.strip().lower())
-            for i, name in enumerate(known)
-        )
-        if sorted(names) == list(range(len(names))) and not unnamed and _distinct(known):
+        known = _named([names[key] for key in sorted(names)])
+        if sorted(names) == list(range(len(names))) and known:
             return known
     return None
+
+
+def _named(names: list[str]) -> list[str] | None:
+    """Return distinct names of classes, None if they are those of default."""
+    unnamed = all(
+        re.fullmatch(rf"(label|class)?[_ -]?{i}", name.strip().lower())
+        for i, name in enumerate(names)
+    )
+    return None if unnamed or not _distinct(names) else names
 
 
 def _order(names: Sequence[str], given: Sequence[str]) -> list[int] | None:

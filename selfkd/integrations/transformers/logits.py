@@ -232,5 +232,4 @@ def _as_tokens(teacher: Any) -> Any:
             values.unsqueeze(-2), indices.unsqueeze(-2), rest.unsqueeze(-1),
             None if grid is None else grid.unsqueeze(-2),
         )  # fmt: skip
-    tensors = (None if tensor is None else tensor.unsqueeze(-2) for tensor in teacher[:3])
-    return teacher._replace(**dict(zip(teacher._fields, tensors, strict=False)))
+    return teacher.map(lambda tensor: tensor.unsqueeze(-2))

@@ -190,7 +190,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
         [str(text) for text in documents.splits["train"]],  # with rationales: one tokenizer for all
     )
     as_json = tokenizer.to_str()
-    vocabulary = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    vocabulary = vocabulary_of(tokenizer)
     splits, fingerprints = dict[Split, Tokens](), dict[Split, str]()
     examples_of, limits = dict[Split, list[Example]](), list[str]()
     for split, texts in documents.splits.items():

@@ -22,6 +22,7 @@ from selfkd.storage.remote import as_path
 from selfkd.tasks.common import describe_cached, optimizer_of
 from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
+from selfkd.tasks.text.cached import caches_logits
 from selfkd.tasks.text.export import FOLDER, export_model
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.pretrained import check_causal, folder_hash
@@ -78,6 +79,7 @@ class TextTask(TextNetworks):
         if train.init == "teacher" and (config.student or config.model).args.get("lora"):
             raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
         metric = self._metric
+        matched = metric == "exact_match"
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
         manifest = self.manifest("", {})
         notes = list(self._check_cached(manifest))
@@ -86,18 +88,21 @@ class TextTask(TextNetworks):
             unit="tokens",
             items_an_input=data.context,
             metric=metric,
-            mode="max" if metric == "exact_match" else "min",
+            mode="max" if matched else "min",
             further=tuple(name for name in (*further, *OF_TEACHER, *OF_SAMPLES) if name != metric),
-            counts={split: min(len(data.examples[split]), evaluate.CHECKED) for split in SPLITS}
-            if metric == "exact_match"
-            else {},
+            counts={
+                split: min(len(data.examples[split]), evaluate.CHECKED)
+                for split in SPLITS
+                if matched
+            },
+            counted="prompts" if matched else "",
             outputs=data.vocabulary,
             parameters=sizes,
             prompts=data.splits["train"].windows,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
             weights=weights,
             export=FOLDER,
-            cached=describe_cached(manifest),
+            cached=describe_cached(manifest) if caches_logits(config) else None,
             fixed=("distill.temperature",) if self.samples is not None else (),
             notes=(data.note, *notes),
         )
@@ -154,7 +159,7 @@ class TextTask(TextNetworks):
         Raises:
             ValueError: Samples are cached of themselves, which other settings cannot go with.
         """
-        if self.config.distill.live or self.config.distill.mode == "traces":
+        if not caches_logits(self.config):
             return
         total = short(manifest.images * manifest.row_bytes)
         note = f"teacher logits: {manifest.words} a token, {total}B a teacher"

@@ -235,7 +235,7 @@ def _describe(
         tested = any(row.mcnemar for row in summary.confirmations)
         more.append(
             "± is half of a 95 % interval: over seeds (Student's t), of an ensemble over test "
-            f"{facts.unit} (bootstrap)."
+            f"{facts.tested_on} (bootstrap)."
             + (" McNemar: exact p of a chosen model and its teacher." if tested else "")
         )
     return Description(

@@ -112,7 +112,7 @@ def _greet(config: Config) -> str:
 def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Description:
     said = (
         f"± is half of a 95 % interval over seeds (Student's t), on {summary.items:,} test "
-        f"{folder.facts.unit}; differences are paired by seed, shares have Fieller's interval."
+        f"{folder.facts.tested_on}; differences are paired by seed, shares have Fieller's interval."
     )
     metric = folder.facts.metric
     table = study_table(summary, metric)

@@ -37,18 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     console = make_console()
     try:
-        root = as_path(arguments.path).expanduser()
-        if (root / "config.yaml").exists():
-            root = root / "targets"
-            if not isinstance(root, RemotePath) and root.is_symlink():
+        path = as_path(arguments.path).expanduser()
+        of_run = (path / "config.yaml").exists()
+        roots = [path / "targets" if of_run else path, path / "written"]  # of logits, of text
+        for root in roots:
+            if root != path and not isinstance(root, RemotePath) and root.is_symlink():
                 return _fault(f"PATH must hold no symlink: name the folder it is to, got {root}")
-        if not root.is_dir():
+        roots = [root for root in roots if root.is_dir()]
+        if not roots:
             return _fault(f"PATH must be a targets folder or a run folder, got {arguments.path}")
         if arguments.do == "ls":
-            return _list(console, root)
+            return _list(console, roots)
         if arguments.do == "gc":
-            return _clear(console, root, sure=arguments.yes)
-        return _verify(console, root, rows=arguments.rows, settings=arguments.settings)
+            return _clear(console, roots, sure=arguments.yes)
+        return _verify(console, roots, rows=arguments.rows, settings=arguments.settings)
     except (ValueError, OSError) as error:
         return _fault(str(error))
 
@@ -88,8 +90,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _list(console: Console, root: Path) -> int:
-    stores = list_stores(root)
+def _stores(roots: Sequence[Path]) -> list[StoreInfo]:
+    return [info for root in roots for info in list_stores(root)]
+
+
+def _list(console: Console, roots: Sequence[Path]) -> int:
+    stores = _stores(roots)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("teacher", "data"):
         table.add_column(column, no_wrap=True)
@@ -97,7 +103,7 @@ def _list(console: Console, root: Path) -> int:
         table.add_column(column, justify="right", no_wrap=True)
     for info in stores:
         manifest = info.manifest
-        known = ["?", "?", "damaged manifest"]
+        known = ["", "", "text"] if info.is_text else ["?", "?", "damaged manifest"]
         if manifest is not None:
             known = [f"{manifest.images:,}", str(manifest.views), _format(manifest)]
         table.add_row(
@@ -112,8 +118,8 @@ def _list(console: Console, root: Path) -> int:
     return 0
 
 
-def _clear(console: Console, root: Path, *, sure: bool) -> int:
-    found = list_stores(root)
+def _clear(console: Console, roots: Sequence[Path], *, sure: bool) -> int:
+    found = _stores(roots)
     stores = [info for info in found if info.unused]
     for info in found:
         for fault in info.damaged:
@@ -127,19 +133,22 @@ def _clear(console: Console, root: Path, *, sure: bool) -> int:
     if sure:
         for info in stores:
             remove_store(info.path)
-    swept = sweep(root)
+    swept = [path for root in roots for path in sweep(root)]
     count = len(stores) if sure else 0
     console.print(f"removed {count} stores and {len(swept)} files of killed writers")
     return 0
 
 
-def _verify(console: Console, root: Path, *, rows: int, settings: Sequence[str]) -> int:
-    stores = list_stores(root)
+def _verify(console: Console, roots: Sequence[Path], *, rows: int, settings: Sequence[str]) -> int:
+    stores = _stores(roots)
     if not stores:
-        raise ValueError(f"PATH must hold soft targets, got {root}, where there are none")
+        raise ValueError(f"PATH must hold soft targets, got {roots[0]}, where there are none")
     unknown = 0
     for info in stores:
-        name = f"{info.path.parent.name}/{info.path.name}"
+        name, root = f"{info.path.parent.name}/{info.path.name}", info.path.parents[1]
+        if info.is_text:
+            print_lines(console, [f"{name}: text, whose hashes students check as they read it"])
+            continue
         if info.manifest is None:
             print_lines(console, [f"{name}: {info.damaged[0]}"])
             return DIFFER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from selfkd.config import load_config, to_tree
+from selfkd.soft_targets.upkeep import remember_user
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.targets import main
 from selfkd.worker.jobs import run_job
@@ -184,3 +186,28 @@ def test_a_shard_is_read_as_it_was_written(run: Path) -> None:
     """The file is what safetensors reads: anyone's tools can."""
     tensors = load_file(shards(run)[0])
     assert {tensor.shape[0] for tensor in tensors.values()} == {150}
+
+
+def test_text_of_teachers_is_listed_and_cleared_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a run folder, or in the folder of targets of several runs."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    store = folder / "written" / ("a" * 16) / ("b" * 16)
+    remember_user(folder / "written", store.parent.name, store.name, folder)
+    for shard in range(2):
+        (store / f"shard_{shard:05d}.jsonl").write_text("{}\n")
+    (store / "notes.md").touch()
+    for command in (["ls"], ["verify"], ["gc", "--yes"]):
+        assert main([*command, str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"{store.parent.name} +{store.name} +text +2/2 +0\.0 +1 *\n", printed)
+    assert f"{store.parent.name}/{store.name}: text, whose hashes" in printed
+    assert "removed 0 stores" in printed
+    shared = folder.rename(tmp_path / "shared")  # a run that is gone
+    (shared / "config.yaml").unlink()
+    assert main(["gc", "--yes", str(shared)]) == 0
+    assert "removed 1 stores" in capsys.readouterr().out
+    assert [path.name for path in shared.rglob("*") if path.is_file()] == ["notes.md"]

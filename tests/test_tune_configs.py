@@ -27,6 +27,7 @@ SHAPES = {
     "cifar10": (10, 3, 32),
     "cifar100": (100, 3, 32),
 }
+TEXT = sorted((FOLDER / "text").glob("*.yaml"))
 CIFAR = [path for path in CONFIGS if path.stem.startswith("cifar")]
 SMALL = {
     "selfkd_resnet20": "{depth: 8}",
@@ -102,6 +103,15 @@ def test_loads_and_its_model_and_optimiser_can_be_made(path: Path) -> None:
     )
     assert scheduler is not None
     assert optimizer.param_groups
+
+
+@pytest.mark.parametrize("path", TEXT, ids=lambda path: path.stem)
+def test_of_text_loads_and_opens_with_its_command(path: Path) -> None:
+    config, head = load_config(path), path.read_text().split("\ntask:")[0]
+    command = "study" if config.study.arms else "generations"
+    assert config.task == "text"
+    assert f"python -m selfkd.{command} --config tune_configs/text/{path.name} --name" in head
+    assert "Expected:" in head
 
 
 def test_digits_is_the_built_in_default() -> None:

@@ -260,7 +260,7 @@ def describe_written(plan: Plan, left: Sequence[int]) -> list[str]:
             texts = round(share * train.steps) * train.batch_size * train.accumulate
             lines.append(
                 f"written: {short(texts)} texts by each student with a teacher, in {share:.0%} of "
-                "its steps; such a step takes three to five times as long as one on labels, which "
+                "its steps; such a step takes two to four times as long as one on labels, which "
                 "the time below leaves out"
             )
     return list(dict.fromkeys(lines))

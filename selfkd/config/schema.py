@@ -263,8 +263,8 @@ class DistillConfig:
     `write`), by cross-entropy alone. Then T and alpha have no meaning, and the default search space
     is empty: the trials of a search differ by their seeds."""
     on_policy: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps on text whose batch the student itself has written on training prompts;
-    such steps run the teacher live."""
+    """Share of the steps on text whose batch the student itself has written on training prompts at
+    T 1; their loss is the soft term alone. Needs `live`."""
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     """Divergence of the soft term on text: KL(teacher || student), KL(student || teacher), or the
     Jensen-Shannon divergence; the last two need all logits."""
@@ -498,7 +498,6 @@ TEXT: Tree = {
     "distill": {"temperature": 1.0, "alpha": 1.0},
     "search": {
         "metric": "val_nll",
-        "mode": "min",
         "space": {
             "distill.temperature": {"loguniform": [1, 2]},
             "distill.alpha": {"uniform": [0.5, 1]},

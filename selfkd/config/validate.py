@@ -58,7 +58,7 @@ _OF_LOGITS = (
     *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
 )
 """Keys of distillation by logits alone."""
-_TEXT_CONTROLS = ("seeds", "label_smoothing")
+_SIZES = ("data.train_size", "data.val_size")
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
@@ -179,13 +179,15 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which need generation 1, got 0"
-    if config.distill.live or config.targets.top_k is not None:
+    distill, top_k = config.distill, config.targets.top_k
+    if distill.live or top_k is not None or distill.mode == "traces":
         where = locate_key("controls", sources)
         for name in ("dkpp", "cwtm"):
             if name in config.controls:
+                traces = ", distill.mode traces" if config.task == "text" else ""
                 yield (
                     f"{where}: {name} needs cached teacher logits of all classes: leave out "
-                    f"distill.live and targets.top_k, or {name}"
+                    f"distill.live{traces} and targets.top_k, or {name}"
                 )
 
 
@@ -205,7 +207,7 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     arms = config.study.arms
     given |= {f"study.arms.{name}.set.{key}": arm.set.get(key, 1) for name, arm in arms.items()}
     for name, temperature in given.items():
-        if temperature != 1:
+        if temperature != 1 and (name == key or temperature != given[key]):  # said once
             yield f"{locate_key(name, sources)}: must be 1, got {temperature}: {why}"
     spec = without_default_temperature(search.space).get(key, {"choice": [1]})
     if spec not in ({"choice": [1]}, {"uniform": [1, 1]}):
@@ -215,9 +217,9 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     if any("logits" in average for average in averages):
         where = locate_key("distill.average", sources)
         yield f"{where}: must be probabilities, got logits, which are not cached: {why}"
-    if config.distill.divergence != "forward_kl":
+    if others := _other_divergences(config):
         where = locate_key("distill.divergence", sources)
-        yield f"{where}: must be forward_kl, got {config.distill.divergence}: {why}"
+        yield f"{where}: must be forward_kl, got {others}: {why}"
     needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
     if needing:
         where = locate_key("controls", sources)
@@ -241,19 +243,10 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{where}: {key} is only with task {other}"
     if config.task != "text":
         return
-    if config.data.name != "arithmetic":
-        for key in ("data.train_size", "data.val_size"):
-            if given[key] is not None:
-                where = locate_key(key, sources)
-                yield (
-                    f"{where}: only with data.name arithmetic, whose problems are generated, or "
-                    f"task images, got {given[key]} with {config.data.name}"
-                )
+    for key in _SIZES:
+        if given[key] is not None and (fault := _size_fault(config)):
+            yield f"{locate_key(key, sources)}: {fault}, got {given[key]}"
     yield from _traces_faults(config, sources)
-    wrong = [name for name in config.controls if name not in _TEXT_CONTROLS]
-    if wrong:
-        where, known = locate_key("controls", sources), " or ".join(_TEXT_CONTROLS)
-        yield f"{where}: must be {known} with task text, got {', '.join(wrong)}"
     for source in ("snapshots", "specialists"):
         if source in (config.members.source, *config.members.compare):
             where = locate_key("members", sources)
@@ -269,6 +262,13 @@ def _task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if epochs > steps:
         where = locate_key("train.epochs", sources)
         yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+
+
+def _size_fault(config: Config) -> str | None:
+    """Return why there are no numbers of items to choose, if there are none."""
+    if config.task == "images" or config.data.name == "arithmetic":
+        return None
+    return f"only with data.name arithmetic or task images, not with {config.data.name}"
 
 
 def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
@@ -301,13 +301,19 @@ def _loss_faults(config: Config) -> Iterator[tuple[str, str]]:
         if distill.live:
             value = getattr(targets, key)
             yield f"targets.{key}", f"not with distill.live=true, which caches none, got {value}"
-    others = {distill.divergence, *_searched(config, "distill.divergence")} - {"forward_kl"}
-    if given and not distill.live and others:
+    others = _other_divergences(config)
+    if "top_k" in given and not distill.live and others:
         yield (
             "distill.divergence",
-            f"needs all teacher logits: leave out targets.{given[0]}, set distill.live=true, or "
-            f"forward_kl, got {', '.join(sorted(others))}",
+            f"must be forward_kl, got {others}, which needs all logits: leave out targets.top_k "
+            "or set distill.live=true",
         )
+
+
+def _other_divergences(config: Config) -> str:
+    """Return the names of the divergences, searched or set, that need all logits."""
+    found = {config.distill.divergence, *_searched(config, "distill.divergence")}
+    return ", ".join(sorted(found - {"forward_kl"}))
 
 
 def _searched(config: Config, key: str) -> list[Any]:
@@ -404,6 +410,7 @@ def check_study(config: Config) -> None:
 
 def _study_faults(config: Config) -> Iterator[str]:
     arms, before = config.study.arms, list[str]()
+    foreign = OF_TASK["images" if config.task == "text" else "text"]
     if config.student is not None:
         yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
     if not arms:
@@ -439,6 +446,10 @@ def _study_faults(config: Config) -> Iterator[str]:
             if data or key.split(".")[0] not in ("data", "model", "train", "distill"):
                 known = f"model, train, distill or of {', '.join(FREE)}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
+            elif key in foreign:
+                yield f"{where}.set: {key} is not with task {config.task}"
+            elif key in _SIZES and (fault := _size_fault(config)):
+                yield f"{where}.set: {key} is {fault}"
         try:
             own = config.at(arm.set)
         except ConfigError as error:

@@ -82,7 +82,8 @@ def judge_controls(
     """
     if not controls:
         return None
-    items = f"{run.folder.facts.items['test']:,} test {run.folder.facts.unit}"
+    facts = run.folder.facts
+    items = f"{facts.count('test'):,} test {facts.tested_on}"
     family = [
         Pairs(
             name=f"the ensemble of {row.models} generations",

@@ -14,6 +14,7 @@ from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, ratio_interval
 from selfkd.config import Config, Source
 from selfkd.experiments.arms import Arm, Request, Run
+from selfkd.experiments.export import describe_lineage, export
 from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
@@ -72,8 +73,13 @@ def compress(run: Run) -> EnsembleSummary:
         pairs = [(baseline.models[0], found.models[0])]
     if config.confirm.seeds:
         pairs = _replicate(run, labels, replace(student, point=found.best.point))
-    run.folder.keep_best(found.models[0].checkpoint)
-    return run.finish(_measure(run, teachers, found.best, pairs))
+    chosen, config = found.models[0], config.at(found.best.point)
+    run.folder.keep_best(chosen.checkpoint)
+    summary = _measure(run, teachers, found.best, pairs)
+    own = "student of an ensemble", config, run.folder.facts, chosen.hash
+    metrics = summary.chosen.metrics
+    export(run, chosen, student.folder, describe_lineage(*own, teachers.of(config), metrics))
+    return run.finish(summary)
 
 
 def finished(config: Config, folder: RunFolder) -> EnsembleSummary | None:
@@ -182,7 +188,8 @@ def _ensembles(
 
 def _mean_row(name: str, rows: Sequence[Evaluation], metric: str) -> TableRow:
     names = [name for name in rows[0].metrics if name.startswith(("val_", "test_"))]
-    means: dict[str, Any] = {n: sum(r.metrics[n] for r in rows) / len(rows) for n in names}
+    known = {n: [r.metrics[n] for r in rows if n in r.metrics] for n in names}  # some of the first
+    means: dict[str, Any] = {n: sum(values) / len(values) for n, values in known.items()}
     runs = tuple(row.metrics[metric] for row in rows)
     interval = mean_interval(runs)
     return TableRow(name=name, metrics=means, low=interval.low, high=interval.high, runs=runs)

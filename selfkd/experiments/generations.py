@@ -20,6 +20,7 @@ from selfkd.experiments.confirm import (
     stop_reason,
 )
 from selfkd.experiments.controls import judge_controls, run_controls
+from selfkd.experiments.export import export_generation
 from selfkd.experiments.given import import_generation, say_changes
 from selfkd.experiments.replicas import resolution
 from selfkd.experiments.run_folder import EXAMPLES, RunFolder
@@ -64,12 +65,15 @@ def born_again(run: Run) -> GenerationsSummary:
         run.events(GenerationFinished(result))
     for result in results[:1]:
         say_changes(run, result)
+    for result in results:
+        export_generation(run, result)
     for confirmation in load_confirmations(config, folder, len(results)):
         run.events(GenerationConfirmed(confirmation))
     while not _is_last(config, folder, results):
         confirmed = len(load_confirmations(config, folder, len(results))) == len(results)
         if config.rounds != "auto" or confirmed:
             results.append(_generation(run, results))
+            export_generation(run, results[-1])
             run.events(GenerationFinished(results[-1]))
         if config.rounds == "auto":
             confirm_generations(run, results)

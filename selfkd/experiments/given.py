@@ -40,7 +40,7 @@ from selfkd.storage.remote import RemotePath, as_path
 from selfkd.storage.rows import save_row
 from selfkd.text import shell_quote
 
-_TRAINING = ("data.", "train.", "distill.", "targets.top_k")
+_TRAINING = ("data.", "train.", "distill.", "targets.top_k", "targets.samples", "write.")
 """Beginnings of the keys that decide how a model is trained."""
 _ELSEWHERE = (
     *("data.root", "data.download", "data.in_memory", "data.workers", "distill.teacher"),

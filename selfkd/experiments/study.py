@@ -197,7 +197,7 @@ class _Study:
 
     def _summary(self, measured: Mapping[str, Sequence[ArmRun]]) -> StudySummary:
         run, config = self.run, self.run.config
-        items, metric = run.folder.facts.items["test"], run.metric
+        items, metric = run.folder.facts.count("test"), run.metric
         rows = {
             name: replace(_arm_result(name, runs, metric), written=self._written.get(name))
             for name, runs in measured.items()

@@ -128,6 +128,37 @@ class LoadedModel:
         width = len(self.classes)
         return Predictions(torch.cat(found) if found else torch.zeros(0, width), self.classes)
 
+    def generate(
+        self,
+        prompt: str,
+        *,
+        most: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        seed: int = 0,
+    ) -> str:
+        """Return what a language model writes after a text, the same for the same seed.
+
+        Args:
+            prompt: Text.
+            most: Most tokens that it writes; as many as its context has room for when not given.
+            temperature: Temperature that tokens are sampled at.
+            top_p: Probability of the smallest set of most probable tokens that is sampled from.
+            greedy: Whether the most probable token is taken, without draws.
+            seed: Seed of the draws.
+
+        Raises:
+            TypeError: The model is no language model, or an average of several.
+            ValueError: A text that leaves no room, or sampling that is not possible.
+        """
+        write: Callable[..., str] | None = getattr(self._predictor, "generate", None)
+        if write is None:
+            raise TypeError(f"model must be a language model to write text, got {self!r}")
+        return write(
+            prompt, most=most, temperature=temperature, top_p=top_p, greedy=greedy, seed=seed
+        )
+
     @property
     def device(self) -> torch.device:
         """Device of the network, on which it predicts."""

@@ -133,6 +133,7 @@ def _losses_and_gradient(
     scale = 1 / (_LN_2 * temperature)
     hard_weight, soft_weight = (1 - alpha) / batch, alpha * temperature / batch
     soft_labels = labels.ndim == 2
+    shared = temperature == 1 and not soft_labels  # one softmax for both terms
     targets = labels.to(dtype) if soft_labels else labels.unsqueeze(1)
     parts = (
         tensor.tensor_split(chunks, dim) if chunks > 1 else (tensor,)
@@ -169,15 +170,20 @@ def _losses_and_gradient(
         if soft_labels:  # their sum is 1 up to rounding
             torch.sum(label, -1, True, out=mass)
             p_1.mul_(mass.mul_(1 - label_smoothing).add_(label_smoothing))
-        torch.sum(p_s.exp2_(), -1, True, out=total_s)
-        p_s.mul_(total_s.reciprocal().mul_(soft_weight))
+        if shared:
+            total_s.copy_(total_1)
+            torch.mul(p_1, total_s.reciprocal().mul_(soft_weight), out=p_s)
+        else:
+            torch.sum(p_s.exp2_(), -1, True, out=total_s)
+            p_s.mul_(total_s.reciprocal().mul_(soft_weight))
         p_s.addcmul_(p_t, total_t.reciprocal(), value=-soft_weight)
-        p_s.addcmul_(p_1, total_1.reciprocal(), value=hard_weight)
-    if soft_labels:
+        if hard_weight:
+            p_s.addcmul_(p_1, total_1.reciprocal(), value=hard_weight)
+    if hard_weight and soft_labels:
         gradient.sub_(targets, alpha=hard_weight * (1 - label_smoothing))
-    else:
+    elif hard_weight:
         gradient.scatter_(1, targets, -hard_weight * (1 - label_smoothing), reduce="add")
-    if label_smoothing:
+    if hard_weight and label_smoothing:
         gradient.sub_(hard_weight * label_smoothing / classes)
     sums = sums.double()
     sums[1].div_(sums[4])

@@ -22,7 +22,7 @@ from selfkd.reporting.page import Page
 from selfkd.reporting.read import Run
 from selfkd.reporting.sections.panels import Panel, Section, bar, measure_of
 from selfkd.reporting.tables import Table
-from selfkd.results import Interval, Seeds, find_metric, test_key, title, to_row
+from selfkd.results import Interval, Seeds, find_metric, key_on_test, title, to_row
 
 Record = dict[str, Any]
 FIRST = ("run", "command", "finished", "row", "temperature", "alpha")
@@ -46,19 +46,25 @@ def runs_table(runs: Sequence[Run]) -> Table:
     """Return a row a run: its data and network, and its last generation, or student."""
     tested = words.short_metric(runs[0].data.tested)
     head = ("run", "data", "network", "model", "val", tested, "fresh seeds", "ensemble")
-    rows = [_run_row(run) for run in runs]
+    rows = [_run_row(run, runs[0].data.tested) for run in runs]
     return Table((*head, "trained", "state"), tuple(rows)).without_empty()
 
 
-def _run_row(run: Run) -> tuple[str, ...]:
+def _run_row(run: Run, tested: str) -> tuple[str, ...]:
+    """Return the row of a run, which names its metric where it is not that of the head."""
     last = last_arm(run) or Arm("", None, None)
     student = run.get("student.name")
     metric = run.data.tested
     ensemble = run.ensemble.metric(metric) if run.ensemble else None
+
+    def named(text: str) -> str:
+        return text if metric == tested or not text else f"{find_metric(metric).short} {text}"
+
     return (
         *(run.name, str(run.get("data.name", "")), str(student or run.get("model.name", ""))),
-        *(last.name, words.measured(run, last.val), words.value(last.test, metric)),
-        *(words.mean(last.mean, metric), words.value(ensemble, metric), str(run.trained)),
+        *(last.name, words.measured(run, last.val), named(words.value(last.test, metric))),
+        *(named(words.mean(last.mean, metric)), named(words.value(ensemble, metric))),
+        str(run.trained),
         "finished" if run.finished else "unfinished",
     )
 
@@ -222,7 +228,7 @@ def _differences(runs: Sequence[Run]) -> list[Panel]:
 def record_fields(runs: Sequence[Run]) -> list[str]:
     """Return the names of the columns of flat rows."""
     of_runs = [
-        [f"val_{run.data.metric}", run.data.tested, *map(test_key, run.data.further)]
+        [f"val_{run.data.metric}", run.data.tested, *map(key_on_test, run.data.further)]
         for run in runs
     ]
     names = dict.fromkeys(name for names in of_runs for name in names if name not in LAST)

@@ -19,7 +19,7 @@ from selfkd.results import (
     TableRow,
     TrialResult,
     find_metric,
-    test_key,
+    key_on_test,
     with_agreement,
 )
 from selfkd.text import one_line
@@ -139,7 +139,11 @@ def measures(row: Measured, metric: str, further: Sequence[str] = FURTHER) -> tu
 
 
 def _further(row: Measured, names: Sequence[str]) -> list[str]:
-    return [words.number(row.metric(test_key(name)), find_metric(name).cell) for name in names]
+    found = [(row.metric(key_on_test(name)), find_metric(name)) for name in names]
+    return [
+        "" if value == 0 and not metric.zero else words.number(value, metric.cell)
+        for value, metric in found
+    ]
 
 
 def all_trials_table(run: Run) -> Table:

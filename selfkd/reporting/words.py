@@ -67,13 +67,21 @@ def difference_head(metric: str) -> str:
 def right(metric: str, value: float, unit: str) -> str:
     """Return a predicate: how good a model is on the test split.
 
-    >>> right("accuracy", 0.5, "images"), right("nll", 1.234, "windows")
+    >>> right("accuracy", 0.5, "images"), right("nll", 1.234, "tokens")
     ('is right on 50.00% of the test images', 'has test NLL 1.234 nats')
+    >>> right("exact_match", 0.5, "tokens")
+    'has test exact match 50.00%'
     """
     found = find_metric(metric)
-    if found.is_fraction:
+    if _is_accuracy(metric):
         return f"is right on {found.value(value)} of the test {unit}"
     return f"has test {found.label} {found.with_unit(value)}"
+
+
+def _is_accuracy(metric: str) -> bool:
+    """Return whether a metric is the fraction of the items that are right."""
+    found = find_metric(metric)
+    return found.is_fraction and "acc" in found.name
 
 
 def number(value: float | None, form: str = ".4f") -> str:
@@ -241,7 +249,7 @@ def _tests(run: Run, first: GenerationResult, best: GenerationResult) -> str:
     metric = find_metric(run.data.metric)
     text = f"; it {right(run.data.metric, tested, run.data.unit)}"
     if first is not best and of_first is not None:
-        on = "on " if metric.is_fraction else ""
+        on = "on " if _is_accuracy(run.data.metric) else ""
         text += f", generation {first.generation} {on}{metric.with_unit(of_first)}"
     return text
 

@@ -54,7 +54,7 @@ from selfkd.results.metrics import Mode as Mode
 from selfkd.results.metrics import find_main as find_main
 from selfkd.results.metrics import find_metric as find_metric
 from selfkd.results.metrics import is_measured as is_measured
-from selfkd.results.metrics import test_key as test_key
+from selfkd.results.metrics import key_on_test as key_on_test
 from selfkd.results.metrics import title as title
 from selfkd.results.metrics import with_agreement as with_agreement
 from selfkd.results.row import CHECKPOINT as CHECKPOINT

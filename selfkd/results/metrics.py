@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Mode = Literal["max", "min"]
@@ -39,6 +39,8 @@ class Metric:
     """Format of a value in a further column of a table."""
     step: str = "+.4g"
     """Format of a difference; of a fraction, in points."""
+    zero: bool = True
+    """Whether 0 is worth a cell of a table."""
 
     @property
     def is_fraction(self) -> bool:
@@ -100,7 +102,7 @@ METRICS: Mapping[str, Metric] = {
         _nats("own_nll", "own NLL", "own NLL"),
         _fraction("draft_acceptance", "draft acceptance", "drafts kept"),
         *(_fraction(f"distinct_{n}", f"distinct {n}-grams", f"distinct-{n}") for n in (1, 2, 3)),
-        _fraction("unended", "texts without an end", "no end", "min"),
+        replace(_fraction("unended", "texts without an end", "no end", "min"), zero=False),
         Metric("ece", "ECE", "ECE", "min"),
         Metric("brier", "Brier score", "Brier", "min"),
     )
@@ -132,10 +134,10 @@ def is_measured(name: str) -> bool:
     return bool(split) and name.removeprefix(split) in METRICS
 
 
-def test_key(name: str) -> str:
+def key_on_test(name: str) -> str:
     """Return the key of rows that a metric has on the test split; `agreement` is of no other.
 
-    >>> test_key("nll"), test_key("agreement")
+    >>> key_on_test("nll"), key_on_test("agreement")
     ('test_nll', 'agreement')
     """
     return name if name == AGREEMENT else f"test_{name}"

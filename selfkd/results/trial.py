@@ -73,7 +73,9 @@ class Facts:
     """Further metrics that tables show, measured as test_<metric>; the teacher agreement comes
     after them where it is not among them."""
     counts: dict[str, Count] = Field(default_factory=dict)
-    """Number of items of val and test that `metric` is a mean over, where it is not of all."""
+    """Number of items of val and test that `metric` is a mean over, where it is not of `items`."""
+    counted: str = ""
+    """Word for those items, where `unit` is not."""
     outputs: Count = 0
     """Number of classes, or size of the vocabulary."""
     names: tuple[str, ...] = ()
@@ -103,6 +105,11 @@ class Facts:
     def count(self, split: str) -> int:
         """Return how many items of a split `metric` is a mean over; 0 where it is not known."""
         return self.counts.get(split, self.items.get(split, 0))
+
+    @property
+    def tested_on(self) -> str:
+        """Word for the items that `metric` is a mean over."""
+        return self.counted or self.unit
 
     @property
     def tested(self) -> str:

@@ -1,4 +1,7 @@
-"""Upkeep of a folder of stores: what exists, which runs use it, what can be removed."""
+"""Upkeep of a folder of stores: what exists, which runs use it, what can be removed.
+
+Stores are of cached logits, or of text that teachers have written.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,11 @@ _DAY = 86_400.0  # seconds
 _HASH = re.compile(r"[0-9a-f]{16}")
 _OWN = re.compile(
     r"manifest\.json|tokens\.safetensors|used_by/\w+\.json|view_\d+/shard_\d+\.safetensors"
+    r"|shard_\d+\.jsonl?"
 )
 _SHARD = re.compile(r"view_(\d+)/shard_(\d+)\.safetensors")
+TEXT = "shard_*.jsonl"
+"""Pattern of the files of text in a store."""
 _UNKNOWN = "who uses the store is unknown"
 
 
@@ -32,13 +38,14 @@ class StoreInfo:
     path: Path
     """Folder of the store."""
     manifest: Manifest | None
-    """Manifest; None where it is damaged."""
+    """Manifest; None where it is damaged, and of text."""
+    is_text: bool
     bytes: int
     """Size of all files in bytes."""
     present: int
     """Number of existing shards, not verified."""
     expected: int
-    """Number of shards of all views; 0 without a manifest."""
+    """Number of shards of all views; 0 without a manifest, the existing ones of text."""
     users: list[Path]
     """Existing run folders that use the store."""
     damaged: list[str]
@@ -117,7 +124,8 @@ def _stores(root: Path) -> Iterator[Path]:
             local and (path.is_symlink() or path.parent.is_symlink())
         ):
             continue
-        if (path / "manifest.json").exists() or any(path.glob("view_*/")):
+        logits = (path / "manifest.json").exists() or any(path.glob("view_*/"))
+        if logits or any(path.glob(TEXT)):
             yield path
 
 
@@ -135,11 +143,12 @@ def _files(folder: Path) -> dict[Path, tuple[int, float]]:
 
 
 def _info(root: Path, path: Path) -> StoreInfo:
-    files, damaged = _files(path), []
+    files, damaged, manifest = _files(path), [], None
+    texts = len(list(path.glob(TEXT)))
+    is_text = texts > 0 and not (path / "manifest.json").exists()
     try:
-        manifest = load_manifest(root, path.parent.name, path.name)
+        manifest = None if is_text else load_manifest(root, path.parent.name, path.name)
     except (FileNotFoundError, ValueError) as error:
-        manifest = None
         damaged.append(str(error).removesuffix(": remove it and resume"))
     matches = [_SHARD.fullmatch(file.relative_to(path).as_posix()) for file in files]
     shards = [(int(match[1]), int(match[2])) for match in matches if match]
@@ -150,8 +159,9 @@ def _info(root: Path, path: Path) -> StoreInfo:
         path=path,
         manifest=manifest,
         bytes=sum(size for size, _ in files.values()),
-        present=len(shards),
-        expected=0 if manifest is None else manifest.views * manifest.shards,
+        is_text=is_text,
+        present=texts if is_text else len(shards),
+        expected=texts if manifest is None else manifest.views * manifest.shards,
         users=users,
         damaged=damaged + unknown,
         leftovers=[file for file in files if is_temporary(file)],

@@ -83,6 +83,15 @@ class Task(Protocol):
             ValueError: It is of other data, or of no network that can be made.
         """
 
+    def export(self, checkpoint: str, folder: Path, card: str) -> None:
+        """Write a model for other programs, in the form that `Facts.export` names.
+
+        Args:
+            checkpoint: File of the model.
+            folder: Folder to write, whose parent exists; a README.md says that it is whole.
+            card: Text of its card, as Markdown.
+        """
+
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
         """Save the network of a file from elsewhere as a checkpoint; return what is to be said.
 

@@ -124,6 +124,19 @@ def cache_teacher_logits(
     yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 
 
+def export(config: Tree, checkpoint: str, folder: str, card: str) -> Iterator[Row]:
+    """Write a model for other programs.
+
+    Args:
+        config: Config of its data.
+        checkpoint: File of the model.
+        folder: Folder to write.
+        card: Text of its card.
+    """
+    make_task(config).export(checkpoint, as_path(folder), card)
+    yield {"state": "written"}
+
+
 def write(config: Tree, checkpoint: str, targets: str, shard: int, run: str) -> Iterator[Row]:
     """Write text by a teacher on the training prompts of a shard, unless it is there.
 
@@ -154,6 +167,7 @@ _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "check_function": check_function,
     "train": train,
     "cache_teacher_logits": cache_teacher_logits,
+    "export": export,
     "write": write,
     **evaluate.JOBS,
     **ensembling.JOBS,

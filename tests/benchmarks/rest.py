@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from selfkd.losses.sparse import SparseLogits, bucket_log_probabilities, sparsify
+from selfkd.soft_targets.manifest import row_bytes
 
 TEMPERATURES = torch.logspace(0, torch.tensor(20.0).log10().item(), 40).tolist()
 HIGH = torch.logspace(torch.tensor(20.0).log10().item(), torch.tensor(200.0).log10().item(), 10)
@@ -85,8 +86,9 @@ def main() -> None:
             for each in zip(*(errors(logits, sparse, t) for t in TEMPERATURES), strict=True)
         )
         high = max(errors(logits, sparse, t)[0] for t in HIGH.tolist())
+        size = row_bytes(logits.shape[-1], top_k=k)
         print(
-            f"{name:23} {k:4} {6 * k + 28:7} {2 * logits.shape[-1]:6} {spread:6.3f} {loss:10.1e} "
+            f"{name:23} {k:4} {size:7} {2 * logits.shape[-1]:6} {spread:6.3f} {loss:10.1e} "
             f"{high:10.1e} {q:9.1e} {log_q:7.1e}"
         )
 

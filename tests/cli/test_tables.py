@@ -133,7 +133,7 @@ def test_metrics_of_text_are_columns_and_those_that_none_has_are_not() -> None:
     more = {"agreement": 0.75, "test_kl": 0.125, "test_draft_acceptance": 0.8125}
     summary = GenerationsSummary(
         generations=(
-            replace(FIRST, metrics=own),
+            replace(FIRST, metrics={**own, "test_unended": 0.0}),
             replace(RESULT, metrics={**own, **more, "test_unended": 0.5}),
         ),
         ensemble=replace(ENSEMBLE, metrics={"val_nll": 4.5, "test_nll": 4.0}),

@@ -19,6 +19,8 @@ def test_text_has_defaults_of_its_own() -> None:
     assert (config.distill.temperature, config.distill.alpha) == (1, 1)
     assert config.search.points == [FIRST]
     assert config.model.name == "selfkd_gpt"
+    by_match = load_config(flags={"task": "text"}, settings=["search.metric=val_exact_match"])
+    assert by_match.search.mode == "max"
     assert load_config(flags={"task": "text"}).search.points == [FIRST] * 3
     assert load_config() == Config()
 
@@ -61,7 +63,6 @@ def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
         ("images", "data.context=8", "data.context: only with task text"),
         ("images", "train.steps=8", "train.steps: only with task text"),
         ("images", "search.space={train.steps: {choice: [1, 2]}}", "train.steps is only with"),
-        ("text", "controls=[dkpp]", "must be seeds or label_smoothing with task text, got dkpp"),
         ("text", "members.source=snapshots", "snapshots are only with task images"),
         ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),
         ("text", "train.warmup_steps=300", "must be less than train.steps"),
@@ -84,12 +85,12 @@ def test_keys_of_another_task_are_refused_by_name(task: str, setting: str, messa
         (["distill.live=true", "targets.top_k=8"], "targets.top_k: not with distill.live=true"),
         (["distill.live=true", "targets.samples=8"], "targets.samples: not with distill.live=true"),
         (
-            ["distill.divergence=js", "targets.samples=8"],
-            "distill.divergence: needs all teacher logits: leave out targets.samples, set distill",
+            ["distill.divergence=js", "targets.top_k=8"],
+            "distill.divergence: must be forward_kl, got js, which needs all logits: leave out",
         ),
         (
-            ["search.space.distill.divergence={choice: [reverse_kl, js]}", "targets.top_k=8"],
-            "leave out targets.top_k, set distill.live=true, or forward_kl, got js, reverse_kl",
+            ["search.space.distill.divergence={choice: [reverse_kl, js]}", "targets.samples=8"],
+            "distill.divergence: must be forward_kl, got js, reverse_kl: targets.samples are drawn",
         ),
     ],
 )
@@ -99,8 +100,63 @@ def test_a_loss_without_the_logits_it_takes_is_refused(settings: list[str], mess
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("distill.temperature=2", "distill.temperature: must be 1, got 2.0: targets.samples are"),
+        (
+            "search.points=[{distill.alpha: 1}, {distill.temperature: 2}]",
+            "search.points.1.distill.temperature: must be 1, got 2",
+        ),
+        (
+            "search.space.distill.temperature={uniform: [1, 3]}",
+            "search.space.distill.temperature: must be left out, got {'uniform': [1, 3]}",
+        ),
+        ("distill.average=logits", "distill.average: must be probabilities, got logits"),
+        ("controls=[dkpp]", "controls: dkpp need all logits: targets.samples are drawn at T = 1"),
+        ("targets.top_k=8", "targets.samples: cannot go with targets.top_k: give one of them"),
+        ("targets.samples=0", "targets.samples: must be greater than or equal to 1, got 0"),
+        (
+            "study.arms={a: {}, b: {teacher: a, set: {distill.temperature: 2}}}",
+            "study.arms.b.set.distill.temperature: must be 1, got 2",
+        ),
+    ],
+)
+def test_what_samples_cannot_go_with_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(flags={"task": "text"}, settings=["targets.samples=8", setting])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("more", [[], ["search.space.train.lr={choice: [0.01, 0.02]}"]])
+def test_alpha_alone_is_searched_with_samples(more: list[str]) -> None:
+    config = load_config(flags={"task": "text"}, settings=[*more, "targets.samples=8"])
+    keys = {"distill.alpha", *(["train.lr"] if more else [])}
+    assert config.search.space.keys() == keys
+    assert config.search.points == ([] if more else [{"distill.alpha": 1.0}] * 3)
+    assert from_tree(to_tree(config)) == config
+
+
 def test_the_loss_of_an_arm_is_checked_too() -> None:
     arms = "study.arms={a: {}, b: {teacher: a, set: {distill.on_policy: 0.5}}}"
     config = load_config(flags={"task": "text"}, settings=[arms])
     with pytest.raises(ConfigError, match=r"arms.b.set: distill.on_policy: needs distill.live"):
         check_study(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("data.crop: 0.5", "arms.a.set: data.crop is not with task text"),
+        ("data.train_size: 5", "arms.a.set: data.train_size is only with data.name arithmetic or"),
+    ],
+)
+def test_an_arm_has_keys_of_its_task_alone(key: str, message: str) -> None:
+    config = load_config(flags={"task": "text"}, settings=[f"study.arms={{a: {{set: {{{key}}}}}}}"])
+    with pytest.raises(ConfigError, match=message):
+        check_study(config)
+    own = load_config(
+        flags={"task": "text"},
+        settings=["data.name=arithmetic", "study.arms={a: {set: {data.train_size: 5}}}"],
+    )
+    check_study(own)

@@ -13,9 +13,11 @@ from selfkd.cli.plan import plan_generations, plan_study, print_plan
 from selfkd.cli.tables import summary_table
 from selfkd.config import Config, load_config
 from selfkd.errors import RunError
+from selfkd.experiments.ensemble import compress
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import compare_arms
+from selfkd.reporting.words import describe_ensemble
 from selfkd.results import Facts, Row, StudySummary, TaskStarted, Written, to_row
 
 SETTINGS = [
@@ -51,7 +53,9 @@ class Fake:
         elif kind == "evaluate":
             yield {"hash": Path(payload["student"]).read_text(), "test_nll": 1.0}
         elif kind == "average":
-            yield {"rows": [{"hash": "all", "test_nll": 1.0}]}
+            yield {"rows": [{"hash": "all", "test_nll": 1.0}] * len(payload["ensembles"])}
+        elif kind == "time":
+            yield {"rows": [{"parameters": 1}] * len(payload["models"])}
         elif kind == "examples":
             yield {}
 
@@ -100,6 +104,17 @@ def test_a_teacher_that_is_never_right_ends_a_run_that_keeps_what_is_right(tmp_p
         "better teacher (more train.steps, a larger model)"
     )
     assert folder.results()[0].hash  # which is kept
+
+
+def test_all_members_of_an_ensemble_write(tmp_path: Path) -> None:
+    config, folder = start(tmp_path, "members=3", "members.use=2")
+    fake = Fake()
+    summary = compress(make_run(config, folder, fake))
+    assert len(fake.kinds("write")) == 2 * 4
+    assert summary.teacher.written == Written(texts=160, cut=8, right=152)
+    assert (summary.chosen.temperature, summary.chosen.alpha) == (None, None)
+    said = "chosen of 2 trials on validation: trained on the text of its teachers"
+    assert describe_ensemble(summary)[0] == said
 
 
 def test_arms_of_a_study_differ_in_what_they_are_distilled_from(tmp_path: Path) -> None:

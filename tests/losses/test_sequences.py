@@ -210,6 +210,38 @@ def test_sampled_targets_give_the_full_loss_on_average(exponent: float) -> None:
     assert losses.std().item() / draws**0.5 < 0.05 * expected
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("alone", [False, True])
+def test_samples_have_the_gradient_of_the_expression(
+    alone: bool, temperature: float, alpha: float, smoothing: float
+) -> None:
+    """Of classes alone the soft loss is the cross-entropy with them, each of the same weight."""
+    student, teacher, labels, mask = make_batch()
+    student = student.double().detach().requires_grad_()
+    targets = sampled_targets(teacher, 3, temperature=temperature, exponent=0.7)
+    weights, log_p = targets.weights, targets.log_p
+    if alone:
+        targets = SampledTargets(targets.indices, temperature=temperature)
+        weights, log_p = torch.tensor(1 / 3), torch.tensor(0.0)
+    valid = (labels != -100) & mask
+    log_p_s = (student / temperature).log_softmax(-1).gather(-1, targets.indices)
+    soft = temperature**2 * (weights * (log_p - log_p_s)).sum(-1)[valid].mean()
+    hard = torch.nn.functional.cross_entropy(
+        student[valid], labels[valid], label_smoothing=smoothing
+    )
+    settings: dict[str, Any] = {"temperature": temperature, "alpha": alpha, "mask": mask}
+    expected = gradient_of((1 - alpha) * hard + alpha * soft, student)
+    for chunk in (2, 64):
+        terms = sequence_terms(
+            student, targets, labels, label_smoothing=smoothing, chunk=chunk, **settings
+        )
+        assert terms.hard_loss.item() == pytest.approx(hard.item())
+        assert terms.soft_loss.item() == pytest.approx(soft.item())
+        np.testing.assert_allclose(gradient_of(terms.loss, student), expected, atol=1e-7)
+
+
 def test_sampled_targets_are_drawn_from_the_power() -> None:
     logits = torch.tensor([[0.0, 2.0, 4.0]]).expand(20000, 3)
     generator = torch.Generator().manual_seed(1)

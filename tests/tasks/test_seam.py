@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from selfkd.reporting import comparison_page, plain, tables, words
 from selfkd.reporting.across_runs import compare
 from selfkd.reporting.page import write_report
 from selfkd.reporting.read import Run, read_run
-from selfkd.results import Diagnostics, Facts, GenerationsSummary, Row, Unseen
+from selfkd.results import Diagnostics, Facts, GenerationsSummary, Row, TrialResult, Unseen
 from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.soft_targets.store import open_store
 from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.rows import load_row
 from selfkd.tasks.task import Split, Task
 from selfkd.tracking import rows
 from selfkd.training.trial import Trial
@@ -53,6 +55,7 @@ class Letters:
 
     evaluated: tuple[Split, ...] = ("test",)
     device = "cpu"
+    fixed: tuple[str, ...] = ()
 
     def __init__(self, tree: Tree) -> None:
         self.config: Config = from_tree(tree)
@@ -79,6 +82,7 @@ class Letters:
             outputs=LETTERS,
             parameters={"model": LETTERS**2, "student": LETTERS**2},
             fingerprints={"train": self.fingerprint},
+            fixed=self.fixed,
         )
 
     def make(self, model: ModelConfig) -> nn.Module:
@@ -95,6 +99,9 @@ class Letters:
         network = self.make(ModelConfig.of_checkpoint(facts["model"]))
         network.load_state_dict(tensors)
         return network, facts
+
+    def export(self, checkpoint: str, folder: Path, card: str) -> None:
+        raise NotImplementedError
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> None:
         raise NotImplementedError
@@ -249,6 +256,15 @@ def test_the_best_trial_has_the_least_perplexity(tmp_path: Path) -> None:
     assert result.metrics["val_perplexity"] == min(map(float, found))
 
 
+def test_what_a_task_fixes_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letters, "fixed", ("distill.temperature",))
+    more = ("rounds=1", "confirm.seeds=0", "search.points=[{distill.temperature: 1}]")
+    config, folder = start(tmp_path, *more, "search.trials=3")
+    born_again(make_run(config, folder))
+    found = [load_row(TrialResult, path) for path in folder.path.glob("generation_001/*/result*")]
+    assert [trial.point.keys() for trial in found] == [{"distill.alpha"}] * 3
+
+
 def test_an_ensemble_becomes_one_model(tmp_path: Path) -> None:
     config, folder = start(
         tmp_path, "members={count: 3, compare: [greedy_soup, weighted]}", "confirm.seeds=2"
@@ -319,6 +335,9 @@ def test_runs_are_compared_by_nll(by_nll: list[Run]) -> None:
     assert "10_epochs is better" in comparison_page.verdicts([short, long])[0]
     assert comparison_page.comparisons_table([found]).head[2] == "test NLL, nats"
     assert comparison_page.runs_table(by_nll).head[5] == "test NLL"
+    assert long.facts is not None
+    other = replace(long, facts=replace(long.facts, metric="perplexity"))
+    assert comparison_page.runs_table([short, other]).rows[1][5].startswith("perplexity ")
     page = comparison_page.comparison_page([short, long])
     assert page.lead is not None
     assert page.lead.text.startswith("NLL on test of the last model of each run: 1_epochs ")

@@ -148,7 +148,7 @@ def trials(
         else:
             spread = max(max(known) - min(every), 1e-3)
             high = min(high, max(known) + 3 * spread)
-    y = linear_axis(padded((low, high), least=1e-3), measure.title, percent=measure.percent)
+    y = linear_axis(padded((low, high), least=1e-3), measure.axis, percent=measure.percent)
     names = [str(number) for number, _, _ in rows]
     drawing = Drawing(category_axis(names, "generation"), y, 320, "Each trial by generation")
     for place, (generation, found, best) in enumerate(rows):
@@ -241,10 +241,10 @@ def curves(lines: Sequence[Line], *, x: str, measure: Measure, logarithmic: bool
     settled = finite([y for line in lines for y in line.y[len(line.y) // 4 :]])
     every = finite([y for line in lines for y in line.y])
     if logarithmic:
-        y = log_axis(ends_of(every), measure.title)
+        y = log_axis(ends_of(every), measure.axis)
     else:
         y = linear_axis(
-            padded(ends_of(settled or every), least=1e-3), measure.title, percent=measure.percent
+            padded(ends_of(settled or every), least=1e-3), measure.axis, percent=measure.percent
         )
     ends = ends_of([each for line in lines for each in line.x])
     drawing = Drawing(_whole_axis(ends, x), y, 250, f"{measure.title} by {x}")
@@ -294,7 +294,7 @@ def over_parameters(
     ends = ends_of([e for _, b, v in bars for e in (b.value, b.low, b.high, *v)] + [reference])
     drawing = Drawing(
         log_axis((low / 1.3, high * 1.3), "parameters"),
-        linear_axis(padded(ends), measure.title, percent=measure.percent),
+        linear_axis(padded(ends), measure.axis, percent=measure.percent),
         290,
         f"{measure.title} over parameters",
     )
@@ -368,7 +368,7 @@ def class_accuracy(
 
 def _rows(names: Sequence[str], values: Sequence[float | None], measure: Measure) -> Drawing:
     """Return a drawing of rows, each below its name, which has room there on a phone as well."""
-    x = linear_axis(padded(ends_of(values), 0.05), measure.title, percent=measure.percent)
+    x = linear_axis(padded(ends_of(values), 0.05), measure.axis, percent=measure.percent)
     y = Axis(-max(len(names), 1) + 0.4, 0.6)
     drawing = Drawing(x, y, 40 * max(len(names), 1), measure.title, left=6, grid=False)
     for value, _ in x.ticks:

@@ -32,6 +32,17 @@ class Measure:
     title: str
     percent: bool = True
     larger_is_better: bool = True
+    unit: str = ""
+    """Unit of its values, such as nats."""
+
+    @property
+    def axis(self) -> str:
+        """Title of an axis, with the unit.
+
+        >>> Measure("NLL on test", unit="nats").axis, Measure("accuracy on test").axis
+        ('NLL on test, nats', 'accuracy on test')
+        """
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def text(self, value: float) -> str:
         """Return a value as a text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from selfkd.reporting import tables, words
 from selfkd.reporting.figures import charts
@@ -15,6 +16,7 @@ from selfkd.reporting.sections.panels import (
     Section,
     bar,
     measure,
+    measure_of,
     response,
     settings,
     values,
@@ -28,6 +30,7 @@ def generation_sections(run: Run) -> Iterator[Section]:
     yield Section("", tuple(_gain(run)))
     yield Section("Search on validation", (*_map(run), *_trials(run)))
     yield from diagnosis_sections(run)
+    yield Section("Generated text", tuple(_generated(run)))
     yield Section("Learning", tuple(_learning(run)))
 
 
@@ -240,6 +243,46 @@ def _trials(run: Run) -> Iterator[Panel]:
     )
 
 
+# --- what the models generate ---
+
+GENERATED = ("own_nll", "distinct_1", "distinct_2", "distinct_3", "exact_match", "unended")
+
+
+def _generated(run: Run) -> Iterator[Panel]:
+    """Yield how probable the teacher finds what each generation writes, and how it repeats itself.
+
+    Nothing where models generate nothing.
+    """
+    own = {
+        result.generation: value
+        for result in run.results
+        if (value := result.metric("test_own_nll")) is not None
+    }
+    if not own:
+        return
+    metric = find_metric("own_nll")
+    shown = "; ".join(f"generation {k} {metric.value(value)}" for k, value in own.items())
+    first = ", of generation 0 of itself" if 0 in own else ""
+    names = [name for name in GENERATED if any(f"test_{name}" in r.metrics for r in run.results)]
+    yield Panel(
+        "Own NLL by generation",
+        "Mean NLL, under its teacher, of what a generation writes at T = 1 after test prompts"
+        f"{first}: {shown}. Of what is written, distinct-n is the share of distinct n-grams.",
+        charts.curves(
+            [Line("own NLL", list(own), list(own.values()), 1)],
+            x="generation",
+            measure=measure_of("own_nll"),
+        ),
+        Table(
+            ("generation", *tables.further_head(names)),
+            tuple(
+                (str(result.generation), *tables.measures(result, "own_nll", names)[2:])
+                for result in run.results
+            ),
+        ).without_empty(),
+    )
+
+
 # --- learning ---
 
 
@@ -274,7 +317,7 @@ def _learning(run: Run) -> Iterator[Panel]:
                     for name, curve, number in zip(names, curves, numbers, strict=True)
                 ],
                 x="epoch",
-                measure=Measure(named, percent=find_metric(key).is_fraction),
+                measure=replace(measure_of(key), title=named),
                 logarithmic=logarithmic and all(v > 0 for c in curves for v in c.values()),
             ),
             tables.epoch_table(names, curves, words.form(key)),

@@ -58,6 +58,7 @@ def measure_of(name: str) -> Measure:
         f"{metric.label}{split}",
         percent=metric.is_fraction,
         larger_is_better=metric.mode == "max",
+        unit="" if metric.is_fraction else metric.unit,
     )
 
 

@@ -112,6 +112,9 @@ class ImageTask(ImageNetworks):
             )
         return network
 
+    def export(self, checkpoint: str, folder: Path, card: str) -> None:
+        """Write nothing: `selfkd.load` and timm read the checkpoint itself."""
+
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
         """Save the network of a file from elsewhere as a checkpoint; return what is to be said.
 

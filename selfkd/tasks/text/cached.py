@@ -13,6 +13,11 @@ STORE_BYTES = 10**9
 """Most bytes of all logits of a teacher."""
 
 
+def caches_logits(config: Config) -> bool:
+    """Say whether teacher logits are cached at all."""
+    return not config.distill.live and config.distill.mode == "tokens"
+
+
 def choose_samples(config: Config, rows: int, vocabulary: int) -> int | None:
     """Return the number of samples that are cached of each token; None where logits are.
 
@@ -27,8 +32,7 @@ def choose_samples(config: Config, rows: int, vocabulary: int) -> int | None:
     (None, 8)
     """
     targets = config.targets
-    given = targets.samples is not None or targets.top_k is not None
-    if given or config.distill.live or config.distill.mode == "traces":
+    if targets.samples is not None or targets.top_k is not None or not caches_logits(config):
         return targets.samples
     few = vocabulary <= VOCABULARY and rows * row_bytes(vocabulary) <= STORE_BYTES
     return None if few else SAMPLES

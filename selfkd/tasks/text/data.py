@@ -17,6 +17,8 @@ from selfkd.tasks.task import Split
 from selfkd.tasks.text.documents import Example, load_documents
 from selfkd.tasks.text.tokenizer import encode_texts, make_tokenizer, vocabulary_of
 
+MOST_LOGITS = 2**28
+"""Most logits of a split that models are evaluated on, 1 GiB in memory."""
 IGNORED = -100
 """Label of positions beyond the end of a split."""
 
@@ -127,7 +129,7 @@ class Tokens:
         found = []
         for window in windows:
             start, end = self.bounds[window : window + 2].tolist()
-            if self.weights is None:
+            if self.weights is None or self.weights[start] > 0:  # no prompt begins there
                 length = max((end - start) // 4, 1)
             else:
                 length = int((self.weights[start:end] > 0).int().argmax()) + 1
@@ -188,13 +190,13 @@ def load_text(config: DataConfig, seed: int) -> TextData:
         [str(text) for text in documents.splits["train"]],  # with rationales: one tokenizer for all
     )
     as_json = tokenizer.to_str()
+    vocabulary = vocabulary_of(tokenizer)
     splits, fingerprints = dict[Split, Tokens](), dict[Split, str]()
-    examples_of = dict[Split, list[Example]]()
+    examples_of, limits = dict[Split, list[Example]](), list[str]()
     for split, texts in documents.splits.items():
         examples = [each for each in texts if isinstance(each, Example)]
         if not config.rationales:
             examples = [replace(each, rationale="") for each in examples]
-        examples_of[split] = examples
         if examples:
             tokens = encode_examples(
                 tokenizer, end, examples, config.context, rationale_weight=config.rationale_weight
@@ -206,17 +208,22 @@ def load_text(config: DataConfig, seed: int) -> TextData:
                     f"data.context must be at most the tokens of each split, got {config.context} "
                     f"and {len(tokens)} of {split}"
                 )
+        most, scored = MOST_LOGITS // vocabulary, len(tokens.scored)
+        if split != "train" and scored > most:
+            tokens, examples = _sample(tokens, examples, most)
+            limits.append(f"{len(tokens.scored):,} of the {scored:,} tokens of {split}")
+        examples_of[split] = examples
         splits[split], fingerprints[split] = tokens, _fingerprint(tokens, as_json)
     return TextData(
         name=config.name,
         context=config.context,
         tokenizer=as_json,
-        vocabulary=vocabulary_of(tokenizer),
+        vocabulary=vocabulary,
         end=end,
         splits=splits,
         examples=examples_of,
         fingerprints=fingerprints,
-        note=documents.note,
+        note=f"{documents.note}; measured on {' and '.join(limits)}" if limits else documents.note,
     )
 
 
@@ -234,6 +241,32 @@ def _encode(tokenizer: Any, end: int, texts: list[str], context: int) -> Tokens:
     parts = [part for own in encode_texts(tokenizer, texts) for part in (own, ends)]
     size = sum(len(text.encode()) for text in texts)
     return Tokens(torch.from_numpy(np.concatenate([ends, *parts])), context, size)
+
+
+def _sample(tokens: Tokens, examples: list[Example], most: int) -> tuple[Tokens, list[Example]]:
+    """Return evenly spaced windows with about so many scored rows, and their examples.
+
+    The last row of a window of documents is left out: its label is in the window after it.
+    """
+    count = max(1, most * tokens.windows // len(tokens.scored))
+    numbers = torch.linspace(0, tokens.windows - 1, count).long()
+    ids, starts, weights, length = list[Tensor](), list[int](), list[Tensor](), 0
+    for number in numbers.tolist():
+        start, end = tokens.bounds[number : number + 2].tolist()
+        own = torch.ones(end - start) if tokens.weights is None else tokens.weights[start:end]
+        if tokens.weights is None:
+            own[-1] = 0
+        starts.append(length)
+        ids.append(tokens.ids[start:end])
+        weights.append(own)
+        length += end - start
+    ids.append(tokens.ids[end : end + 1])
+    rows = torch.cat(weights)
+    share = int((rows > 0).sum()) / len(tokens.scored)
+    sampled = Tokens(
+        torch.cat(ids), tokens.context, round(tokens.bytes * share), torch.tensor(starts), rows
+    )
+    return sampled, [examples[number] for number in numbers.tolist()] if examples else []
 
 
 def encode_examples(

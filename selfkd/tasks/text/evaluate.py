@@ -264,21 +264,21 @@ def match(
 def measure_matches(
     data: TextData, split: Split, *networks: nn.Module, **averaging: Any
 ) -> dict[str, float]:
-    """Return exact match, and the share of texts without an end where there is one.
+    """Return exact match, and the share of texts without an end; nothing of documents.
 
     Args:
         data: Text.
-        split: Split of the examples; of documents nothing is measured.
+        split: Split of the examples.
         networks: Language model, or the members of an ensemble.
         averaging: Further arguments of `match`.
     """
     if not data.examples[split] or not networks:
         return {}
     found = match(data, split, networks, **averaging)
-    shares = {f"{split}_exact_match": float(found.right.double().mean())}
-    if not found.ended.all():
-        shares[f"{split}_unended"] = float((~found.ended).double().mean())
-    return shares
+    return {
+        f"{split}_exact_match": float(found.right.double().mean()),
+        f"{split}_unended": float((~found.ended).double().mean()),
+    }
 
 
 @torch.no_grad()

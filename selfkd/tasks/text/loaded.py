@@ -14,6 +14,7 @@ from selfkd.distill.outputs import take_logits
 from selfkd.losses import Average
 from selfkd.tasks.common import Averaged, open_checkpoint
 from selfkd.tasks.text import check_installed
+from selfkd.tasks.text.generate import generate
 from selfkd.tasks.text.networks import NetworkFacts, rebuild
 from selfkd.tasks.text.tokenizer import read_tokenizer
 
@@ -61,6 +62,58 @@ class TextPredictor:
             tokens = [torch.tensor(row[-self.facts.context :]) for row in rows]
             padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PADDING)
             yield padded.to(device)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        most: int | None,
+        temperature: float,
+        top_p: float,
+        greedy: bool,
+        seed: int,
+    ) -> str:
+        """Return what the model writes after a text, up to its end token.
+
+        Args:
+            prompt: Text.
+            most: Most tokens that it writes; as many as its context has room for when not given.
+            temperature: Temperature that tokens are sampled at.
+            top_p: Probability of the smallest set of most probable tokens that is sampled from.
+            greedy: Whether the most probable token is taken, without draws.
+            seed: Seed of the draws.
+
+        Raises:
+            TypeError: Several models, whose average writes no text.
+            ValueError: A text that leaves no room, or sampling that is not possible.
+        """
+        if not isinstance(self.network, NextToken):
+            raise TypeError("model must be a single one to write text, got the average of several")
+        if not temperature > 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}"
+            )
+        end, context = self.facts.end, self.facts.context
+        ids = [end, *self._tokenizer.encode(prompt, add_special_tokens=False).ids]
+        if len(ids) > context or (most is not None and most < 1):
+            raise ValueError(
+                f"prompt must have at most {context - 1} tokens and most be at least 1, got "
+                f"{len(ids) - 1} and {most}"
+            )
+        (written,) = generate(
+            self.network.network,
+            [torch.tensor(ids)],
+            end=end,
+            context=context,
+            seed=seed,
+            temperature=temperature,
+            top_p=top_p,
+            greedy=greedy,
+            most=most,
+        )
+        own = [token for token in written.tolist() if token != end]
+        text: str = self._tokenizer.decode(own, skip_special_tokens=True)
+        return text
 
 
 class NextToken(nn.Module):

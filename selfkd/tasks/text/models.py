@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -23,8 +23,9 @@ def make_gpt(
 ) -> nn.Module:
     """Return a GPT-2 of `transformers` with random weights; embedding and head are not tied.
 
-    Fresh weights have the standard deviation 1 / sqrt(width): by GPT-2's own 0.02 narrow models
-    learn slowly.
+    Fresh weights have the standard deviation 1 / sqrt(width), embeddings of tokens 1: with smaller
+    embeddings, wider and deeper models learn badly at the learning rates that suit small ones, and
+    by GPT-2's 0.02 for all, narrow models do.
 
     Args:
         vocabulary: Number of tokens.
@@ -62,8 +63,9 @@ def make_gpt(
         tie_word_embeddings=False,
         initializer_range=width**-0.5,
     )
-    model: nn.Module = GPT2LMHeadModel(config)
-    return model
+    model = GPT2LMHeadModel(config)
+    nn.init.normal_(model.transformer.wte.weight)
+    return cast(nn.Module, model)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"selfkd_gpt": make_gpt, HF: make_pretrained}
@@ -95,6 +97,8 @@ def make_language_model(
     try:
         return prepare(make(vocabulary, context, **args))
     except (RuntimeError, TypeError, ValueError) as error:
+        if name == HF and isinstance(error, ValueError):  # which names the folder and its fault
+            raise
         raise ValueError(f"model.args must suit {name!r}, got {dict(args)}: {error}") from None
 
 

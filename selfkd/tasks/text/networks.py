@@ -21,12 +21,13 @@ from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.cached import choose_samples
-from selfkd.tasks.text.data import Tokens, load_text
+from selfkd.tasks.text.data import IGNORED, Tokens, load_text
 from selfkd.tasks.text.models import make_language_model, prepare
 from selfkd.tasks.text.pretrained import (
     architecture_of,
     check_architecture,
     check_context,
+    check_folder,
     make_architecture,
     merged,
 )
@@ -59,6 +60,10 @@ class TextNetworks:
         check_installed()
         self.config: Config = from_tree(tree)
         self.device = prepare_device(self.config)
+        models = [self.config.model, *filter(None, [self.config.student])]
+        for path in [model.args.get("path") for model in models if model.name == HF]:
+            if path in (None, self.config.data.tokenizer):  # said of the model, not its tokenizer
+                check_folder(path, weights=False)
         self.data = load_text(self.config.data, self.config.seed)
         self.fingerprint = self.data.fingerprints["train"]
         self.evaluated: tuple[Split, ...] = SPLITS
@@ -142,8 +147,13 @@ class TextNetworks:
     def logits(self, network: nn.Module, split: Split) -> Tensor:
         """Return the logits of the scored rows of a split, float32 on the CPU."""
         tokens = self.data.splits[split]
-        found = torch.cat(list(self.batches(network, split, range(len(tokens)))))
-        return found if tokens.weights is None else found[tokens.scored]
+        found = torch.empty(len(tokens.scored), self.data.vocabulary)
+        start = 0
+        for logits, labels in self.run(network, tokens, range(tokens.windows)):
+            scored = logits[labels != IGNORED]
+            found[start : start + len(scored)] = scored
+            start += len(scored)
+        return found
 
     def batches(self, network: nn.Module, split: Split, rows: range) -> Iterator[Tensor]:
         """Yield the logits of rows of a split batch by batch, float32 on the CPU.

@@ -15,6 +15,9 @@ from selfkd.tasks.text.data import IGNORED, Tokens
 from selfkd.tasks.text.generate import BATCH, generate
 from selfkd.training.fit import autocast
 
+STEPS = 8
+"""Most steps whose texts are written at once."""
+
 
 def is_on_policy(step: int, share: float) -> bool:
     """Say whether a step's batch is written by the student: such steps are evenly spread.
@@ -56,23 +59,24 @@ class Writer:
         self._written = 0  # texts since the training began
         empty = torch.empty(0, 0, dtype=torch.int64)
         self._inputs, self._labels = empty, empty  # those that are left
-        self._cut: list[bool] = []
+        self._ended: list[Tensor] = []
 
     def __call__(self) -> list[Batch]:
         """Return the next batches, as many as a step of the optimiser takes."""
         size, options = self._options.batch_size, self._options
         needed = size * options.accumulate
         if not len(self._inputs):
-            self._write(needed * max(BATCH // needed, 1))
+            self._write(needed * min(max(BATCH // needed, 1), STEPS))
         own = self._inputs[:needed], self._labels[:needed]
         self._inputs, self._labels = self._inputs[needed:], self._labels[needed:]
+        self._ended.append((own[1] == self._end).any(dim=1))
         batches = zip(*(torch.split(part, size) for part in own), strict=True)
         return [_batch(inputs, labels) for inputs, labels in batches]
 
     def take_cut(self) -> float:
         """Return the share of the texts since the last call that had no end within the context."""
-        cut, self._cut = self._cut, []
-        return sum(cut) / max(len(cut), 1)
+        ended, self._ended = torch.cat([*self._ended, torch.ones(0)]), []
+        return float(1 - ended.mean()) if len(ended) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is written and not trained on yet, and how much there was."""
@@ -95,7 +99,6 @@ class Writer:
                 seed=self._seed * 2_000_003 + self._written,
             )
         self._written += count
-        self._cut += [bool(text[-1] != self._end) for text in written]
         self._inputs, self._labels = written_tokens(prompts, written, self._end)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from selfkd.analysis.verdicts import short
 from selfkd.config import CheckpointConfig, ModelConfig
-from selfkd.config.schema import HF
+from selfkd.config.schema import HF, TRAINED_TOKENIZER
 from selfkd.config.validate import sampled_faults
 from selfkd.losses import Average
 from selfkd.models import parameters_count
@@ -22,6 +22,8 @@ from selfkd.storage.remote import as_path
 from selfkd.tasks.common import describe_cached, optimizer_of
 from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
+from selfkd.tasks.text.cached import caches_logits
+from selfkd.tasks.text.export import FOLDER, export_model
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.pretrained import check_causal, folder_hash
 from selfkd.tasks.text.tokenizer import has_tokens_of
@@ -77,6 +79,7 @@ class TextTask(TextNetworks):
         if train.init == "teacher" and (config.student or config.model).args.get("lora"):
             raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
         metric = self._metric
+        matched = metric == "exact_match"
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
         manifest = self.manifest("", {})
         notes = list(self._check_cached(manifest))
@@ -85,17 +88,21 @@ class TextTask(TextNetworks):
             unit="tokens",
             items_an_input=data.context,
             metric=metric,
-            mode="max" if metric == "exact_match" else "min",
+            mode="max" if matched else "min",
             further=tuple(name for name in (*further, *OF_TEACHER, *OF_SAMPLES) if name != metric),
-            counts={split: min(len(data.examples[split]), evaluate.CHECKED) for split in SPLITS}
-            if metric == "exact_match"
-            else {},
+            counts={
+                split: min(len(data.examples[split]), evaluate.CHECKED)
+                for split in SPLITS
+                if matched
+            },
+            counted="prompts" if matched else "",
             outputs=data.vocabulary,
             parameters=sizes,
             prompts=data.splits["train"].windows,
             fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
             weights=weights,
-            cached=describe_cached(manifest),
+            export=FOLDER,
+            cached=describe_cached(manifest) if caches_logits(config) else None,
             fixed=("distill.temperature",) if self.samples is not None else (),
             notes=(data.note, *notes),
         )
@@ -118,6 +125,25 @@ class TextTask(TextNetworks):
         check_causal(network, path)
         return {path: folder_hash(path, weights=not fresh)}
 
+    def export(self, checkpoint: str, folder: Path, card: str) -> None:
+        """Write a model as a folder that `AutoModelForCausalLM.from_pretrained` opens.
+
+        Args:
+            checkpoint: File of the model.
+            folder: Folder to write, whose parent exists.
+            card: Text of its card, as Markdown.
+        """
+        tokenizer = self.config.data.tokenizer
+        export_model(
+            folder,
+            self.load(checkpoint)[0].cpu(),
+            tokenizer=self.data.tokenizer,
+            end=self.data.end,
+            context=self.data.context,
+            card=card,
+            source=None if TRAINED_TOKENIZER.fullmatch(tokenizer) else tokenizer,
+        )
+
     @property
     def _metric(self) -> str:
         """Metric that models are compared by: exact match where it is chosen by, or exact.
@@ -133,20 +159,20 @@ class TextTask(TextNetworks):
         Raises:
             ValueError: Samples are cached of themselves, which other settings cannot go with.
         """
-        if self.config.distill.live or self.config.distill.mode == "traces":
+        if not caches_logits(self.config):
             return
         total = short(manifest.images * manifest.row_bytes)
         note = f"teacher logits: {manifest.words} a token, {total}B a teacher"
         if self.samples is not None and self.config.targets.samples is None:
-            whole = short(manifest.images * row_bytes(manifest.classes))
-            why = f"all {manifest.classes:,} logits of a token would take {whole}B a teacher"
-            ways = "set targets.top_k for the largest logits, or targets.samples"
-            faults = sampled_faults(
-                self.config, {}, f"{manifest.words} are cached of a token, as {why}: {ways}"
+            why = f"as all logits of {manifest.classes:,} tokens would take " + short(
+                manifest.images * row_bytes(manifest.classes)
             )
-            if found := list(faults):
+            of = (
+                f"{manifest.words} are cached of a token, {why}B: targets.top_k=N for the N largest"
+            )
+            if found := list(sampled_faults(self.config, {}, of)):
                 raise ValueError("\n".join(found))
-            note += f", as {why}; T is 1 and not searched"
+            note += f", {why}B; T is 1 and not searched"
         yield note
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from selfkd.config import TrainConfig
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
-from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
-from selfkd.losses.sparse import SparseLogits
 from selfkd.results import Row
-from selfkd.soft_targets.store import SoftTargets, open_store
+from selfkd.soft_targets.transforms import Transform
 from selfkd.tasks.common import make_fresh, optimizer_of
 from selfkd.tasks.text.batches import Batch, TrainingText
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.evaluate import measure_matches
+from selfkd.tasks.text.loss import Loss, make_loss
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
 from selfkd.tasks.text.write import training_text
@@ -35,15 +33,7 @@ from selfkd.training.fit import (
 )
 from selfkd.training.trial import Trial
 
-CHUNK = 256
-"""Tokens whose loss is computed at once."""
 CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it
-
-
-Loss = Callable[[Tensor, Batch, float], dict[str, Tensor]]
-"""Function from logits, their batch and the divisor of sums to the loss and its terms by name."""
-Targets = Callable[[Batch], TokenTeacher]
-"""Function from a batch to the teacher's logits of it."""
 
 
 def train_language_model(
@@ -51,7 +41,7 @@ def train_language_model(
     trial: Trial,
     *,
     start: Mapping[str, Any] | None = None,
-    transform: str = "none",
+    transform: Transform = "none",
 ) -> Iterator[Row]:
     """Train a language model; yield a row after each of `train.epochs` equal parts of the steps.
 
@@ -59,10 +49,8 @@ def train_language_model(
         task: Text and networks.
         trial: Student and its teachers.
         start: `checkpoint` to start the weights from, or `seed` of the initialisation.
-        transform: Transform of the teacher logits; none only.
+        transform: Transform of the teacher logits.
     """
-    if transform != "none":
-        raise ValueError(f"target_transform must be none with task text, got {transform}")
     options, data = task.config.train, training_text(task, trial)
     distill = task.config.distill
     student = make_fresh(task, trial, start or {})
@@ -79,7 +67,7 @@ def train_language_model(
         trial.progress.state = None
         yield from [dict(row) for row in trial.progress.rows]
     facts = {"stage": trial.stage, "seed": trial.seed}
-    loss = make_loss(task, trial)
+    loss = make_loss(task, trial, transform)
     text, writer = TrainingText(data, options, trial.seed), None
     if trial.teachers and distill.on_policy > 0:
         writer = Writer(student, data, options, end=task.data.end, seed=trial.seed)
@@ -195,124 +183,3 @@ def measure(task: TextNetworks, network: nn.Module) -> dict[str, float]:
     count = len(tokens.scored)
     found = {"val_nll": nll / count, "val_token_accuracy": hits / count}
     return found | measure_matches(task.data, "val", network)
-
-
-def make_loss(task: TextNetworks, trial: Trial) -> Loss:
-    distill, smoothing = task.config.distill, task.config.train.label_smoothing
-    teachers = trial.teachers
-    if not teachers or distill.mode == "traces":  # whose text are the labels
-        return partial(_label_loss, smoothing=smoothing)
-    weights = None
-    if len(teachers) > 1 and "weight" in teachers[0]:
-        weights = [row["weight"] for row in teachers]
-    average = distill.average
-    if distill.live:
-        targets = _live_targets(task, [row["checkpoint"] for row in teachers])
-    else:
-        stored = open_store(
-            trial.targets,
-            [row["hash"] for row in teachers],
-            data=task.data_key,
-            average=average,
-            weights=weights,
-        )
-        targets = partial(_cached_targets, stored)
-        if average == "logits" or stored.samples:  # by the store, once
-            average, weights = "probabilities", None
-
-    def terms_of(
-        logits: Tensor,
-        labels: Tensor,
-        teacher: TokenTeacher,
-        total: float,
-        *,
-        mask: Tensor | None = None,
-        alpha: float = distill.alpha,
-    ) -> dict[str, Tensor]:
-        terms = sequence_terms(
-            logits,
-            teacher,
-            labels,
-            temperature=distill.temperature,
-            alpha=alpha,
-            label_smoothing=smoothing,
-            average=average,
-            weights=weights,
-            mask=mask,
-            normalizer=total,
-            divergence=distill.divergence,
-            chunk=CHUNK,
-        )
-        return terms._asdict()
-
-    def loss(logits: Tensor, batch: Batch, total: float) -> dict[str, Tensor]:
-        teacher = targets(batch)
-        if batch.rows is None:  # what the student has written is no label
-            terms = terms_of(logits, batch.labels, teacher, total, alpha=1.0)
-            return {name: terms[name] for name in ("loss", "soft_loss")}
-        if batch.weights is None:
-            return terms_of(logits, batch.labels, teacher, total)
-        found: dict[str, Tensor] = {}
-        for weight in torch.unique(batch.weights).tolist():
-            if weight > 0:  # few weights, each of many tokens
-                mask = batch.weights == weight
-                terms = terms_of(logits, batch.labels, teacher, total / weight, mask=mask)
-                found = {name: term + found.get(name, 0) for name, term in terms.items()}
-        return found
-
-    return loss
-
-
-def _label_loss(
-    logits: Tensor, batch: Batch, total: float, *, smoothing: float
-) -> dict[str, Tensor]:
-    losses = partial(
-        F.cross_entropy,
-        logits.flatten(0, 1).float(),
-        batch.labels.flatten(),
-        ignore_index=IGNORED,
-        label_smoothing=smoothing,
-    )
-    if batch.weights is None:
-        return {"loss": losses(reduction="sum") / total}
-    return {"loss": losses(reduction="none") @ batch.weights.flatten() / total}
-
-
-def _live_targets(task: TextNetworks, checkpoints: Sequence[str]) -> Targets:
-    """Return a function that runs teachers on a batch."""
-    with torch.random.fork_rng(devices=[]):  # a resumed training has restored its state
-        networks = [task.load(path)[0].eval().requires_grad_(False) for path in checkpoints]
-
-    @torch.no_grad()
-    def targets(batch: Batch) -> Tensor:
-        with autocast(task.device, task.config.train.amp):
-            found = [take_logits(network(batch.inputs), "teacher") for network in networks]
-        return found[0] if len(found) == 1 else torch.stack(found)
-
-    return targets
-
-
-def _cached_targets(stored: SoftTargets, batch: Batch) -> TokenTeacher:
-    if batch.rows is None:
-        raise ValueError("distill.live must be true with distill.on_policy above 0, got false")
-    return token_targets(stored, batch.rows).to(batch.inputs.device)
-
-
-def token_targets(stored: SoftTargets, rows: Tensor) -> Tensor | SparseLogits | SampledTargets:
-    """Return the cached logits of windows; those of padding are of the last row, and no matter.
-
-    Args:
-        stored: Cached logits by row.
-        rows: Rows of windows, `[batch, length]`.
-
-    Returns:
-        `[batch, length, ...]`, or `[members, batch, length, ...]` of several teachers.
-    """
-    found = stored(rows.flatten().clamp(max=stored.images - 1), 0)
-    largest = found.values if isinstance(found, SparseLogits) else found
-    axis = largest.ndim - 2 if isinstance(largest, Tensor) else 0  # that of the rows
-
-    def shape(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*tensor.shape[:axis], *rows.shape, *tensor.shape[axis + 1 :])
-
-    return shape(found) if isinstance(found, Tensor) else found.map(shape)

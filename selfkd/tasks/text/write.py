@@ -2,9 +2,10 @@
 
     ROOT/<teacher>/<prompts>/shard_00000.jsonl
 
-with the hash of the teacher and that of prompts and sampling. A shard is written whole, by draws
-that depend on teacher, sampling and shard alone, so that one that is missing or damaged is made
-again bit for bit. Its first line has the hash of the others, a text each.
+with the hash of the teacher and that of prompts and sampling; beside each shard its own hash, in
+shard_00000.json. A shard is written whole, by draws that depend on teacher, sampling and shard
+alone, so that one that is missing or damaged is made again bit for bit. A line is a text, as
+`data.name: text` reads it too: so a teacher of one tokenizer can write for students of another.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from selfkd.results import Written
 from selfkd.soft_targets.manifest import store_path
 from selfkd.soft_targets.upkeep import remember_user
 from selfkd.storage.checkpoint import load_tensors
-from selfkd.storage.files import parse_json, read_text, save_text
+from selfkd.storage.files import load_json, parse_json, read_text, save_json, save_text
 from selfkd.storage.remote import as_path
 from selfkd.tasks.text.data import Tokens
 from selfkd.tasks.text.generate import generate
@@ -118,8 +119,9 @@ class WrittenText:
             Text(window, tuple(ids.tolist())) for window, ids in zip(windows, written, strict=True)
         ]
         lines = "".join(f"{json.dumps(self._line(text), ensure_ascii=False)}\n" for text in texts)
-        header = json.dumps(_header(teacher, self.key, shard, lines))
-        save_text(self._path(teacher, shard), f"{header}\n{lines}")
+        path = self._path(teacher, shard)
+        save_text(path, lines)
+        save_json(path.with_suffix(".json"), _facts(teacher, self.key, shard, lines))
         return state, self._count(texts)
 
     def read(self, teacher: str, shard: int) -> list[Text]:
@@ -134,11 +136,11 @@ class WrittenText:
             ValueError: It is damaged; the message names it.
         """
         path = self._path(teacher, shard)
-        first, _, rest = read_text(path).partition("\n")
+        lines, known = read_text(path), load_json(path.with_suffix(".json"))
         try:
-            if parse_json(first) != _header(teacher, self.key, shard, rest):
-                raise ValueError("its first line must have the hash of the others")
-            found = [self._parse(parse_json(line)) for line in rest.split("\n")[:-1]]
+            if known != _facts(teacher, self.key, shard, lines):
+                raise ValueError(f"its hash must be that in {path.with_suffix('.json').name}")
+            found = [self._parse(parse_json(line)) for line in lines.split("\n")[:-1]]
             if [text.window for text in found] != list(self._windows(shard)):
                 raise ValueError("it must have a text for each prompt")
         except ValueError as error:
@@ -241,7 +243,7 @@ class WrittenText:
         return {
             "window": text.window,
             "prompt": self._decode(self._prompts[text.window].tolist()),
-            "text": self._decode(text.ids),
+            "completion": self._decode(text.ids),
             "ids": list(text.ids),
         }
 
@@ -284,7 +286,7 @@ def training_text(task: TextNetworks, trial: Trial) -> Tokens:
     return WrittenText(task, trial.targets).load(trial.teachers)
 
 
-def _header(teacher: str, key: str, shard: int, lines: str) -> dict[str, Any]:
+def _facts(teacher: str, key: str, shard: int, lines: str) -> dict[str, Any]:
     digest = hashlib.sha256(lines.encode()).hexdigest()
     return {
         "format": FORMAT,

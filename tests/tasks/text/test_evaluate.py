@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from scipy.special import rel_entr, softmax
 from torch import nn
 
+from selfkd.config import load_config, to_tree
+from selfkd.results import Evaluation, find_main, from_row, key_on_test
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.data import TextData, Tokens, encode_examples
 from selfkd.tasks.text.documents import Example
 from selfkd.tasks.text.models import make_gpt
+from selfkd.tasks.text.task import TextTask
 from selfkd.tasks.text.tokenizer import make_tokenizer
+from selfkd.worker import evaluate as worker
 
 
 def make_examples(examples: Sequence[Example], context: int = 8) -> TextData:
@@ -97,7 +101,10 @@ def test_exact_match_is_of_greedy_text_that_ends(monkeypatch: pytest.MonkeyPatch
     found = evaluate.measure_matches(data, "test", nn.Linear(1, 1))
     assert found == {"test_exact_match": 0.25, "test_unended": 0.25}
     texts[2] = [5, 6, 0]
-    assert evaluate.measure_matches(data, "test", nn.Linear(1, 1)) == {"test_exact_match": 0.5}
+    assert evaluate.measure_matches(data, "test", nn.Linear(1, 1)) == {
+        "test_exact_match": 0.5,
+        "test_unended": 0.0,
+    }
 
 
 def test_one_model_and_its_average_with_itself_write_the_same() -> None:
@@ -128,3 +135,70 @@ def test_large_logits_are_measured_by_chunks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(metrics, "CHUNK", 9 * 7)
     assert measure() == pytest.approx(whole, rel=1e-6)
     assert float(F.cross_entropy(logits, labels)) in [pytest.approx(value) for value in whole]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[TextTask, list[dict[str, str]]]:
+    """Two networks of problems of arithmetic."""
+    settings = ["data={name: arithmetic, train_size: 40, val_size: 20}", "model.args.width=8"]
+    task = TextTask(to_tree(load_config(settings=settings, flags={"task": "text"})))
+    folder, rows = tmp_path_factory.mktemp("models"), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        path = folder / f"{seed}.safetensors"
+        digest = task.save(path, task.make(task.config.model), task.config.model, {})
+        predictions = str(folder / f"{seed}.predictions")
+        rows.append({"hash": digest, "checkpoint": str(path), "predictions": predictions})
+    return task, rows
+
+
+def test_a_chosen_model_is_measured_by_what_it_writes(
+    models: tuple[TextTask, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, (first, second) = models
+    monkeypatch.setattr(Example, "is_right", lambda example, text: "7" in text)
+    tree, facts, found = to_tree(task.config), task.check(), []
+    assert (facts.metric, facts.mode, facts.counts) == (
+        "exact_match",
+        "max",
+        {"val": 20, "test": 20},
+    )
+    for own, teachers in ((first, []), (second, [first])):
+        files = own["checkpoint"], own["predictions"]
+        (row,) = worker.evaluate(tree, *files, teachers, diagnose=True)
+        found.append(from_row(Evaluation, row))
+    zero, born_again = found
+    assert find_main(zero.metrics) == facts.metric
+    fidelity = {"agreement", "test_kl", "test_draft_acceptance"}
+    assert born_again.metrics.keys() - zero.metrics.keys() == fidelity
+    assert born_again.metrics.keys() >= {f"val_{facts.metric}", *map(key_on_test, facts.further)}
+    assert born_again.mcnemar is not None
+    assert zero.mcnemar is None
+    # of itself, which knows best what it writes
+    assert zero.metrics["test_own_nll"] < math.log(task.data.vocabulary)
+    replica = from_row(Evaluation, next(worker.evaluate(tree, first["checkpoint"])))
+    assert replica.metrics == {
+        name: value
+        for name, value in zero.metrics.items()
+        if name.removeprefix("test_") not in ("own_nll", "distinct_1", "distinct_2", "distinct_3")
+    }
+
+
+def test_averages_write_too(models: tuple[TextTask, list[dict[str, str]]]) -> None:
+    task, rows = models
+    tree = to_tree(task.config)
+    for row in rows:
+        list(worker.evaluate(tree, row["checkpoint"], row["predictions"]))
+    average = {"members": rows, "average": "probabilities"}
+    (found,) = next(worker.average(tree, [average]))["rows"]
+    assert "test_exact_match" in found
+    values = next(worker.contrast(tree, [rows, rows[:1]]))["values"]
+    assert values[0]["value"] == found["test_exact_match"]
+
+
+@pytest.mark.parametrize(("name", "metric"), [("pydoc", "val_exact_match"), ("arithmetic", "f1")])
+def test_what_is_chosen_by_must_be_measured(name: str, metric: str) -> None:
+    settings = [f"data.name={name}", f"search.metric={metric}"]
+    task = TextTask(to_tree(load_config(settings=settings, flags={"task": "text"})))
+    with pytest.raises(ValueError, match=rf"search.metric must be one of val_nll.*, got {metric}"):
+        task.check()

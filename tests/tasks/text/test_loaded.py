@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from selfkd.config import load_config, to_tree
-from selfkd.loading.model import load
+from selfkd.loading.model import LoadedModel, load
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.tasks import load_ensemble
 from selfkd.tasks.text.task import TextTask
@@ -46,6 +46,24 @@ def test_texts_become_probabilities_of_the_next_token(saved: tuple[TextTask, Pat
     torch.testing.assert_close(model.predict("one").probabilities[0], found.probabilities[0])
     with pytest.raises(TypeError, match="items must be texts, got int"):
         model.predict([3])
+
+
+def test_text_is_written_by_its_seed(saved: tuple[TextTask, Path]) -> None:
+    model = load(saved[1])
+    found = [model.generate("one", seed=seed) for seed in (0, 0, 1, 2, 3)]
+    assert found[0] == found[1]
+    assert len(set(found)) > 1
+    found += [model.generate("one", greedy=True, most=2) * 2]
+    # the context has room for four letters, and a fifth is not read again
+    assert all(len(text.replace("<|unknown|>", "?")) <= 5 for text in found)
+    with pytest.raises(ValueError, match="at most 7 tokens and most be at least 1, got 8 and None"):
+        model.generate("one two ")
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        model.generate("one", temperature=0)
+    several = load_ensemble([str(saved[1])] * 2, average="probabilities", weights=None)
+    averaged = LoadedModel(several, checkpoint={}, card="", title="all")
+    with pytest.raises(TypeError, match="must be a single one to write text"):
+        averaged.generate("one")
 
 
 def test_an_exported_folder_is_loaded_back(saved: tuple[TextTask, Path], tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ from selfkd.soft_targets.store import open_store, write_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.tasks import make_task
 from selfkd.tasks.task import Split
+from selfkd.tasks.text.data import _sample, encode_examples, load_text
+from selfkd.tasks.text.example import Example
 from selfkd.tasks.text.task import TextTask
+from selfkd.tasks.text.tokenizer import make_tokenizer
 from selfkd.training.trial import Trial
 from selfkd.worker.jobs import run_job
 
@@ -126,6 +129,49 @@ def test_rows_do_not_depend_on_how_they_are_asked_for(root: Path) -> None:
     # the second row of the second window, from the two tokens before it in that window
     tokens = task.data.splits["test"].ids[8:10]
     torch.testing.assert_close(network(tokens[None]).logits[0, 1], whole[9])
+
+
+def test_many_logits_are_measured_on_spread_windows(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, task = start(root)
+    torch.manual_seed(0)
+    network = task.make(config.model)
+    whole, all_tokens = task.predict_with(network, "test"), task.data.splits["test"]
+    most = 100
+    monkeypatch.setattr("selfkd.tasks.text.data.MOST_LOGITS", most * task.data.vocabulary)
+    load_text.cache_clear()
+    _, few = start(root)
+    load_text.cache_clear()
+    tokens = few.data.splits["test"]
+    assert f"and {len(tokens.scored)} of the {len(all_tokens):,} tokens of test" in few.data.note
+    assert most * 0.8 < len(tokens.scored) <= most
+    assert len(few.data.splits["train"]) == len(task.data.splits["train"])
+    assert few.fingerprint == task.fingerprint
+    assert few.data.fingerprints["test"] != task.data.fingerprints["test"]
+    # seven of the eight rows of each window, from the first to the last
+    numbers = torch.linspace(0, all_tokens.windows - 1, tokens.windows).long()
+    rows = torch.cat([torch.arange(n * 8, min(n * 8 + 8, len(whole)))[:-1] for n in numbers])
+    torch.testing.assert_close(few.predict_with(network, "test"), whole[rows])
+    assert torch.equal(few.labels("test"), task.labels("test")[rows])
+    found = [each.evaluate({"test": each.predict_with(network, "test")}) for each in (task, few)]
+    ratio = [each["test_bits_per_byte"] / each["test_nll"] for each in found]
+    assert ratio[1] == pytest.approx(ratio[0], rel=0.01)
+    assert [len(prompt) for prompt in tokens.prompts([0, 1])] == [2, 2]
+
+
+def test_many_prompts_are_measured_on_spread_ones(tmp_path: Path) -> None:
+    examples = [Example(f"{n} + 1 =", f" {n + 1}") for n in range(50)]
+    tokenizer, end = make_tokenizer("chars", [str(each) for each in examples])
+    whole = encode_examples(tokenizer, end, examples, 16)
+    few, kept = _sample(whole, examples, len(whole.scored) // 5)
+    assert len(kept) == few.windows
+    assert len(whole.scored) // 6 < len(few.scored) <= len(whole.scored) // 5
+    assert (kept[0], kept[-1]) == (examples[0], examples[-1])
+    wanted = encode_examples(tokenizer, end, kept, 16)
+    assert torch.equal(few.ids, wanted.ids)
+    assert torch.equal(few.labels, wanted.labels)
+    assert few.bytes == pytest.approx(wanted.bytes, rel=0.1)
 
 
 def test_metrics_are_of_tokens_and_bytes(root: Path) -> None:
@@ -242,7 +288,7 @@ def test_samples_are_cached_where_all_logits_are_too_many(root: Path, many: None
     assert facts.cached == CachedFormat(words="8 samples at T = 1", row_bytes=16, shard_size=16_384)
     assert facts.fixed == ("distill.temperature",)
     assert (
-        f"as all {facts.outputs} logits of a token would take {whole / 1000:.0f} kB"
+        f"as all logits of {facts.outputs} tokens would take {whole / 1000:.0f} kB"
         in (facts.notes[1])
     )
     assert start(root, "targets.samples=8")[1].data_key == task.data_key

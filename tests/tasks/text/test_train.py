@@ -21,8 +21,8 @@ from selfkd.tasks import make_task
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED, encode_examples
 from selfkd.tasks.text.documents import Example
+from selfkd.tasks.text.loss import Loss, make_loss
 from selfkd.tasks.text.task import TextTask
-from selfkd.tasks.text.train import Loss, make_loss
 from selfkd.training.trial import Trial
 
 SETTINGS = [
@@ -74,6 +74,14 @@ def make_teacher(config: Config, task: TextTask, tmp_path: Path, *, seed: int = 
     path = tmp_path / f"teacher{seed}.safetensors"
     mark = task.save(path, task.make(config.model), config.model, {})
     return {"hash": mark, "checkpoint": str(path)}
+
+
+def cache(task: TextTask, teacher: Row, tmp_path: Path) -> torch.Tensor:
+    """Cache a teacher's logits; return them."""
+    manifest = task.manifest(teacher["hash"], {})
+    logits = torch.cat(list(task.predict_batches(teacher["checkpoint"], manifest.rows(0))))
+    write_shard(tmp_path / "targets", manifest, view=0, shard=0, logits=logits)
+    return logits
 
 
 def gradient(network: nn.Module, loss: Loss, batch: Batch, total: float) -> torch.Tensor:
@@ -136,9 +144,7 @@ def test_a_live_teacher_is_as_its_cached_logits(tmp_path: Path) -> None:
     config, task = start(tmp_path)
     teachers = [make_teacher(config, task, tmp_path, seed=seed) for seed in (1, 2)]
     for row in teachers:
-        manifest = task.manifest(row["hash"], {})
-        logits = task.predict(row["checkpoint"], "train", items=manifest.rows(0))
-        write_shard(tmp_path / "targets", manifest, view=0, shard=0, logits=logits)
+        cache(task, row, tmp_path)
     losses = []
     for live in ("false", "true"):
         config, task = start(tmp_path, f"distill.live={live}")
@@ -196,3 +202,34 @@ def test_a_compiled_student_learns_the_same(tmp_path: Path) -> None:
         path = tmp_path / compiled / "student.safetensors"
         losses.append([row["loss"] for row in task.train(make_trial(config, path))])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_transforms_of_teacher_logits_are_those_of_tokens(tmp_path: Path) -> None:
+    config, task = start(tmp_path, "distill.alpha=1")
+    teacher = make_teacher(config, task, tmp_path)
+    cached = cache(task, teacher, tmp_path)
+    trial = make_trial(config, tmp_path / "s" / "a.safetensors", [teacher])
+    data, windows = task.data.splits["train"], torch.tensor([1, 30, 77])
+    batch = Batch(data.inputs(windows), data.labels_of(windows), None, data.rows(windows))
+    logits = task.make(config.model)(batch.inputs).logits.detach()
+    valid = (batch.labels != IGNORED).flatten()
+    labels, rows = batch.labels.flatten()[valid], data.rows(windows).flatten()[valid]
+    own, p = logits.flatten(0, 1)[valid].log_softmax(-1), cached[rows].softmax(-1)
+    ce = F.nll_loss(own, labels, reduction="none")
+
+    confidence = p.amax(-1)
+    weighted = make_loss(task, trial, "confidence")(logits, batch, batch.total)
+    expected = (confidence / confidence.mean() * ce).mean()
+    torch.testing.assert_close(weighted["loss"], expected, rtol=1e-3, atol=1e-4)
+
+    fixed = torch.full_like(own, 0.1 / (own.shape[-1] - 1)).scatter(1, labels[:, None], 0.9)
+    virtual = make_loss(task, trial, "virtual")(logits, batch, batch.total)
+    torch.testing.assert_close(virtual["loss"], (fixed * (fixed.log() - own)).sum(-1).mean())
+
+    permuted = make_loss(task, trial, "permuted")(logits, batch, batch.total)
+    entropy = -(p * p.log()).sum(-1).mean()  # which no order changes
+    plain = make_loss(task, trial)(logits, batch, batch.total)
+    assert permuted["loss"] != plain["loss"]
+    assert permuted["loss"] > -entropy
+    again = make_loss(task, trial, "permuted")(logits, batch, batch.total)
+    assert again["loss"] == permuted["loss"]

@@ -1,0 +1,205 @@
+"""Loss of a batch of tokens: on labels, or distilled from teachers that are cached or run live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfkd.distill.outputs import take_logits
+from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
+from selfkd.losses.sparse import SparseLogits
+from selfkd.soft_targets.store import open_store
+from selfkd.soft_targets.transforms import (
+    ConfidenceWeighted,
+    PermutedTargets,
+    Transform,
+    VirtualTargets,
+)
+from selfkd.tasks.text.batches import Batch
+from selfkd.tasks.text.data import IGNORED
+from selfkd.tasks.text.networks import TextNetworks
+from selfkd.training.fit import autocast
+from selfkd.training.trial import Trial
+
+CHUNK = 256
+"""Tokens whose loss is computed at once, at least."""
+CHUNK_VALUES = 2**20
+"""Logits whose loss is computed at once, where these are of more tokens."""
+
+Loss = Callable[[Tensor, Batch, float], dict[str, Tensor]]
+"""Function from logits, their batch and the divisor of sums to the loss and its terms by name."""
+Targets = Callable[[Batch], TokenTeacher]
+"""Function from a batch to the teacher's logits of it."""
+Rows = Tensor | SparseLogits | SampledTargets
+"""What is cached of rows."""
+Cached = Callable[[Tensor, int], Rows]
+"""Function from rows and a view to cached logits."""
+
+
+def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -> Loss:
+    """Return the loss of a trial.
+
+    Args:
+        task: Text and networks.
+        trial: Student and its teachers.
+        transform: Transform of the teacher logits.
+
+    Raises:
+        ValueError: The transform needs all logits, and they are not cached.
+        FileNotFoundError: The logits of a teacher are not cached.
+    """
+    distill, smoothing = task.config.distill, task.config.train.label_smoothing
+    teachers, text = trial.teachers, task.data.splits["train"]
+    weights: Sequence[float] | None = None
+    if len(teachers) > 1 and "weight" in teachers[0]:
+        weights = [row["weight"] for row in teachers]
+    average, last = distill.average, len(text) - 1
+    if transform == "virtual":
+        labels = text.labels.clamp(min=0)  # what is not predicted does not count
+        targets = _from_rows(VirtualTargets(labels, classes=task.data.vocabulary), last)
+    elif not teachers or distill.mode == "traces":  # whose text are the labels
+        return partial(_label_loss, smoothing=smoothing)
+    elif distill.live:
+        targets = _live_targets(task, [row["checkpoint"] for row in teachers])
+    else:
+        stored = open_store(
+            trial.targets,
+            [row["hash"] for row in teachers],
+            data=task.data_key,
+            average=average,
+            weights=weights,
+        )
+        if average == "logits" or stored.samples:  # by the store, once
+            average, weights = "probabilities", None
+        cached: Cached = stored
+        if transform == "permuted":
+            cached = PermutedTargets(
+                stored,
+                temperature=distill.temperature,
+                average=average,
+                weights=weights,
+                seed=trial.seed,
+            )
+            weights = None
+        targets = _from_rows(cached, last)
+        if transform == "confidence":
+            weighted = ConfidenceWeighted(
+                stored, average=average, weights=weights, label_smoothing=smoothing
+            )
+            return partial(_confidence_loss, weighted)
+
+    def terms_of(
+        logits: Tensor,
+        labels: Tensor,
+        teacher: TokenTeacher,
+        total: float,
+        *,
+        mask: Tensor | None = None,
+        alpha: float = distill.alpha,
+    ) -> dict[str, Tensor]:
+        terms = sequence_terms(
+            logits,
+            teacher,
+            labels,
+            temperature=distill.temperature,
+            alpha=alpha,
+            label_smoothing=smoothing,
+            average=average,
+            weights=weights,
+            mask=mask,
+            normalizer=total,
+            divergence=distill.divergence,
+            chunk=max(CHUNK, CHUNK_VALUES // logits.shape[-1]),
+        )
+        return terms._asdict()
+
+    def loss(logits: Tensor, batch: Batch, total: float) -> dict[str, Tensor]:
+        teacher = targets(batch)
+        if batch.rows is None:  # what the student has written is no label
+            terms = terms_of(logits, batch.labels, teacher, total, alpha=1.0)
+            return {name: terms[name] for name in ("loss", "soft_loss")}
+        if batch.weights is None:
+            return terms_of(logits, batch.labels, teacher, total)
+        found: dict[str, Tensor] = {}
+        for weight in torch.unique(batch.weights).tolist():
+            if weight > 0:  # few weights, each of many tokens
+                mask = batch.weights == weight
+                terms = terms_of(logits, batch.labels, teacher, total / weight, mask=mask)
+                found = {name: term + found.get(name, 0) for name, term in terms.items()}
+        return found
+
+    return loss
+
+
+def _label_loss(
+    logits: Tensor, batch: Batch, total: float, *, smoothing: float
+) -> dict[str, Tensor]:
+    losses = partial(
+        F.cross_entropy,
+        logits.flatten(0, 1).float(),
+        batch.labels.flatten(),
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+    )
+    if batch.weights is None:
+        return {"loss": losses(reduction="sum") / total}
+    return {"loss": losses(reduction="none") @ batch.weights.flatten() / total}
+
+
+def _confidence_loss(
+    weighted: ConfidenceWeighted, logits: Tensor, batch: Batch, total: float
+) -> dict[str, Tensor]:
+    """Return the confidence-weighted loss of the tokens that are trained on; all count alike."""
+    if batch.rows is None:
+        raise ValueError("target_transform must be none with distill.on_policy, got confidence")
+    valid = batch.labels.flatten() != IGNORED
+    labels, rows = batch.labels.flatten()[valid], batch.rows.flatten()[valid.cpu()]
+    terms = weighted(logits.flatten(0, 1)[valid], labels, index=rows)
+    share = len(labels) / total
+    return {name: share * term for name, term in terms.items()}
+
+
+def _live_targets(task: TextNetworks, checkpoints: Sequence[str]) -> Targets:
+    """Return a function that runs teachers on a batch."""
+    with torch.random.fork_rng(devices=[]):  # a resumed training has restored its state
+        networks = [task.load(path)[0].eval().requires_grad_(False) for path in checkpoints]
+
+    @torch.no_grad()
+    def targets(batch: Batch) -> Tensor:
+        with autocast(task.device, task.config.train.amp):
+            found = [take_logits(network(batch.inputs), "teacher") for network in networks]
+        return found[0] if len(found) == 1 else torch.stack(found)
+
+    return targets
+
+
+def _from_rows(cached: Cached, last: int) -> Targets:
+    """Return a function from a batch to what is cached of its rows.
+
+    Args:
+        cached: Cached logits by row.
+        last: Last row, which padding is given; that does not matter.
+    """
+
+    def targets(batch: Batch) -> TokenTeacher:
+        if batch.rows is None:
+            raise ValueError("distill.live must be true with distill.on_policy above 0, got false")
+        found = cached(batch.rows.flatten().clamp(max=last), 0)
+        return _reshape(found, batch.rows.shape).to(batch.inputs.device)
+
+    return targets
+
+
+def _reshape(found: Rows, shape: torch.Size) -> Rows:
+    """Return what is cached of rows as `[batch, length, …]`, or `[members, batch, length, …]`."""
+    largest = found.values if isinstance(found, SparseLogits) else found
+    axis = largest.ndim - 2 if isinstance(largest, Tensor) else 0  # that of the rows
+
+    def reshape(tensor: Tensor) -> Tensor:
+        return tensor.reshape(*tensor.shape[:axis], *shape, *tensor.shape[axis + 1 :])
+
+    return reshape(found) if isinstance(found, Tensor) else found.map(reshape)

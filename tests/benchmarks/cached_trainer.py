@@ -23,7 +23,7 @@ import transformers
 import selfkd
 from selfkd.integrations.transformers import DistillationTrainer
 
-VOCABULARY, LENGTH, BATCH, STEPS, ROUNDS = 1024, 64, 12, 20, 7
+VOCABULARY, LENGTH, BATCH, STEPS, ROUNDS = 1024, 64, 12, 20, 5
 
 
 def make_model(layers: int, width: int) -> Any:

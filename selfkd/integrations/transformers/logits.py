@@ -27,6 +27,9 @@ from selfkd.losses.sparse import SparseLogits
 _PLAIN: WeakSet[nn.Linear] = WeakSet()
 """Heads whose outputs have been seen to be the logits."""
 
+_CHUNK = 2**18
+"""Logits computed at once."""
+
 
 def logits_of(outputs: Any, model: nn.Module, name: str) -> Tensor:
     """Return the logits of a model's outputs, of the tokens of its inputs.
@@ -186,7 +189,9 @@ def loss_terms(
         return terms
     if isinstance(teacher, SparseLogits | SampledTargets):
         vocabulary = None  # other classes are of the rest
-    settings["vocabulary"] = vocabulary
+    classes = len(student.weight) if isinstance(student, LinearLogits) else logits.shape[-1]
+    # tokens at once: of few classes more, as each chunk costs time of its own
+    settings |= {"vocabulary": vocabulary, "chunk": min(max(_CHUNK // classes, 64), 256)}
     teacher = teacher.to(logits.device)
     if isinstance(student, LinearLogits):
         hidden, weight, bias = student

@@ -19,7 +19,8 @@ from selfkd.config import Config, from_tree, merge_settings, refuse_foreign, to_
 from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import rest_mass
 from selfkd.soft_targets.manifest import Manifest
-from selfkd.soft_targets.store import SoftTargets, check_shard, draws, open_store
+from selfkd.soft_targets.shards import check_shard, draws
+from selfkd.soft_targets.store import SoftTargets, open_store
 from selfkd.soft_targets.upkeep import StoreInfo, list_stores, remove_store, sweep
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tasks import make_task

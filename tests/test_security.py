@@ -237,7 +237,7 @@ def test_an_edited_config_is_refused(
     file = run / "config.yaml"
     text = file.read_text()
     assert change in text
-    file.write_text(text.replace(change, change.split(":")[0] + ": 3"))
+    file.write_text(text.replace(change, change.split(":")[0] + ": 3", 1))
     assert generations.main(["--resume", str(run)]) == 2
     assert f"{file} was edited where a run may not change" in capsys.readouterr().err
 

@@ -1,6 +1,5 @@
 """Frozen teachers: copies of networks, always in eval mode, whose logits carry no graph."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from inspect import getclosurevars, isfunction, signature
@@ -15,11 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from selfkd.distill.features import drop_hooks
+from selfkd.distill.input_stats import Stats, renormalisation, renormalise
 from selfkd.distill.layers import check_whole, unwrap
 from selfkd.distill.outputs import map_tensors, take_logits
-
-Stats = tuple[Sequence[float], Sequence[float]]
-"""Mean and standard deviation of each channel, of images scaled to [0, 1]."""
 
 
 class Teacher:
@@ -86,7 +83,7 @@ class Teacher:
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.copied = copy
         self.module = _frozen_copy(module) if copy else module
-        self._affine = _renormalisation(input_stats, trained_stats)
+        self._affine = renormalisation(input_stats, trained_stats)
         in_order = columns is None or list(columns) == list(range(len(columns)))
         self._columns = None if in_order else torch.tensor(columns)
 
@@ -153,7 +150,7 @@ class Teacher:
         """
         inputs = _as_for(self.module, inputs)
         if self._affine is not None:
-            inputs = _renormalise(inputs, *self._affine)
+            inputs = renormalise(inputs, *self._affine)
         training = _set_eval(self.module)
         try:
             logits = take_logits(_run(self.module, inputs), "teacher")
@@ -406,53 +403,3 @@ def _run(module: nn.Module, inputs: Any) -> Any:
     if not keywords or any(name not in keywords for name in required):
         return module(inputs)
     return module(**keywords)
-
-
-def _renormalisation(given: Stats | None, trained: Stats | None) -> tuple[Tensor, Tensor] | None:
-    """Return scale and shift of inputs, `[channels, 1, 1]` each; None if they do not change."""
-    if given is None and trained is not None:
-        raise ValueError("input_stats must be given with trained_stats, got None")
-    for name, stats in (("input_stats", given), ("trained_stats", trained)):
-        if stats is not None:
-            _check_stats(name, stats)
-    if given is None or trained is None:
-        return None
-    mean_in, std_in, mean, std = (
-        torch.tensor([float(value) for value in values], dtype=torch.float64)
-        for values in (*given, *trained)
-    )
-    if len(mean_in) != len(mean):
-        raise ValueError(
-            f"trained_stats must have as many channels as input_stats ({len(mean_in)}), "
-            f"got {len(mean)}"
-        )
-    if torch.equal(mean_in, mean) and torch.equal(std_in, std):
-        return None
-    affine = torch.stack([std_in / std, (mean_in - mean) / std]).float()
-    scale, shift = affine[:, :, None, None]
-    return scale, shift
-
-
-def _check_stats(name: str, stats: Stats) -> None:
-    mean, std = stats
-    if len(mean) != len(std) or len(mean) == 0:
-        raise ValueError(f"{name} must be a mean and a std for each channel, got {stats}")
-    if not all(math.isfinite(value) for value in mean):
-        raise ValueError(f"{name} must have finite means, got {tuple(mean)}")
-    if not all(0 < value < math.inf for value in std):
-        raise ValueError(f"{name} must have a std above 0 in every channel, got {tuple(std)}")
-
-
-def _renormalise(inputs: Any, scale: Tensor, shift: Tensor) -> Tensor:
-    if not isinstance(inputs, Tensor):
-        raise TypeError(
-            "inputs must be a tensor where a teacher renormalises them (trained_stats), got "
-            f"{type(inputs).__name__}"
-        )
-    if inputs.ndim != 4 or inputs.shape[1] != len(scale):
-        raise ValueError(
-            f"inputs must be [batch, {len(scale)}, height, width], as many channels as input_stats "
-            f"has, got {list(inputs.shape)}"
-        )
-    scale, shift = scale.to(inputs.device), shift.to(inputs.device)
-    return (inputs * scale + shift).to(inputs.dtype)

@@ -187,10 +187,11 @@ class Run:
 
     def setting(self, trial: TrialResult) -> tuple[float, float] | None:
         """Return T and alpha of a trial; None where they are damaged, or have no meaning."""
-        if self.get("distill.mode") == "traces":
-            return None
         values = [trial.point.get(key, self.get(key)) for key in DISTILL]
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        damaged = not all(
+            isinstance(value, int | float) and math.isfinite(value) for value in values
+        )
+        if damaged or self.get("distill.mode") == "traces":
             return None
         return (float(values[0]), float(values[1])) if values[0] > 0 else None
 
@@ -394,8 +395,8 @@ class _Reader:
                 yield Generation(number=number, trials=(), diagnostics=known, name=title)
 
     def _count(self, stages: Mapping[str, tuple[TrialResult, ...]]) -> str:
-        counts = [f"{len(rows)} of {name}" for name, rows in stages.items()]
-        return f"trials done: {', '.join(counts) or 'none'}"
+        counts = ", ".join(f"{len(rows)} of {name}" for name, rows in stages.items())
+        return f"trials done: {counts or 'none'}"
 
     # --- files ---
 
@@ -438,15 +439,14 @@ def _missing(
 ) -> str | None:
     """Return what a lineage has not done yet; None where nothing is left."""
     rounds = config.get("rounds")
-    wanted = rounds + 1 if isinstance(rounds, int) and not isinstance(rounds, bool) else None
+    wanted = rounds + 1 if type(rounds) is int else None
     if whole and (stopped or wanted is None or done >= wanted):
         return None
     search = config.get("search")
     trials = search.get("trials") if isinstance(search, dict) else None
-    text = f"{done} of {wanted} generations done" if wanted else f"{done} generations done"
-    unmade = [generation for generation in generations if generation.result is None]
-    if unmade:
+    text = f"{done}{f' of {wanted}' if wanted else ''} generations done"
+    if unmade := [generation for generation in generations if generation.result is None]:
         last = unmade[-1]
         of = f" of {trials}" if isinstance(trials, int) else ""
-        text += f", {len(last.trials)}{of} trials of generation {last.number}"
+        return f"{text}, {len(last.trials)}{of} trials of generation {last.number}"
     return text

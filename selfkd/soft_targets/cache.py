@@ -25,7 +25,8 @@ from selfkd.soft_targets.manifest import (
     rows_of_shard,
 )
 from selfkd.soft_targets.reading import Collate, Reader, SeededView, check_integer
-from selfkd.soft_targets.store import SoftTargets, check_shard, open_store, write_shard
+from selfkd.soft_targets.shards import check_shard, write_shard
+from selfkd.soft_targets.store import SoftTargets, open_store
 from selfkd.soft_targets.token_cache import (
     SHARD_ROWS,
     TokenReader,

@@ -25,7 +25,8 @@ from selfkd.soft_targets.manifest import (
     save_manifest,
     store_path,
 )
-from selfkd.soft_targets.store import SoftTargets, write_sparse
+from selfkd.soft_targets.shards import write_sparse
+from selfkd.soft_targets.store import SoftTargets
 from selfkd.soft_targets.token_cache import SHARD_ROWS, fingerprint
 from selfkd.soft_targets.tokens import TokenIndex, TokenTargets, open_logits, read_tokens
 from selfkd.soft_targets.upkeep import remove_store

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from selfkd.distill.signature import is_encoder_decoder, signature_of
 from selfkd.distill.teacher import Teacher
 from selfkd.soft_targets.manifest import Manifest
-from selfkd.soft_targets.store import check_shard, write_shard
+from selfkd.soft_targets.shards import check_shard, write_shard
 from selfkd.soft_targets.tokens import TokenIndex, check_padding, pad_tokens, read_tokens
 
 SHARD_ROWS = 2**17

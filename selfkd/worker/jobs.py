@@ -8,7 +8,7 @@ from typing import Any
 
 from selfkd.config import ModelConfig, Tree, from_tree
 from selfkd.results import Row, to_row
-from selfkd.soft_targets.store import check_shard, write_shard
+from selfkd.soft_targets.shards import check_shard, write_shard
 from selfkd.soft_targets.upkeep import remember_user
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path

@@ -28,7 +28,8 @@ from selfkd.config import ModelConfig, load_config, to_tree
 from selfkd.data import Data, load_data
 from selfkd.execution.jobs import Batch, Job
 from selfkd.soft_targets.manifest import Manifest, data_key
-from selfkd.soft_targets.store import open_store, write_shard
+from selfkd.soft_targets.shards import write_shard
+from selfkd.soft_targets.store import open_store
 from selfkd.tasks.images.task import ImageTask
 
 MEMBERS = 10

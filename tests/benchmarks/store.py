@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from selfkd.soft_targets import store
+from selfkd.soft_targets import shards, store
 from selfkd.soft_targets.manifest import Manifest, data_key
-from selfkd.soft_targets.store import SoftTargets, open_store, write_shard
+from selfkd.soft_targets.shards import write_shard
+from selfkd.soft_targets.store import SoftTargets, open_store
 
 CALLS = 300
 TARGET = 150.0
@@ -80,7 +81,7 @@ def main() -> None:
                 ways = {}
                 for way, limit in [("packed", PACKED), ("mapped", MAPPED)]:
                     store.PACK_LIMIT = limit
-                    store._CHECKED.clear()
+                    shards._CHECKED.clear()
                     targets = open_store(root, teachers, data=key, average=average)
                     ways[way] = targets, microseconds(targets, batches[:1])
                 best = {

@@ -24,7 +24,7 @@ from torch import nn
 from selfkd.config import ModelConfig, load_config, to_tree
 from selfkd.distill.outputs import take_logits
 from selfkd.models import parameters_count
-from selfkd.soft_targets.store import write_shard
+from selfkd.soft_targets.shards import write_shard
 from selfkd.tasks.common import optimizer_of
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.loss import make_loss

@@ -28,7 +28,7 @@ from selfkd.config import load_config, to_tree
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.soft_targets.manifest import Manifest, data_key
-from selfkd.soft_targets.store import write_shard
+from selfkd.soft_targets.shards import write_shard
 from selfkd.soft_targets.upkeep import remember_user
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.tasks.images.networks import ImageNetworks

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.special import logsumexp, softmax
 
 from selfkd.losses.sparse import REST_TEMPERATURES, sparsify
-from selfkd.soft_targets import store
+from selfkd.soft_targets import shards, store
 from selfkd.soft_targets.manifest import (
     Manifest,
     data_key,
@@ -28,7 +28,8 @@ from selfkd.soft_targets.manifest import (
     shard_path,
     store_path,
 )
-from selfkd.soft_targets.store import check_shard, open_store, write_shard
+from selfkd.soft_targets.shards import check_shard, write_shard
+from selfkd.soft_targets.store import open_store
 from selfkd.soft_targets.upkeep import list_stores, remember_user, sweep, unused
 from selfkd.storage import checkpoint
 from selfkd.storage.checkpoint import load_tensors, save_tensors
@@ -559,7 +560,7 @@ def test_only_the_shards_of_the_batch_are_read(tmp_path, monkeypatch):
 
 def test_a_shard_is_hashed_once_a_process_until_it_changes(tmp_path, way, monkeypatch):
     read = []
-    monkeypatch.setattr(store, "load_tensors", lambda path: (read.append(path), load(path))[1])
+    monkeypatch.setattr(shards, "load_tensors", lambda path: (read.append(path), load(path))[1])
     load = load_tensors
     manifest = cache(tmp_path, [make_logits(0)])
     for _ in range(3):

@@ -24,7 +24,8 @@ from selfkd.errors import ConfigError
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.soft_targets.manifest import Manifest, data_key, load_manifest
-from selfkd.soft_targets.store import check_shard, open_store, write_shard
+from selfkd.soft_targets.shards import check_shard, write_shard
+from selfkd.soft_targets.store import open_store
 from selfkd.soft_targets.upkeep import list_stores
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.files import fetch, link, load_json, remove_tree, replace, save_json

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from selfkd.analysis.verdicts import short
 from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.schema import HF, TRAINED_TOKENIZER
-from selfkd.config.validate import sampled_faults
+from selfkd.config.tasks import sampled_faults
 from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from selfkd.analysis import metrics
 from selfkd.config import Config, load_config, to_tree
 from selfkd.results import CachedFormat, Row
-from selfkd.soft_targets.store import open_store, write_shard
+from selfkd.soft_targets.shards import write_shard
+from selfkd.soft_targets.store import open_store
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.tasks import make_task
 from selfkd.tasks.task import Split

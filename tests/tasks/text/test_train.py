@@ -16,7 +16,7 @@ from torch import nn
 from selfkd.config import Config, load_config, to_tree
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
-from selfkd.soft_targets.store import write_shard
+from selfkd.soft_targets.shards import write_shard
 from selfkd.tasks import make_task
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED, encode_examples

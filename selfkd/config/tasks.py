@@ -1,0 +1,170 @@
+"""Keys that one task alone has, and checks across the settings of language models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from selfkd.config.schema import (
+    Config,
+    flat,
+    from_tree,
+    locate_key,
+    without_default_temperature,
+)
+from selfkd.config.space import Distribution
+
+OF_TASK = {
+    "images": (
+        *("data.download", "data.classes", "data.label_noise", "data.image_size"),
+        *("data.in_memory", "data.crop", "data.flip", "data.jitter", "data.views"),
+        *("train.warmup_epochs", "train.momentum"),
+    ),
+    "text": (
+        *("data.context", "data.tokenizer", "data.rationales", "data.rationale_weight"),
+        *("train.steps", "train.warmup_steps", "train.accumulate", "targets.samples"),
+        *("distill.mode", "distill.on_policy", "distill.divergence"),
+        *(f"write.{key}" for key in ("temperature", "top_p", "samples", "keep", "seed")),
+    ),
+}
+"""Keys of one task alone."""
+_OF_LOGITS = (
+    *("distill.temperature", "distill.alpha", "distill.average", "distill.live"),
+    *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
+)
+"""Keys of distillation by logits alone."""
+SIZES = ("data.train_size", "data.val_size")
+
+
+def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iterator[str]:
+    """Yield faults of settings that samples of a teacher cannot go with.
+
+    The default range of T in the search space is none: it is left out there.
+
+    Args:
+        config: Config to check.
+        sources: Where dotted keys were given, for messages.
+        why: Why there are samples, in words.
+    """
+    key, search = "distill.temperature", config.search
+    given: dict[str, Any] = {key: config.distill.temperature}
+    given |= {f"search.points.{n}.{key}": p.get(key, 1) for n, p in enumerate(search.points or ())}
+    arms = config.study.arms
+    given |= {f"study.arms.{name}.set.{key}": arm.set.get(key, 1) for name, arm in arms.items()}
+    for name, temperature in given.items():
+        if temperature != 1 and (name == key or temperature != given[key]):  # said once
+            yield f"{locate_key(name, sources)}: must be 1, got {temperature}: {why}"
+    spec = without_default_temperature(search.space).get(key, {"choice": [1]})
+    if spec not in ({"choice": [1]}, {"uniform": [1, 1]}):
+        where = locate_key(f"search.space.{key}", sources)
+        yield f"{where}: must be left out, got {spec}: {why}"
+    averages = (config.distill.average, str(search.space.get("distill.average")))
+    if any("logits" in average for average in averages):
+        where = locate_key("distill.average", sources)
+        yield f"{where}: must be probabilities, got logits, which are not cached: {why}"
+    if others := _other_divergences(config):
+        where = locate_key("distill.divergence", sources)
+        yield f"{where}: must be forward_kl, got {others}: {why}"
+    needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
+    if needing:
+        where = locate_key("controls", sources)
+        yield f"{where}: {' and '.join(needing)} need all logits: {why}"
+    for name, arm in arms.items():
+        if arm.target_transform in ("permuted", "confidence"):
+            yield f"study.arms.{name}: {arm.target_transform} needs all logits: {why}"
+
+
+def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield faults of keys that another task has, and of what a task does not do."""
+    default, given = flat(from_tree({"task": config.task})), flat(config)
+    other = "images" if config.task == "text" else "text"
+    for key in OF_TASK[other]:
+        if given[key] != default[key]:
+            where = locate_key(key, sources)
+            yield f"{where}: only with task {other}, got {given[key]!r} with task {config.task}"
+    for key in (*config.search.space, *config.search.labels_only_space):
+        if key in OF_TASK[other]:
+            where = locate_key("search.space", sources)
+            yield f"{where}: {key} is only with task {other}"
+    if config.task != "text":
+        return
+    for key in SIZES:
+        if given[key] is not None and (fault := size_fault(config)):
+            yield f"{locate_key(key, sources)}: {fault}, got {given[key]}"
+    yield from _traces_faults(config, sources)
+    for source in ("snapshots", "specialists"):
+        if source in (config.members.source, *config.members.compare):
+            where = locate_key("members", sources)
+            yield f"{where}: {source} are only with task images"
+    yield from (f"{locate_key(k, sources)}: {fault}" for k, fault in loss_faults(config))
+    if config.resources.workers > 1:
+        where, workers = locate_key("resources.workers", sources), config.resources.workers
+        yield f"{where}: must be 1 with task text, got {workers}"
+    steps, warmup, epochs = config.train.steps, config.train.warmup_steps, config.train.epochs
+    if warmup >= steps:
+        where = locate_key("train.warmup_steps", sources)
+        yield f"{where}: must be less than train.steps ({steps}), got {warmup}"
+    if epochs > steps:
+        where = locate_key("train.epochs", sources)
+        yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+
+
+def size_fault(config: Config) -> str | None:
+    """Return why there are no numbers of items to choose, if there are none."""
+    if config.task == "images" or config.data.name == "arithmetic":
+        return None
+    return f"only with data.name arithmetic or task images, not with {config.data.name}"
+
+
+def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield faults of what has no meaning where students are trained on the text of teachers."""
+    if config.distill.mode == "tokens":
+        return
+    default, given = flat(from_tree({"task": "text"})), flat(config)
+    why = "has no effect with distill.mode traces"
+    for key in _OF_LOGITS:
+        if given[key] != default[key]:
+            yield f"{locate_key(key, sources)}: {why}, got {given[key]!r}"
+        if key in config.search.space:
+            yield f"{locate_key(f'search.space.{key}', sources)}: {why}"
+        if any(key in point for point in config.search.points or ()):
+            yield f"{locate_key('search.points', sources)}: {key} {why}"
+
+
+def loss_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of the loss on text: what it needs of the teacher and is not there."""
+    distill, targets = config.distill, config.targets
+    given = [key for key in ("top_k", "samples") if getattr(targets, key) is not None]
+    shares = (distill.on_policy, *_searched(config, "distill.on_policy"))
+    if any(shares) and not distill.live:
+        yield (
+            "distill.on_policy",
+            "needs distill.live=true, as no teacher logits of what a student writes are cached, "
+            f"got {max(shares):g}",
+        )
+    for key in given:
+        if distill.live:
+            value = getattr(targets, key)
+            yield f"targets.{key}", f"not with distill.live=true, which caches none, got {value}"
+    others = _other_divergences(config)
+    if "top_k" in given and not distill.live and others:
+        yield (
+            "distill.divergence",
+            f"must be forward_kl, got {others}, which needs all logits: leave out targets.top_k "
+            "or set distill.live=true",
+        )
+
+
+def _other_divergences(config: Config) -> str:
+    """Return the names of the divergences, searched or set, that need all logits."""
+    found = {config.distill.divergence, *_searched(config, "distill.divergence")}
+    return ", ".join(sorted(found - {"forward_kl"}))
+
+
+def _searched(config: Config, key: str) -> list[Any]:
+    """Return the values, or the ends, of a key's search space."""
+    try:
+        found = Distribution.parse(config.search.space[key])
+    except (KeyError, ValueError):
+        return []
+    return list(found.values) if found.kind == "choice" else [found.at(0.0), found.at(1.0)]

@@ -188,12 +188,10 @@ class Run:
     def setting(self, trial: TrialResult) -> tuple[float, float] | None:
         """Return T and alpha of a trial; None where they are damaged, or have no meaning."""
         values = [trial.point.get(key, self.get(key)) for key in DISTILL]
-        damaged = not all(
-            isinstance(value, int | float) and math.isfinite(value) for value in values
-        )
-        if damaged or self.get("distill.mode") == "traces":
+        known = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        if not known or values[0] <= 0 or self.get("distill.mode") == "traces":
             return None
-        return (float(values[0]), float(values[1])) if values[0] > 0 else None
+        return float(values[0]), float(values[1])
 
     def searched(self, key: str) -> list[float]:
         """Return the ends of the range that a key was searched in, or its choices."""
@@ -397,8 +395,6 @@ class _Reader:
     def _count(self, stages: Mapping[str, tuple[TrialResult, ...]]) -> str:
         counts = ", ".join(f"{len(rows)} of {name}" for name, rows in stages.items())
         return f"trials done: {counts or 'none'}"
-
-    # --- files ---
 
     def _load(self, path: Path) -> Any:
         """Return what a JSON file holds; None where it is absent or damaged."""

@@ -57,7 +57,7 @@ def test_text_is_written_by_its_seed(saved: tuple[TextTask, Path]) -> None:
     found += [model.generate("one", greedy=True, most=2) * 2]
     # the context has room for four letters, and a fifth is not read again
     assert all(len(text.replace("<|unknown|>", "?")) <= 5 for text in found)
-    with pytest.raises(ValueError, match="prompt must have at most 7 tokens.*, got 8"):
+    with pytest.raises(ValueError, match=r"prompt must have at most 7 tokens.*, got 8"):
         model.generate("one two ")
     with pytest.raises(ValueError, match="most must be at least 1, got 0"):
         model.generate("one", most=0)

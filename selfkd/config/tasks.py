@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from selfkd.config.schema import (
@@ -129,6 +129,25 @@ def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{locate_key(f'search.space.{key}', sources)}: {why}"
         if any(key in point for point in config.search.points or ()):
             yield f"{locate_key('search.points', sources)}: {key} {why}"
+
+
+def arm_faults(config: Config, changed: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of an arm of a study on text.
+
+    Args:
+        config: Config of the arm.
+        changed: Keys that the arm sets itself.
+    """
+    yield from loss_faults(config)
+    default, given = flat(from_tree({"task": "text"})), flat(config)
+    if config.distill.mode == "tokens":
+        for key in changed:
+            if key.startswith("write."):
+                yield key, f"only with distill.mode traces, got {given[key]!r}"
+        return
+    for key in _OF_LOGITS:  # others of the study's own are those of its other arms
+        if given[key] != default[key] and key in (*changed, "distill.live"):
+            yield key, f"has no effect with distill.mode traces, got {given[key]!r}"
 
 
 def loss_faults(config: Config) -> Iterator[tuple[str, str]]:

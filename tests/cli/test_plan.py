@@ -22,7 +22,7 @@ from selfkd.cli.plan import (
     plan_study,
     print_plan,
 )
-from selfkd.config import Config, load_config
+from selfkd.config import Config, Tree, from_tree, load_config
 from selfkd.experiments.capacity import grow
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.generations import born_again
@@ -146,6 +146,24 @@ def test_it_says_what_students_write_themselves() -> None:
     assert describe_written(plan, [0] * len(plan.stages)) == []
     plan = plan_generations(Config())
     assert describe_written(plan, [1] * len(plan.stages)) == []
+
+
+def test_of_a_study_it_counts_what_each_arm_needs_of_its_teacher() -> None:
+    traces: Tree = {"distill.mode": "traces"}
+    arms: Tree = {
+        "labels": {},
+        "tokens": {"teacher": "labels"},
+        "again": {"teacher": "labels", "set": {"train.lr": 0.1}},
+        "bare": {"teacher": "labels", "set": {"data.rationales": False}},
+        "traces": {"teacher": "labels", "set": traces},
+        "right": {"teacher": "labels", "set": traces | {"write.keep": "right"}},
+        "many": {"teacher": "labels", "set": traces | {"write.samples": 2}},
+        "live": {"teacher": "labels", "set": {"distill.live": True, "distill.on_policy": 1}},
+    }
+    plan = plan_study(from_tree({"task": "text", "confirm": {"seeds": 3}, "study": {"arms": arms}}))
+    assert (plan.teachers, plan.writers, plan.texts) == (6, 6, 9)
+    (line,) = describe_written(plan, [1] * len(plan.stages))
+    assert line.startswith("written: 3.6 k texts by each student of live, in 100% of its steps")
 
 
 def test_bad_input_is_code_2_as_without_it(

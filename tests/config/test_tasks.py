@@ -137,11 +137,29 @@ def test_alpha_alone_is_searched_with_samples(more: list[str]) -> None:
     assert from_tree(to_tree(config)) == config
 
 
-def test_the_loss_of_an_arm_is_checked_too() -> None:
-    arms = "study.arms={a: {}, b: {teacher: a, set: {distill.on_policy: 0.5}}}"
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("distill.on_policy: 0.5", "distill.on_policy: needs distill.live"),
+        ("distill.mode: traces, distill.temperature: 2", "distill.temperature: has no effect with"),
+        ("distill.mode: traces, distill.live: true", "distill.live: has no effect with distill.mo"),
+        ("write.keep: right", "write.keep: only with distill.mode traces, got 'right'"),
+    ],
+)
+def test_the_loss_of_an_arm_is_checked_too(own: str, message: str) -> None:
+    arms = f"study.arms={{a: {{}}, b: {{teacher: a, set: {{{own}}}}}}}"
     config = load_config(flags={"task": "text"}, settings=[arms])
-    with pytest.raises(ConfigError, match=r"arms.b.set: distill.on_policy: needs distill.live"):
+    with pytest.raises(ConfigError, match=f"arms.b.set: {message}"):
         check_study(config)
+
+
+def test_an_arm_of_traces_may_stand_beside_another_temperature() -> None:
+    arms = "study.arms={a: {}, b: {teacher: a, set: {distill.mode: traces, write.samples: 2}}}"
+    config = load_config(flags={"task": "text"}, settings=[arms, "distill.temperature=2"])
+    check_study(config)
+    live = load_config(flags={"task": "text"}, settings=[arms, "distill.live=true"])
+    with pytest.raises(ConfigError, match=r"b.set: distill.live: has no effect with distill"):
+        check_study(live)
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def print_plan(
         lines.append(_describe_text(config, plan, facts))
     if not function and (plan.teachers or not plan.writers):
         lines.append(_describe_cache(config, plan, facts))
-    lines += describe_written(plan, left)
+    lines += describe_on_policy(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
 
@@ -251,7 +251,7 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     )
 
 
-def describe_written(plan: Plan, left: Sequence[int]) -> list[str]:
+def describe_on_policy(plan: Plan, left: Sequence[int]) -> list[str]:
     """Return in words what students write themselves, in the stages that are left."""
     lines = []
     for stage, number in zip(plan.stages, left, strict=True):

@@ -199,7 +199,7 @@ def print_plan(
         lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):
         lines.append(_describe_cache(config, plan, facts))
-    lines += describe_written(plan, left)
+    lines += describe_on_policy(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
 
@@ -258,7 +258,7 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     )
 
 
-def describe_written(plan: Plan, left: Sequence[int]) -> list[str]:
+def describe_on_policy(plan: Plan, left: Sequence[int]) -> list[str]:
     """Return in words what students write themselves, in the stages that are left."""
     found = dict[tuple[int, float], list[str]]()
     for stage, number in zip(plan.stages, left, strict=True):

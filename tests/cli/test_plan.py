@@ -15,7 +15,7 @@ from engine import Count, StopAfter, make_run
 from selfkd import generations
 from selfkd.cli.plan import (
     Plan,
-    describe_written,
+    describe_on_policy,
     plan_capacity,
     plan_ensemble,
     plan_generations,
@@ -141,11 +141,11 @@ def test_it_says_what_students_write_themselves() -> None:
     settings = ["distill={on_policy: 0.25, live: true}", "train.steps=800", "train.accumulate=2"]
     config = load_config(flags={"task": "text"}, settings=[*settings, "train.batch_size=10"])
     plan = plan_generations(config)
-    (line,) = describe_written(plan, [1] * len(plan.stages))
+    (line,) = describe_on_policy(plan, [1] * len(plan.stages))
     assert line.startswith("written: 4 k texts by each student with a teacher, in 25% of its steps")
-    assert describe_written(plan, [0] * len(plan.stages)) == []
+    assert describe_on_policy(plan, [0] * len(plan.stages)) == []
     plan = plan_generations(Config())
-    assert describe_written(plan, [1] * len(plan.stages)) == []
+    assert describe_on_policy(plan, [1] * len(plan.stages)) == []
 
 
 def test_of_a_study_it_counts_what_each_arm_needs_of_its_teacher() -> None:

@@ -14,11 +14,12 @@ from selfkd.cli.tables import summary_table
 from selfkd.config import Config, load_config
 from selfkd.errors import RunError
 from selfkd.experiments.ensemble import compress
+from selfkd.experiments.export import describe_lineage
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import compare_arms
 from selfkd.reporting.words import describe_ensemble
-from selfkd.results import Facts, Row, StudySummary, TaskStarted, Written, to_row
+from selfkd.results import Facts, Model, Row, StudySummary, TaskStarted, Written, to_row
 
 SETTINGS = [
     *("train.epochs=2", "search.trials=2", "rounds=1", "confirm.seeds=0", "tracking=none"),
@@ -146,3 +147,20 @@ def test_the_plan_counts_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "\nwritten: 16,088 texts by 2 models on 4,022 training prompts" in printed
     assert "cached:" not in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (SETTINGS, "- trained on the text of the teacher `abc`\n"),
+        ([], "- distilled from the teacher `abc` with temperature T = 1, weight alpha = 1\n"),
+    ],
+)
+def test_the_card_says_what_a_model_was_distilled_from(settings: list[str], said: str) -> None:
+    config = load_config(settings=settings, flags={"task": "text"})
+    teachers = [Model("abc", "a.safetensors")]
+    assert said in describe_lineage("m", config, Facts(), "def", teachers, {})
+    assert "only" in describe_lineage("m", config, Facts(), "def", [], {})
+    given = describe_lineage("m", config, Facts(), "def", [], {}, given=True)
+    assert "only" not in given
+    assert "m, which was given to the run" in given

@@ -13,6 +13,7 @@ from selfkd.distill.outputs import take_logits
 from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
 from selfkd.losses.sparse import SparseLogits
 from selfkd.soft_targets.store import open_store
+from selfkd.soft_targets.tokens import gathered
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
     PermutedTargets,
@@ -122,17 +123,29 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
         if batch.rows is None:  # what the student has written is no label
             terms = terms_of(logits, batch.labels, teacher, total, alpha=1.0)
             return {name: terms[name] for name in ("loss", "soft_loss")}
-        if batch.weights is None:
-            return terms_of(logits, batch.labels, teacher, total)
-        found: dict[str, Tensor] = {}
-        for weight in torch.unique(batch.weights).tolist():
-            if weight > 0:  # few weights, each of many tokens
-                mask = batch.weights == weight
-                terms = terms_of(logits, batch.labels, teacher, total / weight, mask=mask)
-                found = {name: term + found.get(name, 0) for name, term in terms.items()}
-        return found
+        return _by_weight(batch, total, partial(terms_of, logits, batch.labels, teacher))
 
     return loss
+
+
+def _by_weight(
+    batch: Batch, total: float, terms_of: Callable[..., dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the sums of terms over tokens of each weight, of which there are few.
+
+    Args:
+        batch: Windows that are trained on.
+        total: Divisor of sums.
+        terms_of: Function from the divisor and `mask`, the tokens that count, to terms by name.
+    """
+    if batch.weights is None:
+        return terms_of(total, mask=None)
+    found: dict[str, Tensor] = {}
+    for weight in torch.unique(batch.weights).tolist():
+        if weight > 0:
+            terms = terms_of(total / weight, mask=batch.weights == weight)
+            found = {name: term + found.get(name, 0) for name, term in terms.items()}
+    return found
 
 
 def _label_loss(
@@ -153,14 +166,18 @@ def _label_loss(
 def _confidence_loss(
     weighted: ConfidenceWeighted, logits: Tensor, batch: Batch, total: float
 ) -> dict[str, Tensor]:
-    """Return the confidence-weighted loss of the tokens that are trained on; all count alike."""
+    """Return the confidence-weighted loss of the tokens that are trained on."""
     if batch.rows is None:
         raise ValueError("target_transform must be none with distill.on_policy, got confidence")
-    valid = batch.labels.flatten() != IGNORED
-    labels, rows = batch.labels.flatten()[valid], batch.rows.flatten()[valid.cpu()]
-    terms = weighted(logits.flatten(0, 1)[valid], labels, index=rows)
-    share = len(labels) / total
-    return {name: share * term for name, term in terms.items()}
+    rows = batch.rows
+
+    def terms_of(total: float, mask: Tensor | None) -> dict[str, Tensor]:
+        valid = batch.labels != IGNORED if mask is None else mask & (batch.labels != IGNORED)
+        terms = weighted(logits[valid], batch.labels[valid], index=rows[valid.cpu()])
+        share = int(valid.sum()) / total
+        return {name: share * term for name, term in terms.items()}
+
+    return _by_weight(batch, total, terms_of)
 
 
 def _live_targets(task: TextNetworks, checkpoints: Sequence[str]) -> Targets:
@@ -189,17 +206,7 @@ def _from_rows(cached: Cached, last: int) -> Targets:
         if batch.rows is None:
             raise ValueError("distill.live must be true with distill.on_policy above 0, got false")
         found = cached(batch.rows.flatten().clamp(max=last), 0)
-        return _reshape(found, batch.rows.shape).to(batch.inputs.device)
+        together: Rows = gathered(found, batch.rows.shape)
+        return together.to(batch.inputs.device)
 
     return targets
-
-
-def _reshape(found: Rows, shape: torch.Size) -> Rows:
-    """Return what is cached of rows as `[batch, length, …]`, or `[members, batch, length, …]`."""
-    largest = found.values if isinstance(found, SparseLogits) else found
-    axis = largest.ndim - 2 if isinstance(largest, Tensor) else 0  # that of the rows
-
-    def reshape(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*tensor.shape[:axis], *shape, *tensor.shape[axis + 1 :])
-
-    return reshape(found) if isinstance(found, Tensor) else found.map(reshape)

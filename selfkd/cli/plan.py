@@ -184,13 +184,13 @@ def print_plan(
     done = [_done(folder, stage.patterns) for stage in plan.stages]
     left = [max(s.trainings - len(d), 0) for s, d in zip(plan.stages, done, strict=True)]
     rows = [
-        (stage.title, *_counts(stage.trainings, len(found)), f"{n * stage.config.train.epochs:,}")
+        (stage.title, *_counts(stage.trainings, len(found)), f"{n * _length(stage.config):,}")
         for stage, found, n in zip(plan.stages, done, left, strict=True)
     ]
-    epochs = sum(n * s.config.train.epochs for s, n in zip(plan.stages, left, strict=True))
+    whole = sum(n * _length(s.config) for s, n in zip(plan.stages, left, strict=True))
     totals = _counts(sum(s.trainings for s in plan.stages), sum(map(len, done)))
-    rows.append(("all", *totals, f"{epochs:,}"))
-    head = ("stage", "trainings", "done", "epochs")
+    rows.append(("all", *totals, f"{whole:,}"))
+    head = ("stage", "trainings", "done", "steps" if config.steps_by_part else "epochs")
     table = Table(head, tuple(rows), rules=(len(rows) - 1,))
     print_sentences(console, [f"plan of selfkd.{name}, of which nothing is started:"])
     print_table(console, table.without_empty())
@@ -202,6 +202,11 @@ def print_plan(
     lines += describe_on_policy(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
+
+
+def _length(config: Config) -> int:
+    """Return the steps of a training where epochs are parts of them, else its epochs."""
+    return config.train.steps if config.steps_by_part else config.train.epochs
 
 
 def _counts(trainings: int, done: int) -> tuple[str, str]:

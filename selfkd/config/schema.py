@@ -285,14 +285,14 @@ class TargetsConfig:
     """Folder of the cached logits, which several runs may share; `targets` in the run folder when
     not given."""
     top_k: int | None = Field(default=None, ge=1)
-    """Number of largest logits that are cached of each image, for very many classes; all when not
-    given."""
+    """Number of largest logits that are cached of each image or token, for very many classes; all
+    when not given."""
     samples: int | None = Field(default=None, ge=1, le=1024)
     """Number of classes sampled from the teacher at T 1 that are cached of each token of text, in
     place of logits. 8 when not given and all logits of one teacher would take more than 1 GB or the
     vocabulary has more than 4,096 tokens. T is then 1, and alpha alone is searched by default."""
     shard_size: int = Field(default=16_384, ge=1)
-    """Number of images whose logits one job caches in one file."""
+    """Number of images, or of tokens, whose logits one job caches in one file."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -139,6 +139,12 @@ def arm_faults(config: Config, changed: Collection[str]) -> Iterator[tuple[str, 
         changed: Keys that the arm sets itself.
     """
     yield from loss_faults(config)
+    if config.targets.samples is not None and config.distill.temperature != 1:
+        value = config.distill.temperature
+        yield (
+            "targets.samples",
+            f"only with distill.temperature 1, got {value:g}",
+        )
     default, given = flat(from_tree({"task": "text"})), flat(config)
     if config.distill.mode == "tokens":
         for key in changed:

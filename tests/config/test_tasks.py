@@ -144,6 +144,10 @@ def test_alpha_alone_is_searched_with_samples(more: list[str]) -> None:
         ("distill.mode: traces, distill.temperature: 2", "distill.temperature: has no effect with"),
         ("distill.mode: traces, distill.live: true", "distill.live: has no effect with distill.mo"),
         ("write.keep: right", "write.keep: only with distill.mode traces, got 'right'"),
+        (
+            "targets.samples: 4, distill.temperature: 2",
+            "targets.samples: only with distill.temperature 1, got 2",
+        ),
     ],
 )
 def test_the_loss_of_an_arm_is_checked_too(own: str, message: str) -> None:
@@ -151,6 +155,14 @@ def test_the_loss_of_an_arm_is_checked_too(own: str, message: str) -> None:
     config = load_config(flags={"task": "text"}, settings=[arms])
     with pytest.raises(ConfigError, match=f"arms.b.set: {message}"):
         check_study(config)
+
+
+def test_arms_may_cache_other_parts_of_the_logits() -> None:
+    arms = "study.arms={a: {}, b: {teacher: a, set: {targets.samples: 4}}, c: {teacher: a}}"
+    check_study(load_config(flags={"task": "text"}, settings=[arms]))
+    wrong = load_config(settings=["study.arms={a: {}, b: {teacher: a, set: {targets.root: x}}}"])
+    with pytest.raises(ConfigError, match="must be keys of model, train, distill, write or of"):
+        check_study(wrong)
 
 
 def test_an_arm_of_traces_may_stand_beside_another_temperature() -> None:

@@ -162,7 +162,7 @@ def test_of_a_study_it_counts_what_each_arm_needs_of_its_teacher() -> None:
     }
     plan = plan_study(from_tree({"task": "text", "confirm": {"seeds": 3}, "study": {"arms": arms}}))
     assert (plan.teachers, plan.writers, plan.texts) == (6, 6, 9)
-    (line,) = describe_written(plan, [1] * len(plan.stages))
+    (line,) = describe_on_policy(plan, [1] * len(plan.stages))
     assert line.startswith("written: 3.6 k texts by each student of live, in 100% of its steps")
 
 

@@ -104,9 +104,14 @@ def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if warmup >= steps:
         where = locate_key("train.warmup_steps", sources)
         yield f"{where}: must be less than train.steps ({steps}), got {warmup}"
-    if epochs > steps:
+    numbers = [
+        [value for value in _searched(config, key) if isinstance(value, int)]
+        for key in ("train.steps", "train.epochs")
+    ]
+    fewest, most = min(numbers[0], default=steps), max(numbers[1], default=epochs)
+    if most > fewest:
         where = locate_key("train.epochs", sources)
-        yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+        yield f"{where}: must be at most train.steps ({fewest}), got {most}"
 
 
 def size_fault(config: Config) -> str | None:

@@ -67,6 +67,11 @@ def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
         ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),
         ("text", "train.warmup_steps=300", "must be less than train.steps"),
         ("text", "train.steps=31", "train.epochs: must be at most"),
+        (
+            "text",
+            "search.space.train.steps={choice: [2, 300]}",
+            "train.epochs: must be at most train.steps (2), got 3",
+        ),
         ("sound", "rounds=1", "task: must be 'images' or 'text', got 'sound'"),
     ],
 )

@@ -507,7 +507,7 @@ TEXT: Tree = {
 """Defaults of `task: text` that differ: T = 1 and alpha = 1 are hard to beat on tokens."""
 ARITHMETIC: Tree = {
     "data": {"tokenizer": "chars", "context": 19},
-    "train": {"batch_size": 32, "lr": 3e-3, "steps": 1200},
+    "train": {"batch_size": 32, "lr": 6e-3, "steps": 1200},
 }
 """Defaults of `data.name: arithmetic` that differ from those of text; its context just fits."""
 HF_RATE = 5e-5

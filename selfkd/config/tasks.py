@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from selfkd.config.schema import (
@@ -104,9 +104,14 @@ def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if warmup >= steps:
         where = locate_key("train.warmup_steps", sources)
         yield f"{where}: must be less than train.steps ({steps}), got {warmup}"
-    if epochs > steps:
+    numbers = [
+        [value for value in _searched(config, key) if isinstance(value, int)]
+        for key in ("train.steps", "train.epochs")
+    ]
+    fewest, most = min(numbers[0], default=steps), max(numbers[1], default=epochs)
+    if most > fewest:
         where = locate_key("train.epochs", sources)
-        yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+        yield f"{where}: must be at most train.steps ({fewest}), got {most}"
 
 
 def size_fault(config: Config) -> str | None:
@@ -129,6 +134,31 @@ def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{locate_key(f'search.space.{key}', sources)}: {why}"
         if any(key in point for point in config.search.points or ()):
             yield f"{locate_key('search.points', sources)}: {key} {why}"
+
+
+def arm_faults(config: Config, changed: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of an arm of a study on text.
+
+    Args:
+        config: Config of the arm.
+        changed: Keys that the arm sets itself.
+    """
+    yield from loss_faults(config)
+    if config.targets.samples is not None and config.distill.temperature != 1:
+        value = config.distill.temperature
+        yield (
+            "targets.samples",
+            f"only with distill.temperature 1, got {value:g}",
+        )
+    default, given = flat(from_tree({"task": "text"})), flat(config)
+    if config.distill.mode == "tokens":
+        for key in changed:
+            if key.startswith("write."):
+                yield key, f"only with distill.mode traces, got {given[key]!r}"
+        return
+    for key in _OF_LOGITS:  # others of the study's own are those of its other arms
+        if given[key] != default[key] and key in (*changed, "distill.live"):
+            yield key, f"has no effect with distill.mode traces, got {given[key]!r}"
 
 
 def loss_faults(config: Config) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from selfkd.config.schema import (
     to_tree,
 )
 from selfkd.config.space import Distribution, is_finite
-from selfkd.config.tasks import OF_TASK, SIZES, loss_faults, sampled_faults, size_fault, task_faults
+from selfkd.config.tasks import OF_TASK, SIZES, arm_faults, sampled_faults, size_fault, task_faults
 from selfkd.errors import ConfigError
 from selfkd.results import OWN
 
@@ -45,6 +45,8 @@ FREE = (
     *("data.rationales", "data.rationale_weight"),
 )
 """What an arm of a study may change of the data: its training items, their labels and views."""
+_CACHED = ("targets.top_k", "targets.samples")
+"""What an arm of a study may change of the cached teacher logits."""
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live", "distill.mode"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
@@ -286,9 +288,9 @@ def _study_faults(config: Config) -> Iterator[str]:
                 f"got {arm.teacher!r}"
             )
         for key in arm.set:
-            data = key.split(".")[0] == "data" and key not in FREE
-            if data or key.split(".")[0] not in ("data", "model", "train", "distill"):
-                known = f"model, train, distill or of {', '.join(FREE)}"
+            free = key.split(".")[0] in ("model", "train", "distill", "write")
+            if not free and key not in (*FREE, *_CACHED):
+                known = f"model, train, distill, write or of {', '.join((*FREE, *_CACHED))}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
             elif key in foreign:
                 yield f"{where}.set: {key} is not with task {config.task}"
@@ -300,7 +302,9 @@ def _study_faults(config: Config) -> Iterator[str]:
             yield from (f"{where}.set: {line}" for line in str(error).splitlines())
         else:
             if own.task == "text":
-                yield from (f"{where}.set: {key}: {fault}" for key, fault in loss_faults(own))
+                yield from (
+                    f"{where}.set: {key}: {fault}" for key, fault in arm_faults(own, arm.set)
+                )
         before.append(name)
     for number, compared in enumerate(config.study.compare):
         for name in filter(None, (compared.arm, compared.to, compared.reference)):

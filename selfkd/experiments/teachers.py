@@ -69,7 +69,7 @@ def prepare_teachers(
         names = ", ".join(model.checkpoint for model in teachers)
         raise RunError(
             f"{prefix}write.keep right needs a text that is right, got 0 of {written.texts:,} "
-            f"by {names}: start a new run with --set write.keep=all, or with a better teacher "
+            f"by {names}: start a new run with write.keep=all, or with a better teacher "
             "(more train.steps, a larger model)"
         )
     return found

@@ -305,7 +305,13 @@ class TextTask(TextNetworks):
         )
 
     def hits(
-        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()
+        self,
+        logits: Tensor,
+        split: Split,
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
     ) -> Tensor | None:
         """Return for each prompt whether its text is right; None where models are compared by NLL.
 
@@ -313,7 +319,8 @@ class TextTask(TextNetworks):
         """
         if self._metric != "exact_match":
             return None
-        return evaluate.match(self.data, split, list(networks)).right
+        members = list(networks)
+        return evaluate.match(self.data, split, members, average=average, weights=weights).right
 
     def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return the NLL of each window, as its part of the mean over all tokens.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from selfkd.config.schema import (
+    HF,
     Config,
     flat,
     from_tree,
@@ -28,6 +29,11 @@ OF_TASK = {
     ),
 }
 """Keys of one task alone."""
+_NAMES_OF_TEXT = {
+    "data.name": ("pydoc", "docstrings", "arithmetic", "text"),
+    "model.name": ("selfkd_gpt", HF),
+}
+"""Data sets and models of language models."""
 _OF_LOGITS = (
     *("distill.temperature", "distill.alpha", "distill.average", "distill.live"),
     *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
@@ -87,6 +93,9 @@ def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             where = locate_key("search.space", sources)
             yield f"{where}: {key} is only with task {other}"
     if config.task != "text":
+        for key, names in _NAMES_OF_TEXT.items():
+            if given[key] in names:
+                yield f"{locate_key(key, sources)}: {given[key]} is only with task text: --task text"
         return
     for key in SIZES:
         if given[key] is not None and (fault := size_fault(config)):

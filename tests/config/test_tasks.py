@@ -62,6 +62,8 @@ def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
         ("text", "train.warmup_epochs=1", "train.warmup_epochs: only with task images"),
         ("images", "data.context=8", "data.context: only with task text"),
         ("images", "train.steps=8", "train.steps: only with task text"),
+        ("images", "data.name=pydoc", "data.name: pydoc is only with task text: --task text"),
+        ("images", "model.name=hf", "model.name: hf is only with task text: --task text"),
         ("images", "search.space={train.steps: {choice: [1, 2]}}", "train.steps is only with"),
         ("text", "members.source=snapshots", "snapshots are only with task images"),
         ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),

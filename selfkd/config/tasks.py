@@ -95,7 +95,8 @@ def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if config.task != "text":
         for key, names in _NAMES_OF_TEXT.items():
             if given[key] in names:
-                yield f"{locate_key(key, sources)}: {given[key]} is only with task text: --task text"
+                where = locate_key(key, sources)
+                yield f"{where}: {given[key]} is only with task text: --task text"
         return
     for key in SIZES:
         if given[key] is not None and (fault := size_fault(config)):

@@ -194,6 +194,9 @@ def without_a_weight(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), r"\.safetensors files, got none"),
         (lambda f: (f / "config.json").unlink(), "must have a config.json"),
         (lambda f: (f / "adapter_config.json").touch(), "whole model, got an adapter: merge it"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json must be JSON: Expecting"),
+        (lambda f: change(f, n_layer=10**8), "of its tensors, got n_layer 100000000"),
+        (lambda f: change(f, n_embd=64), r"weights of its config.json, got transformer.* \[\d+"),
         (without_a_weight, "must have all weights of its model, got no "),
         (lambda f: (f / "tokenizer.json").unlink(), "folder with a tokenizer.json"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "must be a causal language"),
@@ -221,7 +224,7 @@ def test_a_model_that_sees_later_tokens_is_refused(
 def test_paths_are_only_of_hf_and_made_absolute() -> None:
     with pytest.raises(ConfigError, match=r"args\.path must be left out but with name hf"):
         load_config(settings=["model={name: selfkd_cnn, args: {path: a}}"])
-    with pytest.raises(ConfigError, match="must be arguments of the network alone, got path"):
+    with pytest.raises(ConfigError, match="path must be a folder on this machine, got 's3:"):
         load_config(settings=["model={name: hf, args: {path: 's3://b/a'}}"], flags={"task": "text"})
     model = "{name: hf, args: {path: a/b}}"
     settings = [f"model={model}", f"student={model}", f"members.models=[{model}]"]

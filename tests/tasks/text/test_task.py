@@ -267,6 +267,7 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
         (["data.tokenizer=/no/such"], "data.tokenizer must be bpe:N, chars or a folder"),
         (["model.name=resnet18"], "model.name must be selfkd_gpt or hf with task text"),
         (["model.args.widht=8"], "got 'widht': did you mean width"),
+        (["model.args.dropout=a"], r"dropout must be in \[0, 1\], got 'a'"),
         (["model.args.heads=3"], "width must be a multiple of heads"),
         (["search.metric=val_f1"], "search.metric must be one of val_nll, val_token_accuracy"),
         (["targets.top_k=5000"], r"targets.top_k must be in \[1,"),

@@ -80,6 +80,8 @@ class _Study:
         else:
             self.members = []
             run.folder.keep(config, run.check())
+        for name, own in facts.items():
+            run.folder.keep_facts(f"arms/{name}/data.json", own, where=f"study.arms.{name}: ")
         for names in self._waves():
             self._train(names, facts)
         summary = self._summary({name: self._measure(name) for name in self.configs})

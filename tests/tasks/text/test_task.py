@@ -90,11 +90,11 @@ def test_the_facts_are_of_tokens(root: Path) -> None:
 
 
 def test_fingerprints_cover_context_and_tokenizer(root: Path) -> None:
-    marks = {
+    digests = {
         start(root, *more)[1].fingerprint
         for more in ([], ["data.context=9"], ["data.tokenizer=bpe:260"], ["seed=0"])
     }
-    assert len(marks) == 3
+    assert len(digests) == 3
 
 
 def test_a_tokenizer_is_trained_and_read_again(root: Path, tmp_path: Path) -> None:

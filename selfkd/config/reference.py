@@ -90,8 +90,8 @@ def config_sections(
             if dataclasses.is_dataclass(part) and part is not ModelConfig:
                 each = "NAME" if get_origin(hint) is dict else "each"
                 inside.append((part, f"{dotted}.{each}", "", None))
-    said = dict.fromkeys((_one_line(inspect.getdoc(cls)), meaning))  # a text that is both, once
-    yield Section(name, " ".join(said).strip(), keys)
+    own = _one_line(inspect.getdoc(cls))
+    yield Section(name, own if own == meaning else f"{own} {meaning}".strip(), keys)
     for section in inside:
         yield from config_sections(*section)
 

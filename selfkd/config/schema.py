@@ -164,9 +164,10 @@ class ModelConfig:
     @field_validator("args")
     @classmethod
     def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
-        own, path = dict(args), args.get("path")
-        if isinstance(path, str) and path and "://" not in path:
-            del own["path"]
+        own = dict(args)
+        path = own.pop("path", "folder")
+        if not isinstance(path, str) or not path or "://" in path:
+            raise ValueError(f"path must be a folder on this machine, got {path!r}")
         _plain_args(own)
         return args
 

@@ -17,7 +17,15 @@ from selfkd.config.schema import (
     to_tree,
 )
 from selfkd.config.space import Distribution, is_finite
-from selfkd.config.tasks import OF_TASK, SIZES, arm_faults, sampled_faults, size_fault, task_faults
+from selfkd.config.tasks import (
+    OF_TASK,
+    SIZES,
+    arm_faults,
+    sampled_faults,
+    size_fault,
+    task_faults,
+    values_of,
+)
 from selfkd.errors import ConfigError
 from selfkd.results import OWN
 
@@ -88,8 +96,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
             f"{where}: must be fresh with generation_0.classes or mean, whose weights are for "
             "another order or normalisation than that of the students"
         )
-    averages = (config.distill.average, str(config.search.space.get("distill.average")))
-    if config.targets.top_k is not None and any("logits" in average for average in averages):
+    if config.targets.top_k is not None and "logits" in values_of(config, "distill.average"):
         where = locate_key("targets.top_k", sources)
         yield f"{where}: cannot go with distill.average logits: an average needs all logits"
     if config.targets.samples is not None:

@@ -20,7 +20,7 @@ from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import make_teachers
 from selfkd.experiments.replicas import confirm_seeds
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.teachers import prepare_teachers, sum_written
+from selfkd.experiments.teachers import check_right, prepare_teachers, sum_written
 from selfkd.results import (
     ArmResult,
     ArmRun,
@@ -80,6 +80,8 @@ class _Study:
         else:
             self.members = []
             run.folder.keep(config, run.check())
+        for name, own in facts.items():
+            run.folder.keep_facts(f"arms/{name}/data.json", own, where=f"study.arms.{name}: ")
         for names in self._waves():
             self._train(names, facts)
         summary = self._summary({name: self._measure(name) for name in self.configs})
@@ -122,8 +124,9 @@ class _Study:
         self, name: str, own: Config, teachers: Sequence[Sequence[Model]], facts: Facts
     ) -> None:
         """Prepare what the students of an arm need of their teachers, unless another arm has."""
+        write = replace(own.write, keep="all")  # of which those that are right are a part
         models = {
-            (model.hash, own.data, own.distill.mode, own.targets, own.write): model
+            (model.hash, own.data, own.distill.mode, own.targets, write): model
             for each in teachers
             for model in each
         }
@@ -136,6 +139,7 @@ class _Study:
         written = [row for key in models if (row := self._prepared[key]) is not None]
         if written:
             self._written[name] = sum_written(written)
+            check_right(self._written[name], list(models.values()), of=name, config=own)
 
     def _teachers(self, arm: ArmConfig, number: int) -> list[Model]:
         """Return the teachers of the trial of a seed."""

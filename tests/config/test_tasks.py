@@ -65,6 +65,7 @@ def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
         ("images", "data.name=pydoc", "data.name: pydoc is only with task text: --task text"),
         ("images", "model.name=hf", "model.name: hf is only with task text: --task text"),
         ("images", "search.space={train.steps: {choice: [1, 2]}}", "train.steps is only with"),
+        ("text", "search.points=[{train.momentum: 0.5}]", "points.0: train.momentum is only with"),
         ("text", "members.source=snapshots", "snapshots are only with task images"),
         ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),
         ("text", "train.warmup_steps=300", "must be less than train.steps"),
@@ -89,6 +90,15 @@ def test_keys_of_another_task_are_refused_by_name(task: str, setting: str, messa
     [
         (["distill.on_policy=0.5"], "distill.on_policy: needs distill.live=true, as no teacher"),
         (["search.space.distill.on_policy={choice: [0, 1]}"], "distill.on_policy: needs distill"),
+        (["search.points=[{distill.on_policy: 1}]"], "distill.on_policy: needs distill.live=true"),
+        (
+            ["search.points=[{distill.divergence: js}]", "targets.top_k=8"],
+            "distill.divergence: must be forward_kl, got js, which needs all logits: leave out",
+        ),
+        (
+            ["search.points=[{distill.average: logits}]", "targets.top_k=8"],
+            "targets.top_k: cannot go with distill.average logits",
+        ),
         (["distill.live=true", "targets.top_k=8"], "targets.top_k: not with distill.live=true"),
         (["distill.live=true", "targets.samples=8"], "targets.samples: not with distill.live=true"),
         (
@@ -120,6 +130,11 @@ def test_a_loss_without_the_logits_it_takes_is_refused(settings: list[str], mess
             "search.space.distill.temperature: must be left out, got {'uniform': [1, 3]}",
         ),
         ("distill.average=logits", "distill.average: must be probabilities, got logits"),
+        ("search.points=[{distill.average: logits}]", "distill.average: must be probabilities"),
+        (
+            "study.arms={a: {}, b: {teacher: a, set: {distill.divergence: js}}}",
+            "distill.divergence: must be forward_kl, got js: targets.samples are drawn",
+        ),
         ("controls=[dkpp]", "controls: dkpp need all logits: targets.samples are drawn at T = 1"),
         ("targets.top_k=8", "targets.samples: cannot go with targets.top_k: give one of them"),
         ("targets.samples=0", "targets.samples: must be greater than or equal to 1, got 0"),

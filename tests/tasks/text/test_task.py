@@ -90,11 +90,11 @@ def test_the_facts_are_of_tokens(root: Path) -> None:
 
 
 def test_fingerprints_cover_context_and_tokenizer(root: Path) -> None:
-    marks = {
+    digests = {
         start(root, *more)[1].fingerprint
         for more in ([], ["data.context=9"], ["data.tokenizer=bpe:260"], ["seed=0"])
     }
-    assert len(marks) == 3
+    assert len(digests) == 3
 
 
 def test_a_tokenizer_is_trained_and_read_again(root: Path, tmp_path: Path) -> None:
@@ -267,6 +267,7 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
         (["data.tokenizer=/no/such"], "data.tokenizer must be bpe:N, chars or a folder"),
         (["model.name=resnet18"], "model.name must be selfkd_gpt or hf with task text"),
         (["model.args.widht=8"], "got 'widht': did you mean width"),
+        (["model.args.dropout=a"], r"dropout must be in \[0, 1\], got 'a'"),
         (["model.args.heads=3"], "width must be a multiple of heads"),
         (["search.metric=val_f1"], "search.metric must be one of val_nll, val_token_accuracy"),
         (["targets.top_k=5000"], r"targets.top_k must be in \[1,"),

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from selfkd.config.schema import (
+    ArmConfig,
     Config,
     flat,
     from_tree,
@@ -104,13 +105,34 @@ def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if config.resources.workers > 1:
         where, workers = locate_key("resources.workers", sources), config.resources.workers
         yield f"{where}: must be 1 with task text, got {workers}"
+    yield from (f"{locate_key(k, sources)}: {fault}" for k, fault in steps_faults(config))
+
+
+def steps_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of the number of steps of a language model."""
+    if config.task != "text":
+        return
     steps, warmup, epochs = config.train.steps, config.train.warmup_steps, config.train.epochs
     if warmup >= steps:
-        where = locate_key("train.warmup_steps", sources)
-        yield f"{where}: must be less than train.steps ({steps}), got {warmup}"
+        yield "train.warmup_steps", f"must be less than train.steps ({steps}), got {warmup}"
     if epochs > steps:
-        where = locate_key("train.epochs", sources)
-        yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+        yield "train.epochs", f"must be at most train.steps ({steps}), got {epochs}"
+
+
+def arm_faults(config: Config, arm: ArmConfig) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of an arm of a study of language models.
+
+    Args:
+        config: Config of the arm.
+        arm: Arm.
+    """
+    if config.task != "text":
+        return
+    yield from loss_faults(config)
+    traces = config.distill.mode == "traces"
+    for key in _OF_LOGITS if traces else ():
+        if key in arm.set:
+            yield key, f"has no effect with distill.mode traces, got {arm.set[key]!r}"
 
 
 def size_fault(config: Config) -> str | None:

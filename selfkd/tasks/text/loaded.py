@@ -16,7 +16,7 @@ from selfkd.tasks.common import Averaged, open_checkpoint
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.generate import generate
 from selfkd.tasks.text.networks import NetworkFacts, rebuild
-from selfkd.tasks.text.tokenizer import read_tokenizer
+from selfkd.tasks.text.tokenizer import read_tokenizer, vocabulary_of
 
 PADDING = -1
 
@@ -162,8 +162,21 @@ def load_language_model(checkpoint: str) -> TextPredictor:
     """
     check_installed()
     tensors, facts = open_checkpoint(checkpoint, NetworkFacts)
+    _check_facts(checkpoint, facts)
     network = rebuild(checkpoint, tensors, facts)
     return TextPredictor(NextToken(network).eval(), facts)
+
+
+def _check_facts(checkpoint: str, facts: NetworkFacts) -> None:
+    """Raise ValueError for a tokenizer or an end token that the outputs are not of."""
+    try:
+        size = vocabulary_of(read_tokenizer(facts.tokenizer))
+        if size > facts.vocabulary:
+            raise ValueError(f"its tokenizer must have {facts.vocabulary} tokens, got {size}")
+        if not 0 <= facts.end < facts.vocabulary:
+            raise ValueError(f"its end token must be in [0, {facts.vocabulary}), got {facts.end}")
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
 
 
 def load_mean(

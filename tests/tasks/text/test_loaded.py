@@ -93,6 +93,11 @@ def test_models_are_averaged(saved: tuple[TextTask, Path]) -> None:
         {"vocabulary": 10**9},
         {"model": {"name": "selfkd_gpt", "args": {"depth": 10**9}}},
         {"context": 7},
+        {"context": 0, "model": {"name": "hf", "args": {}}, "architecture": {}},
+        {"end": -1},
+        {"end": 10**6},
+        {"tokenizer": "{}"},
+        {"vocabulary": 1},
     ],
 )
 def test_metadata_that_are_not_of_the_tensors_are_refused(

@@ -114,14 +114,18 @@ def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if config.resources.workers > 1:
         where, workers = locate_key("resources.workers", sources), config.resources.workers
         yield f"{where}: must be 1 with task text, got {workers}"
-    steps, warmup = config.train.steps, config.train.warmup_steps
+    yield from (f"{locate_key(k, sources)}: {fault}" for k, fault in steps_faults(config))
+
+
+def steps_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of the number of steps of a language model."""
+    if config.task != "text":
+        return
+    steps, warmup, epochs = config.train.steps, config.train.warmup_steps, config.train.epochs
     if warmup >= steps:
-        where = locate_key("train.warmup_steps", sources)
-        yield f"{where}: must be less than train.steps ({steps}), got {warmup}"
-    fewest, most = min(values_of(config, "train.steps")), max(values_of(config, "train.epochs"))
-    if most > fewest:
-        where = locate_key("train.epochs", sources)
-        yield f"{where}: must be at most train.steps ({fewest}), got {most}"
+        yield "train.warmup_steps", f"must be less than train.steps ({steps}), got {warmup}"
+    if epochs > steps:
+        yield "train.epochs", f"must be at most train.steps ({steps}), got {epochs}"
 
 
 def size_fault(config: Config) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from selfkd.config.schema import (
     OF_TEACHERS,
     Config,
+    ModelConfig,
     did_you_mean,
     known_keys,
     leaves,
@@ -23,6 +24,7 @@ from selfkd.config.tasks import (
     arm_faults,
     sampled_faults,
     size_fault,
+    steps_faults,
     task_faults,
     values_of,
 )
@@ -178,6 +180,17 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                 )
 
 
+def _needs_all_logits(config: Config) -> Iterator[str]:
+    """Yield why not all teacher logits are cached."""
+    given = {
+        "distill.live": config.distill.live,
+        "distill.mode traces": config.distill.mode == "traces",
+        "targets.top_k": config.targets.top_k is not None,
+    }
+    if found := [key for key, value in given.items() if value]:
+        yield f"needs cached teacher logits of all classes: leave out {' and '.join(found)}"
+
+
 def _key_faults(key: str) -> Iterator[str]:
     """Yield why a key cannot differ from trial to trial, if it cannot."""
     known = [k for k in known_keys() if "." in k and k.split(".")[0] not in _FIXED]
@@ -194,9 +207,11 @@ def _point_faults(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
     yield from faults
     if not faults:
         try:
-            config.at(dict(point))
+            at = config.at(dict(point))
         except ConfigError as error:
             yield from str(error).splitlines()
+        else:
+            yield from _new_steps_faults(config, at)
 
 
 def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
@@ -211,9 +226,17 @@ def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
     ends = (distribution.at(0.0), distribution.at(1.0))
     for value in distribution.values if distribution.kind == "choice" else ends:
         try:
-            config.at({key: value})
+            at = config.at({key: value})
         except ConfigError as error:
             yield from (line.removeprefix(f"{key}: ") for line in str(error).splitlines())
+        else:
+            yield from _new_steps_faults(config, at)
+
+
+def _new_steps_faults(config: Config, at: Config) -> Iterator[str]:
+    """Yield the faults of the steps of a point that the config itself does not have."""
+    if not any(steps_faults(config)):
+        yield from (f"{key} {fault}" for key, fault in steps_faults(at))
 
 
 def check_capacity(config: Config) -> None:
@@ -262,7 +285,7 @@ def check_study(config: Config) -> None:
 
 
 def _study_faults(config: Config) -> Iterator[str]:
-    arms, before = config.study.arms, list[str]()
+    arms, before, models = config.study.arms, list[str](), dict[str, ModelConfig]()
     foreign = OF_TASK["images" if config.task == "text" else "text"]
     if config.student is not None:
         yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
@@ -308,10 +331,16 @@ def _study_faults(config: Config) -> Iterator[str]:
         except ConfigError as error:
             yield from (f"{where}.set: {line}" for line in str(error).splitlines())
         else:
+            faults = list(steps_faults(own))
             if own.task == "text":
-                yield from (
-                    f"{where}.set: {key}: {fault}" for key, fault in arm_faults(own, arm.set)
-                )
+                faults += arm_faults(own, arm.set)
+            yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
+            if transform in ("permuted", "confidence"):
+                yield from (f"{where}: {transform} {fault}" for fault in _needs_all_logits(own))
+            others = [models[each] for each in arm.teachers if each in models]
+            if own.train.init == "teacher" and any(model != own.model for model in others):
+                yield f"{where}.set: train.init must be fresh where its teacher is another model"
+            models[name] = own.model
         before.append(name)
     for number, compared in enumerate(config.study.compare):
         for name in filter(None, (compared.arm, compared.to, compared.reference)):

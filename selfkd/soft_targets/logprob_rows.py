@@ -127,12 +127,17 @@ class Entry(NamedTuple):
                 numbers that are no log-probabilities.
         """
         found: dict[int, float] = {}
+        if len(self.tokens) != len(self.logprobs):
+            counts = f"{len(self.logprobs)} of {len(self.tokens)} tokens"
+            raise ValueError(f"must have a log-probability of each token, got {counts}")
         for place, (each, value) in enumerate(zip(self.tokens, self.logprobs, strict=True)):
             number = _id(each, strings)
             if number is None:
                 continue
             if not 0 <= number < vocabulary:
                 raise ValueError(f"tokens must be in [0, {vocabulary}), got {number}")
+            if isinstance(each, int) and number in found:
+                raise ValueError(f"tokens must be different ones, got {number} twice")
             _check_text(number, self.texts[place] if self.texts else None, strings)
             found[number] = _log_probability(value)
         if token is not None:
@@ -154,7 +159,7 @@ class Entry(NamedTuple):
 
 
 def _id(token: Any, strings: TokenStrings | None) -> int | None:
-    if isinstance(token, int):
+    if isinstance(token, int) and not isinstance(token, bool):
         return token
     text, data = token if isinstance(token, tuple) else (token, None)
     if not isinstance(text, str):

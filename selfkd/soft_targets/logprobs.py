@@ -97,6 +97,8 @@ def import_logprobs(
             raise ValueError("vocabulary or tokenizer must be given, got neither")
         vocabulary = strings.size
     root = as_path(path).expanduser()
+    if not len(dataset):
+        raise ValueError("dataset must have items, got none")
     lengths, checks = zip(*(_measure(item) for item in _items(dataset)), strict=True)
     whole = TokenIndex.of(lengths, checks=checks)
     if top_k is None:
@@ -217,12 +219,12 @@ def _count(file: Path, strings: TokenStrings | None, vocabulary: int) -> int:
 
 def _read(file: Path) -> Iterator[tuple[int, Any]]:
     """Yield the number of each line that is not empty, and its JSON."""
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
+                    row = json.loads(line.decode())
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{file}: line {number}: must be JSON ({error})") from None
                 yield number, row
 

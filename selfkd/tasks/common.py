@@ -81,7 +81,9 @@ def open_checkpoint(checkpoint: str, kind: type[Facts]) -> tuple[dict[str, Tenso
         facts = from_row(kind, found)
         model = ModelConfig.of_checkpoint(facts.model)
     except ValueError as error:
-        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
+        task = found.get("task", "images" if "classes" in found else None)
+        of = "" if task is None else f" (it is a model of task {task})"
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}{of}") from None
     return tensors, replace(facts, model={"name": model.name, "args": model.args})
 
 

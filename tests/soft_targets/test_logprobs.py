@@ -255,6 +255,9 @@ def logprobs_of(*rows: Any) -> Any:
         (changed(1, index=0), "line 3: index must be 1, the number of the item, got 0"),
         ([GOOD[0], {"text": "a"}], "line 3: logprobs must be of a form"),
         ([GOOD[0], [1]], "line 3: must be an object, got list"),
+        ([GOOD[0], {"ids": [[1, 2]], "logprobs": [[-1]]}], "line 3: must have a log-.*1 of 2 tok"),
+        ([GOOD[0], {"ids": [[1, 1]], "logprobs": [[-1, -2]]}], "different ones, got 1 twice"),
+        ([GOOD[0], {"ids": [[True]], "logprobs": [[-1]]}], "must be ids or texts, got True"),
         ([GOOD[0], {"ids": [[1]], "logprobs": [[None]]}], "line 3: log-probabilities must be num"),
         ([GOOD[0], {"logprobs": {"top_logprobs": [{"a": -1}]}}], "tokenizer must be given for tok"),
     ],
@@ -288,9 +291,12 @@ def test_texts_must_be_the_tokenizers_and_the_datasets(
         selfkd.import_logprobs(write(tmp_path, [other]), ITEMS[:1], tmp_path, tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="vocabulary or tokenizer must be given"):
         selfkd.import_logprobs(tmp_path / "teacher.jsonl", ITEMS[:1], tmp_path)
-    (tmp_path / "teacher.jsonl").write_text('{"prompt_logprobs": [null,\n')
-    with pytest.raises(ValueError, match="line 1: must be JSON"):
-        selfkd.import_logprobs(tmp_path / "teacher.jsonl", ITEMS[:1], tmp_path, vocabulary=9)
+    for damaged in (b'{"prompt_logprobs": [null,\n', b"\xff\n", b"[" * 100_000):
+        (tmp_path / "teacher.jsonl").write_bytes(damaged)
+        with pytest.raises(ValueError, match="line 1: must be JSON"):
+            selfkd.import_logprobs(tmp_path / "teacher.jsonl", ITEMS[:1], tmp_path, vocabulary=9)
+    with pytest.raises(ValueError, match="dataset must have items, got none"):
+        selfkd.import_logprobs(tmp_path / "teacher.jsonl", [], tmp_path, vocabulary=9)
 
 
 def test_teachers_must_be_of_the_same_tokens(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from selfkd.tasks.common import Averaged, open_checkpoint
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.generate import generate
 from selfkd.tasks.text.networks import NetworkFacts, rebuild
-from selfkd.tasks.text.tokenizer import read_tokenizer
+from selfkd.tasks.text.tokenizer import read_tokenizer, vocabulary_of
 
 PADDING = -1
 
@@ -49,12 +49,13 @@ class TextPredictor:
 
         Raises:
             TypeError: An item that is no text.
+            ValueError: A text with half a character.
         """
-        texts = [items] if isinstance(items, str) or not isinstance(items, Iterable) else items
-        texts = list(texts)
+        if isinstance(items, bytes | Mapping) or not isinstance(items, Iterable):
+            raise TypeError(f"items must be a text or a list of texts, got {type(items).__name__}")
+        texts = [items] if isinstance(items, str) else list(items)
         for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"items must be texts, got {type(text).__name__}")
+            _check_text(text, "items must be texts")
         for start in range(0, len(texts), batch_size):
             rows = [
                 [self.facts.end, *self._tokenizer.encode(text, add_special_tokens=False).ids]
@@ -85,11 +86,14 @@ class TextPredictor:
             seed: Seed of the draws.
 
         Raises:
-            TypeError: Several models, whose average writes no text.
+            TypeError: Several models, whose average writes no text, or a prompt that is no text.
             ValueError: A text that leaves no room, or sampling that is not possible.
         """
         if not isinstance(self.network, NextToken):
             raise TypeError("model must be a single one to write text, got the average of several")
+        _check_text(prompt, "prompt must be text")
+        if most is not None and type(most) is not int:
+            raise TypeError(f"most must be a whole number, got {most!r}")
         if not temperature > 0 or not 0 < top_p <= 1:
             raise ValueError(
                 f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}"
@@ -117,6 +121,14 @@ class TextPredictor:
         own = [token for token in written.tolist() if token != end]
         text: str = self._tokenizer.decode(own, skip_special_tokens=True)
         return text
+
+
+def _check_text(text: object, must: str) -> None:
+    """Raise TypeError for what is no text, ValueError for half a character in it."""
+    if not isinstance(text, str):
+        raise TypeError(f"{must}, got {type(text).__name__}")
+    if half := next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None):
+        raise ValueError(f"{must} in Unicode, got half a character, {half!r}")
 
 
 class NextToken(nn.Module):
@@ -152,8 +164,21 @@ def load_language_model(checkpoint: str) -> TextPredictor:
     """
     check_installed()
     tensors, facts = open_checkpoint(checkpoint, NetworkFacts)
+    _check_facts(checkpoint, facts)
     network = rebuild(checkpoint, tensors, facts)
     return TextPredictor(NextToken(network).eval(), facts)
+
+
+def _check_facts(checkpoint: str, facts: NetworkFacts) -> None:
+    """Raise ValueError for a tokenizer or an end token that the outputs are not of."""
+    try:
+        size = vocabulary_of(read_tokenizer(facts.tokenizer))
+        if size > facts.vocabulary:
+            raise ValueError(f"its tokenizer must have {facts.vocabulary} tokens, got {size}")
+        if not 0 <= facts.end < facts.vocabulary:
+            raise ValueError(f"its end token must be in [0, {facts.vocabulary}), got {facts.end}")
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} cannot be rebuilt: {error}") from None
 
 
 def load_mean(

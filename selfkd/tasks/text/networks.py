@@ -193,6 +193,8 @@ def rebuild(checkpoint: str, tensors: Mapping[str, Tensor], facts: NetworkFacts)
         )
 
     try:
+        if facts.context < 1:
+            raise ValueError(f"context must be at least 1, got {facts.context}")
         if model.name == HF:
             return _rebuild_architecture(tensors, facts)
         most = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])

@@ -210,10 +210,17 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def read_tokenizer(text: str) -> Any:
-    """Return the tokenizer of a tokenizer.json's text."""
+    """Return the tokenizer of a tokenizer.json's text.
+
+    Raises:
+        ValueError: It is none.
+    """
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(text)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exceptions
+        raise ValueError(f"it must have a tokenizer: {error}") from None
 
 
 def has_tokens_of(folder: str, text: str) -> bool:

@@ -158,15 +158,16 @@ class ModelConfig:
     among them; of text, selfkd_gpt, or hf, a model of transformers in the folder `args.path`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` starts
-    from timm's pretrained weights; hf has `path`, `fresh: true` for random weights, and `lora` and
-    `lora_alpha` for adapters."""
+    from timm's pretrained weights; selfkd_gpt has `depth`, `width`, `heads` and `dropout`; hf has
+    `path`, `fresh: true` for random weights, and `lora` and `lora_alpha` for adapters."""
 
     @field_validator("args")
     @classmethod
     def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
-        own, path = dict(args), args.get("path")
-        if isinstance(path, str) and path and "://" not in path:
-            del own["path"]
+        own = dict(args)
+        path = own.pop("path", "folder")
+        if not isinstance(path, str) or not path or "://" in path:
+            raise ValueError(f"path must be a folder on this machine, got {path!r}")
         _plain_args(own)
         return args
 
@@ -703,7 +704,7 @@ class Config:
     targets: TargetsConfig = Field(default_factory=TargetsConfig)
     """Cached teacher logits."""
     write: WriteConfig = Field(default_factory=WriteConfig)
-    """Text that a teacher writes."""
+    """Text that a teacher writes, with `distill.mode: traces`."""
     members: MembersConfig = Field(default_factory=MembersConfig)
     """Members of the teacher ensemble, in `selfkd.ensemble`, `selfkd.capacity` and
     `selfkd.study`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from selfkd.config.schema import (
@@ -58,11 +59,10 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     if spec not in ({"choice": [1]}, {"uniform": [1, 1]}):
         where = locate_key(f"search.space.{key}", sources)
         yield f"{where}: must be left out, got {spec}: {why}"
-    averages = (config.distill.average, str(search.space.get("distill.average")))
-    if any("logits" in average for average in averages):
+    if "logits" in values_of(config, "distill.average", arms=True):
         where = locate_key("distill.average", sources)
         yield f"{where}: must be probabilities, got logits, which are not cached: {why}"
-    if others := _other_divergences(config):
+    if others := _other_divergences(config, arms=True):
         where = locate_key("distill.divergence", sources)
         yield f"{where}: must be forward_kl, got {others}: {why}"
     needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
@@ -82,10 +82,14 @@ def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         if given[key] != default[key]:
             where = locate_key(key, sources)
             yield f"{where}: only with task {other}, got {given[key]!r} with task {config.task}"
-    for key in (*config.search.space, *config.search.labels_only_space):
-        if key in OF_TASK[other]:
-            where = locate_key("search.space", sources)
-            yield f"{where}: {key} is only with task {other}"
+    search = config.search
+    spaces = {"space": search.space, "labels_only_space": search.labels_only_space}
+    spaces |= {f"points.{number}": point for number, point in enumerate(search.points or ())}
+    for name, space in spaces.items():
+        for key in space:
+            if key in OF_TASK[other]:
+                where = locate_key(f"search.{name}", sources)
+                yield f"{where}: {key} is only with task {other}"
     if config.task != "text":
         return
     for key in SIZES:
@@ -100,13 +104,14 @@ def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     if config.resources.workers > 1:
         where, workers = locate_key("resources.workers", sources), config.resources.workers
         yield f"{where}: must be 1 with task text, got {workers}"
-    steps, warmup, epochs = config.train.steps, config.train.warmup_steps, config.train.epochs
+    steps, warmup = config.train.steps, config.train.warmup_steps
     if warmup >= steps:
         where = locate_key("train.warmup_steps", sources)
         yield f"{where}: must be less than train.steps ({steps}), got {warmup}"
-    if epochs > steps:
+    fewest, most = min(values_of(config, "train.steps")), max(values_of(config, "train.epochs"))
+    if most > fewest:
         where = locate_key("train.epochs", sources)
-        yield f"{where}: must be at most train.steps ({steps}), got {epochs}"
+        yield f"{where}: must be at most train.steps ({fewest}), got {most}"
 
 
 def size_fault(config: Config) -> str | None:
@@ -139,6 +144,12 @@ def arm_faults(config: Config, changed: Collection[str]) -> Iterator[tuple[str, 
         changed: Keys that the arm sets itself.
     """
     yield from loss_faults(config)
+    if config.targets.samples is not None and config.distill.temperature != 1:
+        value = config.distill.temperature
+        yield (
+            "targets.samples",
+            f"only with distill.temperature 1, got {value:g}",
+        )
     default, given = flat(from_tree({"task": "text"})), flat(config)
     if config.distill.mode == "tokens":
         for key in changed:
@@ -154,7 +165,9 @@ def loss_faults(config: Config) -> Iterator[tuple[str, str]]:
     """Yield keys and faults of the loss on text: what it needs of the teacher and is not there."""
     distill, targets = config.distill, config.targets
     given = [key for key in ("top_k", "samples") if getattr(targets, key) is not None]
-    shares = (distill.on_policy, *_searched(config, "distill.on_policy"))
+    shares = [
+        share for share in values_of(config, "distill.on_policy") if isinstance(share, int | float)
+    ]
     if any(shares) and not distill.live:
         yield (
             "distill.on_policy",
@@ -174,16 +187,25 @@ def loss_faults(config: Config) -> Iterator[tuple[str, str]]:
         )
 
 
-def _other_divergences(config: Config) -> str:
+def _other_divergences(config: Config, *, arms: bool = False) -> str:
     """Return the names of the divergences, searched or set, that need all logits."""
-    found = {config.distill.divergence, *_searched(config, "distill.divergence")}
+    found = {str(name) for name in values_of(config, "distill.divergence", arms=arms)}
     return ", ".join(sorted(found - {"forward_kl"}))
 
 
-def _searched(config: Config, key: str) -> list[Any]:
-    """Return the values, or the ends, of a key's search space."""
-    try:
-        found = Distribution.parse(config.search.space[key])
-    except (KeyError, ValueError):
-        return []
-    return list(found.values) if found.kind == "choice" else [found.at(0.0), found.at(1.0)]
+def values_of(config: Config, key: str, *, arms: bool = False) -> list[Any]:
+    """Return the value of a key, those of its search space, or its ends, and those of points.
+
+    Args:
+        config: Config to look in.
+        key: Dotted key.
+        arms: Whether those of a study's arms are wanted as well.
+    """
+    found = [flat(config)[key]]
+    with suppress(KeyError, ValueError):  # of a distribution that is refused elsewhere
+        spec = Distribution.parse(config.search.space[key])
+        found += spec.values if spec.kind == "choice" else [spec.at(0.0), spec.at(1.0)]
+    found += [point[key] for point in config.search.points or () if key in point]
+    if arms:
+        found += [arm.set[key] for arm in config.study.arms.values() if key in arm.set]
+    return found

@@ -17,7 +17,15 @@ from selfkd.config.schema import (
     to_tree,
 )
 from selfkd.config.space import Distribution, is_finite
-from selfkd.config.tasks import OF_TASK, SIZES, arm_faults, sampled_faults, size_fault, task_faults
+from selfkd.config.tasks import (
+    OF_TASK,
+    SIZES,
+    arm_faults,
+    sampled_faults,
+    size_fault,
+    task_faults,
+    values_of,
+)
 from selfkd.errors import ConfigError
 from selfkd.results import OWN
 
@@ -45,6 +53,8 @@ FREE = (
     *("data.rationales", "data.rationale_weight"),
 )
 """What an arm of a study may change of the data: its training items, their labels and views."""
+_CACHED = ("targets.top_k", "targets.samples")
+"""What an arm of a study may change of the cached teacher logits."""
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live", "distill.mode"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
@@ -86,8 +96,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
             f"{where}: must be fresh with generation_0.classes or mean, whose weights are for "
             "another order or normalisation than that of the students"
         )
-    averages = (config.distill.average, str(config.search.space.get("distill.average")))
-    if config.targets.top_k is not None and any("logits" in average for average in averages):
+    if config.targets.top_k is not None and "logits" in values_of(config, "distill.average"):
         where = locate_key("targets.top_k", sources)
         yield f"{where}: cannot go with distill.average logits: an average needs all logits"
     if config.targets.samples is not None:
@@ -286,9 +295,9 @@ def _study_faults(config: Config) -> Iterator[str]:
                 f"got {arm.teacher!r}"
             )
         for key in arm.set:
-            data = key.split(".")[0] == "data" and key not in FREE
-            if data or key.split(".")[0] not in ("data", "model", "train", "distill", "write"):
-                known = f"model, train, distill, write or of {', '.join(FREE)}"
+            free = key.split(".")[0] in ("model", "train", "distill", "write")
+            if not free and key not in (*FREE, *_CACHED):
+                known = f"model, train, distill, write or of {', '.join((*FREE, *_CACHED))}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
             elif key in foreign:
                 yield f"{where}.set: {key} is not with task {config.task}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
-from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, WriteConfig
+from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, TargetsConfig, WriteConfig
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
@@ -54,6 +54,10 @@ def finished(config: Config, folder: RunFolder) -> StudySummary | None:
     return summary if summary and summary.seeds >= config.confirm.seeds else None
 
 
+_Prepared = tuple[str, DataConfig, str, TargetsConfig, WriteConfig]
+"""What is prepared of a teacher: its hash, and the settings that decide it."""
+
+
 class _Study:
     """The arms of a study as they are trained."""
 
@@ -62,7 +66,7 @@ class _Study:
         self.arms: dict[str, Arm] = {}
         self.trials: dict[str, list[TrialResult]] = {}
         self._written = dict[str, Written]()
-        self._prepared = dict[tuple[str, DataConfig, str, WriteConfig], Written | None]()
+        self._prepared = dict[_Prepared, Written | None]()
 
     def finish(self) -> StudySummary:
         run, config = self.run, self.run.config
@@ -76,6 +80,8 @@ class _Study:
         else:
             self.members = []
             run.folder.keep(config, run.check())
+        for name, own in facts.items():
+            run.folder.keep_facts(f"arms/{name}/data.json", own, where=f"study.arms.{name}: ")
         for names in self._waves():
             self._train(names, facts)
         summary = self._summary({name: self._measure(name) for name in self.configs})
@@ -120,7 +126,7 @@ class _Study:
         """Prepare what the students of an arm need of their teachers, unless another arm has."""
         write = replace(own.write, keep="all")  # of which those that are right are a part
         models = {
-            (model.hash, own.data, own.distill.mode, write): model
+            (model.hash, own.data, own.distill.mode, own.targets, write): model
             for each in teachers
             for model in each
         }

@@ -63,10 +63,16 @@ def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
         ("images", "data.context=8", "data.context: only with task text"),
         ("images", "train.steps=8", "train.steps: only with task text"),
         ("images", "search.space={train.steps: {choice: [1, 2]}}", "train.steps is only with"),
+        ("text", "search.points=[{train.momentum: 0.5}]", "points.0: train.momentum is only with"),
         ("text", "members.source=snapshots", "snapshots are only with task images"),
         ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),
         ("text", "train.warmup_steps=300", "must be less than train.steps"),
         ("text", "train.steps=31", "train.epochs: must be at most"),
+        (
+            "text",
+            "search.space.train.steps={choice: [2, 300]}",
+            "train.epochs: must be at most train.steps (2), got 3",
+        ),
         ("sound", "rounds=1", "task: must be 'images' or 'text', got 'sound'"),
     ],
 )
@@ -82,6 +88,15 @@ def test_keys_of_another_task_are_refused_by_name(task: str, setting: str, messa
     [
         (["distill.on_policy=0.5"], "distill.on_policy: needs distill.live=true, as no teacher"),
         (["search.space.distill.on_policy={choice: [0, 1]}"], "distill.on_policy: needs distill"),
+        (["search.points=[{distill.on_policy: 1}]"], "distill.on_policy: needs distill.live=true"),
+        (
+            ["search.points=[{distill.divergence: js}]", "targets.top_k=8"],
+            "distill.divergence: must be forward_kl, got js, which needs all logits: leave out",
+        ),
+        (
+            ["search.points=[{distill.average: logits}]", "targets.top_k=8"],
+            "targets.top_k: cannot go with distill.average logits",
+        ),
         (["distill.live=true", "targets.top_k=8"], "targets.top_k: not with distill.live=true"),
         (["distill.live=true", "targets.samples=8"], "targets.samples: not with distill.live=true"),
         (
@@ -113,6 +128,11 @@ def test_a_loss_without_the_logits_it_takes_is_refused(settings: list[str], mess
             "search.space.distill.temperature: must be left out, got {'uniform': [1, 3]}",
         ),
         ("distill.average=logits", "distill.average: must be probabilities, got logits"),
+        ("search.points=[{distill.average: logits}]", "distill.average: must be probabilities"),
+        (
+            "study.arms={a: {}, b: {teacher: a, set: {distill.divergence: js}}}",
+            "distill.divergence: must be forward_kl, got js: targets.samples are drawn",
+        ),
         ("controls=[dkpp]", "controls: dkpp need all logits: targets.samples are drawn at T = 1"),
         ("targets.top_k=8", "targets.samples: cannot go with targets.top_k: give one of them"),
         ("targets.samples=0", "targets.samples: must be greater than or equal to 1, got 0"),
@@ -144,6 +164,10 @@ def test_alpha_alone_is_searched_with_samples(more: list[str]) -> None:
         ("distill.mode: traces, distill.temperature: 2", "distill.temperature: has no effect with"),
         ("distill.mode: traces, distill.live: true", "distill.live: has no effect with distill.mo"),
         ("write.keep: right", "write.keep: only with distill.mode traces, got 'right'"),
+        (
+            "targets.samples: 4, distill.temperature: 2",
+            "targets.samples: only with distill.temperature 1, got 2",
+        ),
     ],
 )
 def test_the_loss_of_an_arm_is_checked_too(own: str, message: str) -> None:
@@ -151,6 +175,14 @@ def test_the_loss_of_an_arm_is_checked_too(own: str, message: str) -> None:
     config = load_config(flags={"task": "text"}, settings=[arms])
     with pytest.raises(ConfigError, match=f"arms.b.set: {message}"):
         check_study(config)
+
+
+def test_arms_may_cache_other_parts_of_the_logits() -> None:
+    arms = "study.arms={a: {}, b: {teacher: a, set: {targets.samples: 4}}, c: {teacher: a}}"
+    check_study(load_config(flags={"task": "text"}, settings=[arms]))
+    wrong = load_config(settings=["study.arms={a: {}, b: {teacher: a, set: {targets.root: x}}}"])
+    with pytest.raises(ConfigError, match="must be keys of model, train, distill, write or of"):
+        check_study(wrong)
 
 
 def test_an_arm_of_traces_may_stand_beside_another_temperature() -> None:

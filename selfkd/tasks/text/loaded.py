@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,7 +50,8 @@ class TextPredictor:
         Raises:
             TypeError: An item that is no text.
         """
-        texts = [items] if isinstance(items, str) else list(items)
+        texts = [items] if isinstance(items, str) or not isinstance(items, Iterable) else items
+        texts = list(texts)
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"items must be texts, got {type(text).__name__}")
@@ -95,11 +96,13 @@ class TextPredictor:
             )
         end, context = self.facts.end, self.facts.context
         ids = [end, *self._tokenizer.encode(prompt, add_special_tokens=False).ids]
-        if len(ids) > context or (most is not None and most < 1):
+        if len(ids) > context:
             raise ValueError(
-                f"prompt must have at most {context - 1} tokens and most be at least 1, got "
-                f"{len(ids) - 1} and {most}"
+                f"prompt must have at most {context - 1} tokens, as the model sees {context} with "
+                f"the end token before it, got {len(ids) - 1}"
             )
+        if most is not None and most < 1:
+            raise ValueError(f"most must be at least 1, got {most}")
         (written,) = generate(
             self.network.network,
             [torch.tensor(ids)],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
         labels = text.labels.clamp(min=0)  # what is not predicted does not count
         targets = _from_rows(VirtualTargets(labels, classes=task.data.vocabulary), last)
     elif not teachers or distill.mode == "traces":  # whose text are the labels
-        return partial(_label_loss, smoothing=smoothing)
+        return partial(_label_loss, smoothing)
     elif distill.live:
         targets = _live_targets(task, [row["checkpoint"] for row in teachers])
     else:
@@ -76,81 +77,70 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
         )
         if average == "logits" or stored.samples:  # by the store, once
             average, weights = "probabilities", None
+        averaging: dict[str, Any] = {"average": average, "weights": weights}
+        if transform == "confidence":
+            weighted = ConfidenceWeighted(stored, **averaging, label_smoothing=smoothing)
+            return partial(_confidence_loss, weighted)
         cached: Cached = stored
-        if transform == "permuted":
+        if transform == "permuted":  # of the average
             cached = PermutedTargets(
-                stored,
-                temperature=distill.temperature,
-                average=average,
-                weights=weights,
-                seed=trial.seed,
+                stored, **averaging, temperature=distill.temperature, seed=trial.seed
             )
             weights = None
         targets = _from_rows(cached, last)
-        if transform == "confidence":
-            weighted = ConfidenceWeighted(
-                stored, average=average, weights=weights, label_smoothing=smoothing
-            )
-            return partial(_confidence_loss, weighted)
+    return partial(
+        _soft_loss,
+        targets,
+        {
+            "temperature": distill.temperature,
+            "alpha": distill.alpha,
+            "label_smoothing": smoothing,
+            "average": average,
+            "weights": weights,
+            "divergence": distill.divergence,
+        },
+    )
 
-    def terms_of(
-        logits: Tensor,
-        labels: Tensor,
-        teacher: TokenTeacher,
-        total: float,
-        *,
-        mask: Tensor | None = None,
-        alpha: float = distill.alpha,
-    ) -> dict[str, Tensor]:
-        terms = sequence_terms(
-            logits,
-            teacher,
-            labels,
-            temperature=distill.temperature,
-            alpha=alpha,
-            label_smoothing=smoothing,
-            average=average,
-            weights=weights,
-            mask=mask,
-            normalizer=total,
-            divergence=distill.divergence,
-            chunk=max(CHUNK, CHUNK_VALUES // logits.shape[-1]),
-        )
-        return terms._asdict()
 
-    def loss(logits: Tensor, batch: Batch, total: float) -> dict[str, Tensor]:
-        teacher = targets(batch)
-        if batch.rows is None:  # what the student has written is no label
-            terms = terms_of(logits, batch.labels, teacher, total, alpha=1.0)
-            return {name: terms[name] for name in ("loss", "soft_loss")}
-        return _by_weight(batch, total, partial(terms_of, logits, batch.labels, teacher))
+def _soft_loss(
+    targets: Targets, settings: Mapping[str, Any], logits: Tensor, batch: Batch, total: float
+) -> dict[str, Tensor]:
+    """Return the loss and its terms; of what the student has written, the soft term alone."""
+    teacher, written = targets(batch), batch.rows is None
+    if written:  # which is no label
+        settings = {**settings, "alpha": 1.0}
+    chunk = max(CHUNK, CHUNK_VALUES // logits.shape[-1])
 
-    return loss
+    def terms_of(total: float, mask: Tensor | None) -> dict[str, Tensor]:
+        return sequence_terms(
+            logits, teacher, batch.labels, mask=mask, normalizer=total, chunk=chunk, **settings
+        )._asdict()
+
+    terms = _by_weight(batch, total, terms_of)
+    return {name: terms[name] for name in ("loss", "soft_loss")} if written else terms
 
 
 def _by_weight(
-    batch: Batch, total: float, terms_of: Callable[..., dict[str, Tensor]]
+    batch: Batch, total: float, terms_of: Callable[[float, Tensor | None], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Return the sums of terms over tokens of each weight, of which there are few.
 
     Args:
         batch: Windows that are trained on.
         total: Divisor of sums.
-        terms_of: Function from the divisor and `mask`, the tokens that count, to terms by name.
+        terms_of: Function from the divisor and the mask of tokens that count, or None, to terms.
     """
     if batch.weights is None:
-        return terms_of(total, mask=None)
+        return terms_of(total, None)
     found: dict[str, Tensor] = {}
     for weight in torch.unique(batch.weights).tolist():
         if weight > 0:
-            terms = terms_of(total / weight, mask=batch.weights == weight)
+            terms = terms_of(total / weight, batch.weights == weight)
             found = {name: term + found.get(name, 0) for name, term in terms.items()}
     return found
 
 
-def _label_loss(
-    logits: Tensor, batch: Batch, total: float, *, smoothing: float
-) -> dict[str, Tensor]:
+def _label_loss(smoothing: float, logits: Tensor, batch: Batch, total: float) -> dict[str, Tensor]:
     losses = partial(
         F.cross_entropy,
         logits.flatten(0, 1).float(),

@@ -46,6 +46,8 @@ def make_gpt(
     for name, value in (("depth", depth), ("width", width), ("heads", heads)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {dropout!r}")
     if width % heads:
         raise ValueError(f"width must be a multiple of heads ({heads}), got {width}")
     config = GPT2Config(

@@ -6,17 +6,18 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
 from selfkd.results import Row
-from selfkd.storage.files import load_json
+from selfkd.storage.files import load_json, parse_json
 from selfkd.storage.remote import as_path
 
 SAVE_AGAIN = "AutoModelForCausalLM.from_pretrained(…).save_pretrained(FOLDER)"
@@ -104,7 +105,10 @@ def check_folder(path: str | None, *, weights: bool) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} must have a config.json, as save_pretrained writes, got none")
-    described = load_json(folder / "config.json")
+    try:
+        described = parse_json((folder / "config.json").read_bytes().decode())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} must be JSON: {error}") from None
     if not isinstance(described, Mapping) or not isinstance(described.get("model_type"), str):
         raise ValueError(f"{folder / 'config.json'} must have a model_type, got none")
     if remote := described.get("auto_map"):
@@ -218,11 +222,7 @@ def check_architecture(described: Mapping[str, Any], tensors: Mapping[str, Tenso
     Raises:
         ValueError: A number that its tensors cannot be of, or other tensors.
     """
-    most = max([LARGEST_SIZE, *(size for tensor in tensors.values() for size in tensor.shape)])
-    for key, number in _numbers(described, ""):
-        counted = any(part in key for part in ("layer", "num_", "block", "depth"))
-        if isinstance(number, int) and abs(number) > (len(tensors) + 1024 if counted else most):
-            raise ValueError(f"sizes must be those of its tensors, got {key} {number}")
+    _check_sizes(described, {name: tensor.shape for name, tensor in tensors.items()})
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         network = make_architecture(described)
     found = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -232,6 +232,15 @@ def check_architecture(described: Mapping[str, Any], tensors: Mapping[str, Tenso
     beside = sum(buffer.numel() for buffer in network.buffers())
     if beside > held + LARGEST_SIZE:
         raise ValueError(f"its sizes must be those of its tensors, got {beside:,} values beside")
+
+
+def _check_sizes(described: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError for a number that tensors of these shapes cannot be of."""
+    most = max([LARGEST_SIZE, *(size for shape in shapes.values() for size in shape)])
+    for key, number in _numbers(described, ""):
+        counted = any(part in key for part in ("layer", "num_", "block", "depth"))
+        if isinstance(number, int) and abs(number) > (len(shapes) + 1024 if counted else most):
+            raise ValueError(f"sizes must be those of its tensors, got {key} {number}")
 
 
 def merged(network: nn.Module) -> nn.Module:
@@ -266,6 +275,7 @@ def _read_weights(folder: Path, described: Row) -> nn.Module:
     described |= {"pad_token_id": None}  # whose row of the embedding would not be trained
     with quiet():
         try:
+            _check_sizes(described, _shapes(folder))
             config = AutoConfig.for_model(**described)
             network, report = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -274,17 +284,33 @@ def _read_weights(folder: Path, described: Row) -> nn.Module:
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
         except Exception as error:  # noqa: BLE001 - files are read by libraries of their own
             raise ValueError(
                 f"{folder} must be a causal language model of transformers: {_first_line(error)}"
             ) from None
+    if odd := sorted(report["mismatched_keys"]):
+        name, found, own = odd[0]
+        raise ValueError(
+            f"{folder} must have the weights of its config.json, got {name} {list(found)} instead "
+            f"of {list(own)}"
+        )
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} must have all weights of its model, got no {missing[0]}{more}")
     loaded: nn.Module = network
     return loaded
+
+
+def _shapes(folder: Path) -> dict[str, Sequence[int]]:
+    """Return the shapes of a folder's tensors, of which none is read."""
+    shapes = dict[str, Sequence[int]]()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _fit_vocabulary(network: Any, vocabulary: int, folder: str) -> None:
@@ -340,4 +366,6 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
+    return first.partition(" Should contain one of")[0][:300]  # a list of all models

@@ -99,7 +99,7 @@ class TextTask(TextNetworks):
             outputs=data.vocabulary,
             parameters=sizes,
             prompts=data.splits["train"].windows,
-            fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
+            fingerprints={str(split): own for split, own in data.fingerprints.items()},
             weights=weights,
             export=FOLDER,
             cached=describe_cached(manifest) if caches_logits(config) else None,

@@ -44,8 +44,9 @@ def test_texts_become_probabilities_of_the_next_token(saved: tuple[TextTask, Pat
     logits = network(torch.tensor([letters])).logits[0, -1]
     torch.testing.assert_close(found.probabilities[1], logits.softmax(dim=0).detach())
     torch.testing.assert_close(model.predict("one").probabilities[0], found.probabilities[0])
-    with pytest.raises(TypeError, match="items must be texts, got int"):
-        model.predict([3])
+    for items in (3, [3]):
+        with pytest.raises(TypeError, match="items must be texts, got int"):
+            model.predict(items)
 
 
 def test_text_is_written_by_its_seed(saved: tuple[TextTask, Path]) -> None:
@@ -56,8 +57,10 @@ def test_text_is_written_by_its_seed(saved: tuple[TextTask, Path]) -> None:
     found += [model.generate("one", greedy=True, most=2) * 2]
     # the context has room for four letters, and a fifth is not read again
     assert all(len(text.replace("<|unknown|>", "?")) <= 5 for text in found)
-    with pytest.raises(ValueError, match="at most 7 tokens and most be at least 1, got 8 and None"):
+    with pytest.raises(ValueError, match=r"prompt must have at most 7 tokens.*, got 8"):
         model.generate("one two ")
+    with pytest.raises(ValueError, match="most must be at least 1, got 0"):
+        model.generate("one", most=0)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         model.generate("one", temperature=0)
     several = load_ensemble([str(saved[1])] * 2, average="probabilities", weights=None)

@@ -18,7 +18,7 @@ from selfkd.config import Config, ModelConfig, load_config, to_tree
 from selfkd.config.paths import with_absolute_paths
 from selfkd.errors import ConfigError
 from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.tasks.text.pretrained import quiet
+from selfkd.tasks.text.pretrained import folder_hash, quiet
 from selfkd.tasks.text.task import TextTask
 from selfkd.training.trial import Trial
 
@@ -44,6 +44,22 @@ def start(folder: Path, *settings: str) -> tuple[Config, TextTask]:
     ]
     config = load_config(settings=[*own, *settings], flags={"task": "text"})
     return config, TextTask(to_tree(config))
+
+
+def test_a_folder_whose_weights_or_config_change_has_another_hash(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders(next(iter(FAMILIES))), tmp_path / "model")
+    whole, config = (folder_hash(str(folder), weights=weights) for weights in (True, False))
+    weights = next(folder.glob("*.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert folder_hash(str(folder), weights=True) != whole
+    assert folder_hash(str(folder), weights=False) == config
+    weights.write_bytes(content)
+    assert folder_hash(str(folder), weights=True) == whole
+    change(folder, initializer_range=0.5)
+    assert folder_hash(str(folder), weights=False) != config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,6 +210,9 @@ def without_a_weight(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), r"\.safetensors files, got none"),
         (lambda f: (f / "config.json").unlink(), "must have a config.json"),
         (lambda f: (f / "adapter_config.json").touch(), "whole model, got an adapter: merge it"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json must be JSON: Expecting"),
+        (lambda f: change(f, n_layer=10**8), "of its tensors, got n_layer 100000000"),
+        (lambda f: change(f, n_embd=64), r"weights of its config.json, got transformer.* \[\d+"),
         (without_a_weight, "must have all weights of its model, got no "),
         (lambda f: (f / "tokenizer.json").unlink(), "folder with a tokenizer.json"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "must be a causal language"),
@@ -221,7 +240,7 @@ def test_a_model_that_sees_later_tokens_is_refused(
 def test_paths_are_only_of_hf_and_made_absolute() -> None:
     with pytest.raises(ConfigError, match=r"args\.path must be left out but with name hf"):
         load_config(settings=["model={name: selfkd_cnn, args: {path: a}}"])
-    with pytest.raises(ConfigError, match="must be arguments of the network alone, got path"):
+    with pytest.raises(ConfigError, match="path must be a folder on this machine, got 's3:"):
         load_config(settings=["model={name: hf, args: {path: 's3://b/a'}}"], flags={"task": "text"})
     model = "{name: hf, args: {path: a/b}}"
     settings = [f"model={model}", f"student={model}", f"members.models=[{model}]"]

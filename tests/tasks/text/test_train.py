@@ -72,8 +72,8 @@ def make_trial(config: Config, path: Path, teachers: list[Row] | None = None) ->
 def make_teacher(config: Config, task: TextTask, tmp_path: Path, *, seed: int = 0) -> Row:
     torch.manual_seed(seed)
     path = tmp_path / f"teacher{seed}.safetensors"
-    mark = task.save(path, task.make(config.model), config.model, {})
-    return {"hash": mark, "checkpoint": str(path)}
+    digest = task.save(path, task.make(config.model), config.model, {})
+    return {"hash": digest, "checkpoint": str(path)}
 
 
 def cache(task: TextTask, teacher: Row, tmp_path: Path) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from selfkd.config import ModelConfig, Tree, from_tree
@@ -107,20 +109,13 @@ def cache_teacher_logits(
     root = as_path(targets)
     origin = {"checkpoint": str(as_path(checkpoint).absolute()), "config": config}
     manifest = task.manifest(task.digest(checkpoint), origin)
-    # first of all: a store that is being written must not look like one that nobody uses
-    remember_user(root, manifest.teacher, manifest.data, as_path(run))
-    found = check_shard(root, manifest, view=view, shard=shard)
-    if found != "whole":
-        logits = task.predict_batches(checkpoint, manifest.rows(shard), view=view)
-        try:
+    with _room(root, "the teacher logits"):
+        # first of all: a store that is being written must not look like one that nobody uses
+        remember_user(root, manifest.teacher, manifest.data, as_path(run))
+        found = check_shard(root, manifest, view=view, shard=shard)
+        if found != "whole":
+            logits = task.predict_batches(checkpoint, manifest.rows(shard), view=view)
             write_shard(root, manifest, view=view, shard=shard, logits=logits)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise OSError(
-                f"targets.root must have room for the teacher logits, got {root}, which is "
-                "full: free some, or resume with --set targets.root=FOLDER on another disk"
-            ) from None
     yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 
 
@@ -151,14 +146,22 @@ def write(config: Tree, checkpoint: str, targets: str, shard: int, run: str) -> 
         `state`: kept, written, or remade where what was there was damaged; and numbers of texts.
     """
     task, root = make_task(config), as_path(targets)
+    with _room(root, "the text of teachers"):
+        row = task.write(checkpoint, root, shard=shard, run=as_path(run))
+    yield row
+
+
+@contextmanager
+def _room(root: Path, what: str) -> Iterator[None]:
+    """Say what to do where the disk of teachers is full."""
     try:
-        yield task.write(checkpoint, root, shard=shard, run=as_path(run))
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            f"targets.root must have room for the text of teachers, got {root}, which is full: "
-            "free some, or resume with --set targets.root=FOLDER on another disk"
+            f"targets.root must have room for {what}, got {root}, which is full: free some, or "
+            "resume with --set targets.root=FOLDER on another disk"
         ) from None
 
 

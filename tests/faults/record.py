@@ -25,7 +25,7 @@ def record(folder: Path) -> dict[str, Any]:
         *(path for path in folder.glob("generation_*/**/*.safetensors") if not _is_export(path)),
         *folder.glob("predictions/*.safetensors"),
     ]
-    others = [*folder.glob("generation_*/pretrained/*"), *folder.glob("written/*/*/shard_*")]
+    others = [*folder.glob("generation_*/pretrained/[!.]*"), *folder.glob("written/*/*/shard_*")]
     return {
         "summary": _timeless(load_json(folder / "summary.json")),
         "generations": [_timeless(load_json(path)) for path in generations],

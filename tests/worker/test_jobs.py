@@ -1,5 +1,6 @@
 """The jobs of a worker, on digits and a tiny network, in this process."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -472,6 +473,17 @@ def test_each_view_is_cached_once(jobs, trained):
     assert jobs.cache(trained.teacher, *AUGMENTED, "data.flip=true") == 3
     assert jobs.cache(trained.teacher, *AUGMENTED, "data.train_size=100") == 3
     assert jobs.cache(trained.other, *AUGMENTED) == 3
+
+
+@pytest.mark.parametrize("step", ["remember_user", "write_shard"])
+def test_where_the_disk_is_full_the_way_out_is_said(jobs, trained, monkeypatch, step):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"selfkd.worker.jobs.{step}", full)
+    said = r"targets.root must have room for the teacher logits, .*--set targets.root=FOLDER"
+    with pytest.raises(OSError, match=said):
+        jobs.cache(trained.teacher)
 
 
 def test_a_teacher_without_cached_logits_is_an_error(jobs, trained):

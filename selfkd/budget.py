@@ -370,8 +370,11 @@ def _plan(arguments: argparse.Namespace) -> tuple[Budget, list[str]]:
     figures = costs | figures
     for name in ("teacher", "student", "items"):
         if name not in figures:
-            also = f", --{name}-ms or --from RUN" if name != "items" else " or --from RUN"
-            raise ValueError(f"--{name}{also} must be given: no such figure is known")
+            flags = [f"--{name}", *([f"--{name}-ms"] if name != "items" else [])]
+            flags += [] if arguments.run else ["--from RUN"]
+            why = f"{arguments.run} has none" if arguments.run else "no such figure is known"
+            choice = " or ".join((", ".join(flags[:-1]), flags[-1])) if flags[1:] else flags[0]
+            raise ValueError(f"{choice} must be given: {why}")
     names = ("teacher", "student", "items", "views", "training", "epochs", "trials", "volume")
     plan = budget(per=per, **{name: figures[name] for name in names if name in figures})
     return plan, _notes(timed, priced, "price" in given, arguments)
@@ -383,7 +386,7 @@ def _notes(
     notes = []
     if timed and not priced and not has_price:
         notes.append("costs are hours of the machine that was timed; --price gives them a price")
-    if arguments.run is not None and "teacher_ms" in timed:
+    if arguments.run is not None and "teacher_ms" in timed and arguments.teacher_ms is None:
         notes.append(
             f"times of {arguments.run}: one thread, {arguments.batch} at once; training is that "
             "of all trials of the student"

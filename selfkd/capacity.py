@@ -124,7 +124,9 @@ def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> De
     )
     table = capacity_table(summary, metric)
     name = summary.key.rpartition(".")[2]
-    command = "response" if summary.searched else "budget --from"
+    run = shell_quote(str(folder.path))
+    smallest = shell_quote(str(summary.sizes[0].value))
+    command = f"response {run}" if summary.searched else f"budget --from {run} --value {smallest}"
     return Description(
         summary.verdict.sentences,
         pick(table, name, *table.head[2:5], "distillation"),
@@ -132,7 +134,7 @@ def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> De
             f"models:  {folder.path}/students/*/trial_*/student.safetensors, the best distilled "
             "one of each size"
         ],
-        f"python -m selfkd.{command} {shell_quote(str(folder.path))}",
+        f"python -m selfkd.{command}",
         [pick(table, name, "params", "p, Holm"), *summary.said, said],
     )
 

@@ -133,6 +133,14 @@ def test_a_transformer_of_half_the_depth_learns_from_a_whole_one(
     assert all(float(accuracy) > right for accuracy in found.values())
 
 
+@pytest.mark.slow
+def test_language_models_are_trained_from_logits_that_are_cached_once(tmp_path: Path) -> None:
+    printed = run("transformers_cached.py", tmp_path, "--steps", "20", "--seeds", "1")
+    found = dict(re.findall(r"^(.+?) +(\d\.\d{3}) nats$", printed, flags=re.MULTILINE))
+    assert list(found) == ["teacher", "labels only, seed 1", "distilled, seed 1"]
+    assert all(float(value) < 5.5 for value in found.values())  # log 256 is 5.545
+
+
 def test_the_mythical_digit_is_drawn_and_told(tmp_path: Path) -> None:
     """Of three kinds of threes, each has its frame; the story has the figures of the run."""
     sys.path.insert(0, str(EXAMPLES))

@@ -14,6 +14,7 @@ from torch import nn
 
 from selfkd import submit
 from selfkd.__main__ import command_module
+from selfkd.cli.options import config_flags
 from selfkd.config import load_config
 from selfkd.config.validate import check_study
 
@@ -73,7 +74,7 @@ def test_every_command_is_understood(page: str, command: str) -> None:
     arguments = command_module(name).make_parser().parse_args(words)
     if name in TRAINING:
         config = ROOT / arguments.config if arguments.config else None
-        load_config(config, settings=arguments.settings)
+        load_config(config, settings=arguments.settings, flags=config_flags(arguments))
 
 
 @pytest.mark.parametrize("page", PAGES)

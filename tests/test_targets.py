@@ -69,10 +69,10 @@ def test_verify_names_a_row_that_the_teacher_does_not_predict(
     tensors, facts = load_tensors(path)
     changed = {name: tensor.clone() for name, tensor in tensors.items()}
     name = "logits" if "logits" in changed else "values"
-    changed[name][37, 1] -= 0.5
+    changed[name][:, 1] -= 0.5
     save_tensors(path, changed, {k: v for k, v in facts.items() if k != "hash"})
-    assert main(["verify", str(run), "--rows", "200"]) == 1
-    assert "row 187 of view 1 differs by " in capsys.readouterr().out
+    assert main(["verify", str(run)]) == 1
+    assert re.search(r"row 1[5-9]\d of view 1 differs by ", capsys.readouterr().out)
 
 
 def test_verify_finds_a_flipped_byte(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,12 @@ from selfkd.errors import ConfigError
 
 USAGE = 2
 FLAGS: dict[str, tuple[str, type, str, str]] = {
-    "--task": ("task", str, "NAME", "what is learnt: images or text"),
-    "--data": ("data.name", str, "NAME", "dataset"),
-    "--data-root": ("data.root", str, "DIR", "folder of the dataset"),
-    "--labels": ("data.train_size", int, "N", "number of labelled training images"),
-    "--model": ("model.name", str, "NAME", "network: any of timm, or selfkd_*"),
-    "--epochs": ("train.epochs", int, "N", "epochs of each training"),
+    "--task": ("task", str, "NAME", "images (classifiers) or text (language models)"),
+    "--data": ("data.name", str, "NAME", "dataset; of text pydoc, docstrings, arithmetic or text"),
+    "--data-root": ("data.root", str, "DIR", "folder of the dataset, or of your text"),
+    "--labels": ("data.train_size", int, "N", "number of labelled training images, or of problems"),
+    "--model": ("model.name", str, "NAME", "any of timm, or selfkd_*; of text selfkd_gpt or hf"),
+    "--epochs": ("train.epochs", int, "N", "epochs of a training; of text, parts of its steps"),
     "--batch-size": ("train.batch_size", int, "N", "images, or windows of text, a step"),
     "--lr": ("train.lr", float, "X", "learning rate"),
     "--trials": ("search.trials", int, "N", "trials of each search"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from selfkd.analysis.verdicts import count, short
 from selfkd.cli.terminal import make_console, print_sentences, print_table
-from selfkd.config import Config, Tree, to_tree, uses_pretrained
+from selfkd.config import Config, DataConfig, Tree, WriteConfig, to_tree, uses_pretrained
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import load_entry
 from selfkd.experiments.controls import TITLES
@@ -50,6 +50,8 @@ class Plan:
     """Number of models whose logits are cached."""
     writers: int = 0
     """Number of models that write text for students."""
+    texts: int = 0
+    """Number of texts a training prompt, of all of them together."""
 
 
 def plan_generations(config: Config) -> Plan:
@@ -112,27 +114,33 @@ def plan_capacity(config: Config) -> Plan:
 
 def plan_study(config: Config) -> Plan:
     """Return the plan of `selfkd.study`."""
-    stages, teachers = [], dict[tuple[str, str], int]()
+    stages = []
+    cached, writing = dict[tuple[str, DataConfig], int](), dict[tuple[str, WriteConfig], int]()
     for name, arm in config.study.arms.items():
-        if not arm.average:
-            own, patterns = config.at(arm.set), [f"arms/{name}/trial_*"]
-            stages.append(Planned(name, config.arm_seeds(arm), patterns, own))
-        for teacher in arm.teachers:
-            key = (teacher, config.at(arm.set).distill.mode)
-            if teacher in config.study.arms and not arm.average:
-                known = config.arm_seeds(config.study.arms[teacher])
-                used = min(known, config.arm_seeds(arm))
-                teachers[key] = max(used, teachers.get(key, 0))
+        if arm.average:
+            continue
+        own, seeds = config.at(arm.set), config.arm_seeds(arm)
+        stages.append(Planned(name, seeds, [f"arms/{name}/trial_*"], own))
+        for teacher in () if own.distill.live else arm.teachers:
+            if teacher in config.study.arms:
+                number = min(config.arm_seeds(config.study.arms[teacher]), seeds)
             else:
-                teachers[key] = _members(config).teachers
-    writers = sum(number for (_, mode), number in teachers.items() if mode == "traces")
-    return Plan(stages, sum(teachers.values()) - writers, writers)
+                number = _members(config).teachers
+            if own.distill.mode == "tokens":
+                cached[teacher, own.data] = max(number, cached.get((teacher, own.data), 0))
+            else:
+                write = replace(own.write, keep="all")  # of which those that are right are a part
+                writing[teacher, write] = max(number, writing.get((teacher, write), 0))
+    texts = sum(number * write.samples for (_, write), number in writing.items())
+    return Plan(stages, sum(cached.values()), sum(writing.values()), texts)
 
 
 def _by_mode(config: Config, plan: Plan) -> Plan:
     """Return a plan whose teachers write, where students are trained on their text."""
-    traces = config.distill.mode == "traces"
-    return replace(plan, teachers=0, writers=plan.teachers) if traces else plan
+    if config.distill.mode == "tokens":
+        return plan
+    texts = plan.teachers * config.write.samples
+    return replace(plan, teachers=0, writers=plan.teachers, texts=texts)
 
 
 def _student(config: Config) -> Config:
@@ -176,24 +184,29 @@ def print_plan(
     done = [_done(folder, stage.patterns) for stage in plan.stages]
     left = [max(s.trainings - len(d), 0) for s, d in zip(plan.stages, done, strict=True)]
     rows = [
-        (stage.title, *_counts(stage.trainings, len(found)), f"{n * stage.config.train.epochs:,}")
+        (stage.title, *_counts(stage.trainings, len(found)), f"{n * _length(stage.config):,}")
         for stage, found, n in zip(plan.stages, done, left, strict=True)
     ]
-    epochs = sum(n * s.config.train.epochs for s, n in zip(plan.stages, left, strict=True))
+    whole = sum(n * _length(s.config) for s, n in zip(plan.stages, left, strict=True))
     totals = _counts(sum(s.trainings for s in plan.stages), sum(map(len, done)))
-    rows.append(("all", *totals, f"{epochs:,}"))
-    head = ("stage", "trainings", "done", "epochs")
+    rows.append(("all", *totals, f"{whole:,}"))
+    head = ("stage", "trainings", "done", "steps" if config.steps_by_part else "epochs")
     table = Table(head, tuple(rows), rules=(len(rows) - 1,))
     print_sentences(console, [f"plan of selfkd.{name}, of which nothing is started:"])
     print_table(console, table.without_empty())
     lines = []
     if plan.writers and not function:
-        lines.append(_describe_text(config, plan, facts))
+        lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):
         lines.append(_describe_cache(config, plan, facts))
-    lines += describe_written(plan, left)
+    lines += describe_on_policy(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
+
+
+def _length(config: Config) -> int:
+    """Return the steps of a training where epochs are parts of them, else its epochs."""
+    return config.train.steps if config.steps_by_part else config.train.epochs
 
 
 def _counts(trainings: int, done: int) -> tuple[str, str]:
@@ -227,12 +240,11 @@ def _check(config: Config, function: str | None) -> Facts:
     return from_row(Facts, row["facts"])
 
 
-def _describe_text(config: Config, plan: Plan, facts: Facts) -> str:
+def _describe_text(plan: Plan, facts: Facts) -> str:
     """Return how many texts teachers are to write in words."""
-    each = facts.prompts * config.write.samples
     return (
-        f"written: {plan.writers * each:,} texts, {each:,} each by "
-        f"{count(plan.writers, 'model')} on {facts.prompts:,} training prompts"
+        f"written: {plan.texts * facts.prompts:,} texts by {count(plan.writers, 'model')} on "
+        f"{facts.prompts:,} training prompts"
     )
 
 
@@ -240,7 +252,7 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     """Return the size of the cached teacher logits in words."""
     if config.distill.live:
         return "cached:  no teacher logits, as teachers are run at each step"
-    if facts.cached is None:
+    if facts.cached is None or not plan.teachers:
         return "cached:  no teacher logits"
     items, each = facts.items["train"] * facts.views, facts.cached.row_bytes
     views = f" in {facts.views} views" if facts.views > 1 else ""
@@ -251,19 +263,24 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     )
 
 
-def describe_written(plan: Plan, left: Sequence[int]) -> list[str]:
+def describe_on_policy(plan: Plan, left: Sequence[int]) -> list[str]:
     """Return in words what students write themselves, in the stages that are left."""
-    lines = []
+    found = dict[tuple[int, float], list[str]]()
     for stage, number in zip(plan.stages, left, strict=True):
         share, train = stage.config.distill.on_policy, stage.config.train
         if number and share:
             texts = round(share * train.steps) * train.batch_size * train.accumulate
-            lines.append(
-                f"written: {short(texts)} texts by each student with a teacher, in {share:.0%} of "
-                "its steps; such a step takes two to four times as long as one on labels, which "
-                "the time below leaves out"
-            )
-    return list(dict.fromkeys(lines))
+            found.setdefault((texts, share), []).append(stage.title)
+    everywhere = all(stage.config.distill.on_policy for stage in plan.stages)
+    lines = []
+    for (texts, share), titles in found.items():
+        which = "with a teacher" if everywhere else f"of {', '.join(titles)}"
+        lines.append(
+            f"written: {short(texts)} texts by each student {which}, in {share:.0%} of its steps; "
+            "such a step takes two to four times as long as one on labels, which the time below "
+            "leaves out"
+        )
+    return lines
 
 
 def _describe_time(

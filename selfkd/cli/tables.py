@@ -13,6 +13,7 @@ from selfkd.results import (
     ControlResult,
     GenerationResult,
     GenerationsSummary,
+    find_metric,
     with_agreement,
 )
 
@@ -45,7 +46,8 @@ def summary_table(summary: GenerationsSummary, metric: str) -> Table:
     lineages = summary.verdict is not None and summary.verdict.covers == "lineages"
     over = f", {count(seeds, 'lineage' if lineages else 'seed')}" if seeds else ""
     replicated = summary.confirmations[0].metric if summary.confirmations else metric
-    gain = f"gain{words.difference_head(replicated)}"
+    larger = find_metric(replicated).mode == "max"  # else what is better is below 0
+    gain = f"{'gain' if larger else 'vs gen. 0'}{words.difference_head(replicated)}"
     head = ("generation", f"{_title(summary, metric)}{over}", gain, "T", "alpha")
     return Table(head, tuple(rows), rules=tuple(rules)).without_empty()
 

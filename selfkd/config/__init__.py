@@ -27,8 +27,10 @@ from selfkd.config.schema import GivenConfig as GivenConfig
 from selfkd.config.schema import ModelConfig as ModelConfig
 from selfkd.config.schema import SearchConfig as SearchConfig
 from selfkd.config.schema import Source as Source
+from selfkd.config.schema import TargetsConfig as TargetsConfig
 from selfkd.config.schema import TrainConfig as TrainConfig
 from selfkd.config.schema import Tree as Tree
+from selfkd.config.schema import WriteConfig as WriteConfig
 from selfkd.config.schema import flat as flat
 from selfkd.config.schema import from_tree as from_tree
 from selfkd.config.schema import get as get

@@ -90,7 +90,8 @@ def config_sections(
             if dataclasses.is_dataclass(part) and part is not ModelConfig:
                 each = "NAME" if get_origin(hint) is dict else "each"
                 inside.append((part, f"{dotted}.{each}", "", None))
-    yield Section(name, f"{_one_line(inspect.getdoc(cls))} {meaning}".strip(), keys)
+    own = _one_line(inspect.getdoc(cls))
+    yield Section(name, own if own == meaning else f"{own} {meaning}".strip(), keys)
     for section in inside:
         yield from config_sections(*section)
 

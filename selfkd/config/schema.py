@@ -158,8 +158,8 @@ class ModelConfig:
     among them; of text, selfkd_gpt, or hf, a model of transformers in the folder `args.path`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` starts
-    from timm's pretrained weights; hf has `path`, `fresh: true` for random weights, and `lora` and
-    `lora_alpha` for adapters."""
+    from timm's pretrained weights; selfkd_gpt has `depth`, `width`, `heads` and `dropout`; hf has
+    `path`, `fresh: true` for random weights, and `lora` and `lora_alpha` for adapters."""
 
     @field_validator("args")
     @classmethod
@@ -286,14 +286,14 @@ class TargetsConfig:
     """Folder of the cached logits, which several runs may share; `targets` in the run folder when
     not given."""
     top_k: int | None = Field(default=None, ge=1)
-    """Number of largest logits that are cached of each image, for very many classes; all when not
-    given."""
+    """Number of largest logits that are cached of each image or token, for very many classes; all
+    when not given."""
     samples: int | None = Field(default=None, ge=1, le=1024)
     """Number of classes sampled from the teacher at T 1 that are cached of each token of text, in
     place of logits. 8 when not given and all logits of one teacher would take more than 1 GB or the
     vocabulary has more than 4,096 tokens. T is then 1, and alpha alone is searched by default."""
     shard_size: int = Field(default=16_384, ge=1)
-    """Number of images whose logits one job caches in one file."""
+    """Number of images, or of tokens, whose logits one job caches in one file."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -508,7 +508,7 @@ TEXT: Tree = {
 """Defaults of `task: text` that differ: T = 1 and alpha = 1 are hard to beat on tokens."""
 ARITHMETIC: Tree = {
     "data": {"tokenizer": "chars", "context": 19},
-    "train": {"batch_size": 32, "lr": 3e-3, "steps": 1200},
+    "train": {"batch_size": 32, "lr": 6e-3, "steps": 1200},
 }
 """Defaults of `data.name: arithmetic` that differ from those of text; its context just fits."""
 HF_RATE = 5e-5
@@ -704,7 +704,7 @@ class Config:
     targets: TargetsConfig = Field(default_factory=TargetsConfig)
     """Cached teacher logits."""
     write: WriteConfig = Field(default_factory=WriteConfig)
-    """Text that a teacher writes."""
+    """Text that a teacher writes, with `distill.mode: traces`."""
     members: MembersConfig = Field(default_factory=MembersConfig)
     """Members of the teacher ensemble, in `selfkd.ensemble`, `selfkd.capacity` and
     `selfkd.study`."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from selfkd.config.schema import (
-    ArmConfig,
     Config,
     flat,
     from_tree,
@@ -119,22 +118,6 @@ def steps_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.epochs", f"must be at most train.steps ({steps}), got {epochs}"
 
 
-def arm_faults(config: Config, arm: ArmConfig) -> Iterator[tuple[str, str]]:
-    """Yield keys and faults of an arm of a study of language models.
-
-    Args:
-        config: Config of the arm.
-        arm: Arm.
-    """
-    if config.task != "text":
-        return
-    yield from loss_faults(config)
-    traces = config.distill.mode == "traces"
-    for key in _OF_LOGITS if traces else ():
-        if key in arm.set:
-            yield key, f"has no effect with distill.mode traces, got {arm.set[key]!r}"
-
-
 def size_fault(config: Config) -> str | None:
     """Return why there are no numbers of items to choose, if there are none."""
     if config.task == "images" or config.data.name == "arithmetic":
@@ -155,6 +138,31 @@ def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{locate_key(f'search.space.{key}', sources)}: {why}"
         if any(key in point for point in config.search.points or ()):
             yield f"{locate_key('search.points', sources)}: {key} {why}"
+
+
+def arm_faults(config: Config, changed: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of an arm of a study on text.
+
+    Args:
+        config: Config of the arm.
+        changed: Keys that the arm sets itself.
+    """
+    yield from loss_faults(config)
+    if config.targets.samples is not None and config.distill.temperature != 1:
+        value = config.distill.temperature
+        yield (
+            "targets.samples",
+            f"only with distill.temperature 1, got {value:g}",
+        )
+    default, given = flat(from_tree({"task": "text"})), flat(config)
+    if config.distill.mode == "tokens":
+        for key in changed:
+            if key.startswith("write."):
+                yield key, f"only with distill.mode traces, got {given[key]!r}"
+        return
+    for key in _OF_LOGITS:  # others of the study's own are those of its other arms
+        if given[key] != default[key] and key in (*changed, "distill.live"):
+            yield key, f"has no effect with distill.mode traces, got {given[key]!r}"
 
 
 def loss_faults(config: Config) -> Iterator[tuple[str, str]]:

@@ -55,6 +55,8 @@ FREE = (
     *("data.rationales", "data.rationale_weight"),
 )
 """What an arm of a study may change of the data: its training items, their labels and views."""
+_CACHED = ("targets.top_k", "targets.samples")
+"""What an arm of a study may change of the cached teacher logits."""
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live", "distill.mode"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
@@ -234,7 +236,7 @@ def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
 def _new_steps_faults(config: Config, at: Config) -> Iterator[str]:
     """Yield the faults of the steps of a point that the config itself does not have."""
     if not any(steps_faults(config)):
-        yield from (f"{key} {fault}" for key, fault in steps_faults(at))
+        yield from (f"{key}: {fault}" for key, fault in steps_faults(at))
 
 
 def check_capacity(config: Config) -> None:
@@ -316,9 +318,9 @@ def _study_faults(config: Config) -> Iterator[str]:
                 f"got {arm.teacher!r}"
             )
         for key in arm.set:
-            data = key.split(".")[0] == "data" and key not in FREE
-            if data or key.split(".")[0] not in ("data", "model", "train", "distill"):
-                known = f"model, train, distill or of {', '.join(FREE)}"
+            free = key.split(".")[0] in ("model", "train", "distill", "write")
+            if not free and key not in (*FREE, *_CACHED):
+                known = f"model, train, distill, write or of {', '.join((*FREE, *_CACHED))}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
             elif key in foreign:
                 yield f"{where}.set: {key} is not with task {config.task}"
@@ -329,8 +331,9 @@ def _study_faults(config: Config) -> Iterator[str]:
         except ConfigError as error:
             yield from (f"{where}.set: {line}" for line in str(error).splitlines())
         else:
-            faults = (*steps_faults(own), *arm_faults(own, arm))
-            yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
+            if own.task == "text":
+                faults = (*steps_faults(own), *arm_faults(own, arm.set))
+                yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
             if transform in ("permuted", "confidence"):
                 yield from (f"{where}: {transform} {fault}" for fault in _needs_all_logits(own))
             others = [models[each] for each in arm.teachers if each in models]

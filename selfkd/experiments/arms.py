@@ -183,7 +183,7 @@ class Run:
             early=early if search.scheduler == "asha" else None,
         )
         (trials,) = run_stages(self.executor, self.events, [stage], title=arm.title)
-        items = self.folder.facts.items.get("val", 0)
+        items = self.folder.facts.count("val")
         ranked = choose(config, space, stage.ranked(trials), items=items)
         kept = [arm.model(self, trial) for trial in ranked[: keep if save else 0]]
         if save is not None:

@@ -95,6 +95,8 @@ def _sizes(run: Run) -> list[tuple[int | float | str, int, str]]:
         except ConfigError as error:
             faults.append(f"capacity.values {value}: {error}")
             continue
+        where = f"capacity.values {value}: "
+        run.folder.keep_facts(f"search_{number:03d}/data.json", facts, where=where)
         sizes.append((value, facts.parameters["student"], f"{number:03d}"))
     if faults:
         raise ConfigError("\n".join(faults))

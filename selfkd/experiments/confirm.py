@@ -25,6 +25,7 @@ from selfkd.experiments.arms import TITLE, Arm, Run
 from selfkd.experiments.lineages import in_lineages, remove_teachers, replicas_folder
 from selfkd.experiments.replicas import contrast, pair_up, remove_students
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import (
     Confirmation,
     ControlResult,
@@ -63,6 +64,27 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
     for result in results:  # here, as a kill may have come between
         _remove_students(run, result.generation)
     return [load_row(Confirmation, _path(run.folder, row.generation)) for row in results]
+
+
+def prepare_again(run: Run, results: Sequence[GenerationResult]) -> None:
+    """Prepare what confirmations read of their teachers, which may have been removed since.
+
+    Args:
+        run: Run that is resumed.
+        results: Generations of an earlier start.
+
+    Raises:
+        RunError: It could not be made.
+    """
+    config = run.config
+    if not config.confirm.replicas or config.distill.live or run.function is not None:
+        return
+    if config.confirm.lineages:  # which prepare their own teachers
+        return
+    done = {row.generation for row in load_confirmations(config, run.folder, len(results))}
+    for result in results:
+        if result.teachers and result.generation not in done:
+            prepare_teachers(run, result.teachers, of=f"generation {result.generation}")
 
 
 def _keep_given(run: Run, result: GenerationResult) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from selfkd.config import Config
+from selfkd.config import Config, DistillConfig
 from selfkd.experiments.arms import Run
 from selfkd.results import Facts, GenerationResult, Model, TaskStarted
 from selfkd.results.metrics import find_metric, is_measured, title
@@ -16,17 +16,16 @@ CARD = "README.md"
 def export_generation(run: Run, result: GenerationResult) -> None:
     """Write the chosen model of a generation for other programs, unless it is there."""
     number, config = result.generation, run.config.at(result.point)
-    made = f"generation {number} of born-again generations"
-    if result.origin is not None:
-        made += ", which was given to the run"
-    export(
-        run,
-        result.models[0],
-        run.folder.generation(number),
-        describe_lineage(
-            made, config, run.folder.facts, result.hash, result.teachers, result.metrics
-        ),
+    card = describe_lineage(
+        f"generation {number} of born-again generations",
+        config,
+        run.folder.facts,
+        result.hash,
+        result.teachers,
+        result.metrics,
+        given=result.origin is not None,
     )
+    export(run, result.models[0], run.folder.generation(number), card)
 
 
 def export(run: Run, model: Model, parent: Path, card: str) -> None:
@@ -53,6 +52,8 @@ def describe_lineage(
     digest: str,
     teachers: Sequence[Model],
     metrics: Mapping[str, float],
+    *,
+    given: bool = False,
 ) -> str:
     """Return the card of a model, as Markdown: how it was made, of what, and what it is worth.
 
@@ -63,29 +64,37 @@ def describe_lineage(
         digest: Hash of the model.
         teachers: Models that it was distilled from; none of a model trained on labels.
         metrics: What was measured of it.
+        given: Whether it was trained elsewhere, and given to the run.
     """
 
     def lines() -> Iterator[str]:
-        yield f"- model `{digest}`, {made}; seed of the run {config.seed}"
+        origin = ", which was given to the run" if given else ""
+        yield f"- model `{digest}`, {made}{origin}; seed of the run {config.seed}"
         if teachers:
-            distill = config.distill
-            names = ", ".join(f"`{teacher.hash}`" for teacher in teachers)
-            plural = "s" if len(teachers) > 1 else ""
-            yield (
-                f"- distilled from the teacher{plural} {names} with temperature "
-                f"T = {distill.temperature:.3g}, weight alpha = {distill.alpha:.3g}"
-            )
-        elif "given" not in made:
+            yield f"- {_describe_teachers(config.distill, teachers)}"
+        elif not given:
             yield "- trained on labels only"
         sizes = ", ".join(f"{count:,} {split}" for split, count in facts.items.items())
         yield f"- data: {config.data.name}, {sizes} {facts.unit}, {facts.outputs:,} outputs"
-        marks = ", ".join(f"{split} `{mark}`" for split, mark in facts.fingerprints.items())
-        yield f"- fingerprints of the data: {marks}"
+        digests = ", ".join(f"{split} `{own}`" for split, own in facts.fingerprints.items())
+        yield f"- fingerprints of the data: {digests}"
         if facts.weights:
-            hashes = ", ".join(f"`{mark}`" for mark in facts.weights.values())
+            hashes = ", ".join(f"`{own}`" for own in facts.weights.values())
             yield f"- hash of the folder that the weights or the architecture came from: {hashes}"
         for name, value in metrics.items():
             if is_measured(name):
                 yield f"- {title(name)}: {find_metric(name).with_unit(value)}"
 
     return f"# {config.data.name}: {made}\n\nTrained by selfkd.\n\n" + "\n".join(lines()) + "\n"
+
+
+def _describe_teachers(distill: DistillConfig, teachers: Sequence[Model]) -> str:
+    """Return in words what a model was distilled from, and how."""
+    names = ", ".join(f"`{teacher.hash}`" for teacher in teachers)
+    of = f"the teacher{'s' if len(teachers) > 1 else ''} {names}"
+    if distill.mode == "traces":
+        return f"trained on the text of {of}"
+    return (
+        f"distilled from {of} with temperature T = {distill.temperature:.3g}, "
+        f"weight alpha = {distill.alpha:.3g}"
+    )

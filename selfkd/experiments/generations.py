@@ -17,6 +17,7 @@ from selfkd.experiments.confirm import (
     confirm_generations,
     judge_generations,
     load_confirmations,
+    prepare_again,
     stop_reason,
 )
 from selfkd.experiments.controls import judge_controls, run_controls
@@ -69,6 +70,7 @@ def born_again(run: Run) -> GenerationsSummary:
         export_generation(run, result)
     for confirmation in load_confirmations(config, folder, len(results)):
         run.events(GenerationConfirmed(confirmation))
+    prepare_again(run, results)
     while not _is_last(config, folder, results):
         confirmed = len(load_confirmations(config, folder, len(results))) == len(results)
         if config.rounds != "auto" or confirmed:

@@ -203,7 +203,21 @@ class RunFolder:
         Raises:
             ConfigError: The run was started on other data.
         """
-        path = self.path / "data.json"
+        self.keep_facts("data.json", facts)
+        self.save_config(config)
+
+    def keep_facts(self, name: str, facts: Facts, *, where: str = "") -> None:
+        """Write down facts of data and networks.
+
+        Args:
+            name: File of the run folder.
+            facts: Facts of this start.
+            where: Setting that they are of, for the message.
+
+        Raises:
+            ConfigError: The facts of an earlier start are others.
+        """
+        path = self.path / name
         known = load_row(Facts, path) if path.exists() else facts
         changed = [
             f"{key}: {value} -> {getattr(facts, key)}"
@@ -212,11 +226,10 @@ class RunFolder:
         ]
         if changed:
             raise ConfigError(
-                f"{self.path} was started on other data, so it cannot be resumed on this:\n  "
-                + "\n  ".join(changed)
+                f"{where}{self.path} was started on other data, so it cannot be resumed on this:"
+                "\n  " + "\n  ".join(changed)
             )
         save_row(path, facts)
-        self.save_config(config)
 
     @property
     def facts(self) -> Facts:

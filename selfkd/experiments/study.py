@@ -13,14 +13,14 @@ from typing import Any
 
 from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
-from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig
+from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, TargetsConfig, WriteConfig
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import make_teachers
 from selfkd.experiments.replicas import confirm_seeds
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.teachers import prepare_teachers, sum_written
+from selfkd.experiments.teachers import check_right, prepare_teachers, sum_written
 from selfkd.results import (
     ArmResult,
     ArmRun,
@@ -54,6 +54,10 @@ def finished(config: Config, folder: RunFolder) -> StudySummary | None:
     return summary if summary and summary.seeds >= config.confirm.seeds else None
 
 
+_Prepared = tuple[str, DataConfig, str, TargetsConfig, WriteConfig]
+"""What is prepared of a teacher: its hash, and the settings that decide it."""
+
+
 class _Study:
     """The arms of a study as they are trained."""
 
@@ -62,7 +66,7 @@ class _Study:
         self.arms: dict[str, Arm] = {}
         self.trials: dict[str, list[TrialResult]] = {}
         self._written = dict[str, Written]()
-        self._prepared = dict[tuple[str, DataConfig, str], Written | None]()
+        self._prepared = dict[_Prepared, Written | None]()
 
     def finish(self) -> StudySummary:
         run, config = self.run, self.run.config
@@ -76,6 +80,8 @@ class _Study:
         else:
             self.members = []
             run.folder.keep(config, run.check())
+        for name, own in facts.items():
+            run.folder.keep_facts(f"arms/{name}/data.json", own, where=f"study.arms.{name}: ")
         for names in self._waves():
             self._train(names, facts)
         summary = self._summary({name: self._measure(name) for name in self.configs})
@@ -118,8 +124,11 @@ class _Study:
         self, name: str, own: Config, teachers: Sequence[Sequence[Model]], facts: Facts
     ) -> None:
         """Prepare what the students of an arm need of their teachers, unless another arm has."""
+        write = replace(own.write, keep="all")  # of which those that are right are a part
         models = {
-            (model.hash, own.data, own.distill.mode): model for each in teachers for model in each
+            (model.hash, own.data, own.distill.mode, own.targets, write): model
+            for each in teachers
+            for model in each
         }
         waiting = {key: model for key, model in models.items() if key not in self._prepared}
         if waiting:
@@ -130,6 +139,7 @@ class _Study:
         written = [row for key in models if (row := self._prepared[key]) is not None]
         if written:
             self._written[name] = sum_written(written)
+            check_right(self._written[name], list(models.values()), of=name, config=own)
 
     def _teachers(self, arm: ArmConfig, number: int) -> list[Model]:
         """Return the teachers of the trial of a seed."""

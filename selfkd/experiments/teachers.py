@@ -65,14 +65,29 @@ def prepare_teachers(
     }
     written = sum_written(found.values())
     run.events(Message(f"{prefix}{describe_written(written, len(found))}"))
+    check_right(written, teachers, of=of, config=config)
+    return found
+
+
+def check_right(written: Written, teachers: Sequence[Model], *, of: str, config: Config) -> None:
+    """Check that students have some text to be trained on.
+
+    Args:
+        written: Numbers of what the teachers have written.
+        teachers: Models that teach.
+        of: Name of the students' stage, for people.
+        config: Config of the students.
+
+    Raises:
+        RunError: No text is right with `write.keep: right`.
+    """
     if config.write.keep == "right" and not written.right:
         names = ", ".join(model.checkpoint for model in teachers)
         raise RunError(
-            f"{prefix}write.keep right needs a text that is right, got 0 of {written.texts:,} "
-            f"by {names}: start a new run with --set write.keep=all, or with a better teacher "
-            "(more train.steps, a larger model)"
+            f"{f'{of}: ' if of else ''}write.keep right needs a text that is right, got 0 of "
+            f"{written.texts:,} by {names}: start a new run with write.keep=all, or with a better "
+            "teacher (more train.steps, a larger model)"
         )
-    return found
 
 
 def sum_written(rows: Iterable[Written]) -> Written:

@@ -10,7 +10,7 @@ from typing import Any
 
 from selfkd.config import RESUMABLE, Config, flat
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.loading.choose import Chosen, settings_of
+from selfkd.loading.choose import Chosen, distill_of
 from selfkd.reporting.plain import headline, short_table
 from selfkd.reporting.words import sentence
 from selfkd.results import EnsembleSummary, Facts, GenerationsSummary, Summary
@@ -128,11 +128,13 @@ def _made(config: Config, facts: Facts | None, chosen: Chosen) -> Iterator[str]:
         yield f"- network: {model.name}{arguments}"
         sizes = "" if facts is None else _sizes(facts)
         yield f"- data: {_quoted(config.data.name)}{sizes}"
-    settings = settings_of(config, chosen)
+    distill = distill_of(config, chosen)
     if chosen.given:
         yield "- given to the run as its generation 0, not trained by it"
-    elif settings:
-        temperature, alpha = settings["temperature"], settings["alpha"]
+    elif distill is not None and distill.mode == "traces":
+        yield "- trained on text of its teachers"
+    elif distill is not None:
+        temperature, alpha = distill.temperature, distill.alpha
         yield f"- distilled with temperature T = {temperature:.3g}, weight alpha = {alpha:.3g}"
     else:
         yield "- trained on labels only" if chosen.average is None else "- an average of models"

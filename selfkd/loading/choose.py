@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selfkd import __version__
-from selfkd.config import Config, from_tree, load_yaml
+from selfkd.config import Config, DistillConfig, from_tree, load_yaml
 from selfkd.errors import ConfigError
 from selfkd.experiments.confirm import load_confirmations
 from selfkd.experiments.run_folder import RunFolder
@@ -205,9 +204,6 @@ def _teachers(folder: RunFolder, config: Config) -> Chosen:
     return Chosen(title=title, models=models, average=own.distill.average)
 
 
-def settings_of(config: Config, chosen: Chosen) -> Mapping[str, Any]:
-    """Return temperature and alpha that a chosen model was distilled with; none from labels."""
-    if chosen.point is None:
-        return {}
-    distill = config.at(chosen.point).distill
-    return {"temperature": distill.temperature, "alpha": distill.alpha}
+def distill_of(config: Config, chosen: Chosen) -> DistillConfig | None:
+    """Return how a chosen model was distilled; None of one trained on labels."""
+    return None if chosen.point is None else config.at(chosen.point).distill

@@ -125,7 +125,8 @@ def _generation_row(run: Run, generation: Generation) -> tuple[str, ...]:
 
 
 def _ensemble_row(run: Run, row: Evaluation) -> tuple[str, ...]:
-    val, test, *further = measures(row, run.data.metric, with_agreement(run.data.further))
+    _, test, *further = measures(row, run.data.metric, with_agreement(run.data.further))
+    val = words.measured(run, row.metric(run.metric))  # chosen by, as in the rows above
     return ("ensemble of all", "", "", val, test, "", "", "", *further)
 
 

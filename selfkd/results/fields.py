@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 MOST = 2**40
 _SEARCHABLE = re.compile(
-    r"(model|student|train|distill|params)(\.[\w.-]+)?|members\.(source|use)"
+    r"(model|student|train|distill|write|params)(\.[\w.-]+)?|members\.(source|use)"
     r"|data\.(train_size|classes|label_noise|crop|flip|jitter|views|rationales|rationale_weight)"
 )
 

@@ -89,6 +89,10 @@ class TokenIndex:
             )
         return tokens
 
+    def has_rows_of(self, other: TokenIndex) -> bool:
+        """Say whether each row is of the same token as in another index."""
+        return all(np.array_equal(getattr(self, n), getattr(other, n)) for n in _ARRAYS)
+
     def save(self, root: Path, manifest: Manifest) -> None:
         """Write the index beside the shards of a store."""
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS}
@@ -304,7 +308,9 @@ def open_logits(root: Path, teachers: Sequence[str], data: str) -> SoftTargets |
 
     Raises:
         FileNotFoundError: A store or a shard that is not there.
+        ValueError: A damaged file, or teachers whose logits are of other tokens.
     """
+    found = []
     for teacher in teachers:
         manifest = load_manifest(root, teacher, data)
         paths = [shard_path(root, manifest, view=0, shard=n) for n in range(manifest.shards)]
@@ -314,9 +320,18 @@ def open_logits(root: Path, teachers: Sequence[str], data: str) -> SoftTargets |
                 f"{store_path(root, teacher, data)} must have {manifest.shards} files of logits, "
                 f"got {manifest.shards - missing}: cache_logits with the same arguments goes on"
             )
+        found.append(TokenIndex.load(root, manifest))
     stored = open_store(root, teachers, data=data)
-    index = TokenIndex.load(root, load_manifest(root, teachers[0], data))
-    return stored if index is None else TokenTargets(stored, index)
+    index = found[0]
+    if index is None:
+        return stored
+    for teacher, other in zip(teachers, found, strict=True):
+        if other is None or not index.has_rows_of(other):
+            raise ValueError(
+                f"{store_path(root, teacher, data)} must be of the tokens of {teachers[0]}, got "
+                "logits of others: import log-probabilities of the same tokens"
+            )
+    return TokenTargets(stored, index)
 
 
 def gathered(found: Any, shape: Sequence[int]) -> Any:

@@ -199,14 +199,22 @@ class Task(Protocol):
         """
 
     def hits(
-        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()
+        self,
+        logits: Tensor,
+        split: Split,
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
     ) -> Tensor | None:
         """Return for each item whether it is right; None where models are not compared by that.
 
         Args:
             logits: Logits of the split.
             split: Split that was predicted.
-            networks: Networks whose mean probabilities predicted them, for what they generate.
+            networks: Networks whose average predicted them, for what they generate.
+            average: Average of the networks.
+            weights: Weight of each network; all alike when not given.
         """
 
     def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:

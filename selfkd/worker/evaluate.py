@@ -50,14 +50,20 @@ def evaluate(
     teacher_logits: dict[Split, Tensor] = {}
     compared = None
     if teachers:
+        average = task.config.distill.average
         for split in splits:
             members = [task.predict(member["checkpoint"], split) for member in teachers]
-            average = task.config.distill.average
             teacher_logits[split] = average_logits(members, teachers, average)
         found |= task.fidelity(logits["test"], teacher_logits["test"])
         hits = task.hits(logits["test"], "test", task.networks(student))
         if hits is not None:
-            of_teachers = task.hits(teacher_logits["test"], "test", _networks(task, teachers))
+            of_teachers = task.hits(
+                teacher_logits["test"],
+                "test",
+                _networks(task, teachers),
+                average=average,
+                weights=weights_of(teachers),
+            )
             compared = None if of_teachers is None else compare_errors(hits, of_teachers)
     if diagnose:
         found |= task.measure_samples(student, teachers)

@@ -15,14 +15,14 @@ from engine import Count, StopAfter, make_run
 from selfkd import generations
 from selfkd.cli.plan import (
     Plan,
-    describe_written,
+    describe_on_policy,
     plan_capacity,
     plan_ensemble,
     plan_generations,
     plan_study,
     print_plan,
 )
-from selfkd.config import Config, load_config
+from selfkd.config import Config, Tree, from_tree, load_config
 from selfkd.experiments.capacity import grow
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.generations import born_again
@@ -141,11 +141,29 @@ def test_it_says_what_students_write_themselves() -> None:
     settings = ["distill={on_policy: 0.25, live: true}", "train.steps=800", "train.accumulate=2"]
     config = load_config(flags={"task": "text"}, settings=[*settings, "train.batch_size=10"])
     plan = plan_generations(config)
-    (line,) = describe_written(plan, [1] * len(plan.stages))
+    (line,) = describe_on_policy(plan, [1] * len(plan.stages))
     assert line.startswith("written: 4 k texts by each student with a teacher, in 25% of its steps")
-    assert describe_written(plan, [0] * len(plan.stages)) == []
+    assert describe_on_policy(plan, [0] * len(plan.stages)) == []
     plan = plan_generations(Config())
-    assert describe_written(plan, [1] * len(plan.stages)) == []
+    assert describe_on_policy(plan, [1] * len(plan.stages)) == []
+
+
+def test_of_a_study_it_counts_what_each_arm_needs_of_its_teacher() -> None:
+    traces: Tree = {"distill.mode": "traces"}
+    arms: Tree = {
+        "labels": {},
+        "tokens": {"teacher": "labels"},
+        "again": {"teacher": "labels", "set": {"train.lr": 0.1}},
+        "bare": {"teacher": "labels", "set": {"data.rationales": False}},
+        "traces": {"teacher": "labels", "set": traces},
+        "right": {"teacher": "labels", "set": traces | {"write.keep": "right"}},
+        "many": {"teacher": "labels", "set": traces | {"write.samples": 2}},
+        "live": {"teacher": "labels", "set": {"distill.live": True, "distill.on_policy": 1}},
+    }
+    plan = plan_study(from_tree({"task": "text", "confirm": {"seeds": 3}, "study": {"arms": arms}}))
+    assert (plan.teachers, plan.writers, plan.texts) == (6, 6, 9)
+    (line,) = describe_on_policy(plan, [1] * len(plan.stages))
+    assert line.startswith("written: 3.6 k texts by each student of live, in 100% of its steps")
 
 
 def test_bad_input_is_code_2_as_without_it(

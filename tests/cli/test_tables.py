@@ -88,6 +88,13 @@ def test_the_test_accuracy_over_fresh_seeds_and_the_gain_come_first_in_80_column
     ]
 
 
+def test_a_difference_is_no_gain_where_less_is_better() -> None:
+    confirmations = tuple(confirmation(k, metric="test_nll") for k in (0, 1))
+    summary = GenerationsSummary(generations=(FIRST, RESULT), confirmations=confirmations)
+    head = lines(summary_table(summary, "nll"))[0]
+    assert head == "generation test NLL, 3 seeds vs gen. 0, nats T alpha"
+
+
 def test_without_fresh_seeds_it_is_of_the_chosen_models_and_has_no_gain() -> None:
     summary = GenerationsSummary(generations=(FIRST, RESULT), ensemble=ENSEMBLE)
     assert lines(summary_table(summary, "accuracy")) == [

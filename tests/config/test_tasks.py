@@ -67,9 +67,14 @@ def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
         ("text", "members.source=snapshots", "snapshots are only with task images"),
         ("text", "resources.workers=2", "resources.workers: must be 1 with task text"),
         ("text", "train.warmup_steps=300", "must be less than train.steps"),
-        ("text", "search.points=[{train.steps: 2}]", "points.0: train.epochs must be at most"),
-        ("text", "search.space.train.steps={choice: [2]}", "train.epochs must be at most"),
+        ("text", "search.points=[{train.steps: 2}]", "points.0: train.epochs: must be at most"),
+        ("text", "search.space.train.steps={choice: [2]}", "train.epochs: must be at most"),
         ("text", "train.steps=31", "train.epochs: must be at most"),
+        (
+            "text",
+            "search.space.train.steps={choice: [2, 300]}",
+            "train.epochs: must be at most train.steps (2), got 3",
+        ),
         ("sound", "rounds=1", "task: must be 'images' or 'text', got 'sound'"),
     ],
 )
@@ -157,12 +162,7 @@ def test_alpha_alone_is_searched_with_samples(more: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
-        ("set: {distill.on_policy: 0.5}", r"b.set: distill.on_policy: needs distill.live"),
         ("set: {train.steps: 2}", r"b.set: train.epochs: must be at most train.steps \(2\)"),
-        (
-            "set: {distill.mode: traces, distill.alpha: 0.5}",
-            r"b.set: distill.alpha: has no effect with distill.mode traces, got 0.5",
-        ),
         (
             "target_transform: permuted, set: {distill.live: true}",
             r"b: permuted needs cached teacher logits of all classes: leave out distill.live",
@@ -182,6 +182,43 @@ def test_an_arm_is_checked_as_a_config_is(arm: str, message: str) -> None:
     config = load_config(flags={"task": "text"}, settings=[arms])
     with pytest.raises(ConfigError, match=message):
         check_study(config)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("distill.on_policy: 0.5", "distill.on_policy: needs distill.live"),
+        ("distill.mode: traces, distill.temperature: 2", "distill.temperature: has no effect with"),
+        ("distill.mode: traces, distill.live: true", "distill.live: has no effect with distill.mo"),
+        ("write.keep: right", "write.keep: only with distill.mode traces, got 'right'"),
+        (
+            "targets.samples: 4, distill.temperature: 2",
+            "targets.samples: only with distill.temperature 1, got 2",
+        ),
+    ],
+)
+def test_the_loss_of_an_arm_is_checked_too(own: str, message: str) -> None:
+    arms = f"study.arms={{a: {{}}, b: {{teacher: a, set: {{{own}}}}}}}"
+    config = load_config(flags={"task": "text"}, settings=[arms])
+    with pytest.raises(ConfigError, match=f"arms.b.set: {message}"):
+        check_study(config)
+
+
+def test_arms_may_cache_other_parts_of_the_logits() -> None:
+    arms = "study.arms={a: {}, b: {teacher: a, set: {targets.samples: 4}}, c: {teacher: a}}"
+    check_study(load_config(flags={"task": "text"}, settings=[arms]))
+    wrong = load_config(settings=["study.arms={a: {}, b: {teacher: a, set: {targets.root: x}}}"])
+    with pytest.raises(ConfigError, match="must be keys of model, train, distill, write or of"):
+        check_study(wrong)
+
+
+def test_an_arm_of_traces_may_stand_beside_another_temperature() -> None:
+    arms = "study.arms={a: {}, b: {teacher: a, set: {distill.mode: traces, write.samples: 2}}}"
+    config = load_config(flags={"task": "text"}, settings=[arms, "distill.temperature=2"])
+    check_study(config)
+    live = load_config(flags={"task": "text"}, settings=[arms, "distill.live=true"])
+    with pytest.raises(ConfigError, match=r"b.set: distill.live: has no effect with distill"):
+        check_study(live)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from selfkd.errors import ConfigError
 from selfkd.experiments.capacity import finished, grow
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.response import read_stages
-from selfkd.results import CapacitySummary, TrialResult
+from selfkd.results import CapacitySummary, Row, TrialResult
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.rows import load_row
+from selfkd.worker.jobs import run_job
 
 TINY = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
@@ -135,6 +136,16 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path: Path, done: Done, 
     )
     assert found == expected
     assert len(first.kinds("train")) + len(again.kinds("train")) == 10
+
+
+def test_a_size_of_other_data_or_weights_than_at_its_start_is_refused(done: Done) -> None:
+    def changed(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        for row in run_job(kind, payload):
+            yield {"facts": row["facts"] | {"weights": {"/model": "abc"}}}
+
+    folder, config = RunFolder.open(done[1].path)
+    with pytest.raises(ConfigError, match=r"capacity.values 8: .*other data.*\n  weights: .*abc"):
+        grow(make_run(config, folder, changed))
 
 
 def test_t_and_alpha_may_be_searched_for_each_size(tmp_path: Path) -> None:

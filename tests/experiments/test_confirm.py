@@ -236,6 +236,8 @@ def test_more_seeds_train_only_those_that_are_missing(tmp_path: Path, rounds: st
     again = Fake()
     found = whole(more, folder, again)
     assert len(again.kinds("train")) == len(again.confirming()) == 4 * 2
+    assert len(again.kinds("cache_teacher_logits")) == 2, "they may have been removed since"
+    assert [kind for kind, _ in again.jobs].index("cache_teacher_logits") == 1  # after the check
     assert {Path(job["student"]).parent.name for job in again.confirming()} == {
         "trial_003",
         "trial_004",

@@ -375,12 +375,14 @@ def test_failed_trials_are_tried_again_on_resume(tmp_path: Path) -> None:
     assert result.failed == 0
 
 
-def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("what", "name"), [("fingerprints", "test"), ("weights", "/model")])
+def test_resume_on_other_data_or_weights_is_refused(tmp_path: Path, what: str, name: str) -> None:
     config, folder = start(tmp_path)
-    folder.keep(config, Facts(outputs=10, fingerprints={"test": "abc"}))
-    folder.keep(config, Facts(outputs=10, fingerprints={"test": "abc"}))
-    with pytest.raises(ConfigError, match=r"started on other data.*\n  fingerprints: .*abc.*def"):
-        folder.keep(config, Facts(outputs=10, fingerprints={"test": "def"}))
+    first, other = (replace(Facts(outputs=10), **{what: {name: mark}}) for mark in ("abc", "def"))
+    folder.keep(config, first)
+    folder.keep(config, first)
+    with pytest.raises(ConfigError, match=rf"on other data.*\n  {what}: .*{name}.*abc.*def"):
+        folder.keep(config, other)
 
 
 def test_a_setting_that_fails_the_check_is_not_kept(tmp_path: Path) -> None:

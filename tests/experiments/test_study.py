@@ -199,6 +199,17 @@ def test_a_second_start_trains_and_tests_nothing_again(
     assert again == summary
 
 
+def test_an_arm_of_other_data_or_weights_than_at_its_start_is_refused(whole: Whole) -> None:
+    def changed(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        few = payload["config"]["data"]["train_size"] == 50
+        for row in run_job(kind, payload):
+            yield {"facts": row["facts"] | {"weights": {"/model": "abc"}}} if few else row
+
+    said = r"study.arms.few: .* was started on other data.*\n  weights: {} -> {'/model': 'abc'}"
+    with pytest.raises(ConfigError, match=said):
+        study(whole[0].path, ARMS, do=changed)
+
+
 def test_members_of_another_run_teach(whole: Whole, tmp_path: Path) -> None:
     folder, _, _ = whole
     student = folder.path / "arms" / "labels" / "trial_000" / "student.safetensors"

@@ -14,17 +14,21 @@ from selfkd.cli.tables import summary_table
 from selfkd.config import Config, load_config
 from selfkd.errors import RunError
 from selfkd.experiments.ensemble import compress
+from selfkd.experiments.export import describe_lineage
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.study import compare_arms
 from selfkd.reporting.words import describe_ensemble
-from selfkd.results import Facts, Row, StudySummary, TaskStarted, Written, to_row
+from selfkd.results import Facts, Model, Row, StudySummary, TaskStarted, Written, to_row
 
 SETTINGS = [
     *("train.epochs=2", "search.trials=2", "rounds=1", "confirm.seeds=0", "tracking=none"),
     *("distill.mode=traces", "targets.shard_size=60", "write.samples=2"),
 ]
-ARMS = "{a: {}, b: {teacher: a, set: {distill.mode: traces}}, c: {teacher: a}}"
+ARMS = (
+    "{a: {}, b: {teacher: a, set: {distill.mode: traces}}, c: {teacher: a}, "
+    "d: {teacher: a, set: {distill.mode: traces, write.keep: right}}}"
+)
 
 
 class Fake:
@@ -100,7 +104,7 @@ def test_a_teacher_that_is_never_right_ends_a_run_that_keeps_what_is_right(tmp_p
         born_again(make_run(config, folder, Fake(right=0)))
     assert str(error.value) == (
         "generation 1: write.keep right needs a text that is right, got 0 of 80 by "
-        "generation_000/student.safetensors: start a new run with --set write.keep=all, or with a "
+        "generation_000/student.safetensors: start a new run with write.keep=all, or with a "
         "better teacher (more train.steps, a larger model)"
     )
     assert folder.results()[0].hash  # which is kept
@@ -118,17 +122,22 @@ def test_all_members_of_an_ensemble_write(tmp_path: Path) -> None:
 
 
 def test_arms_of_a_study_differ_in_what_they_are_distilled_from(tmp_path: Path) -> None:
-    config, folder = start(tmp_path, "distill.mode=tokens", "confirm.seeds=2", f"study.arms={ARMS}")
+    settings = ["distill.mode=tokens", "confirm.seeds=2", f"study.arms={ARMS}"]
+    config, folder = start(tmp_path, *settings)
     fake = Fake()
     summary: StudySummary = compare_arms(make_run(config, folder, fake))
-    assert len(fake.kinds("write")) == 2 * 4
+    assert len(fake.kinds("write")) == 2 * 4  # once for b and d
     assert len(fake.kinds("cache_teacher_logits")) == 2 * 2
     by_arm = {row.name: row.written for row in summary.arms}
-    assert by_arm == {"a": None, "b": Written(texts=160, cut=8, right=152), "c": None}
+    written = Written(texts=160, cut=8, right=152)
+    assert by_arm == {"a": None, "b": written, "c": None, "d": written}
     places = {job["stage"]: Path(job["targets"]).name for job in fake.kinds("train")}
-    assert places == {"a": "targets", "b": "written", "c": "targets"}
+    assert places == {"a": "targets", "b": "written", "c": "targets", "d": "written"}
     plan = plan_study(config)
-    assert (plan.teachers, plan.writers) == (2, 2)
+    assert (plan.teachers, plan.writers, plan.texts) == (2, 2, 4)
+    config, folder = start(tmp_path / "no", *settings)
+    with pytest.raises(RunError, match=r"^d: write.keep right needs a text that is right, got 0"):
+        compare_arms(make_run(config, folder, Fake(right=0)))
 
 
 def test_the_plan_counts_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,5 +145,22 @@ def test_the_plan_counts_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     config = load_config(settings=[*SETTINGS, *settings, "rounds=2"], flags={"task": "text"})
     print_plan(plan_generations(config), "generations", config, RunFolder(tmp_path / "no"), None)
     printed = capsys.readouterr().out
-    assert "\nwritten: 16,088 texts, 8,044 each by 2 models on 4,022 training prompts" in printed
+    assert "\nwritten: 16,088 texts by 2 models on 4,022 training prompts" in printed
     assert "cached:" not in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (SETTINGS, "- trained on the text of the teacher `abc`\n"),
+        ([], "- distilled from the teacher `abc` with temperature T = 1, weight alpha = 1\n"),
+    ],
+)
+def test_the_card_says_what_a_model_was_distilled_from(settings: list[str], said: str) -> None:
+    config = load_config(settings=settings, flags={"task": "text"})
+    teachers = [Model("abc", "a.safetensors")]
+    assert said in describe_lineage("m", config, Facts(), "def", teachers, {})
+    assert "only" in describe_lineage("m", config, Facts(), "def", [], {})
+    given = describe_lineage("m", config, Facts(), "def", [], {}, given=True)
+    assert "only" not in given
+    assert "m, which was given to the run" in given

@@ -59,6 +59,30 @@ MOMENTS = {  # when the driver is killed: the event, and what is done a second t
     "ensemble of all generations": ("doing average", (CHECK, "ensemble")),
     "summary written beside": ("writing summary.json", (CHECK, "ensemble")),
 }
+TEXT = [
+    "task=text",
+    "data={name: arithmetic, train_size: 200, val_size: 20}",
+    "model.args={width: 16, depth: 1, heads: 2, dropout: 0.1}",
+    "train={steps: 12, epochs: 3, batch_size: 8, warmup_steps: 2}",
+    "checkpoint.seconds=0",
+    "search.trials=1",
+    "rounds=1",
+    "targets.shard_size=1000",
+    "confirm.seeds=1",
+]
+IN_TEXT = {  # when the driver is killed, in this order, each start in the next of them
+    "traces": (
+        "distill.mode=traces",
+        *("^TrialProgressed generation-0 0 epoch 1", "writing generation_000/pretrained/model"),
+        *("writing .*/shard_00001.jsonl", "wrote .*/shard_00001.jsonl", "wrote .*/shard_00002"),
+        *("^TrialProgressed generation-1 0 epoch 2", "wrote generation_001/result"),
+        *("writing generation_001/pretrained/README", "^TrialProgressed confirm-1 0 epoch 1"),
+    ),
+    "on-policy": (
+        "distill={live: true, on_policy: 0.5}",
+        *("^TrialProgressed generation-1 0 epoch 1", "^TrialProgressed generation-1 0 epoch 2"),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +140,19 @@ def test_killed_at_every_event_of_a_run(driver: Driver, whole: Path, tmp_path: P
         assert driver.run(folder, SETTINGS, die=".", number=number)[0] == -signal.SIGKILL
         assert driver.run(folder, SETTINGS) == (0, ""), event
         assert record(folder) == record(whole), event
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "moments"), [(s, m) for s, *m in IN_TEXT.values()], ids=IN_TEXT
+)
+def test_language_models_killed_again_and_again(
+    driver: Driver, tmp_path: Path, setting: str, moments: Sequence[str]
+) -> None:
+    settings, whole, folder = [*TEXT, setting], tmp_path / "whole", tmp_path / "run"
+    assert driver.run(whole, settings) == (0, "")
+    for moment in moments:
+        assert driver.run(folder, settings, die=moment)[0] == -signal.SIGKILL, moment
+    assert driver.run(folder, settings) == (0, "")
+    assert record(folder) == record(whole)
+    assert len(record(whole)["others"]) > 10

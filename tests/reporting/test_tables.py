@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 from rich.console import Console
 
 from selfkd.cli.terminal import print_table
+from selfkd.reporting.read import Generation, Run
 from selfkd.reporting.tables import (
     Table,
     capacity_table,
     ensemble_table,
+    generations_table,
     study_table,
 )
 from selfkd.results import (
     ArmResult,
     ArmRun,
     CapacitySummary,
+    Evaluation,
+    GenerationResult,
     Interval,
     MembersRow,
     Seeds,
@@ -50,6 +55,22 @@ def test_an_ensemble_s_has_quality_and_costs_of_each_row() -> None:
         "student, labels only 90.00% 81.25% ± 1.50% 0.5000 0.0100 24.1 k 0.412 0.0212",
         "student, from its teacher 90.00% 81.25% 0.5000 0.0100",
     ]
+
+
+def test_the_ensemble_of_generations_has_the_metric_that_they_are_chosen_by() -> None:
+    metrics = {**TESTED, "val_nll": 0.25}
+    chosen = GenerationResult(generation=0, trial=0, metrics=metrics)
+    run = Run(
+        Path("run"),
+        "generations",
+        {"search": {"metric": "val_nll"}},
+        None,
+        generations=(Generation(0, (), chosen),),
+        ensemble=Evaluation(hash="", metrics={**metrics, "val_nll": 0.125}),
+    )
+    table = generations_table(run)
+    column = [row[table.head.index("val NLL")] for row in table.rows]
+    assert column == ["0.2500", "0.1250"]
 
 
 def size(value: int, verdict: str, p: float | None) -> Size:

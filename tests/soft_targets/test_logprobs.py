@@ -297,3 +297,17 @@ def test_texts_must_be_the_tokenizers_and_the_datasets(
             selfkd.import_logprobs(tmp_path / "teacher.jsonl", ITEMS[:1], tmp_path, vocabulary=9)
     with pytest.raises(ValueError, match="dataset must have items, got none"):
         selfkd.import_logprobs(tmp_path / "teacher.jsonl", [], tmp_path, vocabulary=9)
+
+
+def test_teachers_must_be_of_the_same_tokens(tmp_path: Path) -> None:
+    """As many rows of other tokens are not averaged."""
+    row = [[1, 2], [-0.5, -2.0]]
+    teachers = []
+    for counts in ((2, 1), (1, 2)):
+        lines = [{"ids": [row[0]] * n, "logprobs": [row[1]] * n} for n in counts]
+        file = tmp_path / f"{counts[0]}.jsonl"
+        file.write_text("\n".join(map(json.dumps, lines)))
+        selfkd.import_logprobs(file, [[1, 2, 3]] * 2, tmp_path, vocabulary=9)
+        teachers.append(logprobs._digest(file))
+    with pytest.raises(ValueError, match=f"{teachers[1]}.* must be of the tokens of {teachers[0]}"):
+        selfkd.load_logits(tmp_path, teachers=teachers)

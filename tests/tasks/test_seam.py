@@ -188,7 +188,9 @@ class Letters:
     ) -> dict[str, float]:
         return {}
 
-    def hits(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
+    def hits(
+        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = (), **options: Any
+    ) -> Tensor:
         return logits.argmax(dim=-1) == self.labels(split)
 
     def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:

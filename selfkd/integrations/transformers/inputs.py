@@ -17,9 +17,8 @@ from selfkd.distill.signature import is_encoder_decoder as is_encoder_decoder
 from selfkd.distill.signature import signature_of as signature_of
 from selfkd.distill.tasks import Task
 from selfkd.distill.teacher import Ensemble, Teacher
+from selfkd.soft_targets.tokens import IGNORED as IGNORED
 
-IGNORED = -100
-"""Label of ignored tokens in transformers, which enter no term."""
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 """Names under which labels are found, beside `label_names` of the arguments."""
 PADDING = 0.01

@@ -292,7 +292,15 @@ class ImageTask(ImageNetworks):
         """Return nothing: classifiers generate nothing."""
         return {}
 
-    def hits(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
+    def hits(
+        self,
+        logits: Tensor,
+        split: Split,
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> Tensor:
         """Return for each image whether its class is predicted."""
         return logits.argmax(dim=-1) == self.labels(split)
 

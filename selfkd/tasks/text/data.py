@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from selfkd.config import DataConfig
+from selfkd.soft_targets.tokens import IGNORED as IGNORED
 from selfkd.tasks.task import Split
 from selfkd.tasks.text.documents import Example, load_documents
 from selfkd.tasks.text.tokenizer import encode_texts, make_tokenizer, vocabulary_of
 
 MOST_LOGITS = 2**28
 """Most logits of a split that models are evaluated on, 1 GiB in memory."""
-IGNORED = -100
-"""Label of positions beyond the end of a split."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,10 +262,13 @@ def _sample(tokens: Tokens, examples: list[Example], most: int) -> tuple[Tokens,
     ids.append(tokens.ids[end : end + 1])
     rows = torch.cat(weights)
     share = int((rows > 0).sum()) / len(tokens.scored)
-    sampled = Tokens(
-        torch.cat(ids), tokens.context, round(tokens.bytes * share), torch.tensor(starts), rows
-    )
-    return sampled, [examples[number] for number in numbers.tolist()] if examples else []
+    kept = [examples[number] for number in numbers.tolist()] if examples else []
+    size = _bytes_after_prompts(kept) if kept else round(tokens.bytes * share)
+    return Tokens(torch.cat(ids), tokens.context, size, torch.tensor(starts), rows), kept
+
+
+def _bytes_after_prompts(examples: Sequence[Example]) -> int:
+    return sum(len((each.rationale + each.completion).encode()) for each in examples)
 
 
 def encode_examples(
@@ -307,7 +309,7 @@ def encode_examples(
     return Tokens(
         torch.from_numpy(np.concatenate([*ids, ends])),
         context,
-        sum(len((each.rationale + each.completion).encode()) for each in examples),
+        _bytes_after_prompts(examples),
         torch.from_numpy(np.cumsum(rows) - rows),
         torch.from_numpy(np.repeat(weights, sizes.ravel())),
     )

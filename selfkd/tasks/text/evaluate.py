@@ -72,7 +72,10 @@ def window_nll(logits: Tensor, tokens: Tokens) -> Tensor:
     >>> window_nll(torch.zeros(3, 2), tokens).mean().exp()
     tensor(2.0000, dtype=torch.float64)
     """
-    nll = F.cross_entropy(logits, tokens.labels[tokens.scored], reduction="none").double()
+    size = max(SCORED_VALUES // logits.shape[-1], 1)  # no copy of all logits is made
+    labels = tokens.labels[tokens.scored]
+    parts = zip(torch.split(logits, size), torch.split(labels, size), strict=True)
+    nll = torch.cat([F.cross_entropy(*part, reduction="none") for part in parts]).double()
     windows = torch.searchsorted(tokens.bounds, tokens.scored, right=True) - 1
     sums = torch.zeros(tokens.windows, dtype=torch.float64).index_add(0, windows, nll)
     return sums * (tokens.windows / len(nll))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 KEYS = '"text", or "prompt" and "completion"'
 ROW_KEYS = ("text", "prompt", "completion", "rationale")
+_IN_WORD = re.compile(r"[^\W_]\Z")
+_IN_NUMBER = re.compile(r"(?:[^\W_]|[-−.]|\d,)\Z")
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,8 @@ class Example:
     """A prompt and what is to follow it.
 
     >>> example = Example("1 + 2 =", " 3")
-    >>> str(example), example.is_right(" 1, 3"), example.is_right(" 13")
-    ('1 + 2 = 3', True, False)
+    >>> str(example), example.is_right(" 1, 3"), example.is_right(" 13"), example.is_right(" -3")
+    ('1 + 2 = 3', True, False, False)
     """
 
     prompt: str
@@ -30,10 +33,11 @@ class Example:
         return self.prompt + self.rationale + self.completion
 
     def is_right(self, written: str) -> bool:
-        """Say whether a text that follows the prompt ends in the completion, as a word."""
+        """Say whether a text after the prompt ends in the completion, a whole word or number."""
         wanted, found = self.completion.strip(), written.strip()
         before = found[: len(found) - len(wanted)]
-        return found.endswith(wanted) and not before[-1:].isalnum()
+        glued = _IN_NUMBER if wanted[:1].isdigit() else _IN_WORD
+        return found.endswith(wanted) and not glued.search(before)
 
 
 def read_row(row: Any, place: str) -> str | Example:

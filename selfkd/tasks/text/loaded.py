@@ -51,9 +51,8 @@ class TextPredictor:
             TypeError: An item that is no text.
             ValueError: A text with half a character.
         """
-        if isinstance(items, bytes | Mapping) or not isinstance(items, Iterable):
-            raise TypeError(f"items must be a text or a list of texts, got {type(items).__name__}")
-        texts = [items] if isinstance(items, str) else list(items)
+        alone = isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable)
+        texts = [items] if alone else list(items)
         for text in texts:
             _check_text(text, "items must be texts")
         for start in range(0, len(texts), batch_size):
@@ -100,11 +99,13 @@ class TextPredictor:
             )
         end, context = self.facts.end, self.facts.context
         ids = [end, *self._tokenizer.encode(prompt, add_special_tokens=False).ids]
-        if len(ids) > context or (most is not None and most < 1):
+        if len(ids) > context:
             raise ValueError(
-                f"prompt must have at most {context - 1} tokens and most be at least 1, got "
-                f"{len(ids) - 1} and {most}"
+                f"prompt must have at most {context - 1} tokens, as the model sees {context} with "
+                f"the end token before it, got {len(ids) - 1}"
             )
+        if most is not None and most < 1:
+            raise ValueError(f"most must be at least 1, got {most}")
         (written,) = generate(
             self.network.network,
             [torch.tensor(ids)],

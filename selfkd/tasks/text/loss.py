@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from selfkd.distill.outputs import take_logits
 from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
 from selfkd.losses.sparse import SparseLogits
 from selfkd.soft_targets.store import open_store
+from selfkd.soft_targets.tokens import gathered
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
     PermutedTargets,
@@ -62,7 +64,7 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
         labels = text.labels.clamp(min=0)  # what is not predicted does not count
         targets = _from_rows(VirtualTargets(labels, classes=task.data.vocabulary), last)
     elif not teachers or distill.mode == "traces":  # whose text are the labels
-        return partial(_label_loss, smoothing=smoothing)
+        return partial(_label_loss, smoothing)
     elif distill.live:
         targets = _live_targets(task, [row["checkpoint"] for row in teachers])
     else:
@@ -75,69 +77,70 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
         )
         if average == "logits" or stored.samples:  # by the store, once
             average, weights = "probabilities", None
+        averaging: dict[str, Any] = {"average": average, "weights": weights}
+        if transform == "confidence":
+            weighted = ConfidenceWeighted(stored, **averaging, label_smoothing=smoothing)
+            return partial(_confidence_loss, weighted)
         cached: Cached = stored
-        if transform == "permuted":
+        if transform == "permuted":  # of the average
             cached = PermutedTargets(
-                stored,
-                temperature=distill.temperature,
-                average=average,
-                weights=weights,
-                seed=trial.seed,
+                stored, **averaging, temperature=distill.temperature, seed=trial.seed
             )
             weights = None
         targets = _from_rows(cached, last)
-        if transform == "confidence":
-            weighted = ConfidenceWeighted(
-                stored, average=average, weights=weights, label_smoothing=smoothing
-            )
-            return partial(_confidence_loss, weighted)
-
-    def terms_of(
-        logits: Tensor,
-        labels: Tensor,
-        teacher: TokenTeacher,
-        total: float,
-        *,
-        mask: Tensor | None = None,
-        alpha: float = distill.alpha,
-    ) -> dict[str, Tensor]:
-        terms = sequence_terms(
-            logits,
-            teacher,
-            labels,
-            temperature=distill.temperature,
-            alpha=alpha,
-            label_smoothing=smoothing,
-            average=average,
-            weights=weights,
-            mask=mask,
-            normalizer=total,
-            divergence=distill.divergence,
-            chunk=max(CHUNK, CHUNK_VALUES // logits.shape[-1]),
-        )
-        return terms._asdict()
-
-    def loss(logits: Tensor, batch: Batch, total: float) -> dict[str, Tensor]:
-        teacher = targets(batch)
-        if batch.rows is None:  # what the student has written is no label
-            terms = terms_of(logits, batch.labels, teacher, total, alpha=1.0)
-            return {name: terms[name] for name in ("loss", "soft_loss")}
-        if batch.weights is None:
-            return terms_of(logits, batch.labels, teacher, total)
-        found: dict[str, Tensor] = {}
-        for weight in torch.unique(batch.weights).tolist():
-            if weight > 0:  # few weights, each of many tokens
-                mask = batch.weights == weight
-                terms = terms_of(logits, batch.labels, teacher, total / weight, mask=mask)
-                found = {name: term + found.get(name, 0) for name, term in terms.items()}
-        return found
-
-    return loss
+    return partial(
+        _soft_loss,
+        targets,
+        {
+            "temperature": distill.temperature,
+            "alpha": distill.alpha,
+            "label_smoothing": smoothing,
+            "average": average,
+            "weights": weights,
+            "divergence": distill.divergence,
+        },
+    )
 
 
-def _label_loss(
-    logits: Tensor, batch: Batch, total: float, *, smoothing: float
+def _soft_loss(
+    targets: Targets, settings: Mapping[str, Any], logits: Tensor, batch: Batch, total: float
 ) -> dict[str, Tensor]:
+    """Return the loss and its terms; of what the student has written, the soft term alone."""
+    teacher, written = targets(batch), batch.rows is None
+    if written:  # which is no label
+        settings = {**settings, "alpha": 1.0}
+    chunk = max(CHUNK, CHUNK_VALUES // logits.shape[-1])
+
+    def terms_of(total: float, mask: Tensor | None) -> dict[str, Tensor]:
+        return sequence_terms(
+            logits, teacher, batch.labels, mask=mask, normalizer=total, chunk=chunk, **settings
+        )._asdict()
+
+    terms = _by_weight(batch, total, terms_of)
+    return {name: terms[name] for name in ("loss", "soft_loss")} if written else terms
+
+
+def _by_weight(
+    batch: Batch, total: float, terms_of: Callable[[float, Tensor | None], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the sums of terms over tokens of each weight, of which there are few.
+
+    Args:
+        batch: Windows that are trained on.
+        total: Divisor of sums.
+        terms_of: Function from the divisor and the mask of tokens that count, or None, to terms.
+    """
+    if batch.weights is None:
+        return terms_of(total, None)
+    found: dict[str, Tensor] = {}
+    for weight in torch.unique(batch.weights).tolist():
+        if weight > 0:
+            terms = terms_of(total / weight, batch.weights == weight)
+            found = {name: term + found.get(name, 0) for name, term in terms.items()}
+    return found
+
+
+def _label_loss(smoothing: float, logits: Tensor, batch: Batch, total: float) -> dict[str, Tensor]:
     losses = partial(
         F.cross_entropy,
         logits.flatten(0, 1).float(),
@@ -153,14 +156,18 @@ def _label_loss(
 def _confidence_loss(
     weighted: ConfidenceWeighted, logits: Tensor, batch: Batch, total: float
 ) -> dict[str, Tensor]:
-    """Return the confidence-weighted loss of the tokens that are trained on; all count alike."""
+    """Return the confidence-weighted loss of the tokens that are trained on."""
     if batch.rows is None:
         raise ValueError("target_transform must be none with distill.on_policy, got confidence")
-    valid = batch.labels.flatten() != IGNORED
-    labels, rows = batch.labels.flatten()[valid], batch.rows.flatten()[valid.cpu()]
-    terms = weighted(logits.flatten(0, 1)[valid], labels, index=rows)
-    share = len(labels) / total
-    return {name: share * term for name, term in terms.items()}
+    rows = batch.rows
+
+    def terms_of(total: float, mask: Tensor | None) -> dict[str, Tensor]:
+        valid = batch.labels != IGNORED if mask is None else mask & (batch.labels != IGNORED)
+        terms = weighted(logits[valid], batch.labels[valid], index=rows[valid.cpu()])
+        share = int(valid.sum()) / total
+        return {name: share * term for name, term in terms.items()}
+
+    return _by_weight(batch, total, terms_of)
 
 
 def _live_targets(task: TextNetworks, checkpoints: Sequence[str]) -> Targets:
@@ -189,17 +196,7 @@ def _from_rows(cached: Cached, last: int) -> Targets:
         if batch.rows is None:
             raise ValueError("distill.live must be true with distill.on_policy above 0, got false")
         found = cached(batch.rows.flatten().clamp(max=last), 0)
-        return _reshape(found, batch.rows.shape).to(batch.inputs.device)
+        together: Rows = gathered(found, batch.rows.shape)
+        return together.to(batch.inputs.device)
 
     return targets
-
-
-def _reshape(found: Rows, shape: torch.Size) -> Rows:
-    """Return what is cached of rows as `[batch, length, …]`, or `[members, batch, length, …]`."""
-    largest = found.values if isinstance(found, SparseLogits) else found
-    axis = largest.ndim - 2 if isinstance(largest, Tensor) else 0  # that of the rows
-
-    def reshape(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*tensor.shape[:axis], *shape, *tensor.shape[axis + 1 :])
-
-    return reshape(found) if isinstance(found, Tensor) else found.map(reshape)

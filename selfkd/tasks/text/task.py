@@ -99,7 +99,7 @@ class TextTask(TextNetworks):
             outputs=data.vocabulary,
             parameters=sizes,
             prompts=data.splits["train"].windows,
-            fingerprints={str(split): mark for split, mark in data.fingerprints.items()},
+            fingerprints={str(split): own for split, own in data.fingerprints.items()},
             weights=weights,
             export=FOLDER,
             cached=describe_cached(manifest) if caches_logits(config) else None,
@@ -305,7 +305,13 @@ class TextTask(TextNetworks):
         )
 
     def hits(
-        self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()
+        self,
+        logits: Tensor,
+        split: Split,
+        networks: Iterable[nn.Module] = (),
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
     ) -> Tensor | None:
         """Return for each prompt whether its text is right; None where models are compared by NLL.
 
@@ -313,7 +319,8 @@ class TextTask(TextNetworks):
         """
         if self._metric != "exact_match":
             return None
-        return evaluate.match(self.data, split, list(networks)).right
+        members = list(networks)
+        return evaluate.match(self.data, split, members, average=average, weights=weights).right
 
     def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:
         """Return the NLL of each window, as its part of the mean over all tokens.

@@ -249,11 +249,12 @@ class WrittenText:
 
     def _decode(self, ids: Sequence[int]) -> str:
         """Return tokens as text, without end tokens."""
-        found: str = self._tokenizer.decode([each for each in ids if each != self._data.end])
+        own = [each for each in ids if each != self._data.end]
+        found: str = self._tokenizer.decode(own, skip_special_tokens=False)  # others are text
         return found
 
     def _parse(self, line: Any) -> Text:
-        """Return the text of a line of a file that anybody may have written."""
+        """Return the text of a line of a file of unknown origin."""
         window, ids = (
             line.get(key) if isinstance(line, dict) else None for key in ("window", "ids")
         )

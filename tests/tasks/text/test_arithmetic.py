@@ -98,12 +98,12 @@ def test_rationales_have_a_weight_of_their_own() -> None:
 
 
 def test_the_fingerprint_is_of_problems_and_what_is_scored() -> None:
-    marks = [
+    digests = [
         load(*more).fingerprints["train"]
         for more in ([], ["data.rationales=false"], ["seed=1"], ["data.train_size=400"])
     ]
-    assert len(set(marks)) == len(marks)
-    assert load("data.rationale_weight=0.5").fingerprints["train"] == marks[0]
+    assert len(set(digests)) == len(digests)
+    assert load("data.rationale_weight=0.5").fingerprints["train"] == digests[0]
     assert "500 problems for training, 50 for validation and as many for test" in load().note
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +108,19 @@ def test_exact_match_is_of_greedy_text_that_ends(monkeypatch: pytest.MonkeyPatch
     }
 
 
+@pytest.mark.parametrize(
+    ("completion", "text", "right"),
+    [
+        *((" 3", text, True) for text in ("3", "1, 3", "0061 3", "x=3", "(3", "a\n3")),
+        *((" 3", text, False) for text in ("13", "-3", "2.3", ".3", "1,3", "x3", "3 4", "−3")),
+        *(("-3", text, right) for text, right in (("so -3", True), ("5-3", False), ("3", False))),
+        *(("cat", text, right) for text, right in (("a tom-cat", True), ("scat", False))),
+    ],
+)
+def test_what_ends_in_the_completion_is_right(completion: str, text: str, right: bool) -> None:
+    assert Example("p", completion).is_right(text) is right
+
+
 def test_one_model_and_its_average_with_itself_write_the_same() -> None:
     torch.manual_seed(0)
     network = make_gpt(10, 8, width=8).eval()
@@ -194,6 +208,27 @@ def test_averages_write_too(models: tuple[TextTask, list[dict[str, str]]]) -> No
     assert "test_exact_match" in found
     values = next(worker.contrast(tree, [rows, rows[:1]]))["values"]
     assert values[0]["value"] == found["test_exact_match"]
+
+
+def test_a_student_is_compared_with_the_weighted_average_of_its_teachers(
+    models: tuple[TextTask, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, (first, second) = models
+    monkeypatch.setattr(Example, "is_right", lambda example, text: "7" in text)
+    averages = []
+
+    def follow(
+        networks: Sequence[nn.Module], prompts: Sequence[torch.Tensor], *options: Any
+    ) -> Any:
+        averages.append(options[1:])
+        return [torch.tensor([0])] * len(prompts)
+
+    monkeypatch.setattr(evaluate, "_follow", follow)
+    teachers = [{**first, "weight": 1.0}, {**second, "weight": 0.0}]
+    tree = to_tree(task.config)
+    tree["distill"]["average"] = "logits"
+    next(worker.evaluate(tree, first["checkpoint"], teachers=teachers))
+    assert averages == [("logits", [1.0, 0.0])]
 
 
 @pytest.mark.parametrize(("name", "metric"), [("pydoc", "val_exact_match"), ("arithmetic", "f1")])

@@ -18,7 +18,7 @@ from selfkd.config import Config, ModelConfig, load_config, to_tree
 from selfkd.config.paths import with_absolute_paths
 from selfkd.errors import ConfigError
 from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.tasks.text.pretrained import quiet
+from selfkd.tasks.text.pretrained import folder_hash, quiet
 from selfkd.tasks.text.task import TextTask
 from selfkd.training.trial import Trial
 
@@ -44,6 +44,22 @@ def start(folder: Path, *settings: str) -> tuple[Config, TextTask]:
     ]
     config = load_config(settings=[*own, *settings], flags={"task": "text"})
     return config, TextTask(to_tree(config))
+
+
+def test_a_folder_whose_weights_or_config_change_has_another_hash(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders(next(iter(FAMILIES))), tmp_path / "model")
+    whole, config = (folder_hash(str(folder), weights=weights) for weights in (True, False))
+    weights = next(folder.glob("*.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert folder_hash(str(folder), weights=True) != whole
+    assert folder_hash(str(folder), weights=False) == config
+    weights.write_bytes(content)
+    assert folder_hash(str(folder), weights=True) == whole
+    change(folder, initializer_range=0.5)
+    assert folder_hash(str(folder), weights=False) != config
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -72,8 +72,8 @@ def make_trial(config: Config, path: Path, teachers: list[Row] | None = None) ->
 def make_teacher(config: Config, task: TextTask, tmp_path: Path, *, seed: int = 0) -> Row:
     torch.manual_seed(seed)
     path = tmp_path / f"teacher{seed}.safetensors"
-    mark = task.save(path, task.make(config.model), config.model, {})
-    return {"hash": mark, "checkpoint": str(path)}
+    digest = task.save(path, task.make(config.model), config.model, {})
+    return {"hash": digest, "checkpoint": str(path)}
 
 
 def cache(task: TextTask, teacher: Row, tmp_path: Path) -> torch.Tensor:
@@ -227,9 +227,28 @@ def test_transforms_of_teacher_logits_are_those_of_tokens(tmp_path: Path) -> Non
     torch.testing.assert_close(virtual["loss"], (fixed * (fixed.log() - own)).sum(-1).mean())
 
     permuted = make_loss(task, trial, "permuted")(logits, batch, batch.total)
-    entropy = -(p * p.log()).sum(-1).mean()  # which no order changes
     plain = make_loss(task, trial)(logits, batch, batch.total)
     assert permuted["loss"] != plain["loss"]
-    assert permuted["loss"] > -entropy
     again = make_loss(task, trial, "permuted")(logits, batch, batch.total)
     assert again["loss"] == permuted["loss"]
+
+
+def test_tokens_of_one_weight_are_compared_in_confidence(tmp_path: Path) -> None:
+    config, task = start(tmp_path, weight=0.25)
+    teacher = make_teacher(config, task, tmp_path)
+    cached = cache(task, teacher, tmp_path)
+    trial = make_trial(config, tmp_path / "s" / "a.safetensors", [teacher])
+    data, windows = task.data.splits["train"], torch.tensor([1, 30, 77])
+    weights, rows = data.weights_of(windows), data.rows(windows)
+    batch = Batch(data.inputs(windows), data.labels_of(windows), weights, rows)
+    logits = task.make(config.model)(batch.inputs).logits.detach()
+    found = make_loss(task, trial, "confidence")(logits, batch, batch.total)
+    hard = expected = torch.zeros(())
+    for weight in (0.25, 1.0):
+        mask = weights == weight
+        confidence = cached[rows[mask]].softmax(-1).amax(-1)
+        ce = F.cross_entropy(logits[mask], batch.labels[mask], reduction="none")
+        expected = expected + weight * (confidence / confidence.mean() * ce).sum() / batch.total
+        hard = hard + weight * ce.sum() / batch.total
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found["hard_loss"], hard)

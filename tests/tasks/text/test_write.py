@@ -254,3 +254,18 @@ def test_documents_have_nothing_to_be_right(make: Make) -> None:
     with pytest.raises(ValueError, match=r"write\.keep must be all without completions"):
         task.check()
     assert make(texts=[TEXT])[0].check().prompts == len(task.data.splits["train"].bounds) - 1
+
+
+def test_special_tokens_of_prompts_and_completions_are_kept(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, teachers = make("write.keep=right")
+    tokenizer = write.read_tokenizer(task.data.tokenizer)
+    tokenizer.add_special_tokens(["0", "="])  # as the markers of a chat
+    monkeypatch.setattr(write, "read_tokenizer", lambda text: tokenizer)
+    says(monkeypatch, task, lambda n: f"{EXAMPLES[n].completion}|")
+    row = task.write(teachers[0]["checkpoint"], tmp_path, shard=0, run=tmp_path)
+    assert row["right"] == row["texts"] > 0
+    (file, *_) = sorted(tmp_path.rglob("shard_*.jsonl"))
+    first = json.loads(file.read_text().splitlines()[0])
+    assert (first["prompt"], first["completion"]) == ("0+0=", " 0")

@@ -236,7 +236,7 @@ def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
 def _new_steps_faults(config: Config, at: Config) -> Iterator[str]:
     """Yield the faults of the steps of a point that the config itself does not have."""
     if not any(steps_faults(config)):
-        yield from (f"{key} {fault}" for key, fault in steps_faults(at))
+        yield from (f"{key}: {fault}" for key, fault in steps_faults(at))
 
 
 def check_capacity(config: Config) -> None:
@@ -331,10 +331,9 @@ def _study_faults(config: Config) -> Iterator[str]:
         except ConfigError as error:
             yield from (f"{where}.set: {line}" for line in str(error).splitlines())
         else:
-            faults = list(steps_faults(own))
             if own.task == "text":
-                faults += arm_faults(own, arm.set)
-            yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
+                faults = (*steps_faults(own), *arm_faults(own, arm.set))
+                yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
             if transform in ("permuted", "confidence"):
                 yield from (f"{where}: {transform} {fault}" for fault in _needs_all_logits(own))
             others = [models[each] for each in arm.teachers if each in models]

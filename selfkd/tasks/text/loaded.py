@@ -51,9 +51,8 @@ class TextPredictor:
             TypeError: An item that is no text.
             ValueError: A text with half a character.
         """
-        if isinstance(items, bytes | Mapping) or not isinstance(items, Iterable):
-            raise TypeError(f"items must be a text or a list of texts, got {type(items).__name__}")
-        texts = [items] if isinstance(items, str) else list(items)
+        alone = isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable)
+        texts = [items] if alone else list(items)
         for text in texts:
             _check_text(text, "items must be texts")
         for start in range(0, len(texts), batch_size):

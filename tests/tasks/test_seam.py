@@ -353,7 +353,7 @@ def test_tables_and_lines_are_of_nll(by_nll: list[Run]) -> None:
     assert facts is not None
     assert summary is not None
     table = summary_table(summary, facts.metric)
-    assert table.head[:3] == ("generation", "test NLL, 3 seeds", "gain, nats")
+    assert table.head[:3] == ("generation", "test NLL, 3 seeds", "vs gen. 0, nats")
     chosen = chosen_table(summary, facts.metric, facts.further)
     assert chosen.head[1:5] == ("val NLL", "test NLL", "perplexity", "agreement")
     nll, perplexity = (run.results[0].metrics[f"test_{name}"] for name in ("nll", "perplexity"))

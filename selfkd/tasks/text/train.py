@@ -99,11 +99,16 @@ def train_language_model(
             if not unfinished:
                 row["hash"] = task.save(trial.path, training.best, trial.model, facts)
                 row["checkpoint"] = trial.path.name
-            now = {**training.state_dict(), **({"writer": writer.state_dict()} if writer else {})}
-            trial.progress.reached(row, now if unfinished else None)
+            trial.progress.reached(row, _state(training, writer) if unfinished else None)
             yield row
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
+
+
+def _state(training: Training, writer: Writer | None) -> dict[str, Any]:
+    """Return what a training resumes from, with what its student has written and not read yet."""
+    written = {} if writer is None else {"writer": writer.state_dict()}
+    return {**training.state_dict(), **written}
 
 
 def rate(step: int, options: TrainConfig) -> float:

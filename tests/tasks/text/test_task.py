@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from text_trials import make_trial
 
 from selfkd.analysis import metrics
 from selfkd.config import Config, load_config, to_tree
@@ -25,7 +26,6 @@ from selfkd.tasks.text.data import _sample, encode_examples, load_text
 from selfkd.tasks.text.example import Example
 from selfkd.tasks.text.task import TextTask
 from selfkd.tasks.text.tokenizer import make_tokenizer
-from selfkd.training.trial import Trial
 from selfkd.worker.jobs import run_job
 
 TEXT = " ".join(f"the {word} is {word * 2 % 7} of {word % 5}." for word in range(400))
@@ -51,19 +51,6 @@ def start(root: Path, *settings: str) -> tuple[Config, TextTask]:
     task = make_task(to_tree(config))
     assert isinstance(task, TextTask)
     return config, task
-
-
-def make_trial(config: Config, path: Path, teachers: list[Row] | None = None) -> Trial:
-    path.parent.mkdir(exist_ok=True)
-    return Trial(
-        config=config,
-        stage="generation-1" if teachers else "generation-0",
-        seed=5,
-        model=config.model,
-        path=path,
-        targets=path.parents[1] / "targets",
-        teachers=teachers or (),
-    )
 
 
 def with_teacher(root: Path, tmp_path: Path, *settings: str) -> tuple[Config, TextTask, list[Row]]:

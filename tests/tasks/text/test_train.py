@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
+from text_trials import make_trial
 from torch import nn
 
 from selfkd.config import Config, load_config, to_tree
@@ -23,7 +24,6 @@ from selfkd.tasks.text.data import IGNORED, encode_examples
 from selfkd.tasks.text.documents import Example
 from selfkd.tasks.text.loss import Loss, make_loss
 from selfkd.tasks.text.task import TextTask
-from selfkd.training.trial import Trial
 
 SETTINGS = [
     "data={name: text, context: 12, tokenizer: chars}",
@@ -54,19 +54,6 @@ def start(tmp_path: Path, *settings: str, weight: float = 1.0) -> tuple[Config, 
     )
     task.data = dataclasses.replace(task.data, splits={**task.data.splits, "train": tokens})
     return config, task
-
-
-def make_trial(config: Config, path: Path, teachers: list[Row] | None = None) -> Trial:
-    path.parent.mkdir(exist_ok=True)
-    return Trial(
-        config=config,
-        stage="generation-1" if teachers else "generation-0",
-        seed=5,
-        model=config.model,
-        path=path,
-        targets=path.parents[1] / "targets",
-        teachers=teachers or (),
-    )
 
 
 def make_teacher(config: Config, task: TextTask, tmp_path: Path, *, seed: int = 0) -> Row:

@@ -430,6 +430,28 @@ class CapacityConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class DeployConfig:
+    """Compression and export of a trained model, in `selfkd.deploy`."""
+
+    prune: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the channels of each layer that is pruned, the classifier's outputs left whole; not
+    pruned when not given."""
+    bits: Literal[2, 3, 4] | None = None
+    """Bits of the weights of matrix products, which are fine-tuned rounded: 4 or 2 in a file, 3
+    only simulated; none when not given."""
+    max_drop: float | None = Field(default=None, ge=0)
+    """Most points of validation accuracy, or nats a token, that the int8 file may be worse than
+    the float model; past it there is no int8 file. Any drop is accepted when not given."""
+    seeds: int = Field(default=5, ge=1, le=10_000)
+    """Number of seeds of the fine-tuning after `prune` and with `bits`, each from labels and
+    distilled from the float model."""
+    calibration: int = Field(default=512, ge=32, le=1_000_000)
+    """Number of training images that the ranges of int8 activations are measured on."""
+    ensemble: bool = False
+    """Whether the ensemble of the run is exported, too, as one graph, and measured beside it."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class ArmConfig:
     """Arm of a study: one setting, trained on each seed."""
 
@@ -718,6 +740,8 @@ class Config:
     """Students of several sizes, in `selfkd.capacity`."""
     study: StudyConfig = Field(default_factory=StudyConfig)
     """Arms and contrasts of `selfkd.study`."""
+    deploy: DeployConfig = Field(default_factory=DeployConfig)
+    """Compression and export, in `selfkd.deploy`."""
     search: SearchConfig = Field(default_factory=SearchConfig)
     """Hyperparameter search."""
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)

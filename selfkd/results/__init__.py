@@ -10,6 +10,9 @@ from selfkd.results.capacity import SearchesOfSizes as SearchesOfSizes
 from selfkd.results.capacity import SearchOfSize as SearchOfSize
 from selfkd.results.capacity import Seeds as Seeds
 from selfkd.results.capacity import Size as Size
+from selfkd.results.deploy import DeployRow as DeployRow
+from selfkd.results.deploy import DeploySummary as DeploySummary
+from selfkd.results.deploy import Timing as Timing
 from selfkd.results.ensemble import Chosen as Chosen
 from selfkd.results.ensemble import EnsembleSummary as EnsembleSummary
 from selfkd.results.ensemble import Member as Member

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from selfkd.config import CheckpointConfig, Config, ModelConfig
+from selfkd.deployment.interface import Interface
 from selfkd.losses import Average
 from selfkd.results import Diagnostics, Facts, Row, Unseen
 from selfkd.results.fields import Digest
@@ -133,8 +134,15 @@ class Task(Protocol):
             view: Number of their view.
         """
 
-    def predict_with(self, network: nn.Module, split: Split) -> Tensor:
-        """Return the logits of a network that was made for this data."""
+    def predict_with(self, network: nn.Module, split: Split, *, like: str | None = None) -> Tensor:
+        """Return the logits of a network that was made for this data.
+
+        Args:
+            network: Network from inputs to logits.
+            split: Split that is predicted.
+            like: Checkpoint whose normalisation and order of outputs the network has, as an
+                exported one does; those of this data when not given.
+        """
 
     def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
         """Return the manifest of a teacher's cached logits."""
@@ -154,6 +162,20 @@ class Task(Protocol):
 
         Raises:
             ValueError: Models of this task write nothing.
+        """
+
+    # --- deployment ---
+
+    def interface(self) -> Interface:
+        """Return what a network of this data takes and gives when it is exported."""
+
+    def inputs(self, split: Split, items: Sequence[int], *, like: str) -> Tensor:
+        """Return inputs of some items of a split, without augmentation.
+
+        Args:
+            split: Split that they are of.
+            items: Numbers of images, or of windows of text.
+            like: Checkpoint whose normalisation they have.
         """
 
     # --- evaluation ---

@@ -145,12 +145,22 @@ class ImageNetworks:
 
     def teacher(self, checkpoint: str) -> Teacher:
         """Return a checkpoint's network as a teacher of this data, its classes in order."""
-        network, facts = self.load(checkpoint)
+        return self.as_teacher(*self.load(checkpoint))
+
+    def as_teacher(self, network: nn.Module, facts: NetworkFacts, *, copy: bool = True) -> Teacher:
+        """Return a network as a teacher of this data.
+
+        Args:
+            network: Network with the normalisation and the order of classes of a checkpoint.
+            facts: Metadata of that checkpoint.
+            copy: Whether the network is copied.
+        """
         return Teacher(
             network,
             input_stats=(self.data.mean, self.data.std),
             trained_stats=(facts.mean, facts.std),
             columns=[facts.classes.index(name) for name in self.data.class_names],
+            copy=copy,
         )
 
 

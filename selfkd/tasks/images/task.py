@@ -17,6 +17,8 @@ from selfkd.analysis.metrics import agreement, fit_temperature
 from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
+from selfkd.data.batches import batches
+from selfkd.deployment.interface import Interface
 from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.losses import Average
@@ -208,9 +210,15 @@ class ImageTask(ImageNetworks):
         """
         return self._predict_parts(checkpoint, "train", view, items)
 
-    def predict_with(self, network: nn.Module, split: Split) -> Tensor:
-        """Return the logits of a network that was made for this data."""
-        return torch.cat(list(self._predict(network, split, None, None)))
+    def predict_with(self, network: nn.Module, split: Split, *, like: str | None = None) -> Tensor:
+        """Return the logits of a network that was made for this data, or like a checkpoint's."""
+        model: nn.Module | Teacher = network
+        if like is not None:
+            model = self.as_teacher(network, self._facts(like), copy=False)
+        return torch.cat(list(self._predict(model, split, None, None)))
+
+    def _facts(self, checkpoint: str) -> NetworkFacts:
+        return open_checkpoint(checkpoint, NetworkFacts)[1]
 
     def _predict_parts(
         self, checkpoint: str, split: Split, view: int | None, items: range | None
@@ -268,6 +276,21 @@ class ImageTask(ImageNetworks):
             ValueError: Always.
         """
         raise ValueError("text is written with task text only")
+
+    # --- deployment ---
+
+    def interface(self) -> Interface:
+        """Return what a network of these images takes and gives when it is exported."""
+        return Interface(input="images")
+
+    def inputs(self, split: Split, items: Sequence[int], *, like: str) -> Tensor:
+        """Return images `[items, channels, height, width]`, normalised like a checkpoint's."""
+        facts, own = self._facts(like), getattr(self.data, split)
+        chosen = own.take(torch.as_tensor(items).to(own.labels.device))
+        found = batches(
+            chosen, mean=facts.mean, std=facts.std, batch_size=max(1, len(chosen)), device="cpu"
+        )
+        return next(found)[0]
 
     # --- evaluation ---
 

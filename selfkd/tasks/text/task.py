@@ -13,6 +13,7 @@ from selfkd.analysis.verdicts import short
 from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.schema import HF, TRAINED_TOKENIZER
 from selfkd.config.tasks import sampled_faults
+from selfkd.deployment.interface import Interface
 from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
@@ -24,7 +25,7 @@ from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.cached import caches_logits
 from selfkd.tasks.text.export import FOLDER, export_model
-from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.networks import EVAL_VALUES, TextNetworks
 from selfkd.tasks.text.pretrained import check_causal, folder_hash
 from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
@@ -221,7 +222,7 @@ class TextTask(TextNetworks):
         """
         return self.batches(self.load(checkpoint)[0], "train", items)
 
-    def predict_with(self, network: nn.Module, split: Split) -> Tensor:
+    def predict_with(self, network: nn.Module, split: Split, *, like: str | None = None) -> Tensor:
         """Return the logits of a network that was made for this text."""
         return self.logits(network, split)
 
@@ -250,6 +251,23 @@ class TextTask(TextNetworks):
         """Write text by a teacher on the training prompts of a shard, unless it is there."""
         state, found = WrittenText(self, root).write(checkpoint, shard, run=run)
         return {"state": state, **to_row(found)}
+
+    # --- deployment ---
+
+    def interface(self) -> Interface:
+        """Return what a network of this text takes and gives when it is exported."""
+        context = self.data.context
+        most = max(1, EVAL_VALUES // (context * self.data.vocabulary))
+        return Interface(
+            input="tokens",
+            axes={0: "batch", 1: "length"},
+            longest={"length": context},
+            timed=(1, min(most, 128)),
+        )
+
+    def inputs(self, split: Split, items: Sequence[int], *, like: str) -> Tensor:
+        """Return windows of tokens `[items, context]`, padded at their ends."""
+        return self.data.splits[split].inputs(torch.as_tensor(items))
 
     # --- evaluation ---
 

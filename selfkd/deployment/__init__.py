@@ -1,0 +1,1 @@
+"""Trained networks as files that are served: exported, pruned, in low precision, timed."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from selfkd.distill.distiller import Distiller as Distiller
     from selfkd.distill.teacher import Ensemble as Ensemble
     from selfkd.distill.teacher import Teacher as Teacher
+    from selfkd.deploy import run_deploy as run_deploy
     from selfkd.ensemble import run_ensemble as run_ensemble
     from selfkd.generations import run_generations as generations
     from selfkd.generations import run_generations as run_generations
@@ -43,6 +44,7 @@ _HOMES = {
     "make_model": "selfkd.models",
     "push_to_hub": "selfkd.loading.model",
     "run_capacity": "selfkd.capacity",
+    "run_deploy": "selfkd.deploy",
     "run_ensemble": "selfkd.ensemble",
     "run_generations": "selfkd.generations",
     "run_study": "selfkd.study",
@@ -64,6 +66,7 @@ __all__ = [
     "make_model",
     "push_to_hub",
     "run_capacity",
+    "run_deploy",
     "run_ensemble",
     "run_generations",
     "run_study",

@@ -107,8 +107,8 @@ def test_machine_operators_and_remarks_are_said():
     row = replace(INT8, remarks=("not faster", "the first layer stays float"))
     said = deploy_sentences(deployment(TORCH, FLOAT, row, remarks=("2 heads pruned",)), IMAGES)
     assert said[1] == (
-        "ONNX float is 17.5x as fast at batch 1 and 1.56x as fast at batch 128, compared with eager "
-        "torch"
+        "ONNX float is 17.5x as fast at batch 1 and 1.56x as fast at batch 128, compared with "
+        "eager torch"
     )
     assert said[2] == "ONNX int8 computes in low precision: 3 Conv and 1 Gemm"
     assert said[3].endswith("on a processor with avx512_vnni; onnxruntime 1.32.0")

@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from selfkd.capacity import run_capacity as run_capacity
     from selfkd.cli.result import Result as Result
+    from selfkd.deploy import run_deploy as run_deploy
     from selfkd.distill.distiller import Distiller as Distiller
     from selfkd.distill.teacher import Ensemble as Ensemble
     from selfkd.distill.teacher import Teacher as Teacher
-    from selfkd.deploy import run_deploy as run_deploy
     from selfkd.ensemble import run_ensemble as run_ensemble
     from selfkd.generations import run_generations as generations
     from selfkd.generations import run_generations as run_generations

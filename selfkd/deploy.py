@@ -279,7 +279,7 @@ def _hashed(folder: RunFolder, model: Model) -> Model:
 def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Description:
     place = folder.path / recipe.FOLDER
     files = [
-        f"{name:<9}{place / name}"
+        f"{name:<12}{place / name}"
         for name in summary.files
         if name in ("float.onnx", "int8.onnx", "predict.py")
     ]

@@ -350,18 +350,19 @@ def _tune(
     point = {k: v for k, v in work.source.point.items() if k.startswith(_TUNED)}
     if not run.config.distill.live:
         prepare_teachers(run, [base], of="deploy", config=run.config.at(point))
-    own = [
-        Arm(
+
+    def arm(key: str, start: Row, teachers: Sequence[Model]) -> Arm:
+        return Arm(
             name=f"deploy_{key}",
             folder=work.folder / name / key,
             point=point,
-            teachers=lambda config, number, teachers=teachers: teachers,
+            teachers=lambda config, number: teachers,
             network=lambda config, number: model,
-            options=lambda number, start=start: {"start": start, **options},
+            options=lambda number: {"start": start, **options},
             seeds=work.seeds(),
         )
-        for key, (_, start, teachers) in arms.items()
-    ]
+
+    own = [arm(key, start, teachers) for key, (_, start, teachers) in arms.items()]
     trials = run.replicate(own, title="fine-tuning")
     models = [
         [arm.model(run, trial) for trial in rows] for arm, rows in zip(own, trials, strict=True)

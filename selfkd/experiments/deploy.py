@@ -91,6 +91,8 @@ class Work:
     rows: dict[str, DeployRow] = field(default_factory=dict)
     forms: dict[str, Row] = field(default_factory=dict)
     """What is timed, by key."""
+    like: dict[str, str] = field(default_factory=dict)
+    """Key of the row whose file has the size and the times of another row's, by its key."""
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -288,6 +290,11 @@ def _time(work: Work) -> Row:
     for key, timings in row["timings"].items():
         own = tuple(from_row(Timing, timing) for timing in timings)
         work.rows[key] = replace(work.rows[key], timings=own)
+    for key, other in work.like.items():
+        same = work.rows[other]
+        work.rows[key] = replace(
+            work.rows[key], bytes=same.bytes, parameters=same.parameters, timings=same.timings
+        )
     return row
 
 
@@ -321,13 +328,9 @@ def _prune(work: Work, fraction: float) -> _Served:
     best = _best(
         run, [pair for key in ("pruned_labels", "pruned_distilled") for pair in found[key]]
     )
-    served = _serve(work, best, "pruned_float", "pruned_int8", share, f"{share}, int8")
-    exported = work.rows.pop("pruned_float")
-    for key in arms:
-        work.rows[key] = replace(
-            work.rows[key], bytes=exported.bytes, parameters=exported.parameters
-        )
-    return served
+    work.like |= dict.fromkeys(arms, "pruned_float")
+    titles = f"{share}, ONNX float", f"{share}, ONNX int8"
+    return _serve(work, best, "pruned_float", "pruned_int8", *titles)
 
 
 def _tune(

@@ -117,6 +117,20 @@ def optimizer_of(network: nn.Module, options: TrainConfig) -> torch.optim.Optimi
     )
 
 
+def spread(items: int, most: int) -> list[int]:
+    """Return numbers of evenly spaced items.
+
+    Args:
+        items: Number of items that there are.
+        most: Largest number that is taken.
+
+    >>> spread(10, 4), spread(3, 4)
+    ([0, 2, 5, 7], [0, 1, 2])
+    """
+    count = min(items, most)
+    return [number * items // count for number in range(count)]
+
+
 class Averaged(nn.Module):
     """The average of trained networks.
 

@@ -169,13 +169,27 @@ class Task(Protocol):
     def interface(self) -> Interface:
         """Return what a network of this data takes and gives when it is exported."""
 
-    def inputs(self, split: Split, items: Sequence[int], *, like: str) -> Tensor:
-        """Return inputs of some items of a split, without augmentation.
+    def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
+        """Return inputs of evenly spaced items of a split, without augmentation.
 
         Args:
             split: Split that they are of.
-            items: Numbers of images, or of windows of text.
-            like: Checkpoint whose normalisation they have.
+            most: Largest number of inputs.
+            like: Checkpoint whose normalisation they have; that of this data when not given.
+        """
+
+    def calibration(self, most: int, *, like: str | None = None) -> Tensor | None:
+        """Return training inputs on which ranges of activations are measured, of all outputs.
+
+        Args:
+            most: Largest number of inputs.
+            like: Checkpoint whose normalisation they have; that of this data when not given.
+
+        Returns:
+            The inputs; None where ranges are measured at each prediction.
+
+        Raises:
+            ValueError: They are too few, or an output has none.
         """
 
     # --- evaluation ---

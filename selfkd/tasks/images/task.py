@@ -18,6 +18,7 @@ from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.data.batches import batches
+from selfkd.data.splits import subset
 from selfkd.deployment.interface import Interface
 from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
@@ -29,7 +30,7 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
-from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of
+from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of, spread
 from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
@@ -41,6 +42,8 @@ from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
 THUMBNAIL = (96, 96)
+LEAST_CALIBRATION = 32
+"""Fewest images that ranges of activations are measured on."""
 METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 
@@ -283,14 +286,46 @@ class ImageTask(ImageNetworks):
         """Return what a network of these images takes and gives when it is exported."""
         return Interface(input="images")
 
-    def inputs(self, split: Split, items: Sequence[int], *, like: str) -> Tensor:
+    def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
         """Return images `[items, channels, height, width]`, normalised like a checkpoint's."""
-        facts, own = self._facts(like), getattr(self.data, split)
+        return self._inputs(split, spread(len(getattr(self.data, split)), most), like)
+
+    def calibration(self, most: int, *, like: str | None = None) -> Tensor:
+        """Return training images of all classes.
+
+        Raises:
+            ValueError: There are fewer than `LEAST_CALIBRATION`, or a class has none.
+        """
+        labels, names = self.labels("train"), self.data.class_names
+        count = min(most, len(labels))
+        chosen = subset(labels, count, seed=self.config.seed)
+        if count < LEAST_CALIBRATION:
+            raise ValueError(
+                f"data.train_size must be at least {LEAST_CALIBRATION} for the ranges of int8, got "
+                f"{len(labels)} training images"
+            )
+        absent = set(range(len(names))) - set(labels[chosen].tolist())
+        if absent:
+            few = f"{len(absent)} of the {len(names)} classes, such as {names[min(absent)]!r}"
+            way = (
+                f"got {count} images: --set deploy.calibration={max(most, 4 * len(names))}"
+                if count < len(labels)
+                else "which the training split has none of: name data of all classes"
+            )
+            raise ValueError(
+                f"the ranges of int8 must be measured on images of each class; without one are "
+                f"{few}, {way}"
+            )
+        return self._inputs("train", chosen.tolist(), like)
+
+    def _inputs(self, split: Split, items: Sequence[int], like: str | None) -> Tensor:
+        data, own = self.data, getattr(self.data, split)
         chosen = own.take(torch.as_tensor(items).to(own.labels.device))
-        found = batches(
-            chosen, mean=facts.mean, std=facts.std, batch_size=max(1, len(chosen)), device="cpu"
-        )
-        return next(found)[0]
+        mean, std = data.mean, data.std
+        if like is not None:
+            facts = self._facts(like)
+            mean, std = facts.mean, facts.std
+        return next(batches(chosen, mean=mean, std=std, batch_size=len(chosen), device="cpu"))[0]
 
     # --- evaluation ---
 

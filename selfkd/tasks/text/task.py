@@ -20,7 +20,7 @@ from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
 from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
-from selfkd.tasks.common import describe_cached, optimizer_of
+from selfkd.tasks.common import describe_cached, optimizer_of, spread
 from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.cached import caches_logits
@@ -265,9 +265,13 @@ class TextTask(TextNetworks):
             timed=(1, min(most, 128)),
         )
 
-    def inputs(self, split: Split, items: Sequence[int], *, like: str) -> Tensor:
+    def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
         """Return windows of tokens `[items, context]`, padded at their ends."""
-        return self.data.splits[split].inputs(torch.as_tensor(items))
+        tokens = self.data.splits[split]
+        return tokens.inputs(torch.tensor(spread(tokens.windows, most)))
+
+    def calibration(self, most: int, *, like: str | None = None) -> None:
+        """Return nothing: ranges are measured at each prediction."""
 
     # --- evaluation ---
 
@@ -333,11 +337,12 @@ class TextTask(TextNetworks):
     ) -> Tensor | None:
         """Return for each prompt whether its text is right; None where models are compared by NLL.
 
-        Tokens of a text depend on each other, and a test of items does not hold for them.
+        Tokens of a text depend on each other, and a test of items does not hold for them. Without
+        networks no text is generated, and NLL is all that can be compared.
         """
-        if self._metric != "exact_match":
-            return None
         members = list(networks)
+        if self._metric != "exact_match" or not members:
+            return None
         return evaluate.match(self.data, split, members, average=average, weights=weights).right
 
     def scores(self, logits: Tensor, split: Split, networks: Iterable[nn.Module] = ()) -> Tensor:

@@ -1,0 +1,283 @@
+"""What is deployed, in words: what it saves in size and time, and what it costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from selfkd.analysis.statistics import mean_interval, paired_interval
+from selfkd.analysis.verdicts import (
+    count,
+    describe_difference,
+    format_difference,
+    is_better,
+    join,
+    number,
+)
+from selfkd.results import DeployRow, DeploySummary, Facts, Interval, Metric, Timing, find_metric
+
+REFERENCE = "float"
+"""Key of the row that all others are compared to."""
+SAME = 0.995
+"""Ratio from which on a file counts as not smaller: two digits show it as 1."""
+
+
+def size_ratio(row: DeployRow, summary: DeploySummary) -> float | None:
+    """Return the size of a row's file in sizes of the float file; None where there is none."""
+    of = find_row(summary, REFERENCE)
+    if row.key == REFERENCE or of is None or not of.bytes or row.bytes is None:
+        return None
+    return row.bytes / of.bytes
+
+
+def is_faster(timing: Timing) -> bool:
+    """Say whether a batch is predicted faster than by the float file, beyond noise.
+
+    >>> is_faster(Timing(items=1, ms=1.0, speed_up=Interval(1.2, 0.9, 1.5)))
+    False
+    """
+    found = timing.speed_up
+    return found is not None and (found.value if found.low is None else found.low) > 1
+
+
+def shortfalls(row: DeployRow, summary: DeploySummary) -> str:
+    """Return in words what a row does not improve over the float file; empty where it is that file.
+
+    >>> timings = tuple(Timing(items=n, ms=1.0, speed_up=Interval(n)) for n in (1, 128))
+    >>> rows = DeployRow(key="float", title="ONNX float", bytes=9), DeployRow(
+    ...     key="int8", title="ONNX int8", bytes=9, timings=timings)
+    >>> summary = DeploySummary(model="", title="", metric="accuracy", rows=rows, served="int8")
+    >>> shortfalls(rows[1], summary)
+    'not smaller/faster at 1'
+    """
+    ratio = size_ratio(row, summary)
+    compared = [timing for timing in row.timings if timing.speed_up is not None]
+    slow = [timing.items for timing in compared if not is_faster(timing)]
+    parts = ["smaller"] if ratio is not None and ratio >= SAME else []
+    if slow:
+        some = f" at {join([str(items) for items in slow])}" if len(slow) < len(compared) else ""
+        parts.append(f"faster{some}")
+    return f"not {'/'.join(parts)}" if parts else ""
+
+
+def find_row(summary: DeploySummary, key: str) -> DeployRow | None:
+    """Return the row of a key; None where there is none."""
+    return next((row for row in summary.rows if row.key == key), None)
+
+
+def deploy_sentences(summary: DeploySummary, facts: Facts) -> list[str]:
+    """Return what a deployment found, the headline first.
+
+    Args:
+        summary: Rows that were measured.
+        facts: Facts of the data, which say what metrics are means over.
+    """
+    return [
+        *_headline(summary, facts),
+        *_of_torch(summary),
+        *_of_operators(summary),
+        *_of_others(summary, facts),
+        *_of_training(summary, facts),
+        *_of_ensemble(summary, facts),
+        *_of_machine(summary),
+        *_remarks(summary),
+    ]
+
+
+def _headline(summary: DeploySummary, facts: Facts) -> Iterator[str]:
+    """Yield what is served, beside the float model."""
+    row, name = find_row(summary, summary.served), summary.title
+    if summary.exceeded:
+        most = summary.options.get("max_drop")
+        than = "" if most is None else f", more than the {most:g} of deploy.max_drop"
+        drop = "" if summary.drop is None else f": it is {_drop(summary)} on validation{than}"
+        yield f"no int8 file of {name} is written{drop}"
+    elif row is None or row.key == REFERENCE:
+        yield f"{name} is served in float"
+    else:
+        yield f"{name} is served as {describe_row(row, summary, facts)}"
+
+
+def _drop(summary: DeploySummary) -> str:
+    unit = find_metric(summary.metric).unit or summary.metric
+    return f"{number(summary.drop or 0.0, '.3g')} {unit} worse than the float model"
+
+
+def describe_row(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
+    """Return a row in words: its size, its speed, what it costs in the metric, its agreement."""
+    parts = [_size(row, summary), _speed(row), _tokens(row, summary), _cost(row, summary, facts)]
+    if row.agreement is not None:
+        parts.append(f"agreement {number(row.agreement, '.2%')}")
+    return f"{row.title}: " + "; ".join(part for part in parts if part)
+
+
+def _size(row: DeployRow, summary: DeploySummary) -> str:
+    ratio = size_ratio(row, summary)
+    if ratio is None:
+        return ""
+    no = "" if ratio < SAME else "not smaller, "
+    return f"{no}{number(ratio, '.2f')} of the float file's size"
+
+
+def _speed(row: DeployRow) -> str:
+    """Return how fast a row is: batches at which it is faster first, then the others."""
+    found = sorted((t for t in row.timings if t.speed_up), key=lambda timing: not is_faster(timing))
+    parts = [_times(timing) for timing in found]
+    slow = [place for place, timing in enumerate(found) if not is_faster(timing)]
+    if slow:
+        parts[slow[0]] = f"not faster: {parts[slow[0]]}"
+    return ", ".join(parts)
+
+
+def _times(timing: Timing) -> str:
+    """Return how many times as fast a batch is: `3.20x [3.10, 3.30] as fast at batch 128`."""
+    found = timing.speed_up or Interval(1.0)
+    low, high = found.low, found.high
+    ends = "" if low is None or high is None else f" [{_ratio(low)}, {_ratio(high)}]"
+    return f"{_ratio(found.value)}x{ends} as fast at batch {timing.items}"
+
+
+def _ratio(value: float) -> str:
+    return number(value, ".1f" if abs(value) >= 10 else ".2f")
+
+
+def _tokens(row: DeployRow, summary: DeploySummary) -> str:
+    of = find_row(summary, REFERENCE)
+    if row.tokens_a_second is None:
+        return ""
+    beside = (
+        "" if of is None or of.tokens_a_second is None else f" (float {of.tokens_a_second:,.0f})"
+    )
+    return f"{row.tokens_a_second:,.0f} tokens a second{beside}"
+
+
+def _cost(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
+    """Return the test metric beside that of the float model, with its evidence."""
+    metric, tested = find_metric(summary.metric), f"test_{summary.metric}"
+    value, of = row.metric(tested), find_row(summary, REFERENCE)
+    if row.values:
+        value = mean_interval(row.values).value
+    if value is None:
+        return ""
+    text = f"test {metric.label} {metric.with_unit(value)}"
+    reference = None if of is None else of.metric(tested)
+    if reference is not None:
+        text += f" (float {metric.with_unit(reference)})"
+    if row.difference is not None:
+        text += f", {format_difference(row.difference, form=metric.difference)}"
+    return text + _evidence(row, metric, facts)
+
+
+def _evidence(row: DeployRow, metric: Metric, facts: Facts) -> str:
+    """Return what the test split tells of a difference: McNemar's test, else its interval."""
+    items = facts.count("test")
+    on = f" on {items:,} test {facts.tested_on}" if items else ""
+    if row.seeds:
+        on = f" over {count(len(row.seeds), 'seed')}"
+    elif row.mcnemar is not None:
+        test = row.mcnemar
+        way = "fewer" if test.only_student > test.only_teacher else "more"
+        found = f"{way} errors" if test.p < 0.05 else "no evidence of a difference"
+        return f": {found}{on} (McNemar p {number(test.p, '.2g')})"
+    if row.difference is None or row.difference.low is None:
+        return f"{on}, so no interval" if len(row.seeds) == 1 else ""
+    if is_better(row.difference, mode=metric.mode):
+        return f": better{on}"
+    worse = is_better(row.difference.reversed(), mode=metric.mode)
+    return f": {'worse' if worse else 'no evidence of a difference'}{on}"
+
+
+def _of_torch(summary: DeploySummary) -> Iterator[str]:
+    """Yield how much faster the exported graph is than eager torch."""
+    row, of = find_row(summary, "torch"), find_row(summary, REFERENCE)
+    if row is None or of is None:
+        return
+    found = [
+        f"{_ratio(1 / timing.speed_up.value)}x as fast at batch {timing.items}"
+        for timing in row.timings
+        if timing.speed_up is not None and timing.speed_up.value > 0
+    ]
+    if found:
+        yield f"{of.title} is {join(found)}, compared with eager torch"
+
+
+def _of_operators(summary: DeploySummary) -> Iterator[str]:
+    """Yield how many operators compute in low precision."""
+    for row in summary.rows:
+        if row.operators:
+            parts = [f"{number:,} {kind}" for kind, number in row.operators.items()]
+            yield f"{row.title} computes in low precision: {join(parts)}"
+
+
+def _of_others(summary: DeploySummary, facts: Facts) -> Iterator[str]:
+    """Yield what other rows save and cost, those of the ensemble and of torch left out."""
+    headline = "" if summary.exceeded else summary.served
+    for row in summary.rows:
+        if row.key not in ("torch", REFERENCE, "ensemble", headline):
+            yield describe_row(row, summary, facts)
+
+
+def _of_training(summary: DeploySummary, facts: Facts) -> Iterator[str]:
+    """Yield what distillation restores, seed by seed, beside labels and a fresh student."""
+    metric = find_metric(summary.metric)
+    items = facts.count("test")
+    floor = 1 / items if metric.is_fraction and items else 0.0
+    for row in summary.rows:
+        stem, found, _ = row.key.partition("_distilled")
+        others = (f"{stem}_labels", "fresh" if stem == "pruned" else "") if found else ()
+        for other in (find_row(summary, key) for key in others):
+            pairs = _pairs(row, other)
+            if other is None or not pairs:
+                continue
+            difference = paired_interval(*zip(*pairs, strict=True), floor=floor)
+            yield describe_difference(
+                row.title,
+                other.title,
+                difference,
+                count(len(pairs), "paired seed"),
+                mode=metric.mode,
+                form=metric.difference,
+            )
+
+
+def _pairs(row: DeployRow, other: DeployRow | None) -> list[tuple[float, float]]:
+    """Return the values of two rows on the seeds that both have."""
+    if other is None:
+        return []
+    known = dict(zip(other.seeds, other.values, strict=False))
+    own = zip(row.seeds, row.values, strict=False)
+    return [(value, known[seed]) for seed, value in own if seed in known]
+
+
+def _of_ensemble(summary: DeploySummary, facts: Facts) -> Iterator[str]:
+    """Yield what the ensemble costs beside the single student."""
+    row, of = find_row(summary, "ensemble"), find_row(summary, REFERENCE)
+    if row is None or of is None:
+        return
+    parts = []
+    ratio = size_ratio(row, summary)
+    if ratio is not None:
+        parts.append(f"{_ratio(ratio)} times the size")
+    parts += [
+        f"{_ratio(1 / timing.speed_up.value)} times the time at batch {timing.items}"
+        for timing in row.timings
+        if timing.speed_up is not None and timing.speed_up.value > 0
+    ]
+    cost = _cost(row, summary, facts)
+    yield f"{row.title} costs {join(parts)} of {of.title}" + (f"; {cost}" if cost else "")
+
+
+def _of_machine(summary: DeploySummary) -> Iterator[str]:
+    """Yield what it was measured on."""
+    versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
+    parts = [part for part in (summary.cpu, versions) if part]
+    if parts:
+        yield f"times are of one thread, of files side by side, on {'; '.join(parts)}"
+
+
+def _remarks(summary: DeploySummary) -> Iterator[str]:
+    """Yield what a reader must know further: of size and speed the rows say it themselves."""
+    for row in summary.rows:
+        for remark in row.remarks:
+            if not remark.startswith(("not smaller", "not faster")):
+                yield f"{row.title}: {remark}"
+    yield from summary.remarks

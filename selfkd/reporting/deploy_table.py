@@ -1,0 +1,95 @@
+"""The table of a deployment: each form of the model beside the float file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from selfkd.analysis.deploy import shortfalls, size_ratio
+from selfkd.analysis.statistics import mean_interval
+from selfkd.reporting import words
+from selfkd.reporting.tables import Table, further_head
+from selfkd.results import DeployRow, DeploySummary, Facts, Interval, find_metric
+
+
+def deploy_table(summary: DeploySummary, facts: Facts) -> Table:
+    """Return a row a form of the model; a narrow terminal hides the last columns.
+
+    Args:
+        summary: Rows that were measured.
+        facts: Facts of the data, which name the further metrics.
+    """
+    metric = summary.metric
+    batches = sorted({timing.items for row in summary.rows for timing in row.timings})
+    further = [name for name in _shown(facts) if name not in (metric, "agreement")]
+    head = (
+        "model",
+        f"test {words.short_metric(metric)}",
+        "beside float",
+        "size",
+        *(f"ms, {items}" for items in batches),
+        f"difference{words.difference_head(metric)}",
+        "of its size",
+        *(f"speed, {items}" for items in batches),
+        "agreement",
+        *further_head(further),
+        "tokens/s",
+        f"val {words.short_metric(metric)}",
+        "parameters",
+    )
+    rows = tuple(_row(row, summary, batches, further) for row in summary.rows)
+    note = (
+        "ms a batch of so many inputs, on one thread; speed: how many times as fast as the float "
+        "file, measured side by side."
+    )
+    return Table(head, rows, note).without_empty()
+
+
+def _shown(facts: Facts) -> Sequence[str]:
+    """Return the further metrics that compression may change."""
+    known = ("nll", "perplexity", "bits_per_byte", "ece")
+    return [name for name in known if name in (*facts.further, "nll", "perplexity")]
+
+
+def _row(
+    row: DeployRow, summary: DeploySummary, batches: Sequence[int], further: Sequence[str]
+) -> tuple[str, ...]:
+    metric = summary.metric
+    of = {timing.items: timing for timing in row.timings}
+    times = [of.get(items) for items in batches]
+    ratio = size_ratio(row, summary)
+    return (
+        row.title,
+        _tested(row, metric),
+        shortfalls(row, summary),
+        bytes_text(row.bytes),
+        *(words.number(time.ms if time else None, ".3g") for time in times),
+        words.bare_difference(row.difference, metric),
+        words.number(ratio, ".2f"),
+        *(_speed(time.speed_up if time else None) for time in times),
+        words.percent(row.agreement),
+        *(words.number(row.metric(f"test_{n}"), find_metric(n).cell) for n in further),
+        words.number(row.tokens_a_second, ",.0f"),
+        words.value(row.metric(f"val_{metric}"), metric),
+        words.size(row.parameters),
+    )
+
+
+def _tested(row: DeployRow, metric: str) -> str:
+    """Return the test metric, its mean over seeds with half of the interval where there are."""
+    if row.values:
+        return words.mean(mean_interval(row.values), metric)
+    return words.value(row.metric(f"test_{metric}"), metric)
+
+
+def _speed(estimate: Interval | None) -> str:
+    return "" if estimate is None else f"{words.number(estimate.value, '.3g')}x"
+
+
+def bytes_text(size: int | None) -> str:
+    """Return a size of a file in three digits.
+
+    >>> bytes_text(96_100), bytes_text(12), bytes_text(None)
+    ('96.1 kB', '12 B', '')
+    """
+    text = words.size(size)
+    return f"{text}{'B' if text[-1:].isalpha() else ' B'}" if text else ""

@@ -34,7 +34,7 @@ from selfkd.storage.files import (
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.storage.rows import load_row, save_row
 
-COMMANDS = ("generations", "ensemble", "capacity", "study")
+COMMANDS = ("generations", "ensemble", "capacity", "study", "deploy")
 """Names of the commands that make run folders."""
 HASH = "config.hash"  # of what may not change
 BEST = "best.safetensors"

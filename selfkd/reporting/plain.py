@@ -6,11 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
+from selfkd.analysis.statistics import mean_interval
 from selfkd.analysis.verdicts import format_difference
 from selfkd.reporting import words
+from selfkd.reporting.deploy_table import deploy_table
 from selfkd.results import (
     CapacitySummary,
+    DeployRow,
+    DeploySummary,
     EnsembleSummary,
+    Facts,
     GenerationsSummary,
     Interval,
     Row,
@@ -23,6 +28,8 @@ from selfkd.results import (
 
 def headline(summary: Summary) -> str:
     """Return the verdict of a run in one sentence; empty where there is none."""
+    if isinstance(summary, DeploySummary):
+        return summary.sentences[0] if summary.sentences else ""
     verdict = summary.verdict
     return verdict.sentences[0] if verdict and verdict.sentences else ""
 
@@ -40,6 +47,8 @@ def plain_rows(summary: Summary) -> list[Row]:
         rows = list(_ensemble(summary))
     elif isinstance(summary, CapacitySummary):
         rows = list(_sizes(summary))
+    elif isinstance(summary, DeploySummary):
+        rows = [_form(row) for row in summary.rows]
     else:
         rows = list(_arms(summary))
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -53,6 +62,10 @@ def short_table(summary: Summary) -> list[list[str]]:
     The metric is that of the chosen models, the one that the means over fresh seeds are of; mean
     and gain stand beside their 95 % intervals.
     """
+    if isinstance(summary, DeploySummary):
+        table = deploy_table(summary, Facts(metric=summary.metric))
+        width = table.head.index("agreement") if "agreement" in table.head else len(table.head)
+        return [list(row[:width]) for row in (table.head, *table.rows)]
     rows = plain_rows(summary) or [{"name": ""}]
     metrics = [row.metric for row in getattr(summary, "confirmations", ())[:1]]
     metrics += [key for start in ("test_", "val_") for key in rows[0] if key.startswith(start)]
@@ -100,6 +113,8 @@ def confirmed_rows(summary: Summary) -> Sequence[Any]:
         return (*summary.confirmations, *summary.controls)
     if isinstance(summary, EnsembleSummary):
         return tuple(row for row in summary.rows if row.runs)
+    if isinstance(summary, DeploySummary):
+        return tuple(row for row in summary.rows if row.values)
     return summary.sizes if isinstance(summary, CapacitySummary) else summary.arms
 
 
@@ -160,6 +175,25 @@ def _arms(summary: StudySummary) -> Iterator[Row]:
             **_ends("mean", arm.mean),
             "seeds": len(arm.runs),
         }
+
+
+def _form(row: DeployRow) -> Row:
+    mean = mean_interval(row.values) if row.values else None
+    times = {f"ms_{timing.items}": timing.ms for timing in row.timings}
+    speeds = [_ends(f"speed_{timing.items}", timing.speed_up) for timing in row.timings]
+    return {
+        "name": row.title,
+        **row.metrics,
+        **_ends("mean", mean),
+        **_ends("difference", row.difference),
+        "agreement": row.agreement,
+        "seeds": len(row.seeds) or None,
+        "bytes": row.bytes,
+        **times,
+        **{key: value for speed in speeds for key, value in speed.items()},
+        "tokens_a_second": row.tokens_a_second,
+        "parameters": row.parameters,
+    }
 
 
 def _ends(name: str, interval: Interval | None) -> Row:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from selfkd.results.capacity import CapacitySummary
+from selfkd.results.deploy import DeploySummary
 from selfkd.results.ensemble import EnsembleSummary
 from selfkd.results.generations import Confirmation, GenerationResult, GenerationsSummary
 from selfkd.results.study import StudySummary
 from selfkd.results.trial import Epoch, Trial, TrialResult
 
-Summary = GenerationsSummary | EnsembleSummary | CapacitySummary | StudySummary
+Summary = GenerationsSummary | EnsembleSummary | CapacitySummary | StudySummary | DeploySummary
 
 
 @dataclass(frozen=True)

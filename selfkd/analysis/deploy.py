@@ -13,7 +13,16 @@ from selfkd.analysis.verdicts import (
     join,
     number,
 )
-from selfkd.results import DeployRow, DeploySummary, Facts, Interval, Metric, Timing, find_metric
+from selfkd.results import (
+    DeployRow,
+    DeploySummary,
+    Facts,
+    Interval,
+    Metric,
+    Row,
+    Timing,
+    find_metric,
+)
 
 REFERENCE = "float"
 """Key of the row that all others are compared to."""
@@ -64,6 +73,34 @@ def shortfalls(row: DeployRow, summary: DeploySummary) -> str:
 def find_row(summary: DeploySummary, key: str) -> DeployRow | None:
     """Return the row of a key; None where there is none."""
     return next((row for row in summary.rows if row.key == key), None)
+
+
+def flat_row(row: DeployRow) -> Row:
+    """Return a row as plain values by name; None of what is not known.
+
+    >>> row = DeployRow(key="int8", title="ONNX int8", metrics={"test_accuracy": 0.5}, bytes=9,
+    ...     timings=(Timing(items=1, ms=0.5, speed_up=Interval(2.0, 1.5, 2.5)),))
+    >>> {name: value for name, value in flat_row(row).items() if value is not None}
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'name': 'ONNX int8', 'test_accuracy': 0.5, 'bytes': 9, 'ms_1': 0.5, 'speed_1': 2.0,
+     'speed_1_low': 1.5, 'speed_1_high': 2.5}
+    """
+    named = {
+        "mean": mean_interval(row.values) if row.values else None,
+        "difference": row.difference,
+        **{f"speed_{timing.items}": timing.speed_up for timing in row.timings},
+    }
+    ends = {
+        name: {name: of.value, f"{name}_low": of.low, f"{name}_high": of.high}
+        for name, of in named.items()
+        if of is not None
+    }
+    found: Row = {"name": row.title, **row.metrics}
+    found |= {**ends.pop("mean", {}), **ends.pop("difference", {}), "agreement": row.agreement}
+    found |= {"seeds": len(row.seeds) or None, "bytes": row.bytes}
+    for timing in row.timings:
+        found |= {f"ms_{timing.items}": timing.ms, **ends.get(f"speed_{timing.items}", {})}
+    return found | {"tokens_a_second": row.tokens_a_second, "parameters": row.parameters}
 
 
 def deploy_sentences(summary: DeploySummary, facts: Facts) -> list[str]:

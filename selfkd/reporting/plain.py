@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from selfkd.analysis.statistics import mean_interval
+from selfkd.analysis.deploy import flat_row
 from selfkd.analysis.verdicts import format_difference
 from selfkd.reporting import words
 from selfkd.reporting.deploy_table import deploy_table
 from selfkd.results import (
     CapacitySummary,
-    DeployRow,
     DeploySummary,
     EnsembleSummary,
     Facts,
@@ -48,7 +47,7 @@ def plain_rows(summary: Summary) -> list[Row]:
     elif isinstance(summary, CapacitySummary):
         rows = list(_sizes(summary))
     elif isinstance(summary, DeploySummary):
-        rows = [_form(row) for row in summary.rows]
+        rows = [flat_row(row) for row in summary.rows]
     else:
         rows = list(_arms(summary))
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -175,25 +174,6 @@ def _arms(summary: StudySummary) -> Iterator[Row]:
             **_ends("mean", arm.mean),
             "seeds": len(arm.runs),
         }
-
-
-def _form(row: DeployRow) -> Row:
-    mean = mean_interval(row.values) if row.values else None
-    times = {f"ms_{timing.items}": timing.ms for timing in row.timings}
-    speeds = [_ends(f"speed_{timing.items}", timing.speed_up) for timing in row.timings]
-    return {
-        "name": row.title,
-        **row.metrics,
-        **_ends("mean", mean),
-        **_ends("difference", row.difference),
-        "agreement": row.agreement,
-        "seeds": len(row.seeds) or None,
-        "bytes": row.bytes,
-        **times,
-        **{key: value for speed in speeds for key, value in speed.items()},
-        "tokens_a_second": row.tokens_a_second,
-        "parameters": row.parameters,
-    }
 
 
 def _ends(name: str, interval: Interval | None) -> Row:

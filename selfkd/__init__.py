@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from selfkd.capacity import run_capacity as run_capacity
     from selfkd.cli.result import Result as Result
+    from selfkd.deploy import run_deploy as run_deploy
     from selfkd.distill.distiller import Distiller as Distiller
     from selfkd.distill.teacher import Ensemble as Ensemble
     from selfkd.distill.teacher import Teacher as Teacher
@@ -43,6 +44,7 @@ _HOMES = {
     "make_model": "selfkd.models",
     "push_to_hub": "selfkd.loading.model",
     "run_capacity": "selfkd.capacity",
+    "run_deploy": "selfkd.deploy",
     "run_ensemble": "selfkd.ensemble",
     "run_generations": "selfkd.generations",
     "run_study": "selfkd.study",
@@ -64,6 +66,7 @@ __all__ = [
     "make_model",
     "push_to_hub",
     "run_capacity",
+    "run_deploy",
     "run_ensemble",
     "run_generations",
     "run_study",

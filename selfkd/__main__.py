@@ -10,8 +10,8 @@ from selfkd import __version__
 from selfkd.cli.output import safe_output
 
 COMMANDS = (
-    *("budget", "capacity", "config", "dashboard", "ensemble", "generations", "report"),
-    *("response", "study", "submit", "targets"),
+    *("budget", "capacity", "config", "dashboard", "deploy", "ensemble", "generations"),
+    *("report", "response", "study", "submit", "targets"),
 )
 
 

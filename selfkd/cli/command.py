@@ -126,6 +126,13 @@ class Command(Generic[S]):
         config.search.trials, config.confirm.replicas
     )
     """Returns how many trials are run at a time, if there is room."""
+    check_folder: Callable[[RunFolder, Config], None] | None = None
+    """Raises ConfigError for a run folder that it does not continue; those of other commands when
+    not given."""
+    flag: str = "--resume"
+    """Flag that names the run folder to continue."""
+    code: Callable[[S], int] = lambda summary: 0
+    """Returns the exit code of a run that came to its end."""
 
     def main(self, arguments: argparse.Namespace, flags: Mapping[str, Any]) -> int:
         """Run the command; return its exit code.
@@ -151,7 +158,7 @@ class Command(Generic[S]):
                     if options.plan:
                         print_plan(self.plan(config), self.name, config, folder, self.function)
                     else:
-                        self._run(folder, config, options)
+                        return self.code(self._run(folder, config, options))
             except KeyboardInterrupt:
                 say_stopped(lambda: self._say_stopped(folder))
                 if folder is None:
@@ -179,7 +186,8 @@ class Command(Generic[S]):
     def resume(self, folder: RunFolder) -> str:
         """Return what continues a run."""
         train = f" --train {shell_quote(self.function)}" if self.function else ""
-        return f"python -m selfkd.{self.name} --resume {shell_quote(str(folder.path))}{train}"
+        path = shell_quote(str(folder.path))
+        return f"python -m selfkd.{self.name} {self.flag} {path}{train}"
 
     def _say_failed(self, error: Exception, folder: RunFolder | None) -> None:
         end_display()
@@ -219,7 +227,10 @@ class Command(Generic[S]):
             return RunFolder.create(path, config, command=self.name, numbered=numbered), config
         _refuse_relative(None, ("--resume", str(options.resume)))
         folder, stored = RunFolder.open(as_path(options.resume))
-        folder.check_command(self.name)
+        if self.check_folder is None:
+            folder.check_command(self.name)
+        else:
+            self.check_folder(folder, stored)
         folder.check_entries()
         if options.config:
             given = {key: value for key, value in flags.items() if value is not None}

@@ -450,6 +450,11 @@ class DeployConfig:
     ensemble: bool = False
     """Whether the ensemble of the run is exported, too, as one graph, and measured beside it."""
 
+    @property
+    def trainings(self) -> int:
+        """Number of models that are fine-tuned or trained."""
+        return self.seeds * (3 * (self.prune is not None) + 2 * (self.bits is not None))
+
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ArmConfig:

@@ -1,1 +1,28 @@
 """Trained networks as files that are served: exported, pruned, in low precision, timed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from selfkd.errors import ConfigError
+
+_MODULES = {
+    "onnx": "onnx",
+    "onnxscript": "onnxscript",
+    "onnxruntime": "onnxruntime",
+    "torch_pruning": "torch-pruning",
+}
+
+
+def check_installed() -> None:
+    """Check that the packages of the extra `deploy` are installed; none is imported.
+
+    Raises:
+        ConfigError: One is missing; names all that are, and the line that installs them.
+    """
+    missing = [name for module, name in _MODULES.items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"selfkd.deploy needs {', '.join(missing)}, not installed here: "
+            "pip install 'selfkd[deploy]'"
+        )

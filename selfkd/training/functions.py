@@ -12,11 +12,12 @@ from typing import Any
 from selfkd.errors import describe_error
 
 
-def load_function(reference: str) -> Callable[..., Any]:
-    """Import a training function.
+def load_function(reference: str, *, flag: str = "--train") -> Callable[..., Any]:
+    """Import a function of the user's.
 
     Args:
         reference: File and name of the function, `path/file.py:name`.
+        flag: Flag that names it, for messages.
 
     Raises:
         ValueError: The file or the function does not exist, or the file cannot be imported.
@@ -24,11 +25,11 @@ def load_function(reference: str) -> Callable[..., Any]:
     file, colon, name = reference.rpartition(":")
     path = Path(file)
     if not colon or path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"--train must be path/file.py:function, got {reference!r}")
+        raise ValueError(f"{flag} must be path/file.py:function, got {reference!r}")
     module_name = f"selfkd_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--train must be a Python file, got {file}")
+        raise ValueError(f"{flag} must be a Python file, got {file}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     folder = str(path.parent.absolute())
@@ -38,11 +39,11 @@ def load_function(reference: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     except BaseException as error:
         raise ValueError(
-            f"--train must name a file that can be imported, got {file}: {describe_error(error)}"
+            f"{flag} must name a file that can be imported, got {file}: {describe_error(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"--train must name a function of {file}, got {name!r}")
+        raise ValueError(f"{flag} must name a function of {file}, got {name!r}")
     found: Callable[..., Any] = function
     return found
 

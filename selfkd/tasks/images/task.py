@@ -313,7 +313,8 @@ class ImageTask(ImageNetworks):
                 else "which the training split has none of: name data of all classes"
             )
             raise ValueError(
-                f"the ranges of int8 must be measured on images of each class; without one are {few}, {way}"
+                f"the ranges of int8 must be measured on images of each class; without one are "
+                f"{few}, {way}"
             )
         return self._inputs("train", chosen.tolist(), like)
 

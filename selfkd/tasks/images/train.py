@@ -13,6 +13,7 @@ from torch import nn
 from selfkd.config import TrainConfig
 from selfkd.data import Data
 from selfkd.data.batches import batch_sizes
+from selfkd.deployment.low_bits import plain, round_weights
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
@@ -40,6 +41,7 @@ def train_classifier(
     specialist: Sequence[int] | None = None,
     cycles: int = 1,
     transform: Transform = "none",
+    bits: int | None = None,
 ) -> Iterator[Row]:
     """Train a classifier as the config says: the built-in training function.
 
@@ -51,11 +53,16 @@ def train_classifier(
         cycles: Cycles of the learning rate; the student is saved at the end of each, but for the
             last beside the trial's own file.
         transform: Transform of the teacher logits.
+        bits: Bits that the weights of linear layers are rounded to in training, and saved rounded
+            to; not rounded when not given.
     """
     options, ranks = task.config.train, trial.ranks
     learner = _fresh(task, trial, start or {})
     data = task.data
     facts: Row = {"stage": trial.stage, "seed": trial.seed}
+    if bits is not None:
+        round_weights(learner, bits)
+        facts |= {"bits": bits}
     if specialist is not None:
         learner = Specialist(learner, specialist).to(task.device)
         data, shift = _special_data(task.data, specialist, trial.seed)
@@ -92,7 +99,7 @@ def train_classifier(
             if rest == 0 and ranks.first:
                 path = trial.path
                 path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
-                row["hash"] = task.save(path, best, trial.model, facts)
+                row["hash"] = task.save(path, plain(best), trial.model, facts)
                 row["checkpoint"] = path.name
             unfinished = row["epoch"] < epochs
             trial.progress.reached(row, training.state_dict() if unfinished else None)

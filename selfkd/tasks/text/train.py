@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfkd.config import TrainConfig
+from selfkd.deployment.low_bits import plain, round_weights
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
@@ -42,6 +43,7 @@ def train_language_model(
     *,
     start: Mapping[str, Any] | None = None,
     transform: Transform = "none",
+    bits: int | None = None,
 ) -> Iterator[Row]:
     """Train a language model; yield a row after each of `train.epochs` equal parts of the steps.
 
@@ -50,10 +52,16 @@ def train_language_model(
         trial: Student and its teachers.
         start: `checkpoint` to start the weights from, or `seed` of the initialisation.
         transform: Transform of the teacher logits.
+        bits: Bits that the weights of linear layers are rounded to in training, and saved rounded
+            to; not rounded when not given.
     """
     options, data = task.config.train, training_text(task, trial)
     distill = task.config.distill
     student = make_fresh(task, trial, start or {})
+    facts: Row = {"stage": trial.stage, "seed": trial.seed}
+    if bits is not None:
+        round_weights(student, bits)
+        facts |= {"bits": bits}
     training = Training(
         student=student,
         optimizer=optimizer_of(student, options),
@@ -66,7 +74,6 @@ def train_language_model(
         training.load_state_dict(state)
         trial.progress.state = None
         yield from [dict(row) for row in trial.progress.rows]
-    facts = {"stage": trial.stage, "seed": trial.seed}
     loss = make_loss(task, trial, transform)
     text, writer = TrainingText(data, options, trial.seed), None
     if trial.teachers and distill.on_policy > 0:
@@ -97,7 +104,7 @@ def train_language_model(
                 row["cut"] = writer.take_cut()
             unfinished = part < options.epochs
             if not unfinished:
-                row["hash"] = task.save(trial.path, training.best, trial.model, facts)
+                row["hash"] = task.save(trial.path, plain(training.best), trial.model, facts)
                 row["checkpoint"] = trial.path.name
             trial.progress.reached(row, _state(training, writer) if unfinished else None)
             yield row

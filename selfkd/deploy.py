@@ -1,0 +1,306 @@
+"""`python -m selfkd.deploy`: from a trained model to files that are served, with their measures.
+
+The module can be called, too: `selfkd.deploy("runs/NAME", prune=0.5)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selfkd.analysis.verdicts import count
+from selfkd.cli.command import FAILED, Command, Description
+from selfkd.cli.options import base_parser
+from selfkd.cli.output import safe_output
+from selfkd.cli.plan import plan_deploy
+from selfkd.cli.result import Given, Result, Settings, run_command
+from selfkd.cli.signals import inside_job
+from selfkd.config import Config
+from selfkd.deployment import check_installed
+from selfkd.errors import ConfigError
+from selfkd.experiments import deploy as recipe
+from selfkd.experiments.arms import Run
+from selfkd.experiments.deploy_forms import FOLDER, Deployed
+from selfkd.experiments.given import check_given, import_generation
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.loading.choose import choose
+from selfkd.reporting.deploy_table import deploy_table
+from selfkd.results import DeploySummary, GenerationResult, Model
+from selfkd.text import shell_quote
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = base_parser(
+        "deploy",
+        "Export a trained model to ONNX, in float and in int8, and measure both; prune or round it "
+        "before, with distillation from itself.",
+    )
+    parser.add_argument(
+        "--from", metavar="RUN", dest="given", help="run folder whose chosen model is deployed"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="file of weights of the config's model that is deployed, with --config",
+    )
+    parser.add_argument(
+        "--generation", type=int, metavar="N", help="another generation of the run than the best"
+    )
+    parser.add_argument(
+        "--prune",
+        type=float,
+        metavar="SHARE",
+        dest="deploy.prune",
+        help="share of the channels of each layer that is pruned before, such as 0.5",
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        dest="deploy.bits",
+        metavar="4|3|2",
+        help="bits of the weights of matrix products, which are fine-tuned rounded",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="X",
+        dest="deploy.max_drop",
+        help="most points of validation accuracy, or nats, that int8 may cost; past it exit code 1",
+    )
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        default=None,
+        dest="deploy.ensemble",
+        help="export the ensemble of the run, too, as one graph, and measure what it costs",
+    )
+    parser.add_argument(
+        "--make-model",
+        metavar="FILE.py:FUNCTION",
+        help="function that makes the network of a run with --train",
+    )
+    return parser
+
+
+@safe_output()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = make_parser().parse_args(argv)
+    flags = {key: value for key, value in vars(arguments).items() if key.startswith("deploy.")}
+    flags["generation_0.path"] = arguments.checkpoint
+    arguments.resume = arguments.given or arguments.resume
+    command = _command(arguments.generation, arguments.make_model)
+    return command.main(arguments, flags)
+
+
+def run_deploy(
+    run: str | Path | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    config: Given = None,
+    generation: int | None = None,
+    prune: float | None = None,
+    bits: int | None = None,
+    max_drop: float | None = None,
+    ensemble: bool | None = None,
+    make_model: str | None = None,
+    settings: Settings = (),
+    quiet: bool = False,
+) -> Result[DeploySummary]:
+    """Export a trained model to ONNX, in float and in int8, and measure both.
+
+    Args:
+        run: Run folder whose chosen model is deployed.
+        checkpoint: File of weights of the config's model, in place of `run`.
+        config: YAML file, or a mapping like its content, with `checkpoint`.
+        generation: Number of a generation of the run; the best on validation when not given.
+        prune: Share of the channels of each layer that is pruned before, in (0, 1).
+        bits: Bits of the weights of matrix products, 4, 3 or 2, which are fine-tuned rounded.
+        max_drop: Most points of validation accuracy, or nats, that int8 may cost.
+        ensemble: Whether the ensemble of the run is exported, too.
+        make_model: Reference `path/file.py:function` of what makes the network of a run with a
+            training function of your own.
+        settings: Further values by dotted key, or `dotted.key=value` texts as after `--set`.
+        quiet: Whether the table and errors only are printed.
+
+    Returns:
+        The result: table, verdict and files; `summary.exceeded` says whether int8 costs more than
+        `max_drop`.
+
+    Raises:
+        ValueError: A setting or the model is not as it must be.
+        RuntimeError: A step failed.
+    """
+    flags: dict[str, Any] = {"deploy.prune": prune, "deploy.bits": bits}
+    flags |= {"deploy.max_drop": max_drop, "deploy.ensemble": ensemble}
+    flags["generation_0.path"] = None if checkpoint is None else str(checkpoint)
+    return run_command(
+        _command(generation, make_model),
+        config=config,
+        settings=settings,
+        flags=flags,
+        resume=run,
+        quiet=quiet,
+    )
+
+
+def _greet(config: Config) -> str:
+    options, made = config.deploy, ["float and int8 files"]
+    if options.prune is not None:
+        made.append(f"pruned by {options.prune:.0%} on {count(options.seeds, 'seed')}")
+    if options.bits is not None:
+        made.append(f"{options.bits}-bit weights on {count(options.seeds, 'seed')}")
+    if options.ensemble:
+        made.append("the ensemble as one graph")
+    return f"deploying {config.model.name} on {config.data.name}: {', '.join(made)}"
+
+
+def _command(
+    generation: int | None = None, make_model: str | None = None
+) -> Command[DeploySummary]:
+    """Return the command.
+
+    Args:
+        generation: Number of the generation that is deployed; the best when not given.
+        make_model: Reference of the function that makes a user's network.
+    """
+    if make_model is not None and not inside_job():  # workers have other folders
+        path, _, name = make_model.rpartition(":")
+        make_model = f"{Path(path).expanduser().absolute()}:{name}"
+
+    def find(config: Config, folder: RunFolder) -> Deployed | None:
+        """Return what is deployed; None where it is still to be imported."""
+        if folder.command == "deploy":
+            results = folder.results()
+            return _imported(results[0]) if results else None
+        return _of_run(config, folder, generation, make_model)
+
+    def check_folder(folder: RunFolder, config: Config) -> None:
+        check_installed()
+        find(config, folder)
+
+    def finished(config: Config, folder: RunFolder) -> DeploySummary | None:
+        source = find(config, folder)
+        return None if source is None else recipe.finished(config, folder, source)
+
+    def work(run: Run) -> DeploySummary:
+        source = find(run.config, run.folder)
+        if source is None:
+            run.folder.keep(run.config, run.check())
+            source = _imported(import_generation(run))
+        return recipe.deploy(run, source)
+
+    return Command(
+        name="deploy",
+        check=_check,
+        greet=_greet,
+        finished=finished,
+        work=work,
+        describe=_describe,
+        plan=plan_deploy,
+        most=lambda config: config.deploy.trainings or 1,
+        check_folder=check_folder,
+        flag="--from",
+        code=lambda summary: FAILED if summary.exceeded else 0,
+    )
+
+
+def _check(config: Config) -> None:
+    """Check what is given in place of a run."""
+    if config.generation_0.path is None:
+        raise ConfigError(
+            "--from must be given: the run folder whose model is deployed; or --checkpoint FILE "
+            "with --config YAML, for weights without their run"
+        )
+    check_given(config)
+    check_installed()
+
+
+def _imported(result: GenerationResult) -> Deployed:
+    title = result.origin.name if result.origin is not None else "the checkpoint"
+    return Deployed(title=title, model=result.models[0])
+
+
+def _of_run(
+    config: Config, folder: RunFolder, generation: int | None, make_model: str | None
+) -> Deployed:
+    """Return what is deployed of a run of another command.
+
+    Raises:
+        ConfigError: It has no such model, or not yet.
+    """
+    chosen, options = choose(folder, config, generation=generation), config.deploy
+    facts = folder.facts
+    if facts.function is not None and make_model is None:
+        raise ConfigError(
+            f"--make-model must be given for {folder.path}, whose models were trained by a "
+            "function of your own: --make-model FILE.py:FUNCTION names a function that makes the "
+            "network"
+        )
+    if facts.function is None and make_model is not None:
+        raise ConfigError(
+            f"--make-model must be left out for {folder.path}, whose networks are made by name, "
+            f"got {make_model}"
+        )
+    if make_model is not None:
+        given = {"--prune": options.prune, "--bits": options.bits}
+        given["--ensemble"] = options.ensemble or None
+        for flag, value in given.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{flag} must be left out with --make-model: a network of your own is exported "
+                    f"and quantised alone, got {value}"
+                )
+    several = choose(folder, config, ensemble=True) if options.ensemble else None
+    return Deployed(
+        title=chosen.title,
+        model=_hashed(folder, chosen.models[0]),
+        point=chosen.point or {},
+        ensemble=() if several is None else several.models,
+        average=config.distill.average if several is None else str(several.average),
+        make_model=make_model,
+    )
+
+
+def _hashed(folder: RunFolder, model: Model) -> Model:
+    """Return a model with its hash, which a student that is not finished has none of."""
+    if not model.hash:
+        raise ConfigError(
+            f"{folder.path} must be finished before its student is deployed: continue it with "
+            f"python -m selfkd.{folder.command} --resume {folder.path}"
+        )
+    return model
+
+
+def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Description:
+    place = folder.path / FOLDER
+    files = [
+        f"{name:<12}{place / name}"
+        for name in summary.files
+        if name in ("float.onnx", "int8.onnx", "predict.py")
+    ]
+    again = f"python -m selfkd.deploy --from {shell_quote(str(folder.path))}"
+    tried = f"python {shell_quote(str(place / 'predict.py'))}"
+    return Description(
+        summary.sentences,
+        deploy_table(summary, folder.facts),
+        files,
+        tried if config.deploy.prune or config.task == "text" else f"{again} --prune 0.5",
+        [*summary.remarks],
+    )
+
+
+class _Callable(types.ModuleType):
+    """This module, which is the Python function of its name as well."""
+
+    __call__ = staticmethod(run_deploy)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
+sys.modules[__name__].__class__ = _Callable

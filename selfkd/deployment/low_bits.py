@@ -1,0 +1,244 @@
+"""Weights of matrix products in 4, 3 or 2 bits: rounded in training, and written by onnxruntime.
+
+Both round by the same rule, so that a network that was trained rounded has, bit for bit, the
+weights of its file. A weight matrix is divided into blocks of `BLOCK` along its input dimension; in
+each block
+
+    scale = -w_m / 2^(bits - 1),    w_m the weight of the largest magnitude
+    q = clip(floor(w / scale + 1/2), -2^(bits - 1), 2^(bits - 1) - 1)
+
+and the weight is `scale * q`. To round twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from selfkd.storage.files import fetch, replace
+
+BLOCK = 32
+"""Weights that share a scale."""
+WRITTEN = (4, 2)
+"""Bits that onnxruntime has operators for."""
+INT8_ACTIVATIONS = 4
+"""Its `accuracy_level` that rounds the inputs of the products to int8, as fast kernels need."""
+
+
+def round_blocks(weight: Tensor, bits: int) -> Tensor:
+    """Return weights rounded in blocks.
+
+    Args:
+        weight: Matrix `[outputs, inputs]`.
+        bits: Number of bits, at least 2.
+
+    >>> round_blocks(torch.tensor([[-0.8, 0.33, 0.8, 0.0]]), 4)
+    tensor([[-0.8000,  0.3000,  0.7000,  0.0000]])
+
+    Reference:
+        onnxruntime, `MlasQuantizeBlockwise` in onnxruntime/core/mlas/lib/q4_dq.cpp
+    """
+    outputs, inputs = weight.shape
+    half = 2.0 ** (bits - 1)
+    blocks = F.pad(weight, (0, -inputs % BLOCK)).view(outputs, -1, BLOCK)
+    low, high = blocks.aminmax(dim=-1, keepdim=True)
+    scale = torch.where(high.abs() > low.abs(), high, low) / -half
+    inverse = 1 / scale
+    inverse = torch.where(inverse.isfinite(), inverse, 0)  # a block of nothing but zeros
+    whole = (blocks * inverse + half + 0.5).floor().clamp(0, 2 * half - 1) - half
+    return (whole * scale).view(outputs, -1)[:, :inputs]
+
+
+class Rounded(nn.Module):
+    """Weights rounded in blocks in the forward pass; gradients pass as if they were not.
+
+    Args:
+        bits: Number of bits.
+        transposed: Whether the weights are `[inputs, outputs]`.
+
+    Reference:
+        Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
+        for Conditional Computation", 2013, https://arxiv.org/abs/1308.3432 (straight-through)
+    """
+
+    def __init__(self, bits: int, transposed: bool) -> None:
+        super().__init__()
+        self.bits, self.transposed = bits, transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the rounded weights."""
+        own = weight.detach().T if self.transposed else weight.detach()
+        rounded = round_blocks(own, self.bits)
+        rounded = rounded.T if self.transposed else rounded
+        return rounded + (weight - weight.detach())  # the difference is exactly 0
+
+
+def round_weights(network: nn.Module, bits: int) -> float:
+    """Let a network compute with rounded weights of its matrix products, in place.
+
+    Linear layers are rounded; convolutions, embeddings, norms and biases stay as they are, and so
+    does a layer whose weights are an embedding's.
+
+    Args:
+        network: Network whose weights are trained rounded; its parameters remain not rounded.
+        bits: Number of bits.
+
+    Returns:
+        Share of the parameters that are rounded.
+
+    Raises:
+        ValueError: No matrix products, adapters beside them, or weights that are not finite.
+    """
+    if hasattr(network, "merge_and_unload"):
+        raise ValueError(
+            f"deploy.bits must be left out with model.args.lora, got {bits}: what is rounded are "
+            "whole weights"
+        )
+    products = dict(_products(network))
+    if not products:
+        raise ValueError(
+            f"deploy.bits must be left out for a network without linear layers, got {bits}: "
+            f"{type(network).__name__} has only {_kinds(network)}"
+        )
+    for name, module in products.items():
+        if not bool(module.weight.isfinite().all()):
+            raise ValueError(f"weights must be finite to be rounded, got NaN or inf in {name}")
+    total = sum(parameter.numel() for parameter in network.parameters())
+    rounded = {id(module.weight): module.weight.numel() for module in products.values()}
+    for module in products.values():
+        rounding = Rounded(bits, not isinstance(module, nn.Linear))
+        parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
+    return float(sum(rounded.values()) / total)
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """Return a network with its rounded weights as plain ones; one without such as it is.
+
+    >>> network = nn.Sequential(nn.Linear(2, 1))
+    >>> _ = round_weights(network, 4)
+    >>> sorted(network.state_dict()), sorted(plain(network).state_dict())
+    (['0.bias', '0.parametrizations.weight.original'], ['0.bias', '0.weight'])
+    """
+    if not any(isinstance(module, Rounded) for module in network.modules()):
+        return network
+    found = copy.deepcopy(network)
+    module: Any
+    for module in list(found.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            weight = module.weight
+            # not by torch's `remove_parametrizations`: the class is the original's, too
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            module.weight = nn.Parameter(weight.detach())
+    return found
+
+
+def _products(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers that multiply by a matrix which is theirs alone, by name."""
+    others = {
+        id(parameter)
+        for module in network.modules()
+        if not _is_product(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    for name, module in network.named_modules():
+        if _is_product(module) and id(module.weight) not in others:
+            yield name, module
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a module is linear: torch's, or `Conv1D` of transformers, which is no convolution."""
+    known = sys.modules.get("transformers.pytorch_utils")
+    return isinstance(module, nn.Linear if known is None else (nn.Linear, known.Conv1D))
+
+
+def _kinds(network: nn.Module) -> str:
+    """Return the kinds of a network's layers with parameters, in words."""
+    layers = [module for module in network.modules() if list(module.parameters(recurse=False))]
+    return ", ".join(sorted({type(layer).__name__ for layer in layers})) or "no layers with weights"
+
+
+def write_low_bits(source: Path, target: Path, bits: int) -> dict[str, int]:
+    """Write a graph with the weights of its matrix products in low bits.
+
+    Args:
+        source: ONNX file of the float network.
+        target: ONNX file to write.
+        bits: Number of bits, 4 or 2.
+
+    Returns:
+        Number of operators that compute in low bits, by kind.
+
+    Raises:
+        ValueError: Bits that no operator has, a graph without a product by a constant matrix, or
+            weights that are not finite.
+    """
+    if bits not in WRITTEN:
+        raise ValueError(
+            f"bits must be 4 or 2 to be written, got {bits}: onnxruntime has no operator with "
+            f"{bits}-bit weights, which can only be simulated"
+        )
+    import onnx
+
+    model = onnx.load(fetch(source))
+    _check_finite(model, source)
+    with _quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            MatMulNBitsQuantizer,
+        )
+        from onnxruntime.quantization.onnx_model import ONNXModel
+
+        ONNXModel(model).replace_gemm_with_matmul()  # in place
+        config = DefaultWeightOnlyQuantConfig(
+            block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS, bits=bits
+        )
+        quantizer = MatMulNBitsQuantizer(model, algo_config=config)
+        quantizer.process()
+    written = quantizer.model.model
+    kinds = Counter(node.op_type for node in written.graph.node)
+    if not kinds["MatMulNBits"]:
+        heavy = sorted(kinds.keys() & {"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"})
+        raise ValueError(
+            f"deploy.bits must be left out for {source.name}, got {bits}: its graph has no product "
+            f"by a constant matrix, only {', '.join(heavy or sorted(kinds))}"
+        )
+    replace(target, lambda name: Path(name).write_bytes(written.SerializeToString()))
+    return {"MatMulNBits": kinds["MatMulNBits"]}
+
+
+def _check_finite(model: Any, source: Path) -> None:
+    """Raise ValueError for a constant of a graph with NaN or infinity."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and values.ndim > 1 and not np.isfinite(values).all():
+            raise ValueError(
+                f"weights must be finite to be rounded, got NaN or inf in {tensor.name} of {source}"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what onnxruntime's quantiser prints to itself: its import sets up the root logger."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)

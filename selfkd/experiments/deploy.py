@@ -1,0 +1,188 @@
+"""From a trained model to what is served: prune, fine-tune, export, quantise, measure, choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import asdict, replace
+
+from selfkd.analysis.deploy import deploy_sentences
+from selfkd.config import Config
+from selfkd.experiments.arms import Run
+from selfkd.experiments.deploy_forms import (
+    FOLDER,
+    Deployed,
+    Served,
+    Work,
+    export,
+    measure,
+    serve,
+    time,
+)
+from selfkd.experiments.deploy_tuning import lower_bits, prune
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import (
+    DeployRow,
+    DeploySummary,
+    Facts,
+    Row,
+    RunFinished,
+    find_metric,
+)
+from selfkd.storage.files import link, remove_file
+from selfkd.storage.rows import load_row, save_row
+
+SUMMARY = "deploy.json"
+FILES = (
+    *("float.onnx", "int8.onnx", "int4.onnx", "int2.onnx", "ensemble.onnx", "model.safetensors"),
+)
+"""Files of what is served, which may be there."""
+
+
+def deploy(run: Run, source: Deployed) -> DeploySummary:
+    """Make what is served of a model, and measure all forms of it; what is done is kept.
+
+    Args:
+        run: Run of the model.
+        source: What is deployed.
+
+    Returns:
+        The summary, which is saved as `deploy/deploy.json`.
+
+    Raises:
+        ConfigError: The model or a setting is refused.
+        RunError: A step failed, or all trials of a fine-tuning.
+    """
+    facts = run.check()
+    if source.make_model is None:
+        run.folder.keep_facts("data.json", facts)
+    work = Work(run=run, source=source, facts=facts)
+    options = run.config.deploy
+    measure(work, "torch", "torch", source.model)
+    work.rows["torch"] = replace(work.rows["torch"], bytes=_size(work))
+    served = serve(work, source.model, "float", "int8", "ONNX float", "ONNX int8")
+    if options.prune is not None:
+        served = prune(work, options.prune)
+    if options.bits is not None:
+        work.low_bits = lower_bits(work, served, options.bits)
+    if options.ensemble:
+        export(work, "ensemble", f"ensemble of {len(source.ensemble)}", *source.ensemble)
+    return _finish(work, served, time(work))
+
+
+def finished(config: Config, folder: RunFolder, source: Deployed) -> DeploySummary | None:
+    """Return the summary of a deployment that has nothing left to do, else None."""
+    path = folder.path / FOLDER / SUMMARY
+    if not path.exists():
+        return None
+    summary = load_row(DeploySummary, path)
+    same = (summary.model, summary.options) == (source.model.hash, asdict(config.deploy))
+    there = all(folder.file(name).exists() for name in summary.files.values())
+    return summary if same and there else None
+
+
+def _size(work: Work) -> int:
+    return work.run.folder.file(work.source.model.checkpoint).stat().st_size
+
+
+# --- what is served ---
+
+
+def _finish(work: Work, served: Served, machine: Row) -> DeploySummary:
+    """Put what is served into place, and write the summary."""
+    facts, rows, options = work.facts, work.rows, work.run.config.deploy
+    for key, row in rows.items():
+        rows[key] = _with_speed(_with_remarks(row, rows["float"]), facts)
+    metric = facts.metric if f"val_{facts.metric}" in rows["torch"].metrics else "nll"
+    drops = {"int8.onnx": _drop(metric, rows["torch"], rows[served.int8_key])}
+    if work.low_bits is not None:
+        row = rows[f"bits{options.bits}"]
+        drops[f"int{options.bits}.onnx"] = _drop(metric, rows["torch"], row)
+    most = math.inf if options.max_drop is None else options.max_drop
+    worse = [name for name, drop in drops.items() if drop > most]
+    files = _place(work, served, leave_out=worse)
+    summary = DeploySummary(
+        model=work.source.model.hash,
+        title=work.source.title,
+        metric=metric,
+        options=asdict(options),
+        rows=tuple(rows.values()),
+        network=served.exported.row["model"],
+        served=served.key if "int8.onnx" in worse else served.int8_key,
+        files={name: f"{FOLDER}/{name}" for name in files},
+        drop=drops["int8.onnx"],
+        exceeded=bool(worse),
+        point=work.source.point,
+        cpu=machine["cpu"],
+        versions=machine["versions"],
+        remarks=tuple(work.remarks),
+    )
+    summary = replace(summary, sentences=tuple(deploy_sentences(summary, facts)))
+    save_row(work.folder / SUMMARY, summary)
+    work.run.events(RunFinished(summary))
+    return summary
+
+
+def _place(work: Work, served: Served, *, leave_out: Collection[str]) -> list[str]:
+    """Put the files of what is served into place, and what predicts with them; return their names.
+
+    Args:
+        work: Deployment at work.
+        served: What is served.
+        leave_out: Names of files that are removed where an earlier deployment left them.
+    """
+    folder, options = work.run.folder, work.run.config.deploy
+    files = {"float.onnx": served.exported.path, "int8.onnx": served.int8.path}
+    if work.low_bits is not None:
+        files[f"int{options.bits}.onnx"] = work.low_bits.path
+    if "ensemble" in work.rows:
+        files["ensemble.onnx"] = folder.file(str(work.rows["ensemble"].file))
+    if work.source.make_model is None:
+        files["model.safetensors"] = folder.file(served.model.checkpoint)
+    for name in FILES:
+        if name in files and name not in leave_out:
+            link(files[name], work.folder / name)
+        else:
+            files.pop(name, None)
+            remove_file(work.folder / name)
+    if work.source.make_model is not None:
+        work.remarks.append(
+            "predict.py is not written, as only you know how the inputs of your network are made"
+        )
+        return [*files]
+    row = work.job(
+        "deploy_predictor",
+        checkpoint=str(files["model.safetensors"]),
+        folder=str(work.folder),
+        file="int8.onnx" if "int8.onnx" in files else "float.onnx",
+    )
+    return [*files, *row["files"]]
+
+
+def _with_speed(row: DeployRow, facts: Facts) -> DeployRow:
+    """Return a row with its tokens a second, where an input is of several items."""
+    if facts.items_an_input == 1 or not row.timings:
+        return row
+    most = max(row.timings, key=lambda timing: timing.items)
+    return replace(row, tokens_a_second=1000 * most.items * facts.items_an_input / most.ms)
+
+
+def _with_remarks(row: DeployRow, exported: DeployRow) -> DeployRow:
+    """Return a row that says whether it is no smaller or no faster than the exported model."""
+    if row.key in ("torch", exported.key):
+        return row
+    said = list(row.remarks)
+    if row.bytes is not None and exported.bytes is not None and row.bytes >= exported.bytes:
+        said.append("not smaller")
+    slow = [t.items for t in row.timings if t.speed_up is not None and t.speed_up.value <= 1]
+    if slow:
+        at = "" if len(slow) == len(row.timings) else f" at {' and '.join(map(str, slow))}"
+        said.append(f"not faster{at}")
+    return replace(row, remarks=tuple(said))
+
+
+def _drop(metric: str, before: DeployRow, after: DeployRow) -> float:
+    """Return how much worse a row is on validation, in points of a fraction or in nats."""
+    key, facts = f"val_{metric}", find_metric(metric)
+    gain = after.metrics[key] - before.metrics[key]
+    return (100 if facts.is_fraction else 1) * (-gain if facts.mode == "max" else gain)

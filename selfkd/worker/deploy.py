@@ -1,0 +1,358 @@
+"""What a worker does to deploy a model: export, quantise, measure and time files of it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfkd.analysis.statistics import bootstrap_interval
+from selfkd.config import Tree
+from selfkd.deployment.cpu import describe_cpu, versions
+from selfkd.deployment.export import export_onnx
+from selfkd.deployment.latency import speed_up, time_together
+from selfkd.deployment.low_bits import write_low_bits
+from selfkd.deployment.predictor import write_predictor
+from selfkd.deployment.quantise import quantise
+from selfkd.deployment.session import OnnxNetwork
+from selfkd.distill.outputs import take_logits
+from selfkd.losses import Average
+from selfkd.models import parameters_count
+from selfkd.results import Row, Timing, to_row
+from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.files import fetch, replace
+from selfkd.storage.remote import as_path
+from selfkd.storage.temporary import TemporaryFolder
+from selfkd.tasks import make_task
+from selfkd.tasks.common import Averaged
+from selfkd.tasks.task import SPLITS, Split, Task
+from selfkd.training.functions import load_function
+from selfkd.worker.evaluate import compare_errors, weights_of
+
+CHECKED = 1000
+"""Inputs on which an exported graph is compared with its network."""
+TOLERANCE = 1e-3
+"""Largest difference of a logit, in units of the largest logit, that rounding explains."""
+_AT_ONCE = 64
+
+Job = Callable[..., Iterator[Row]]
+
+
+def saying_faults(job: Job) -> Job:
+    """Return a job that yields a user's mistake as `fault` rather than fail."""
+
+    @wraps(job)
+    def run(*arguments: Any, **options: Any) -> Iterator[Row]:
+        try:
+            yield from job(*arguments, **options)
+        except (ValueError, TypeError) as error:
+            yield {"fault": str(error)}
+
+    return run
+
+
+class Source:
+    """What is deployed: a network by its checkpoint, an average of several, or a user's own.
+
+    Args:
+        config: Config of its data.
+        members: `checkpoint`, perhaps `weight`, of each network.
+        average: What is averaged.
+        make_model: Reference of the function that makes a user's network.
+
+    Raises:
+        ValueError: Its network cannot be made, or has other tensors.
+    """
+
+    def __init__(
+        self,
+        config: Tree,
+        members: Sequence[Mapping[str, Any]],
+        average: Average = "probabilities",
+        make_model: str | None = None,
+    ) -> None:
+        self.task: Task = make_task(config)
+        self._checkpoints = [str(member["checkpoint"]) for member in members]
+        self._average, self._weights = average, weights_of(members)
+        self._make_model = make_model
+
+    @property
+    def like(self) -> str | None:
+        """Checkpoint whose normalisation and order of outputs it has; None of a user's network."""
+        return None if self._make_model else self._checkpoints[0]
+
+    @property
+    def model(self) -> Row:
+        """Name and arguments of the network; none of a user's own, or of several."""
+        alone = self._make_model is None and len(self._checkpoints) == 1
+        return self.task.load(self._checkpoints[0])[1].model if alone else {}
+
+    def network(self) -> nn.Module:
+        """Return the network, in eval mode."""
+        if self._make_model is not None:
+            return _load_own(self._make_model, self._checkpoints[0]).eval()
+        networks = [network for path in self._checkpoints for network in self.task.networks(path)]
+        if len(self._checkpoints) == 1:
+            (network,) = networks
+            return network.eval()
+        return Averaged(networks, self._average, self._weights).eval()
+
+
+def _load_own(reference: str, checkpoint: str) -> nn.Module:
+    """Return a user's network with the weights of a checkpoint."""
+    network = load_function(reference, flag="--make-model")()
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"--make-model must return a torch.nn.Module, got {type(network).__name__}"
+        )
+    try:
+        network.load_state_dict(load_tensors(as_path(checkpoint))[0])
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise ValueError(f"--make-model must make the network of {checkpoint}: {first}") from None
+    return network
+
+
+@saying_faults
+def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
+    """Export a model as an ONNX file, and compare it with torch's.
+
+    Args:
+        config: Config of its data.
+        path: File to write.
+        source: Further arguments of `Source`.
+
+    Yields:
+        `bytes` and `sha256` of the file, name and arguments of the network as `model`, where it is
+        made by them, `parameters`, the number of `inputs` that were compared and the largest
+        `difference` of their logits.
+    """
+    own = Source(config, **source)
+    network, interface = own.network(), own.task.interface()
+    inputs, target = own.task.inputs("val", CHECKED, like=own.like), as_path(path)
+    _try(network, inputs[:2], own)
+    with TemporaryFolder() as temporary:
+        file = temporary.path / target.name
+        export_onnx(network, inputs[:2], interface, file)
+        difference = _largest_difference(network, OnnxNetwork(file), inputs)
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"the exported graph of {path} must give the logits of its network, got a "
+                f"difference of {difference:.2g} of the largest on {len(inputs):,} inputs: an "
+                "operator has another meaning in ONNX"
+            )
+        yield {
+            **_put(file, target),
+            "model": own.model,
+            "parameters": parameters_count(network),
+            "inputs": len(inputs),
+            "difference": difference,
+        }
+
+
+def _try(network: nn.Module, inputs: Tensor, source: Source) -> None:
+    """Check that a network takes the data's inputs, and gives logits of its outputs."""
+    config = source.task.config
+    try:
+        logits = _logits(network, inputs)
+    except Exception as error:
+        raise ValueError(
+            f"model must take the {source.task.interface().input} of data.name {config.data.name} "
+            f"{list(inputs.shape[1:])}, which it does not: {error}"
+        ) from error
+    outputs = source.task.check().outputs
+    if logits.shape[-1] != outputs:
+        raise ValueError(
+            f"model must give {outputs} logits for data.name {config.data.name}, got "
+            f"{logits.shape[-1]}: --set data.name=… names the data that it was trained on"
+        )
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, inputs: Tensor) -> Tensor:
+    return take_logits(network(inputs), "model").float()
+
+
+def _largest_difference(network: nn.Module, other: nn.Module, inputs: Tensor) -> float:
+    """Return the largest difference of two networks' logits, in units of the largest logit."""
+    found, largest = 0.0, 0.0
+    for part in torch.split(inputs, _AT_ONCE):
+        logits = _logits(network, part)
+        found = max(found, float((logits - _logits(other, part)).abs().max()))
+        largest = max(largest, float(logits.abs().max()))
+    return found / max(largest, 1e-30)
+
+
+def _put(file: Path, target: Path) -> Row:
+    """Put a file into the run folder; return its size and its hash."""
+    replace(target, partial(shutil.copyfile, file))
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def sha256(file: Path) -> str:
+    """Return the hash of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@saying_faults
+def quantise_file(
+    config: Tree, exported: str, path: str, calibration: int, **source: Any
+) -> Iterator[Row]:
+    """Quantise an exported file by operator.
+
+    Args:
+        config: Config of its data.
+        exported: Exported file.
+        path: File to write.
+        calibration: Largest number of training inputs on which ranges are measured.
+        source: Further arguments of `Source`.
+
+    Yields:
+        `bytes` and `sha256` of the file, and numbers of its `operators` in int8 by kind.
+    """
+    own, target = Source(config, **source), as_path(path)
+    inputs = own.task.calibration(calibration, like=own.like)
+    with TemporaryFolder() as temporary:
+        file = temporary.path / target.name
+        found = quantise(fetch(as_path(exported)), file, inputs, own.task.interface())
+        yield {**_put(file, target), "operators": found}
+
+
+@saying_faults
+def lower_bits(config: Tree, exported: str, path: str, bits: int) -> Iterator[Row]:
+    """Write an exported file with the weights of its matrix products in low bits.
+
+    Args:
+        config: Config of its data.
+        exported: Exported file, of rounded weights.
+        path: File to write.
+        bits: Number of bits.
+
+    Yields:
+        `bytes` and `sha256` of the file, and numbers of its `operators` in low bits by kind.
+    """
+    with TemporaryFolder() as temporary:
+        file = temporary.path / as_path(path).name
+        found = write_low_bits(fetch(as_path(exported)), file, bits)
+        yield {**_put(file, as_path(path)), "operators": found}
+
+
+@saying_faults
+def predictor(config: Tree, checkpoint: str, folder: str, file: str) -> Iterator[Row]:
+    """Write what predicts with the files of a folder.
+
+    Args:
+        config: Config of their data.
+        checkpoint: Checkpoint of the network that they are of.
+        folder: Folder of the files.
+        file: Name of the one that predicts, when told no other.
+
+    Yields:
+        `files`, their names.
+    """
+    task = make_task(config)
+    facts = load_tensors(as_path(checkpoint))[1]
+    place = as_path(folder)
+    found = write_predictor(place, facts, task.interface(), task=task.config.task, file=file)
+    yield {"files": list(found)}
+
+
+@saying_faults
+def measure(
+    config: Tree,
+    file: str | None = None,
+    predictions: str | None = None,
+    reference: str | None = None,
+    **source: Any,
+) -> Iterator[Row]:
+    """Measure a file, or the network itself, on validation and test.
+
+    Args:
+        config: Config of its data.
+        file: File that predicts; the network itself when not given.
+        predictions: File for its logits, if they are kept.
+        reference: File of the logits that it is compared with.
+        source: Further arguments of `Source`.
+
+    Yields:
+        `metrics`; with a reference `agreement`, what comes of `hits` as `mcnemar`, and the
+        `difference` of its test metric, over items.
+    """
+    own = Source(config, **source)
+    task = own.task
+    network = own.network() if file is None else OnnxNetwork(fetch(as_path(file)))
+    logits: dict[Split, Tensor] = {
+        split: task.predict_with(network, split, like=own.like) for split in SPLITS
+    }
+    row: Row = {"metrics": task.evaluate(logits)}
+    if predictions is not None:
+        save_tensors(as_path(predictions), {str(name): own for name, own in logits.items()}, {})
+    if reference is not None:
+        other = load_tensors(as_path(reference))[0]["test"]
+        row["agreement"] = task.fidelity(logits["test"], other)["agreement"]
+        hits, others = task.hits(logits["test"], "test"), task.hits(other, "test")
+        if hits is not None and others is not None:
+            row["mcnemar"] = to_row(compare_errors(hits, others))
+        scores, before = (task.scores(each, "test") for each in (logits["test"], other))
+        row["difference"] = asdict(bootstrap_interval((scores - before).numpy()))
+    yield row
+
+
+@saying_faults
+def time(config: Tree, forms: Mapping[str, Mapping[str, Any]], reference: str) -> Iterator[Row]:
+    """Time the predictions of networks and files side by side, on one thread.
+
+    Args:
+        config: Config of their data.
+        forms: For each its `file`, or the arguments of `Source` of a network.
+        reference: Key of the one that the others are compared with.
+
+    Yields:
+        `timings` of each, `cpu` and `versions`.
+    """
+    task = make_task(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        networks = {
+            key: OnnxNetwork(fetch(as_path(form["file"])))
+            if "file" in form
+            else Source(config, **form).network()
+            for key, form in forms.items()
+        }
+        timings: dict[str, list[Row]] = {key: [] for key in forms}
+        for items in task.interface().timed:
+            inputs = task.example(items).cpu()
+            rounds = time_together(
+                {key: partial(_run, network, inputs) for key, network in networks.items()}
+            )
+            for key, own in rounds.items():
+                ratio = None if key == reference else speed_up(rounds[reference], own)
+                middle = float(torch.tensor(own).median())
+                timings[key].append(to_row(Timing(items=items, ms=middle, speed_up=ratio)))
+    finally:
+        torch.set_num_threads(threads)
+    yield {"timings": timings, "cpu": describe_cpu(), "versions": versions()}
+
+
+@torch.inference_mode()
+def _run(network: nn.Module, inputs: Tensor) -> None:
+    network(inputs)
+
+
+JOBS: dict[str, Job] = {
+    "deploy_export": export,
+    "deploy_quantise": quantise_file,
+    "deploy_lower_bits": lower_bits,
+    "deploy_measure": measure,
+    "deploy_predictor": predictor,
+    "deploy_time": time,
+}

@@ -24,11 +24,13 @@ from selfkd.deployment import check_installed
 from selfkd.errors import ConfigError
 from selfkd.experiments import deploy as recipe
 from selfkd.experiments.arms import Run
+from selfkd.experiments.deploy_forms import FOLDER, Deployed
 from selfkd.experiments.given import check_given, import_generation
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import choose
 from selfkd.reporting.deploy_table import deploy_table
 from selfkd.results import DeploySummary, GenerationResult, Model
+from selfkd.storage.remote import as_path
 from selfkd.text import shell_quote
 
 
@@ -148,7 +150,7 @@ def run_deploy(
     )
 
 
-def _greet(config: Config) -> str:
+def _greet(config: Config, make_model: str | None) -> str:
     options, made = config.deploy, ["float and int8 files"]
     if options.prune is not None:
         made.append(f"pruned by {options.prune:.0%} on {count(options.seeds, 'seed')}")
@@ -156,7 +158,8 @@ def _greet(config: Config) -> str:
         made.append(f"{options.bits}-bit weights on {count(options.seeds, 'seed')}")
     if options.ensemble:
         made.append("the ensemble as one graph")
-    return f"deploying {config.model.name} on {config.data.name}: {', '.join(made)}"
+    network = make_model or (config.student or config.model).name
+    return f"deploying {network} on {config.data.name}: {', '.join(made)}"
 
 
 def _command(
@@ -172,7 +175,7 @@ def _command(
         path, _, name = make_model.rpartition(":")
         make_model = f"{Path(path).expanduser().absolute()}:{name}"
 
-    def find(config: Config, folder: RunFolder) -> recipe.Deployed | None:
+    def find(config: Config, folder: RunFolder) -> Deployed | None:
         """Return what is deployed; None where it is still to be imported."""
         if folder.command == "deploy":
             results = folder.results()
@@ -197,13 +200,14 @@ def _command(
     return Command(
         name="deploy",
         check=_check,
-        greet=_greet,
+        greet=lambda config: _greet(config, make_model),
         finished=finished,
         work=work,
         describe=_describe,
         plan=plan_deploy,
         most=lambda config: config.deploy.trainings or 1,
         check_folder=check_folder,
+        free=("data.",) if make_model is not None else (),  # which its training never read
         flag="--from",
         code=lambda summary: FAILED if summary.exceeded else 0,
     )
@@ -216,18 +220,23 @@ def _check(config: Config) -> None:
             "--from must be given: the run folder whose model is deployed; or --checkpoint FILE "
             "with --config YAML, for weights without their run"
         )
+    place = as_path(config.generation_0.path)
+    if (place / "config.yaml").exists():
+        raise ConfigError(f"--checkpoint must be a file of weights, got a run: --from {place}")
+    if not place.is_file():
+        raise ConfigError(f"--checkpoint must be a file of weights that is there, got {place}")
     check_given(config)
     check_installed()
 
 
-def _imported(result: GenerationResult) -> recipe.Deployed:
+def _imported(result: GenerationResult) -> Deployed:
     title = result.origin.name if result.origin is not None else "the checkpoint"
-    return recipe.Deployed(title=title, model=result.models[0])
+    return Deployed(title=title, model=result.models[0])
 
 
 def _of_run(
     config: Config, folder: RunFolder, generation: int | None, make_model: str | None
-) -> recipe.Deployed:
+) -> Deployed:
     """Return what is deployed of a run of another command.
 
     Raises:
@@ -256,7 +265,7 @@ def _of_run(
                     f"and quantised alone, got {value}"
                 )
     several = choose(folder, config, ensemble=True) if options.ensemble else None
-    return recipe.Deployed(
+    return Deployed(
         title=chosen.title,
         model=_hashed(folder, chosen.models[0]),
         point=chosen.point or {},
@@ -277,19 +286,20 @@ def _hashed(folder: RunFolder, model: Model) -> Model:
 
 
 def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Description:
-    place = folder.path / recipe.FOLDER
+    place = folder.path / FOLDER
     files = [
         f"{name:<12}{place / name}"
         for name in summary.files
         if name in ("float.onnx", "int8.onnx", "predict.py")
     ]
     again = f"python -m selfkd.deploy --from {shell_quote(str(folder.path))}"
-    tried = f"python {shell_quote(str(place / 'predict.py'))} --help"
+    can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
+    tried = f"python {shell_quote(str(place / 'predict.py'))}"
     return Description(
         summary.sentences,
         deploy_table(summary, folder.facts),
         files,
-        f"{again} --prune 0.5" if config.deploy.prune is None else tried,
+        f"{again} --prune 0.5" if can_prune else tried,
         [*summary.remarks],
     )
 

@@ -285,12 +285,12 @@ def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Desc
         if name in ("float.onnx", "int8.onnx", "predict.py")
     ]
     again = f"python -m selfkd.deploy --from {shell_quote(str(folder.path))}"
-    tried = f"python {shell_quote(str(place / 'predict.py'))} --help"
+    tried = f"python {shell_quote(str(place / 'predict.py'))}"
     return Description(
         summary.sentences,
         deploy_table(summary, folder.facts),
         files,
-        f"{again} --prune 0.5" if config.deploy.prune is None else tried,
+        tried if config.deploy.prune or config.task == "text" else f"{again} --prune 0.5",
         [*summary.remarks],
     )
 

@@ -36,6 +36,9 @@ WRITTEN = (4, 2)
 INT8_ACTIVATIONS = 4
 """Its `accuracy_level` that rounds the inputs of the products to int8, as fast kernels need."""
 
+MENTIONED = 0.05
+"""Share of the weights above which a kind of layer that is not rounded is mentioned."""
+
 
 def round_blocks(weight: Tensor, bits: int) -> Tensor:
     """Return weights rounded in blocks.
@@ -117,25 +120,34 @@ def round_weights(network: nn.Module, bits: int) -> None:
         parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
 
 
-def describe_rounded(network: nn.Module, bits: int) -> str:
-    """Return which share of a network's weights `round_weights` rounds, in words.
+def sizes_rounded(network: nn.Module) -> Counter[str]:
+    """Return numbers of parameters: those that `round_weights` rounds as "", others by their layer.
 
-    >>> describe_rounded(nn.Sequential(nn.Conv2d(1, 8, 5, bias=False), nn.Linear(8, 10)), 4)
-    '31 % of the weights are rounded to 4 bits; those of Conv2d (69 %) are not'
+    >>> sizes_rounded(nn.Sequential(nn.Conv2d(1, 8, 5, bias=False), nn.Linear(8, 10)))
+    Counter({'Conv2d': 200, '': 80, 'biases': 10})
     """
-    sizes: Counter[str] = Counter()
-    products = dict(_products(network)).values()
-    seen = set()
+    own = {id(module.weight) for _, module in _products(network)}
+    sizes, seen = Counter[str](), set()
     for module in network.modules():
+        kind = "biases" if _is_product(module) else type(module).__name__
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
-                sizes["" if module in products else type(module).__name__] += parameter.numel()
+                sizes["" if id(parameter) in own else kind] += parameter.numel()
                 seen.add(id(parameter))
+    return sizes
+
+
+def describe_rounded(sizes: Counter[str], bits: int) -> str:
+    """Return which share of the weights is rounded, in words.
+
+    >>> describe_rounded(Counter({"Conv2d": 200, "": 80, "biases": 10}), 4)
+    '28 % of the weights are rounded to 4 bits; those of Conv2d (69 %) are not'
+    """
     total = sizes.total()
     others = [
-        f"{kind} ({size / total:.0%})".replace("%", " %")
+        f"{kind} ({100 * size / total:.0f} %)"
         for kind, size in sizes.most_common()
-        if kind and size >= 0.05 * total
+        if kind and size >= MENTIONED * total
     ]
     text = f"{100 * sizes[''] / total:.0f} % of the weights are rounded to {bits} bits"
     return f"{text}; those of {', '.join(others)} are not" if others else text

@@ -24,6 +24,7 @@ from selfkd.deployment import check_installed
 from selfkd.errors import ConfigError
 from selfkd.experiments import deploy as recipe
 from selfkd.experiments.arms import Run
+from selfkd.experiments.deploy_forms import FOLDER, Deployed
 from selfkd.experiments.given import check_given, import_generation
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import choose
@@ -172,7 +173,7 @@ def _command(
         path, _, name = make_model.rpartition(":")
         make_model = f"{Path(path).expanduser().absolute()}:{name}"
 
-    def find(config: Config, folder: RunFolder) -> recipe.Deployed | None:
+    def find(config: Config, folder: RunFolder) -> Deployed | None:
         """Return what is deployed; None where it is still to be imported."""
         if folder.command == "deploy":
             results = folder.results()
@@ -220,14 +221,14 @@ def _check(config: Config) -> None:
     check_installed()
 
 
-def _imported(result: GenerationResult) -> recipe.Deployed:
+def _imported(result: GenerationResult) -> Deployed:
     title = result.origin.name if result.origin is not None else "the checkpoint"
-    return recipe.Deployed(title=title, model=result.models[0])
+    return Deployed(title=title, model=result.models[0])
 
 
 def _of_run(
     config: Config, folder: RunFolder, generation: int | None, make_model: str | None
-) -> recipe.Deployed:
+) -> Deployed:
     """Return what is deployed of a run of another command.
 
     Raises:
@@ -256,7 +257,7 @@ def _of_run(
                     f"and quantised alone, got {value}"
                 )
     several = choose(folder, config, ensemble=True) if options.ensemble else None
-    return recipe.Deployed(
+    return Deployed(
         title=chosen.title,
         model=_hashed(folder, chosen.models[0]),
         point=chosen.point or {},
@@ -277,7 +278,7 @@ def _hashed(folder: RunFolder, model: Model) -> Model:
 
 
 def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Description:
-    place = folder.path / recipe.FOLDER
+    place = folder.path / FOLDER
     files = [
         f"{name:<12}{place / name}"
         for name in summary.files

@@ -18,6 +18,8 @@ from selfkd.config import Tree
 from selfkd.deployment.cpu import describe_cpu, versions
 from selfkd.deployment.export import export_onnx
 from selfkd.deployment.latency import speed_up, time_together
+from selfkd.deployment.low_bits import write_low_bits
+from selfkd.deployment.predictor import write_predictor
 from selfkd.deployment.quantise import quantise
 from selfkd.deployment.session import OnnxNetwork
 from selfkd.distill.outputs import take_logits
@@ -86,6 +88,12 @@ class Source:
         """Checkpoint whose normalisation and order of outputs it has; None of a user's network."""
         return None if self._make_model else self._checkpoints[0]
 
+    @property
+    def model(self) -> Row:
+        """Name and arguments of the network; none of a user's own, or of several."""
+        alone = self._make_model is None and len(self._checkpoints) == 1
+        return self.task.load(self._checkpoints[0])[1].model if alone else {}
+
     def network(self) -> nn.Module:
         """Return the network, in eval mode."""
         if self._make_model is not None:
@@ -122,8 +130,9 @@ def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
         source: Further arguments of `Source`.
 
     Yields:
-        `bytes` and `sha256` of the file, `parameters`, the number of `inputs` that were compared
-        and the largest `difference` of their logits.
+        `bytes` and `sha256` of the file, name and arguments of the network as `model`, where it is
+        made by them, `parameters`, the number of `inputs` that were compared and the largest
+        `difference` of their logits.
     """
     own = Source(config, **source)
     network, interface = own.network(), own.task.interface()
@@ -141,6 +150,7 @@ def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
             )
         yield {
             **_put(file, target),
+            "model": own.model,
             "parameters": parameters_count(network),
             "inputs": len(inputs),
             "difference": difference,
@@ -214,6 +224,45 @@ def quantise_file(
         file = temporary.path / target.name
         found = quantise(fetch(as_path(exported)), file, inputs, own.task.interface())
         yield {**_put(file, target), "operators": found}
+
+
+@saying_faults
+def lower_bits(config: Tree, exported: str, path: str, bits: int) -> Iterator[Row]:
+    """Write an exported file with the weights of its matrix products in low bits.
+
+    Args:
+        config: Config of its data.
+        exported: Exported file, of rounded weights.
+        path: File to write.
+        bits: Number of bits.
+
+    Yields:
+        `bytes` and `sha256` of the file, and numbers of its `operators` in low bits by kind.
+    """
+    with TemporaryFolder() as temporary:
+        file = temporary.path / as_path(path).name
+        found = write_low_bits(fetch(as_path(exported)), file, bits)
+        yield {**_put(file, as_path(path)), "operators": found}
+
+
+@saying_faults
+def predictor(config: Tree, checkpoint: str, folder: str, file: str) -> Iterator[Row]:
+    """Write what predicts with the files of a folder.
+
+    Args:
+        config: Config of their data.
+        checkpoint: Checkpoint of the network that they are of.
+        folder: Folder of the files.
+        file: Name of the one that predicts, when told no other.
+
+    Yields:
+        `files`, their names.
+    """
+    task = make_task(config)
+    facts = load_tensors(as_path(checkpoint))[1]
+    place = as_path(folder)
+    found = write_predictor(place, facts, task.interface(), task=task.config.task, file=file)
+    yield {"files": list(found)}
 
 
 @saying_faults
@@ -302,6 +351,8 @@ def _run(network: nn.Module, inputs: Tensor) -> None:
 JOBS: dict[str, Job] = {
     "deploy_export": export,
     "deploy_quantise": quantise_file,
+    "deploy_lower_bits": lower_bits,
     "deploy_measure": measure,
+    "deploy_predictor": predictor,
     "deploy_time": time,
 }

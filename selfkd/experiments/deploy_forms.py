@@ -1,0 +1,264 @@
+"""The forms of a deployed model: files, their measures and their times, each step kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from selfkd.errors import ConfigError, RunError
+from selfkd.experiments.arms import Run
+from selfkd.experiments.stages import trial_seed
+from selfkd.results import (
+    DeployRow,
+    Facts,
+    Interval,
+    McNemar,
+    Model,
+    Point,
+    Row,
+    TaskProgressed,
+    TaskStarted,
+    Timing,
+    from_row,
+)
+from selfkd.storage.files import fetch, load_json, save_json
+
+FOLDER = "deploy"
+"""Folder of what is served, in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """What is deployed of a run."""
+
+    title: str
+    """Its name within the run, such as `generation 3`."""
+    model: Model
+    point: Point = field(default_factory=dict)
+    """Settings of its training in which it differs from the config."""
+    ensemble: Sequence[Model] = ()
+    """Models of the ensemble that is exported beside it, if it is."""
+    average: str = "probabilities"
+    """What of the ensemble is averaged."""
+    make_model: str | None = None
+    """Reference of the function that makes a user's network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file that a step wrote, and the step's row."""
+
+    path: Path
+    row: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is served: keys of its rows, its model and its files."""
+
+    key: str
+    int8_key: str
+    model: Model
+    exported: File
+    int8: File
+
+
+@dataclass(kw_only=True)
+class Work:
+    """A deployment at work."""
+
+    run: Run
+    source: Deployed
+    facts: Facts
+    rows: dict[str, DeployRow] = field(default_factory=dict)
+    forms: dict[str, Row] = field(default_factory=dict)
+    """What is timed, by key."""
+    like: dict[str, str] = field(default_factory=dict)
+    """Key of the row whose file has the size and the times of another row's, by its key."""
+    low_bits: File | None = None
+    """File of weights in low bits, if there is one."""
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of what is served."""
+        return self.run.folder.path / FOLDER
+
+    @property
+    def steps(self) -> Path:
+        """Folder of what each step made."""
+        return self.folder / "steps"
+
+    @property
+    def reference(self) -> Path:
+        """File of the logits of the model that is deployed, with which all are compared."""
+        return self.steps / f"{digest(self.source.model)}.safetensors"
+
+    def step(
+        self, title: str, name: str, kind: str, *, writes: Path | None = None, **more: Any
+    ) -> Row:
+        """Run a job, unless its row is there, and what it writes.
+
+        Args:
+            title: Name of the work, for people.
+            name: Name of the step, which says all that it depends on.
+            kind: Kind of the job.
+            writes: File that it writes, which its row has the `sha256` of, or a part of it.
+            more: Further arguments of the job.
+
+        Raises:
+            ConfigError: It is refused.
+            RunError: It failed.
+        """
+        path = self.steps / f"{name}.json"
+        if path.exists() and (writes is None or writes.exists()):
+            row: Row = load_json(path)
+            if writes is None or row.get("sha256") in (None, _sha256(writes)):
+                return row
+        self.run.events(TaskStarted(title, 1))
+        try:
+            row = self.job(kind, **more)
+        except RuntimeError as error:
+            raise RunError(f"{title} failed: {error}") from None
+        save_json(path, row)
+        self.run.events(TaskProgressed())
+        return row
+
+    def job(self, kind: str, **more: Any) -> Row:
+        """Run a job; return its row.
+
+        Raises:
+            ConfigError: It is refused.
+        """
+        row = self.run.job(kind, **more)
+        if "fault" in row:
+            raise ConfigError(str(row["fault"]))
+        return row
+
+    def of(self, *models: Model) -> Row:
+        """Return the arguments by which a worker makes a network, or an average of several."""
+        more: Row = {"members": self.run.rows(models)}
+        if len(models) > 1:
+            more["average"] = self.source.average
+        if self.source.make_model is not None:
+            more["make_model"] = self.source.make_model
+        return more
+
+    def seeds(self) -> list[int]:
+        """Return the seeds of a fine-tuning, the same for all of its arms."""
+        config = self.run.config
+        return [trial_seed(config.seed, FOLDER, n) for n in range(config.deploy.seeds)]
+
+
+def serve(work: Work, model: Model, key: str, int8_key: str, title: str, int8_title: str) -> Served:
+    """Export a model and quantise it, and measure both files."""
+    exported = export(work, key, title, model)
+    int8 = quantise(work, int8_key, int8_title, model, exported)
+    return Served(key=key, int8_key=int8_key, model=model, exported=exported, int8=int8)
+
+
+def export(work: Work, key: str, title: str, *models: Model) -> File:
+    """Export a model, or the average of several, and measure the file."""
+    name = digest(*models)
+    path = work.steps / f"{name}.onnx"
+    row = work.step(
+        f"{title}: exporting",
+        name,
+        "deploy_export",
+        writes=path,
+        path=str(path),
+        **work.of(*models),
+    )
+    measure(work, key, title, *models, file=File(path=path, row=row))
+    return File(path=path, row=row)
+
+
+def quantise(work: Work, key: str, title: str, model: Model, exported: File) -> File:
+    """Quantise an exported file to int8 by operator, and measure the result."""
+    count = work.run.config.deploy.calibration
+    name = f"{digest(model)}-int8-{count}"
+    path = work.steps / f"{name}.onnx"
+    row = work.step(
+        f"{title}: quantising",
+        name,
+        "deploy_quantise",
+        writes=path,
+        exported=str(exported.path),
+        path=str(path),
+        calibration=count,
+        **work.of(model),
+    )
+    row = {**row, "parameters": exported.row["parameters"]}
+    measure(work, key, title, model, file=File(path=path, row=row))
+    return File(path=path, row=row)
+
+
+def measure(work: Work, key: str, title: str, *models: Model, file: File | None = None) -> None:
+    """Measure a file, or the network of torch, against the network that is deployed."""
+    reference, more = work.reference, dict[str, Any]()
+    if file is None:
+        name, more["predictions"] = f"{reference.stem}-torch", str(reference)
+    else:
+        name, more["reference"] = f"{file.path.stem}-measured", str(reference)
+        more["file"] = str(file.path)
+    row = work.step(
+        f"{title}: measuring",
+        name,
+        "deploy_measure",
+        writes=None if file else reference,
+        **more,
+        **work.of(*models),
+    )
+    work.forms[key] = work.of(*models) if file is None else {"file": str(file.path)}
+    own = {} if file is None else file.row
+    work.rows[key] = DeployRow(
+        key=key,
+        title=title,
+        hash="+".join(model.hash for model in models),
+        metrics=row["metrics"],
+        parameters=own.get("parameters"),
+        agreement=row.get("agreement"),
+        bytes=own.get("bytes"),
+        file=work.run.folder.relative(file.path) if file else None,
+        mcnemar=from_row(McNemar, row["mcnemar"]) if "mcnemar" in row else None,
+        difference=from_row(Interval, row["difference"]) if "difference" in row else None,
+        operators=own.get("operators", {}),
+    )
+
+
+def time(work: Work) -> Row:
+    """Time all forms side by side; return the row, with the processor and versions."""
+    name = _hash("\n".join(sorted(map(str, work.forms.items()))))
+    row = work.step(
+        "timing all side by side",
+        f"time-{name}",
+        "deploy_time",
+        forms=work.forms,
+        reference="float",
+    )
+    for key, timings in row["timings"].items():
+        own = tuple(from_row(Timing, timing) for timing in timings)
+        work.rows[key] = replace(work.rows[key], timings=own)
+    for key, other in work.like.items():
+        same = work.rows[other]
+        work.rows[key] = replace(
+            work.rows[key], bytes=same.bytes, parameters=same.parameters, timings=same.timings
+        )
+    return row
+
+
+def digest(*models: Model) -> str:
+    """Return the hash that names the files of a model, or of the average of several."""
+    return models[0].hash if len(models) == 1 else _hash("+".join(model.hash for model in models))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with fetch(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

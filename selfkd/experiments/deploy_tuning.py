@@ -1,0 +1,180 @@
+"""Models that are fine-tuned to be served: pruned, or with weights in low bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selfkd.analysis.statistics import mean_interval
+from selfkd.config import ModelConfig
+from selfkd.experiments.arms import Arm, Request, Run
+from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
+from selfkd.experiments.teachers import prepare_teachers
+from selfkd.results import (
+    DeployRow,
+    Model,
+    Row,
+)
+from selfkd.results.metrics import AGREEMENT
+
+WRITTEN = (4, 2)
+"""Bits of weights that a file may have."""
+_TUNED = ("distill.", "train.")
+"""Beginnings of the keys of a model's own setting that its fine-tuning keeps."""
+
+
+def prune(work: Work, fraction: float) -> Served:
+    """Prune the model and fine-tune it, beside the same from labels and a fresh student."""
+    run, base = work.run, work.source.model
+    name = f"{digest(base)}-pruned-{fraction:g}"
+    start = work.steps / f"{name}.safetensors"
+    (row,) = run.rows([base])
+    pruned = work.step(
+        f"pruning by {fraction:.0%}",
+        name,
+        "prune",
+        writes=start,
+        checkpoint=row["checkpoint"],
+        fraction=fraction,
+        save=str(start),
+    )
+    work.remarks += pruned["remarks"]
+    model = ModelConfig(**pruned["model"])
+    share = f"pruned by {fraction:.0%}"
+    arms = {
+        "pruned_labels": (f"{share}, from labels", {"checkpoint": str(start)}, ()),
+        "pruned_distilled": (f"{share}, distilled", {"checkpoint": str(start)}, (base,)),
+        "fresh": ("fresh of that size, distilled", pruned.get("fresh", {}), (base,)),
+    }
+    found = tune(work, name, arms, model)
+    best = _best(
+        run, [pair for key in ("pruned_labels", "pruned_distilled") for pair in found[key]]
+    )
+    work.like |= dict.fromkeys(arms, "pruned_float")
+    titles = f"{share}, ONNX float", f"{share}, ONNX int8"
+    return serve(work, best, "pruned_float", "pruned_int8", *titles)
+
+
+def lower_bits(work: Work, served: Served, bits: int) -> File | None:
+    """Fine-tune the model with rounded weights, beside the same from labels; write the best."""
+    run, (row,) = work.run, work.run.rows([served.model])
+    name = f"{digest(served.model)}-bits-{bits}"
+    rounded = work.steps / f"{name}.safetensors"
+    title = f"{bits}-bit weights"
+    made = work.step(
+        f"rounding to {bits} bits",
+        name,
+        "round_checkpoint",
+        writes=rounded,
+        checkpoint=row["checkpoint"],
+        bits=bits,
+        save=str(rounded),
+    )
+    model = Model(made["hash"], run.folder.relative(rounded))
+    (tested,) = run.evaluate([Request(model, (work.source.model,))], title="measuring the rounded")
+    key = f"bits{bits}"
+    work.rows[f"{key}_rounded"] = DeployRow(
+        key=f"{key}_rounded",
+        title=f"{title}, only rounded",
+        hash=model.hash,
+        metrics={name: value for name, value in tested.metrics.items() if name != AGREEMENT},
+        agreement=tested.metrics[AGREEMENT],
+    )
+    if made["share"] < 1:
+        work.remarks.append(f"{title} are {made['share']:.0%} of the parameters")
+    start, base = {"checkpoint": row["checkpoint"]}, work.source.model
+    arms = {
+        f"{key}_labels": (f"{title}, from labels", start, ()),
+        f"{key}_distilled": (f"{title}, distilled", start, (base,)),
+    }
+    network = ModelConfig(**served.exported.row["model"])
+    found = tune(work, name, arms, network, bits=bits)
+    best = _best(run, [pair for pairs in found.values() for pair in pairs])
+    if bits not in WRITTEN:
+        work.remarks.append(f"{title} are simulated: onnxruntime has no operator for them")
+        return None
+    exported = export(work, f"{key}_float", title, best)
+    del work.rows[f"{key}_float"], work.forms[f"{key}_float"]
+    path = work.steps / f"{exported.path.stem}-bits-{bits}.onnx"
+    written = work.step(
+        f"{title}: writing",
+        path.stem,
+        "deploy_lower_bits",
+        writes=path,
+        exported=str(exported.path),
+        path=str(path),
+        bits=bits,
+    )
+    file = File(path=path, row={**written, "parameters": exported.row["parameters"]})
+    measure(work, key, f"{title}, ONNX", best, file=file)
+    work.like |= dict.fromkeys([f"{key}_rounded", *arms], key)
+    return file
+
+
+def tune(
+    work: Work,
+    name: str,
+    arms: Mapping[str, tuple[str, Row, Sequence[Model]]],
+    model: ModelConfig,
+    **options: Any,
+) -> dict[str, list[tuple[Model, float]]]:
+    """Train arms on the same seeds, and put a row of each; return their models with the metric.
+
+    Args:
+        work: Deployment at work.
+        name: Name of their folder.
+        arms: Title, start and teachers by key.
+        model: Their network.
+        options: Further arguments of the training.
+    """
+    run, base = work.run, work.source.model
+    point = {k: v for k, v in work.source.point.items() if k.startswith(_TUNED)}
+    if not run.config.distill.live:
+        prepare_teachers(run, [base], of="deploy", config=run.config.at(point))
+
+    def arm(key: str, start: Row, teachers: Sequence[Model]) -> Arm:
+        return Arm(
+            name=f"deploy_{key}",
+            folder=work.folder / name / key,
+            point=point,
+            teachers=lambda config, number: teachers,
+            network=lambda config, number: model,
+            options=lambda number: {"start": start, **options},
+            seeds=work.seeds(),
+        )
+
+    own = [arm(key, start, teachers) for key, (_, start, teachers) in arms.items()]
+    trials = run.replicate(own, title="fine-tuning")
+    models = [
+        [arm.model(run, trial) for trial in rows] for arm, rows in zip(own, trials, strict=True)
+    ]
+    requests = [Request(each, (base,)) for rows in models for each in rows]
+    measured = iter(run.evaluate(requests, title="measuring what was fine-tuned"))
+    found = {}
+    for (key, (title, _, _)), rows, own_models in zip(arms.items(), trials, models, strict=True):
+        tested = [next(measured) for _ in rows]
+        values = [row.metrics[run.metric] for row in tested]
+        names = [n for n in tested[0].metrics if n != AGREEMENT]
+        work.rows[key] = DeployRow(
+            key=key,
+            title=title,
+            metrics={n: _mean([row.metrics[n] for row in tested]) for n in names},
+            agreement=_mean([row.metrics[AGREEMENT] for row in tested]),
+            seeds=tuple(trial.seed for trial in rows),
+            values=tuple(values),
+        )
+        chosen_by = run.config.search.metric
+        found[key] = [
+            (each, trial.metrics[chosen_by]) for each, trial in zip(own_models, rows, strict=True)
+        ]
+    return found
+
+
+def _best(run: Run, models: Sequence[tuple[Model, float]]) -> Model:
+    """Return the model that is best on validation."""
+    choose = max if run.config.search.mode == "max" else min
+    return choose(models, key=lambda pair: pair[1])[0]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return mean_interval(values).value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, replace
 
 from selfkd.analysis.deploy import deploy_sentences
@@ -58,6 +59,7 @@ def deploy(run: Run, source: Deployed) -> DeploySummary:
     work = Work(run=run, source=source, facts=facts)
     options = run.config.deploy
     measure(work, "torch", "torch", source.model)
+    work.rows["torch"] = replace(work.rows["torch"], bytes=_size(work))
     served = serve(work, source.model, "float", "int8", "ONNX float", "ONNX int8")
     if options.prune is not None:
         served = prune(work, options.prune)
@@ -79,57 +81,36 @@ def finished(config: Config, folder: RunFolder, source: Deployed) -> DeploySumma
     return summary if same and there else None
 
 
+def _size(work: Work) -> int:
+    return work.run.folder.file(work.source.model.checkpoint).stat().st_size
+
+
 # --- what is served ---
 
 
 def _finish(work: Work, served: Served, machine: Row) -> DeploySummary:
     """Put what is served into place, and write the summary."""
-    run, options = work.run, work.run.config.deploy
-    folder, facts = run.folder, work.facts
-    rows = [_with_remarks(row, work.rows["float"]) for row in work.rows.values()]
-    by_key = {row.key: row for row in rows}
-    metric = facts.metric if f"val_{facts.metric}" in by_key["torch"].metrics else "nll"
-    key = f"val_{metric}"
-    drop = _drop(key, facts, by_key["torch"], by_key[served.int8_key])
-    files = {"float.onnx": served.exported.path, "int8.onnx": served.int8.path}
-    drops = {"int8.onnx": drop}
+    facts, rows, options = work.facts, work.rows, work.run.config.deploy
+    for key, row in rows.items():
+        rows[key] = _with_speed(_with_remarks(row, rows["float"]), facts)
+    metric = facts.metric if f"val_{facts.metric}" in rows["torch"].metrics else "nll"
+    drops = {"int8.onnx": _drop(metric, rows["torch"], rows[served.int8_key])}
     if work.low_bits is not None:
-        name, row = f"int{options.bits}.onnx", by_key[f"bits{options.bits}"]
-        files[name], drops[name] = work.low_bits.path, _drop(key, facts, by_key["torch"], row)
-    if "ensemble" in by_key:
-        files["ensemble.onnx"] = folder.file(str(by_key["ensemble"].file))
-    if work.source.make_model is None:
-        files["model.safetensors"] = folder.file(served.model.checkpoint)
+        row = rows[f"bits{options.bits}"]
+        drops[f"int{options.bits}.onnx"] = _drop(metric, rows["torch"], row)
     most = math.inf if options.max_drop is None else options.max_drop
-    worse = [name for name, value in drops.items() if value > most]
-    for name in FILES:
-        if name in files and name not in worse:
-            link(files[name], work.folder / name)
-        else:
-            files.pop(name, None)
-            remove_file(work.folder / name)
-    names = [*files]
-    if work.source.make_model is None:
-        checkpoint = str(folder.file(served.model.checkpoint))
-        best = next(name for name in ("int8.onnx", "float.onnx") if name in files)
-        place = str(work.folder)
-        names += work.job("deploy_predictor", checkpoint=checkpoint, folder=place, file=best)[
-            "files"
-        ]
-    else:
-        work.remarks.append(
-            "predict.py is not written: how the inputs of a network of your own are made is yours"
-        )
+    worse = [name for name, drop in drops.items() if drop > most]
+    files = _place(work, served, leave_out=worse)
     summary = DeploySummary(
         model=work.source.model.hash,
         title=work.source.title,
         metric=metric,
         options=asdict(options),
-        rows=tuple(rows),
+        rows=tuple(rows.values()),
         network=served.exported.row["model"],
         served=served.key if "int8.onnx" in worse else served.int8_key,
-        files={name: f"{FOLDER}/{name}" for name in names},
-        drop=drop,
+        files={name: f"{FOLDER}/{name}" for name in files},
+        drop=drops["int8.onnx"],
         exceeded=bool(worse),
         point=work.source.point,
         cpu=machine["cpu"],
@@ -138,8 +119,52 @@ def _finish(work: Work, served: Served, machine: Row) -> DeploySummary:
     )
     summary = replace(summary, sentences=tuple(deploy_sentences(summary, facts)))
     save_row(work.folder / SUMMARY, summary)
-    run.events(RunFinished(summary))
+    work.run.events(RunFinished(summary))
     return summary
+
+
+def _place(work: Work, served: Served, *, leave_out: Collection[str]) -> list[str]:
+    """Put the files of what is served into place, and what predicts with them; return their names.
+
+    Args:
+        work: Deployment at work.
+        served: What is served.
+        leave_out: Names of files that are removed where an earlier deployment left them.
+    """
+    folder, options = work.run.folder, work.run.config.deploy
+    files = {"float.onnx": served.exported.path, "int8.onnx": served.int8.path}
+    if work.low_bits is not None:
+        files[f"int{options.bits}.onnx"] = work.low_bits.path
+    if "ensemble" in work.rows:
+        files["ensemble.onnx"] = folder.file(str(work.rows["ensemble"].file))
+    if work.source.make_model is None:
+        files["model.safetensors"] = folder.file(served.model.checkpoint)
+    for name in FILES:
+        if name in files and name not in leave_out:
+            link(files[name], work.folder / name)
+        else:
+            files.pop(name, None)
+            remove_file(work.folder / name)
+    if work.source.make_model is not None:
+        work.remarks.append(
+            "predict.py is not written, as only you know how the inputs of your network are made"
+        )
+        return [*files]
+    row = work.job(
+        "deploy_predictor",
+        checkpoint=str(files["model.safetensors"]),
+        folder=str(work.folder),
+        file="int8.onnx" if "int8.onnx" in files else "float.onnx",
+    )
+    return [*files, *row["files"]]
+
+
+def _with_speed(row: DeployRow, facts: Facts) -> DeployRow:
+    """Return a row with its tokens a second, where an input is of several items."""
+    if facts.items_an_input == 1 or not row.timings:
+        return row
+    most = max(row.timings, key=lambda timing: timing.items)
+    return replace(row, tokens_a_second=1000 * most.items * facts.items_an_input / most.ms)
 
 
 def _with_remarks(row: DeployRow, exported: DeployRow) -> DeployRow:
@@ -156,10 +181,8 @@ def _with_remarks(row: DeployRow, exported: DeployRow) -> DeployRow:
     return replace(row, remarks=tuple(said))
 
 
-def _drop(key: str, facts: Facts, before: DeployRow, after: DeployRow) -> float:
+def _drop(metric: str, before: DeployRow, after: DeployRow) -> float:
     """Return how much worse a row is on validation, in points of a fraction or in nats."""
-    difference = before.metrics[key] - after.metrics[key]
-    metric = find_metric(key)
-    return (100 if metric.is_fraction else 1) * (
-        difference if metric.mode == "max" else -difference
-    )
+    key, facts = f"val_{metric}", find_metric(metric)
+    gain = after.metrics[key] - before.metrics[key]
+    return (100 if facts.is_fraction else 1) * (-gain if facts.mode == "max" else gain)

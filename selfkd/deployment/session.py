@@ -53,6 +53,7 @@ class OnnxNetwork(nn.Module):
         Raises:
             ValueError: Inputs that the file does not take.
         """
+        inputs = inputs.float() if inputs.is_floating_point() else inputs
         given = inputs.detach().cpu().contiguous().numpy()
         try:
             logits = self._session.run(None, {self._input: given})[0]

@@ -30,6 +30,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import choose
 from selfkd.reporting.deploy_table import deploy_table
 from selfkd.results import DeploySummary, GenerationResult, Model
+from selfkd.storage.remote import as_path
 from selfkd.text import shell_quote
 
 
@@ -149,7 +150,7 @@ def run_deploy(
     )
 
 
-def _greet(config: Config) -> str:
+def _greet(config: Config, make_model: str | None) -> str:
     options, made = config.deploy, ["float and int8 files"]
     if options.prune is not None:
         made.append(f"pruned by {options.prune:.0%} on {count(options.seeds, 'seed')}")
@@ -157,7 +158,8 @@ def _greet(config: Config) -> str:
         made.append(f"{options.bits}-bit weights on {count(options.seeds, 'seed')}")
     if options.ensemble:
         made.append("the ensemble as one graph")
-    return f"deploying {config.model.name} on {config.data.name}: {', '.join(made)}"
+    network = make_model or (config.student or config.model).name
+    return f"deploying {network} on {config.data.name}: {', '.join(made)}"
 
 
 def _command(
@@ -198,13 +200,14 @@ def _command(
     return Command(
         name="deploy",
         check=_check,
-        greet=_greet,
+        greet=lambda config: _greet(config, make_model),
         finished=finished,
         work=work,
         describe=_describe,
         plan=plan_deploy,
         most=lambda config: config.deploy.trainings or 1,
         check_folder=check_folder,
+        free=("data.",) if make_model is not None else (),  # which its training never read
         flag="--from",
         code=lambda summary: FAILED if summary.exceeded else 0,
     )
@@ -217,6 +220,11 @@ def _check(config: Config) -> None:
             "--from must be given: the run folder whose model is deployed; or --checkpoint FILE "
             "with --config YAML, for weights without their run"
         )
+    place = as_path(config.generation_0.path)
+    if (place / "config.yaml").exists():
+        raise ConfigError(f"--checkpoint must be a file of weights, got a run: --from {place}")
+    if not place.is_file():
+        raise ConfigError(f"--checkpoint must be a file of weights that is there, got {place}")
     check_given(config)
     check_installed()
 
@@ -285,12 +293,13 @@ def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Desc
         if name in ("float.onnx", "int8.onnx", "predict.py")
     ]
     again = f"python -m selfkd.deploy --from {shell_quote(str(folder.path))}"
+    can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
     tried = f"python {shell_quote(str(place / 'predict.py'))}"
     return Description(
         summary.sentences,
         deploy_table(summary, folder.facts),
         files,
-        tried if config.deploy.prune or config.task == "text" else f"{again} --prune 0.5",
+        f"{again} --prune 0.5" if can_prune else tried,
         [*summary.remarks],
     )
 

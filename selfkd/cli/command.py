@@ -129,6 +129,8 @@ class Command(Generic[S]):
     check_folder: Callable[[RunFolder, Config], None] | None = None
     """Raises ConfigError for a run folder that it does not continue; those of other commands when
     not given."""
+    free: tuple[str, ...] = ()
+    """Beginnings of keys that may change beside those that always may, in a run that goes on."""
     flag: str = "--resume"
     """Flag that names the run folder to continue."""
     code: Callable[[S], int] = lambda summary: 0
@@ -225,8 +227,8 @@ class Command(Generic[S]):
             remember(config)
             numbered = config.name is None
             return RunFolder.create(path, config, command=self.name, numbered=numbered), config
-        _refuse_relative(None, ("--resume", str(options.resume)))
-        folder, stored = RunFolder.open(as_path(options.resume))
+        _refuse_relative(None, (self.flag, str(options.resume)))
+        folder, stored = RunFolder.open(as_path(options.resume), flag=self.flag)
         if self.check_folder is None:
             folder.check_command(self.name)
         else:
@@ -240,7 +242,7 @@ class Command(Generic[S]):
             config = merge_settings(stored, settings=settings, flags=flags)
         _refuse_relative(config)
         config = with_absolute_paths(config)
-        folder.check_change(stored, config)
+        folder.check_change(stored, config, free=self.free)
         if not options.config:
             confirmed = [setting.partition("=")[0] for setting in settings]
             refuse_foreign(stored, folder.path / "config.yaml", confirmed=confirmed)

@@ -105,15 +105,19 @@ class RunFolder:
         return left
 
     @classmethod
-    def open(cls, path: Path) -> tuple[RunFolder, Config]:
+    def open(cls, path: Path, *, flag: str = "--resume") -> tuple[RunFolder, Config]:
         """Open a run folder to continue it.
+
+        Args:
+            path: Run folder.
+            flag: Flag that names it, for messages.
 
         Raises:
             ConfigError: It is no run folder, or one of another format.
         """
         file = path / "config.yaml"
         if not file.is_file():
-            raise ConfigError(f"--resume must be a run folder (with a config.yaml), got {path}")
+            raise ConfigError(f"{flag} must be a run folder (with a config.yaml), got {path}")
         tree = load_yaml(file)
         found = tree.pop("format", None) if isinstance(tree, dict) else None
         if found != FORMAT:
@@ -164,8 +168,13 @@ class RunFolder:
                     "there (the cached teacher logits go to another disk by targets.root)"
                 )
 
-    def check_change(self, old: Config, new: Config) -> None:
+    def check_change(self, old: Config, new: Config, *, free: tuple[str, ...] = ()) -> None:
         """Check that a changed config is no other experiment.
+
+        Args:
+            old: Config of the run.
+            new: Config that it is continued with.
+            free: Beginnings of further keys that may change.
 
         Raises:
             ConfigError: It is; says what differs.
@@ -176,7 +185,9 @@ class RunFolder:
                 f"{self.path / 'config.yaml'} was edited where a run may not change (its hash is "
                 f"not that of {HASH}): put it back, or start a new run with --config"
             )
-        refused = [line for line in differences(old, new) if not line.startswith(RESUMABLE)]
+        refused = [
+            line for line in differences(old, new) if not line.startswith((*RESUMABLE, *free))
+        ]
         if refused:
             raise ConfigError(
                 f"{self.path} was started with another config, so it cannot be resumed with this "

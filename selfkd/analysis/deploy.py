@@ -162,25 +162,31 @@ def _size(ratio: float) -> str:
 
 def _speed(row: DeployRow, *, ends: bool = True) -> str:
     """Return how fast a row is: batches at which it is faster first, then the others."""
-    found = sorted((t for t in row.timings if t.speed_up), key=lambda timing: not is_faster(timing))
-    parts = [_times(timing, ends=ends) for timing in found]
-    slow = [place for place, timing in enumerate(found) if not is_faster(timing)]
-    if slow:
-        parts[slow[0]] = f"not faster: {parts[slow[0]]}"
-    return ", ".join(parts)
+    known = [timing for timing in row.timings if timing.speed_up is not None]
+    named = (("faster", True), ("not faster", False))
+    parts = [
+        (name, join([_times(t, ends=ends) for t in known if is_faster(t) == faster]))
+        for name, faster in named
+    ]
+    return "; ".join(f"{name}: {times}" for name, times in parts if times)
 
 
 def _times(timing: Timing, *, ends: bool) -> str:
-    """Return how many times as fast a batch is: `3.20x [3.10, 3.30] as fast at batch 128`."""
+    """Return how many times as fast a batch is: `3.20x [3.10, 3.30] at batch 128`."""
     found = timing.speed_up or Interval(1.0)
     low, high = found.low, found.high
-    text = f"{_ratio(found.value)}x"
+    text = f"{format_ratio(found.value)}x"
     if ends and low is not None and high is not None:
-        text += f" [{_ratio(low)}, {_ratio(high)}]"
-    return f"{text} as fast at batch {timing.items}"
+        text += f" [{format_ratio(low)}, {format_ratio(high)}]"
+    return f"{text} at batch {timing.items}"
 
 
-def _ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
+    """Return how many times as much something is.
+
+    >>> format_ratio(0.967), format_ratio(17.43)
+    ('0.97', '17.4')
+    """
     return number(value, ".1f" if abs(value) >= 10 else ".2f")
 
 
@@ -203,13 +209,15 @@ def _cost(row: DeployRow, summary: DeploySummary, facts: Facts, *, short: bool =
     if value is None:
         return ""
     text = f"test {metric.label} {metric.with_unit(value)}"
+    if short and row.difference is not None:
+        difference = format_difference(Interval(row.difference.value), form=metric.difference)
+        return f"test {metric.label} {difference}{_evidence(row, metric, '')}"
     reference = None if of is None else of.metric(tested)
-    if reference is not None and not short:
+    if reference is not None:
         text += f" (float {metric.with_unit(reference)})"
     if row.difference is not None:
-        difference = Interval(row.difference.value) if short else row.difference
-        text += f", {format_difference(difference, form=metric.difference)}"
-    return text + _evidence(row, metric, "" if short else _counted(row, facts))
+        text += f", {format_difference(row.difference, form=metric.difference)}"
+    return text + _evidence(row, metric, _counted(row, facts))
 
 
 def _counted(row: DeployRow, facts: Facts) -> str:
@@ -241,7 +249,7 @@ def _of_torch(summary: DeploySummary) -> Iterator[str]:
     if row is None or of is None:
         return
     found = [
-        f"{_ratio(1 / timing.speed_up.value)}x as fast at batch {timing.items}"
+        f"{format_ratio(1 / timing.speed_up.value)}x as fast at batch {timing.items}"
         for timing in row.timings
         if timing.speed_up is not None and timing.speed_up.value > 0
     ]
@@ -306,9 +314,9 @@ def _of_ensemble(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     parts = []
     ratio = size_ratio(row, summary)
     if ratio is not None:
-        parts.append(f"{_ratio(ratio)} times the size")
+        parts.append(f"{format_ratio(ratio)} times the size")
     parts += [
-        f"{_ratio(1 / timing.speed_up.value)} times the time at batch {timing.items}"
+        f"{format_ratio(1 / timing.speed_up.value)} times the time at batch {timing.items}"
         for timing in row.timings
         if timing.speed_up is not None and timing.speed_up.value > 0
     ]

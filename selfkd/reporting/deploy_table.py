@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfkd.analysis.deploy import shortfalls, size_ratio
+from selfkd.analysis.deploy import format_ratio, shortfalls, size_ratio
 from selfkd.analysis.statistics import mean_interval
 from selfkd.reporting import words
 from selfkd.reporting.table import Table
@@ -82,7 +82,7 @@ def _tested(row: DeployRow, metric: str) -> str:
 
 
 def _speed(estimate: Interval | None) -> str:
-    return "" if estimate is None else f"{words.number(estimate.value, '.3g')}x"
+    return "" if estimate is None else f"{format_ratio(estimate.value)}x"
 
 
 def bytes_text(size: int | None) -> str:

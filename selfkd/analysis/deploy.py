@@ -40,6 +40,22 @@ def size_ratio(row: DeployRow, summary: DeploySummary) -> float | None:
     return row.bytes / of.bytes
 
 
+def difference_of(row: DeployRow, summary: DeploySummary) -> Interval | None:
+    """Return the difference of a row's test metric to the float file's, over its seeds if any.
+
+    >>> of = DeployRow(key="float", title="", metrics={"test_nll": 0.5})
+    >>> row = DeployRow(key="fresh", title="", values=(0.75, 0.75))
+    >>> summary = DeploySummary(model="", title="", metric="nll", rows=(of, row), served="float")
+    >>> difference_of(row, summary).value
+    0.25
+    """
+    of = find_row(summary, REFERENCE)
+    value = None if of is None else of.metric(f"test_{summary.metric}")
+    if row.difference is not None or not row.values or value is None:
+        return row.difference
+    return mean_interval([own - value for own in row.values])
+
+
 def is_faster(timing: Timing) -> bool:
     """Say whether a batch is predicted faster than by the float file, beyond noise.
 
@@ -209,15 +225,16 @@ def _cost(row: DeployRow, summary: DeploySummary, facts: Facts, *, short: bool =
     if value is None:
         return ""
     text = f"test {metric.label} {metric.with_unit(value)}"
-    if short and row.difference is not None:
-        difference = format_difference(Interval(row.difference.value), form=metric.difference)
-        return f"test {metric.label} {difference}{_evidence(row, metric, '')}"
+    difference = difference_of(row, summary)
+    if short and difference is not None:
+        value_alone = format_difference(Interval(difference.value), form=metric.difference)
+        return f"test {metric.label} {value_alone}{_evidence(row, difference, metric, '')}"
     reference = None if of is None else of.metric(tested)
     if reference is not None:
         text += f" (float {metric.with_unit(reference)})"
-    if row.difference is not None:
-        text += f", {format_difference(row.difference, form=metric.difference)}"
-    return text + _evidence(row, metric, _counted(row, facts))
+    if difference is not None:
+        text += f", {format_difference(difference, form=metric.difference)}"
+    return text + _evidence(row, difference, metric, _counted(row, facts))
 
 
 def _counted(row: DeployRow, facts: Facts) -> str:
@@ -228,18 +245,19 @@ def _counted(row: DeployRow, facts: Facts) -> str:
     return f" on {items:,} test {facts.tested_on}" if items else ""
 
 
-def _evidence(row: DeployRow, metric: Metric, on: str) -> str:
+def _evidence(row: DeployRow, difference: Interval | None, metric: Metric, on: str) -> str:
     """Return what the test split tells of a difference: McNemar's test, else its interval."""
     if row.mcnemar is not None and not row.seeds:
         test = row.mcnemar
         way = "fewer" if test.only_student > test.only_teacher else "more"
         found = f"{way} errors" if test.p < 0.05 else "no evidence of a difference"
-        return f": {found}{on} (McNemar p {number(test.p, '.2g')})"
-    if row.difference is None or row.difference.low is None:
+        p = "< 0.001" if test.p < 0.001 else number(test.p, ".2g")
+        return f": {found}{on} (McNemar p {p})"
+    if difference is None or difference.low is None:
         return f"{on}, so no interval" if len(row.seeds) == 1 else ""
-    if is_better(row.difference, mode=metric.mode):
+    if is_better(difference, mode=metric.mode):
         return f": better{on}"
-    worse = is_better(row.difference.reversed(), mode=metric.mode)
+    worse = is_better(difference.reversed(), mode=metric.mode)
     return f": {'worse' if worse else 'no evidence of a difference'}{on}"
 
 

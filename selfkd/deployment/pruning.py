@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from selfkd.deployment.reshape import attention_heads, update_attentions
+
+EPSILON = 1e-9
+"""Share that rounding errors may make of a channel."""
+FEW = 4
+"""Number of layers that are named."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +94,122 @@ class Graph:
         gone = sorted({*range(len(group.importance))} - {*kept})
         if gone:
             self._graph.get_pruning_group(group.layer, group.handler, gone).prune()
+
+
+def prune_channels(network: nn.Module, example: Tensor, share: float) -> list[str]:
+    """Prune a share of the channels of each layer of any network, in place.
+
+    In a grouped convolution as many go in each group, in an attention as many in each head. The
+    classifier's outputs are left whole, and so is `nn.MultiheadAttention`.
+
+    Args:
+        network: Network to prune, on the CPU.
+        example: Inputs of two items that it is traced with.
+        share: Share that is pruned, in (0, 1), rounded up to whole channels.
+
+    Returns:
+        Remarks on what was rounded or left whole.
+
+    Raises:
+        ValueError: A weight is not finite, a layer would be emptied, or torch-pruning does not
+            understand the network.
+    """
+    import torch_pruning as tp
+
+    check_finite(network)
+    network.eval()
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    heads = attention_heads(network)
+    before = {name: len(layer.weight) for name, layer in layers.items()}
+    outputs = classifiers(network, example)
+    others = [m for m in network.modules() if isinstance(m, nn.MultiheadAttention)]
+    with torch.no_grad():
+        wanted = network(example).shape
+    try:
+        with _quiet(), torch.enable_grad():
+            pruner = tp.pruner.BasePruner(
+                network,
+                example,
+                importance=tp.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=share - EPSILON,
+                ignored_layers=[*outputs, *others],
+                root_module_types=[nn.Conv2d, nn.Linear],
+                num_heads=dict(heads),
+                in_channel_groups={},  # its defaults are shared between pruners
+                out_channel_groups={},
+            )
+            pruner.step()
+        update_attentions(network)
+        with torch.no_grad():
+            found = network(example).shape
+    except Exception as error:  # noqa: BLE001  (of the network's own code as well)
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"torch-pruning cannot prune this network: {first}") from None
+    if found != wanted:
+        raise ValueError(f"--prune must leave logits {list(wanted)} whole, got {list(found)}")
+    inner = {n: layer for n, layer in layers.items() if layer not in outputs}
+    return list(_remarks(inner, before, heads, share))
+
+
+def _remarks(
+    layers: Mapping[str, nn.Conv2d | nn.Linear],
+    before: Mapping[str, int],
+    heads: Mapping[nn.Module, int],
+    share: float,
+) -> Iterator[str]:
+    """Yield what became of layers; raise where a share leaves nothing of one."""
+    whole, shares, grouped = [], set[float](), dict[str, int]()
+    for name, layer in layers.items():
+        old, new = before[name], len(layer.weight)
+        groups = 3 * heads[layer] if layer in heads else getattr(layer, "groups", 1)
+        size = 1 if groups == old else old // groups
+        if old == new and size > 1 and int(size * (1 - share + EPSILON)) < 1:
+            raise ValueError(
+                f"--prune must leave a channel of {name}, which has {size}"
+                + (f" in each of {groups} groups" if groups > 1 else "")
+                + f": at most {1 - 1 / size:.4g}, got {share:g}"
+            )
+        if old == new:
+            whole.append(name)
+            continue
+        shares.add(1 - new / old)
+        if 1 < groups < old:
+            grouped[name] = groups
+    if not shares:
+        raise ValueError("--prune must have a layer to prune, and torch-pruning finds none")
+    if max(shares) - min(shares) > EPSILON or abs(max(shares) - share) > EPSILON:
+        low, high = min(shares), max(shares)
+        yield f"--prune {share:g} is rounded to whole channels: {low:.3g} to {high:.3g} of a layer"
+    if found := [name for name in grouped if layers[name] not in heads]:
+        yield f"grouped convolutions lose as many channels in each group: {_few(found)}"
+    if found := [name for name in grouped if layers[name] in heads]:
+        yield f"all attention heads stay, with fewer dimensions each: {_few(found)}"
+    if whole:
+        yield f"left whole: {_few(whole)}"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more
+
+
+def classifiers(network: nn.Module, example: Tensor) -> list[nn.Module]:
+    """Return the layers whose outputs are the logits: the last one, and timm's classifiers."""
+    called = list[nn.Module]()
+    hooks = [
+        module.register_forward_hook(lambda layer, *_: called.append(layer))
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: Any = getattr(network, "get_classifier", list)()
+    known = found if isinstance(found, list | tuple) else [found]
+    return list(dict.fromkeys([*called[-1:], *known]))
 
 
 def most_important(importance: Tensor, count: int) -> list[int]:

@@ -44,7 +44,11 @@ def prune(work: Work, fraction: float) -> Served:
     arms = {
         "pruned_labels": (f"{share}, from labels", {"checkpoint": str(start)}, ()),
         "pruned_distilled": (f"{share}, distilled", {"checkpoint": str(start)}, (base,)),
-        "fresh": ("fresh of that size, distilled", pruned.get("fresh", {}), (base,)),
+        "fresh": (
+            "fresh of that size, distilled",
+            {"checkpoint": str(start), "fresh": True},
+            (base,),
+        ),
     }
     found = tune(work, name, arms, model)
     best = _best(
@@ -80,8 +84,7 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         metrics={name: value for name, value in tested.metrics.items() if name != AGREEMENT},
         agreement=tested.metrics[AGREEMENT],
     )
-    if made["share"] < 1:
-        work.remarks.append(f"{title} are {made['share']:.0%} of the parameters")
+    work.remarks += made["remarks"]
     start, base = {"checkpoint": row["checkpoint"]}, work.source.model
     arms = {
         f"{key}_labels": (f"{title}, from labels", start, ()),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from selfkd.analysis.deploy import shortfalls, size_ratio
 from selfkd.analysis.statistics import mean_interval
 from selfkd.reporting import words
-from selfkd.reporting.tables import Table, further_head
+from selfkd.reporting.table import Table
 from selfkd.results import DeployRow, DeploySummary, Facts, Interval, find_metric
 
 
@@ -31,7 +31,7 @@ def deploy_table(summary: DeploySummary, facts: Facts) -> Table:
         "of its size",
         *(f"speed, {items}" for items in batches),
         "agreement",
-        *further_head(further),
+        *map(words.short_metric, further),
         "tokens/s",
         f"val {words.short_metric(metric)}",
         "parameters",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, TrainConfig
+from selfkd.deployment.reshape import PRUNED, reshape
 from selfkd.distill.outputs import take_logits
 from selfkd.losses import Average, ensemble_logits
 from selfkd.results import CachedFormat, from_row
@@ -94,12 +95,17 @@ def make_fresh(task: Maker, trial: Trial, start: Mapping[str, Any]) -> nn.Module
     Args:
         task: Task that makes it.
         trial: Student and its teachers.
-        start: `checkpoint` to start the weights from, or `seed` of the initialisation.
+        start: `checkpoint` to start the weights from, or `seed` of the initialisation; with `fresh`
+            the checkpoint gives the number of channels alone, where they were pruned.
     """
     torch.manual_seed(start.get("seed", trial.seed))
     network = task.make(trial.model)
     if "checkpoint" in start:
-        network.load_state_dict(load_tensors(as_path(start["checkpoint"]))[0])
+        tensors, facts = load_tensors(as_path(start["checkpoint"]))
+        if (share := facts.get(PRUNED)) is not None:
+            network = reshape(network, tensors, share)
+        if not start.get("fresh"):
+            network.load_state_dict(tensors)
     elif task.config.train.init == "teacher" and trial.teachers:
         network.load_state_dict(load_tensors(as_path(trial.teachers[0]["checkpoint"]))[0])
     if "seed" in start:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from selfkd.config import ModelConfig, Tree
 from selfkd.deployment.named import narrower, prune_to
+from selfkd.deployment.pruning import prune_channels
+from selfkd.deployment.reshape import PRUNED
+from selfkd.distill.outputs import take_logits
 from selfkd.models import parameters_count
 from selfkd.models.registry import BUILDERS
 from selfkd.results import Row
@@ -37,24 +44,44 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
     try:
         network, facts = task.load(checkpoint)
         model = ModelConfig.of_checkpoint(facts.model)
-        if model.name not in BUILDERS:
-            raise ValueError(f"--prune is for selfkd's own networks, got {model.name}")
-        found = narrower(model, fraction)
-        target = task.make(found.model)
-        prune_to(network, target, task.example(2))
-        more = {"pruned_from": facts.hash, "pruned": fraction}
-        digest = task.save(as_path(save), target, found.model, more)
+        example = task.inputs("train", 2, like=checkpoint)
+        if model.name in BUILDERS:
+            found = narrower(model, fraction)
+            model, remarks = found.model, list(found.remarks)
+            pruned = task.make(model)
+            prune_to(network, pruned, example)
+        else:
+            pruned = deepcopy(network).cpu()
+            remarks = prune_channels(pruned, example, fraction)
+            setattr(pruned, PRUNED, fraction)
+        digest = task.save(as_path(save), pruned, model, {"pruned_from": facts.hash})
         _check_data(load_tensors(as_path(checkpoint))[1], load_tensors(as_path(save))[1])
+        _check_same(pruned, task.load(save)[0], example)
     except ValueError as error:
         yield {"fault": str(error)}
         return
     yield {
         "hash": digest,
-        "model": {"name": found.model.name, "args": found.model.args},
-        "parameters": parameters_count(target),
+        "model": {"name": model.name, "args": model.args},
+        "parameters": parameters_count(pruned),
         "parameters_before": parameters_count(network),
-        "remarks": list(found.remarks),
+        "remarks": remarks,
     }
+
+
+@torch.no_grad()
+def _check_same(pruned: nn.Module, loaded: nn.Module, example: Tensor) -> None:
+    """Check that a pruned network computes the same once it is loaded.
+
+    Raises:
+        ValueError: It does not: its code has sizes that are not those of its weights.
+    """
+    logits = [take_logits(each.cpu().eval()(example.cpu()), "model") for each in (pruned, loaded)]
+    if not torch.equal(*logits):
+        raise ValueError(
+            f"{type(pruned).__name__} cannot be pruned: it computes otherwise once it is made "
+            "again with fewer channels"
+        )
 
 
 def _check_data(facts: Mapping[str, Any], data: Mapping[str, Any]) -> None:

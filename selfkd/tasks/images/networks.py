@@ -17,6 +17,7 @@ from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.config.names import describe_classes
 from selfkd.data import Data, load_data
 from selfkd.data.augmentation import Views
+from selfkd.deployment.reshape import PRUNED, check_size, pruned_share, reshape
 from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
 from selfkd.results import Parts
@@ -48,6 +49,9 @@ class NetworkFacts(ModelFacts):
     """Classes that a specialist tells apart; all others are its last one."""
     dustbin_shift: FiniteFloat = 0.0
     """Number that is added to the logit of a specialist's last class."""
+    pruned: float | None = Field(default=None, gt=0, lt=1)
+    """Share of its channels that was pruned, where its tensors are smaller than its name
+    says."""
 
 
 @lru_cache(maxsize=1)
@@ -120,6 +124,7 @@ class ImageNetworks:
             "data": data.name,
             "fingerprint": data.fingerprint,
             "parameters": parameters_count(network),
+            **({} if (share := pruned_share(network)) is None else {PRUNED: share}),
             **more,
         }
         return save_tensors(path, network.state_dict(), facts)
@@ -184,6 +189,8 @@ def rebuild(
         ValueError: The network cannot be made, or has other tensors.
     """
     try:
+        if facts.pruned is not None:
+            make = _pruned(facts.pruned, tensors, make)
         _check_shapes(facts, tensors, make)
         network = make()
         network.load_state_dict(tensors)
@@ -225,6 +232,19 @@ def _check_shapes(
     if others := described.keys() ^ tensors.keys():
         name = facts.model["name"]
         raise ValueError(f"its tensors must be those of {name}, unlike {min(others)}")
+
+
+def _pruned(
+    share: float, tensors: Mapping[str, Tensor], make: Callable[[], nn.Module]
+) -> Callable[[], nn.Module]:
+    """Return a function that makes a network with the channels of a pruned one.
+
+    Raises:
+        ValueError: The one that it was pruned from would be far larger.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        check_size(make(), tensors)
+    return lambda: reshape(make(), tensors, share)
 
 
 def _numbers(value: Any) -> Iterator[float]:

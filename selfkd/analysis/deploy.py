@@ -119,18 +119,18 @@ def flat_row(row: DeployRow) -> Row:
     return found | {"tokens_a_second": row.tokens_a_second, "parameters": row.parameters}
 
 
-def deploy_sentences(summary: DeploySummary, facts: Facts) -> list[str]:
+def deploy_sentences(summary: DeploySummary, facts: Facts, *, short: bool = False) -> list[str]:
     """Return what a deployment found, the headline first.
 
     Args:
         summary: Rows that were measured.
         facts: Facts of the data, which say what metrics are means over.
+        short: Whether what a table shows as well is left out.
     """
+    headline = list(_headline(summary, facts))
+    rows = [*_of_torch(summary), *_of_operators(summary), *_of_others(summary, facts)]
     return [
-        *_headline(summary, facts),
-        *_of_torch(summary),
-        *_of_operators(summary),
-        *_of_others(summary, facts),
+        *(headline[:1] if short else [*headline, *rows]),
         *_of_training(summary, facts),
         *_of_ensemble(summary, facts),
         *_of_machine(summary),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from urllib.parse import quote
 
@@ -52,7 +53,7 @@ def _figure(summary: DeploySummary, tested: str) -> Figure | None:
         (short_name(row), timing.ms, value)
         for row, value in rows
         for timing in row.timings
-        if timing.items == batch
+        if timing.items == batch and timing.ms > 0
     ]
     costs = [("size, bytes", sizes), (f"ms a batch of {batch}", times)]
     known = [(title, points) for title, points in costs if points]
@@ -63,4 +64,4 @@ def _value(row: DeployRow, tested: str) -> Bar | None:
     if row.values:
         return bar(mean_interval(row.values))
     value = row.metric(tested)
-    return None if value is None else Bar(value)
+    return None if value is None or not math.isfinite(value) else Bar(value)

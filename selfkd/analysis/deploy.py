@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
@@ -255,6 +256,8 @@ def _evidence(row: DeployRow, difference: Interval | None, metric: Metric, on: s
         return f": {found}{on} (McNemar p {p})"
     if difference is None or difference.low is None:
         return f"{on}, so no interval" if len(row.seeds) == 1 else ""
+    if not re.search("[1-9]", format_difference(difference, form=metric.difference)):
+        return f": no difference in these digits{on}"
     if is_better(difference, mode=metric.mode):
         return f": better{on}"
     worse = is_better(difference.reversed(), mode=metric.mode)

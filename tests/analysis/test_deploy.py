@@ -65,6 +65,8 @@ def test_the_headline_says_size_speed_and_cost_and_the_next_line_what_it_stands_
          "fewer errors (McNemar p 0.004)"),
         ({"mcnemar": None}, "-1.00 points: no evidence of a difference"),
         ({"mcnemar": None, "difference": Interval(0.01, 0.004, 0.02)}, "+1.00 points: better"),
+        ({"mcnemar": None, "difference": Interval(3e-5, 1e-5, 4e-5)},
+         "+0.00 points: no difference in these digits"),
     ],
 )  # fmt: skip
 def test_the_headline_hides_no_shortfall(changed, words):

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from selfkd.analysis.statistics import mean_interval
 from selfkd.reporting import words
-from selfkd.reporting.deploy_table import deploy_table
+from selfkd.reporting.deploy_table import deploy_table, short_name
 from selfkd.reporting.figures.costs import Costed, over_costs
 from selfkd.reporting.figures.style import Bar, Figure
 from selfkd.reporting.read import Run
@@ -47,9 +47,9 @@ def _costs(run: Run, summary: DeploySummary) -> Panel:
 def _figure(summary: DeploySummary, tested: str) -> Figure | None:
     rows = [(row, value) for row in summary.rows if (value := _value(row, tested)) is not None]
     batch = min((timing.items for row, _ in rows for timing in row.timings), default=1)
-    sizes: list[Costed] = [(row.title, row.bytes, value) for row, value in rows if row.bytes]
+    sizes: list[Costed] = [(short_name(row), row.bytes, value) for row, value in rows if row.bytes]
     times: list[Costed] = [
-        (row.title, timing.ms, value)
+        (short_name(row), timing.ms, value)
         for row, value in rows
         for timing in row.timings
         if timing.items == batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,12 +63,12 @@ class Source:
 
     Args:
         config: Config of its data.
-        members: `checkpoint`, perhaps `weight`, of each network.
+        members: `checkpoint`, perhaps `hash` and `weight`, of each network.
         average: What is averaged.
         make_model: Reference of the function that makes a user's network.
 
     Raises:
-        ValueError: Its network cannot be made, or has other tensors.
+        ValueError: A file is damaged, or another one than the run's row of it says.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Source:
         self._checkpoints = [str(member["checkpoint"]) for member in members]
         self._average, self._weights = average, weights_of(members)
         self._make_model = make_model
+        for member in members:
+            _check_hash(str(member["checkpoint"]), member.get("hash"))
 
     @property
     def like(self) -> str | None:
@@ -101,6 +104,18 @@ class Source:
             self._checkpoints, average=self._average, weights=self._weights
         )
         return network.eval()
+
+
+def _check_hash(checkpoint: str, known: str | None) -> None:
+    """Check that a checkpoint is the model that the run wrote down."""
+    if known is None or as_path(checkpoint).suffix == ".json":  # which names its parts
+        return
+    found = load_tensors(as_path(checkpoint))[1]["hash"]
+    if found != known:
+        raise ValueError(
+            f"{checkpoint} must be the model of its run, of hash {known}, got another of hash "
+            f"{found}: put it back, or deploy it by --checkpoint"
+        )
 
 
 def _load_own(reference: str, checkpoint: str) -> nn.Module:
@@ -189,9 +204,22 @@ def _largest_difference(network: nn.Module, other: nn.Module, inputs: Tensor) ->
 
 
 def _put(file: Path, target: Path) -> Row:
-    """Put a file into the run folder; return its size and its hash."""
-    replace(target, partial(shutil.copyfile, file))
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    """Put a file into the run folder; return its size and its hash.
+
+    Raises:
+        OSError: There is no room for it; says how much is needed.
+    """
+    size = file.stat().st_size
+    try:
+        replace(target, partial(shutil.copyfile, file))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"the run folder must have room for {size:,} bytes of {target}, and is full: free some "
+            "and run the command again, which goes on from what is done"
+        ) from None
+    return {"bytes": size, "sha256": sha256(file)}
 
 
 def sha256(file: Path) -> str:

@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deployments
+
+from selfkd.analysis.deploy import deploy_sentences
 from selfkd.analysis.families import Pairs, Terms, judge
 from selfkd.analysis.verdicts import ranges
 from selfkd.config import Config, load_config
@@ -21,6 +24,7 @@ from selfkd.results import (
     Confirmation,
     Confusion,
     ContrastResult,
+    DeploySummary,
     Diagnostics,
     EnsembleSummary,
     Epoch,
@@ -311,6 +315,22 @@ def study_run(path: Path) -> Path:
     )
     save_row(path / "summary.json", summary)
     return path
+
+
+def deploy_run(path: Path) -> Path:
+    """Make the folder of a deployment of a file."""
+    _begin(path, "deploy", load_config(settings=("deploy.prune=0.5",)), DATA)
+    add_deployment(path)
+    return path
+
+
+def add_deployment(path: Path) -> DeploySummary:
+    """Put what was deployed into the folder of a run."""
+    rows = deployments.TORCH, deployments.FLOAT, deployments.INT8, *deployments.PRUNED
+    made = deployments.deployment(*rows)
+    made = replace(made, sentences=tuple(deploy_sentences(made, DATA)))
+    save_row(path / "deploy" / "deploy.json", made)
+    return made
 
 
 def _around(value: float, half: float) -> Interval:

@@ -13,10 +13,21 @@ from selfkd.analysis.verdicts import (
     join,
     number,
 )
-from selfkd.results import DeployRow, DeploySummary, Facts, Interval, Metric, Timing, find_metric
+from selfkd.results import (
+    DeployRow,
+    DeploySummary,
+    Facts,
+    Interval,
+    Metric,
+    Row,
+    Timing,
+    find_metric,
+)
 
 REFERENCE = "float"
 """Key of the row that all others are compared to."""
+DISTILLED = "_distilled"
+"""End of the key of a row whose models are distilled; that of the same from labels is `_labels`."""
 SAME = 0.995
 """Ratio from which on a file counts as not smaller: two digits show it as 1."""
 
@@ -27,6 +38,22 @@ def size_ratio(row: DeployRow, summary: DeploySummary) -> float | None:
     if row.key == REFERENCE or of is None or not of.bytes or row.bytes is None:
         return None
     return row.bytes / of.bytes
+
+
+def difference_of(row: DeployRow, summary: DeploySummary) -> Interval | None:
+    """Return the difference of a row's test metric to the float file's, over its seeds if any.
+
+    >>> of = DeployRow(key="float", title="", metrics={"test_nll": 0.5})
+    >>> row = DeployRow(key="fresh", title="", values=(0.75, 0.75))
+    >>> summary = DeploySummary(model="", title="", metric="nll", rows=(of, row), served="float")
+    >>> difference_of(row, summary).value
+    0.25
+    """
+    of = find_row(summary, REFERENCE)
+    value = None if of is None else of.metric(f"test_{summary.metric}")
+    if row.difference is not None or not row.values or value is None:
+        return row.difference
+    return mean_interval([own - value for own in row.values])
 
 
 def is_faster(timing: Timing) -> bool:
@@ -64,18 +91,46 @@ def find_row(summary: DeploySummary, key: str) -> DeployRow | None:
     return next((row for row in summary.rows if row.key == key), None)
 
 
-def deploy_sentences(summary: DeploySummary, facts: Facts) -> list[str]:
+def flat_row(row: DeployRow) -> Row:
+    """Return a row as plain values by name; None of what is not known.
+
+    >>> row = DeployRow(key="int8", title="ONNX int8", metrics={"test_accuracy": 0.5}, bytes=9,
+    ...     timings=(Timing(items=1, ms=0.5, speed_up=Interval(2.0, 1.5, 2.5)),))
+    >>> {name: value for name, value in flat_row(row).items() if value is not None}
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'name': 'ONNX int8', 'test_accuracy': 0.5, 'bytes': 9, 'ms_1': 0.5, 'speed_1': 2.0,
+     'speed_1_low': 1.5, 'speed_1_high': 2.5}
+    """
+    named = {
+        "mean": mean_interval(row.values) if row.values else None,
+        "difference": row.difference,
+        **{f"speed_{timing.items}": timing.speed_up for timing in row.timings},
+    }
+    ends = {
+        name: {name: of.value, f"{name}_low": of.low, f"{name}_high": of.high}
+        for name, of in named.items()
+        if of is not None
+    }
+    found: Row = {"name": row.title, **row.metrics}
+    found |= {**ends.pop("mean", {}), **ends.pop("difference", {}), "agreement": row.agreement}
+    found |= {"seeds": len(row.seeds) or None, "bytes": row.bytes}
+    for timing in row.timings:
+        found |= {f"ms_{timing.items}": timing.ms, **ends.get(f"speed_{timing.items}", {})}
+    return found | {"tokens_a_second": row.tokens_a_second, "parameters": row.parameters}
+
+
+def deploy_sentences(summary: DeploySummary, facts: Facts, *, short: bool = False) -> list[str]:
     """Return what a deployment found, the headline first.
 
     Args:
         summary: Rows that were measured.
         facts: Facts of the data, which say what metrics are means over.
+        short: Whether what a table shows as well is left out.
     """
+    headline = list(_headline(summary, facts))
+    rows = [*_of_torch(summary), *_of_operators(summary), *_of_others(summary, facts)]
     return [
-        *_headline(summary, facts),
-        *_of_torch(summary),
-        *_of_operators(summary),
-        *_of_others(summary, facts),
+        *(headline[:1] if short else [*headline, *rows]),
         *_of_training(summary, facts),
         *_of_ensemble(summary, facts),
         *_of_machine(summary),
@@ -94,7 +149,11 @@ def _headline(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     elif row is None or row.key == REFERENCE:
         yield f"{name} is served in float"
     else:
-        yield f"{name} is served as {describe_row(row, summary, facts)}"
+        ratio = size_ratio(row, summary)
+        parts = ["" if ratio is None else _size(ratio), _speed(row, ends=False)]
+        parts.append(_cost(row, summary, facts, short=True))
+        yield f"{name} is served as {row.title}: " + "; ".join(part for part in parts if part)
+        yield describe_row(row, summary, facts)
 
 
 def _drop(summary: DeploySummary) -> str:
@@ -104,39 +163,46 @@ def _drop(summary: DeploySummary) -> str:
 
 def describe_row(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
     """Return a row in words: its size, its speed, what it costs in the metric, its agreement."""
-    parts = [_size(row, summary), _speed(row), _tokens(row, summary), _cost(row, summary, facts)]
+    ratio = size_ratio(row, summary)
+    parts = ["" if ratio is None else _size(ratio), _speed(row), _tokens(row, summary)]
+    parts.append(_cost(row, summary, facts))
     if row.agreement is not None:
         parts.append(f"agreement {number(row.agreement, '.2%')}")
     return f"{row.title}: " + "; ".join(part for part in parts if part)
 
 
-def _size(row: DeployRow, summary: DeploySummary) -> str:
-    ratio = size_ratio(row, summary)
-    if ratio is None:
-        return ""
+def _size(ratio: float) -> str:
     no = "" if ratio < SAME else "not smaller, "
     return f"{no}{number(ratio, '.2f')} of the float file's size"
 
 
-def _speed(row: DeployRow) -> str:
+def _speed(row: DeployRow, *, ends: bool = True) -> str:
     """Return how fast a row is: batches at which it is faster first, then the others."""
-    found = sorted((t for t in row.timings if t.speed_up), key=lambda timing: not is_faster(timing))
-    parts = [_times(timing) for timing in found]
-    slow = [place for place, timing in enumerate(found) if not is_faster(timing)]
-    if slow:
-        parts[slow[0]] = f"not faster: {parts[slow[0]]}"
-    return ", ".join(parts)
+    known = [timing for timing in row.timings if timing.speed_up is not None]
+    named = (("faster", True), ("not faster", False))
+    parts = [
+        (name, join([_times(t, ends=ends) for t in known if is_faster(t) == faster]))
+        for name, faster in named
+    ]
+    return "; ".join(f"{name}: {times}" for name, times in parts if times)
 
 
-def _times(timing: Timing) -> str:
-    """Return how many times as fast a batch is: `3.20x [3.10, 3.30] as fast at batch 128`."""
+def _times(timing: Timing, *, ends: bool) -> str:
+    """Return how many times as fast a batch is: `3.20x [3.10, 3.30] at batch 128`."""
     found = timing.speed_up or Interval(1.0)
     low, high = found.low, found.high
-    ends = "" if low is None or high is None else f" [{_ratio(low)}, {_ratio(high)}]"
-    return f"{_ratio(found.value)}x{ends} as fast at batch {timing.items}"
+    text = f"{format_ratio(found.value)}x"
+    if ends and low is not None and high is not None:
+        text += f" [{format_ratio(low)}, {format_ratio(high)}]"
+    return f"{text} at batch {timing.items}"
 
 
-def _ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
+    """Return how many times as much something is.
+
+    >>> format_ratio(0.967), format_ratio(17.43)
+    ('0.97', '17.4')
+    """
     return number(value, ".1f" if abs(value) >= 10 else ".2f")
 
 
@@ -150,7 +216,7 @@ def _tokens(row: DeployRow, summary: DeploySummary) -> str:
     return f"{row.tokens_a_second:,.0f} tokens a second{beside}"
 
 
-def _cost(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
+def _cost(row: DeployRow, summary: DeploySummary, facts: Facts, *, short: bool = False) -> str:
     """Return the test metric beside that of the float model, with its evidence."""
     metric, tested = find_metric(summary.metric), f"test_{summary.metric}"
     value, of = row.metric(tested), find_row(summary, REFERENCE)
@@ -159,30 +225,39 @@ def _cost(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
     if value is None:
         return ""
     text = f"test {metric.label} {metric.with_unit(value)}"
+    difference = difference_of(row, summary)
+    if short and difference is not None:
+        value_alone = format_difference(Interval(difference.value), form=metric.difference)
+        return f"test {metric.label} {value_alone}{_evidence(row, difference, metric, '')}"
     reference = None if of is None else of.metric(tested)
     if reference is not None:
         text += f" (float {metric.with_unit(reference)})"
-    if row.difference is not None:
-        text += f", {format_difference(row.difference, form=metric.difference)}"
-    return text + _evidence(row, metric, facts)
+    if difference is not None:
+        text += f", {format_difference(difference, form=metric.difference)}"
+    return text + _evidence(row, difference, metric, _counted(row, facts))
 
 
-def _evidence(row: DeployRow, metric: Metric, facts: Facts) -> str:
-    """Return what the test split tells of a difference: McNemar's test, else its interval."""
-    items = facts.count("test")
-    on = f" on {items:,} test {facts.tested_on}" if items else ""
+def _counted(row: DeployRow, facts: Facts) -> str:
+    """Return what the evidence of a row is of: seeds, or test items."""
     if row.seeds:
-        on = f" over {count(len(row.seeds), 'seed')}"
-    elif row.mcnemar is not None:
+        return f" over {count(len(row.seeds), 'seed')}"
+    items = facts.count("test")
+    return f" on {items:,} test {facts.tested_on}" if items else ""
+
+
+def _evidence(row: DeployRow, difference: Interval | None, metric: Metric, on: str) -> str:
+    """Return what the test split tells of a difference: McNemar's test, else its interval."""
+    if row.mcnemar is not None and not row.seeds:
         test = row.mcnemar
         way = "fewer" if test.only_student > test.only_teacher else "more"
         found = f"{way} errors" if test.p < 0.05 else "no evidence of a difference"
-        return f": {found}{on} (McNemar p {number(test.p, '.2g')})"
-    if row.difference is None or row.difference.low is None:
+        p = "< 0.001" if test.p < 0.001 else number(test.p, ".2g")
+        return f": {found}{on} (McNemar p {p})"
+    if difference is None or difference.low is None:
         return f"{on}, so no interval" if len(row.seeds) == 1 else ""
-    if is_better(row.difference, mode=metric.mode):
+    if is_better(difference, mode=metric.mode):
         return f": better{on}"
-    worse = is_better(row.difference.reversed(), mode=metric.mode)
+    worse = is_better(difference.reversed(), mode=metric.mode)
     return f": {'worse' if worse else 'no evidence of a difference'}{on}"
 
 
@@ -192,7 +267,7 @@ def _of_torch(summary: DeploySummary) -> Iterator[str]:
     if row is None or of is None:
         return
     found = [
-        f"{_ratio(1 / timing.speed_up.value)}x as fast at batch {timing.items}"
+        f"{format_ratio(1 / timing.speed_up.value)}x as fast at batch {timing.items}"
         for timing in row.timings
         if timing.speed_up is not None and timing.speed_up.value > 0
     ]
@@ -209,10 +284,11 @@ def _of_operators(summary: DeploySummary) -> Iterator[str]:
 
 
 def _of_others(summary: DeploySummary, facts: Facts) -> Iterator[str]:
-    """Yield what other rows save and cost, those of the ensemble and of torch left out."""
+    """Yield what other rows save and cost; of those trained on seeds, the distilled one."""
     headline = "" if summary.exceeded else summary.served
     for row in summary.rows:
-        if row.key not in ("torch", REFERENCE, "ensemble", headline):
+        known = row.key in ("torch", REFERENCE, "ensemble", headline)
+        if not known and (not row.seeds or row.key.endswith(DISTILLED)):
             yield describe_row(row, summary, facts)
 
 
@@ -222,7 +298,7 @@ def _of_training(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     items = facts.count("test")
     floor = 1 / items if metric.is_fraction and items else 0.0
     for row in summary.rows:
-        stem, found, _ = row.key.partition("_distilled")
+        stem, found, _ = row.key.partition(DISTILLED)
         others = (f"{stem}_labels", "fresh" if stem == "pruned" else "") if found else ()
         for other in (find_row(summary, key) for key in others):
             pairs = _pairs(row, other)
@@ -256,9 +332,9 @@ def _of_ensemble(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     parts = []
     ratio = size_ratio(row, summary)
     if ratio is not None:
-        parts.append(f"{_ratio(ratio)} times the size")
+        parts.append(f"{format_ratio(ratio)} times the size")
     parts += [
-        f"{_ratio(1 / timing.speed_up.value)} times the time at batch {timing.items}"
+        f"{format_ratio(1 / timing.speed_up.value)} times the time at batch {timing.items}"
         for timing in row.timings
         if timing.speed_up is not None and timing.speed_up.value > 0
     ]

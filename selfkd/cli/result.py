@@ -14,7 +14,7 @@ from selfkd.config import Config, to_tree
 from selfkd.experiments.run_folder import BEST, RunFolder
 from selfkd.loading.choose import model_files
 from selfkd.reporting.plain import confirmed_rows, headline, plain_rows, short_table
-from selfkd.results import Row, Summary, Verdict
+from selfkd.results import DeploySummary, Row, Summary, Verdict
 from selfkd.text import one_line
 
 if TYPE_CHECKING:
@@ -118,7 +118,11 @@ class Result(Generic[S]):
 
     @property
     def models(self) -> dict[str, Path]:
-        """Files of the models by their names, that of the chosen one under `best`."""
+        """Files of the models by their names, that of the chosen one under `best`; of a deployment
+        those to serve, such as `int8.onnx`."""
+        if isinstance(self.summary, DeploySummary):
+            files = {name: self.folder / file for name, file in self.summary.files.items()}
+            return {name: path for name, path in files.items() if path.exists()}
         best = self.folder / BEST
         chosen = {"best": best} if best.exists() else {}
         return chosen | model_files(RunFolder(self.folder))

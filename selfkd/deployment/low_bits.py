@@ -13,11 +13,10 @@ and the weight is `scale * q`. To round twice changes nothing.
 from __future__ import annotations
 
 import copy
-import logging
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from selfkd.storage.files import fetch, replace
+from selfkd.deployment.quiet import quiet
+from selfkd.deployment.session import load_graph, nodes
+from selfkd.storage.files import replace
 
 BLOCK = 32
 """Weights that share a scale."""
@@ -34,6 +35,9 @@ WRITTEN = (4, 2)
 """Bits that onnxruntime has operators for."""
 INT8_ACTIVATIONS = 4
 """Its `accuracy_level` that rounds the inputs of the products to int8, as fast kernels need."""
+
+MENTIONED = 0.05
+"""Share of the weights above which a kind of layer that is not rounded is mentioned."""
 
 
 def round_blocks(weight: Tensor, bits: int) -> Tensor:
@@ -84,7 +88,7 @@ class Rounded(nn.Module):
         return rounded + (weight - weight.detach())  # the difference is exactly 0
 
 
-def round_weights(network: nn.Module, bits: int) -> float:
+def round_weights(network: nn.Module, bits: int) -> None:
     """Let a network compute with rounded weights of its matrix products, in place.
 
     Linear layers are rounded; convolutions, embeddings, norms and biases stay as they are, and so
@@ -93,9 +97,6 @@ def round_weights(network: nn.Module, bits: int) -> float:
     Args:
         network: Network whose weights are trained rounded; its parameters remain not rounded.
         bits: Number of bits.
-
-    Returns:
-        Share of the parameters that are rounded.
 
     Raises:
         ValueError: No matrix products, adapters beside them, or weights that are not finite.
@@ -114,12 +115,42 @@ def round_weights(network: nn.Module, bits: int) -> float:
     for name, module in products.items():
         if not bool(module.weight.isfinite().all()):
             raise ValueError(f"weights must be finite to be rounded, got NaN or inf in {name}")
-    total = sum(parameter.numel() for parameter in network.parameters())
-    rounded = {id(module.weight): module.weight.numel() for module in products.values()}
     for module in products.values():
         rounding = Rounded(bits, not isinstance(module, nn.Linear))
         parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
-    return float(sum(rounded.values()) / total)
+
+
+def sizes_rounded(network: nn.Module) -> Counter[str]:
+    """Return numbers of parameters: those that `round_weights` rounds as "", others by their layer.
+
+    >>> sizes_rounded(nn.Sequential(nn.Conv2d(1, 8, 5, bias=False), nn.Linear(8, 10)))
+    Counter({'Conv2d': 200, '': 80, 'biases': 10})
+    """
+    own = {id(module.weight) for _, module in _products(network)}
+    sizes, seen = Counter[str](), set()
+    for module in network.modules():
+        kind = "biases" if _is_product(module) else type(module).__name__
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                sizes["" if id(parameter) in own else kind] += parameter.numel()
+                seen.add(id(parameter))
+    return sizes
+
+
+def describe_rounded(sizes: Counter[str], bits: int) -> str:
+    """Return which share of the weights is rounded, in words.
+
+    >>> describe_rounded(Counter({"Conv2d": 200, "": 80, "biases": 10}), 4)
+    '28 % of the weights are rounded to 4 bits; those of Conv2d (69 %) are not'
+    """
+    total = sizes.total()
+    others = [
+        f"{kind} ({100 * size / total:.0f} %)"
+        for kind, size in sizes.most_common()
+        if kind and size >= MENTIONED * total
+    ]
+    text = f"{100 * sizes[''] / total:.0f} % of the weights are rounded to {bits} bits"
+    return f"{text}; those of {', '.join(others)} are not" if others else text
 
 
 def plain(network: nn.Module) -> nn.Module:
@@ -170,75 +201,93 @@ def _kinds(network: nn.Module) -> str:
 
 
 def write_low_bits(source: Path, target: Path, bits: int) -> dict[str, int]:
-    """Write a graph with the weights of its matrix products in low bits.
+    """Write a float file with the weights of its matrix products in low bits.
+
+    Tables of embeddings are written in int8, as in an int8 file, or they would be most of it.
 
     Args:
-        source: ONNX file of the float network.
-        target: ONNX file to write.
+        source: File of float32.
+        target: File to create or replace.
         bits: Number of bits, 4 or 2.
 
     Returns:
-        Number of operators that compute in low bits, by kind.
+        Number of operators in low precision, by kind.
 
     Raises:
         ValueError: Bits that no operator has, a graph without a product by a constant matrix, or
             weights that are not finite.
+        OSError: The file cannot be written; a previous one is unchanged.
     """
     if bits not in WRITTEN:
         raise ValueError(
-            f"bits must be 4 or 2 to be written, got {bits}: onnxruntime has no operator with "
-            f"{bits}-bit weights, which can only be simulated"
+            f"deploy.bits must be 4 or 2 for a file, got {bits}: onnxruntime has no operator with "
+            f"weights of {bits} bits, which are only simulated"
         )
-    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model = onnx.load(fetch(source))
-    _check_finite(model, source)
-    with _quiet():
-        from onnxruntime.quantization.matmul_nbits_quantizer import (
-            DefaultWeightOnlyQuantConfig,
-            MatMulNBitsQuantizer,
-        )
-        from onnxruntime.quantization.onnx_model import ONNXModel
-
-        ONNXModel(model).replace_gemm_with_matmul()  # in place
-        config = DefaultWeightOnlyQuantConfig(
-            block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS, bits=bits
-        )
-        quantizer = MatMulNBitsQuantizer(model, algo_config=config)
-        quantizer.process()
-    written = quantizer.model.model
-    kinds = Counter(node.op_type for node in written.graph.node)
+    graph = load_graph(source)
+    _check_finite(graph.graph)
+    with tempfile.TemporaryDirectory(prefix="selfkd-") as folder, quiet():
+        written = _with_low_bits(graph, bits)
+        content = written.SerializeToString(deterministic=True)
+        if tables := _tables(written.graph):
+            file = Path(folder) / target.name
+            quantize_dynamic(
+                written, str(file), nodes_to_quantize=tables, weight_type=QuantType.QInt8
+            )
+            content = file.read_bytes()
+    kinds = Counter(node.op_type for node in nodes(written.graph))
     if not kinds["MatMulNBits"]:
-        heavy = sorted(kinds.keys() & {"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"})
+        heavy = kinds.keys() & {"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"}
         raise ValueError(
-            f"deploy.bits must be left out for {source.name}, got {bits}: its graph has no product "
-            f"by a constant matrix, only {', '.join(heavy or sorted(kinds))}"
+            f"deploy.bits must be left out for {source}, got {bits}: its graph has no product by a "
+            f"constant matrix, only {', '.join(sorted(heavy or kinds.keys()))}"
         )
-    replace(target, lambda name: Path(name).write_bytes(written.SerializeToString()))
-    return {"MatMulNBits": kinds["MatMulNBits"]}
+    replace(target, lambda temporary: Path(temporary).write_bytes(content))
+    found = {"MatMulNBits": kinds["MatMulNBits"], "Gather": len(tables)}
+    return {kind: number for kind, number in found.items() if number}
 
 
-def _check_finite(model: Any, source: Path) -> None:
-    """Raise ValueError for a constant of a graph with NaN or infinity."""
+def _with_low_bits(model: Any, bits: int) -> Any:
+    """Return a graph whose products by constant matrices have weights of low bits."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
+    )
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    ONNXModel(model).replace_gemm_with_matmul()  # in place
+    rule = DefaultWeightOnlyQuantConfig(
+        block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS, bits=bits
+    )
+    quantizer = MatMulNBitsQuantizer(model, algo_config=rule)
+    quantizer.process()
+    return quantizer.model.model
+
+
+def _tables(graph: Any) -> list[str]:
+    """Return the names of the nodes that look up rows of a constant matrix of their own."""
+    matrices = {tensor.name for tensor in graph.initializer if _is_matrix(tensor)}
+    readers = Counter(name for node in graph.node for name in node.input)
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "Gather" and node.input[0] in matrices and readers[node.input[0]] == 1
+    ]
+
+
+def _is_matrix(tensor: Any) -> bool:
+    """Whether a constant of a graph is a float matrix, or has more axes."""
+    return bool(tensor.data_type == tensor.FLOAT and len(tensor.dims) > 1)
+
+
+def _check_finite(graph: Any) -> None:
+    """Raise ValueError for a constant matrix of a graph with NaN or infinity."""
     import numpy as np
     from onnx import numpy_helper
 
-    for tensor in model.graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        if values.dtype.kind == "f" and values.ndim > 1 and not np.isfinite(values).all():
+    for tensor in filter(_is_matrix, graph.initializer):
+        if not np.isfinite(numpy_helper.to_array(tensor)).all():
             raise ValueError(
-                f"weights must be finite to be rounded, got NaN or inf in {tensor.name} of {source}"
+                f"weights must be finite to be rounded, got NaN or inf in {tensor.name}"
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what onnxruntime's quantiser prints to itself: its import sets up the root logger."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    logging.getLogger("onnxruntime.quantization").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)

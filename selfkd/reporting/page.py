@@ -22,6 +22,7 @@ from selfkd.reporting.figures.style import Figure, colour
 from selfkd.reporting.read import REPORT, Run, read_run
 from selfkd.reporting.sections import diagnostics
 from selfkd.reporting.sections.arms import capacity_sections, study_sections
+from selfkd.reporting.sections.deploy import deploy_sections
 from selfkd.reporting.sections.ensemble import ensemble_sections
 from selfkd.reporting.sections.gallery import Gallery, make_gallery
 from selfkd.reporting.sections.generations import generation_sections
@@ -35,6 +36,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Run], Iterable[Section]]]] = {
     "ensemble": ("many teachers, one student", ensemble_sections),
     "capacity": ("students of growing size", capacity_sections),
     "study": ("settings side by side", study_sections),
+    "deploy": ("a model that is served", lambda run: ()),
 }
 
 
@@ -156,7 +158,9 @@ def _asset(name: str) -> Markup:
 def run_page(run: Run) -> Page:
     """Return what the report of a run shows."""
     kind, make_sections = KINDS[run.command]
-    sections = [section for section in make_sections(run) if section.panels]
+    made = list(make_sections(run))
+    made[1:1] = deploy_sections(run)  # the figure of the first screen comes before it
+    sections = [section for section in made if section.panels or section.links]
     lead = sections.pop(0).panels[0] if sections and not sections[0].title else None
     return Page(
         kind=kind,

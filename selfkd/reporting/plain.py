@@ -6,11 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
+from selfkd.analysis.deploy import flat_row
 from selfkd.analysis.verdicts import format_difference
 from selfkd.reporting import words
+from selfkd.reporting.deploy_table import deploy_table
 from selfkd.results import (
     CapacitySummary,
+    DeploySummary,
     EnsembleSummary,
+    Facts,
     GenerationsSummary,
     Interval,
     Row,
@@ -23,6 +27,8 @@ from selfkd.results import (
 
 def headline(summary: Summary) -> str:
     """Return the verdict of a run in one sentence; empty where there is none."""
+    if isinstance(summary, DeploySummary):
+        return summary.sentences[0] if summary.sentences else ""
     verdict = summary.verdict
     return verdict.sentences[0] if verdict and verdict.sentences else ""
 
@@ -40,6 +46,8 @@ def plain_rows(summary: Summary) -> list[Row]:
         rows = list(_ensemble(summary))
     elif isinstance(summary, CapacitySummary):
         rows = list(_sizes(summary))
+    elif isinstance(summary, DeploySummary):
+        rows = [flat_row(row) for row in summary.rows]
     else:
         rows = list(_arms(summary))
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -53,6 +61,11 @@ def short_table(summary: Summary) -> list[list[str]]:
     The metric is that of the chosen models, the one that the means over fresh seeds are of; mean
     and gain stand beside their 95 % intervals.
     """
+    if isinstance(summary, DeploySummary):
+        table = deploy_table(summary, Facts(metric=summary.metric))
+        more = (n for n, name in enumerate(table.head) if name.startswith(("difference", "of its")))
+        width = next(more, len(table.head))
+        return [list(row[:width]) for row in (table.head, *table.rows)]
     rows = plain_rows(summary) or [{"name": ""}]
     metrics = [row.metric for row in getattr(summary, "confirmations", ())[:1]]
     metrics += [key for start in ("test_", "val_") for key in rows[0] if key.startswith(start)]
@@ -100,6 +113,8 @@ def confirmed_rows(summary: Summary) -> Sequence[Any]:
         return (*summary.confirmations, *summary.controls)
     if isinstance(summary, EnsembleSummary):
         return tuple(row for row in summary.rows if row.runs)
+    if isinstance(summary, DeploySummary):
+        return tuple(row for row in summary.rows if row.values)
     return summary.sizes if isinstance(summary, CapacitySummary) else summary.arms
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from selfkd.config import from_tree, load_yaml
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import COMMANDS, EXAMPLES
+from selfkd.reporting.rows import RowReader
 from selfkd.results import (
     FORMAT,
     CapacitySummary,
     Confirmation,
     ControlResult,
+    DeploySummary,
     Diagnostics,
     EnsembleSummary,
     Evaluation,
@@ -30,15 +32,14 @@ from selfkd.results import (
     TrialResult,
     Verdict,
     best_generation,
-    from_row,
 )
-from selfkd.storage.files import load_json, read_text
+from selfkd.storage.files import read_text
 
 Tree = Mapping[str, Any]
-T = TypeVar("T")
 REPORT = "report.html"
 ENVIRONMENT = "environment.json"
 TRIALS = "trial_*/result.json"
+DEPLOYED = "deploy/deploy.json"
 SIDE_BY_SIDE: Mapping[str, tuple[str, type[Any]]] = {
     "capacity": ("capacity_summary", CapacitySummary),
     "study": ("study_summary", StudySummary),
@@ -94,6 +95,7 @@ class Run:
         ensemble_summary: Summary of a run of `ensemble`.
         capacity_summary: Summary of a run of `capacity`.
         study_summary: Summary of a run of `study`.
+        deploy_summary: Summary of what was deployed of it.
         problems: Damaged files, each with what is wrong with it.
         missing: What it has not done yet; None of a finished run.
         label: Name where that of its folder is not enough.
@@ -117,6 +119,7 @@ class Run:
     ensemble_summary: EnsembleSummary | None = None
     capacity_summary: CapacitySummary | None = None
     study_summary: StudySummary | None = None
+    deploy_summary: DeploySummary | None = None
     problems: tuple[str, ...] = ()
     missing: str | None = None
     label: str = ""
@@ -231,7 +234,8 @@ def read_run(path: Path) -> Run:
         names = ", ".join(COMMANDS)
         raise ConfigError(f"RUN must be of selfkd.{names}, got {path / 'command'}: {started!r}")
     run = _Reader(path.absolute()).run()
-    if not (run.generations or run.stages or run.capacity_summary or run.study_summary):
+    found = (run.generations, run.stages, run.capacity_summary, run.study_summary)
+    if not (any(found) or run.deploy_summary):
         damaged = "".join(f"\n  {problem}" for problem in run.problems)
         raise ConfigError(
             f"RUN must have a result, got {path}, where no trial has ended yet{damaged}"
@@ -248,18 +252,24 @@ def _started(path: Path) -> str:
 class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._problems: list[str] = []
+        self._rows = RowReader(path)
+        self._problems = self._rows.problems
 
     def run(self) -> Run:
         path = self._path
         started = _started(path)
         config = self._config()
-        facts = self._row(Facts, "data.json")
-        starts = self._load(path / ENVIRONMENT)
+        facts = self._rows.row(Facts, "data.json")
+        starts = self._rows.load(path / ENVIRONMENT)
         if started in SIDE_BY_SIDE:
             own = self._side_by_side(*SIDE_BY_SIDE[started])
+        elif started == "deploy":
+            own = {"further": tuple(self._all_trials())}
         else:
             own = self._ensemble() if started == "ensemble" else self._born_again(config)
+        deployed = self._deployed()
+        if started == "deploy":
+            own["missing"] = None if deployed else "nothing is deployed yet"
         return Run(
             path=path,
             command=started,
@@ -268,9 +278,17 @@ class _Reader:
             starts=tuple(row for row in starts if isinstance(row, dict))
             if isinstance(starts, list)
             else (),
+            deploy_summary=deployed,
             problems=tuple(self._problems),
             **own,
         )
+
+    def _deployed(self) -> DeploySummary | None:
+        found = self._rows.row(DeploySummary, DEPLOYED)
+        if found is None or found.rows:
+            return found
+        self._problems.append(f"{self._path / DEPLOYED} is damaged: rows must not be empty")
+        return None
 
     def _config(self) -> Tree:
         path = self._path / "config.yaml"
@@ -291,7 +309,7 @@ class _Reader:
 
     def _born_again(self, config: Tree) -> dict[str, Any]:
         generations = tuple(self._generations())
-        summary = self._row(GenerationsSummary, "summary.json")
+        summary = self._rows.row(GenerationsSummary, "summary.json")
         done = sum(generation.result is not None for generation in generations)
         whole = summary is not None and 0 < done == len(summary.generations)
         found = summary if summary is not None and whole else GenerationsSummary(generations=())
@@ -303,7 +321,7 @@ class _Reader:
             "controls": found.controls,
             "verdict": found.verdict,
             "stopped": found.stopped,
-            "examples": self._row(Examples, EXAMPLES),
+            "examples": self._rows.row(Examples, EXAMPLES),
             "missing": missing,
         }
 
@@ -312,7 +330,7 @@ class _Reader:
             number = re.fullmatch(r"generation_(\d+)", folder.name)
             if number is None:
                 continue
-            result = self._row(GenerationResult, f"{folder.name}/result.json")
+            result = self._rows.row(GenerationResult, f"{folder.name}/result.json")
             trials = tuple(self._trials(folder))
             if result is None and not trials:
                 continue
@@ -325,7 +343,7 @@ class _Reader:
             )
 
     def _confirmation(self, name: str) -> Confirmation | None:
-        found = self._row(Confirmation, name)
+        found = self._rows.row(Confirmation, name)
         if found is not None and len(found.values) != len(found.seeds):
             counts = f"{len(found.values)} and {len(found.seeds)}"
             path = self._path / name
@@ -338,14 +356,14 @@ class _Reader:
     def _further(self) -> Iterator[TrialResult]:
         """Yield the trials that no generation chose among."""
         places = sorted(self._path.glob("generation_*/confirm/"))
-        for root in ("labels", "controls"):
+        for root in ("labels", "controls", "deploy"):
             places += sorted({path.parent.parent for path in (self._path / root).rglob(TRIALS)})
         for place in places:
             yield from self._trials(place)
 
     def _trials(self, folder: Path) -> Iterator[TrialResult]:
         for path in sorted(folder.glob(TRIALS)):
-            trial = self._row(TrialResult, str(path.relative_to(self._path)))
+            trial = self._rows.row(TrialResult, str(path.relative_to(self._path)))
             if trial is not None:
                 yield trial
 
@@ -357,8 +375,8 @@ class _Reader:
             for folder in sorted(self._path.iterdir())
             if folder.is_dir() and (trials := tuple(self._trials(folder)))
         }
-        members = self._row(Members, "members/result.json")
-        summary = self._row(EnsembleSummary, "summary.json")
+        members = self._rows.row(Members, "members/result.json")
+        summary = self._rows.row(EnsembleSummary, "summary.json")
         if summary is not None and not summary.rows:
             self._problems.append(
                 f"{self._path / 'summary.json'} is damaged: rows must not be empty"
@@ -375,7 +393,7 @@ class _Reader:
 
     def _side_by_side(self, name: str, kind: type[Any]) -> dict[str, Any]:
         """Return the summary of sizes or arms, and all trials."""
-        found = self._row(kind, "summary.json")
+        found = self._rows.row(kind, "summary.json")
         trials = tuple(self._all_trials())
         missing = None if found else f"no summary yet, {len(trials)} trials done"
         return {name: found, "further": trials, "missing": missing}
@@ -395,39 +413,6 @@ class _Reader:
     def _count(self, stages: Mapping[str, tuple[TrialResult, ...]]) -> str:
         counts = ", ".join(f"{len(rows)} of {name}" for name, rows in stages.items())
         return f"trials done: {counts or 'none'}"
-
-    def _load(self, path: Path) -> Any:
-        """Return what a JSON file holds; None where it is absent or damaged."""
-        return self._try(lambda: load_json(path) if path.is_file() else None, path)
-
-    def _try(self, read: Callable[[], Any], path: Path) -> Any:
-        try:
-            return read()
-        except ValueError as error:
-            self._problems.append(str(error).removesuffix(": remove it and resume"))
-        except OSError as error:
-            self._problems.append(f"{path} cannot be read: {error.strerror}")
-        return None
-
-    def _row(self, kind: type[T], name: str) -> T | None:
-        """Return a row without its damaged fields; None where there is none, or none without them.
-
-        Each damaged field becomes a problem.
-        """
-        path = self._path / name
-        raw, whole = self._load(path), True
-        while raw is not None:
-            try:
-                return from_row(kind, raw)
-            except ValueError as error:
-                field = re.split(r"[.:]", str(error), maxsplit=1)[0]
-                absent = not isinstance(raw, dict) or field not in raw
-                if whole or not absent:
-                    self._problems.append(f"{path} is damaged: {error}")
-                if absent:  # a required field, in vain dropped or not there at all
-                    return None
-                raw, whole = {key: value for key, value in raw.items() if key != field}, False
-        return None
 
 
 def _missing(

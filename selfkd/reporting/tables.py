@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from selfkd.reporting import words
+from selfkd.reporting.deploy_table import deploy_table
 from selfkd.reporting.read import DISTILL, Generation, Run
+from selfkd.reporting.table import Table as Table
 from selfkd.results import (
     CapacitySummary,
     Evaluation,
@@ -22,46 +23,11 @@ from selfkd.results import (
     key_on_test,
     with_agreement,
 )
-from selfkd.text import one_line
 
 FURTHER = Facts().further
 """Further metrics of what is not said."""
 MOST_ROWS = 200
 """Number of rows after which a table of classes or trials is cut."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Texts in rows; the first column names the row."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    texts: bool = False
-    """Whether the cells are words, which are aligned to the left."""
-    rules: tuple[int, ...] = ()
-    """Rows above which a terminal draws a rule."""
-
-    def __post_init__(self) -> None:
-        """Make each cell one line without control characters, as names and errors are foreign."""
-        object.__setattr__(self, "head", tuple(map(one_line, self.head)))
-        rows = tuple(tuple(map(one_line, row)) for row in self.rows)
-        object.__setattr__(self, "rows", rows)
-
-    def without_empty(self) -> Table:
-        """Return the table without empty columns."""
-        kept = [
-            place
-            for place in range(len(self.head))
-            if place == 0 or any(row[place] for row in self.rows)
-        ]
-        return Table(
-            tuple(self.head[place] for place in kept),
-            tuple(tuple(row[place] for place in kept) for row in self.rows),
-            self.note,
-            self.texts,
-            self.rules,
-        )
 
 
 def results_table(run: Run) -> Table:
@@ -72,6 +38,8 @@ def results_table(run: Run) -> Table:
         return capacity_table(run.capacity_summary, run.data.metric)
     if run.study_summary is not None:
         return study_table(run.study_summary, run.data.metric)
+    if run.command == "deploy" and run.deploy_summary is not None:
+        return deploy_table(run.deploy_summary, run.data)
     return generations_table(run) if run.generations else cost_table(run)
 
 
@@ -229,9 +197,11 @@ def cost_table(run: Run) -> Table:
     ]
     rows += [_cost_row(name, trials) for name, trials in run.stages.items()]
     seeds = [trial for trial in run.further if trial.stage.startswith("confirm")]
-    others = [trial for trial in run.further if not trial.stage.startswith("confirm")]
+    deployed = [trial for trial in run.further if trial.stage.startswith("deploy")]
+    others = [trial for trial in run.further if not trial.stage.startswith(("confirm", "deploy"))]
     name = "controls" if run.command == "generations" else "further models"
-    for title, trials in (("fresh seeds", seeds), (name if rows else "models", others)):
+    further = (("fresh seeds", seeds), (name if rows else "models", others))
+    for title, trials in (*further, ("deployment", deployed)):
         if trials:
             rows.append(_cost_row(title, trials))
     wall = wall_seconds(run)

@@ -202,6 +202,9 @@ def headlines(run: Run) -> list[str]:
     if run.study_summary is not None:
         verdict = run.study_summary.verdict
         return [sentence(line) for line in verdict.sentences] if verdict else []
+    if run.command == "deploy":
+        deployed = run.deploy_summary
+        return [] if deployed is None else [sentence(line) for line in deployed.sentences]
     return list(_of_generations(run))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, TrainConfig
 from selfkd.deployment.reshape import PRUNED, reshape
+from selfkd.distill.outputs import take_logits
 from selfkd.losses import Average, ensemble_logits
 from selfkd.results import CachedFormat, from_row
 from selfkd.soft_targets.manifest import Manifest
@@ -141,7 +142,8 @@ class Averaged(nn.Module):
     """The average of trained networks.
 
     Args:
-        members: Networks from the same inputs to logits of the same outputs.
+        members: Networks from the same inputs to logits of the same outputs, or to an output with
+            logits.
         average: What is averaged.
         weights: Weight of each; all alike when None.
     """
@@ -156,6 +158,8 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return logits `[batch, outputs]`."""
-        logits = torch.stack([member(inputs) for member in self.members])
-        return ensemble_logits(logits, average=self._average, weights=self._weights)
+        """Return logits `[batch, outputs]`, of tokens `[batch, length, outputs]`."""
+        found = [take_logits(member(inputs), "member") for member in self.members]
+        rows = torch.stack(found).flatten(1, -2)
+        logits = ensemble_logits(rows, average=self._average, weights=self._weights)
+        return logits.reshape(found[0].shape)

@@ -169,6 +169,24 @@ class Task(Protocol):
     def interface(self) -> Interface:
         """Return what a network of this data takes and gives when it is exported."""
 
+    def combined(
+        self,
+        checkpoints: Sequence[str],
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> nn.Module:
+        """Return what is exported: the network of a checkpoint, or the average of several as one.
+
+        Args:
+            checkpoints: File of each; inputs and outputs are like those of the first.
+            average: What of several is averaged.
+            weights: Weight of each; all alike when not given.
+
+        Raises:
+            ValueError: One is not a single network, such as a generalist with its specialists.
+        """
+
     def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
         """Return inputs of evenly spaced items of a split, without augmentation.
 

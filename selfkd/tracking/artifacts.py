@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.config import Config
-from selfkd.results import GenerationResult, Row, is_measured
+from selfkd.results import STUDENT, DeploySummary, GenerationResult, Row, is_measured
 from selfkd.storage.files import fetch, load_json
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tracking.run import LoggedRun, make_artifact
@@ -71,6 +71,27 @@ class Artifacts:
             path = model.checkpoint
             found.append((alias, self.model(self._folder / path, facts) if path else None))
         return found
+
+    def deployed(self, summary: DeploySummary, file: Path) -> tuple[Make, Make | None]:
+        """Return the makers of the artifact of what is served, and of the model it was made of.
+
+        Args:
+            summary: What was deployed.
+            file: File of the summary, which is put beside those that are served.
+        """
+        named = {name: self._folder / path for name, path in summary.files.items()}
+        named[file.name] = file
+        files = {name: fetch(path) for name, path in named.items() if path.exists()}
+        facts = {"data": self._config.data.name, "hash": summary.model, "served": summary.served}
+
+        def make() -> Any:
+            name = f"{self._name}-deployed"
+            return make_artifact(name, "model", facts=facts, files=files)
+
+        student = self._folder / STUDENT  # of an ensemble, which no generation has
+        if summary.model and summary.model not in self._models and student.exists():
+            self.model(student, {"hash": summary.model})
+        return make, self._models.get(summary.model)
 
     def use(self, run: LoggedRun | None, teachers: Sequence[str], keeper: LoggedRun | None) -> None:
         """Log that a run uses teachers, and their cached logits where there are any.

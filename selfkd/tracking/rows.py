@@ -6,13 +6,17 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from selfkd.analysis.deploy import flat_row
+from selfkd.config import Config, to_tree
 from selfkd.results import (
     TIE,
     Confirmation,
+    DeploySummary,
     Epoch,
     GenerationResult,
     Interval,
     Row,
+    Trial,
     TrialResult,
     find_main,
     find_metric,
@@ -51,6 +55,19 @@ def short_id(run_id: str) -> str:
 def epoch_row(epoch: Epoch) -> Row:
     """Return the logged values of an epoch."""
     return {"epoch": epoch.epoch, "seconds": epoch.seconds, **epoch.metrics}
+
+
+def trial_config(config: Config, trial: Trial) -> Row:
+    """Return the config of a trial, without what it does not use."""
+    found: Row = to_tree(config.at(trial.point))
+    soft = trial.teachers and found["distill"]["mode"] == "tokens"
+    if not soft:  # what the trial does not set itself, it does not use
+        for key in ("temperature", "alpha"):
+            if f"distill.{key}" not in trial.point:
+                del found["distill"][key]
+    found |= {"trial": trial.trial, "teachers": list(trial.teachers), "trial_seed": trial.seed}
+    generation = trial.stage.partition("-")[2]
+    return found | ({"generation": int(generation)} if generation.isdigit() else {})
 
 
 def trial_summary(trial: TrialResult) -> Row:
@@ -167,6 +184,31 @@ def confirmation_row(confirmation: Confirmation) -> Row:
     }
     given = {"confirmed/seeds": 1} if confirmation.given else {}
     return {"generation": confirmation.generation, **intervals(named), **given}
+
+
+def deploy_rows(summary: DeploySummary) -> list[Row]:
+    """Return the table of a deployment, all rows with the same keys."""
+    rows = [flat_row(row) for row in summary.rows]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    known = [key for key in keys if any(row.get(key) is not None for row in rows)]
+    return [{key: row.get(key) for key in known} for row in rows]
+
+
+def deploy_summary(summary: DeploySummary) -> Row:
+    """Return the numbers of a deployment to sort a table of runs by, each with its row's key.
+
+    >>> from selfkd.results import DeployRow
+    >>> row = DeployRow(key="int8", title="ONNX int8", bytes=9)
+    >>> deploy_summary(
+    ...     DeploySummary(model="a", title="b", metric="nll", rows=(row,), served="int8", drop=0.5)
+    ... )
+    {'served': 'int8', 'exceeded': False, 'drop': 0.5, 'int8/bytes': 9}
+    """
+    found: Row = {"served": summary.served, "exceeded": summary.exceeded, "drop": summary.drop}
+    for row in summary.rows:
+        plain = flat_row(row)
+        found |= {f"{row.key}/{name}": plain[name] for name in plain if name != "name"}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def confirmation_summary(confirmation: Confirmation) -> Row:

@@ -106,20 +106,28 @@ def make_html(page: str) -> Any:
     return wandb.Html(page, inject=False, data_is_not_path=True)
 
 
+def make_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a table for W&B, of rows that all have the same keys."""
+    return wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+
+
 def make_artifact(
     name: str,
     type: str,
     *,
     facts: Mapping[str, Any],
     file: Path | None = None,
+    files: Mapping[str, Path] | None = None,
     folder: Path | None = None,
     reference: str | None = None,
     description: str | None = None,
 ) -> Any:
-    """Return an artifact of a file or folder, which stays where it is, or of a reference."""
+    """Return an artifact of files or a folder, which stay where they are, or of a reference."""
     artifact = wandb.Artifact(name, type, description=description, metadata=dict(facts))
     if file is not None:
         artifact.add_file(str(file), policy="immutable")
+    for name_in_it, each in (files or {}).items():
+        artifact.add_file(str(each), name=name_in_it, policy="immutable")
     if folder is not None:
         artifact.add_dir(str(folder), policy="immutable")
     if reference is not None:

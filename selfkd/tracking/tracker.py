@@ -16,6 +16,7 @@ from selfkd.errors import describe_error
 from selfkd.results import (
     STUDENT,
     Confirmation,
+    DeploySummary,
     EnsembleSummary,
     Epoch,
     Event,
@@ -29,7 +30,6 @@ from selfkd.results import (
     TrialFinished,
     TrialProgressed,
     TrialResult,
-    Verdict,
     best_generation,
     find_main,
     to_row,
@@ -43,11 +43,14 @@ from selfkd.tracking.rows import (
     best_and_last,
     confirmation_row,
     confirmation_summary,
+    deploy_rows,
+    deploy_summary,
     epoch_row,
     generation_row,
     intervals,
     short_id,
     short_name,
+    trial_config,
     trial_rank,
     trial_summary,
     validation_summaries,
@@ -62,6 +65,8 @@ log = logging.getLogger(__name__)
 Plots = Callable[[Path], Mapping[str, str]]
 SHOW_SECONDS = 5.0
 """Time after which it is said what is still to be written at the end."""
+DEPLOYED = "deploy/deploy.json"
+"""File of the summary of a deployment, in the run folder."""
 LEDGER = "done.txt"
 """File in W&B's folder that lists the runs that are whole."""
 
@@ -212,24 +217,13 @@ class WandbTracker(NoTracker):
     def _trial(self, trial: Trial) -> LoggedRun:
         run_id = self._id(trial.stage, trial.trial)
         if run_id not in self._trials:
-            config = to_tree(self._config.at(trial.point))
-            soft = trial.teachers and config["distill"]["mode"] == "tokens"
-            if not soft:  # what the trial does not set itself, it does not use
-                for key in ("temperature", "alpha"):
-                    if f"distill.{key}" not in trial.point:
-                        del config["distill"][key]
-            config |= {"trial": trial.trial, "teachers": list(trial.teachers)}
-            config["trial_seed"] = trial.seed
-            generation = trial.stage.partition("-")[2]
-            if generation.isdigit():
-                config["generation"] = int(generation)
             search = self._config.search
             run = self._session.open(
                 run_id,
                 name=short_name(trial.stage, trial.trial),
                 axis="epoch",
                 job_type=trial.stage,
-                config=config,
+                config=trial_config(self._config, trial),
                 tags=self._tags(trial.stage),
                 summaries={"loss": "min", **validation_summaries(search.metric, search.mode)},
             )
@@ -238,12 +232,12 @@ class WandbTracker(NoTracker):
             self._epochs[run_id] = -1
         return self._trials[run_id]
 
-    def _open_whole(self, kind: str, *, axis: str) -> LoggedRun:
+    def _open_whole(self, kind: str, *, axis: str, name: str | None = None) -> LoggedRun:
         if self._whole is None:
             search = self._config.search
             self._whole = self._session.open(
                 f"{self._run_id}-{kind}",
-                name=self._name,
+                name=name or self._name,
                 axis=axis,
                 job_type=kind,
                 config=to_tree(self._config),
@@ -273,6 +267,8 @@ class WandbTracker(NoTracker):
                 self._work.put(lambda: self._judge(of_generations))
             case RunFinished(EnsembleSummary() as summary):
                 self._work.put(lambda: self._ensemble(summary))
+            case RunFinished(DeploySummary() as deployed):
+                self._work.put(lambda: self._deploy(deployed))
 
     def _report(self, trial: Trial, epochs: Sequence[Epoch]) -> None:
         run, run_id = self._trial(trial), self._id(trial.stage, trial.trial)
@@ -354,14 +350,14 @@ class WandbTracker(NoTracker):
         for confirmation in summary.confirmations:
             if confirmation.generation == summary.best:
                 self._whole.do(_summarise(confirmation_summary(confirmation)))
-        self._say(self._whole, summary.verdict)
+        self._say(self._whole, summary.verdict.sentences if summary.verdict else ())
 
-    def _say(self, run: LoggedRun, verdict: Verdict | None) -> None:
+    def _say(self, run: LoggedRun, sentences: Sequence[str]) -> None:
         """Log a verdict: the headline in the summary, all of it as notes."""
-        if verdict is not None and verdict.sentences:
-            self._verdict = verdict.sentences[0]
+        if sentences:
+            self._verdict = sentences[0]
             run.do(_summarise({"verdict": self._verdict}))
-            run.do(_note("\n".join(verdict.sentences)))
+            run.do(_note("\n".join(sentences)))
 
     def _ensemble(self, summary: EnsembleSummary) -> None:
         """Log the table of an ensemble and its student, a step a row, and the gain."""
@@ -374,11 +370,25 @@ class WandbTracker(NoTracker):
         if (tested := f"test_{find_main(student.metrics)}") in student.metrics:
             found[f"student_{tested}"] = student.metric(tested)
         run.do(_summarise(found))
-        self._say(run, summary.verdict)
+        self._say(run, summary.verdict.sentences)
         path = self._run_folder / STUDENT
         model = self._artifacts.model(path, to_row(summary.chosen))
         if model is not None:
             run.add_artifact(model)
+
+    def _deploy(self, summary: DeploySummary) -> None:
+        """Log the table of a deployment, and its files as one artifact."""
+        run = self._open_whole("deploy", axis="row", name="deploy")
+        rows = deploy_rows(summary)
+        for number, row in enumerate(rows):
+            run.do(_log({"row": number, **{k: v for k, v in row.items() if v is not None}}))
+        run.do(lambda run: run.log({"forms": self._show.make_table(rows)}), extra="table")
+        run.do(_summarise(deploy_summary(summary)))
+        self._say(run, summary.sentences)
+        made, used = self._artifacts.deployed(summary, self._run_folder / DEPLOYED)
+        if used is not None:
+            run.add_artifact(used, used=True)
+        run.add_artifact(made, aliases=["deployed"])
 
     def _end(self) -> None:
         """Log the report of the run folder and its plots; send an alert where one is wanted."""

@@ -31,7 +31,6 @@ from selfkd.storage.files import fetch, replace
 from selfkd.storage.remote import as_path
 from selfkd.storage.temporary import TemporaryFolder
 from selfkd.tasks import make_task
-from selfkd.tasks.common import Averaged
 from selfkd.tasks.task import SPLITS, Split, Task
 from selfkd.training.functions import load_function
 from selfkd.worker.evaluate import compare_errors, weights_of
@@ -98,11 +97,10 @@ class Source:
         """Return the network, in eval mode."""
         if self._make_model is not None:
             return _load_own(self._make_model, self._checkpoints[0]).eval()
-        networks = [network for path in self._checkpoints for network in self.task.networks(path)]
-        if len(self._checkpoints) == 1:
-            (network,) = networks
-            return network.eval()
-        return Averaged(networks, self._average, self._weights).eval()
+        network = self.task.combined(
+            self._checkpoints, average=self._average, weights=self._weights
+        )
+        return network.eval()
 
 
 def _load_own(reference: str, checkpoint: str) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from selfkd.config import Tree
-from selfkd.deployment.low_bits import plain, round_weights
+from selfkd.deployment.low_bits import describe_rounded, plain, round_weights, sizes_rounded
 from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
@@ -22,19 +22,22 @@ def round_checkpoint(config: Tree, checkpoint: str, bits: int, save: str) -> Ite
         save: File for the rounded model.
 
     Yields:
-        `hash` of the rounded model and `share` of its parameters that are rounded, or the user's
-        mistake.
+        `hash` of the rounded model, the `share` of its parameters that are rounded, and `remarks`
+        on it; or the user's mistake.
     """
     network, _ = make_task(config).load(checkpoint)
     facts = load_tensors(as_path(checkpoint))[1]
     del facts["hash"]
+    sizes = sizes_rounded(network)
     try:
-        share = round_weights(network, bits)
+        round_weights(network, bits)
     except ValueError as error:
         yield {"fault": str(error)}
         return
     tensors = plain(network).state_dict()
-    yield {"hash": save_tensors(as_path(save), tensors, facts | {"bits": bits}), "share": share}
+    digest = save_tensors(as_path(save), tensors, facts | {"bits": bits})
+    share = sizes[""] / sizes.total()
+    yield {"hash": digest, "share": share, "remarks": [describe_rounded(sizes, bits)]}
 
 
 JOBS: dict[str, Callable[..., Iterator[Row]]] = {"round_checkpoint": round_checkpoint}

@@ -22,7 +22,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from selfkd.config import Config, load_config, to_tree
-from selfkd.deployment.low_bits import plain, round_blocks, round_weights, write_low_bits
+from selfkd.deployment.low_bits import (
+    describe_rounded,
+    plain,
+    round_blocks,
+    round_weights,
+    sizes_rounded,
+    write_low_bits,
+)
 from selfkd.results import Row
 from selfkd.storage import files
 from selfkd.storage.checkpoint import load_tensors
@@ -107,6 +114,33 @@ def test_weights_are_rounded_as_the_formula_says(bits: int) -> None:
     assert torch.equal(round_blocks(rounded, bits), rounded)
 
 
+def test_tables_are_in_int8_unless_a_product_has_them_too(tmp_path: Path) -> None:
+    table = draw(500, 64)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["i"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "i"], ["a"], name="look_up"),
+        helper.make_node("MatMul", ["a", "w"], ["y"]),
+    ]
+    weights, target = {"table": table, "w": draw(64, 3, seed=1)}, tmp_path / "low.onnx"
+    source = save_graph(tmp_path / "float.onnx", nodes, weights, x=["b"], y=["b", 3])
+    assert write_low_bits(source, target, 4) == {"MatMulNBits": 1, "Gather": 1}
+    assert target.stat().st_size < table.numel() * 1.1
+    assert torch.equal(written_weights(target)[0], round_blocks(weights["w"].T, 4))
+    found = onnxruntime.InferenceSession(target).run(None, {"x": np.arange(500, dtype=np.float32)})
+    expected = table @ round_blocks(weights["w"].T, 4).T
+    np.testing.assert_allclose(found[0], expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+
+    shared = [
+        *nodes[:2],
+        helper.make_node("MatMul", ["a", "w"], ["c"]),
+        helper.make_node("Transpose", ["table"], ["t"]),
+        helper.make_node("MatMul", ["c", "t"], ["y"]),
+    ]
+    weights["w"] = draw(64, 64)
+    source = save_graph(tmp_path / "tied.onnx", shared, weights, x=["b"], y=["b", 500])
+    assert write_low_bits(source, target, 4) == {"MatMulNBits": 1}
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-40])
 def test_a_block_without_a_scale_is_zero(value: float) -> None:
     assert torch.equal(round_blocks(torch.full((1, 32), value), 4), torch.zeros(1, 32))
@@ -118,7 +152,7 @@ def test_a_block_without_a_scale_is_zero(value: float) -> None:
 def test_gradients_pass_as_if_the_weights_were_not_rounded() -> None:
     layer, inputs = nn.Linear(70, 4), draw(5, 70)
     master = layer.weight
-    assert round_weights(layer, 3) == 280 / 284
+    round_weights(layer, 3)
     assert torch.equal(layer.weight, round_blocks(master, 3))
     layer(inputs).square().sum().backward()
     other = plain(layer)
@@ -149,6 +183,15 @@ def test_linear_layers_alone_are_rounded_along_their_inputs() -> None:
     assert changed == {"linear.weight", "transposed.weight"}
     assert torch.equal(after["linear.weight"], round_blocks(before["linear.weight"], 4))
     assert torch.equal(after["transposed.weight"], round_blocks(before["transposed.weight"].T, 4).T)
+
+
+def test_what_stays_float_is_described() -> None:
+    tied = nn.Sequential(nn.Embedding(90, 8), nn.Linear(8, 90, bias=False), nn.Linear(8, 10))
+    tied[1].weight = tied[0].weight
+    text = describe_rounded(sizes_rounded(tied), 2)
+    assert text == "10 % of the weights are rounded to 2 bits; those of Embedding (89 %) are not"
+    sizes = sizes_rounded(nn.Linear(90, 90))
+    assert describe_rounded(sizes, 3) == "99 % of the weights are rounded to 3 bits"
 
 
 def test_a_network_without_rounded_weights_is_plain() -> None:
@@ -184,7 +227,8 @@ def test_the_quantiser_is_silent(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    write_low_bits(product(tmp_path / "a.onnx", draw(40, 2)), tmp_path / "b.onnx", 4)
+    product(tmp_path / "a.onnx", draw(40, 2))
+    write_low_bits(tmp_path / "a.onnx", tmp_path / "b.onnx", 4)
     assert logging.getLogger().handlers == []
     assert capfd.readouterr() == ("", "")
 
@@ -222,9 +266,9 @@ def test_networks_that_cannot_be_rounded(network: nn.Module, message: str) -> No
 
 def test_graphs_that_cannot_be_written(tmp_path: Path) -> None:
     source, target = product(tmp_path / "float.onnx", draw(40, 2)), tmp_path / "low.onnx"
-    with pytest.raises(ValueError, match="bits must be 4 or 2 to be written, got 3: onnxruntime"):
+    with pytest.raises(ValueError, match="bits must be 4 or 2 for a file, got 3: onnxruntime"):
         write_low_bits(source, target, 3)
-    with pytest.raises(ValueError, match=r"got NaN or inf in w of .*float.onnx"):
+    with pytest.raises(ValueError, match=r"got NaN or inf in w$"):
         write_low_bits(product(source, torch.full((40, 2), torch.nan)), target, 4)
     node = helper.make_node("Conv", ["x", "w"], ["y"])
     shapes = {"x": ["b", 1, 8, 8], "y": ["b", 2, 6, 6]}
@@ -309,7 +353,10 @@ def test_a_checkpoint_is_rounded_without_training(config: Config, tmp_path: Path
     list(task.train(trial))
     (row,) = round_checkpoint(to_tree(config), str(trial.path), 3, str(save))
     network, facts = task.load(str(trial.path))
-    assert row["share"] == round_weights(network, 3)
+    sizes = sizes_rounded(network)
+    assert row["share"] == sizes[""] / sum(p.numel() for p in network.parameters())
+    assert row["remarks"] == [describe_rounded(sizes, 3)]
+    round_weights(network, 3)
     tensors, found = load_tensors(save)
     assert found == {**load_tensors(trial.path)[1], "bits": 3, "hash": row["hash"]}
     assert asdict(facts)["model"] == found["model"]

@@ -29,11 +29,21 @@ from browser import (
     screenshot,
     show,
 )
-from run_folders import DATA, PICTURE, capacity_run, ensemble_run, generations_run, study_run
+from run_folders import (
+    DATA,
+    PICTURE,
+    add_deployment,
+    capacity_run,
+    deploy_run,
+    ensemble_run,
+    generations_run,
+    study_run,
+)
 from selenium.webdriver import Chrome
 from selenium.webdriver.support.wait import WebDriverWait
 
 from selfkd.errors import ConfigError
+from selfkd.reporting import words
 from selfkd.reporting.comparison_page import comparison_page
 from selfkd.reporting.page import render, write_report
 from selfkd.reporting.read import read_run
@@ -50,8 +60,8 @@ from selfkd.storage.files import save_json
 from selfkd.storage.rows import load_row, save_row
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-PAGES = ("generations", "ensemble", "capacity", "study", "going", "bare", "comparison")
-FEWEST = {"capacity": 1, "study": 1}  # figures
+PAGES = ("generations", "ensemble", "capacity", "study", "deploy", "going", "bare", "comparison")
+FEWEST = {"capacity": 1, "study": 1, "deploy": 1}  # figures
 Make = Callable[[Path], Path]
 COMPARED = ("generations", "ensemble", "going", "bare")
 browser_needed = pytest.mark.skipif(
@@ -69,9 +79,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "ensemble": ensemble_run(folder / "ensemble"),
         "capacity": capacity_run(folder / "capacity"),
         "study": study_run(folder / "study"),
+        "deploy": deploy_run(folder / "deploy"),
         "going": generations_run(folder / "going", rounds=4, done=2),
         "bare": generations_run(folder / "bare", seeds=0, diagnostics=False, rounds=8),
     }
+    add_deployment(runs["ensemble"])
     made = {name: write_report(path) for name, path in runs.items()}
     made["comparison"] = folder / "comparison.html"
     made["comparison"].write_text(
@@ -314,6 +326,20 @@ def test_a_small_file_without_an_address_to_load_from(pages: dict[str, Path]) ->
         assert not re.findall(
             r"https?://|url\(|@import|<link(?! rel=\"icon\" href=\"data:,\")", page
         )
+
+
+def test_what_was_deployed_has_its_table_its_words_and_links_to_its_files(tmp_path: Path) -> None:
+    path = generations_run(tmp_path / "run")
+    made = add_deployment(path)
+    files = {"int8.onnx": "deploy/int8.onnx", "b": "javascript:alert(1)"}
+    save_row(path / "deploy" / "deploy.json", replace(made, files=files))
+    text = write_report(path).read_text()
+    places = [text.index(f">{title}</h2>") for title in ("Deployed", "Size and time", "Learning")]
+    assert places == sorted(places)
+    assert '<a href="./deploy/int8.onnx">int8.onnx</a>' in text
+    assert '<a href="./javascript%3Aalert%281%29">b</a>' in text
+    assert f"<li>{words.sentence(made.sentences[0])}</li>" in unescape(text)
+    assert text.count("pruned, distilled</th>") == 2  # in both tables
 
 
 def test_the_verdict_of_the_run_is_its_first_sentence(tmp_path: Path) -> None:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import ensemble_run, generations_run
+from run_folders import (
+    add_deployment,
+    capacity_run,
+    deploy_run,
+    ensemble_run,
+    generations_run,
+    study_run,
+)
 
 from selfkd.errors import ConfigError
 from selfkd.reporting.read import read_run
@@ -64,6 +73,46 @@ def test_a_run_that_stopped_by_itself_is_finished(tmp_path: Path) -> None:
     run = read_run(path)
     assert run.finished
     assert run.stopped == "no gain twice in a row"
+
+
+@pytest.mark.parametrize("make", [generations_run, ensemble_run, capacity_run, study_run])
+def test_what_was_deployed_of_a_run(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    before = read_run(make(tmp_path / "run"))
+    made = add_deployment(tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    assert run.deploy_summary == made
+    assert replace(run, deploy_summary=None) == before
+
+
+def test_a_deployment_of_a_file_is_a_run_of_its_own(tmp_path: Path) -> None:
+    path = deploy_run(tmp_path / "run")
+    run = read_run(path)
+    assert run.finished
+    assert run.deploy_summary is not None
+    (path / "deploy" / "deploy.json").unlink()
+    with pytest.raises(ConfigError, match="must have a result"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "deploy.json is damaged"),
+        ('{"rows": []}', "deploy.json is damaged: model"),
+        ('{"model": "", "title": "a", "metric": "accuracy", "served": "", "rows": []}',
+         "rows must not be empty"),
+        ('{"model": "", "title": "a", "metric": "accuracy", "served": "", "rows": [],'
+         '"files": {"int8.onnx": "../../etc/passwd"}}', "must be a file within the run folder"),
+    ],
+)  # fmt: skip
+def test_a_damaged_deployment_is_a_problem(text: str, problem: str, tmp_path: Path) -> None:
+    path = generations_run(tmp_path / "run")
+    add_deployment(path)
+    (path / "deploy" / "deploy.json").write_text(text)
+    run = read_run(path)
+    assert run.deploy_summary is None
+    assert any(problem in line for line in run.problems)
+    assert len(run.results) == 3
 
 
 def test_a_run_of_an_ensemble(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ class Section:
     """Title; empty of the panel that stands on the first screen."""
     panels: tuple[Panel, ...]
     text: str = ""
+    findings: Sequence[str] = ()
+    """Sentences below the title."""
+    links: Sequence[tuple[str, str]] = ()
+    """Files by name, with their addresses beside the report."""
 
 
 def measure(run: Run) -> Measure:

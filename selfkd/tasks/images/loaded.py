@@ -125,7 +125,7 @@ class _Member(nn.Module):
         self._facts = [part.facts for part in others]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        logits = self.teacher.to(inputs.device)(inputs)
+        logits = self.teacher(inputs)
         found = []
         for specialist, facts in zip(self.specialists, self._facts, strict=True):
             own = specialist(inputs)

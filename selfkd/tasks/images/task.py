@@ -32,6 +32,7 @@ from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
 from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of, spread
 from selfkd.tasks.images import evaluate
+from selfkd.tasks.images.loaded import load_average
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
@@ -285,6 +286,30 @@ class ImageTask(ImageNetworks):
     def interface(self) -> Interface:
         """Return what a network of these images takes and gives when it is exported."""
         return Interface(input="images")
+
+    def combined(
+        self,
+        checkpoints: Sequence[str],
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> nn.Module:
+        """Return the network of a checkpoint, or the average of several as one.
+
+        Raises:
+            ValueError: One is a generalist with its specialists.
+        """
+        for checkpoint in checkpoints:
+            if as_path(checkpoint).suffix == ".json":
+                raise ValueError(
+                    f"{checkpoint} cannot be exported: it is a generalist with its specialists, "
+                    "and which of them predict depends on the image. Distil a student of them: "
+                    "python -m selfkd.ensemble"
+                )
+        if len(checkpoints) == 1:
+            return self.load(checkpoints[0])[0]
+        found = load_average(checkpoints, average=average, weights=weights)
+        return found.network.to(self.device)
 
     def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
         """Return images `[items, channels, height, width]`, normalised like a checkpoint's."""

@@ -238,13 +238,14 @@ def match(
     Args:
         data: Text, of whose examples at most 500 are tried.
         split: Split of the examples.
-        networks: Language model, or the members of an ensemble.
+        networks: Language model, or the members of an ensemble; one that only predicts, as an
+            exported one does, is followed token by token.
         average: Average of the members.
         weights: Weight of each member; all alike when not given.
     """
     numbers = spread(len(data.examples[split]), CHECKED)
     prompts = data.splits[split].prompts(numbers)
-    if len(networks) == 1:
+    if len(networks) == 1 and hasattr(networks[0], "generate"):
         written = generate(
             networks[0], prompts, end=data.end, context=data.context, seed=0, greedy=True
         )
@@ -293,7 +294,7 @@ def _follow(
     weights: Sequence[float] | None,
 ) -> Iterator[Tensor]:
     """Yield what the average of models finds most probable after each prompt, token by token."""
-    device = next(networks[0].parameters()).device
+    device = next((tensor.device for tensor in networks[0].parameters()), torch.device("cpu"))
     size = max(SCORED_VALUES // (data.context * data.vocabulary), 1)
     for start in range(0, len(prompts), size):
         own = prompts[start : start + size]

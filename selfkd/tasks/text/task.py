@@ -20,7 +20,7 @@ from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
 from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
-from selfkd.tasks.common import describe_cached, optimizer_of, spread
+from selfkd.tasks.common import Averaged, describe_cached, optimizer_of, spread
 from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.cached import caches_logits
@@ -264,6 +264,17 @@ class TextTask(TextNetworks):
             longest={"length": context},
             timed=(1, min(most, 128)),
         )
+
+    def combined(
+        self,
+        checkpoints: Sequence[str],
+        *,
+        average: Average = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> nn.Module:
+        """Return the network of a checkpoint, or the average of several as one."""
+        first, *others = [self.load(checkpoint)[0] for checkpoint in checkpoints]
+        return Averaged([first, *others], average, weights) if others else first
 
     def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
         """Return windows of tokens `[items, context]`, padded at their ends."""

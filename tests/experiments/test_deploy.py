@@ -1,0 +1,191 @@
+"""The recipe of deployment, in this process: real exports, real files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfkd.config import load_config, to_tree
+from selfkd.deploy import _command as deploy_command
+from selfkd.errors import ConfigError
+from selfkd.execution.jobs import InProcess
+from selfkd.experiments.arms import Run
+from selfkd.experiments.deploy import deploy, finished
+from selfkd.experiments.deploy_forms import Deployed
+from selfkd.experiments.generations import born_again
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import DeploySummary, Event, RunFinished, TaskStarted
+from selfkd.storage.rows import load_row
+from selfkd.worker.jobs import run_job
+
+SMALL = (
+    "model={name: selfkd_cnn, args: {width: 4}}",
+    "data.train_size=100",
+    "data.val_size=50",
+    "train.epochs=2",
+    "search.trials=1",
+    "confirm.seeds=0",
+    "rounds=1",
+    "deploy.calibration=64",
+    "deploy.seeds=2",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two generations."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    config = load_config(settings=SMALL)
+    run = Run(
+        config=config,
+        folder=RunFolder.create(folder, config),
+        executor=InProcess(run_job),
+        events=lambda event: None,
+    )
+    born_again(run)
+    return folder
+
+
+def run_on(folder: Path, *settings: str, events: list[Event] | None = None) -> Run:
+    config = load_config(settings=[*SMALL, *settings])
+    return Run(
+        config=config,
+        folder=RunFolder(folder),
+        executor=InProcess(run_job),
+        events=(events if events is not None else []).append,
+    )
+
+
+def best(folder: Path) -> Deployed:
+    result = RunFolder(folder).results()[1]
+    first = RunFolder(folder).results()[0]
+    models = [first.models[0], result.models[0]]
+    return Deployed(
+        title="generation 1", model=result.models[0], point=result.point, ensemble=models
+    )
+
+
+@pytest.fixture(scope="module")
+def deployed(trained: Path) -> tuple[Path, DeploySummary]:
+    """The run with all that can be deployed of it."""
+    run = run_on(trained, "deploy.prune=0.5", "deploy.bits=4", "deploy.ensemble=true")
+    return trained, deploy(run, best(trained))
+
+
+def test_every_form_has_a_row_with_its_measures(deployed: tuple[Path, DeploySummary]) -> None:
+    folder, summary = deployed
+    keys = [row.key for row in summary.rows]
+    assert keys == [
+        *("torch", "float", "int8", "pruned_labels", "pruned_distilled", "fresh"),
+        *("pruned_float", "pruned_int8", "bits4_rounded", "bits4_labels", "bits4_distilled"),
+        *("bits4", "ensemble"),
+    ]
+    for row in summary.rows:
+        assert {"val_accuracy", "test_accuracy", "test_nll"} <= row.metrics.keys()
+        assert [timing.items for timing in row.timings] == [1, 128]
+        assert row.bytes is not None
+        assert row.key == "torch" or row.agreement is not None
+        if row.file is not None:
+            assert (folder / row.file).stat().st_size == row.bytes
+    assert summary.row("float").agreement == 1
+    assert len(summary.row("pruned_distilled").values) == 2
+    assert summary.row("int8").operators
+    assert load_row(DeploySummary, folder / "deploy" / "deploy.json") == summary
+
+
+def test_files_of_what_is_served_lie_in_the_folder(deployed: tuple[Path, DeploySummary]) -> None:
+    folder, summary = deployed
+    assert set(summary.files) == {
+        *("float.onnx", "int8.onnx", "int4.onnx", "ensemble.onnx", "model.safetensors"),
+        "predict.py",
+    }
+    for file in summary.files.values():
+        assert (folder / file).exists()
+    served = summary.row(summary.served)
+    assert served.key == "pruned_int8"
+    assert (folder / "deploy" / "int8.onnx").read_bytes() == (
+        folder / str(served.file)
+    ).read_bytes()
+    assert summary.network == {"name": "selfkd_cnn", "args": {"width": 2}}
+
+
+def test_the_served_file_predicts_what_the_named_network_does(
+    deployed: tuple[Path, DeploySummary],
+) -> None:
+    from selfkd.deployment.session import OnnxNetwork
+    from selfkd.loading.model import load
+
+    folder, _ = deployed
+    inputs = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        logits = load(folder / "deploy" / "model.safetensors").model(inputs)
+    torch.testing.assert_close(
+        OnnxNetwork(folder / "deploy" / "float.onnx")(inputs), logits, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_is_done_is_not_done_again(deployed: tuple[Path, DeploySummary]) -> None:
+    folder, summary = deployed
+    settings = "deploy.prune=0.5", "deploy.bits=4", "deploy.ensemble=true"
+    run = run_on(folder, *settings)
+    assert finished(run.config, run.folder, best(folder)) == summary
+    events: list[Event] = []
+    again = deploy(run_on(folder, *settings, events=events), best(folder))
+    done = {event.title for event in events if isinstance(event, TaskStarted)}
+    assert done <= {"deploy: caching teacher logits"}  # which finds them there
+    assert isinstance(events[-1], RunFinished)
+    assert again == summary
+
+
+def test_a_damaged_file_is_made_again(deployed: tuple[Path, DeploySummary]) -> None:
+    folder, summary = deployed
+    file = folder / str(summary.row("int8").file)
+    file.write_bytes(b"damaged")
+    events: list[Event] = []
+    deploy(run_on(folder, events=events), best(folder))
+    assert [e.title for e in events if isinstance(e, TaskStarted)][:1] == ["ONNX int8: quantising"]
+    assert file.stat().st_size == summary.row("int8").bytes
+
+
+def test_past_max_drop_there_is_no_int8_file(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfkd.experiments.deploy._drop", lambda *arguments: 0.7)
+    summary = deploy(run_on(trained, "deploy.max_drop=0.5"), best(trained))
+    assert summary.exceeded
+    assert summary.served == "float"
+    assert "int8.onnx" not in summary.files
+    assert not (trained / "deploy" / "int8.onnx").exists()
+    assert (trained / "deploy" / "predict.py").read_text().count("FILE = 'float.onnx'") == 1
+    assert deploy_command().code(summary) == 1
+
+
+def test_weights_that_are_no_numbers_are_refused(trained: Path, tmp_path: Path) -> None:
+    from selfkd.storage.checkpoint import load_tensors, save_tensors
+
+    source = best(trained)
+    tensors, facts = load_tensors(trained / source.model.checkpoint)
+    name = min(tensors)
+    tensors[name].flatten()[0] = math.nan
+    del facts["hash"]
+    digest = save_tensors(trained / "nan.safetensors", tensors, facts)
+    broken = replace(source.model, hash=digest, checkpoint="nan.safetensors")
+    with pytest.raises(ConfigError, match=r"finite|NaN"):
+        deploy(run_on(trained), replace(source, model=broken))
+
+
+def test_too_few_images_for_the_ranges_are_refused(trained: Path) -> None:
+    payload = {
+        "config": to_tree(load_config(settings=[*SMALL, "data.train_size=20"])),
+        "members": run_on(trained).rows([best(trained).model]),
+        "exported": str(trained / "deploy" / "float.onnx"),
+        "path": str(trained / "none.onnx"),
+        "calibration": 64,
+    }
+    (row,) = run_job("deploy_quantise", payload)
+    assert "data.train_size must be at least 32" in row["fault"]
+    assert not (trained / "none.onnx").exists()

@@ -358,7 +358,12 @@ def time(config: Tree, forms: Mapping[str, Mapping[str, Any]], reference: str) -
         for items in task.interface().timed:
             inputs = task.example(items).cpu()
             rounds = time_together(
-                {key: partial(_run, network, inputs) for key, network in networks.items()}
+                {
+                    key: network.timed(inputs)
+                    if isinstance(network, OnnxNetwork)
+                    else partial(_run, network, inputs)
+                    for key, network in networks.items()
+                }
             )
             for key, own in rounds.items():
                 ratio = None if key == reference else speed_up(rounds[reference], own)

@@ -304,8 +304,8 @@ def measure(
     Args:
         config: Config of its data.
         file: File that predicts; the network itself when not given.
-        predictions: File for its logits, if they are kept.
-        reference: File of the logits that it is compared with.
+        predictions: File for its predictions, if they are kept.
+        reference: File of the predictions that it is compared with.
         source: Further arguments of `Source`.
 
     Yields:
@@ -318,17 +318,19 @@ def measure(
     logits: dict[Split, Tensor] = {
         split: task.predict_with(network, split, like=own.like) for split in SPLITS
     }
-    row: Row = {"metrics": task.evaluate(logits)}
+    row: Row = {"metrics": task.evaluate(logits, [network])}
+    hits = task.hits(logits["test"], "test", [network])
+    scores = task.scores(logits["test"], "test", [network])
     if predictions is not None:
-        save_tensors(as_path(predictions), {str(name): own for name, own in logits.items()}, {})
+        kept = {str(split): own for split, own in logits.items()} | {"scores": scores}
+        kept |= {} if hits is None else {"hits": hits.to(torch.uint8)}
+        save_tensors(as_path(predictions), kept, {})
     if reference is not None:
-        other = load_tensors(as_path(reference))[0]["test"]
-        row["agreement"] = task.fidelity(logits["test"], other)["agreement"]
-        hits, others = task.hits(logits["test"], "test"), task.hits(other, "test")
-        if hits is not None and others is not None:
-            row["mcnemar"] = to_row(compare_errors(hits, others))
-        scores, before = (task.scores(each, "test") for each in (logits["test"], other))
-        row["difference"] = asdict(bootstrap_interval((scores - before).numpy()))
+        other = load_tensors(as_path(reference))[0]
+        row["agreement"] = task.fidelity(logits["test"], other["test"])["agreement"]
+        if hits is not None:
+            row["mcnemar"] = to_row(compare_errors(hits, other["hits"].bool()))
+        row["difference"] = asdict(bootstrap_interval((scores - other["scores"]).numpy()))
     yield row
 
 

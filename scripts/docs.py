@@ -23,7 +23,7 @@ from selfkd.config.reference import config_sections
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "docs"
-RECIPES = ("generations", "ensemble", "capacity", "study")
+RECIPES = ("generations", "ensemble", "capacity", "study", "deploy")
 PLUG_IN = (
     *("Distiller", "Teacher", "Ensemble", "distillation_loss"),
     *("cache_logits", "load_logits", "import_logprobs", "SeededView"),

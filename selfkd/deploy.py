@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selfkd.analysis.deploy import deploy_sentences
 from selfkd.analysis.verdicts import count
 from selfkd.cli.command import FAILED, Command, Description
 from selfkd.cli.options import base_parser
@@ -295,12 +296,13 @@ def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Desc
     again = f"python -m selfkd.deploy --from {shell_quote(str(folder.path))}"
     can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
     tried = f"python {shell_quote(str(place / 'predict.py'))}"
+    said = deploy_sentences(summary, folder.facts, short=True)
     return Description(
-        summary.sentences,
+        said,
         deploy_table(summary, folder.facts),
         files,
         f"{again} --prune 0.5" if can_prune else tried,
-        [*summary.remarks],
+        [sentence for sentence in summary.sentences if sentence not in said],
     )
 
 

@@ -70,7 +70,9 @@ def _read(names: Sequence[str]) -> list[Run]:
     paths = list(dict.fromkeys(as_path(name).expanduser().absolute() for name in names))
     counts = Counter(path.name for path in paths)
     runs = [read_run(path) for path in paths]
-    alone = [run for run in runs if run.capacity_summary or run.study_summary]
+    alone = [
+        run for run in runs if run.capacity_summary or run.study_summary or run.command == "deploy"
+    ]
     if alone and len(runs) > 1:
         raise ConfigError(
             f"RUN of selfkd.{alone[0].command} stands alone, got {alone[0].path} beside others"
@@ -117,12 +119,16 @@ def _write(runs: Sequence[Run], output: Path | None) -> Path:
 def _print(console: Console, runs: Sequence[Run]) -> None:
     from selfkd.reporting import comparison_page as comparison
     from selfkd.reporting import tables, words
+    from selfkd.reporting.deploy_table import deploy_table
 
     if len(runs) == 1:
         run = runs[0]
         print_lines(console, [f"{run.name}: {words.status(run)}"])
         _show(console, tables.results_table(run))
         print_lines(console, words.headlines(run))
+        if run.deploy_summary is not None and run.command != "deploy":
+            _show(console, deploy_table(run.deploy_summary, run.data))
+            print_lines(console, [*map(words.sentence, run.deploy_summary.sentences)])
         return
     _show(console, comparison.runs_table(runs))
     repeated = comparison.repeats(runs)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import selfkd
-from selfkd import capacity, ensemble, study
+from selfkd import capacity, deploy, ensemble, study
 from selfkd.cli.command import FAILED
 from selfkd.cli.options import USAGE
 from selfkd.cli.output import print_error, safe_output
@@ -36,10 +36,13 @@ COMMANDS = {
     "ensemble": ensemble.make_parser,
     "capacity": capacity.make_parser,
     "study": study.make_parser,
+    "deploy": deploy.make_parser,
 }
 FILES = "files"
 """Folder of the job with the files that the command names."""
-FILE_OPTIONS = ("--config", "--train")
+FILE_OPTIONS = ("--config", "--train", "--make-model", "--checkpoint")
+OF_FUNCTIONS = ("--train", "--make-model")
+"""Those among them that name a function of a file."""
 RUN_FOLDER = re.compile(r"^selfkd: .*; run folder (.+)$", re.MULTILINE)
 NOT_FOUND = 127
 """Exit code of a shell that does not know the program."""
@@ -219,13 +222,14 @@ def stage(
     shutil.copytree(source, folder / "selfkd", ignore=unwanted)
     staged = list(command)
     for option in FILE_OPTIONS:
-        given = getattr(arguments, option[2:], None)
+        given = getattr(arguments, option[2:].replace("-", "_"), None)
         if given is None:
             continue
-        name, colon, function = given.rpartition(":") if option == "--train" else (given, "", "")
+        of_function = option in OF_FUNCTIONS
+        name, colon, function = given.rpartition(":") if of_function else (given, "", "")
         path = Path(name).expanduser()
-        if not path.is_file() or (option == "--train" and not colon):
-            kind = "path/file.py:function" if option == "--train" else "a readable file"
+        if not path.is_file() or (of_function and not colon):
+            kind = "path/file.py:function" if of_function else "a readable file"
             raise ConfigError(f"{option} must be {kind}, got {given}")
         if working_dir is None:
             in_job = Path(FILES) / option[2:] / path.name

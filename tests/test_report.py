@@ -12,7 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from run_folders import DATA, capacity_run, ensemble_run, generations_run, study_run
+from run_folders import (
+    DATA,
+    add_deployment,
+    capacity_run,
+    deploy_run,
+    ensemble_run,
+    generations_run,
+    study_run,
+)
 
 from selfkd import report
 from selfkd.storage.remote import PLAIN_URI
@@ -116,6 +124,17 @@ def test_a_run_that_goes_on_is_marked(runs: Path, capsys: pytest.CaptureFixture[
     assert "generation 1 against generation 2" in printed
 
 
+def test_what_was_deployed_of_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_deployment(ensemble_run(runs / "many"))
+    assert report.main(["many", "--format", "table"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("Share of the teacher's gain kept") < printed.index("beside float")
+    assert "Generation 3 is served as ONNX int8" in printed
+    assert report.main(["many", "run-a"]) == 0
+    assert report.main(["many", "--format", "csv"]) == 0
+    assert 'many,ensemble,True,"deployed, ONNX int8"' in capsys.readouterr().out.replace("'", "")
+
+
 def test_a_run_of_an_ensemble(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ensemble_run(runs / "many")
     assert report.main(["many"]) == 0
@@ -127,6 +146,7 @@ def test_a_run_of_an_ensemble(runs: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (capacity_run, "Distilled students of 3 sizes, taken together, are better"),
         (study_run, "Distilled is better than labels"),
+        (deploy_run, "Generation 3 is served as ONNX int8"),
     ],
 )
 def test_what_stands_side_by_side_is_not_compared(

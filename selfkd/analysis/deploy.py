@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
@@ -38,6 +39,22 @@ def size_ratio(row: DeployRow, summary: DeploySummary) -> float | None:
     if row.key == REFERENCE or of is None or not of.bytes or row.bytes is None:
         return None
     return row.bytes / of.bytes
+
+
+def difference_of(row: DeployRow, summary: DeploySummary) -> Interval | None:
+    """Return the difference of a row's test metric to the float file's, over its seeds if any.
+
+    >>> of = DeployRow(key="float", title="", metrics={"test_nll": 0.5})
+    >>> row = DeployRow(key="fresh", title="", values=(0.75, 0.75))
+    >>> summary = DeploySummary(model="", title="", metric="nll", rows=(of, row), served="float")
+    >>> difference_of(row, summary).value
+    0.25
+    """
+    of = find_row(summary, REFERENCE)
+    value = None if of is None else of.metric(f"test_{summary.metric}")
+    if row.difference is not None or not row.values or value is None:
+        return row.difference
+    return mean_interval([own - value for own in row.values])
 
 
 def is_faster(timing: Timing) -> bool:
@@ -103,18 +120,18 @@ def flat_row(row: DeployRow) -> Row:
     return found | {"tokens_a_second": row.tokens_a_second, "parameters": row.parameters}
 
 
-def deploy_sentences(summary: DeploySummary, facts: Facts) -> list[str]:
+def deploy_sentences(summary: DeploySummary, facts: Facts, *, short: bool = False) -> list[str]:
     """Return what a deployment found, the headline first.
 
     Args:
         summary: Rows that were measured.
         facts: Facts of the data, which say what metrics are means over.
+        short: Whether what a table shows as well is left out.
     """
+    headline = list(_headline(summary, facts))
+    rows = [*_of_others(summary, facts), *_of_torch(summary), *_of_operators(summary)]
     return [
-        *_headline(summary, facts),
-        *_of_torch(summary),
-        *_of_operators(summary),
-        *_of_others(summary, facts),
+        *(headline if short else [*headline, *rows]),
         *_of_training(summary, facts),
         *_of_ensemble(summary, facts),
         *_of_machine(summary),
@@ -123,26 +140,44 @@ def deploy_sentences(summary: DeploySummary, facts: Facts) -> list[str]:
 
 
 def _headline(summary: DeploySummary, facts: Facts) -> Iterator[str]:
-    """Yield what is served, beside the float model."""
+    """Yield what is not written for its cost, and what is served, beside the float model."""
     row, name = find_row(summary, summary.served), summary.title
     if summary.exceeded:
-        most = summary.options.get("max_drop")
-        than = "" if most is None else f", more than the {most:g} of deploy.max_drop"
-        drop = "" if summary.drop is None else f": it is {_drop(summary)} on validation{than}"
-        yield f"no int8 file of {name} is written{drop}"
-    elif row is None or row.key == REFERENCE:
-        yield f"{name} is served in float"
-    else:
+        yield from _left_out(summary)
+    if row is not None and row.key != REFERENCE:
         ratio = size_ratio(row, summary)
         parts = ["" if ratio is None else _size(ratio), _speed(row, ends=False)]
         parts.append(_cost(row, summary, facts, short=True))
         yield f"{name} is served as {row.title}: " + "; ".join(part for part in parts if part)
-        yield describe_row(row, summary, facts)
+    elif not summary.exceeded:
+        yield f"{name} is served in float"
 
 
-def _drop(summary: DeploySummary) -> str:
-    unit = find_metric(summary.metric).unit or summary.metric
-    return f"{number(summary.drop or 0.0, '.3g')} {unit} worse than the float model"
+def _left_out(summary: DeploySummary) -> Iterator[str]:
+    """Yield each file that is worse on validation than `deploy.max_drop` allows."""
+    most, bits = summary.options.get("max_drop"), summary.options.get("bits")
+    than = "" if most is None else f", more than the {most:g} of deploy.max_drop"
+    drops = {"int8.onnx": summary.drop, f"int{bits}.onnx": _drop_of(f"bits{bits}", summary)}
+    for name, drop in drops.items():
+        if name not in summary.files and drop is not None:
+            unit = find_metric(summary.metric).unit or summary.metric
+            worse = f"{number(drop, '.3g')} {unit} worse than the float model on validation"
+            yield f"no {name} of {summary.title} is written: it is {worse}{than}"
+
+
+def _drop_of(key: str, summary: DeploySummary) -> float | None:
+    """Return how many points or nats a row is worse on validation than the float model."""
+    metric, name = find_metric(summary.metric), f"val_{summary.metric}"
+    values = [
+        row.metric(name)
+        for row in (find_row(summary, REFERENCE), find_row(summary, key))
+        if row is not None
+    ]
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return None
+    difference = known[0] - known[1] if metric.mode == "max" else known[1] - known[0]
+    return 100 * difference if metric.is_fraction else difference
 
 
 def describe_row(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
@@ -162,25 +197,31 @@ def _size(ratio: float) -> str:
 
 def _speed(row: DeployRow, *, ends: bool = True) -> str:
     """Return how fast a row is: batches at which it is faster first, then the others."""
-    found = sorted((t for t in row.timings if t.speed_up), key=lambda timing: not is_faster(timing))
-    parts = [_times(timing, ends=ends) for timing in found]
-    slow = [place for place, timing in enumerate(found) if not is_faster(timing)]
-    if slow:
-        parts[slow[0]] = f"not faster: {parts[slow[0]]}"
-    return ", ".join(parts)
+    known = [timing for timing in row.timings if timing.speed_up is not None]
+    named = (("faster", True), ("not faster", False))
+    parts = [
+        (name, join([_times(t, ends=ends) for t in known if is_faster(t) == faster]))
+        for name, faster in named
+    ]
+    return "; ".join(f"{name}: {times}" for name, times in parts if times)
 
 
 def _times(timing: Timing, *, ends: bool) -> str:
-    """Return how many times as fast a batch is: `3.20x [3.10, 3.30] as fast at batch 128`."""
+    """Return how many times as fast a batch is: `3.20x [3.10, 3.30] at batch 128`."""
     found = timing.speed_up or Interval(1.0)
     low, high = found.low, found.high
-    text = f"{_ratio(found.value)}x"
+    text = f"{format_ratio(found.value)}x"
     if ends and low is not None and high is not None:
-        text += f" [{_ratio(low)}, {_ratio(high)}]"
-    return f"{text} as fast at batch {timing.items}"
+        text += f" [{format_ratio(low)}, {format_ratio(high)}]"
+    return f"{text} at batch {timing.items}"
 
 
-def _ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
+    """Return how many times as much something is.
+
+    >>> format_ratio(0.967), format_ratio(17.43)
+    ('0.97', '17.4')
+    """
     return number(value, ".1f" if abs(value) >= 10 else ".2f")
 
 
@@ -203,13 +244,16 @@ def _cost(row: DeployRow, summary: DeploySummary, facts: Facts, *, short: bool =
     if value is None:
         return ""
     text = f"test {metric.label} {metric.with_unit(value)}"
+    difference = difference_of(row, summary)
+    if short and difference is not None:
+        value_alone = format_difference(Interval(difference.value), form=metric.difference)
+        return f"test {metric.label} {value_alone}{_evidence(row, difference, metric, '')}"
     reference = None if of is None else of.metric(tested)
-    if reference is not None and not short:
+    if reference is not None:
         text += f" (float {metric.with_unit(reference)})"
-    if row.difference is not None:
-        difference = Interval(row.difference.value) if short else row.difference
+    if difference is not None:
         text += f", {format_difference(difference, form=metric.difference)}"
-    return text + _evidence(row, metric, "" if short else _counted(row, facts))
+    return text + _evidence(row, difference, metric, _counted(row, facts))
 
 
 def _counted(row: DeployRow, facts: Facts) -> str:
@@ -220,18 +264,21 @@ def _counted(row: DeployRow, facts: Facts) -> str:
     return f" on {items:,} test {facts.tested_on}" if items else ""
 
 
-def _evidence(row: DeployRow, metric: Metric, on: str) -> str:
+def _evidence(row: DeployRow, difference: Interval | None, metric: Metric, on: str) -> str:
     """Return what the test split tells of a difference: McNemar's test, else its interval."""
     if row.mcnemar is not None and not row.seeds:
         test = row.mcnemar
         way = "fewer" if test.only_student > test.only_teacher else "more"
         found = f"{way} errors" if test.p < 0.05 else "no evidence of a difference"
-        return f": {found}{on} (McNemar p {number(test.p, '.2g')})"
-    if row.difference is None or row.difference.low is None:
+        p = "< 0.001" if test.p < 0.001 else number(test.p, ".2g")
+        return f": {found}{on} (McNemar p {p})"
+    if difference is None or difference.low is None:
         return f"{on}, so no interval" if len(row.seeds) == 1 else ""
-    if is_better(row.difference, mode=metric.mode):
+    if not re.search("[1-9]", format_difference(difference, form=metric.difference)):
+        return f": no difference in these digits{on}"
+    if is_better(difference, mode=metric.mode):
         return f": better{on}"
-    worse = is_better(row.difference.reversed(), mode=metric.mode)
+    worse = is_better(difference.reversed(), mode=metric.mode)
     return f": {'worse' if worse else 'no evidence of a difference'}{on}"
 
 
@@ -241,7 +288,7 @@ def _of_torch(summary: DeploySummary) -> Iterator[str]:
     if row is None or of is None:
         return
     found = [
-        f"{_ratio(1 / timing.speed_up.value)}x as fast at batch {timing.items}"
+        f"{format_ratio(1 / timing.speed_up.value)}x as fast at batch {timing.items}"
         for timing in row.timings
         if timing.speed_up is not None and timing.speed_up.value > 0
     ]
@@ -258,10 +305,9 @@ def _of_operators(summary: DeploySummary) -> Iterator[str]:
 
 
 def _of_others(summary: DeploySummary, facts: Facts) -> Iterator[str]:
-    """Yield what other rows save and cost; of those trained on seeds, the distilled one."""
-    headline = "" if summary.exceeded else summary.served
+    """Yield what rows save and cost; of those trained on seeds, the distilled one."""
     for row in summary.rows:
-        known = row.key in ("torch", REFERENCE, "ensemble", headline)
+        known = row.key in ("torch", REFERENCE, "ensemble")
         if not known and (not row.seeds or row.key.endswith(DISTILLED)):
             yield describe_row(row, summary, facts)
 
@@ -306,9 +352,9 @@ def _of_ensemble(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     parts = []
     ratio = size_ratio(row, summary)
     if ratio is not None:
-        parts.append(f"{_ratio(ratio)} times the size")
+        parts.append(f"{format_ratio(ratio)} times the size")
     parts += [
-        f"{_ratio(1 / timing.speed_up.value)} times the time at batch {timing.items}"
+        f"{format_ratio(1 / timing.speed_up.value)} times the time at batch {timing.items}"
         for timing in row.timings
         if timing.speed_up is not None and timing.speed_up.value > 0
     ]

@@ -121,7 +121,8 @@ class Result(Generic[S]):
         """Files of the models by their names, that of the chosen one under `best`; of a deployment
         those to serve, such as `int8.onnx`."""
         if isinstance(self.summary, DeploySummary):
-            return {name: self.folder / file for name, file in self.summary.files.items()}
+            files = {name: self.folder / file for name, file in self.summary.files.items()}
+            return {name: path for name, path in files.items() if path.exists()}
         best = self.folder / BEST
         chosen = {"best": best} if best.exists() else {}
         return chosen | model_files(RunFolder(self.folder))

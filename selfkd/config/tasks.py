@@ -20,7 +20,7 @@ OF_TASK = {
     "images": (
         *("data.download", "data.classes", "data.label_noise", "data.image_size"),
         *("data.in_memory", "data.crop", "data.flip", "data.jitter", "data.views"),
-        *("train.warmup_epochs", "train.momentum"),
+        *("train.warmup_epochs", "train.momentum", "deploy.prune"),
     ),
     "text": (
         *("data.context", "data.tokenizer", "data.rationales", "data.rationale_weight"),

@@ -44,6 +44,7 @@ _FIXED = (
         "tracking",
         "capacity",
         "study",
+        "deploy",
     ),
 )
 

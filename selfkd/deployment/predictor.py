@@ -61,7 +61,7 @@ def write_predictor(
         raise ValueError(f"metadata must have {error} for {PREDICTOR}, got none") from None
     template = files("selfkd.deployment").joinpath("templates", f"{task}.txt")
     literals = {name: pformat(fact, width=100, compact=True) for name, fact in facts.items()}
-    texts[PREDICTOR] = Template(template.read_text("utf-8")).substitute(literals)
+    texts[PREDICTOR] = Template(template.read_text(encoding="utf-8")).substitute(literals)
     for name, text in texts.items():
         save_text(folder / name, text)
     return {name: f"{folder.name}/{name}" for name in texts}

@@ -120,7 +120,7 @@ def prune_channels(network: nn.Module, example: Tensor, share: float) -> list[st
     network.eval()
     layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     heads = attention_heads(network)
-    before = {name: len(layer.weight) for name, layer in layers.items()}
+    before = {name: _describe(layer, heads) for name, layer in layers.items()}
     outputs = classifiers(network, example)
     others = [m for m in network.modules() if isinstance(m, nn.MultiheadAttention)]
     with torch.no_grad():
@@ -148,21 +148,27 @@ def prune_channels(network: nn.Module, example: Tensor, share: float) -> list[st
     if found != wanted:
         raise ValueError(f"--prune must leave logits {list(wanted)} whole, got {list(found)}")
     inner = {n: layer for n, layer in layers.items() if layer not in outputs}
-    return list(_remarks(inner, before, heads, share))
+    return list(_remarks(inner, before, [n for n in inner if layers[n] in heads], share))
+
+
+def _describe(layer: nn.Conv2d | nn.Linear, heads: Mapping[nn.Module, int]) -> tuple[int, int]:
+    """Return the number of a layer's outputs, and that of the groups which lose as many each."""
+    outputs = len(layer.weight)
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 3 * heads.get(layer, 0) or 1
+    return outputs, 1 if groups == outputs else groups  # depthwise: each goes with its input
 
 
 def _remarks(
     layers: Mapping[str, nn.Conv2d | nn.Linear],
-    before: Mapping[str, int],
-    heads: Mapping[nn.Module, int],
+    before: Mapping[str, tuple[int, int]],
+    attentions: Sequence[str],
     share: float,
 ) -> Iterator[str]:
     """Yield what became of layers; raise where a share leaves nothing of one."""
-    whole, shares, grouped = [], set[float](), dict[str, int]()
+    whole, grouped, shares = list[str](), list[str](), set[float]()
     for name, layer in layers.items():
-        old, new = before[name], len(layer.weight)
-        groups = 3 * heads[layer] if layer in heads else getattr(layer, "groups", 1)
-        size = 1 if groups == old else old // groups
+        old, groups = before[name]
+        new, size = len(layer.weight), old // groups
         if old == new and size > 1 and int(size * (1 - share + EPSILON)) < 1:
             raise ValueError(
                 f"--prune must leave a channel of {name}, which has {size}"
@@ -173,16 +179,16 @@ def _remarks(
             whole.append(name)
             continue
         shares.add(1 - new / old)
-        if 1 < groups < old:
-            grouped[name] = groups
+        if groups > 1 and name not in attentions:
+            grouped.append(name)
     if not shares:
         raise ValueError("--prune must have a layer to prune, and torch-pruning finds none")
     if max(shares) - min(shares) > EPSILON or abs(max(shares) - share) > EPSILON:
         low, high = min(shares), max(shares)
         yield f"--prune {share:g} is rounded to whole channels: {low:.3g} to {high:.3g} of a layer"
-    if found := [name for name in grouped if layers[name] not in heads]:
-        yield f"grouped convolutions lose as many channels in each group: {_few(found)}"
-    if found := [name for name in grouped if layers[name] in heads]:
+    if grouped:
+        yield f"grouped convolutions lose as many channels in each group: {_few(grouped)}"
+    if found := [name for name in attentions if name not in whole]:
         yield f"all attention heads stay, with fewer dimensions each: {_few(found)}"
     if whole:
         yield f"left whole: {_few(whole)}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import asdict, replace
 
-from selfkd.analysis.deploy import deploy_sentences
+from selfkd.analysis.deploy import deploy_sentences, shortfalls
 from selfkd.config import Config
 from selfkd.experiments.arms import Run
 from selfkd.experiments.deploy_forms import (
@@ -92,7 +92,7 @@ def _finish(work: Work, served: Served, machine: Row) -> DeploySummary:
     """Put what is served into place, and write the summary."""
     facts, rows, options = work.facts, work.rows, work.run.config.deploy
     for key, row in rows.items():
-        rows[key] = _with_speed(_with_remarks(row, rows["float"]), facts)
+        rows[key] = _with_speed(row, facts)
     metric = facts.metric if f"val_{facts.metric}" in rows["torch"].metrics else "nll"
     drops = {"int8.onnx": _drop(metric, rows["torch"], rows[served.int8_key])}
     if work.low_bits is not None:
@@ -117,6 +117,9 @@ def _finish(work: Work, served: Served, machine: Row) -> DeploySummary:
         versions=machine["versions"],
         remarks=tuple(work.remarks),
     )
+    said = [(row, shortfalls(row, summary)) for row in summary.rows]
+    told = [replace(row, remarks=(*row.remarks, text)) if text else row for row, text in said]
+    summary = replace(summary, rows=tuple(told))
     summary = replace(summary, sentences=tuple(deploy_sentences(summary, facts)))
     save_row(work.folder / SUMMARY, summary)
     work.run.events(RunFinished(summary))
@@ -165,20 +168,6 @@ def _with_speed(row: DeployRow, facts: Facts) -> DeployRow:
         return row
     most = max(row.timings, key=lambda timing: timing.items)
     return replace(row, tokens_a_second=1000 * most.items * facts.items_an_input / most.ms)
-
-
-def _with_remarks(row: DeployRow, exported: DeployRow) -> DeployRow:
-    """Return a row that says whether it is no smaller or no faster than the exported model."""
-    if row.key in ("torch", exported.key):
-        return row
-    said = list(row.remarks)
-    if row.bytes is not None and exported.bytes is not None and row.bytes >= exported.bytes:
-        said.append("not smaller")
-    slow = [t.items for t in row.timings if t.speed_up is not None and t.speed_up.value <= 1]
-    if slow:
-        at = "" if len(slow) == len(row.timings) else f" at {' and '.join(map(str, slow))}"
-        said.append(f"not faster{at}")
-    return replace(row, remarks=tuple(said))
 
 
 def _drop(metric: str, before: DeployRow, after: DeployRow) -> float:

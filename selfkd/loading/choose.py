@@ -120,6 +120,9 @@ def model_files(folder: RunFolder) -> dict[str, Path]:
     elif command == "capacity":
         if (curve := folder.summary(CapacitySummary)) is not None:
             names = {f"{curve.key} {size.value}": size.checkpoint for size in curve.sizes}
+    elif command == "deploy":
+        path = folder.path / "deploy" / "model.safetensors"
+        names = {"model": folder.relative(path)}
     elif (study := folder.summary(StudySummary)) is not None:
         names = {
             f"{arm.name}, seed {row.number}": row.checkpoint

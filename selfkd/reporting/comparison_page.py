@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from selfkd.analysis.deploy import flat_row
 from selfkd.reporting import words
 from selfkd.reporting.across_runs import (
     Across,
@@ -266,6 +267,10 @@ def records(run: Run) -> list[Record]:
             )
     for each in run.study_summary.arms if run.study_summary else ():
         rows.append({**same, "row": each.name, **_ends(each.mean), "seeds": len(each.runs)})
+    for form in run.deploy_summary.rows if run.deploy_summary else ():
+        row = flat_row(form)
+        ends = {"low": row.get("mean_low"), "high": row.get("mean_high")}
+        rows.append({**row, **ends, **same, "row": f"deployed, {form.title}"})
     return [{field: row.get(field) for field in record_fields([run])} for row in rows]
 
 

@@ -63,7 +63,8 @@ def short_table(summary: Summary) -> list[list[str]]:
     """
     if isinstance(summary, DeploySummary):
         table = deploy_table(summary, Facts(metric=summary.metric))
-        width = table.head.index("agreement") if "agreement" in table.head else len(table.head)
+        more = (n for n, name in enumerate(table.head) if name.startswith(("difference", "of its")))
+        width = next(more, len(table.head))
         return [list(row[:width]) for row in (table.head, *table.rows)]
     rows = plain_rows(summary) or [{"name": ""}]
     metrics = [row.metric for row in getattr(summary, "confirmations", ())[:1]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -37,8 +37,9 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
         save: File to save to, from which `train` can start.
 
     Yields:
-        `hash`, `model` (name and args), `parameters`, `parameters_before` and `remarks` of what was
-        rounded or left whole; or the user's mistake.
+        `hash`, `model` (name and args), `parameters`, `parameters_before`, `remarks` on what was
+        rounded or left whole, and `fresh`, the `start` of a fresh student of that size; or the
+        user's mistake.
     """
     task = make_task(config)
     try:
@@ -48,14 +49,15 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
         if model.name in BUILDERS:
             found = narrower(model, fraction)
             model, remarks = found.model, list(found.remarks)
-            pruned = task.make(model)
+            pruned, fresh = task.make(model), dict[str, Any]()
             prune_to(network, pruned, example)
         else:
             pruned = deepcopy(network).cpu()
             remarks = prune_channels(pruned, example, fraction)
             setattr(pruned, PRUNED, fraction)
+            fresh = {"checkpoint": save, "fresh": True}
         digest = task.save(as_path(save), pruned, model, {"pruned_from": facts.hash})
-        _check_data(load_tensors(as_path(checkpoint))[1], load_tensors(as_path(save))[1])
+        check_data(checkpoint, save, "--prune")
         _check_same(pruned, task.load(save)[0], example)
     except ValueError as error:
         yield {"fault": str(error)}
@@ -66,6 +68,7 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
         "parameters": parameters_count(pruned),
         "parameters_before": parameters_count(network),
         "remarks": remarks,
+        "fresh": fresh,
     }
 
 
@@ -84,20 +87,22 @@ def _check_same(pruned: nn.Module, loaded: nn.Module, example: Tensor) -> None:
         )
 
 
-def _check_data(facts: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def check_data(checkpoint: str, made: str, option: str) -> None:
     """Check that a model has the normalisation and the order of classes of the data.
 
     Args:
-        facts: Metadata of the model.
-        data: Metadata of a model that was made for the data.
+        checkpoint: File of the model.
+        made: File of a model that was made for the data.
+        option: Option for which it must have them.
 
     Raises:
         ValueError: It has not, so that it cannot be fine-tuned on them.
     """
+    facts, data = (load_tensors(as_path(path))[1] for path in (checkpoint, made))
     for key in SHARED:
         if facts.get(key) != data.get(key):
             raise ValueError(
-                f"--prune must have a model with the {key} of the data ({data.get(key)}), to be "
+                f"{option} must have a model with the {key} of the data ({data.get(key)}), to be "
                 f"fine-tuned on them, got {facts.get(key)}"
             )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import capacity_run, ensemble_run, generations_run, study_run
+from run_folders import capacity_run, deploy_run, ensemble_run, generations_run, study_run
 
 import selfkd
 from selfkd.cli.command import Command, Options
@@ -19,6 +19,7 @@ from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
     CapacitySummary,
+    DeploySummary,
     EnsembleSummary,
     GenerationsSummary,
     StudySummary,
@@ -32,11 +33,13 @@ KINDS: list[tuple[Any, type[Any]]] = [
     (ensemble_run, EnsembleSummary),
     (capacity_run, CapacitySummary),
     (study_run, StudySummary),
+    (deploy_run, DeploySummary),
 ]
 
 
 def result(path: Path, kind: type[Any] = GenerationsSummary) -> Result[Any]:
-    return Result(path, load_row(kind, path / "summary.json"))
+    file = "deploy/deploy.json" if kind is DeploySummary else "summary.json"
+    return Result(path, load_row(kind, path / file))
 
 
 @pytest.mark.parametrize(("make", "kind"), KINDS)
@@ -108,6 +111,21 @@ def test_the_headline_is_the_verdicts_first_sentence(tmp_path: Path) -> None:
     assert found.headline == said[0]
     assert repr(found).splitlines()[0] == said[0]
     assert "<p>&lt;Born again&gt; is better.</p>" in found._repr_html_()
+
+
+def test_a_deployment_has_its_headline_its_files_and_its_times(tmp_path: Path) -> None:
+    run = deploy_run(tmp_path / "run")
+    found = result(run, DeploySummary)
+    assert found.headline.startswith("generation 3 is served as ONNX int8: 0.27 of")
+    assert found.verdict is None
+    assert repr(found).splitlines()[0] == found.headline
+    (int8,) = (row for row in found.table if row["name"] == "ONNX int8")
+    assert (int8["bytes"], int8["ms_128"], int8["speed_128"]) == (27_000, 0.6, 3.2)
+    assert found.models == {}
+    (run / "deploy" / "int8.onnx").touch()
+    assert found.models == {"int8.onnx": run / "deploy" / "int8.onnx"}
+    with pytest.raises(ConfigError, match="deploy, which chooses no model"):
+        found.load()
 
 
 def test_models_are_files_that_are_there(tmp_path: Path) -> None:

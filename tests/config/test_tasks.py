@@ -59,6 +59,7 @@ def test_text_of_teachers_has_neither_temperature_nor_alpha() -> None:
     [
         ("text", "data.crop=0.5", "data.crop: only with task images, got 0.5 with task text"),
         ("text", "data.classes=[0, 1]", "data.classes: only with task images"),
+        ("text", "deploy.prune=0.5", "deploy.prune: only with task images, got 0.5"),
         ("text", "train.warmup_epochs=1", "train.warmup_epochs: only with task images"),
         ("images", "data.context=8", "data.context: only with task text"),
         ("images", "train.steps=8", "train.steps: only with task text"),

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import selfkd
+from selfkd.deployment.export import export_onnx
 from selfkd.deployment.interface import Interface
 from selfkd.deployment.predictor import write_predictor
 from selfkd.models import make_model
@@ -45,20 +45,6 @@ assert not {{"torch", "selfkd", "PIL", "transformers"}} & sys.modules.keys()
 """
 
 
-def export(network, example, file, interface):
-    axes = {axis: torch.export.Dim(name, min=1) for axis, name in interface.axes.items()}
-    program = torch.onnx.export(
-        network.eval(),
-        (example,),
-        dynamo=True,
-        dynamic_shapes=(axes,),
-        input_names=[interface.input],
-        output_names=[interface.output],
-        verbose=False,
-    )
-    program.save(str(file), external_data=False)
-
-
 def load_module(folder):
     spec = importlib.util.spec_from_file_location("predict", folder / "predict.py")
     module = importlib.util.module_from_spec(spec)
@@ -85,12 +71,8 @@ def deployed(request, tmp_path_factory):
     network = make_model(
         "selfkd_mlp", args, num_classes=len(NAMES), in_chans=channels, image_size=SIZE
     )
-    export(
-        network,
-        torch.zeros(2, channels, SIZE, SIZE),
-        folder / "int8.onnx",
-        Interface(input="images"),
-    )
+    inputs = torch.zeros(2, channels, SIZE, SIZE)
+    export_onnx(network, inputs, Interface(input="images"), folder / "int8.onnx")
     facts = {
         "model": {"name": "selfkd_mlp", "args": args},
         "classes": NAMES,
@@ -224,17 +206,6 @@ CONTEXT = 12
 TOKENS = Interface(input="tokens", axes={0: "batch", 1: "length"}, longest={"length": CONTEXT})
 
 
-class Logits(nn.Module):
-    """A model of transformers as a function from tokens to logits."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, tokens):
-        return self.network(tokens).logits
-
-
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory):
     """Return a language model of `selfkd.load`, and its predict.py as a module."""
@@ -244,7 +215,7 @@ def writer(tmp_path_factory):
     torch.manual_seed(0)
     args = {"depth": 1, "width": 8, "heads": 2}
     network = make_language_model("selfkd_gpt", args, vocabulary=size, context=CONTEXT)
-    export(Logits(network), torch.zeros((2, 3), dtype=torch.int64), folder / "float.onnx", TOKENS)
+    export_onnx(network, torch.zeros((2, 3), dtype=torch.int64), TOKENS, folder / "float.onnx")
     facts = {
         "task": "text",
         "model": {"name": "selfkd_gpt", "args": args},

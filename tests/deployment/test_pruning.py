@@ -80,6 +80,7 @@ def test_a_pruned_network_is_made_again_from_its_tensors(maker, share, remarks):
     found = prune_channels(network, IMAGES[:2], share)
     assert len(found) == len(remarks)
     assert all(remark in line for remark, line in zip(remarks, found, strict=True)), found
+    assert not any("depthwise" in line for line in found)
     again = reshape(MAKERS[maker]().eval(), network.state_dict(), share)
     assert sum(parameter.numel() for parameter in again.parameters()) < 0.9 * size
     with torch.no_grad():

@@ -16,7 +16,7 @@ def test_each_form_is_a_row_beside_the_float_file():
     assert int8["ms, 128"], int8["size"] == ("0.6", "27 kB")
     assert (int8["of its size"], int8["speed, 128"], int8["agreement"]) == (
         "0.27",
-        "3.2x",
+        "3.20x",
         "99.72%",
     )
     assert int8["difference, points"] == "-1.00 [-2.00, +0.40]"

@@ -42,6 +42,8 @@ def test_file_is_a_network_without_parameters(file):
     assert logits.dtype == torch.float32
     assert not logits.requires_grad
     torch.testing.assert_close(logits, inputs.detach().float() @ torch.tensor(WEIGHT))
+    (timed,) = network.timed(inputs)()
+    np.testing.assert_array_equal(timed, logits.numpy())
 
 
 def test_operators_are_counted_in_branches_too(file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from selfkd.analysis.statistics import mean_interval, paired_interval
@@ -128,9 +129,9 @@ def deploy_sentences(summary: DeploySummary, facts: Facts, *, short: bool = Fals
         short: Whether what a table shows as well is left out.
     """
     headline = list(_headline(summary, facts))
-    rows = [*_of_torch(summary), *_of_operators(summary), *_of_others(summary, facts)]
+    rows = [*_of_others(summary, facts), *_of_torch(summary), *_of_operators(summary)]
     return [
-        *(headline[:1] if short else [*headline, *rows]),
+        *(headline if short else [*headline, *rows]),
         *_of_training(summary, facts),
         *_of_ensemble(summary, facts),
         *_of_machine(summary),
@@ -139,26 +140,44 @@ def deploy_sentences(summary: DeploySummary, facts: Facts, *, short: bool = Fals
 
 
 def _headline(summary: DeploySummary, facts: Facts) -> Iterator[str]:
-    """Yield what is served, beside the float model."""
+    """Yield what is not written for its cost, and what is served, beside the float model."""
     row, name = find_row(summary, summary.served), summary.title
     if summary.exceeded:
-        most = summary.options.get("max_drop")
-        than = "" if most is None else f", more than the {most:g} of deploy.max_drop"
-        drop = "" if summary.drop is None else f": it is {_drop(summary)} on validation{than}"
-        yield f"no int8 file of {name} is written{drop}"
-    elif row is None or row.key == REFERENCE:
-        yield f"{name} is served in float"
-    else:
+        yield from _left_out(summary)
+    if row is not None and row.key != REFERENCE:
         ratio = size_ratio(row, summary)
         parts = ["" if ratio is None else _size(ratio), _speed(row, ends=False)]
         parts.append(_cost(row, summary, facts, short=True))
         yield f"{name} is served as {row.title}: " + "; ".join(part for part in parts if part)
-        yield describe_row(row, summary, facts)
+    elif not summary.exceeded:
+        yield f"{name} is served in float"
 
 
-def _drop(summary: DeploySummary) -> str:
-    unit = find_metric(summary.metric).unit or summary.metric
-    return f"{number(summary.drop or 0.0, '.3g')} {unit} worse than the float model"
+def _left_out(summary: DeploySummary) -> Iterator[str]:
+    """Yield each file that is worse on validation than `deploy.max_drop` allows."""
+    most, bits = summary.options.get("max_drop"), summary.options.get("bits")
+    than = "" if most is None else f", more than the {most:g} of deploy.max_drop"
+    drops = {"int8.onnx": summary.drop, f"int{bits}.onnx": _drop_of(f"bits{bits}", summary)}
+    for name, drop in drops.items():
+        if name not in summary.files and drop is not None:
+            unit = find_metric(summary.metric).unit or summary.metric
+            worse = f"{number(drop, '.3g')} {unit} worse than the float model on validation"
+            yield f"no {name} of {summary.title} is written: it is {worse}{than}"
+
+
+def _drop_of(key: str, summary: DeploySummary) -> float | None:
+    """Return how many points or nats a row is worse on validation than the float model."""
+    metric, name = find_metric(summary.metric), f"val_{summary.metric}"
+    values = [
+        row.metric(name)
+        for row in (find_row(summary, REFERENCE), find_row(summary, key))
+        if row is not None
+    ]
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return None
+    difference = known[0] - known[1] if metric.mode == "max" else known[1] - known[0]
+    return 100 * difference if metric.is_fraction else difference
 
 
 def describe_row(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
@@ -255,6 +274,8 @@ def _evidence(row: DeployRow, difference: Interval | None, metric: Metric, on: s
         return f": {found}{on} (McNemar p {p})"
     if difference is None or difference.low is None:
         return f"{on}, so no interval" if len(row.seeds) == 1 else ""
+    if not re.search("[1-9]", format_difference(difference, form=metric.difference)):
+        return f": no difference in these digits{on}"
     if is_better(difference, mode=metric.mode):
         return f": better{on}"
     worse = is_better(difference.reversed(), mode=metric.mode)
@@ -284,10 +305,9 @@ def _of_operators(summary: DeploySummary) -> Iterator[str]:
 
 
 def _of_others(summary: DeploySummary, facts: Facts) -> Iterator[str]:
-    """Yield what other rows save and cost; of those trained on seeds, the distilled one."""
-    headline = "" if summary.exceeded else summary.served
+    """Yield what rows save and cost; of those trained on seeds, the distilled one."""
     for row in summary.rows:
-        known = row.key in ("torch", REFERENCE, "ensemble", headline)
+        known = row.key in ("torch", REFERENCE, "ensemble")
         if not known and (not row.seeds or row.key.endswith(DISTILLED)):
             yield describe_row(row, summary, facts)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,95 +18,136 @@ from selfkd.distill.outputs import take_logits
 from selfkd.errors import cut_text
 from selfkd.storage.files import replace
 
-LARGEST = 2**31 - 2**20
-"""Largest number of bytes of the weights of one file: protobuf ends at 2 GB."""
+LARGEST = 2**31 - 2**24
+"""Largest number of bytes of the weights of a file, which protobuf ends at 2 GB."""
+_ROWS = 3  # of the example: torch.export takes sizes of 0 and 1 for constants
 
 
 def export_onnx(network: nn.Module, inputs: Tensor, interface: Interface, path: Path) -> None:
     """Write a network as one file of ONNX, in float32 and eval mode.
 
-    The file has no path of this machine, and is the same for the same network. The network itself
-    is not changed.
+    The file takes any size of the free axes, has no path of this machine, and is the same for the
+    same network. The network itself is not changed: a copy on the CPU is exported.
 
     Args:
         network: Network from one tensor to logits, or to an output with logits.
         inputs: Example of its inputs: images `[items, channels, height, width]` or tokens
             `[items, length]`.
-        interface: Names of input and output, and axes of any size.
+        interface: Names of input and output, and free axes with their largest sizes.
         path: File to create or replace, local or remote.
 
     Raises:
-        ValueError: Weights that are NaN or infinite, more than one file holds, an operator that
-            ONNX lacks, or a network whose steps depend on its values.
+        ValueError: Weights that are NaN or infinite, or more than one file holds; an operator that
+            ONNX lacks, or code that works for some sizes or values only. Names the layer.
         OSError: The file cannot be written; a previous one is unchanged.
     """
     check_weights(network)
-    copied = _Logits(copy.deepcopy(network).cpu().float().eval())
-    example = _example(inputs.cpu(), interface)
-    program = _capture(copied, example, interface)
+    copied = _Logits(copy.deepcopy(network)).cpu().float().eval()
+    program = _capture(copied, inputs.detach().cpu(), interface)
     model = _translate(program, copied, interface)
+    _strip(model)
+    _check_axes(model, interface)
     content = model.SerializeToString(deterministic=True)
     replace(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
 def check_weights(network: nn.Module) -> None:
-    """Check that a network can be served.
+    """Check that a network can be served from one file.
 
     Raises:
-        ValueError: Weights that are NaN or infinite, or more of them than one file holds.
+        ValueError: Weights that are NaN or infinite, or more than one file holds.
+
+    >>> broken = nn.Linear(2, 2)
+    >>> _ = nn.init.constant_(broken.bias, float("nan"))
+    >>> check_weights(broken)
+    Traceback (most recent call last):
+    ...
+    ValueError: weights must be finite, got NaN in bias: the model is broken, choose another one
     """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            kind = "NaN" if tensor.isnan().any() else "infinite"
-            raise ValueError(f"weights must be finite, got {kind} values in {name}")
+            kind = "NaN" if tensor.isnan().any() else "infinity"
+            raise ValueError(
+                f"weights must be finite, got {kind} in {name}: the model is broken, choose "
+                "another one"
+            )
     size = 4 * sum(tensor.numel() for tensor in tensors.values())
     if size > LARGEST:
         raise ValueError(
-            f"weights must have at most 2 GB in float32, which is what one file of ONNX holds, "
-            f"got {size / 1e9:.1f} GB"
+            f"weights must have at most {LARGEST / 1e9:.1f} GB in float32, which is what one file "
+            f"of ONNX holds, got {size / 1e9:.1f} GB: deploy a smaller student"
         )
 
 
 class _Logits(nn.Module):
-    """A network whose output is its logits."""
+    """A network whose output is its logits, in float32."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        config = getattr(network, "config", None)
-        if getattr(config, "use_cache", False):  # of transformers: keys and values are no logits
-            config.use_cache = False  # type: ignore[union-attr]
+        for module in network.modules():  # also those of an ensemble
+            config = getattr(module, "config", None)
+            if getattr(config, "use_cache", False):  # of transformers: cached keys are no logits
+                config.use_cache = False  # type: ignore[union-attr]
 
     def forward(self, inputs: Tensor) -> Tensor:
         return take_logits(self.network(inputs), "the network").float()
 
 
-def _example(inputs: Tensor, interface: Interface) -> Tensor:
-    """Return inputs whose free axes have sizes that torch.export takes for any size."""
-    while len(inputs) < 3:
-        inputs = torch.cat([inputs, inputs])
-    return inputs[:3]
-
-
-def _capture(network: nn.Module, example: Tensor, interface: Interface) -> Any:
+def _capture(network: nn.Module, inputs: Tensor, interface: Interface) -> Any:
+    """Return a network as torch.export captures it, in which the free axes have any size."""
+    example = torch.cat([inputs] * -(-_ROWS // len(inputs)))[:_ROWS]
     free = {
         axis: torch.export.Dim(name, min=1, max=interface.longest.get(name))
         for axis, name in interface.axes.items()
+        if interface.longest.get(name) != 1
     }
     try:
         with torch.no_grad(), quiet():
-            return torch.export.export(
-                network, (example,), dynamic_shapes=({**free},), strict=False
-            )
-    except Exception as error:
+            return torch.export.export(network, (example,), dynamic_shapes=(free,), strict=False)
+    except Exception as error:  # of torch's many classes, and of the network's own code
+        first = " ".join(str(error).strip().partition("\n")[0].split())
+        if "Constraints violated" in first:
+            raise ValueError(
+                f"the network must take any {' and '.join(interface.axes.values())} to be "
+                f"exported, and its code fixes a size: {_reason(error)}"
+            ) from error
         raise ValueError(
-            f"the network cannot be exported by torch.export{_layer_of(error, network)}: "
-            f"{_first_lines(error)}"
+            f"the network cannot be captured by torch.export{_place(error, network)}: its steps "
+            f"must be tensor operations, the same for all values of its inputs "
+            f"({type(error).__name__}: {cut_text(first, 300)})"
         ) from error
 
 
+def _reason(error: Exception) -> str:
+    """Return what torch.export says of a size that code fixes, without its advice on flags."""
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    found = [line for line in lines if line.startswith(("You marked", "Not all values"))]
+    return cut_text((found or lines)[0].partition(" If you're")[0], 300)
+
+
+def _place(error: BaseException, network: nn.Module) -> str:
+    """Return the innermost layer in which an error was raised and its line of code, in words."""
+    names = {id(module): name for name, module in network.named_modules()}
+    layer, line = "", ""
+    for frame, number in _frames(error):
+        module = frame.f_locals.get("self")
+        name = names.get(id(module), "network")
+        if name not in ("", "network"):
+            layer = f" in layer {name.removeprefix('network.')} ({type(module).__name__})"
+        file = Path(frame.f_code.co_filename)
+        if "site-packages" not in file.parts and "selfkd" not in file.parts:
+            line = f", {file.name} line {number}"
+    return layer + line
+
+
+def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    yield from traceback.walk_tb(error.__traceback__)
+
+
 def _translate(program: Any, network: nn.Module, interface: Interface) -> Any:
+    """Return a captured network as a `ModelProto`."""
     try:
         with torch.no_grad(), quiet():
             made: Any = torch.onnx.export(
@@ -113,37 +157,65 @@ def _translate(program: Any, network: nn.Module, interface: Interface) -> Any:
                 output_names=[interface.output],
                 verbose=False,
             )
-        model = made.model_proto
-    except Exception as error:
-        raise ValueError(f"ONNX lacks an operator: {_first_lines(error)}") from error
-    _strip(model)
-    return model
+            return made.model_proto
+    except Exception as error:  # the exporter raises its own for all, from the first one
+        causes = list(_causes(error))
+        lacking = any(type(cause).__name__ == "DispatchError" for cause in causes)
+        where = next(filter(None, (_node(cause, network) for cause in causes)), "an operator")
+        if lacking:
+            raise ValueError(
+                f"ONNX has no operator for {where}: write the layer with other operators, or "
+                "serve the network with torch"
+            ) from error
+        last = causes[-1]
+        raise ValueError(
+            f"{where} cannot be translated to ONNX: {type(last).__name__}: "
+            f"{cut_text(str(last).strip(), 300)}"
+        ) from error
 
 
-def _layer_of(error: BaseException, network: nn.Module) -> str:
-    """Return the innermost layer in which an error was raised, in words."""
-    names = {id(module): name for name, module in network.named_modules()}
-    found, trace = "", error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and id(module) in names:
-            found = names[id(module)].removeprefix("network").removeprefix(".")
-        trace = trace.tb_next
-    return f", in layer {found}" if found else ""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
-def _first_lines(error: BaseException) -> str:
-    return cut_text(str(error).strip(), 600)
+def _node(error: BaseException, network: nn.Module) -> str:
+    """Return the operator whose translation failed, with its layer; nothing where not known."""
+    modules = dict(network.named_modules())
+    for frame, _ in _frames(error):
+        node = frame.f_locals.get("node")
+        if isinstance(node, torch.fx.Node) and node.op == "call_function":
+            paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            path = paths[-1] if paths else ""
+            kind = type(modules[path]).__name__ if path in modules else ""
+            layer = path.removeprefix("network").removeprefix(".")
+            return f"{node.target}" + (f", which layer {layer} ({kind}) uses" if layer else "")
+    return ""
 
 
 def _strip(model: Any) -> None:
-    """Remove what says where and how a graph was made: paths of this machine stand there."""
-    del model.metadata_props[:]
-    graphs = [model.graph, *model.functions]
-    for graph in graphs:
-        for part in [graph, *graph.node, *getattr(graph, "initializer", []), *graph.value_info]:
-            if hasattr(part, "metadata_props"):
-                del part.metadata_props[:]
-            part.doc_string = ""
-    for part in [*model.graph.input, *model.graph.output]:
+    """Remove what says how a graph was made: paths and code of this machine stand there."""
+    graph, functions = model.graph, model.functions
+    values = [*graph.input, *graph.output, *graph.value_info, *graph.initializer]
+    for part in [model, graph, *values, *functions, *graph.node]:
+        part.doc_string = ""
         del part.metadata_props[:]
+    for part in [part for function in functions for part in [*function.node, *function.value_info]]:
+        part.doc_string = ""
+        del part.metadata_props[:]
+
+
+def _check_axes(model: Any, interface: Interface) -> None:
+    """Check that the free axes are free in the graph.
+
+    Raises:
+        ValueError: One has a fixed size.
+    """
+    shape = model.graph.input[0].type.tensor_type.shape.dim
+    for axis, name in interface.axes.items():
+        if shape[axis].HasField("dim_value") and interface.longest.get(name) != 1:
+            raise ValueError(
+                f"the network must take any {name}, and its graph takes "
+                f"{shape[axis].dim_value} only"
+            )

@@ -257,12 +257,37 @@ def _with_low_bits(model: Any, bits: int) -> Any:
     from onnxruntime.quantization.onnx_model import ONNXModel
 
     ONNXModel(model).replace_gemm_with_matmul()  # in place
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{number}"
     rule = DefaultWeightOnlyQuantConfig(
         block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS, bits=bits
     )
-    quantizer = MatMulNBitsQuantizer(model, algo_config=rule)
+    quantizer = MatMulNBitsQuantizer(model, algo_config=rule, nodes_to_exclude=_tied(model.graph))
     quantizer.process()
     return quantizer.model.model
+
+
+def _tied(graph: Any) -> list[str]:
+    """Return the names of the products by a table of embeddings, which stays as it is."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def values(kind: str, place: int) -> dict[str, Any]:
+        found = [node for node in graph.node if node.op_type == kind]
+        return {
+            node.name: numpy_helper.to_array(constants[node.input[place]])
+            for node in found
+            if node.input[place] in constants
+        }
+
+    tables = values("Gather", 0).values()
+    return [
+        name
+        for name, weight in values("MatMul", 1).items()
+        if any(np.array_equal(weight.T, table) for table in tables)
+    ]
 
 
 def _tables(graph: Any) -> list[str]:

@@ -9,7 +9,7 @@ from selfkd.analysis.deploy import difference_of, format_ratio, shortfalls, size
 from selfkd.analysis.statistics import mean_interval
 from selfkd.reporting import words
 from selfkd.reporting.table import Table
-from selfkd.results import DeployRow, DeploySummary, Facts, Interval, find_metric
+from selfkd.results import DeployRow, DeploySummary, Facts, Interval, Timing, find_metric
 
 
 def deploy_table(summary: DeploySummary, facts: Facts) -> Table:
@@ -47,7 +47,7 @@ def deploy_table(summary: DeploySummary, facts: Facts) -> Table:
 
 def _shown(facts: Facts) -> Sequence[str]:
     """Return the further metrics that compression may change."""
-    known = ("nll", "perplexity", "bits_per_byte", "ece")
+    known = ("nll", "perplexity", "bits_per_byte")
     return [name for name in known if name in (*facts.further, "nll", "perplexity")]
 
 
@@ -59,11 +59,11 @@ def _row(
     times = [of.get(items) for items in batches]
     ratio = size_ratio(row, summary)
     return (
-        _short_name(row),
+        short_name(row),
         _tested(row, metric),
         shortfalls(row, summary),
         bytes_text(row.bytes),
-        *(words.number(time.ms if time else None, ".3g") for time in times),
+        *(_milliseconds(time) for time in times),
         words.bare_difference(difference_of(row, summary), metric),
         words.number(ratio, ".2f"),
         *(_speed(time.speed_up if time else None) for time in times),
@@ -75,15 +75,15 @@ def _row(
     )
 
 
-def _short_name(row: DeployRow) -> str:
+def short_name(row: DeployRow) -> str:
     """Return the title of a row as a narrow column has it, without what all rows share.
 
-    >>> _short_name(DeployRow(key="pruned_labels", title="pruned by 50%, from labels"))
-    'pruned, from labels'
-    >>> _short_name(DeployRow(key="fresh", title="fresh of that size, distilled"))
+    >>> short_name(DeployRow(key="pruned_labels", title="pruned by 50%, from labels"))
+    'pruned, labels'
+    >>> short_name(DeployRow(key="fresh", title="fresh of that size, distilled"))
     'fresh of that size'
     """
-    name = re.sub(r" by \d+%|(?<=-bit) weights", "", row.title)
+    name = re.sub(r" by \d+%|(?<=-bit) weights|(?<=, )from ", "", row.title)
     return name.removesuffix(", distilled") if row.key == "fresh" else name
 
 
@@ -92,6 +92,12 @@ def _tested(row: DeployRow, metric: str) -> str:
     if row.values:
         return words.mean(mean_interval(row.values), metric)
     return words.value(row.metric(f"test_{metric}"), metric)
+
+
+def _milliseconds(timing: Timing | None) -> str:
+    if timing is None:
+        return ""
+    return words.number(timing.ms, ".3g" if timing.ms >= 0.1 else ".2g")
 
 
 def _speed(estimate: Interval | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,12 +63,12 @@ class Source:
 
     Args:
         config: Config of its data.
-        members: `checkpoint`, perhaps `weight`, of each network.
+        members: `checkpoint`, perhaps `hash` and `weight`, of each network.
         average: What is averaged.
         make_model: Reference of the function that makes a user's network.
 
     Raises:
-        ValueError: Its network cannot be made, or has other tensors.
+        ValueError: A file is damaged, or another one than the run's row of it says.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Source:
         self._checkpoints = [str(member["checkpoint"]) for member in members]
         self._average, self._weights = average, weights_of(members)
         self._make_model = make_model
+        for member in members:
+            _check_hash(str(member["checkpoint"]), member.get("hash"))
 
     @property
     def like(self) -> str | None:
@@ -101,6 +104,18 @@ class Source:
             self._checkpoints, average=self._average, weights=self._weights
         )
         return network.eval()
+
+
+def _check_hash(checkpoint: str, known: str | None) -> None:
+    """Check that a checkpoint is the model that the run wrote down."""
+    if known is None or as_path(checkpoint).suffix == ".json":  # which names its parts
+        return
+    found = load_tensors(as_path(checkpoint))[1]["hash"]
+    if found != known:
+        raise ValueError(
+            f"{checkpoint} must be the model of its run, of hash {known}, got another of hash "
+            f"{found}: put it back, or deploy it by --checkpoint"
+        )
 
 
 def _load_own(reference: str, checkpoint: str) -> nn.Module:
@@ -189,9 +204,22 @@ def _largest_difference(network: nn.Module, other: nn.Module, inputs: Tensor) ->
 
 
 def _put(file: Path, target: Path) -> Row:
-    """Put a file into the run folder; return its size and its hash."""
-    replace(target, partial(shutil.copyfile, file))
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    """Put a file into the run folder; return its size and its hash.
+
+    Raises:
+        OSError: There is no room for it; says how much is needed.
+    """
+    size = file.stat().st_size
+    try:
+        replace(target, partial(shutil.copyfile, file))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"the run folder must have room for {size:,} bytes of {target}, and is full: free some "
+            "and run the command again, which goes on from what is done"
+        ) from None
+    return {"bytes": size, "sha256": sha256(file)}
 
 
 def sha256(file: Path) -> str:
@@ -276,8 +304,8 @@ def measure(
     Args:
         config: Config of its data.
         file: File that predicts; the network itself when not given.
-        predictions: File for its logits, if they are kept.
-        reference: File of the logits that it is compared with.
+        predictions: File for its predictions, if they are kept.
+        reference: File of the predictions that it is compared with.
         source: Further arguments of `Source`.
 
     Yields:
@@ -290,17 +318,19 @@ def measure(
     logits: dict[Split, Tensor] = {
         split: task.predict_with(network, split, like=own.like) for split in SPLITS
     }
-    row: Row = {"metrics": task.evaluate(logits)}
+    row: Row = {"metrics": task.evaluate(logits, [network])}
+    hits = task.hits(logits["test"], "test", [network])
+    scores = task.scores(logits["test"], "test", [network])
     if predictions is not None:
-        save_tensors(as_path(predictions), {str(name): own for name, own in logits.items()}, {})
+        kept = {str(split): own for split, own in logits.items()} | {"scores": scores}
+        kept |= {} if hits is None else {"hits": hits.to(torch.uint8)}
+        save_tensors(as_path(predictions), kept, {})
     if reference is not None:
-        other = load_tensors(as_path(reference))[0]["test"]
-        row["agreement"] = task.fidelity(logits["test"], other)["agreement"]
-        hits, others = task.hits(logits["test"], "test"), task.hits(other, "test")
-        if hits is not None and others is not None:
-            row["mcnemar"] = to_row(compare_errors(hits, others))
-        scores, before = (task.scores(each, "test") for each in (logits["test"], other))
-        row["difference"] = asdict(bootstrap_interval((scores - before).numpy()))
+        other = load_tensors(as_path(reference))[0]
+        row["agreement"] = task.fidelity(logits["test"], other["test"])["agreement"]
+        if hits is not None:
+            row["mcnemar"] = to_row(compare_errors(hits, other["hits"].bool()))
+        row["difference"] = asdict(bootstrap_interval((scores - other["scores"]).numpy()))
     yield row
 
 
@@ -330,7 +360,12 @@ def time(config: Tree, forms: Mapping[str, Mapping[str, Any]], reference: str) -
         for items in task.interface().timed:
             inputs = task.example(items).cpu()
             rounds = time_together(
-                {key: partial(_run, network, inputs) for key, network in networks.items()}
+                {
+                    key: network.timed(inputs)
+                    if isinstance(network, OnnxNetwork)
+                    else partial(_run, network, inputs)
+                    for key, network in networks.items()
+                }
             )
             for key, own in rounds.items():
                 ratio = None if key == reference else speed_up(rounds[reference], own)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from selfkd.config import Tree
+from selfkd.config import ModelConfig, Tree
 from selfkd.deployment.low_bits import describe_rounded, plain, round_weights, sizes_rounded
 from selfkd.results import Row
-from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
+from selfkd.worker.prune import check_data
 
 
 def round_checkpoint(config: Tree, checkpoint: str, bits: int, save: str) -> Iterator[Row]:
@@ -25,17 +25,16 @@ def round_checkpoint(config: Tree, checkpoint: str, bits: int, save: str) -> Ite
         `hash` of the rounded model, the `share` of its parameters that are rounded, and `remarks`
         on it; or the user's mistake.
     """
-    network, _ = make_task(config).load(checkpoint)
-    facts = load_tensors(as_path(checkpoint))[1]
-    del facts["hash"]
-    sizes = sizes_rounded(network)
+    task = make_task(config)
     try:
+        network, facts = task.load(checkpoint)
+        model, sizes = ModelConfig.of_checkpoint(facts.model), sizes_rounded(network)
         round_weights(network, bits)
+        digest = task.save(as_path(save), plain(network), model, {"bits": bits})
+        check_data(checkpoint, save, "--bits")
     except ValueError as error:
         yield {"fault": str(error)}
         return
-    tensors = plain(network).state_dict()
-    digest = save_tensors(as_path(save), tensors, facts | {"bits": bits})
     share = sizes[""] / sizes.total()
     yield {"hash": digest, "share": share, "remarks": [describe_rounded(sizes, bits)]}
 

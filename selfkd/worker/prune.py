@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -55,7 +55,7 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
             remarks = prune_channels(pruned, example, fraction)
             setattr(pruned, PRUNED, fraction)
         digest = task.save(as_path(save), pruned, model, {"pruned_from": facts.hash})
-        _check_data(load_tensors(as_path(checkpoint))[1], load_tensors(as_path(save))[1])
+        check_data(checkpoint, save, "--prune")
         _check_same(pruned, task.load(save)[0], example)
     except ValueError as error:
         yield {"fault": str(error)}
@@ -84,20 +84,22 @@ def _check_same(pruned: nn.Module, loaded: nn.Module, example: Tensor) -> None:
         )
 
 
-def _check_data(facts: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def check_data(checkpoint: str, made: str, option: str) -> None:
     """Check that a model has the normalisation and the order of classes of the data.
 
     Args:
-        facts: Metadata of the model.
-        data: Metadata of a model that was made for the data.
+        checkpoint: File of the model.
+        made: File of a model that was made for the data.
+        option: Option for which it must have them.
 
     Raises:
         ValueError: It has not, so that it cannot be fine-tuned on them.
     """
+    facts, data = (load_tensors(as_path(path))[1] for path in (checkpoint, made))
     for key in SHARED:
         if facts.get(key) != data.get(key):
             raise ValueError(
-                f"--prune must have a model with the {key} of the data ({data.get(key)}), to be "
+                f"{option} must have a model with the {key} of the data ({data.get(key)}), to be "
                 f"fine-tuned on them, got {facts.get(key)}"
             )
 

@@ -10,6 +10,7 @@ from deployments import (
     TEXT,
     TORCH,
     deployment,
+    row,
     text_deployment,
     timings,
     tuned,
@@ -65,6 +66,8 @@ def test_the_headline_says_size_speed_and_cost_and_the_next_line_what_it_stands_
          "fewer errors (McNemar p 0.004)"),
         ({"mcnemar": None}, "-1.00 points: no evidence of a difference"),
         ({"mcnemar": None, "difference": Interval(0.01, 0.004, 0.02)}, "+1.00 points: better"),
+        ({"mcnemar": None, "difference": Interval(3e-5, 1e-5, 4e-5)},
+         "+0.00 points: no difference in these digits"),
     ],
 )  # fmt: skip
 def test_the_headline_hides_no_shortfall(changed, words):
@@ -73,12 +76,25 @@ def test_the_headline_hides_no_shortfall(changed, words):
 
 
 def test_past_the_largest_drop_the_headline_says_that_there_is_no_file_and_why():
-    said = deploy_sentences(deployment(exceeded=True, drop=0.72, served="float"), IMAGES)
+    files = {"float.onnx": "deploy/float.onnx"}
+    lost = deployment(exceeded=True, drop=0.72, served="float", files=files)
+    said = deploy_sentences(lost, IMAGES)
     assert said[0] == (
-        "no int8 file of generation 3 is written: it is 0.72 points worse than the float model on "
+        "no int8.onnx of generation 3 is written: it is 0.72 points worse than the float model on "
         "validation, more than the 0.5 of deploy.max_drop"
     )
     assert any(line.startswith("ONNX int8: 0.27 of the float") for line in said)
+
+
+def test_a_file_of_low_bits_past_the_largest_drop_is_said_beside_what_is_served():
+    bits = row("bits4", "4-bit weights, ONNX", 0.90)
+    lost = deployment(FLOAT, INT8, bits, exceeded=True, options={"bits": 4, "max_drop": 2.0})
+    said = deploy_sentences(lost, IMAGES)
+    assert said[0] == (
+        "no int4.onnx of generation 3 is written: it is 5 points worse than the float model on "
+        "validation, more than the 2 of deploy.max_drop"
+    )
+    assert said[1].startswith("generation 3 is served as ONNX int8: ")
 
 
 def test_distillation_is_compared_with_labels_and_a_fresh_student_seed_by_seed():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import model_folders
 import numpy as np
 import onnx
 import onnxruntime
@@ -114,7 +115,7 @@ def test_weights_are_rounded_as_the_formula_says(bits: int) -> None:
     assert torch.equal(round_blocks(rounded, bits), rounded)
 
 
-def test_tables_are_in_int8_unless_a_product_has_them_too(tmp_path: Path) -> None:
+def test_tables_of_embeddings_are_in_int8(tmp_path: Path) -> None:
     table = draw(500, 64)
     nodes = [
         helper.make_node("Cast", ["x"], ["i"], to=TensorProto.INT64),
@@ -130,15 +131,23 @@ def test_tables_are_in_int8_unless_a_product_has_them_too(tmp_path: Path) -> Non
     expected = table @ round_blocks(weights["w"].T, 4).T
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
-    shared = [
-        *nodes[:2],
-        helper.make_node("MatMul", ["a", "w"], ["c"]),
-        helper.make_node("Transpose", ["table"], ["t"]),
-        helper.make_node("MatMul", ["c", "t"], ["y"]),
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_product_by_a_table_of_embeddings_stays_float(tmp_path: Path, folded: bool) -> None:
+    table, target = draw(50, 64), tmp_path / "low.onnx"
+    nodes = [
+        helper.make_node("Cast", ["x"], ["i"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "i"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["b"]),
+        *([] if folded else [helper.make_node("Transpose", ["table"], ["t"])]),
+        helper.make_node("MatMul", ["b", "t"], ["y"]),
     ]
-    weights["w"] = draw(64, 64)
-    source = save_graph(tmp_path / "tied.onnx", shared, weights, x=["b"], y=["b", 500])
-    assert write_low_bits(source, target, 4) == {"MatMulNBits": 1}
+    weights = {"table": table, "w": draw(64, 64, seed=1)}
+    weights |= {"t": table.T.contiguous()} if folded else {}
+    source = save_graph(tmp_path / "tied.onnx", nodes, weights, x=["b"], y=["b", 50])
+    found = {"MatMulNBits": 1} | ({"Gather": 1} if folded else {})
+    assert write_low_bits(source, target, 4) == found
+    assert torch.equal(written_weights(target)[0], round_blocks(weights["w"].T, 4))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40])
@@ -352,24 +361,54 @@ def test_a_checkpoint_is_rounded_without_training(config: Config, tmp_path: Path
     trial, save = make_trial(config, tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     list(task.train(trial))
     (row,) = round_checkpoint(to_tree(config), str(trial.path), 3, str(save))
-    network, facts = task.load(str(trial.path))
+    network, _ = task.load(str(trial.path))
     sizes = sizes_rounded(network)
     assert row["share"] == sizes[""] / sum(p.numel() for p in network.parameters())
     assert row["remarks"] == [describe_rounded(sizes, 3)]
     round_weights(network, 3)
     tensors, found = load_tensors(save)
-    assert found == {**load_tensors(trial.path)[1], "bits": 3, "hash": row["hash"]}
-    assert asdict(facts)["model"] == found["model"]
+    own = load_tensors(trial.path)[1]
+    del own["stage"], own["seed"]
+    assert found == {**own, "bits": 3, "hash": row["hash"]}
     assert all(torch.equal(plain(network).state_dict()[name], tensors[name]) for name in tensors)
 
 
-def test_a_checkpoint_that_cannot_be_rounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fill", "more", "message"),
+    [
+        (float("inf"), {}, "weights must be finite to be rounded, got NaN or inf in head.fc"),
+        (1.0, {"mean": [0.25]}, r"--bits must have a model with the mean of the data \(\[.*0.25"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_rounded(
+    tmp_path: Path, fill: float, more: dict[str, Any], message: str
+) -> None:
     config = load_config(settings=[*IMAGES, "model={name: selfkd_mlp, args: {depth: 0}}"])
-    task = make_task(to_tree(config))
+    task: Any = make_task(to_tree(config))
     network = task.make(config.model)
-    nn.init.constant_(network.head.fc.weight, float("inf"))  # type: ignore[union-attr, arg-type]
-    task.save(tmp_path / "a.safetensors", network, config.model, {})
+    nn.init.constant_(network.head.fc.weight, fill)
+    task.save(tmp_path / "a.safetensors", network, config.model, more)
     paths = str(tmp_path / "a.safetensors"), 4, str(tmp_path / "b.safetensors")
     (row,) = round_checkpoint(to_tree(config), *paths)
-    assert row == {"fault": "weights must be finite to be rounded, got NaN or inf in head.fc"}
-    assert not (tmp_path / "b.safetensors").exists()
+    assert re.fullmatch(message + ".*", row["fault"])
+
+
+def test_a_model_of_transformers_is_trained_whole(tmp_path: Path) -> None:
+    folder = model_folders.write(tmp_path / "model", "gpt2")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(model_folders.TEXT)
+    settings = [
+        f"data={{name: text, root: {tmp_path / 'text'}, context: 16, tokenizer: {folder}}}",
+        f"model={{name: hf, args: {{path: {folder}, lora: 2}}}}",
+        "train={steps: 2, epochs: 1, batch_size: 2, warmup_steps: 1}",
+    ]
+    config = load_config(settings=settings, flags={"task": "text"})
+    task, path = make_task(to_tree(config)), tmp_path / "a.safetensors"
+    task.save(path, task.make(config.model), config.model, {})
+    trial = make_trial(config, tmp_path / "low" / "a.safetensors")
+    list(task.train(trial, start={"checkpoint": str(path)}, bits=4))
+    before, after = load_tensors(path)[0], load_tensors(trial.path)[0]
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert before.keys() == after.keys()
+    assert torch.equal(after[name], round_blocks(after[name].T, 4).T)
+    assert not torch.equal(after["transformer.wte.weight"], before["transformer.wte.weight"])

@@ -178,6 +178,13 @@ def test_weights_that_are_no_numbers_are_refused(trained: Path, tmp_path: Path) 
         deploy(run_on(trained), replace(source, model=broken))
 
 
+def test_another_model_than_the_run_wrote_down_is_refused(trained: Path) -> None:
+    source = best(trained)
+    other = replace(source.model, checkpoint=source.ensemble[0].checkpoint)
+    with pytest.raises(ConfigError, match="must be the model of its run"):
+        deploy(run_on(trained), replace(source, model=other))
+
+
 def test_too_few_images_for_the_ranges_are_refused(trained: Path) -> None:
     payload = {
         "config": to_tree(load_config(settings=[*SMALL, "data.train_size=20"])),

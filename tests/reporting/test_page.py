@@ -235,6 +235,10 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "summary.json"
     verdict = Verdict(name=EVIL, to=EVIL, sentences=(EVIL,))
     save_row(path, replace(load_row(GenerationsSummary, path), verdict=verdict))
+    made = add_deployment(folder)
+    rows = tuple(replace(row, title=EVIL, remarks=(EVIL,)) for row in made.rows)
+    made = replace(made, title=EVIL, rows=rows, sentences=(EVIL, EVIL), files={EVIL: EVIL})
+    save_row(folder / "deploy" / "deploy.json", made)
     (folder / "generation_000" / "trial_001" / "result.json").write_text("<b>damaged</b>")
     path = folder / "generation_000" / "trial_002" / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "status": EVIL}))
@@ -254,7 +258,10 @@ def test_no_text_becomes_markup(evil: Path) -> None:
     elements = _Elements()
     elements.feed(evil.read_text())
     tags = [tag for tag, _ in elements.found]
-    assert not {"a", "iframe"} & set(tags)
+    assert "iframe" not in tags
+    (link,) = (attributes for tag, attributes in elements.found if tag == "a")  # to the file
+    assert list(link) == ["href"]
+    assert re.fullmatch(r"\./[\w%./-]+", link["href"] or "")
     sources = [attributes["src"] for tag, attributes in elements.found if tag == "img"]
     assert sources == [f"data:image/png;base64,{PICTURE}"] * 4
     assert all(not name.startswith("on") for _, attributes in elements.found for name in attributes)

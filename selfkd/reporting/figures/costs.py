@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from selfkd.reporting.figures.charts import padded
 from selfkd.reporting.figures.style import Bar, Figure, Measure, colour
 from selfkd.reporting.figures.svg import Drawing, ends_of, linear_axis, log_axis
 
 HEIGHT = 290
-LINE = 14
+LINE = 13
 """Pixels between the lines of labels."""
+LETTER = 0.017
+"""Width of a letter of a label, in widths of a drawing beside another."""
+DOT = 0.015
+"""Half the width of a point, likewise."""
 
 Costed = tuple[str, float, Bar]
 """Name of a model, what it costs, its metric."""
@@ -38,7 +41,7 @@ def over_costs(costs: Sequence[tuple[str, Sequence[Costed]]], *, measure: Measur
         low, high = ends_of([cost for _, cost, _ in points])
         x = log_axis((low / 1.4, high * 1.4), title)
         drawing = Drawing(x, y, HEIGHT, f"{measure.title} over {title}")
-        shifts = _shifts([(x.at(cost), y.at(bar.value)) for _, cost, bar in points])
+        shifts = _shifts([(x.at(cost), y.at(bar.value), name) for name, cost, bar in points])
         for (name, cost, bar), shift in zip(points, shifts, strict=True):
             style = colour(names.index(name))
             if bar.low is not None and bar.high is not None:
@@ -52,21 +55,24 @@ def over_costs(costs: Sequence[tuple[str, Sequence[Costed]]], *, measure: Measur
     return Figure(tuple(drawings))
 
 
-def _shifts(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Return how far labels are moved downwards, so that none covers another on its side.
+def _shifts(places: Sequence[tuple[float, float, str]]) -> list[float]:
+    """Return how far labels are moved downwards, so that none covers another, or a point.
 
-    >>> _shifts([(0.1, 0.5), (0.2, 0.5), (0.9, 0.5)])
-    [-3.0, 11.0, 4.0]
+    Args:
+        places: Place of each point, in shares of the width and the height, with its label.
+
+    >>> _shifts([(0.1, 0.5, "a"), (0.12, 0.5, "b"), (0.4, 0.5, "c")])
+    [17.0, 4.0, 4.0]
     """
-    found = [4.0] * len(places)
-    for right in (False, True):
-        side = sorted(
-            (n for n, (x, _) in enumerate(places) if (x > 0.5) == right),
-            key=lambda n: (-places[n][1], places[n][0]),
-        )
-        at = [HEIGHT * (1 - places[n][1]) for n in side]
-        rows = list(accumulate(at, lambda above, own: max(own, above + LINE)))
-        down = [row - own for row, own in zip(rows, at, strict=True)]
-        for n, own in zip(side, down, strict=True):
-            found[n] += own - max(down) / 2
+    taken = [(x - DOT, x + DOT, HEIGHT * (1 - y)) for x, y, _ in places]
+    found = []
+    tries = sorted(range(-2 * len(places), 2 * len(places) + 1), key=lambda n: (abs(n), -n))
+    for x, y, label in places:
+        width = LETTER * (len(label) + 3)
+        left = x - DOT - width if x > 0.5 else x + DOT
+        over = [row for low, high, row in taken if left < high and low < left + width]
+        rows = (HEIGHT * (1 - y) + LINE * n for n in tries)
+        row = next(row for row in rows if all(abs(row - other) >= LINE for other in over))
+        taken.append((left, left + width, row))
+        found.append(4 + row - HEIGHT * (1 - y))
     return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from urllib.parse import quote
 
 from selfkd.analysis.statistics import mean_interval
 from selfkd.reporting import words
-from selfkd.reporting.deploy_table import deploy_table
+from selfkd.reporting.deploy_table import deploy_table, short_name
 from selfkd.reporting.figures.costs import Costed, over_costs
 from selfkd.reporting.figures.style import Bar, Figure
 from selfkd.reporting.read import Run
@@ -47,12 +48,12 @@ def _costs(run: Run, summary: DeploySummary) -> Panel:
 def _figure(summary: DeploySummary, tested: str) -> Figure | None:
     rows = [(row, value) for row in summary.rows if (value := _value(row, tested)) is not None]
     batch = min((timing.items for row, _ in rows for timing in row.timings), default=1)
-    sizes: list[Costed] = [(row.title, row.bytes, value) for row, value in rows if row.bytes]
+    sizes: list[Costed] = [(short_name(row), row.bytes, value) for row, value in rows if row.bytes]
     times: list[Costed] = [
-        (row.title, timing.ms, value)
+        (short_name(row), timing.ms, value)
         for row, value in rows
         for timing in row.timings
-        if timing.items == batch
+        if timing.items == batch and timing.ms > 0
     ]
     costs = [("size, bytes", sizes), (f"ms a batch of {batch}", times)]
     known = [(title, points) for title, points in costs if points]
@@ -63,4 +64,4 @@ def _value(row: DeployRow, tested: str) -> Bar | None:
     if row.values:
         return bar(mean_interval(row.values))
     value = row.metric(tested)
-    return None if value is None else Bar(value)
+    return None if value is None or not math.isfinite(value) else Bar(value)

@@ -57,11 +57,9 @@ def train_language_model(
     """
     options, data = task.config.train, training_text(task, trial)
     distill = task.config.distill
-    student = make_fresh(task, trial, start or {})
+    student = _student(task, trial, start or {}, bits)
     facts: Row = {"stage": trial.stage, "seed": trial.seed}
-    if bits is not None:
-        round_weights(student, bits)
-        facts |= {"bits": bits}
+    facts |= {} if bits is None else {"bits": bits}
     training = Training(
         student=student,
         optimizer=optimizer_of(student, options),
@@ -110,6 +108,21 @@ def train_language_model(
             yield row
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
+
+
+def _student(
+    task: TextNetworks, trial: Trial, start: Mapping[str, Any], bits: int | None
+) -> nn.Module:
+    """Return a network to be trained; one that is rounded begins whole, without adapters."""
+    if bits is None:
+        return make_fresh(task, trial, start)
+    if "checkpoint" in start:
+        torch.manual_seed(trial.seed)
+        student, _ = task.load(start["checkpoint"])
+    else:
+        student = make_fresh(task, trial, start)
+    round_weights(student, bits)
+    return student
 
 
 def _state(training: Training, writer: Writer | None) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 _SETS = {
@@ -22,15 +24,18 @@ _INT8 = ("avx_vnni", "avx512_vnni", "amx_int8", "dot", "i8mm")
 
 
 def describe_cpu() -> str:
-    """Return the name of the processor and its instruction sets that matter for int8."""
+    """Return the name of the processor, and its instruction sets that matter for int8."""
     found = _capabilities()
     sets = [words for key, words in _SETS.items() if found.get(key)]
-    name = str(found.get("cpu_name") or platform.processor() or platform.machine())
-    return f"{name} ({', '.join(sets) or 'no instruction sets known'})"
+    name = found.get("cpu_name") or _name()
+    return f"{name} ({', '.join(sets) or 'none of the instruction sets for int8 known'})"
 
 
 def has_int8() -> bool:
-    """Return whether the processor multiplies int8 in one instruction: VNNI, AMX or dot product."""
+    """Return whether the processor has instructions for sums of int8 products: VNNI, AMX, dot.
+
+    Without them int8 is slower, and on x86 sums of full range saturate.
+    """
     return any(_capabilities().get(key) for key in _INT8)
 
 
@@ -49,4 +54,20 @@ def versions() -> dict[str, str]:
 def _capabilities() -> Mapping[str, Any]:
     import torch
 
-    return dict(torch.cpu.get_capabilities())
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    before = {  # older torch
+        "avx2": "_is_avx2_supported",
+        "avx512_f": "_is_avx512_supported",
+        "avx512_vnni": "_is_vnni_supported",
+    }
+    return {key: getattr(torch.cpu, name, bool)() for key, name in before.items()}
+
+
+def _name() -> str:
+    """Return the name of the processor, as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

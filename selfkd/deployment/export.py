@@ -43,10 +43,13 @@ def export_onnx(network: nn.Module, inputs: Tensor, interface: Interface, path: 
     """
     check_weights(network)
     copied = _Logits(copy.deepcopy(network)).cpu().float().eval()
-    program = _capture(copied, inputs.detach().cpu(), interface)
+    example = inputs.detach().cpu()
+    program = _capture(
+        copied, example.float() if example.is_floating_point() else example, interface
+    )
     model = _translate(program, copied, interface)
     _strip(model)
-    _check_axes(model, interface)
+    _name_axes(model, interface)
     content = model.SerializeToString(deterministic=True)
     replace(path, lambda temporary: Path(temporary).write_bytes(content))
 
@@ -137,7 +140,7 @@ def _place(error: BaseException, network: nn.Module) -> str:
         if name not in ("", "network"):
             layer = f" in layer {name.removeprefix('network.')} ({type(module).__name__})"
         file = Path(frame.f_code.co_filename)
-        if "site-packages" not in file.parts and "selfkd" not in file.parts:
+        if layer and file.exists() and "site-packages" not in file.parts:
             line = f", {file.name} line {number}"
     return layer + line
 
@@ -164,12 +167,12 @@ def _translate(program: Any, network: nn.Module, interface: Interface) -> Any:
         where = next(filter(None, (_node(cause, network) for cause in causes)), "an operator")
         if lacking:
             raise ValueError(
-                f"ONNX has no operator for {where}: write the layer with other operators, or "
-                "serve the network with torch"
+                f"the network cannot be translated to ONNX, which has no operator for {where}: "
+                "write the layer with other operators, or serve the network with torch"
             ) from error
         last = causes[-1]
         raise ValueError(
-            f"{where} cannot be translated to ONNX: {type(last).__name__}: "
+            f"the network cannot be translated to ONNX, for {where}: {type(last).__name__}: "
             f"{cut_text(str(last).strip(), 300)}"
         ) from error
 
@@ -190,14 +193,20 @@ def _node(error: BaseException, network: nn.Module) -> str:
             path = paths[-1] if paths else ""
             kind = type(modules[path]).__name__ if path in modules else ""
             layer = path.removeprefix("network").removeprefix(".")
-            return f"{node.target}" + (f", which layer {layer} ({kind}) uses" if layer else "")
+            return (
+                f"{node.target}, which " + (f"layer {layer} ({kind})" if layer else "it") + " uses"
+            )
     return ""
 
 
 def _strip(model: Any) -> None:
-    """Remove what says how a graph was made: paths and code of this machine stand there."""
+    """Remove what says how a graph was made: paths and code of this machine stand there.
+
+    Shapes within the graph, which every reader infers, go too.
+    """
     graph, functions = model.graph, model.functions
-    values = [*graph.input, *graph.output, *graph.value_info, *graph.initializer]
+    del graph.value_info[:]
+    values = [*graph.input, *graph.output, *graph.initializer]
     for part in [model, graph, *values, *functions, *graph.node]:
         part.doc_string = ""
         del part.metadata_props[:]
@@ -206,16 +215,23 @@ def _strip(model: Any) -> None:
         del part.metadata_props[:]
 
 
-def _check_axes(model: Any, interface: Interface) -> None:
-    """Check that the free axes are free in the graph.
+def _name_axes(model: Any, interface: Interface) -> None:
+    """Give the free axes of input and output their names.
 
     Raises:
         ValueError: One has a fixed size.
     """
-    shape = model.graph.input[0].type.tensor_type.shape.dim
+    names = {}
     for axis, name in interface.axes.items():
-        if shape[axis].HasField("dim_value") and interface.longest.get(name) != 1:
+        size = model.graph.input[0].type.tensor_type.shape.dim[axis]
+        if interface.longest.get(name) == 1:
+            continue
+        if not size.dim_param:
             raise ValueError(
-                f"the network must take any {name}, and its graph takes "
-                f"{shape[axis].dim_value} only"
+                f"the network must take any {name}, and its graph takes {size.dim_value} only"
             )
+        names[size.dim_param] = name
+    for value in [*model.graph.input, *model.graph.output]:
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param in names:
+                size.dim_param = names[size.dim_param]

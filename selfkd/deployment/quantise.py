@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selfkd.deployment.interface import Interface
 from selfkd.deployment.quiet import quiet
-from selfkd.deployment.session import load_graph, make_session, nodes
+from selfkd.deployment.session import OnnxNetwork, load_graph, make_session, nodes
 from selfkd.errors import cut_text
 from selfkd.storage.files import fetch, replace
 
@@ -69,7 +69,7 @@ def quantise(
             nothing can be quantised.
         OSError: The file cannot be written; a previous one is unchanged.
     """
-    images = _check_images(load_graph(source), calibration)
+    images = _check_images(source, calibration)
     with tempfile.TemporaryDirectory(prefix="selfkd-") as folder:
         file = Path(folder) / "float.onnx"
         shutil.copyfile(fetch(source), file)  # onnxruntime writes beside the files that it reads
@@ -111,23 +111,33 @@ def count_int8(path: Path) -> dict[str, int]:
     return {kind: number for kind, number in sorted(found.items()) if number}
 
 
-def _check_images(model: Any, calibration: Tensor | None) -> Tensor | None:
-    """Return the calibration images; None of a graph that convolves none."""
+def _check_images(source: Path, calibration: Tensor | None) -> Tensor | None:
+    """Return the calibration images; None of a graph that takes tokens.
+
+    Raises:
+        ValueError: Fewer than are needed, or some that the graph gives no finite logits for.
+    """
     import onnx
 
-    floats = model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    if not floats:
+    graph = load_graph(source).graph
+    if graph.input[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
         return None
     images = torch.zeros(0) if calibration is None else calibration.detach().cpu().float()
-    convolves = any(node.op_type == "Conv" for node in model.graph.node)
+    convolves = any(node.op_type == "Conv" for node in graph.node)
     if convolves and len(images) < FEWEST:
         raise ValueError(
             f"calibration must have at least {FEWEST} images for the ranges of the activations, "
             f"got {len(images)}"
         )
-    if not images.isfinite().all():
-        raise ValueError("calibration must be finite, got images with NaN or infinite values")
-    return images if convolves else torch.zeros(0)
+    network = OnnxNetwork(source)
+    if not all(
+        network(batch).isfinite().all() for batch in torch.split(images, _BATCH) if len(batch)
+    ):
+        raise ValueError(
+            f"activations must be finite, got NaN or infinite logits of {source} on the "
+            "calibration images"
+        )
+    return images
 
 
 def _quantise_products(file: Path, *, tokens: bool) -> Path:

@@ -42,9 +42,9 @@ class OnnxNetwork(nn.Module):
         self._path = path
         self._session = make_session(path, threads=threads)
         self._input = self._session.get_inputs()[0].name
+        self._outputs = [self._session.get_outputs()[0].name]
         self.eval()
 
-    @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits, float32, on the device of the inputs.
 
@@ -54,20 +54,24 @@ class OnnxNetwork(nn.Module):
         Raises:
             ValueError: Inputs that the file does not take.
         """
-        given = inputs.detach().cpu().contiguous().numpy()
+        feed = self._feed(inputs)
         try:
-            logits = self._session.run(None, {self._input: given})[0]
+            logits = torch.from_numpy(self._session.run(self._outputs, feed)[0])
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class for each status
             raise ValueError(
                 f"{self._path} must take {inputs.dtype} {list(inputs.shape)}, which it does not: "
                 f"{cut_text(str(error), 300)}"
             ) from None
-        return torch.from_numpy(logits).float().to(inputs.device)
+        return logits if inputs.device == logits.device else logits.to(inputs.device)
 
     def timed(self, inputs: Tensor) -> Callable[[], object]:
         """Return what predicts inputs as a service would, from numpy to numpy, to be timed."""
-        given = inputs.detach().cpu().contiguous().numpy()
-        return partial(self._session.run, None, {self._input: given})
+        return partial(self._session.run, self._outputs, self._feed(inputs))
+
+    def _feed(self, inputs: Tensor) -> dict[str, Any]:
+        given = inputs.detach().cpu()
+        given = given.float() if given.is_floating_point() else given
+        return {self._input: given.contiguous().numpy()}
 
 
 def make_session(path: Path, *, threads: int, fused: Path | None = None) -> Any:

@@ -1,0 +1,64 @@
+"""Tests of the words for a processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from selfkd.deployment import cpu
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    cpu._capabilities.cache_clear()
+    yield
+    cpu._capabilities.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("found", "words", "int8"),
+    [
+        ({"avx2": True, "avx512_f": False}, "AVX2", False),
+        ({"avx2": True, "avx_vnni": True}, "AVX2, AVX-VNNI", True),
+        (
+            {"avx2": True, "avx512_f": True, "avx512_vnni": True, "amx_int8": True},
+            "AVX2, AVX-512, AVX-512 VNNI, AMX int8",
+            True,
+        ),
+        ({"neon": True}, "NEON", False),
+        ({"neon": True, "dot": True, "i8mm": True}, "NEON, dot product, int8 matrix product", True),
+        ({}, "none of the instruction sets for int8 known", False),
+    ],
+)
+def test_instruction_sets(found, words, int8, monkeypatch):
+    given = {"cpu_name": "Processor", **found}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: given, raising=False)
+    assert cpu.describe_cpu() == f"Processor ({words})"
+    assert cpu.has_int8() is int8
+
+
+def test_older_torch(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False, raising=False)
+    monkeypatch.setattr(cpu, "_name", lambda: "Processor")
+    assert cpu.describe_cpu() == "Processor (AVX2)"
+    assert not cpu.has_int8()
+
+
+def test_this_processor_has_a_name():
+    assert cpu._name()
+    assert not cpu.describe_cpu().startswith(" ")
+
+
+def test_versions_are_those_of_installed_libraries(monkeypatch):
+    assert cpu.versions()["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+
+    def version(name):
+        if name != "onnx":
+            raise cpu.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(cpu, "version", version)
+    assert cpu.versions() == {"onnx": "1.2.3"}

@@ -1,11 +1,10 @@
-"""The processor that a file is served on, and the versions of the libraries."""
+"""The processor that a file is served on."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _SETS = {
@@ -32,17 +31,6 @@ def describe_cpu() -> str:
 def has_int8() -> bool:
     """Return whether the processor multiplies int8 in one instruction: VNNI, AMX or dot product."""
     return any(_capabilities().get(key) for key in _INT8)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a deployment is made with, where installed."""
-    found = {}
-    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "torch-pruning"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.config import Config, resume_invariant
-from selfkd.deployment.cpu import versions
+from selfkd.deployment import versions
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Run
 from selfkd.experiments.stages import trial_seed

@@ -35,7 +35,6 @@ WRITTEN = (4, 2)
 """Bits that onnxruntime has operators for."""
 INT8_ACTIVATIONS = 4
 """Its `accuracy_level` that rounds the inputs of the products to int8, as fast kernels need."""
-
 MENTIONED = 0.05
 """Share of the weights above which a kind of layer that is not rounded is mentioned."""
 
@@ -64,16 +63,42 @@ def round_blocks(weight: Tensor, bits: int) -> Tensor:
     return (whole * scale).view(outputs, -1)[:, :inputs]
 
 
+# an operator of its own: as part of a compiled graph, torch 2.14 computes it wrong on the CPU
+@torch.library.custom_op(
+    "selfkd::round_straight_through", mutates_args=(), schema="(Tensor weight, int bits) -> Tensor"
+)
+def round_straight_through(weight: Tensor, bits: int) -> Tensor:
+    """Return weights rounded in blocks; gradients pass as if they were not.
+
+    Args:
+        weight: Matrix `[outputs, inputs]`.
+        bits: Number of bits, at least 2.
+
+    Reference:
+        Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
+        for Conditional Computation", 2013, https://arxiv.org/abs/1308.3432
+    """
+    return round_blocks(weight, bits).contiguous()
+
+
+@round_straight_through.register_fake
+def _shape(weight: Tensor, bits: int) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _pass(context: object, gradient: Tensor) -> tuple[Tensor, None]:
+    return gradient, None
+
+
+round_straight_through.register_autograd(_pass)
+
+
 class Rounded(nn.Module):
-    """Weights rounded in blocks in the forward pass; gradients pass as if they were not.
+    """Weights rounded in blocks in the forward pass.
 
     Args:
         bits: Number of bits.
         transposed: Whether the weights are `[inputs, outputs]`.
-
-    Reference:
-        Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
-        for Conditional Computation", 2013, https://arxiv.org/abs/1308.3432 (straight-through)
     """
 
     def __init__(self, bits: int, transposed: bool) -> None:
@@ -82,10 +107,9 @@ class Rounded(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weights."""
-        own = weight.detach().T if self.transposed else weight.detach()
-        rounded = round_blocks(own, self.bits)
-        rounded = rounded.T if self.transposed else rounded
-        return rounded + (weight - weight.detach())  # the difference is exactly 0
+        own = weight.T if self.transposed else weight
+        rounded: Tensor = round_straight_through(own, self.bits)
+        return rounded.T if self.transposed else rounded
 
 
 def round_weights(network: nn.Module, bits: int) -> None:

@@ -172,6 +172,20 @@ def test_gradients_pass_as_if_the_weights_were_not_rounded() -> None:
     assert torch.equal(dict(layer.named_parameters())["parametrizations.weight.original"], master)
 
 
+@pytest.mark.slow
+def test_a_compiled_network_computes_the_same() -> None:
+    network, inputs = nn.Sequential(nn.Linear(40, 3), nn.ReLU(), nn.Linear(3, 2)), draw(8, 40)
+    round_weights(network, 2)
+    found: list[list[torch.Tensor]] = []
+    for forward in (network, torch.compile(network)):
+        network.zero_grad()
+        logits = forward(inputs)
+        logits.sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in network.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_linear_layers_alone_are_rounded_along_their_inputs() -> None:
     network = nn.ModuleDict(
         {

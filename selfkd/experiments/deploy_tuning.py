@@ -10,11 +10,7 @@ from selfkd.config import ModelConfig
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
 from selfkd.experiments.teachers import prepare_teachers
-from selfkd.results import (
-    DeployRow,
-    Model,
-    Row,
-)
+from selfkd.results import DeployRow, Model, Row
 from selfkd.results.metrics import AGREEMENT
 
 WRITTEN = (4, 2)
@@ -26,7 +22,7 @@ _TUNED = ("distill.", "train.")
 def prune(work: Work, fraction: float) -> Served:
     """Prune the model and fine-tune it, beside the same from labels and a fresh student."""
     run, base = work.run, work.source.model
-    name = f"{digest(base)}-pruned-{fraction:g}"
+    name = f"{digest(base)}-pruned-{fraction}"
     start = work.steps / f"{name}.safetensors"
     (row,) = run.rows([base])
     pruned = work.step(
@@ -51,9 +47,7 @@ def prune(work: Work, fraction: float) -> Served:
         ),
     }
     found = tune(work, name, arms, model)
-    best = _best(
-        run, [pair for key in ("pruned_labels", "pruned_distilled") for pair in found[key]]
-    )
+    best = _best(run, found["pruned_labels"], found["pruned_distilled"])
     work.like |= dict.fromkeys(arms, "pruned_float")
     titles = f"{share}, ONNX float", f"{share}, ONNX int8"
     return serve(work, best, "pruned_float", "pruned_int8", *titles)

@@ -144,29 +144,19 @@ def round_weights(network: nn.Module, bits: int) -> None:
         parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
 
 
-def sizes_rounded(network: nn.Module) -> Counter[str]:
-    """Return numbers of parameters: those that `round_weights` rounds as "", others by their layer.
+def describe_rounded(network: nn.Module, bits: int) -> str:
+    """Return which share of a network's weights `round_weights` rounds, in words.
 
-    >>> sizes_rounded(nn.Sequential(nn.Conv2d(1, 8, 5, bias=False), nn.Linear(8, 10)))
-    Counter({'Conv2d': 200, '': 80, 'biases': 10})
-    """
-    own = {id(module.weight) for _, module in _products(network)}
-    sizes, seen = Counter[str](), set()
-    for module in network.modules():
-        kind = "biases" if _is_product(module) else type(module).__name__
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                sizes["" if id(parameter) in own else kind] += parameter.numel()
-                seen.add(id(parameter))
-    return sizes
-
-
-def describe_rounded(sizes: Counter[str], bits: int) -> str:
-    """Return which share of the weights is rounded, in words.
-
-    >>> describe_rounded(Counter({"Conv2d": 200, "": 80, "biases": 10}), 4)
+    >>> describe_rounded(nn.Sequential(nn.Conv2d(1, 8, 5, bias=False), nn.Linear(8, 10)), 4)
     '28 % of the weights are rounded to 4 bits; those of Conv2d (69 %) are not'
     """
+    rounded = {id(module.weight) for _, module in _products(network)}
+    sizes, seen = Counter[str](), set[int]()
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            kind = "" if id(parameter) in rounded else type(module).__name__
+            sizes[kind] += parameter.numel() * (id(parameter) not in seen)
+            seen.add(id(parameter))
     total = sizes.total()
     others = [
         f"{kind} ({100 * size / total:.0f} %)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from selfkd.errors import ConfigError
@@ -26,3 +27,14 @@ def check_installed() -> None:
             f"selfkd.deploy needs {', '.join(missing)}, not installed here: "
             "pip install 'selfkd[deploy]'"
         )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that a deployment is made with, where installed."""
+    found = {}
+    for name in ("torch", *_MODULES.values()):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

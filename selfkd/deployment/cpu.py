@@ -1,4 +1,4 @@
-"""The processor that a file is served on, and the versions of the libraries."""
+"""The processor that a file is served on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import platform
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,6 @@ def has_int8() -> bool:
     Without them int8 is slower, and on x86 sums of full range saturate.
     """
     return any(_capabilities().get(key) for key in _INT8)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a deployment is made with, where installed."""
-    found = {}
-    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "torch-pruning"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @cache

@@ -35,7 +35,6 @@ WRITTEN = (4, 2)
 """Bits that onnxruntime has operators for."""
 INT8_ACTIVATIONS = 4
 """Its `accuracy_level` that rounds the inputs of the products to int8, as fast kernels need."""
-
 MENTIONED = 0.05
 """Share of the weights above which a kind of layer that is not rounded is mentioned."""
 
@@ -64,16 +63,42 @@ def round_blocks(weight: Tensor, bits: int) -> Tensor:
     return (whole * scale).view(outputs, -1)[:, :inputs]
 
 
+# an operator of its own: as part of a compiled graph, torch 2.14 computes it wrong on the CPU
+@torch.library.custom_op(
+    "selfkd::round_straight_through", mutates_args=(), schema="(Tensor weight, int bits) -> Tensor"
+)
+def round_straight_through(weight: Tensor, bits: int) -> Tensor:
+    """Return weights rounded in blocks; gradients pass as if they were not.
+
+    Args:
+        weight: Matrix `[outputs, inputs]`.
+        bits: Number of bits, at least 2.
+
+    Reference:
+        Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
+        for Conditional Computation", 2013, https://arxiv.org/abs/1308.3432
+    """
+    return round_blocks(weight, bits).contiguous()
+
+
+@round_straight_through.register_fake
+def _shape(weight: Tensor, bits: int) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _pass(context: object, gradient: Tensor) -> tuple[Tensor, None]:
+    return gradient, None
+
+
+round_straight_through.register_autograd(_pass)
+
+
 class Rounded(nn.Module):
-    """Weights rounded in blocks in the forward pass; gradients pass as if they were not.
+    """Weights rounded in blocks in the forward pass.
 
     Args:
         bits: Number of bits.
         transposed: Whether the weights are `[inputs, outputs]`.
-
-    Reference:
-        Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
-        for Conditional Computation", 2013, https://arxiv.org/abs/1308.3432 (straight-through)
     """
 
     def __init__(self, bits: int, transposed: bool) -> None:
@@ -82,10 +107,9 @@ class Rounded(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weights."""
-        own = weight.detach().T if self.transposed else weight.detach()
-        rounded = round_blocks(own, self.bits)
-        rounded = rounded.T if self.transposed else rounded
-        return rounded + (weight - weight.detach())  # the difference is exactly 0
+        own = weight.T if self.transposed else weight
+        rounded: Tensor = round_straight_through(own, self.bits)
+        return rounded.T if self.transposed else rounded
 
 
 def round_weights(network: nn.Module, bits: int) -> None:
@@ -120,29 +144,19 @@ def round_weights(network: nn.Module, bits: int) -> None:
         parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
 
 
-def sizes_rounded(network: nn.Module) -> Counter[str]:
-    """Return numbers of parameters: those that `round_weights` rounds as "", others by their layer.
+def describe_rounded(network: nn.Module, bits: int) -> str:
+    """Return which share of a network's weights `round_weights` rounds, in words.
 
-    >>> sizes_rounded(nn.Sequential(nn.Conv2d(1, 8, 5, bias=False), nn.Linear(8, 10)))
-    Counter({'Conv2d': 200, '': 80, 'biases': 10})
-    """
-    own = {id(module.weight) for _, module in _products(network)}
-    sizes, seen = Counter[str](), set()
-    for module in network.modules():
-        kind = "biases" if _is_product(module) else type(module).__name__
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                sizes["" if id(parameter) in own else kind] += parameter.numel()
-                seen.add(id(parameter))
-    return sizes
-
-
-def describe_rounded(sizes: Counter[str], bits: int) -> str:
-    """Return which share of the weights is rounded, in words.
-
-    >>> describe_rounded(Counter({"Conv2d": 200, "": 80, "biases": 10}), 4)
+    >>> describe_rounded(nn.Sequential(nn.Conv2d(1, 8, 5, bias=False), nn.Linear(8, 10)), 4)
     '28 % of the weights are rounded to 4 bits; those of Conv2d (69 %) are not'
     """
+    rounded = {id(module.weight) for _, module in _products(network)}
+    sizes, seen = Counter[str](), set[int]()
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            kind = "" if id(parameter) in rounded else type(module).__name__
+            sizes[kind] += parameter.numel() * (id(parameter) not in seen)
+            seen.add(id(parameter))
     total = sizes.total()
     others = [
         f"{kind} ({100 * size / total:.0f} %)"

@@ -75,7 +75,7 @@ def _narrowest(name: str, width: int) -> tuple[str, int]:
     """Return the name and the channels of the narrowest layer that is pruned."""
     layers = {
         "selfkd_mlp": ("features.2", width),
-        "selfkd_densenet": ("features.1.layers.3", width),
+        "selfkd_densenet": ("features.1.layers", width),
         "selfkd_wrn28": ("features.1.conv1", 16 * width),
         "selfkd_preresnet20": ("features.1.conv1", 16 * width),
     }

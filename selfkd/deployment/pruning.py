@@ -144,7 +144,8 @@ def prune_channels(network: nn.Module, example: Tensor, share: float) -> list[st
             found = network(example).shape
     except Exception as error:  # noqa: BLE001  (of the network's own code as well)
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"torch-pruning cannot prune this network: {first}") from None
+        name = type(network).__name__
+        raise ValueError(f"--prune: torch-pruning cannot prune {name}: {first}") from None
     if found != wanted:
         raise ValueError(f"--prune must leave logits {list(wanted)} whole, got {list(found)}")
     inner = {n: layer for n, layer in layers.items() if layer not in outputs}

@@ -14,6 +14,7 @@ from selfkd.experiments.deploy_forms import (
     Deployed,
     Served,
     Work,
+    digest_of,
     export,
     measure,
     serve,
@@ -76,7 +77,7 @@ def finished(config: Config, folder: RunFolder, source: Deployed) -> DeploySumma
     if not path.exists():
         return None
     summary = load_row(DeploySummary, path)
-    same = (summary.model, summary.options) == (source.model.hash, asdict(config.deploy))
+    same = summary.made_of == digest_of(config, source)
     there = all(folder.file(name).exists() for name in summary.files.values())
     return summary if same and there else None
 
@@ -106,6 +107,7 @@ def _finish(work: Work, served: Served, machine: Row) -> DeploySummary:
         title=work.source.title,
         metric=metric,
         options=asdict(options),
+        made_of=digest_of(work.run.config, work.source),
         rows=tuple(rows.values()),
         network=served.exported.row["model"],
         served=served.key if "int8.onnx" in worse else served.int8_key,
@@ -135,6 +137,7 @@ def _place(work: Work, served: Served, *, leave_out: Collection[str]) -> list[st
         leave_out: Names of files that are removed where an earlier deployment left them.
     """
     folder, options = work.run.folder, work.run.config.deploy
+    remove_file(work.folder / SUMMARY)  # which is of the files of before
     files = {"float.onnx": served.exported.path, "int8.onnx": served.int8.path}
     if work.low_bits is not None:
         files[f"int{options.bits}.onnx"] = work.low_bits.path

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from selfkd.config import Config, resume_invariant
+from selfkd.deployment import versions
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Run
 from selfkd.experiments.stages import trial_seed
@@ -100,11 +103,11 @@ class Work:
     def step(
         self, title: str, name: str, kind: str, *, writes: Path | None = None, **more: Any
     ) -> Row:
-        """Run a job, unless its row is there, and what it writes.
+        """Run a job, unless its row is there, made of the same, and what it writes.
 
         Args:
             title: Name of the work, for people.
-            name: Name of the step, which says all that it depends on.
+            name: Name of the step's row.
             kind: Kind of the job.
             writes: File that it writes, which its row has the `sha256` of, or a part of it.
             more: Further arguments of the job.
@@ -113,19 +116,28 @@ class Work:
             ConfigError: It is refused.
             RunError: It failed.
         """
-        path = self.steps / f"{name}.json"
+        path, made_of = self.steps / f"{name}.json", self.digest(kind, more)
         if path.exists() and (writes is None or writes.exists()):
             row: Row = load_json(path)
-            if writes is None or row.get("sha256") in (None, _sha256(writes)):
+            whole = writes is None or row.get("sha256") in (None, _sha256(writes))
+            if row.pop("made_of", None) == made_of and whole:
                 return row
         self.run.events(TaskStarted(title, 1))
         try:
             row = self.job(kind, **more)
         except RuntimeError as error:
             raise RunError(f"{title} failed: {error}") from None
-        save_json(path, row)
+        save_json(path, {"made_of": made_of, **row})
         self.run.events(TaskProgressed())
         return row
+
+    def digest(self, kind: str, arguments: Row) -> str:
+        """Return a hash of all that a job depends on, wherever the run folder lies."""
+        own = {key: value for key, value in arguments.items() if key != "make_model"}
+        text = json.dumps(own, sort_keys=True, ensure_ascii=False)
+        text = text.replace(str(self.run.folder.path), "")
+        base = made_of(self.run.config, self.source)
+        return _hash(json.dumps([kind, text, base, self.facts.fingerprints], sort_keys=True))
 
     def job(self, kind: str, **more: Any) -> Row:
         """Run a job; return its row.
@@ -202,7 +214,7 @@ def measure(work: Work, key: str, title: str, *models: Model, file: File | None 
     if file is None:
         name, more["predictions"] = f"{reference.stem}-torch", str(reference)
     else:
-        name, more["reference"] = f"{file.path.stem}-measured", str(reference)
+        name, more["reference"] = f"{file.path.stem}-to-{reference.stem}", str(reference)
         more["file"] = str(file.path)
     row = work.step(
         f"{title}: measuring",
@@ -231,14 +243,9 @@ def measure(work: Work, key: str, title: str, *models: Model, file: File | None 
 
 def time(work: Work) -> Row:
     """Time all forms side by side; return the row, with the processor and versions."""
-    name = _hash("\n".join(sorted(map(str, work.forms.items()))))
-    row = work.step(
-        "timing all side by side",
-        f"time-{name}",
-        "deploy_time",
-        forms=work.forms,
-        reference="float",
-    )
+    more: Row = {"forms": work.forms, "reference": "float"}
+    name = f"time-{work.digest('deploy_time', more)}"
+    row = work.step("timing all side by side", name, "deploy_time", **more)
     for key, timings in row["timings"].items():
         own = tuple(from_row(Timing, timing) for timing in timings)
         work.rows[key] = replace(work.rows[key], timings=own)
@@ -248,6 +255,21 @@ def time(work: Work) -> Row:
             work.rows[key], bytes=same.bytes, parameters=same.parameters, timings=same.timings
         )
     return row
+
+
+def made_of(config: Config, source: Deployed) -> Row:
+    """Return what all steps depend on: the data, a user's code, and versions of the libraries."""
+    own = None
+    if source.make_model is not None:
+        path, _, function = source.make_model.rpartition(":")
+        own = [function, _sha256(Path(path)) if Path(path).is_file() else path]
+    return {"config": resume_invariant(config), "make_model": own, "versions": versions()}
+
+
+def digest_of(config: Config, source: Deployed) -> str:
+    """Return a hash of all that a deployment is made of."""
+    own = asdict(replace(source, make_model=None))
+    return _hash(json.dumps([made_of(config, source), asdict(config.deploy), own], sort_keys=True))
 
 
 def digest(*models: Model) -> str:

@@ -10,12 +10,10 @@ from selfkd.config import ModelConfig
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
 from selfkd.experiments.teachers import prepare_teachers
-from selfkd.results import (
-    DeployRow,
-    Model,
-    Row,
-)
+from selfkd.results import DeployRow, Model, Row
 from selfkd.results.metrics import AGREEMENT
+from selfkd.storage.files import remove_file
+from selfkd.storage.remote import as_path
 
 WRITTEN = (4, 2)
 """Bits of weights that a file may have."""
@@ -26,7 +24,7 @@ _TUNED = ("distill.", "train.")
 def prune(work: Work, fraction: float) -> Served:
     """Prune the model and fine-tune it, beside the same from labels and a fresh student."""
     run, base = work.run, work.source.model
-    name = f"{digest(base)}-pruned-{fraction:g}"
+    name = f"{digest(base)}-pruned-{fraction}"
     start = work.steps / f"{name}.safetensors"
     (row,) = run.rows([base])
     pruned = work.step(
@@ -50,10 +48,8 @@ def prune(work: Work, fraction: float) -> Served:
             (base,),
         ),
     }
-    found = tune(work, name, arms, model)
-    best = _best(
-        run, [pair for key in ("pruned_labels", "pruned_distilled") for pair in found[key]]
-    )
+    found = tune(work, f"pruned-{pruned['hash']}", arms, model)
+    best = _best(run, found["pruned_labels"], found["pruned_distilled"])
     work.like |= dict.fromkeys(arms, "pruned_float")
     titles = f"{share}, ONNX float", f"{share}, ONNX int8"
     return serve(work, best, "pruned_float", "pruned_int8", *titles)
@@ -76,6 +72,7 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
     )
     model = Model(made["hash"], run.folder.relative(rounded))
     (tested,) = run.evaluate([Request(model, (work.source.model,))], title="measuring the rounded")
+    _remove_all_but(model, [model], run)
     key = f"bits{bits}"
     work.rows[f"{key}_rounded"] = DeployRow(
         key=f"{key}_rounded",
@@ -170,6 +167,7 @@ def tune(
         found[key] = [
             (each, trial.metrics[chosen_by]) for each, trial in zip(own_models, rows, strict=True)
         ]
+        _remove_all_but(_best(run, found[key]), own_models, run)
     return found
 
 
@@ -181,6 +179,17 @@ def _best(run: Run, *arms: Sequence[tuple[Model, float]]) -> Model:
     choose = max if run.config.search.mode == "max" else min
     arm = choose(arms, key=lambda pairs: _mean([value for _, value in pairs]))
     return choose(arm, key=lambda pair: pair[1])[0]
+
+
+def _remove_all_but(best: Model, models: Sequence[Model], run: Run) -> None:
+    """Remove the students of an arm but the best, which is taken where the arm is taken.
+
+    The results of all stay, without their logits: with more seeds another arm may be the best.
+    """
+    for row in run.predicted(models):
+        remove_file(as_path(row["predictions"]))
+        if row["hash"] != best.hash:
+            remove_file(as_path(row["checkpoint"]))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -72,6 +72,8 @@ class DeploySummary:
     """Metric that models are compared by, without its split."""
     options: Row = Field(default_factory=dict)
     """`deploy` section of the config that it was made with."""
+    made_of: Digest = ""
+    """Hash of all that it was made of: models, options, data and versions."""
     rows: tuple[DeployRow, ...]
     served: str
     """Key of the row that is served."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from selfkd.analysis.statistics import bootstrap_interval
 from selfkd.config import Tree
-from selfkd.deployment.cpu import describe_cpu, versions
+from selfkd.deployment import versions
+from selfkd.deployment.cpu import describe_cpu
 from selfkd.deployment.export import export_onnx
 from selfkd.deployment.latency import speed_up, time_together
 from selfkd.deployment.low_bits import write_low_bits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from selfkd.config import ModelConfig, Tree
-from selfkd.deployment.low_bits import describe_rounded, plain, round_weights, sizes_rounded
+from selfkd.deployment.low_bits import describe_rounded, plain, round_weights
 from selfkd.results import Row
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
@@ -22,21 +22,19 @@ def round_checkpoint(config: Tree, checkpoint: str, bits: int, save: str) -> Ite
         save: File for the rounded model.
 
     Yields:
-        `hash` of the rounded model, the `share` of its parameters that are rounded, and `remarks`
-        on it; or the user's mistake.
+        `hash` of the rounded model and `remarks` on what is rounded; or the user's mistake.
     """
     task = make_task(config)
     try:
         network, facts = task.load(checkpoint)
-        model, sizes = ModelConfig.of_checkpoint(facts.model), sizes_rounded(network)
+        model, said = ModelConfig.of_checkpoint(facts.model), describe_rounded(network, bits)
         round_weights(network, bits)
         digest = task.save(as_path(save), plain(network), model, {"bits": bits})
         check_data(checkpoint, save, "--bits")
     except ValueError as error:
         yield {"fault": str(error)}
         return
-    share = sizes[""] / sizes.total()
-    yield {"hash": digest, "share": share, "remarks": [describe_rounded(sizes, bits)]}
+    yield {"hash": digest, "remarks": [said]}
 
 
 JOBS: dict[str, Callable[..., Iterator[Row]]] = {"round_checkpoint": round_checkpoint}

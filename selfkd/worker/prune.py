@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +36,8 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
         save: File to save to, from which `train` can start.
 
     Yields:
-        `hash`, `model` (name and args), `parameters`, `parameters_before`, `remarks` on what was
-        rounded or left whole, and `fresh`, the `start` of a fresh student of that size; or the
-        user's mistake.
+        `hash`, `model` (name and args), `parameters`, `parameters_before` and `remarks` on what was
+        rounded or left whole; or the user's mistake.
     """
     task = make_task(config)
     try:
@@ -49,13 +47,12 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
         if model.name in BUILDERS:
             found = narrower(model, fraction)
             model, remarks = found.model, list(found.remarks)
-            pruned, fresh = task.make(model), dict[str, Any]()
+            pruned = task.make(model)
             prune_to(network, pruned, example)
         else:
             pruned = deepcopy(network).cpu()
             remarks = prune_channels(pruned, example, fraction)
             setattr(pruned, PRUNED, fraction)
-            fresh = {"checkpoint": save, "fresh": True}
         digest = task.save(as_path(save), pruned, model, {"pruned_from": facts.hash})
         check_data(checkpoint, save, "--prune")
         _check_same(pruned, task.load(save)[0], example)
@@ -68,7 +65,6 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
         "parameters": parameters_count(pruned),
         "parameters_before": parameters_count(network),
         "remarks": remarks,
-        "fresh": fresh,
     }
 
 

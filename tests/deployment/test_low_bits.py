@@ -28,7 +28,6 @@ from selfkd.deployment.low_bits import (
     plain,
     round_blocks,
     round_weights,
-    sizes_rounded,
     write_low_bits,
 )
 from selfkd.results import Row
@@ -172,6 +171,20 @@ def test_gradients_pass_as_if_the_weights_were_not_rounded() -> None:
     assert torch.equal(dict(layer.named_parameters())["parametrizations.weight.original"], master)
 
 
+@pytest.mark.slow
+def test_a_compiled_network_computes_the_same() -> None:
+    network, inputs = nn.Sequential(nn.Linear(40, 3), nn.ReLU(), nn.Linear(3, 2)), draw(8, 40)
+    round_weights(network, 2)
+    found: list[list[torch.Tensor]] = []
+    for forward in (network, torch.compile(network)):
+        network.zero_grad()
+        logits = forward(inputs)
+        logits.sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in network.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_linear_layers_alone_are_rounded_along_their_inputs() -> None:
     network = nn.ModuleDict(
         {
@@ -197,10 +210,9 @@ def test_linear_layers_alone_are_rounded_along_their_inputs() -> None:
 def test_what_stays_float_is_described() -> None:
     tied = nn.Sequential(nn.Embedding(90, 8), nn.Linear(8, 90, bias=False), nn.Linear(8, 10))
     tied[1].weight = tied[0].weight
-    text = describe_rounded(sizes_rounded(tied), 2)
+    text = describe_rounded(tied, 2)
     assert text == "10 % of the weights are rounded to 2 bits; those of Embedding (89 %) are not"
-    sizes = sizes_rounded(nn.Linear(90, 90))
-    assert describe_rounded(sizes, 3) == "99 % of the weights are rounded to 3 bits"
+    assert describe_rounded(nn.Linear(90, 90), 3) == "99 % of the weights are rounded to 3 bits"
 
 
 def test_a_network_without_rounded_weights_is_plain() -> None:
@@ -362,9 +374,7 @@ def test_a_checkpoint_is_rounded_without_training(config: Config, tmp_path: Path
     list(task.train(trial))
     (row,) = round_checkpoint(to_tree(config), str(trial.path), 3, str(save))
     network, _ = task.load(str(trial.path))
-    sizes = sizes_rounded(network)
-    assert row["share"] == sizes[""] / sum(p.numel() for p in network.parameters())
-    assert row["remarks"] == [describe_rounded(sizes, 3)]
+    assert row["remarks"] == [describe_rounded(network, 3)]
     round_weights(network, 3)
     tensors, found = load_tensors(save)
     own = load_tensors(trial.path)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from selfkd.errors import ConfigError
 from selfkd.execution.jobs import InProcess
 from selfkd.experiments.arms import Run
 from selfkd.experiments.deploy import deploy, finished
-from selfkd.experiments.deploy_forms import Deployed
+from selfkd.experiments.deploy_forms import Deployed, digest_of
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import DeploySummary, Event, RunFinished, TaskStarted
@@ -196,3 +197,75 @@ def test_too_few_images_for_the_ranges_are_refused(trained: Path) -> None:
     (row,) = run_job("deploy_quantise", payload)
     assert "data.train_size must be at least 32" in row["fault"]
     assert not (trained / "none.onnx").exists()
+
+
+def test_of_what_was_fine_tuned_the_best_of_each_arm_stays(
+    deployed: tuple[Path, DeploySummary],
+) -> None:
+    folder, _ = deployed
+    arms = [path.parent.parent for path in folder.glob("deploy/*/*/trial_*/student.safetensors")]
+    names = ["bits4_distilled", "bits4_labels", "fresh", "pruned_distilled", "pruned_labels"]
+    assert sorted(arm.name for arm in arms) == names
+    assert all(len(list(arm.glob("trial_*/result.json"))) == 2 for arm in arms)
+    trained = {result.models[0].hash for result in RunFolder(folder).results()}
+    kept = {path.stem for path in (folder / "predictions").glob("*.safetensors")}
+    assert kept <= trained
+
+
+def test_a_deployment_that_was_killed_amid_its_files_is_not_finished(
+    deployed: tuple[Path, DeploySummary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = deployed
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    whole = deploy(run_on(folder), best(folder))
+    monkeypatch.setattr("selfkd.experiments.deploy.save_row", killed)
+    with pytest.raises(KeyboardInterrupt):  # other files are in place, and its summary is not
+        deploy(run_on(folder, "deploy.prune=0.5"), best(folder))
+    monkeypatch.undo()
+    run = run_on(folder)
+    assert finished(run.config, run.folder, best(folder)) is None
+    assert deploy(run, best(folder)) == whole
+    assert (folder / "deploy" / "float.onnx").read_bytes() == (
+        folder / str(whole.row("float").file)
+    ).read_bytes()
+
+
+CHANGES: dict[str, Callable[[Deployed], Deployed]] = {
+    "fewer in the ensemble": lambda source: replace(source, ensemble=source.ensemble[:1]),
+    "other weights": lambda source: replace(
+        source, ensemble=[replace(model, weight=0.5) for model in source.ensemble]
+    ),
+    "another average": lambda source: replace(source, average="logits"),
+    "another model": lambda source: replace(source, model=source.ensemble[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_made_of_something_else_is_not_finished(
+    deployed: tuple[Path, DeploySummary], change: Callable[[Deployed], Deployed]
+) -> None:
+    folder, _ = deployed
+    run = run_on(folder)
+    deploy(run, best(folder))
+    assert finished(run.config, run.folder, best(folder)) is not None
+    assert finished(run.config, run.folder, change(best(folder))) is None
+
+
+def test_versions_and_code_of_the_user_are_part_of_what_is_made(
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_text("def make(): ...")
+    config, source = load_config(settings=SMALL), replace(best(trained), make_model=f"{file}:make")
+    found = [digest_of(config, source)]
+    file.write_text("def make(): ...  # otherwise")
+    found.append(digest_of(config, source))
+    monkeypatch.setattr("selfkd.experiments.deploy_forms.versions", lambda: {"torch": "9"})
+    found.append(digest_of(config, source))
+    found.append(digest_of(load_config(settings=[*SMALL, "data.name=mnist"]), source))
+    assert len(set(found)) == 4
+    moved = file.rename(tmp_path / "moved.py")
+    assert digest_of(config, replace(source, make_model=f"{moved}:make")) == found[2]

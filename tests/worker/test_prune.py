@@ -30,7 +30,6 @@ def test_a_network_of_selfkd_is_saved_under_its_name(tmp_path: Path) -> None:
     assert row["model"] == {"name": "selfkd_cnn", "args": {"width": 3}}
     assert row["parameters"] < row["parameters_before"]
     assert "rounded to 3 of 4" in row["remarks"][0]
-    assert row["fresh"] == {}
     network, facts = task.load(save)
     assert facts.hash == row["hash"]
     assert sum(parameter.numel() for parameter in network.parameters()) == row["parameters"]
@@ -46,8 +45,8 @@ def test_a_network_of_timm_is_fine_tuned_with_fewer_channels(tmp_path: Path) -> 
     assert row["model"] == {"name": name, "args": args}
     assert 2 * row["parameters"] < row["parameters_before"]
     hashes = set()
-    for number, start in enumerate(({"checkpoint": save}, row["fresh"])):
-        student = str(tmp_path / f"{number}.safetensors")
+    for fresh in (False, True):
+        start, student = {"checkpoint": save, "fresh": fresh}, str(tmp_path / f"{fresh}")
         rows = [*train(config, "pruned", 0, row["model"], [], "", student, start=start)]
         network, facts = task.load(student)
         assert sum(parameter.numel() for parameter in network.parameters()) == row["parameters"]

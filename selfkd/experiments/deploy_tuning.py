@@ -52,7 +52,7 @@ def prune(work: Work, fraction: float) -> Served:
             (base,),
         ),
     }
-    found = tune(work, f"pruned-{pruned['hash']}", arms, model)
+    found = tune(work, f"{pruned['hash']}-pruned", arms, model)
     best = _best(
         run, [pair for key in ("pruned_labels", "pruned_distilled") for pair in found[key]]
     )
@@ -128,7 +128,7 @@ def tune(
 
     Args:
         work: Deployment at work.
-        name: Name of their folder.
+        name: Name of their folder, which begins with the hash of the model that they start from.
         arms: Title, start and teachers by key.
         model: Their network.
         options: Further arguments of the training.
@@ -140,7 +140,7 @@ def tune(
 
     def arm(key: str, start: Row, teachers: Sequence[Model]) -> Arm:
         return Arm(
-            name=f"deploy_{key}",
+            name=f"deploy_{key}-{name[:8]}",  # in W&B two fine-tunings must not be one
             folder=work.folder / name / key,
             point=point,
             teachers=lambda config, number: teachers,

@@ -52,7 +52,7 @@ def prune(work: Work, fraction: float) -> Served:
             (base,),
         ),
     }
-    found = tune(work, f"{pruned['hash']}-pruned", arms, model)
+    found = tune(work, f"{pruned['hash']}-pruned-{fraction:g}", arms, model)
     best = _best(
         run, [pair for key in ("pruned_labels", "pruned_distilled") for pair in found[key]]
     )

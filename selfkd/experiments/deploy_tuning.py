@@ -48,7 +48,7 @@ def prune(work: Work, fraction: float) -> Served:
             (base,),
         ),
     }
-    found = tune(work, f"pruned-{pruned['hash']}", arms, model)
+    found = tune(work, f"{pruned['hash']}-pruned-{fraction:g}", arms, model)
     best = _best(run, found["pruned_labels"], found["pruned_distilled"])
     work.like |= dict.fromkeys(arms, "pruned_float")
     titles = f"{share}, ONNX float", f"{share}, ONNX int8"
@@ -122,7 +122,7 @@ def tune(
 
     Args:
         work: Deployment at work.
-        name: Name of their folder.
+        name: Name of their folder, which begins with the hash of the model that they start from.
         arms: Title, start and teachers by key.
         model: Their network.
         options: Further arguments of the training.
@@ -134,7 +134,7 @@ def tune(
 
     def arm(key: str, start: Row, teachers: Sequence[Model]) -> Arm:
         return Arm(
-            name=f"deploy_{key}",
+            name=f"deploy_{key}-{name[:8]}",  # in W&B two fine-tunings must not be one
             folder=work.folder / name / key,
             point=point,
             teachers=lambda config, number: teachers,

@@ -19,7 +19,7 @@ from selfkd.experiments.deploy import deploy, finished
 from selfkd.experiments.deploy_forms import Deployed, digest_of
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.results import DeploySummary, Event, RunFinished, TaskStarted
+from selfkd.results import DeploySummary, Event, RunFinished, TaskStarted, TrialResult
 from selfkd.storage.rows import load_row
 from selfkd.worker.jobs import run_job
 
@@ -207,6 +207,8 @@ def test_of_what_was_fine_tuned_the_best_of_each_arm_stays(
     names = ["bits4_distilled", "bits4_labels", "fresh", "pruned_distilled", "pruned_labels"]
     assert sorted(arm.name for arm in arms) == names
     assert all(len(list(arm.glob("trial_*/result.json"))) == 2 for arm in arms)
+    stages = {load_row(TrialResult, arm / "trial_000" / "result.json").stage for arm in arms}
+    assert stages == {f"deploy_{arm.name}-{arm.parent.name[:8]}" for arm in arms}
     trained = {result.models[0].hash for result in RunFolder(folder).results()}
     kept = {path.stem for path in (folder / "predictions").glob("*.safetensors")}
     assert kept <= trained

@@ -124,7 +124,8 @@ def import_generation(run: Run) -> GenerationResult:
     for row, path, file in zip(rows, saves, files, strict=True):
         if "fault" in row:
             fault = row["fault"].replace(str(path), str(file))
-            raise ConfigError(f"--from: {fault}{_way_out(run, source)}")
+            flag = "--checkpoint" if run.folder.command == "deploy" else "--from"
+            raise ConfigError(f"{flag}: {fault}{_way_out(run, source)}")
     source = _with_facts(run, source, rows[0])
     for said in filter(None, _remarks(run, source, rows[0])):
         run.events(Message(said))
@@ -353,7 +354,7 @@ def _remarks(run: Run, source: _Source, row: Row) -> Iterator[str | None]:
         )
     if not row["same_data"]:
         yield describe_other_data(f"generation 0 ({source.title})")
-    if source.unknown is not None:
+    if source.unknown is not None and run.folder.command != "deploy":
         yield f"generation 0 ({source.title}) has one seed, as {source.unknown}"
 
 

@@ -18,13 +18,14 @@ from selfkd.analysis.statistics import bootstrap_interval
 from selfkd.config import Tree
 from selfkd.deployment import versions
 from selfkd.deployment.cpu import describe_cpu
-from selfkd.deployment.export import export_onnx
+from selfkd.deployment.export import check_weights, export_onnx
 from selfkd.deployment.latency import speed_up, time_together
 from selfkd.deployment.low_bits import write_low_bits
 from selfkd.deployment.predictor import write_predictor
 from selfkd.deployment.quantise import quantise
 from selfkd.deployment.session import OnnxNetwork
 from selfkd.distill.outputs import take_logits
+from selfkd.errors import describe_error
 from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Row, Timing, to_row
@@ -42,6 +43,8 @@ CHECKED = 1000
 TOLERANCE = 1e-3
 """Largest difference of a logit, in units of the largest logit, that rounding explains."""
 _AT_ONCE = 64
+_TRIED = 3
+"""Inputs that a user's network is tried with."""
 
 Job = Callable[..., Iterator[Row]]
 
@@ -92,6 +95,11 @@ class Source:
         return None if self._make_model else self._checkpoints[0]
 
     @property
+    def name(self) -> str:
+        """What makes the network, for messages."""
+        return "model" if self._make_model is None else f"--make-model {self._make_model}"
+
+    @property
     def model(self) -> Row:
         """Name and arguments of the network; none of a user's own, or of several."""
         alone = self._make_model is None and len(self._checkpoints) == 1
@@ -100,7 +108,9 @@ class Source:
     def network(self) -> nn.Module:
         """Return the network, in eval mode."""
         if self._make_model is not None:
-            return _load_own(self._make_model, self._checkpoints[0]).eval()
+            network = _load_own(self._make_model, self._checkpoints[0]).eval()
+            _try(network, self.task.inputs("val", _TRIED), self)
+            return network
         network = self.task.combined(
             self._checkpoints, average=self._average, weights=self._weights
         )
@@ -121,7 +131,14 @@ def _check_hash(checkpoint: str, known: str | None) -> None:
 
 def _load_own(reference: str, checkpoint: str) -> nn.Module:
     """Return a user's network with the weights of a checkpoint."""
-    network = load_function(reference, flag="--make-model")()
+    make = load_function(reference, flag="--make-model")
+    try:
+        network = make()
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"--make-model must name a function that makes the network without arguments, got "
+            f"{reference}: {describe_error(error)}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"--make-model must return a torch.nn.Module, got {type(network).__name__}"
@@ -131,7 +148,7 @@ def _load_own(reference: str, checkpoint: str) -> nn.Module:
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"--make-model must make the network of {checkpoint}: {first}") from None
-    return network
+    return network.float()  # as it is exported
 
 
 @saying_faults
@@ -160,7 +177,7 @@ def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
             raise ValueError(
                 f"the exported graph of {path} must give the logits of its network, got a "
                 f"difference of {difference:.2g} of the largest on {len(inputs):,} inputs: an "
-                "operator has another meaning in ONNX"
+                "operator is random, or has another meaning in ONNX"
             )
         yield {
             **_put(file, target),
@@ -173,19 +190,26 @@ def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
 
 def _try(network: nn.Module, inputs: Tensor, source: Source) -> None:
     """Check that a network takes the data's inputs, and gives logits of its outputs."""
-    config = source.task.config
+    config, name = source.task.config, source.name
+    check_weights(network)
     try:
         logits = _logits(network, inputs)
     except Exception as error:
         raise ValueError(
-            f"model must take the {source.task.interface().input} of data.name {config.data.name} "
+            f"{name} must take the {source.task.interface().input} of data.name {config.data.name} "
             f"{list(inputs.shape[1:])}, which it does not: {error}"
         ) from error
     outputs = source.task.check().outputs
-    if logits.shape[-1] != outputs:
+    if logits.shape[-1:] != (outputs,) or logits.shape[:1] != inputs.shape[:1]:
         raise ValueError(
-            f"model must give {outputs} logits for data.name {config.data.name}, got "
-            f"{logits.shape[-1]}: --set data.name=… names the data that it was trained on"
+            f"{name} must give {outputs} logits for each of {len(inputs)} inputs of data.name "
+            f"{config.data.name}, got {list(logits.shape)}: --set data.name=… names the data that "
+            "it was trained on"
+        )
+    if logits.isnan().any():
+        raise ValueError(
+            f"{name} must give logits that are numbers, got NaN for the first inputs of data.name "
+            f"{config.data.name}"
         )
 
 
@@ -195,13 +219,17 @@ def _logits(network: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _largest_difference(network: nn.Module, other: nn.Module, inputs: Tensor) -> float:
-    """Return the largest difference of two networks' logits, in units of the largest logit."""
-    found, largest = 0.0, 0.0
+    """Return the largest difference of two networks' logits, in units of the largest logit.
+
+    It is NaN where a logit is, and infinite where one alone is.
+    """
+    found, largest = torch.zeros(()), torch.zeros(())
     for part in torch.split(inputs, _AT_ONCE):
-        logits = _logits(network, part)
-        found = max(found, float((logits - _logits(other, part)).abs().max()))
-        largest = max(largest, float(logits.abs().max()))
-    return found / max(largest, 1e-30)
+        logits, others = _logits(network, part), _logits(other, part)
+        apart = (logits - others).abs().where(logits != others, 0.0)
+        found = torch.maximum(found, apart.max())  # which keeps NaN
+        largest = torch.maximum(largest, logits.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return float(found / largest.clamp(min=1e-30))
 
 
 def _put(file: Path, target: Path) -> Row:

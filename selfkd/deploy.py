@@ -70,6 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="4|3|2",
         help="bits of the weights of matrix products, which are fine-tuned rounded",
     )
+    parser.add_argument(  # in place of those on which a choice is replicated
+        "--seeds",
+        type=int,
+        metavar="N",
+        dest="deploy.seeds",
+        help="seeds on which what --prune or --bits makes is fine-tuned",
+    )
+    parser.set_defaults(**{"confirm.seeds": None})
     parser.add_argument(
         "--max-drop",
         type=float,
@@ -114,11 +122,8 @@ def _again(arguments: argparse.Namespace) -> str:
     flags["--make-model"] = arguments.make_model and _absolute(arguments.make_model)
     common = {key: value for key, value in config_flags(arguments).items() if value is not None}
     settings = [*arguments.settings, *(f"{key}={value}" for key, value in common.items())]
-    words = [
-        [flag] if value is True else [flag, str(value)]
-        for flag, value in flags.items()
-        if value is not None
-    ]
+    given = [(flag, value) for flag, value in flags.items() if value is not None]
+    words = [[flag] if value is True else [flag, str(value)] for flag, value in given]
     words += [["--set", setting] for setting in settings]
     return " ".join(shell_quote(word) for pair in words for word in pair)
 
@@ -164,10 +169,8 @@ def run_deploy(
     flags: dict[str, Any] = {"deploy.prune": prune, "deploy.bits": bits}
     flags |= {"deploy.max_drop": max_drop, "deploy.ensemble": ensemble}
     flags["generation_0.path"] = None if checkpoint is None else str(checkpoint)
-    keys = (
-        settings if isinstance(settings, Mapping) or not isinstance(settings, str) else [settings]
-    )
-    flags["model"] = _network_of(checkpoint, list(keys))
+    keys = [settings] if isinstance(settings, str) else list(settings)
+    flags["model"] = _network_of(checkpoint, keys)
     return run_command(
         _command(generation, make_model, checkpoint),
         config=config,
@@ -385,14 +388,13 @@ def _hashed(folder: RunFolder, model: Model) -> Model:
 def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Description:
     place = folder.path / FOLDER
     files = [
-        f"{name:<12}{place / name}"
-        for name in summary.files
-        if name in ("float.onnx", "int8.onnx", "predict.py")
+        f"{name:<13} {place / name}" for name in summary.files if name.endswith((".onnx", ".py"))
     ]
     where = shell_quote(str(folder.path))
     again = f"python -m selfkd.deploy --from {where}"
     can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
-    tried = f"python {shell_quote(str(place / 'predict.py'))}"
+    example = "IMAGE" if config.task == "images" else "'The value of'"
+    tried = f"python {shell_quote(str(place / 'predict.py'))} {example}"
     if "predict.py" not in summary.files:
         tried = f"python -m selfkd.report {where}"
     said = deploy_sentences(summary, folder.facts, short=True)

@@ -20,7 +20,7 @@ from selfkd.storage.files import replace
 
 LARGEST = 2**31 - 2**24
 """Largest number of bytes of the weights of a file, which protobuf ends at 2 GB."""
-_ROWS = 3  # of the example: torch.export takes sizes of 0 and 1 for constants
+_ROWS = 3  # of an example: torch.export takes sizes of 0 and 1 for constants
 
 
 def export_onnx(network: nn.Module, inputs: Tensor, interface: Interface, path: Path) -> None:
@@ -43,10 +43,7 @@ def export_onnx(network: nn.Module, inputs: Tensor, interface: Interface, path: 
     """
     check_weights(network)
     copied = _Logits(copy.deepcopy(network)).cpu().float().eval()
-    example = inputs.detach().cpu()
-    program = _capture(
-        copied, example.float() if example.is_floating_point() else example, interface
-    )
+    program = _capture(copied, _example(inputs, interface), interface)
     model = _translate(program, copied, interface)
     _strip(model)
     _name_axes(model, interface)
@@ -98,9 +95,18 @@ class _Logits(nn.Module):
         return take_logits(self.network(inputs), "the network").float()
 
 
+def _example(inputs: Tensor, interface: Interface) -> Tensor:
+    """Return inputs of a size in each free axis that torch.export does not take for a constant."""
+    example = inputs.detach().cpu()
+    for axis, name in interface.axes.items():
+        size, few = example.shape[axis], min(_ROWS, interface.longest.get(name, _ROWS))
+        chosen = torch.arange(few if axis == 0 else max(size, few)) % size
+        example = example.index_select(axis, chosen)
+    return example.float() if example.is_floating_point() else example
+
+
 def _capture(network: nn.Module, inputs: Tensor, interface: Interface) -> Any:
     """Return a network as torch.export captures it, in which the free axes have any size."""
-    example = torch.cat([inputs] * -(-_ROWS // len(inputs)))[:_ROWS]
     free = {
         axis: torch.export.Dim(name, min=1, max=interface.longest.get(name))
         for axis, name in interface.axes.items()
@@ -108,7 +114,7 @@ def _capture(network: nn.Module, inputs: Tensor, interface: Interface) -> Any:
     }
     try:
         with torch.no_grad(), quiet():
-            return torch.export.export(network, (example,), dynamic_shapes=(free,), strict=False)
+            return torch.export.export(network, (inputs,), dynamic_shapes=(free,), strict=False)
     except Exception as error:  # of torch's many classes, and of the network's own code
         first = " ".join(str(error).strip().partition("\n")[0].split())
         if "Constraints violated" in first:

@@ -78,8 +78,12 @@ def finished(config: Config, folder: RunFolder, source: Deployed) -> DeploySumma
         return None
     summary = load_row(DeploySummary, path)
     same = summary.made_of == digest_of(config, source)
-    there = all(folder.file(name).exists() for name in summary.files.values())
-    return summary if same and there else None
+    sizes = {row.bytes for row in summary.rows}
+    files = [folder.file(name) for name in summary.files.values()]
+    whole = all(
+        file.exists() and (file.suffix != ".onnx" or file.stat().st_size in sizes) for file in files
+    )
+    return summary if same and whole else None
 
 
 def _size(work: Work) -> int:

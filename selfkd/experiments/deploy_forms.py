@@ -118,7 +118,7 @@ class Work:
         """
         path, made_of = self.steps / f"{name}.json", self.digest(kind, more)
         if path.exists() and (writes is None or writes.exists()):
-            row: Row = load_json(path)
+            row: Row = _load(path)
             whole = writes is None or row.get("sha256") in (None, _sha256(writes))
             if row.pop("made_of", None) == made_of and whole:
                 return row
@@ -275,6 +275,15 @@ def digest_of(config: Config, source: Deployed) -> str:
 def digest(*models: Model) -> str:
     """Return the hash that names the files of a model, or of the average of several."""
     return models[0].hash if len(models) == 1 else _hash("+".join(model.hash for model in models))
+
+
+def _load(path: Path) -> Row:
+    """Return the row of a step; an empty one where the file is damaged, so that it is made again."""
+    try:
+        row = load_json(path)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def _hash(text: str) -> str:

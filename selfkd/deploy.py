@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

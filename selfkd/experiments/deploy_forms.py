@@ -278,7 +278,7 @@ def digest(*models: Model) -> str:
 
 
 def _load(path: Path) -> Row:
-    """Return the row of a step; an empty one where the file is damaged, so that it is made again."""
+    """Return the row of a step; an empty one of a damaged file, which is made again."""
     try:
         row = load_json(path)
     except ValueError:

@@ -56,7 +56,7 @@ def saying_faults(job: Job) -> Job:
     def run(*arguments: Any, **options: Any) -> Iterator[Row]:
         try:
             yield from job(*arguments, **options)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, FileNotFoundError) as error:
             yield {"fault": str(error)}
 
     return run

@@ -289,9 +289,7 @@ def _hashed(folder: RunFolder, model: Model) -> Model:
 def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Description:
     place = folder.path / FOLDER
     files = [
-        f"{name:<14}{place / name}"
-        for name in summary.files
-        if name.endswith((".onnx", ".py"))
+        f"{name:<14}{place / name}" for name in summary.files if name.endswith((".onnx", ".py"))
     ]
     again = f"python -m selfkd.deploy --from {shell_quote(str(folder.path))}"
     can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune

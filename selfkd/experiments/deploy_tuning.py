@@ -72,7 +72,7 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
     )
     model = Model(made["hash"], run.folder.relative(rounded))
     (tested,) = run.evaluate([Request(model, (work.source.model,))], title="measuring the rounded")
-    _remove_all_but(model, [model], run)
+    _remove_all_but([model], [model], run)
     key = f"bits{bits}"
     work.rows[f"{key}_rounded"] = DeployRow(
         key=f"{key}_rounded",
@@ -167,7 +167,9 @@ def tune(
         found[key] = [
             (each, trial.metrics[chosen_by]) for each, trial in zip(own_models, rows, strict=True)
         ]
-        _remove_all_but(_best(run, found[key]), own_models, run)
+        pairs = found[key]
+        bests = [_best(run, pairs[: number + 1]) for number in range(len(pairs))]
+        _remove_all_but(bests, own_models, run)
     return found
 
 
@@ -181,14 +183,15 @@ def _best(run: Run, *arms: Sequence[tuple[Model, float]]) -> Model:
     return choose(arm, key=lambda pair: pair[1])[0]
 
 
-def _remove_all_but(best: Model, models: Sequence[Model], run: Run) -> None:
-    """Remove the students of an arm but the best, which is taken where the arm is taken.
+def _remove_all_but(bests: Sequence[Model], models: Sequence[Model], run: Run) -> None:
+    """Remove the students of an arm but those that fewer seeds, or more, can choose.
 
-    The results of all stay, without their logits: with more seeds another arm may be the best.
+    The results of all stay, without their logits.
     """
+    kept = {model.hash for model in bests}
     for row in run.predicted(models):
         remove_file(as_path(row["predictions"]))
-        if row["hash"] != best.hash:
+        if row["hash"] not in kept:
             remove_file(as_path(row["checkpoint"]))
 
 

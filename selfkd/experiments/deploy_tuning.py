@@ -13,7 +13,6 @@ from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import DeployRow, Model, Row
 from selfkd.results.metrics import AGREEMENT
 from selfkd.storage.files import remove_file
-from selfkd.storage.remote import as_path
 
 WRITTEN = (4, 2)
 """Bits of weights that a file may have."""
@@ -71,8 +70,8 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         save=str(rounded),
     )
     model = Model(made["hash"], run.folder.relative(rounded))
-    (tested,) = run.evaluate([Request(model, (work.source.model,))], title="measuring the rounded")
-    _remove_all_but([model], [model], run)
+    request = Request(model, (work.source.model,), logits=False)
+    (tested,) = run.evaluate([request], title="measuring the rounded")
     key = f"bits{bits}"
     work.rows[f"{key}_rounded"] = DeployRow(
         key=f"{key}_rounded",
@@ -148,7 +147,7 @@ def tune(
     models = [
         [arm.model(run, trial) for trial in rows] for arm, rows in zip(own, trials, strict=True)
     ]
-    requests = [Request(each, (base,)) for rows in models for each in rows]
+    requests = [Request(each, (base,), logits=False) for rows in models for each in rows]
     measured = iter(run.evaluate(requests, title="measuring what was fine-tuned"))
     found = {}
     for (key, (title, _, _)), rows, own_models in zip(arms.items(), trials, models, strict=True):
@@ -184,15 +183,11 @@ def _best(run: Run, *arms: Sequence[tuple[Model, float]]) -> Model:
 
 
 def _remove_all_but(bests: Sequence[Model], models: Sequence[Model], run: Run) -> None:
-    """Remove the students of an arm but those that fewer seeds, or more, can choose.
-
-    The results of all stay, without their logits.
-    """
+    """Remove the students of an arm but those that fewer seeds, or more, can choose."""
     kept = {model.hash for model in bests}
-    for row in run.predicted(models):
-        remove_file(as_path(row["predictions"]))
-        if row["hash"] not in kept:
-            remove_file(as_path(row["checkpoint"]))
+    for model in models:
+        if model.hash not in kept:
+            remove_file(run.folder.file(model.checkpoint))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -67,6 +67,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="4|3|2",
         help="bits of the weights of matrix products, which are fine-tuned rounded",
     )
+    parser.add_argument(  # in place of those on which a choice is replicated
+        "--seeds",
+        type=int,
+        metavar="N",
+        dest="deploy.seeds",
+        help="seeds on which what --prune or --bits makes is fine-tuned",
+    )
+    parser.set_defaults(**{"confirm.seeds": None})
     parser.add_argument(
         "--max-drop",
         type=float,
@@ -289,11 +297,14 @@ def _hashed(folder: RunFolder, model: Model) -> Model:
 def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Description:
     place = folder.path / FOLDER
     files = [
-        f"{name:<14}{place / name}" for name in summary.files if name.endswith((".onnx", ".py"))
+        f"{name:<13} {place / name}" for name in summary.files if name.endswith((".onnx", ".py"))
     ]
     again = f"python -m selfkd.deploy --from {shell_quote(str(folder.path))}"
     can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
-    tried = f"python {shell_quote(str(place / 'predict.py'))}"
+    example = "IMAGE" if config.task == "images" else "'The value of'"
+    tried = f"python {shell_quote(str(place / 'predict.py'))} {example}"
+    if "predict.py" not in summary.files:
+        tried = f"python -m selfkd.report {shell_quote(str(folder.path))}"
     said = deploy_sentences(summary, folder.facts, short=True)
     return Description(
         said,

@@ -367,7 +367,7 @@ def _of_machine(summary: DeploySummary) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     parts = [part for part in (summary.cpu, versions) if part]
     if parts:
-        yield f"times are of one thread, of files side by side, on {'; '.join(parts)}"
+        yield f"times are of a whole batch on one thread, side by side, on {'; '.join(parts)}"
 
 
 def _remarks(summary: DeploySummary) -> Iterator[str]:

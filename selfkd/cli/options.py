@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from selfkd.config.schema import known_keys
@@ -73,7 +74,10 @@ def describe_unknown(words: Sequence[str], flags: Sequence[str] = ()) -> str:
         meant = f": did you mean {' or '.join(guesses[:3])}?" if guesses else ""
         lines.append(f"{flag}: unknown flag{meant}")
     if not lines:
-        return f"unknown argument: {' '.join(words)}"
+        run = (Path(words[0]) / "config.yaml").is_file()
+        guesses = [f"{flag} {words[0]}" for flag in ("--from", "--resume") if flag in flags and run]
+        meant = f": did you mean {' or '.join(guesses)}?" if guesses else ""
+        return f"unknown argument: {' '.join(words)}{meant}"
     if not all("did you mean" in line for line in lines):
         lines.append("--help lists the flags, --help-config KEY says what a key of --set means")
     return "\n".join(lines)
@@ -119,7 +123,9 @@ class _HelpConfig(argparse.Action):
 
 def config_parser(name: str, description: str) -> Parser:
     """Return a parser of the flags that make a config."""
-    parser = Parser(prog=f"python -m selfkd.{name}", description=description)
+    parser = Parser(
+        prog=f"python -m selfkd.{name}", description=description, conflict_handler="resolve"
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file, see tune_configs/")
     for flag, (key, kind, metavar, text) in FLAGS.items():
         parser.add_argument(flag, type=kind, metavar=metavar, dest=key, help=text)

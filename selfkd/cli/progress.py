@@ -186,7 +186,8 @@ class ProgressReporter:
         self._running.pop((trial.stage, trial.trial), None)
         self._done += 1
         # those of several stages run side by side
-        of = f"{trial.stage.replace('-', ' ')}, " if "confirm" in trial.stage else ""
+        stage = trial.stage.removeprefix("deploy_").replace("_", " ").replace("-", " ")
+        of = f"{stage}, " if trial.stage.startswith(("confirm", "deploy_")) else ""
         name = f"  {of}trial {trial.trial}"
         if trial.status == "failed":
             self._failed += 1

@@ -124,7 +124,8 @@ def import_generation(run: Run) -> GenerationResult:
     for row, path, file in zip(rows, saves, files, strict=True):
         if "fault" in row:
             fault = row["fault"].replace(str(path), str(file))
-            raise ConfigError(f"--from: {fault}{_way_out(run, source)}")
+            flag = "--checkpoint" if run.folder.command == "deploy" else "--from"
+            raise ConfigError(f"{flag}: {fault}{_way_out(run, source)}")
     source = _with_facts(run, source, rows[0])
     for said in filter(None, _remarks(run, source, rows[0])):
         run.events(Message(said))
@@ -341,20 +342,22 @@ def _way_out(run: Run, source: _Source) -> str:
 
 def _remarks(run: Run, source: _Source, row: Row) -> Iterator[str | None]:
     yield row["said"]
+    alone = run.folder.command == "deploy"  # no generation follows
+    name = source.title if alone else f"generation 0 ({source.title})"
     metric, classes = f"val_{run.folder.facts.metric}", run.folder.facts.outputs
     value = row["metrics"].get(metric)
     chance = 1 / classes if classes > 1 else 0.0
     low = find_metric(metric).is_fraction and value is not None
     if source.config is None and low and value < chance + CHANCE * (1 - chance):
         yield (
-            f"generation 0 ({source.title}) is right on {value:.1%} of validation, about as by "
+            f"{name} is right on {value:.1%} of validation, about as by "
             "chance: the order of its classes (generation_0.classes) or the normalisation of its "
             "inputs (generation_0.mean and std) may be another"
         )
     if not row["same_data"]:
-        yield describe_other_data(f"generation 0 ({source.title})")
-    if source.unknown is not None:
-        yield f"generation 0 ({source.title}) has one seed, as {source.unknown}"
+        yield describe_other_data(name)
+    if source.unknown is not None and not alone:
+        yield f"{name} has one seed, as {source.unknown}"
 
 
 def _no_lineages(config: Config, unknown: str) -> str:

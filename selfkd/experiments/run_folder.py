@@ -117,7 +117,10 @@ class RunFolder:
         """
         file = path / "config.yaml"
         if not file.is_file():
-            raise ConfigError(f"{flag} must be a run folder (with a config.yaml), got {path}")
+            hint = ""
+            if flag == "--from" and path.is_file():
+                hint = ": weights without their run are --checkpoint FILE, with --config YAML"
+            raise ConfigError(f"{flag} must be a run folder (with a config.yaml), got {path}{hint}")
         tree = load_yaml(file)
         found = tree.pop("format", None) if isinstance(tree, dict) else None
         if found != FORMAT:

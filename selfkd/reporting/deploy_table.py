@@ -61,7 +61,7 @@ def _row(
     return (
         short_name(row),
         _tested(row, metric),
-        shortfalls(row, summary),
+        _beside(row, summary),
         bytes_text(row.bytes),
         *(_milliseconds(time) for time in times),
         words.bare_difference(difference_of(row, summary), metric),
@@ -85,6 +85,12 @@ def short_name(row: DeployRow) -> str:
     """
     name = re.sub(r" by \d+%|(?<=-bit) weights|(?<=, )from ", "", row.title)
     return name.removesuffix(", distilled") if row.key == "fresh" else name
+
+
+def _beside(row: DeployRow, summary: DeploySummary) -> str:
+    """Return whether a row is smaller and faster than the float file; nothing of that file."""
+    compared = size_ratio(row, summary) is not None and len(row.timings) > 0
+    return shortfalls(row, summary) or ("smaller, faster" if compared else "")
 
 
 def _tested(row: DeployRow, metric: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selfkd import capacity, ensemble, generations, study
+from selfkd import capacity, deploy, ensemble, generations, study
 from selfkd.cli.command import Command
 from selfkd.cli.options import FLAGS, config_flags
 from selfkd.config import load_config
@@ -68,6 +69,20 @@ def test_an_unknown_flag_names_what_it_may_mean(
     assert said in error
     assert error.startswith("error: ")
     assert "Traceback" not in error
+
+
+def test_a_run_without_its_flag_is_told_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(SystemExit):
+        ensemble.main([str(tmp_path)])
+    assert f"did you mean --from {tmp_path} or --resume" in capsys.readouterr().err
+
+
+def test_seeds_of_a_deployment_are_those_of_its_fine_tuning() -> None:
+    arguments = vars(deploy.make_parser().parse_args(["--seeds", "3"]))
+    assert (arguments["deploy.seeds"], arguments["confirm.seeds"]) == (3, None)
 
 
 def test_a_flag_that_is_no_number_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:

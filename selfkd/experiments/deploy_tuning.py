@@ -13,7 +13,6 @@ from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import DeployRow, Model, Row
 from selfkd.results.metrics import AGREEMENT
 from selfkd.storage.files import remove_file
-from selfkd.storage.remote import as_path
 
 WRITTEN = (4, 2)
 """Bits of weights that a file may have."""
@@ -75,8 +74,8 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         save=str(rounded),
     )
     model = Model(made["hash"], run.folder.relative(rounded))
-    (tested,) = run.evaluate([Request(model, (work.source.model,))], title="measuring the rounded")
-    _remove_all_but(model, [model], run)
+    request = Request(model, (work.source.model,), logits=False)
+    (tested,) = run.evaluate([request], title="measuring the rounded")
     key = f"bits{bits}"
     work.rows[f"{key}_rounded"] = DeployRow(
         key=f"{key}_rounded",
@@ -153,7 +152,7 @@ def tune(
     models = [
         [arm.model(run, trial) for trial in rows] for arm, rows in zip(own, trials, strict=True)
     ]
-    requests = [Request(each, (base,)) for rows in models for each in rows]
+    requests = [Request(each, (base,), logits=False) for rows in models for each in rows]
     measured = iter(run.evaluate(requests, title="measuring what was fine-tuned"))
     found = {}
     for (key, (title, _, _)), rows, own_models in zip(arms.items(), trials, models, strict=True):
@@ -172,7 +171,9 @@ def tune(
         found[key] = [
             (each, trial.metrics[chosen_by]) for each, trial in zip(own_models, rows, strict=True)
         ]
-        _remove_all_but(_best(run, found[key]), own_models, run)
+        pairs = found[key]
+        bests = [_best(run, pairs[: number + 1]) for number in range(len(pairs))]
+        _remove_all_but(bests, own_models, run)
     return found
 
 
@@ -186,15 +187,12 @@ def _best(run: Run, *arms: Sequence[tuple[Model, float]]) -> Model:
     return choose(arm, key=lambda pair: pair[1])[0]
 
 
-def _remove_all_but(best: Model, models: Sequence[Model], run: Run) -> None:
-    """Remove the students of an arm but the best, which is taken where the arm is taken.
-
-    The results of all stay, without their logits: with more seeds another arm may be the best.
-    """
-    for row in run.predicted(models):
-        remove_file(as_path(row["predictions"]))
-        if row["hash"] != best.hash:
-            remove_file(as_path(row["checkpoint"]))
+def _remove_all_but(bests: Sequence[Model], models: Sequence[Model], run: Run) -> None:
+    """Remove the students of an arm but those that fewer seeds, or more, can choose."""
+    kept = {model.hash for model in bests}
+    for model in models:
+        if model.hash not in kept:
+            remove_file(run.folder.file(model.checkpoint))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Row, Timing, to_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.files import fetch, replace
+from selfkd.storage.files import fetch, replace, sha256
 from selfkd.storage.remote import as_path
 from selfkd.storage.temporary import TemporaryFolder
 from selfkd.tasks import make_task
@@ -249,12 +248,6 @@ def _put(file: Path, target: Path) -> Row:
             "and run the command again, which goes on from what is done"
         ) from None
     return {"bytes": size, "sha256": sha256(file)}
-
-
-def sha256(file: Path) -> str:
-    """Return the hash of a file's content."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @saying_faults

@@ -164,7 +164,7 @@ def test_a_damaged_file_is_made_again(deployed: tuple[Path, DeploySummary]) -> N
 def test_past_max_drop_there_is_no_int8_file(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("selfkd.experiments.deploy._drop", lambda *arguments: 0.7)
+    monkeypatch.setattr("selfkd.experiments.deploy.drop_of", lambda *arguments: 0.7)
     summary = deploy(run_on(trained, "deploy.max_drop=0.5"), best(trained))
     assert summary.exceeded
     assert summary.served == "float"

@@ -113,6 +113,8 @@ class Request:
     """Whether to look at calibration and confusions too."""
     config: Config | None = None
     """Config of its data; the run's when not given."""
+    logits: bool = True
+    """Whether its logits are kept, for averages, where what was found is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +298,8 @@ class Run:
         return {
             "config": to_tree(request.config or self.config),
             "student": model["checkpoint"],
-            "predictions": self._predictions(model["hash"]) if keep else None,
+            "predictions": self._predictions(model["hash"]) if keep and request.logits else None,
+            "validate": keep,
             "teachers": self.rows(request.teachers),
             "diagnose": request.diagnose,
         }

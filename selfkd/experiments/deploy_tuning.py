@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from selfkd.analysis.statistics import mean_interval
@@ -10,13 +11,10 @@ from selfkd.config import ModelConfig
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
 from selfkd.experiments.teachers import prepare_teachers
-from selfkd.results import DeployRow, Model, Row
+from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Row, ServedFile
 from selfkd.results.metrics import AGREEMENT
 from selfkd.storage.files import remove_file
-from selfkd.storage.remote import as_path
 
-WRITTEN = (4, 2)
-"""Bits of weights that a file may have."""
 MOST_ALPHA = 0.65
 """Largest weight of the soft targets in a fine-tuning, whose teacher is the model that it started
 from: what is new to it are the labels. With 1 it was worse on MNIST, natural images and text."""
@@ -35,13 +33,14 @@ def prune(work: Work, fraction: float) -> Served:
         f"pruning by {fraction:.0%}",
         name,
         "prune",
+        CompressedModel,
         writes=start,
         checkpoint=row["checkpoint"],
         fraction=fraction,
         save=str(start),
     )
-    work.remarks += pruned["remarks"]
-    model = ModelConfig(**pruned["model"])
+    work.remarks += pruned.remarks
+    model = ModelConfig.of_checkpoint(pruned.model)
     share = f"pruned by {fraction:.0%}"
     arms: dict[str, tuple[str, Row, Sequence[Model]]] = {
         "pruned_labels": (f"{share}, from labels", {"checkpoint": str(start)}, ()),
@@ -52,7 +51,7 @@ def prune(work: Work, fraction: float) -> Served:
             (base,),
         ),
     }
-    found = tune(work, f"{pruned['hash']}-pruned-{fraction:g}", arms, model)
+    found = tune(work, f"{pruned.hash}-pruned-{fraction:g}", arms, model)
     best = _best(run, found["pruned_labels"], found["pruned_distilled"])
     work.like |= dict.fromkeys(arms, "pruned_float")
     titles = f"{share}, ONNX float", f"{share}, ONNX int8"
@@ -69,14 +68,15 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         f"rounding to {bits} bits",
         name,
         "round_checkpoint",
+        CompressedModel,
         writes=rounded,
         checkpoint=row["checkpoint"],
         bits=bits,
         save=str(rounded),
     )
-    model = Model(made["hash"], run.folder.relative(rounded))
-    (tested,) = run.evaluate([Request(model, (work.source.model,))], title="measuring the rounded")
-    _remove_all_but(model, [model], run)
+    model = Model(made.hash, run.folder.relative(rounded))
+    request = Request(model, (work.source.model,), logits=False)
+    (tested,) = run.evaluate([request], title="measuring the rounded")
     key = f"bits{bits}"
     work.rows[f"{key}_rounded"] = DeployRow(
         key=f"{key}_rounded",
@@ -85,16 +85,16 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         metrics={name: value for name, value in tested.metrics.items() if name != AGREEMENT},
         agreement=tested.metrics[AGREEMENT],
     )
-    work.remarks += made["remarks"]
+    work.remarks += made.remarks
     start, base = {"checkpoint": row["checkpoint"]}, work.source.model
     arms = {
         f"{key}_labels": (f"{title}, from labels", start, ()),
         f"{key}_distilled": (f"{title}, distilled", start, (base,)),
     }
-    network = ModelConfig(**served.exported.row["model"])
+    network = ModelConfig.of_checkpoint(served.exported.row.model)
     found = tune(work, name, arms, network, bits=bits)
     best = _best(run, *found.values())
-    if bits not in WRITTEN:
+    if bits not in WRITTEN_BITS:
         work.remarks.append(f"{title} are simulated: onnxruntime has no operator for them")
         return None
     exported = export(work, f"{key}_float", title, best)
@@ -104,12 +104,13 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         f"{title}: writing",
         path.stem,
         "deploy_lower_bits",
+        ServedFile,
         writes=path,
         exported=str(exported.path),
         path=str(path),
         bits=bits,
     )
-    file = File(path=path, row={**written, "parameters": exported.row["parameters"]})
+    file = File(path=path, row=replace(written, parameters=exported.row.parameters))
     measure(work, key, f"{title}, ONNX", best, file=file)
     work.like |= dict.fromkeys([f"{key}_rounded", *arms], key)
     return file
@@ -153,7 +154,7 @@ def tune(
     models = [
         [arm.model(run, trial) for trial in rows] for arm, rows in zip(own, trials, strict=True)
     ]
-    requests = [Request(each, (base,)) for rows in models for each in rows]
+    requests = [Request(each, (base,), logits=False) for rows in models for each in rows]
     measured = iter(run.evaluate(requests, title="measuring what was fine-tuned"))
     found = {}
     for (key, (title, _, _)), rows, own_models in zip(arms.items(), trials, models, strict=True):
@@ -172,7 +173,9 @@ def tune(
         found[key] = [
             (each, trial.metrics[chosen_by]) for each, trial in zip(own_models, rows, strict=True)
         ]
-        _remove_all_but(_best(run, found[key]), own_models, run)
+        pairs = found[key]
+        bests = [_best(run, pairs[: number + 1]) for number in range(len(pairs))]
+        _remove_all_but(bests, own_models, run)
     return found
 
 
@@ -186,15 +189,12 @@ def _best(run: Run, *arms: Sequence[tuple[Model, float]]) -> Model:
     return choose(arm, key=lambda pair: pair[1])[0]
 
 
-def _remove_all_but(best: Model, models: Sequence[Model], run: Run) -> None:
-    """Remove the students of an arm but the best, which is taken where the arm is taken.
-
-    The results of all stay, without their logits: with more seeds another arm may be the best.
-    """
-    for row in run.predicted(models):
-        remove_file(as_path(row["predictions"]))
-        if row["hash"] != best.hash:
-            remove_file(as_path(row["checkpoint"]))
+def _remove_all_but(bests: Sequence[Model], models: Sequence[Model], run: Run) -> None:
+    """Remove the students of an arm but those that fewer seeds, or more, can choose."""
+    kept = {model.hash for model in bests}
+    for model in models:
+        if model.hash not in kept:
+            remove_file(run.folder.file(model.checkpoint))
 
 
 def _mean(values: Sequence[float]) -> float:

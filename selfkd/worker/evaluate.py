@@ -27,6 +27,7 @@ def evaluate(
     predictions: str | None = None,
     teachers: Sequence[Mapping[str, Any]] = (),
     diagnose: bool = False,
+    validate: bool = False,
 ) -> Iterator[Row]:
     """Evaluate a model on the test split, once, and on validation where it is needed.
 
@@ -38,10 +39,12 @@ def evaluate(
             their average.
         diagnose: Whether to look at calibration and confusions, on both splits, and at what it
             generates.
+        validate: Whether to evaluate it on validation even so.
     """
     task = make_task(config)
     digest = task.digest(student)
-    splits = SPLITS if predictions is not None or diagnose else task.evaluated
+    whole = predictions is not None or diagnose or validate
+    splits = SPLITS if whole else task.evaluated
     logits: dict[Split, Tensor] = {split: task.predict(student, split) for split in splits}
     if predictions is not None:
         by_name = {str(split): own for split, own in logits.items()}

@@ -20,6 +20,7 @@ from selfkd.experiments.deploy_forms import Deployed, digest_of
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import DeploySummary, Event, RunFinished, TaskStarted, TrialResult
+from selfkd.storage.files import load_json
 from selfkd.storage.rows import load_row
 from selfkd.worker.jobs import run_job
 
@@ -150,12 +151,20 @@ def test_a_damaged_file_is_made_again(deployed: tuple[Path, DeploySummary]) -> N
     deploy(run_on(folder, events=events), best(folder))
     assert [e.title for e in events if isinstance(e, TaskStarted)][:1] == ["ONNX int8: quantising"]
     assert file.stat().st_size == summary.row("int8").bytes
+    for text in ("damaged", "[]", "null"):
+        file.with_suffix(".json").write_text(text)
+        deploy(run_on(folder), best(folder))
+        assert load_json(file.with_suffix(".json"))["bytes"] == summary.row("int8").bytes
+    run = run_on(folder)
+    (folder / "deploy" / "int8.onnx").unlink()  # a link to the other
+    (folder / "deploy" / "int8.onnx").write_bytes(b"damaged")
+    assert finished(run.config, run.folder, best(folder)) is None
 
 
 def test_past_max_drop_there_is_no_int8_file(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("selfkd.experiments.deploy._drop", lambda *arguments: 0.7)
+    monkeypatch.setattr("selfkd.experiments.deploy.drop_of", lambda *arguments: 0.7)
     summary = deploy(run_on(trained, "deploy.max_drop=0.5"), best(trained))
     assert summary.exceeded
     assert summary.served == "float"
@@ -201,16 +210,19 @@ def test_too_few_images_for_the_ranges_are_refused(trained: Path) -> None:
     assert not (trained / "none.onnx").exists()
 
 
-def test_of_what_was_fine_tuned_the_best_of_each_arm_stays(
+def test_of_what_was_fine_tuned_those_stay_that_some_number_of_seeds_chooses(
     deployed: tuple[Path, DeploySummary],
 ) -> None:
     folder, _ = deployed
-    arms = [path.parent.parent for path in folder.glob("deploy/*/*/trial_*/student.safetensors")]
+    arms = {path.parent.parent for path in folder.glob("deploy/*/*/trial_*/result.json")}
     names = ["bits4_distilled", "bits4_labels", "fresh", "pruned_distilled", "pruned_labels"]
     assert sorted(arm.name for arm in arms) == names
-    assert all(len(list(arm.glob("trial_*/result.json"))) == 2 for arm in arms)
-    stages = {load_row(TrialResult, arm / "trial_000" / "result.json").stage for arm in arms}
-    assert stages == {f"deploy_{arm.name}-{arm.parent.name[:8]}" for arm in arms}
+    for arm in arms:
+        trials = [load_row(TrialResult, path) for path in sorted(arm.glob("*/result.json"))]
+        assert {trial.stage for trial in trials} == {f"deploy_{arm.name}-{arm.parent.name[:8]}"}
+        first, second = (trial.metrics["val_accuracy"] for trial in trials)
+        there = [path.parent.name for path in sorted(arm.glob("*/student.safetensors"))]
+        assert there == ["trial_000", "trial_001"][: 1 + (second > first)]
     trained = {result.models[0].hash for result in RunFolder(folder).results()}
     kept = {path.stem for path in (folder / "predictions").glob("*.safetensors")}
     assert kept <= trained

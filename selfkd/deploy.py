@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from selfkd.analysis.deploy import deploy_sentences
 from selfkd.analysis.verdicts import count
 from selfkd.cli.command import FAILED, Command, Description
-from selfkd.cli.options import base_parser
+from selfkd.cli.options import base_parser, config_flags
 from selfkd.cli.output import safe_output
 from selfkd.cli.plan import plan_deploy
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job
-from selfkd.config import Config
+from selfkd.config import Config, ModelConfig
 from selfkd.deployment import check_installed
 from selfkd.errors import ConfigError
 from selfkd.experiments import deploy as recipe
@@ -30,8 +32,9 @@ from selfkd.experiments.given import check_given, import_generation
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import choose
 from selfkd.reporting.deploy_table import deploy_table
-from selfkd.results import DeploySummary, GenerationResult, Model
-from selfkd.storage.remote import as_path
+from selfkd.results import DeploySummary, GenerationResult, Model, Row
+from selfkd.storage.files import parse_json
+from selfkd.storage.remote import as_path, secret_fault
 from selfkd.text import shell_quote
 
 
@@ -102,10 +105,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
     flags = {key: value for key, value in vars(arguments).items() if key.startswith("deploy.")}
+    named = arguments.__dict__["model.name"] is not None
     flags["generation_0.path"] = arguments.checkpoint
+    flags["model"] = _network_of(arguments.checkpoint, arguments.settings, named=named)
     arguments.resume = arguments.given or arguments.resume
-    command = _command(arguments.generation, arguments.make_model)
+    again = "" if arguments.resume is None else _again(arguments)
+    command = _command(arguments.generation, arguments.make_model, arguments.checkpoint, again)
     return command.main(arguments, flags)
+
+
+def _again(arguments: argparse.Namespace) -> str:
+    """Return what continues the deployment of a run, whose config says nothing of it."""
+    own = {key: value for key, value in vars(arguments).items() if key.startswith("deploy.")}
+    flags = {f"--{key.partition('.')[2].replace('_', '-')}": value for key, value in own.items()}
+    flags |= {"--generation": arguments.generation, "--config": arguments.config}
+    flags["--make-model"] = arguments.make_model and _absolute(arguments.make_model)
+    common = {key: value for key, value in config_flags(arguments).items() if value is not None}
+    settings = [*arguments.settings, *(f"{key}={value}" for key, value in common.items())]
+    given = [(flag, value) for flag, value in flags.items() if value is not None]
+    words = [[flag] if value is True else [flag, str(value)] for flag, value in given]
+    words += [["--set", setting] for setting in settings]
+    return " ".join(shell_quote(word) for pair in words for word in pair)
 
 
 def run_deploy(
@@ -149,14 +169,38 @@ def run_deploy(
     flags: dict[str, Any] = {"deploy.prune": prune, "deploy.bits": bits}
     flags |= {"deploy.max_drop": max_drop, "deploy.ensemble": ensemble}
     flags["generation_0.path"] = None if checkpoint is None else str(checkpoint)
+    keys = [settings] if isinstance(settings, str) else list(settings)
+    flags["model"] = _network_of(checkpoint, keys)
     return run_command(
-        _command(generation, make_model),
+        _command(generation, make_model, checkpoint),
         config=config,
         settings=settings,
         flags=flags,
         resume=run,
         quiet=quiet,
     )
+
+
+def _network_of(
+    checkpoint: str | Path | None, settings: Sequence[str], *, named: bool = False
+) -> Row | None:
+    """Return the network that a file of weights names, as those do that selfkd wrote.
+
+    Args:
+        checkpoint: File of weights.
+        settings: Settings, by one of which the user may name the network.
+        named: Whether the user names it by a flag.
+    """
+    if checkpoint is None or named or any(key.startswith("model") for key in settings):
+        return None
+    try:
+        with safe_open(as_path(checkpoint), framework="np") as file:
+            facts = parse_json((file.metadata() or {})["facts"])
+        ModelConfig.of_checkpoint(facts["model"])
+        found: Row = facts["model"]
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError):
+        return None  # of others the config names it
+    return found
 
 
 def _greet(config: Config, make_model: str | None) -> str:
@@ -167,33 +211,54 @@ def _greet(config: Config, make_model: str | None) -> str:
         made.append(f"{options.bits}-bit weights on {count(options.seeds, 'seed')}")
     if options.ensemble:
         made.append("the ensemble as one graph")
-    network = make_model or (config.student or config.model).name
+    student = config.student if config.generation_0.path is None else None
+    network = make_model or (student or config.model).name
     return f"deploying {network} on {config.data.name}: {', '.join(made)}"
 
 
+def _absolute(reference: str) -> str:
+    path, colon, name = reference.rpartition(":")
+    if not colon or inside_job():  # workers have other folders
+        return reference
+    return f"{Path(path).expanduser().absolute()}:{name}"
+
+
 def _command(
-    generation: int | None = None, make_model: str | None = None
+    generation: int | None = None,
+    make_model: str | None = None,
+    checkpoint: str | Path | None = None,
+    again: str = "",
 ) -> Command[DeploySummary]:
     """Return the command.
 
     Args:
         generation: Number of the generation that is deployed; the best when not given.
         make_model: Reference of the function that makes a user's network.
+        checkpoint: File of weights that is deployed, which no run may be given with.
+        again: Words that are repeated to continue.
     """
-    if make_model is not None and not inside_job():  # workers have other folders
-        path, _, name = make_model.rpartition(":")
-        make_model = f"{Path(path).expanduser().absolute()}:{name}"
+    make_model = make_model and _absolute(make_model)
 
     def find(config: Config, folder: RunFolder) -> Deployed | None:
         """Return what is deployed; None where it is still to be imported."""
         if folder.command == "deploy":
+            _refuse_of_runs(config, generation, make_model)
             results = folder.results()
             return _imported(results[0]) if results else None
         return _of_run(config, folder, generation, make_model)
 
     def check_folder(folder: RunFolder, config: Config) -> None:
+        if checkpoint is not None:
+            raise ConfigError(
+                f"--checkpoint must be left out with --from, whose run names its model, got "
+                f"{checkpoint}"
+            )
         check_installed()
         find(config, folder)
+
+    def check(config: Config) -> None:
+        _check(config)
+        _refuse_of_runs(config, generation, make_model)
 
     def finished(config: Config, folder: RunFolder) -> DeploySummary | None:
         source = find(config, folder)
@@ -208,7 +273,7 @@ def _command(
 
     return Command(
         name="deploy",
-        check=_check,
+        check=check,
         greet=lambda config: _greet(config, make_model),
         finished=finished,
         work=work,
@@ -218,6 +283,7 @@ def _command(
         check_folder=check_folder,
         free=("data.",) if make_model is not None else (),  # which its training never read
         flag="--from",
+        again=again,
         code=lambda summary: FAILED if summary.exceeded else 0,
     )
 
@@ -238,6 +304,18 @@ def _check(config: Config) -> None:
     check_installed()
 
 
+def _refuse_of_runs(config: Config, generation: int | None, make_model: str | None) -> None:
+    """Refuse what only a run has, where weights are deployed without theirs."""
+    given = {"--generation": generation, "--make-model": make_model}
+    given["--ensemble"] = config.deploy.ensemble or None
+    for flag, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{flag} must be left out for weights without their run, got {value}: give the run "
+                "by --from"
+            )
+
+
 def _imported(result: GenerationResult) -> Deployed:
     title = result.origin.name if result.origin is not None else "the checkpoint"
     return Deployed(title=title, model=result.models[0])
@@ -251,7 +329,9 @@ def _of_run(
     Raises:
         ConfigError: It has no such model, or not yet.
     """
-    chosen, options = choose(folder, config, generation=generation), config.deploy
+    file = shell_quote(str(folder.path / "config.yaml"))
+    way = f"deploy one by --checkpoint FILE --config {file} --name NAME"
+    chosen, options = choose(folder, config, generation=generation, way=way), config.deploy
     facts = folder.facts
     if facts.function is not None and make_model is None:
         raise ConfigError(
@@ -273,6 +353,7 @@ def _of_run(
                     f"{flag} must be left out with --make-model: a network of your own is exported "
                     f"and quantised alone, got {value}"
                 )
+        _check_function(make_model)
     several = choose(folder, config, ensemble=True) if options.ensemble else None
     return Deployed(
         title=chosen.title,
@@ -282,6 +363,16 @@ def _of_run(
         average=config.distill.average if several is None else str(several.average),
         make_model=make_model,
     )
+
+
+def _check_function(reference: str) -> None:
+    path = reference.rpartition(":")[0]
+    if fault := secret_fault(path):
+        raise ConfigError(f"--make-model {fault}")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise ConfigError(
+            f"--make-model must be FILE.py:FUNCTION with a file that is there, got {reference}"
+        )
 
 
 def _hashed(folder: RunFolder, model: Model) -> Model:
@@ -299,12 +390,13 @@ def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Desc
     files = [
         f"{name:<13} {place / name}" for name in summary.files if name.endswith((".onnx", ".py"))
     ]
-    again = f"python -m selfkd.deploy --from {shell_quote(str(folder.path))}"
+    where = shell_quote(str(folder.path))
+    again = f"python -m selfkd.deploy --from {where}"
     can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
     example = "IMAGE" if config.task == "images" else "'The value of'"
     tried = f"python {shell_quote(str(place / 'predict.py'))} {example}"
     if "predict.py" not in summary.files:
-        tried = f"python -m selfkd.report {shell_quote(str(folder.path))}"
+        tried = f"python -m selfkd.report {where}"
     said = deploy_sentences(summary, folder.facts, short=True)
     return Description(
         said,

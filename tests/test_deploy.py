@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from selfkd.config import load_config, to_tree
-from selfkd.deploy import main
+from selfkd.deploy import _again, _network_of, main, make_parser
 from selfkd.execution.jobs import InProcess, run_one
 from selfkd.experiments.arms import Run
 from selfkd.experiments.generations import born_again
@@ -92,9 +94,56 @@ def test_a_run_of_another_network_needs_the_function_that_makes_it(
     save_row(folder / "data.json", Facts(function="/nowhere/train.py:train"))
     assert main(["--from", str(folder)]) == 2
     assert "--make-model FILE.py:FUNCTION" in capsys.readouterr().err
-    given = ["--make-model", "net.py:make"]
+    given = ["--make-model", f"{tmp_path}/net.py:make"]
+    assert main(["--from", str(folder), *given]) == 2
+    assert "with a file that is there, got" in capsys.readouterr().err
+    (tmp_path / "net.py").touch()
     assert main(["--from", str(folder), *given, "--prune", "0.5"]) == 2
     assert "--prune must be left out with --make-model" in capsys.readouterr().err
+
+
+WEIGHTS = ["--checkpoint", "{trained}/best.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "arguments"),
+    [
+        ("--generation", [*WEIGHTS, "--generation", "1"]),
+        ("--ensemble", [*WEIGHTS, "--ensemble"]),
+        ("--make-model", [*WEIGHTS, "--make-model", "a.py:f"]),
+        ("--checkpoint", [*WEIGHTS, "--from", "{trained}"]),
+    ],
+)
+def test_what_only_a_run_has_is_refused_beside_weights(
+    trained: Path, flag: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(trained=trained) for word in arguments]) == 2
+    assert f"{flag} must be left out" in capsys.readouterr().err
+
+
+def test_a_file_that_selfkd_wrote_names_its_network(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(next(trained.rglob("student.safetensors")))
+    assert main(["--checkpoint", file, "--plan"]) == 0
+    found = _network_of(file, [])
+    assert found == {"name": "selfkd_mlp", "args": {"width": 8, "depth": 1}}
+    assert _network_of(file, ["model.name=selfkd_cnn"]) is None
+    assert _network_of(trained / "config.yaml", []) is None
+
+
+def test_what_continues_a_deployment_repeats_what_the_run_has_nothing_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = "--from a b --generation 1 --prune 0.5 --ensemble --make-model n.py:f --labels 9"
+    given = ["--from", "a b", *words.split()[3:], "--set", "deploy.seeds=2"]
+    again = shlex.split(_again(make_parser().parse_args(given)))
+    assert again == [
+        *("--prune", "0.5", "--ensemble", "--generation", "1"),
+        *("--make-model", f"{tmp_path}/n.py:f"),
+        *("--set", "deploy.seeds=2", "--set", "data.train_size=9"),
+    ]
 
 
 def test_without_the_extra_it_says_how_to_get_it(
@@ -114,6 +163,16 @@ def test_a_network_of_a_users_own_is_exported(trained: Path, tmp_path: Path) -> 
         "    return make_model('selfkd_mlp', args, num_classes=classes, **shape)\n"
         "def other():\n"
         "    return make(3)\n"
+        "def fails():\n"
+        "    return {}['key']\n"
+        "def after(work):\n"
+        "    network = make()\n"
+        "    network.register_forward_hook(lambda module, inputs, logits: work(logits))\n"
+        "    return network\n"
+        "def broken():\n"
+        "    return after(lambda logits: logits * float('nan'))\n"
+        "def alone():\n"
+        "    return after(lambda logits: logits[0])\n"
     )
     model = RunFolder(trained).results()[0].models[0]
     payload = {
@@ -126,6 +185,12 @@ def test_a_network_of_a_users_own_is_exported(trained: Path, tmp_path: Path) -> 
     assert row["inputs"] == 50
     assert row["difference"] < 1e-5
     assert (tmp_path / "float.onnx").stat().st_size == row["bytes"]
-    payload["make_model"] = f"{tmp_path / 'net.py'}:other"
-    row = run_one(InProcess(run_job), "deploy_export", **payload)
-    assert "--make-model must make the network of" in row["fault"]
+    for name, said in {
+        "other": "--make-model must make the network of",
+        "fails": "without arguments, got .*: KeyError",
+        "broken": "must give logits that are numbers, got NaN",
+        "alone": r"must give 10 logits for each of 3 inputs of data.name digits, got \[10\]",
+    }.items():
+        payload["make_model"] = f"{tmp_path / 'net.py'}:{name}"
+        row = run_one(InProcess(run_job), "deploy_export", **payload)
+        assert re.search(said, row["fault"])

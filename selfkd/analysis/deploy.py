@@ -57,6 +57,30 @@ def difference_of(row: DeployRow, summary: DeploySummary) -> Interval | None:
     return mean_interval([own - value for own in row.values])
 
 
+def drop_of(row: DeployRow, before: DeployRow, name: str) -> float | None:
+    """Return how much worse a row is on validation, in points of a fraction, else in nats.
+
+    Args:
+        row: Row that is judged.
+        before: Row of the float file.
+        name: Metric, without its split.
+
+    Returns:
+        The difference, above 0 where the row is worse; None where one was not measured.
+
+    >>> before = DeployRow(key="float", title="", metrics={"val_nll": 0.5, "val_accuracy": 0.9})
+    >>> row = DeployRow(key="int8", title="", metrics={"val_nll": 0.75, "val_accuracy": 0.87})
+    >>> drop_of(row, before, "nll"), round(drop_of(row, before, "accuracy"), 6)
+    (0.25, 3.0)
+    """
+    metric = find_metric(name)
+    found, known = row.metric(f"val_{name}"), before.metric(f"val_{name}")
+    if found is None or known is None:
+        return None
+    worse = known - found if metric.mode == "max" else found - known
+    return 100 * worse if metric.is_fraction else worse
+
+
 def is_faster(timing: Timing) -> bool:
     """Say whether a batch is predicted faster than by the float file, beyond noise.
 
@@ -157,27 +181,15 @@ def _left_out(summary: DeploySummary) -> Iterator[str]:
     """Yield each file that is worse on validation than `deploy.max_drop` allows."""
     most, bits = summary.options.get("max_drop"), summary.options.get("bits")
     than = "" if most is None else f", more than the {most:g} of deploy.max_drop"
-    drops = {"int8.onnx": summary.drop, f"int{bits}.onnx": _drop_of(f"bits{bits}", summary)}
+    drops = {"int8.onnx": summary.drop, f"int{bits}.onnx": None}
+    before, after = find_row(summary, REFERENCE), find_row(summary, f"bits{bits}")
+    if before is not None and after is not None:
+        drops[f"int{bits}.onnx"] = drop_of(after, before, summary.metric)
     for name, drop in drops.items():
         if name not in summary.files and drop is not None:
             unit = find_metric(summary.metric).unit or summary.metric
             worse = f"{number(drop, '.3g')} {unit} worse than the float model on validation"
             yield f"no {name} of {summary.title} is written: it is {worse}{than}"
-
-
-def _drop_of(key: str, summary: DeploySummary) -> float | None:
-    """Return how many points or nats a row is worse on validation than the float model."""
-    metric, name = find_metric(summary.metric), f"val_{summary.metric}"
-    values = [
-        row.metric(name)
-        for row in (find_row(summary, REFERENCE), find_row(summary, key))
-        if row is not None
-    ]
-    known = [value for value in values if value is not None]
-    if len(known) < 2:
-        return None
-    difference = known[0] - known[1] if metric.mode == "max" else known[1] - known[0]
-    return 100 * difference if metric.is_fraction else difference
 
 
 def describe_row(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:

@@ -133,6 +133,9 @@ class Command(Generic[S]):
     """Beginnings of keys that may change beside those that always may, in a run that goes on."""
     flag: str = "--resume"
     """Flag that names the run folder to continue."""
+    again: str = ""
+    """Words of the command line that are repeated to continue, as the run folder has none of
+    them."""
     code: Callable[[S], int] = lambda summary: 0
     """Returns the exit code of a run that came to its end."""
 
@@ -189,7 +192,8 @@ class Command(Generic[S]):
         """Return what continues a run."""
         train = f" --train {shell_quote(self.function)}" if self.function else ""
         path = shell_quote(str(folder.path))
-        return f"python -m selfkd.{self.name} {self.flag} {path}{train}"
+        again = f" {self.again}" if self.again else ""
+        return f"python -m selfkd.{self.name} {self.flag} {path}{train}{again}"
 
     def _say_failed(self, error: Exception, folder: RunFolder | None) -> None:
         end_display()
@@ -273,6 +277,8 @@ class Command(Generic[S]):
         text = self.describe(config, folder, summary)
         if not options.quiet:
             print_sentences(console, ["", *text.sentences])
+        elif self.code(summary):
+            print_sentences(console, [f"error: {text.sentences[0]}"])
         print_table(console, text.table)
         if options.verbose:
             for part in text.more:

@@ -27,12 +27,11 @@ from torch.nn.utils import parametrize
 
 from selfkd.deployment.quiet import quiet
 from selfkd.deployment.session import load_graph, nodes
+from selfkd.results import WRITTEN_BITS
 from selfkd.storage.files import replace
 
 BLOCK = 32
 """Weights that share a scale."""
-WRITTEN = (4, 2)
-"""Bits that onnxruntime has operators for."""
 INT8_ACTIVATIONS = 4
 """Its `accuracy_level` that rounds the inputs of the products to int8, as fast kernels need."""
 MENTIONED = 0.05
@@ -232,7 +231,7 @@ def write_low_bits(source: Path, target: Path, bits: int) -> dict[str, int]:
             weights that are not finite.
         OSError: The file cannot be written; a previous one is unchanged.
     """
-    if bits not in WRITTEN:
+    if bits not in WRITTEN_BITS:
         raise ValueError(
             f"deploy.bits must be 4 or 2 for a file, got {bits}: onnxruntime has no operator with "
             f"weights of {bits} bits, which are only simulated"

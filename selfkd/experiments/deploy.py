@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import asdict, replace
 
-from selfkd.analysis.deploy import deploy_sentences, shortfalls
+from selfkd.analysis.deploy import REFERENCE, deploy_sentences, drop_of, shortfalls
 from selfkd.config import Config
 from selfkd.experiments.arms import Run
 from selfkd.experiments.deploy_forms import (
@@ -23,19 +23,20 @@ from selfkd.experiments.deploy_forms import (
 from selfkd.experiments.deploy_tuning import lower_bits, prune
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import (
+    DEPLOYED,
+    WRITTEN_BITS,
     DeployRow,
     DeploySummary,
     Facts,
-    Row,
+    FormTimings,
     RunFinished,
-    find_metric,
 )
 from selfkd.storage.files import link, remove_file
 from selfkd.storage.rows import load_row, save_row
 
-SUMMARY = "deploy.json"
 FILES = (
-    *("float.onnx", "int8.onnx", "int4.onnx", "int2.onnx", "ensemble.onnx", "model.safetensors"),
+    *("float.onnx", "int8.onnx", *(f"int{bits}.onnx" for bits in WRITTEN_BITS)),
+    *("ensemble.onnx", "model.safetensors"),
 )
 """Files of what is served, which may be there."""
 
@@ -73,13 +74,17 @@ def deploy(run: Run, source: Deployed) -> DeploySummary:
 
 def finished(config: Config, folder: RunFolder, source: Deployed) -> DeploySummary | None:
     """Return the summary of a deployment that has nothing left to do, else None."""
-    path = folder.path / FOLDER / SUMMARY
+    path = folder.path / DEPLOYED
     if not path.exists():
         return None
     summary = load_row(DeploySummary, path)
     same = summary.made_of == digest_of(config, source)
-    there = all(folder.file(name).exists() for name in summary.files.values())
-    return summary if same and there else None
+    sizes = {row.bytes for row in summary.rows}
+    files = [folder.file(name) for name in summary.files.values()]
+    whole = all(
+        file.exists() and (file.suffix != ".onnx" or file.stat().st_size in sizes) for file in files
+    )
+    return summary if same and whole else None
 
 
 def _size(work: Work) -> int:
@@ -89,18 +94,18 @@ def _size(work: Work) -> int:
 # --- what is served ---
 
 
-def _finish(work: Work, served: Served, machine: Row) -> DeploySummary:
+def _finish(work: Work, served: Served, machine: FormTimings) -> DeploySummary:
     """Put what is served into place, and write the summary."""
     facts, rows, options = work.facts, work.rows, work.run.config.deploy
     for key, row in rows.items():
         rows[key] = _with_speed(row, facts)
     metric = facts.metric if f"val_{facts.metric}" in rows["torch"].metrics else "nll"
-    drops = {"int8.onnx": _drop(metric, rows["torch"], rows[served.int8_key])}
+    judged = {"int8.onnx": rows[served.int8_key]}
     if work.low_bits is not None:
-        row = rows[f"bits{options.bits}"]
-        drops[f"int{options.bits}.onnx"] = _drop(metric, rows["torch"], row)
+        judged[f"int{options.bits}.onnx"] = rows[f"bits{options.bits}"]
+    drops = {name: drop_of(row, rows[REFERENCE], metric) for name, row in judged.items()}
     most = math.inf if options.max_drop is None else options.max_drop
-    worse = [name for name, drop in drops.items() if drop > most]
+    worse = [name for name, drop in drops.items() if drop is not None and not drop <= most]
     files = _place(work, served, leave_out=worse)
     summary = DeploySummary(
         model=work.source.model.hash,
@@ -109,21 +114,21 @@ def _finish(work: Work, served: Served, machine: Row) -> DeploySummary:
         options=asdict(options),
         made_of=digest_of(work.run.config, work.source),
         rows=tuple(rows.values()),
-        network=served.exported.row["model"],
+        network=served.exported.row.model,
         served=served.key if "int8.onnx" in worse else served.int8_key,
         files={name: f"{FOLDER}/{name}" for name in files},
         drop=drops["int8.onnx"],
         exceeded=bool(worse),
         point=work.source.point,
-        cpu=machine["cpu"],
-        versions=machine["versions"],
+        cpu=machine.cpu,
+        versions=machine.versions,
         remarks=tuple(work.remarks),
     )
     said = [(row, shortfalls(row, summary)) for row in summary.rows]
     told = [replace(row, remarks=(*row.remarks, text)) if text else row for row, text in said]
     summary = replace(summary, rows=tuple(told))
     summary = replace(summary, sentences=tuple(deploy_sentences(summary, facts)))
-    save_row(work.folder / SUMMARY, summary)
+    save_row(work.run.folder.path / DEPLOYED, summary)
     work.run.events(RunFinished(summary))
     return summary
 
@@ -137,7 +142,7 @@ def _place(work: Work, served: Served, *, leave_out: Collection[str]) -> list[st
         leave_out: Names of files that are removed where an earlier deployment left them.
     """
     folder, options = work.run.folder, work.run.config.deploy
-    remove_file(work.folder / SUMMARY)  # which is of the files of before
+    remove_file(work.run.folder.path / DEPLOYED)  # which is of the files of before
     files = {"float.onnx": served.exported.path, "int8.onnx": served.int8.path}
     if work.low_bits is not None:
         files[f"int{options.bits}.onnx"] = work.low_bits.path
@@ -171,10 +176,3 @@ def _with_speed(row: DeployRow, facts: Facts) -> DeployRow:
         return row
     most = max(row.timings, key=lambda timing: timing.items)
     return replace(row, tokens_a_second=1000 * most.items * facts.items_an_input / most.ms)
-
-
-def _drop(metric: str, before: DeployRow, after: DeployRow) -> float:
-    """Return how much worse a row is on validation, in points of a fraction or in nats."""
-    key, facts = f"val_{metric}", find_metric(metric)
-    gain = after.metrics[key] - before.metrics[key]
-    return (100 if facts.is_fraction else 1) * (-gain if facts.mode == "max" else gain)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from selfkd.analysis.deploy import REFERENCE
 from selfkd.config import Config, resume_invariant
 from selfkd.deployment import processor, versions
 from selfkd.errors import ConfigError, RunError
@@ -17,18 +19,19 @@ from selfkd.experiments.stages import trial_seed
 from selfkd.results import (
     DeployRow,
     Facts,
-    Interval,
-    McNemar,
+    FormMeasures,
+    FormTimings,
     Model,
     Point,
     Row,
+    ServedFile,
     TaskProgressed,
     TaskStarted,
-    Timing,
     from_row,
 )
-from selfkd.storage.files import fetch, load_json, save_json
+from selfkd.storage.files import load_json, save_json, sha256
 
+T = TypeVar("T")
 FOLDER = "deploy"
 """Folder of what is served, in the run folder."""
 
@@ -52,10 +55,10 @@ class Deployed:
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A file that a step wrote, and the step's row."""
+    """A file that a step wrote, and what its row says of it."""
 
     path: Path
-    row: Row
+    row: ServedFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +104,22 @@ class Work:
         return self.steps / f"{digest(self.source.model)}.safetensors"
 
     def step(
-        self, title: str, name: str, kind: str, *, writes: Path | None = None, **more: Any
-    ) -> Row:
+        self,
+        title: str,
+        name: str,
+        kind: str,
+        of: type[T],
+        *,
+        writes: Path | None = None,
+        **more: Any,
+    ) -> T:
         """Run a job, unless its row is there, made of the same, and what it writes.
 
         Args:
             title: Name of the work, for people.
             name: Name of the step's row.
             kind: Kind of the job.
+            of: Dataclass of the row.
             writes: File that it writes, which its row has the `sha256` of, or a part of it.
             more: Further arguments of the job.
 
@@ -118,18 +129,20 @@ class Work:
         """
         path, made_of = self.steps / f"{name}.json", self.digest(kind, more)
         if path.exists() and (writes is None or writes.exists()):
-            row: Row = load_json(path)
-            whole = writes is None or row.get("sha256") in (None, _sha256(writes))
-            if row.pop("made_of", None) == made_of and whole:
-                return row
+            with contextlib.suppress(ValueError):  # a damaged row, which is made again
+                found: Row = load_json(path)
+                row = from_row(of, found)
+                whole = writes is None or found.get("sha256") in (None, sha256(writes))
+                if found.get("made_of") == made_of and whole:
+                    return row
         self.run.events(TaskStarted(title, 1))
         try:
-            row = self.job(kind, **more)
+            found = self.job(kind, **more)
         except RuntimeError as error:
             raise RunError(f"{title} failed: {error}") from None
-        save_json(path, {"made_of": made_of, **row})
+        save_json(path, {"made_of": made_of, **found})
         self.run.events(TaskProgressed())
-        return row
+        return from_row(of, found)
 
     def digest(self, kind: str, arguments: Row) -> str:
         """Return a hash of all that a job depends on, wherever the run folder lies."""
@@ -180,12 +193,14 @@ def export(work: Work, key: str, title: str, *models: Model) -> File:
         f"{title}: exporting",
         name,
         "deploy_export",
+        ServedFile,
         writes=path,
         path=str(path),
         **work.of(*models),
     )
-    measure(work, key, title, *models, file=File(path=path, row=row))
-    return File(path=path, row=row)
+    file = File(path=path, row=row)
+    measure(work, key, title, *models, file=file)
+    return file
 
 
 def quantise(work: Work, key: str, title: str, model: Model, exported: File) -> File:
@@ -197,15 +212,16 @@ def quantise(work: Work, key: str, title: str, model: Model, exported: File) -> 
         f"{title}: quantising",
         name,
         "deploy_quantise",
+        ServedFile,
         writes=path,
         exported=str(exported.path),
         path=str(path),
         calibration=count,
         **work.of(model),
     )
-    row = {**row, "parameters": exported.row["parameters"]}
-    measure(work, key, title, model, file=File(path=path, row=row))
-    return File(path=path, row=row)
+    file = File(path=path, row=replace(row, parameters=exported.row.parameters))
+    measure(work, key, title, model, file=file)
+    return file
 
 
 def measure(work: Work, key: str, title: str, *models: Model, file: File | None = None) -> None:
@@ -220,35 +236,34 @@ def measure(work: Work, key: str, title: str, *models: Model, file: File | None 
         f"{title}: measuring",
         name,
         "deploy_measure",
+        FormMeasures,
         writes=None if file else reference,
         **more,
         **work.of(*models),
     )
     work.forms[key] = work.of(*models) if file is None else {"file": str(file.path)}
-    own = {} if file is None else file.row
     work.rows[key] = DeployRow(
         key=key,
         title=title,
         hash="+".join(model.hash for model in models),
-        metrics=row["metrics"],
-        parameters=own.get("parameters"),
-        agreement=row.get("agreement"),
-        bytes=own.get("bytes"),
+        metrics=row.metrics,
+        parameters=file.row.parameters if file else None,
+        agreement=row.agreement,
+        bytes=file.row.bytes if file else None,
         file=work.run.folder.relative(file.path) if file else None,
-        mcnemar=from_row(McNemar, row["mcnemar"]) if "mcnemar" in row else None,
-        difference=from_row(Interval, row["difference"]) if "difference" in row else None,
-        operators=own.get("operators", {}),
+        mcnemar=row.mcnemar,
+        difference=row.difference,
+        operators=file.row.operators if file else {},
     )
 
 
-def time(work: Work) -> Row:
-    """Time all forms side by side; return the row, with the processor and versions."""
-    more: Row = {"forms": work.forms, "reference": "float"}
+def time(work: Work) -> FormTimings:
+    """Time all forms side by side."""
+    more: Row = {"forms": work.forms, "reference": REFERENCE}
     name = f"time-{_hash(work.digest('deploy_time', more) + processor())}"
-    row = work.step("timing all side by side", name, "deploy_time", **more)
-    for key, timings in row["timings"].items():
-        own = tuple(from_row(Timing, timing) for timing in timings)
-        work.rows[key] = replace(work.rows[key], timings=own)
+    row = work.step("timing all side by side", name, "deploy_time", FormTimings, **more)
+    for key in work.forms:
+        work.rows[key] = replace(work.rows[key], timings=row.timings.get(key, ()))
     for key, other in work.like.items():
         same = work.rows[other]
         work.rows[key] = replace(
@@ -262,7 +277,7 @@ def made_of(config: Config, source: Deployed) -> Row:
     own = None
     if source.make_model is not None:
         path, _, function = source.make_model.rpartition(":")
-        own = [function, _sha256(Path(path)) if Path(path).is_file() else path]
+        own = [function, sha256(Path(path)) if Path(path).is_file() else path]
     return {"config": resume_invariant(config), "make_model": own, "versions": versions()}
 
 
@@ -279,8 +294,3 @@ def digest(*models: Model) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with fetch(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from selfkd.analysis.statistics import mean_interval
@@ -10,12 +11,10 @@ from selfkd.config import ModelConfig
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
 from selfkd.experiments.teachers import prepare_teachers
-from selfkd.results import DeployRow, Model, Row
+from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Row, ServedFile
 from selfkd.results.metrics import AGREEMENT
 from selfkd.storage.files import remove_file
 
-WRITTEN = (4, 2)
-"""Bits of weights that a file may have."""
 MOST_ALPHA = 0.65
 """Largest weight of the soft targets in a fine-tuning, whose teacher is the model that it started
 from: what is new to it are the labels. With 1 it was worse on MNIST, natural images and text."""
@@ -34,13 +33,14 @@ def prune(work: Work, fraction: float) -> Served:
         f"pruning by {fraction:.0%}",
         name,
         "prune",
+        CompressedModel,
         writes=start,
         checkpoint=row["checkpoint"],
         fraction=fraction,
         save=str(start),
     )
-    work.remarks += pruned["remarks"]
-    model = ModelConfig(**pruned["model"])
+    work.remarks += pruned.remarks
+    model = ModelConfig.of_checkpoint(pruned.model)
     share = f"pruned by {fraction:.0%}"
     arms: dict[str, tuple[str, Row, Sequence[Model]]] = {
         "pruned_labels": (f"{share}, from labels", {"checkpoint": str(start)}, ()),
@@ -51,7 +51,7 @@ def prune(work: Work, fraction: float) -> Served:
             (base,),
         ),
     }
-    found = tune(work, f"{pruned['hash']}-pruned-{fraction:g}", arms, model)
+    found = tune(work, f"{pruned.hash}-pruned-{fraction:g}", arms, model)
     best = _best(run, found["pruned_labels"], found["pruned_distilled"])
     work.like |= dict.fromkeys(arms, "pruned_float")
     titles = f"{share}, ONNX float", f"{share}, ONNX int8"
@@ -68,12 +68,13 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         f"rounding to {bits} bits",
         name,
         "round_checkpoint",
+        CompressedModel,
         writes=rounded,
         checkpoint=row["checkpoint"],
         bits=bits,
         save=str(rounded),
     )
-    model = Model(made["hash"], run.folder.relative(rounded))
+    model = Model(made.hash, run.folder.relative(rounded))
     request = Request(model, (work.source.model,), logits=False)
     (tested,) = run.evaluate([request], title="measuring the rounded")
     key = f"bits{bits}"
@@ -84,16 +85,16 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         metrics={name: value for name, value in tested.metrics.items() if name != AGREEMENT},
         agreement=tested.metrics[AGREEMENT],
     )
-    work.remarks += made["remarks"]
+    work.remarks += made.remarks
     start, base = {"checkpoint": row["checkpoint"]}, work.source.model
     arms = {
         f"{key}_labels": (f"{title}, from labels", start, ()),
         f"{key}_distilled": (f"{title}, distilled", start, (base,)),
     }
-    network = ModelConfig(**served.exported.row["model"])
+    network = ModelConfig.of_checkpoint(served.exported.row.model)
     found = tune(work, name, arms, network, bits=bits)
     best = _best(run, *found.values())
-    if bits not in WRITTEN:
+    if bits not in WRITTEN_BITS:
         work.remarks.append(f"{title} are simulated: onnxruntime has no operator for them")
         return None
     exported = export(work, f"{key}_float", title, best)
@@ -103,12 +104,13 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         f"{title}: writing",
         path.stem,
         "deploy_lower_bits",
+        ServedFile,
         writes=path,
         exported=str(exported.path),
         path=str(path),
         bits=bits,
     )
-    file = File(path=path, row={**written, "parameters": exported.row["parameters"]})
+    file = File(path=path, row=replace(written, parameters=exported.row.parameters))
     measure(work, key, f"{title}, ONNX", best, file=file)
     work.like |= dict.fromkeys([f"{key}_rounded", *arms], key)
     return file

@@ -68,7 +68,12 @@ def open_run(path: Path) -> tuple[RunFolder, Config, Facts | None]:
 
 
 def choose(
-    folder: RunFolder, config: Config, *, generation: int | None = None, ensemble: bool = False
+    folder: RunFolder,
+    config: Config,
+    *,
+    generation: int | None = None,
+    ensemble: bool = False,
+    way: str = "load one by its file",
 ) -> Chosen:
     """Return which models of a run are loaded.
 
@@ -78,6 +83,7 @@ def choose(
         generation: Number of a generation; the best on validation when not given.
         ensemble: Whether all generations are averaged, or the teachers of an ensemble run's
             student.
+        way: What to do with a run that has files of models, and chooses none of them.
 
     Raises:
         ConfigError: There is no such model, or not yet.
@@ -98,7 +104,7 @@ def choose(
         return _teachers(folder, config) if ensemble else _student(folder, config)
     files = [f"\n  {path}  ({name})" for name, path in model_files(folder).items()]
     left = f"\n  and {len(files) - LISTED} more" if len(files) > LISTED else ""
-    way = "load one by its file:" if files else "its files are named once it is finished"
+    way = f"{way}:" if files else "its files are named once it is finished"
     raise ConfigError(
         f"{folder.path} is a run of selfkd.{command}, which chooses no model: {way}"
         f"{''.join(files[:LISTED])}{left}"

@@ -14,6 +14,7 @@ from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import COMMANDS, EXAMPLES
 from selfkd.reporting.rows import RowReader
 from selfkd.results import (
+    DEPLOYED,
     FORMAT,
     CapacitySummary,
     Confirmation,
@@ -39,7 +40,6 @@ Tree = Mapping[str, Any]
 REPORT = "report.html"
 ENVIRONMENT = "environment.json"
 TRIALS = "trial_*/result.json"
-DEPLOYED = "deploy/deploy.json"
 SIDE_BY_SIDE: Mapping[str, tuple[str, type[Any]]] = {
     "capacity": ("capacity_summary", CapacitySummary),
     "study": ("study_summary", StudySummary),

@@ -10,8 +10,14 @@ from selfkd.results.capacity import SearchesOfSizes as SearchesOfSizes
 from selfkd.results.capacity import SearchOfSize as SearchOfSize
 from selfkd.results.capacity import Seeds as Seeds
 from selfkd.results.capacity import Size as Size
+from selfkd.results.deploy import DEPLOYED as DEPLOYED
+from selfkd.results.deploy import WRITTEN_BITS as WRITTEN_BITS
+from selfkd.results.deploy import CompressedModel as CompressedModel
 from selfkd.results.deploy import DeployRow as DeployRow
 from selfkd.results.deploy import DeploySummary as DeploySummary
+from selfkd.results.deploy import FormMeasures as FormMeasures
+from selfkd.results.deploy import FormTimings as FormTimings
+from selfkd.results.deploy import ServedFile as ServedFile
 from selfkd.results.deploy import Timing as Timing
 from selfkd.results.ensemble import Chosen as Chosen
 from selfkd.results.ensemble import EnsembleSummary as EnsembleSummary

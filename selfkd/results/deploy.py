@@ -9,6 +9,11 @@ from selfkd.results.evaluation import McNemar
 from selfkd.results.fields import Count, Digest, FileName, Point
 from selfkd.results.row import ROW, Interval, Measured, Row
 
+DEPLOYED = "deploy/deploy.json"
+"""File of the summary of a deployment, in the run folder."""
+WRITTEN_BITS = (4, 2)
+"""Bits of weights that onnxruntime has operators for: fewer or others have no file."""
+
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
 class Timing:
@@ -21,6 +26,53 @@ class Timing:
     speed_up: Interval | None = None
     """How many times as fast as the float file of the served model, measured side by side; None
     of that file itself."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class ServedFile:
+    """File that a step of a deployment wrote."""
+
+    bytes: Count
+    sha256: Digest
+    """Hash of its content."""
+    model: Row = Field(default_factory=dict)
+    """Name and arguments of its network; empty where only the graph has it."""
+    parameters: Count | None = None
+    operators: dict[str, Count] = Field(default_factory=dict)
+    """Number of its operators of each kind that compute in low precision."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class CompressedModel:
+    """Model that a step of a deployment pruned or rounded, to be fine-tuned."""
+
+    hash: Digest
+    model: Row = Field(default_factory=dict)
+    """Name and arguments of its network, where they are others than before."""
+    remarks: tuple[str, ...] = ()
+    """What was rounded or left whole, in words."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class FormMeasures(Measured):
+    """Metrics of a form on validation and test, and its test predictions beside the float model's.
+
+    Only the float model itself has nothing beside it.
+    """
+
+    agreement: float | None = None
+    mcnemar: McNemar | None = None
+    difference: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=ROW)
+class FormTimings:
+    """Times of all forms, measured side by side on one machine."""
+
+    timings: dict[str, tuple[Timing, ...]]
+    """Times of each form, by its key."""
+    cpu: str
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -60,7 +112,7 @@ class DeployRow(Measured):
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
 class DeploySummary:
-    """The summary of `selfkd.deploy`: `deploy/deploy.json`."""
+    """The summary of `selfkd.deploy`, in `deploy/deploy.json`."""
 
     model: Digest
     """Hash of the model that is deployed, as it was chosen."""

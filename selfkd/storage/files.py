@@ -192,6 +192,12 @@ def fetch(path: Path) -> Path:
     return copy
 
 
+def sha256(path: Path) -> str:
+    """Return the hash of a file's content."""
+    with fetch(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def cache_folder() -> Path:
     """Return the folder of local copies, created readable by the user alone."""
     given = os.environ.get("SELFKD_CACHE")

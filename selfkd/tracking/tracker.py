@@ -14,6 +14,7 @@ from selfkd.analysis.verdicts import count
 from selfkd.config import Config, to_tree
 from selfkd.errors import describe_error
 from selfkd.results import (
+    DEPLOYED,
     STUDENT,
     Confirmation,
     DeploySummary,
@@ -65,8 +66,6 @@ log = logging.getLogger(__name__)
 Plots = Callable[[Path], Mapping[str, str]]
 SHOW_SECONDS = 5.0
 """Time after which it is said what is still to be written at the end."""
-DEPLOYED = "deploy/deploy.json"
-"""File of the summary of a deployment, in the run folder."""
 LEDGER = "done.txt"
 """File in W&B's folder that lists the runs that are whole."""
 

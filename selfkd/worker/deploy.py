@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,18 +17,19 @@ from selfkd.analysis.statistics import bootstrap_interval
 from selfkd.config import Tree
 from selfkd.deployment import versions
 from selfkd.deployment.cpu import describe_cpu
-from selfkd.deployment.export import export_onnx
+from selfkd.deployment.export import check_weights, export_onnx
 from selfkd.deployment.latency import speed_up, time_together
 from selfkd.deployment.low_bits import write_low_bits
 from selfkd.deployment.predictor import write_predictor
 from selfkd.deployment.quantise import quantise
 from selfkd.deployment.session import OnnxNetwork
 from selfkd.distill.outputs import take_logits
+from selfkd.errors import describe_error
 from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Row, Timing, to_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.files import fetch, replace
+from selfkd.storage.files import fetch, replace, sha256
 from selfkd.storage.remote import as_path
 from selfkd.storage.temporary import TemporaryFolder
 from selfkd.tasks import make_task
@@ -42,6 +42,8 @@ CHECKED = 1000
 TOLERANCE = 1e-3
 """Largest difference of a logit, in units of the largest logit, that rounding explains."""
 _AT_ONCE = 64
+_TRIED = 3
+"""Inputs that a user's network is tried with."""
 
 Job = Callable[..., Iterator[Row]]
 
@@ -53,7 +55,7 @@ def saying_faults(job: Job) -> Job:
     def run(*arguments: Any, **options: Any) -> Iterator[Row]:
         try:
             yield from job(*arguments, **options)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, FileNotFoundError) as error:
             yield {"fault": str(error)}
 
     return run
@@ -92,6 +94,11 @@ class Source:
         return None if self._make_model else self._checkpoints[0]
 
     @property
+    def name(self) -> str:
+        """What makes the network, for messages."""
+        return "model" if self._make_model is None else f"--make-model {self._make_model}"
+
+    @property
     def model(self) -> Row:
         """Name and arguments of the network; none of a user's own, or of several."""
         alone = self._make_model is None and len(self._checkpoints) == 1
@@ -100,7 +107,9 @@ class Source:
     def network(self) -> nn.Module:
         """Return the network, in eval mode."""
         if self._make_model is not None:
-            return _load_own(self._make_model, self._checkpoints[0]).eval()
+            network = _load_own(self._make_model, self._checkpoints[0]).eval()
+            _try(network, self.task.inputs("val", _TRIED), self)
+            return network
         network = self.task.combined(
             self._checkpoints, average=self._average, weights=self._weights
         )
@@ -121,7 +130,14 @@ def _check_hash(checkpoint: str, known: str | None) -> None:
 
 def _load_own(reference: str, checkpoint: str) -> nn.Module:
     """Return a user's network with the weights of a checkpoint."""
-    network = load_function(reference, flag="--make-model")()
+    make = load_function(reference, flag="--make-model")
+    try:
+        network = make()
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"--make-model must name a function that makes the network without arguments, got "
+            f"{reference}: {describe_error(error)}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"--make-model must return a torch.nn.Module, got {type(network).__name__}"
@@ -131,7 +147,7 @@ def _load_own(reference: str, checkpoint: str) -> nn.Module:
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise ValueError(f"--make-model must make the network of {checkpoint}: {first}") from None
-    return network
+    return network.float()  # as it is exported
 
 
 @saying_faults
@@ -160,7 +176,7 @@ def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
             raise ValueError(
                 f"the exported graph of {path} must give the logits of its network, got a "
                 f"difference of {difference:.2g} of the largest on {len(inputs):,} inputs: an "
-                "operator has another meaning in ONNX"
+                "operator is random, or has another meaning in ONNX"
             )
         yield {
             **_put(file, target),
@@ -173,19 +189,26 @@ def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
 
 def _try(network: nn.Module, inputs: Tensor, source: Source) -> None:
     """Check that a network takes the data's inputs, and gives logits of its outputs."""
-    config = source.task.config
+    config, name = source.task.config, source.name
+    check_weights(network)
     try:
         logits = _logits(network, inputs)
     except Exception as error:
         raise ValueError(
-            f"model must take the {source.task.interface().input} of data.name {config.data.name} "
+            f"{name} must take the {source.task.interface().input} of data.name {config.data.name} "
             f"{list(inputs.shape[1:])}, which it does not: {error}"
         ) from error
     outputs = source.task.check().outputs
-    if logits.shape[-1] != outputs:
+    if logits.shape[-1:] != (outputs,) or logits.shape[:1] != inputs.shape[:1]:
         raise ValueError(
-            f"model must give {outputs} logits for data.name {config.data.name}, got "
-            f"{logits.shape[-1]}: --set data.name=… names the data that it was trained on"
+            f"{name} must give {outputs} logits for each of {len(inputs)} inputs of data.name "
+            f"{config.data.name}, got {list(logits.shape)}: --set data.name=… names the data that "
+            "it was trained on"
+        )
+    if logits.isnan().any():
+        raise ValueError(
+            f"{name} must give logits that are numbers, got NaN for the first inputs of data.name "
+            f"{config.data.name}"
         )
 
 
@@ -195,13 +218,17 @@ def _logits(network: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _largest_difference(network: nn.Module, other: nn.Module, inputs: Tensor) -> float:
-    """Return the largest difference of two networks' logits, in units of the largest logit."""
-    found, largest = 0.0, 0.0
+    """Return the largest difference of two networks' logits, in units of the largest logit.
+
+    It is NaN where a logit is, and infinite where one alone is.
+    """
+    found, largest = torch.zeros(()), torch.zeros(())
     for part in torch.split(inputs, _AT_ONCE):
-        logits = _logits(network, part)
-        found = max(found, float((logits - _logits(other, part)).abs().max()))
-        largest = max(largest, float(logits.abs().max()))
-    return found / max(largest, 1e-30)
+        logits, others = _logits(network, part), _logits(other, part)
+        apart = (logits - others).abs().where(logits != others, 0.0)
+        found = torch.maximum(found, apart.max())  # which keeps NaN
+        largest = torch.maximum(largest, logits.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return float(found / largest.clamp(min=1e-30))
 
 
 def _put(file: Path, target: Path) -> Row:
@@ -221,12 +248,6 @@ def _put(file: Path, target: Path) -> Row:
             "and run the command again, which goes on from what is done"
         ) from None
     return {"bytes": size, "sha256": sha256(file)}
-
-
-def sha256(file: Path) -> str:
-    """Return the hash of a file's content."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @saying_faults

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from selfkd.config import load_config, to_tree
-from selfkd.deploy import _command as deploy_command
+from selfkd.deploy import main
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import InProcess
 from selfkd.experiments.arms import Run
@@ -20,6 +20,7 @@ from selfkd.experiments.deploy_forms import Deployed, digest_of
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import DeploySummary, Event, RunFinished, TaskStarted, TrialResult
+from selfkd.storage.files import load_json
 from selfkd.storage.rows import load_row
 from selfkd.worker.jobs import run_job
 
@@ -150,19 +151,29 @@ def test_a_damaged_file_is_made_again(deployed: tuple[Path, DeploySummary]) -> N
     deploy(run_on(folder, events=events), best(folder))
     assert [e.title for e in events if isinstance(e, TaskStarted)][:1] == ["ONNX int8: quantising"]
     assert file.stat().st_size == summary.row("int8").bytes
+    for text in ("damaged", "[]", "null"):
+        file.with_suffix(".json").write_text(text)
+        deploy(run_on(folder), best(folder))
+        assert load_json(file.with_suffix(".json"))["bytes"] == summary.row("int8").bytes
+    run = run_on(folder)
+    (folder / "deploy" / "int8.onnx").unlink()  # a link to the other
+    (folder / "deploy" / "int8.onnx").write_bytes(b"damaged")
+    assert finished(run.config, run.folder, best(folder)) is None
 
 
 def test_past_max_drop_there_is_no_int8_file(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("selfkd.experiments.deploy._drop", lambda *arguments: 0.7)
+    monkeypatch.setattr("selfkd.experiments.deploy.drop_of", lambda *arguments: 0.7)
     summary = deploy(run_on(trained, "deploy.max_drop=0.5"), best(trained))
     assert summary.exceeded
     assert summary.served == "float"
     assert "int8.onnx" not in summary.files
     assert not (trained / "deploy" / "int8.onnx").exists()
     assert (trained / "deploy" / "predict.py").read_text().count("FILE = 'float.onnx'") == 1
-    assert deploy_command().code(summary) == 1
+    again = ["--from", str(trained), "--max-drop", "0.5", "--quiet"]  # is done, so starts nothing
+    assert main(again) == 1
+    assert "error: no int8.onnx of generation" in capsys.readouterr().out
 
 
 def test_weights_that_are_no_numbers_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
 from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import link
 from selfkd.storage.remote import as_path
 from selfkd.tasks.common import Averaged, describe_cached, optimizer_of, spread
 from selfkd.tasks.task import SPLITS, Split
@@ -177,15 +178,24 @@ class TextTask(TextNetworks):
         yield note
 
     def import_weights(self, source: CheckpointConfig, save: Path) -> str | None:
-        """Refuse weights from elsewhere.
+        """Save the network of a file that selfkd wrote as a checkpoint.
 
         Raises:
-            ValueError: Always.
+            ValueError: The file is from elsewhere, or not of this network or this data.
         """
-        raise ValueError(
-            f"weights from elsewhere are only imported with task images, got {source.path}: "
-            "give the folder of a run"
-        )
+        path = as_path(source.path)
+        try:
+            facts = self.load(source.path)[1]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"weights of task text must be a file that selfkd has written for this data, got "
+                f"{path} ({error}): or give the folder of a run"
+            ) from None
+        wanted = {"name": source.model, "args": dict(source.args)}
+        if facts.model != wanted:
+            raise ValueError(f"{path} must be the network {wanted}, and is {facts.model}")
+        link(path, save)
+        return None
 
     def digest(self, checkpoint: str) -> str:
         """Return the hash that a checkpoint's logits are cached under."""

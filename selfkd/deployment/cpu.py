@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
+
+from selfkd.deployment import processor
 
 _SETS = {
     "avx2": "AVX2",
@@ -26,7 +25,7 @@ def describe_cpu() -> str:
     """Return the name of the processor, and its instruction sets that matter for int8."""
     found = _capabilities()
     sets = [words for key, words in _SETS.items() if found.get(key)]
-    name = found.get("cpu_name") or _name()
+    name = found.get("cpu_name") or processor()
     return f"{name} ({', '.join(sets) or 'none of the instruction sets for int8 known'})"
 
 
@@ -50,12 +49,3 @@ def _capabilities() -> Mapping[str, Any]:
         "avx512_vnni": "_is_vnni_supported",
     }
     return {key: getattr(torch.cpu, name, bool)() for key, name in before.items()}
-
-
-def _name() -> str:
-    """Return the name of the processor, as the system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

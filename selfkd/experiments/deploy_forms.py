@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from selfkd.analysis.deploy import REFERENCE
 from selfkd.config import Config, resume_invariant
-from selfkd.deployment import versions
+from selfkd.deployment import processor, versions
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Run
 from selfkd.experiments.stages import trial_seed
@@ -260,7 +260,7 @@ def measure(work: Work, key: str, title: str, *models: Model, file: File | None 
 def time(work: Work) -> FormTimings:
     """Time all forms side by side."""
     more: Row = {"forms": work.forms, "reference": REFERENCE}
-    name = f"time-{work.digest('deploy_time', more)}"
+    name = f"time-{_hash(work.digest('deploy_time', more) + processor())}"
     row = work.step("timing all side by side", name, "deploy_time", FormTimings, **more)
     for key in work.forms:
         work.rows[key] = replace(work.rows[key], timings=row.timings.get(key, ()))
@@ -282,9 +282,9 @@ def made_of(config: Config, source: Deployed) -> Row:
 
 
 def digest_of(config: Config, source: Deployed) -> str:
-    """Return a hash of all that a deployment is made of."""
-    own = asdict(replace(source, make_model=None))
-    return _hash(json.dumps([made_of(config, source), asdict(config.deploy), own], sort_keys=True))
+    """Return a hash of all that a deployment is made of, and of what it is timed on."""
+    own = [asdict(replace(source, make_model=None)), asdict(config.deploy), processor()]
+    return _hash(json.dumps([made_of(config, source), own], sort_keys=True))
 
 
 def digest(*models: Model) -> str:

@@ -125,7 +125,7 @@ class DeploySummary:
     options: Row = Field(default_factory=dict)
     """`deploy` section of the config that it was made with."""
     made_of: Digest = ""
-    """Hash of all that it was made of: models, options, data and versions."""
+    """Hash of all that it was made of: models, options, data, versions and processor."""
     rows: tuple[DeployRow, ...]
     served: str
     """Key of the row that is served."""

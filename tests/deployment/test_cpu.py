@@ -42,11 +42,11 @@ def test_older_torch(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False, raising=False)
-    monkeypatch.setattr(cpu, "_name", lambda: "Processor")
+    monkeypatch.setattr(cpu, "processor", lambda: "Processor")
     assert cpu.describe_cpu() == "Processor (AVX2)"
     assert not cpu.has_int8()
 
 
 def test_this_processor_has_a_name():
-    assert cpu._name()
+    assert cpu.processor()
     assert not cpu.describe_cpu().startswith(" ")

@@ -270,7 +270,7 @@ def test_what_is_made_of_something_else_is_not_finished(
     assert finished(run.config, run.folder, change(best(folder))) is None
 
 
-def test_versions_and_code_of_the_user_are_part_of_what_is_made(
+def test_versions_processor_and_code_of_the_user_are_part_of_what_is_made(
     tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "net.py"
@@ -281,7 +281,9 @@ def test_versions_and_code_of_the_user_are_part_of_what_is_made(
     found.append(digest_of(config, source))
     monkeypatch.setattr("selfkd.experiments.deploy_forms.versions", lambda: {"torch": "9"})
     found.append(digest_of(config, source))
+    monkeypatch.setattr("selfkd.experiments.deploy_forms.processor", lambda: "another")
+    found.append(digest_of(config, source))
     found.append(digest_of(load_config(settings=[*SMALL, "data.name=mnist"]), source))
-    assert len(set(found)) == 4
+    assert len(set(found)) == 5
     moved = file.rename(tmp_path / "moved.py")
-    assert digest_of(config, replace(source, make_model=f"{moved}:make")) == found[2]
+    assert digest_of(config, replace(source, make_model=f"{moved}:make")) == found[3]

@@ -277,6 +277,8 @@ class Command(Generic[S]):
         text = self.describe(config, folder, summary)
         if not options.quiet:
             print_sentences(console, ["", *text.sentences])
+        elif self.code(summary):
+            print_sentences(console, [f"error: {text.sentences[0]}"])
         print_table(console, text.table)
         if options.verbose:
             for part in text.more:

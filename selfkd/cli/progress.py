@@ -186,8 +186,11 @@ class ProgressReporter:
         self._running.pop((trial.stage, trial.trial), None)
         self._done += 1
         # those of several stages run side by side
-        stage = trial.stage.removeprefix("deploy_").replace("_", " ").replace("-", " ")
-        of = f"{stage}, " if trial.stage.startswith(("confirm", "deploy_")) else ""
+        stage, of = trial.stage, ""
+        if stage.startswith("deploy_"):  # and the hash of what is fine-tuned
+            of = f"{stage.removeprefix('deploy_').partition('-')[0].replace('_', ' ')}, "
+        elif "confirm" in stage:
+            of = f"{stage.replace('-', ' ')}, "
         name = f"  {of}trial {trial.trial}"
         if trial.status == "failed":
             self._failed += 1

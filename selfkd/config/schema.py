@@ -746,7 +746,7 @@ class Config:
     study: StudyConfig = Field(default_factory=StudyConfig)
     """Arms and contrasts of `selfkd.study`."""
     deploy: DeployConfig = Field(default_factory=DeployConfig)
-    """Compression and export, in `selfkd.deploy`."""
+    """Compression and export of a trained model, in `selfkd.deploy`."""
     search: SearchConfig = Field(default_factory=SearchConfig)
     """Hyperparameter search."""
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)

@@ -25,7 +25,8 @@ def load_function(reference: str, *, flag: str = "--train") -> Callable[..., Any
     file, colon, name = reference.rpartition(":")
     path = Path(file)
     if not colon or path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"{flag} must be path/file.py:function, got {reference!r}")
+        absent = ", a file that is not there" if colon and path.suffix == ".py" else ""
+        raise ValueError(f"{flag} must be path/file.py:function, got {reference!r}{absent}")
     module_name = f"selfkd_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:

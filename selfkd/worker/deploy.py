@@ -312,7 +312,7 @@ def measure(
     Args:
         config: Config of its data.
         file: File that predicts; the network itself when not given.
-        predictions: File for its predictions, if they are kept.
+        predictions: File for its test logits, if others are compared with them.
         reference: File of the predictions that it is compared with.
         source: Further arguments of `Source`.
 
@@ -330,7 +330,7 @@ def measure(
     hits = task.hits(logits["test"], "test", [network])
     scores = task.scores(logits["test"], "test", [network])
     if predictions is not None:
-        kept = {str(split): own for split, own in logits.items()} | {"scores": scores}
+        kept = {"test": logits["test"], "scores": scores}
         kept |= {} if hits is None else {"hits": hits.to(torch.uint8)}
         save_tensors(as_path(predictions), kept, {})
     if reference is not None:

@@ -184,6 +184,14 @@ def test_a_log_says_whose_trial_confirms() -> None:
     ]
 
 
+def test_a_log_says_which_fine_tuning_a_trial_is_of() -> None:
+    output = io.StringIO()
+    console = Console(file=output, width=110, markup=False, highlight=False)
+    with ProgressReporter(console, Config()) as report:
+        report(TrialFinished(replace(TRIAL, stage="deploy_pruned_labels-64be5ffa", point={})))
+    assert output.getvalue() == "  pruned labels, trial 0: val 90.00%, 2.0 s\n"
+
+
 def test_a_message_is_a_line_and_a_note_for_the_end() -> None:
     output = io.StringIO()
     console = Console(file=output, width=110, markup=False, highlight=False)

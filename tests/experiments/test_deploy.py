@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from selfkd.config import load_config, to_tree
-from selfkd.deploy import _command as deploy_command
+from selfkd.deploy import main
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import InProcess
 from selfkd.experiments.arms import Run
@@ -162,7 +162,7 @@ def test_a_damaged_file_is_made_again(deployed: tuple[Path, DeploySummary]) -> N
 
 
 def test_past_max_drop_there_is_no_int8_file(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("selfkd.experiments.deploy.drop_of", lambda *arguments: 0.7)
     summary = deploy(run_on(trained, "deploy.max_drop=0.5"), best(trained))
@@ -171,7 +171,9 @@ def test_past_max_drop_there_is_no_int8_file(
     assert "int8.onnx" not in summary.files
     assert not (trained / "deploy" / "int8.onnx").exists()
     assert (trained / "deploy" / "predict.py").read_text().count("FILE = 'float.onnx'") == 1
-    assert deploy_command().code(summary) == 1
+    again = ["--from", str(trained), "--max-drop", "0.5", "--quiet"]  # is done, so starts nothing
+    assert main(again) == 1
+    assert "error: no int8.onnx of generation" in capsys.readouterr().out
 
 
 def test_weights_that_are_no_numbers_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from selfkd.analysis.verdicts import (
     is_better,
     join,
     number,
+    resolution,
 )
 from selfkd.results import (
     DeployRow,
@@ -35,26 +36,27 @@ SAME = 0.995
 
 def size_ratio(row: DeployRow, summary: DeploySummary) -> float | None:
     """Return the size of a row's file in sizes of the float file; None where there is none."""
-    of = find_row(summary, REFERENCE)
+    of = _find_row(summary, REFERENCE)
     if row.key == REFERENCE or of is None or not of.bytes or row.bytes is None:
         return None
     return row.bytes / of.bytes
 
 
-def difference_of(row: DeployRow, summary: DeploySummary) -> Interval | None:
+def difference_of(row: DeployRow, summary: DeploySummary, facts: Facts) -> Interval | None:
     """Return the difference of a row's test metric to the float file's, over its seeds if any.
 
     >>> of = DeployRow(key="float", title="", metrics={"test_nll": 0.5})
     >>> row = DeployRow(key="fresh", title="", values=(0.75, 0.75))
     >>> summary = DeploySummary(model="", title="", metric="nll", rows=(of, row), served="float")
-    >>> difference_of(row, summary).value
+    >>> difference_of(row, summary, Facts()).value
     0.25
     """
-    of = find_row(summary, REFERENCE)
+    of = _find_row(summary, REFERENCE)
     value = None if of is None else of.metric(f"test_{summary.metric}")
     if row.difference is not None or not row.values or value is None:
         return row.difference
-    return mean_interval([own - value for own in row.values])
+    floor = resolution(facts, summary.metric, "test")
+    return mean_interval([own - value for own in row.values], floor=floor)
 
 
 def drop_of(row: DeployRow, before: DeployRow, name: str) -> float | None:
@@ -81,10 +83,10 @@ def drop_of(row: DeployRow, before: DeployRow, name: str) -> float | None:
     return 100 * worse if metric.is_fraction else worse
 
 
-def is_faster(timing: Timing) -> bool:
+def _is_faster(timing: Timing) -> bool:
     """Say whether a batch is predicted faster than by the float file, beyond noise.
 
-    >>> is_faster(Timing(items=1, ms=1.0, speed_up=Interval(1.2, 0.9, 1.5)))
+    >>> _is_faster(Timing(items=1, ms=1.0, speed_up=Interval(1.2, 0.9, 1.5)))
     False
     """
     found = timing.speed_up
@@ -103,7 +105,7 @@ def shortfalls(row: DeployRow, summary: DeploySummary) -> str:
     """
     ratio = size_ratio(row, summary)
     compared = [timing for timing in row.timings if timing.speed_up is not None]
-    slow = [timing.items for timing in compared if not is_faster(timing)]
+    slow = [timing.items for timing in compared if not _is_faster(timing)]
     parts = ["smaller"] if ratio is not None and ratio >= SAME else []
     if slow:
         some = f" at {join([str(items) for items in slow])}" if len(slow) < len(compared) else ""
@@ -111,7 +113,7 @@ def shortfalls(row: DeployRow, summary: DeploySummary) -> str:
     return f"not {'/'.join(parts)}" if parts else ""
 
 
-def find_row(summary: DeploySummary, key: str) -> DeployRow | None:
+def _find_row(summary: DeploySummary, key: str) -> DeployRow | None:
     """Return the row of a key; None where there is none."""
     return next((row for row in summary.rows if row.key == key), None)
 
@@ -165,7 +167,7 @@ def deploy_sentences(summary: DeploySummary, facts: Facts, *, short: bool = Fals
 
 def _headline(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     """Yield what is not written for its cost, and what is served, beside the float model."""
-    row, name = find_row(summary, summary.served), summary.title
+    row, name = _find_row(summary, summary.served), summary.title
     if summary.exceeded:
         yield from _left_out(summary)
     if row is not None and row.key != REFERENCE:
@@ -181,18 +183,18 @@ def _left_out(summary: DeploySummary) -> Iterator[str]:
     """Yield each file that is worse on validation than `deploy.max_drop` allows."""
     most, bits = summary.options.get("max_drop"), summary.options.get("bits")
     than = "" if most is None else f", more than the {most:g} of deploy.max_drop"
-    drops = {"int8.onnx": summary.drop, f"int{bits}.onnx": None}
-    before, after = find_row(summary, REFERENCE), find_row(summary, f"bits{bits}")
-    if before is not None and after is not None:
-        drops[f"int{bits}.onnx"] = drop_of(after, before, summary.metric)
-    for name, drop in drops.items():
+    drops = [("int8.onnx", summary.drop)]
+    before, low = _find_row(summary, REFERENCE), _find_row(summary, f"bits{bits}")
+    if before is not None and low is not None:
+        drops.append((f"int{bits}.onnx", drop_of(low, before, summary.metric)))
+    for name, drop in drops:
         if name not in summary.files and drop is not None:
             unit = find_metric(summary.metric).unit or summary.metric
             worse = f"{number(drop, '.3g')} {unit} worse than the float model on validation"
             yield f"no {name} of {summary.title} is written: it is {worse}{than}"
 
 
-def describe_row(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
+def _describe_row(row: DeployRow, summary: DeploySummary, facts: Facts) -> str:
     """Return a row in words: its size, its speed, what it costs in the metric, its agreement."""
     ratio = size_ratio(row, summary)
     parts = ["" if ratio is None else _size(ratio), _speed(row), _tokens(row, summary)]
@@ -212,7 +214,7 @@ def _speed(row: DeployRow, *, ends: bool = True) -> str:
     known = [timing for timing in row.timings if timing.speed_up is not None]
     named = (("faster", True), ("not faster", False))
     parts = [
-        (name, join([_times(t, ends=ends) for t in known if is_faster(t) == faster]))
+        (name, join([_times(t, ends=ends) for t in known if _is_faster(t) == faster]))
         for name, faster in named
     ]
     return "; ".join(f"{name}: {times}" for name, times in parts if times)
@@ -238,7 +240,7 @@ def format_ratio(value: float) -> str:
 
 
 def _tokens(row: DeployRow, summary: DeploySummary) -> str:
-    of = find_row(summary, REFERENCE)
+    of = _find_row(summary, REFERENCE)
     if row.tokens_a_second is None:
         return ""
     beside = (
@@ -250,13 +252,13 @@ def _tokens(row: DeployRow, summary: DeploySummary) -> str:
 def _cost(row: DeployRow, summary: DeploySummary, facts: Facts, *, short: bool = False) -> str:
     """Return the test metric beside that of the float model, with its evidence."""
     metric, tested = find_metric(summary.metric), f"test_{summary.metric}"
-    value, of = row.metric(tested), find_row(summary, REFERENCE)
+    value, of = row.metric(tested), _find_row(summary, REFERENCE)
     if row.values:
         value = mean_interval(row.values).value
     if value is None:
         return ""
     text = f"test {metric.label} {metric.with_unit(value)}"
-    difference = difference_of(row, summary)
+    difference = difference_of(row, summary, facts)
     if short and difference is not None:
         value_alone = format_difference(Interval(difference.value), form=metric.difference)
         return f"test {metric.label} {value_alone}{_evidence(row, difference, metric, '')}"
@@ -296,7 +298,7 @@ def _evidence(row: DeployRow, difference: Interval | None, metric: Metric, on: s
 
 def _of_torch(summary: DeploySummary) -> Iterator[str]:
     """Yield how much faster the exported graph is than eager torch."""
-    row, of = find_row(summary, "torch"), find_row(summary, REFERENCE)
+    row, of = _find_row(summary, "torch"), _find_row(summary, REFERENCE)
     if row is None or of is None:
         return
     found = [
@@ -321,18 +323,17 @@ def _of_others(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     for row in summary.rows:
         known = row.key in ("torch", REFERENCE, "ensemble")
         if not known and (not row.seeds or row.key.endswith(DISTILLED)):
-            yield describe_row(row, summary, facts)
+            yield _describe_row(row, summary, facts)
 
 
 def _of_training(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     """Yield what distillation restores, seed by seed, beside labels and a fresh student."""
     metric = find_metric(summary.metric)
-    items = facts.count("test")
-    floor = 1 / items if metric.is_fraction and items else 0.0
+    floor = resolution(facts, summary.metric, "test")
     for row in summary.rows:
         stem, found, _ = row.key.partition(DISTILLED)
         others = (f"{stem}_labels", "fresh" if stem == "pruned" else "") if found else ()
-        for other in (find_row(summary, key) for key in others):
+        for other in (_find_row(summary, key) for key in others):
             pairs = _pairs(row, other)
             if other is None or not pairs:
                 continue
@@ -358,7 +359,7 @@ def _pairs(row: DeployRow, other: DeployRow | None) -> list[tuple[float, float]]
 
 def _of_ensemble(summary: DeploySummary, facts: Facts) -> Iterator[str]:
     """Yield what the ensemble costs beside the single student."""
-    row, of = find_row(summary, "ensemble"), find_row(summary, REFERENCE)
+    row, of = _find_row(summary, "ensemble"), _find_row(summary, REFERENCE)
     if row is None or of is None:
         return
     parts = []

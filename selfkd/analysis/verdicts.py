@@ -6,9 +6,19 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from selfkd.results import Interval, Mode, find_metric
+from selfkd.results import Facts, Interval, Mode, find_metric
 
 SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def resolution(facts: Facts, metric: str, split: str) -> float:
+    """Return the smallest difference of an accuracy on a split; 0 of other metrics.
+
+    >>> resolution(Facts(items={"test": 50}), "accuracy", "test")
+    0.02
+    """
+    items = facts.count(split)
+    return 1 / items if find_metric(metric).is_fraction and items else 0.0
 
 
 def number(value: float, form: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from selfkd.deployment.interface import Interface
 from selfkd.deployment.quiet import quiet
+from selfkd.deployment.weights import check_finite
 from selfkd.distill.outputs import take_logits
 from selfkd.errors import cut_text
 from selfkd.storage.files import replace
@@ -56,23 +57,10 @@ def check_weights(network: nn.Module) -> None:
 
     Raises:
         ValueError: Weights that are NaN or infinite, or more than one file holds.
-
-    >>> broken = nn.Linear(2, 2)
-    >>> _ = nn.init.constant_(broken.bias, float("nan"))
-    >>> check_weights(broken)
-    Traceback (most recent call last):
-    ...
-    ValueError: weights must be finite, got NaN in bias: the model is broken, choose another one
     """
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            kind = "NaN" if tensor.isnan().any() else "infinity"
-            raise ValueError(
-                f"weights must be finite, got {kind} in {name}: the model is broken, choose "
-                "another one"
-            )
-    size = 4 * sum(tensor.numel() for tensor in tensors.values())
+    check_finite(network)
+    tensors = [*network.parameters(), *network.buffers()]
+    size = 4 * sum(tensor.numel() for tensor in tensors)
     if size > LARGEST:
         raise ValueError(
             f"weights must have at most {LARGEST / 1e9:.1f} GB in float32, which is what one file "

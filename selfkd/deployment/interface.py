@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+LEAST_CALIBRATION = 32
+"""Smallest number of images that the ranges of activations are measured on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Interface:

@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 
 from selfkd.deployment.quiet import quiet
 from selfkd.deployment.session import load_graph, nodes
+from selfkd.deployment.weights import check_finite
 from selfkd.results import WRITTEN_BITS
 from selfkd.storage.files import replace
 
@@ -135,9 +136,7 @@ def round_weights(network: nn.Module, bits: int) -> None:
             f"deploy.bits must be left out for a network without linear layers, got {bits}: "
             f"{type(network).__name__} has only {_kinds(network)}"
         )
-    for name, module in products.items():
-        if not bool(module.weight.isfinite().all()):
-            raise ValueError(f"weights must be finite to be rounded, got NaN or inf in {name}")
+    check_finite(network)
     for module in products.values():
         rounding = Rounded(bits, not isinstance(module, nn.Linear))
         parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
@@ -239,7 +238,7 @@ def write_low_bits(source: Path, target: Path, bits: int) -> dict[str, int]:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = load_graph(source)
-    _check_finite(graph.graph)
+    _check_constants(graph.graph)
     with tempfile.TemporaryDirectory(prefix="selfkd-") as folder, quiet():
         written = _with_low_bits(graph, bits)
         content = written.SerializeToString(deterministic=True)
@@ -319,7 +318,7 @@ def _is_matrix(tensor: Any) -> bool:
     return bool(tensor.data_type == tensor.FLOAT and len(tensor.dims) > 1)
 
 
-def _check_finite(graph: Any) -> None:
+def _check_constants(graph: Any) -> None:
     """Raise ValueError for a constant matrix of a graph with NaN or infinity."""
     import numpy as np
     from onnx import numpy_helper

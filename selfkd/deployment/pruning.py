@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from selfkd.deployment.quiet import quiet
 from selfkd.deployment.reshape import attention_heads, update_attentions
+from selfkd.deployment.weights import check_finite
 
 EPSILON = 1e-9
 """Share that rounding errors may make of a channel."""
@@ -55,7 +54,7 @@ class Graph:
         check_finite(network)
         self.network = network.eval()
         self.names = {module: name for name, module in network.named_modules()}
-        with _quiet(), torch.enable_grad():
+        with quiet(), torch.enable_grad():
             self._graph = tp.DependencyGraph().build_dependency(
                 network, example_inputs=example, verbose=False
             )
@@ -126,7 +125,7 @@ def prune_channels(network: nn.Module, example: Tensor, share: float) -> list[st
     with torch.no_grad():
         wanted = network(example).shape
     try:
-        with _quiet(), torch.enable_grad():
+        with quiet(), torch.enable_grad():
             pruner = tp.pruner.BasePruner(
                 network,
                 example,
@@ -227,27 +226,3 @@ def most_important(importance: Tensor, count: int) -> list[int]:
     """
     order = importance.argsort(descending=True, stable=True)
     return sorted(order[:count].tolist())
-
-
-def check_finite(network: nn.Module) -> None:
-    """Check that all weights are numbers.
-
-    Raises:
-        ValueError: One is not; names it.
-    """
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"weights must be finite to be pruned, got NaN or infinity in {name}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the warnings of torch-pruning."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfkd.deployment.interface import Interface
+from selfkd.deployment.interface import LEAST_CALIBRATION, Interface
 from selfkd.deployment.quiet import quiet
 from selfkd.deployment.session import OnnxNetwork, load_graph, make_session, nodes
 from selfkd.errors import cut_text
 from selfkd.storage.files import fetch, replace
 
-FEWEST = 32
-"""Smallest number of images that the ranges of activations are measured on."""
 _BATCH = 32
 _IN_INT8 = {
     **dict.fromkeys(("QLinearConv", "ConvInteger"), "Conv"),
@@ -125,10 +123,10 @@ def _check_images(source: Path, calibration: Tensor | None) -> Tensor | None:
         return None
     images = torch.zeros(0) if calibration is None else calibration.detach().cpu().float()
     convolves = any(node.op_type == "Conv" for node in graph.node)
-    if convolves and len(images) < FEWEST:
+    if convolves and len(images) < LEAST_CALIBRATION:
         raise ValueError(
-            f"calibration must have at least {FEWEST} images for the ranges of the activations, "
-            f"got {len(images)}"
+            f"calibration must have at least {LEAST_CALIBRATION} images for the ranges of the "
+            f"activations, got {len(images)}"
         )
     network = OnnxNetwork(source)
     if not all(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from selfkd.analysis.verdicts import resolution
 from selfkd.config import Config
 from selfkd.experiments.arms import Arm, Request, Run, Searched
 from selfkd.experiments.confirm import (
@@ -23,7 +24,6 @@ from selfkd.experiments.confirm import (
 from selfkd.experiments.controls import judge_controls, run_controls
 from selfkd.experiments.export import export_generation
 from selfkd.experiments.given import import_generation, say_changes
-from selfkd.experiments.replicas import resolution
 from selfkd.experiments.run_folder import EXAMPLES, RunFolder
 from selfkd.experiments.teachers import prepare_teachers, sum_written
 from selfkd.results import (

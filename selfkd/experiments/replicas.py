@@ -7,6 +7,7 @@ from typing import Literal
 
 from selfkd.analysis.families import Pairs, Terms
 from selfkd.analysis.statistics import paired_interval
+from selfkd.analysis.verdicts import resolution
 from selfkd.config import Config
 from selfkd.experiments.stages import trial_seed
 from selfkd.results import Facts, Interval, Mode, Replicated, find_metric, title
@@ -19,12 +20,6 @@ def confirm_seeds(config: Config, count: int | None = None) -> list[int]:
     """Return the fresh seeds: those of no other trial, the same for every arm."""
     count = config.confirm.replicas if count is None else count
     return [trial_seed(config.seed, "confirm", number) for number in range(count)]
-
-
-def resolution(facts: Facts, metric: str, split: str) -> float:
-    """Return the smallest difference of an accuracy on a split; 0 of other metrics."""
-    items = facts.count(split)
-    return 1 / items if find_metric(metric).is_fraction and items else 0.0
 
 
 def make_terms(config: Config, metric: str, mode: Mode, facts: Facts) -> Terms:

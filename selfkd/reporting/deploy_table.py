@@ -37,7 +37,7 @@ def deploy_table(summary: DeploySummary, facts: Facts) -> Table:
         f"val {words.short_metric(metric)}",
         "parameters",
     )
-    rows = tuple(_row(row, summary, batches, further) for row in summary.rows)
+    rows = tuple(_row(row, summary, facts, batches, further) for row in summary.rows)
     note = (
         "ms a batch of so many inputs, on one thread; speed: how many times as fast as the float "
         "file, measured side by side."
@@ -52,7 +52,11 @@ def _shown(facts: Facts) -> Sequence[str]:
 
 
 def _row(
-    row: DeployRow, summary: DeploySummary, batches: Sequence[int], further: Sequence[str]
+    row: DeployRow,
+    summary: DeploySummary,
+    facts: Facts,
+    batches: Sequence[int],
+    further: Sequence[str],
 ) -> tuple[str, ...]:
     metric = summary.metric
     of = {timing.items: timing for timing in row.timings}
@@ -62,9 +66,9 @@ def _row(
         short_name(row),
         _tested(row, metric),
         _beside(row, summary),
-        bytes_text(row.bytes),
+        _bytes(row.bytes),
         *(_milliseconds(time) for time in times),
-        words.bare_difference(difference_of(row, summary), metric),
+        words.bare_difference(difference_of(row, summary, facts), metric),
         words.number(ratio, ".2f"),
         *(_speed(time.speed_up if time else None) for time in times),
         words.percent(row.agreement),
@@ -110,10 +114,10 @@ def _speed(estimate: Interval | None) -> str:
     return "" if estimate is None else f"{format_ratio(estimate.value)}x"
 
 
-def bytes_text(size: int | None) -> str:
+def _bytes(size: int | None) -> str:
     """Return a size of a file in three digits.
 
-    >>> bytes_text(96_100), bytes_text(12), bytes_text(None)
+    >>> _bytes(96_100), _bytes(12), _bytes(None)
     ('96.1 kB', '12 B', '')
     """
     text = words.size(size)

@@ -13,7 +13,7 @@ from selfkd.config import Config, ModelConfig, TrainConfig
 from selfkd.deployment.reshape import PRUNED, reshape
 from selfkd.distill.outputs import take_logits
 from selfkd.losses import Average, ensemble_logits
-from selfkd.results import CachedFormat, from_row
+from selfkd.results import CachedFormat, Row, from_row
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
@@ -111,6 +111,17 @@ def make_fresh(task: Maker, trial: Trial, start: Mapping[str, Any]) -> nn.Module
     if "seed" in start:
         torch.manual_seed(trial.seed)
     return network
+
+
+def training_facts(trial: Trial, bits: int | None) -> Row:
+    """Return what the metadata of a checkpoint say of its training.
+
+    Args:
+        trial: Student and its teachers.
+        bits: Bits that its weights were rounded to, if they were.
+    """
+    rounded = {} if bits is None else {"bits": bits}
+    return {"stage": trial.stage, "seed": trial.seed, **rounded}
 
 
 def optimizer_of(network: nn.Module, options: TrainConfig) -> torch.optim.Optimizer:

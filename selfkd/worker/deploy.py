@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from selfkd.tasks import make_task
 from selfkd.tasks.task import SPLITS, Split, Task
 from selfkd.training.functions import load_function
 from selfkd.worker.evaluate import compare_errors, weights_of
+from selfkd.worker.faults import Job, saying_faults
 
 CHECKED = 1000
 """Inputs on which an exported graph is compared with its network."""
@@ -44,21 +45,6 @@ TOLERANCE = 1e-3
 _AT_ONCE = 64
 _TRIED = 3
 """Inputs that a user's network is tried with."""
-
-Job = Callable[..., Iterator[Row]]
-
-
-def saying_faults(job: Job) -> Job:
-    """Return a job that yields a user's mistake as `fault` rather than fail."""
-
-    @wraps(job)
-    def run(*arguments: Any, **options: Any) -> Iterator[Row]:
-        try:
-            yield from job(*arguments, **options)
-        except (ValueError, TypeError, FileNotFoundError) as error:
-            yield {"fault": str(error)}
-
-    return run
 
 
 class Source:

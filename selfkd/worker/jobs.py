@@ -17,7 +17,7 @@ from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 from selfkd.training.functions import load_function
 from selfkd.training.trial import Trial, run_function
-from selfkd.worker import deploy, ensembling, evaluate, low_bits, prune
+from selfkd.worker import compression, deploy, ensembling, evaluate
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
@@ -175,6 +175,5 @@ _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     **evaluate.JOBS,
     **ensembling.JOBS,
     **deploy.JOBS,
-    **prune.JOBS,
-    **low_bits.JOBS,
+    **compression.JOBS,
 }

@@ -16,7 +16,7 @@ from deployments import (
     tuned,
 )
 
-from selfkd.analysis.deploy import deploy_sentences, shortfalls
+from selfkd.analysis.deploy import deploy_sentences, difference_of, shortfalls
 from selfkd.results import Interval, McNemar
 
 
@@ -146,3 +146,12 @@ def test_a_summary_of_the_float_file_alone_has_words():
     assert deploy_sentences(deployment(FLOAT, served="float", cpu="", versions={}), IMAGES) == [
         "generation 3 is served in float"
     ]
+
+
+def test_seeds_that_differ_by_less_than_an_item_are_not_told_apart():
+    accuracies = [FLOAT.metrics["test_accuracy"] + gain for gain in (0.001, 0.0011, 0.0012)]
+    row = tuned("fresh", "fresh of that size", *accuracies)
+    found = difference_of(row, deployment(FLOAT, row), IMAGES)
+    assert found is not None
+    assert found.low is not None
+    assert found.low < 0  # one of the 360 test items is 0.0028

@@ -34,7 +34,7 @@ from selfkd.results import Row
 from selfkd.storage import files
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.tasks import make_task
-from selfkd.worker.low_bits import round_checkpoint
+from selfkd.worker.compression import round_checkpoint
 
 SHAPES = [(64, 5), (70, 3), (33, 1), (20, 4), (1, 2)]
 
@@ -277,7 +277,7 @@ def with_nan() -> nn.Module:
         ),
         (nn.Identity(), "Identity has only no layers with weights"),
         (Adapters(2, 2), "must be left out with model.args.lora, got 4"),
-        (with_nan(), "must be finite to be rounded, got NaN or inf in 0"),
+        (with_nan(), "must be finite, got NaN in 0.weight"),
     ],
 )
 def test_networks_that_cannot_be_rounded(network: nn.Module, message: str) -> None:
@@ -386,7 +386,7 @@ def test_a_checkpoint_is_rounded_without_training(config: Config, tmp_path: Path
 @pytest.mark.parametrize(
     ("fill", "more", "message"),
     [
-        (float("inf"), {}, "weights must be finite to be rounded, got NaN or inf in head.fc"),
+        (float("inf"), {}, "weights must be finite, got infinity in head.fc"),
         (1.0, {"mean": [0.25]}, r"--bits must have a model with the mean of the data \(\[.*0.25"),
     ],
 )

@@ -110,5 +110,5 @@ def test_a_share_is_rounded_to_the_nearest_width_and_said(name, width, share, le
 def test_weights_that_are_no_numbers_are_refused():
     network = _make("selfkd_cnn", {"width": 4})
     network.get_parameter("features.2.conv.weight").data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"NaN or infinity in features.2.conv.weight"):
+    with pytest.raises(ValueError, match=r"got \w+ in features.2.conv.weight"):
         prune_to(network, _make("selfkd_cnn", {"width": 2}), torch.zeros(2, 1, 8, 8))

@@ -161,10 +161,11 @@ def test_a_damaged_file_is_made_again(deployed: tuple[Path, DeploySummary]) -> N
     assert finished(run.config, run.folder, best(folder)) is None
 
 
+@pytest.mark.parametrize("drop", [0.7, math.nan])
 def test_past_max_drop_there_is_no_int8_file(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Path, drop: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("selfkd.experiments.deploy.drop_of", lambda *arguments: 0.7)
+    monkeypatch.setattr("selfkd.experiments.deploy.drop_of", lambda *arguments: drop)
     summary = deploy(run_on(trained, "deploy.max_drop=0.5"), best(trained))
     assert summary.exceeded
     assert summary.served == "float"

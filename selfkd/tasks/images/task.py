@@ -19,7 +19,7 @@ from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.data.batches import batches
 from selfkd.data.splits import subset
-from selfkd.deployment.interface import Interface
+from selfkd.deployment.interface import LEAST_CALIBRATION, Interface
 from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.losses import Average
@@ -43,8 +43,6 @@ from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
 THUMBNAIL = (96, 96)
-LEAST_CALIBRATION = 32
-"""Fewest images that ranges of activations are measured on."""
 METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 

@@ -25,7 +25,7 @@ from selfkd.soft_targets.transforms import (
     Transform,
     VirtualTargets,
 )
-from selfkd.tasks.common import make_fresh, optimizer_of
+from selfkd.tasks.common import make_fresh, optimizer_of, training_facts
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
 from selfkd.training.fit import Training, fit, make_average, make_scheduler
@@ -57,12 +57,9 @@ def train_classifier(
             to; not rounded when not given.
     """
     options, ranks = task.config.train, trial.ranks
-    learner = _fresh(task, trial, start or {})
+    learner = _fresh(task, trial, start or {}, bits)
     data = task.data
-    facts: Row = {"stage": trial.stage, "seed": trial.seed}
-    if bits is not None:
-        round_weights(learner, bits)
-        facts |= {"bits": bits}
+    facts = training_facts(trial, bits)
     if specialist is not None:
         learner = Specialist(learner, specialist).to(task.device)
         data, shift = _special_data(task.data, specialist, trial.seed)
@@ -108,11 +105,15 @@ def train_classifier(
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
 
 
-def _fresh(task: ImageNetworks, trial: Trial, start: Mapping[str, Any]) -> nn.Module:
+def _fresh(
+    task: ImageNetworks, trial: Trial, start: Mapping[str, Any], bits: int | None
+) -> nn.Module:
     """Return a network to be trained, the same on all ranks."""
     network = make_fresh(task, trial, start)
     if trial.ranks.size > 1 and task.device == "cuda":  # torch has none on the CPU
         network = convert_sync_batchnorm(network)
+    if bits is not None:
+        round_weights(network, bits)
     return network
 
 

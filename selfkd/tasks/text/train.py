@@ -17,7 +17,7 @@ from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
 from selfkd.soft_targets.transforms import Transform
-from selfkd.tasks.common import make_fresh, optimizer_of
+from selfkd.tasks.common import make_fresh, optimizer_of, training_facts
 from selfkd.tasks.text.batches import Batch, TrainingText
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.evaluate import measure_matches
@@ -58,16 +58,8 @@ def train_language_model(
     options, data = task.config.train, training_text(task, trial)
     distill = task.config.distill
     student = _student(task, trial, start or {}, bits)
-    facts: Row = {"stage": trial.stage, "seed": trial.seed}
-    facts |= {} if bits is None else {"bits": bits}
-    training = Training(
-        student=student,
-        optimizer=optimizer_of(student, options),
-        average=make_average(student, decay=options.ema) if options.ema is not None else None,
-        generator=torch.Generator(),  # the order is a function of seed and step
-        device=task.device,
-        precision=options.amp,
-    )
+    facts = training_facts(trial, bits)
+    training = _training(student, options, task.device)
     if (state := trial.checkpoint) is not None:
         training.load_state_dict(state)
         trial.progress.state = None
@@ -108,6 +100,17 @@ def train_language_model(
             yield row
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
+
+
+def _training(student: nn.Module, options: TrainConfig, device: str) -> Training:
+    return Training(
+        student=student,
+        optimizer=optimizer_of(student, options),
+        average=make_average(student, decay=options.ema) if options.ema is not None else None,
+        generator=torch.Generator(),  # the order is a function of seed and step
+        device=device,
+        precision=options.amp,
+    )
 
 
 def _student(

@@ -1,14 +1,15 @@
-"""Pruning of a trained model's channels, to be fine-tuned afterwards."""
+"""Pruning and rounding of a trained model, to be fine-tuned afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from selfkd.config import ModelConfig, Tree
+from selfkd.deployment.low_bits import describe_rounded, plain, round_weights
 from selfkd.deployment.named import narrower, prune_to
 from selfkd.deployment.pruning import prune_channels
 from selfkd.deployment.reshape import PRUNED
@@ -19,11 +20,13 @@ from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
+from selfkd.worker.faults import Job, saying_faults
 
 SHARED = ("classes", "mean", "std")
 """Metadata in which a model that is fine-tuned must be as the data are."""
 
 
+@saying_faults
 def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator[Row]:
     """Prune a share of a model's channels, and save what is left to be fine-tuned.
 
@@ -37,28 +40,24 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
 
     Yields:
         `hash`, `model` (name and args), `parameters`, `parameters_before` and `remarks` on what was
-        rounded or left whole; or the user's mistake.
+        rounded or left whole.
     """
     task = make_task(config)
-    try:
-        network, facts = task.load(checkpoint)
-        model = ModelConfig.of_checkpoint(facts.model)
-        example = task.inputs("train", 2, like=checkpoint)
-        if model.name in BUILDERS:
-            found = narrower(model, fraction)
-            model, remarks = found.model, list(found.remarks)
-            pruned = task.make(model)
-            prune_to(network, pruned, example)
-        else:
-            pruned = deepcopy(network).cpu()
-            remarks = prune_channels(pruned, example, fraction)
-            setattr(pruned, PRUNED, fraction)
-        digest = task.save(as_path(save), pruned, model, {"pruned_from": facts.hash})
-        check_data(checkpoint, save, "--prune")
-        _check_same(pruned, task.load(save)[0], example)
-    except ValueError as error:
-        yield {"fault": str(error)}
-        return
+    network, facts = task.load(checkpoint)
+    model = ModelConfig.of_checkpoint(facts.model)
+    example = task.inputs("train", 2, like=checkpoint)
+    if model.name in BUILDERS:
+        found = narrower(model, fraction)
+        model, remarks = found.model, list(found.remarks)
+        pruned = task.make(model)
+        prune_to(network, pruned, example)
+    else:
+        pruned = deepcopy(network).cpu()
+        remarks = prune_channels(pruned, example, fraction)
+        setattr(pruned, PRUNED, fraction)
+    digest = task.save(as_path(save), pruned, model, {"pruned_from": facts.hash})
+    _check_data(checkpoint, save, "--prune")
+    _check_same(pruned, task.load(save)[0], example)
     yield {
         "hash": digest,
         "model": {"name": model.name, "args": model.args},
@@ -66,6 +65,28 @@ def prune(config: Tree, checkpoint: str, fraction: float, save: str) -> Iterator
         "parameters_before": parameters_count(network),
         "remarks": remarks,
     }
+
+
+@saying_faults
+def round_checkpoint(config: Tree, checkpoint: str, bits: int, save: str) -> Iterator[Row]:
+    """Round the weights of a model's linear layers as `bits` of its training does.
+
+    Args:
+        config: Config of its data.
+        checkpoint: File of the model.
+        bits: Number of bits.
+        save: File for the rounded model.
+
+    Yields:
+        `hash` of the rounded model and `remarks` on what is rounded.
+    """
+    task = make_task(config)
+    network, facts = task.load(checkpoint)
+    model, said = ModelConfig.of_checkpoint(facts.model), describe_rounded(network, bits)
+    round_weights(network, bits)
+    digest = task.save(as_path(save), plain(network), model, {"bits": bits})
+    _check_data(checkpoint, save, "--bits")
+    yield {"hash": digest, "remarks": [said]}
 
 
 @torch.no_grad()
@@ -83,7 +104,7 @@ def _check_same(pruned: nn.Module, loaded: nn.Module, example: Tensor) -> None:
         )
 
 
-def check_data(checkpoint: str, made: str, option: str) -> None:
+def _check_data(checkpoint: str, made: str, option: str) -> None:
     """Check that a model has the normalisation and the order of classes of the data.
 
     Args:
@@ -103,4 +124,4 @@ def check_data(checkpoint: str, made: str, option: str) -> None:
             )
 
 
-JOBS: dict[str, Callable[..., Iterator[Row]]] = {"prune": prune}
+JOBS: dict[str, Job] = {"prune": prune, "round_checkpoint": round_checkpoint}

@@ -9,8 +9,8 @@ from selfkd.config import ModelConfig, load_config, to_tree
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.tasks.images.loaded import load_classifier
 from selfkd.tasks.images.task import ImageTask
+from selfkd.worker.compression import prune
 from selfkd.worker.jobs import train
-from selfkd.worker.prune import prune
 
 pytest.importorskip("torch_pruning")
 

@@ -1,0 +1,24 @@
+"""Jobs that say what is wrong with what they were given, rather than fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+from selfkd.results import Row
+
+Job = Callable[..., Iterator[Row]]
+
+
+def saying_faults(job: Job) -> Job:
+    """Return a job that yields a user's mistake as `fault` rather than fail."""
+
+    @wraps(job)
+    def run(*arguments: Any, **options: Any) -> Iterator[Row]:
+        try:
+            yield from job(*arguments, **options)
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            yield {"fault": str(error)}
+
+    return run

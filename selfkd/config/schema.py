@@ -445,6 +445,8 @@ class DeployConfig:
     seeds: int = Field(default=5, ge=1, le=10_000)
     """Number of seeds of the fine-tuning after `prune` and with `bits`, each from labels and
     distilled from the float model."""
+    lr: Single | None = Field(default=None, gt=0)
+    """Learning rate of the fine-tuning; that of the model's own training when not given."""
     calibration: int = Field(default=512, ge=32, le=1_000_000)
     """Number of training images that the ranges of int8 activations are measured on."""
     ensemble: bool = False

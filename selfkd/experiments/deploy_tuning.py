@@ -8,6 +8,7 @@ from typing import Any
 
 from selfkd.analysis.statistics import mean_interval
 from selfkd.config import ModelConfig
+from selfkd.errors import RayLostError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
 from selfkd.experiments.teachers import prepare_teachers
@@ -135,6 +136,9 @@ def tune(
     run, base = work.run, work.source.model
     point = {k: v for k, v in work.source.point.items() if k.startswith(_TUNED)}
     point[_ALPHA] = min(run.config.at(point).distill.alpha, MOST_ALPHA)
+    if (lr := run.config.deploy.lr) is not None:
+        point["train.lr"] = lr
+        name += f"-lr-{lr:g}"
     if not run.config.distill.live:
         prepare_teachers(run, [base], of="deploy", config=run.config.at(point))
 
@@ -150,7 +154,15 @@ def tune(
         )
 
     own = [arm(key, start, teachers) for key, (_, start, teachers) in arms.items()]
-    trials = run.replicate(own, title="fine-tuning")
+    try:
+        trials = run.replicate(own, title="fine-tuning")
+    except RayLostError:
+        raise
+    except RunError as error:
+        lr = run.config.at(point).train.lr
+        raise RunError(
+            f"{error}\n(train.lr of the fine-tuning is {lr:g}; --set deploy.lr=X)"
+        ) from None
     models = [
         [arm.model(run, trial) for trial in rows] for arm, rows in zip(own, trials, strict=True)
     ]

@@ -19,7 +19,6 @@ from selfkd.deployment.quantise import quantise
 from selfkd.deployment.session import OnnxNetwork, load_graph
 from selfkd.models import make_model
 from selfkd.storage import files
-from selfkd.tasks.common import Averaged
 
 IMAGES = Interface(input="images")
 CONTEXT, WORDS = 6, 11
@@ -132,18 +131,6 @@ def test_network_of_half_precision_is_exported_in_float32_and_not_changed(tmp_pa
     check_same(network.float(), tmp_path / "float.onnx", inputs.float())
 
 
-@pytest.mark.parametrize(
-    "average", ["probabilities", pytest.param("logits", marks=pytest.mark.slow)]
-)
-def test_ensemble_is_one_graph(average, tmp_path):
-    torch.manual_seed(0)
-    members = [nn.Sequential(nn.Flatten(), nn.Linear(4, 3)) for _ in range(2)]
-    ensemble, inputs = Averaged(members, average, [0.2, 0.8]), torch.randn(7, 4)
-    export_onnx(ensemble, inputs, IMAGES, tmp_path / "ensemble.onnx")
-    for batch in (1, 2, 7):
-        check_same(ensemble, tmp_path / "ensemble.onnx", inputs[:batch])
-
-
 @pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
 def test_weights_that_are_not_finite_are_refused_by_name(value, kind, tmp_path):
     network = make_cnn()
@@ -235,21 +222,3 @@ def test_networks_by_name_give_their_logits(name, args, size, tmp_path):
     export_onnx(network, images, IMAGES, tmp_path / "float.onnx")
     for batch in (1, 2, 7):
         check_same(network, tmp_path / "float.onnx", images[:batch])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["GPT2", "Llama", "Qwen2", "GPTNeoX"])
-def test_language_models_give_their_logits(name, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {} if name == "GPT2" else {"intermediate_size": 16, "num_key_value_heads": 2}
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=WORDS, max_position_embeddings=CONTEXT, **sizes,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    network = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")
-    network, tokens = network(config), torch.randint(WORDS, (7, CONTEXT))
-    export_onnx(network, tokens, TOKENS, tmp_path / "float.onnx")
-    for batch, length in [(1, 1), (2, 5), (7, CONTEXT)]:
-        check_same(network, tmp_path / "float.onnx", tokens[:batch, :length])

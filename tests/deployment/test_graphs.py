@@ -160,8 +160,8 @@ def test_perplexity_and_exact_match_are_measured_by_the_file(models: int, tmp_pa
     export_onnx(network, task.inputs("val", 2), task.interface(), path)
     exported = OnnxNetwork(path)
     inputs = task.inputs("val", 20)
-    for length in range(1, task.data.context + 1):
-        check_same(network, exported, inputs[: 1 + length % 20, :length])
+    for items, length in ((1, 1), (20, 2), (7, task.data.context)):
+        check_same(network, exported, inputs[:items, :length])
     logits = task.predict_with(network, "val")
     torch.testing.assert_close(task.predict_with(exported, "val"), logits)
     found = task.evaluate({"val": logits}, [exported])

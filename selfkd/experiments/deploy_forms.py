@@ -60,6 +60,10 @@ class File:
     path: Path
     row: ServedFile
 
+    def like(self, exported: File) -> File:
+        """Return the file, of the same network as an exported one."""
+        return replace(self, row=replace(self.row, parameters=exported.row.parameters))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
@@ -144,6 +148,13 @@ class Work:
         self.run.events(TaskProgressed())
         return from_row(of, found)
 
+    def write(self, title: str, path: Path, kind: str, **more: Any) -> File:
+        """Let a job write a file, unless it is there, as `step` does."""
+        return File(
+            path=path,
+            row=self.step(title, path.stem, kind, ServedFile, writes=path, path=str(path), **more),
+        )
+
     def digest(self, kind: str, arguments: Row) -> str:
         """Return a hash of all that a job depends on, wherever the run folder lies."""
         own = {key: value for key, value in arguments.items() if key != "make_model"}
@@ -187,18 +198,8 @@ def serve(work: Work, model: Model, key: str, int8_key: str, title: str, int8_ti
 
 def export(work: Work, key: str, title: str, *models: Model) -> File:
     """Export a model, or the average of several, and measure the file."""
-    name = digest(*models)
-    path = work.steps / f"{name}.onnx"
-    row = work.step(
-        f"{title}: exporting",
-        name,
-        "deploy_export",
-        ServedFile,
-        writes=path,
-        path=str(path),
-        **work.of(*models),
-    )
-    file = File(path=path, row=row)
+    path = work.steps / f"{digest(*models)}.onnx"
+    file = work.write(f"{title}: exporting", path, "deploy_export", **work.of(*models))
     measure(work, key, title, *models, file=file)
     return file
 
@@ -206,20 +207,14 @@ def export(work: Work, key: str, title: str, *models: Model) -> File:
 def quantise(work: Work, key: str, title: str, model: Model, exported: File) -> File:
     """Quantise an exported file to int8 by operator, and measure the result."""
     count = work.run.config.deploy.calibration
-    name = f"{digest(model)}-int8-{count}"
-    path = work.steps / f"{name}.onnx"
-    row = work.step(
+    file = work.write(
         f"{title}: quantising",
-        name,
+        work.steps / f"{digest(model)}-int8-{count}.onnx",
         "deploy_quantise",
-        ServedFile,
-        writes=path,
         exported=str(exported.path),
-        path=str(path),
         calibration=count,
         **work.of(model),
-    )
-    file = File(path=path, row=replace(row, parameters=exported.row.parameters))
+    ).like(exported)
     measure(work, key, title, model, file=file)
     return file
 

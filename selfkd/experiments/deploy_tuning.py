@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from selfkd.analysis.statistics import mean_interval
@@ -12,7 +11,7 @@ from selfkd.errors import RayLostError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
 from selfkd.experiments.teachers import prepare_teachers
-from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Row, ServedFile
+from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Row
 from selfkd.results.metrics import AGREEMENT
 from selfkd.storage.files import remove_file
 
@@ -100,18 +99,13 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         return None
     exported = export(work, f"{key}_float", title, best)
     del work.rows[f"{key}_float"], work.forms[f"{key}_float"]
-    path = work.steps / f"{exported.path.stem}-bits-{bits}.onnx"
-    written = work.step(
+    file = work.write(
         f"{title}: writing",
-        path.stem,
+        work.steps / f"{exported.path.stem}-bits-{bits}.onnx",
         "deploy_lower_bits",
-        ServedFile,
-        writes=path,
         exported=str(exported.path),
-        path=str(path),
         bits=bits,
-    )
-    file = File(path=path, row=replace(written, parameters=exported.row.parameters))
+    ).like(exported)
     measure(work, key, f"{title}, ONNX", best, file=file)
     work.like |= dict.fromkeys([f"{key}_rounded", *arms], key)
     return file

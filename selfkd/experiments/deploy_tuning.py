@@ -24,7 +24,15 @@ _TUNED = ("distill.", "train.")
 
 
 def prune(work: Work, fraction: float) -> Served:
-    """Prune the model and fine-tune it, beside the same from labels and a fresh student."""
+    """Prune the model and fine-tune it, beside the same from labels and a fresh student.
+
+    Args:
+        work: Deployment at work, which the rows are put into.
+        fraction: Share of the channels of each layer that is pruned.
+
+    Returns:
+        What is served: the best on validation of what was pruned.
+    """
     run, base = work.run, work.source.model
     name = f"{digest(base)}-pruned-{fraction}"
     start = work.steps / f"{name}.safetensors"
@@ -59,7 +67,16 @@ def prune(work: Work, fraction: float) -> Served:
 
 
 def lower_bits(work: Work, served: Served, bits: int) -> File | None:
-    """Fine-tune the model with rounded weights, beside the same from labels; write the best."""
+    """Fine-tune the model with rounded weights, beside the same from labels; write the best.
+
+    Args:
+        work: Deployment at work, which the rows are put into.
+        served: What is served, whose network is rounded.
+        bits: Number of bits.
+
+    Returns:
+        File of weights in low bits; None of bits that are only simulated.
+    """
     run, (row,) = work.run, work.run.rows([served.model])
     name = f"{digest(served.model)}-bits-{bits}"
     rounded = work.steps / f"{name}.safetensors"

@@ -147,7 +147,7 @@ def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
     Yields:
         `bytes` and `sha256` of the file, name and arguments of the network as `model`, where it is
         made by them, `parameters`, the number of `inputs` that were compared and the largest
-        `difference` of their logits.
+        `difference` of their logits; or the user's mistake as `fault`.
     """
     own = Source(config, **source)
     network, interface = own.network(), own.task.interface()

@@ -45,6 +45,11 @@ def size_ratio(row: DeployRow, summary: DeploySummary) -> float | None:
 def difference_of(row: DeployRow, summary: DeploySummary, facts: Facts) -> Interval | None:
     """Return the difference of a row's test metric to the float file's, over its seeds if any.
 
+    Args:
+        row: Row of a form.
+        summary: Deployment that it is of.
+        facts: Facts of the data, which say how many items the metric is a mean over.
+
     >>> of = DeployRow(key="float", title="", metrics={"test_nll": 0.5})
     >>> row = DeployRow(key="fresh", title="", values=(0.75, 0.75))
     >>> summary = DeploySummary(model="", title="", metric="nll", rows=(of, row), served="float")

@@ -60,6 +60,10 @@ class File:
     path: Path
     row: ServedFile
 
+    def like(self, exported: File) -> File:
+        """Return the file, of the same network as an exported one."""
+        return replace(self, row=replace(self.row, parameters=exported.row.parameters))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
@@ -144,6 +148,24 @@ class Work:
         self.run.events(TaskProgressed())
         return from_row(of, found)
 
+    def write(self, title: str, path: Path, kind: str, **more: Any) -> File:
+        """Run a job that writes a file, unless the file is there, as in `step`.
+
+        Args:
+            title: Name of the work, for people.
+            path: File to write, whose stem names the step's row.
+            kind: Kind of the job.
+            more: Further arguments of the job.
+
+        Raises:
+            ConfigError: It is refused.
+            RunError: It failed.
+        """
+        return File(
+            path=path,
+            row=self.step(title, path.stem, kind, ServedFile, writes=path, path=str(path), **more),
+        )
+
     def digest(self, kind: str, arguments: Row) -> str:
         """Return a hash of all that a job depends on, wherever the run folder lies."""
         own = {key: value for key, value in arguments.items() if key != "make_model"}
@@ -179,53 +201,69 @@ class Work:
 
 
 def serve(work: Work, model: Model, key: str, int8_key: str, title: str, int8_title: str) -> Served:
-    """Export a model and quantise it, and measure both files."""
+    """Export a model and quantise it, and measure both files.
+
+    Args:
+        work: Deployment at work.
+        model: Model that is served.
+        key: Key of the row of its float file.
+        int8_key: Key of the row of its int8 file.
+        title: Title of the first row.
+        int8_title: Title of the second.
+    """
     exported = export(work, key, title, model)
     int8 = quantise(work, int8_key, int8_title, model, exported)
     return Served(key=key, int8_key=int8_key, model=model, exported=exported, int8=int8)
 
 
 def export(work: Work, key: str, title: str, *models: Model) -> File:
-    """Export a model, or the average of several, and measure the file."""
-    name = digest(*models)
-    path = work.steps / f"{name}.onnx"
-    row = work.step(
-        f"{title}: exporting",
-        name,
-        "deploy_export",
-        ServedFile,
-        writes=path,
-        path=str(path),
-        **work.of(*models),
-    )
-    file = File(path=path, row=row)
+    """Export a model, or the average of several, and measure the file.
+
+    Args:
+        work: Deployment at work.
+        key: Key of its row.
+        title: Title of the row.
+        models: Model, or the members of an ensemble.
+    """
+    path = work.steps / f"{digest(*models)}.onnx"
+    file = work.write(f"{title}: exporting", path, "deploy_export", **work.of(*models))
     measure(work, key, title, *models, file=file)
     return file
 
 
 def quantise(work: Work, key: str, title: str, model: Model, exported: File) -> File:
-    """Quantise an exported file to int8 by operator, and measure the result."""
+    """Quantise an exported file to int8 by operator, and measure the result.
+
+    Args:
+        work: Deployment at work.
+        key: Key of its row.
+        title: Title of the row.
+        model: Model of the file.
+        exported: File of float32.
+    """
     count = work.run.config.deploy.calibration
-    name = f"{digest(model)}-int8-{count}"
-    path = work.steps / f"{name}.onnx"
-    row = work.step(
+    file = work.write(
         f"{title}: quantising",
-        name,
+        work.steps / f"{digest(model)}-int8-{count}.onnx",
         "deploy_quantise",
-        ServedFile,
-        writes=path,
         exported=str(exported.path),
-        path=str(path),
         calibration=count,
         **work.of(model),
-    )
-    file = File(path=path, row=replace(row, parameters=exported.row.parameters))
+    ).like(exported)
     measure(work, key, title, model, file=file)
     return file
 
 
 def measure(work: Work, key: str, title: str, *models: Model, file: File | None = None) -> None:
-    """Measure a file, or the network of torch, against the network that is deployed."""
+    """Measure a file, or the network of torch, against the network that is deployed.
+
+    Args:
+        work: Deployment at work, which the row is put into.
+        key: Key of the row.
+        title: Title of the row.
+        models: Model of the file, or the members of an ensemble.
+        file: File that predicts; the network itself when not given.
+    """
     reference, more = work.reference, dict[str, Any]()
     if file is None:
         name, more["predictions"] = f"{reference.stem}-torch", str(reference)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from selfkd.analysis.statistics import mean_interval
@@ -12,7 +11,7 @@ from selfkd.errors import RayLostError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
 from selfkd.experiments.teachers import prepare_teachers
-from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Row, ServedFile
+from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Row
 from selfkd.results.metrics import AGREEMENT
 from selfkd.storage.files import remove_file
 
@@ -25,7 +24,15 @@ _TUNED = ("distill.", "train.")
 
 
 def prune(work: Work, fraction: float) -> Served:
-    """Prune the model and fine-tune it, beside the same from labels and a fresh student."""
+    """Prune the model and fine-tune it, beside the same from labels and a fresh student.
+
+    Args:
+        work: Deployment at work, which the rows are put into.
+        fraction: Share of the channels of each layer that is pruned.
+
+    Returns:
+        What is served: the best on validation of what was pruned.
+    """
     run, base = work.run, work.source.model
     name = f"{digest(base)}-pruned-{fraction}"
     start = work.steps / f"{name}.safetensors"
@@ -60,7 +67,16 @@ def prune(work: Work, fraction: float) -> Served:
 
 
 def lower_bits(work: Work, served: Served, bits: int) -> File | None:
-    """Fine-tune the model with rounded weights, beside the same from labels; write the best."""
+    """Fine-tune the model with rounded weights, beside the same from labels; write the best.
+
+    Args:
+        work: Deployment at work, which the rows are put into.
+        served: What is served, whose network is rounded.
+        bits: Number of bits.
+
+    Returns:
+        File of weights in low bits; None of bits that are only simulated.
+    """
     run, (row,) = work.run, work.run.rows([served.model])
     name = f"{digest(served.model)}-bits-{bits}"
     rounded = work.steps / f"{name}.safetensors"
@@ -100,18 +116,13 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         return None
     exported = export(work, f"{key}_float", title, best)
     del work.rows[f"{key}_float"], work.forms[f"{key}_float"]
-    path = work.steps / f"{exported.path.stem}-bits-{bits}.onnx"
-    written = work.step(
+    file = work.write(
         f"{title}: writing",
-        path.stem,
+        work.steps / f"{exported.path.stem}-bits-{bits}.onnx",
         "deploy_lower_bits",
-        ServedFile,
-        writes=path,
         exported=str(exported.path),
-        path=str(path),
         bits=bits,
-    )
-    file = File(path=path, row=replace(written, parameters=exported.row.parameters))
+    ).like(exported)
     measure(work, key, f"{title}, ONNX", best, file=file)
     work.like |= dict.fromkeys([f"{key}_rounded", *arms], key)
     return file

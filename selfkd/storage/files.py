@@ -41,8 +41,10 @@ def _seconds(text: str) -> float:
 
 PATIENCE = _seconds(os.environ.get("SELFKD_PATIENCE", "120"))
 """Seconds to retry for while the storage is full, read-only or unreachable."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of errors of a full disk, or quota."""
 _TRANSIENT = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(*NO_ROOM, errno.EROFS, errno.EIO, errno.ESTALE),
     *(errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ENOTCONN),
 }
 _PERMANENT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH")

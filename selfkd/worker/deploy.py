@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Row, Timing, to_row
 from selfkd.storage.checkpoint import load_tensors, save_tensors
-from selfkd.storage.files import fetch, replace, sha256
+from selfkd.storage.files import NO_ROOM, fetch, replace, sha256
 from selfkd.storage.remote import as_path
 from selfkd.storage.temporary import TemporaryFolder
 from selfkd.tasks import make_task
@@ -148,7 +147,7 @@ def export(config: Tree, path: str, **source: Any) -> Iterator[Row]:
     Yields:
         `bytes` and `sha256` of the file, name and arguments of the network as `model`, where it is
         made by them, `parameters`, the number of `inputs` that were compared and the largest
-        `difference` of their logits.
+        `difference` of their logits; or the user's mistake as `fault`.
     """
     own = Source(config, **source)
     network, interface = own.network(), own.task.interface()
@@ -227,7 +226,7 @@ def _put(file: Path, target: Path) -> Row:
     try:
         replace(target, partial(shutil.copyfile, file))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
         raise OSError(
             f"the run folder must have room for {size:,} bytes of {target}, and is full: free some "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from selfkd.results import Row, to_row
 from selfkd.soft_targets.shards import check_shard, write_shard
 from selfkd.soft_targets.upkeep import remember_user
 from selfkd.storage.checkpoint import load_tensors
+from selfkd.storage.files import NO_ROOM
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 from selfkd.training.functions import load_function
@@ -157,7 +157,7 @@ def _room(root: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
         raise OSError(
             f"targets.root must have room for {what}, got {root}, which is full: free some, or "

@@ -173,8 +173,8 @@ def test_past_max_drop_there_is_no_int8_file(
     assert "int8.onnx" not in summary.files
     assert not (trained / "deploy" / "int8.onnx").exists()
     assert (trained / "deploy" / "predict.py").read_text().count("FILE = 'float.onnx'") == 1
-    again = ["--from", str(trained), "--max-drop", "0.5", "--quiet"]  # is done, so starts nothing
-    assert main(again) == 1
+    monkeypatch.setattr("selfkd.deploy.recipe.finished", lambda *arguments: summary)
+    assert main(["--from", str(trained), "--max-drop", "0.5", "--quiet"]) == 1
     assert "error: no int8.onnx of generation" in capsys.readouterr().out
 
 

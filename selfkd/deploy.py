@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from selfkd.analysis.deploy import deploy_sentences
 from selfkd.analysis.verdicts import count
 from selfkd.cli.command import FAILED, Command, Description
-from selfkd.cli.options import base_parser, config_flags
-from selfkd.cli.output import safe_output
+from selfkd.cli.options import USAGE, base_parser, config_flags
+from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.plan import plan_deploy
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job
@@ -108,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = arguments.__dict__["model.name"] is not None
     flags["generation_0.path"] = arguments.checkpoint
     flags["model"] = _network_of(arguments.checkpoint, arguments.settings, named=named)
+    if arguments.given and arguments.resume:
+        print_error(f"--from {arguments.given} must not be given with --resume, which is the same")
+        return USAGE
     arguments.resume = arguments.given or arguments.resume
     again = "" if arguments.resume is None else _again(arguments)
     command = _command(arguments.generation, arguments.make_model, arguments.checkpoint, again)

@@ -333,7 +333,8 @@ class ImageTask(ImageNetworks):
             way = (
                 f"got {count} images: --set deploy.calibration={max(most, 4 * len(names))}"
                 if count < len(labels)
-                else "which the training split has none of: deploy its file by --checkpoint, with data of all classes"
+                else "which the training split has none of: deploy its file by --checkpoint, with "
+                "data of all classes"
             )
             raise ValueError(
                 f"the ranges of int8 must be measured on images of each class; without one are "

@@ -34,7 +34,7 @@ from selfkd.loading.choose import choose
 from selfkd.reporting.deploy_table import deploy_table
 from selfkd.results import DeploySummary, GenerationResult, Model, Row
 from selfkd.storage.files import parse_json
-from selfkd.storage.remote import as_path, secret_fault
+from selfkd.storage.remote import RemotePath, as_path, secret_fault
 from selfkd.text import shell_quote
 
 
@@ -298,6 +298,10 @@ def _check(config: Config) -> None:
     place = as_path(config.generation_0.path)
     if (place / "config.yaml").exists():
         raise ConfigError(f"--checkpoint must be a file of weights, got a run: --from {place}")
+    if isinstance(place, RemotePath):
+        raise ConfigError(
+            f"--checkpoint must be a file of this machine, got {place}: fetch it first"
+        )
     if not place.is_file():
         raise ConfigError(f"--checkpoint must be a file of weights that is there, got {place}")
     check_given(config)

@@ -152,6 +152,8 @@ def test_without_the_extra_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["--from", str(trained), "--ensemble"]) == 2
     assert "pip install 'selfkd[deploy]'" in capsys.readouterr().err
+    (row,) = run_job("deploy_time", {"config": {}, "forms": {}, "reference": "float"})
+    assert "needs onnxruntime, not installed here" in row["fault"]  # on a worker
 
 
 def test_a_network_of_a_users_own_is_exported(trained: Path, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ def describe_cpu() -> str:
     """Return the name of the processor, and its instruction sets that matter for int8."""
     found = _capabilities()
     sets = [words for key, words in _SETS.items() if found.get(key)]
-    name = found.get("cpu_name") or processor()
-    return f"{name} ({', '.join(sets) or 'none of the instruction sets for int8 known'})"
+    if not has_int8():
+        sets.append("no instructions for int8 known")
+    return f"{found.get('cpu_name') or processor()} ({', '.join(sets)})"
 
 
 def has_int8() -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
+from selfkd.deployment import check_installed
+from selfkd.errors import ConfigError
 from selfkd.results import Row
 
 Job = Callable[..., Iterator[Row]]
@@ -16,6 +19,11 @@ def saying_faults(job: Job) -> Job:
 
     @wraps(job)
     def run(*arguments: Any, **options: Any) -> Iterator[Row]:
+        try:
+            check_installed()
+        except ConfigError as error:  # on another machine than that of the command
+            yield {"fault": f"{error} (on {platform.node()})"}
+            return
         try:
             yield from job(*arguments, **options)
         except (ValueError, TypeError, FileNotFoundError) as error:

@@ -22,6 +22,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import DeploySummary, Event, RunFinished, TaskStarted, TrialResult
 from selfkd.storage.files import load_json
 from selfkd.storage.rows import load_row
+from selfkd.worker.deploy import _largest_difference
 from selfkd.worker.jobs import run_job
 
 SMALL = (
@@ -289,3 +290,29 @@ def test_versions_processor_and_code_of_the_user_are_part_of_what_is_made(
     assert len(set(found)) == 5
     moved = file.rename(tmp_path / "moved.py")
     assert digest_of(config, replace(source, make_model=f"{moved}:make")) == found[3]
+
+
+@pytest.mark.parametrize(
+    ("logits", "others", "difference"),
+    [
+        ([2.0, 1.0], [2.0, 1.0], 0),
+        ([2.0, 1.0], [2.0, 2.0], 0.5),
+        ([2.0, -math.inf], [2.0, -math.inf], 0),  # as of classes that a network excludes
+        ([2.0, -math.inf], [2.0, 1.0], math.inf),
+        ([2.0, 1.0], [2.0, math.nan], math.nan),
+        ([math.nan, 1.0], [math.nan, 1.0], math.nan),
+    ],
+)
+def test_logits_that_are_no_numbers_differ(
+    logits: list[float], others: list[float], difference: float
+) -> None:
+    class Fixed(torch.nn.Module):
+        def __init__(self, logits: list[float]) -> None:
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([self.logits] * len(inputs))
+
+    found = _largest_difference(Fixed(logits), Fixed(others), torch.zeros(65, 1))
+    assert found == pytest.approx(difference, nan_ok=True)

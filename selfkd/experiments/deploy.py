@@ -119,7 +119,7 @@ def _finish(work: Work, served: Served, machine: FormTimings) -> DeploySummary:
         files={name: f"{FOLDER}/{name}" for name in files},
         drop=drops["int8.onnx"],
         exceeded=bool(worse),
-        point=work.source.point,
+        point=work.point,
         cpu=machine.cpu,
         versions=machine.versions,
         remarks=tuple(work.remarks),

@@ -90,6 +90,8 @@ class Work:
     """Key of the row whose file has the size and the times of another row's, by its key."""
     low_bits: File | None = None
     """File of weights in low bits, if there is one."""
+    point: Point = field(default_factory=dict)
+    """Settings of a fine-tuning in which it differs from the config."""
     remarks: list[str] = field(default_factory=list)
 
     @property

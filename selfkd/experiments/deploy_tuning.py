@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from selfkd.analysis.statistics import mean_interval
-from selfkd.config import ModelConfig
+from selfkd.config import Config, ModelConfig
 from selfkd.errors import RayLostError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
 from selfkd.experiments.teachers import prepare_teachers
-from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Row
+from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Point, Row, TrialResult
 from selfkd.results.metrics import AGREEMENT
 from selfkd.storage.files import remove_file
 
@@ -133,7 +132,8 @@ def tune(
     name: str,
     arms: Mapping[str, tuple[str, Row, Sequence[Model]]],
     model: ModelConfig,
-    **options: Any,
+    *,
+    bits: int | None = None,
 ) -> dict[str, list[tuple[Model, float]]]:
     """Train arms on the same seeds, and put a row of each; return their models with the metric.
 
@@ -142,14 +142,16 @@ def tune(
         name: Name of their folder, which begins with the hash of the model that they start from.
         arms: Title, start and teachers by key.
         model: Their network.
-        options: Further arguments of the training.
+        bits: Bits that their weights are rounded to in training; not rounded when not given.
+
+    Raises:
+        RunError: All trials of an arm failed.
     """
     run, base = work.run, work.source.model
-    point = {k: v for k, v in work.source.point.items() if k.startswith(_TUNED)}
-    point[_ALPHA] = min(run.config.at(point).distill.alpha, MOST_ALPHA)
+    point = work.point = _point(run.config, work.source.point)
     if (lr := run.config.deploy.lr) is not None:
-        point["train.lr"] = lr
         name += f"-lr-{lr:g}"
+    rounded = {} if bits is None else {"bits": bits}
     if not run.config.distill.live:
         prepare_teachers(run, [base], of="deploy", config=run.config.at(point))
 
@@ -160,20 +162,12 @@ def tune(
             point=point,
             teachers=lambda config, number: teachers,
             network=lambda config, number: model,
-            options=lambda number: {"start": start, **options},
+            options=lambda number: {"start": start, **rounded},
             seeds=work.seeds(),
         )
 
     own = [arm(key, start, teachers) for key, (_, start, teachers) in arms.items()]
-    try:
-        trials = run.replicate(own, title="fine-tuning")
-    except RayLostError:
-        raise
-    except RunError as error:
-        lr = run.config.at(point).train.lr
-        raise RunError(
-            f"{error}\n(train.lr of the fine-tuning is {lr:g}; --set deploy.lr=X)"
-        ) from None
+    trials = _replicate(run, own)
     models = [
         [arm.model(run, trial) for trial in rows] for arm, rows in zip(own, trials, strict=True)
     ]
@@ -182,15 +176,14 @@ def tune(
     found = {}
     for (key, (title, _, _)), rows, own_models in zip(arms.items(), trials, models, strict=True):
         tested = [next(measured) for _ in rows]
-        values = [row.metrics[run.metric] for row in tested]
-        names = [n for n in tested[0].metrics if n != AGREEMENT]
+        means = {n: _mean([row.metrics[n] for row in tested]) for n in tested[0].metrics}
         work.rows[key] = DeployRow(
             key=key,
             title=title,
-            metrics={n: _mean([row.metrics[n] for row in tested]) for n in names},
-            agreement=_mean([row.metrics[AGREEMENT] for row in tested]),
+            agreement=means.pop(AGREEMENT),
+            metrics=means,
             seeds=tuple(trial.seed for trial in rows),
-            values=tuple(values),
+            values=tuple(row.metrics[run.metric] for row in tested),
         )
         chosen_by = run.config.search.metric
         found[key] = [
@@ -200,6 +193,33 @@ def tune(
         bests = [_best(run, pairs[: number + 1]) for number in range(len(pairs))]
         _remove_all_but(bests, own_models, run)
     return found
+
+
+def _replicate(run: Run, arms: Sequence[Arm]) -> list[list[TrialResult]]:
+    """Train arms on their seeds; where all trials of one fail, name the learning rate."""
+    try:
+        return run.replicate(arms, title="fine-tuning")
+    except RayLostError:
+        raise
+    except RunError as error:
+        lr = run.config.at(arms[0].point).train.lr
+        raise RunError(
+            f"{error}\n(train.lr of the fine-tuning is {lr:g}; --set deploy.lr=X)"
+        ) from None
+
+
+def _point(config: Config, chosen: Point) -> Point:
+    """Return the settings of a fine-tuning in which it differs from the config.
+
+    Args:
+        config: Config of the run.
+        chosen: Settings of the training of the model that is deployed.
+    """
+    point = {key: value for key, value in chosen.items() if key.startswith(_TUNED)}
+    point[_ALPHA] = min(config.at(point).distill.alpha, MOST_ALPHA)
+    if config.deploy.lr is not None:
+        point["train.lr"] = config.deploy.lr
+    return point
 
 
 def _best(run: Run, *arms: Sequence[tuple[Model, float]]) -> Model:

@@ -97,6 +97,7 @@ def test_every_form_has_a_row_with_its_measures(deployed: tuple[Path, DeploySumm
     assert summary.row("float").agreement == 1
     assert len(summary.row("pruned_distilled").values) == 2
     assert summary.row("int8").operators
+    assert summary.point["distill.alpha"] <= 0.65
     assert load_row(DeploySummary, folder / "deploy" / "deploy.json") == summary
 
 

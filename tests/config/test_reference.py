@@ -86,7 +86,7 @@ def test_the_printed_config_is_the_resolved_one(
 def test_each_key_has_its_meaning_above_it() -> None:
     lines = commented_yaml(Config()).splitlines()
     for number, line in enumerate(lines):
-        if line.strip().startswith("lr:"):
+        if line.strip().startswith("lr: 0"):  # of the training, not of a deployment
             assert lines[number - 1].strip().startswith("# Learning rate, after the warm-up")
     assert max(map(len, lines)) <= 100
     for text in field_docstrings(Config).values():

@@ -116,6 +116,7 @@ def test_only_the_package_and_the_config_travel(
     assert str(first[0]) not in said.replace(f"storage={first[0]}/shared", "")
 
 
+@pytest.mark.slow
 def test_a_failing_job_ends_the_client_with_its_own_code(
     first: tuple[Path, list[tuple[str, bool]], int], head: Head
 ) -> None:

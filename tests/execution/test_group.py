@@ -150,6 +150,7 @@ def test_the_loss_curve_is_that_of_one_worker(training: Pool, tmp_path: Path, ca
             assert other[key] == pytest.approx(one[key], abs=1e-4), key
 
 
+@pytest.mark.slow
 def test_a_user_function_has_the_ranks(training: Pool, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(USERS)
     job = payload(tmp_path / "own", *PLAIN, function=f"{tmp_path}/mine.py:train_fn")

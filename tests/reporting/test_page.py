@@ -335,6 +335,17 @@ def test_a_small_file_without_an_address_to_load_from(pages: dict[str, Path]) ->
         )
 
 
+def test_a_deployment_of_another_generation_than_the_best_is_said(tmp_path: Path) -> None:
+    path = generations_run(tmp_path / "run")
+    made = add_deployment(path)
+    best = read_run(path).best
+    assert best is not None
+    for model, said in ((best.hash, False), ("0" * 16, True)):
+        save_row(path / "deploy" / "deploy.json", replace(made, model=model))
+        text = write_report(path).read_text()
+        assert (f"the best of the run is generation {best.generation}" in text) == said
+
+
 def test_what_was_deployed_has_its_table_its_words_and_links_to_its_files(tmp_path: Path) -> None:
     path = generations_run(tmp_path / "run")
     made = add_deployment(path)

@@ -28,10 +28,18 @@ def deploy_sections(run: Run) -> Iterator[Section]:
         yield Section("", (_costs(run, summary),))
         yield Section("Files", (), links=files)
         return
-    sentences = tuple(map(words.sentence, summary.sentences))
+    sentences = tuple(map(words.sentence, [*summary.sentences[:1], *_stale(run, summary)]))
+    sentences += tuple(map(words.sentence, summary.sentences[1:]))
     table = Panel("Forms of the model", FORMS, None, deploy_table(summary, run.data))
     yield Section("Deployed", (table,), findings=sentences, links=files)
     yield Section("Size and time", (_costs(run, summary),))
+
+
+def _stale(run: Run, summary: DeploySummary) -> Iterator[str]:
+    """Yield that another generation is the best, as after a run was continued."""
+    if run.best is not None and run.best.hash != summary.model:
+        best = f"generation {run.best.generation}"
+        yield f"what was deployed is {summary.title}, and the best of the run is {best}"
 
 
 def _costs(run: Run, summary: DeploySummary) -> Panel:

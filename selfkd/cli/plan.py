@@ -117,11 +117,11 @@ def plan_deploy(config: Config) -> Plan:
     options, stages = config.deploy, list[Planned]()
     if options.prune is not None:
         title = f"pruned by {options.prune:.0%}: from labels, distilled, fresh"
-        patterns = [f"deploy/*-pruned-{options.prune:g}/*/trial_*"]
+        patterns = [f"deploy/*-pruned-{options.prune:g}{options.suffix}/*/trial_*"]
         stages.append(Planned(title, 3 * options.seeds, patterns, config))
     if options.bits is not None:
         title = f"{options.bits}-bit weights: from labels, distilled"
-        patterns = [f"deploy/*-bits-{options.bits}/*/trial_*"]
+        patterns = [f"deploy/*-bits-{options.bits}{options.suffix}/*/trial_*"]
         stages.append(Planned(title, 2 * options.seeds, patterns, config))
     return _by_mode(config, Plan(stages, 1 if stages else 0))
 

@@ -453,6 +453,11 @@ class DeployConfig:
     """Whether the ensemble of the run is exported, too, as one graph, and measured beside it."""
 
     @property
+    def suffix(self) -> str:
+        """End of the name of a fine-tuning's folder, by which others of the same start differ."""
+        return "" if self.lr is None else f"-lr-{self.lr:g}"
+
+    @property
     def trainings(self) -> int:
         """Number of models that are fine-tuned or trained."""
         return self.seeds * (3 * (self.prune is not None) + 2 * (self.bits is not None))

@@ -227,10 +227,21 @@ def export(work: Work, key: str, title: str, *models: Model) -> File:
         title: Title of the row.
         models: Model, or the members of an ensemble.
     """
-    path = work.steps / f"{digest(*models)}.onnx"
-    file = work.write(f"{title}: exporting", path, "deploy_export", **work.of(*models))
+    file = write_float(work, title, *models)
     measure(work, key, title, *models, file=file)
     return file
+
+
+def write_float(work: Work, title: str, *models: Model) -> File:
+    """Export a model, or the average of several, and return the file, which is not measured.
+
+    Args:
+        work: Deployment at work.
+        title: Name of the model, for people.
+        models: Model, or the members of an ensemble.
+    """
+    path = work.steps / f"{digest(*models)}.onnx"
+    return work.write(f"{title}: exporting", path, "deploy_export", **work.of(*models))
 
 
 def quantise(work: Work, key: str, title: str, model: Model, exported: File) -> File:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from selfkd.analysis.statistics import mean_interval
 from selfkd.config import Config, ModelConfig
 from selfkd.errors import RayLostError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
-from selfkd.experiments.deploy_forms import File, Served, Work, digest, export, measure, serve
+from selfkd.experiments.deploy_forms import File, Served, Work, digest, measure, serve, write_float
 from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import WRITTEN_BITS, CompressedModel, DeployRow, Model, Point, Row, TrialResult
 from selfkd.results.metrics import AGREEMENT
@@ -38,19 +40,8 @@ def prune(work: Work, fraction: float) -> Served:
         What is served: the best on validation of what was pruned.
     """
     run, base = work.run, work.source.model
-    name = f"{digest(base)}-pruned-{fraction}"
-    start = work.steps / f"{name}.safetensors"
-    (row,) = run.rows([base])
-    pruned = work.step(
-        f"pruning by {fraction:.0%}",
-        name,
-        "prune",
-        CompressedModel,
-        writes=start,
-        checkpoint=row["checkpoint"],
-        fraction=fraction,
-        save=str(start),
-    )
+    name, title = f"{digest(base)}-pruned-{fraction}", f"pruning by {fraction:.0%}"
+    start, pruned = _compress(work, title, name, "prune", base, fraction=fraction)
     work.remarks += pruned.remarks
     model = ModelConfig.of_checkpoint(pruned.model)
     share = f"pruned by {fraction:.0%}"
@@ -81,20 +72,9 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
     Returns:
         File of weights in low bits; None of bits that are only simulated.
     """
-    run, (row,) = work.run, work.run.rows([served.model])
-    name = f"{digest(served.model)}-bits-{bits}"
-    rounded = work.steps / f"{name}.safetensors"
-    title = f"{bits}-bit weights"
-    made = work.step(
-        f"rounding to {bits} bits",
-        name,
-        "round_checkpoint",
-        CompressedModel,
-        writes=rounded,
-        checkpoint=row["checkpoint"],
-        bits=bits,
-        save=str(rounded),
-    )
+    run, name = work.run, f"{digest(served.model)}-bits-{bits}"
+    title, rounding = f"{bits}-bit weights", f"rounding to {bits} bits"
+    rounded, made = _compress(work, rounding, name, "round_checkpoint", served.model, bits=bits)
     model = Model(made.hash, run.folder.relative(rounded))
     request = Request(model, (work.source.model,), logits=False)
     (tested,) = run.evaluate([request], title="measuring the rounded")
@@ -107,19 +87,18 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
         agreement=tested.metrics[AGREEMENT],
     )
     work.remarks += made.remarks
-    start, base = {"checkpoint": row["checkpoint"]}, work.source.model
+    start, base = {"checkpoint": str(run.folder.file(served.model.checkpoint))}, work.source.model
     arms = {
         f"{key}_labels": (f"{title}, from labels", start, ()),
         f"{key}_distilled": (f"{title}, distilled", start, (base,)),
     }
     network = ModelConfig.of_checkpoint(served.exported.row.model)
     found = tune(work, name, arms, network, bits=bits)
-    best = _best(run, *reversed(found.values()))
     if bits not in WRITTEN_BITS:
         work.remarks.append(f"{title} are simulated: onnxruntime has no operator for them")
         return None
-    exported = export(work, f"{key}_float", title, best)
-    del work.rows[f"{key}_float"], work.forms[f"{key}_float"]
+    best = _best(run, *reversed(found.values()))
+    exported = write_float(work, title, best)
     file = work.write(
         f"{title}: writing",
         work.steps / f"{exported.path.stem}-bits-{bits}.onnx",
@@ -130,6 +109,16 @@ def lower_bits(work: Work, served: Served, bits: int) -> File | None:
     measure(work, key, f"{title}, ONNX", best, file=file)
     work.like |= dict.fromkeys([f"{key}_rounded", *arms], key)
     return file
+
+
+def _compress(
+    work: Work, title: str, name: str, kind: str, model: Model, **more: Any
+) -> tuple[Path, CompressedModel]:
+    """Prune or round a model in a job; return the file to fine-tune from, and the job's row."""
+    save = work.steps / f"{name}.safetensors"
+    (row,) = work.run.rows([model])
+    more |= {"checkpoint": row["checkpoint"], "save": str(save)}
+    return save, work.step(title, name, kind, CompressedModel, writes=save, **more)
 
 
 def tune(
@@ -154,8 +143,7 @@ def tune(
     """
     run, base = work.run, work.source.model
     point = work.point = _point(run.config, work.source.point)
-    if (lr := run.config.deploy.lr) is not None:
-        name += f"-lr-{lr:g}"
+    name += run.config.deploy.suffix
     rounded = {} if bits is None else {"bits": bits}
     if not run.config.distill.live:
         prepare_teachers(run, [base], of="deploy", config=run.config.at(point))

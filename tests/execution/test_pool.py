@@ -71,10 +71,27 @@ def test_waiting_for_other_runs_is_said_once(
         pool.run(batch)
     assert len(batch.outcomes) == 2
     assert said == ["no free resources: other runs hold the cluster; waiting for 1 CPU, 0 GPU"]
-    said.clear()
-    with Pool(ENTRY, cpu=1, gpu=0, warm=1, say=say) as pool:
-        pool.run(jobs(1, pause=0.5))
-    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("states", "is_said", "is_settled"),
+    [
+        (["NO_RESOURCES"], True, True),
+        (["NO_RESOURCES", "FINISHED"], False, True),
+        (["FINISHED"], False, True),
+        (["SCHEDULING_STARTED", "NO_RESOURCES"], False, False),
+        ([], False, False),
+    ],
+)
+def test_only_a_pool_without_any_worker_waits(
+    states: list[str], is_said: bool, is_settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfkd.execution.pool._placement_states", lambda: states)
+    said: list[str] = []
+    pool = Pool(ENTRY, cpu=1, gpu=0, warm=1, say=said.append)
+    pool._say_if_waiting(said.append)
+    assert bool(said) is is_said
+    assert (pool._say is None) is is_settled
 
 
 def test_the_output_of_a_notebooks_cell_stays(

@@ -92,6 +92,24 @@ ModelArgs = Annotated[dict[str, Any], AfterValidator(_plain_args)]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class TransferConfig:
+    """Transfer set: further data that students with teachers are trained on."""
+
+    name: Place
+    """Name of the dataset, as in `data.name`, whose training items are taken; or folder: images in
+    `root` and its subfolders, without classes."""
+    root: Place | None = None
+    """Folder of the dataset; `data.root` when not given."""
+    size: int | None = Field(default=None, ge=1)
+    """Number of its items that are taken, by `seed`; all when not given."""
+    weight: float = Field(default=0.5, gt=0, lt=1)
+    """Share of each batch that is of the transfer set, in (0, 1)."""
+    labels: bool = False
+    """Whether its labels are trained on where it has them; else its items have the soft term
+    alone."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class DataConfig:
     """Dataset, splits and augmentation."""
 
@@ -147,6 +165,8 @@ class DataConfig:
     completion; without them, the completion follows the prompt."""
     rationale_weight: float = Field(default=1.0, gt=0, le=1000)
     """Weight of a token of a rationale in the loss; a token of the completion has weight 1."""
+    transfer: TransferConfig | None = None
+    """Transfer set; students are trained on the training items alone when not given."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -242,6 +262,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class TermConfig:
+    """Further term of the loss, added with its weight."""
+
+    name: str
+    """Name of a loss of `selfkd.losses`, such as hint, attention, rkd_angle, crd or logit_mse."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the term, at least 0."""
+    student: str | None = None
+    """Path of the student's layer, as in `named_modules`, whose output is compared; its logits when
+    not given."""
+    teacher: str | None = None
+    """Path of the teacher's layer; that of the student when not given."""
+    project: bool = False
+    """Whether a trained projection from the student's channels to the teacher's is put between, as
+    layers of unlike width need."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the loss, by its own names, such as `temperature`."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class DistillConfig:
     """Distillation loss, `(1 - alpha) CE(labels) + alpha T² KL(teacher || student)`, and its
     teacher."""
@@ -269,6 +309,10 @@ class DistillConfig:
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     """Divergence of the soft term on text: KL(teacher || student), KL(student || teacher), or the
     Jensen-Shannon divergence; the last two need all logits."""
+    terms: list[TermConfig] = Field(default_factory=list)
+    """Further terms of the loss of students with teachers: of logits, which are read from the
+    cache, or of layers, for which the teacher runs at every step. In a search space,
+    `distill.terms.NAME.weight` is the weight of a term, `distill.terms` the choice of them."""
 
     @field_validator("teacher")
     @classmethod
@@ -924,6 +968,7 @@ def known_keys() -> list[str]:
     """Return all dotted config keys, sections included."""
     tree = to_tree(Config())
     tree["student"] = to_tree(Config())["model"]
+    tree["data"]["transfer"] = dataclasses.asdict(TransferConfig(name="digits"))
     return [key for key, _ in leaves(tree, "", inner=True)]
 
 

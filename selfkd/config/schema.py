@@ -116,13 +116,14 @@ class DataConfig:
     """Dataset, splits and augmentation."""
 
     name: Place = "digits"
-    """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
-    train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`), any name of
-    `timm.data.create_dataset`, or arrays (features and labels: `root` is a .npz, .csv, .tsv or
-    .parquet file, or a folder of these or of .npy files). Of text: pydoc (the manual in Python
-    itself), the default there; docstrings (of Python's standard library); arithmetic (generated
-    problems); or text (`root` has files .txt, or .jsonl with `{"text": …}` or
-    `{"prompt": …, "completion": …}` a line, or is a folder of `datasets.save_to_disk`)."""
+    """Name of the dataset: digits, digit_pairs (two digits side by side, 100 classes), mnist,
+    fashion_mnist, cifar10, cifar100, folder (images in train/CLASS and test/CLASS, or a folder
+    of `datasets.save_to_disk`), any name of `timm.data.create_dataset`, or arrays (features and
+    labels: `root` is a .npz, .csv, .tsv or .parquet file, or a folder of these or of .npy
+    files). Of text: pydoc (the manual in Python itself), the default there; docstrings (of
+    Python's standard library); arithmetic (generated problems); or text (`root` has files .txt,
+    or .jsonl with `{"text": …}` or `{"prompt": …, "completion": …}` a line, or is a folder of
+    `datasets.save_to_disk`)."""
     root: Place | None = None
     """Folder of the dataset, or file of arrays; the environment variable SELFKD_DATA when not
     given."""

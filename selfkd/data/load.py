@@ -15,6 +15,7 @@ from torch import Tensor
 from .arrays import open_arrays, standardisation
 from .batches import Data, Split
 from .folder import open_folder
+from .pairs import open_pairs
 from .saved import is_saved, open_saved
 from .sources import (
     KNOWN_STATISTICS,
@@ -58,6 +59,8 @@ def load_data(
     | name | images | train, val, test by default |
     |---|---|---|
     | `digits` | scikit-learn's, 8x8, embedded | 100, 400, 1,197 |
+    | `digit_pairs` | two of them side by side, 16x16, 100 classes | 4,000, 2,000, 5,000, of \
+different digits |
     | `mnist`, `fashion_mnist` | 28x28 | 50,000, 10,000, the official 10,000 |
     | `cifar10`, `cifar100` | 32x32, 3 channels | 45,000, 5,000, the official 10,000 |
     | `folder` | root/train/<class>/<image>, root/test and root/val (or validation, valid) | a \
@@ -155,6 +158,8 @@ def _open(
     prefix, slash, _ = name.partition("/")
     if name == "digits":
         return open_digits()
+    if name == "digit_pairs":
+        return open_pairs()
     if name in TORCHVISION:
         return open_torchvision(name, resolve_root(root, name, download), download)
     if name == "arrays":

@@ -48,14 +48,14 @@ def read_table(file: Path, label: str | None, like: Sequence[str] | None = None)
         ValueError: A file that is no such table, or a column that is no number; the message names
             the first such value and its row.
     """
-    table = _open(file, label)
+    table = _open(file, label, whole=like is None)
     columns = {name: n for n, name in enumerate(table.column_names) if not _is_index(n, name)}
     if len(columns) < 2:
         raise ValueError(
             f"{file} must have columns of features and one of labels, got "
             f"{', '.join(columns) or 'none'}"
         )
-    own = _label_of(file, list(columns), label)
+    own = _label_of(file, list(columns), label, whole=like is None)
     labels = _labels(file, own, table.column(columns.pop(own)))
     parts, names = list[Array](), list[str]()
     for name, number in columns.items():
@@ -74,7 +74,7 @@ def read_table(file: Path, label: str | None, like: Sequence[str] | None = None)
     return Table(features, labels, tuple(names), own)
 
 
-def _open(file: Path, label: str | None) -> Any:
+def _open(file: Path, label: str | None, *, whole: bool) -> Any:
     """Return a table of pyarrow, its labels in CSV as text."""
     try:
         import pyarrow
@@ -89,7 +89,7 @@ def _open(file: Path, label: str | None) -> Any:
 
             table = parquet.ParquetFile(file).read()
         else:
-            table = _open_csv(file, label)
+            table = _open_csv(file, label, whole=whole)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
         reason = cut_text(" ".join(str(error).split()), 300)
         raise ValueError(f"{file} must be an intact table: {reason}") from None
@@ -99,7 +99,7 @@ def _open(file: Path, label: str | None) -> Any:
     return table
 
 
-def _open_csv(file: Path, label: str | None) -> Any:
+def _open_csv(file: Path, label: str | None, *, whole: bool) -> Any:
     import pyarrow
     from pyarrow import csv as reader
 
@@ -113,7 +113,7 @@ def _open_csv(file: Path, label: str | None) -> Any:
     headed = not _is_data(names)
     if not headed:
         names = [f"column {number}" for number in range(1, len(names) + 1)]
-    own = _label_of(file, [name for name in names if name] or names, label)
+    own = _label_of(file, [name for name in names if name] or names, label, whole=whole)
     return reader.read_csv(
         file,
         read_options=reader.ReadOptions(column_names=None if headed else names),
@@ -145,9 +145,21 @@ def _is_index(number: int, name: str) -> bool:
     return name.strip().lower() in _INDEX and (number == 0 or name.startswith("__"))
 
 
-def _label_of(file: Path, names: Sequence[str], label: str | None) -> str:
-    """Return the column of the labels."""
+def _label_of(file: Path, names: Sequence[str], label: str | None, *, whole: bool) -> str:
+    """Return the column of the labels.
+
+    Args:
+        file: File, for messages.
+        names: Names of the columns.
+        label: Column of the labels, where it is given.
+        whole: Whether the file is no split beside that of training.
+    """
     if label is not None:
+        if label not in names and not whole:
+            raise ValueError(
+                f"{file} must have the column of labels of the training split, {label!r}, got none:"
+                " leave the file out, and a part of the training rows is held out"
+            )
         if label not in names:
             close = difflib.get_close_matches(label, names, n=1)
             known = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")

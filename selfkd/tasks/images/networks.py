@@ -148,6 +148,12 @@ class ImageNetworks:
                 f"{checkpoint} was trained for other classes than {self.data.name}'s: "
                 f"{describe_classes(facts.classes, here)}"
             )
+        if facts.features != self.data.features:
+            own = "images" if self.data.features is None else f"{len(self.data.features)} features"
+            raise ValueError(
+                f"{checkpoint} was trained on other inputs than the {own} of {self.data.name}: "
+                + ("images" if facts.features is None else ", ".join(facts.features[:8]))
+            )
         model = ModelConfig(**facts.model)
         network = rebuild(checkpoint, tensors, facts, lambda: self._make(model))
         return network.to(self.device), facts

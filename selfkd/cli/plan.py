@@ -135,7 +135,7 @@ def plan_study(config: Config) -> Plan:
             continue
         own, seeds = config.at(arm.set), config.arm_seeds(arm)
         stages.append(Planned(name, seeds, [f"arms/{name}/trial_*"], own))
-        for teacher in () if own.distill.live else arm.teachers:
+        for teacher in arm.teachers if own.reads_cache else ():
             if teacher in config.study.arms:
                 number = min(config.arm_seeds(config.study.arms[teacher]), seeds)
             else:
@@ -264,7 +264,7 @@ def _describe_text(plan: Plan, facts: Facts) -> str:
 
 def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     """Return the size of the cached teacher logits in words."""
-    if config.distill.live:
+    if not config.reads_cache:
         return "cached:  no teacher logits, as teachers are run at each step"
     if facts.cached is None or not plan.teachers:
         return "cached:  no teacher logits"

@@ -9,6 +9,7 @@ from typing import Any
 
 from selfkd.config.schema import (
     OF_TEACHERS,
+    TERM_WEIGHT,
     Config,
     ModelConfig,
     did_you_mean,
@@ -195,9 +196,10 @@ def _needs_all_logits(config: Config) -> Iterator[str]:
 def _key_faults(key: str) -> Iterator[str]:
     """Yield why a key cannot differ from trial to trial, if it cannot."""
     known = [k for k in known_keys() if "." in k and k.split(".")[0] not in _FIXED]
+    free = re.compile(rf"((model|student)\.args|params)\.\w+|{TERM_WEIGHT.pattern}")
     if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
         yield "cannot be searched: all trials of a run share it"
-    elif key not in known and not re.fullmatch(r"((model|student)\.args|params)\.\w+", key):
+    elif key not in known and not free.fullmatch(key):
         yield f"is no config key{did_you_mean(key, known)}"
 
 

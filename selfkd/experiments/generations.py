@@ -179,7 +179,7 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
     start = time.perf_counter()
     teachers = _teachers(config, results)
     written: list[Written] = []
-    if teachers and run.function is None and not config.distill.live:
+    if teachers and run.function is None and config.reads_cache:
         written += prepare_teachers(run, teachers, of=f"generation {generation}").values()
     arm = Arm(
         name=f"generation-{generation}",

@@ -86,7 +86,7 @@ def make_teachers(run: Run) -> Teachers:
     _check(run.config, facts, len(imported))
     members = _once(run, Members, "members/result", lambda: _members(run, imported)).members
     teachers = Teachers(members, _sources(run, members, facts))
-    if run.config.distill.live:
+    if not run.config.reads_cache:
         return teachers
     return replace(teachers, written=prepare_teachers(run, _may_teach(run.config, teachers)))
 

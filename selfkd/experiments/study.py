@@ -113,7 +113,7 @@ class _Study:
                 options=lambda number, options=options: options,  # type: ignore[misc]
                 seeds=seeds,
             )
-            if not own.distill.live:
+            if own.reads_cache:
                 self._prepare(name, own, teachers, facts[name])
         side = "one arm" if len(names) == 1 else f"{len(names)} arms side by side"
         title = f"{', '.join(names)}: {side}"

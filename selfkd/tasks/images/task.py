@@ -93,9 +93,7 @@ class ImageTask(ImageNetworks):
     def _tried(self, model: ModelConfig) -> nn.Module:
         """Return a network whose logits of two images are as they should be."""
         network = self.make(model).eval()
-        inputs, _, _ = next(
-            self.data.batches("train", batch_size=2, views=self.views, device=self.device)
-        )
+        inputs = self.two_images()
         size, classes = self.data.image_size, self.data.num_classes
         try:
             with torch.no_grad():

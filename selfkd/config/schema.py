@@ -1052,6 +1052,23 @@ def choices_of_terms(config: Config) -> list[list[dict[str, Any]]]:
     return [list(terms) for terms in found if isinstance(terms, list | tuple)]
 
 
+def with_its_terms(config: Config, point: Point) -> Point:
+    """Return a point with the first choice of terms that has the one whose weight it sets.
+
+    Args:
+        config: Config whose terms are a choice of its search space.
+        point: Values by dotted key.
+    """
+    tree, weights = to_tree(config), [key for key in point if TERM_WEIGHT.fullmatch(key)]
+    if TERMS in point or not any(is_absent_term(tree, key) for key in weights):
+        return point
+    for terms in choices_of_terms(config):
+        tree["distill"]["terms"] = terms
+        if not any(is_absent_term(tree, key) for key in weights):
+            return {TERMS: terms, **point}
+    return point
+
+
 def is_absent_term(tree: Tree, key: str) -> bool:
     """Say whether a key is of the weight of a term that is not there."""
     match = TERM_WEIGHT.fullmatch(key)

@@ -60,7 +60,8 @@ def born_again(run: Run) -> GenerationsSummary:
         RunError: All trials of a stage failed.
     """
     config, folder = run.config, run.folder
-    folder.keep(config, run.check())
+    student = [config.student] if config.student and config.most_rounds > 1 else []
+    folder.keep(config, run.check(teachers=[config.model, *student]))
     results = folder.results()[: config.most_rounds + 1]
     for result in results:
         run.events(GenerationFinished(result))

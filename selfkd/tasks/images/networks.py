@@ -96,11 +96,10 @@ class ImageNetworks:
         labels: Tensor = getattr(self.data, split).labels.cpu()
         return labels
 
-    def two_images(self) -> Tensor:
-        """Return inputs of two training images."""
+    def two_images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, labels and indices of two training images."""
         found = self.data.batches("train", batch_size=2, views=self.views, device=self.device)
-        inputs, _, _ = next(found)
-        return inputs
+        return next(found)
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this data."""

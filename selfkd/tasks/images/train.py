@@ -15,7 +15,6 @@ from selfkd.data import Data
 from selfkd.data.batches import batch_sizes
 from selfkd.deployment.low_bits import plain, round_weights
 from selfkd.distill.distiller import Distiller, Loss
-from selfkd.distill.named_terms import make_terms
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
@@ -34,6 +33,7 @@ from selfkd.tasks.common import (
 )
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
+from selfkd.tasks.images.terms import terms_of
 from selfkd.training.fit import Training, fit, make_average, make_scheduler
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
@@ -224,15 +224,8 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             label_smoothing=smoothing,
         )
     weights = weights if isinstance(teacher, Ensemble) or not averaged else None
-    terms = make_terms(
-        distill.terms,
-        temperature=distill.temperature,
-        average=distill.average,
-        weights=weights,
-        labels=task.data.train.labels,
-        seed=trial.seed,
-    )
-    example = task.two_images() if terms and teacher is not None else None
+    terms = terms_of(task, task.config, weights=weights, seed=trial.seed)
+    example = task.two_images()[0] if terms and teacher is not None else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)
         return Distiller(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,15 @@ def check_term(
     for key in args:
         if key not in loss.args:
             raise ValueError(f"args must be those of {name}, got {key!r}{_nearest(key, loss.args)}")
+
+
+def describe_terms(terms: Iterable[Mapping[str, Any]]) -> str:
+    """Return terms of a config in words: weight and name of each.
+
+    >>> describe_terms([{"name": "hint", "weight": 0.1}, {"name": "pkt"}]), describe_terms([])
+    ('0.1 hint + 1 pkt', 'none')
+    """
+    return " + ".join(f"{term.get('weight', 1):.3g} {term.get('name')}" for term in terms) or "none"
 
 
 def _nearest(word: str, known: Collection[str]) -> str:

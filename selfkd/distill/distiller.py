@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.distill.tasks import Task, as_outputs, hard_term, task_terms
+from selfkd.distill.tasks import Task, as_outputs, hard_term, masked_hard_term, task_terms
 from selfkd.distill.teacher import Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
@@ -262,6 +262,8 @@ class Distiller:
         view: int = 0,
         normalizer: float | Tensor | None = None,
         hard_loss: Tensor | None = None,
+        unlabelled: int = 0,
+        labelled_share: float | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss of a batch, by name.
 
@@ -282,6 +284,10 @@ class Distiller:
             normalizer: Divisor in place of the batch's number of images in each mean, above 0.
             hard_loss: Hard term of the caller's own, a scalar with the graph, in place of the
                 cross-entropy; the labels are given to the further terms only.
+            unlabelled: Number of images at the end of the batch without a label: `labels` are of
+                those before them, over which the hard term is a mean. Further terms get none.
+            labelled_share: Fraction of the images of all micro-batches or processes that have a
+                label, in (0, 1]; of these images when not given.
 
         Returns:
             Scalars by name: `loss`, with the graph; `hard_loss`, if there are labels; `soft_loss`,
@@ -289,7 +295,8 @@ class Distiller:
             `loss` are unweighted and detached, for logging.
 
         Raises:
-            ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
+            ValueError: Missing `inputs`, `index` or `labels`, labels of other images than all but
+                the unlabelled, an average of logits that are sparse,
                 a normalizer of 0 or less, a `hard_loss` that is no scalar, or with feature terms,
                 logits or features without a graph of a student that trains; otherwise as
                 `distillation_terms`.
@@ -303,6 +310,17 @@ class Distiller:
             check_tensor("hard_loss", hard_loss)
             if hard_loss.ndim:
                 raise ValueError(f"hard_loss must be a scalar, got shape {list(hard_loss.shape)}")
+        if (unlabelled or labelled_share is not None) and labels is not None:
+            if hard_loss is None:
+                hard_loss = masked_hard_term(
+                    self.task,
+                    logits,
+                    labels,
+                    unlabelled=unlabelled,
+                    share=labelled_share,
+                    label_smoothing=self.label_smoothing,
+                )
+            labels = None
         terms = self._terms(logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms

@@ -15,6 +15,7 @@ from selfkd.config import Config, DataConfig, Tree, WriteConfig, to_tree, uses_p
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import load_entry
 from selfkd.experiments.controls import TITLES
+from selfkd.experiments.ensemble import mixes_transfer
 from selfkd.experiments.given import has_known_training
 from selfkd.experiments.members import find_members
 from selfkd.experiments.run_folder import RunFolder
@@ -93,7 +94,9 @@ def plan_ensemble(config: Config) -> Plan:
     if config.space(with_teacher=False) or not seeds:
         stages.append(Planned("student from labels only", trials, ["labels/trial_*"], student))
     if seeds:
-        stages.append(Planned("confirmation, both", 2 * seeds, ["confirm/*/trial_*"], student))
+        arms = 3 if mixes_transfer(config) else 2
+        title = "confirmation, all three" if arms == 3 else "confirmation, both"
+        stages.append(Planned(title, arms * seeds, ["confirm/*/trial_*"], student))
     return _by_mode(config, replace(members, stages=stages))
 
 
@@ -213,6 +216,12 @@ def print_plan(
         lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):
         lines.append(_describe_cache(config, plan, facts))
+    if facts.transfer and config.data.transfer is not None:
+        share = 1 / (1 - config.data.transfer.weight)
+        lines.append(
+            f"mixed:   steps of students with teachers have {share:.3g} times as many items with "
+            "the transfer set, which the time below leaves out"
+        )
     lines += describe_on_policy(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
@@ -268,12 +277,15 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
         return "cached:  no teacher logits, as teachers are run at each step"
     if facts.cached is None or not plan.teachers:
         return "cached:  no teacher logits"
-    items, each = facts.items["train"] * facts.views, facts.cached.row_bytes
+    pools = [facts.items["train"], facts.transfer]
+    each, which = facts.cached.row_bytes, f"{pools[0]:,} {facts.unit}"
+    if facts.transfer:
+        which += f" and {facts.transfer:,} of the transfer set"
     views = f" in {facts.views} views" if facts.views > 1 else ""
     return (
-        f"cached:  {short(plan.teachers * items * each)}B of teacher logits, of "
-        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}: "
-        f"{facts.cached.words}, {each:,} bytes each"
+        f"cached:  {short(plan.teachers * sum(pools) * facts.views * each)}B of teacher logits, of "
+        f"{count(plan.teachers, 'model')} for {which}{views}: {facts.cached.words}, {each:,} bytes "
+        "each"
     )
 
 

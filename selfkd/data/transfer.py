@@ -23,6 +23,7 @@ from .folder import list_left_out, suffixes, walk
 from .load import fingerprint, open_source, resolve_images
 from .order import Order
 from .pictures import is_grey, read_or_raise
+from .sources import Source
 from .stream import Files, Pictures, Stream
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def load_transfer(
                 f"{len(data.train):,} that are labelled: set data.train_size, or name other data"
             )
     else:
-        source = open_source(name, root, download, None if fixed else data.image_size)
+        source = _named(name, root, download, None if fixed else data.image_size)
         found, classes = source.pool, tuple(source.class_names)
     if labelled and tuple(map(str, classes)) != tuple(map(str, data.class_names)):
         have = "of other classes than" if classes else "without the classes of"
@@ -238,6 +239,18 @@ def load_transfer(
         places=places,
         name=words,
     )
+
+
+def _named(
+    name: str, root: str | os.PathLike[str] | None, download: bool, image_size: int | None
+) -> Source:
+    """Open a data set, with messages that name the keys of the transfer set."""
+    try:
+        return open_source(name, root, download, image_size)
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        text = str(error).replace("data.name must", "data.transfer.name must")
+        raise kind(text.replace("data.root must", "data.transfer.root must")) from error
 
 
 def _loose(root: str | os.PathLike[str] | None) -> Split:

@@ -23,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from selfkd.config.space import Distribution, Point
+from selfkd.distill.loss_names import check_term
 from selfkd.errors import ConfigError, cut_text
 from selfkd.results import find_metric
 from selfkd.storage.remote import secret_fault
@@ -281,7 +282,17 @@ class TermConfig:
     """Whether a trained projection from the student's channels to the teacher's is put between, as
     layers of unlike width need."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the loss, by its own names, such as `temperature`."""
+    """Further arguments of the loss, by its own names, such as `temperature`, which is that of the
+    soft term when not given."""
+
+    def __post_init__(self) -> None:
+        check_term(
+            self.name,
+            student=self.student,
+            teacher=self.teacher,
+            project=self.project,
+            args=self.args,
+        )
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -323,6 +334,11 @@ class DistillConfig:
         if not re.fullmatch(r"previous|lineage|top:[1-9]\d*", value):
             raise ValueError(f"must be previous, lineage or top:m with m >= 1, got {value!r}")
         return value
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher is run at each step: as `live` says, or as a term of layers needs."""
+        return self.live or any(term.student is not None for term in self.terms)
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -880,6 +896,16 @@ class Config:
             specs |= self.search.labels_only_space
         return {key: Distribution.parse(spec) for key, spec in specs.items()}
 
+    @property
+    def reads_cache(self) -> bool:
+        """Whether any students of it may read what is cached of their teachers."""
+        if self.distill.live:
+            return False
+        return any(
+            not any(isinstance(term, Mapping) and term.get("student") for term in terms)
+            for terms in choices_of_terms(self)
+        )
+
     def arm_seeds(self, arm: ArmConfig) -> int:
         """Return the number of seeds that an arm of a study is trained on."""
         return arm.seeds or self.confirm.seeds
@@ -897,13 +923,19 @@ class Config:
         0.5
         """
         tree = to_tree(self)
+        if TERMS in point:  # before the weights of those that it has
+            put(tree, TERMS, point[TERMS])
         for key, value in point.items():
-            put(tree, key, value)
+            if key != TERMS and not (TERMS in point and is_absent_term(tree, key)):
+                put(tree, key, value)
         return from_tree(tree)
 
 
 _ADAPTER = TypeAdapter(Config)
 OF_TEACHERS = ("distill.", "members.")
+TERMS = "distill.terms"
+TERM_WEIGHT = re.compile(r"distill\.terms\.(\w+)\.weight")
+"""Key of the weight of a term, by the name of its loss or its number from 0."""
 _FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b|study\.arms\b")
 
 
@@ -1005,9 +1037,74 @@ def get(config: Config, key: str) -> Any:
     (8, None)
     """
     value: Any = to_tree(config)
+    if TERM_WEIGHT.fullmatch(key):
+        found = None if is_absent_term(value, key) else _find_term(value, key)
+        return None if found is None else found.get("weight")
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def choices_of_terms(config: Config) -> list[list[dict[str, Any]]]:
+    """Return the lists of terms that the students of a config may have, as plain data."""
+    found = [to_tree(config)["distill"]["terms"]]
+    spec, points = config.search.space.get(TERMS), config.search.points or ()
+    if isinstance(spec, dict) and isinstance(values := spec.get("choice"), list | tuple):
+        found += values
+    found += [point[TERMS] for point in points if TERMS in point]
+    return [list(terms) for terms in found if isinstance(terms, list | tuple)]
+
+
+def with_its_terms(config: Config, point: Point) -> Point:
+    """Return a point with the first choice of terms that has the one whose weight it sets.
+
+    Args:
+        config: Config whose terms are a choice of its search space.
+        point: Values by dotted key.
+    """
+    tree, weights = to_tree(config), [key for key in point if TERM_WEIGHT.fullmatch(key)]
+    if TERMS in point or not any(is_absent_term(tree, key) for key in weights):
+        return point
+    for terms in choices_of_terms(config):
+        tree["distill"]["terms"] = terms
+        if not any(is_absent_term(tree, key) for key in weights):
+            return {TERMS: terms, **point}
+    return point
+
+
+def is_absent_term(tree: Tree, key: str) -> bool:
+    """Say whether a key is of the weight of a term that is not there."""
+    match = TERM_WEIGHT.fullmatch(key)
+    if match is None:
+        return False
+    names = [term.get("name") for term in _terms_of(tree) if isinstance(term, Mapping)]
+    name = match[1]
+    return not (int(name) < len(names) if name.isdecimal() else names.count(name) == 1)
+
+
+def _terms_of(tree: Tree) -> list[Any]:
+    """Return the terms of nested dictionaries of config keys, which may be of any shape."""
+    distill = tree.get("distill")
+    terms = distill.get("terms") if isinstance(distill, Mapping) else None
+    return list(terms) if isinstance(terms, list | tuple) else []
+
+
+def _find_term(tree: Tree, key: str) -> Any:
+    """Return the term whose weight a key is.
+
+    Raises:
+        ConfigError: There is none, or several of its name.
+    """
+    (name,) = TERM_WEIGHT.fullmatch(key).groups()  # type: ignore[union-attr]
+    terms = _terms_of(tree)
+    names = [str(term.get("name")) for term in terms if isinstance(term, Mapping)]
+    if is_absent_term(tree, key):
+        if name in names:
+            numbers = " or ".join(str(n) for n, other in enumerate(names) if other == name)
+            raise ConfigError(f"{key}: {name} stands several times: {numbers} in its place")
+        known = ", ".join(names) or "none"
+        raise ConfigError(f"{key}: must be of a term of distill.terms ({known}), got {name}")
+    return terms[int(name) if name.isdecimal() else names.index(name)]
 
 
 def put(tree: Tree, key: str, value: Any) -> None:
@@ -1016,6 +1113,12 @@ def put(tree: Tree, key: str, value: Any) -> None:
         key = "tracking.mode"
     if key == "members" and isinstance(value, int | list):
         key = "members.count" if isinstance(value, int) else "members.models"
+    if TERM_WEIGHT.fullmatch(key):
+        terms = _terms_of(tree)
+        number = terms.index(_find_term(tree, key))
+        terms[number] = {**terms[number], "weight": value}
+        tree["distill"]["terms"] = terms
+        return
     if isinstance(value, dict) and value and not _FREE.match(key):
         for inner, inner_value in value.items():
             put(tree, f"{key}.{inner}", inner_value)

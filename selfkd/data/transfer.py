@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -140,6 +140,22 @@ class TransferSet:
                 torch.cat([labels, labels_2]) if self.labelled else labels,
                 torch.cat([index, index_2 + len(data.train)]),
             )
+
+    def describe(
+        self, labels: Tensor, index: Tensor, counts: Sequence[int], processes: int
+    ) -> dict[str, Any]:
+        """Return what a `Distiller` needs to know of a batch's images without a label.
+
+        Args:
+            labels: Labels of this process's part of the batch.
+            index: Indices of its images.
+            counts: Labelled images of the whole batch, and those of the transfer set.
+            processes: Number of processes that share the batch.
+        """
+        if self.labelled:
+            return {}
+        share = {"labelled_share": counts[0] / sum(counts)} if processes > 1 else {}
+        return {"unlabelled": len(index) - len(labels), **share}
 
 
 def mixed_in(labelled: int, weight: float) -> int:

@@ -45,7 +45,6 @@ def masked_hard_term(
     task: Task,
     student_logits: Tensor,
     labels: Tensor,
-    *,
     unlabelled: int,
     share: float | None,
     label_smoothing: float,

@@ -145,6 +145,8 @@ class Training:
     """Learning rate scheduler; None for a constant learning rate."""
     average: AveragedModel | None = None
     """Moving average of the weights, evaluated and saved in place of the student."""
+    projections: nn.Module | None = None
+    """Projections of the loss, which the optimiser trains and no model is saved with."""
     device: str = "cpu"
     """Device of the student and of the batches."""
     precision: Precision = "none"
@@ -174,6 +176,7 @@ class Training:
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "average": self.average,
+            "projections": self.projections,
             "scaler": self.scaler,
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -264,11 +267,7 @@ def fit(
             with autocast(device, training.precision):
                 logits = take_logits(forward(inputs), "student")
             check_graph(logits, "student_logits")
-            mixed: dict[str, Any] = {}
-            if transfer is not None and not transfer.labelled:
-                mixed["unlabelled"] = len(index) - len(labels)
-                if ranks.size > 1:
-                    mixed["labelled_share"] = count[0] / sum(count)
+            mixed = transfer.describe(labels, index, count, ranks.size) if transfer else {}
             values = distiller(logits, labels, inputs=inputs, index=index, view=view, **mixed)
             optimizer.zero_grad(set_to_none=True)
             descend(training, ranks.mean_loss(values["loss"], *count), clip_grad)
@@ -305,7 +304,8 @@ def descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if clip_grad is not None:
         scaler.unscale_(training.optimizer)
-        nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+        own = () if training.projections is None else training.projections.parameters()
+        nn.utils.clip_grad_norm_([*student.parameters(), *own], clip_grad)
     scaler.step(training.optimizer)
     scaler.update()
     if training.average is not None:

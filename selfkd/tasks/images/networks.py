@@ -164,6 +164,11 @@ class ImageNetworks:
         labels: Tensor = getattr(self.data, split).labels.cpu()
         return labels
 
+    def two_images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, labels and indices of two training images."""
+        found = self.data.batches("train", batch_size=2, views=self.views, device=self.device)
+        return next(found)
+
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this data."""
         return self._make(model).to(self.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from selfkd.analysis.metrics import agreement, fit_temperature
-from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config import CheckpointConfig, ModelConfig, choices_of_terms
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.data.batches import batches
@@ -36,6 +36,7 @@ from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.loaded import load_average
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
+from selfkd.tasks.images.terms import try_terms
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Pool, Split
 from selfkd.training.fit import predict_batches
@@ -50,8 +51,11 @@ METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measu
 class ImageTask(ImageNetworks):
     """The task of a config; see `selfkd.tasks.task.Task`."""
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         """Try the config's networks on two images; return the facts of them and of the data.
+
+        Args:
+            teachers: Networks that may teach, with which the further terms of the loss are tried.
 
         Raises:
             ValueError: They do not fit; says what must be otherwise.
@@ -75,6 +79,9 @@ class ImageTask(ImageNetworks):
         sizes = {name: parameters_count(network) for name, network in networks.items()}
         if train.init == "teacher" and sizes["model"] != sizes["student"]:
             raise ValueError("train.init must be fresh when student differs from model")
+        if any(choices := choices_of_terms(config)):
+            found = [self._teacher_of(row) for row in teachers]
+            try_terms(self, networks["student"], found, choices)
         splits = {"train": data.train, "val": data.val, "test": data.test}
         notes = [data.note] if data.note else []
         prints = {
@@ -97,12 +104,16 @@ class ImageTask(ImageNetworks):
             cached=describe_cached(self.manifest("", {})),
         )
 
+    def _teacher_of(self, row: Mapping[str, Any]) -> Teacher:
+        """Return a network that may teach, of a checkpoint or with random weights."""
+        if "checkpoint" in row:
+            return self.teacher(row["checkpoint"])
+        return Teacher(self.make(ModelConfig(name=row["name"], args=row["args"])))
+
     def _tried(self, model: ModelConfig) -> nn.Module:
         """Return a network whose logits of two images are as they should be."""
         network = self.make(model).eval()
-        inputs, _, _ = next(
-            self.data.batches("train", batch_size=2, views=self.views, device=self.device)
-        )
+        inputs, _, _ = self.two_images()
         size, classes = self.data.image_size, self.data.num_classes
         try:
             with torch.no_grad():

@@ -46,8 +46,11 @@ OF_SAMPLES = ("distinct_1", "distinct_2", "distinct_3", "unended")
 class TextTask(TextNetworks):
     """The task of a config; see `selfkd.tasks.task.Task`. A row, or item, is a token."""
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         """Make the config's networks; return the facts of them and of the text.
+
+        Args:
+            teachers: Networks that may teach, with which the further terms of the loss are tried.
 
         Raises:
             ValueError: They do not fit; says what must be otherwise.

@@ -244,7 +244,7 @@ def _check(config: Config, facts: Facts, imported: int) -> None:
     if "specialists" in wanted and facts.outputs < SPECIALISTS_CLASSES:
         raise ConfigError(
             f"members.source must not be specialists with fewer than {SPECIALISTS_CLASSES} "
-            f"classes, got {facts.outputs}"
+            f"classes, got {facts.outputs}: data.name digit_pairs has 100"
         )
 
 

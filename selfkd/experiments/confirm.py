@@ -77,7 +77,7 @@ def prepare_again(run: Run, results: Sequence[GenerationResult]) -> None:
         RunError: It could not be made.
     """
     config = run.config
-    if not config.confirm.replicas or config.distill.live or run.function is not None:
+    if not config.confirm.replicas or not config.reads_cache or run.function is not None:
         return
     if config.confirm.lineages:  # which prepare their own teachers
         return

@@ -60,7 +60,8 @@ def born_again(run: Run) -> GenerationsSummary:
         RunError: All trials of a stage failed.
     """
     config, folder = run.config, run.folder
-    folder.keep(config, run.check())
+    student = [config.student] if config.student and config.most_rounds > 1 else []
+    folder.keep(config, run.check(teachers=[config.model, *student]))
     results = folder.results()[: config.most_rounds + 1]
     for result in results:
         run.events(GenerationFinished(result))
@@ -179,7 +180,7 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
     start = time.perf_counter()
     teachers = _teachers(config, results)
     written: list[Written] = []
-    if teachers and run.function is None and not config.distill.live:
+    if teachers and run.function is None and config.reads_cache:
         written += prepare_teachers(run, teachers, of=f"generation {generation}").values()
     arm = Arm(
         name=f"generation-{generation}",

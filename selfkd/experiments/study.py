@@ -72,12 +72,16 @@ class _Study:
     def finish(self) -> StudySummary:
         run, config = self.run, self.run.config
         facts = {
-            name: run.check(config.at(arm.set), where=f"study.arms.{name}: ")
+            name: self._check(name, arm, [m for m in arm.teachers if m != MEMBERS])
             for name, arm in self.configs.items()
             if not arm.average
         }
         if any(MEMBERS in arm.teachers for arm in self.configs.values()):
             self.members = make_teachers(run).of(config)
+            for name, arm in self.configs.items():
+                if MEMBERS in arm.teachers and config.at(arm.set).distill.terms:
+                    where = f"study.arms.{name}: "
+                    run.check(config.at(arm.set), where=where, teachers=self.members)
         else:
             self.members = []
             run.folder.keep(config, run.check())
@@ -87,6 +91,12 @@ class _Study:
             self._train(names, facts)
         summary = self._summary({name: self._measure(name) for name in self.configs})
         return run.finish(summary)
+
+    def _check(self, name: str, arm: ArmConfig, teachers: Sequence[str]) -> Facts:
+        """Try an arm on its data, with the networks of arms that teach it."""
+        config = self.run.config
+        models = [config.at(self.configs[each].set).model for each in teachers]
+        return self.run.check(config.at(arm.set), where=f"study.arms.{name}: ", teachers=models)
 
     def _waves(self) -> list[list[str]]:
         """Return the arms that can be trained side by side, one lot after the other."""
@@ -114,7 +124,7 @@ class _Study:
                 options=lambda number, options=options: options,  # type: ignore[misc]
                 seeds=seeds,
             )
-            if not own.distill.live:
+            if own.reads_cache:
                 self._prepare(name, own, teachers, facts[name])
         side = "one arm" if len(names) == 1 else f"{len(names)} arms side by side"
         title = f"{', '.join(names)}: {side}"

@@ -135,6 +135,18 @@ def optimizer_of(network: nn.Module, options: TrainConfig) -> torch.optim.Optimi
     )
 
 
+def add_projections(
+    optimizer: torch.optim.Optimizer, projections: nn.Module | None, options: TrainConfig
+) -> None:
+    """Add the projections of a loss to an optimiser, without weight decay of their biases."""
+    if projections is None:
+        return
+    for decays in (True, False):
+        own = [weight for weight in projections.parameters() if (weight.ndim > 1) == decays]
+        decay = options.weight_decay if decays else 0.0
+        optimizer.add_param_group({"params": own, "weight_decay": decay})
+
+
 def spread(items: int, most: int) -> list[int]:
     """Return numbers of evenly spaced items.
 

@@ -140,7 +140,12 @@ def _one_line(text: str | None) -> str:
 
 def losses_page() -> str:
     """Return the reference of the losses, by module; all are in `selfkd.losses`."""
-    lines = ["# Losses", "", "Every one is `selfkd.losses.NAME`, whatever its module."]
+    lines = [
+        "# Losses",
+        "",
+        "Every one is `selfkd.losses.NAME`, whatever its module. [Which loss](choosing.md) says what "
+        "each is for, [weights of papers](conventions.md) how published weights are converted.",
+    ]
     for module, names in losses().items():
         text = ast.get_docstring(_parse(_losses_file(module))) or ""
         lines += ["", f"## {module}", "", _one_line(text.split("\n\n")[0])]

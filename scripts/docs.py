@@ -143,8 +143,8 @@ def losses_page() -> str:
     lines = [
         "# Losses",
         "",
-        "Every one is `selfkd.losses.NAME`, whatever its module. [Which loss](choosing.md) says what "
-        "each is for, [weights of papers](conventions.md) how published weights are converted.",
+        "Every one is `selfkd.losses.NAME`, whatever its module. [Which loss](choosing.md): what "
+        "each is for; [weights of papers](conventions.md): the factors of published weights.",
     ]
     for module, names in losses().items():
         text = ast.get_docstring(_parse(_losses_file(module))) or ""

@@ -116,6 +116,17 @@ def test_one_default_of_t_and_alpha_but_where_the_guide_says_why() -> None:
     assert f"| `DistillationTrainer` of transformers | {given} |" in page
 
 
+def test_the_figures_that_choices_stand_on_are_those_of_the_pages_they_are_from() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    bullets = re.findall(r"^- .*?(?=^- |^$)", page, re.M | re.S)
+    assert len(bullets) >= 9
+    for bullet in bullets:
+        links = re.findall(r"\]\(([^)#]+)", bullet)
+        sources = " ".join((ROOT / "docs" / link).read_text(encoding="utf-8") for link in links)
+        for figure in re.findall(r"[+-]\d+\.\d+", bullet):
+            assert figure in sources, (figure, links)
+
+
 def public_losses() -> list[str]:
     return [
         name

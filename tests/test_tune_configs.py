@@ -28,6 +28,7 @@ SHAPES = {
     "cifar100": (100, 3, 32),
 }
 TEXT = sorted((FOLDER / "text").glob("*.yaml"))
+KNOWLEDGE = sorted((FOLDER / "knowledge").glob("*.yaml"))
 CIFAR = [path for path in CONFIGS if path.stem.startswith("cifar")]
 SMALL = {
     "selfkd_resnet20": "{depth: 8}",
@@ -112,6 +113,15 @@ def test_of_text_loads_and_opens_with_its_command(path: Path) -> None:
     assert config.task == "text"
     assert f"python -m selfkd.{command} --config tune_configs/text/{path.name} --name" in head
     assert "Expected:" in head
+
+
+@pytest.mark.parametrize("path", KNOWLEDGE, ids=lambda path: path.stem)
+def test_of_a_study_of_knowledge_loads_and_opens_with_its_command(path: Path) -> None:
+    config, head = load_config(path), path.read_text().split("\ndata:")[0]
+    command = "study" if config.study.arms else r"\w+"
+    assert re.search(
+        rf"python -m selfkd\.{command} --config tune_configs/knowledge/{path.name}", head
+    )
 
 
 def test_digits_is_the_built_in_default() -> None:

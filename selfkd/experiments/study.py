@@ -31,6 +31,7 @@ from selfkd.results import (
     Model,
     StudySummary,
     TrialResult,
+    Unseen,
     Written,
 )
 
@@ -309,8 +310,20 @@ def _arm_result(name: str, runs: Sequence[ArmRun], metric: str) -> ArmResult:
         errors=mean([run.metric("test_errors") for run in runs]),
         metrics={key: sum(run.metrics[key] for run in runs) / len(runs) for key in names},
         agreement=mean([run.metric("agreement") for run in runs]),
+        unseen_accuracy=mean([_on_unseen(row, row.class_accuracy) for row in unseen]),
+        biased_unseen_accuracy=mean([_on_unseen(row, row.biased_class_accuracy) for row in unseen]),
         biased_errors=mean([row.metric("test_errors") for row in unseen]),
         all_biased_errors=mean(
             [row.all_biased.metric("test_errors") for row in unseen if row.all_biased]
         ),
     )
+
+
+def _on_unseen(unseen: Unseen, accuracy: Sequence[float | None]) -> float | None:
+    """Mean of the accuracies of the unseen classes, those of which the test split has an image."""
+    known = [
+        value
+        for label, value in enumerate(accuracy)
+        if label in unseen.classes and value is not None
+    ]
+    return sum(known) / len(known) if known else None

@@ -343,6 +343,8 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
             words.mean(arm.mean, metric),
             words.value(arm.metric(f"val_{metric}"), metric),
             words.mean(arm.agreement),
+            words.mean(arm.unseen_accuracy),
+            words.mean(arm.biased_unseen_accuracy),
             _errors(arm.biased_errors),
             _errors(arm.all_biased_errors),
         )
@@ -352,10 +354,11 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
         members = study.members
         errors = words.number(members.metric("test_errors"), ".0f")
         val, test = measures(members, metric, ())
-        rows.append((f"members ({members.count})", "", errors, test, val, "", "", ""))
+        rows.append((f"members ({members.count})", "", errors, test, val, "", "", "", "", ""))
     short = words.short_metric(metric)
     head = ("arm", "seeds", "test errors", f"test {short}", f"val {short}", "agreement")
-    return Table((*head, "errors, one bias", "errors, biases"), tuple(rows)).without_empty()
+    biased = ("unseen acc", "with one bias", "errors, one bias", "errors, biases")
+    return Table((*head, *biased), tuple(rows)).without_empty()
 
 
 def _errors(estimate: Interval | None) -> str:

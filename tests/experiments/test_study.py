@@ -186,6 +186,14 @@ def test_a_class_that_was_not_seen_gets_one_bias_from_validation(
         found = wrong("val", unseen.bias)
         assert found <= min(wrong("val", bias) for bias in np.linspace(-20, 20, 20_001))
     assert arm(summary, "labels").runs[0].unseen is None
+    assert arm(summary, "labels").unseen_accuracy is None
+    runs = [row.unseen for row in arm(summary, "no_three").runs if row.unseen]
+    for found, name in (
+        (arm(summary, "no_three").unseen_accuracy, "class_accuracy"),
+        (arm(summary, "no_three").biased_unseen_accuracy, "biased_class_accuracy"),
+    ):
+        assert found is not None
+        assert found.value == pytest.approx(np.mean([getattr(row, name)[3] for row in runs]))
 
 
 def test_a_second_start_trains_and_tests_nothing_again(

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 FOLDER = "folder"
 """Name of a transfer set of images in a folder, without classes."""
+ORDER = 2**32
+"""Number added to a trial's seed, so that its items have another order than the labelled."""
 _STREAM = -5  # of the random numbers by which some of its images are taken
-_ORDER = 2**32  # from the seed of a trial to that of the order: another one than the labelled have
 _NAMED = 5  # images that a message names
 
 
@@ -114,7 +115,7 @@ class TransferSet:
         """
         sizes = self.sizes(labelled)
         each = sum(sizes)
-        order = Order(len(self), seed + _ORDER)(epoch * each, each)
+        order = Order(len(self), seed + ORDER)(epoch * each, each)
         more = read_batches(
             self.split,
             order,

@@ -21,7 +21,7 @@ from selfkd.tasks.common import make_fresh, optimizer_of, training_facts
 from selfkd.tasks.text.batches import Batch, TrainingText
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.evaluate import measure_matches
-from selfkd.tasks.text.loss import Loss, make_loss
+from selfkd.tasks.text.loss import Loss, make_loss, transfer_of
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
 from selfkd.tasks.text.write import training_text
@@ -65,7 +65,8 @@ def train_language_model(
         trial.progress.state = None
         yield from [dict(row) for row in trial.progress.rows]
     loss = make_loss(task, trial, transform)
-    text, writer = TrainingText(data, options, trial.seed), None
+    further = transfer_of(task, trial, transform)
+    text, writer = TrainingText(data, options, trial.seed, further), None
     if trial.teachers and distill.on_policy > 0:
         writer = Writer(student, data, options, end=task.data.end, seed=trial.seed)
         if state is not None:

@@ -144,7 +144,7 @@ def trials_table(run: Run, trials: Sequence[TrialResult], chosen: int | None) ->
     keys = sorted({key for trial in trials for key in trial.point}, key=_distill_first)
     short = {"distill.temperature": "T", "distill.alpha": "alpha", TERMS: "terms"}
     named = words.short_metric(run.metric)
-    head = ("trial", *(short.get(key, key) for key in keys), named, "seconds", "")
+    head = ("trial", *(short.get(key, words.short_key(key)) for key in keys), named, "seconds", "")
     rows = [
         (
             str(trial.trial),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from selfkd.analysis import verdicts
 from selfkd.analysis.verdicts import count, describe_other_data, format_difference, short
-from selfkd.config import TERMS, Config, choices_of_terms
+from selfkd.config import TERM_WEIGHT, TERMS, Config, choices_of_terms
 from selfkd.distill.loss_names import LOSSES, describe_terms
 from selfkd.reporting.read import Run
 from selfkd.results import (
@@ -309,6 +309,16 @@ def describe_ensemble(summary: EnsembleSummary) -> list[str]:
         value = format_difference(share, form=share_kept)
         lines.append(f"share of the teacher's gain kept: {value}{ends}")
     return lines
+
+
+def short_key(key: str) -> str:
+    """Return a dotted config key as it stands before its value; the weight of a term is short.
+
+    >>> short_key("distill.terms.hint.weight"), short_key("train.lr")
+    ('hint weight', 'train.lr')
+    """
+    found = TERM_WEIGHT.fullmatch(key)
+    return f"{found[1]} weight" if found else key
 
 
 def format_setting(key: str, value: Any) -> str:

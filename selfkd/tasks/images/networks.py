@@ -48,6 +48,8 @@ class NetworkFacts(ModelFacts):
     std: tuple[FiniteFloat, ...] = Field(min_length=1)
     image_size: int = Field(default=0, ge=0, le=LARGEST_ARGUMENT)
     """Height and width of its images in pixels; 0 where they are not known."""
+    features: tuple[str, ...] | None = None
+    """Names of the features that it takes, where it takes no images."""
     specialist: tuple[int, ...] = ()
     """Classes that a specialist tells apart; all others are its last one."""
     dustbin_shift: FiniteFloat = 0.0
@@ -68,6 +70,7 @@ def _split_settings(config: DataConfig, seed: int) -> dict[str, Any]:
         "val_size": config.val_size,
         "classes": config.classes,
         "image_size": config.image_size,
+        "label_column": config.label_column,
         "reserve": reserve,
         "seed": seed,
     }
@@ -110,6 +113,7 @@ def _load_transfer(config: DataConfig, seed: int, device: str) -> TransferSet:
         weight=own.weight,
         labelled=own.labels,
         rest=partial(load_rest, config.name, **settings) if _is_same(config, own) else None,
+        label_column=config.label_column,
         fixed=config.image_size is None and config.name != FOLDER and "/" not in config.name,
         download=config.download,
         in_memory=config.in_memory,
@@ -196,6 +200,7 @@ class ImageNetworks:
             "std": list(data.std),
             "data": data.name,
             "fingerprint": data.fingerprint,
+            **({} if data.features is None else {"features": list(data.features)}),
             "parameters": parameters_count(network),
             **({} if (share := pruned_share(network)) is None else {PRUNED: share}),
             **more,
@@ -216,6 +221,12 @@ class ImageNetworks:
             raise ValueError(
                 f"{checkpoint} was trained for other classes than {self.data.name}'s: "
                 f"{describe_classes(facts.classes, here)}"
+            )
+        if facts.features != self.data.features:
+            own = "images" if self.data.features is None else f"{len(self.data.features)} features"
+            raise ValueError(
+                f"{checkpoint} was trained on other inputs than the {own} of {self.data.name}: "
+                + ("images" if facts.features is None else ", ".join(facts.features[:8]))
             )
         model = ModelConfig(**facts.model)
         network = rebuild(checkpoint, tensors, facts, lambda: self._make(model))

@@ -113,6 +113,7 @@ def _load_transfer(config: DataConfig, seed: int, device: str) -> TransferSet:
         weight=own.weight,
         labelled=own.labels,
         rest=partial(load_rest, config.name, **settings) if _is_same(config, own) else None,
+        label_column=config.label_column,
         fixed=config.image_size is None and config.name != FOLDER and "/" not in config.name,
         download=config.download,
         in_memory=config.in_memory,

@@ -32,6 +32,7 @@ from selfkd.tasks.text.pretrained import check_causal, folder_hash
 from selfkd.tasks.text.terms import try_terms
 from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
+from selfkd.tasks.text.transfer import check_text_leaks
 from selfkd.tasks.text.write import WrittenText
 from selfkd.training.trial import Trial
 
@@ -92,6 +93,10 @@ class TextTask(TextNetworks):
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
         manifest = self.manifest("", {})
         notes = list(self._check_cached(manifest))
+        prints = {str(split): own for split, own in data.fingerprints.items()}
+        if (transfer := self.transfer) is not None:
+            notes.append(check_text_leaks(transfer, config.data, config.seed, data))
+            prints["transfer"] = transfer.fingerprint
         return Facts(
             items={split: len(tokens) for split, tokens in data.splits.items()},
             unit="tokens",
@@ -108,7 +113,8 @@ class TextTask(TextNetworks):
             outputs=data.vocabulary,
             parameters=sizes,
             prompts=data.splits["train"].windows,
-            fingerprints={str(split): own for split, own in data.fingerprints.items()},
+            fingerprints=prints,
+            transfer=0 if transfer is None else len(transfer.tokens),
             weights=weights,
             export=FOLDER,
             cached=describe_cached(manifest) if caches_logits(config) else None,
@@ -264,8 +270,9 @@ class TextTask(TextNetworks):
             checkpoint: File of the model.
             items: Rows, one a token.
             view: Number of the view of the text, of which there is one.
+            of: Whether the rows are those of training, or of the transfer set.
         """
-        return self.batches(self.load(checkpoint)[0], "train", items)
+        return self.batches(self.load(checkpoint)[0], of, items)
 
     def predict_with(self, network: nn.Module, split: Split, *, like: str | None = None) -> Tensor:
         """Return the logits of a network that was made for this text."""
@@ -278,13 +285,14 @@ class TextTask(TextNetworks):
         """
         each = row_bytes(self.data.vocabulary, top_k=self.top_k, samples=self.samples)
         window = 1 if self.data.splits["train"].starts is not None else self.data.context
+        tokens, fingerprint = self.pool(of)
         return Manifest(
             teacher=teacher,
-            data=self.data_key,
-            fingerprint=self.fingerprint,
+            data=self.key_of(fingerprint),
+            fingerprint=fingerprint,
             recipe={},
             views=1,
-            images=len(self.data.splits["train"]),
+            images=len(tokens),
             classes=self.data.vocabulary,
             top_k=self.top_k,
             samples=self.samples,

@@ -89,8 +89,7 @@ def test_terms_and_their_weights_are_searched_together() -> None:
 
 def test_an_arm_may_have_terms_but_not_of_transformed_targets() -> None:
     arms = "labels: {}, hint: {teacher: labels, set: {distill.terms: [{name: pkt}]}%s}"
+    changed = arms % ", target_transform: permuted"
     check_study(load_config(settings=[f"study.arms={{{arms % ''}}}"]))
     with pytest.raises(ConfigError, match="target_transform permuted has no further terms"):
-        check_study(
-            load_config(settings=[f"study.arms={{{arms % ', target_transform: permuted'}}}"])
-        )
+        check_study(load_config(settings=[f"study.arms={{{changed}}}"]))

@@ -61,6 +61,8 @@ SOURCE_ARGS = (*RESERVED_ARGS, "path")
 """Arguments that a checkpoint drops, as its weights come from itself."""
 
 
+ARRAYS = "arrays"
+"""Name of the data set whose items are vectors of features."""
 HF = "hf"
 """Name of the language models of `transformers` that are read from a folder, `model.args.path`."""
 
@@ -115,14 +117,20 @@ class DataConfig:
     """Dataset, splits and augmentation."""
 
     name: Place = "digits"
-    """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
-    train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`) or any name of
-    `timm.data.create_dataset`. Of text: pydoc (the manual in Python itself), the default there;
-    docstrings (of Python's standard library); arithmetic (generated problems); or text (`root` has
-    files .txt, or .jsonl with `{"text": …}` or `{"prompt": …, "completion": …}` a line, or is a
-    folder of `datasets.save_to_disk`)."""
+    """Name of the dataset: digits, digit_pairs (two digits side by side, 100 classes), mnist,
+    fashion_mnist, cifar10, cifar100, folder (images in train/CLASS and test/CLASS, or a folder
+    of `datasets.save_to_disk`), any name of `timm.data.create_dataset`, or arrays (features and
+    labels: `root` is a .npz, .csv, .tsv or .parquet file, or a folder of these or of .npy
+    files). Of text: pydoc (the manual in Python itself), the default there; docstrings (of
+    Python's standard library); arithmetic (generated problems); or text (`root` has files .txt,
+    or .jsonl with `{"text": …}` or `{"prompt": …, "completion": …}` a line, or is a folder of
+    `datasets.save_to_disk`)."""
     root: Place | None = None
-    """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
+    """Folder of the dataset, or file of arrays; the environment variable SELFKD_DATA when not
+    given."""
+    label_column: str | None = None
+    """Column of the labels in a table of `arrays`; the one named label, target, class or y, else
+    the last, when not given."""
     download: bool = False
     """Whether to download the dataset into `root` where it is missing."""
     train_size: int | None = Field(default=None, ge=1)
@@ -169,6 +177,21 @@ class DataConfig:
     transfer: TransferConfig | None = None
     """Transfer set; students are trained on the training items alone when not given."""
 
+    def __post_init__(self) -> None:
+        if self.name != ARRAYS:
+            if self.label_column is not None:
+                raise ValueError(
+                    f"label_column must be left out but with name {ARRAYS}, got "
+                    f"{self.label_column!r} with {self.name}"
+                )
+            return
+        for key in ("image_size", "crop", "flip", "jitter"):
+            if value := getattr(self, key):
+                raise ValueError(
+                    f"{key} must be left out with name {ARRAYS}, whose features are no pixels, "
+                    f"got {value!r}"
+                )
+
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ModelConfig:
@@ -176,7 +199,8 @@ class ModelConfig:
 
     name: str = "selfkd_cnn"
     """Name of the network: any of `timm.create_model`, selfkd's own small networks (`selfkd_*`)
-    among them; of text, selfkd_gpt, or hf, a model of transformers in the folder `args.path`."""
+    among them; of arrays, selfkd_mlp, the default there; of text, selfkd_gpt, or hf, a model of
+    transformers in the folder `args.path`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` starts
     from timm's pretrained weights; selfkd_gpt has `depth`, `width`, `heads` and `dropout`; hf has
@@ -608,6 +632,7 @@ ARITHMETIC: Tree = {
 HF_RATE = 5e-5
 """Learning rate by default of a model that starts from trained weights."""
 _TEXT_SPACE: Tree = TEXT["search"]["space"]
+ARRAYS_MODEL: Tree = {"name": "selfkd_mlp", "args": {"width": 128}}
 TEXT_MODEL: Tree = {"name": "selfkd_gpt", "args": {"depth": 2, "width": 64, "heads": 4}}
 
 
@@ -635,10 +660,14 @@ def with_task_defaults(tree: Tree) -> Tree:
 
     >>> with_task_defaults({"task": "text", "data": {"context": 8}})["data"]
     {'name': 'pydoc', 'context': 8}
+    >>> with_task_defaults({"data": {"name": "arrays"}})["model"]
+    {'name': 'selfkd_mlp', 'args': {'width': 128}}
     """
-    if tree.get("task") != "text":
-        return tree
     found, data = dict(tree), tree.get("data")
+    if tree.get("task") != "text":
+        if isinstance(data, Mapping) and data.get("name") == ARRAYS:
+            found["model"] = _named_model(tree, ARRAYS_MODEL)
+        return found
     own_of = ARITHMETIC if isinstance(data, Mapping) and data.get("name") == "arithmetic" else {}
     own_defaults = copy.deepcopy(TEXT)
     own_defaults["search"]["space"] = copy.deepcopy(_default_space(tree))
@@ -646,9 +675,7 @@ def with_task_defaults(tree: Tree) -> Tree:
         defaults |= own_of.get(section, {})
         given = tree.get(section, {})
         found[section] = {**defaults, **given} if isinstance(given, Mapping) else given
-    model = tree.get("model", copy.deepcopy(TEXT_MODEL))
-    own = {"name": TEXT_MODEL["name"]}
-    found["model"] = {**own, **model} if isinstance(model, Mapping) else model
+    model = found["model"] = _named_model(tree, TEXT_MODEL)
     models = [each for each in (model, tree.get("student")) if each is not None]
     folders = [folder for each in models if (folder := _folder_of(each)) is not None]
     if folders:
@@ -656,6 +683,12 @@ def with_task_defaults(tree: Tree) -> Tree:
     if len(folders) == len(models) and not any(each["args"].get("fresh") for each in models):
         _default(found["train"], tree.get("train"), "lr", HF_RATE)
     return found
+
+
+def _named_model(tree: Tree, default: Tree) -> Any:
+    """Return the section of the network, the default one where there is none, with a name."""
+    model = tree.get("model", copy.deepcopy(default))
+    return {"name": default["name"], **model} if isinstance(model, Mapping) else model
 
 
 def _default(section: Any, given: Any, key: str, value: Any) -> None:

@@ -94,6 +94,7 @@ class ImageTask(ImageNetworks):
                 "test": fingerprint(data.test, mean=data.mean, std=data.std),
             },
             notes=(data.note,) if data.note else (),
+            unit="images" if data.features is None else "rows",
             cached=describe_cached(self.manifest("", {})),
         )
 
@@ -112,9 +113,11 @@ class ImageTask(ImageNetworks):
             with torch.no_grad():
                 output = network(inputs)
         except Exception as error:
+            what = f"{size}x{size} images"
+            if self.data.features is not None:
+                what = f"[N, {len(self.data.features)}] features, such as selfkd_mlp"
             raise ValueError(
-                f"model must take {size}x{size} images, got {model.name!r} with {model.args}: "
-                f"{error}"
+                f"model must take {what}, got {model.name!r} with {model.args}: {error}"
             ) from error
         try:
             shape = str(list(take_logits(output, "model").shape))
@@ -194,6 +197,8 @@ class ImageTask(ImageNetworks):
 
     def example(self, items: int) -> Tensor:
         """Return inputs of so many images."""
+        if self.data.features is not None:
+            return torch.zeros((items, self.data.in_chans), device=self.device)
         size = self.data.image_size
         return torch.zeros((items, self.data.in_chans, size, size), device=self.device)
 
@@ -294,7 +299,7 @@ class ImageTask(ImageNetworks):
 
     def interface(self) -> Interface:
         """Return what a network of these images takes and gives when it is exported."""
-        return Interface(input="images")
+        return Interface(input="images" if self.data.features is None else "features")
 
     def combined(
         self,
@@ -321,7 +326,10 @@ class ImageTask(ImageNetworks):
         return found.network.to(self.device)
 
     def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
-        """Return images `[items, channels, height, width]`, normalised like a checkpoint's."""
+        """Return images `[items, channels, height, width]`, normalised like a checkpoint's.
+
+        Of arrays they are features `[items, F]`.
+        """
         return self._inputs(split, spread(len(getattr(self.data, split)), most), like)
 
     def calibration(self, most: int, *, like: str | None = None) -> Tensor:
@@ -429,7 +437,9 @@ class ImageTask(ImageNetworks):
         }
 
     def pictures(self, split: Split, items: Sequence[int]) -> list[bytes]:
-        """Return images as PNG files of at most 96 x 96 pixels."""
+        """Return images as PNG files of at most 96 x 96 pixels; none of arrays."""
+        if self.data.features is not None:
+            return []
         images = getattr(self.data, split).images
         found = []
         for item in items:

@@ -339,8 +339,8 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
             arm.name,
             str(len(arm.runs)),
             _errors(arm.errors),
-            words.mean(arm.mean, metric),
-            words.value(arm.metric(f"val_{metric}"), metric),
+            words.mean(arm.mean, study.metric or metric),
+            "" if study.metric else words.value(arm.metric(f"val_{metric}"), metric),
             words.mean(arm.agreement),
             _errors(arm.biased_errors),
             _errors(arm.all_biased_errors),
@@ -353,7 +353,8 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
         val, test = measures(members, metric, ())
         rows.append((f"members ({members.count})", "", errors, test, val, "", "", ""))
     short = words.short_metric(metric)
-    head = ("arm", "seeds", "test errors", f"test {short}", f"val {short}", "agreement")
+    own = words.short_metric(study.metric) if study.metric else f"test {short}"
+    head = ("arm", "seeds", "test errors", own, f"val {short}", "agreement")
     return Table((*head, "errors, one bias", "errors, biases"), tuple(rows)).without_empty()
 
 

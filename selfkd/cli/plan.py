@@ -24,6 +24,7 @@ from selfkd.config import (
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import load_entry
 from selfkd.experiments.controls import TITLES
+from selfkd.experiments.ensemble import mixes_transfer
 from selfkd.experiments.given import has_known_training
 from selfkd.experiments.members import find_members, trained_networks
 from selfkd.experiments.run_folder import RunFolder
@@ -111,8 +112,10 @@ def plan_ensemble(config: Config) -> Plan:
     if config.space(with_teacher=False) or not seeds:
         stages.append(Planned("student from labels only", trials, ["labels/trial_*"], student))
     if seeds:
+        arms = 3 if mixes_transfer(config) else 2
+        title = "confirmation, all three" if arms == 3 else "confirmation, both"
         patterns = ["confirm/*/trial_*"]
-        stages.append(Planned("confirmation, both", 2 * seeds, patterns, student, teachers))
+        stages.append(Planned(title, arms * seeds, patterns, student, teachers))
     return _by_mode(config, replace(members, stages=stages, tried=[(config, teachers)]))
 
 
@@ -239,6 +242,12 @@ def print_plan(
         lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):
         lines.append(_describe_cache(config, plan, facts))
+    if facts.transfer and config.data.transfer is not None:
+        share = 1 / (1 - config.data.transfer.weight)
+        lines.append(
+            f"mixed:   steps of students with teachers have {share:.3g} times as many items with "
+            "the transfer set, which the time below leaves out"
+        )
     lines += [f"live:    {said}" for said in describe_live(config)]
     lines += describe_on_policy(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
@@ -296,12 +305,15 @@ def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
         return "cached:  no teacher logits, as teachers are run at each step"
     if facts.cached is None or not plan.teachers:
         return "cached:  no teacher logits"
-    items, each = facts.items["train"] * facts.views, facts.cached.row_bytes
+    pools = [facts.items["train"], facts.transfer]
+    each, which = facts.cached.row_bytes, f"{pools[0]:,} {facts.unit}"
+    if facts.transfer:
+        which += f" and {facts.transfer:,} of the transfer set"
     views = f" in {facts.views} views" if facts.views > 1 else ""
     return (
-        f"cached:  {short(plan.teachers * items * each)}B of teacher logits, of "
-        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}: "
-        f"{facts.cached.words}, {each:,} bytes each"
+        f"cached:  {short(plan.teachers * sum(pools) * facts.views * each)}B of teacher logits, of "
+        f"{count(plan.teachers, 'model')} for {which}{views}: {facts.cached.words}, {each:,} bytes "
+        "each"
     )
 
 

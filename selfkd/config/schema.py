@@ -99,14 +99,17 @@ class TransferConfig:
     """Transfer set: further data that students with teachers are trained on."""
 
     name: Place
-    """Name of the dataset, as in `data.name`, whose training items are taken; or folder: images in
-    `root` and its subfolders, without classes."""
+    """Name of the dataset, as in `data.name`: its items without an official split of validation or
+    test; where it is `data.name` itself, its training items that are in no split. Or folder: images
+    in `root` and its subfolders, without classes."""
     root: Place | None = None
     """Folder of the dataset; `data.root` when not given."""
     size: int | None = Field(default=None, ge=1)
     """Number of its items that are taken, by `seed`; all when not given."""
-    weight: float = Field(default=0.5, gt=0, lt=1)
-    """Share of each batch that is of the transfer set, in (0, 1)."""
+    weight: float = Field(default=0.5, ge=0, lt=1)
+    """Share of each batch that is of the transfer set, in [0, 1): its items are added to the batch
+    of labelled ones, of which an epoch has as many as without. At 0 none are, and the splits stay
+    the same."""
     labels: bool = False
     """Whether its labels are trained on where it has them; else its items have the soft term
     alone."""

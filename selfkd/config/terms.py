@@ -43,6 +43,11 @@ def _fault(config: Config, terms: list[Mapping[str, Any]]) -> str | None:
     layers, logits = ", ".join(names[True]), ", ".join(names[False])
     if terms and config.distill.mode == "traces":
         return "has no effect with distill.mode traces, where text is all that teachers give"
+    transfer = config.data.transfer
+    if transfer is not None and transfer.weight > 0:
+        needing = {"crd"} if transfer.labels else {"crd", "dkd"}
+        if found := sorted(needing.intersection(names[True] + names[False])):
+            return f"must be without {found[0]} with data.transfer, which it has no labels of"
     members = config.members
     if layers and "specialists" in (members.source, *members.compare):
         return f"must be of logits with specialists, whose layers differ, got {layers}"

@@ -58,8 +58,10 @@ FREE = (
     *("data.train_size", "data.classes", "data.label_noise"),
     *("data.crop", "data.flip", "data.jitter", "data.views"),
     *("data.rationales", "data.rationale_weight"),
+    "data.transfer",
 )
-"""What an arm of a study may change of the data: its training items, their labels and views."""
+"""What an arm of a study may change of the data: its training items, their labels and views, and
+the transfer set."""
 _CACHED = ("targets.top_k", "targets.samples")
 """What an arm of a study may change of the cached teacher logits."""
 _FIXED_KEYS = (
@@ -331,7 +333,8 @@ def _study_faults(config: Config) -> Iterator[str]:
             )
         for key in arm.set:
             free = key.split(".")[0] in ("model", "train", "distill", "write")
-            if not free and key not in (*FREE, *_CACHED):
+            free |= key in (*FREE, *_CACHED) or key.startswith("data.transfer.")
+            if not free:
                 known = f"model, train, distill, write or of {', '.join((*FREE, *_CACHED))}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
             elif key in foreign:

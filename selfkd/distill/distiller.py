@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.distill.tasks import Task, as_outputs, hard_term, task_terms
+from selfkd.distill.tasks import Task, as_outputs, hard_term, masked_hard_term, task_terms
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
@@ -269,6 +269,8 @@ class Distiller:
         view: int = 0,
         normalizer: float | Tensor | None = None,
         hard_loss: Tensor | None = None,
+        unlabelled: int = 0,
+        labelled_share: float | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss of a batch, by name.
 
@@ -289,6 +291,9 @@ class Distiller:
             normalizer: Divisor in place of the batch's number of images in each mean, above 0.
             hard_loss: Hard term of the caller's own, a scalar with the graph, in place of the
                 cross-entropy; the labels are given to the further terms only.
+            unlabelled: Number of images at the end without a label: `labels` are of the others,
+                over which the hard term is a mean; further terms get none.
+            labelled_share: Fraction with a label of all micro-batches or processes together.
 
         Returns:
             Scalars by name: `loss`, with the graph; `hard_loss`, if there are labels; `soft_loss`,
@@ -297,9 +302,9 @@ class Distiller:
 
         Raises:
             ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
-                a normalizer of 0 or less, a `hard_loss` that is no scalar, or with feature terms,
-                logits or features without a graph of a student that trains; otherwise as
-                `distillation_terms`.
+                labels of too many or few images, a normalizer of 0 or less, a `hard_loss` that is
+                no scalar, or with feature terms, logits or features without a graph of a student
+                that trains; otherwise as `distillation_terms`.
             TypeError: An output in which it is not clear which tensor the logits are, or a
                 `hard_loss` that is no tensor; otherwise as `distillation_terms`.
         """
@@ -310,6 +315,11 @@ class Distiller:
             check_tensor("hard_loss", hard_loss)
             if hard_loss.ndim:
                 raise ValueError(f"hard_loss must be a scalar, got shape {list(hard_loss.shape)}")
+        if (unlabelled or labelled_share is not None) and labels is not None:
+            if hard_loss is None:
+                smoothing, parts = self.label_smoothing, (unlabelled, labelled_share)
+                hard_loss = masked_hard_term(self.task, logits, labels, *parts, smoothing)
+            labels = None
         terms = self._terms(logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms

@@ -84,12 +84,30 @@ class _Study:
         else:
             self.members = []
             run.folder.keep(config, run.check())
+        self._check_test(facts)
         for name, own in facts.items():
             run.folder.keep_facts(f"arms/{name}/data.json", own, where=f"study.arms.{name}: ")
         for names in self._waves():
             self._train(names, facts)
         summary = self._summary({name: self._measure(name) for name in self.configs})
         return run.finish(summary)
+
+    def _check_test(self, facts: Mapping[str, Facts]) -> None:
+        """Check that arms with and without a transfer set are tested on the same items.
+
+        Raises:
+            ConfigError: The transfer set of one is taken from what another is tested on.
+        """
+        sets = {name: self.run.config.at(self.configs[name].set).data.transfer for name in facts}
+        first, *others = facts
+        for name in others:
+            tested = [facts[each].fingerprints.get("test") for each in (first, name)]
+            if sets[name] != sets[first] and tested[0] != tested[1]:
+                raise ConfigError(
+                    f"study.arms.{name}: must be tested on the items of {first}, and its transfer "
+                    "set makes the test split another: give data.transfer to the whole study, and "
+                    "switch it off by data.transfer.weight: 0"
+                )
 
     def _check(self, name: str, arm: ArmConfig, teachers: Sequence[str]) -> Facts:
         """Try an arm on its data, with the networks of arms that teach it."""

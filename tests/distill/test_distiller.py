@@ -331,6 +331,53 @@ def test_unlabelled_data(source: str) -> None:
         assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("source", ["classes", "probabilities"])
+def test_the_last_images_of_a_batch_may_have_no_label(source: str) -> None:
+    """The hard term is the mean over the labelled, the soft term over all; parts add up."""
+    student_logits, labels, batch = make_step()
+    targets: Tensor = labels
+    if source == "probabilities":
+        targets = torch.randn(BATCH, CLASSES).softmax(-1)
+    cached = CachedLogits()
+    settings: dict[str, Any] = {"temperature": 2.0, "alpha": 0.7, "label_smoothing": 0.1}
+    distiller = Distiller(targets=cached, **settings)
+    index = batch["index"]
+    found = distiller(student_logits, targets[:2], index=index, unlabelled=BATCH - 2)
+    hard = hard_loss(student_logits[:2], targets[:2], label_smoothing=0.1)
+    soft = distillation_terms(
+        student_logits, cached(index, 0), labels, temperature=2.0, alpha=1.0
+    ).loss
+    torch.testing.assert_close(found["hard_loss"], hard.detach())
+    torch.testing.assert_close(found["soft_loss"], soft.detach())
+    torch.testing.assert_close(found["loss"], 0.3 * hard + 0.7 * soft)
+    parts = [
+        distiller(
+            student_logits[rows],
+            targets[rows][:labelled],
+            index=index[rows],
+            unlabelled=len(index[rows]) - labelled,
+            labelled_share=2 / BATCH,
+            normalizer=BATCH,
+        )
+        for rows, labelled in ((slice(0, 1), 1), (slice(1, 4), 1), (slice(4, BATCH), 0))
+    ]
+    for name, value in found.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), value)
+    with pytest.raises(ValueError, match="labels must be of the 6 images less the 3 of unlabelled"):
+        distiller(student_logits, targets[:2], index=index, unlabelled=3)
+
+
+def test_terms_of_labels_need_them_of_all_images() -> None:
+    student_logits, labels, batch = make_step()
+    batch |= {"unlabelled": BATCH - 2}
+    without = {"mse": LogitTerm(lambda z_s, z_t, y: logit_mse(z_s, z_t))}
+    distiller = Distiller(targets=CachedLogits(), terms=without)
+    assert "mse" in distiller(student_logits, labels[:2], **batch)
+    of_labels = {"dkd": LogitTerm(partial(dkd_loss, temperature=2.0))}
+    with pytest.raises(ValueError, match="labels must be given for the term 'dkd'"):
+        Distiller(targets=CachedLogits(), terms=of_labels)(student_logits, labels[:2], **batch)
+
+
 def test_labels_are_named_where_they_are_needed() -> None:
     student_logits, _, batch = make_step()
     teacher = nn.Linear(FEATURES, CLASSES)

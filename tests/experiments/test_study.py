@@ -317,3 +317,19 @@ def test_a_finished_study_takes_more_seeds(tmp_path: Path) -> None:
     assert runs[0] == runs[1]
     assert found.verdict == expected.verdict
     assert finished(RunFolder.open(folder.path)[1], folder) == found
+
+
+def test_arms_with_and_without_a_transfer_set(tmp_path: Path) -> None:
+    """An arm switches it off, or takes another; what makes the test split another is refused."""
+    arms = (
+        "study={arms: {labels: {}, plain: {teacher: labels, set: {data.transfer.weight: 0}}, "
+        "more: {teacher: labels}, folder: {teacher: labels, set: {data.transfer.size: 200}}}}"
+    )
+    base = "data={train_size: 60, val_size: 100, transfer: {name: digits, size: 300}}"
+    fine = arms.replace("data.transfer.size: 200", "data.transfer.labels: true")
+    few = ("confirm.seeds=1", "train.epochs=1")
+    _, summary, _ = study(tmp_path / "fine", base, fine, *few, notes="transfer set: 300")
+    found = {arm.name: arm.runs[0].hash for arm in summary.arms}
+    assert len(set(found.values())) == 4
+    with pytest.raises(ConfigError, match=r"study.arms.folder: must be tested on the items of lab"):
+        study(tmp_path / "other", base.replace("300", "1000"), arms)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from selfkd.config import TrainConfig
+from selfkd.data.order import Order as Order
 from selfkd.tasks.text.data import IGNORED, Tokens
 
 
@@ -33,37 +34,6 @@ class Batch(NamedTuple):
         """Sum of the weights of what is trained on."""
         valid = self.labels != IGNORED
         return float(valid.sum() if self.weights is None else self.weights[valid].double().sum())
-
-
-class Order:
-    """Windows in random order, pass after pass: a function of seed and position alone.
-
-    Args:
-        windows: Number of windows.
-        seed: Seed of the order.
-
-    >>> order = Order(4, seed=0)
-    >>> sorted(order(0, 4).tolist()), order(2, 4).tolist() == order(0, 6).tolist()[2:]
-    ([0, 1, 2, 3], True)
-    """
-
-    def __init__(self, windows: int, seed: int) -> None:
-        self._windows, self._seed = windows, seed
-        self._passes: dict[int, Tensor] = {}
-
-    def __call__(self, start: int, count: int) -> Tensor:
-        """Return the numbers of so many windows from a position of the endless order on."""
-        first, last = start // self._windows, (start + count - 1) // self._windows
-        numbers = range(first, last + 1)
-        self._passes = {number: self._pass(number) for number in numbers}
-        found = torch.cat([self._passes[number] for number in numbers])
-        return found[start - first * self._windows :][:count]
-
-    def _pass(self, number: int) -> Tensor:
-        if number in self._passes:
-            return self._passes[number]
-        seed = (self._seed * 1_000_003 + number) % 2**63
-        return torch.randperm(self._windows, generator=torch.Generator().manual_seed(seed))
 
 
 class TrainingText:

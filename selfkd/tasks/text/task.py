@@ -23,7 +23,7 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import link
 from selfkd.storage.remote import as_path
 from selfkd.tasks.common import Averaged, describe_cached, optimizer_of, spread
-from selfkd.tasks.task import SPLITS, Split
+from selfkd.tasks.task import SPLITS, Pool, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.cached import caches_logits
 from selfkd.tasks.text.export import FOLDER, export_model
@@ -255,7 +255,9 @@ class TextTask(TextNetworks):
         """Return the logits of a checkpoint, one row a token that is scored."""
         return self.logits(self.load(checkpoint)[0], split)
 
-    def predict_batches(self, checkpoint: str, items: range, *, view: int = 0) -> Iterator[Tensor]:
+    def predict_batches(
+        self, checkpoint: str, items: range, *, view: int = 0, of: Pool = "train"
+    ) -> Iterator[Tensor]:
         """Yield the logits of a checkpoint for rows of the training text, to be cached.
 
         Args:
@@ -269,7 +271,7 @@ class TextTask(TextNetworks):
         """Return the logits of a network that was made for this text."""
         return self.logits(network, split)
 
-    def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
+    def manifest(self, teacher: str, origin: Mapping[str, Any], *, of: Pool = "train") -> Manifest:
         """Return the manifest of a teacher's cached logits, one row a token.
 
         Shards are of whole windows where these have a length.

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
 from selfkd.cli.command import Command, Description, load_line
+from selfkd.cli.functions import absolute_reference, check_reference, stem_of
 from selfkd.cli.options import base_parser, config_flags
 from selfkd.cli.output import safe_output
 from selfkd.cli.plan import plan_generations
 from selfkd.cli.result import Given, Result, Settings, run_command
-from selfkd.cli.signals import inside_job
 from selfkd.cli.tables import chosen_table, own_metrics_table, summary_table
 from selfkd.config import Config
 from selfkd.errors import ConfigError
@@ -31,7 +31,6 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
 from selfkd.reporting.words import form, short_metric, warn_of_collapse
 from selfkd.results import GenerationsSummary, title
-from selfkd.storage.remote import secret_fault
 from selfkd.training.functions import function_reference
 
 DEFAULT_JOB = {"confirm.lineages": 12}
@@ -162,9 +161,7 @@ def run_generations(
 def _command(reference: str | None) -> Command[GenerationsSummary]:
     if reference is None:
         return _COMMAND
-    path, colon, name = reference.rpartition(":")
-    if colon and not inside_job():  # workers have other folders, but for a job's own
-        reference = f"{Path(path).expanduser().absolute()}:{name}"
+    reference = absolute_reference(reference)
 
     def check(config: Config) -> None:
         if config.generation_0.path is not None:
@@ -177,17 +174,14 @@ def _command(reference: str | None) -> Command[GenerationsSummary]:
                 "controls must be empty with --train, whose data and test split are its own, got "
                 f"{config.controls}"
             )
-        if fault := secret_fault(path):
-            raise ConfigError(f"--train {fault}")
-        if not colon or not Path(path).expanduser().is_file():
-            raise ConfigError(f"--train must be path/file.py:function, got {reference!r}")
+        check_reference(reference)
 
     command = dataclasses.replace(
         _COMMAND,
         check=check,
         greet=lambda config: f"{_plan(config)}, trained by {reference}",
         function=reference,
-        stem=f"{Path(path).stem}-{name}",
+        stem=stem_of(reference),
     )
     return dataclasses.replace(command, describe=partial(_describe, command=command))
 

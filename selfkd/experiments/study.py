@@ -142,7 +142,7 @@ class _Study:
                 options=lambda number, options=options: options,  # type: ignore[misc]
                 seeds=seeds,
             )
-            if own.reads_cache:
+            if own.reads_cache and run.function is None:
                 self._prepare(name, own, teachers, facts[name])
         side = "one arm" if len(names) == 1 else f"{len(names)} arms side by side"
         title = f"{', '.join(names)}: {side}"
@@ -193,6 +193,8 @@ class _Study:
         run, config = self.run, self.run.config
         if self.configs[name].average:
             return self._averages(name)
+        if run.function is not None:
+            return [_reported(trial) for trial in self.trials[name]]
         arm, own = self.arms[name], config.at(self.configs[name].set)
         models = [arm.model(run, trial) for trial in self.trials[name]]
         requests = [
@@ -258,6 +260,7 @@ class _Study:
             contrasts=tuple(self._contrast(each, reference, metric) for each in contrasts),
             verdict=judge(family, terms=run.terms) if family else None,
             members=members,
+            metric=None if run.function is None else metric,
         )
 
     def _contrast(
@@ -286,6 +289,17 @@ class _Study:
             ]
             share = ratio_interval(*zip(*gaps, strict=True)) if gaps else None
         return ContrastResult(**names, difference=difference, share=share)
+
+
+def _reported(trial: TrialResult) -> ArmRun:
+    """Return a seed of an arm as a user's training function has reported it."""
+    return ArmRun(
+        number=trial.trial,
+        seed=trial.seed,
+        hash=trial.hash,
+        train_seconds=trial.train_seconds,
+        metrics=trial.metrics,
+    )
 
 
 def _pairs(contrast: ContrastConfig, runs: Mapping[str, Sequence[ArmRun]], metric: str) -> Pairs:

@@ -340,8 +340,8 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
             arm.name,
             str(len(arm.runs)),
             _errors(arm.errors),
-            words.mean(arm.mean, metric),
-            words.value(arm.metric(f"val_{metric}"), metric),
+            words.mean(arm.mean, study.metric or metric),
+            "" if study.metric else words.value(arm.metric(f"val_{metric}"), metric),
             words.mean(arm.agreement),
             words.mean(arm.unseen_accuracy),
             words.mean(arm.biased_unseen_accuracy),
@@ -356,7 +356,8 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
         val, test = measures(members, metric, ())
         rows.append((f"members ({members.count})", "", errors, test, val, "", "", "", "", ""))
     short = words.short_metric(metric)
-    head = ("arm", "seeds", "test errors", f"test {short}", f"val {short}", "agreement")
+    own = words.short_metric(study.metric) if study.metric else f"test {short}"
+    head = ("arm", "seeds", "test errors", own, f"val {short}", "agreement")
     biased = ("unseen acc", "with one bias", "errors, one bias", "errors, biases")
     return Table((*head, *biased), tuple(rows)).without_empty()
 

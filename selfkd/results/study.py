@@ -77,3 +77,5 @@ class StudySummary:
     verdict: Verdict | None = None
     """Of the contrasts, in their order; None without any."""
     members: MembersRow | None = None
+    metric: str | None = None
+    """Metric of a user's training function, which has a test split of its own if any."""

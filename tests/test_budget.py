@@ -282,7 +282,10 @@ def test_a_run_of_generations_has_no_times_of_predictions(
     found = measured(run)
     assert (found["trials"], found["train_seconds"]) == (8, 18.0)  # of those that had a teacher
     assert main(["--from", run]) == 2
-    assert "error: --teacher or --teacher-ms must be given: " in capsys.readouterr().err
+    assert (
+        "error: --teacher, --teacher-ms or --teacher-params must be given: "
+        in capsys.readouterr().err
+    )
 
 
 def test_a_capacity_run_has_students_to_choose_from(

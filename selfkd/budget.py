@@ -13,7 +13,7 @@ from selfkd.analysis.budget import OPERATIONS, PASSES, check_figure
 from selfkd.analysis.budget import Budget as Budget
 from selfkd.analysis.budget import budget as budget
 from selfkd.analysis.budget import describe_budget as describe_budget
-from selfkd.analysis.kept import describe_kept
+from selfkd.analysis.kept import describe_kept, size_kept
 from selfkd.cli.output import print_data, print_error, safe_output
 from selfkd.cli.terminal import make_console, print_lines
 from selfkd.loading.costs import FinishedRun, figures_of, open_finished, trained_items
@@ -376,7 +376,7 @@ def _notes(run: FinishedRun) -> list[str]:
             run.scores,
             run.teacher.metric(run.facts.tested),
             metric=run.facts.metric,
-            size=sizes[0] / sizes[1] if sizes[0] and sizes[1] else None,
+            size=size_kept(*sizes),
         )
     ]
     if not run.config.distill.live and run.generations > 1:

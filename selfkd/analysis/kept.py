@@ -42,6 +42,15 @@ def score_kept(values: Sequence[float], reference: float | None, *, metric: str)
     return share
 
 
+def size_kept(parameters: float | None, of: float | None) -> float | None:
+    """Return the size of a model in sizes of a larger one; None where one is not known.
+
+    >>> size_kept(3, 4)
+    0.75
+    """
+    return parameters / of if parameters and of else None
+
+
 def describe_kept(
     name: str,
     other: str,

@@ -65,6 +65,10 @@ def _share(run: Run) -> Iterator[Panel]:
                 words.difference(summary.gain, run.data.tested),
             ),
             ("share of the teacher's gain kept", words.difference(share)),
+            *(
+                ("score and size kept", text)
+                for text in words.describe_student_kept(summary, run.data.metric)
+            ),
         ),
     )
     yield Panel(

@@ -57,9 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--student-params", **number, help="parameters of the student, alike")
     add = parser.add_argument_group("of the training").add_argument
-    only = parser.add_mutually_exclusive_group().add_argument
-    only("--items", **number, help="items in the training data")
-    only("--tokens", **number, help="tokens in the training data, which are then the items")
+    add("--items", **number, help="items in the training data")
+    add("--tokens", **number, help="tokens in the training data, which are then the items")
     add("--views", **number, help="augmented views of each item whose teacher logits are cached")
     add("--epochs", **number, help="epochs of a trial, where --training is not given")
     add("--trials", **number, help="trainings of a student, those of the search included")
@@ -162,6 +161,8 @@ def _plan(arguments: argparse.Namespace) -> _Found:
     given: Figures = {k: v for k, v in vars(arguments).items() if v is not None}
     unit, per = "token" if "tokens" in given else "item", 1.0
     if "tokens" in given:
+        if "items" in given:
+            raise ValueError("--tokens must be given without --items, got both")
         check_figure("--tokens", given["tokens"])
         given["items"] = given["tokens"]
     for name in PARAMETERS:

@@ -213,7 +213,11 @@ def _of_training(found: FinishedRun) -> dict[str, float | None]:
     chosen = {row.hash for row in found.students} | {found.chosen_hash}
     taken = [t.train_seconds for t in found.own_trials if t.hash and t.hash in chosen]
     search = max(seconds - sum(taken), 0.0) if taken else None
-    return {"trials": trials, "train_seconds": seconds, "search_seconds": search}
+    return {
+        "trials": trials or None,
+        "train_seconds": seconds or None,
+        "search_seconds": search,
+    }
 
 
 def _trials(folder: Path) -> list[TrialResult]:

@@ -96,7 +96,7 @@ def _greet(config: Config) -> str:
 def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Description:
     metric, further = folder.facts.metric, folder.facts.further
     short, table = short_metric(metric), ensemble_table(summary.rows, metric, further)
-    setting, *sentences = describe_ensemble(summary)
+    setting, *sentences = describe_ensemble(summary, metric)
     return Description(
         sentences,
         pick(table, "model", f"test {short}", "parameters", "ms, 1", "ms, 128"),

@@ -194,14 +194,26 @@ def _student(folder: RunFolder, config: Config) -> Chosen:
 
 def _teachers(folder: RunFolder, config: Config) -> Chosen:
     summary = folder.summary(EnsembleSummary)
-    own = config if summary is None else config.at(summary.chosen.point)
+    return teachers_of(folder, config if summary is None else config.at(summary.chosen.point))
+
+
+def teachers_of(folder: RunFolder, own: Config) -> Chosen:
+    """Return the teachers of a run of ensemble or capacity.
+
+    Args:
+        folder: Run folder.
+        own: Config of the student.
+
+    Raises:
+        ConfigError: They are not made yet.
+    """
     source, path = own.members.source, folder.path / "members" / "result.json"
     if source != "members":
         path = folder.path / "sources" / f"{source}.json"
     if not path.exists():
         raise ConfigError(
             f"{folder.path} must have its teachers ({source}), got none yet: wait, or continue it "
-            f"with python -m selfkd.ensemble --resume {folder.path}"
+            f"with python -m selfkd.{folder.command} --resume {folder.path}"
         )
     models: Sequence[Model]
     if source == "members":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from selfkd.analysis.kept import score_kept
 from selfkd.config import TERMS
 from selfkd.reporting import words
 from selfkd.reporting.deploy_table import deploy_table
@@ -308,6 +309,8 @@ def capacity_table(summary: CapacitySummary, metric: str = words.MAIN) -> Table:
         summary: Summary of the run.
         metric: Metric that models are compared by, see `Facts.metric`.
     """
+    teacher = summary.teacher
+    reference = teacher.metric(f"test_{metric}")
     rows = [
         (
             str(size.value),
@@ -317,15 +320,18 @@ def capacity_table(summary: CapacitySummary, metric: str = words.MAIN) -> Table:
             words.bare_difference(size.difference, metric),
             words.p_value(size.p_holm),
             size.verdict,
+            words.kept(score_kept(size.distilled.runs, reference, metric=metric)),
         )
         for size in summary.sizes
     ]
-    teacher = summary.teacher
-    tested = words.value(teacher.metric(f"test_{metric}"), metric)
-    rows.append(("teacher", words.size(teacher.parameters), tested, "", "", "", ""))
+    tested = words.value(reference, metric)
+    rows.append(("teacher", words.size(teacher.parameters), tested, "", "", "", "", ""))
     head = (summary.key.rpartition(".")[2], "params", "labels only", "distilled")
     difference = f"difference{words.difference_head(metric)}"
-    return Table((*head, difference, "p, Holm", "distillation"), tuple(rows))
+    columns = (*head, difference, "p, Holm", "distillation", "score kept")
+    if not any(row[-1] for row in rows):  # as of a metric of which less is better
+        return Table(columns[:-1], tuple(row[:-1] for row in rows))
+    return Table(columns, tuple(rows))
 
 
 def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:

@@ -51,6 +51,9 @@ class Predictor(Protocol):
     def inputs(self, items: Any, *, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         """Yield the network's inputs of one item or of several, made as in evaluation."""
 
+    def example(self) -> Tensor:
+        """Return inputs of one prediction, of zeros, to count its operations with."""
+
 
 class Task(Protocol):
     """A kind of data: its splits, its models, how they are trained and what is measured."""

@@ -17,7 +17,7 @@ from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 from selfkd.training.functions import load_function
 from selfkd.training.trial import Trial, run_function
-from selfkd.worker import compression, deploy, ensembling, evaluate
+from selfkd.worker import compression, deploy, ensembling, evaluate, teachers
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
@@ -176,4 +176,5 @@ _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     **ensembling.JOBS,
     **deploy.JOBS,
     **compression.JOBS,
+    **teachers.JOBS,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +95,14 @@ class ImageNetworks:
         """Return a split's labels, on the CPU."""
         labels: Tensor = getattr(self.data, split).labels.cpu()
         return labels
+
+    def cached_labels(self) -> Tensor:
+        """Return the label of each training image."""
+        return self.labels("train")
+
+    def output_names(self, outputs: Sequence[int]) -> list[str]:
+        """Return the names of classes."""
+        return [str(self.data.class_names[output]) for output in outputs]
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from selfkd.tasks.text.pretrained import (
     make_architecture,
     merged,
 )
+from selfkd.tasks.text.tokenizer import read_tokenizer
 from selfkd.training.fit import autocast
 
 EVAL_VALUES = 2**22
@@ -76,6 +77,15 @@ class TextNetworks:
         """Return the tokens that the scored rows of a split predict."""
         tokens = self.data.splits[split]
         return tokens.labels[tokens.scored]
+
+    def cached_labels(self) -> Tensor:
+        """Return the token that each row of the training text predicts."""
+        return self.data.splits["train"].labels
+
+    def output_names(self, outputs: Sequence[int]) -> list[str]:
+        """Return tokens as text, in quotes."""
+        tokenizer = read_tokenizer(self.data.tokenizer)
+        return [repr(tokenizer.decode([n], skip_special_tokens=False)) for n in outputs]
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this text."""

@@ -27,7 +27,7 @@ from selfkd.storage.checkpoint import save_tensors
 from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
-from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 
 AUGMENTED_VIEWS = 8
@@ -89,6 +89,7 @@ class ImageNetworks:
         self.evaluated: tuple[Split, ...] = SPLITS if self.config.data.classes else SPLITS[1:]
         self.views = _views(self.config.data, self.config.seed)
         top_k = check_top_k(self.config, self.data.num_classes)
+        check_class_mean(self.config, self.data.num_classes)
         self.data_key = data_key(self.data.fingerprint, self.views.recipe, top_k=top_k)
 
     def labels(self, split: Split) -> Tensor:

@@ -17,7 +17,7 @@ from selfkd.models import parameters_count
 from selfkd.results.row import ROW, Row
 from selfkd.soft_targets.manifest import data_key
 from selfkd.storage.checkpoint import save_tensors
-from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.cached import choose_samples
@@ -69,6 +69,7 @@ class TextNetworks:
         self.fingerprint = self.data.fingerprints["train"]
         self.evaluated: tuple[Split, ...] = SPLITS
         self.top_k = check_top_k(self.config, self.data.vocabulary)
+        check_class_mean(self.config, self.data.vocabulary)
         rows = len(self.data.splits["train"])
         self.samples = choose_samples(self.config, rows, self.data.vocabulary)
         self.data_key = data_key(self.fingerprint, {}, top_k=self.top_k, samples=self.samples)

@@ -224,7 +224,7 @@ def _show(console: Console, path: Path, arguments: argparse.Namespace) -> int:
     known = replace(known, teacher=found.title, students=found.students)
     if arguments.format == "json":
         return print_data(json.dumps({"format": FORMAT, **to_row(known)}) + "\n")
-    print_targets(console, known, lambda label: task.output_names([label])[0])
+    print_targets(console, known)
     return 0
 
 

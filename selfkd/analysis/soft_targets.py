@@ -38,7 +38,6 @@ def measure_targets(
     labels: Tensor,
     *,
     classes: int,
-    teacher: str = "the teacher",
     temperatures: Sequence[float] = TEMPERATURES,
     temperature: float = 1.0,
     average: Average = "probabilities",
@@ -63,7 +62,6 @@ def measure_targets(
             separate.
         labels: Label of each item that is cached, int64; below 0 where there is none.
         classes: Number of classes.
-        teacher: Teacher, in words.
         temperatures: Temperatures T of the softness.
         temperature: Temperature of the similarities of classes.
         average: Whether the members' `probabilities` or `logits` are averaged.
@@ -107,7 +105,6 @@ def measure_targets(
             totals.disagree(members, mean, weights)
     shares, near = totals.near()
     return TeacherTargets(
-        teacher=teacher,
         items=count,
         of=len(known),
         temperature=temperature,

@@ -6,7 +6,6 @@ from rich.console import Console
 
 from selfkd.cli.terminal import print_lines, print_sentences, print_table
 from selfkd.reporting.sections.teacher import (
-    Name,
     describe_disagreement,
     describe_targets,
     nearest_table,
@@ -16,23 +15,22 @@ from selfkd.reporting.sections.teacher import (
 from selfkd.results import TeacherTargets
 
 
-def print_targets(console: Console, found: TeacherTargets, name: Name) -> None:
+def print_targets(console: Console, found: TeacherTargets) -> None:
     """Print what the soft targets of a teacher hold.
 
     Args:
         console: Console to print to.
         found: What they hold.
-        name: Function from the number of a class to its name.
     """
     print_sentences(console, list(describe_targets(found)))
     print_lines(
         console, ["", f"nearest wrong classes, share of the wrong mass at T {found.temperature:g}"]
     )
-    print_table(console, nearest_table(found, name))
+    print_table(console, nearest_table(found))
     if found.softness:
         print_lines(console, ["softness by T, means over the items"])
         print_table(console, softness_table(found))
     if found.seconds:
         print_lines(console, ["strongest second choices at T 1"])
-        print_table(console, seconds_table(found, name))
+        print_table(console, seconds_table(found))
     print_sentences(console, list(describe_disagreement(found)))

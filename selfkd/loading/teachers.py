@@ -9,9 +9,9 @@ from selfkd.config import Config
 from selfkd.errors import ConfigError
 from selfkd.experiments.confirm import load_confirmations
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.teacher_row import name_generation_teacher, name_members
 from selfkd.loading.choose import choose_teachers
 from selfkd.results import (
-    CapacitySummary,
     EnsembleSummary,
     Model,
     StudySummary,
@@ -97,13 +97,9 @@ def _of_generations(folder: RunFolder, config: Config, generation: int | None) -
         none = "which has no teacher" if generation == 0 else f"of {len(later)}"
         raise ConfigError(f"--generation must be from 1 to {len(later)}, got {generation}, {none}")
     result = results[generation]
-    kind, before = config.distill.teacher, generation - 1
-    teacher = {
-        "previous": f"generation {before}",
-        "lineage": f"generations 0 to {before}" if before else "generation 0",
-    }.get(kind, f"the best {len(result.teachers)} of generation {before}")
+    kind, models = config.distill.teacher, len(result.teachers)
     return RunTeacher(
-        title=teacher,
+        title=name_generation_teacher(kind, generation, models),
         students=f"generation {generation}",
         models=result.teachers,
         config=config.at(result.point),
@@ -111,18 +107,13 @@ def _of_generations(folder: RunFolder, config: Config, generation: int | None) -
 
 
 def _of_members(folder: RunFolder, config: Config) -> RunTeacher:
-    own, students = config, "the student"
+    own, students = config, "the students"
     if folder.command == "ensemble":
-        if (ensemble := folder.summary(EnsembleSummary)) is not None:
-            own = config.at(ensemble.chosen.point)
-    elif (curve := folder.summary(CapacitySummary)) is not None:
-        last = curve.sizes[-1]
-        students = f"the student of {curve.key} {last.value}"
-        if last.temperature is not None:
-            own = config.at({"distill.temperature": last.temperature})
+        students = "the student"
+        if (summary := folder.summary(EnsembleSummary)) is not None:
+            own = config.at(summary.chosen.point)
     models = choose_teachers(folder, own).models
-    source = own.members.source
-    title = f"the {len(models)} members" if source in ("members", "weighted") else f"the {source}"
+    title = name_members(own.members.source, len(models))
     return RunTeacher(title=title, students=students, models=models, config=own)
 
 
@@ -151,7 +142,7 @@ def _of_study(folder: RunFolder, config: Config, name: str | None) -> RunTeacher
         models.append(Model(first.hash, first.checkpoint))
     return RunTeacher(
         title=" and ".join(arm.teachers),
-        students=f"arm {name}, first seed",
+        students=f"arm {name}",
         models=models,
         config=config.at(arm.set),
     )

@@ -24,11 +24,14 @@ class Softness:
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
 class NearClass:
-    """A wrong class with what it gets of a class's wrong probability mass."""
+    """A wrong class with what it gets of a class's wrong probability mass.
 
-    label: Count
+    Classes are by name, or by number.
+    """
+
+    label: str | int
     """Class of the items."""
-    other: Count
+    other: str | int
     """Wrong class."""
     share: Number
     """Share of an item's wrong probability mass, mean over the items of the class."""
@@ -38,11 +41,11 @@ class NearClass:
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
 class SecondChoice:
-    """A training item with the two classes of the largest probability."""
+    """A training item with the two classes of the largest probability, by name or by number."""
 
     item: Count
-    label: Count
-    classes: tuple[Count, Count]
+    label: str | int
+    classes: tuple[str | int, str | int]
     probabilities: tuple[Number, Number]
     picture: str = Field(default="", max_length=200_000)
     """PNG file of the item in base64."""
@@ -65,17 +68,17 @@ class Disagreement:
 class TeacherTargets:
     """What the soft targets of a teacher hold, from its cached logits."""
 
-    teacher: str
-    """Teacher, in words."""
+    teacher: str = "the teacher"
+    """Name of the teacher."""
     students: str = ""
-    """What is distilled from it, in words."""
+    """Name of what is distilled from it."""
     hashes: tuple[Digest, ...] = ()
     """Hashes of the teacher's members."""
-    items: Count
+    items: Count = 0
     """Number of training items that are measured."""
-    of: Count
+    of: Count = 0
     """Number of training items that have a label."""
-    temperature: float
+    temperature: float = 1.0
     """Temperature of `shares` and `near`."""
     softness: tuple[Softness, ...] = ()
     """By temperature; none where only samples are cached."""
@@ -85,6 +88,8 @@ class TeacherTargets:
     """Whether `near` are the most confused pairs of all, where classes are many."""
     shares: tuple[tuple[Number, ...], ...] = ()
     """Share of the wrong probability mass, a row a class, where classes are few."""
+    names: tuple[str, ...] = ()
+    """Names of the rows and columns of `shares`."""
     seconds: tuple[SecondChoice, ...] = ()
     """Items with the largest probability of the second choice at T = 1."""
     disagreement: Disagreement | None = None

@@ -45,20 +45,33 @@ def read_targets(
     hashes = [teacher["hash"] for teacher in teachers]
     manifest, distill = task.manifest(hashes[0], {}), task.config.distill
     stored = open_store(as_path(targets), hashes, data=manifest.data)
-    return replace(
-        measure_targets(
-            lambda items: stored(items, 0),
-            task.cached_labels(),
-            classes=stored.classes,
-            temperatures=temperatures,
-            temperature=temperature,
-            average=distill.average,
-            weights=weights_of(teachers),
-            most=MOST_SECONDS,
-            most_values=most_values,
-        ),
-        hashes=tuple(hashes),
+    found = measure_targets(
+        lambda items: stored(items, 0),
+        task.cached_labels(),
+        classes=stored.classes,
+        temperatures=temperatures,
+        temperature=temperature,
+        average=distill.average,
+        weights=weights_of(teachers),
+        most=MOST_SECONDS,
+        most_values=most_values,
     )
+    return replace(_named(found, task), hashes=tuple(hashes))
+
+
+def _named(found: TeacherTargets, task: Task) -> TeacherTargets:
+    """Return the same with the names of classes, or tokens as text."""
+
+    def name(output: str | int) -> str:
+        return output if isinstance(output, str) else task.output_names([output])[0]
+
+    near = [replace(row, label=name(row.label), other=name(row.other)) for row in found.near]
+    seconds = [
+        replace(row, label=name(row.label), classes=(name(row.classes[0]), name(row.classes[1])))
+        for row in found.seconds
+    ]
+    names = tuple(map(name, range(len(found.shares))))
+    return replace(found, near=tuple(near), seconds=tuple(seconds), names=names)
 
 
 def teacher_targets(
@@ -81,7 +94,8 @@ def teacher_targets(
         replace(row, picture=base64.b64encode(picture).decode())
         for row, picture in zip(found.seconds, pictures, strict=False)
     ]
-    yield to_row(replace(found, seconds=tuple(shown) or found.seconds))
+    shown = shown or list(found.seconds)
+    yield to_row(replace(found, seconds=tuple(shown)))
 
 
 JOBS: dict[str, Callable[..., Iterator[Row]]] = {"teacher_targets": teacher_targets}

@@ -33,4 +33,5 @@ def print_targets(console: Console, found: TeacherTargets) -> None:
     if found.seconds:
         print_lines(console, ["strongest second choices at T 1"])
         print_table(console, seconds_table(found))
-    print_sentences(console, list(describe_disagreement(found)))
+    if lines := list(describe_disagreement(found)):
+        print_sentences(console, lines)

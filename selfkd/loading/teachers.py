@@ -61,8 +61,16 @@ def find_teacher(
     elif command == "study":
         found = _of_study(folder, config, arm)
     else:
-        raise ConfigError(f"RUN must be a run with a teacher, got {folder.path}, which deploys one")
-    distill = found.config.distill
+        raise ConfigError(
+            f"RUN must have a teacher, got {folder.path}, a run of selfkd.{command}: give the run "
+            "that its model is from"
+        )
+    distill, function = found.config.distill, folder.facts.function
+    if function is not None:
+        raise ConfigError(
+            f"the teacher logits of {folder.path} are not cached: its training function, "
+            f"{function}, runs its teachers itself"
+        )
     if distill.live:
         raise ConfigError(
             f"the teacher logits of {folder.path} are not cached: distill.live is true, so that "
@@ -78,11 +86,6 @@ def find_teacher(
 
 def _of_generations(folder: RunFolder, config: Config, generation: int | None) -> RunTeacher:
     results = folder.results()
-    if results and not results[0].models:
-        raise ConfigError(
-            f"the teacher logits of {folder.path} are not cached: its training function runs its "
-            "teachers itself"
-        )
     later = results[1:]
     if not later:
         raise ConfigError(
@@ -119,11 +122,11 @@ def _of_members(folder: RunFolder, config: Config) -> RunTeacher:
 
 def _of_study(folder: RunFolder, config: Config, name: str | None) -> RunTeacher:
     with_teachers = [each for each, arm in config.study.arms.items() if arm.teachers]
-    if name is None and with_teachers:
-        name = with_teachers[0]
+    if not with_teachers:
+        raise ConfigError(f"{folder.path} must have an arm with a teacher, got none")
+    name = with_teachers[0] if name is None else name
     if name not in with_teachers:
-        known = ", ".join(with_teachers) or "none"
-        raise ConfigError(f"--arm must be one with a teacher ({known}), got {name}")
+        raise ConfigError(f"--arm must be one of {', '.join(with_teachers)}, got {name}")
     summary = folder.summary(StudySummary)
     if summary is None:
         raise ConfigError(

@@ -484,7 +484,14 @@ class MembersConfig:
         return self.count or len(self.models) or (0 if given else 5)
 
 
-Control = Literal["seeds", "label_smoothing", "dkpp", "cwtm", "teacher_free"]
+Control = Literal["seeds", "label_smoothing", "dkpp", "cwtm", "teacher_free", "hard", "class_mean"]
+OF_ALL_LOGITS: dict[str, str] = {
+    "dkpp": "permuted",
+    "cwtm": "confidence",
+    "hard": "hard",
+    "class_mean": "class_mean",
+}
+"""Controls that need all logits of a teacher, and the transform of each."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -560,10 +567,13 @@ class ArmConfig:
     teacher: str | list[str] | None = None
     """Earlier arm, or list of arms, whose models of the same seed are the teachers; or `members`,
     those of `--from`. The arm is trained on labels alone when not given."""
-    target_transform: Literal["none", "permuted", "confidence", "virtual"] = "none"
+    target_transform: Literal["none", "permuted", "confidence", "virtual", "hard", "class_mean"] = (
+        "none"
+    )
     """Transform of the teacher logits: none; permuted, all but the largest in random order (DKPP);
-    confidence, reduced to weights of the labels (CWTM); or virtual, the logits of a virtual teacher
-    built from the labels (teacher-free)."""
+    confidence, reduced to weights of the labels (CWTM); virtual, the logits of a virtual teacher
+    built from the labels (teacher-free); hard, the teacher's arg max, at T = 1; or class_mean, the
+    mean soft target of the training items of a class."""
     average: list[str] = Field(default_factory=list)
     """Earlier arms whose models are averaged seed by seed; such an arm trains nothing."""
     seeds: int | None = Field(default=None, ge=1, le=10_000)
@@ -844,7 +854,8 @@ class Config:
     controls: list[Control] = Field(default_factory=list)
     """Controls of `selfkd.generations`, at equal cost: seeds (ensemble of as many models trained on
     labels), label_smoothing, dkpp (non-target teacher logits in random order), cwtm (labels
-    weighted by the teacher's confidence), teacher_free (virtual teacher)."""
+    weighted by the teacher's confidence), teacher_free (virtual teacher), hard (the teacher's arg
+    max), class_mean (one mean soft target a class)."""
     capacity: CapacityConfig = Field(default_factory=CapacityConfig)
     """Students of several sizes, in `selfkd.capacity`."""
     study: StudyConfig = Field(default_factory=StudyConfig)

@@ -8,6 +8,7 @@ from typing import Any
 
 from selfkd.config.schema import (
     HF,
+    OF_ALL_LOGITS,
     Config,
     flat,
     from_tree,
@@ -71,12 +72,12 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     if others := _other_divergences(config, arms=True):
         where = locate_key("distill.divergence", sources)
         yield f"{where}: must be forward_kl, got {others}: {why}"
-    needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
+    needing = [name for name in OF_ALL_LOGITS if name in config.controls]
     if needing:
         where = locate_key("controls", sources)
         yield f"{where}: {' and '.join(needing)} need all logits: {why}"
     for name, arm in arms.items():
-        if arm.target_transform in ("permuted", "confidence"):
+        if arm.target_transform in OF_ALL_LOGITS.values():
             yield f"study.arms.{name}: {arm.target_transform} needs all logits: {why}"
 
 
@@ -201,6 +202,18 @@ def loss_faults(config: Config) -> Iterator[tuple[str, str]]:
             f"must be forward_kl, got {others}, which needs all logits: leave out targets.top_k "
             "or set distill.live=true",
         )
+
+
+def transform_faults(config: Config, transform: str) -> Iterator[str]:
+    """Yield what a transform of teacher logits cannot go with."""
+    others = _other_divergences(config)
+    if transform == "hard" and others:
+        yield (
+            f"needs distill.divergence forward_kl, got {others}: others are without bound where a "
+            "teacher gives all probability to one class"
+        )
+    if transform == "class_mean" and config.data.transfer is not None:
+        yield "needs the label of each item: leave out data.transfer"
 
 
 def _other_divergences(config: Config, *, arms: bool = False) -> str:

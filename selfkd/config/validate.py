@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from selfkd.config.schema import (
+    OF_ALL_LOGITS,
     OF_TEACHERS,
     TERM_WEIGHT,
     Config,
@@ -29,6 +30,7 @@ from selfkd.config.tasks import (
     size_fault,
     steps_faults,
     task_faults,
+    transform_faults,
     values_of,
 )
 from selfkd.config.terms import terms_faults
@@ -176,10 +178,14 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which need generation 1, got 0"
+    for name, transform in OF_ALL_LOGITS.items():
+        if name in config.controls:
+            where = locate_key("controls", sources)
+            yield from (f"{where}: {name} {fault}" for fault in transform_faults(config, transform))
     distill, top_k = config.distill, config.targets.top_k
     if distill.live or top_k is not None or distill.mode == "traces":
         where = locate_key("controls", sources)
-        for name in ("dkpp", "cwtm"):
+        for name in OF_ALL_LOGITS:
             if name in config.controls:
                 traces = ", distill.mode traces" if config.task == "text" else ""
                 yield (
@@ -324,7 +330,7 @@ def _study_faults(config: Config) -> Iterator[str]:
         if arm.average and (arm.set or arm.teachers):
             yield f"{where}: must have average alone, with nothing to train, or no average"
         transform = arm.target_transform
-        if transform in ("permuted", "confidence") and not arm.teachers:
+        if transform in OF_ALL_LOGITS.values() and not arm.teachers:
             yield f"{where}.teacher must be given with target_transform {transform}"
         if transform == "virtual" and arm.teachers:
             yield (
@@ -350,8 +356,9 @@ def _study_faults(config: Config) -> Iterator[str]:
                 faults = (*steps_faults(own), *arm_faults(own, arm.set))
                 yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
             yield from (f"{where}.set: {key}: {fault}" for key, fault in terms_faults(own))
-            if transform in ("permuted", "confidence"):
-                yield from (f"{where}: {transform} {fault}" for fault in _needs_all_logits(own))
+            if transform in OF_ALL_LOGITS.values():
+                found = (*_needs_all_logits(own), *transform_faults(own, transform))
+                yield from (f"{where}: {transform} {fault}" for fault in found)
             if transform != "none" and own.distill.terms:
                 yield f"{where}: target_transform {transform} has no further terms: leave out " + (
                     "distill.terms"

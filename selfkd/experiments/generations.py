@@ -25,6 +25,7 @@ from selfkd.experiments.controls import judge_controls, run_controls
 from selfkd.experiments.export import export_generation
 from selfkd.experiments.given import import_generation, say_changes
 from selfkd.experiments.run_folder import EXAMPLES, RunFolder
+from selfkd.experiments.teacher_row import keep_teacher, name_generation_teacher
 from selfkd.experiments.teachers import prepare_teachers, sum_written
 from selfkd.results import (
     Confirmation,
@@ -86,6 +87,7 @@ def born_again(run: Run) -> GenerationsSummary:
         models = [result.models[0] for result in results]
         (ensemble,) = run.average([(models, "probabilities")])
         _keep_examples(run, results, confirmations)
+        _keep_teacher(run, results, confirmations)
     baseline = baseline_row(run, confirmations)
     controls = run_controls(run, results, confirmations)
     verdict = judge_generations(run, confirmations)
@@ -137,6 +139,23 @@ def _keep_examples(
         return
     numbers = [result.generation for result in pair]
     save_row(path, from_row(Examples, {**row, "generations": numbers, "hashes": hashes}))
+
+
+def _keep_teacher(
+    run: Run, results: Sequence[GenerationResult], confirmations: Sequence[Confirmation]
+) -> None:
+    """Save what the teacher of the best later generation knows beside the labels."""
+    if len(results) < 2:
+        return
+    best = _best(run, results[1:], confirmations)
+    kind, models = run.config.distill.teacher, best.teachers
+    keep_teacher(
+        run,
+        models,
+        config=run.config.at(best.point),
+        teacher=name_generation_teacher(kind, best.generation, len(models)),
+        students=f"generation {best.generation}",
+    )
 
 
 def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:

@@ -20,6 +20,7 @@ from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import make_teachers
 from selfkd.experiments.replicas import confirm_seeds
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.teacher_row import keep_teacher
 from selfkd.experiments.teachers import check_right, prepare_teachers, sum_written
 from selfkd.results import (
     ArmResult,
@@ -90,6 +91,7 @@ class _Study:
             run.folder.keep_facts(f"arms/{name}/data.json", own, where=f"study.arms.{name}: ")
         for names in self._waves():
             self._train(names, facts)
+        self._keep_teacher()
         summary = self._summary({name: self._measure(name) for name in self.configs})
         return run.finish(summary)
 
@@ -115,6 +117,19 @@ class _Study:
         config = self.run.config
         models = [config.at(self.configs[each].set).model for each in teachers]
         return self.run.check(config.at(arm.set), where=f"study.arms.{name}: ", teachers=models)
+
+    def _keep_teacher(self) -> None:
+        """Save what the first teacher knows beside the labels, of the first seed."""
+        name = next((name for name, arm in self.configs.items() if arm.teachers), None)
+        if name is not None:
+            arm = self.configs[name]
+            keep_teacher(
+                self.run,
+                self._teachers(arm, 0),
+                config=self.run.config.at(arm.set),
+                teacher=" and ".join(arm.teachers),
+                students=f"arm {name}",
+            )
 
     def _waves(self) -> list[list[str]]:
         """Return the arms that can be trained side by side, one lot after the other."""

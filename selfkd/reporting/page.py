@@ -27,6 +27,7 @@ from selfkd.reporting.sections.ensemble import ensemble_sections
 from selfkd.reporting.sections.gallery import Gallery, make_gallery
 from selfkd.reporting.sections.generations import generation_sections
 from selfkd.reporting.sections.panels import Panel, Section
+from selfkd.reporting.sections.teacher import teacher_sections
 from selfkd.reporting.tables import Table
 from selfkd.storage.files import save_text
 from selfkd.text import shell_quote, visible
@@ -159,6 +160,7 @@ def run_page(run: Run) -> Page:
     """Return what the report of a run shows."""
     kind, make_sections = KINDS[run.command]
     made = list(make_sections(run))
+    made += teacher_sections(run)
     made[1:1] = deploy_sections(run)  # the figure of the first screen comes before it
     sections = [section for section in made if section.panels or section.links]
     lead = sections.pop(0).panels[0] if sections and not sections[0].title else None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from selfkd.config import from_tree, load_yaml
 from selfkd.errors import ConfigError
-from selfkd.experiments.run_folder import COMMANDS, EXAMPLES
+from selfkd.experiments.run_folder import COMMANDS, EXAMPLES, TEACHER
 from selfkd.reporting.rows import RowReader
 from selfkd.results import (
     DEPLOYED,
@@ -30,6 +30,7 @@ from selfkd.results import (
     Member,
     Members,
     StudySummary,
+    TeacherTargets,
     TrialResult,
     Verdict,
     best_generation,
@@ -92,6 +93,7 @@ class Run:
         stopped: Why it ended before its last round.
         verdict: Verdict on its generations.
         examples: Test items that tell generation 0 and the best later generation apart.
+        teacher: What the soft targets of its teacher hold.
         ensemble_summary: Summary of a run of `ensemble`.
         capacity_summary: Summary of a run of `capacity`.
         study_summary: Summary of a run of `study`.
@@ -116,6 +118,7 @@ class Run:
     verdict: Verdict | None = None
     stopped: str | None = None
     examples: Examples | None = None
+    teacher: TeacherTargets | None = None
     ensemble_summary: EnsembleSummary | None = None
     capacity_summary: CapacitySummary | None = None
     study_summary: StudySummary | None = None
@@ -279,6 +282,7 @@ class _Reader:
             if isinstance(starts, list)
             else (),
             deploy_summary=deployed,
+            teacher=self._rows.row(TeacherTargets, TEACHER),
             problems=tuple(self._problems),
             **own,
         )

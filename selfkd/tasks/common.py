@@ -15,6 +15,7 @@ from selfkd.distill.outputs import take_logits
 from selfkd.losses import Average, ensemble_logits
 from selfkd.results import CachedFormat, Row, from_row
 from selfkd.soft_targets.manifest import Manifest
+from selfkd.soft_targets.transforms import class_mean_fault
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.task import ModelFacts
@@ -59,6 +60,17 @@ def check_top_k(config: Config, outputs: int) -> int | None:
     if top_k is not None and top_k >= outputs:
         raise ValueError(f"targets.top_k must be in [1, {outputs - 1}], got {top_k}")
     return top_k
+
+
+def check_class_mean(config: Config, outputs: int) -> None:
+    """Check that there can be a mean soft target of each output, where it is wanted.
+
+    Raises:
+        ValueError: The outputs are too many.
+    """
+    arms = (arm.target_transform for arm in config.study.arms.values())
+    if "class_mean" in (*config.controls, *arms) and (fault := class_mean_fault(outputs)):
+        raise ValueError(fault)
 
 
 def describe_cached(manifest: Manifest) -> CachedFormat:

@@ -303,6 +303,15 @@ class Task(Protocol):
     ) -> dict[str, Diagnostics]:
         """Return calibration, and fidelity to the teacher where there is one, of each split."""
 
+    def cached_labels(self) -> Tensor:
+        """Return the label of each item whose teacher logits are cached, int64 on the CPU.
+
+        It is below 0 where there is none.
+        """
+
+    def output_names(self, outputs: Sequence[int]) -> list[str]:
+        """Return the names of outputs: classes, or tokens as text."""
+
     def pictures(self, split: Split, items: Sequence[int]) -> list[bytes]:
         """Return items as PNG files of at most 96 x 96 pixels; none where they are no images."""
 

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from selfkd.analysis.verdicts import count, short
@@ -14,6 +14,7 @@ from selfkd.cli.terminal import make_console, print_sentences, print_table
 from selfkd.config import Config, DataConfig, Tree, WriteConfig, to_tree, uses_pretrained
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import load_entry
+from selfkd.experiments.confirm import baselines
 from selfkd.experiments.controls import TITLES
 from selfkd.experiments.given import has_known_training
 from selfkd.experiments.members import find_members
@@ -57,32 +58,49 @@ class Plan:
 def plan_generations(config: Config) -> Plan:
     """Return the plan of `selfkd.generations`."""
     rounds, trials, seeds = config.most_rounds, config.search.trials, config.confirm.replicas
-    student = _student(config)
     given, known = config.generation_0.path is not None, has_known_training(config)
     stages = []
     if not given:
         stages.append(Planned("generation 0", trials, ["generation_000/trial_*"], config))
-    if rounds:
-        which = "generation 1" if rounds == 1 else f"generations 1 to {rounds}"
-        at_most = "at most " if config.rounds == "auto" else ""
-        patterns = ["generation_*[1-9]*/trial_*"]
-        stages.append(Planned(f"{at_most}{which}", rounds * trials, patterns, student))
+    parts = [(1, rounds)] if rounds else []
+    if config.is_chain:
+        parts = [(number, number) for number in range(1, rounds + 1)]
+    at_most = "at most " if config.rounds == "auto" else ""
+    for first, last in parts:
+        which, patterns, own = _generations(config, first, last)
+        patterns = [f"{pattern}/trial_*" for pattern in patterns]
+        each = (last - first + 1) * trials
+        stages.append(Planned(f"{at_most}{which}", each, patterns, own))
     if seeds and known:
         patterns = ["generation_000/confirm/*"]
         stages.append(Planned("confirmation, generation 0", seeds, patterns, config))
-    if seeds and config.student is not None:
-        patterns = ["labels/confirm/*"]
-        stages.append(Planned("confirmation, student on labels", seeds, patterns, student))
-    if seeds and rounds:
-        patterns = ["generation_*[1-9]*/confirm/*"]
-        stages.append(Planned(f"confirmation, {which}", rounds * seeds, patterns, student))
+    for path, model in baselines(config, range(1, rounds + 1)).values() if seeds else ():
+        patterns, own = [f"{PurePosixPath(path).parent}/confirm/*"], replace(config, model=model)
+        title = f"confirmation, {model.title if config.is_chain else 'student'} on labels"
+        stages.append(Planned(title, seeds, patterns, own))
+    for first, last in parts if seeds else ():
+        which, patterns, own = _generations(config, first, last)
+        patterns = [f"{pattern}/confirm/*" for pattern in patterns]
+        each = (last - first + 1) * seeds
+        stages.append(Planned(f"confirmation, {which}", each, patterns, own))
     for name in dict.fromkeys(config.controls):
         many = rounds + 1 if name == "seeds" else trials + seeds
         patterns = [f"controls/{name}/**/trial_*"]
-        stages.append(Planned(f"control: {TITLES[name]}", many, patterns, student))
+        own = replace(config, model=config.network(1))
+        stages.append(Planned(f"control: {TITLES[name]}", many, patterns, own))
     teacher = config.distill.teacher
     each = int(teacher[4:]) if teacher.startswith("top:") else 1
     return _by_mode(config, Plan(stages, rounds * (each + config.confirm.lineages)))
+
+
+def _generations(config: Config, first: int, last: int) -> tuple[str, list[str], Config]:
+    """Return the name of generations of one network, patterns of their folders, and the config."""
+    own = replace(config, model=config.network(first))
+    if config.is_chain:
+        named = f"generation {first}, {own.model.title}"
+        return named, [f"generation_{first:03d}"], own
+    which = "generation 1" if last == 1 else f"generations 1 to {last}"
+    return which, ["generation_*[1-9]*"], own
 
 
 def plan_ensemble(config: Config) -> Plan:
@@ -158,7 +176,7 @@ def _by_mode(config: Config, plan: Plan) -> Plan:
 
 
 def _student(config: Config) -> Config:
-    return config if config.student is None else replace(config, model=config.student)
+    return replace(config, model=config.network())
 
 
 def _members(config: Config) -> Plan:

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -195,6 +197,16 @@ class ModelConfig:
         if self.name != HF and "path" in self.args:
             raise ValueError(f"args.path must be left out but with name {HF}, got {self.name}")
 
+    @property
+    def title(self) -> str:
+        """Its name and arguments in words.
+
+        >>> ModelConfig(name="selfkd_mlp", args={"width": 8, "depth": 1}).title
+        'selfkd_mlp (width 8, depth 1)'
+        """
+        args = ", ".join(f"{key} {value}" for key, value in self.args.items())
+        return f"{self.name} ({args})" if args else self.name
+
     @classmethod
     def of_checkpoint(cls, model: object) -> ModelConfig:
         """Return the network that the metadata of an untrusted checkpoint describes.
@@ -215,6 +227,14 @@ class ModelConfig:
         except ValidationError as error:
             faults = "; ".join(_faults(error, {}))
             raise ValueError(f"model must be described by plain values: {faults}") from None
+
+
+_ONE, _CHAIN = "network", "chain"  # of `student`, in the places of its faults
+Students = Annotated[
+    Annotated[ModelConfig, Tag(_ONE)]
+    | Annotated[list[ModelConfig], Tag(_CHAIN), Field(min_length=1)],
+    Discriminator(lambda value: _CHAIN if isinstance(value, list | tuple) else _ONE),
+]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -633,7 +653,9 @@ def with_task_defaults(tree: Tree) -> Tree:
     model = tree.get("model", copy.deepcopy(TEXT_MODEL))
     own = {"name": TEXT_MODEL["name"]}
     found["model"] = {**own, **model} if isinstance(model, Mapping) else model
-    models = [each for each in (model, tree.get("student")) if each is not None]
+    student = tree.get("student")
+    students = student if isinstance(student, list) else [student]
+    models = [each for each in (model, *students) if each is not None]
     folders = [folder for each in models if (folder := _folder_of(each)) is not None]
     if folders:
         _default(found["data"], tree.get("data"), "tokenizer", folders[0])
@@ -771,8 +793,10 @@ class Config:
     """Network of generation 0, of the members and, without `student`, of the students."""
     generation_0: GivenConfig = Field(default_factory=GivenConfig)
     """Generation 0, where it is given."""
-    student: ModelConfig | None = None
-    """Network of the distilled students, such as generations 1, 2, …; `model` when not given."""
+    student: Students | None = None
+    """Network of the distilled students, such as generations 1, 2, …; `model` when not given. A
+    list has one network a generation, `rounds` in all, such as a teacher assistant and what is
+    distilled from it."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Settings of a user training function (`--train`), which reads them as `trial.params`."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -830,8 +854,9 @@ class Config:
     @field_validator("student", mode="before")
     @classmethod
     def _named_student(cls, value: Any) -> Any:
-        if isinstance(value, dict) and set(value) <= {"args"}:
-            raise ValueError("must have a name: set student.name, also where it is model.name")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict) and set(each) <= {"args"}:
+                raise ValueError("must have a name: set student.name, also where it is model.name")
         return value
 
     def __post_init__(self) -> None:
@@ -858,6 +883,34 @@ class Config:
     def most_rounds(self) -> int:
         """Largest number of born-again generations."""
         return self.rounds_max if self.rounds == "auto" else self.rounds
+
+    @property
+    def students(self) -> tuple[ModelConfig, ...]:
+        """Networks of the distilled students that are given, one a generation where several are."""
+        if self.student is None:
+            return ()
+        return tuple(self.student) if isinstance(self.student, list) else (self.student,)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each generation of students has a network of its own."""
+        return isinstance(self.student, list)
+
+    def network(self, generation: int | None = None) -> ModelConfig:
+        """Return the network of a generation.
+
+        Args:
+            generation: Its number, 0 for that of models without a teacher; the last one's when not
+                given.
+
+        >>> config = from_tree({"student": [{"name": "a"}, {"name": "b"}], "rounds": 2})
+        >>> [config.network(generation).name for generation in range(3)]
+        ['selfkd_cnn', 'a', 'b']
+        """
+        known = self.students
+        if generation == 0 or not known:
+            return self.model
+        return known[-1 if generation is None else min(generation, len(known)) - 1]
 
     @property
     def steps_by_part(self) -> int | None:
@@ -929,6 +982,8 @@ def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
 def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]:
     for fault in error.errors():
         path = [str(part) for part in fault["loc"]]
+        if path[:1] == ["student"]:
+            path = ["student", *(part for part in path[1:] if part not in (_ONE, _CHAIN))]
         key = ".".join(path)
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section = ".".join(path[:-1])

@@ -192,17 +192,19 @@ def _needs_all_logits(config: Config) -> Iterator[str]:
         yield f"needs cached teacher logits of all classes: leave out {' and '.join(found)}"
 
 
-def _key_faults(key: str) -> Iterator[str]:
+def _key_faults(config: Config, key: str) -> Iterator[str]:
     """Yield why a key cannot differ from trial to trial, if it cannot."""
     known = [k for k in known_keys() if "." in k and k.split(".")[0] not in _FIXED]
     if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
         yield "cannot be searched: all trials of a run share it"
+    elif config.is_chain and key.split(".")[0] == "student":
+        yield "cannot be searched with a list of students, whose networks are fixed"
     elif key not in known and not re.fullmatch(r"((model|student)\.args|params)\.\w+", key):
         yield f"is no config key{did_you_mean(key, known)}"
 
 
 def _point_faults(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
-    faults = [f"{key} {fault}" for key in point for fault in _key_faults(key)]
+    faults = [f"{key} {fault}" for key in point for fault in _key_faults(config, key)]
     if not point:
         faults = ["must have at least one key, got {}"]
     yield from faults
@@ -216,7 +218,7 @@ def _point_faults(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
-    if faults := list(_key_faults(key)):
+    if faults := list(_key_faults(config, key)):
         yield from faults
         return
     try:
@@ -288,8 +290,9 @@ def check_study(config: Config) -> None:
 def _study_faults(config: Config) -> Iterator[str]:
     arms, before, models = config.study.arms, list[str](), dict[str, ModelConfig]()
     foreign = OF_TASK["images" if config.task == "text" else "text"]
-    if config.student is not None:
-        yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
+    if config.student is not None and not config.is_chain:
+        named = config.network().name
+        yield f"student: not of a study, got {named}: set model, or it in an arm"
     if not arms:
         yield "study.arms must have at least one arm, got none: see tune_configs/anchors/"
     yield from no_generations(config)
@@ -348,8 +351,38 @@ def _study_faults(config: Config) -> Iterator[str]:
                 yield f"study.compare.{number}: must name arms ({', '.join(arms)}), got {name!r}"
 
 
+def check_chain(config: Config) -> None:
+    """Check that a list of students has one network a generation.
+
+    Raises:
+        ConfigError: It has more or fewer.
+    """
+    if not config.is_chain:
+        return
+    networks = len(config.students)
+    if config.rounds == "auto":
+        raise ConfigError(
+            f"rounds: must be {networks}, the number of networks in the list student, got auto"
+        )
+    if networks != config.rounds:
+        raise ConfigError(
+            f"student: must be one network, or a list of as many as rounds ({config.rounds}), got "
+            f"{networks}: set rounds={networks}, or list {config.rounds}"
+        )
+    if "seeds" in config.controls:
+        raise ConfigError(
+            "controls: seeds must be left out with a list of students: an ensemble of unlike "
+            "networks has no equal of seeds"
+        )
+
+
 def no_generations(config: Config) -> Iterator[str]:
     """Yield the faults of settings of generations where there are none."""
+    if config.is_chain:
+        named = ", ".join(model.name for model in config.students)
+        yield (
+            f"student: must be one network, as a list is of selfkd.generations only, got {named}"
+        )
     if config.generation_0.path is not None:
         yield f"generation_0.path: of selfkd.generations only, got {config.generation_0.path}"
     if config.confirm.lineages:

@@ -14,7 +14,7 @@ from selfkd.analysis.verdicts import resolution
 from selfkd.config import Config
 from selfkd.experiments.arms import Arm, Request, Run, Searched
 from selfkd.experiments.confirm import (
-    baseline_row,
+    baseline_rows,
     confirm_generations,
     judge_generations,
     load_confirmations,
@@ -85,7 +85,7 @@ def born_again(run: Run) -> GenerationsSummary:
         models = [result.models[0] for result in results]
         (ensemble,) = run.average([(models, "probabilities")])
         _keep_examples(run, results, confirmations)
-    baseline = baseline_row(run, confirmations)
+    baselines = baseline_rows(run, confirmations)
     controls = run_controls(run, results, confirmations)
     verdict = judge_generations(run, confirmations)
     beside = judge_controls(run, confirmations, controls)
@@ -103,7 +103,7 @@ def born_again(run: Run) -> GenerationsSummary:
             confirmations=tuple(confirmations),
             verdict=verdict,
             ensemble=ensemble,
-            controls=(*([baseline] if baseline else []), *controls),
+            controls=(*baselines, *controls),
             against_controls=beside,
             stopped=_stopped(config, folder, confirmations) if config.rounds == "auto" else None,
         )
@@ -186,7 +186,7 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
         title=f"generation {generation} of {config.most_rounds}",
         folder=run.folder.generation(generation),
         teachers=lambda own, number: teachers,
-        network=lambda own, number: (own.student if generation else None) or own.model,
+        network=lambda own, number: own.network(generation),
         space=config.space(with_teacher=generation > 0),
         points=config.search.points or () if generation else (),
         seed_name=generation,

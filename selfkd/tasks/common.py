@@ -61,6 +61,19 @@ def check_top_k(config: Config, outputs: int) -> int | None:
     return top_k
 
 
+def named_networks(config: Config) -> dict[str, ModelConfig]:
+    """Return the networks of a config by their names in `Facts.parameters`.
+
+    Of a chain, `student` is the last one, and `student_N` that of generation N.
+
+    >>> named_networks(Config())["student"].args
+    {'width': 8}
+    """
+    chain = config.students if config.is_chain else ()
+    of_generations = {f"student_{number}": model for number, model in enumerate(chain, start=1)}
+    return {"model": config.model, "student": config.network(), **of_generations}
+
+
 def describe_cached(manifest: Manifest) -> CachedFormat:
     """Return how a store's logits are cached."""
     return CachedFormat(

@@ -30,7 +30,13 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
-from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of, spread
+from selfkd.tasks.common import (
+    describe_cached,
+    named_networks,
+    open_checkpoint,
+    optimizer_of,
+    spread,
+)
 from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.loaded import load_average
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
@@ -61,10 +67,7 @@ class ImageTask(ImageNetworks):
                 f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}: "
                 "a training function of your own reports others"
             )
-        networks = {
-            "model": self._tried(config.model),
-            "student": self._tried(config.student or config.model),
-        }
+        networks = {name: self._tried(model) for name, model in named_networks(config).items()}
         for network in (*networks.values(), *map(self._tried, config.members.models)):
             # on GPUs the statistics of several workers are synchronised
             workers = 1 if self.device == "cuda" else config.resources.workers

@@ -229,11 +229,16 @@ class ModelConfig:
             raise ValueError(f"model must be described by plain values: {faults}") from None
 
 
-_ONE, _CHAIN = "network", "chain"  # of `student`, in the places of its faults
+_TAGS = ("~one", "~several")  # in the places of faults
 Students = Annotated[
-    Annotated[ModelConfig, Tag(_ONE)]
-    | Annotated[list[ModelConfig], Tag(_CHAIN), Field(min_length=1)],
-    Discriminator(lambda value: _CHAIN if isinstance(value, list | tuple) else _ONE),
+    Annotated[ModelConfig, Tag(_TAGS[0])]
+    | Annotated[list[ModelConfig], Tag(_TAGS[1]), Field(min_length=1)],
+    Discriminator(lambda value: _TAGS[isinstance(value, list | tuple)]),
+]
+Init = Annotated[
+    Annotated[Literal["fresh", "teacher", "every_other", "first"], Tag(_TAGS[0])]
+    | Annotated[dict[str, str], Tag(_TAGS[1]), Field(min_length=1)],
+    Discriminator(lambda value: _TAGS[isinstance(value, dict)]),
 ]
 
 
@@ -277,8 +282,11 @@ class TrainConfig:
     """Mixed precision of the student's forward pass; none is float32."""
     compile: bool = False
     """Whether to run the student through `torch.compile`."""
-    init: Literal["fresh", "teacher"] = "fresh"
-    """Initial weights of a born-again student: random, or those of its teacher."""
+    init: Init = "fresh"
+    """Initial weights of a student with a teacher: fresh, random; teacher, those of its teacher, a
+    network of the same sizes; every_other, evenly spaced layers of a deeper teacher, with all else
+    that fits; first, its first layers; or a mapping from paths of the student's submodules to those
+    of the teacher's. Of several teachers those of the first."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -954,7 +962,9 @@ class Config:
 
 _ADAPTER = TypeAdapter(Config)
 OF_TEACHERS = ("distill.", "members.")
-_FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b|study\.arms\b")
+_FREE = re.compile(
+    r"params\b|(model|student)\.args\b|train\.init\b|search\.(labels_only_)?space\b|study\.arms\b"
+)
 
 
 def to_tree(config: Config) -> Tree:
@@ -981,9 +991,7 @@ def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
 
 def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]:
     for fault in error.errors():
-        path = [str(part) for part in fault["loc"]]
-        if path[:1] == ["student"]:
-            path = ["student", *(part for part in path[1:] if part not in (_ONE, _CHAIN))]
+        path = [str(part) for part in fault["loc"] if part not in _TAGS]
         key = ".".join(path)
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section = ".".join(path[:-1])
@@ -1037,7 +1045,7 @@ def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[st
     """
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        free = (".args", "space", "params", ".arms")
+        free = (".args", "space", "params", ".arms", ".init")
         nested = isinstance(value, dict) and not dotted.endswith(free)
         if inner or not nested:
             yield dotted, value

@@ -93,7 +93,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if (given.mean is None) != (given.std is None):
         where = locate_key("generation_0", sources)
         yield f"{where}: must have mean and std or neither, got one of them"
-    if config.train.init == "teacher" and (given.classes or given.mean):
+    if config.train.init != "fresh" and (given.classes or given.mean):
         where = locate_key("train.init", sources)
         yield (
             f"{where}: must be fresh with generation_0.classes or mean, whose weights are for "
@@ -107,6 +107,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if config.targets.samples is not None and config.targets.top_k is not None:
         where = locate_key("targets.samples", sources)
         yield f"{where}: cannot go with targets.top_k: give one of them"
+    if config.train.init != "fresh" and members.source == "specialists":
+        where = locate_key("train.init", sources)
+        yield f"{where}: must be fresh with specialists, whose networks are others than the student"
     if config.distill.live and "specialists" in (members.source, *members.compare):
         where = locate_key("distill.live", sources)
         yield f"{where}: must be false with specialists, whose logits are cached, got True"
@@ -269,7 +272,7 @@ def _capacity_faults(config: Config) -> Iterator[str]:
     yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
-    if config.train.init != "fresh":
+    if config.train.init == "teacher":
         yield f"train.init must be fresh for students of other sizes, got {config.train.init}"
     for value in known:
         try:
@@ -352,11 +355,17 @@ def _study_faults(config: Config) -> Iterator[str]:
 
 
 def check_chain(config: Config) -> None:
-    """Check that a list of students has one network a generation.
+    """Check that a list of students has one network a generation, and a map of layers one teacher.
 
     Raises:
         ConfigError: It has more or fewer.
     """
+    init, lineage = config.train.init, config.distill.teacher == "lineage"
+    if isinstance(init, Mapping) and len(config.students) == 1 < config.most_rounds and not lineage:
+        raise ConfigError(
+            "rounds: must be 1 with a map of layers in train.init, as later generations have "
+            f"students for teachers, got {config.rounds}: every_other and first suit all of them"
+        )
     if not config.is_chain:
         return
     networks = len(config.students)

@@ -70,11 +70,7 @@ class _Study:
 
     def finish(self) -> StudySummary:
         run, config = self.run, self.run.config
-        facts = {
-            name: run.check(config.at(arm.set), where=f"study.arms.{name}: ")
-            for name, arm in self.configs.items()
-            if not arm.average
-        }
+        facts = {name: self._check(name) for name, arm in self.configs.items() if not arm.average}
         if any(MEMBERS in arm.teachers for arm in self.configs.values()):
             self.members = make_teachers(run).of(config)
         else:
@@ -86,6 +82,17 @@ class _Study:
             self._train(names, facts)
         summary = self._summary({name: self._measure(name) for name in self.configs})
         return run.finish(summary)
+
+    def _check(self, name: str) -> Facts:
+        """Return the facts of an arm, whose students can start from teachers that are arms."""
+        own, where = self.run.config.at(self.configs[name].set), f"study.arms.{name}: "
+        teacher = next(iter(self.configs[name].teachers), MEMBERS)
+        if own.train.init in ("fresh", "teacher"):
+            return self.run.check(own, where=where)
+        if teacher != MEMBERS:
+            first = self.run.config.at(self.configs[teacher].set).model
+            self.run.check(replace(own, model=first, student=own.model), where=where)
+        return self.run.check(replace(own, train=replace(own.train, init="fresh")), where=where)
 
     def _waves(self) -> list[list[str]]:
         """Return the arms that can be trained side by side, one lot after the other."""

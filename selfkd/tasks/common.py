@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, TrainConfig
+from selfkd.config.tasks import values_of
 from selfkd.deployment.reshape import PRUNED, reshape
+from selfkd.distill.initial import CHOICES, match_layers, start_from_layers
 from selfkd.distill.outputs import take_logits
 from selfkd.losses import Average, ensemble_logits
+from selfkd.models import parameters_count
 from selfkd.results import CachedFormat, Row, from_row
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.storage.checkpoint import load_tensors
@@ -25,12 +28,15 @@ Facts = TypeVar("Facts", bound=ModelFacts)
 
 
 class Maker(Protocol):
-    """The part of a task that makes networks."""
+    """The part of a task that makes and loads networks."""
 
     config: Config
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for the task's data."""
+
+    def load(self, checkpoint: str) -> tuple[nn.Module, ModelFacts]:
+        """Return the network of a checkpoint, and its metadata."""
 
 
 def prepare_device(config: Config) -> str:
@@ -119,11 +125,68 @@ def make_fresh(task: Maker, trial: Trial, start: Mapping[str, Any]) -> nn.Module
             network = reshape(network, tensors, share)
         if not start.get("fresh"):
             network.load_state_dict(tensors)
-    elif task.config.train.init == "teacher" and trial.teachers:
-        network.load_state_dict(load_tensors(as_path(trial.teachers[0]["checkpoint"]))[0])
+    elif (init := task.config.train.init) != "fresh" and trial.teachers:
+        checkpoint = trial.teachers[0]["checkpoint"]
+        if init == "teacher":
+            network.load_state_dict(load_tensors(as_path(checkpoint))[0])
+        else:
+            with torch.random.fork_rng(devices=[]):  # drawn from as by a fresh start
+                teacher = task.load(checkpoint)[0]
+            _start_from(network, teacher, init)
     if "seed" in start:
         torch.manual_seed(trial.seed)
     return network
+
+
+def _start_from(student: nn.Module, teacher: nn.Module, init: str | Mapping[str, str]) -> None:
+    """Copy layers of a teacher into its student.
+
+    Args:
+        student: Fresh network.
+        teacher: Network of the teacher.
+        init: `train.init`: a name of `selfkd.distill.initial.CHOICES`, or a map of paths.
+
+    Raises:
+        ValueError: The layers do not fit.
+    """
+    mapping = match_layers(student, teacher, CHOICES[init]) if isinstance(init, str) else init
+    start_from_layers(student, teacher, mapping)
+
+
+def check_init(task: Maker) -> None:
+    """Try what students start from, as far as the networks of their teachers are known.
+
+    Raises:
+        ValueError: A student cannot start from its teacher.
+    """
+    config = task.config
+    for init in values_of(config, "train.init"):
+        for teacher, student in _pairs(config) if init != "fresh" else ():
+            if "lora" in student.args:
+                raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+            networks = task.make(student), task.make(teacher)
+            if init == "teacher":
+                if len({parameters_count(network) for network in networks}) > 1:
+                    raise ValueError("train.init must be fresh when student differs from model")
+                continue
+            try:
+                _start_from(*networks, init)
+            except ValueError as error:
+                raise ValueError(
+                    f"train.init must suit the student {student.title} and its teacher "
+                    f"{teacher.title}, got {init}: {error}"
+                ) from None
+
+
+def _pairs(config: Config) -> list[tuple[ModelConfig, ModelConfig]]:
+    """Return the networks of first teachers and their students, as far as they are known."""
+    members, students = config.members, [*config.students] or [config.model]
+    if members.runs or members.checkpoints:
+        return []
+    first = members.models[0] if members.models else config.model
+    lineage = config.distill.teacher == "lineage"
+    teachers = [first] * len(students) if lineage else [first, *students[:-1]]
+    return list(zip(teachers, students, strict=True))
 
 
 def training_facts(trial: Trial, bits: int | None) -> Row:

@@ -31,6 +31,7 @@ from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
 from selfkd.tasks.common import (
+    check_init,
     describe_cached,
     named_networks,
     open_checkpoint,
@@ -75,8 +76,7 @@ class ImageTask(ImageNetworks):
             smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
+        check_init(self)
         splits = {"train": data.train, "val": data.val, "test": data.test}
         return Facts(
             items={name: len(split.labels) for name, split in splits.items()},

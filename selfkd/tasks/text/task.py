@@ -21,7 +21,14 @@ from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import link
 from selfkd.storage.remote import as_path
-from selfkd.tasks.common import Averaged, describe_cached, named_networks, optimizer_of, spread
+from selfkd.tasks.common import (
+    Averaged,
+    check_init,
+    describe_cached,
+    named_networks,
+    optimizer_of,
+    spread,
+)
 from selfkd.tasks.task import SPLITS, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.cached import caches_logits
@@ -74,10 +81,7 @@ class TextTask(TextNetworks):
             weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
-        if train.init == "teacher" and config.network().args.get("lora"):
-            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+        check_init(self)
         metric = self._metric
         matched = metric == "exact_match"
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)

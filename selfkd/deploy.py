@@ -22,7 +22,7 @@ from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.plan import plan_deploy
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job
-from selfkd.config import Config, ModelConfig
+from selfkd.config import ARRAYS, Config, ModelConfig
 from selfkd.deployment import check_installed
 from selfkd.errors import ConfigError
 from selfkd.experiments import deploy as recipe
@@ -401,6 +401,7 @@ def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Desc
     again = f"python -m selfkd.deploy --from {where}"
     can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
     example = "IMAGE" if config.task == "images" else "'The value of'"
+    example = "FEATURES.npy" if config.data.name == ARRAYS else example
     tried = f"python {shell_quote(str(place / 'predict.py'))} {example}"
     if "predict.py" not in summary.files:
         tried = f"python -m selfkd.report {where}"

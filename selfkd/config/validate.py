@@ -9,13 +9,16 @@ from typing import Any
 
 from selfkd.config.schema import (
     OF_TEACHERS,
+    TERM_WEIGHT,
     Config,
     ModelConfig,
+    choices_of_terms,
     did_you_mean,
     known_keys,
     leaves,
     locate_key,
     to_tree,
+    with_its_terms,
 )
 from selfkd.config.space import Distribution, is_finite
 from selfkd.config.tasks import (
@@ -28,6 +31,7 @@ from selfkd.config.tasks import (
     task_faults,
     values_of,
 )
+from selfkd.config.terms import terms_faults
 from selfkd.errors import ConfigError
 from selfkd.results import OWN
 
@@ -81,6 +85,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
         yield f"{where}: must be a metric, got {config.search.metric}, which selfkd sets itself"
     yield from _evidence_faults(config, sources)
     yield from task_faults(config, sources)
+    yield from (f"{locate_key(key, sources)}: {fault}" for key, fault in terms_faults(config))
     for key, value in leaves(to_tree(config), ""):
         if not key.startswith("search.") and not _has_finite_numbers(value):
             yield f"{locate_key(key, sources)}: must have finite numbers, got {value!r}"
@@ -182,6 +187,11 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                     f"{where}: {name} needs cached teacher logits of all classes: leave out "
                     f"distill.live{traces} and targets.top_k, or {name}"
                 )
+    if any(choices_of_terms(config)):
+        where = locate_key("controls", sources)
+        for name in ("dkpp", "cwtm", "teacher_free"):
+            if name in config.controls:
+                yield f"{where}: {name} has no further terms: leave out distill.terms, or {name}"
 
 
 def _needs_all_logits(config: Config) -> Iterator[str]:
@@ -198,11 +208,12 @@ def _needs_all_logits(config: Config) -> Iterator[str]:
 def _key_faults(config: Config, key: str) -> Iterator[str]:
     """Yield why a key cannot differ from trial to trial, if it cannot."""
     known = [k for k in known_keys() if "." in k and k.split(".")[0] not in _FIXED]
+    free = re.compile(rf"((model|student)\.args|params)\.\w+|{TERM_WEIGHT.pattern}")
     if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
         yield "cannot be searched: all trials of a run share it"
     elif config.is_chain and key.split(".")[0] == "student":
         yield "cannot be searched with a list of students, whose networks are fixed"
-    elif key not in known and not re.fullmatch(r"((model|student)\.args|params)\.\w+", key):
+    elif key not in known and not free.fullmatch(key):
         yield f"is no config key{did_you_mean(key, known)}"
 
 
@@ -232,7 +243,7 @@ def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
     ends = (distribution.at(0.0), distribution.at(1.0))
     for value in distribution.values if distribution.kind == "choice" else ends:
         try:
-            at = config.at({key: value})
+            at = config.at(with_its_terms(config, {key: value}))
         except ConfigError as error:
             yield from (line.removeprefix(f"{key}: ") for line in str(error).splitlines())
         else:
@@ -341,8 +352,13 @@ def _study_faults(config: Config) -> Iterator[str]:
             if own.task == "text":
                 faults = (*steps_faults(own), *arm_faults(own, arm.set))
                 yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
+            yield from (f"{where}.set: {key}: {fault}" for key, fault in terms_faults(own))
             if transform in ("permuted", "confidence"):
                 yield from (f"{where}: {transform} {fault}" for fault in _needs_all_logits(own))
+            if transform != "none" and own.distill.terms:
+                yield f"{where}: target_transform {transform} has no further terms: leave out " + (
+                    "distill.terms"
+                )
             others = [models[each] for each in arm.teachers if each in models]
             if own.train.init == "teacher" and any(model != own.model for model in others):
                 yield f"{where}.set: train.init must be fresh where its teacher is another model"

@@ -20,7 +20,8 @@ class Split:
     """Images and their labels. The index of an image is its position, from 0 to N-1."""
 
     images: Tensor | Stream
-    """Images in memory, uint8 `[N, channels, height, width]`, or a stream that decodes them."""
+    """Images in memory, uint8 `[N, channels, height, width]`, or a stream that decodes them; or
+    features, floating point `[N, F]`."""
     labels: Tensor
     """Class indices, int64 `[N]`."""
 
@@ -69,6 +70,9 @@ class Data:
     """Hash of the training split and its normalisation, 16 hexadecimal digits."""
     note: str = ""
     """What was read of folders, at which size, and what was left out, where that is to be said."""
+    features: tuple[str, ...] | None = None
+    """Names of the features, where the items are vectors of them: each is a channel of one pixel,
+    whose mean and std are those of its own values."""
 
     @property
     def num_classes(self) -> int:
@@ -257,8 +261,23 @@ def _finished(
     shift = (-means / stds).to(device, torch.float32)
     for images, index in zip(raw, chunks, strict=True):
         images = images.to(device, non_blocking=True)
-        if views is not None:
-            images = views(images, index, view)
-        inputs = images.to(torch.float32).mul_(scale).add_(shift)
+        if images.ndim == 2:
+            inputs = standardised(images, mean, std)
+        else:
+            if views is not None:
+                images = views(images, index, view)
+            inputs = images.to(torch.float32).mul_(scale).add_(shift)
         picked = labels.index_select(0, index.to(labels.device))
         yield inputs, picked.to(device, non_blocking=True), index
+
+
+def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return features `[N, F]` less their mean by their std, float32, computed in double precision.
+
+    >>> standardised(torch.tensor([[3.0, 1e9 + 64]], dtype=torch.float64), [1, 1e9], [2, 64])
+    tensor([[1., 1.]])
+    """
+    means, stds = (
+        torch.tensor(value, dtype=torch.float64, device=features.device) for value in (mean, std)
+    )
+    return ((features.double() - means) / stds).float()

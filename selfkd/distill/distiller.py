@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.distill.tasks import Task, as_outputs, hard_term, task_terms
-from selfkd.distill.teacher import Teacher
+from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
     FeatureTerms,
@@ -93,6 +93,8 @@ class Distiller:
         student: Model that is trained, in any wrapper, if there are feature terms. Its last forward
             pass before each call is the one whose features are used. If not given, `attach` it
             before the first call, as timm's task and Lightning's callback do.
+        example: Inputs of student and teacher, run once in eval mode, from which terms with
+            `project=True` know the channels of their layers.
         task: Kind of label. `single_label`: one class of several, the loss above. `multi_label`:
             labels `[batch, labels]` of which each may hold, with a sigmoid in the place of the
             softmax (`selfkd.losses.multi_label_terms`). `regression`: numbers `[batch, ...]`, with
@@ -129,6 +131,7 @@ class Distiller:
         label_smoothing: float = 0.0,
         terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
         student: nn.Module | None = None,
+        example: Any = None,
         task: Task = "single_label",
         margin: float | None = 0.0,
     ) -> None:
@@ -161,21 +164,22 @@ class Distiller:
         self._features: FeatureTerms | None = None
         self._sync_hooks: list[RemovableHandle] = []
         self.projections = nn.ModuleDict()
-        if isinstance(self.teacher, Teacher) and student is None:
+        if isinstance(self.teacher, Teacher | Ensemble) and student is None:
             pass  # attached later, if there are feature terms
         elif self.teacher is not None or self.targets is not None:
-            self.attach(student)
+            self.attach(student, example=example)
         elif student is not None:  # a wrong path is reported before there is a teacher
             check_paths(self._feature_terms(), student)
 
     def _feature_terms(self) -> dict[str, FeatureTerm]:
         return {name: term for name, term in self.terms.items() if isinstance(term, FeatureTerm)}
 
-    def attach(self, student: nn.Module | None) -> None:
+    def attach(self, student: nn.Module | None, *, example: Any = None) -> None:
         """Start to capture the features of `student`; needed again after a copy of the distiller.
 
         Args:
             student: Model that is trained, in any wrapper; needed if there are feature terms.
+            example: Inputs of student and teacher, for terms with `project=True`.
 
         Raises:
             ValueError: Feature terms without a live teacher and a student, or a path of no
@@ -184,24 +188,27 @@ class Distiller:
         terms = self._feature_terms()
         if not terms:
             return
-        if not isinstance(self.teacher, Teacher):
+        if not isinstance(self.teacher, Teacher | Ensemble):
             raise ValueError(
                 f"terms of features ({', '.join(terms)}) need a live teacher, a torch.nn.Module "
                 f"or Teacher, got {type(self.teacher or self.targets).__name__}"
             )
+        members = self.teacher.members if isinstance(self.teacher, Ensemble) else [self.teacher]
         if student is None:
             raise ValueError(f"student must be given for terms of features ({', '.join(terms)})")
-        if unwrap(student) is unwrap(self.teacher.module):
+        if any(unwrap(student) is unwrap(member.module) for member in members):
             raise ValueError(
                 "teacher must be another module than the student, got the same, not copied: "
                 "Teacher(module) copies it"
             )
         self.detach()
-        self._features = FeatureTerms(terms, student, self.teacher.module)
+        modules = [member.module for member in members]
+        self._features = FeatureTerms(terms, student, modules, weights=self.weights)
         if not len(self.projections):
             like = next(student.parameters())
             dtype = like.dtype if like.is_floating_point() else None
-            self.projections = self._features.make_projections().to(like.device, dtype)
+            made = self._features.make_projections(example, self.teacher)
+            self.projections = made.to(like.device, dtype)
         self.synchronize()
 
     def synchronize(self) -> None:
@@ -360,7 +367,8 @@ class Distiller:
             named["hard_loss"] = own_hard_loss.detach().clone()
         elif labels is None:
             del named["hard_loss"]
-        for name, value in self._further_terms(student_logits, teacher_logits, labels).items():
+        further = self._further_terms(student_logits, teacher_logits, labels, index)
+        for name, value in further.items():
             named["loss"] = named["loss"] + self.terms[name].weight * value
             named[name] = value.detach()
         return named
@@ -370,6 +378,7 @@ class Distiller:
         student_logits: Tensor,
         teacher_logits: Tensor | SparseLogits | SampledTargets,
         labels: Tensor | None,
+        index: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return the further terms, unweighted."""
         values: dict[str, Tensor] = {}
@@ -392,7 +401,7 @@ class Distiller:
             trains = self._features.student.training or student_logits.requires_grad
             if trains:
                 check_graph(student_logits, "student_logits")
-            values |= self._features.losses(self.projections, trains=trains)
+            values |= self._features.losses(self.projections, trains=trains, index=index)
         elif len(values) < len(self.terms):
             raise ValueError("terms of features must have a student: distiller.attach(student)")
         return values

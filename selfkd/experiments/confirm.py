@@ -80,7 +80,7 @@ def prepare_again(run: Run, results: Sequence[GenerationResult]) -> None:
         RunError: It could not be made.
     """
     config = run.config
-    if not config.confirm.replicas or config.distill.live or run.function is not None:
+    if not config.confirm.replicas or not config.reads_cache or run.function is not None:
         return
     if config.confirm.lineages:  # which prepare their own teachers
         return
@@ -200,6 +200,19 @@ def baselines(config: Config, generations: Iterable[int]) -> Mapping[str, tuple[
             first = config.students.index(model) + 1
             path = f"{LABELS}/generation_{first:03d}/{CONFIRMATION}"
             found[f"{LABELS}_{first}"] = (path, model)
+    return found
+
+
+def pairs_of(config: Config) -> list[tuple[Config, list[ModelConfig]]]:
+    """Return configs of one network of students each, with the networks that may teach them."""
+    if not config.is_chain:
+        later = config.students if config.most_rounds > 1 else ()
+        return [(config, [config.model, *later])]
+    found = []
+    for generation, model in enumerate(config.students, start=1):
+        first = 0 if config.distill.teacher == "lineage" else generation - 1
+        teachers = [config.network(number) for number in range(first, generation)]
+        found.append((replace(config, student=model), teachers))
     return found
 
 

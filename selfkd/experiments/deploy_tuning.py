@@ -145,7 +145,7 @@ def tune(
     point = work.point = _point(run.config, work.source.point)
     name += run.config.deploy.suffix
     rounded = {} if bits is None else {"bits": bits}
-    if not run.config.distill.live:
+    if run.config.reads_cache:
         prepare_teachers(run, [base], of="deploy", config=run.config.at(point))
 
     def arm(key: str, start: Row, teachers: Sequence[Model]) -> Arm:

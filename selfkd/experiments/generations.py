@@ -12,12 +12,14 @@ from dataclasses import replace
 
 from selfkd.analysis.verdicts import resolution
 from selfkd.config import Config
+from selfkd.config.tasks import tries_teachers
 from selfkd.experiments.arms import Arm, Request, Run, Searched
 from selfkd.experiments.confirm import (
     baseline_rows,
     confirm_generations,
     judge_generations,
     load_confirmations,
+    pairs_of,
     prepare_again,
     stop_reason,
 )
@@ -30,6 +32,7 @@ from selfkd.results import (
     Confirmation,
     Evaluation,
     Examples,
+    Facts,
     GenerationConfirmed,
     GenerationFinished,
     GenerationResult,
@@ -60,7 +63,7 @@ def born_again(run: Run) -> GenerationsSummary:
         RunError: All trials of a stage failed.
     """
     config, folder = run.config, run.folder
-    folder.keep(config, run.check())
+    folder.keep(config, _check(run))
     results = folder.results()[: config.most_rounds + 1]
     for result in results:
         run.events(GenerationFinished(result))
@@ -108,6 +111,17 @@ def born_again(run: Run) -> GenerationsSummary:
             stopped=_stopped(config, folder, confirmations) if config.rounds == "auto" else None,
         )
     )
+
+
+def _check(run: Run) -> Facts:
+    """Try the networks of the run, each student with its teachers."""
+    pairs = pairs_of(run.config)
+    if not run.config.is_chain:
+        return run.check(teachers=pairs[0][1])
+    for generation, (own, teachers) in enumerate(pairs, start=1):
+        if tries_teachers(own):
+            run.check(own, where=f"generation {generation}: ", teachers=teachers)
+    return run.check()
 
 
 def _best(
@@ -179,7 +193,7 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
     start = time.perf_counter()
     teachers = _teachers(config, results)
     written: list[Written] = []
-    if teachers and run.function is None and not config.distill.live:
+    if teachers and run.function is None and config.reads_cache:
         written += prepare_teachers(run, teachers, of=f"generation {generation}").values()
     arm = Arm(
         name=f"generation-{generation}",

@@ -14,6 +14,7 @@ from typing import Any
 from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
 from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, TargetsConfig, WriteConfig
+from selfkd.config.tasks import tries_teachers
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
@@ -70,9 +71,17 @@ class _Study:
 
     def finish(self) -> StudySummary:
         run, config = self.run, self.run.config
-        facts = {name: self._check(name) for name, arm in self.configs.items() if not arm.average}
+        facts = {
+            name: self._check(name, arm, [m for m in arm.teachers if m != MEMBERS])
+            for name, arm in self.configs.items()
+            if not arm.average
+        }
         if any(MEMBERS in arm.teachers for arm in self.configs.values()):
             self.members = make_teachers(run).of(config)
+            for name, arm in self.configs.items():
+                if MEMBERS in arm.teachers and tries_teachers(config.at(arm.set)):
+                    where = f"study.arms.{name}: "
+                    run.check(config.at(arm.set), where=where, teachers=self.members)
         else:
             self.members = []
             run.folder.keep(config, run.check())
@@ -83,16 +92,11 @@ class _Study:
         summary = self._summary({name: self._measure(name) for name in self.configs})
         return run.finish(summary)
 
-    def _check(self, name: str) -> Facts:
-        """Return the facts of an arm, whose students can start from teachers that are arms."""
-        own, where = self.run.config.at(self.configs[name].set), f"study.arms.{name}: "
-        teacher = next(iter(self.configs[name].teachers), MEMBERS)
-        if own.train.init in ("fresh", "teacher"):
-            return self.run.check(own, where=where)
-        if teacher != MEMBERS:
-            first = self.run.config.at(self.configs[teacher].set).model
-            self.run.check(replace(own, model=first, student=own.model), where=where)
-        return self.run.check(replace(own, train=replace(own.train, init="fresh")), where=where)
+    def _check(self, name: str, arm: ArmConfig, teachers: Sequence[str]) -> Facts:
+        """Try an arm on its data, with the networks of arms that teach it."""
+        config = self.run.config
+        models = [config.at(self.configs[each].set).model for each in teachers]
+        return self.run.check(config.at(arm.set), where=f"study.arms.{name}: ", teachers=models)
 
     def _waves(self) -> list[list[str]]:
         """Return the arms that can be trained side by side, one lot after the other."""
@@ -120,7 +124,7 @@ class _Study:
                 options=lambda number, options=options: options,  # type: ignore[misc]
                 seeds=seeds,
             )
-            if not own.distill.live:
+            if own.reads_cache:
                 self._prepare(name, own, teachers, facts[name])
         side = "one arm" if len(names) == 1 else f"{len(names)} arms side by side"
         title = f"{', '.join(names)}: {side}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from selfkd.config import TERMS
 from selfkd.reporting import words
 from selfkd.reporting.deploy_table import deploy_table
 from selfkd.reporting.read import DISTILL, Generation, Run
@@ -151,13 +152,13 @@ def _if_chosen(generation: Generation, trial: TrialResult) -> GenerationResult |
 def trials_table(run: Run, trials: Sequence[TrialResult], chosen: int | None) -> Table:
     """Return a row a trial: its settings and its metric."""
     keys = sorted({key for trial in trials for key in trial.point}, key=_distill_first)
-    short = {"distill.temperature": "T", "distill.alpha": "alpha"}
+    short = {"distill.temperature": "T", "distill.alpha": "alpha", TERMS: "terms"}
     named = words.short_metric(run.metric)
-    head = ("trial", *(short.get(key, key) for key in keys), named, "seconds", "")
+    head = ("trial", *(short.get(key, words.short_key(key)) for key in keys), named, "seconds", "")
     rows = [
         (
             str(trial.trial),
-            *(_setting(trial.point.get(key)) for key in keys),
+            *(words.format_setting(key, trial.point.get(key)) for key in keys),
             words.measured(run, trial.metric(run.metric)),
             f"{trial.train_seconds:.1f}",
             _outcome(trial, chosen),
@@ -177,10 +178,6 @@ def _outcome(trial: TrialResult, chosen: int | None) -> str:
     if trial.trial == chosen:
         return "chosen"
     return "stopped early" if trial.status == "stopped" else ""
-
-
-def _setting(value: Any) -> str:
-    return "" if value is None else format(value, ".3g") if isinstance(value, float) else str(value)
 
 
 def cut_note(count: int, what: str) -> str:

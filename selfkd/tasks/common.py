@@ -153,40 +153,47 @@ def _start_from(student: nn.Module, teacher: nn.Module, init: str | Mapping[str,
     start_from_layers(student, teacher, mapping)
 
 
-def check_init(task: Maker) -> None:
-    """Try what students start from, as far as the networks of their teachers are known.
+def check_init(task: Maker, teachers: Sequence[Mapping[str, Any]]) -> None:
+    """Try what students start from.
+
+    Args:
+        task: Task whose config's students are tried.
+        teachers: `checkpoint`, or `name` and `args`, of networks that may teach; none where they
+            are not known yet.
 
     Raises:
         ValueError: A student cannot start from its teacher.
     """
-    config = task.config
+    config, student = task.config, task.config.network()
     for init in values_of(config, "train.init"):
-        for teacher, student in _pairs(config) if init != "fresh" else ():
-            if "lora" in student.args:
-                raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
-            networks = task.make(student), task.make(teacher)
-            if init == "teacher":
-                if len({parameters_count(network) for network in networks}) > 1:
-                    raise ValueError("train.init must be fresh when student differs from model")
-                continue
-            try:
-                _start_from(*networks, init)
-            except ValueError as error:
-                raise ValueError(
-                    f"train.init must suit the student {student.title} and its teacher "
-                    f"{teacher.title}, got {init}: {error}"
-                ) from None
+        if init != "fresh" and "lora" in student.args:
+            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+        known = [{"name": config.model.name, "args": config.model.args}]
+        for row in teachers or (known if init == "teacher" and not config.is_chain else ()):
+            if init != "fresh":
+                _try_start(task, student, row, init)
 
 
-def _pairs(config: Config) -> list[tuple[ModelConfig, ModelConfig]]:
-    """Return the networks of first teachers and their students, as far as they are known."""
-    members, students = config.members, [*config.students] or [config.model]
-    if members.runs or members.checkpoints:
-        return []
-    first = members.models[0] if members.models else config.model
-    lineage = config.distill.teacher == "lineage"
-    teachers = [first] * len(students) if lineage else [first, *students[:-1]]
-    return list(zip(teachers, students, strict=True))
+def _try_start(
+    task: Maker, student: ModelConfig, teacher: Mapping[str, Any], init: str | Mapping[str, str]
+) -> None:
+    if "checkpoint" in teacher:
+        network, named = task.load(teacher["checkpoint"])[0], teacher["checkpoint"]
+    else:
+        model = ModelConfig(name=teacher["name"], args=teacher["args"])
+        network, named = task.make(model), model.title
+    fresh = task.make(student)
+    if init == "teacher":
+        if parameters_count(fresh) != parameters_count(network):
+            raise ValueError("train.init must be fresh when student differs from model")
+        return
+    try:
+        _start_from(fresh, network, init)
+    except ValueError as error:
+        raise ValueError(
+            f"train.init must suit the student {student.title} and its teacher {named}, got "
+            f"{init}: {error}"
+        ) from None
 
 
 def training_facts(trial: Trial, bits: int | None) -> Row:
@@ -209,6 +216,18 @@ def optimizer_of(network: nn.Module, options: TrainConfig) -> torch.optim.Optimi
         momentum=options.momentum,
         weight_decay=options.weight_decay,
     )
+
+
+def add_projections(
+    optimizer: torch.optim.Optimizer, projections: nn.Module | None, options: TrainConfig
+) -> None:
+    """Add the projections of a loss to an optimiser, without weight decay of their biases."""
+    if projections is None:
+        return
+    for decays in (True, False):
+        own = [weight for weight in projections.parameters() if (weight.ndim > 1) == decays]
+        decay = options.weight_decay if decays else 0.0
+        optimizer.add_param_group({"params": own, "weight_decay": decay})
 
 
 def spread(items: int, most: int) -> list[int]:

@@ -62,8 +62,12 @@ class Task(Protocol):
 
     # --- data and models ---
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         """Try the config's networks on the data; return the facts of both.
+
+        Args:
+            teachers: `name` and `args`, or `checkpoint`, of networks that may teach the student,
+                with each of which the further terms of the loss are tried.
 
         Raises:
             ValueError: They do not fit; says what must be otherwise.

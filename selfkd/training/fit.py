@@ -144,6 +144,8 @@ class Training:
     """Learning rate scheduler; None for a constant learning rate."""
     average: AveragedModel | None = None
     """Moving average of the weights, evaluated and saved in place of the student."""
+    projections: nn.Module | None = None
+    """Projections of the loss, which the optimiser trains and no model is saved with."""
     device: str = "cpu"
     """Device of the student and of the batches."""
     precision: Precision = "none"
@@ -173,6 +175,7 @@ class Training:
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "average": self.average,
+            "projections": self.projections,
             "scaler": self.scaler,
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -298,7 +301,8 @@ def descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if clip_grad is not None:
         scaler.unscale_(training.optimizer)
-        nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+        own = () if training.projections is None else training.projections.parameters()
+        nn.utils.clip_grad_norm_([*student.parameters(), *own], clip_grad)
     scaler.step(training.optimizer)
     scaler.update()
     if training.average is not None:

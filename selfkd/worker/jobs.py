@@ -25,10 +25,15 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
     return _JOBS[kind](**payload)
 
 
-def check(config: Tree) -> Iterator[Row]:
-    """Load the data and try the networks; yield the facts, or the user's mistake."""
+def check(config: Tree, teachers: Sequence[Row] = ()) -> Iterator[Row]:
+    """Load the data and try the networks; yield the facts, or the user's mistake.
+
+    Args:
+        config: Config of the run.
+        teachers: Networks that may teach, with which the further terms of the loss are tried.
+    """
     try:
-        facts = make_task(config).check()
+        facts = make_task(config).check(teachers)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         yield {"fault": str(error)}
         return

@@ -12,6 +12,7 @@ import torch
 from selfkd.config import Config, load_config, to_tree
 from selfkd.config.validate import check_capacity, check_chain
 from selfkd.errors import ConfigError
+from selfkd.experiments.confirm import pairs_of
 from selfkd.tasks import make_task
 from selfkd.tasks.common import make_fresh
 from selfkd.tasks.task import Task
@@ -118,13 +119,16 @@ MLP = "model={name: selfkd_mlp, args: {width: 8, depth: 2}}"
 )
 def test_what_does_not_fit_is_known_before_training(settings: list[str], fault: str) -> None:
     config = config_of("train.init=every_other", *settings)
-    (row,) = run_job("check", {"config": to_tree(config)})
+    *_, (own, teachers) = pairs_of(config)
+    rows = [{"name": model.name, "args": model.args} for model in teachers]
+    (row,) = run_job("check", {"config": to_tree(own), "teachers": rows})
     assert re.search(fault, row["fault"]), row["fault"]
 
 
 def test_a_searched_start_is_tried() -> None:
     config = config_of(MLP, "search.space={train.init: {choice: [fresh, every_other]}}")
-    (row,) = run_job("check", {"config": to_tree(config)})
+    teacher = {"name": config.model.name, "args": config.model.args}
+    (row,) = run_job("check", {"config": to_tree(config), "teachers": [teacher]})
     assert "student must have a list of layers" in row["fault"]
 
 

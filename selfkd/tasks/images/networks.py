@@ -45,6 +45,8 @@ class NetworkFacts(ModelFacts):
     std: tuple[FiniteFloat, ...] = Field(min_length=1)
     image_size: int = Field(default=0, ge=0, le=LARGEST_ARGUMENT)
     """Height and width of its images in pixels; 0 where they are not known."""
+    features: tuple[str, ...] | None = None
+    """Names of the features that it takes, where it takes no images."""
     specialist: tuple[int, ...] = ()
     """Classes that a specialist tells apart; all others are its last one."""
     dustbin_shift: FiniteFloat = 0.0
@@ -66,6 +68,7 @@ def _load_data(config: DataConfig, seed: int, device: str) -> Data:
         image_size=config.image_size,
         in_memory=config.in_memory,
         label_noise=config.label_noise,
+        label_column=config.label_column,
         seed=seed,
     )
     return data.to(device)
@@ -96,6 +99,11 @@ class ImageNetworks:
         labels: Tensor = getattr(self.data, split).labels.cpu()
         return labels
 
+    def two_images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, labels and indices of two training images."""
+        found = self.data.batches("train", batch_size=2, views=self.views, device=self.device)
+        return next(found)
+
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this data."""
         return self._make(model).to(self.device)
@@ -123,6 +131,7 @@ class ImageNetworks:
             "std": list(data.std),
             "data": data.name,
             "fingerprint": data.fingerprint,
+            **({} if data.features is None else {"features": list(data.features)}),
             "parameters": parameters_count(network),
             **({} if (share := pruned_share(network)) is None else {PRUNED: share}),
             **more,
@@ -143,6 +152,12 @@ class ImageNetworks:
             raise ValueError(
                 f"{checkpoint} was trained for other classes than {self.data.name}'s: "
                 f"{describe_classes(facts.classes, here)}"
+            )
+        if facts.features != self.data.features:
+            own = "images" if self.data.features is None else f"{len(self.data.features)} features"
+            raise ValueError(
+                f"{checkpoint} was trained on other inputs than the {own} of {self.data.name}: "
+                + ("images" if facts.features is None else ", ".join(facts.features[:8]))
             )
         model = ModelConfig(**facts.model)
         network = rebuild(checkpoint, tensors, facts, lambda: self._make(model))

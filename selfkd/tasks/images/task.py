@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from selfkd.analysis.metrics import agreement, fit_temperature
-from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config import CheckpointConfig, ModelConfig, choices_of_terms
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.data.batches import batches
@@ -42,6 +42,7 @@ from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.loaded import load_average
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
+from selfkd.tasks.images.terms import try_terms
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Split
 from selfkd.training.fit import predict_batches
@@ -56,8 +57,11 @@ METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measu
 class ImageTask(ImageNetworks):
     """The task of a config; see `selfkd.tasks.task.Task`."""
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         """Try the config's networks on two images; return the facts of them and of the data.
+
+        Args:
+            teachers: Networks that may teach, with which the further terms of the loss are tried.
 
         Raises:
             ValueError: They do not fit; says what must be otherwise.
@@ -76,7 +80,10 @@ class ImageTask(ImageNetworks):
             smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        check_init(self)
+        check_init(self, teachers)
+        if any(choices := choices_of_terms(config)):
+            found = [self._teacher_of(row) for row in teachers]
+            try_terms(self, networks["student"], found, choices)
         splits = {"train": data.train, "val": data.val, "test": data.test}
         return Facts(
             items={name: len(split.labels) for name, split in splits.items()},
@@ -90,23 +97,30 @@ class ImageTask(ImageNetworks):
                 "test": fingerprint(data.test, mean=data.mean, std=data.std),
             },
             notes=(data.note,) if data.note else (),
+            unit="images" if data.features is None else "rows",
             cached=describe_cached(self.manifest("", {})),
         )
+
+    def _teacher_of(self, row: Mapping[str, Any]) -> Teacher:
+        """Return a network that may teach, of a checkpoint or with random weights."""
+        if "checkpoint" in row:
+            return self.teacher(row["checkpoint"])
+        return Teacher(self.make(ModelConfig(name=row["name"], args=row["args"])))
 
     def _tried(self, model: ModelConfig) -> nn.Module:
         """Return a network whose logits of two images are as they should be."""
         network = self.make(model).eval()
-        inputs, _, _ = next(
-            self.data.batches("train", batch_size=2, views=self.views, device=self.device)
-        )
+        inputs, _, _ = self.two_images()
         size, classes = self.data.image_size, self.data.num_classes
         try:
             with torch.no_grad():
                 output = network(inputs)
         except Exception as error:
+            what = f"{size}x{size} images"
+            if self.data.features is not None:
+                what = f"[N, {len(self.data.features)}] features, such as selfkd_mlp"
             raise ValueError(
-                f"model must take {size}x{size} images, got {model.name!r} with {model.args}: "
-                f"{error}"
+                f"model must take {what}, got {model.name!r} with {model.args}: {error}"
             ) from error
         try:
             shape = str(list(take_logits(output, "model").shape))
@@ -186,6 +200,8 @@ class ImageTask(ImageNetworks):
 
     def example(self, items: int) -> Tensor:
         """Return inputs of so many images."""
+        if self.data.features is not None:
+            return torch.zeros((items, self.data.in_chans), device=self.device)
         size = self.data.image_size
         return torch.zeros((items, self.data.in_chans, size, size), device=self.device)
 
@@ -286,7 +302,7 @@ class ImageTask(ImageNetworks):
 
     def interface(self) -> Interface:
         """Return what a network of these images takes and gives when it is exported."""
-        return Interface(input="images")
+        return Interface(input="images" if self.data.features is None else "features")
 
     def combined(
         self,
@@ -313,7 +329,10 @@ class ImageTask(ImageNetworks):
         return found.network.to(self.device)
 
     def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
-        """Return images `[items, channels, height, width]`, normalised like a checkpoint's."""
+        """Return images `[items, channels, height, width]`, normalised like a checkpoint's.
+
+        Of arrays they are features `[items, F]`.
+        """
         return self._inputs(split, spread(len(getattr(self.data, split)), most), like)
 
     def calibration(self, most: int, *, like: str | None = None) -> Tensor:
@@ -421,7 +440,9 @@ class ImageTask(ImageNetworks):
         }
 
     def pictures(self, split: Split, items: Sequence[int]) -> list[bytes]:
-        """Return images as PNG files of at most 96 x 96 pixels."""
+        """Return images as PNG files of at most 96 x 96 pixels; none of arrays."""
+        if self.data.features is not None:
+            return []
         images = getattr(self.data, split).images
         found = []
         for item in items:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
 from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
@@ -24,6 +24,7 @@ from selfkd.soft_targets.transforms import (
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.terms import FurtherTerms, Targets, load_teachers
 from selfkd.training.fit import autocast
 from selfkd.training.trial import Trial
 
@@ -34,21 +35,25 @@ CHUNK_VALUES = 2**20
 
 Loss = Callable[[Tensor, Batch, float], dict[str, Tensor]]
 """Function from logits, their batch and the divisor of sums to the loss and its terms by name."""
-Targets = Callable[[Batch], TokenTeacher]
-"""Function from a batch to the teacher's logits of it."""
 Rows = Tensor | SparseLogits | SampledTargets
 """What is cached of rows."""
 Cached = Callable[[Tensor, int], Rows]
 """Function from rows and a view to cached logits."""
 
 
-def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -> Loss:
+def make_loss(
+    task: TextNetworks,
+    trial: Trial,
+    transform: Transform = "none",
+    further: FurtherTerms | None = None,
+) -> Loss:
     """Return the loss of a trial.
 
     Args:
         task: Text and networks.
         trial: Student and its teachers.
         transform: Transform of the teacher logits.
+        further: Further terms of the loss.
 
     Raises:
         ValueError: The transform needs all logits, and they are not cached.
@@ -65,8 +70,8 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
         targets = _from_rows(VirtualTargets(labels, classes=task.data.vocabulary), last)
     elif not teachers or distill.mode == "traces":  # whose text are the labels
         return partial(_label_loss, smoothing)
-    elif distill.live:
-        targets = _live_targets(task, [row["checkpoint"] for row in teachers])
+    elif distill.runs_teacher:
+        targets = _live_targets(task, further.teachers if further else load_teachers(task, trial))
     else:
         stored = open_store(
             trial.targets,
@@ -91,6 +96,7 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
     return partial(
         _soft_loss,
         targets,
+        further,
         {
             "temperature": distill.temperature,
             "alpha": distill.alpha,
@@ -103,10 +109,16 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
 
 
 def _soft_loss(
-    targets: Targets, settings: Mapping[str, Any], logits: Tensor, batch: Batch, total: float
+    targets: Targets,
+    further: FurtherTerms | None,
+    settings: Mapping[str, Any],
+    logits: Tensor,
+    batch: Batch,
+    total: float,
 ) -> dict[str, Tensor]:
     """Return the loss and its terms; of what the student has written, the soft term alone."""
-    teacher, written = targets(batch), batch.rows is None
+    written = batch.rows is None
+    teacher = targets(batch) if further is None or written else further.run(targets, batch)
     if written:  # which is no label
         settings = {**settings, "alpha": 1.0}
     chunk = max(CHUNK, CHUNK_VALUES // logits.shape[-1])
@@ -117,7 +129,12 @@ def _soft_loss(
         )._asdict()
 
     terms = _by_weight(batch, total, terms_of)
-    return {name: terms[name] for name in ("loss", "soft_loss")} if written else terms
+    if written:
+        return {name: terms[name] for name in ("loss", "soft_loss")}
+    if further is not None and batch.total:
+        values = further(logits, teacher, batch)
+        return further.added(terms, values, batch.total / total)
+    return terms
 
 
 def _by_weight(
@@ -170,10 +187,8 @@ def _confidence_loss(
     return _by_weight(batch, total, terms_of)
 
 
-def _live_targets(task: TextNetworks, checkpoints: Sequence[str]) -> Targets:
+def _live_targets(task: TextNetworks, networks: Sequence[nn.Module]) -> Targets:
     """Return a function that runs teachers on a batch."""
-    with torch.random.fork_rng(devices=[]):  # a resumed training has restored its state
-        networks = [task.load(path)[0].eval().requires_grad_(False) for path in checkpoints]
 
     @torch.no_grad()
     def targets(batch: Batch) -> Tensor:

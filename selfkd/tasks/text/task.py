@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.analysis.verdicts import short
-from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config import TERMS, CheckpointConfig, ModelConfig, choices_of_terms
 from selfkd.config.schema import HF, TRAINED_TOKENIZER
 from selfkd.config.tasks import sampled_faults
 from selfkd.deployment.interface import Interface
+from selfkd.distill.loss_names import describe_terms
 from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
@@ -35,6 +36,7 @@ from selfkd.tasks.text.cached import caches_logits
 from selfkd.tasks.text.export import FOLDER, export_model
 from selfkd.tasks.text.networks import EVAL_VALUES, TextNetworks
 from selfkd.tasks.text.pretrained import check_causal, folder_hash
+from selfkd.tasks.text.terms import try_terms
 from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
 from selfkd.tasks.text.write import WrittenText
@@ -53,8 +55,11 @@ OF_SAMPLES = ("distinct_1", "distinct_2", "distinct_3", "unended")
 class TextTask(TextNetworks):
     """The task of a config; see `selfkd.tasks.task.Task`. A row, or item, is a token."""
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         """Make the config's networks; return the facts of them and of the text.
+
+        Args:
+            teachers: Networks that may teach, with which the further terms of the loss are tried.
 
         Raises:
             ValueError: They do not fit; says what must be otherwise.
@@ -81,7 +86,9 @@ class TextTask(TextNetworks):
             weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        check_init(self)
+        check_init(self, teachers)
+        if any(choices := choices_of_terms(config)):
+            self._try_terms(networks["student"], teachers, choices)
         metric = self._metric
         matched = metric == "exact_match"
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
@@ -110,6 +117,32 @@ class TextTask(TextNetworks):
             fixed=("distill.temperature",) if self.samples is not None else (),
             notes=(data.note, *notes),
         )
+
+    def _try_terms(
+        self,
+        student: nn.Module,
+        teachers: Sequence[Mapping[str, Any]],
+        choices: Sequence[Sequence[Mapping[str, Any]]],
+    ) -> None:
+        """Try further terms of the loss with networks that may teach.
+
+        Raises:
+            ValueError: One cannot be computed, or needs logits that are not cached.
+        """
+        found = [
+            self.load(row["checkpoint"])[0]
+            if "checkpoint" in row
+            else self.make(ModelConfig(name=row["name"], args=row["args"]))
+            for row in teachers
+        ]
+        try_terms(self, student.eval(), found, choices)
+        for terms in choices:
+            cached = terms and not any(term.get("student") for term in terms)
+            if cached and self.samples is not None and not self.config.distill.live:
+                raise ValueError(
+                    f"{TERMS}: {describe_terms(terms)} need all logits of the teacher, of which "
+                    f"{self.samples} samples a token are cached: set distill.live=true"
+                )
 
     def _check_folder(self, model: ModelConfig, network: nn.Module) -> dict[str, str]:
         """Check the model of a folder against this text; return the folder's hash by its path.

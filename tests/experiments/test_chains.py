@@ -96,6 +96,22 @@ def test_each_generation_is_compared_with_its_own_network(tmp_path: Path) -> Non
         assert row.first.value == pytest.approx(sum(a - b for a, b in pairs) / 2)
 
 
+def test_a_function_of_the_user_s_is_given_each_network(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n"
+        "def train(trial):\n"
+        "    width = trial.model.args['width']\n"
+        "    trial.report({'width': width}, student=torch.nn.Linear(1, width))\n"
+    )
+    config = config_of("search.metric=width", "confirm.seeds=2")
+    folder = RunFolder.create(tmp_path / "run", config)
+    summary = born_again(make_run(config, folder, run_job, function=f"{file}:train"))
+    assert [result.metrics["width"] for result in summary.generations] == list(WIDTHS)
+    assert [row.values for row in summary.confirmations] == [(w, w) for w in WIDTHS]
+    assert summary.controls == ()
+
+
 def test_networks_that_stand_twice_have_one_baseline() -> None:
     chain = [MLP.format(8), MLP.format(8), MLP.format(4)]
     config = config_of("rounds=3", f"student=[{', '.join(chain)}]")

@@ -85,11 +85,10 @@ def run_ensemble(
 
 
 def _greet(config: Config) -> str:
-    student = config.student or config.model
     return (
         f"{describe_members(config)}, then {config.search.trials} trials of one student, "
-        f"{student.name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to confirm "
-        "the best"
+        f"{config.network().name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to "
+        "confirm the best"
     )
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from selfkd.config import ModelConfig, TrainConfig, load_config
+from selfkd.config.validate import check_chain, check_study
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.generations import DEFAULT_JOB
@@ -116,9 +117,15 @@ def test_of_text_loads_and_opens_with_its_command(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", KNOWLEDGE, ids=lambda path: path.stem)
-def test_of_a_study_of_knowledge_loads_and_opens_with_its_command(path: Path) -> None:
+def test_of_knowledge_loads_and_opens_with_its_command(path: Path) -> None:
     config, head = load_config(path), path.read_text().split("\ndata:")[0]
-    command = "study" if config.study.arms else r"\w+"
+    if config.study.arms:
+        check_study(config)
+    check_chain(config)
+    if config.study.arms:
+        command = "study"
+    else:
+        command = "generations" if config.student is not None else r"(generations|ensemble)"
     assert re.search(
         rf"python -m selfkd\.{command} --config tune_configs/knowledge/{path.name}", head
     )

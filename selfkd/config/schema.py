@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -223,6 +225,16 @@ class ModelConfig:
         if self.name != HF and "path" in self.args:
             raise ValueError(f"args.path must be left out but with name {HF}, got {self.name}")
 
+    @property
+    def title(self) -> str:
+        """Its name and arguments in words.
+
+        >>> ModelConfig(name="selfkd_mlp", args={"width": 8, "depth": 1}).title
+        'selfkd_mlp (width 8, depth 1)'
+        """
+        args = ", ".join(f"{key} {value}" for key, value in self.args.items())
+        return f"{self.name} ({args})" if args else self.name
+
     @classmethod
     def of_checkpoint(cls, model: object) -> ModelConfig:
         """Return the network that the metadata of an untrusted checkpoint describes.
@@ -243,6 +255,19 @@ class ModelConfig:
         except ValidationError as error:
             faults = "; ".join(_faults(error, {}))
             raise ValueError(f"model must be described by plain values: {faults}") from None
+
+
+_TAGS = ("~one", "~several")  # in the places of faults
+Students = Annotated[
+    Annotated[ModelConfig, Tag(_TAGS[0])]
+    | Annotated[list[ModelConfig], Tag(_TAGS[1]), Field(min_length=1)],
+    Discriminator(lambda value: _TAGS[isinstance(value, list | tuple)]),
+]
+Init = Annotated[
+    Annotated[Literal["fresh", "teacher", "every_other", "first"], Tag(_TAGS[0])]
+    | Annotated[dict[str, str], Tag(_TAGS[1]), Field(min_length=1)],
+    Discriminator(lambda value: _TAGS[isinstance(value, dict)]),
+]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -285,8 +310,11 @@ class TrainConfig:
     """Mixed precision of the student's forward pass; none is float32."""
     compile: bool = False
     """Whether to run the student through `torch.compile`."""
-    init: Literal["fresh", "teacher"] = "fresh"
-    """Initial weights of a born-again student: random, or those of its teacher."""
+    init: Init = "fresh"
+    """Initial weights of a student with a teacher: fresh, random; teacher, those of its teacher, a
+    network of the same sizes; every_other, evenly spaced layers of a deeper teacher, with all else
+    that fits; first, its first layers; or a mapping from paths of the student's submodules to those
+    of the teacher's. Of several teachers those of the first, the best one."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -690,7 +718,9 @@ def with_task_defaults(tree: Tree) -> Tree:
         given = tree.get(section, {})
         found[section] = {**defaults, **given} if isinstance(given, Mapping) else given
     model = found["model"] = _named_model(tree, TEXT_MODEL)
-    models = [each for each in (model, tree.get("student")) if each is not None]
+    student = tree.get("student")
+    students = student if isinstance(student, list) else [student]
+    models = [each for each in (model, *students) if each is not None]
     folders = [folder for each in models if (folder := _folder_of(each)) is not None]
     if folders:
         _default(found["data"], tree.get("data"), "tokenizer", folders[0])
@@ -834,8 +864,10 @@ class Config:
     """Network of generation 0, of the members and, without `student`, of the students."""
     generation_0: GivenConfig = Field(default_factory=GivenConfig)
     """Generation 0, where it is given."""
-    student: ModelConfig | None = None
-    """Network of the distilled students, such as generations 1, 2, …; `model` when not given."""
+    student: Students | None = None
+    """Network of the distilled students, such as generations 1, 2, …; `model` when not given. A
+    list has one network a generation, `rounds` in all, such as a teacher assistant and what is
+    distilled from it."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Settings of a user training function (`--train`), which reads them as `trial.params`."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -894,8 +926,9 @@ class Config:
     @field_validator("student", mode="before")
     @classmethod
     def _named_student(cls, value: Any) -> Any:
-        if isinstance(value, dict) and set(value) <= {"args"}:
-            raise ValueError("must have a name: set student.name, also where it is model.name")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict) and set(each) <= {"args"}:
+                raise ValueError("must have a name: set student.name, also where it is model.name")
         return value
 
     def __post_init__(self) -> None:
@@ -922,6 +955,34 @@ class Config:
     def most_rounds(self) -> int:
         """Largest number of born-again generations."""
         return self.rounds_max if self.rounds == "auto" else self.rounds
+
+    @property
+    def students(self) -> tuple[ModelConfig, ...]:
+        """Networks of the distilled students that are given, one a generation where several are."""
+        if self.student is None:
+            return ()
+        return tuple(self.student) if isinstance(self.student, list) else (self.student,)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each generation of students has a network of its own."""
+        return isinstance(self.student, list)
+
+    def network(self, generation: int | None = None) -> ModelConfig:
+        """Return the network of a generation.
+
+        Args:
+            generation: Its number, 0 for that of models without a teacher; the last one's when not
+                given.
+
+        >>> config = from_tree({"student": [{"name": "a"}, {"name": "b"}], "rounds": 2})
+        >>> [config.network(generation).name for generation in range(3)]
+        ['selfkd_cnn', 'a', 'b']
+        """
+        known = self.students
+        if generation == 0 or not known:
+            return self.model
+        return known[-1 if generation is None else min(generation, len(known)) - 1]
 
     @property
     def steps_by_part(self) -> int | None:
@@ -981,7 +1042,9 @@ OF_TEACHERS = ("distill.", "members.")
 TERMS = "distill.terms"
 TERM_WEIGHT = re.compile(r"distill\.terms\.(\w+)\.weight")
 """Key of the weight of a term, by the name of its loss or its number from 0."""
-_FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b|study\.arms\b")
+_FREE = re.compile(
+    r"params\b|(model|student)\.args\b|train\.init\b|search\.(labels_only_)?space\b|study\.arms\b"
+)
 
 
 def to_tree(config: Config) -> Tree:
@@ -1008,7 +1071,7 @@ def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
 
 def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]:
     for fault in error.errors():
-        path = [str(part) for part in fault["loc"]]
+        path = [str(part) for part in fault["loc"] if part not in _TAGS]
         key = ".".join(path)
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section = ".".join(path[:-1])
@@ -1062,7 +1125,7 @@ def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[st
     """
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        free = (".args", "space", "params", ".arms")
+        free = (".args", "space", "params", ".arms", ".init")
         nested = isinstance(value, dict) and not dotted.endswith(free)
         if inner or not nested:
             yield dotted, value

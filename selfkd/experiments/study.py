@@ -14,6 +14,7 @@ from typing import Any
 from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
 from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, TargetsConfig, WriteConfig
+from selfkd.config.tasks import tries_teachers
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
@@ -80,7 +81,7 @@ class _Study:
         if any(MEMBERS in arm.teachers for arm in self.configs.values()):
             self.members = make_teachers(run).of(config)
             for name, arm in self.configs.items():
-                if MEMBERS in arm.teachers and config.at(arm.set).distill.terms:
+                if MEMBERS in arm.teachers and tries_teachers(config.at(arm.set)):
                     where = f"study.arms.{name}: "
                     run.check(config.at(arm.set), where=where, teachers=self.members)
         else:

@@ -47,16 +47,20 @@ def results_table(run: Run) -> Table:
 
 def generations_table(run: Run) -> Table:
     """Return a row a generation, then their ensemble and the controls."""
-    rows = [_generation_row(run, generation) for generation in run.generations]
+    sizes = sizes_by_generation(run.results)
+    rows = [
+        (*_generation_row(run, generation), sizes.get(generation.number, ""))
+        for generation in run.generations
+    ]
     if run.ensemble is not None:
-        rows.append(_ensemble_row(run, run.ensemble))
+        rows.append((*_ensemble_row(run, run.ensemble), ""))
     rows += [
         (
             *(control.title, "", "", "", "", words.mean(control.mean, control.metric)),
             *(
                 words.bare_difference(control.first, control.metric),
                 "",
-                *[""] * len(with_agreement(run.data.further)),
+                *[""] * (len(with_agreement(run.data.further)) + 1),
             ),
         )
         for control in run.controls
@@ -67,8 +71,14 @@ def generations_table(run: Run) -> Table:
     head = ("generation", "T", "alpha", words.short_metric(run.metric), tested, again)
     unit = words.difference_head(run.data.metric)
     differences = f"vs gen. 0{unit}", f"vs previous{unit}"
-    columns = (*head, *differences, *further_head(with_agreement(run.data.further)))
+    columns = (*head, *differences, *further_head(with_agreement(run.data.further)), "parameters")
     return Table(columns, tuple(rows)).without_empty()
+
+
+def sizes_by_generation(results: Sequence[GenerationResult]) -> dict[int, str]:
+    """Return the number of parameters of each generation in words; none where all are alike."""
+    sizes = {row.generation: row.parameters for row in results if row.parameters is not None}
+    return {n: words.size(size) for n, size in sizes.items()} if len({*sizes.values()}) > 1 else {}
 
 
 def further_head(names: Sequence[str]) -> list[str]:

@@ -341,3 +341,29 @@ def test_arms_with_and_without_a_transfer_set(tmp_path: Path) -> None:
     assert len(set(found.values())) == 4
     with pytest.raises(ConfigError, match=r"study.arms.folder: must be tested on the items of lab"):
         study(tmp_path / "other", base.replace("300", "1000"), arms)
+
+
+def test_an_arm_that_cannot_start_from_its_teacher_is_refused(tmp_path: Path) -> None:
+    small, big = (f"{{name: selfkd_resnet{depth}, args: {{width: 2}}}}" for depth in (8, 20))
+    arms = f"""study={{arms: {{
+        small: {{set: {{model: {small}}}}},
+        deeper: {{set: {{model: {big}, train.init: every_other}}, teacher: small}},
+    }}}}"""
+    with pytest.raises(
+        ConfigError, match=r"study\.arms\.deeper: train\.init must suit the student"
+    ):
+        study(tmp_path / "run", arms)
+    arms = f"""study={{arms: {{
+        big: {{set: {{model: {big}, train.epochs: 1}}, seeds: 1}},
+        half: {{teacher: big, seeds: 1, set: {{
+            model: {small}, train: {{init: {{features.1: features.2}}, epochs: 1, lr: 1e-30}},
+        }}}},
+    }}}}"""
+    folder, _, _ = study(tmp_path / "other", arms, "data.train_size=100", "distill.live=true")
+    ours, theirs = (
+        load_tensors(folder.path / "arms" / name / "trial_000" / "student.safetensors")[0]
+        for name in ("half", "big")
+    )
+    name = "features.{}.conv1.weight".format
+    assert torch.equal(ours[name(1)], theirs[name(2)])
+    assert not torch.equal(ours[name(2)], theirs[name(2)])

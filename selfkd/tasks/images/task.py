@@ -31,7 +31,14 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
-from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of, spread
+from selfkd.tasks.common import (
+    check_init,
+    describe_cached,
+    named_networks,
+    open_checkpoint,
+    optimizer_of,
+    spread,
+)
 from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.loaded import load_average
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
@@ -66,10 +73,7 @@ class ImageTask(ImageNetworks):
                 f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}: "
                 "a training function of your own reports others"
             )
-        networks = {
-            "model": self._tried(config.model),
-            "student": self._tried(config.student or config.model),
-        }
+        networks = {name: self._tried(model) for name, model in named_networks(config).items()}
         for network in (*networks.values(), *map(self._tried, config.members.models)):
             # on GPUs the statistics of several workers are synchronised
             workers = 1 if self.device == "cuda" else config.resources.workers
@@ -77,8 +81,7 @@ class ImageTask(ImageNetworks):
             smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
+        check_init(self, teachers)
         if any(choices := choices_of_terms(config)):
             found = [self._teacher_of(row) for row in teachers]
             try_terms(self, networks["student"], found, choices)

@@ -64,7 +64,7 @@ class TextNetworks:
         check_installed()
         self.config: Config = from_tree(tree)
         self.device = prepare_device(self.config)
-        models = [self.config.model, *filter(None, [self.config.student])]
+        models = [self.config.model, *self.config.students]
         for path in [model.args.get("path") for model in models if model.name == HF]:
             if path in (None, self.config.data.tokenizer):  # said of the model, not its tokenizer
                 check_folder(path, weights=False)

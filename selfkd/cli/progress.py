@@ -14,7 +14,14 @@ from rich.text import Text
 from selfkd.analysis.verdicts import count
 from selfkd.cli.terminal import print_lines
 from selfkd.config import TERMS, Config
-from selfkd.reporting.words import format_setting, percent, plus_minus, short_metric, value
+from selfkd.reporting.words import (
+    format_setting,
+    percent,
+    plus_minus,
+    short_key,
+    short_metric,
+    value,
+)
 from selfkd.results import (
     Event,
     GenerationConfirmed,
@@ -234,5 +241,8 @@ def _named(metric: str) -> str:
 
 def _setting(point: Point) -> str:
     short = {"distill.temperature": "T", "distill.alpha": "alpha", TERMS: "terms"}
-    parts = [f"{short.get(key, key)} {format_setting(key, value)}" for key, value in point.items()]
+    parts = [
+        f"{short.get(key, short_key(key))} {format_setting(key, value)}"
+        for key, value in point.items()
+    ]
     return f" ({', '.join(parts)})" if parts else ""

@@ -17,6 +17,7 @@ from selfkd.config.schema import ARRAYS as ARRAYS
 from selfkd.config.schema import RESERVED_ARGS as RESERVED_ARGS
 from selfkd.config.schema import SOURCE_ARGS as SOURCE_ARGS
 from selfkd.config.schema import SPACE as SPACE
+from selfkd.config.schema import TERM_WEIGHT as TERM_WEIGHT
 from selfkd.config.schema import TERMS as TERMS
 from selfkd.config.schema import ArmConfig as ArmConfig
 from selfkd.config.schema import CheckpointConfig as CheckpointConfig

@@ -7,8 +7,12 @@ from typing import Any
 
 from selfkd.config.schema import TERMS, Config, choices_of_terms
 
-_OF_MAPS = ("attention", "crd")
-"""Losses that no layer of a language model has outputs for."""
+_NOT_OF_TEXT = {
+    "attention": "which compares feature maps",
+    "crd": "which compares one vector an item",
+    "rkd_angle": "which compares all triples of a batch, of tokens too many",
+}
+"""Losses that tokens do not go with, and why."""
 
 
 def terms_faults(config: Config) -> Iterator[tuple[str, str]]:
@@ -39,12 +43,17 @@ def _fault(config: Config, terms: list[Mapping[str, Any]]) -> str | None:
     layers, logits = ", ".join(names[True]), ", ".join(names[False])
     if terms and config.distill.mode == "traces":
         return "has no effect with distill.mode traces, where text is all that teachers give"
+    transfer = config.data.transfer
+    if transfer is not None and transfer.weight > 0:
+        needing = {"crd"} if transfer.labels else {"crd", "dkd"}
+        if found := sorted(needing.intersection(names[True] + names[False])):
+            return f"must be without {found[0]} with data.transfer, which it has no labels of"
     members = config.members
     if layers and "specialists" in (members.source, *members.compare):
         return f"must be of logits with specialists, whose layers differ, got {layers}"
-    of_maps = [name for name in names[True] if name in _OF_MAPS]
-    if config.task == "text" and of_maps:
-        return f"must be other losses with task text, got {of_maps[0]}, which is of images"
+    for name in (*names[True], *names[False]) if config.task == "text" else ():
+        if name in _NOT_OF_TEXT:
+            return f"must be other losses with task text, got {name}, {_NOT_OF_TEXT[name]}"
     given = [key for key in ("top_k", "samples") if getattr(config.targets, key) is not None]
     if logits and given and not layers and not config.distill.live:
         return (

@@ -188,7 +188,50 @@ def batches(
         order = order[shuffle.cpu()]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
-    sizes = batch_sizes(len(order), batch_size, smallest)
+    return read_batches(
+        split,
+        order,
+        batch_sizes(len(order), batch_size, smallest),
+        mean=mean,
+        std=std,
+        views=views,
+        view=view,
+        device=device,
+        workers=workers,
+        share=share,
+    )
+
+
+def read_batches(
+    split: Split,
+    order: Tensor,
+    sizes: list[int],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    views: Views | None = None,
+    view: int = 0,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    share: Callable[[int], range] | None = None,
+) -> Iterator[Batch]:
+    """Iterate over images of a split in a given order, in batches of given sizes.
+
+    Args:
+        split: Images and labels to read.
+        order: Indices of the images, int64, as many as the sizes together.
+        sizes: Number of images in each batch.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel, of pixels in [0, 1].
+        views: Augmentation, applied to whole batches on `device`.
+        view: Number of the view of each image.
+        device: Device of the inputs and labels.
+        workers: Number of processes that decode streamed images.
+        share: Function from the size of a batch to the positions in it that this process reads.
+
+    Returns:
+        Iterator over (inputs, labels, index), as of `batches`.
+    """
     chunks = _chunks(order, sizes, share)
     if isinstance(split.images, Tensor):
         raw = _gathered(split.images, _chunks(order.to(split.images.device), sizes, share))

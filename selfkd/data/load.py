@@ -52,6 +52,7 @@ def load_data(
     in_memory: bool | None = None,
     label_noise: float = 0.0,
     label_column: str | None = None,
+    reserve: int = 0,
     seed: int = 0,
 ) -> Data:
     """Load a data set in three disjoint splits, stratified by label.
@@ -87,6 +88,8 @@ its splits as those folders; of a single one a tenth is test, too |
             that are trained on, in [0, 1). Validation and test keep their labels.
         label_column: Column of a table of `arrays` that has the labels; by name (label, target,
             class or y), else the last, if not given.
+        reserve: Number of images that are left beside the splits, for `load_rest`: where test
+            images are taken from the training images, these are fewer.
         seed: Random seed of the splits and of the label noise.
 
     Returns:
@@ -113,7 +116,7 @@ its splits as those folders; of a single one a tenth is test, too |
         raise ValueError(f"data.val_size must be at least 1, got {val_size}")
     if not 0 <= label_noise < 1:
         raise ValueError(f"data.label_noise must be in [0, 1), got {label_noise}")
-    source = _open(name, root, download, image_size, label_column)
+    source = open_source(name, root, download, image_size, label_column)
     if len(source.class_names) < 2:
         only = ", ".join(source.class_names)
         raise ValueError(
@@ -121,9 +124,9 @@ its splits as those folders; of a single one a tenth is test, too |
             f"{root or name}: with one class there is nothing to learn; add images of another"
         )
     selected = _training_classes(classes, source.class_names)
-    splits = _split(source, train_size, val_size, selected, label_noise, seed)
+    splits, _ = _split(source, train_size, val_size, selected, label_noise, reserve, seed)
     train, val, test = (
-        _resolve_images(name, split, image_size, in_memory, splits) for split in splits
+        resolve_images(name, split, image_size, in_memory, splits) for split in splits
     )
     mean, std = source.statistics or _statistics(train)
     size = _size(train)
@@ -143,18 +146,59 @@ def _size(train: Split) -> int:
     return images.shape[-1] if images.ndim == 4 else 1
 
 
+def load_rest(
+    name: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    classes: Sequence[int] | None = None,
+    image_size: int | None = None,
+    label_column: str | None = None,
+    reserve: int = 0,
+    seed: int = 0,
+) -> Split:
+    """Load the training images of a data set that are in no split of `load_data`.
+
+    Args:
+        name: Name of the data set.
+        root: Folder of the data.
+        download: Whether to download the data into `root` if it is missing.
+        train_size: Number of training images.
+        val_size: Number of validation images.
+        classes: Classes whose images are trained on; those of others are among the rest.
+        image_size: Height and width in pixels.
+        label_column: Column of a table of `arrays` that has the labels.
+        reserve: Number of images that are left at least.
+        seed: Random seed of the splits.
+
+    Returns:
+        Images and labels, as the data set has them; those of a folder are not decoded yet.
+
+    Example:
+        >>> len(load_rest("digits")), len(load_rest("digits", val_size=200, reserve=1000))
+        (100, 1000)
+    """
+    source = open_source(name, root, download, image_size, label_column)
+    selected = _training_classes(classes, source.class_names)
+    _, rest = _split(source, train_size, val_size, selected, 0.0, reserve, seed)
+    return source.pool.take(rest)
+
+
 @lru_cache
 def _log_once(note: str) -> None:
     log.warning("%s", note)
 
 
-def _open(
+def open_source(
     name: str,
     root: str | os.PathLike[str] | None,
     download: bool,
     image_size: int | None,
-    label_column: str | None,
+    label_column: str | None = None,
 ) -> Source:
+    """Open a data set by its name, before it is split; arguments are those of `load_data`."""
     prefix, slash, _ = name.partition("/")
     if name == "digits":
         return open_digits()
@@ -201,8 +245,10 @@ def _split(
     val_size: int | None,
     classes: list[int],
     label_noise: float,
+    reserve: int,
     seed: int,
-) -> tuple[Split, Split, Split]:
+) -> tuple[tuple[Split, Split, Split], Tensor]:
+    """Return the splits, and the positions in the pool of what is in none of them."""
     pool, val, test = source.pool, source.val, source.test
     if val is not None and val_size is not None:
         if val_size > len(val):
@@ -219,6 +265,7 @@ def _split(
         test_size=source.test_size,
         num_classes=len(source.class_names),
         classes=classes,
+        reserve=reserve,
         seed=seed,
     )
     train = pool.take(in_train)
@@ -226,15 +273,18 @@ def _split(
     if label_noise:
         noisy = redraw(train.labels, in_train, label_noise, classes=classes, seed=seed)
         train = replace(train, labels=noisy)
-    return train, val or pool.take(in_val), test or pool.take(in_test)
+    unused = torch.ones(len(pool), dtype=torch.bool)
+    unused[torch.cat([in_train, in_val, in_test])] = False
+    splits = (train, val or pool.take(in_val), test or pool.take(in_test))
+    return splits, unused.nonzero()[:, 0]
 
 
-def _resolve_images(
+def resolve_images(
     name: str,
     split: Split,
     image_size: int | None,
     in_memory: bool | None,
-    splits: tuple[Split, Split, Split],
+    splits: Sequence[Split],
 ) -> Split:
     """Return the split with its images decoded, scaled, or left to be streamed."""
     images = split.images

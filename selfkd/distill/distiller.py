@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.distill.tasks import Task, as_outputs, hard_term, task_terms
+from selfkd.distill.tasks import Task, as_outputs, hard_term, masked_hard_term, task_terms
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
@@ -81,7 +81,8 @@ class Distiller:
             `Teacher(module, copy=False)` is run as it is.
         targets: Function from `(index, view)` to cached logits of either shape, to the k largest of
             them (`SparseLogits`), or to samples (`SampledTargets`).
-        temperature: Temperature T, above 0.
+        temperature: Temperature T, above 0. 3.5 and an alpha of 0.65, as in the config, lose least
+            on five unlike tasks of images (docs/choosing.md); tokens want T = 1.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0, and without
             further terms, the teacher is not run.
         average: Whether an ensemble's `probabilities` or `logits` are averaged.
@@ -124,8 +125,8 @@ class Distiller:
         teacher: Callable[[Any], Any] | None = None,
         *,
         targets: CachedLogits | Callable[..., Any] | None = None,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
+        temperature: float = 3.5,
+        alpha: float = 0.65,
         average: Average = "probabilities",
         weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
@@ -269,6 +270,8 @@ class Distiller:
         view: int = 0,
         normalizer: float | Tensor | None = None,
         hard_loss: Tensor | None = None,
+        unlabelled: int = 0,
+        labelled_share: float | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss of a batch, by name.
 
@@ -289,6 +292,9 @@ class Distiller:
             normalizer: Divisor in place of the batch's number of images in each mean, above 0.
             hard_loss: Hard term of the caller's own, a scalar with the graph, in place of the
                 cross-entropy; the labels are given to the further terms only.
+            unlabelled: Number of images at the end without a label: `labels` are of the others,
+                over which the hard term is a mean; further terms get none.
+            labelled_share: Fraction with a label of all micro-batches or processes together.
 
         Returns:
             Scalars by name: `loss`, with the graph; `hard_loss`, if there are labels; `soft_loss`,
@@ -297,9 +303,9 @@ class Distiller:
 
         Raises:
             ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
-                a normalizer of 0 or less, a `hard_loss` that is no scalar, or with feature terms,
-                logits or features without a graph of a student that trains; otherwise as
-                `distillation_terms`.
+                labels of too many or few images, a normalizer of 0 or less, a `hard_loss` that is
+                no scalar, or with feature terms, logits or features without a graph of a student
+                that trains; otherwise as `distillation_terms`.
             TypeError: An output in which it is not clear which tensor the logits are, or a
                 `hard_loss` that is no tensor; otherwise as `distillation_terms`.
         """
@@ -310,6 +316,11 @@ class Distiller:
             check_tensor("hard_loss", hard_loss)
             if hard_loss.ndim:
                 raise ValueError(f"hard_loss must be a scalar, got shape {list(hard_loss.shape)}")
+        if (unlabelled or labelled_share is not None) and labels is not None:
+            if hard_loss is None:
+                smoothing, parts = self.label_smoothing, (unlabelled, labelled_share)
+                hard_loss = masked_hard_term(self.task, logits, labels, *parts, smoothing)
+            labels = None
         terms = self._terms(logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms

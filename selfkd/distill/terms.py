@@ -34,7 +34,8 @@ class FeatureTerm:
         project: Channels of the student and of the teacher between which a trained `Projection` is
             put, as hints need if they differ, or True for those that an example's features have.
             Its parameters are `distiller.parameters()`.
-        masked: Whether `loss` takes the `mask` of valid tokens; else it is given these alone.
+        masked: Whether `loss` compares attention matrices, and takes the `mask` of valid tokens;
+            else it is given features of these alone.
 
     Raises:
         ValueError: A weight below 0.
@@ -163,12 +164,11 @@ class FeatureTerms:
         self._weights = weights or [1 / len(teachers)] * len(teachers)
         self.student = unwrap(student)
         self._model = student
-        self._student = _captured(
-            student, {n: term.student for n, term in terms.items()}, "student"
-        )
-        of_teacher = {name: term.of_teacher for name, term in terms.items()}
+        of_student = [(name, term.student, term.masked) for name, term in terms.items()]
+        of_teacher = [(name, term.of_teacher, term.masked) for name, term in terms.items()]
+        self._student = _Captured(student, of_student, "student")
         self._teachers = [
-            _captured(module, of_teacher, "teacher", detach=True) for module in teachers
+            _Captured(module, of_teacher, "teacher", detach=True) for module in teachers
         ]
         for term in terms.values():
             self._check_count(term)
@@ -202,7 +202,7 @@ class FeatureTerms:
         modules = nn.ModuleDict()
         for name, term in self._terms.items():
             for of in range(len(self._teachers)):
-                for number in range(self._student.count(term.student)):
+                for number in range(self._student.count(term.student, attention=term.masked)):
                     found = self._channels(term, of, number)
                     if found is not None:
                         modules[self._key(name, number, of)] = term.make_projection(*found)
@@ -283,16 +283,16 @@ class FeatureTerms:
 
     def _pairs(self, term: FeatureTerm, of: int) -> Sequence[tuple[Tensor, Tensor]]:
         """Return the pairs of features of student and a teacher that are compared."""
-        student, teacher = self._student[term.student], self._teachers[of][term.of_teacher]
-        students = student if isinstance(student, list) else [student]
-        teachers = teacher if isinstance(teacher, list) else [teacher]
+        students = self._student.of(term.student, attention=term.masked)
+        teachers = self._teachers[of].of(term.of_teacher, attention=term.masked)
         pairs = zip(students, teachers, strict=True)
         return [(student, teacher.to(student.device)) for student, teacher in pairs]
 
     def _check_count(self, term: FeatureTerm) -> None:
-        count = self._student.count(term.student)
+        count = self._student.count(term.student, attention=term.masked)
         for teacher in self._teachers:
-            if count != (expected := teacher.count(term.of_teacher)):
+            expected = teacher.count(term.of_teacher, attention=term.masked)
+            if count != expected:
                 raise ValueError(
                     f"{term.student!r} must name as many submodules as {term.of_teacher!r} "
                     f"({expected}), got {count}"
@@ -323,16 +323,51 @@ def pooled(features: Tensor) -> Tensor:
     return features.mean(dim=1) if features.ndim == 3 else features
 
 
-def _captured(
-    model: nn.Module, paths: Mapping[str, str], whose: str, *, detach: bool = False
-) -> Features:
-    """Return what captures features of a model by the paths of its terms."""
-    for name, path in paths.items():
-        try:
-            Features(model, [path])
-        except ValueError as error:
-            raise ValueError(f"{name}: {whose}'s {error}") from None
-    return Features(model, list(dict.fromkeys(paths.values())), detach=detach)
+class _Captured:
+    """Features of a model by the paths of its terms; of some, attention matrices.
+
+    Args:
+        model: Model whose features are captured.
+        paths: Name and path of each term, and whether it is of attention matrices.
+        whose: Whose model it is, for messages.
+        detach: Whether to leave out the graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[tuple[str, str, bool]],
+        whose: str,
+        *,
+        detach: bool = False,
+    ) -> None:
+        for name, path, _ in paths:
+            try:
+                Features(model, [path])
+            except ValueError as error:
+                raise ValueError(f"{name}: {whose}'s {error}") from None
+        self._features = {
+            kind: Features(model, list(dict.fromkeys(own)), detach=detach, attention=kind)
+            for kind in (False, True)
+            if (own := [path for _, path, of in paths if of == kind])
+        }
+
+    def __enter__(self) -> None:
+        for features in self._features.values():
+            features.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for features in self._features.values():
+            features.__exit__(None, None, None)
+
+    def of(self, path: str, *, attention: bool) -> list[Tensor]:
+        """Return the features of a path, one for each submodule."""
+        found = self._features[attention][path]
+        return found if isinstance(found, list) else [found]
+
+    def count(self, path: str, *, attention: bool) -> int:
+        """Return the number of submodules of a path."""
+        return self._features[attention].count(path)
 
 
 def check_paths(terms: Mapping[str, FeatureTerm], student: nn.Module) -> None:

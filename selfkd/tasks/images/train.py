@@ -13,17 +13,18 @@ from torch import nn
 from selfkd.config import TrainConfig
 from selfkd.data import Data
 from selfkd.data.batches import batch_sizes
+from selfkd.data.transfer import TransferSet
 from selfkd.deployment.low_bits import plain, round_weights
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
-from selfkd.soft_targets.store import open_store
+from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
-    PermutedTargets,
     Transform,
     VirtualTargets,
+    transform_targets,
 )
 from selfkd.tasks.common import (
     add_projections,
@@ -94,6 +95,7 @@ def train_classifier(
         clip_grad=options.clip_grad,
         compiled=options.compile,
         ranks=ranks,
+        transfer=_transfer(task, trial, transform),
     )
     best = training.best
     best = best.network if isinstance(best, Specialist) else best
@@ -171,6 +173,11 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
     return special, shift
 
 
+def _transfer(task: ImageNetworks, trial: Trial, transform: Transform) -> TransferSet | None:
+    """Return the transfer set of a student; none without teachers, or where only labels count."""
+    return task.transfer if trial.teachers and transform != "confidence" else None
+
+
 def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner: nn.Module) -> Loss:
     """Return the loss of a trial; layers are compared with those of teachers that are run live."""
     distill, smoothing = task.config.distill, task.config.train.label_smoothing
@@ -194,10 +201,12 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             members = [task.teacher(member["checkpoint"]) for member in teachers]
         teacher = Ensemble(members)
     else:
-        stored = open_store(
+        transfer = _transfer(task, trial, transform)
+        stored = open_joined(
             trial.targets,
             [member["hash"] for member in teachers],
             data=task.data_key,
+            transfer=None if transfer is None else task.key_of(transfer.fingerprint),
             average=distill.average,
             weights=weights,
         )
@@ -209,17 +218,20 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             label_smoothing=smoothing,
             mean=trial.ranks.mean,
         )
-    if transform == "permuted" and stored is not None:
-        permuted = PermutedTargets(
+    if transform != "none" and stored is not None:
+        changed, temperature = transform_targets(
             stored,
+            transform,
+            task.cached_labels(),
+            classes=task.data.num_classes,
             temperature=distill.temperature,
             average=distill.average,
             weights=None if averaged else weights,
             seed=trial.seed,
         )
         return Distiller(
-            targets=permuted,
-            temperature=distill.temperature,
+            targets=changed,
+            temperature=temperature,
             alpha=distill.alpha,
             label_smoothing=smoothing,
         )

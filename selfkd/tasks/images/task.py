@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize  # macOS decomposes the names of files
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -18,6 +16,7 @@ from selfkd.config import CheckpointConfig, ModelConfig, choices_of_terms
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.data.batches import batches
+from selfkd.data.pictures import thumbnail
 from selfkd.data.splits import subset
 from selfkd.data.transfer import check_leaks
 from selfkd.deployment.interface import LEAST_CALIBRATION, Interface
@@ -51,7 +50,6 @@ from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
-THUMBNAIL = (96, 96)
 METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 
@@ -460,15 +458,7 @@ class ImageTask(ImageNetworks):
         if self.data.features is not None:
             return []
         images = getattr(self.data, split).images
-        found = []
-        for item in items:
-            pixels = images[item].cpu().numpy().transpose(1, 2, 0)
-            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-            picture.thumbnail(THUMBNAIL)
-            file = io.BytesIO()
-            picture.save(file, format="png", optimize=True)
-            found.append(file.getvalue())
-        return found
+        return [thumbnail(images[item].cpu().numpy()) for item in items]
 
     def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
         """Return clusters of the classes that a generalist confuses."""

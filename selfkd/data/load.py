@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .arrays import open_arrays, standardisation
+from .arrays import SUFFIXES, open_arrays, standardisation
 from .batches import Data, Split
 from .folder import open_folder
 from .pairs import open_pairs
@@ -221,9 +221,12 @@ def open_source(
         return open_timm(name, place, download, image_size, MEMORY_LIMIT)
     names = (*KNOWN_STATISTICS, "folder", "arrays")
     close = difflib.get_close_matches(name, (*names, *TORCH_NAMES), n=1)
+    way = f": did you mean {close[0]}?" if close else ""
+    if name.lower().endswith(SUFFIXES):
+        way = f": --data arrays --data-root {name}"
     raise ValueError(
         f"data.name must be one of {', '.join(names)} or a timm data set name (torch/…, hfds/…, "
-        f"tfds/…), got {name!r}" + (f": did you mean {close[0]}?" if close else "")
+        f"tfds/…), got {name!r}{way}"
     )
 
 

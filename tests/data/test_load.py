@@ -909,6 +909,7 @@ def test_timm_set_that_is_not_there(tmp_path):
         ("torch/image_folder", ""),
         ("somewhere/else", ""),
         ("zzz", ""),
+        ("a/table.CSV", ": --data arrays --data-root a/table.CSV"),
         ("", ""),
     ],
 )

@@ -301,7 +301,7 @@ def test_show_of_an_ensemble_says_how_its_members_disagree(
     assert main(["show", str(folder.path)]) == 0
     printed = capsys.readouterr().out
     assert "soft targets of the ensemble of 2 members, which the student is distilled" in printed
-    assert "two of them predict different classes on" in printed
+    assert "two members predict different classes on" in printed
     found = show(capsys, folder)
     assert found.disagreement is not None
     assert len(found.disagreement.agreement) == 2

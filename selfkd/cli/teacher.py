@@ -8,6 +8,7 @@ from selfkd.cli.terminal import print_lines, print_sentences, print_table
 from selfkd.reporting.sections.teacher import (
     describe_disagreement,
     describe_targets,
+    members_table,
     nearest_table,
     seconds_table,
     softness_table,
@@ -33,5 +34,6 @@ def print_targets(console: Console, found: TeacherTargets) -> None:
     if found.seconds:
         print_lines(console, ["strongest second choices at T 1"])
         print_table(console, seconds_table(found))
-    if lines := list(describe_disagreement(found)):
-        print_sentences(console, lines)
+    if found.disagreement is not None:
+        print_sentences(console, list(describe_disagreement(found)))
+        print_table(console, members_table(found.disagreement))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_jobs import on_ranks
 from torch import Tensor, nn
 
 from selfkd import Distiller, Ensemble, Teacher, losses
@@ -175,6 +177,31 @@ def test_crd_goes_on_from_its_state_bit_for_bit(batch: tuple[Tensor, Tensor]) ->
     assert steps(other, again, range(3, 6)) == after
     assert len({*first, *after}) == 6
     assert not [key for key in student.state_dict() if "crd" in key]
+
+
+def _contrasting(rank: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    student = make_net(2)
+    inputs, labels = torch.randn(8, 1, 6, 6), torch.arange(8) % 3
+    distiller = make_contrast(student, inputs)
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.1)
+    index = torch.arange(8)[rank * 4 : rank * 4 + 4]
+    for _ in range(2):
+        terms = distiller(student(inputs[index]), labels[index], inputs=inputs[index], index=index)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+    torch.save(distiller.state_dict(), folder / f"{rank}.pt")
+
+
+def test_banks_of_crd_are_the_same_in_all_processes(tmp_path: Path) -> None:
+    on_ranks(_contrasting, 2, tmp_path)
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    (bank,) = [value["student"] for value in states[0].values() if isinstance(value, dict)]
+    first = make_contrast(make_net(2), torch.zeros(1, 1, 6, 6)).state_dict()
+    (before,) = [value["student"] for value in first.values() if isinstance(value, dict)]
+    assert (bank != before).any(dim=1).tolist() == [True] * 8 + [False] * 4
 
 
 def test_crd_of_a_batch_without_its_index_is_refused(batch: tuple[Tensor, Tensor]) -> None:

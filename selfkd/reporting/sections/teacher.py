@@ -10,7 +10,7 @@ from selfkd.reporting.read import Run
 from selfkd.reporting.sections.gallery import Gallery, Picture, encode_png
 from selfkd.reporting.sections.panels import Panel, Section
 from selfkd.reporting.tables import Table
-from selfkd.results import NearClass, TeacherTargets
+from selfkd.results import Disagreement, NearClass, TeacherTargets
 
 NEAREST = ("nearest", "second", "third")
 MOST_SECONDS = 12
@@ -32,7 +32,7 @@ def teacher_sections(run: Run) -> Iterator[Section]:
 def _panels(found: TeacherTargets) -> Iterator[Panel]:
     title = "Nearest wrong classes"
     most = max(found.near, key=lambda row: row.share)
-    even = f"; spread evenly it were {1 / (len(found.shares) - 1):.0%}" if found.shares else ""
+    even = f"; spread evenly it would be {1 / (len(found.shares) - 1):.0%}" if found.shares else ""
     text = (
         f"Share of the probability that is not the label's, mean over the items of a class at T "
         f"{found.temperature:g}. The largest is {_pair(most)}, {most.share:.0%}{even}."
@@ -48,10 +48,8 @@ def _panels(found: TeacherTargets) -> Iterator[Panel]:
         )
         yield Panel("Softness by temperature", text, None, softness_table(found))
     if (own := found.disagreement) is not None:
-        rows = tuple((str(n), words.percent(value)) for n, value in enumerate(own.agreement))
         (text,) = describe_disagreement(found)
-        table = Table(("member", "agreement with the average"), rows)
-        yield Panel("Members", words.sentence(text), None, table)
+        yield Panel("Members", words.sentence(text), None, members_table(own))
 
 
 def _gallery(found: TeacherTargets) -> Gallery | None:
@@ -117,6 +115,12 @@ def seconds_table(found: TeacherTargets) -> Table:
     return Table(("item", "label", "first choice", "second choice"), tuple(rows))
 
 
+def members_table(found: Disagreement) -> Table:
+    """Return a row a member with its agreement with the average."""
+    rows = tuple((str(n), words.percent(value)) for n, value in enumerate(found.agreement))
+    return Table(("member", "agreement with the average"), rows)
+
+
 def describe_targets(found: TeacherTargets, unit: str = "items") -> Iterator[str]:
     """Yield in sentences what was measured."""
     some = "" if found.items == found.of else f" (of {found.of:,}, evenly spaced)"
@@ -132,9 +136,7 @@ def describe_disagreement(found: TeacherTargets) -> Iterator[str]:
     """Yield in a sentence how much the members of an ensemble disagree."""
     if (own := found.disagreement) is None:
         return
-    agreement = ", ".join(words.percent(value) for value in own.agreement)
     yield (
-        f"members: two of them predict different classes on {words.percent(own.pairs)} of the "
-        f"items; mutual information {words.number(own.information, '.4f')} bits; agreement of "
-        f"each with the average {agreement}"
+        f"two members predict different classes on {words.percent(own.pairs)} of the items; mutual "
+        f"information of class and member {words.number(own.information, '.4f')} bits"
     )

@@ -191,6 +191,8 @@ def _plan(arguments: argparse.Namespace) -> _Found:
     else:
         of, plan = _in_cost(given, figures, found)
         found.plans[of] = plan
+        if in_operations and "point_value" in given:
+            found.notes.append(f"the gap is weighed in {of} alone, not in operations")
     if in_operations:
         found.plans["operations"] = _budget(given, figures, in_operations, found)
     if "gap" in given and "point_value" not in given:

@@ -194,20 +194,20 @@ def _student(folder: RunFolder, config: Config) -> Chosen:
 
 def _teachers(folder: RunFolder, config: Config) -> Chosen:
     summary = folder.summary(EnsembleSummary)
-    return teachers_of(folder, config if summary is None else config.at(summary.chosen.point))
+    return choose_teachers(folder, config if summary is None else config.at(summary.chosen.point))
 
 
-def teachers_of(folder: RunFolder, own: Config) -> Chosen:
-    """Return the teachers of a run of ensemble or capacity.
+def choose_teachers(folder: RunFolder, config: Config) -> Chosen:
+    """Return the teachers of a run of members: of `selfkd.ensemble` or `selfkd.capacity`.
 
     Args:
         folder: Run folder.
-        own: Config of the student.
+        config: Config of the students.
 
     Raises:
-        ConfigError: They are not made yet.
+        ConfigError: There are none yet.
     """
-    source, path = own.members.source, folder.path / "members" / "result.json"
+    source, path = config.members.source, folder.path / "members" / "result.json"
     if source != "members":
         path = folder.path / "sources" / f"{source}.json"
     if not path.exists():
@@ -217,12 +217,12 @@ def teachers_of(folder: RunFolder, own: Config) -> Chosen:
         )
     models: Sequence[Model]
     if source == "members":
-        rows = load_row(Members, path).members[: own.members.use]
+        rows = load_row(Members, path).members[: config.members.use]
         models = [Model(row.hash, row.checkpoint) for row in rows]
     else:
         models = load_row(SourceResult, path).teachers
     title = f"the ensemble of its teachers ({source})"
-    return Chosen(title=title, models=models, average=own.distill.average)
+    return Chosen(title=title, models=models, average=config.distill.average)
 
 
 def distill_of(config: Config, chosen: Chosen) -> DistillConfig | None:

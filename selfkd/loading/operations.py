@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfkd.distill.outputs import take_logits
-from selfkd.loading.choose import Chosen, teachers_of
+from selfkd.loading.choose import Chosen, choose_teachers
 from selfkd.loading.costs import FinishedRun
 from selfkd.results import EnsembleSummary, GenerationResult, Members, Model, Size
 from selfkd.storage.rows import load_row
@@ -108,7 +108,7 @@ def _teacher(run: FinishedRun) -> Chosen:
     if isinstance(teacher, GenerationResult):
         return Chosen(title="generation 0", models=_models(run, teacher))
     point = run.summary.chosen.point if isinstance(run.summary, EnsembleSummary) else {}
-    return teachers_of(run.folder, run.config.at(point))
+    return choose_teachers(run.folder, run.config.at(point))
 
 
 def _trained(run: FinishedRun, teacher: Chosen) -> list[Model]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from selfkd.analysis.kept import score_kept
+from selfkd.config import TERMS
 from selfkd.reporting import words
 from selfkd.reporting.deploy_table import deploy_table
 from selfkd.reporting.read import DISTILL, Generation, Run
@@ -46,16 +47,20 @@ def results_table(run: Run) -> Table:
 
 def generations_table(run: Run) -> Table:
     """Return a row a generation, then their ensemble and the controls."""
-    rows = [_generation_row(run, generation) for generation in run.generations]
+    sizes = sizes_by_generation(run.results)
+    rows = [
+        (*_generation_row(run, generation), sizes.get(generation.number, ""))
+        for generation in run.generations
+    ]
     if run.ensemble is not None:
-        rows.append(_ensemble_row(run, run.ensemble))
+        rows.append((*_ensemble_row(run, run.ensemble), ""))
     rows += [
         (
             *(control.title, "", "", "", "", words.mean(control.mean, control.metric)),
             *(
                 words.bare_difference(control.first, control.metric),
                 "",
-                *[""] * len(with_agreement(run.data.further)),
+                *[""] * (len(with_agreement(run.data.further)) + 1),
             ),
         )
         for control in run.controls
@@ -66,8 +71,14 @@ def generations_table(run: Run) -> Table:
     head = ("generation", "T", "alpha", words.short_metric(run.metric), tested, again)
     unit = words.difference_head(run.data.metric)
     differences = f"vs gen. 0{unit}", f"vs previous{unit}"
-    columns = (*head, *differences, *further_head(with_agreement(run.data.further)))
+    columns = (*head, *differences, *further_head(with_agreement(run.data.further)), "parameters")
     return Table(columns, tuple(rows)).without_empty()
+
+
+def sizes_by_generation(results: Sequence[GenerationResult]) -> dict[int, str]:
+    """Return the number of parameters of each generation in words; none where all are alike."""
+    sizes = {row.generation: row.parameters for row in results if row.parameters is not None}
+    return {n: words.size(size) for n, size in sizes.items()} if len({*sizes.values()}) > 1 else {}
 
 
 def further_head(names: Sequence[str]) -> list[str]:
@@ -142,13 +153,13 @@ def _if_chosen(generation: Generation, trial: TrialResult) -> GenerationResult |
 def trials_table(run: Run, trials: Sequence[TrialResult], chosen: int | None) -> Table:
     """Return a row a trial: its settings and its metric."""
     keys = sorted({key for trial in trials for key in trial.point}, key=_distill_first)
-    short = {"distill.temperature": "T", "distill.alpha": "alpha"}
+    short = {"distill.temperature": "T", "distill.alpha": "alpha", TERMS: "terms"}
     named = words.short_metric(run.metric)
-    head = ("trial", *(short.get(key, key) for key in keys), named, "seconds", "")
+    head = ("trial", *(short.get(key, words.short_key(key)) for key in keys), named, "seconds", "")
     rows = [
         (
             str(trial.trial),
-            *(_setting(trial.point.get(key)) for key in keys),
+            *(words.format_setting(key, trial.point.get(key)) for key in keys),
             words.measured(run, trial.metric(run.metric)),
             f"{trial.train_seconds:.1f}",
             _outcome(trial, chosen),
@@ -168,10 +179,6 @@ def _outcome(trial: TrialResult, chosen: int | None) -> str:
     if trial.trial == chosen:
         return "chosen"
     return "stopped early" if trial.status == "stopped" else ""
-
-
-def _setting(value: Any) -> str:
-    return "" if value is None else format(value, ".3g") if isinstance(value, float) else str(value)
 
 
 def cut_note(count: int, what: str) -> str:
@@ -287,7 +294,8 @@ def ensemble_table(
         costs = words.number(row.ms_1, ".3g"), words.number(row.ms_128, ".3g")
         texts.append((row.name, val, test, *more, words.size(row.parameters), *costs))
     note = "ms an item, of 1 and of 128 at once, on one thread."
-    return Table(head, tuple(texts), note, rules=(len(texts) - 2,)).without_empty()
+    students = sum(row.name.startswith("student") for row in rows)
+    return Table(head, tuple(texts), note, rules=(len(texts) - students,)).without_empty()
 
 
 def tree_table(tree: Mapping[str, Any]) -> Table:
@@ -348,9 +356,11 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
             arm.name,
             str(len(arm.runs)),
             _errors(arm.errors),
-            words.mean(arm.mean, metric),
-            words.value(arm.metric(f"val_{metric}"), metric),
+            words.mean(arm.mean, study.metric or metric),
+            "" if study.metric else words.value(arm.metric(f"val_{metric}"), metric),
             words.mean(arm.agreement),
+            words.mean(arm.unseen_accuracy),
+            words.mean(arm.biased_unseen_accuracy),
             _errors(arm.biased_errors),
             _errors(arm.all_biased_errors),
         )
@@ -360,10 +370,12 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
         members = study.members
         errors = words.number(members.metric("test_errors"), ".0f")
         val, test = measures(members, metric, ())
-        rows.append((f"members ({members.count})", "", errors, test, val, "", "", ""))
+        rows.append((f"members ({members.count})", "", errors, test, val, "", "", "", "", ""))
     short = words.short_metric(metric)
-    head = ("arm", "seeds", "test errors", f"test {short}", f"val {short}", "agreement")
-    return Table((*head, "errors, one bias", "errors, biases"), tuple(rows)).without_empty()
+    own = words.short_metric(study.metric) if study.metric else f"test {short}"
+    head = ("arm", "seeds", "test errors", own, f"val {short}", "agreement")
+    biased = ("unseen acc", "with one bias", "errors, one bias", "errors, biases")
+    return Table((*head, *biased), tuple(rows)).without_empty()
 
 
 def _errors(estimate: Interval | None) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from selfkd.analysis import verdicts
 from selfkd.analysis.kept import describe_kept, share_text, size_kept
 from selfkd.analysis.verdicts import count, describe_other_data, format_difference, short
-from selfkd.config import Config
+from selfkd.config import TERM_WEIGHT, TERMS, Config, choices_of_terms
+from selfkd.distill.loss_names import LOSSES, describe_terms
 from selfkd.reporting.read import Run
 from selfkd.results import (
     CapacitySummary,
@@ -350,3 +351,46 @@ def describe_sizes_kept(summary: CapacitySummary, metric: str) -> list[str]:
         for size in (*summary.sizes[:1], *summary.sizes[1:][-1:])
     ]
     return [text for text in texts if text]
+
+
+def short_key(key: str) -> str:
+    """Return a dotted config key as it stands before its value; the weight of a term is short.
+
+    >>> short_key("distill.terms.hint.weight"), short_key("train.lr")
+    ('hint weight', 'train.lr')
+    """
+    found = TERM_WEIGHT.fullmatch(key)
+    return f"{found[1]} weight" if found else key
+
+
+def format_setting(key: str, value: Any) -> str:
+    """Return the value of a dotted config key in words.
+
+    >>> format_setting("train.lr", 0.05), format_setting("distill.terms", [{"name": "pkt"}])
+    ('0.05', '1 pkt')
+    """
+    if key == TERMS and isinstance(value, list | tuple):
+        return describe_terms(value)
+    return "" if value is None else format(value, ".3g") if isinstance(value, float) else str(value)
+
+
+def describe_live(config: Config) -> list[str]:
+    """Return in words for which terms teachers are run at every step, and what that costs."""
+    arms = {name: config.at(arm.set) for name, arm in config.study.arms.items() if arm.teachers}
+    found = {
+        str(term["name"])
+        for own in (arms.values() if arms else [config])
+        for terms in choices_of_terms(own)
+        for term in terms
+        if term.get("student") is not None
+    }
+    if not found:
+        return []
+    names = ", ".join(name for name in LOSSES if name in found)
+    verb = "compares" if len(found) == 1 else "compare"
+    where = [name for name, own in arms.items() if own.distill.runs_teacher]
+    students = f"students of {', '.join(where)}" if where else "students with a teacher"
+    return [
+        f"{students} run it at every step, as {names} {verb} layers: a step takes one forward pass "
+        "of the teacher more, about a third of a step of the teacher's own training"
+    ]

@@ -225,7 +225,7 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
     facts = folder.facts
     found: dict[str, float] = {} if config.steps_by_part else {"epochs": config.train.epochs}
     if "train" in facts.items:
-        found |= {"items": facts.items["train"], "views": facts.views}
+        found |= {"items": facts.items["train"] + facts.transfer, "views": facts.views}
     summary = load_row(kind, folder.path / "summary.json")
     if isinstance(summary, EnsembleSummary) and not summary.rows:
         raise ConfigError(

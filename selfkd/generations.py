@@ -24,6 +24,7 @@ from selfkd.cli.plan import plan_generations
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import chosen_table, own_metrics_table, summary_table
 from selfkd.config import Config
+from selfkd.config.validate import check_chain
 from selfkd.errors import ConfigError
 from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.given import check_given
@@ -31,6 +32,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
 from selfkd.reporting.words import form, short_metric, warn_of_collapse
 from selfkd.results import GenerationsSummary, title
+from selfkd.text import shell_quote
 from selfkd.training.functions import function_reference
 
 DEFAULT_JOB = {"confirm.lineages": 12}
@@ -164,6 +166,7 @@ def _command(reference: str | None) -> Command[GenerationsSummary]:
     reference = absolute_reference(reference)
 
     def check(config: Config) -> None:
+        check_chain(config)
         if config.generation_0.path is not None:
             raise ConfigError(
                 "--from must not be given with --train, whose networks and data are its own, got "
@@ -186,8 +189,15 @@ def _command(reference: str | None) -> Command[GenerationsSummary]:
     return dataclasses.replace(command, describe=partial(_describe, command=command))
 
 
+def _check(config: Config) -> None:
+    check_chain(config)
+    check_given(config)
+
+
 def _greet(config: Config) -> str:
-    return f"{_plan(config)}, {config.model.name} on {config.data.name}"
+    networks = [config.model, *config.students] if config.is_chain else [config.model]
+    named = " → ".join(model.title if config.is_chain else model.name for model in networks)
+    return f"{_plan(config)}, {named} on {config.data.name}"
 
 
 def _plan(config: Config) -> str:
@@ -240,9 +250,19 @@ def _describe(
         ],
         summary_table(summary, metric if own else facts.metric),
         [_best(summary), load_line(folder, own=own)],
-        f"{(command or _COMMAND).resume(folder)} --rounds {len(results)}",
+        _next(config, folder, command or _COMMAND, own=own),
         more,
     )
+
+
+def _next(
+    config: Config, folder: RunFolder, command: Command[GenerationsSummary], *, own: bool
+) -> str:
+    """Return the command to type next: one generation more, where there is a network of it."""
+    if not config.is_chain:
+        return f"{command.resume(folder)} --rounds {len(folder.results())}"
+    path = shell_quote(str(folder.path))
+    return f"python -m selfkd.report {path}" if own else f"python -m selfkd.deploy --from {path}"
 
 
 def _sentences(summary: GenerationsSummary) -> Sequence[str]:
@@ -277,7 +297,7 @@ def _sparkline(summary: GenerationsSummary, metric: str, compared_by: str) -> st
 
 _COMMAND = Command(
     name="generations",
-    check=check_given,
+    check=_check,
     greet=_greet,
     finished=finished,
     work=born_again,

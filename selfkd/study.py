@@ -28,6 +28,8 @@ from selfkd.results import ContrastResult, Interval, StudySummary
 from selfkd.text import shell_quote
 from selfkd.training.functions import function_reference
 
+_UNSEEN = ("unseen acc", "with one bias")
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
@@ -169,12 +171,14 @@ def _describe(config: Config, folder: RunFolder, summary: StudySummary) -> Descr
     )
     metric = folder.facts.metric
     table = study_table(summary, metric)
+    shown = ("arm", f"test {short_metric(metric)}", "seeds", "test errors", *_UNSEEN)
+    more = (column for column in table.head[4:] if column not in _UNSEEN)
     return Description(
         _describe_contrasts(summary),
-        pick(table, "arm", f"test {short_metric(metric)}", "seeds", "test errors"),
+        pick(table, *shown),
         [f"models:  {folder.path}/arms/*/trial_*/student.safetensors"],
         f"python -m selfkd.report {shell_quote(str(folder.path))} --format csv",
-        [pick(table, "arm", *table.head[4:]), said, *_describe_bias(summary)],
+        [pick(table, "arm", *more), said, *_describe_bias(summary)],
     )
 
 
@@ -195,8 +199,9 @@ def _describe_bias(summary: StudySummary) -> list[str]:
     if not biased:
         return []
     return [
-        f"one bias: errors with one number added to the classes that {', '.join(biased)} saw no "
-        "image of; biases: with one for each class. Both are fitted on validation."
+        f"unseen acc: test accuracy on the classes that {', '.join(biased)} saw no image of; one "
+        "bias: with one number added to the logits of these classes; biases: with one for each "
+        "class. Both are fitted on validation."
     ]
 
 

@@ -18,7 +18,7 @@ from selfkd.errors import cut_text
 from .batches import Split
 from .folder import PARTS, default_val_size
 from .sources import Source, Statistics
-from .tables import LABELS, read_table
+from .tables import LABELS, read_features, read_table
 
 Array = np.ndarray[Any, Any]
 
@@ -97,6 +97,43 @@ def open_arrays(root: Path, label_column: str | None = None) -> Source:
         and f"{root}: {sum(map(len, splits.values())):,} rows of "
         f"{len(train.names):,} features, {len(classes)} classes; {train.note}",
     )
+
+
+def open_features(root: Path, names: Sequence[str]) -> Split:
+    """Open arrays without labels, or whose labels do not count, as a split of features.
+
+    Args:
+        root: A .npz, .npy, .csv, .tsv or .parquet file, or a folder with one of these, with one
+            array of features.
+        names: Names of the features.
+
+    Raises:
+        FileNotFoundError: No file of arrays.
+        ValueError: Several arrays of features or none, or other features than those of `names`.
+    """
+    files = _files(root)
+    if {file.suffix.lower() for file in files} <= set(TABLES) and len(files) == 1:
+        place, features = str(files[0]), read_features(files[0], names)
+    else:
+        loaded = [(file, _loaded(file)) for file in files]
+        arrays = {
+            (f"{file} ({name})" if name else str(file)): array
+            for file, found in loaded
+            for name, array in (found.items() if isinstance(found, dict) else [("", found)])
+        }
+        kept = {place: array for place, array in arrays.items() if array.ndim > 1} or arrays
+        if len(kept) != 1:
+            raise ValueError(
+                f"{root} must hold one array of features [N, F], got {len(kept)}: "
+                f"{', '.join(kept)[:200]}"
+            )
+        ((place, features),) = kept.items()
+    rows = _checked_rows(features, np.zeros(len(features)), place, "")
+    if len(rows.names) != len(names):
+        raise ValueError(
+            f"{place} must have the {len(names):,} features of the data, got {len(rows.names):,}"
+        )
+    return Split(torch.from_numpy(rows.features), torch.zeros(len(features), dtype=torch.int64))
 
 
 def standardisation(features: torch.Tensor) -> Statistics:

@@ -17,11 +17,11 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 DIGITS = tuple("0123456789")
 KNOWN_STATISTICS: dict[str, Statistics] = {
     "digits": ((0.3053,), (0.3759,)),
-    "digit_pairs": ((0.1527,), (0.3065,)),
     "mnist": ((0.1307,), (0.3081,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "digit_pairs": ((0.1527,), (0.3065,)),
 }
 TORCHVISION = {
     "mnist": "MNIST",

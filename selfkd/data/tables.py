@@ -74,6 +74,34 @@ def read_table(file: Path, label: str | None, like: Sequence[str] | None = None)
     return Table(features, labels, tuple(names), own)
 
 
+def read_features(file: Path, like: Sequence[str]) -> Array:
+    """Read features of a CSV or Parquet file without labels, `[N, F]`.
+
+    Args:
+        file: File .csv, .tsv or .parquet.
+        like: Names and order of the features; other columns are left out.
+
+    Raises:
+        ValueError: A file that is no such table, without one of the features, or a value that is no
+            number; the message names it.
+    """
+    table = _open(file, None, whole=True)
+    parts = dict[str, Array]()
+    for number, name in enumerate(table.column_names):
+        if name not in like and f"{name}[0]" not in like:
+            continue
+        values = _numbers(file, name, table.column(number))
+        if values.ndim == 1:
+            parts[name] = values
+        else:
+            parts |= {f"{name}[{i}]": column for i, column in enumerate(values.T)}
+    if missing := [name for name in like if name not in parts]:
+        raise ValueError(
+            f"{file} must have the features of the data, got none named {missing[0]!r}"
+        )
+    return np.column_stack([parts[name] for name in like])
+
+
 def _open(file: Path, label: str | None, *, whole: bool) -> Any:
     """Return a table of pyarrow, its labels in CSV as text."""
     try:

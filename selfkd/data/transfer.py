@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,22 +16,26 @@ from torch import Tensor
 
 from selfkd.text import one_line
 
+from .arrays import open_features
 from .augmentation import Views, random_bits
 from .batches import Batch, Data, Split, read_batches
+from .digests import digests
 from .folder import list_left_out, suffixes, walk
 from .load import fingerprint, open_source, resolve_images
 from .order import Order
 from .pictures import is_grey, read_or_raise
-from .sources import Source
+from .sources import resolve_root
 from .stream import Files, Pictures, Stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+ARRAYS = "arrays"
 FOLDER = "folder"
 """Name of a transfer set of images in a folder, without classes."""
+ORDER = 2**32
+"""Number added to a trial's seed, so that its items have another order than the labelled."""
 _STREAM = -5  # of the random numbers by which some of its images are taken
-_ORDER = 2**32  # from the seed of a trial to that of the order: another one than the labelled have
 _NAMED = 5  # images that a message names
 
 
@@ -114,7 +117,7 @@ class TransferSet:
         """
         sizes = self.sizes(labelled)
         each = sum(sizes)
-        order = Order(len(self), seed + _ORDER)(epoch * each, each)
+        order = Order(len(self), seed + ORDER)(epoch * each, each)
         more = read_batches(
             self.split,
             order,
@@ -180,6 +183,7 @@ def load_transfer(
     weight: float = 0.5,
     labelled: bool = False,
     rest: Callable[[], Split] | None = None,
+    label_column: str | None = None,
     fixed: bool = True,
     download: bool = False,
     in_memory: bool | None = None,
@@ -197,6 +201,7 @@ def load_transfer(
         labelled: Whether the labels are trained on.
         rest: Function to the training images that are in no split, where it is the same data set.
             Those with the pixels of one in validation or test are left out.
+        label_column: Column of a table that has the labels.
         fixed: Whether images of another size are refused, rather than scaled.
         download: Whether to download the data set if it is missing.
         in_memory: Whether to hold the images as uint8 tensors; by size if not given.
@@ -219,6 +224,8 @@ def load_transfer(
     if name == FOLDER:
         found, words = _loose(root), f"{root}"
         classes = ()
+    elif name == ARRAYS and rest is None and not labelled:
+        found, words = _features(root, data), f"{root}"
     elif rest is not None:
         found, words = _apart(rest(), data), f"the training images of {name} in no split"
         if not len(found):
@@ -227,7 +234,9 @@ def load_transfer(
                 f"{len(data.train):,} that are labelled: set data.train_size, or name other data"
             )
     else:
-        source = _named(name, root, download, None if fixed else data.image_size)
+        with _named():
+            size_of = None if fixed else data.image_size
+            source = open_source(name, root, download, size_of, label_column)
         found, classes = source.pool, tuple(source.class_names)
     if labelled and tuple(map(str, classes)) != tuple(map(str, data.class_names)):
         have = "of other classes than" if classes else "without the classes of"
@@ -257,16 +266,24 @@ def load_transfer(
     )
 
 
-def _named(
-    name: str, root: str | os.PathLike[str] | None, download: bool, image_size: int | None
-) -> Source:
-    """Open a data set, with messages that name the keys of the transfer set."""
+@contextmanager
+def _named() -> Iterator[None]:
+    """Have messages on data name the keys of the transfer set."""
     try:
-        return open_source(name, root, download, image_size)
+        yield
     except (FileNotFoundError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         text = str(error).replace("data.name must", "data.transfer.name must")
         raise kind(text.replace("data.root must", "data.transfer.root must")) from error
+
+
+def _features(root: str | os.PathLike[str] | None, data: Data) -> Split:
+    """Return arrays without their labels."""
+    if data.features is None:
+        raise ValueError(f"data.transfer.name must be of images, as {data.name} is, got arrays")
+    with _named():
+        place = resolve_root(root, ARRAYS, download=False, file=True)
+        return open_features(place, data.features)
 
 
 def _loose(root: str | os.PathLike[str] | None) -> Split:
@@ -294,8 +311,8 @@ def _apart(rest: Split, data: Data) -> Split:
     held = [split.images for split in kept if isinstance(split.images, Tensor)]
     if any(images.shape[1:] != rest.images.shape[1:] for images in held):  # they are scaled
         return rest
-    known = {digest for images in held for digest in _digests(images)}
-    apart = [digest not in known for digest in _digests(rest.images)]
+    known = {digest for images in held for digest in digests(images)}
+    apart = [digest not in known for digest in digests(rest.images)]
     return rest if all(apart) else rest.take(torch.tensor(apart).nonzero()[:, 0])
 
 
@@ -314,6 +331,8 @@ def _fitted(found: Split, data: Data, words: str, *, fixed: bool, in_memory: boo
     """
     channels, size = data.in_chans, data.image_size
     images = found.images
+    if data.features is not None or (isinstance(images, Tensor) and images.ndim == 2):
+        return _fitted_features(found, data)
     if isinstance(images, Stream):
         _check_headers(images, data, fixed=fixed)
         images = replace(images, image_size=size, mode="L" if channels == 1 else "RGB")
@@ -327,6 +346,25 @@ def _fitted(found: Split, data: Data, words: str, *, fixed: bool, in_memory: boo
     if images.shape[1] != 1:
         raise ValueError(_in_colour(words, data))
     return replace(found, images=images.expand(-1, channels, -1, -1).contiguous())
+
+
+def _fitted_features(found: Split, data: Data) -> Split:
+    """Return features in the precision of the labelled ones.
+
+    Raises:
+        ValueError: They are others, or one of both has images.
+    """
+    own = data.train.images if data.features is not None else None
+    images = found.images
+    if isinstance(own, Tensor) and isinstance(images, Tensor) and images.shape[1:] == own.shape[1:]:
+        return replace(found, images=images.to(own.dtype))
+    what = (
+        f"rows of {images.shape[1]:,} features"
+        if isinstance(images, Tensor) and images.ndim == 2
+        else "images"
+    )
+    wanted = "images" if data.features is None else f"rows of {len(data.features):,} features"
+    raise ValueError(f"data.transfer must have {wanted}, as {data.name} has, got {what}")
 
 
 def _check_headers(images: Stream, data: Data, *, fixed: bool) -> None:
@@ -381,44 +419,30 @@ def check_leaks(transfer: TransferSet, data: Data) -> str:
     Raises:
         ValueError: Images that stand in validation or test; says how many, and names some.
     """
-    held: dict[bytes, str] = {}
+    held, item = dict[bytes, str](), "image" if data.features is None else "row"
     for split in ("val", "test"):
-        for number, digest in enumerate(_digests(getattr(data, split).images)):
-            held.setdefault(digest, f"image {number} of {split}")
-    train = set(_digests(data.train.images))
-    digests = list(_digests(transfer.split.images))
-    leaks = [number for number, digest in enumerate(digests) if digest in held]
+        for number, digest in enumerate(digests(getattr(data, split).images)):
+            held.setdefault(digest, f"{item} {number} of {split}")
+    train = set(digests(data.train.images))
+    found = list(digests(transfer.split.images))
+    leaks = [number for number, digest in enumerate(found) if digest in held]
     if leaks:
         named = "; ".join(
-            f"{transfer.places(number)} is {held[digests[number]]}" for number in leaks[:_NAMED]
+            f"{transfer.places(number)} is {held[found[number]]}" for number in leaks[:_NAMED]
         )
-        many = f"{len(leaks):,} of {len(digests):,}" if len(leaks) < len(digests) else "all"
+        many = f"{len(leaks):,} of {len(found):,}" if len(leaks) < len(found) else "all"
         more = f"; and {len(leaks) - _NAMED:,} more" if len(leaks) > _NAMED else ""
         raise ValueError(
             one_line(
-                f"data.transfer must have no image of validation or test, got {many} that are "
+                f"data.transfer must have no {item} of validation or test, got {many} that are "
                 f"({named}{more}): remove them from it, or name other data"
             )
         )
-    twice = sum(digest in train for digest in digests)
+    twice = sum(digest in train for digest in found)
     also = f", {twice:,} of them also in training" if twice else ""
     labels = "with labels" if transfer.labelled else "without labels"
     share = mixed_in(100, transfer.weight)
     return one_line(
-        f"transfer set: {len(digests):,} images {labels} ({transfer.name}){also}; {share} to 100 "
+        f"transfer set: {len(found):,} {item}s {labels} ({transfer.name}){also}; {share} to 100 "
         "labelled ones in each batch"
     )
-
-
-def _digests(images: Tensor | Stream) -> Iterator[bytes]:
-    """Yield a hash of the pixels of each image."""
-    if isinstance(images, Tensor):
-        for image in images.cpu():
-            yield _digest(image)
-        return
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(lambda number: _digest(images[number]), range(len(images)))
-
-
-def _digest(image: Tensor) -> bytes:
-    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()

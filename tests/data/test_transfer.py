@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -244,3 +245,37 @@ def test_scaled_images_may_be_in_colour_where_the_data_are() -> None:
     )
     transfer = load_transfer("digits", data, size=5)
     assert transfer.split.images.shape == (5, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "both.npz", "x.csv", "labelled.csv"])
+def test_features_with_or_without_labels(tmp_path: Path, name: str) -> None:
+    """Arrays are taken by their features; labels of the file do not count."""
+    values = np.random.default_rng(0).normal(size=(90, 3)).round(3)
+    labels = np.arange(90) % 3
+    np.savez(tmp_path / "data.npz", x=values[:60], y=labels[:60])
+    file, further = tmp_path / name, values[60:]
+    if name.endswith("csv"):
+        pytest.importorskip("pyarrow")
+        head = "x0,x1,x2" + (",label" if "labelled" in name else "")
+        rows = [",".join(map(str, row)) + (",a" if "labelled" in name else "") for row in further]
+        file.write_text("\n".join([head, *rows]))
+    elif name.endswith("npz"):
+        np.savez(file, x=further, y=labels[60:])
+    else:
+        np.save(file, further)
+    data = load_data("arrays", root=tmp_path / "data.npz")
+    transfer = load_transfer("arrays", data, root=file)
+    assert isinstance(transfer.split.images, Tensor)
+    np.testing.assert_allclose(transfer.split.images.numpy(), further)
+    assert "30 rows without labels" in check_leaks(transfer, data)
+    np.save(tmp_path / "leaks.npy", np.concatenate([further[:2], data.test.images.numpy()[:1]]))
+    leaky = load_transfer("arrays", data, root=tmp_path / "leaks.npy")
+    with pytest.raises(ValueError, match=r"1 of 3 that are .* is row 0 of (val|test)"):
+        check_leaks(leaky, data)
+    np.save(tmp_path / "wide.npy", np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="must have the 3 features of the data, got 4"):
+        load_transfer("arrays", data, root=tmp_path / "wide.npy")
+    with pytest.raises(ValueError, match="must have rows of 3 features, as arrays has, got images"):
+        load_transfer("digits", data)
+    if name == "both.npz":
+        assert load_transfer("arrays", data, root=file, labelled=True).split.labels.max() == 2

@@ -68,6 +68,11 @@ class ImagePredictor:
             made = batches(split, mean=mean, std=std, batch_size=batch_size, device=device)
             yield from (inputs for inputs, _, _ in made)
 
+    def example(self) -> Tensor:
+        """Return inputs of one black image."""
+        size = self.facts.image_size
+        return torch.zeros(1, len(self.facts.mean), size, size)
+
 
 def load_classifier(checkpoint: str, make: MakeModel | None = None) -> ImagePredictor:
     """Return a classifier in eval mode.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize  # macOS decomposes the names of files
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -18,6 +16,7 @@ from selfkd.config import CheckpointConfig, ModelConfig, choices_of_terms
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data import fingerprint
 from selfkd.data.batches import batches
+from selfkd.data.pictures import thumbnail
 from selfkd.data.splits import subset
 from selfkd.data.transfer import check_leaks
 from selfkd.deployment.interface import LEAST_CALIBRATION, Interface
@@ -31,7 +30,14 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
-from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of, spread
+from selfkd.tasks.common import (
+    check_init,
+    describe_cached,
+    named_networks,
+    open_checkpoint,
+    optimizer_of,
+    spread,
+)
 from selfkd.tasks.images import evaluate
 from selfkd.tasks.images.loaded import load_average
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
@@ -44,7 +50,6 @@ from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
-THUMBNAIL = (96, 96)
 METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 
@@ -66,10 +71,7 @@ class ImageTask(ImageNetworks):
                 f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}: "
                 "a training function of your own reports others"
             )
-        networks = {
-            "model": self._tried(config.model),
-            "student": self._tried(config.student or config.model),
-        }
+        networks = {name: self._tried(model) for name, model in named_networks(config).items()}
         for network in (*networks.values(), *map(self._tried, config.members.models)):
             # on GPUs the statistics of several workers are synchronised
             workers = 1 if self.device == "cuda" else config.resources.workers
@@ -77,8 +79,7 @@ class ImageTask(ImageNetworks):
             smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
+        check_init(self, teachers)
         if any(choices := choices_of_terms(config)):
             found = [self._teacher_of(row) for row in teachers]
             try_terms(self, networks["student"], found, choices)
@@ -457,15 +458,7 @@ class ImageTask(ImageNetworks):
         if self.data.features is not None:
             return []
         images = getattr(self.data, split).images
-        found = []
-        for item in items:
-            pixels = images[item].cpu().numpy().transpose(1, 2, 0)
-            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-            picture.thumbnail(THUMBNAIL)
-            file = io.BytesIO()
-            picture.save(file, format="png", optimize=True)
-            found.append(file.getvalue())
-        return found
+        return [thumbnail(images[item].cpu().numpy()) for item in items]
 
     def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
         """Return clusters of the classes that a generalist confuses."""

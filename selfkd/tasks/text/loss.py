@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from selfkd.distill.outputs import take_logits
 from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
 from selfkd.losses.sparse import SparseLogits
-from selfkd.soft_targets.store import open_store
+from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.tokens import gathered
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
-    PermutedTargets,
     Transform,
     VirtualTargets,
+    transform_targets,
 )
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.terms import FurtherTerms, Targets, load_teachers
+from selfkd.tasks.text.transfer import TransferText
 from selfkd.training.fit import autocast
 from selfkd.training.trial import Trial
 
@@ -64,7 +65,7 @@ def make_loss(
     weights: Sequence[float] | None = None
     if len(teachers) > 1 and "weight" in teachers[0]:
         weights = [row["weight"] for row in teachers]
-    average, last = distill.average, len(text) - 1
+    average, last, temperature = distill.average, len(text) - 1, distill.temperature
     if transform == "virtual":
         labels = text.labels.clamp(min=0)  # what is not predicted does not count
         targets = _from_rows(VirtualTargets(labels, classes=task.data.vocabulary), last)
@@ -73,13 +74,16 @@ def make_loss(
     elif distill.runs_teacher:
         targets = _live_targets(task, further.teachers if further else load_teachers(task, trial))
     else:
-        stored = open_store(
+        transfer = transfer_of(task, trial, transform)
+        stored = open_joined(
             trial.targets,
             [row["hash"] for row in teachers],
             data=task.data_key,
+            transfer=None if transfer is None else task.key_of(transfer.fingerprint),
             average=average,
             weights=weights,
         )
+        last += 0 if transfer is None else len(transfer.tokens)
         if average == "logits" or stored.samples:  # by the store, once
             average, weights = "probabilities", None
         averaging: dict[str, Any] = {"average": average, "weights": weights}
@@ -87,9 +91,15 @@ def make_loss(
             weighted = ConfidenceWeighted(stored, **averaging, label_smoothing=smoothing)
             return partial(_confidence_loss, weighted)
         cached: Cached = stored
-        if transform == "permuted":  # of the average
-            cached = PermutedTargets(
-                stored, **averaging, temperature=distill.temperature, seed=trial.seed
+        if transform != "none":  # of the average
+            cached, temperature = transform_targets(
+                stored,
+                transform,
+                text.labels,
+                classes=task.data.vocabulary,
+                temperature=temperature,
+                **averaging,
+                seed=trial.seed,
             )
             weights = None
         targets = _from_rows(cached, last)
@@ -98,7 +108,7 @@ def make_loss(
         targets,
         further,
         {
-            "temperature": distill.temperature,
+            "temperature": temperature,
             "alpha": distill.alpha,
             "label_smoothing": smoothing,
             "average": average,
@@ -106,6 +116,11 @@ def make_loss(
             "divergence": distill.divergence,
         },
     )
+
+
+def transfer_of(task: TextNetworks, trial: Trial, transform: Transform) -> TransferText | None:
+    """Return the transfer set of a student; none without teachers, or where only labels count."""
+    return task.transfer if trial.teachers and transform != "confidence" else None
 
 
 def _soft_loss(
@@ -116,11 +131,25 @@ def _soft_loss(
     batch: Batch,
     total: float,
 ) -> dict[str, Tensor]:
-    """Return the loss and its terms; of what the student has written, the soft term alone."""
-    written = batch.rows is None
+    """Return the loss and its terms; of what has no label, the soft term and further ones alone.
+
+    Where some windows of a step have none, the hard term is the mean over the labelled tokens, the
+    soft term that over all:
+
+        (1 - alpha) hard / (share total) + alpha soft / total = ((1 - a) hard + a soft) / n
+        n = total / ((1 - alpha) / share + alpha)    a = alpha n / total
+    """
+    written, alpha, divisor = batch.rows is None, settings["alpha"], total
     teacher = targets(batch) if further is None or written else further.run(targets, batch)
-    if written:  # which is no label
+    soft_only = written or not batch.labelled
+    factors = {"loss": alpha if soft_only and not written else 1.0}
+    if soft_only:  # what the student has written is no label
         settings = {**settings, "alpha": 1.0}
+    elif 0 < batch.share < 1:
+        rescaled = 1 / ((1 - alpha) / batch.share + alpha)
+        settings = {**settings, "alpha": alpha * rescaled}
+        factors = {"hard_loss": rescaled / batch.share, "soft_loss": rescaled}
+        divisor = total * rescaled
     chunk = max(CHUNK, CHUNK_VALUES // logits.shape[-1])
 
     def terms_of(total: float, mask: Tensor | None) -> dict[str, Tensor]:
@@ -128,10 +157,10 @@ def _soft_loss(
             logits, teacher, batch.labels, mask=mask, normalizer=total, chunk=chunk, **settings
         )._asdict()
 
-    terms = _by_weight(batch, total, terms_of)
-    if written:
-        return {name: terms[name] for name in ("loss", "soft_loss")}
-    if further is not None and batch.total:
+    terms = _by_weight(batch, divisor, terms_of)
+    names = ("loss", "soft_loss") if soft_only else tuple(terms)
+    terms = {name: terms[name] * factors.get(name, 1.0) for name in names}
+    if further is not None and batch.total and not written:
         values = further(logits, teacher, batch)
         return further.added(terms, values, batch.total / total)
     return terms

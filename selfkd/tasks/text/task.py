@@ -22,7 +22,14 @@ from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import link
 from selfkd.storage.remote import as_path
-from selfkd.tasks.common import Averaged, describe_cached, optimizer_of, spread
+from selfkd.tasks.common import (
+    Averaged,
+    check_init,
+    describe_cached,
+    named_networks,
+    optimizer_of,
+    spread,
+)
 from selfkd.tasks.task import SPLITS, Pool, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.cached import caches_logits
@@ -32,6 +39,7 @@ from selfkd.tasks.text.pretrained import check_causal, folder_hash
 from selfkd.tasks.text.terms import try_terms
 from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
+from selfkd.tasks.text.transfer import check_text_leaks
 from selfkd.tasks.text.write import WrittenText
 from selfkd.training.trial import Trial
 
@@ -70,21 +78,16 @@ class TextTask(TextNetworks):
                 f"write.keep must be all without completions to compare with, got right and "
                 f"data.name {data.name}"
             )
-        networks = {
-            "model": self.make(config.model),
-            "student": self.make(config.student or config.model),
-        }
-        weights = self._check_folder(config.model, networks["model"])
-        if config.student is not None:
-            weights |= self._check_folder(config.student, networks["student"])
+        models = named_networks(config)
+        networks = {name: self.make(model) for name, model in models.items()}
+        weights = dict[str, str]()
+        for name, model in models.items():
+            weights |= self._check_folder(model, networks[name])
         for model in config.members.models:
             weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
-        if train.init == "teacher" and (config.student or config.model).args.get("lora"):
-            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+        check_init(self, teachers)
         if any(choices := choices_of_terms(config)):
             self._try_terms(networks["student"], teachers, choices)
         metric = self._metric
@@ -92,6 +95,10 @@ class TextTask(TextNetworks):
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
         manifest = self.manifest("", {})
         notes = list(self._check_cached(manifest))
+        prints = {str(split): own for split, own in data.fingerprints.items()}
+        if (transfer := self.transfer) is not None:
+            notes.append(check_text_leaks(transfer, config.data, config.seed, data))
+            prints["transfer"] = transfer.fingerprint
         return Facts(
             items={split: len(tokens) for split, tokens in data.splits.items()},
             unit="tokens",
@@ -108,7 +115,8 @@ class TextTask(TextNetworks):
             outputs=data.vocabulary,
             parameters=sizes,
             prompts=data.splits["train"].windows,
-            fingerprints={str(split): own for split, own in data.fingerprints.items()},
+            fingerprints=prints,
+            transfer=0 if transfer is None else len(transfer.tokens),
             weights=weights,
             export=FOLDER,
             cached=describe_cached(manifest) if caches_logits(config) else None,
@@ -264,8 +272,9 @@ class TextTask(TextNetworks):
             checkpoint: File of the model.
             items: Rows, one a token.
             view: Number of the view of the text, of which there is one.
+            of: Whether the rows are those of training, or of the transfer set.
         """
-        return self.batches(self.load(checkpoint)[0], "train", items)
+        return self.batches(self.load(checkpoint)[0], of, items)
 
     def predict_with(self, network: nn.Module, split: Split, *, like: str | None = None) -> Tensor:
         """Return the logits of a network that was made for this text."""
@@ -278,13 +287,14 @@ class TextTask(TextNetworks):
         """
         each = row_bytes(self.data.vocabulary, top_k=self.top_k, samples=self.samples)
         window = 1 if self.data.splits["train"].starts is not None else self.data.context
+        tokens, fingerprint = self.pool(of)
         return Manifest(
             teacher=teacher,
-            data=self.data_key,
-            fingerprint=self.fingerprint,
+            data=self.key_of(fingerprint),
+            fingerprint=fingerprint,
             recipe={},
             views=1,
-            images=len(self.data.splits["train"]),
+            images=len(tokens),
             classes=self.data.vocabulary,
             top_k=self.top_k,
             samples=self.samples,

@@ -21,7 +21,7 @@ from selfkd.tasks.common import add_projections, make_fresh, optimizer_of, train
 from selfkd.tasks.text.batches import Batch, TrainingText
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.evaluate import measure_matches
-from selfkd.tasks.text.loss import Loss, make_loss
+from selfkd.tasks.text.loss import Loss, make_loss, transfer_of
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
 from selfkd.tasks.text.terms import FurtherTerms, make_further
@@ -67,7 +67,8 @@ def train_language_model(
         training.load_state_dict(state)
         trial.progress.state = None
         yield from [dict(row) for row in trial.progress.rows]
-    text, writer = TrainingText(data, options, trial.seed), None
+    more = transfer_of(task, trial, transform)
+    text, writer = TrainingText(data, options, trial.seed, more), None
     if trial.teachers and distill.on_policy > 0:
         writer = Writer(student, data, options, end=task.data.end, seed=trial.seed)
         if state is not None:

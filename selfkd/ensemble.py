@@ -85,18 +85,17 @@ def run_ensemble(
 
 
 def _greet(config: Config) -> str:
-    student = config.student or config.model
     return (
         f"{describe_members(config)}, then {config.search.trials} trials of one student, "
-        f"{student.name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to confirm "
-        "the best"
+        f"{config.network().name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to "
+        "confirm the best"
     )
 
 
 def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Description:
     metric, further = folder.facts.metric, folder.facts.further
     short, table = short_metric(metric), ensemble_table(summary.rows, metric, further)
-    setting, *sentences = describe_ensemble(summary)
+    setting, *sentences = describe_ensemble(summary, metric)
     return Description(
         sentences,
         pick(table, "model", f"test {short}", "parameters", "ms, 1", "ms, 128"),

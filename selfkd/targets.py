@@ -1,10 +1,13 @@
-"""`python -m selfkd.targets`: list, verify and clear out the cached logits of teachers."""
+"""`python -m selfkd.targets`: list, verify, clear out and show the cached logits of teachers."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,18 +16,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from selfkd.cli.output import print_error, safe_output
+from selfkd.analysis.soft_targets import TEMPERATURES
+from selfkd.cli.output import print_data, print_error, safe_output
+from selfkd.cli.teacher import print_targets
 from selfkd.cli.terminal import make_console, print_lines
 from selfkd.config import Config, from_tree, merge_settings, refuse_foreign, to_tree
+from selfkd.loading.choose import open_run
+from selfkd.loading.teachers import find_teacher
 from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import rest_mass
+from selfkd.results import FORMAT, Row, to_row
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.soft_targets.shards import check_shard, draws
 from selfkd.soft_targets.store import SoftTargets, open_store
 from selfkd.soft_targets.upkeep import StoreInfo, list_stores, remove_store, sweep
 from selfkd.storage.remote import RemotePath, as_path
 from selfkd.tasks import make_task
+from selfkd.tasks.task import Task
 from selfkd.text import one_line
+from selfkd.worker.jobs import run_job
+from selfkd.worker.teachers import read_targets
 
 DIFFER, USAGE = 1, 2
 NOTHING_OUTSIDE = ("data.download=false", "targets.root=null", "tracking.entity=null")
@@ -39,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = make_console()
     try:
         path = as_path(arguments.path).expanduser()
+        if arguments.do == "show":
+            return _show(console, path, arguments)
         of_run = (path / "config.yaml").exists()
         roots = [path / "targets" if of_run else path, path / "written"]  # of logits, of text
         for root in roots:
@@ -66,14 +79,19 @@ def make_parser() -> argparse.ArgumentParser:
         "ls": "list the cached logits of each teacher",
         "verify": "run the teachers again on some rows and compare",
         "gc": "remove what no run refers to",
+        "show": "show what a teacher knows beside the labels",
     }
     for name, text in described.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", metavar="PATH", help="targets folder, or a run folder")
+        if name == "show":
+            _add_show(command)
+        else:
+            command.add_argument("path", metavar="PATH", help="targets folder, or a run folder")
         if name == "gc":
             command.add_argument("--yes", action="store_true", help="remove without asking")
         if name == "verify":
             command.add_argument("--rows", type=_positive, default=16, help="rows of each view")
+        if name in ("verify", "show"):
             command.add_argument(
                 "--set",
                 metavar="KEY=VALUE",
@@ -83,6 +101,40 @@ def make_parser() -> argparse.ArgumentParser:
                 help="change the config of the run, for example --set data.root=PATH",
             )
     return parser
+
+
+def _add_show(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("path", metavar="RUN", help="run folder")
+    add(
+        "--temperatures",
+        metavar="T",
+        type=_temperature,
+        nargs="+",
+        default=TEMPERATURES,
+        help="temperatures of the entropies; default: 1 2 4 10",
+    )
+    add(
+        "--at",
+        metavar="T",
+        type=_temperature,
+        default=1.0,
+        help="temperature of the nearest wrong classes; default: 1",
+    )
+    add("--generation", metavar="K", type=int, help="generation whose teacher is shown")
+    add("--arm", metavar="NAME", help="arm of a study whose teacher is shown")
+    add("--cache", action="store_true", help="run a teacher whose cached logits are gone")
+    add("--format", choices=("table", "json"), default="table")
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -138,6 +190,52 @@ def _clear(console: Console, roots: Sequence[Path], *, sure: bool) -> int:
     count = len(stores) if sure else 0
     console.print(f"removed {count} stores and {len(swept)} files of killed writers")
     return 0
+
+
+def _show(console: Console, path: Path, arguments: argparse.Namespace) -> int:
+    folder, config, _ = open_run(path)
+    found = find_teacher(folder, config, generation=arguments.generation, arm=arguments.arm)
+    root = folder.targets(found.config)
+    own = merge_settings(found.config, settings=[*NOTHING_OUTSIDE, *arguments.settings], flags={})
+    given = [setting.partition("=")[0] for setting in arguments.settings]
+    refuse_foreign(own, path / "config.yaml", confirmed=given)
+    rows = [
+        {"hash": model.hash, "checkpoint": str(folder.file(model.checkpoint))}
+        | ({} if model.weight is None else {"weight": model.weight})
+        for model in found.models
+    ]
+    task = make_task(to_tree(own))
+    if arguments.cache:
+        _cache(task, own, root, folder.path, rows)
+    try:
+        known = read_targets(
+            task,
+            str(root),
+            rows,
+            temperatures=arguments.temperatures,
+            temperature=arguments.at,
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the cached logits of {found.title} are gone ({error}): add --cache, which runs it "
+            "once on the training items"
+        ) from None
+    known = replace(known, teacher=found.title, students=found.students)
+    if arguments.format == "json":
+        return print_data(json.dumps({"format": FORMAT, **to_row(known)}) + "\n")
+    print_targets(console, known)
+    return 0
+
+
+def _cache(task: Task, config: Config, root: Path, run: Path, teachers: Sequence[Row]) -> None:
+    """Cache the logits of teachers where they are not there."""
+    for teacher in teachers:
+        manifest = task.manifest(teacher["hash"], {})
+        place = {"targets": str(root), "run": str(run), "checkpoint": teacher["checkpoint"]}
+        for view in range(manifest.views):
+            for shard in range(manifest.shards):
+                payload = {"config": to_tree(config), **place, "view": view, "shard": shard}
+                list(run_job("cache_teacher_logits", payload))
 
 
 def _verify(console: Console, roots: Sequence[Path], *, rows: int, settings: Sequence[str]) -> int:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from engine import Count, make_run
 from safetensors.torch import load_file
 
-from selfkd.config import load_config, to_tree
+from selfkd.config import Config, load_config, to_tree
+from selfkd.experiments.ensemble import compress
+from selfkd.experiments.generations import born_again
+from selfkd.experiments.run_folder import RunFolder
+from selfkd.results import FORMAT, TeacherTargets, from_row
 from selfkd.soft_targets.upkeep import remember_user
 from selfkd.storage.checkpoint import load_tensors, save_tensors
+from selfkd.storage.rows import save_row
 from selfkd.targets import main
 from selfkd.worker.jobs import run_job
 
@@ -211,3 +219,144 @@ def test_text_of_teachers_is_listed_and_cleared_out(
     assert main(["gc", "--yes", str(shared)]) == 0
     assert "removed 1 stores" in capsys.readouterr().out
     assert [path.name for path in shared.rglob("*") if path.is_file()] == ["notes.md"]
+
+
+# --- show ---
+
+FINISHED = [
+    "data.train_size=60",
+    "model={name: selfkd_mlp, args: {width: 8, depth: 1}}",
+    "train={epochs: 1, batch_size: 20}",
+    "search.trials=1",
+    "confirm.seeds=0",
+]
+
+
+def finish(folder: Path, *settings: str, command: str = "generations") -> RunFolder:
+    """Return a finished run."""
+    config: Config = load_config(settings=[*FINISHED, *settings])
+    place = RunFolder.create(folder, config, command=command)
+    recipe = {"generations": born_again, "ensemble": compress}[command]
+    recipe(make_run(config, place, Count()))  # type: ignore[operator]
+    return place
+
+
+@pytest.fixture(scope="module")
+def lineage(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    settings = ["rounds=2", "data.jitter=1", "data.views=2", "targets.top_k=4"]
+    return finish(tmp_path_factory.mktemp("shown") / "run", *settings)
+
+
+def show(capsys: pytest.CaptureFixture[str], folder: RunFolder, *flags: str) -> TeacherTargets:
+    assert main(["show", str(folder.path), *flags, "--format", "json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row.pop("format") == FORMAT
+    return from_row(TeacherTargets, row)
+
+
+def test_show_prints_what_a_teacher_knows(
+    lineage: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfkd.targets.run_job", None)  # no teacher is run
+    flags = ("--generation", "2", "--temperatures", "1", "3.5", "--at", "2")
+    assert main(["show", str(lineage.path), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "soft targets of generation 1, which generation 2 is distilled from, on 60" in printed
+    assert "the 4 largest of 10 logits are cached" in printed
+    assert "share of the wrong mass at T 2" in printed
+    assert re.search(r"^ 3\.5 +\d\.\d{3} +\d\.\d{3} +0\.\d{3} *$", printed, re.MULTILINE)
+    assert all(len(line) <= 80 for line in printed.splitlines() if line.startswith(" "))
+    found = show(capsys, lineage, *flags)
+    assert found.hashes == (lineage.results()[1].hash,)
+    assert [row.temperature for row in found.softness] == [1, 3.5]
+
+
+def test_show_says_what_the_run_has_kept(
+    lineage: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = from_row(TeacherTargets, json.loads((lineage.path / "teacher.json").read_text()))
+    found = show(capsys, lineage)
+    assert (found.teacher, found.softness) == (kept.teacher, kept.softness)
+    assert (found.shares, found.near) == (kept.shares, kept.near)
+
+
+def test_show_caches_again_what_is_gone(
+    lineage: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = show(capsys, lineage)
+    shutil.rmtree(lineage.path / "targets")
+    assert main(["show", str(lineage.path)]) == 2
+    message = capsys.readouterr().err
+    assert f"the cached logits of {before.teacher} are gone" in message
+    assert "add --cache, which runs it once on the training items" in message
+    assert show(capsys, lineage, "--cache") == before
+    assert show(capsys, lineage) == before
+    assert main(["verify", str(lineage.path)]) == 0
+
+
+def test_show_of_an_ensemble_says_how_its_members_disagree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finish(tmp_path / "run", "members=2", command="ensemble")
+    assert main(["show", str(folder.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "soft targets of the ensemble of 2 members, which the student is distilled" in printed
+    assert "two members predict different classes on" in printed
+    found = show(capsys, folder)
+    assert found.disagreement is not None
+    assert len(found.disagreement.agreement) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "message"),
+    [
+        ("", ["--generation", "0"], "--generation must be from 1 to 2, got 0, which has no teac"),
+        ("", ["--generation", "3"], "--generation must be from 1 to 2, got 3"),
+        ("", ["--arm", "a"], "--arm is of runs of selfkd.study, got a and"),
+        ("distill.live=true", [], "are not cached: distill.live is true"),
+        ("function", [], "are not cached: its training function, x:main, runs its teachers"),
+        ("", ["--set", "data.train_size=50"], "the cached logits of generation"),
+    ],
+)
+def test_what_cannot_be_shown(
+    lineage: RunFolder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    folder = lineage
+    if settings:
+        folder = RunFolder(shutil.copytree(lineage.path, tmp_path / "run"))
+        if settings == "function":
+            save_row(folder.path / "data.json", replace(folder.facts, function="x:main"))
+        else:
+            folder.save_config(load_config(settings=[*FINISHED, "rounds=2", settings]))
+    assert main(["show", str(folder.path), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])
+def test_a_temperature_is_above_0(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["show", "run", "--temperatures", value])
+    assert error.value.code == 2
+    assert f"must be above 0, got {value}" in capsys.readouterr().err
+
+
+def test_show_is_of_a_run_that_has_a_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(tmp_path)]) == 2
+    assert "must be a run folder (with a config.yaml)" in capsys.readouterr().err
+    config = load_config(settings=["confirm.seeds=0"])
+    for command, message in (
+        ("generations", "must have a finished generation 1, got none yet"),
+        ("ensemble", "must have its teachers (members), got none yet"),
+        ("study", "must have an arm with a teacher, got none"),
+        ("deploy", "a run of selfkd.deploy: give the run that its model is from"),
+    ):
+        folder = RunFolder.create(tmp_path / command, config, command=command)
+        assert main(["show", str(folder.path)]) == 2
+        assert message in capsys.readouterr().err

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from selfkd.analysis.verdicts import count, short
@@ -17,12 +17,13 @@ from selfkd.config import (
     ModelConfig,
     Tree,
     WriteConfig,
-    choices_of_terms,
     to_tree,
     uses_pretrained,
 )
+from selfkd.config.tasks import tries_teachers
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import load_entry
+from selfkd.experiments.confirm import baselines, pairs_of
 from selfkd.experiments.controls import TITLES
 from selfkd.experiments.ensemble import mixes_transfer
 from selfkd.experiments.given import has_known_training
@@ -71,36 +72,50 @@ class Plan:
 def plan_generations(config: Config) -> Plan:
     """Return the plan of `selfkd.generations`."""
     rounds, trials, seeds = config.most_rounds, config.search.trials, config.confirm.replicas
-    student, teachers = _student(config), [config.model]
     given, known = config.generation_0.path is not None, has_known_training(config)
     stages = []
     if not given:
         stages.append(Planned("generation 0", trials, ["generation_000/trial_*"], config))
-    if rounds:
-        which = "generation 1" if rounds == 1 else f"generations 1 to {rounds}"
-        at_most = "at most " if config.rounds == "auto" else ""
-        patterns = ["generation_*[1-9]*/trial_*"]
-        stages.append(Planned(f"{at_most}{which}", rounds * trials, patterns, student, teachers))
+    parts = [(1, rounds)] if rounds else []
+    if config.is_chain:
+        parts = [(number, number) for number in range(1, rounds + 1)]
+    at_most = "at most " if config.rounds == "auto" else ""
+    for first, last in parts:
+        which, patterns, own = _generations(config, first, last)
+        patterns = [f"{pattern}/trial_*" for pattern in patterns]
+        each, teachers = (last - first + 1) * trials, [config.network(first - 1)]
+        stages.append(Planned(f"{at_most}{which}", each, patterns, own, teachers))
     if seeds and known:
         patterns = ["generation_000/confirm/*"]
         stages.append(Planned("confirmation, generation 0", seeds, patterns, config))
-    if seeds and config.student is not None:
-        patterns = ["labels/confirm/*"]
-        stages.append(Planned("confirmation, student on labels", seeds, patterns, student))
-    if seeds and rounds:
-        patterns = ["generation_*[1-9]*/confirm/*"]
-        stages.append(
-            Planned(f"confirmation, {which}", rounds * seeds, patterns, student, teachers)
-        )
+    for path, model in baselines(config, range(1, rounds + 1)).values() if seeds else ():
+        patterns, own = [f"{PurePosixPath(path).parent}/confirm/*"], replace(config, model=model)
+        title = f"confirmation, {model.title if config.is_chain else 'student'} on labels"
+        stages.append(Planned(title, seeds, patterns, own))
+    for first, last in parts if seeds else ():
+        which, patterns, own = _generations(config, first, last)
+        patterns = [f"{pattern}/confirm/*" for pattern in patterns]
+        each, teachers = (last - first + 1) * seeds, [config.network(first - 1)]
+        stages.append(Planned(f"confirmation, {which}", each, patterns, own, teachers))
     for name in dict.fromkeys(config.controls):
         many = rounds + 1 if name == "seeds" else trials + seeds
         patterns = [f"controls/{name}/**/trial_*"]
-        stages.append(Planned(f"control: {TITLES[name]}", many, patterns, student))
+        own = replace(config, model=config.network(1))
+        stages.append(Planned(f"control: {TITLES[name]}", many, patterns, own))
     teacher = config.distill.teacher
     each = int(teacher[4:]) if teacher.startswith("top:") else 1
-    later = [config.student] if config.student is not None and rounds > 1 else []
-    tried = [(config, [*teachers, *later])]
+    tried = pairs_of(config)
     return _by_mode(config, Plan(stages, rounds * (each + config.confirm.lineages), tried=tried))
+
+
+def _generations(config: Config, first: int, last: int) -> tuple[str, list[str], Config]:
+    """Return the name of generations of one network, patterns of their folders, and the config."""
+    own = replace(config, model=config.network(first))
+    if config.is_chain:
+        named = f"generation {first}, {own.model.title}"
+        return named, [f"generation_{first:03d}"], own
+    which = "generation 1" if last == 1 else f"generations 1 to {last}"
+    return which, ["generation_*[1-9]*"], own
 
 
 def plan_ensemble(config: Config) -> Plan:
@@ -159,7 +174,7 @@ def plan_study(config: Config) -> Plan:
         others = [config.study.arms[each] for each in arm.teachers if each in config.study.arms]
         teachers = [config.at(other.set).model for other in others]
         stages.append(Planned(name, seeds, [f"arms/{name}/trial_*"], own, teachers))
-        if own.distill.terms and teachers:
+        if tries_teachers(own) and teachers:
             tried.append((own, teachers))
         for teacher in arm.teachers if own.reads_cache else ():
             if teacher in config.study.arms:
@@ -184,7 +199,7 @@ def _by_mode(config: Config, plan: Plan) -> Plan:
 
 
 def _student(config: Config) -> Config:
-    return config if config.student is None else replace(config, model=config.student)
+    return replace(config, model=config.network())
 
 
 def _members(config: Config) -> Plan:
@@ -222,7 +237,7 @@ def print_plan(
     os.environ.setdefault("OMP_NUM_THREADS", str(max(int(config.resources.cpu), 1)))
     console, facts = make_console(), _check(config, function)
     for own, teachers in plan.tried:
-        if function is None and any(choices_of_terms(own)):
+        if function is None and tries_teachers(own):
             _check(own, function, teachers)
     done = [_done(folder, stage.patterns) for stage in plan.stages]
     left = [max(s.trainings - len(d), 0) for s, d in zip(plan.stages, done, strict=True)]

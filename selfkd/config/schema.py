@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -223,6 +225,16 @@ class ModelConfig:
         if self.name != HF and "path" in self.args:
             raise ValueError(f"args.path must be left out but with name {HF}, got {self.name}")
 
+    @property
+    def title(self) -> str:
+        """Its name and arguments in words.
+
+        >>> ModelConfig(name="selfkd_mlp", args={"width": 8, "depth": 1}).title
+        'selfkd_mlp (width 8, depth 1)'
+        """
+        args = ", ".join(f"{key} {value}" for key, value in self.args.items())
+        return f"{self.name} ({args})" if args else self.name
+
     @classmethod
     def of_checkpoint(cls, model: object) -> ModelConfig:
         """Return the network that the metadata of an untrusted checkpoint describes.
@@ -243,6 +255,19 @@ class ModelConfig:
         except ValidationError as error:
             faults = "; ".join(_faults(error, {}))
             raise ValueError(f"model must be described by plain values: {faults}") from None
+
+
+_TAGS = ("~one", "~several")  # in the places of faults
+Students = Annotated[
+    Annotated[ModelConfig, Tag(_TAGS[0])]
+    | Annotated[list[ModelConfig], Tag(_TAGS[1]), Field(min_length=1)],
+    Discriminator(lambda value: _TAGS[isinstance(value, list | tuple)]),
+]
+Init = Annotated[
+    Annotated[Literal["fresh", "teacher", "every_other", "first"], Tag(_TAGS[0])]
+    | Annotated[dict[str, str], Tag(_TAGS[1]), Field(min_length=1)],
+    Discriminator(lambda value: _TAGS[isinstance(value, dict)]),
+]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -285,8 +310,11 @@ class TrainConfig:
     """Mixed precision of the student's forward pass; none is float32."""
     compile: bool = False
     """Whether to run the student through `torch.compile`."""
-    init: Literal["fresh", "teacher"] = "fresh"
-    """Initial weights of a born-again student: random, or those of its teacher."""
+    init: Init = "fresh"
+    """Initial weights of a student with a teacher: fresh, random; teacher, those of its teacher, a
+    network of the same sizes; every_other, evenly spaced layers of a deeper teacher, with all else
+    that fits; first, its first layers; or a mapping from paths of the student's submodules to those
+    of the teacher's. Of several teachers those of the first, the best one."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -325,7 +353,8 @@ class DistillConfig:
     teacher."""
 
     temperature: Single = Field(default=3.5, gt=0)
-    """Softmax temperature T of teacher and student in the soft term."""
+    """Softmax temperature T of teacher and student in the soft term. 3.5, with an alpha of 0.65,
+    loses least on five unlike tasks of images (docs/choosing.md)."""
     alpha: float = Field(default=0.65, ge=0, le=1)
     """Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`."""
     average: Literal["probabilities", "logits"] = "probabilities"
@@ -483,7 +512,14 @@ class MembersConfig:
         return self.count or len(self.models) or (0 if given else 5)
 
 
-Control = Literal["seeds", "label_smoothing", "dkpp", "cwtm", "teacher_free"]
+Control = Literal["seeds", "label_smoothing", "dkpp", "cwtm", "teacher_free", "hard", "class_mean"]
+OF_ALL_LOGITS: dict[str, str] = {
+    "dkpp": "permuted",
+    "cwtm": "confidence",
+    "hard": "hard",
+    "class_mean": "class_mean",
+}
+"""Controls that need all logits of a teacher, and the transform of each."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -559,10 +595,13 @@ class ArmConfig:
     teacher: str | list[str] | None = None
     """Earlier arm, or list of arms, whose models of the same seed are the teachers; or `members`,
     those of `--from`. The arm is trained on labels alone when not given."""
-    target_transform: Literal["none", "permuted", "confidence", "virtual"] = "none"
+    target_transform: Literal["none", "permuted", "confidence", "virtual", "hard", "class_mean"] = (
+        "none"
+    )
     """Transform of the teacher logits: none; permuted, all but the largest in random order (DKPP);
-    confidence, reduced to weights of the labels (CWTM); or virtual, the logits of a virtual teacher
-    built from the labels (teacher-free)."""
+    confidence, reduced to weights of the labels (CWTM); virtual, the logits of a virtual teacher
+    built from the labels (teacher-free); hard, the teacher's arg max, at T = 1; or class_mean, the
+    mean soft target of the training items of a class."""
     average: list[str] = Field(default_factory=list)
     """Earlier arms whose models are averaged seed by seed; such an arm trains nothing."""
     seeds: int | None = Field(default=None, ge=1, le=10_000)
@@ -679,7 +718,9 @@ def with_task_defaults(tree: Tree) -> Tree:
         given = tree.get(section, {})
         found[section] = {**defaults, **given} if isinstance(given, Mapping) else given
     model = found["model"] = _named_model(tree, TEXT_MODEL)
-    models = [each for each in (model, tree.get("student")) if each is not None]
+    student = tree.get("student")
+    students = student if isinstance(student, list) else [student]
+    models = [each for each in (model, *students) if each is not None]
     folders = [folder for each in models if (folder := _folder_of(each)) is not None]
     if folders:
         _default(found["data"], tree.get("data"), "tokenizer", folders[0])
@@ -823,8 +864,10 @@ class Config:
     """Network of generation 0, of the members and, without `student`, of the students."""
     generation_0: GivenConfig = Field(default_factory=GivenConfig)
     """Generation 0, where it is given."""
-    student: ModelConfig | None = None
-    """Network of the distilled students, such as generations 1, 2, …; `model` when not given."""
+    student: Students | None = None
+    """Network of the distilled students, such as generations 1, 2, …; `model` when not given. A
+    list has one network a generation, `rounds` in all, such as a teacher assistant and what is
+    distilled from it."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Settings of a user training function (`--train`), which reads them as `trial.params`."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -843,7 +886,8 @@ class Config:
     controls: list[Control] = Field(default_factory=list)
     """Controls of `selfkd.generations`, at equal cost: seeds (ensemble of as many models trained on
     labels), label_smoothing, dkpp (non-target teacher logits in random order), cwtm (labels
-    weighted by the teacher's confidence), teacher_free (virtual teacher)."""
+    weighted by the teacher's confidence), teacher_free (virtual teacher), hard (the teacher's arg
+    max), class_mean (one mean soft target a class)."""
     capacity: CapacityConfig = Field(default_factory=CapacityConfig)
     """Students of several sizes, in `selfkd.capacity`."""
     study: StudyConfig = Field(default_factory=StudyConfig)
@@ -882,8 +926,9 @@ class Config:
     @field_validator("student", mode="before")
     @classmethod
     def _named_student(cls, value: Any) -> Any:
-        if isinstance(value, dict) and set(value) <= {"args"}:
-            raise ValueError("must have a name: set student.name, also where it is model.name")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict) and set(each) <= {"args"}:
+                raise ValueError("must have a name: set student.name, also where it is model.name")
         return value
 
     def __post_init__(self) -> None:
@@ -910,6 +955,34 @@ class Config:
     def most_rounds(self) -> int:
         """Largest number of born-again generations."""
         return self.rounds_max if self.rounds == "auto" else self.rounds
+
+    @property
+    def students(self) -> tuple[ModelConfig, ...]:
+        """Networks of the distilled students that are given, one a generation where several are."""
+        if self.student is None:
+            return ()
+        return tuple(self.student) if isinstance(self.student, list) else (self.student,)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each generation of students has a network of its own."""
+        return isinstance(self.student, list)
+
+    def network(self, generation: int | None = None) -> ModelConfig:
+        """Return the network of a generation.
+
+        Args:
+            generation: Its number, 0 for that of models without a teacher; the last one's when not
+                given.
+
+        >>> config = from_tree({"student": [{"name": "a"}, {"name": "b"}], "rounds": 2})
+        >>> [config.network(generation).name for generation in range(3)]
+        ['selfkd_cnn', 'a', 'b']
+        """
+        known = self.students
+        if generation == 0 or not known:
+            return self.model
+        return known[-1 if generation is None else min(generation, len(known)) - 1]
 
     @property
     def steps_by_part(self) -> int | None:
@@ -969,7 +1042,9 @@ OF_TEACHERS = ("distill.", "members.")
 TERMS = "distill.terms"
 TERM_WEIGHT = re.compile(r"distill\.terms\.(\w+)\.weight")
 """Key of the weight of a term, by the name of its loss or its number from 0."""
-_FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b|study\.arms\b")
+_FREE = re.compile(
+    r"params\b|(model|student)\.args\b|train\.init\b|search\.(labels_only_)?space\b|study\.arms\b"
+)
 
 
 def to_tree(config: Config) -> Tree:
@@ -996,7 +1071,7 @@ def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
 
 def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]:
     for fault in error.errors():
-        path = [str(part) for part in fault["loc"]]
+        path = [str(part) for part in fault["loc"] if part not in _TAGS]
         key = ".".join(path)
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section = ".".join(path[:-1])
@@ -1050,7 +1125,7 @@ def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[st
     """
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        free = (".args", "space", "params", ".arms")
+        free = (".args", "space", "params", ".arms", ".init")
         nested = isinstance(value, dict) and not dotted.endswith(free)
         if inner or not nested:
             yield dotted, value

@@ -8,7 +8,9 @@ from typing import Any
 
 from selfkd.config.schema import (
     HF,
+    OF_ALL_LOGITS,
     Config,
+    choices_of_terms,
     flat,
     from_tree,
     locate_key,
@@ -71,12 +73,12 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
     if others := _other_divergences(config, arms=True):
         where = locate_key("distill.divergence", sources)
         yield f"{where}: must be forward_kl, got {others}: {why}"
-    needing = [name for name in ("dkpp", "cwtm") if name in config.controls]
+    needing = [name for name in OF_ALL_LOGITS if name in config.controls]
     if needing:
         where = locate_key("controls", sources)
         yield f"{where}: {' and '.join(needing)} need all logits: {why}"
     for name, arm in arms.items():
-        if arm.target_transform in ("permuted", "confidence"):
+        if arm.target_transform in OF_ALL_LOGITS.values():
             yield f"study.arms.{name}: {arm.target_transform} needs all logits: {why}"
 
 
@@ -203,10 +205,28 @@ def loss_faults(config: Config) -> Iterator[tuple[str, str]]:
         )
 
 
+def transform_faults(config: Config, transform: str) -> Iterator[str]:
+    """Yield what a transform of teacher logits cannot go with."""
+    others = _other_divergences(config)
+    if transform == "hard" and others:
+        yield (
+            f"needs distill.divergence forward_kl, got {others}: others are without bound where a "
+            "teacher gives all probability to one class"
+        )
+    if transform == "class_mean" and config.data.transfer is not None:
+        yield "needs the label of each item: leave out data.transfer"
+
+
 def _other_divergences(config: Config, *, arms: bool = False) -> str:
     """Return the names of the divergences, searched or set, that need all logits."""
     found = {str(name) for name in values_of(config, "distill.divergence", arms=arms)}
     return ", ".join(sorted(found - {"forward_kl"}))
+
+
+def tries_teachers(config: Config) -> bool:
+    """Say whether there is something that is to be tried with the networks of teachers."""
+    starts = values_of(config, "train.init")
+    return any(choices_of_terms(config)) or any(start != "fresh" for start in starts)
 
 
 def values_of(config: Config, key: str, *, arms: bool = False) -> list[Any]:

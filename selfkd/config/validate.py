@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from selfkd.config.schema import (
+    OF_ALL_LOGITS,
     OF_TEACHERS,
     TERM_WEIGHT,
     Config,
@@ -29,6 +30,7 @@ from selfkd.config.tasks import (
     size_fault,
     steps_faults,
     task_faults,
+    transform_faults,
     values_of,
 )
 from selfkd.config.terms import terms_faults
@@ -100,7 +102,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if (given.mean is None) != (given.std is None):
         where = locate_key("generation_0", sources)
         yield f"{where}: must have mean and std or neither, got one of them"
-    if config.train.init == "teacher" and (given.classes or given.mean):
+    if config.train.init != "fresh" and (given.classes or given.mean):
         where = locate_key("train.init", sources)
         yield (
             f"{where}: must be fresh with generation_0.classes or mean, whose weights are for "
@@ -114,6 +116,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if config.targets.samples is not None and config.targets.top_k is not None:
         where = locate_key("targets.samples", sources)
         yield f"{where}: cannot go with targets.top_k: give one of them"
+    if config.train.init != "fresh" and members.source == "specialists":
+        where = locate_key("train.init", sources)
+        yield f"{where}: must be fresh with specialists, whose networks are others than the student"
     if config.distill.live and "specialists" in (members.source, *members.compare):
         where = locate_key("distill.live", sources)
         yield f"{where}: must be false with specialists, whose logits are cached, got True"
@@ -176,10 +181,14 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which need generation 1, got 0"
+    for name, transform in OF_ALL_LOGITS.items():
+        if name in config.controls:
+            where = locate_key("controls", sources)
+            yield from (f"{where}: {name} {fault}" for fault in transform_faults(config, transform))
     distill, top_k = config.distill, config.targets.top_k
     if distill.live or top_k is not None or distill.mode == "traces":
         where = locate_key("controls", sources)
-        for name in ("dkpp", "cwtm"):
+        for name in OF_ALL_LOGITS:
             if name in config.controls:
                 traces = ", distill.mode traces" if config.task == "text" else ""
                 yield (
@@ -204,18 +213,20 @@ def _needs_all_logits(config: Config) -> Iterator[str]:
         yield f"needs cached teacher logits of all classes: leave out {' and '.join(found)}"
 
 
-def _key_faults(key: str) -> Iterator[str]:
+def _key_faults(config: Config, key: str) -> Iterator[str]:
     """Yield why a key cannot differ from trial to trial, if it cannot."""
     known = [k for k in known_keys() if "." in k and k.split(".")[0] not in _FIXED]
     free = re.compile(rf"((model|student)\.args|params)\.\w+|{TERM_WEIGHT.pattern}")
     if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
         yield "cannot be searched: all trials of a run share it"
+    elif config.is_chain and key.split(".")[0] == "student":
+        yield "cannot be searched with a list of students, whose networks are fixed"
     elif key not in known and not free.fullmatch(key):
         yield f"is no config key{did_you_mean(key, known)}"
 
 
 def _point_faults(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
-    faults = [f"{key} {fault}" for key in point for fault in _key_faults(key)]
+    faults = [f"{key} {fault}" for key in point for fault in _key_faults(config, key)]
     if not point:
         faults = ["must have at least one key, got {}"]
     yield from faults
@@ -229,7 +240,7 @@ def _point_faults(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
-    if faults := list(_key_faults(key)):
+    if faults := list(_key_faults(config, key)):
         yield from faults
         return
     try:
@@ -280,7 +291,7 @@ def _capacity_faults(config: Config) -> Iterator[str]:
     yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
-    if config.train.init != "fresh":
+    if config.train.init == "teacher":
         yield f"train.init must be fresh for students of other sizes, got {config.train.init}"
     for value in known:
         try:
@@ -301,8 +312,9 @@ def check_study(config: Config) -> None:
 def _study_faults(config: Config) -> Iterator[str]:
     arms, before, models = config.study.arms, list[str](), dict[str, ModelConfig]()
     foreign = OF_TASK["images" if config.task == "text" else "text"]
-    if config.student is not None:
-        yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
+    if config.student is not None and not config.is_chain:
+        named = config.network().name
+        yield f"student: not of a study, got {named}: set model, or it in an arm"
     if not arms:
         yield "study.arms must have at least one arm, got none: see tune_configs/anchors/"
     yield from no_generations(config)
@@ -324,7 +336,7 @@ def _study_faults(config: Config) -> Iterator[str]:
         if arm.average and (arm.set or arm.teachers):
             yield f"{where}: must have average alone, with nothing to train, or no average"
         transform = arm.target_transform
-        if transform in ("permuted", "confidence") and not arm.teachers:
+        if transform in OF_ALL_LOGITS.values() and not arm.teachers:
             yield f"{where}.teacher must be given with target_transform {transform}"
         if transform == "virtual" and arm.teachers:
             yield (
@@ -350,8 +362,9 @@ def _study_faults(config: Config) -> Iterator[str]:
                 faults = (*steps_faults(own), *arm_faults(own, arm.set))
                 yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
             yield from (f"{where}.set: {key}: {fault}" for key, fault in terms_faults(own))
-            if transform in ("permuted", "confidence"):
-                yield from (f"{where}: {transform} {fault}" for fault in _needs_all_logits(own))
+            if transform in OF_ALL_LOGITS.values():
+                found = (*_needs_all_logits(own), *transform_faults(own, transform))
+                yield from (f"{where}: {transform} {fault}" for fault in found)
             if transform != "none" and own.distill.terms:
                 yield f"{where}: target_transform {transform} has no further terms: leave out " + (
                     "distill.terms"
@@ -367,8 +380,44 @@ def _study_faults(config: Config) -> Iterator[str]:
                 yield f"study.compare.{number}: must name arms ({', '.join(arms)}), got {name!r}"
 
 
+def check_chain(config: Config) -> None:
+    """Check that a list of students has one network a generation, and a map of layers one teacher.
+
+    Raises:
+        ConfigError: It has more or fewer.
+    """
+    init, lineage = config.train.init, config.distill.teacher == "lineage"
+    if isinstance(init, Mapping) and len(config.students) == 1 < config.most_rounds and not lineage:
+        raise ConfigError(
+            "rounds: must be 1 with a map of layers in train.init, as later generations have "
+            f"students for teachers, got {config.rounds}: every_other and first suit all of them"
+        )
+    if not config.is_chain:
+        return
+    networks = len(config.students)
+    if config.rounds == "auto":
+        raise ConfigError(
+            f"rounds: must be {networks}, the number of networks in the list student, got auto"
+        )
+    if networks != config.rounds:
+        raise ConfigError(
+            f"student: must be one network, or a list of as many as rounds ({config.rounds}), got "
+            f"{networks}: set rounds={networks}, or list {config.rounds}"
+        )
+    if "seeds" in config.controls:
+        raise ConfigError(
+            "controls: seeds must be left out with a list of students: an ensemble of unlike "
+            "networks has no equal of seeds"
+        )
+
+
 def no_generations(config: Config) -> Iterator[str]:
     """Yield the faults of settings of generations where there are none."""
+    if config.is_chain:
+        named = ", ".join(model.name for model in config.students)
+        yield (
+            f"student: must be one network, as a list is of selfkd.generations only, got {named}"
+        )
     if config.generation_0.path is not None:
         yield f"generation_0.path: of selfkd.generations only, got {config.generation_0.path}"
     if config.confirm.lineages:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from selfkd.errors import cut_text
+from selfkd.text import one_line
 
 from .batches import Split
 from .folder import PARTS, default_val_size
@@ -94,8 +95,10 @@ def open_arrays(root: Path, label_column: str | None = None) -> Source:
         statistics=None,
         features=train.names,
         note=train.note
-        and f"{root}: {sum(map(len, splits.values())):,} rows of "
-        f"{len(train.names):,} features, {len(classes)} classes; {train.note}",
+        and one_line(
+            f"{root}: {sum(map(len, splits.values())):,} rows of {len(train.names):,} features, "
+            f"{len(classes)} classes; {train.note}"
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .arrays import open_arrays, standardisation
+from .arrays import SUFFIXES, open_arrays, standardisation
 from .batches import Data, Split
 from .folder import open_folder
 from .pairs import open_pairs
@@ -51,8 +51,8 @@ def load_data(
     image_size: int | None = None,
     in_memory: bool | None = None,
     label_noise: float = 0.0,
-    reserve: int = 0,
     label_column: str | None = None,
+    reserve: int = 0,
     seed: int = 0,
 ) -> Data:
     """Load a data set in three disjoint splits, stratified by label.
@@ -86,10 +86,10 @@ its splits as those folders; of a single one a tenth is test, too |
             a timm data set batch by batch; by size if not given (up to 2 GB are held).
         label_noise: Share of the training labels that are drawn anew, uniformly from the classes
             that are trained on, in [0, 1). Validation and test keep their labels.
-        reserve: Number of images that are left beside the splits, for `load_rest`: where test
-            images are taken from the training images, these are fewer.
         label_column: Column of a table of `arrays` that has the labels; by name (label, target,
             class or y), else the last, if not given.
+        reserve: Number of images that are left beside the splits, for `load_rest`: where test
+            images are taken from the training images, these are fewer.
         seed: Random seed of the splits and of the label noise.
 
     Returns:
@@ -196,7 +196,7 @@ def open_source(
     root: str | os.PathLike[str] | None,
     download: bool,
     image_size: int | None,
-    label_column: str | None,
+    label_column: str | None = None,
 ) -> Source:
     """Open a data set by its name, before it is split; arguments are those of `load_data`."""
     prefix, slash, _ = name.partition("/")
@@ -221,9 +221,12 @@ def open_source(
         return open_timm(name, place, download, image_size, MEMORY_LIMIT)
     names = (*KNOWN_STATISTICS, "folder", "arrays")
     close = difflib.get_close_matches(name, (*names, *TORCH_NAMES), n=1)
+    way = f": did you mean {close[0]}?" if close else ""
+    if name.lower().endswith(SUFFIXES):
+        way = f": --data arrays --data-root {name}"
     raise ValueError(
         f"data.name must be one of {', '.join(names)} or a timm data set name (torch/…, hfds/…, "
-        f"tfds/…), got {name!r}" + (f": did you mean {close[0]}?" if close else "")
+        f"tfds/…), got {name!r}{way}"
     )
 
 

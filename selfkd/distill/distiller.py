@@ -81,7 +81,8 @@ class Distiller:
             `Teacher(module, copy=False)` is run as it is.
         targets: Function from `(index, view)` to cached logits of either shape, to the k largest of
             them (`SparseLogits`), or to samples (`SampledTargets`).
-        temperature: Temperature T, above 0.
+        temperature: Temperature T, above 0. 3.5 and an alpha of 0.65, as in the config, lose least
+            on five unlike tasks of images (docs/choosing.md); tokens want T = 1.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0, and without
             further terms, the teacher is not run.
         average: Whether an ensemble's `probabilities` or `logits` are averaged.
@@ -124,8 +125,8 @@ class Distiller:
         teacher: Callable[[Any], Any] | None = None,
         *,
         targets: CachedLogits | Callable[..., Any] | None = None,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
+        temperature: float = 3.5,
+        alpha: float = 0.65,
         average: Average = "probabilities",
         weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,

@@ -64,9 +64,7 @@ class Arm:
     point: Point = field(default_factory=dict)
     """Settings in which it differs from the config, by dotted key."""
     teachers: Teachers = lambda config, number: ()
-    network: Callable[[Config, int], ModelConfig] = lambda config, number: (
-        config.student or config.model
-    )
+    network: Callable[[Config, int], ModelConfig] = lambda config, number: config.network()
     options: Callable[[int], Row] = lambda number: {}
     """Further arguments of the training job, by number."""
     space: Mapping[str, Distribution] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from selfkd.experiments.ensemble import Pair, pair
 from selfkd.experiments.members import Teachers, make_teachers, trained_networks
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
+from selfkd.experiments.teacher_row import keep_members
 from selfkd.results import (
     TIE,
     CapacitySummary,
@@ -70,6 +71,7 @@ def grow(run: Run) -> CapacitySummary:
     seeds = count(config.confirm.seeds, "seed")
     title = f"students of {len(students)} sizes, labels only and distilled, {seeds}"
     trials = run.replicate(arms, title=title, each=False)
+    keep_members(run, teachers.of(config), config=config, students="the students")
     summary = _measure(run, teachers, students, trials)
     run.finish(summary)
     kept = {size.checkpoint for size in summary.sizes}

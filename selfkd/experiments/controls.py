@@ -36,10 +36,21 @@ TITLES: dict[Control, str] = {
     "dkpp": "permuted teacher logits",
     "cwtm": "confidence weights",
     "teacher_free": "teacher-free",
+    "hard": "teacher's arg max",
+    "class_mean": "mean soft target a class",
 }
 SMOOTHING = {"uniform": [0.0, 0.5]}
-TRANSFORMS = {"dkpp": "permuted", "cwtm": "confidence", "teacher_free": "virtual"}
-DISTILLED: tuple[Control, ...] = ("dkpp", "cwtm")  # from the teacher of generation 1
+TEMPERATURE = "distill.temperature"
+TRANSFORMS = {
+    "dkpp": "permuted",
+    "cwtm": "confidence",
+    "teacher_free": "virtual",
+    "hard": "hard",
+    "class_mean": "class_mean",
+}
+DISTILLED: tuple[Control, ...] = ("dkpp", "cwtm", "hard", "class_mean")
+"""Controls that are distilled from the teacher of generation 1."""
+WITHOUT_TEMPERATURE: tuple[Control, ...] = ("hard",)
 
 
 def run_controls(
@@ -119,9 +130,10 @@ def _search(run: Run, name: Control, results: Sequence[GenerationResult]) -> Arm
         title=f"control: {TITLES[name]}",
         folder=folder,
         teachers=lambda own, number: teachers,
+        network=lambda own, number: own.network(1),  # beside which its row stands
         options=lambda number: options,
         space=_space(run.config, name),
-        points=run.config.search.points or () if name in ("dkpp", "teacher_free") else (),
+        points=_points(run.config, name),
     )
     point = run.search(arm).best.point
     arm = replace(arm, name=f"{arm.name}_confirm", folder=folder / "confirm", point=point)
@@ -132,7 +144,20 @@ def _space(config: Config, name: Control) -> dict[str, Distribution]:
     if name == "label_smoothing":
         smoothing = Distribution.parse(SMOOTHING)
         return {"train.label_smoothing": smoothing, **config.space(with_teacher=False)}
-    return config.space(with_teacher=name != "cwtm")  # whose loss has neither T nor alpha
+    space = config.space(with_teacher=name != "cwtm")  # whose loss has neither T nor alpha
+    if name in WITHOUT_TEMPERATURE:
+        space.pop(TEMPERATURE, None)
+    return space
+
+
+def _points(config: Config, name: Control) -> Sequence[Point]:
+    points = config.search.points or ()
+    if name in ("label_smoothing", "cwtm"):
+        return ()
+    if name not in WITHOUT_TEMPERATURE:
+        return points
+    left = [{k: v for k, v in point.items() if k != TEMPERATURE} for point in points]
+    return [point for n, point in enumerate(left) if point and point not in left[:n]]
 
 
 def _row(
@@ -147,7 +172,7 @@ def _row(
         **vars(measured),
         name=name,
         title=TITLES[name],
-        first=contrast(measured, labels_only(run.folder, confirmations)[1], floor=floor),
+        first=contrast(measured, labels_only(run, confirmations, 1)[1], floor=floor),
         born_again=contrast(confirmations[1], measured, floor=floor),
         point=point,
     )

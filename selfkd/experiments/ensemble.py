@@ -17,6 +17,7 @@ from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.export import describe_lineage, export
 from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.teacher_row import keep_members
 from selfkd.results import (
     Chosen,
     EnsembleSummary,
@@ -81,6 +82,7 @@ def compress(run: Run) -> EnsembleSummary:
         pairs = _replicate(run, *arms)
     chosen, config = found.models[0], config.at(found.best.point)
     run.folder.keep_best(chosen.checkpoint)
+    keep_members(run, teachers.of(config), config=config, students="the student")
     summary = _measure(run, teachers, found.best, pairs)
     own = "student of an ensemble", config, run.folder.facts, chosen.hash
     metrics = summary.chosen.metrics

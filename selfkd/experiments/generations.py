@@ -12,12 +12,14 @@ from dataclasses import replace
 
 from selfkd.analysis.verdicts import resolution
 from selfkd.config import Config
+from selfkd.config.tasks import tries_teachers
 from selfkd.experiments.arms import Arm, Request, Run, Searched
 from selfkd.experiments.confirm import (
-    baseline_row,
+    baseline_rows,
     confirm_generations,
     judge_generations,
     load_confirmations,
+    pairs_of,
     prepare_again,
     stop_reason,
 )
@@ -25,11 +27,13 @@ from selfkd.experiments.controls import judge_controls, run_controls
 from selfkd.experiments.export import export_generation
 from selfkd.experiments.given import import_generation, say_changes
 from selfkd.experiments.run_folder import EXAMPLES, RunFolder
+from selfkd.experiments.teacher_row import keep_teacher, name_generation_teacher
 from selfkd.experiments.teachers import prepare_teachers, sum_written
 from selfkd.results import (
     Confirmation,
     Evaluation,
     Examples,
+    Facts,
     GenerationConfirmed,
     GenerationFinished,
     GenerationResult,
@@ -60,8 +64,7 @@ def born_again(run: Run) -> GenerationsSummary:
         RunError: All trials of a stage failed.
     """
     config, folder = run.config, run.folder
-    student = [config.student] if config.student and config.most_rounds > 1 else []
-    folder.keep(config, run.check(teachers=[config.model, *student]))
+    folder.keep(config, _check(run))
     results = folder.results()[: config.most_rounds + 1]
     for result in results:
         run.events(GenerationFinished(result))
@@ -86,7 +89,8 @@ def born_again(run: Run) -> GenerationsSummary:
         models = [result.models[0] for result in results]
         (ensemble,) = run.average([(models, "probabilities")])
         _keep_examples(run, results, confirmations)
-    baseline = baseline_row(run, confirmations)
+        _keep_teacher(run, results, confirmations)
+    baselines = baseline_rows(run, confirmations)
     controls = run_controls(run, results, confirmations)
     verdict = judge_generations(run, confirmations)
     beside = judge_controls(run, confirmations, controls)
@@ -104,11 +108,22 @@ def born_again(run: Run) -> GenerationsSummary:
             confirmations=tuple(confirmations),
             verdict=verdict,
             ensemble=ensemble,
-            controls=(*([baseline] if baseline else []), *controls),
+            controls=(*baselines, *controls),
             against_controls=beside,
             stopped=_stopped(config, folder, confirmations) if config.rounds == "auto" else None,
         )
     )
+
+
+def _check(run: Run) -> Facts:
+    """Try the networks of the run, each student with its teachers."""
+    pairs = pairs_of(run.config)
+    if not run.config.is_chain:
+        return run.check(teachers=pairs[0][1])
+    for generation, (own, teachers) in enumerate(pairs, start=1):
+        if tries_teachers(own):
+            run.check(own, where=f"generation {generation}: ", teachers=teachers)
+    return run.check()
 
 
 def _best(
@@ -137,6 +152,23 @@ def _keep_examples(
         return
     numbers = [result.generation for result in pair]
     save_row(path, from_row(Examples, {**row, "generations": numbers, "hashes": hashes}))
+
+
+def _keep_teacher(
+    run: Run, results: Sequence[GenerationResult], confirmations: Sequence[Confirmation]
+) -> None:
+    """Save what the teacher of the best later generation knows beside the labels."""
+    if len(results) < 2:
+        return
+    best = _best(run, results[1:], confirmations)
+    kind, models = run.config.distill.teacher, best.teachers
+    keep_teacher(
+        run,
+        models,
+        config=run.config.at(best.point),
+        teacher=name_generation_teacher(kind, best.generation, len(models)),
+        students=f"generation {best.generation}",
+    )
 
 
 def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:
@@ -187,7 +219,7 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
         title=f"generation {generation} of {config.most_rounds}",
         folder=run.folder.generation(generation),
         teachers=lambda own, number: teachers,
-        network=lambda own, number: (own.student if generation else None) or own.model,
+        network=lambda own, number: own.network(generation),
         space=config.space(with_teacher=generation > 0),
         points=config.search.points or () if generation else (),
         seed_name=generation,

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfkd.config import Config, ModelConfig, Source, choices_of_terms
+from selfkd.config import Config, ModelConfig, Source
 from selfkd.config.space import Distribution
+from selfkd.config.tasks import tries_teachers
 from selfkd.config.validate import no_generations
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Run
@@ -83,7 +84,7 @@ def make_teachers(run: Run) -> Teachers:
     facts = run.check(teachers=trained_networks(run.config))
     run.folder.keep(run.config, facts)
     imported = _imported(run)
-    if imported and any(choices_of_terms(run.config)):
+    if imported and tries_teachers(run.config):
         run.check(run.config, teachers=[Model(row.hash, row.checkpoint) for row in imported])
     _check(run.config, facts, len(imported))
     members = _once(run, Members, "members/result", lambda: _members(run, imported)).members
@@ -244,7 +245,7 @@ def _check(config: Config, facts: Facts, imported: int) -> None:
     if "specialists" in wanted and facts.outputs < SPECIALISTS_CLASSES:
         raise ConfigError(
             f"members.source must not be specialists with fewer than {SPECIALISTS_CLASSES} "
-            f"classes, got {facts.outputs}"
+            f"classes, got {facts.outputs}: data.name digit_pairs has 100"
         )
 
 

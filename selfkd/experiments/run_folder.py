@@ -41,6 +41,8 @@ BEST = "best.safetensors"
 """File of the model to take, in a finished run's folder."""
 EXAMPLES = "examples.json"
 """File of the items that tell generation 0 and the best later one apart, in a run's folder."""
+TEACHER = "teacher.json"
+"""File of what the teacher's soft targets hold, in a run's folder."""
 T = TypeVar("T")
 _SETTLE_SECONDS = 0.2
 

@@ -14,12 +14,14 @@ from typing import Any
 from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
 from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, TargetsConfig, WriteConfig
+from selfkd.config.tasks import tries_teachers
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.members import make_teachers
 from selfkd.experiments.replicas import confirm_seeds
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.teacher_row import keep_teacher
 from selfkd.experiments.teachers import check_right, prepare_teachers, sum_written
 from selfkd.results import (
     ArmResult,
@@ -31,6 +33,7 @@ from selfkd.results import (
     Model,
     StudySummary,
     TrialResult,
+    Unseen,
     Written,
 )
 
@@ -78,7 +81,7 @@ class _Study:
         if any(MEMBERS in arm.teachers for arm in self.configs.values()):
             self.members = make_teachers(run).of(config)
             for name, arm in self.configs.items():
-                if MEMBERS in arm.teachers and config.at(arm.set).distill.terms:
+                if MEMBERS in arm.teachers and tries_teachers(config.at(arm.set)):
                     where = f"study.arms.{name}: "
                     run.check(config.at(arm.set), where=where, teachers=self.members)
         else:
@@ -89,6 +92,7 @@ class _Study:
             run.folder.keep_facts(f"arms/{name}/data.json", own, where=f"study.arms.{name}: ")
         for names in self._waves():
             self._train(names, facts)
+        self._keep_teacher()
         summary = self._summary({name: self._measure(name) for name in self.configs})
         return run.finish(summary)
 
@@ -114,6 +118,19 @@ class _Study:
         config = self.run.config
         models = [config.at(self.configs[each].set).model for each in teachers]
         return self.run.check(config.at(arm.set), where=f"study.arms.{name}: ", teachers=models)
+
+    def _keep_teacher(self) -> None:
+        """Save what the first teacher knows beside the labels, of the first seed."""
+        name = next((name for name, arm in self.configs.items() if arm.teachers), None)
+        if name is not None:
+            arm = self.configs[name]
+            keep_teacher(
+                self.run,
+                self._teachers(arm, 0),
+                config=self.run.config.at(arm.set),
+                teacher=" and ".join(arm.teachers),
+                students=f"arm {name}",
+            )
 
     def _waves(self) -> list[list[str]]:
         """Return the arms that can be trained side by side, one lot after the other."""
@@ -141,7 +158,7 @@ class _Study:
                 options=lambda number, options=options: options,  # type: ignore[misc]
                 seeds=seeds,
             )
-            if own.reads_cache:
+            if own.reads_cache and run.function is None:
                 self._prepare(name, own, teachers, facts[name])
         side = "one arm" if len(names) == 1 else f"{len(names)} arms side by side"
         title = f"{', '.join(names)}: {side}"
@@ -192,6 +209,8 @@ class _Study:
         run, config = self.run, self.run.config
         if self.configs[name].average:
             return self._averages(name)
+        if run.function is not None:
+            return [_reported(trial) for trial in self.trials[name]]
         arm, own = self.arms[name], config.at(self.configs[name].set)
         models = [arm.model(run, trial) for trial in self.trials[name]]
         requests = [
@@ -257,6 +276,7 @@ class _Study:
             contrasts=tuple(self._contrast(each, reference, metric) for each in contrasts),
             verdict=judge(family, terms=run.terms) if family else None,
             members=members,
+            metric=None if run.function is None else metric,
         )
 
     def _contrast(
@@ -287,6 +307,17 @@ class _Study:
         return ContrastResult(**names, difference=difference, share=share)
 
 
+def _reported(trial: TrialResult) -> ArmRun:
+    """Return a seed of an arm as a user's training function has reported it."""
+    return ArmRun(
+        number=trial.trial,
+        seed=trial.seed,
+        hash=trial.hash,
+        train_seconds=trial.train_seconds,
+        metrics=trial.metrics,
+    )
+
+
 def _pairs(contrast: ContrastConfig, runs: Mapping[str, Sequence[ArmRun]], metric: str) -> Pairs:
     values, others = (
         {run.number: run.metrics[metric] for run in runs[name]}
@@ -309,8 +340,20 @@ def _arm_result(name: str, runs: Sequence[ArmRun], metric: str) -> ArmResult:
         errors=mean([run.metric("test_errors") for run in runs]),
         metrics={key: sum(run.metrics[key] for run in runs) / len(runs) for key in names},
         agreement=mean([run.metric("agreement") for run in runs]),
+        unseen_accuracy=mean([_on_unseen(row, row.class_accuracy) for row in unseen]),
+        biased_unseen_accuracy=mean([_on_unseen(row, row.biased_class_accuracy) for row in unseen]),
         biased_errors=mean([row.metric("test_errors") for row in unseen]),
         all_biased_errors=mean(
             [row.all_biased.metric("test_errors") for row in unseen if row.all_biased]
         ),
     )
+
+
+def _on_unseen(unseen: Unseen, accuracy: Sequence[float | None]) -> float | None:
+    """Mean of the accuracies of the unseen classes, those of which the test split has an image."""
+    known = [
+        value
+        for label, value in enumerate(accuracy)
+        if label in unseen.classes and value is not None
+    ]
+    return sum(known) / len(known) if known else None

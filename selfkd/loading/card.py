@@ -126,7 +126,7 @@ def _quoted(text: object) -> str:
 
 
 def _made(config: Config, facts: Facts | None, chosen: Chosen) -> Iterator[str]:
-    model = (config.student if chosen.point is not None else None) or config.model
+    model = config.network(chosen.generation) if chosen.point is not None else config.model
     if facts is None or facts.function is None:
         arguments = (
             f" {_quoted(json.dumps(_masked(model.args), ensure_ascii=False))}" if model.args else ""

@@ -194,23 +194,35 @@ def _student(folder: RunFolder, config: Config) -> Chosen:
 
 def _teachers(folder: RunFolder, config: Config) -> Chosen:
     summary = folder.summary(EnsembleSummary)
-    own = config if summary is None else config.at(summary.chosen.point)
-    source, path = own.members.source, folder.path / "members" / "result.json"
+    return choose_teachers(folder, config if summary is None else config.at(summary.chosen.point))
+
+
+def choose_teachers(folder: RunFolder, config: Config) -> Chosen:
+    """Return the teachers of a run of members: of `selfkd.ensemble` or `selfkd.capacity`.
+
+    Args:
+        folder: Run folder.
+        config: Config of the students.
+
+    Raises:
+        ConfigError: There are none yet.
+    """
+    source, path = config.members.source, folder.path / "members" / "result.json"
     if source != "members":
         path = folder.path / "sources" / f"{source}.json"
     if not path.exists():
         raise ConfigError(
             f"{folder.path} must have its teachers ({source}), got none yet: wait, or continue it "
-            f"with python -m selfkd.ensemble --resume {folder.path}"
+            f"with python -m selfkd.{folder.command} --resume {folder.path}"
         )
     models: Sequence[Model]
     if source == "members":
-        rows = load_row(Members, path).members[: own.members.use]
+        rows = load_row(Members, path).members[: config.members.use]
         models = [Model(row.hash, row.checkpoint) for row in rows]
     else:
         models = load_row(SourceResult, path).teachers
     title = f"the ensemble of its teachers ({source})"
-    return Chosen(title=title, models=models, average=own.distill.average)
+    return Chosen(title=title, models=models, average=config.distill.average)
 
 
 def distill_of(config: Config, chosen: Chosen) -> DistillConfig | None:

@@ -354,6 +354,11 @@ class _OwnPredictor:
             )
         return (part.to(device) for part in torch.split(items, batch_size))
 
+    def example(self) -> Tensor:
+        raise TypeError(
+            "inputs of a network of your own must be given, as only its code knows them"
+        )
+
 
 def _checked(logits: object) -> Tensor:
     if not isinstance(logits, Tensor):

@@ -256,32 +256,34 @@ def pkt(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 def every_other(student_layers: int, teacher_layers: int) -> list[int]:
     """Evenly spaced layers of the teacher, one for each layer of the student, ending with the last.
 
-        (i + 1) teacher_layers / student_layers - 1        i = 0, 1, ...
+        floor((i + 1) teacher_layers / student_layers) - 1        i = 0, 1, ...
+
+    Where the teacher's number of layers is no multiple of the student's, the steps between layers
+    differ by 1 at most.
 
     Args:
         student_layers: Number of the student's layers, at least 1.
-        teacher_layers: Number of the teacher's layers, a multiple of `student_layers`.
+        teacher_layers: Number of the teacher's layers, at least `student_layers`.
 
     Returns:
         Indices of the teacher's layers, counted from 0.
 
     Raises:
-        ValueError: Numbers of layers for which there is no such map.
+        ValueError: A teacher of fewer layers than the student, or a student of none.
 
-    >>> every_other(6, 12)
-    [1, 3, 5, 7, 9, 11]
+    >>> every_other(6, 12), every_other(4, 6)
+    ([1, 3, 5, 7, 9, 11], [0, 2, 3, 5])
 
     Reference:
         Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", 2020,
         https://arxiv.org/abs/1909.10351
     """
-    if student_layers < 1 or teacher_layers < 1 or teacher_layers % student_layers:
+    if student_layers < 1 or teacher_layers < student_layers:
         raise ValueError(
-            f"teacher_layers must be a multiple of student_layers ({student_layers}), "
-            f"got {teacher_layers}: give a layer_map"
+            f"teacher_layers must be at least student_layers ({student_layers}), which must be at "
+            f"least 1, got {teacher_layers}"
         )
-    step = teacher_layers // student_layers
-    return [(layer + 1) * step - 1 for layer in range(student_layers)]
+    return [(layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)]
 
 
 def hidden_state_loss(

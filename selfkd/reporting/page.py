@@ -27,6 +27,7 @@ from selfkd.reporting.sections.ensemble import ensemble_sections
 from selfkd.reporting.sections.gallery import Gallery, make_gallery
 from selfkd.reporting.sections.generations import generation_sections
 from selfkd.reporting.sections.panels import Panel, Section
+from selfkd.reporting.sections.teacher import teacher_sections
 from selfkd.reporting.tables import Table
 from selfkd.storage.files import save_text
 from selfkd.text import shell_quote, visible
@@ -159,6 +160,7 @@ def run_page(run: Run) -> Page:
     """Return what the report of a run shows."""
     kind, make_sections = KINDS[run.command]
     made = list(make_sections(run))
+    made += teacher_sections(run)
     made[1:1] = deploy_sections(run)  # the figure of the first screen comes before it
     sections = [section for section in made if section.panels or section.links]
     lead = sections.pop(0).panels[0] if sections and not sections[0].title else None
@@ -204,15 +206,17 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     sizes = run.facts.items if run.facts is not None else {}
     split = " / ".join(f"{sizes[name]:,}" for name in ("train", "val", "test") if name in sizes)
     parameters = run.results[-1].parameters if run.results else None
-    student = run.get("student.name")
-    model = str(run.get("model.name", "")) + (f" → {student}" if student else "")
+    model = " → ".join([str(run.get("model.name", "")), *run.student_names])
+    size = words.size(parameters)
+    if len(run.student_names) > 1:  # a chain, whose networks are of several sizes
+        size = " → ".join(tables.sizes_by_generation(run.results).values()) or size
     started = run.starts[-1].get("started") if run.starts else None
     facts = [
         ("data", str(run.get("data.name", ""))),
         (f"train / val / test {run.data.unit}", split),
         ("transfer set", f"{run.facts.transfer:,}" if run.facts and run.facts.transfer else ""),
         ("model", model),
-        ("parameters", words.size(parameters)),
+        ("parameters", size),
         ("models trained", str(run.trained)),
         *_times(run),
         ("seed", str(run.get("seed", ""))),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from selfkd.config import from_tree, load_yaml
 from selfkd.errors import ConfigError
-from selfkd.experiments.run_folder import COMMANDS, EXAMPLES
+from selfkd.experiments.run_folder import COMMANDS, EXAMPLES, TEACHER
 from selfkd.reporting.rows import RowReader
 from selfkd.results import (
     DEPLOYED,
@@ -30,6 +30,7 @@ from selfkd.results import (
     Member,
     Members,
     StudySummary,
+    TeacherTargets,
     TrialResult,
     Verdict,
     best_generation,
@@ -92,6 +93,7 @@ class Run:
         stopped: Why it ended before its last round.
         verdict: Verdict on its generations.
         examples: Test items that tell generation 0 and the best later generation apart.
+        teacher: What the soft targets of its teacher hold.
         ensemble_summary: Summary of a run of `ensemble`.
         capacity_summary: Summary of a run of `capacity`.
         study_summary: Summary of a run of `study`.
@@ -116,6 +118,7 @@ class Run:
     verdict: Verdict | None = None
     stopped: str | None = None
     examples: Examples | None = None
+    teacher: TeacherTargets | None = None
     ensemble_summary: EnsembleSummary | None = None
     capacity_summary: CapacitySummary | None = None
     study_summary: StudySummary | None = None
@@ -187,6 +190,13 @@ class Run:
                 return default
             value = value[word]
         return value
+
+    @property
+    def student_names(self) -> list[str]:
+        """Names of the students' networks that are given, in the order of their generations."""
+        given = self.get("student")
+        each = given if isinstance(given, list) else [given]
+        return [str(model.get("name", "")) for model in each if isinstance(model, Mapping)]
 
     def setting(self, trial: TrialResult) -> tuple[float, float] | None:
         """Return T and alpha of a trial; None where they are damaged, or have no meaning."""
@@ -279,6 +289,7 @@ class _Reader:
             if isinstance(starts, list)
             else (),
             deploy_summary=deployed,
+            teacher=self._rows.row(TeacherTargets, TEACHER),
             problems=tuple(self._problems),
             **own,
         )

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from selfkd.analysis import verdicts
+from selfkd.analysis.kept import describe_kept, share_text, size_kept
 from selfkd.analysis.verdicts import count, describe_other_data, format_difference, short
 from selfkd.config import TERM_WEIGHT, TERMS, Config, choices_of_terms
 from selfkd.distill.loss_names import LOSSES, describe_terms
 from selfkd.reporting.read import Run
 from selfkd.results import (
+    CapacitySummary,
     EnsembleSummary,
     GenerationResult,
     Interval,
@@ -199,7 +201,8 @@ def headlines(run: Run) -> list[str]:
     if run.command == "ensemble":
         return list(_of_ensemble(run))
     if (summary := run.capacity_summary) is not None:
-        return [sentence(line) for line in (*summary.verdict.sentences, *summary.said)]
+        kept = describe_sizes_kept(summary, run.data.metric)
+        return [sentence(line) for line in (*summary.verdict.sentences, *kept, *summary.said)]
     if run.study_summary is not None:
         verdict = run.study_summary.verdict
         return [sentence(line) for line in verdict.sentences] if verdict else []
@@ -262,7 +265,7 @@ def _of_ensemble(run: Run) -> Iterator[str]:
     if run.ensemble_summary is None:
         yield "The student is not evaluated yet."
         return
-    _, *lines = describe_ensemble(run.ensemble_summary)
+    _, *lines = describe_ensemble(run.ensemble_summary, run.data.metric)
     yield from (sentence(line) for line in lines)
 
 
@@ -270,15 +273,6 @@ def sentence(text: str) -> str:
     """Return a text as a sentence: a capital, a full stop."""
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def share_kept(value: float) -> str:
-    """Return a share in percent, without a sign.
-
-    >>> share_kept(0.72)
-    '72.00 %'
-    """
-    return f"{value:.2%}".replace("%", " %")
 
 
 def describe_members(config: Config) -> str:
@@ -291,8 +285,13 @@ def describe_members(config: Config) -> str:
     return ", ".join(parts)
 
 
-def describe_ensemble(summary: EnsembleSummary) -> list[str]:
-    """Return the findings of `selfkd.ensemble` in words: the setting, the gain, the share."""
+def describe_ensemble(summary: EnsembleSummary, metric: str = MAIN) -> list[str]:
+    """Return the findings of `selfkd.ensemble` in words: the setting, the gain, what is kept.
+
+    Args:
+        summary: Summary of the run.
+        metric: Metric that models are compared by, see `Facts.metric`.
+    """
     chosen, share = summary.chosen, summary.share
     setting = f"chosen of {summary.trials} trials on validation: "
     if chosen.temperature is None or chosen.alpha is None:
@@ -306,9 +305,52 @@ def describe_ensemble(summary: EnsembleSummary) -> list[str]:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:
         ends = "" if share.low is not None else " (no interval: too little is known for one)"
-        value = format_difference(share, form=share_kept)
+        value = format_difference(share, form=share_text)
         lines.append(f"share of the teacher's gain kept: {value}{ends}")
-    return lines
+    return [*lines, *describe_student_kept(summary, metric)]
+
+
+def kept(share: Interval | None) -> str:
+    """Return the share of a score that is kept, with its interval, in percent; empty for None."""
+    return "" if share is None else format_difference(share, form=share_text)
+
+
+def describe_student_kept(summary: EnsembleSummary, metric: str) -> list[str]:
+    """Return in a sentence what the student keeps of its teacher's score and size, if known."""
+    student, teacher = summary.rows[-1], summary.teacher
+    tested = student.metric(f"test_{metric}")
+    runs = student.runs or (() if tested is None else (tested,))
+    text = describe_kept(
+        "the student",
+        "the teacher",
+        runs,
+        teacher.metric(f"test_{metric}"),
+        metric=metric,
+        size=size_kept(student.parameters, teacher.parameters),
+    )
+    return [text] if text else []
+
+
+def describe_sizes_kept(summary: CapacitySummary, metric: str) -> list[str]:
+    """Return what the smallest and the largest distilled student keep of their teacher, if known.
+
+    Args:
+        summary: Summary of the run.
+        metric: Metric that models are compared by, see `Facts.metric`.
+    """
+    teacher = summary.teacher
+    texts = [
+        describe_kept(
+            f"the distilled student of {short(size.parameters)} parameters",
+            "the teacher",
+            size.distilled.runs or (size.distilled.value,),
+            teacher.metric(f"test_{metric}"),
+            metric=metric,
+            size=size_kept(size.parameters, teacher.parameters),
+        )
+        for size in (*summary.sizes[:1], *summary.sizes[1:][-1:])
+    ]
+    return [text for text in texts if text]
 
 
 def short_key(key: str) -> str:

@@ -80,6 +80,11 @@ from selfkd.results.study import ArmRun as ArmRun
 from selfkd.results.study import ContrastResult as ContrastResult
 from selfkd.results.study import MembersRow as MembersRow
 from selfkd.results.study import StudySummary as StudySummary
+from selfkd.results.teacher import Disagreement as Disagreement
+from selfkd.results.teacher import NearClass as NearClass
+from selfkd.results.teacher import SecondChoice as SecondChoice
+from selfkd.results.teacher import Softness as Softness
+from selfkd.results.teacher import TeacherTargets as TeacherTargets
 from selfkd.results.trial import CachedFormat as CachedFormat
 from selfkd.results.trial import Epoch as Epoch
 from selfkd.results.trial import Facts as Facts

@@ -1,7 +1,8 @@
-"""Transforms of cached teacher logits, for controls: DKPP, CWTM and teacher-free distillation."""
+"""Transforms of cached teacher logits, for controls: what of the teacher a student is left with."""
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -15,8 +16,13 @@ from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, te
 from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import SparseLogits
 
-Transform = Literal["none", "permuted", "confidence", "virtual"]
-"""Transform of teacher logits: none, permuted (DKPP), confidence (CWTM), virtual (teacher-free)."""
+Transform = Literal["none", "permuted", "confidence", "virtual", "hard", "class_mean"]
+"""Transform of teacher logits: none, permuted (DKPP), confidence (CWTM), virtual (teacher-free),
+hard (the arg max), class_mean (one mean soft target a class)."""
+IMPOSSIBLE = -1e4
+"""Logit of a class of no probability, in single precision too, at which losses are finite."""
+MOST_MEANS = 2**26
+"""Most values of the mean soft targets of all classes, `classes` squared."""
 CONFIDENCE = 0.9  # of a virtual teacher; Yuan et al. use at least this
 
 
@@ -195,6 +201,174 @@ class VirtualTargets:
         """
         labels = self._labels[index.to(self._labels.device)]
         return teacher_free_logits(labels, classes=self._classes, confidence=self._confidence)
+
+
+class HardTargets:
+    """The teacher's arg max as the soft target, of all probability: for a loss at T = 1.
+
+    The soft term is then the cross-entropy with the class that the teacher predicts, as in
+    `hard_teacher_loss`.
+
+    Args:
+        targets: Cached logits of one teacher, or of the members of an ensemble.
+        average: Whether the members' `probabilities` or `logits` are averaged.
+        weights: Weights of the members in the average; equal when None.
+
+    >>> cached = torch.tensor([[1.0, 9.0, 2.0]])
+    >>> HardTargets(lambda index, view: cached[index])(torch.tensor([0]), 0).softmax(dim=-1)
+    tensor([[0., 1., 0.]])
+    """
+
+    def __init__(
+        self,
+        targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
+        *,
+        average: Literal["probabilities", "logits"] = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self._targets = targets
+        self._average = average
+        self._weights = weights
+
+    def __call__(self, index: Tensor, view: int) -> Tensor:
+        """Return logits `[batch, classes]`: 0 of the class that is predicted, else -10,000.
+
+        Args:
+            index: Indices of the images, int64 `[batch]`.
+            view: Number of the view.
+
+        Raises:
+            ValueError: Only the largest logits or samples are cached.
+        """
+        logits = _of_one_teacher(
+            self._targets(index, view),
+            temperature=1.0,
+            average=self._average,
+            weights=self._weights,
+        )
+        found = torch.full(logits.shape, IMPOSSIBLE, device=logits.device)
+        return found.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
+
+
+class ClassMeanTargets:
+    """One soft target a class: the mean of the teacher's over the training items of the class.
+
+        q_y = mean of softmax(z_i / T) over the items i of label y
+
+    in the first view. What the teacher knows of the single image is gone, what it knows of the
+    classes is left.
+
+    Args:
+        targets: Cached logits of one teacher, or of the members of an ensemble.
+        labels: Class of each training item, int64; below 0 of an item that is never trained on.
+        classes: Number of classes.
+        temperature: Temperature T of the loss.
+        average: Whether the members' `probabilities` or `logits` are averaged.
+        weights: Weights of the members in the average; equal when None.
+
+    Raises:
+        ValueError: Only the largest logits or samples are cached, or classes are too many.
+
+    >>> cached = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.5, 0.5]]).log()
+    >>> labels = torch.tensor([0, 0, 1])
+    >>> targets = ClassMeanTargets(
+    ...     lambda index, view: cached[index], labels, classes=2, temperature=1.0
+    ... )
+    >>> targets(torch.tensor([1]), 0).softmax(dim=-1)
+    tensor([[0.8000, 0.2000]])
+    """
+
+    def __init__(
+        self,
+        targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
+        labels: Tensor,
+        *,
+        classes: int,
+        temperature: float,
+        average: Literal["probabilities", "logits"] = "probabilities",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        if fault := class_mean_fault(classes):
+            raise ValueError(fault)
+        self._labels = labels.cpu()
+        sums = torch.zeros(classes, classes, dtype=torch.float64)
+        known = (self._labels >= 0).nonzero()[:, 0]
+        for index in torch.split(known, max(1, 2**20 // classes)):
+            logits = _of_one_teacher(
+                targets(index, 0), temperature=temperature, average=average, weights=weights
+            )
+            p = (logits.double().cpu() / temperature).softmax(dim=-1)
+            sums.index_add_(0, self._labels[index], p)
+        counts = self._labels[known].bincount(minlength=classes)
+        means = sums / counts.clamp(min=1)[:, None]
+        self._logits = (means.log() * temperature).clamp(min=IMPOSSIBLE).float()
+
+    def __call__(self, index: Tensor, view: int) -> Tensor:
+        """Return logits `[batch, classes]` on the CPU, whose softmax at T is the mean of the class.
+
+        Args:
+            index: Indices of the images, int64 `[batch]`.
+            view: Ignored.
+        """
+        return self._logits[self._labels[index.cpu()].clamp(min=0)]
+
+
+def class_mean_fault(classes: int) -> str | None:
+    """Return why there is no mean soft target of each class; None where there is one.
+
+    >>> class_mean_fault(50_000)
+    'class_mean must be of at most 8,192 classes, got 50,000: leave it out'
+    """
+    most = math.isqrt(MOST_MEANS)
+    if classes <= most:
+        return None
+    return f"class_mean must be of at most {most:,} classes, got {classes:,}: leave it out"
+
+
+def transform_targets(
+    targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
+    transform: Transform,
+    labels: Tensor,
+    *,
+    classes: int,
+    temperature: float,
+    average: Literal["probabilities", "logits"] = "probabilities",
+    weights: Sequence[float] | None = None,
+    seed: int,
+) -> tuple[Callable[[Tensor, int], Tensor], float]:
+    """Return transformed targets of one teacher, and the temperature of their loss.
+
+    Args:
+        targets: Cached logits of one teacher, or of the members of an ensemble.
+        transform: Transform that leaves soft targets: permuted, hard or class_mean.
+        labels: Class of each training item, int64.
+        classes: Number of classes.
+        temperature: Temperature T of the config.
+        average: Whether the members' `probabilities` or `logits` are averaged.
+        weights: Weights of the members in the average; equal when None.
+        seed: Random seed of the permutations.
+
+    Raises:
+        ValueError: The transform is another, or not all logits are cached.
+    """
+    if transform == "hard":
+        return HardTargets(targets, average=average, weights=weights), 1.0
+    if transform == "class_mean":
+        mean = ClassMeanTargets(
+            targets,
+            labels,
+            classes=classes,
+            temperature=temperature,
+            average=average,
+            weights=weights,
+        )
+        return mean, temperature
+    if transform != "permuted":
+        raise ValueError(f"transform must be permuted, hard or class_mean, got {transform}")
+    permuted = PermutedTargets(
+        targets, temperature=temperature, average=average, weights=weights, seed=seed
+    )
+    return permuted, temperature
 
 
 def _of_one_teacher(

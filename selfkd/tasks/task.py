@@ -51,6 +51,9 @@ class Predictor(Protocol):
     def inputs(self, items: Any, *, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         """Yield the network's inputs of one item or of several, made as in evaluation."""
 
+    def example(self) -> Tensor:
+        """Return inputs of one prediction, of zeros, to count its operations with."""
+
 
 class Task(Protocol):
     """A kind of data: its splits, its models, how they are trained and what is measured."""
@@ -299,6 +302,15 @@ class Task(Protocol):
         self, logits: Mapping[Split, Tensor], teacher_logits: Mapping[Split, Tensor]
     ) -> dict[str, Diagnostics]:
         """Return calibration, and fidelity to the teacher where there is one, of each split."""
+
+    def cached_labels(self) -> Tensor:
+        """Return the label of each item whose teacher logits are cached, int64 on the CPU.
+
+        It is below 0 where there is none.
+        """
+
+    def output_names(self, outputs: Sequence[int]) -> list[str]:
+        """Return the names of outputs: classes, or tokens as text."""
 
     def pictures(self, split: Split, items: Sequence[int]) -> list[bytes]:
         """Return items as PNG files of at most 96 x 96 pixels; none where they are no images."""

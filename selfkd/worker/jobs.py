@@ -18,7 +18,7 @@ from selfkd.tasks import make_task
 from selfkd.tasks.task import Pool
 from selfkd.training.functions import load_function
 from selfkd.training.trial import Trial, run_function
-from selfkd.worker import compression, deploy, ensembling, evaluate
+from selfkd.worker import compression, deploy, ensembling, evaluate, teachers
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
@@ -190,4 +190,5 @@ _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     **ensembling.JOBS,
     **deploy.JOBS,
     **compression.JOBS,
+    **teachers.JOBS,
 }

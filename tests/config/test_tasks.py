@@ -166,6 +166,10 @@ def test_alpha_alone_is_searched_with_samples(more: list[str]) -> None:
             r"b: permuted needs cached teacher logits of all classes: leave out distill.live",
         ),
         (
+            "target_transform: hard, set: {distill.divergence: reverse_kl}",
+            r"b: hard needs distill.divergence forward_kl, got reverse_kl: others are without",
+        ),
+        (
             "target_transform: confidence, set: {distill.mode: traces}",
             r"b: confidence needs .*: leave out distill.mode traces",
         ),

@@ -135,6 +135,15 @@ def test_the_warm_up_is_shorter_than_the_training():
             "--set: controls: cwtm needs cached teacher logits of all classes: leave out "
             "distill.live and targets.top_k, or cwtm",
         ),
+        (
+            ["controls=[hard]", "targets.top_k=3"],
+            "--set: controls: hard needs cached teacher logits of all classes: leave out "
+            "distill.live and targets.top_k, or hard",
+        ),
+        (
+            ["controls=[class_mean]", "data.transfer={name: mnist}"],
+            "--set: controls: class_mean needs the label of each item: leave out data.transfer",
+        ),
     ],
 )
 def test_replication_and_controls_must_fit_together(settings, fault):

@@ -76,7 +76,7 @@ def test_cached_logits_are_those_of_the_view() -> None:
     cached = CachedLogits()
     terms = Distiller(targets=cached)(student_logits, labels, index=batch["index"], view=1)
     expected = distillation_terms(
-        student_logits, cached(batch["index"], 1), labels, temperature=4.0, alpha=0.9
+        student_logits, cached(batch["index"], 1), labels, temperature=3.5, alpha=0.65
     )
     assert terms["loss"] == expected.loss
 
@@ -103,7 +103,7 @@ def test_store_of_sparse_logits(members: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="average must be 'probabilities' where targets are"):
             distiller(student_logits, labels, **batch)
     else:  # one teacher has no average
-        expected = sparse_terms(student_logits, sparse, labels, temperature=4.0, alpha=0.9)
+        expected = sparse_terms(student_logits, sparse, labels, temperature=3.5, alpha=0.65)
         assert distiller(student_logits, labels, **batch) == expected._asdict()
 
 
@@ -113,7 +113,7 @@ def test_members_are_weighted() -> None:
     terms = Distiller(targets=cached, weights=weights)(student_logits, labels, **batch)
     expected = distillation_terms(
         student_logits, cached(batch["index"], 0), labels,
-        temperature=4.0, alpha=0.9, weights=weights,
+        temperature=3.5, alpha=0.65, weights=weights,
     )  # fmt: skip
     assert terms == expected._asdict()
     assert terms["loss"] != Distiller(targets=cached)(student_logits, labels, **batch)["loss"]
@@ -124,7 +124,7 @@ def test_ensemble_is_averaged_into_one_teacher() -> None:
     modules = [nn.Linear(FEATURES, CLASSES) for _ in range(3)]
     terms = Distiller(Ensemble(modules))(student_logits, labels, **batch)
     logits = torch.stack([module(batch["inputs"]) for module in modules])
-    expected = distillation_terms(student_logits, logits, labels, temperature=4.0, alpha=0.9)
+    expected = distillation_terms(student_logits, logits, labels, temperature=3.5, alpha=0.65)
     assert terms["loss"] == expected.loss
 
 
@@ -561,8 +561,8 @@ def test_one_number_an_item_may_be_a_column(
         task=task,
         terms={"l1": LogitTerm(lambda s, t, y: (s - t).abs().mean() + (s - y).abs().mean())},
     )(shaped(values, of_student), shaped(labels, of_labels), inputs=0)
-    more = {"temperature": 4.0} if task == "multi_label" else {}
-    expected = TASKS[task](values, means, labels, alpha=0.9, **more)
+    more = {"temperature": 3.5} if task == "multi_label" else {}
+    expected = TASKS[task](values, means, labels, alpha=0.65, **more)
     torch.testing.assert_close(found["soft_loss"], expected.soft_loss)
     torch.testing.assert_close(found["hard_loss"], expected.hard_loss)
     l1 = (values - teacher).abs().mean() + (values - labels).abs().mean()

@@ -108,6 +108,23 @@ def test_confidence_weights_have_that_teacher_and_search_neither_t_nor_alpha(don
     assert control(summary, "cwtm").point == {}
 
 
+def test_of_the_arg_max_alpha_alone_is_searched(tmp_path: Path) -> None:
+    points = "search.points=[{distill.alpha: 0.9, distill.temperature: 2}, {distill.alpha: 0.9}]"
+    more = ["controls=[hard, class_mean]", "confirm.seeds=1", points]
+    config, count = load_config(settings=[*TINY, *more]), Count()
+    summary = whole(config, RunFolder.create(tmp_path / "run", config), count)
+    (first, *_) = count.trained("generation-1")
+    for name, temperatures in (("hard", 1), ("class_mean", 3)):
+        jobs = [*count.trained(f"control_{name}"), *count.trained(f"control_{name}_confirm")]
+        assert {job["transform"] for job in jobs} == {name}
+        assert all(job["teachers"] == first["teachers"] for job in jobs)
+        distill = [job["config"]["distill"] for job in jobs[:3]]
+        assert distill[0]["alpha"] == 0.9
+        assert len({row["temperature"] for row in distill}) == temperatures
+        assert ("distill.temperature" in control(summary, name).point) == (name != "hard")
+    assert len({job["config"]["distill"]["alpha"] for job in count.trained("control_hard")}) == 3
+
+
 def test_teacher_free_has_no_teacher(done: Any) -> None:
     _, _, _, count, _ = done
     jobs = [*count.trained("control_teacher_free"), *count.trained("control_teacher_free_confirm")]
@@ -120,11 +137,11 @@ def test_controls_are_trained_on_something_else_than_generation_1(done: Any) -> 
     _, folder, _, count, _ = done
     (job, *_) = count.trained("generation-1")
     losses = {}
-    for transform in ("none", "confidence", "virtual", "permuted"):
+    for transform in ("none", "confidence", "virtual", "hard", "class_mean", "permuted"):
         student = str(folder.path / "other" / transform / "student.safetensors")
         rows = list(run_job("train", {**job, "transform": transform, "student": student}))
         losses[transform] = [row["loss"] for row in rows]
-    assert len(set(map(tuple, losses.values()))) == 4
+    assert len(set(map(tuple, losses.values()))) == 6
     again = list(run_job("train", {**job, "transform": "permuted", "student": student}))
     assert [row["loss"] for row in again] == losses["permuted"]
 

@@ -9,9 +9,17 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 
 from selfkd.distill.distiller import Distiller
+from selfkd.losses.logits import hard_teacher_loss
 from selfkd.losses.sequences import SampledTargets, sampled_targets
 from selfkd.losses.sparse import SparseLogits, sparsify
-from selfkd.soft_targets.transforms import ConfidenceWeighted, PermutedTargets, VirtualTargets
+from selfkd.soft_targets.transforms import (
+    ClassMeanTargets,
+    ConfidenceWeighted,
+    HardTargets,
+    PermutedTargets,
+    VirtualTargets,
+    transform_targets,
+)
 
 LOGITS = 3 * torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
 INDEX = torch.tensor([4, 40, 7, 11])
@@ -79,6 +87,59 @@ def test_parts_of_the_logits_cannot_be_permuted() -> None:
     for targets in (sparse, sampled):
         with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):
             PermutedTargets(targets, temperature=1.0, seed=0)(INDEX, 0)
+        with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):
+            HardTargets(targets)(INDEX, 0)
+        with pytest.raises(ValueError, match="targets must hold all logits of the teacher"):
+            ClassMeanTargets(targets, torch.zeros(50).long(), classes=10, temperature=1.0)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_hard_targets_are_the_cross_entropy_with_the_predicted_class(average: str) -> None:
+    members = torch.stack([LOGITS, LOGITS.flip(1) * 2])
+    hard, temperature = transform_targets(
+        lambda index, view: members[:, index],
+        "hard",
+        torch.zeros(50, dtype=torch.int64),
+        classes=10,
+        temperature=4.0,  # which a hard loss has none of
+        average=average,  # type: ignore[arg-type]
+        weights=[0.75, 0.25],
+        seed=0,
+    )
+    student = torch.randn(4, 10, generator=torch.Generator().manual_seed(1))
+    terms = Distiller(targets=hard, temperature=temperature, alpha=1.0)(
+        student, torch.zeros(4, dtype=torch.int64), index=INDEX
+    )
+    one, two = (each[INDEX].double().numpy() for each in members)
+    if average == "probabilities":
+        mean = 0.75 * softmax(one, axis=1) + 0.25 * softmax(two, axis=1)
+    else:
+        mean = 0.75 * one + 0.25 * two
+    expected = hard_teacher_loss(student, torch.tensor(mean).float())
+    assert terms["loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_class_means_are_of_the_items_of_the_label_at_the_temperature(members: int) -> None:
+    every = torch.stack([LOGITS.half(), LOGITS.flip(1).half() * 2])[:members]
+    labels = torch.arange(50) % 3
+    labels[5] = -100  # of an item that is never trained on
+    targets = ClassMeanTargets(
+        lambda index, view: every[:, index] if members == 2 else every[0, index],
+        labels,
+        classes=10,
+        temperature=3.0,
+    )
+    found = softmax(targets(INDEX, 4).double().numpy() / 3, axis=1)
+    soft = softmax(every.double().numpy() / 3, axis=2).mean(0)
+    expected = [soft[(labels == label).numpy()].mean(0) for label in labels[INDEX]]
+    assert found == pytest.approx(np.stack(expected), abs=1e-6)
+    assert torch.equal(targets(torch.tensor([1]), 0), targets(torch.tensor([4]), 1))
+
+
+def test_a_class_mean_is_of_few_classes() -> None:
+    with pytest.raises(ValueError, match=r"at most 8,192 classes, got 32,000"):
+        ClassMeanTargets(cached, torch.zeros(50).long(), classes=32_000, temperature=1.0)
 
 
 @pytest.mark.parametrize("members", [1, 2])

@@ -200,14 +200,16 @@ class Drawing:
         if y is not None:
             self._under.append(text.format(style, 0, "100%", self._y(y), self._y(y)))
 
-    def cell(self, x: tuple[float, float], y: tuple[float, float], style: str) -> None:
+    def cell(
+        self, x: tuple[float, float], y: tuple[float, float], style: str, tip: str = ""
+    ) -> None:
         """Draw a rectangle, such as a bar or a cell of a surface."""
         low, high = sorted(self.x.at(each) for each in x)
         top, bottom = sorted(float(self._y(each)) for each in y)
-        text = Markup('<rect {} x="{:.2f}%" y="{:.1f}" width="{:.2f}%" height="{:.1f}"/>')
-        self._under.append(
-            text.format(Markup(style), 100 * low, top, 100 * (high - low), bottom - top)  # noqa: S704
-        )
+        text = Markup('<rect {} x="{:.2f}%" y="{:.1f}" width="{:.2f}%" height="{:.1f}"{}')
+        place = 100 * low, top, 100 * (high - low), bottom - top
+        end = Markup(">{}</rect>").format(_tip(tip)) if tip else Markup("/>")
+        self._under.append(text.format(Markup(style), *place, end))  # noqa: S704
 
     def text(
         self, x: float, y: float, text: str, style: str = "", *, shift: Point = (0, 0)

@@ -70,6 +70,10 @@ def _share(run: Run) -> Iterator[Panel]:
                 if gain is not None
             ),
             ("share of the teacher's gain kept", words.difference(share)),
+            *(
+                ("score and size kept", text)
+                for text in words.describe_student_kept(summary, run.data.metric)
+            ),
         ),
     )
     yield Panel(

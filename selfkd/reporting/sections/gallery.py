@@ -35,6 +35,8 @@ class Gallery:
     """Names of the models."""
     rows: tuple[tuple[str, tuple[Picture, ...]], ...]
     """Titles with their pictures."""
+    alt: str = "Test image"
+    """What a picture is of, for those who do not see it."""
 
 
 def make_gallery(run: Run) -> Gallery | None:
@@ -61,7 +63,7 @@ def make_gallery(run: Run) -> Gallery | None:
 def _pictures(run: Run, examples: Sequence[Example]) -> tuple[Picture, ...]:
     found = []
     for each in examples[:MOST]:
-        data = _png(each.picture)
+        data = encode_png(each.picture)
         if data is None:
             continue
         first, second = (
@@ -72,7 +74,7 @@ def _pictures(run: Run, examples: Sequence[Example]) -> tuple[Picture, ...]:
     return tuple(found)
 
 
-def _png(text: str) -> str | None:
+def encode_png(text: str) -> str | None:
     """Return a PNG file in base64, encoded anew; None of anything else."""
     try:
         data = base64.b64decode(text, validate=True)

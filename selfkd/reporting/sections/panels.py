@@ -10,6 +10,7 @@ from functools import lru_cache
 from selfkd.analysis.response import EVIDENCE, Response, fit_response, search_range
 from selfkd.reporting.figures.style import Bar, Figure, Measure, Setting, Surface
 from selfkd.reporting.read import DISTILL, Run
+from selfkd.reporting.sections.gallery import Gallery
 from selfkd.reporting.tables import Table
 from selfkd.results import Interval, TrialResult, find_metric
 
@@ -42,6 +43,8 @@ class Section:
     """Sentences below the title."""
     links: Sequence[tuple[str, str]] = ()
     """Files by name, with their addresses beside the report."""
+    gallery: Gallery | None = None
+    """Pictures below the panels."""
 
 
 def measure(run: Run) -> Measure:

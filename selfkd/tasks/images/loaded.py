@@ -68,6 +68,13 @@ class ImagePredictor:
             made = batches(split, mean=mean, std=std, batch_size=batch_size, device=device)
             yield from (inputs for inputs, _, _ in made)
 
+    def example(self) -> Tensor:
+        """Return inputs of one image, or of one row of features."""
+        width, size = len(self.facts.mean), self.facts.image_size
+        if self.facts.features is not None:
+            return torch.zeros(1, width)
+        return torch.zeros(1, width, size, size)
+
 
 def load_classifier(checkpoint: str, make: MakeModel | None = None) -> ImagePredictor:
     """Return a classifier in eval mode.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from selfkd.storage.checkpoint import save_tensors
 from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
-from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 
 AUGMENTED_VIEWS = 8
@@ -139,6 +139,7 @@ class ImageNetworks:
         self.evaluated: tuple[Split, ...] = SPLITS if self.config.data.classes else SPLITS[1:]
         self.views = _views(self.config.data, self.config.seed)
         self.top_k = check_top_k(self.config, self.data.num_classes)
+        check_class_mean(self.config, self.data.num_classes)
         self.data_key = self.key_of(self.data.fingerprint)
 
     def key_of(self, fingerprint: str) -> str:
@@ -172,6 +173,14 @@ class ImageNetworks:
         """Return inputs, labels and indices of two training images."""
         found = self.data.batches("train", batch_size=2, views=self.views, device=self.device)
         return next(found)
+
+    def cached_labels(self) -> Tensor:
+        """Return the label of each training image."""
+        return self.labels("train")
+
+    def output_names(self, outputs: Sequence[int]) -> list[str]:
+        """Return the names of classes."""
+        return [str(self.data.class_names[output]) for output in outputs]
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this data."""

@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize  # macOS decomposes the names of files
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from selfkd.analysis.metrics import agreement, fit_temperature
-from selfkd.config import CheckpointConfig, ModelConfig, choices_of_terms
+from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.names import describe_classes, load_class_names
-from selfkd.data import fingerprint
 from selfkd.data.batches import batches
+from selfkd.data.pictures import thumbnail
 from selfkd.data.splits import subset
-from selfkd.data.transfer import check_leaks
 from selfkd.deployment.interface import LEAST_CALIBRATION, Interface
-from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.losses import Average
-from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
-from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of, spread
+from selfkd.tasks.common import (
+    describe_cached,
+    open_checkpoint,
+    spread,
+)
 from selfkd.tasks.images import evaluate
+from selfkd.tasks.images.check import check_images
 from selfkd.tasks.images.loaded import load_average
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
-from selfkd.tasks.images.terms import try_terms
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Pool, Split
 from selfkd.training.fit import predict_batches
-from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
-THUMBNAIL = (96, 96)
-METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 
 class ImageTask(ImageNetworks):
@@ -60,82 +56,7 @@ class ImageTask(ImageNetworks):
         Raises:
             ValueError: They do not fit; says what must be otherwise.
         """
-        config, data, train = self.config, self.data, self.config.train
-        if config.search.metric not in METRICS:
-            raise ValueError(
-                f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}: "
-                "a training function of your own reports others"
-            )
-        networks = {
-            "model": self._tried(config.model),
-            "student": self._tried(config.student or config.model),
-        }
-        for network in (*networks.values(), *map(self._tried, config.members.models)):
-            # on GPUs the statistics of several workers are synchronised
-            workers = 1 if self.device == "cuda" else config.resources.workers
-            images = len(data.train)
-            smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
-        optimizer_of(networks["student"], train)
-        sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
-        if any(choices := choices_of_terms(config)):
-            found = [self._teacher_of(row) for row in teachers]
-            try_terms(self, networks["student"], found, choices)
-        splits = {"train": data.train, "val": data.val, "test": data.test}
-        notes = [data.note] if data.note else []
-        prints = {
-            "train": data.fingerprint,
-            "val": fingerprint(data.val, mean=data.mean, std=data.std),
-            "test": fingerprint(data.test, mean=data.mean, std=data.std),
-        }
-        if self.transfer is not None:
-            notes.append(check_leaks(self.transfer, data))
-            prints["transfer"] = self.transfer.fingerprint
-        return Facts(
-            items={name: len(split.labels) for name, split in splits.items()},
-            outputs=data.num_classes,
-            names=data.class_names,
-            views=self.views.count,
-            parameters=sizes,
-            fingerprints=prints,
-            transfer=0 if self.transfer is None else len(self.transfer),
-            notes=tuple(notes),
-            unit="images" if data.features is None else "rows",
-            cached=describe_cached(self.manifest("", {})),
-        )
-
-    def _teacher_of(self, row: Mapping[str, Any]) -> Teacher:
-        """Return a network that may teach, of a checkpoint or with random weights."""
-        if "checkpoint" in row:
-            return self.teacher(row["checkpoint"])
-        return Teacher(self.make(ModelConfig(name=row["name"], args=row["args"])))
-
-    def _tried(self, model: ModelConfig) -> nn.Module:
-        """Return a network whose logits of two images are as they should be."""
-        network = self.make(model).eval()
-        inputs, _, _ = self.two_images()
-        size, classes = self.data.image_size, self.data.num_classes
-        try:
-            with torch.no_grad():
-                output = network(inputs)
-        except Exception as error:
-            what = f"{size}x{size} images"
-            if self.data.features is not None:
-                what = f"[N, {len(self.data.features)}] features, such as selfkd_mlp"
-            raise ValueError(
-                f"model must take {what}, got {model.name!r} with {model.args}: {error}"
-            ) from error
-        try:
-            shape = str(list(take_logits(output, "model").shape))
-        except TypeError:
-            shape = describe_output(output)
-        if shape != str([2, classes]):
-            raise ValueError(
-                f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
-                f"which gives {shape} for 2 images"
-            )
-        return network
+        return check_images(self, teachers, cached=describe_cached(self.manifest("", {})))
 
     def export(self, checkpoint: str, folder: Path, card: str) -> None:
         """Write nothing: `selfkd.load` and timm read the checkpoint itself."""
@@ -457,15 +378,7 @@ class ImageTask(ImageNetworks):
         if self.data.features is not None:
             return []
         images = getattr(self.data, split).images
-        found = []
-        for item in items:
-            pixels = images[item].cpu().numpy().transpose(1, 2, 0)
-            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-            picture.thumbnail(THUMBNAIL)
-            file = io.BytesIO()
-            picture.save(file, format="png", optimize=True)
-            found.append(file.getvalue())
-        return found
+        return [thumbnail(images[item].cpu().numpy()) for item in items]
 
     def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
         """Return clusters of the classes that a generalist confuses."""

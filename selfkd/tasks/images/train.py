@@ -22,9 +22,9 @@ from selfkd.results import Row
 from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
-    PermutedTargets,
     Transform,
     VirtualTargets,
+    transform_targets,
 )
 from selfkd.tasks.common import (
     add_projections,
@@ -218,17 +218,20 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             label_smoothing=smoothing,
             mean=trial.ranks.mean,
         )
-    if transform == "permuted" and stored is not None:
-        permuted = PermutedTargets(
+    if transform != "none" and stored is not None:
+        changed, temperature = transform_targets(
             stored,
+            transform,
+            task.cached_labels(),
+            classes=task.data.num_classes,
             temperature=distill.temperature,
             average=distill.average,
             weights=None if averaged else weights,
             seed=trial.seed,
         )
         return Distiller(
-            targets=permuted,
-            temperature=distill.temperature,
+            targets=changed,
+            temperature=temperature,
             alpha=distill.alpha,
             label_smoothing=smoothing,
         )

@@ -17,9 +17,9 @@ from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.tokens import gathered
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
-    PermutedTargets,
     Transform,
     VirtualTargets,
+    transform_targets,
 )
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
@@ -65,7 +65,7 @@ def make_loss(
     weights: Sequence[float] | None = None
     if len(teachers) > 1 and "weight" in teachers[0]:
         weights = [row["weight"] for row in teachers]
-    average, last = distill.average, len(text) - 1
+    average, last, temperature = distill.average, len(text) - 1, distill.temperature
     if transform == "virtual":
         labels = text.labels.clamp(min=0)  # what is not predicted does not count
         targets = _from_rows(VirtualTargets(labels, classes=task.data.vocabulary), last)
@@ -91,9 +91,15 @@ def make_loss(
             weighted = ConfidenceWeighted(stored, **averaging, label_smoothing=smoothing)
             return partial(_confidence_loss, weighted)
         cached: Cached = stored
-        if transform == "permuted":  # of the average
-            cached = PermutedTargets(
-                stored, **averaging, temperature=distill.temperature, seed=trial.seed
+        if transform != "none":  # of the average
+            cached, temperature = transform_targets(
+                stored,
+                transform,
+                text.labels,
+                classes=task.data.vocabulary,
+                temperature=temperature,
+                **averaging,
+                seed=trial.seed,
             )
             weights = None
         targets = _from_rows(cached, last)
@@ -102,7 +108,7 @@ def make_loss(
         targets,
         further,
         {
-            "temperature": distill.temperature,
+            "temperature": temperature,
             "alpha": distill.alpha,
             "label_smoothing": smoothing,
             "average": average,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from selfkd.models import parameters_count
 from selfkd.results.row import ROW, Row
 from selfkd.soft_targets.manifest import data_key
 from selfkd.storage.checkpoint import save_tensors
-from selfkd.tasks.common import check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
 from selfkd.tasks.task import SPLITS, ModelFacts, Pool, Split
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.cached import choose_samples
@@ -33,6 +33,7 @@ from selfkd.tasks.text.pretrained import (
     make_architecture,
     merged,
 )
+from selfkd.tasks.text.tokenizer import read_tokenizer
 from selfkd.tasks.text.transfer import TransferText, load_transfer_text
 from selfkd.training.fit import autocast
 
@@ -63,7 +64,7 @@ class TextNetworks:
         check_installed()
         self.config: Config = from_tree(tree)
         self.device = prepare_device(self.config)
-        models = [self.config.model, *filter(None, [self.config.student])]
+        models = [self.config.model, *self.config.students]
         for path in [model.args.get("path") for model in models if model.name == HF]:
             if path in (None, self.config.data.tokenizer):  # said of the model, not its tokenizer
                 check_folder(path, weights=False)
@@ -71,6 +72,7 @@ class TextNetworks:
         self.fingerprint = self.data.fingerprints["train"]
         self.evaluated: tuple[Split, ...] = SPLITS
         self.top_k = check_top_k(self.config, self.data.vocabulary)
+        check_class_mean(self.config, self.data.vocabulary)
         rows = len(self.data.splits["train"])
         self.samples = choose_samples(self.config, rows, self.data.vocabulary)
         self.data_key = self.key_of(self.fingerprint)
@@ -103,6 +105,15 @@ class TextNetworks:
         """Return the tokens that the scored rows of a split predict."""
         tokens = self.data.splits[split]
         return tokens.labels[tokens.scored]
+
+    def cached_labels(self) -> Tensor:
+        """Return the token that each row of the training text predicts."""
+        return self.data.splits["train"].labels
+
+    def output_names(self, outputs: Sequence[int]) -> list[str]:
+        """Return tokens as text, in quotes."""
+        tokenizer = read_tokenizer(self.data.tokenizer)
+        return [repr(tokenizer.decode([n], skip_special_tokens=False)) for n in outputs]
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for this text."""

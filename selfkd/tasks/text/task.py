@@ -22,7 +22,14 @@ from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import link
 from selfkd.storage.remote import as_path
-from selfkd.tasks.common import Averaged, describe_cached, optimizer_of, spread
+from selfkd.tasks.common import (
+    Averaged,
+    check_init,
+    describe_cached,
+    named_networks,
+    optimizer_of,
+    spread,
+)
 from selfkd.tasks.task import SPLITS, Pool, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.cached import caches_logits
@@ -71,21 +78,16 @@ class TextTask(TextNetworks):
                 f"write.keep must be all without completions to compare with, got right and "
                 f"data.name {data.name}"
             )
-        networks = {
-            "model": self.make(config.model),
-            "student": self.make(config.student or config.model),
-        }
-        weights = self._check_folder(config.model, networks["model"])
-        if config.student is not None:
-            weights |= self._check_folder(config.student, networks["student"])
+        models = named_networks(config)
+        networks = {name: self.make(model) for name, model in models.items()}
+        weights = dict[str, str]()
+        for name, model in models.items():
+            weights |= self._check_folder(model, networks[name])
         for model in config.members.models:
             weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
-        if train.init == "teacher" and (config.student or config.model).args.get("lora"):
-            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+        check_init(self, teachers)
         if any(choices := choices_of_terms(config)):
             self._try_terms(networks["student"], teachers, choices)
         metric = self._metric

@@ -213,6 +213,17 @@ def test_transforms_of_teacher_logits_are_those_of_tokens(tmp_path: Path) -> Non
     virtual = make_loss(task, trial, "virtual")(logits, batch, batch.total)
     torch.testing.assert_close(virtual["loss"], (fixed * (fixed.log() - own)).sum(-1).mean())
 
+    hard = make_loss(task, trial, "hard")(logits, batch, batch.total)
+    torch.testing.assert_close(hard["loss"], F.nll_loss(own, p.argmax(-1)), rtol=1e-3, atol=1e-4)
+
+    temperature, every = config.distill.temperature, data.labels
+    soft = (cached / temperature).softmax(-1)
+    means = torch.stack([soft[every == label].mean(0) for label in labels])
+    student = (logits.flatten(0, 1)[valid] / temperature).log_softmax(-1)
+    expected = temperature**2 * F.kl_div(student, means, reduction="batchmean")
+    of_class = make_loss(task, trial, "class_mean")(logits, batch, batch.total)
+    torch.testing.assert_close(of_class["loss"], expected, rtol=1e-3, atol=1e-4)
+
     permuted = make_loss(task, trial, "permuted")(logits, batch, batch.total)
     plain = make_loss(task, trial)(logits, batch, batch.total)
     assert permuted["loss"] != plain["loss"]

@@ -1,0 +1,82 @@
+"""What a run keeps of its teacher's soft targets, for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from selfkd.config import Config
+from selfkd.experiments.arms import Run
+from selfkd.experiments.run_folder import TEACHER
+from selfkd.results import Message, Model, TeacherTargets, from_row
+from selfkd.storage.rows import load_row, save_row
+
+
+def name_generation_teacher(kind: str, generation: int, models: int) -> str:
+    """Return the name of the teacher of a generation.
+
+    Args:
+        kind: `distill.teacher`.
+        generation: Number of the generation, at least 1.
+        models: Number of its models.
+
+    >>> name_generation_teacher("previous", 2, 1), name_generation_teacher("lineage", 2, 2)
+    ('generation 1', 'generations 0 to 1')
+    """
+    before = generation - 1
+    if models == 1:
+        return f"generation {before}"
+    if kind == "lineage":
+        return f"generations 0 to {before}"
+    return f"the best {models} models of generation {before}"
+
+
+def name_members(source: str, models: int) -> str:
+    """Return the name of a teacher that is made of members.
+
+    Args:
+        source: `members.source`.
+        models: Number of its models.
+
+    >>> name_members("members", 5), name_members("greedy_soup", 1)
+    ('the ensemble of 5 members', 'the greedy soup of the members')
+    """
+    kind = source.replace("_", " ")
+    if source == "members":
+        return f"the ensemble of {models} members"
+    return f"the {kind} ensemble of {models}" if models > 1 else f"the {kind} of the members"
+
+
+def keep_teacher(
+    run: Run, models: Sequence[Model], *, config: Config, teacher: str, students: str
+) -> None:
+    """Save what the soft targets of a teacher hold, unless it is known, or no logits are cached.
+
+    Args:
+        run: Run at work.
+        models: Models of the teacher.
+        config: Config of the students.
+        teacher: Name of the teacher.
+        students: Name of what is distilled from it.
+    """
+    cached = run.function is None and not config.distill.live and config.distill.mode == "tokens"
+    path, hashes = run.folder.path / TEACHER, tuple(model.hash for model in models)
+    if not (models and cached):
+        return
+    if path.exists():
+        known = load_row(TeacherTargets, path)
+        if (known.hashes, known.students) == (hashes, students):
+            return
+    place = {"targets": str(run.folder.targets(config)), "teachers": run.rows(models)}
+    try:
+        row = run.job("teacher_targets", config=config, **place)
+    except RuntimeError as error:  # no reason to lose what was trained
+        run.events(Message(f"no soft targets for the report: {error}"))
+        return
+    row = {**row, "teacher": teacher, "students": students, "hashes": hashes}
+    save_row(path, from_row(TeacherTargets, row))
+
+
+def keep_members(run: Run, models: Sequence[Model], *, config: Config, students: str) -> None:
+    """Save what the soft targets of a teacher made of members hold; see `keep_teacher`."""
+    teacher = name_members(config.members.source, len(models))
+    keep_teacher(run, models, config=config, teacher=teacher, students=students)

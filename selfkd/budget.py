@@ -177,7 +177,7 @@ def _plan(arguments: argparse.Namespace) -> _Found:
     found = _Found(unit=given.get("unit", unit), per=given.get("per", per))
     if run is not None:
         found.points = find_metric(run.facts.tested).unit or run.facts.metric
-        found.live = run.config.distill.live
+        found.live = run.config.distill.runs_teacher
     in_operations = _operations(given, figures, run, found)
     known = {"teacher", "student", "teacher_ms", "student_ms"}
     if in_operations and not known & {*given, *figures}:  # all that is given is in operations
@@ -191,6 +191,8 @@ def _plan(arguments: argparse.Namespace) -> _Found:
     else:
         of, plan = _in_cost(given, figures, found)
         found.plans[of] = plan
+        if in_operations and "point_value" in given:
+            found.notes.append(f"the gap is weighed in {of} alone, not in operations")
     if in_operations:
         found.plans["operations"] = _budget(given, figures, in_operations, found)
     if "gap" in given and "point_value" not in given:
@@ -358,7 +360,7 @@ def _counted(given: Figures, run: FinishedRun, found: _Found) -> Figures:
     costs["search"] = max(all_items - chosen, 0.0) * counted.student_step
     if counted.teacher_step is not None and of_teacher:
         costs["teacher_training"] = of_teacher * counted.teacher_step
-    if run.config.distill.live:
+    if found.live:
         costs["caching"] = all_items * counted.teacher
     found.notes.append(
         "operations: those of matrix products, convolutions and attention, forward and backward, "
@@ -380,7 +382,7 @@ def _notes(run: FinishedRun) -> list[str]:
             size=size_kept(*sizes),
         )
     ]
-    if not run.config.distill.live and run.generations > 1:
+    if not run.config.distill.runs_teacher and run.generations > 1:
         notes.append(
             f"the logits of the teacher of each of {run.generations} generations are cached"
         )

@@ -214,7 +214,6 @@ def _show(console: Console, path: Path, arguments: argparse.Namespace) -> int:
             rows,
             temperatures=arguments.temperatures,
             temperature=arguments.at,
-            most_values=2**26,
         )
     except FileNotFoundError as error:
         raise FileNotFoundError(

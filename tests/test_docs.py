@@ -65,7 +65,8 @@ def test_types_limits_and_defaults_are_those_of_the_schema() -> None:
     assert found["train.schedule"].type == "`cosine`, `step`, `none`"
     assert found["rounds"].type == "whole number or `auto`"
     assert found["data.classes"].type == "list of whole number, or null"
-    assert found["student"].type == "network as in [model](#model), or null"
+    network = "network as in [model](#model)"
+    assert found["student"].type == f"{network} or list of {network}, or null"
     assert found["model.args"].default == '`{"width": 8}`'
     assert found["study.compare.each.arm"].default == "required"
 

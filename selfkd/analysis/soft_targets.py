@@ -94,15 +94,18 @@ def measure_targets(
             frequencies = _frequencies(cached, classes)
             totals.similar(frequencies, frequencies, own)
             continue
+        at = {
+            each: _log_mean(cached, each, classes, average, weights)
+            for each in {1.0, temperature, *temperatures}
+        }
         for each in temperatures:
-            totals.soften(each, _log_mean(cached, each, classes, average, weights), own)
-        at = _log_mean(cached, temperature, classes, average, weights)
-        totals.similar(_among_wrong(at, own).exp(), at.exp(), own)
-        mean = _log_mean(cached, 1.0, classes, average, weights)
-        totals.second(mean, part, own)
+            totals.soften(each, at[each], own)
+        similar = at[temperature]
+        totals.similar(_among_wrong(similar, own).exp(), similar.exp(), own)
+        totals.second(at[1.0], part, own)
         members = _log_members(cached, 1.0, classes)
         if members.ndim == 3:
-            totals.disagree(members, mean, weights)
+            totals.disagree(members, at[1.0], weights)
     shares, near = totals.near()
     return TeacherTargets(
         items=count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -170,10 +171,10 @@ def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[st
         value: Value of the student, in a capacity run.
 
     Returns:
-        Some of `items`, `views`, `epochs`, `trials`, `train_seconds` (of all trials of the
-        student), `search_seconds` (of those that were not chosen), `teacher_seconds` (of the
-        training of the teacher), `teacher_ms` and `student_ms` (for an item, on one thread), `gap`
-        (in points).
+        Some of `items` (of training and the transfer set), `views`, `epochs`, `trials`,
+        `train_seconds` (of all trials of the student), `search_seconds` (of those that were not
+        chosen), `teacher_seconds` (of the training of the teacher), `teacher_ms` and `student_ms`
+        (for an item, on one thread), `gap` (in points).
 
     Raises:
         ConfigError: It is no finished run, or has no such student.
@@ -188,7 +189,8 @@ def figures_of(found: FinishedRun, *, batch: int) -> dict[str, float]:
     if not config.steps_by_part:
         known["epochs"] = config.train.epochs
     if "train" in facts.items:
-        known |= {"items": facts.items["train"], "views": facts.views * found.generations}
+        items = facts.items["train"] + facts.transfer
+        known |= {"items": items, "views": facts.views * found.generations}
     known |= _of_training(found)
     known["teacher_seconds"] = sum(t.train_seconds for t in found.teacher_trials) or None
     for name, model in (("teacher", found.teacher), ("student", found.student)):
@@ -230,23 +232,22 @@ def trained_items(found: FinishedRun) -> tuple[float, float, float]:
     An item counts each time that it was trained on. Of a teacher of several networks it is the
     mean of them.
     """
-    config, facts = found.config, found.facts
-    steps = config.steps_by_part
-    pass_ = float(facts.items.get("train", 0))
+    config, facts, train = found.config, found.facts, found.config.train
+    a_pass, steps = float(facts.items.get("train", 0)), config.steps_by_part
     if steps is not None:
-        train = config.train
-        pass_ = float(steps * train.batch_size * train.accumulate * facts.items_an_input)
-
-    def items(trials: list[TrialResult]) -> float:
-        return pass_ * sum(len(trial.history) for trial in trials)
-
-    if found.size is not None:
-        chosen = pass_ * config.train.epochs
-        students = chosen * found.size.trials
-    else:
-        hashes = {row.hash for row in found.students} | {found.chosen_hash}
-        students = items(found.own_trials)
-        chosen = items([t for t in found.own_trials if t.hash and t.hash in hashes])
+        a_pass = float(steps * train.batch_size * train.accumulate * facts.items_an_input)
+    of_students, transfer = a_pass, config.data.transfer
+    if transfer is not None and facts.transfer:  # is added to the batches of students
+        of_students = a_pass / (1 - transfer.weight)
     teachers = found.teacher_trials
-    networks = 1 if found.students else max(1, len(teachers))
-    return students, chosen, items(teachers) / networks
+    of_teacher = a_pass * _passes(teachers) / (1 if found.students else max(1, len(teachers)))
+    if found.size is not None:
+        chosen = of_students * train.epochs
+        return chosen * found.size.trials, chosen, of_teacher
+    hashes = {row.hash for row in found.students} | {found.chosen_hash}
+    own = [trial for trial in found.own_trials if trial.hash and trial.hash in hashes]
+    return of_students * _passes(found.own_trials), of_students * _passes(own), of_teacher
+
+
+def _passes(trials: Sequence[TrialResult]) -> int:
+    return sum(len(trial.history) for trial in trials)

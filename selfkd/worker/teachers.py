@@ -17,6 +17,8 @@ from selfkd.tasks.task import Task
 from selfkd.worker.evaluate import weights_of
 
 MOST_SECONDS = 12
+REPORTED_VALUES = 2**21
+"""Logits that are read for the report, in less than a second."""
 
 
 def read_targets(
@@ -36,7 +38,8 @@ def read_targets(
         teachers: `hash`, perhaps `weight`, of each teacher whose average it is.
         temperatures: Temperatures T of the softness.
         temperature: Temperature of the similarities of classes.
-        most_values: Number of logits that are read; of more items evenly spaced ones are.
+        most_values: Number of logits that are read, of all members; of more items evenly spaced
+            ones are.
 
     Raises:
         FileNotFoundError: The logits are not cached, or not any more.
@@ -54,7 +57,7 @@ def read_targets(
         average=distill.average,
         weights=weights_of(teachers),
         most=MOST_SECONDS,
-        most_values=most_values,
+        most_values=most_values // stored.members,
     )
     return replace(_named(found, task), hashes=tuple(hashes))
 
@@ -88,7 +91,7 @@ def teacher_targets(
         A row of `TeacherTargets`.
     """
     task = make_task(config)
-    found = read_targets(task, targets, teachers)
+    found = read_targets(task, targets, teachers, most_values=REPORTED_VALUES)
     pictures = task.pictures("train", [row.item for row in found.seconds])
     shown = [
         replace(row, picture=base64.b64encode(picture).decode())

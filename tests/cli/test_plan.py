@@ -101,6 +101,17 @@ def test_of_a_run_that_was_stopped_it_says_what_is_left(
     assert f"by the {done} that are done" in printed
 
 
+def test_a_transfer_set_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transfer = "data.transfer={name: digits, size: 200, weight: 0.75}"
+    config = load_config(settings=[*TINY, transfer, "data.val_size=40", "confirm.seeds=2"])
+    plan = plan_ensemble(config)
+    print_plan(plan, "ensemble", config, RunFolder(tmp_path / "run"), None)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"confirmation, all three 6 ", printed)
+    assert "for 40 images and 200 of the transfer set: 10 logits, 20 bytes each" in printed
+    assert "mixed: steps of students with teachers have 4 times as many items" in printed
+
+
 def test_the_command_prints_it_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,9 +69,11 @@ class ImagePredictor:
             yield from (inputs for inputs, _, _ in made)
 
     def example(self) -> Tensor:
-        """Return inputs of one black image."""
-        size = self.facts.image_size
-        return torch.zeros(1, len(self.facts.mean), size, size)
+        """Return inputs of one image, or of one row of features."""
+        width, size = len(self.facts.mean), self.facts.image_size
+        if self.facts.features is not None:
+            return torch.zeros(1, width)
+        return torch.zeros(1, width, size, size)
 
 
 def load_classifier(checkpoint: str, make: MakeModel | None = None) -> ImagePredictor:

@@ -12,6 +12,7 @@ from typing import Any
 from selfkd.analysis.verdicts import count, short
 from selfkd.cli.terminal import make_console, print_sentences, print_table
 from selfkd.config import (
+    ARRAYS,
     Config,
     DataConfig,
     ModelConfig,
@@ -252,7 +253,7 @@ def print_plan(
     table = Table(head, tuple(rows), rules=(len(rows) - 1,))
     print_sentences(console, [f"plan of selfkd.{name}, of which nothing is started:"])
     print_table(console, table.without_empty())
-    lines = []
+    lines = [f"network: {config.model.title}"] if config.data.name == ARRAYS else []
     if plan.writers and not function:
         lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):

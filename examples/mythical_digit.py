@@ -8,6 +8,9 @@ how little that 1. It never sees an image of a 3. Then it is shown the 3s of the
 Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 3,
 https://arxiv.org/abs/1503.02531)
 
+Without MNIST, in half a minute and with students on labels alone beside it:
+tune_configs/knowledge/mythical_digit.yaml, on embedded digits.
+
 The runs are A1 and A5 of `anchors/`; those that are there already are read. `--tenth` makes a quick
 one of a tenth of the epochs.
 """

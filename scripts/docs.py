@@ -28,7 +28,9 @@ PLUG_IN = (
     *("Distiller", "Teacher", "Ensemble", "distillation_loss"),
     *("cache_logits", "load_logits", "import_logprobs", "SeededView"),
     "soft_targets.tokens.TokenTargets",
-    *("distill.terms.LogitTerm", "distill.terms.FeatureTerm"),
+    *("distill.terms.LogitTerm", "distill.terms.FeatureTerm", "distill.features.Features"),
+    *("distill.layers.copy_layers", "distill.soups.average_weights", "distill.soups.greedy_soup"),
+    "distill.soups.fit_weights",
 )
 LOADING = tuple(
     f"loading.model.{name}" for name in ("load", "LoadedModel", "Predictions", "push_to_hub")
@@ -120,7 +122,11 @@ def api_page() -> str:
         "A training function of your own": ["training.trial.Trial"],
         "Other loops": adapters,
         "Models and config": ["make_model", "config.load_config"],
-        "Errors": [f"errors.{name}" for name in _own_names(ROOT / "selfkd" / "errors.py")],
+        "Errors": [
+            f"errors.{name}"
+            for name in _own_names(ROOT / "selfkd" / "errors.py")
+            if name.endswith("Error")
+        ],
     }
     lines = ["# Python API", "", "The losses have [a page of their own](losses.md)."]
     for title, names in parts.items():
@@ -134,7 +140,12 @@ def _one_line(text: str | None) -> str:
 
 def losses_page() -> str:
     """Return the reference of the losses, by module; all are in `selfkd.losses`."""
-    lines = ["# Losses", "", "Every one is `selfkd.losses.NAME`, whatever its module."]
+    lines = [
+        "# Losses",
+        "",
+        "Every one is `selfkd.losses.NAME`, whatever its module. [Which loss](choosing.md): what "
+        "each is for; [weights of papers](conventions.md): the factors of published weights.",
+    ]
     for module, names in losses().items():
         text = ast.get_docstring(_parse(_losses_file(module))) or ""
         lines += ["", f"## {module}", "", _one_line(text.split("\n\n")[0])]

@@ -4,314 +4,104 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from selfkd.analysis.budget import OPERATIONS, PASSES, check_figure
+from selfkd.analysis.budget import Budget as Budget
+from selfkd.analysis.budget import budget as budget
+from selfkd.analysis.budget import describe_budget as describe_budget
+from selfkd.analysis.kept import describe_kept, size_kept
 from selfkd.cli.output import print_data, print_error, safe_output
 from selfkd.cli.terminal import make_console, print_lines
-from selfkd.errors import ConfigError
-from selfkd.experiments.run_folder import RunFolder
-from selfkd.results import (
-    CapacitySummary,
-    EnsembleSummary,
-    GenerationsSummary,
-    Size,
-    TableRow,
-    TeacherRow,
-    TrialResult,
-)
-from selfkd.storage.remote import as_path
-from selfkd.storage.rows import load_row
+from selfkd.loading.costs import FinishedRun, figures_of, open_finished, trained_items
+from selfkd.loading.costs import measured as measured
+from selfkd.reporting.budget_table import make_budget_table as make_budget_table
+from selfkd.results import find_metric
 
 USAGE = 2
-PASSES = 3.0
-"""Forward passes that a training step costs: the backward pass is worth two (Kaplan et al.)."""
 HOUR_MS = 3_600_000.0
-LARGEST = 1e30
-"""Largest figure, and the inverse of the smallest one: no product of them overflows."""
-KINDS: dict[str, type[CapacitySummary | EnsembleSummary | GenerationsSummary]] = {
-    "ensemble": EnsembleSummary,
-    "capacity": CapacitySummary,
-    "generations": GenerationsSummary,
-}
 MEASURED = ("teacher_ms", "student_ms", "train_seconds")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What distilling costs and saves; all costs in the unit of the given ones."""
-
-    teacher_cost: float
-    """Cost of the teacher's prediction of one item."""
-    student_cost: float
-    """Cost of the student's prediction of one item."""
-    items: float
-    """Number of training items whose teacher logits are cached."""
-    views: float
-    """Number of views of each item."""
-    caching: float
-    """Cost of caching the teacher logits."""
-    training: float
-    """Cost of all training of the student."""
-    distilling: float
-    """Cost of caching and training."""
-    saving: float
-    """Saving on each item that the student serves in the teacher's place."""
-    break_even: float | None
-    """Number of served items that pays for distilling; None where the student saves nothing."""
-    volume: float | None = None
-    """Number of items that will be served."""
-    net: float | None = None
-    """Saving at that volume, less the cost of distilling."""
-
-
-def budget(
-    *,
-    teacher: float,
-    student: float,
-    items: float,
-    per: float = 1.0,
-    views: float = 1.0,
-    training: float | None = None,
-    epochs: float | None = None,
-    trials: float = 1.0,
-    volume: float | None = None,
-) -> Budget:
-    """Return what distilling costs, what each served item saves, and when that has paid.
-
-        caching    = items views c_T
-        training   = as given, else trials epochs items 3 c_S
-        distilling = caching + training
-        saving     = c_T - c_S
-        break-even = distilling / saving,    net(volume) = volume saving - distilling
-
-    where c_T and c_S are the costs of one item: `teacher / per` and `student / per`. The teacher
-    runs once on each view of each item, however many trials read the cached logits. A training
-    step costs about three forward passes, as the backward pass costs two. The teacher's own
-    training is not counted: it is there already.
-
-    Args:
-        teacher: Cost of the teacher's predictions of `per` items (images, tokens).
-        student: Cost of the student's predictions of `per` items.
-        items: Number of items in the training data.
-        per: Number of items that the two costs are for, 1e6 where they are per million.
-        views: Number of views of each item, 1 without augmentation.
-        training: Cost of all training of the student.
-        epochs: Number of epochs of a trial, where the cost of training is not given.
-        trials: Number of trainings of a student.
-        volume: Number of items that will be served.
-
-    Raises:
-        ValueError: A figure is not finite, not above 0 (`training` may be 0), or beyond all
-            measure, or neither `training` nor `epochs` is given.
-
-    >>> plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
-    >>> plan.distilling, round(plan.break_even / 1e9, 2)
-    (11000.0, 1.16)
-
-    Reference:
-        Kaplan et al., "Scaling Laws for Neural Language Models", 2020, section 2.1 (the backward
-        pass takes twice the compute of the forward pass), https://arxiv.org/abs/2001.08361
-    """
-    above: dict[str, float | None] = {"teacher": teacher, "student": student, "items": items}
-    above |= {"per": per, "views": views, "trials": trials, "epochs": epochs, "volume": volume}
-    for name, value in above.items():
-        _check_figure(name, value)
-    if training is not None and not (training >= 0 and math.isfinite(training)):
-        raise ValueError(f"training must be a finite number, 0 or more, got {training}")
-    _check_figure("training", training or None)
-    teacher_cost, student_cost = teacher / per, student / per
-    if training is None:
-        if epochs is None:
-            raise ValueError("training must be given, or epochs to compute it from, got neither")
-        training = trials * epochs * items * PASSES * student_cost
-    caching = items * views * teacher_cost
-    distilling, saving = caching + training, teacher_cost - student_cost
-    return Budget(
-        teacher_cost=teacher_cost,
-        student_cost=student_cost,
-        items=items,
-        views=views,
-        caching=caching,
-        training=training,
-        distilling=distilling,
-        saving=saving,
-        break_even=distilling / saving if saving > 0 else None,
-        volume=volume,
-        net=None if volume is None else volume * saving - distilling,
-    )
-
-
-def _check_figure(name: str, value: float | None) -> None:
-    if value is None:
-        return
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number above 0, got {value}")
-    if not 1 / LARGEST <= value <= LARGEST:
-        raise ValueError(f"{name} must be from {1 / LARGEST:g} to {LARGEST:g}, got {value}")
-
-
-def describe_budget(plan: Budget, *, unit: str = "item") -> str:
-    """Return a budget as one sentence.
-
-    >>> plan = budget(teacher=10, student=0.5, per=1e6, items=1e9, training=1000)
-    >>> describe_budget(plan, unit="token")
-    'distilling costs 11,000 and has paid for itself after 1.16 billion served tokens'
-    """
-    costs = f"distilling costs {_amount(plan.distilling)}"
-    if plan.break_even is None:
-        dear = "as dear as" if plan.saving == 0 else "dearer than"
-        return f"{costs} and never pays: the student is {dear} the teacher, there is no break-even"
-    text = f"{costs} and has paid for itself after {_large(plan.break_even)} served {unit}s"
-    if plan.volume is None or plan.net is None:
-        return text
-    gain = "saves" if plan.net >= 0 else "still loses"
-    return f"{text}; at {_large(plan.volume)} it {gain} {_amount(abs(plan.net))}"
-
-
-def make_budget_table(plan: Budget, *, unit: str = "item", per: float = 1.0) -> Table:
-    """Return the table of a budget; costs of an item are shown for `per` of them."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
-    table.add_column("", justify="left")
-    table.add_column("", justify="right", no_wrap=True)
-    each = f"per {unit}" if per == 1 else f"per {_large(per).removeprefix('1 ')} {unit}s"
-    views = "" if plan.views == 1 else f" in {_amount(plan.views)} views"
-    table.add_row(f"teacher, {each}", _amount(plan.teacher_cost * per))
-    table.add_row(f"student, {each}", _amount(plan.student_cost * per))
-    cached = f"caching teacher logits of {_large(plan.items)} {unit}s{views}, once"
-    table.add_row(cached, _amount(plan.caching))
-    table.add_row("training", _amount(plan.training))
-    table.add_row("distilling, both", _amount(plan.distilling))
-    table.add_row(f"saving, {each} served", _amount(plan.saving * per))
-    even = "never" if plan.break_even is None else _whole(plan.break_even)
-    table.add_row(f"break-even, {unit}s served", even)
-    if plan.volume is not None and plan.net is not None:
-        table.add_row(f"net after {_large(plan.volume)} {unit}s", _amount(plan.net))
-    return table
-
-
-def measured(run: str, *, batch: int = 128, value: str | None = None) -> dict[str, float]:
-    """Return what a run has measured, as far as it has.
-
-    Args:
-        run: Run folder of `selfkd.ensemble`, `selfkd.capacity` or `selfkd.generations`.
-        batch: Number of items that are predicted at once.
-        value: Value of the student, in a capacity run.
-
-    Returns:
-        Some of `items`, `views`, `epochs`, `trials`, `train_seconds` (of all trials of the
-        student), `teacher_ms` and `student_ms` (for an item, on one thread).
-
-    Raises:
-        ConfigError: It is no finished run, or has no such student.
-    """
-    path = as_path(run).expanduser()
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"--from must be a run folder (with a config.yaml), got {run}")
-    folder, config = RunFolder.open(path)
-    try:
-        kind, why = KINDS.get(folder.command), ""
-    except (ValueError, OSError) as error:
-        kind, why = None, f" ({error})"
-    if kind is None:
-        raise ConfigError(f"--from must be a run of selfkd.{', '.join(KINDS)}, got {run}{why}")
-    if not (folder.path / "summary.json").exists():
-        raise ConfigError(f"--from must be a finished run (with a summary.json), got {run}")
-    facts = folder.facts
-    found: dict[str, float] = {} if config.steps_by_part else {"epochs": config.train.epochs}
-    if "train" in facts.items:
-        found |= {"items": facts.items["train"], "views": facts.views}
-    summary = load_row(kind, folder.path / "summary.json")
-    if isinstance(summary, EnsembleSummary) and not summary.rows:
-        raise ConfigError(
-            f"--from must be a run with results, got {run}: its summary.json has none"
-        )
-    match summary:
-        case CapacitySummary():
-            found |= _of_capacity(summary, batch, value)
-        case GenerationsSummary():
-            found |= _of_generations(summary)
-        case summary:
-            found |= _of_ensemble(folder, summary, batch)
-    times = {name: value for name, value in found.items() if name.endswith("_ms")}
-    return found | {name: value / facts.items_an_input for name, value in times.items()}
-
-
-def _served(run: str) -> tuple[str, float]:
-    """Return the word for what a run's models serve, and of how many the costs are shown."""
-    facts = RunFolder.open(as_path(run).expanduser())[0].facts
-    several = facts.items_an_input > 1
-    return facts.unit.removesuffix("s"), 1e6 if several else 1.0
-
-
-def _of_ensemble(folder: RunFolder, summary: EnsembleSummary, batch: int) -> dict[str, float]:
-    paths = folder.path.glob("student/trial_*/result.json")
-    trials = [load_row(TrialResult, path) for path in paths]
-    return {
-        "trials": len(trials),
-        "train_seconds": sum(trial.train_seconds for trial in trials),
-        **_milliseconds(batch, teacher=summary.teacher, student=summary.rows[-1]),
-    }
-
-
-def _of_generations(summary: GenerationsSummary) -> dict[str, float]:
-    born_again = summary.generations[1:]
-    if not born_again:
-        return {}
-    return {
-        "trials": sum(row.trials for row in born_again),
-        "train_seconds": sum(row.train_seconds for row in born_again),
-    }
-
-
-def _of_capacity(summary: CapacitySummary, batch: int, value: str | None) -> dict[str, float]:
-    sizes = {str(size.value): size for size in summary.sizes}
-    if value not in sizes:
-        known = ", ".join(sizes)
-        raise ConfigError(f"--value must be one of the run's students ({known}), got {value}")
-    size = sizes[value]
-    return {
-        "trials": size.trials,
-        "train_seconds": size.train_seconds,
-        **_milliseconds(batch, teacher=summary.teacher, student=size),
-    }
-
-
-def _milliseconds(batch: int, **models: TeacherRow | TableRow | Size) -> dict[str, float]:
-    found = {f"{name}_ms": getattr(model, f"ms_{batch}") for name, model in models.items()}
-    return {name: value for name, value in found.items() if value is not None}
+PARAMETERS = ("teacher_params", "student_params")
+DAYS = {"/s": 86_400.0, "/min": 1440.0, "/h": 24.0, "/day": 1.0, "": 1.0}
+Figures = dict[str, Any]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m selfkd.budget",
-        description="What distilling costs, what it saves, and when it has paid.",
+        description="What distilling costs, what it saves, and when it has paid: in money or hours "
+        "of a machine, in operations, or both. Figures are given, or taken from a finished RUN.",
     )
-    add = parser.add_argument
-    cost: dict[str, Any] = {"type": float, "metavar": "COST"}
-    number: dict[str, Any] = {"type": float, "metavar": "N"}
+    cost: Figures = {"type": float, "metavar": "COST"}
+    number: Figures = {"type": float, "metavar": "N"}
+    add = parser.add_argument_group("of both models, one of the three or --from RUN").add_argument
     add("--teacher", **cost, help="cost of the teacher's predictions of --per items")
     add("--student", **cost, help="cost of the student's predictions of --per items")
-    add("--per", **number, help="items that these costs are for: 1, of tokens of a RUN 1e6")
-    add("--items", **number, help="items in the training data")
-    add("--views", **number, help="augmented views of each item whose teacher logits are cached")
-    add("--training", **cost, help="cost of all training of the student")
-    add("--epochs", **number, help="epochs of a trial, where --training is not given")
-    add("--trials", **number, help="trainings of a student")
-    add("--volume", **number, help="items that will be served")
+    add(
+        "--per",
+        **number,
+        help="items that costs and point value are for: 1, of tokens of a RUN 1e6",
+    )
     add("--teacher-ms", type=float, metavar="MS", help="the teacher's time for an item")
     add("--student-ms", type=float, metavar="MS", help="the student's time for an item")
-    add("--train-seconds", type=float, metavar="S", help="seconds of all trials together")
     add("--price", **cost, help="cost of an hour of the machine that was timed")
-    add("--from", dest="run", metavar="RUN", help="run folder to take measured figures from")
+    add(
+        "--teacher-params",
+        **number,
+        help="parameters of the teacher, of all its networks: two "
+        "operations a parameter and item, six where it is trained",
+    )
+    add("--student-params", **number, help="parameters of the student, alike")
+    add = parser.add_argument_group("of the training").add_argument
+    add("--items", **number, help="items in the training data")
+    add("--tokens", **number, help="tokens in the training data, which are then the items")
+    add("--views", **number, help="augmented views of each item whose teacher logits are cached")
+    add("--epochs", **number, help="epochs of a trial, where --training is not given")
+    add("--trials", **number, help="trainings of a student, those of the search included")
+    add("--training", **cost, help="cost of all training of the student")
+    add("--train-seconds", type=float, metavar="S", help="seconds of all trials together")
+    add(
+        "--teacher-training",
+        nargs="?",
+        const=True,
+        **cost,
+        help="count the teacher's training "
+        "too: this cost, or what RUN or the sizes say; it is there already when not given",
+    )
+    add = parser.add_argument_group("of what is served").add_argument
+    add("--volume", **number, help="items that will be served")
+    add(
+        "--rate",
+        metavar="N[/s]",
+        help="items that are served a day, or with /s, /min or /h in "
+        "that time: gives the days to the break-even",
+    )
+    add(
+        "--gap",
+        type=float,
+        metavar="POINTS",
+        help="score of the teacher less that of the student; that of RUN when not given",
+    )
+    add(
+        "--point-value",
+        **cost,
+        help="what a point is worth on --per served items: what the gap "
+        "costs is taken off the saving",
+    )
+    add = parser.add_argument_group("of a run").add_argument
+    add(
+        "--from",
+        dest="run",
+        metavar="RUN",
+        help="run folder to take measured times and counted operations from",
+    )
     add("--batch", type=int, choices=(1, 128), default=128, help="items at once in RUN's times")
     add("--value", help="value of the student in a RUN of selfkd.capacity")
+    add = parser.add_argument
     add("--unit", metavar="WORD", help="word for what is served: item, or that of RUN")
     add("--format", choices=("table", "json"), default="table")
     return parser
@@ -322,97 +112,281 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = make_parser().parse_args(argv)
     try:
-        plan, notes = _plan(arguments)
+        found = _plan(arguments)
     except (ValueError, OSError) as error:
         print_error(str(error))
         return USAGE
-    console, sentence = make_console(), describe_budget(plan, unit=arguments.unit)
+    sentences = [
+        describe_budget(plan, unit=found.unit, of=of, points=found.points)
+        for of, plan in found.plans.items()
+    ]
+    (of, plan), *_ = found.plans.items()
     if arguments.format == "json":
-        tree = {**asdict(plan), "unit": arguments.unit, "sentence": sentence, "notes": notes}
-        return print_data(json.dumps(tree, indent=1) + "\n")
-    console.print(make_budget_table(plan, unit=arguments.unit, per=arguments.per))
-    print_lines(console, [sentence, *notes])
+        tree = {**asdict(plan), "of": of, "unit": found.unit, "sentence": sentences[0]}
+        if len(found.plans) > 1:
+            tree["operations"] = {**asdict(found.plans["operations"]), "sentence": sentences[1]}
+        return print_data(json.dumps({**tree, "notes": found.notes}, indent=1) + "\n")
+    console = make_console()
+    console.print(make_budget_table(**found.shown))
+    print_lines(console, [*sentences, *found.notes])
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> tuple[Budget, list[str]]:
-    """Return the budget of given figures over measured ones, and notes on it."""
-    given: dict[str, Any] = {k: v for k, v in vars(arguments).items() if v is not None}
-    figures: dict[str, Any] = {}
-    unit, per = "item", 1.0
+@dataclass(kw_only=True)
+class _Found:
+    """Budgets of the figures that are given and of those of a run."""
+
+    unit: str
+    per: float
+    points: str = "points"
+    live: bool = False
+    """Whether the teacher of a run runs at each training step."""
+    plans: dict[str, Budget] = field(default_factory=dict)
+    """By what their costs are: `cost` or `hours`, and `operations`."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def shown(self) -> Figures:
+        """Arguments of the table."""
+        (of, plan), *more = self.plans.items()
+        second = more[0][1] if more else None
+        return {"plan": plan, "unit": self.unit, "per": self.per, "of": of} | {
+            "operations": second,
+            "points": self.points,
+        }
+
+
+def _plan(arguments: argparse.Namespace) -> _Found:
+    """Return the budgets of given figures over those of a run, and notes on them."""
+    given: Figures = {k: v for k, v in vars(arguments).items() if v is not None}
+    unit, per = "token" if "tokens" in given else "item", 1.0
+    if "tokens" in given:
+        if "items" in given:
+            raise ValueError("--tokens must be given without --items, got both")
+        check_figure("--tokens", given["tokens"])
+        given["items"] = given["tokens"]
+    for name in PARAMETERS:
+        check_figure(f"--{name.replace('_', '-')}", given.get(name))
+    if "rate" in given:
+        given["rate"] = _a_day(given["rate"])
+    run, figures = None, Figures()
     if arguments.run is not None:
-        figures = measured(arguments.run, batch=arguments.batch, value=arguments.value)
-        unit, per = _served(arguments.run)
-    arguments.unit = arguments.unit or unit
-    arguments.per = per if arguments.per is None else arguments.per
+        run = open_finished(arguments.run, value=arguments.value)
+        figures = figures_of(run, batch=arguments.batch)
+        unit, per = run.facts.unit.removesuffix("s"), 1e6 if run.facts.items_an_input > 1 else 1.0
+    found = _Found(unit=given.get("unit", unit), per=given.get("per", per))
+    if run is not None:
+        found.points = find_metric(run.facts.tested).unit or run.facts.metric
+        found.live = run.config.distill.runs_teacher
+    in_operations = _operations(given, figures, run, found)
+    known = {"teacher", "student", "teacher_ms", "student_ms"}
+    if in_operations and not known & {*given, *figures}:  # all that is given is in operations
+        in_operations |= {
+            name: given[name]
+            for name in ("training", "teacher_training", "point_value")
+            if name in given and given[name] is not True
+        }
+        if "training" in given:
+            in_operations.pop("search", None)
+    else:
+        of, plan = _in_cost(given, figures, found)
+        found.plans[of] = plan
+        if in_operations and "point_value" in given:
+            found.notes.append(f"the gap is weighed in {of} alone, not in operations")
+    if in_operations:
+        found.plans["operations"] = _budget(given, figures, in_operations, found)
+    if "gap" in given and "point_value" not in given:
+        found.notes.append("a gap costs nothing without --point-value, what a point is worth")
+    if run is not None:
+        found.notes += _notes(run)
+    return found
+
+
+def _budget(given: Figures, figures: Figures, costs: Figures, found: _Found) -> Budget:
+    """Return the budget of costs, and of the figures that are the same in all units."""
+    names = ("items", "views", "epochs", "trials", "volume", "rate", "gap")
+    shared = {name: (figures | given)[name] for name in names if name in figures | given}
+    if given.get("teacher_training") is True and costs.get("teacher_training") is None:
+        raise ValueError("--teacher-training must be given a cost: no run or size says what it is")
+    counts = "teacher_training" in given
+    return budget(**{**shared, **costs}, counts_teacher=counts, live=found.live)
+
+
+def _a_day(text: str) -> float:
+    """Return a rate in items a day.
+
+    >>> _a_day("20/s"), _a_day("1e6")
+    (1728000.0, 1000000.0)
+    """
+    match = re.fullmatch(r"\s*([^/\s]+)\s*(/\s*(?:s|min|h|day))?\s*", text)
+    try:
+        rate = float(match[1]) * DAYS["".join((match[2] or "").split())] if match else 0.0
+        check_figure("--rate", rate)
+    except ValueError:
+        raise ValueError(
+            "--rate must be a number of items a day above 0, or with /s, /min or /h in that time, "
+            f"got {text}"
+        ) from None
+    return rate
+
+
+def _in_cost(given: Figures, figures: Figures, found: _Found) -> tuple[str, Budget]:
+    """Return the budget in the unit of given costs, else in hours of the machine."""
+    run, figures = given.get("run"), dict(figures)
     for cost, time in (("teacher", "teacher_ms"), ("student", "student_ms")):
         if cost in given:
             figures.pop(time, None)  # given figures replace measured ones
     if "training" in given or given.keys() & {"epochs", "trials"}:
         figures.pop("train_seconds", None)
+    if "teacher_training" in given and given["teacher_training"] is not True:
+        figures.pop("teacher_seconds", None)
     figures |= given
     timed = [name for name in MEASURED if name in figures]
-    priced = [name for name in ("teacher", "student", "training") if name in given]
+    names = ("teacher", "student", "training", "teacher_training")
+    priced = [name for name in names if given.get(name, True) is not True]
     for name in (*timed, "price"):
-        _check_figure(f"--{name.replace('_', '-')}", figures.get(name))
+        check_figure(f"--{name.replace('_', '-')}", figures.get(name))
     if timed and priced and "price" not in given:
         raise ValueError(
             f"--price, the cost of a machine's hour, must be given where costs "
-            f"(--{priced[0]}) meet times (--{timed[0].replace('_', '-')})"
+            f"(--{priced[0].replace('_', '-')}) meet times (--{timed[0].replace('_', '-')})"
         )
-    per, price = arguments.per, figures.get("price", 1.0)
-    costs: dict[str, Any] = {}
-    for cost, time in (("teacher", "teacher_ms"), ("student", "student_ms")):
-        if time in figures and cost not in figures:
-            costs[cost] = figures[time] / HOUR_MS * price * per
-    if "train_seconds" in figures and "training" not in figures:
+    per, price = found.per, figures.get("price", 1.0)
+    costs: Figures = {"per": per}
+    for cost in ("teacher", "student"):
+        if cost in given:
+            costs[cost] = given[cost]
+        elif f"{cost}_ms" in figures:
+            costs[cost] = figures[f"{cost}_ms"] / HOUR_MS * price * per
+    if "training" in given:
+        costs["training"] = given["training"]
+    elif "train_seconds" in figures:
         costs["training"] = figures["train_seconds"] / 3600 * price
-    figures = costs | figures
-    for name in ("teacher", "student", "items"):
-        if name not in figures:
-            flags = [f"--{name}", *([f"--{name}-ms"] if name != "items" else [])]
-            flags += [] if arguments.run else ["--from RUN"]
-            why = f"{arguments.run} has none" if arguments.run else "no such figure is known"
-            choice = " or ".join((", ".join(flags[:-1]), flags[-1])) if flags[1:] else flags[0]
-            raise ValueError(f"{choice} must be given: {why}")
-    names = ("teacher", "student", "items", "views", "training", "epochs", "trials", "volume")
-    plan = budget(per=per, **{name: figures[name] for name in names if name in figures})
-    return plan, _notes(timed, priced, "price" in given, arguments)
-
-
-def _notes(
-    timed: Sequence[str], priced: Sequence[str], has_price: bool, arguments: argparse.Namespace
-) -> list[str]:
-    notes = []
-    if timed and not priced and not has_price:
-        notes.append("costs are hours of the machine that was timed; --price gives them a price")
-    if arguments.run is not None and "teacher_ms" in timed and arguments.teacher_ms is None:
-        notes.append(
-            f"times of {arguments.run}: one thread, {arguments.batch} at once; training is that "
+        if "search_seconds" in figures and "train_seconds" not in given:
+            costs["search"] = figures["search_seconds"] / 3600 * price
+    if given.get("teacher_training", True) is not True:
+        costs["teacher_training"] = given["teacher_training"]
+    elif "teacher_seconds" in figures and ("price" in given or not priced):
+        costs["teacher_training"] = figures["teacher_seconds"] / 3600 * price
+    if "point_value" in given:
+        costs["point_value"] = given["point_value"]
+    if found.live and "train_seconds" in figures and "training" not in given:
+        costs["caching"] = 0.0  # which is within the seconds of the training
+    _check_known({**figures, **costs}, given, found)
+    in_hours = bool(timed) and not priced and "price" not in given
+    if in_hours:
+        found.notes.append(
+            "costs are hours of the machine that was timed; --price gives them a price"
+        )
+    if run is not None and "teacher_ms" in timed and "teacher_ms" not in given:
+        found.notes.append(
+            f"times of {run}: one thread, {given['batch']} at once; training is that "
             "of all trials of the student"
         )
-    return notes
+    return ("hours" if in_hours else "cost"), _budget(given, figures, costs, found)
 
 
-def _amount(value: float) -> str:
-    """Return a cost: whole from 1,000 on, else four digits."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:,.4g}"
+def _check_known(figures: Figures, given: Figures, found: _Found) -> None:
+    """Check that costs of both models are known, and the number of items."""
+    run = given.get("run")
+    for name, other in (("teacher", "student"), ("student", "teacher"), ("items", "")):
+        if name in figures:
+            continue
+        if name == "items":
+            flags = ["--items"]
+        else:
+            flags = [f"--{name}", f"--{name}-ms"]
+            flags += [] if other in figures else [f"--{name}-params"]
+        flags += [] if run else ["--from RUN"]
+        why = "; ".join([f"{run} has none", *found.notes]) if run else "no such figure is known"
+        choice = " or ".join((", ".join(flags[:-1]), flags[-1])) if flags[1:] else flags[0]
+        raise ValueError(f"{choice} must be given: {why}")
 
 
-def _large(value: float) -> str:
-    """Return a number in words from a million on.
+def _operations(
+    given: Figures, figures: Figures, run: FinishedRun | None, found: _Found
+) -> Figures:
+    """Return the costs in operations: of given sizes, else counted; empty where not known."""
+    sizes = [name for name in PARAMETERS if name in given]
+    if len(sizes) == 1:
+        (other,) = set(PARAMETERS) - set(sizes)
+        raise ValueError(
+            f"--{other.replace('_', '-')} must be given with --{sizes[0].replace('_', '-')}"
+        )
+    if sizes:
+        return _of_sizes(given, figures, found)
+    return {} if run is None else _counted(given, run, found)
 
-    >>> _large(1.1579e9)
-    '1.16 billion'
-    """
-    for name, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
-        if size <= value < 1e15:
-            return f"{value / size:.3g} {name}"
-    return _whole(value) if value >= 100 else f"{value:.4g}"
+
+def _of_sizes(given: Figures, figures: Figures, found: _Found) -> Figures:
+    """Return operations of models of given sizes, two a parameter and item."""
+    if "items" not in figures | given:
+        raise ValueError("--items, --tokens or --from RUN must be given: no such figure is known")
+    teacher, student = (OPERATIONS * given[name] for name in PARAMETERS)
+    known = {"epochs": 1.0, "trials": 1.0} | figures | given
+    found.notes.append(
+        "operations: 2 a parameter and item predicted, 6 where it is trained"
+        + ("" if "epochs" in figures | given else "; one epoch, as --epochs says no other number")
+    )
+    one = known["epochs"] * known["items"] * PASSES
+    costs: Figures = {"teacher": teacher, "student": student, "epochs": known["epochs"]}
+    if "teacher_training" in given:
+        costs["teacher_training"] = one * teacher
+    return costs
 
 
-def _whole(value: float) -> str:
-    return f"{value:,.0f}" if value < 1e15 else f"{value:.4g}"
+def _counted(given: Figures, run: FinishedRun, found: _Found) -> Figures:
+    """Return operations of a run's models, counted by torch; empty where it has none."""
+    if run.facts.function is not None:
+        found.notes.append(
+            "operations are not counted of networks of your own, whose code is not in the run: "
+            "--teacher-params and --student-params give their sizes"
+        )
+        return {}
+    from selfkd.loading.operations import operations_of  # torch: where operations are counted
+
+    try:
+        counted = operations_of(run)
+    except (ValueError, OSError, RuntimeError) as error:
+        found.notes.append(f"operations are not counted: {' '.join(str(error).split())[:200]}")
+        return {}
+    costs: Figures = {"teacher": counted.teacher, "student": counted.student}
+    all_items, chosen, of_teacher = trained_items(run)
+    if given.keys() & {"epochs", "trials", "items"}:
+        known = figures_of(run, batch=128) | given
+        one = known.get("epochs", 1.0) * known["items"]
+        all_items, chosen = known.get("trials", 1.0) * one, one
+    costs["training"] = all_items * counted.student_step
+    costs["search"] = max(all_items - chosen, 0.0) * counted.student_step
+    if counted.teacher_step is not None and of_teacher:
+        costs["teacher_training"] = of_teacher * counted.teacher_step
+    if found.live:
+        costs["caching"] = all_items * counted.teacher
+    found.notes.append(
+        "operations: those of matrix products, convolutions and attention, forward and backward, "
+        "as torch counts them"
+    )
+    return costs
+
+
+def _notes(run: FinishedRun) -> list[str]:
+    """Return what is to be said of a run: what its student keeps, what is counted how."""
+    sizes = [getattr(model, "parameters", None) for model in (run.student, run.teacher)]
+    notes = [
+        describe_kept(
+            "the student",
+            "the teacher",
+            run.scores,
+            run.teacher.metric(run.facts.tested),
+            metric=run.facts.metric,
+            size=size_kept(*sizes),
+        )
+    ]
+    if not run.config.distill.runs_teacher and run.generations > 1:
+        notes.append(
+            f"the logits of the teacher of each of {run.generations} generations are cached"
+        )
+    return [note for note in notes if note]
 
 
 if __name__ == "__main__":

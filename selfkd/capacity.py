@@ -20,7 +20,7 @@ from selfkd.experiments.capacity import finished, grow
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import capacity_table
-from selfkd.reporting.words import describe_members
+from selfkd.reporting.words import describe_members, describe_sizes_kept
 from selfkd.results import CapacitySummary, title
 from selfkd.text import shell_quote
 
@@ -128,14 +128,14 @@ def _describe(config: Config, folder: RunFolder, summary: CapacitySummary) -> De
     smallest = shell_quote(str(summary.sizes[0].value))
     command = f"response {run}" if summary.searched else f"budget --from {run} --value {smallest}"
     return Description(
-        summary.verdict.sentences,
+        [*summary.verdict.sentences, *describe_sizes_kept(summary, metric)],
         pick(table, name, *table.head[2:5], "distillation"),
         [
             f"models:  {folder.path}/students/*/trial_*/student.safetensors, the best distilled "
             "one of each size"
         ],
         f"python -m selfkd.{command}",
-        [pick(table, name, "params", "p, Holm"), *summary.said, said],
+        [pick(table, name, "params", "p, Holm", "score kept"), *summary.said, said],
     )
 
 

@@ -22,7 +22,7 @@ from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.plan import plan_deploy
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job
-from selfkd.config import Config, ModelConfig
+from selfkd.config import ARRAYS, Config, ModelConfig
 from selfkd.deployment import check_installed
 from selfkd.errors import ConfigError
 from selfkd.experiments import deploy as recipe
@@ -206,7 +206,7 @@ def _network_of(
     return found
 
 
-def _greet(config: Config, make_model: str | None) -> str:
+def _greet(config: Config, generation: int | None, make_model: str | None) -> str:
     options, made = config.deploy, ["float and int8 files"]
     if options.prune is not None:
         made.append(f"pruned by {options.prune:.0%} on {count(options.seeds, 'seed')}")
@@ -214,8 +214,8 @@ def _greet(config: Config, make_model: str | None) -> str:
         made.append(f"{options.bits}-bit weights on {count(options.seeds, 'seed')}")
     if options.ensemble:
         made.append("the ensemble as one graph")
-    student = config.student if config.generation_0.path is None else None
-    network = make_model or (student or config.model).name
+    given = config.generation_0.path is not None
+    network = make_model or config.network(0 if given else generation).name
     return f"deploying {network} on {config.data.name}: {', '.join(made)}"
 
 
@@ -277,7 +277,7 @@ def _command(
     return Command(
         name="deploy",
         check=check,
-        greet=lambda config: _greet(config, make_model),
+        greet=lambda config: _greet(config, generation, make_model),
         finished=finished,
         work=work,
         describe=_describe,
@@ -401,6 +401,7 @@ def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Desc
     again = f"python -m selfkd.deploy --from {where}"
     can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
     example = "IMAGE" if config.task == "images" else "'The value of'"
+    example = "FEATURES.npy" if config.data.name == ARRAYS else example
     tried = f"python {shell_quote(str(place / 'predict.py'))} {example}"
     if "predict.py" not in summary.files:
         tried = f"python -m selfkd.report {where}"

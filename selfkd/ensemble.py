@@ -14,7 +14,7 @@ from selfkd.cli.plan import plan_ensemble
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick
 from selfkd.config import Config
-from selfkd.experiments.ensemble import compress, finished
+from selfkd.experiments.ensemble import compress, finished, mixes_transfer
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import ensemble_table, further_head
@@ -85,18 +85,17 @@ def run_ensemble(
 
 
 def _greet(config: Config) -> str:
-    student = config.student or config.model
     return (
         f"{describe_members(config)}, then {config.search.trials} trials of one student, "
-        f"{student.name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to confirm "
-        "the best"
+        f"{config.network().name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to "
+        "confirm the best"
     )
 
 
 def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> Description:
     metric, further = folder.facts.metric, folder.facts.further
     short, table = short_metric(metric), ensemble_table(summary.rows, metric, further)
-    setting, *sentences = describe_ensemble(summary)
+    setting, *sentences = describe_ensemble(summary, metric)
     return Description(
         sentences,
         pick(table, "model", f"test {short}", "parameters", "ms, 1", "ms, 128"),
@@ -120,7 +119,9 @@ _COMMAND = Command(
     describe=_describe,
     plan=plan_ensemble,
     most=lambda config: max(
-        config.search.trials, config.members.trained(), 2 * config.confirm.seeds
+        config.search.trials,
+        config.members.trained(),
+        (3 if mixes_transfer(config) else 2) * config.confirm.seeds,
     ),
 )
 

@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 from selfkd.analysis.verdicts import count, sparkline
 from selfkd.cli.command import Command, Description, load_line
+from selfkd.cli.functions import absolute_reference, check_reference, stem_of
 from selfkd.cli.options import base_parser, config_flags
 from selfkd.cli.output import safe_output
 from selfkd.cli.plan import plan_generations
 from selfkd.cli.result import Given, Result, Settings, run_command
-from selfkd.cli.signals import inside_job
 from selfkd.cli.tables import chosen_table, own_metrics_table, summary_table
 from selfkd.config import Config
+from selfkd.config.validate import check_chain
 from selfkd.errors import ConfigError
 from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.given import check_given
@@ -31,7 +32,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
 from selfkd.reporting.words import form, short_metric, warn_of_collapse
 from selfkd.results import GenerationsSummary, title
-from selfkd.storage.remote import secret_fault
+from selfkd.text import shell_quote
 from selfkd.training.functions import function_reference
 
 DEFAULT_JOB = {"confirm.lineages": 12}
@@ -162,11 +163,10 @@ def run_generations(
 def _command(reference: str | None) -> Command[GenerationsSummary]:
     if reference is None:
         return _COMMAND
-    path, colon, name = reference.rpartition(":")
-    if colon and not inside_job():  # workers have other folders, but for a job's own
-        reference = f"{Path(path).expanduser().absolute()}:{name}"
+    reference = absolute_reference(reference)
 
     def check(config: Config) -> None:
+        check_chain(config)
         if config.generation_0.path is not None:
             raise ConfigError(
                 "--from must not be given with --train, whose networks and data are its own, got "
@@ -177,23 +177,27 @@ def _command(reference: str | None) -> Command[GenerationsSummary]:
                 "controls must be empty with --train, whose data and test split are its own, got "
                 f"{config.controls}"
             )
-        if fault := secret_fault(path):
-            raise ConfigError(f"--train {fault}")
-        if not colon or not Path(path).expanduser().is_file():
-            raise ConfigError(f"--train must be path/file.py:function, got {reference!r}")
+        check_reference(reference)
 
     command = dataclasses.replace(
         _COMMAND,
         check=check,
         greet=lambda config: f"{_plan(config)}, trained by {reference}",
         function=reference,
-        stem=f"{Path(path).stem}-{name}",
+        stem=stem_of(reference),
     )
     return dataclasses.replace(command, describe=partial(_describe, command=command))
 
 
+def _check(config: Config) -> None:
+    check_chain(config)
+    check_given(config)
+
+
 def _greet(config: Config) -> str:
-    return f"{_plan(config)}, {config.model.name} on {config.data.name}"
+    networks = [config.model, *config.students] if config.is_chain else [config.model]
+    named = " → ".join(model.title if config.is_chain else model.name for model in networks)
+    return f"{_plan(config)}, {named} on {config.data.name}"
 
 
 def _plan(config: Config) -> str:
@@ -246,9 +250,19 @@ def _describe(
         ],
         summary_table(summary, metric if own else facts.metric),
         [_best(summary), load_line(folder, own=own)],
-        f"{(command or _COMMAND).resume(folder)} --rounds {len(results)}",
+        _next(config, folder, command or _COMMAND, own=own),
         more,
     )
+
+
+def _next(
+    config: Config, folder: RunFolder, command: Command[GenerationsSummary], *, own: bool
+) -> str:
+    """Return the command to type next: one generation more, where there is a network of it."""
+    if not config.is_chain:
+        return f"{command.resume(folder)} --rounds {len(folder.results())}"
+    path = shell_quote(str(folder.path))
+    return f"python -m selfkd.report {path}" if own else f"python -m selfkd.deploy --from {path}"
 
 
 def _sentences(summary: GenerationsSummary) -> Sequence[str]:
@@ -283,7 +297,7 @@ def _sparkline(summary: GenerationsSummary, metric: str, compared_by: str) -> st
 
 _COMMAND = Command(
     name="generations",
-    check=check_given,
+    check=_check,
     greet=_greet,
     finished=finished,
     work=born_again,

@@ -104,7 +104,8 @@ def _places(
         suffix = place.name.removeprefix("generation_")
         if suffix.isdecimal() and (number := int(suffix)):
             state = "" if (place / "result.json").exists() else ", unfinished"
-            yield f"generation {number}{state}", number, size, place
+            own = facts.parameters.get(f"student_{number}", size)  # of a chain
+            yield f"generation {number}{state}", number, own, place
     if (path / "student").is_dir():
         yield "student", None, size, path / "student"
     if (path / "students.json").exists():

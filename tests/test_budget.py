@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from selfkd.results import (
 )
 from selfkd.storage.rows import save_row
 
+SIZES = ["--teacher-params", "70", "--student-params", "7"]
 TOKENS = ["--teacher", "10", "--student", "0.5", "--per", "1e6", "--items", "1e9"]
 
 
@@ -119,6 +121,85 @@ def test_training_must_be_known() -> None:
         budget(teacher=2, student=1, items=9)
 
 
+@pytest.mark.parametrize(
+    ("gap", "value", "break_even"),
+    [
+        (2, 1.5e-6, 11_000 / 6.5e-6),
+        (0, 1.5e-6, 11_000 / 9.5e-6),
+        (-1, 0.5e-6, 11_000 / 10e-6),  # a student that is better is worth more than it saves
+        (2, 4.75e-6, None),
+        (2, 5e-6, None),
+    ],
+)
+def test_the_break_even_is_weighted_by_what_the_gap_costs(
+    gap: float, value: float, break_even: float | None
+) -> None:
+    plan = budget(
+        teacher=10, student=0.5, per=1e6, items=1e9, training=1000, gap=gap, point_value=value * 1e6
+    )
+    assert plan.saving == pytest.approx(9.5e-6)
+    assert plan.gain == pytest.approx(9.5e-6 - value * gap, abs=1e-18)
+    assert plan.break_even == (None if break_even is None else pytest.approx(break_even))
+    assert ("never pays" in describe_budget(plan)) == (break_even is None)
+
+
+def test_a_gap_that_costs_more_than_is_saved_is_named() -> None:
+    plan = budget(teacher=10, student=1, items=10, training=5, gap=2, point_value=5, rate=7)
+    assert describe_budget(plan) == (
+        "distilling costs 105 and never pays: the gap of 2 points costs 10 per item, and 9 is "
+        "saved, there is no break-even"
+    )
+    assert plan.days is None
+
+
+def test_a_student_that_is_better_may_pay_though_it_saves_nothing() -> None:
+    plan = budget(teacher=1, student=1, items=10, training=5, gap=-2, point_value=5)
+    assert plan.break_even == pytest.approx(15 / 10)
+
+
+def test_at_a_rate_the_break_even_is_a_number_of_days() -> None:
+    plan = budget(teacher=3, student=1, items=10, training=10, rate=4)
+    assert (plan.break_even, plan.days) == (20, 5)
+    assert describe_budget(plan).endswith("after 20 served items, in 5 days at 4 a day")
+
+
+def test_the_training_of_the_teacher_counts_where_it_is_asked_for() -> None:
+    shown = budget(teacher=3, student=1, items=10, training=10, teacher_training=100)
+    counted = budget(
+        teacher=3, student=1, items=10, training=10, teacher_training=100, counts_teacher=True
+    )
+    assert (shown.distilling, counted.distilling) == (40, 140)
+
+
+def test_the_search_is_the_trials_that_are_not_taken() -> None:
+    plan = budget(teacher=2, student=0.1, items=1000, epochs=20, trials=8)
+    assert plan.search == pytest.approx(plan.training * 7 / 8)
+
+
+def test_a_teacher_that_runs_live_runs_at_each_training_step() -> None:
+    plan = budget(teacher=2, student=0.1, items=1000, epochs=20, trials=8, live=True)
+    assert plan.caching == 8 * 20 * 1000 * 2
+    text = io.StringIO()
+    Console(file=text, width=100).print(make_budget_table(plan))
+    assert "running the teacher at each training step" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("gap", math.nan), ("gap", math.inf), ("gap", 1e31), ("point_value", -1.0), ("rate", 0.0),
+     ("teacher_training", -1.0), ("search", math.nan), ("caching", -1.0)],
+)  # fmt: skip
+def test_bad_weights_are_refused(name: str, value: float) -> None:
+    given: dict[str, Any] = {"teacher": 2, "student": 1, "items": 9, "training": 1, "gap": 1.0}
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        budget(**given | {"point_value": 1.0} | {name: value})
+
+
+def test_a_point_s_value_needs_a_gap() -> None:
+    with pytest.raises(ValueError, match="gap must be given with point_value"):
+        budget(teacher=2, student=1, items=9, training=1, point_value=1)
+
+
 # --- the command ---
 
 
@@ -174,6 +255,19 @@ def test_times_become_costs_by_the_price_of_an_hour(capsys: pytest.CaptureFixtur
         ),
         (["--teacher-ms", "1e308"], "--teacher-ms must be from 1e-30 to 1e"),
         (["--price", "1e308"], "--price must be from 1e-30 to 1e"),
+        (["--teacher-params", "0"], "--teacher-params must be a finite number above 0, got 0.0"),
+        (["--student-params", "-5"], "--student-params must be a finite number above 0, got -5.0"),
+        (["--student-params", "nan"], "--student-params must be a finite .* above 0, got nan"),
+        (["--teacher-params", "5"], "--student-params must be given with --teacher-params"),
+        ([*SIZES], "--items, --tokens or --from RUN must be given"),
+        ([*SIZES, "--tokens", "5", "--items", "5"], "--tokens must be given without --items, got"),
+        ([*SIZES, "--tokens", "0"], "--tokens must be a finite number above 0, got 0.0"),
+        ([*SIZES, "--tokens", "5", "--rate", "0"], "--rate must be a number of .*, got 0"),
+        ([*SIZES, "--tokens", "5", "--rate", "nan/s"], "--rate must be a number .*, got nan/s"),
+        ([*SIZES, "--tokens", "5", "--rate", "3/week"], "--rate must be a number .*, got 3/week"),
+        ([*SIZES, "--tokens", "5", "--gap", "nan"], "gap must be a finite number of points, got"),
+        ([*SIZES, "--tokens", "5", "--point-value", "1"], "gap must be given with point_value"),
+        ([*TOKENS, "--epochs", "1", "--teacher-training"], "--teacher-training must be given a co"),
         (["--from", "nowhere"], r"--from must be a run folder \(with a config.yaml\), got nowhere"),
     ],
 )
@@ -185,6 +279,54 @@ def test_bad_input_is_one_message(
     assert output.out == ""
     (line,) = output.err.splitlines()
     assert re.search(message, line), line
+
+
+def test_from_sizes_a_token_costs_two_operations_a_parameter_and_six_where_it_is_trained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ["--teacher-params", "7e10", "--student-params", "8e9", "--tokens", "1e12"]
+    found = as_json(capsys, *sizes, "--rate", "1e6/s")
+    assert (found["of"], found["unit"]) == ("operations", "token")
+    assert found["teacher_cost"] == 2 * 7e10
+    assert found["training"] == pytest.approx(6 * 8e9 * 1e12)
+    assert found["caching"] == pytest.approx(2 * 7e10 * 1e12)
+    assert found["days"] == pytest.approx(found["distilling"] / (2 * 6.2e10) / 86_400 / 1e6)
+    counted = as_json(capsys, *sizes, "--trials", "3", "--epochs", "2", "--teacher-training")
+    assert counted["teacher_training"] == pytest.approx(6 * 7e10 * 2e12)
+    assert counted["training"] == pytest.approx(3 * 6 * 8e9 * 2e12)
+    assert counted["search"] == pytest.approx(2 / 3 * counted["training"])
+    whole = counted["caching"] + counted["training"] + counted["teacher_training"]
+    assert counted["distilling"] == pytest.approx(whole)
+
+
+def test_costs_and_sizes_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TOKENS, "--training", "1000", *SIZES, "--unit", "token"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1].split() == ["cost", "operations"]
+    assert "distilling costs 11,000 and" in printed
+    assert "distilling takes 182 billion operations and" in printed  # one epoch
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("1e6", 1e6),
+        ("20/s", 20 * 86_400),
+        ("2/min", 2880),
+        ("3/h", 72),
+        ("5/day", 5),
+        ("1 / s", 86400),
+    ],
+)
+def test_rates_are_a_day_or_in_another_time(
+    text: str, rate: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert as_json(capsys, *SIZES, "--items", "9", "--rate", text)["rate"] == rate
+
+
+def test_a_gap_without_a_value_is_said_to_cost_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, *SIZES, "--items", "9", "--gap", "3")
+    assert "a gap costs nothing without --point-value, what a point is worth" in found["notes"]
 
 
 def test_starts_without_torch() -> None:
@@ -282,7 +424,10 @@ def test_a_run_of_generations_has_no_times_of_predictions(
     found = measured(run)
     assert (found["trials"], found["train_seconds"]) == (8, 18.0)  # of those that had a teacher
     assert main(["--from", run]) == 2
-    assert "error: --teacher or --teacher-ms must be given: " in capsys.readouterr().err
+    assert (
+        "error: --teacher, --teacher-ms or --teacher-params must be given: "
+        in capsys.readouterr().err
+    )
 
 
 def test_a_capacity_run_has_students_to_choose_from(
@@ -310,6 +455,51 @@ def test_a_capacity_run_has_students_to_choose_from(
     assert main(["--from", run]) == 2
     error = capsys.readouterr().err
     assert "--value must be one of the run's students (4, 8), got None" in error
+
+
+def test_the_gap_of_a_run_is_that_of_its_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = TableRow(name="student", metrics={"test_accuracy": 0.9}, ms_1=3.0, ms_128=0.5)
+    teacher = TeacherRow(
+        source="members", members=5, metrics={"test_accuracy": 0.93}, ms_1=12.0, ms_128=2.0
+    )
+    run = finished_run(tmp_path, "ensemble", replace(ENSEMBLE, rows=(student,), teacher=teacher))
+    assert measured(run)["gap"] == pytest.approx(3.0)
+    found = as_json(capsys, "--from", run, "--point-value", "1e-7")
+    assert found["gain"] == pytest.approx(1.5 / 3.6e6 - 3e-7)
+    assert "the gap of 3 points counted" in found["sentence"]
+    given = as_json(capsys, "--from", run, "--point-value", "1e-7", "--gap", "20")
+    assert given["break_even"] is None
+    kept = "the student keeps 96.77 % of the teacher's test accuracy"
+    assert kept in given["notes"]
+
+
+def test_the_teachers_training_of_a_run_is_shown_and_counted_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "ensemble", ENSEMBLE)
+    for number in range(2):
+        trial = TrialResult(
+            stage="members", trial=number, seed=number, status="completed", train_seconds=9.0
+        )
+        save_row(Path(run) / "members" / f"trial_00{number}" / "result.json", trial)
+    shown = as_json(capsys, "--from", run, "--price", "3600")
+    counted = as_json(capsys, "--from", run, "--price", "3600", "--teacher-training")
+    assert shown["teacher_training"] == counted["teacher_training"] == pytest.approx(18.0)
+    assert counted["distilling"] == pytest.approx(shown["distilling"] + 18.0)
+    assert main(["--from", run, "--teacher-training", "5"]) == 2
+    assert "where costs (--teacher-training) meet times" in capsys.readouterr().err
+
+
+def test_a_run_without_a_student_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generation = GenerationResult(generation=0, trial=0)
+    run = finished_run(tmp_path, "generations", GenerationsSummary(generations=(generation,)))
+    assert main(["--from", run]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--from must be a run with a student, got" in line
 
 
 def test_a_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from selfkd.worker.jobs import run_job
 TINY = (
     "model={name: selfkd_mlp, args: {width: 8, depth: 1}}",
     *("data.train_size=100", "data.val_size=50", "train.epochs=1"),
-    *("search.trials=1", "confirm.seeds=0", "rounds=0", "tracking=none", "resources.cpu=2"),
+    *("search.trials=1", "confirm.seeds=0", "rounds=0", "tracking=none", "resources.cpu=1.5"),
 )
 
 

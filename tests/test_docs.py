@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -63,7 +65,8 @@ def test_types_limits_and_defaults_are_those_of_the_schema() -> None:
     assert found["train.schedule"].type == "`cosine`, `step`, `none`"
     assert found["rounds"].type == "whole number or `auto`"
     assert found["data.classes"].type == "list of whole number, or null"
-    assert found["student"].type == "network as in [model](#model), or null"
+    network = "network as in [model](#model)"
+    assert found["student"].type == f"{network} or list of {network}, or null"
     assert found["model.args"].default == '`{"width": 8}`'
     assert found["study.compare.each.arm"].default == "required"
 
@@ -87,6 +90,42 @@ def test_the_api_has_every_public_name_and_every_loss() -> None:
     for name in said:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_guide_names_whatever_the_reference_has() -> None:
+    """What the guide does not name by its purpose is found only by who knows that it is there."""
+    said = re.findall(r"^::: ([\w.]+)$", docs.api_page() + docs.losses_page(), re.M)
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    code = " ".join(part for page in pages for part in re.findall(r"```.*?```|`[^`]+`", page, re.S))
+    words = set(re.findall(r"\w+", code))
+    assert [name for name in said if name.rpartition(".")[2] not in words] == []
+    assert set(selfkd.__all__) - {"__version__"} <= words
+
+
+def test_one_default_of_t_and_alpha_but_where_the_guide_says_why() -> None:
+    """The Trainer is read, not imported, which would take long."""
+    ours = inspect.signature(selfkd.Distiller).parameters
+    config = Config().distill
+    assert (ours["temperature"].default, ours["alpha"].default) == (
+        config.temperature,
+        config.alpha,
+    )
+    trainer = (ROOT / "selfkd" / "integrations" / "transformers" / "trainer.py").read_text()
+    values = dict(re.findall(r"^        (temperature|alpha): float = ([\d.]+),$", trainer, re.M))
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    given = f"{float(values['temperature']):g} | {values['alpha']}"
+    assert f"| `DistillationTrainer` of transformers | {given} |" in page
+
+
+def test_the_figures_that_choices_stand_on_are_those_of_the_pages_they_are_from() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    bullets = re.findall(r"^- .*?(?=^- |^$)", page, re.M | re.S)
+    assert len(bullets) >= 9
+    for bullet in bullets:
+        links = re.findall(r"\]\(([^)#]+)", bullet)
+        sources = " ".join((ROOT / "docs" / link).read_text(encoding="utf-8") for link in links)
+        for figure in re.findall(r"[+-]\d+\.\d+", bullet):
+            assert figure in sources, (figure, links)
 
 
 def public_losses() -> list[str]:
@@ -132,3 +171,14 @@ def test_links_lead_to_files(site: Path) -> None:
     for page in site.glob("*.md"):
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert link.startswith("https://") or (site / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", ["worked_examples", "choosing"])
+def test_the_numbers_of_a_page_are_computed(page: str) -> None:
+    file = ROOT / "docs" / f"{page}.md"
+    text = re.sub(r"^```.*$", "", file.read_text(encoding="utf-8"), flags=re.M)
+    test = doctest.DocTestParser().get_doctest(text, {}, page, str(file), 0)
+    said: list[str] = []
+    results = doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+    assert results.attempted > 0
+    assert results.failed == 0, "".join(said)

@@ -24,7 +24,7 @@ from selfkd import generations, submit
 from selfkd.experiments.run_folder import RunFolder
 
 TINY = ["search.trials=2", "train.epochs=2", "model.args={width: 4}"]
-TINY += ["confirm.seeds=0", "tracking=none", "resources.cpu=2"]  # one worker
+TINY += ["confirm.seeds=0", "tracking=none", "resources.cpu=1.5"]  # one worker, one thread
 LIMIT = 600  # seconds that a loaded machine may take; nothing here waits for that long
 TRAIN = """
 from helper import make_student

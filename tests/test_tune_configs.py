@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from selfkd.config import ModelConfig, TrainConfig, load_config
+from selfkd.config.validate import check_chain, check_study
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.generations import DEFAULT_JOB
@@ -28,6 +29,7 @@ SHAPES = {
     "cifar100": (100, 3, 32),
 }
 TEXT = sorted((FOLDER / "text").glob("*.yaml"))
+KNOWLEDGE = sorted((FOLDER / "knowledge").glob("*.yaml"))
 CIFAR = [path for path in CONFIGS if path.stem.startswith("cifar")]
 SMALL = {
     "selfkd_resnet20": "{depth: 8}",
@@ -112,6 +114,21 @@ def test_of_text_loads_and_opens_with_its_command(path: Path) -> None:
     assert config.task == "text"
     assert f"python -m selfkd.{command} --config tune_configs/text/{path.name} --name" in head
     assert "Expected:" in head
+
+
+@pytest.mark.parametrize("path", KNOWLEDGE, ids=lambda path: path.stem)
+def test_of_knowledge_loads_and_opens_with_its_command(path: Path) -> None:
+    config, head = load_config(path), path.read_text().split("\ndata:")[0]
+    if config.study.arms:
+        check_study(config)
+    check_chain(config)
+    if config.study.arms:
+        command = "study"
+    else:
+        command = "generations" if config.student is not None else r"(generations|ensemble)"
+    assert re.search(
+        rf"python -m selfkd\.{command} --config tune_configs/knowledge/{path.name}", head
+    )
 
 
 def test_digits_is_the_built_in_default() -> None:

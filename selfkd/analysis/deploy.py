@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from selfkd.analysis.kept import describe_kept, score_kept
 from selfkd.analysis.statistics import mean_interval, paired_interval
 from selfkd.analysis.verdicts import (
     count,
@@ -62,6 +63,28 @@ def difference_of(row: DeployRow, summary: DeploySummary, facts: Facts) -> Inter
         return row.difference
     floor = resolution(facts, summary.metric, "test")
     return mean_interval([own - value for own in row.values], floor=floor)
+
+
+def kept_of(row: DeployRow, summary: DeploySummary) -> Interval | None:
+    """Return which share of the float file's test score a row keeps, over its seeds if any.
+
+    >>> of = DeployRow(key="float", title="", metrics={"test_accuracy": 0.8})
+    >>> row = DeployRow(key="int8", title="", metrics={"test_accuracy": 0.4})
+    >>> rows = (of, row)
+    >>> kept_of(row, DeploySummary(model="", title="", metric="accuracy", rows=rows, served=""))
+    Interval(value=0.5, low=None, high=None)
+    """
+    of = _find_row(summary, REFERENCE)
+    if row.key == REFERENCE or of is None:
+        return None
+    reference = of.metric(f"test_{summary.metric}")
+    return score_kept(_scores(row, summary), reference, metric=summary.metric)
+
+
+def _scores(row: DeployRow, summary: DeploySummary) -> tuple[float, ...]:
+    """Return the test metric of a row, of each of its seeds."""
+    value = row.metric(f"test_{summary.metric}")
+    return row.values or (() if value is None else (value,))
 
 
 def drop_of(row: DeployRow, before: DeployRow, name: str) -> float | None:
@@ -163,6 +186,7 @@ def deploy_sentences(summary: DeploySummary, facts: Facts, *, short: bool = Fals
     rows = [*_of_others(summary, facts), *_of_torch(summary), *_of_operators(summary)]
     return [
         *(headline if short else [*headline, *rows]),
+        *_of_kept(summary),
         *_of_training(summary, facts),
         *_of_ensemble(summary, facts),
         *_of_machine(summary),
@@ -350,6 +374,23 @@ def _of_training(summary: DeploySummary, facts: Facts) -> Iterator[str]:
                 count(len(pairs), "paired seed"),
                 mode=metric.mode,
                 form=metric.difference,
+            )
+
+
+def _of_kept(summary: DeploySummary) -> Iterator[str]:
+    """Yield which share of the score what is served keeps, and a distilled model, at which size."""
+    of = _find_row(summary, REFERENCE)
+    for row in summary.rows:
+        served = row.key == summary.served or row.key.endswith(DISTILLED)
+        if of is not None and served and kept_of(row, summary) is not None:
+            yield describe_kept(
+                row.title,
+                "the float file",
+                _scores(row, summary),
+                of.metric(f"test_{summary.metric}"),
+                metric=summary.metric,
+                size=size_ratio(row, summary),
+                of="size",
             )
 
 

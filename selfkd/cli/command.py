@@ -43,7 +43,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.read import REPORT
 from selfkd.reporting.tables import Table
 from selfkd.reporting.watch import Reporter, make_plots
-from selfkd.reporting.words import duration
+from selfkd.reporting.words import describe_live, duration
 from selfkd.results import Event
 from selfkd.storage.files import make_no_folder_again, remove_tree
 from selfkd.storage.lock import Lock
@@ -257,7 +257,8 @@ class Command(Generic[S]):
     def _run(self, folder: RunFolder, config: Config, options: Options) -> S:
         console = make_console()
         if not options.quiet:
-            print_sentences(console, [f"selfkd: {self.greet(config)}; run folder {folder.path}"])
+            greeting = f"selfkd: {self.greet(config)}; run folder {folder.path}"
+            print_sentences(console, [greeting, *describe_live(config)])
         work = Work()
         summary = self.finished(config, folder)
         if summary is None:

@@ -6,20 +6,31 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from selfkd.analysis.verdicts import count, short
 from selfkd.cli.terminal import make_console, print_sentences, print_table
-from selfkd.config import Config, DataConfig, Tree, WriteConfig, to_tree, uses_pretrained
+from selfkd.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    Tree,
+    WriteConfig,
+    to_tree,
+    uses_pretrained,
+)
+from selfkd.config.tasks import tries_teachers
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import load_entry
+from selfkd.experiments.confirm import baselines, pairs_of
 from selfkd.experiments.controls import TITLES
+from selfkd.experiments.ensemble import mixes_transfer
 from selfkd.experiments.given import has_known_training
-from selfkd.experiments.members import find_members
+from selfkd.experiments.members import find_members, trained_networks
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
-from selfkd.reporting.words import duration
+from selfkd.reporting.words import describe_live, duration
 from selfkd.results import Facts, Row, TrialResult, from_row
 from selfkd.storage.rows import load_row
 
@@ -39,6 +50,8 @@ class Planned:
     """Patterns of the folders of its trials in the run folder."""
     config: Config
     """Config of these trainings, whose `model` is trained."""
+    teachers: Sequence[ModelConfig] = ()
+    """Networks of their teachers, some of which may be run at every step."""
 
 
 @dataclass(frozen=True)
@@ -52,64 +65,88 @@ class Plan:
     """Number of models that write text for students."""
     texts: int = 0
     """Number of texts a training prompt, of all of them together."""
+    tried: Sequence[tuple[Config, Sequence[ModelConfig]]] = ()
+    """Configs whose further terms are tried, with the networks of the teachers."""
 
 
 def plan_generations(config: Config) -> Plan:
     """Return the plan of `selfkd.generations`."""
     rounds, trials, seeds = config.most_rounds, config.search.trials, config.confirm.replicas
-    student = _student(config)
     given, known = config.generation_0.path is not None, has_known_training(config)
     stages = []
     if not given:
         stages.append(Planned("generation 0", trials, ["generation_000/trial_*"], config))
-    if rounds:
-        which = "generation 1" if rounds == 1 else f"generations 1 to {rounds}"
-        at_most = "at most " if config.rounds == "auto" else ""
-        patterns = ["generation_*[1-9]*/trial_*"]
-        stages.append(Planned(f"{at_most}{which}", rounds * trials, patterns, student))
+    parts = [(1, rounds)] if rounds else []
+    if config.is_chain:
+        parts = [(number, number) for number in range(1, rounds + 1)]
+    at_most = "at most " if config.rounds == "auto" else ""
+    for first, last in parts:
+        which, patterns, own = _generations(config, first, last)
+        patterns = [f"{pattern}/trial_*" for pattern in patterns]
+        each, teachers = (last - first + 1) * trials, [config.network(first - 1)]
+        stages.append(Planned(f"{at_most}{which}", each, patterns, own, teachers))
     if seeds and known:
         patterns = ["generation_000/confirm/*"]
         stages.append(Planned("confirmation, generation 0", seeds, patterns, config))
-    if seeds and config.student is not None:
-        patterns = ["labels/confirm/*"]
-        stages.append(Planned("confirmation, student on labels", seeds, patterns, student))
-    if seeds and rounds:
-        patterns = ["generation_*[1-9]*/confirm/*"]
-        stages.append(Planned(f"confirmation, {which}", rounds * seeds, patterns, student))
+    for path, model in baselines(config, range(1, rounds + 1)).values() if seeds else ():
+        patterns, own = [f"{PurePosixPath(path).parent}/confirm/*"], replace(config, model=model)
+        title = f"confirmation, {model.title if config.is_chain else 'student'} on labels"
+        stages.append(Planned(title, seeds, patterns, own))
+    for first, last in parts if seeds else ():
+        which, patterns, own = _generations(config, first, last)
+        patterns = [f"{pattern}/confirm/*" for pattern in patterns]
+        each, teachers = (last - first + 1) * seeds, [config.network(first - 1)]
+        stages.append(Planned(f"confirmation, {which}", each, patterns, own, teachers))
     for name in dict.fromkeys(config.controls):
         many = rounds + 1 if name == "seeds" else trials + seeds
         patterns = [f"controls/{name}/**/trial_*"]
-        stages.append(Planned(f"control: {TITLES[name]}", many, patterns, student))
+        own = replace(config, model=config.network(1))
+        stages.append(Planned(f"control: {TITLES[name]}", many, patterns, own))
     teacher = config.distill.teacher
     each = int(teacher[4:]) if teacher.startswith("top:") else 1
-    return _by_mode(config, Plan(stages, rounds * (each + config.confirm.lineages)))
+    tried = pairs_of(config)
+    return _by_mode(config, Plan(stages, rounds * (each + config.confirm.lineages), tried=tried))
+
+
+def _generations(config: Config, first: int, last: int) -> tuple[str, list[str], Config]:
+    """Return the name of generations of one network, patterns of their folders, and the config."""
+    own = replace(config, model=config.network(first))
+    if config.is_chain:
+        named = f"generation {first}, {own.model.title}"
+        return named, [f"generation_{first:03d}"], own
+    which = "generation 1" if last == 1 else f"generations 1 to {last}"
+    return which, ["generation_*[1-9]*"], own
 
 
 def plan_ensemble(config: Config) -> Plan:
     """Return the plan of `selfkd.ensemble`."""
     members, student, seeds = _members(config), _student(config), config.confirm.seeds
     trials = config.search.trials
-    stages = [*members.stages, Planned("student", trials, ["student/trial_*"], student)]
+    teachers = trained_networks(config)
+    stages = [*members.stages, Planned("student", trials, ["student/trial_*"], student, teachers)]
     if config.space(with_teacher=False) or not seeds:
         stages.append(Planned("student from labels only", trials, ["labels/trial_*"], student))
     if seeds:
-        stages.append(Planned("confirmation, both", 2 * seeds, ["confirm/*/trial_*"], student))
-    return _by_mode(config, replace(members, stages=stages))
+        arms = 3 if mixes_transfer(config) else 2
+        title = "confirmation, all three" if arms == 3 else "confirmation, both"
+        patterns = ["confirm/*/trial_*"]
+        stages.append(Planned(title, arms * seeds, patterns, student, teachers))
+    return _by_mode(config, replace(members, stages=stages, tried=[(config, teachers)]))
 
 
 def plan_capacity(config: Config) -> Plan:
     """Return the plan of `selfkd.capacity`."""
     members, key = _members(config), config.capacity.key
     stages, trials = list(members.stages), config.search.trials
-    searched = config.capacity.search
+    searched, teachers = config.capacity.search, trained_networks(config)
     searches = [wanted for wanted in (True, False) if config.space(with_teacher=wanted)]
     for number, value in enumerate(config.capacity.values):
         own = _student(config.at({key: value}))
         title = f"{key.rpartition('.')[2]} {value}, labels only and distilled"
         patterns = [f"students/*_{number:03d}/trial_*", f"*search_{number:03d}/trial_*"]
         each = 2 * config.confirm.seeds + (trials * len(searches) if searched else 0)
-        stages.append(Planned(title, each, patterns, own))
-    return _by_mode(config, replace(members, stages=stages))
+        stages.append(Planned(title, each, patterns, own, teachers))
+    return _by_mode(config, replace(members, stages=stages, tried=[(config, teachers)]))
 
 
 def plan_deploy(config: Config) -> Plan:
@@ -128,14 +165,18 @@ def plan_deploy(config: Config) -> Plan:
 
 def plan_study(config: Config) -> Plan:
     """Return the plan of `selfkd.study`."""
-    stages = []
+    stages, tried = list[Planned](), list[tuple[Config, Sequence[ModelConfig]]]()
     cached, writing = dict[tuple[str, DataConfig], int](), dict[tuple[str, WriteConfig], int]()
     for name, arm in config.study.arms.items():
         if arm.average:
             continue
         own, seeds = config.at(arm.set), config.arm_seeds(arm)
-        stages.append(Planned(name, seeds, [f"arms/{name}/trial_*"], own))
-        for teacher in () if own.distill.live else arm.teachers:
+        others = [config.study.arms[each] for each in arm.teachers if each in config.study.arms]
+        teachers = [config.at(other.set).model for other in others]
+        stages.append(Planned(name, seeds, [f"arms/{name}/trial_*"], own, teachers))
+        if tries_teachers(own) and teachers:
+            tried.append((own, teachers))
+        for teacher in arm.teachers if own.reads_cache else ():
             if teacher in config.study.arms:
                 number = min(config.arm_seeds(config.study.arms[teacher]), seeds)
             else:
@@ -146,7 +187,7 @@ def plan_study(config: Config) -> Plan:
                 write = replace(own.write, keep="all")  # of which those that are right are a part
                 writing[teacher, write] = max(number, writing.get((teacher, write), 0))
     texts = sum(number * write.samples for (_, write), number in writing.items())
-    return Plan(stages, sum(cached.values()), sum(writing.values()), texts)
+    return Plan(stages, sum(cached.values()), sum(writing.values()), texts, tried)
 
 
 def _by_mode(config: Config, plan: Plan) -> Plan:
@@ -158,7 +199,7 @@ def _by_mode(config: Config, plan: Plan) -> Plan:
 
 
 def _student(config: Config) -> Config:
-    return config if config.student is None else replace(config, model=config.student)
+    return replace(config, model=config.network())
 
 
 def _members(config: Config) -> Plan:
@@ -195,6 +236,9 @@ def print_plan(
     # of a worker, before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(int(config.resources.cpu), 1)))
     console, facts = make_console(), _check(config, function)
+    for own, teachers in plan.tried:
+        if function is None and tries_teachers(own):
+            _check(own, function, teachers)
     done = [_done(folder, stage.patterns) for stage in plan.stages]
     left = [max(s.trainings - len(d), 0) for s, d in zip(plan.stages, done, strict=True)]
     rows = [
@@ -213,6 +257,13 @@ def print_plan(
         lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):
         lines.append(_describe_cache(config, plan, facts))
+    if facts.transfer and config.data.transfer is not None:
+        share = 1 / (1 - config.data.transfer.weight)
+        lines.append(
+            f"mixed:   steps of students with teachers have {share:.3g} times as many items with "
+            "the transfer set, which the time below leaves out"
+        )
+    lines += [f"live:    {said}" for said in describe_live(config)]
     lines += describe_on_policy(plan, left)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
@@ -242,11 +293,12 @@ def _job(kind: str, **payload: Any) -> list[Row]:
     return list(load_entry(ENTRY)(kind, payload))
 
 
-def _check(config: Config, function: str | None) -> Facts:
+def _check(config: Config, function: str | None, teachers: Sequence[ModelConfig] = ()) -> Facts:
     if function is None:
         tree = to_tree(config)
         tree["resources"]["gpu"] = 0.0  # where the run is started there may be some
-        (row,) = _job("check", config=tree)
+        models = [{"name": model.name, "args": model.args} for model in teachers]
+        (row,) = _job("check", config=tree, teachers=models)
     else:
         (row,) = _job("check_function", function=function)
     if "fault" in row:
@@ -264,16 +316,19 @@ def _describe_text(plan: Plan, facts: Facts) -> str:
 
 def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
     """Return the size of the cached teacher logits in words."""
-    if config.distill.live:
+    if not config.reads_cache:
         return "cached:  no teacher logits, as teachers are run at each step"
     if facts.cached is None or not plan.teachers:
         return "cached:  no teacher logits"
-    items, each = facts.items["train"] * facts.views, facts.cached.row_bytes
+    pools = [facts.items["train"], facts.transfer]
+    each, which = facts.cached.row_bytes, f"{pools[0]:,} {facts.unit}"
+    if facts.transfer:
+        which += f" and {facts.transfer:,} of the transfer set"
     views = f" in {facts.views} views" if facts.views > 1 else ""
     return (
-        f"cached:  {short(plan.teachers * items * each)}B of teacher logits, of "
-        f"{count(plan.teachers, 'model')} for {facts.items['train']:,} {facts.unit}{views}: "
-        f"{facts.cached.words}, {each:,} bytes each"
+        f"cached:  {short(plan.teachers * sum(pools) * facts.views * each)}B of teacher logits, of "
+        f"{count(plan.teachers, 'model')} for {which}{views}: {facts.cached.words}, {each:,} bytes "
+        "each"
     )
 
 
@@ -317,12 +372,19 @@ def _describe_time(
     elif why := _unmeasured(config, facts, function):
         return f"time:    no guess, as {why}"
     else:
-        networks = {_digest(s): s for s, n in zip(plan.stages, left, strict=True) if n}
+        waiting = [stage for stage, n in zip(plan.stages, left, strict=True) if n]
+        run_live = [own for stage in waiting for own in _live(stage)]
+        networks = {_digest(own): own for own in [*(s.config for s in waiting), *run_live]}
         timed = list(networks.values())[:NETWORKS]
-        each = {_digest(stage): _epoch_seconds(stage.config, facts) for stage in timed}
+        each = {_digest(own): _epoch_seconds(own, facts) for own in timed}
         mean = sum(each.values()) / len(each)
+
+        def epoch(stage: Planned) -> float:
+            forward = sum(each.get(_digest(own), mean) for own in _live(stage)) / 3
+            return each.get(_digest(stage.config), mean) + forward
+
         seconds = sum(
-            n * stage.config.train.epochs * each.get(_digest(stage), mean)
+            n * stage.config.train.epochs * epoch(stage)
             for stage, n in zip(plan.stages, left, strict=True)
         )
         of = "" if len(each) == 1 else f" of {len(each)} networks"
@@ -339,8 +401,14 @@ def _roughly(seconds: float) -> str:
     return f"{max(round(seconds), 1)} s" if seconds < 90 else duration(max(seconds, 120))
 
 
-def _digest(stage: Planned) -> str:
-    own = stage.config
+def _live(stage: Planned) -> list[Config]:
+    """Return configs of the teachers that a stage's students run at every step."""
+    if not stage.config.distill.runs_teacher:
+        return []
+    return [replace(stage.config, model=model) for model in stage.teachers]
+
+
+def _digest(own: Config) -> str:
     return repr((own.model, own.train.batch_size, own.train.optimizer, own.data))
 
 

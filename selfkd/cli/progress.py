@@ -13,8 +13,15 @@ from rich.text import Text
 
 from selfkd.analysis.verdicts import count
 from selfkd.cli.terminal import print_lines
-from selfkd.config import Config
-from selfkd.reporting.words import percent, plus_minus, short_metric, value
+from selfkd.config import TERMS, Config
+from selfkd.reporting.words import (
+    format_setting,
+    percent,
+    plus_minus,
+    short_key,
+    short_metric,
+    value,
+)
 from selfkd.results import (
     Event,
     GenerationConfirmed,
@@ -233,9 +240,9 @@ def _named(metric: str) -> str:
 
 
 def _setting(point: Point) -> str:
-    short = {"distill.temperature": "T", "distill.alpha": "alpha"}
+    short = {"distill.temperature": "T", "distill.alpha": "alpha", TERMS: "terms"}
     parts = [
-        f"{short.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        f"{short.get(key, short_key(key))} {format_setting(key, value)}"
         for key, value in point.items()
     ]
     return f" ({', '.join(parts)})" if parts else ""

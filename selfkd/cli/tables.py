@@ -7,7 +7,13 @@ from dataclasses import replace
 
 from selfkd.analysis.verdicts import count
 from selfkd.reporting import words
-from selfkd.reporting.tables import FURTHER, Table, further_head, measures
+from selfkd.reporting.tables import (
+    FURTHER,
+    Table,
+    further_head,
+    measures,
+    sizes_by_generation,
+)
 from selfkd.results import (
     Confirmation,
     ControlResult,
@@ -27,28 +33,30 @@ def summary_table(summary: GenerationsSummary, metric: str) -> Table:
             there is no test split, as with a user's training function.
     """
     confirmed = {row.generation: row for row in summary.confirmations}
+    sizes = sizes_by_generation(summary.generations)
     rows = [
         (
             str(result.generation),
             *_replicated(confirmed.get(result.generation), result, metric),
             *_setting(result),
+            sizes.get(result.generation, ""),
         )
         for result in summary.generations
     ]
     rules = []
     if summary.ensemble is not None:
         rules = [len(rows)]
-        rows.append(("ensemble of all", measures(summary.ensemble, metric)[1], "", "", ""))
+        rows.append(("ensemble of all", measures(summary.ensemble, metric)[1], "", "", "", ""))
     for control in summary.controls:
         rules = rules or [len(rows)]
-        rows.append((control.title, *_replicated(control, None, metric), "", ""))
+        rows.append((control.title, *_replicated(control, None, metric), "", "", ""))
     seeds = max((len(row.seeds) for row in summary.confirmations), default=0)
     lineages = summary.verdict is not None and summary.verdict.covers == "lineages"
     over = f", {count(seeds, 'lineage' if lineages else 'seed')}" if seeds else ""
     replicated = summary.confirmations[0].metric if summary.confirmations else metric
     larger = find_metric(replicated).mode == "max"  # else what is better is below 0
     gain = f"{'gain' if larger else 'vs gen. 0'}{words.difference_head(replicated)}"
-    head = ("generation", f"{_title(summary, metric)}{over}", gain, "T", "alpha")
+    head = ("generation", f"{_title(summary, metric)}{over}", gain, "T", "alpha", "parameters")
     return Table(head, tuple(rows), rules=tuple(rules)).without_empty()
 
 

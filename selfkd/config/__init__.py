@@ -13,9 +13,12 @@ from selfkd.config.load import load_yaml as load_yaml
 from selfkd.config.load import merge_settings as merge_settings
 from selfkd.config.load import parse_yaml as parse_yaml
 from selfkd.config.load import resume_invariant as resume_invariant
+from selfkd.config.schema import ARRAYS as ARRAYS
 from selfkd.config.schema import RESERVED_ARGS as RESERVED_ARGS
 from selfkd.config.schema import SOURCE_ARGS as SOURCE_ARGS
 from selfkd.config.schema import SPACE as SPACE
+from selfkd.config.schema import TERM_WEIGHT as TERM_WEIGHT
+from selfkd.config.schema import TERMS as TERMS
 from selfkd.config.schema import ArmConfig as ArmConfig
 from selfkd.config.schema import CheckpointConfig as CheckpointConfig
 from selfkd.config.schema import Config as Config
@@ -31,6 +34,7 @@ from selfkd.config.schema import TargetsConfig as TargetsConfig
 from selfkd.config.schema import TrainConfig as TrainConfig
 from selfkd.config.schema import Tree as Tree
 from selfkd.config.schema import WriteConfig as WriteConfig
+from selfkd.config.schema import choices_of_terms as choices_of_terms
 from selfkd.config.schema import flat as flat
 from selfkd.config.schema import from_tree as from_tree
 from selfkd.config.schema import get as get

@@ -33,7 +33,11 @@ def with_absolute_paths(config: Config) -> Config:
     if not TRAINED_TOKENIZER.fullmatch(tokenizer):
         tokenizer = absolute(tokenizer)
     data = dataclasses.replace(config.data, root=root and absolute(root), tokenizer=tokenizer)
-    student = config.student and _with_absolute_path(config.student)
+    student = config.student
+    if isinstance(student, list):
+        student = [_with_absolute_path(model) for model in student]
+    elif student is not None:
+        student = _with_absolute_path(student)
     return dataclasses.replace(
         config,
         data=data,
@@ -70,8 +74,8 @@ def relative_paths(config: Config | None, *named: tuple[str, str | None]) -> lis
         paths += [("--from", config.generation_0.path)]
         paths += [
             ("model.args.path", model.args.get("path"))
-            for model in (config.model, config.student, *config.members.models)
-            if model is not None and model.name == HF
+            for model in (config.model, *config.students, *config.members.models)
+            if model.name == HF
         ]
         paths += [("members.checkpoints", file.path) for file in config.members.checkpoints]
     return [

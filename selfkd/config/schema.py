@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -23,6 +25,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from selfkd.config.space import Distribution, Point
+from selfkd.distill.loss_names import check_term
 from selfkd.errors import ConfigError, cut_text
 from selfkd.results import find_metric
 from selfkd.storage.remote import secret_fault
@@ -60,6 +63,8 @@ SOURCE_ARGS = (*RESERVED_ARGS, "path")
 """Arguments that a checkpoint drops, as its weights come from itself."""
 
 
+ARRAYS = "arrays"
+"""Name of the data set whose items are vectors of features."""
 HF = "hf"
 """Name of the language models of `transformers` that are read from a folder, `model.args.path`."""
 
@@ -96,14 +101,17 @@ class TransferConfig:
     """Transfer set: further data that students with teachers are trained on."""
 
     name: Place
-    """Name of the dataset, as in `data.name`, whose training items are taken; or folder: images in
-    `root` and its subfolders, without classes."""
+    """Name of the dataset, as in `data.name`: its items without an official split of validation or
+    test; where it is `data.name` itself, its training items that are in no split. Or folder: images
+    in `root` and its subfolders, without classes."""
     root: Place | None = None
     """Folder of the dataset; `data.root` when not given."""
     size: int | None = Field(default=None, ge=1)
     """Number of its items that are taken, by `seed`; all when not given."""
-    weight: float = Field(default=0.5, gt=0, lt=1)
-    """Share of each batch that is of the transfer set, in (0, 1)."""
+    weight: float = Field(default=0.5, ge=0, lt=1)
+    """Share of each batch that is of the transfer set, in [0, 1): its items are added to the batch
+    of labelled ones, of which an epoch has as many as without. At 0 none are, and the splits stay
+    the same."""
     labels: bool = False
     """Whether its labels are trained on where it has them; else its items have the soft term
     alone."""
@@ -114,14 +122,20 @@ class DataConfig:
     """Dataset, splits and augmentation."""
 
     name: Place = "digits"
-    """Name of the dataset: digits, mnist, fashion_mnist, cifar10, cifar100, folder (images in
-    train/CLASS and test/CLASS, or a folder of `datasets.save_to_disk`) or any name of
-    `timm.data.create_dataset`. Of text: pydoc (the manual in Python itself), the default there;
-    docstrings (of Python's standard library); arithmetic (generated problems); or text (`root` has
-    files .txt, or .jsonl with `{"text": …}` or `{"prompt": …, "completion": …}` a line, or is a
-    folder of `datasets.save_to_disk`)."""
+    """Name of the dataset: digits, digit_pairs (two digits side by side, 100 classes), mnist,
+    fashion_mnist, cifar10, cifar100, folder (images in train/CLASS and test/CLASS, or a folder
+    of `datasets.save_to_disk`), any name of `timm.data.create_dataset`, or arrays (features and
+    labels: `root` is a .npz, .csv, .tsv or .parquet file, or a folder of these or of .npy
+    files). Of text: pydoc (the manual in Python itself), the default there; docstrings (of
+    Python's standard library); arithmetic (generated problems); or text (`root` has files .txt,
+    or .jsonl with `{"text": …}` or `{"prompt": …, "completion": …}` a line, or is a folder of
+    `datasets.save_to_disk`)."""
     root: Place | None = None
-    """Folder of the dataset; the environment variable SELFKD_DATA when not given."""
+    """Folder of the dataset, or file of arrays; the environment variable SELFKD_DATA when not
+    given."""
+    label_column: str | None = None
+    """Column of the labels in a table of `arrays`; the one named label, target, class or y, else
+    the last, when not given."""
     download: bool = False
     """Whether to download the dataset into `root` where it is missing."""
     train_size: int | None = Field(default=None, ge=1)
@@ -168,6 +182,21 @@ class DataConfig:
     transfer: TransferConfig | None = None
     """Transfer set; students are trained on the training items alone when not given."""
 
+    def __post_init__(self) -> None:
+        if self.name != ARRAYS:
+            if self.label_column is not None:
+                raise ValueError(
+                    f"label_column must be left out but with name {ARRAYS}, got "
+                    f"{self.label_column!r} with {self.name}"
+                )
+            return
+        for key in ("image_size", "crop", "flip", "jitter"):
+            if value := getattr(self, key):
+                raise ValueError(
+                    f"{key} must be left out with name {ARRAYS}, whose features are no pixels, "
+                    f"got {value!r}"
+                )
+
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ModelConfig:
@@ -175,7 +204,8 @@ class ModelConfig:
 
     name: str = "selfkd_cnn"
     """Name of the network: any of `timm.create_model`, selfkd's own small networks (`selfkd_*`)
-    among them; of text, selfkd_gpt, or hf, a model of transformers in the folder `args.path`."""
+    among them; of arrays, selfkd_mlp, the default there; of text, selfkd_gpt, or hf, a model of
+    transformers in the folder `args.path`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the network: numbers, words and lists of them. `pretrained: true` starts
     from timm's pretrained weights; selfkd_gpt has `depth`, `width`, `heads` and `dropout`; hf has
@@ -194,6 +224,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.name != HF and "path" in self.args:
             raise ValueError(f"args.path must be left out but with name {HF}, got {self.name}")
+
+    @property
+    def title(self) -> str:
+        """Its name and arguments in words.
+
+        >>> ModelConfig(name="selfkd_mlp", args={"width": 8, "depth": 1}).title
+        'selfkd_mlp (width 8, depth 1)'
+        """
+        args = ", ".join(f"{key} {value}" for key, value in self.args.items())
+        return f"{self.name} ({args})" if args else self.name
 
     @classmethod
     def of_checkpoint(cls, model: object) -> ModelConfig:
@@ -215,6 +255,19 @@ class ModelConfig:
         except ValidationError as error:
             faults = "; ".join(_faults(error, {}))
             raise ValueError(f"model must be described by plain values: {faults}") from None
+
+
+_TAGS = ("~one", "~several")  # in the places of faults
+Students = Annotated[
+    Annotated[ModelConfig, Tag(_TAGS[0])]
+    | Annotated[list[ModelConfig], Tag(_TAGS[1]), Field(min_length=1)],
+    Discriminator(lambda value: _TAGS[isinstance(value, list | tuple)]),
+]
+Init = Annotated[
+    Annotated[Literal["fresh", "teacher", "every_other", "first"], Tag(_TAGS[0])]
+    | Annotated[dict[str, str], Tag(_TAGS[1]), Field(min_length=1)],
+    Discriminator(lambda value: _TAGS[isinstance(value, dict)]),
+]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -257,8 +310,11 @@ class TrainConfig:
     """Mixed precision of the student's forward pass; none is float32."""
     compile: bool = False
     """Whether to run the student through `torch.compile`."""
-    init: Literal["fresh", "teacher"] = "fresh"
-    """Initial weights of a born-again student: random, or those of its teacher."""
+    init: Init = "fresh"
+    """Initial weights of a student with a teacher: fresh, random; teacher, those of its teacher, a
+    network of the same sizes; every_other, evenly spaced layers of a deeper teacher, with all else
+    that fits; first, its first layers; or a mapping from paths of the student's submodules to those
+    of the teacher's. Of several teachers those of the first, the best one."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -278,7 +334,17 @@ class TermConfig:
     """Whether a trained projection from the student's channels to the teacher's is put between, as
     layers of unlike width need."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the loss, by its own names, such as `temperature`."""
+    """Further arguments of the loss, by its own names, such as `temperature`, which is that of the
+    soft term when not given."""
+
+    def __post_init__(self) -> None:
+        check_term(
+            self.name,
+            student=self.student,
+            teacher=self.teacher,
+            project=self.project,
+            args=self.args,
+        )
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -287,7 +353,8 @@ class DistillConfig:
     teacher."""
 
     temperature: Single = Field(default=3.5, gt=0)
-    """Softmax temperature T of teacher and student in the soft term."""
+    """Softmax temperature T of teacher and student in the soft term. 3.5, with an alpha of 0.65,
+    loses least on five unlike tasks of images (docs/choosing.md)."""
     alpha: float = Field(default=0.65, ge=0, le=1)
     """Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`."""
     average: Literal["probabilities", "logits"] = "probabilities"
@@ -320,6 +387,11 @@ class DistillConfig:
         if not re.fullmatch(r"previous|lineage|top:[1-9]\d*", value):
             raise ValueError(f"must be previous, lineage or top:m with m >= 1, got {value!r}")
         return value
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher is run at each step: as `live` says, or as a term of layers needs."""
+        return self.live or any(term.student is not None for term in self.terms)
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -602,6 +674,7 @@ ARITHMETIC: Tree = {
 HF_RATE = 5e-5
 """Learning rate by default of a model that starts from trained weights."""
 _TEXT_SPACE: Tree = TEXT["search"]["space"]
+ARRAYS_MODEL: Tree = {"name": "selfkd_mlp", "args": {"width": 128}}
 TEXT_MODEL: Tree = {"name": "selfkd_gpt", "args": {"depth": 2, "width": 64, "heads": 4}}
 
 
@@ -629,10 +702,14 @@ def with_task_defaults(tree: Tree) -> Tree:
 
     >>> with_task_defaults({"task": "text", "data": {"context": 8}})["data"]
     {'name': 'pydoc', 'context': 8}
+    >>> with_task_defaults({"data": {"name": "arrays"}})["model"]
+    {'name': 'selfkd_mlp', 'args': {'width': 128}}
     """
-    if tree.get("task") != "text":
-        return tree
     found, data = dict(tree), tree.get("data")
+    if tree.get("task") != "text":
+        if isinstance(data, Mapping) and data.get("name") == ARRAYS:
+            found["model"] = _named_model(tree, ARRAYS_MODEL)
+        return found
     own_of = ARITHMETIC if isinstance(data, Mapping) and data.get("name") == "arithmetic" else {}
     own_defaults = copy.deepcopy(TEXT)
     own_defaults["search"]["space"] = copy.deepcopy(_default_space(tree))
@@ -640,16 +717,22 @@ def with_task_defaults(tree: Tree) -> Tree:
         defaults |= own_of.get(section, {})
         given = tree.get(section, {})
         found[section] = {**defaults, **given} if isinstance(given, Mapping) else given
-    model = tree.get("model", copy.deepcopy(TEXT_MODEL))
-    own = {"name": TEXT_MODEL["name"]}
-    found["model"] = {**own, **model} if isinstance(model, Mapping) else model
-    models = [each for each in (model, tree.get("student")) if each is not None]
+    model = found["model"] = _named_model(tree, TEXT_MODEL)
+    student = tree.get("student")
+    students = student if isinstance(student, list) else [student]
+    models = [each for each in (model, *students) if each is not None]
     folders = [folder for each in models if (folder := _folder_of(each)) is not None]
     if folders:
         _default(found["data"], tree.get("data"), "tokenizer", folders[0])
     if len(folders) == len(models) and not any(each["args"].get("fresh") for each in models):
         _default(found["train"], tree.get("train"), "lr", HF_RATE)
     return found
+
+
+def _named_model(tree: Tree, default: Tree) -> Any:
+    """Return the section of the network, the default one where there is none, with a name."""
+    model = tree.get("model", copy.deepcopy(default))
+    return {"name": default["name"], **model} if isinstance(model, Mapping) else model
 
 
 def _default(section: Any, given: Any, key: str, value: Any) -> None:
@@ -781,8 +864,10 @@ class Config:
     """Network of generation 0, of the members and, without `student`, of the students."""
     generation_0: GivenConfig = Field(default_factory=GivenConfig)
     """Generation 0, where it is given."""
-    student: ModelConfig | None = None
-    """Network of the distilled students, such as generations 1, 2, …; `model` when not given."""
+    student: Students | None = None
+    """Network of the distilled students, such as generations 1, 2, …; `model` when not given. A
+    list has one network a generation, `rounds` in all, such as a teacher assistant and what is
+    distilled from it."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Settings of a user training function (`--train`), which reads them as `trial.params`."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -841,8 +926,9 @@ class Config:
     @field_validator("student", mode="before")
     @classmethod
     def _named_student(cls, value: Any) -> Any:
-        if isinstance(value, dict) and set(value) <= {"args"}:
-            raise ValueError("must have a name: set student.name, also where it is model.name")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict) and set(each) <= {"args"}:
+                raise ValueError("must have a name: set student.name, also where it is model.name")
         return value
 
     def __post_init__(self) -> None:
@@ -871,6 +957,34 @@ class Config:
         return self.rounds_max if self.rounds == "auto" else self.rounds
 
     @property
+    def students(self) -> tuple[ModelConfig, ...]:
+        """Networks of the distilled students that are given, one a generation where several are."""
+        if self.student is None:
+            return ()
+        return tuple(self.student) if isinstance(self.student, list) else (self.student,)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each generation of students has a network of its own."""
+        return isinstance(self.student, list)
+
+    def network(self, generation: int | None = None) -> ModelConfig:
+        """Return the network of a generation.
+
+        Args:
+            generation: Its number, 0 for that of models without a teacher; the last one's when not
+                given.
+
+        >>> config = from_tree({"student": [{"name": "a"}, {"name": "b"}], "rounds": 2})
+        >>> [config.network(generation).name for generation in range(3)]
+        ['selfkd_cnn', 'a', 'b']
+        """
+        known = self.students
+        if generation == 0 or not known:
+            return self.model
+        return known[-1 if generation is None else min(generation, len(known)) - 1]
+
+    @property
     def steps_by_part(self) -> int | None:
         """Number of steps in each of `train.epochs` equal parts; None where epochs are passes."""
         return None if self.task == "images" else -(-self.train.steps // self.train.epochs)
@@ -887,6 +1001,16 @@ class Config:
             specs = {key: spec for key, spec in specs.items() if not key.startswith(OF_TEACHERS)}
             specs |= self.search.labels_only_space
         return {key: Distribution.parse(spec) for key, spec in specs.items()}
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether any students of it may read what is cached of their teachers."""
+        if self.distill.live:
+            return False
+        return any(
+            not any(isinstance(term, Mapping) and term.get("student") for term in terms)
+            for terms in choices_of_terms(self)
+        )
 
     def arm_seeds(self, arm: ArmConfig) -> int:
         """Return the number of seeds that an arm of a study is trained on."""
@@ -905,14 +1029,22 @@ class Config:
         0.5
         """
         tree = to_tree(self)
+        if TERMS in point:  # before the weights of those that it has
+            put(tree, TERMS, point[TERMS])
         for key, value in point.items():
-            put(tree, key, value)
+            if key != TERMS and not (TERMS in point and is_absent_term(tree, key)):
+                put(tree, key, value)
         return from_tree(tree)
 
 
 _ADAPTER = TypeAdapter(Config)
 OF_TEACHERS = ("distill.", "members.")
-_FREE = re.compile(r"params\b|(model|student)\.args\b|search\.(labels_only_)?space\b|study\.arms\b")
+TERMS = "distill.terms"
+TERM_WEIGHT = re.compile(r"distill\.terms\.(\w+)\.weight")
+"""Key of the weight of a term, by the name of its loss or its number from 0."""
+_FREE = re.compile(
+    r"params\b|(model|student)\.args\b|train\.init\b|search\.(labels_only_)?space\b|study\.arms\b"
+)
 
 
 def to_tree(config: Config) -> Tree:
@@ -939,7 +1071,7 @@ def from_tree(tree: Tree, sources: Mapping[str, str] | None = None) -> Config:
 
 def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]:
     for fault in error.errors():
-        path = [str(part) for part in fault["loc"]]
+        path = [str(part) for part in fault["loc"] if part not in _TAGS]
         key = ".".join(path)
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section = ".".join(path[:-1])
@@ -993,7 +1125,7 @@ def leaves(tree: Tree, prefix: str, *, inner: bool = False) -> Iterator[tuple[st
     """
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        free = (".args", "space", "params", ".arms")
+        free = (".args", "space", "params", ".arms", ".init")
         nested = isinstance(value, dict) and not dotted.endswith(free)
         if inner or not nested:
             yield dotted, value
@@ -1013,9 +1145,74 @@ def get(config: Config, key: str) -> Any:
     (8, None)
     """
     value: Any = to_tree(config)
+    if TERM_WEIGHT.fullmatch(key):
+        found = None if is_absent_term(value, key) else _find_term(value, key)
+        return None if found is None else found.get("weight")
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def choices_of_terms(config: Config) -> list[list[dict[str, Any]]]:
+    """Return the lists of terms that the students of a config may have, as plain data."""
+    found = [to_tree(config)["distill"]["terms"]]
+    spec, points = config.search.space.get(TERMS), config.search.points or ()
+    if isinstance(spec, dict) and isinstance(values := spec.get("choice"), list | tuple):
+        found += values
+    found += [point[TERMS] for point in points if TERMS in point]
+    return [list(terms) for terms in found if isinstance(terms, list | tuple)]
+
+
+def with_its_terms(config: Config, point: Point) -> Point:
+    """Return a point with the first choice of terms that has the one whose weight it sets.
+
+    Args:
+        config: Config whose terms are a choice of its search space.
+        point: Values by dotted key.
+    """
+    tree, weights = to_tree(config), [key for key in point if TERM_WEIGHT.fullmatch(key)]
+    if TERMS in point or not any(is_absent_term(tree, key) for key in weights):
+        return point
+    for terms in choices_of_terms(config):
+        tree["distill"]["terms"] = terms
+        if not any(is_absent_term(tree, key) for key in weights):
+            return {TERMS: terms, **point}
+    return point
+
+
+def is_absent_term(tree: Tree, key: str) -> bool:
+    """Say whether a key is of the weight of a term that is not there."""
+    match = TERM_WEIGHT.fullmatch(key)
+    if match is None:
+        return False
+    names = [term.get("name") for term in _terms_of(tree) if isinstance(term, Mapping)]
+    name = match[1]
+    return not (int(name) < len(names) if name.isdecimal() else names.count(name) == 1)
+
+
+def _terms_of(tree: Tree) -> list[Any]:
+    """Return the terms of nested dictionaries of config keys, which may be of any shape."""
+    distill = tree.get("distill")
+    terms = distill.get("terms") if isinstance(distill, Mapping) else None
+    return list(terms) if isinstance(terms, list | tuple) else []
+
+
+def _find_term(tree: Tree, key: str) -> Any:
+    """Return the term whose weight a key is.
+
+    Raises:
+        ConfigError: There is none, or several of its name.
+    """
+    (name,) = TERM_WEIGHT.fullmatch(key).groups()  # type: ignore[union-attr]
+    terms = _terms_of(tree)
+    names = [str(term.get("name")) for term in terms if isinstance(term, Mapping)]
+    if is_absent_term(tree, key):
+        if name in names:
+            numbers = " or ".join(str(n) for n, other in enumerate(names) if other == name)
+            raise ConfigError(f"{key}: {name} stands several times: {numbers} in its place")
+        known = ", ".join(names) or "none"
+        raise ConfigError(f"{key}: must be of a term of distill.terms ({known}), got {name}")
+    return terms[int(name) if name.isdecimal() else names.index(name)]
 
 
 def put(tree: Tree, key: str, value: Any) -> None:
@@ -1024,6 +1221,12 @@ def put(tree: Tree, key: str, value: Any) -> None:
         key = "tracking.mode"
     if key == "members" and isinstance(value, int | list):
         key = "members.count" if isinstance(value, int) else "members.models"
+    if TERM_WEIGHT.fullmatch(key):
+        terms = _terms_of(tree)
+        number = terms.index(_find_term(tree, key))
+        terms[number] = {**terms[number], "weight": value}
+        tree["distill"]["terms"] = terms
+        return
     if isinstance(value, dict) and value and not _FREE.match(key):
         for inner, inner_value in value.items():
             put(tree, f"{key}.{inner}", inner_value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -248,7 +249,9 @@ class Optuna:
             "choice": lambda *values: optuna.distributions.CategoricalDistribution(values),
         }
         self._space = space
-        self._distributions = {key: make[d.kind](*d.values) for key, d in space.items()}
+        with warnings.catch_warnings():  # that lists, as of terms, cannot be stored in a database
+            warnings.filterwarnings("ignore", message="Choices for a categorical distribution")
+            self._distributions = {key: make[d.kind](*d.values) for key, d in space.items()}
         self._failed = optuna.trial.TrialState.FAIL
         self._create_trial = optuna.trial.create_trial
         self._make_sampler: Any = optuna.samplers.TPESampler

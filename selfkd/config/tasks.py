@@ -10,6 +10,7 @@ from selfkd.config.schema import (
     HF,
     OF_ALL_LOGITS,
     Config,
+    choices_of_terms,
     flat,
     from_tree,
     locate_key,
@@ -142,6 +143,8 @@ def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         return
     default, given = flat(from_tree({"task": "text"})), flat(config)
     why = "has no effect with distill.mode traces"
+    if config.data.transfer is not None and config.data.transfer.weight > 0:
+        yield f"{locate_key('data.transfer', sources)}: {why}, got {config.data.transfer.name}"
     for key in _OF_LOGITS:
         if given[key] != default[key]:
             yield f"{locate_key(key, sources)}: {why}, got {given[key]!r}"
@@ -218,6 +221,12 @@ def _other_divergences(config: Config, *, arms: bool = False) -> str:
     """Return the names of the divergences, searched or set, that need all logits."""
     found = {str(name) for name in values_of(config, "distill.divergence", arms=arms)}
     return ", ".join(sorted(found - {"forward_kl"}))
+
+
+def tries_teachers(config: Config) -> bool:
+    """Say whether there is something that is to be tried with the networks of teachers."""
+    starts = values_of(config, "train.init")
+    return any(choices_of_terms(config)) or any(start != "fresh" for start in starts)
 
 
 def values_of(config: Config, key: str, *, arms: bool = False) -> list[Any]:

@@ -10,13 +10,16 @@ from typing import Any
 from selfkd.config.schema import (
     OF_ALL_LOGITS,
     OF_TEACHERS,
+    TERM_WEIGHT,
     Config,
     ModelConfig,
+    choices_of_terms,
     did_you_mean,
     known_keys,
     leaves,
     locate_key,
     to_tree,
+    with_its_terms,
 )
 from selfkd.config.space import Distribution, is_finite
 from selfkd.config.tasks import (
@@ -30,6 +33,7 @@ from selfkd.config.tasks import (
     transform_faults,
     values_of,
 )
+from selfkd.config.terms import terms_faults
 from selfkd.errors import ConfigError
 from selfkd.results import OWN
 
@@ -56,8 +60,10 @@ FREE = (
     *("data.train_size", "data.classes", "data.label_noise"),
     *("data.crop", "data.flip", "data.jitter", "data.views"),
     *("data.rationales", "data.rationale_weight"),
+    "data.transfer",
 )
-"""What an arm of a study may change of the data: its training items, their labels and views."""
+"""What an arm of a study may change of the data: its training items, their labels and views, and
+the transfer set."""
 _CACHED = ("targets.top_k", "targets.samples")
 """What an arm of a study may change of the cached teacher logits."""
 _FIXED_KEYS = (
@@ -83,6 +89,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
         yield f"{where}: must be a metric, got {config.search.metric}, which selfkd sets itself"
     yield from _evidence_faults(config, sources)
     yield from task_faults(config, sources)
+    yield from (f"{locate_key(key, sources)}: {fault}" for key, fault in terms_faults(config))
     for key, value in leaves(to_tree(config), ""):
         if not key.startswith("search.") and not _has_finite_numbers(value):
             yield f"{locate_key(key, sources)}: must have finite numbers, got {value!r}"
@@ -95,7 +102,7 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if (given.mean is None) != (given.std is None):
         where = locate_key("generation_0", sources)
         yield f"{where}: must have mean and std or neither, got one of them"
-    if config.train.init == "teacher" and (given.classes or given.mean):
+    if config.train.init != "fresh" and (given.classes or given.mean):
         where = locate_key("train.init", sources)
         yield (
             f"{where}: must be fresh with generation_0.classes or mean, whose weights are for "
@@ -109,6 +116,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if config.targets.samples is not None and config.targets.top_k is not None:
         where = locate_key("targets.samples", sources)
         yield f"{where}: cannot go with targets.top_k: give one of them"
+    if config.train.init != "fresh" and members.source == "specialists":
+        where = locate_key("train.init", sources)
+        yield f"{where}: must be fresh with specialists, whose networks are others than the student"
     if config.distill.live and "specialists" in (members.source, *members.compare):
         where = locate_key("distill.live", sources)
         yield f"{where}: must be false with specialists, whose logits are cached, got True"
@@ -185,6 +195,11 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                     f"{where}: {name} needs cached teacher logits of all classes: leave out "
                     f"distill.live{traces} and targets.top_k, or {name}"
                 )
+    if any(choices_of_terms(config)):
+        where = locate_key("controls", sources)
+        for name in ("dkpp", "cwtm", "teacher_free"):
+            if name in config.controls:
+                yield f"{where}: {name} has no further terms: leave out distill.terms, or {name}"
 
 
 def _needs_all_logits(config: Config) -> Iterator[str]:
@@ -198,17 +213,20 @@ def _needs_all_logits(config: Config) -> Iterator[str]:
         yield f"needs cached teacher logits of all classes: leave out {' and '.join(found)}"
 
 
-def _key_faults(key: str) -> Iterator[str]:
+def _key_faults(config: Config, key: str) -> Iterator[str]:
     """Yield why a key cannot differ from trial to trial, if it cannot."""
     known = [k for k in known_keys() if "." in k and k.split(".")[0] not in _FIXED]
+    free = re.compile(rf"((model|student)\.args|params)\.\w+|{TERM_WEIGHT.pattern}")
     if key.split(".")[0] in _FIXED or key in _FIXED_KEYS:
         yield "cannot be searched: all trials of a run share it"
-    elif key not in known and not re.fullmatch(r"((model|student)\.args|params)\.\w+", key):
+    elif config.is_chain and key.split(".")[0] == "student":
+        yield "cannot be searched with a list of students, whose networks are fixed"
+    elif key not in known and not free.fullmatch(key):
         yield f"is no config key{did_you_mean(key, known)}"
 
 
 def _point_faults(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
-    faults = [f"{key} {fault}" for key in point for fault in _key_faults(key)]
+    faults = [f"{key} {fault}" for key in point for fault in _key_faults(config, key)]
     if not point:
         faults = ["must have at least one key, got {}"]
     yield from faults
@@ -222,7 +240,7 @@ def _point_faults(config: Config, point: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
-    if faults := list(_key_faults(key)):
+    if faults := list(_key_faults(config, key)):
         yield from faults
         return
     try:
@@ -233,7 +251,7 @@ def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
     ends = (distribution.at(0.0), distribution.at(1.0))
     for value in distribution.values if distribution.kind == "choice" else ends:
         try:
-            at = config.at({key: value})
+            at = config.at(with_its_terms(config, {key: value}))
         except ConfigError as error:
             yield from (line.removeprefix(f"{key}: ") for line in str(error).splitlines())
         else:
@@ -273,7 +291,7 @@ def _capacity_faults(config: Config) -> Iterator[str]:
     yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
-    if config.train.init != "fresh":
+    if config.train.init == "teacher":
         yield f"train.init must be fresh for students of other sizes, got {config.train.init}"
     for value in known:
         try:
@@ -294,8 +312,9 @@ def check_study(config: Config) -> None:
 def _study_faults(config: Config) -> Iterator[str]:
     arms, before, models = config.study.arms, list[str](), dict[str, ModelConfig]()
     foreign = OF_TASK["images" if config.task == "text" else "text"]
-    if config.student is not None:
-        yield f"student: not of a study, got {config.student.name}: set model, or it in an arm"
+    if config.student is not None and not config.is_chain:
+        named = config.network().name
+        yield f"student: not of a study, got {named}: set model, or it in an arm"
     if not arms:
         yield "study.arms must have at least one arm, got none: see tune_configs/anchors/"
     yield from no_generations(config)
@@ -326,7 +345,8 @@ def _study_faults(config: Config) -> Iterator[str]:
             )
         for key in arm.set:
             free = key.split(".")[0] in ("model", "train", "distill", "write")
-            if not free and key not in (*FREE, *_CACHED):
+            free |= key in (*FREE, *_CACHED) or key.startswith("data.transfer.")
+            if not free:
                 known = f"model, train, distill, write or of {', '.join((*FREE, *_CACHED))}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
             elif key in foreign:
@@ -341,9 +361,14 @@ def _study_faults(config: Config) -> Iterator[str]:
             if own.task == "text":
                 faults = (*steps_faults(own), *arm_faults(own, arm.set))
                 yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
+            yield from (f"{where}.set: {key}: {fault}" for key, fault in terms_faults(own))
             if transform in OF_ALL_LOGITS.values():
                 found = (*_needs_all_logits(own), *transform_faults(own, transform))
                 yield from (f"{where}: {transform} {fault}" for fault in found)
+            if transform != "none" and own.distill.terms:
+                yield f"{where}: target_transform {transform} has no further terms: leave out " + (
+                    "distill.terms"
+                )
             others = [models[each] for each in arm.teachers if each in models]
             if own.train.init == "teacher" and any(model != own.model for model in others):
                 yield f"{where}.set: train.init must be fresh where its teacher is another model"
@@ -355,8 +380,44 @@ def _study_faults(config: Config) -> Iterator[str]:
                 yield f"study.compare.{number}: must name arms ({', '.join(arms)}), got {name!r}"
 
 
+def check_chain(config: Config) -> None:
+    """Check that a list of students has one network a generation, and a map of layers one teacher.
+
+    Raises:
+        ConfigError: It has more or fewer.
+    """
+    init, lineage = config.train.init, config.distill.teacher == "lineage"
+    if isinstance(init, Mapping) and len(config.students) == 1 < config.most_rounds and not lineage:
+        raise ConfigError(
+            "rounds: must be 1 with a map of layers in train.init, as later generations have "
+            f"students for teachers, got {config.rounds}: every_other and first suit all of them"
+        )
+    if not config.is_chain:
+        return
+    networks = len(config.students)
+    if config.rounds == "auto":
+        raise ConfigError(
+            f"rounds: must be {networks}, the number of networks in the list student, got auto"
+        )
+    if networks != config.rounds:
+        raise ConfigError(
+            f"student: must be one network, or a list of as many as rounds ({config.rounds}), got "
+            f"{networks}: set rounds={networks}, or list {config.rounds}"
+        )
+    if "seeds" in config.controls:
+        raise ConfigError(
+            "controls: seeds must be left out with a list of students: an ensemble of unlike "
+            "networks has no equal of seeds"
+        )
+
+
 def no_generations(config: Config) -> Iterator[str]:
     """Yield the faults of settings of generations where there are none."""
+    if config.is_chain:
+        named = ", ".join(model.name for model in config.students)
+        yield (
+            f"student: must be one network, as a list is of selfkd.generations only, got {named}"
+        )
     if config.generation_0.path is not None:
         yield f"generation_0.path: of selfkd.generations only, got {config.generation_0.path}"
     if config.confirm.lineages:

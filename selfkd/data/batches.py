@@ -20,7 +20,8 @@ class Split:
     """Images and their labels. The index of an image is its position, from 0 to N-1."""
 
     images: Tensor | Stream
-    """Images in memory, uint8 `[N, channels, height, width]`, or a stream that decodes them."""
+    """Images in memory, uint8 `[N, channels, height, width]`, or a stream that decodes them; or
+    features, floating point `[N, F]`."""
     labels: Tensor
     """Class indices, int64 `[N]`."""
 
@@ -69,6 +70,9 @@ class Data:
     """Hash of the training split and its normalisation, 16 hexadecimal digits."""
     note: str = ""
     """What was read of folders, at which size, and what was left out, where that is to be said."""
+    features: tuple[str, ...] | None = None
+    """Names of the features, where the items are vectors of them: each is a channel of one pixel,
+    whose mean and std are those of its own values."""
 
     @property
     def num_classes(self) -> int:
@@ -184,7 +188,50 @@ def batches(
         order = order[shuffle.cpu()]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
-    sizes = batch_sizes(len(order), batch_size, smallest)
+    return read_batches(
+        split,
+        order,
+        batch_sizes(len(order), batch_size, smallest),
+        mean=mean,
+        std=std,
+        views=views,
+        view=view,
+        device=device,
+        workers=workers,
+        share=share,
+    )
+
+
+def read_batches(
+    split: Split,
+    order: Tensor,
+    sizes: list[int],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    views: Views | None = None,
+    view: int = 0,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    share: Callable[[int], range] | None = None,
+) -> Iterator[Batch]:
+    """Iterate over images of a split in a given order, in batches of given sizes.
+
+    Args:
+        split: Images and labels to read.
+        order: Indices of the images, int64, as many as the sizes together.
+        sizes: Number of images in each batch.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel, of pixels in [0, 1].
+        views: Augmentation, applied to whole batches on `device`.
+        view: Number of the view of each image.
+        device: Device of the inputs and labels.
+        workers: Number of processes that decode streamed images.
+        share: Function from the size of a batch to the positions in it that this process reads.
+
+    Returns:
+        Iterator over (inputs, labels, index), as of `batches`.
+    """
     chunks = _chunks(order, sizes, share)
     if isinstance(split.images, Tensor):
         raw = _gathered(split.images, _chunks(order.to(split.images.device), sizes, share))
@@ -257,8 +304,23 @@ def _finished(
     shift = (-means / stds).to(device, torch.float32)
     for images, index in zip(raw, chunks, strict=True):
         images = images.to(device, non_blocking=True)
-        if views is not None:
-            images = views(images, index, view)
-        inputs = images.to(torch.float32).mul_(scale).add_(shift)
+        if images.ndim == 2:
+            inputs = standardised(images, mean, std)
+        else:
+            if views is not None:
+                images = views(images, index, view)
+            inputs = images.to(torch.float32).mul_(scale).add_(shift)
         picked = labels.index_select(0, index.to(labels.device))
         yield inputs, picked.to(device, non_blocking=True), index
+
+
+def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return features `[N, F]` less their mean by their std, float32, computed in double precision.
+
+    >>> standardised(torch.tensor([[3.0, 1e9 + 64]], dtype=torch.float64), [1, 1e9], [2, 64])
+    tensor([[1., 1.]])
+    """
+    means, stds = (
+        torch.tensor(value, dtype=torch.float64, device=features.device) for value in (mean, std)
+    )
+    return ((features.double() - means) / stds).float()

@@ -12,8 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .arrays import SUFFIXES, open_arrays, standardisation
 from .batches import Data, Split
 from .folder import open_folder
+from .pairs import open_pairs
 from .saved import is_saved, open_saved
 from .sources import (
     KNOWN_STATISTICS,
@@ -49,6 +51,8 @@ def load_data(
     image_size: int | None = None,
     in_memory: bool | None = None,
     label_noise: float = 0.0,
+    label_column: str | None = None,
+    reserve: int = 0,
     seed: int = 0,
 ) -> Data:
     """Load a data set in three disjoint splits, stratified by label.
@@ -56,6 +60,8 @@ def load_data(
     | name | images | train, val, test by default |
     |---|---|---|
     | `digits` | scikit-learn's, 8x8, embedded | 100, 400, 1,197 |
+    | `digit_pairs` | two of them side by side, 16x16, 100 classes | 4,000, 2,000, 5,000, of \
+different digits |
     | `mnist`, `fashion_mnist` | 28x28 | 50,000, 10,000, the official 10,000 |
     | `cifar10`, `cifar100` | 32x32, 3 channels | 45,000, 5,000, the official 10,000 |
     | `folder` | root/train/<class>/<image>, root/test and root/val (or validation, valid) | a \
@@ -63,6 +69,8 @@ tenth of train is held out where there is no val; val is the test split where th
     | `folder` | a folder of `datasets.save_to_disk`, with a column of images and one of classes | \
 its splits as those folders; of a single one a tenth is test, too |
     | `torch/…`, `hfds/…`, `tfds/…`, … | any set of `timm.data.create_dataset` | as for `folder` |
+    | `arrays` | features `[N, F]` in a .npz, CSV or Parquet file, or a folder of .npy | as for \
+`folder`; of a single split a tenth is test, too |
 
     Args:
         name: Name of the data set, one of those above.
@@ -78,6 +86,10 @@ its splits as those folders; of a single one a tenth is test, too |
             a timm data set batch by batch; by size if not given (up to 2 GB are held).
         label_noise: Share of the training labels that are drawn anew, uniformly from the classes
             that are trained on, in [0, 1). Validation and test keep their labels.
+        label_column: Column of a table of `arrays` that has the labels; by name (label, target,
+            class or y), else the last, if not given.
+        reserve: Number of images that are left beside the splits, for `load_rest`: where test
+            images are taken from the training images, these are fewer.
         seed: Random seed of the splits and of the label noise.
 
     Returns:
@@ -104,7 +116,7 @@ its splits as those folders; of a single one a tenth is test, too |
         raise ValueError(f"data.val_size must be at least 1, got {val_size}")
     if not 0 <= label_noise < 1:
         raise ValueError(f"data.label_noise must be in [0, 1), got {label_noise}")
-    source = _open(name, root, download, image_size)
+    source = open_source(name, root, download, image_size, label_column)
     if len(source.class_names) < 2:
         only = ", ".join(source.class_names)
         raise ValueError(
@@ -112,17 +124,66 @@ its splits as those folders; of a single one a tenth is test, too |
             f"{root or name}: with one class there is nothing to learn; add images of another"
         )
     selected = _training_classes(classes, source.class_names)
-    splits = _split(source, train_size, val_size, selected, label_noise, seed)
+    splits, _ = _split(source, train_size, val_size, selected, label_noise, reserve, seed)
     train, val, test = (
-        _resolve_images(name, split, image_size, in_memory, splits) for split in splits
+        resolve_images(name, split, image_size, in_memory, splits) for split in splits
     )
     mean, std = source.statistics or _statistics(train)
-    size = train.images.shape[-1] if isinstance(train.images, Tensor) else train.images.image_size
+    size = _size(train)
     digest = fingerprint(train, mean=mean, std=std)
     if source.note:
         _log_once(source.note)
     names = source.class_names
-    return Data(name, train, val, test, names, size, mean, std, digest, source.note)
+    note, features = source.note, source.features
+    return Data(name, train, val, test, names, size, mean, std, digest, note, features)
+
+
+def _size(train: Split) -> int:
+    """Return the height and width of the images; 1 of features."""
+    images = train.images
+    if isinstance(images, Stream):
+        return images.image_size
+    return images.shape[-1] if images.ndim == 4 else 1
+
+
+def load_rest(
+    name: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    classes: Sequence[int] | None = None,
+    image_size: int | None = None,
+    label_column: str | None = None,
+    reserve: int = 0,
+    seed: int = 0,
+) -> Split:
+    """Load the training images of a data set that are in no split of `load_data`.
+
+    Args:
+        name: Name of the data set.
+        root: Folder of the data.
+        download: Whether to download the data into `root` if it is missing.
+        train_size: Number of training images.
+        val_size: Number of validation images.
+        classes: Classes whose images are trained on; those of others are among the rest.
+        image_size: Height and width in pixels.
+        label_column: Column of a table of `arrays` that has the labels.
+        reserve: Number of images that are left at least.
+        seed: Random seed of the splits.
+
+    Returns:
+        Images and labels, as the data set has them; those of a folder are not decoded yet.
+
+    Example:
+        >>> len(load_rest("digits")), len(load_rest("digits", val_size=200, reserve=1000))
+        (100, 1000)
+    """
+    source = open_source(name, root, download, image_size, label_column)
+    selected = _training_classes(classes, source.class_names)
+    _, rest = _split(source, train_size, val_size, selected, 0.0, reserve, seed)
+    return source.pool.take(rest)
 
 
 @lru_cache
@@ -130,14 +191,25 @@ def _log_once(note: str) -> None:
     log.warning("%s", note)
 
 
-def _open(
-    name: str, root: str | os.PathLike[str] | None, download: bool, image_size: int | None
+def open_source(
+    name: str,
+    root: str | os.PathLike[str] | None,
+    download: bool,
+    image_size: int | None,
+    label_column: str | None = None,
 ) -> Source:
+    """Open a data set by its name, before it is split; arguments are those of `load_data`."""
     prefix, slash, _ = name.partition("/")
     if name == "digits":
         return open_digits()
+    if name == "digit_pairs":
+        return open_pairs()
     if name in TORCHVISION:
         return open_torchvision(name, resolve_root(root, name, download), download)
+    if name == "arrays":
+        if image_size is not None:
+            raise ValueError(f"data.image_size must be left out for arrays, got {image_size}")
+        return open_arrays(resolve_root(root, name, download=False, file=True), label_column)
     if name == "folder":
         folder = resolve_root(root, name, download=False)
         return (
@@ -147,11 +219,14 @@ def _open(
         rootless = root is None and prefix in ROOTLESS
         place = None if rootless else resolve_root(root, name, download)
         return open_timm(name, place, download, image_size, MEMORY_LIMIT)
-    names = (*KNOWN_STATISTICS, "folder")
+    names = (*KNOWN_STATISTICS, "folder", "arrays")
     close = difflib.get_close_matches(name, (*names, *TORCH_NAMES), n=1)
+    way = f": did you mean {close[0]}?" if close else ""
+    if name.lower().endswith(SUFFIXES):
+        way = f": --data arrays --data-root {name}"
     raise ValueError(
         f"data.name must be one of {', '.join(names)} or a timm data set name (torch/…, hfds/…, "
-        f"tfds/…), got {name!r}" + (f": did you mean {close[0]}?" if close else "")
+        f"tfds/…), got {name!r}{way}"
     )
 
 
@@ -173,8 +248,10 @@ def _split(
     val_size: int | None,
     classes: list[int],
     label_noise: float,
+    reserve: int,
     seed: int,
-) -> tuple[Split, Split, Split]:
+) -> tuple[tuple[Split, Split, Split], Tensor]:
+    """Return the splits, and the positions in the pool of what is in none of them."""
     pool, val, test = source.pool, source.val, source.test
     if val is not None and val_size is not None:
         if val_size > len(val):
@@ -191,6 +268,7 @@ def _split(
         test_size=source.test_size,
         num_classes=len(source.class_names),
         classes=classes,
+        reserve=reserve,
         seed=seed,
     )
     train = pool.take(in_train)
@@ -198,15 +276,18 @@ def _split(
     if label_noise:
         noisy = redraw(train.labels, in_train, label_noise, classes=classes, seed=seed)
         train = replace(train, labels=noisy)
-    return train, val or pool.take(in_val), test or pool.take(in_test)
+    unused = torch.ones(len(pool), dtype=torch.bool)
+    unused[torch.cat([in_train, in_val, in_test])] = False
+    splits = (train, val or pool.take(in_val), test or pool.take(in_test))
+    return splits, unused.nonzero()[:, 0]
 
 
-def _resolve_images(
+def resolve_images(
     name: str,
     split: Split,
     image_size: int | None,
     in_memory: bool | None,
-    splits: tuple[Split, Split, Split],
+    splits: Sequence[Split],
 ) -> Split:
     """Return the split with its images decoded, scaled, or left to be streamed."""
     images = split.images
@@ -238,9 +319,14 @@ def _check_classes(train: Split, source: Source, classes: Sequence[int]) -> None
 
 
 def _statistics(train: Split) -> Statistics:
-    """Mean and std of each channel, of pixels in [0, 1]; ImageNet's if images are streamed."""
+    """Mean and std of each channel, of pixels in [0, 1]; ImageNet's if images are streamed.
+
+    Of features they are those of their own values.
+    """
     if isinstance(train.images, Stream):
         return GREY if train.images.mode == "L" else IMAGENET
+    if train.images.ndim == 2:
+        return standardisation(train.images)
     means, stds = [], []
     values = torch.arange(256, dtype=torch.float64) / 255
     for channel in train.images.unbind(1):

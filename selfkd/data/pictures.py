@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from os import PathLike
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -16,6 +17,8 @@ Mode = Literal["L", "RGB"]
 """Mode of a Pillow image: one channel, or three."""
 BACKGROUND = 255
 """Value of all channels behind transparent pixels: white, as on a page."""
+THUMBNAIL = (96, 96)
+"""Largest width and height of a picture in a report."""
 _TOPS = (255, 65535)
 _OVERSHOOT = 0.1  # fraction of a range that interpolation may leave it by
 _LONGEST = 20  # largest ratio of the sides of a picture that is scaled as a whole
@@ -211,3 +214,15 @@ def square(picture: Image, size: int) -> Image:
         picture = picture.resize((width, height), Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return picture.crop((left, top, left + size, top + size))
+
+
+def thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+    """Return an image `[channels, height, width]` as a PNG file of at most 96 x 96 pixels."""
+    from PIL import Image
+
+    pixels = pixels.transpose(1, 2, 0)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture.thumbnail(THUMBNAIL)
+    file = io.BytesIO()
+    picture.save(file, format="png", optimize=True)
+    return file.getvalue()

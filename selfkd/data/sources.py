@@ -17,6 +17,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 DIGITS = tuple("0123456789")
 KNOWN_STATISTICS: dict[str, Statistics] = {
     "digits": ((0.3053,), (0.3759,)),
+    "digit_pairs": ((0.1527,), (0.3065,)),
     "mnist": ((0.1307,), (0.3081,)),
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -50,6 +51,8 @@ class Source:
     """Number of test images taken from the pool."""
     statistics: Statistics | None = None
     """Mean and std of each channel, if they are known."""
+    features: tuple[str, ...] | None = None
+    """Names of the features, where the items are vectors `[N, F]` of them and no images."""
     note: str = ""
     """What is read of folders, at which size, and what is left out, where that is to be said."""
 
@@ -128,8 +131,16 @@ def missing(name: str, root: Path | None, download: bool, error: Exception) -> F
     )
 
 
-def resolve_root(root: str | os.PathLike[str] | None, name: str, download: bool) -> Path:
+def resolve_root(
+    root: str | os.PathLike[str] | None, name: str, download: bool, *, file: bool = False
+) -> Path:
     """Return the folder of a data set: `root`, else the environment variable SELFKD_DATA.
+
+    Args:
+        root: Folder, or none.
+        name: Name of the data set.
+        download: Whether the data is to be downloaded, for which the folder need not exist.
+        file: Whether it may be a file as well.
 
     Raises:
         ValueError: Neither `root` nor the environment variable.
@@ -142,8 +153,9 @@ def resolve_root(root: str | os.PathLike[str] | None, name: str, download: bool)
             "environment variable SELFKD_DATA"
         )
     path = Path(given).expanduser()
-    if not path.is_dir() and not download:
-        raise FileNotFoundError(f"data.root must be an existing folder, got {path}")
+    if not (path.exists() if file else path.is_dir() or download):
+        kind = "file or folder" if file else "folder"
+        raise FileNotFoundError(f"data.root must be an existing {kind}, got {path}")
     return path
 
 

@@ -19,6 +19,7 @@ def divide(
     test_size: int = 0,
     num_classes: int,
     classes: Sequence[int] | None = None,
+    reserve: int = 0,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a pool of images into train, val and test, stratified by label.
@@ -35,6 +36,8 @@ def divide(
         num_classes: Number of classes; the training split has at least one image of each class
             that the pool has.
         classes: Classes whose images the training split has; all if not given.
+        reserve: Number of images that are in none of the splits, at least; without `train_size`
+            training takes what there is.
         seed: Random seed, any integer.
 
     Returns:
@@ -61,6 +64,15 @@ def divide(
             f"data.train_size must leave images to hold out of the {len(labels)} that there are, "
             f"got {least}"
         )
+    if train_size is None:
+        reserve = 0
+    most = max(room - max(val_size, 1), 0)
+    if reserve > most:
+        raise ValueError(
+            f"data.transfer.size must be at most {most:,}, the images that are left beside "
+            f"data.train_size ({train_size:,}) and data.val_size ({val_size:,}) out of "
+            f"{len(labels):,}, got {reserve:,}"
+        )
     if not 0 <= val_size <= room:
         raise ValueError(
             f"data.val_size must be in [1, {room}] beside {least} training images out of "
@@ -68,7 +80,7 @@ def divide(
         )
     everything = torch.arange(len(labels))
     val, rest = _take(labels, everything, val_size, seed, _VAL)
-    test_size = min(test_size, len(rest) - least)
+    test_size = min(test_size, len(rest) - least - reserve)
     test, rest = _take(labels, rest, test_size, seed, _TEST)
     rest = rest[torch.isin(labels[rest], torch.tensor(selected, dtype=labels.dtype))]
     if train_size is not None and train_size > len(rest):

@@ -31,8 +31,8 @@ def write_predictor(
 
     Args:
         folder: Folder of the networks.
-        metadata: Metadata of the checkpoint: of images `classes`, `mean`, `std` and `image_size`;
-            of text `tokenizer`, `context` and `end`.
+        metadata: Metadata of the checkpoint: of images `classes`, `mean`, `std` and `image_size`,
+            of arrays `features` in place of the last; of text `tokenizer`, `context` and `end`.
         interface: Names of the network's input.
         task: Kind of data.
         file: Name of the network that it predicts with, when told no other.
@@ -45,7 +45,7 @@ def write_predictor(
             the user's own has trained.
     """
     facts: dict[str, Any] = {"file": file, "input": interface.input}
-    texts = dict[str, str]()
+    texts, kind = dict[str, str](), "features" if "features" in metadata else task
     try:
         if task == "text":
             facts |= {"context": metadata["context"], "end": metadata["end"]}
@@ -53,13 +53,16 @@ def write_predictor(
         else:
             facts |= {
                 "classes": [str(name) for name in metadata["classes"]],
-                "size": metadata["image_size"],
                 "mean": tuple(metadata["mean"]),
                 "std": tuple(metadata["std"]),
             }
+            if kind == "features":
+                facts["names"] = list(metadata["features"])
+            else:
+                facts["size"] = metadata["image_size"]
     except KeyError as error:
         raise ValueError(f"metadata must have {error} for {PREDICTOR}, got none") from None
-    template = files("selfkd.deployment").joinpath("templates", f"{task}.txt")
+    template = files("selfkd.deployment").joinpath("templates", f"{kind}.txt")
     literals = {name: pformat(fact, width=100, compact=True) for name, fact in facts.items()}
     texts[PREDICTOR] = Template(template.read_text(encoding="utf-8")).substitute(literals)
     for name, text in texts.items():

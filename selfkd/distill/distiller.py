@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.distill.tasks import Task, as_outputs, hard_term, task_terms
-from selfkd.distill.teacher import Teacher
+from selfkd.distill.tasks import Task, as_outputs, hard_term, masked_hard_term, task_terms
+from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
     FeatureTerms,
@@ -81,7 +81,8 @@ class Distiller:
             `Teacher(module, copy=False)` is run as it is.
         targets: Function from `(index, view)` to cached logits of either shape, to the k largest of
             them (`SparseLogits`), or to samples (`SampledTargets`).
-        temperature: Temperature T, above 0.
+        temperature: Temperature T, above 0. 3.5 and an alpha of 0.65, as in the config, lose least
+            on five unlike tasks of images (docs/choosing.md); tokens want T = 1.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0, and without
             further terms, the teacher is not run.
         average: Whether an ensemble's `probabilities` or `logits` are averaged.
@@ -93,6 +94,8 @@ class Distiller:
         student: Model that is trained, in any wrapper, if there are feature terms. Its last forward
             pass before each call is the one whose features are used. If not given, `attach` it
             before the first call, as timm's task and Lightning's callback do.
+        example: Inputs of student and teacher, run once in eval mode, from which terms with
+            `project=True` know the channels of their layers.
         task: Kind of label. `single_label`: one class of several, the loss above. `multi_label`:
             labels `[batch, labels]` of which each may hold, with a sigmoid in the place of the
             softmax (`selfkd.losses.multi_label_terms`). `regression`: numbers `[batch, ...]`, with
@@ -122,13 +125,14 @@ class Distiller:
         teacher: Callable[[Any], Any] | None = None,
         *,
         targets: CachedLogits | Callable[..., Any] | None = None,
-        temperature: float = 4.0,
-        alpha: float = 0.9,
+        temperature: float = 3.5,
+        alpha: float = 0.65,
         average: Average = "probabilities",
         weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
         student: nn.Module | None = None,
+        example: Any = None,
         task: Task = "single_label",
         margin: float | None = 0.0,
     ) -> None:
@@ -161,21 +165,22 @@ class Distiller:
         self._features: FeatureTerms | None = None
         self._sync_hooks: list[RemovableHandle] = []
         self.projections = nn.ModuleDict()
-        if isinstance(self.teacher, Teacher) and student is None:
+        if isinstance(self.teacher, Teacher | Ensemble) and student is None:
             pass  # attached later, if there are feature terms
         elif self.teacher is not None or self.targets is not None:
-            self.attach(student)
+            self.attach(student, example=example)
         elif student is not None:  # a wrong path is reported before there is a teacher
             check_paths(self._feature_terms(), student)
 
     def _feature_terms(self) -> dict[str, FeatureTerm]:
         return {name: term for name, term in self.terms.items() if isinstance(term, FeatureTerm)}
 
-    def attach(self, student: nn.Module | None) -> None:
+    def attach(self, student: nn.Module | None, *, example: Any = None) -> None:
         """Start to capture the features of `student`; needed again after a copy of the distiller.
 
         Args:
             student: Model that is trained, in any wrapper; needed if there are feature terms.
+            example: Inputs of student and teacher, for terms with `project=True`.
 
         Raises:
             ValueError: Feature terms without a live teacher and a student, or a path of no
@@ -184,24 +189,27 @@ class Distiller:
         terms = self._feature_terms()
         if not terms:
             return
-        if not isinstance(self.teacher, Teacher):
+        if not isinstance(self.teacher, Teacher | Ensemble):
             raise ValueError(
                 f"terms of features ({', '.join(terms)}) need a live teacher, a torch.nn.Module "
                 f"or Teacher, got {type(self.teacher or self.targets).__name__}"
             )
+        members = self.teacher.members if isinstance(self.teacher, Ensemble) else [self.teacher]
         if student is None:
             raise ValueError(f"student must be given for terms of features ({', '.join(terms)})")
-        if unwrap(student) is unwrap(self.teacher.module):
+        if any(unwrap(student) is unwrap(member.module) for member in members):
             raise ValueError(
                 "teacher must be another module than the student, got the same, not copied: "
                 "Teacher(module) copies it"
             )
         self.detach()
-        self._features = FeatureTerms(terms, student, self.teacher.module)
+        modules = [member.module for member in members]
+        self._features = FeatureTerms(terms, student, modules, weights=self.weights)
         if not len(self.projections):
             like = next(student.parameters())
             dtype = like.dtype if like.is_floating_point() else None
-            self.projections = self._features.make_projections().to(like.device, dtype)
+            made = self._features.make_projections(example, self.teacher)
+            self.projections = made.to(like.device, dtype)
         self.synchronize()
 
     def synchronize(self) -> None:
@@ -262,6 +270,8 @@ class Distiller:
         view: int = 0,
         normalizer: float | Tensor | None = None,
         hard_loss: Tensor | None = None,
+        unlabelled: int = 0,
+        labelled_share: float | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the loss of a batch, by name.
 
@@ -282,6 +292,9 @@ class Distiller:
             normalizer: Divisor in place of the batch's number of images in each mean, above 0.
             hard_loss: Hard term of the caller's own, a scalar with the graph, in place of the
                 cross-entropy; the labels are given to the further terms only.
+            unlabelled: Number of images at the end without a label: `labels` are of the others,
+                over which the hard term is a mean; further terms get none.
+            labelled_share: Fraction with a label of all micro-batches or processes together.
 
         Returns:
             Scalars by name: `loss`, with the graph; `hard_loss`, if there are labels; `soft_loss`,
@@ -290,9 +303,9 @@ class Distiller:
 
         Raises:
             ValueError: Missing `inputs`, `index` or `labels`, an average of logits that are sparse,
-                a normalizer of 0 or less, a `hard_loss` that is no scalar, or with feature terms,
-                logits or features without a graph of a student that trains; otherwise as
-                `distillation_terms`.
+                labels of too many or few images, a normalizer of 0 or less, a `hard_loss` that is
+                no scalar, or with feature terms, logits or features without a graph of a student
+                that trains; otherwise as `distillation_terms`.
             TypeError: An output in which it is not clear which tensor the logits are, or a
                 `hard_loss` that is no tensor; otherwise as `distillation_terms`.
         """
@@ -303,6 +316,11 @@ class Distiller:
             check_tensor("hard_loss", hard_loss)
             if hard_loss.ndim:
                 raise ValueError(f"hard_loss must be a scalar, got shape {list(hard_loss.shape)}")
+        if (unlabelled or labelled_share is not None) and labels is not None:
+            if hard_loss is None:
+                smoothing, parts = self.label_smoothing, (unlabelled, labelled_share)
+                hard_loss = masked_hard_term(self.task, logits, labels, *parts, smoothing)
+            labels = None
         terms = self._terms(logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms
@@ -360,7 +378,8 @@ class Distiller:
             named["hard_loss"] = own_hard_loss.detach().clone()
         elif labels is None:
             del named["hard_loss"]
-        for name, value in self._further_terms(student_logits, teacher_logits, labels).items():
+        further = self._further_terms(student_logits, teacher_logits, labels, index)
+        for name, value in further.items():
             named["loss"] = named["loss"] + self.terms[name].weight * value
             named[name] = value.detach()
         return named
@@ -370,6 +389,7 @@ class Distiller:
         student_logits: Tensor,
         teacher_logits: Tensor | SparseLogits | SampledTargets,
         labels: Tensor | None,
+        index: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return the further terms, unweighted."""
         values: dict[str, Tensor] = {}
@@ -392,7 +412,7 @@ class Distiller:
             trains = self._features.student.training or student_logits.requires_grad
             if trains:
                 check_graph(student_logits, "student_logits")
-            values |= self._features.losses(self.projections, trains=trains)
+            values |= self._features.losses(self.projections, trains=trains, index=index)
         elif len(values) < len(self.terms):
             raise ValueError("terms of features must have a student: distiller.attach(student)")
         return values

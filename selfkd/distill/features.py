@@ -41,6 +41,8 @@ class Features:
             wildcards: `blocks.*` is every block, without the submodules of the blocks.
         detach: Whether to leave out the graph, as for a teacher.
         clone: Whether to keep copies, at the cost of their memory.
+        attention: Whether to capture attention matrices `[batch, heads, tokens, tokens]` where a
+            submodule returns them with its output, as those of transformers do.
 
     Raises:
         TypeError: A model that is no `nn.Module`.
@@ -60,6 +62,7 @@ class Features:
         *,
         detach: bool = False,
         clone: bool = False,
+        attention: bool = False,
     ) -> None:
         if isinstance(paths, str) or not paths:
             raise ValueError(f"paths must be a list of at least one path, got {paths!r}")
@@ -69,7 +72,7 @@ class Features:
             raise ValueError(f"model must be on one device of DataParallel, got {devices}")
         self._wrapped, self._modules = model, modules
         self._matched = {path: _match(path, modules) for path in paths}
-        self._detach, self._clone = detach, clone
+        self._detach, self._clone, self._attention = detach, clone, attention
         self._outputs: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
@@ -142,7 +145,7 @@ class Features:
     def _capture(self, name: str, module: nn.Module, _inputs: object, output: object) -> None:
         if module is not self._modules.get(name):
             return
-        tensor = _first_tensor(name, output)
+        tensor = (_attention_of if self._attention else _first_tensor)(name, output)
         if self._detach:
             tensor = tensor.detach()
         # versions of tensors exist neither in a compiled graph nor in inference mode
@@ -228,6 +231,18 @@ def _first_tensor(name: str, output: object) -> Tensor:
     raise TypeError(
         f"{name!r} must return a tensor, a tuple with one, or a mapping with one only, got "
         f"{type(output).__name__}"
+    )
+
+
+def _attention_of(name: str, output: object) -> Tensor:
+    values = list(output) if isinstance(output, tuple | list) else [output]
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim == 4 and value.shape[2] == value.shape[3]:
+            return value
+    raise TypeError(
+        f"{name!r} must return attention matrices [batch, heads, tokens, tokens], got "
+        f"{type(output).__name__}: a model of transformers is made with "
+        'attn_implementation="eager"'
     )
 
 

@@ -64,7 +64,9 @@ def renormalise(inputs: Any, scale: Tensor, shift: Tensor) -> Tensor:
             "inputs must be a tensor where a teacher renormalises them (trained_stats), got "
             f"{type(inputs).__name__}"
         )
-    if inputs.ndim != 4 or inputs.shape[1] != len(scale):
+    if inputs.ndim == 2 and inputs.shape[1] == len(scale):  # features
+        scale, shift = scale[:, 0, 0], shift[:, 0, 0]
+    elif inputs.ndim != 4 or inputs.shape[1] != len(scale):
         raise ValueError(
             f"inputs must be [batch, {len(scale)}, height, width], as many channels as input_stats "
             f"has, got {list(inputs.shape)}"

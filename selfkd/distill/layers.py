@@ -78,16 +78,8 @@ def copy_layers(student: nn.Module, teacher: nn.Module, mapping: Mapping[str, st
     for path, source in mapping.items():
         check_path(path, students)
         check_path(source, teachers)
-        tensors, sources = _tensors(students[path]), _tensors(teachers[source])
-        shapes, expected = _shapes(tensors), _shapes(sources)
-        if shapes != expected:
-            fault = next(
-                key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key)
-            )
-            raise ValueError(
-                f"{path!r} of the student must have {fault!r} of shape {expected.get(fault)} as "
-                f"{source!r} of the teacher, got {shapes.get(fault)}"
-            )
+        check_shapes(path, students[path], source, teachers[source])
+        tensors, sources = tensors_of(students[path]), tensors_of(teachers[source])
         copies |= {f"{path}.{key}".lstrip("."): (tensors[key], sources[key]) for key in tensors}
     with torch.no_grad():
         for tensor, value in copies.values():
@@ -128,10 +120,24 @@ def unknown_path_message(path: str, modules: Iterable[str]) -> str:
     return f"path must be that of a submodule ({', '.join(close)}, ...), got {path!r}"
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module by name, those that are one under each name."""
     named: dict[str, Tensor] = dict(unwrap(module).named_parameters(remove_duplicate=False))
     return named | dict(unwrap(module).named_buffers(remove_duplicate=False))
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+def shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    """Return the shapes of the parameters and buffers of a module by name."""
+    return {name: list(tensor.shape) for name, tensor in tensors_of(module).items()}
+
+
+def check_shapes(path: str, module: nn.Module, source: str, other: nn.Module) -> None:
+    """Raise ValueError if a submodule of a student has not the tensors of one of its teacher."""
+    shapes, expected = shapes_of(module), shapes_of(other)
+    if shapes == expected:
+        return
+    fault = next(key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key))
+    raise ValueError(
+        f"{path!r} of the student must have {fault!r} of shape {expected.get(fault)} as "
+        f"{source!r} of the teacher, got {shapes.get(fault)}"
+    )

@@ -41,6 +41,43 @@ def hard_term(
     ).loss
 
 
+def masked_hard_term(
+    task: Task,
+    student_logits: Tensor,
+    labels: Tensor,
+    unlabelled: int,
+    share: float | None,
+    label_smoothing: float,
+) -> Tensor:
+    """Return the loss without a teacher of a batch whose last items have no label.
+
+    Args:
+        task: Kind of label.
+        student_logits: Logits `[batch, classes]`, or numbers `[batch, ...]`, of all items.
+        labels: Labels of all but the last.
+        unlabelled: Number of items without a label.
+        share: Fraction of the items with a label in all parts of the batch; that of this part when
+            None.
+        label_smoothing: Label smoothing.
+
+    Raises:
+        ValueError: Labels of another number of items.
+    """
+    labelled = len(student_logits) - unlabelled
+    if labelled < 0 or labelled != len(labels):
+        raise ValueError(
+            f"labels must be of the {len(student_logits)} images less the {unlabelled} of "
+            f"unlabelled, got {len(labels)}"
+        )
+    if not labelled:  # they are in other parts of the batch
+        return student_logits.float().sum() * 0
+    own = student_logits[:labelled]
+    if task != "single_label":
+        labels = as_outputs(labels, own)
+    loss = hard_term(task, own, labels, label_smoothing=label_smoothing)
+    return loss if share is None else loss * (labelled / (share * len(student_logits)))
+
+
 def task_terms(
     task: Task,
     student_logits: Tensor,

@@ -151,7 +151,7 @@ class Teacher:
         inputs = _as_for(self.module, inputs)
         if self._affine is not None:
             inputs = renormalise(inputs, *self._affine)
-        training = _set_eval(self.module)
+        training = set_eval(self.module)
         try:
             logits = take_logits(_run(self.module, inputs), "teacher")
         finally:
@@ -322,7 +322,7 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     for parameter in twin.parameters():
         # the copied parameters of a ScriptModule have a graph
         parameter.requires_grad_(False) if parameter.is_leaf else parameter.detach_()
-    _set_eval(twin)
+    set_eval(twin)
     return twin
 
 
@@ -341,7 +341,7 @@ class ComputedTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _set_eval(module: nn.Module) -> list[nn.Module]:
+def set_eval(module: nn.Module) -> list[nn.Module]:
     """Set a module to eval mode; return those of its parts that were in train mode."""
     # a frozen ScriptModule has no mode, an exported graph one that cannot be set
     training = [part for part in module.modules() if getattr(part, "training", False)]

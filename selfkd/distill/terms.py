@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from selfkd.distill.features import Features
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph
+from selfkd.distill.teacher import set_eval
 from selfkd.losses.distillation import is_nan
 from selfkd.losses.features import Projection, hint_loss, reconcile
 
@@ -30,7 +32,10 @@ class FeatureTerm:
             mean over pairs is taken. For `hint_loss`, feature maps of different sizes are pooled to
             the smaller (`reconcile`).
         project: Channels of the student and of the teacher between which a trained `Projection` is
-            put, as hints need if they differ. Its parameters are `distiller.parameters()`.
+            put, as hints need if they differ, or True for those that an example's features have.
+            Its parameters are `distiller.parameters()`.
+        masked: Whether `loss` compares attention matrices, and takes the `mask` of valid tokens;
+            else it is given features of these alone.
 
     Raises:
         ValueError: A weight below 0.
@@ -42,8 +47,9 @@ class FeatureTerm:
     student: str
     teacher: str | None = None
     weight: float = 1.0
-    loss: Callable[[Tensor, Tensor], Tensor] = hint_loss
-    project: tuple[int, int] | None = None
+    loss: Callable[..., Tensor] = hint_loss
+    project: tuple[int, int] | bool | None = None
+    masked: bool = False
 
     def __post_init__(self) -> None:
         _check_weight(self.weight)
@@ -52,6 +58,38 @@ class FeatureTerm:
     def of_teacher(self) -> str:
         """Path of the teacher's submodule."""
         return self.student if self.teacher is None else self.teacher
+
+    def make_projection(self, student: int, teacher: int) -> nn.Module:
+        """Return what is trained between features of so many channels."""
+        return Projection(student, teacher)
+
+    def compare(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        module: nn.Module | None,
+        *,
+        index: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Return the loss of a pair of features.
+
+        Args:
+            student: Features of the student.
+            teacher: Features of the teacher.
+            module: What `make_projection` has made, if anything.
+            index: Indices of the items `[batch]`.
+            mask: Validity of each token `[batch, tokens]`; the others are left out.
+        """
+        if module is not None:
+            student = module(student.to(next(module.parameters()).dtype))
+        if mask is not None and self.masked:
+            return self.loss(student, teacher, mask=mask)
+        if mask is not None:
+            student, teacher = student[mask], teacher[mask]
+        if self.loss is hint_loss and student.ndim == teacher.ndim == 4:
+            student, teacher = reconcile(student, teacher)
+        return self.loss(student, teacher)
 
 
 @dataclass(frozen=True)
@@ -98,12 +136,15 @@ def parse_terms(terms: Mapping[str, Term | Mapping[str, Any]]) -> dict[str, Term
 
 
 class FeatureTerms:
-    """Feature terms of a distiller: captures the features of both networks and computes the losses.
+    """Feature terms of a distiller: captures the features of the networks and computes the losses.
+
+    Of several teachers, a term is the mean of its losses to each of them.
 
     Args:
         terms: Feature terms by name.
         student: Model whose features are captured in each forward pass, until `close`.
-        teacher: Module of the teacher, whose features are captured in `run_teacher`.
+        teachers: Modules of the teachers, whose features are captured in `run_teacher`.
+        weights: Weights of the teachers in that mean, with sum 1; equal if not given.
 
     Raises:
         ValueError: A path of no submodule, or paths that match different numbers of submodules of
@@ -111,14 +152,24 @@ class FeatureTerms:
     """
 
     def __init__(
-        self, terms: Mapping[str, FeatureTerm], student: nn.Module, teacher: nn.Module
+        self,
+        terms: Mapping[str, FeatureTerm],
+        student: nn.Module,
+        teachers: nn.Module | Sequence[nn.Module],
+        *,
+        weights: Sequence[float] | None = None,
     ) -> None:
+        teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
         self._terms = terms
+        self._weights = weights or [1 / len(teachers)] * len(teachers)
         self.student = unwrap(student)
-        paths = list(dict.fromkeys(term.student for term in terms.values()))
-        self._student = Features(student, paths)
-        of_teacher = list(dict.fromkeys(term.of_teacher for term in terms.values()))
-        self._teacher = Features(teacher, of_teacher, detach=True)
+        self._model = student
+        of_student = [(name, term.student, term.masked) for name, term in terms.items()]
+        of_teacher = [(name, term.of_teacher, term.masked) for name, term in terms.items()]
+        self._student = _Captured(student, of_student, "student")
+        self._teachers = [
+            _Captured(module, of_teacher, "teacher", detach=True) for module in teachers
+        ]
         for term in terms.values():
             self._check_count(term)
         self._student.__enter__()
@@ -127,80 +178,202 @@ class FeatureTerms:
         """Remove the hooks from the student."""
         self._student.__exit__(None, None, None)
 
-    def make_projections(self) -> nn.ModuleDict:
-        """Make the projections of the terms, one for each pair of submodules."""
-        return nn.ModuleDict(
-            {
-                _key(name, number): Projection(*term.project)
-                for name, term in self._terms.items()
-                if term.project is not None
-                for number in range(self._student.count(term.student))
-            }
-        )
+    def make_projections(
+        self, example: Any = None, teacher: Callable[[Any], Tensor] | None = None
+    ) -> nn.ModuleDict:
+        """Make the projections of the terms, one for each pair of submodules.
+
+        Args:
+            example: Inputs on which student and teacher are run once, so that channels are known;
+                needed where a term does not say them.
+            teacher: Function that runs the teachers.
+
+        Raises:
+            ValueError: A term does not say its channels, and there is no example.
+        """
+        unknown = [name for name, term in self._terms.items() if term.project is True]
+        if unknown and (example is None or teacher is None):
+            raise ValueError(
+                f"example must be given for the channels of {', '.join(unknown)}: some inputs of "
+                "student and teacher"
+            )
+        if unknown and teacher is not None:
+            self._run(example, teacher)
+        modules = nn.ModuleDict()
+        for name, term in self._terms.items():
+            for of in range(len(self._teachers)):
+                for number in range(self._student.count(term.student, attention=term.masked)):
+                    found = self._channels(term, of, number)
+                    if found is not None:
+                        modules[self._key(name, number, of)] = term.make_projection(*found)
+        return modules
+
+    @torch.no_grad()
+    def _run(self, inputs: Any, teacher: Callable[[Any], Tensor]) -> None:
+        """Run student and teachers on inputs, in eval mode."""
+        training = set_eval(self._model)
+        self._model(inputs)
+        for part in training:
+            part.training = True
+        self.run_teacher(teacher, inputs)
+
+    def _channels(self, term: FeatureTerm, teacher: int, number: int) -> tuple[int, int] | None:
+        """Return the channels between which a term has a projection, if it has one."""
+        if term.project is not True:
+            return term.project or None
+        student, other = self._pairs(term, teacher)[number]
+        return channels(student), channels(other)
 
     def run_teacher(self, teacher: Callable[[Any], Tensor], inputs: Any) -> Tensor:
-        """Return the teacher logits and capture the teacher's features."""
-        with self._teacher:
+        """Return the teacher logits and capture the teachers' features."""
+        with ExitStack() as stack:
+            for features in self._teachers:
+                stack.enter_context(features)
             return teacher(inputs)
 
-    def losses(self, projections: nn.ModuleDict, *, trains: bool) -> dict[str, Tensor]:
+    def losses(
+        self,
+        projections: nn.ModuleDict,
+        *,
+        trains: bool,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return the loss of each term, unweighted, with its graph.
 
         Args:
             projections: Result of `make_projections`.
             trains: Whether the student is trained by this batch, so that its features must have a
                 graph.
+            index: Indices of the items `[batch]`, which contrastive terms need.
+            mask: Validity of each token `[batch, tokens]`, where features are of tokens.
 
         Raises:
             ValueError: NaN in a feature of the teacher (checked on the CPU only), or a feature of
                 the student without a graph, of a term with a weight.
         """
         return {
-            name: self._loss(name, term, projections, trains) for name, term in self._terms.items()
+            name: self._loss(name, term, projections, trains, index, mask)
+            for name, term in self._terms.items()
         }
 
     def _loss(
-        self, name: str, term: FeatureTerm, projections: nn.ModuleDict, trains: bool
+        self,
+        name: str,
+        term: FeatureTerm,
+        projections: nn.ModuleDict,
+        trains: bool,
+        index: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        losses = []
-        for number, (student, teacher) in enumerate(self._pairs(term)):
-            if term.weight and trains:
-                check_graph(student, f"feature {term.student!r} of the student, of {name!r},")
-            if term.project is not None:
-                projection = projections[_key(name, number)]
-                student = projection(student.to(next(projection.parameters()).dtype))
-            if term.loss is hint_loss and student.ndim == teacher.ndim == 4:
-                student, teacher = reconcile(student, teacher)
-            losses.append(term.loss(student, teacher))
-            if is_nan(losses[-1].detach()):
-                _check_no_nan(name, term.of_teacher, teacher)
-        return torch.stack(losses).mean()
+        losses, modules = [], dict(projections.items())
+        for of, weight in enumerate(self._weights):
+            each = []
+            for number, (student, teacher) in enumerate(self._pairs(term, of)):
+                if term.weight and trains:
+                    check_graph(student, f"feature {term.student!r} of the student, of {name!r},")
+                key = self._key(name, number, of)
+                loss = term.compare(student, teacher, modules.get(key), index=index, mask=mask)
+                each.append(loss)
+                if is_nan(each[-1].detach()):
+                    _check_no_nan(name, term.of_teacher, teacher)
+            mean = torch.stack(each).mean()
+            losses.append(mean if len(self._weights) == 1 else weight * mean)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _pairs(self, term: FeatureTerm) -> Sequence[tuple[Tensor, Tensor]]:
-        """Return the pairs of features of student and teacher that are compared."""
-        student, teacher = self._student[term.student], self._teacher[term.of_teacher]
-        students = student if isinstance(student, list) else [student]
-        teachers = teacher if isinstance(teacher, list) else [teacher]
+    def _pairs(self, term: FeatureTerm, of: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return the pairs of features of student and a teacher that are compared."""
+        students = self._student.of(term.student, attention=term.masked)
+        teachers = self._teachers[of].of(term.of_teacher, attention=term.masked)
         pairs = zip(students, teachers, strict=True)
         return [(student, teacher.to(student.device)) for student, teacher in pairs]
 
     def _check_count(self, term: FeatureTerm) -> None:
-        count, expected = self._student.count(term.student), self._teacher.count(term.of_teacher)
-        if count != expected:
-            raise ValueError(
-                f"{term.student!r} must name as many submodules as {term.of_teacher!r} "
-                f"({expected}), got {count}"
-            )
+        count = self._student.count(term.student, attention=term.masked)
+        for teacher in self._teachers:
+            expected = teacher.count(term.of_teacher, attention=term.masked)
+            if count != expected:
+                raise ValueError(
+                    f"{term.student!r} must name as many submodules as {term.of_teacher!r} "
+                    f"({expected}), got {count}"
+                )
+
+    def _key(self, name: str, number: int, teacher: int) -> str:
+        several = f"_{teacher}" if len(self._teachers) > 1 else ""
+        return f"{name.replace('.', '_')}_{number}{several}"
+
+
+def channels(features: Tensor) -> int:
+    """Return the number of channels of maps `[batch, channels, height, width]`, or the width.
+
+    >>> channels(torch.zeros(2, 3, 8, 8)), channels(torch.zeros(2, 5, 16))
+    (3, 16)
+    """
+    return features.shape[1 if features.ndim == 4 else -1]
+
+
+def pooled(features: Tensor) -> Tensor:
+    """Return one vector an item: the mean over positions of maps, over tokens of sequences.
+
+    >>> pooled(torch.ones(2, 3, 4, 4)).shape, pooled(torch.ones(2, 5, 16)).shape
+    (torch.Size([2, 3]), torch.Size([2, 16]))
+    """
+    if features.ndim == 4:
+        return features.mean(dim=(2, 3))
+    return features.mean(dim=1) if features.ndim == 3 else features
+
+
+class _Captured:
+    """Features of a model by the paths of its terms; of some, attention matrices.
+
+    Args:
+        model: Model whose features are captured.
+        paths: Name and path of each term, and whether it is of attention matrices.
+        whose: Whose model it is, for messages.
+        detach: Whether to leave out the graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[tuple[str, str, bool]],
+        whose: str,
+        *,
+        detach: bool = False,
+    ) -> None:
+        for name, path, _ in paths:
+            try:
+                Features(model, [path])
+            except ValueError as error:
+                raise ValueError(f"{name}: {whose}'s {error}") from None
+        self._features = {
+            kind: Features(model, list(dict.fromkeys(own)), detach=detach, attention=kind)
+            for kind in (False, True)
+            if (own := [path for _, path, of in paths if of == kind])
+        }
+
+    def __enter__(self) -> None:
+        for features in self._features.values():
+            features.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for features in self._features.values():
+            features.__exit__(None, None, None)
+
+    def of(self, path: str, *, attention: bool) -> list[Tensor]:
+        """Return the features of a path, one for each submodule."""
+        found = self._features[attention][path]
+        return found if isinstance(found, list) else [found]
+
+    def count(self, path: str, *, attention: bool) -> int:
+        """Return the number of submodules of a path."""
+        return self._features[attention].count(path)
 
 
 def check_paths(terms: Mapping[str, FeatureTerm], student: nn.Module) -> None:
     """Raise ValueError if a term's path is that of no submodule of the student."""
     if terms:
         Features(student, [term.student for term in terms.values()])
-
-
-def _key(name: str, number: int) -> str:
-    return f"{name.replace('.', '_')}_{number}"
 
 
 def _check_no_nan(name: str, path: str, features: Tensor) -> None:

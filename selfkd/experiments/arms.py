@@ -64,9 +64,7 @@ class Arm:
     point: Point = field(default_factory=dict)
     """Settings in which it differs from the config, by dotted key."""
     teachers: Teachers = lambda config, number: ()
-    network: Callable[[Config, int], ModelConfig] = lambda config, number: (
-        config.student or config.model
-    )
+    network: Callable[[Config, int], ModelConfig] = lambda config, number: config.network()
     options: Callable[[int], Row] = lambda number: {}
     """Further arguments of the training job, by number."""
     space: Mapping[str, Distribution] = field(default_factory=dict)
@@ -381,14 +379,31 @@ class Run:
         self.events(RunFinished(summary))
         return summary
 
-    def check(self, config: Config | None = None, *, where: str = "") -> Facts:
+    def check(
+        self,
+        config: Config | None = None,
+        *,
+        where: str = "",
+        teachers: Sequence[ModelConfig | Model] = (),
+    ) -> Facts:
         """Return the facts of a config's data and networks, which a worker has tried.
+
+        Args:
+            config: Config to try; the run's when not given.
+            where: Begin of the message of a fault.
+            teachers: Networks that may teach, with which further terms of the loss are tried.
 
         Raises:
             ConfigError: They are not as the config says.
         """
         if self.function is None:
-            checked = self.job("check", config=config)
+            rows = [
+                {"name": model.name, "args": model.args}
+                if isinstance(model, ModelConfig)
+                else {"checkpoint": str(self.folder.file(model.checkpoint))}
+                for model in teachers
+            ]
+            checked = self.job("check", config=config, **({"teachers": rows} if rows else {}))
         else:
             checked = run_one(self.executor, "check_function", function=self.function)
         if "fault" in checked:

@@ -16,7 +16,7 @@ from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.arms import Teachers as ArmTeachers
 from selfkd.experiments.ensemble import Pair, pair
-from selfkd.experiments.members import Teachers, make_teachers
+from selfkd.experiments.members import Teachers, make_teachers, trained_networks
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.stages import trial_seed
 from selfkd.experiments.teacher_row import keep_members
@@ -93,7 +93,8 @@ def _sizes(run: Run) -> list[tuple[int | float | str, int, str]]:
     capacity, sizes, faults = run.config.capacity, [], []
     for number, value in enumerate(capacity.values):
         try:
-            facts = run.check(run.config.at({capacity.key: value}))
+            own = run.config.at({capacity.key: value})
+            facts = run.check(own, teachers=trained_networks(run.config))
         except ConfigError as error:
             faults.append(f"capacity.values {value}: {error}")
             continue

@@ -6,7 +6,7 @@ lineages are repeated, each with teachers of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from selfkd.analysis.verdicts import (
     join,
     ranges,
 )
-from selfkd.config import Config
+from selfkd.config import Config, ModelConfig
 from selfkd.experiments.arms import TITLE, Arm, Run
 from selfkd.experiments.lineages import in_lineages, remove_teachers, replicas_folder
 from selfkd.experiments.replicas import contrast, pair_up, remove_students
@@ -32,6 +32,7 @@ from selfkd.results import (
     GenerationConfirmed,
     GenerationResult,
     Interval,
+    Point,
     Replicated,
     Verdict,
     find_metric,
@@ -39,6 +40,7 @@ from selfkd.results import (
 from selfkd.storage.rows import load_row, save_row
 
 LINEAGES = "whole lineages"
+LABELS, CONFIRMATION = "labels", "confirmation.json"
 PATIENCE = 2  # generations that, taken together, must gain on the one before; else auto stops
 ONE_SIDED = 0.9  # confidence of the interval whose lower end a gain is above, at 5 %
 
@@ -47,7 +49,8 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
     """Confirm the generations that are not confirmed yet; return the confirmations of all.
 
     Each is kept as `confirmation.json` in its generation's folder. Where `student` differs from
-    `model`, the difference to generation 0 is that to the student's own network from labels only.
+    `model`, the difference to generation 0 is that to the student's own network from labels only,
+    and in a chain to that of each generation.
 
     Raises:
         RunError: All trials of a generation's confirmation failed.
@@ -77,7 +80,7 @@ def prepare_again(run: Run, results: Sequence[GenerationResult]) -> None:
         RunError: It could not be made.
     """
     config = run.config
-    if not config.confirm.replicas or config.distill.live or run.function is not None:
+    if not config.confirm.replicas or not config.reads_cache or run.function is not None:
         return
     if config.confirm.lineages:  # which prepare their own teachers
         return
@@ -113,26 +116,30 @@ def _replicate(
     """Train and measure generations side by side, and write down their confirmations."""
     config, folder = run.config, run.folder
     arms = [in_lineages(run, _arm(run, row), row) for row in waiting]
-    own_network = config.student is not None and run.function is None and len(results) > 1
-    baseline = _baseline_path(folder)
-    of_labels = load_row(Replicated, baseline) if baseline.exists() else None
-    if own_network and (of_labels is None or of_labels.wanted < config.confirm.replicas):
-        where, point = baseline.parent / "confirm", results[0].point
-        arms.append(Arm(name="confirm_labels", folder=where, point=point))
+    before: list[Replicated | None] = [
+        {row.generation: row for row in _load_known(folder, len(results))}.get(row.generation)
+        for row in waiting
+    ]
+    own = baselines(config, range(1, len(results))) if run.function is None else {}
+    saved = []
+    for name, (path, model) in own.items():
+        of_labels = _load_baseline(folder.path / path)
+        if of_labels is None or of_labels.wanted < config.confirm.replicas:
+            arms.append(_labels_arm(run, name, path, model, results[0].point))
+            before.append(of_labels)
+            saved.append(folder.path / path)
     measured: list[Replicated] = []
-    known = _load_known(folder, len(results))
     if arms:
-        of = {row.generation: row for row in known}
         trials = run.replicate(arms, title=LINEAGES if config.confirm.lineages else TITLE)
-        before = [*(of.get(row.generation) for row in waiting), of_labels][: len(arms)]
         title = "testing what was confirmed"
         measured = run.measure(arms, trials, title=title, known=before)
-    if len(measured) > len(waiting):
-        save_row(baseline, measured[-1])
-    remove_students(baseline.parent / "confirm")
-    for result, own in zip(waiting, measured, strict=False):
+    for file, row in zip(saved, measured[len(waiting) :], strict=True):
+        save_row(file, row)
+    for path, _ in own.values():
+        remove_students((folder.path / path).parent / "confirm")
+    for result, found in zip(waiting, measured, strict=False):
         before_it = _load_known(folder, result.generation)
-        confirmation = _confirmation(run, result, own, before_it)
+        confirmation = _confirmation(run, result, found, before_it)
         save_row(_path(folder, result.generation), confirmation)
         run.events(GenerationConfirmed(confirmation))
         _remove_students(run, result.generation)
@@ -146,24 +153,78 @@ def _remove_students(run: Run, generation: int) -> None:
         remove_students(replicas_folder(run, generation))
 
 
-def labels_only(folder: RunFolder, confirmations: Sequence[Confirmation]) -> tuple[str, Replicated]:
-    """Return what born-again generations are compared with: its name, and its measured arm."""
-    path = _baseline_path(folder)
-    if path.exists():
-        return "the same network from labels only", load_row(Replicated, path)
+def labels_only(
+    run: Run, confirmations: Sequence[Confirmation], generation: int
+) -> tuple[str, Replicated]:
+    """Return what a born-again generation is compared with: its name, and its measured arm."""
+    for path, _ in baselines(run.config, [generation]).values():
+        if (row := _load_baseline(run.folder.path / path)) is not None:
+            return "the same network from labels only", row
     name = "generation 0 (one given model)" if confirmations[0].given else "generation 0"
     return name, confirmations[0]
 
 
-def baseline_row(run: Run, confirmations: Sequence[Confirmation]) -> ControlResult | None:
-    """Return the row of the student's own network from labels only, where it is another."""
-    path = _baseline_path(run.folder)
-    if not path.exists():
-        return None
-    measured = load_row(Replicated, path)
-    title = f"{(run.config.student or run.config.model).name}, labels only"
-    first = contrast(measured, confirmations[0], floor=run.terms.floor)
-    return ControlResult(**vars(measured), name="labels", title=title, first=first)
+def baseline_rows(run: Run, confirmations: Sequence[Confirmation]) -> list[ControlResult]:
+    """Return the rows of the students' own networks from labels only, where they are others."""
+    found = []
+    for name, (path, model) in baselines(run.config, range(1, len(confirmations))).items():
+        if (measured := _load_baseline(run.folder.path / path)) is None:
+            continue
+        first = contrast(measured, confirmations[0], floor=run.terms.floor)
+        title = f"{model.title if run.config.is_chain else model.name}, labels only"
+        found.append(ControlResult(**vars(measured), name=name, title=title, first=first))
+    return found
+
+
+def baselines(config: Config, generations: Iterable[int]) -> Mapping[str, tuple[str, ModelConfig]]:
+    """Return files and networks of what students are compared with: their own from labels only.
+
+    Each network stands once, by the name of its row: `labels` of the last one, `labels_N` of one
+    that generation N of a chain is the first to have.
+
+    Args:
+        config: Config of the run.
+        generations: Numbers of the generations whose networks they are, from 1 on.
+
+    >>> from selfkd.config import from_tree
+    >>> chain = [{"name": name} for name in "aab"]
+    >>> list(baselines(from_tree({"student": chain, "rounds": 3}), range(1, 4)))
+    ['labels_1', 'labels']
+    """
+    found = {}
+    for generation in generations if config.student is not None else ():
+        model = config.network(generation)
+        if model == config.network():
+            found[LABELS] = (f"{LABELS}/{CONFIRMATION}", model)
+        else:
+            first = config.students.index(model) + 1
+            path = f"{LABELS}/generation_{first:03d}/{CONFIRMATION}"
+            found[f"{LABELS}_{first}"] = (path, model)
+    return found
+
+
+def pairs_of(config: Config) -> list[tuple[Config, list[ModelConfig]]]:
+    """Return configs of one network of students each, with the networks that may teach them."""
+    if not config.is_chain:
+        later = config.students if config.most_rounds > 1 else ()
+        return [(config, [config.model, *later])]
+    found = []
+    for generation, model in enumerate(config.students, start=1):
+        first = 0 if config.distill.teacher == "lineage" else generation - 1
+        teachers = [config.network(number) for number in range(first, generation)]
+        found.append((replace(config, student=model), teachers))
+    return found
+
+
+def _load_baseline(path: Path) -> Replicated | None:
+    return load_row(Replicated, path) if path.exists() else None
+
+
+def _labels_arm(run: Run, name: str, path: str, model: ModelConfig, point: Point) -> Arm:
+    folder = (run.folder.path / path).parent / "confirm"
+    return Arm(
+        name=f"confirm_{name}", folder=folder, point=point, network=lambda own, number: model
+    )
 
 
 def load_confirmations(config: Config, folder: RunFolder, generations: int) -> list[Confirmation]:
@@ -176,15 +237,15 @@ def judge_generations(run: Run, confirmations: Sequence[Confirmation]) -> Verdic
     """Return the verdict on the born-again generations; None where none was replicated."""
     if len(confirmations) < 2:
         return None
-    to, baseline = labels_only(run.folder, confirmations)
-    family = [
-        pair_up(f"generation {row.generation}", to, row, baseline) for row in confirmations[1:]
-    ]
+    family = []
+    for row in confirmations[1:]:
+        to, baseline = labels_only(run, confirmations, row.generation)
+        family.append(pair_up(f"generation {row.generation}", to, row, baseline))
     numbers = ranges([row.generation for row in confirmations[1:]])
     together = f"born-again generations {numbers}, taken together,"
     terms = run.terms
     found = judge(family, terms=terms, together=together, noun="generation", method="closed")
-    if not baseline.given:
+    if not labels_only(run, confirmations, 1)[1].given:
         return found
     origin = run.folder.results()[0].origin
     why = f", as {origin.unknown}" if origin else ""
@@ -202,11 +263,7 @@ def _load_known(folder: RunFolder, generations: int) -> list[Confirmation]:
 
 
 def _path(folder: RunFolder, generation: int) -> Path:
-    return folder.generation(generation) / "confirmation.json"
-
-
-def _baseline_path(folder: RunFolder) -> Path:
-    return folder.path / "labels" / "confirmation.json"
+    return folder.generation(generation) / CONFIRMATION
 
 
 def _arm(run: Run, result: GenerationResult) -> Arm:
@@ -216,7 +273,7 @@ def _arm(run: Run, result: GenerationResult) -> Arm:
         folder=replicas_folder(run, generation),
         point=result.point,
         teachers=lambda own, number: result.teachers,
-        network=lambda own, number: (own.student if generation else None) or own.model,
+        network=lambda own, number: own.network(generation),
     )
 
 
@@ -229,7 +286,7 @@ def _confirmation(
         return found
     return replace(
         found,
-        first=contrast(measured, labels_only(run.folder, before)[1], floor=floor),
+        first=contrast(measured, labels_only(run, before, generation)[1], floor=floor),
         previous=contrast(measured, before[-1], floor=floor),
     )
 

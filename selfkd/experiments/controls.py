@@ -130,6 +130,7 @@ def _search(run: Run, name: Control, results: Sequence[GenerationResult]) -> Arm
         title=f"control: {TITLES[name]}",
         folder=folder,
         teachers=lambda own, number: teachers,
+        network=lambda own, number: own.network(1),  # beside which its row stands
         options=lambda number: options,
         space=_space(run.config, name),
         points=_points(run.config, name),
@@ -171,7 +172,7 @@ def _row(
         **vars(measured),
         name=name,
         title=TITLES[name],
-        first=contrast(measured, labels_only(run.folder, confirmations)[1], floor=floor),
+        first=contrast(measured, labels_only(run, confirmations, 1)[1], floor=floor),
         born_again=contrast(confirmations[1], measured, floor=floor),
         point=point,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.analysis.statistics import mean_interval
-from selfkd.config import Config, ModelConfig
+from selfkd.config import TERMS, Config, ModelConfig, choices_of_terms
 from selfkd.errors import RayLostError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.deploy_forms import File, Served, Work, digest, measure, serve, write_float
@@ -145,7 +145,7 @@ def tune(
     point = work.point = _point(run.config, work.source.point)
     name += run.config.deploy.suffix
     rounded = {} if bits is None else {"bits": bits}
-    if not run.config.distill.live:
+    if run.config.at(point).reads_cache:
         prepare_teachers(run, [base], of="deploy", config=run.config.at(point))
 
     def arm(key: str, start: Row, teachers: Sequence[Model]) -> Arm:
@@ -208,7 +208,13 @@ def _point(config: Config, chosen: Point) -> Point:
         config: Config of the run.
         chosen: Settings of the training of the model that is deployed.
     """
-    point = {key: value for key, value in chosen.items() if key.startswith(_TUNED)}
+    point = {
+        key: value
+        for key, value in chosen.items()
+        if key.startswith(_TUNED) and not key.startswith(TERMS)
+    }
+    if any(choices_of_terms(config)):  # layers of a pruned network are narrower
+        point[TERMS] = []
     point[_ALPHA] = min(config.at(point).distill.alpha, MOST_ALPHA)
     if config.deploy.lr is not None:
         point["train.lr"] = config.deploy.lr

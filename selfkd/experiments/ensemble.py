@@ -36,8 +36,10 @@ TITLES: dict[Source, str] = {
     "specialists": "generalist and specialists",
 }
 AVERAGES = ("probabilities", "logits")
-Pair = tuple[Model, Model]
-"""Students of one seed: from labels only, and distilled."""
+Pair = tuple[Model, ...]
+"""Students of one seed: from labels only, distilled, and distilled without the transfer set."""
+WITHOUT = "without_transfer"
+"""Name of the arm that is distilled without the transfer set."""
 
 
 def compress(run: Run) -> EnsembleSummary:
@@ -67,13 +69,17 @@ def compress(run: Run) -> EnsembleSummary:
         folder=folder / "labels",
         space=config.space(with_teacher=False),
     )
-    pairs = []
+    pairs: list[Pair] = []
     if labels.space or not config.confirm.seeds:  # as many trials for the baseline
         baseline = run.search(labels, save=folder / "labels.safetensors")
         labels = replace(labels, point=baseline.best.point)
         pairs = [(baseline.models[0], found.models[0])]
     if config.confirm.seeds:
-        pairs = _replicate(run, labels, replace(student, point=found.best.point))
+        arms = [labels, replace(student, point=found.best.point)]
+        if mixes_transfer(config):
+            off = {**found.best.point, "data.transfer.weight": 0.0}
+            arms.append(replace(student, name=WITHOUT, point=off, folder=folder / WITHOUT))
+        pairs = _replicate(run, *arms)
     chosen, config = found.models[0], config.at(found.best.point)
     run.folder.keep_best(chosen.checkpoint)
     keep_members(run, teachers.of(config), config=config, students="the student")
@@ -84,6 +90,11 @@ def compress(run: Run) -> EnsembleSummary:
     return run.finish(summary)
 
 
+def mixes_transfer(config: Config) -> bool:
+    """Whether students of teachers are trained on a transfer set."""
+    return config.data.transfer is not None and config.data.transfer.weight > 0
+
+
 def finished(config: Config, folder: RunFolder) -> EnsembleSummary | None:
     """Return the summary of a run that has nothing left to do, else None."""
     summary = folder.summary(EnsembleSummary)
@@ -91,7 +102,7 @@ def finished(config: Config, folder: RunFolder) -> EnsembleSummary | None:
 
 
 def _replicate(run: Run, *arms: Arm) -> list[Pair]:
-    """Return pairs of a student from labels only and a distilled one, a pair a seed."""
+    """Return the students of a seed, of each arm: from labels only, and distilled."""
     folder = run.folder.path / "confirm"
     arms = tuple(replace(arm, name=f"confirm_{arm.name}", folder=folder / arm.name) for arm in arms)
     pairs = pair(run, arms, run.replicate(arms))
@@ -101,12 +112,16 @@ def _replicate(run: Run, *arms: Arm) -> list[Pair]:
 
 
 def pair(run: Run, arms: Sequence[Arm], trials: Sequence[Sequence[TrialResult]]) -> list[Pair]:
-    """Return the students of two arms that share a seed."""
-    first, second = (
+    """Return the students of arms that share a seed."""
+    first, *others = (
         {trial.seed: arm.model(run, trial) for trial in rows}
         for arm, rows in zip(arms, trials, strict=True)
     )
-    return [(model, second[seed]) for seed, model in first.items() if seed in second]
+    return [
+        (model, *(other[seed] for other in others))
+        for seed, model in first.items()
+        if all(seed in other for other in others)
+    ]
 
 
 def _measure(
@@ -116,15 +131,18 @@ def _measure(
     config, metric = run.config.at(best.point), run.metric
     own_teachers, average = teachers.of(config), config.distill.average
     members, soft = teachers.sources["members"], config.distill.mode == "tokens"
-    labels, students = zip(*pairs, strict=True)
+    labels, students, *without = zip(*pairs, strict=True)
     alone = [model for models in teachers.sources.values() for model in models]
     requests = [Request(model) for model in dict.fromkeys([*alone, *own_teachers])]
     requests += [Request(model, (), number == 0, config) for number, model in enumerate(labels)]
     requests += [
         Request(model, own_teachers, number == 0, config) for number, model in enumerate(students)
     ]
+    requests += [Request(model, own_teachers, config=config) for one in without for model in one]
     by_hash = {row.hash: row for row in run.evaluate(requests, title="measuring on the test split")}
-    of_labels, of_students = ([by_hash[m.hash] for m in models] for models in (labels, students))
+    of_labels, of_students, *of_without = (
+        [by_hash[m.hash] for m in models] for models in (labels, students, *without)
+    )
     named = dict(_ensembles(teachers.sources, run.config.distill.average))
     *averages, teacher = run.average([*named.values(), (own_teachers, average)])
     of_members = [by_hash[model.hash] for model in members]
@@ -136,20 +154,26 @@ def _measure(
             for (name, (models, _)), row in zip(named.items(), averages, strict=True)
         ),
         (_mean_row("student, labels only", of_labels, metric), labels[:1]),
+        *(
+            (_mean_row("student, without transfer set", found, metric), models[:1])
+            for found, models in zip(of_without, without, strict=True)
+        ),
         (_mean_row("student, from its teacher", of_students, metric), students[:1]),
     ]
     *costs, cost = run.time([*(models for _, models in rows), own_teachers])
-    gained = [
-        b.metrics[metric] - a.metrics[metric] for a, b in zip(of_labels, of_students, strict=True)
-    ]
-    room = [teacher.metrics[metric] - row.metrics[metric] for row in of_labels]
-    sign = 1 if run.mode == "max" else -1
-    compared = Pairs.of(
-        "the student from its teacher",
-        "the same from labels only",
-        dict(enumerate(row.metrics[metric] for row in of_students)),
-        dict(enumerate(row.metrics[metric] for row in of_labels)),
+    values, *others = (
+        [row.metrics[metric] for row in rows] for rows in (of_students, of_labels, *of_without)
     )
+    gains = [[a - b for a, b in zip(values, other, strict=True)] for other in others]
+    room = [teacher.metrics[metric] - value for value in others[0]]
+    sign, floor = 1 if run.mode == "max" else -1, run.terms.floor
+    names = ("the same from labels only", "the same without the transfer set")
+    compared = [
+        Pairs.of(
+            "the student from its teacher", name, dict(enumerate(values)), dict(enumerate(other))
+        )
+        for name, other in zip(names, others, strict=False)
+    ]
     return EnsembleSummary(
         rows=tuple(replace(row, **own) for (row, _), own in zip(rows, costs, strict=True)),
         teacher=teachers.row(config, teacher, cost),
@@ -164,9 +188,10 @@ def _measure(
         trials=config.search.trials,
         seeds=len(pairs) if config.confirm.seeds else 0,
         wanted=config.confirm.seeds,
-        gain=mean_interval(gained, floor=run.terms.floor),
-        verdict=judge([compared], terms=run.terms),
-        share=ratio_interval([sign * each for each in gained], [sign * each for each in room]),
+        gain=mean_interval(gains[0], floor=floor),
+        transfer_gain=mean_interval(gains[1], floor=floor) if of_without else None,
+        verdict=judge(compared, terms=run.terms),
+        share=ratio_interval([sign * each for each in gains[0]], [sign * each for each in room]),
         diagnostics={
             "labels": of_labels[0].diagnostics,
             "student": of_students[0].diagnostics,

@@ -12,12 +12,14 @@ from dataclasses import replace
 
 from selfkd.analysis.verdicts import resolution
 from selfkd.config import Config
+from selfkd.config.tasks import tries_teachers
 from selfkd.experiments.arms import Arm, Request, Run, Searched
 from selfkd.experiments.confirm import (
-    baseline_row,
+    baseline_rows,
     confirm_generations,
     judge_generations,
     load_confirmations,
+    pairs_of,
     prepare_again,
     stop_reason,
 )
@@ -31,6 +33,7 @@ from selfkd.results import (
     Confirmation,
     Evaluation,
     Examples,
+    Facts,
     GenerationConfirmed,
     GenerationFinished,
     GenerationResult,
@@ -61,7 +64,7 @@ def born_again(run: Run) -> GenerationsSummary:
         RunError: All trials of a stage failed.
     """
     config, folder = run.config, run.folder
-    folder.keep(config, run.check())
+    folder.keep(config, _check(run))
     results = folder.results()[: config.most_rounds + 1]
     for result in results:
         run.events(GenerationFinished(result))
@@ -87,7 +90,7 @@ def born_again(run: Run) -> GenerationsSummary:
         (ensemble,) = run.average([(models, "probabilities")])
         _keep_examples(run, results, confirmations)
         _keep_teacher(run, results, confirmations)
-    baseline = baseline_row(run, confirmations)
+    baselines = baseline_rows(run, confirmations)
     controls = run_controls(run, results, confirmations)
     verdict = judge_generations(run, confirmations)
     beside = judge_controls(run, confirmations, controls)
@@ -105,11 +108,22 @@ def born_again(run: Run) -> GenerationsSummary:
             confirmations=tuple(confirmations),
             verdict=verdict,
             ensemble=ensemble,
-            controls=(*([baseline] if baseline else []), *controls),
+            controls=(*baselines, *controls),
             against_controls=beside,
             stopped=_stopped(config, folder, confirmations) if config.rounds == "auto" else None,
         )
     )
+
+
+def _check(run: Run) -> Facts:
+    """Try the networks of the run, each student with its teachers."""
+    pairs = pairs_of(run.config)
+    if not run.config.is_chain:
+        return run.check(teachers=pairs[0][1])
+    for generation, (own, teachers) in enumerate(pairs, start=1):
+        if tries_teachers(own):
+            run.check(own, where=f"generation {generation}: ", teachers=teachers)
+    return run.check()
 
 
 def _best(
@@ -198,14 +212,14 @@ def _generation(run: Run, results: Sequence[GenerationResult]) -> GenerationResu
     start = time.perf_counter()
     teachers = _teachers(config, results)
     written: list[Written] = []
-    if teachers and run.function is None and not config.distill.live:
+    if teachers and run.function is None and config.reads_cache:
         written += prepare_teachers(run, teachers, of=f"generation {generation}").values()
     arm = Arm(
         name=f"generation-{generation}",
         title=f"generation {generation} of {config.most_rounds}",
         folder=run.folder.generation(generation),
         teachers=lambda own, number: teachers,
-        network=lambda own, number: (own.student if generation else None) or own.model,
+        network=lambda own, number: own.network(generation),
         space=config.space(with_teacher=generation > 0),
         points=config.search.points or () if generation else (),
         seed_name=generation,

@@ -134,7 +134,7 @@ def import_generation(run: Run) -> GenerationResult:
     model, *teachers = (
         Model(row["hash"], run.folder.relative(path)) for row, path in zip(rows, saves, strict=True)
     )
-    if teachers and not config.distill.live:
+    if teachers and config.reads_cache:
         prepare_teachers(run, teachers, of="generation 0")
     request = Request(model, teachers=teachers, diagnose=True)
     (found,) = run.evaluate([request], title="testing generation 0")

@@ -37,7 +37,7 @@ def in_lineages(run: Run, arm: Arm, result: GenerationResult) -> Arm:
         if number in done or all(run.folder.file(model.checkpoint).exists() for model in own)
     }
     waiting = [model for n, own in models.items() if n not in done for model in own]
-    if waiting and run.function is None and not run.config.distill.live:
+    if waiting and run.function is None and run.config.reads_cache:
         prepare_teachers(run, waiting, of=arm.name.replace("-", " "))
     return replace(
         arm,

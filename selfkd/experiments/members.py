@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from selfkd.config import Config, ModelConfig, Source
 from selfkd.config.space import Distribution
+from selfkd.config.tasks import tries_teachers
 from selfkd.config.validate import no_generations
 from selfkd.errors import ConfigError
 from selfkd.experiments.arms import Arm, Run
@@ -80,15 +81,22 @@ def make_teachers(run: Run) -> Teachers:
         ConfigError: The data, the models or the members are not as the config says.
         RunError: All trials of a stage failed.
     """
-    facts = run.check()
+    facts = run.check(teachers=trained_networks(run.config))
     run.folder.keep(run.config, facts)
     imported = _imported(run)
+    if imported and tries_teachers(run.config):
+        run.check(run.config, teachers=[Model(row.hash, row.checkpoint) for row in imported])
     _check(run.config, facts, len(imported))
     members = _once(run, Members, "members/result", lambda: _members(run, imported)).members
     teachers = Teachers(members, _sources(run, members, facts))
-    if run.config.distill.live:
+    if not run.config.reads_cache:
         return teachers
     return replace(teachers, written=prepare_teachers(run, _may_teach(run.config, teachers)))
+
+
+def trained_networks(config: Config) -> list[ModelConfig]:
+    """Return the networks of the members that a run trains."""
+    return (config.members.models or [config.model]) if config.members.trained() else []
 
 
 def check_members(config: Config) -> None:
@@ -237,7 +245,7 @@ def _check(config: Config, facts: Facts, imported: int) -> None:
     if "specialists" in wanted and facts.outputs < SPECIALISTS_CLASSES:
         raise ConfigError(
             f"members.source must not be specialists with fewer than {SPECIALISTS_CLASSES} "
-            f"classes, got {facts.outputs}"
+            f"classes, got {facts.outputs}: data.name digit_pairs has 100"
         )
 
 

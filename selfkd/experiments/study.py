@@ -14,6 +14,7 @@ from typing import Any
 from selfkd.analysis.families import Pairs, judge
 from selfkd.analysis.statistics import mean_interval, paired_interval, ratio_interval
 from selfkd.config import ArmConfig, Config, ContrastConfig, DataConfig, TargetsConfig, WriteConfig
+from selfkd.config.tasks import tries_teachers
 from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, Request, Run
@@ -32,6 +33,7 @@ from selfkd.results import (
     Model,
     StudySummary,
     TrialResult,
+    Unseen,
     Written,
 )
 
@@ -72,15 +74,20 @@ class _Study:
     def finish(self) -> StudySummary:
         run, config = self.run, self.run.config
         facts = {
-            name: run.check(config.at(arm.set), where=f"study.arms.{name}: ")
+            name: self._check(name, arm, [m for m in arm.teachers if m != MEMBERS])
             for name, arm in self.configs.items()
             if not arm.average
         }
         if any(MEMBERS in arm.teachers for arm in self.configs.values()):
             self.members = make_teachers(run).of(config)
+            for name, arm in self.configs.items():
+                if MEMBERS in arm.teachers and tries_teachers(config.at(arm.set)):
+                    where = f"study.arms.{name}: "
+                    run.check(config.at(arm.set), where=where, teachers=self.members)
         else:
             self.members = []
             run.folder.keep(config, run.check())
+        self._check_test(facts)
         for name, own in facts.items():
             run.folder.keep_facts(f"arms/{name}/data.json", own, where=f"study.arms.{name}: ")
         for names in self._waves():
@@ -88,6 +95,29 @@ class _Study:
         self._keep_teacher()
         summary = self._summary({name: self._measure(name) for name in self.configs})
         return run.finish(summary)
+
+    def _check_test(self, facts: Mapping[str, Facts]) -> None:
+        """Check that arms with and without a transfer set are tested on the same items.
+
+        Raises:
+            ConfigError: The transfer set of one is taken from what another is tested on.
+        """
+        sets = {name: self.run.config.at(self.configs[name].set).data.transfer for name in facts}
+        first, *others = facts
+        for name in others:
+            tested = [facts[each].fingerprints.get("test") for each in (first, name)]
+            if sets[name] != sets[first] and tested[0] != tested[1]:
+                raise ConfigError(
+                    f"study.arms.{name}: must be tested on the items of {first}, and its transfer "
+                    "set makes the test split another: give data.transfer to the whole study, and "
+                    "switch it off by data.transfer.weight: 0"
+                )
+
+    def _check(self, name: str, arm: ArmConfig, teachers: Sequence[str]) -> Facts:
+        """Try an arm on its data, with the networks of arms that teach it."""
+        config = self.run.config
+        models = [config.at(self.configs[each].set).model for each in teachers]
+        return self.run.check(config.at(arm.set), where=f"study.arms.{name}: ", teachers=models)
 
     def _keep_teacher(self) -> None:
         """Save what the first teacher knows beside the labels, of the first seed."""
@@ -128,7 +158,7 @@ class _Study:
                 options=lambda number, options=options: options,  # type: ignore[misc]
                 seeds=seeds,
             )
-            if not own.distill.live:
+            if own.reads_cache and run.function is None:
                 self._prepare(name, own, teachers, facts[name])
         side = "one arm" if len(names) == 1 else f"{len(names)} arms side by side"
         title = f"{', '.join(names)}: {side}"
@@ -179,6 +209,8 @@ class _Study:
         run, config = self.run, self.run.config
         if self.configs[name].average:
             return self._averages(name)
+        if run.function is not None:
+            return [_reported(trial) for trial in self.trials[name]]
         arm, own = self.arms[name], config.at(self.configs[name].set)
         models = [arm.model(run, trial) for trial in self.trials[name]]
         requests = [
@@ -244,6 +276,7 @@ class _Study:
             contrasts=tuple(self._contrast(each, reference, metric) for each in contrasts),
             verdict=judge(family, terms=run.terms) if family else None,
             members=members,
+            metric=None if run.function is None else metric,
         )
 
     def _contrast(
@@ -274,6 +307,17 @@ class _Study:
         return ContrastResult(**names, difference=difference, share=share)
 
 
+def _reported(trial: TrialResult) -> ArmRun:
+    """Return a seed of an arm as a user's training function has reported it."""
+    return ArmRun(
+        number=trial.trial,
+        seed=trial.seed,
+        hash=trial.hash,
+        train_seconds=trial.train_seconds,
+        metrics=trial.metrics,
+    )
+
+
 def _pairs(contrast: ContrastConfig, runs: Mapping[str, Sequence[ArmRun]], metric: str) -> Pairs:
     values, others = (
         {run.number: run.metrics[metric] for run in runs[name]}
@@ -296,8 +340,20 @@ def _arm_result(name: str, runs: Sequence[ArmRun], metric: str) -> ArmResult:
         errors=mean([run.metric("test_errors") for run in runs]),
         metrics={key: sum(run.metrics[key] for run in runs) / len(runs) for key in names},
         agreement=mean([run.metric("agreement") for run in runs]),
+        unseen_accuracy=mean([_on_unseen(row, row.class_accuracy) for row in unseen]),
+        biased_unseen_accuracy=mean([_on_unseen(row, row.biased_class_accuracy) for row in unseen]),
         biased_errors=mean([row.metric("test_errors") for row in unseen]),
         all_biased_errors=mean(
             [row.all_biased.metric("test_errors") for row in unseen if row.all_biased]
         ),
     )
+
+
+def _on_unseen(unseen: Unseen, accuracy: Sequence[float | None]) -> float | None:
+    """Mean of the accuracies of the unseen classes, those of which the test split has an image."""
+    known = [
+        value
+        for label, value in enumerate(accuracy)
+        if label in unseen.classes and value is not None
+    ]
+    return sum(known) / len(known) if known else None

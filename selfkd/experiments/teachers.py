@@ -21,9 +21,9 @@ def prepare_teachers(
 ) -> dict[str, Written]:
     """Cache the logits of teachers, or let them write text (`distill.mode: traces`), once.
 
-    Logits are cached for every view of every training item, and text is written on every training
-    prompt, by each teacher. The work is split by teacher, view or text of a prompt, and shard of
-    items; a part that fails is done again alone.
+    Logits are cached for every view of every item, of training and of the transfer set, and text
+    is written on every training prompt, by each teacher. The work is split by teacher, view or text
+    of a prompt, and shard of items; a part that fails is done again alone.
 
     Args:
         run: Run at work.
@@ -43,12 +43,16 @@ def prepare_teachers(
     place = {"targets": str(run.folder.targets(config)), "run": str(run.folder.path)}
     if config.distill.mode == "tokens":
         size = facts.cached.shard_size if facts.cached else config.targets.shard_size
-        shards = -(-facts.items["train"] // size)
+        pools: list[tuple[int, Row]] = [
+            (facts.items["train"], {}),
+            (facts.transfer, {"of": "transfer"}),
+        ]
         parts: list[Row] = [
-            {"checkpoint": teacher["checkpoint"], "view": view, "shard": shard, **place}
+            {"checkpoint": teacher["checkpoint"], "view": view, "shard": shard, **place, **of}
             for teacher in run.rows(teachers)
+            for items, of in pools
             for view in range(facts.views)
-            for shard in range(shards)
+            for shard in range(-(-items // size))
         ]
         run.jobs(f"{prefix}caching teacher logits", "cache_teacher_logits", parts, config=config)
         return {}

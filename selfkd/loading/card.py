@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.config import RESUMABLE, Config, flat
+from selfkd.config import ARRAYS, RESUMABLE, Config, flat
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import Chosen, distill_of
 from selfkd.reporting.plain import headline, short_table
@@ -49,7 +49,8 @@ def card_of_run(folder: RunFolder, config: Config, facts: Facts | None, chosen: 
         "\n".join(_made(config, facts, chosen)),
         f"```bash\n{command}\n```",
     ]
-    task = config.task if facts is None or facts.function is None else None
+    kind = "features" if config.data.name == ARRAYS else config.task
+    task = kind if facts is None or facts.function is None else None
     return _card(folder.path.name, lines, task=task)
 
 
@@ -61,16 +62,21 @@ def plain_card(metadata: Mapping[str, Any]) -> str:
     """
     model = metadata.get("model")
     name = model.get("name") if isinstance(model, Mapping) else None
+    known = "features" if "features" in metadata else "images"
     line = f"- network: `{_quoted(name)}`" if name else "- network: of a function of the user's own"
     return _card(
         name or "model",
         ["A model of selfkd.", line],
-        task=metadata.get("task", "images" if "classes" in metadata else None),
+        task=metadata.get("task", known if "classes" in metadata else None),
     )
 
 
-_TAGS = {"images": "image-classification", "text": "text-generation"}
-_ITEMS = {"images": '"image.png"', "text": '"The value of "'}
+_TAGS = {
+    "images": "image-classification",
+    "features": "tabular-classification",
+    "text": "text-generation",
+}
+_ITEMS = {"images": '"image.png"', "features": "features", "text": '"The value of "'}
 
 
 def _card(title: str, lines: Sequence[str], *, task: str | None) -> str:
@@ -120,7 +126,7 @@ def _quoted(text: object) -> str:
 
 
 def _made(config: Config, facts: Facts | None, chosen: Chosen) -> Iterator[str]:
-    model = (config.student if chosen.point is not None else None) or config.model
+    model = config.network(chosen.generation) if chosen.point is not None else config.model
     if facts is None or facts.function is None:
         arguments = (
             f" {_quoted(json.dumps(_masked(model.args), ensure_ascii=False))}" if model.args else ""

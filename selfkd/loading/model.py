@@ -103,7 +103,8 @@ class LoadedModel:
             images: One image or several: files, Pillow images, uint8 arrays or tensors, or
                 floating ones with pixels in [0, 1]; arrays are `[height, width, channels]`,
                 tensors `[channels, height, width]`, with a batch in front where there are several.
-                For a network of your own (`make_model`): its inputs, as a tensor.
+                Of a model of arrays: rows of features `[N, F]`, not yet standardised, or a
+                DataFrame. For a network of your own (`make_model`): its inputs, as a tensor.
             batch_size: Number of images that are predicted at once.
 
         Returns:
@@ -352,6 +353,11 @@ class _OwnPredictor:
                 f"inputs of a network of your own must be a tensor, got {type(items).__name__}"
             )
         return (part.to(device) for part in torch.split(items, batch_size))
+
+    def example(self) -> Tensor:
+        raise TypeError(
+            "inputs of a network of your own must be given, as only its code knows them"
+        )
 
 
 def _checked(logits: object) -> Tensor:

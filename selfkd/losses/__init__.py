@@ -1,4 +1,7 @@
-"""Distillation losses as pure functions of tensors, all of which can be imported from here."""
+"""Distillation losses as pure functions of tensors, all of which can be imported from here.
+
+They are means; docs/conventions.md converts the weights of papers that take sums.
+"""
 
 from selfkd.losses.averaging import Average as Average
 from selfkd.losses.averaging import ensemble_logits as ensemble_logits

@@ -198,7 +198,8 @@ def crd_loss(
 
     with x of the student and rows of the teacher, plus the same the other way round. k = 0 is the
     image itself, k >= 1 are the negatives. Z is n times the mean of exp over the first batch, and
-    is then kept. Follows the authors' code, without its 1e-7. The memory is only read here;
+    is then kept. Follows the authors' code, without its 1e-7, so that published weights hold here,
+    though it is a sum over negatives: with more of them it is larger. The memory is only read here;
     `memory.update` changes it.
 
     Args:

@@ -55,6 +55,10 @@ def distillation_terms(
     T -> inf matches centred logits; T -> 0 matches the teacher's argmax, with loss / T the
     student's largest logit less its logit for that class.
 
+    Published weights hold here: the paper's cross-entropy with soft targets is KL plus a constant.
+    `KLDivLoss()` with its default mean, over batch and classes, is `1 / classes` times this soft
+    loss: a weight beta of it is `beta / classes` here.
+
     Args:
         student_logits: Logits `[batch, classes]`, floating point. Computed in float32 or wider, in
             autocast too.
@@ -157,6 +161,9 @@ def distillation_loss(
 
         (1 - alpha) CE(y, p_s) + alpha T^2 KL(p_t^T || p_s^T)
 
+    Published weights hold here; with `KLDivLoss()` as it is, the soft term is `1 / classes` times
+    this (see `distillation_terms`).
+
     Args:
         student_logits: Logits `[batch, classes]`.
         teacher_logits: Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
@@ -237,6 +244,8 @@ def soft_targets(
 
 def hard_loss(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy with the labels, in float32 or wider: the loss without a teacher.
+
+    Published weights hold here: it is the usual mean over the batch.
 
     Args:
         student_logits: Logits `[batch, classes]`.

@@ -42,6 +42,9 @@ def multi_label_terms(
 
         d loss / d z_s = [(1 - alpha) (p_s - y) + alpha T (p_s^T - p_t^T)] / (batch labels)
 
+    The paper's soft loss, a sum over labels at T = 1, is `labels` times this: its weight beta is
+    `beta * labels` here, beside a hard term that is a mean over labels.
+
     Args:
         student_logits: Logits `[batch, labels]`, or of more dimensions, floating point; computed
             in float32 or wider.

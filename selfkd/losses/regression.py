@@ -32,6 +32,9 @@ def regression_terms(
     `torch.nn.MSELoss`. The teacher bounds the student: an item for which the student is better than
     the teacher by the margin is trained on its label alone.
 
+    The paper's sum over the values of an item is `values` times this mean: its weight beta is
+    `beta * values` here. Its bounded term is the error to the label, not to the teacher.
+
     Args:
         student_outputs: Values `[batch, ...]`, floating point; computed in float32 or wider.
         teacher_outputs: Values of the same shape, or `[members, batch, ...]` of an ensemble, which

@@ -126,6 +126,9 @@ def sequence_terms(
     `labels[:, 1:]`. The mean of the losses of micro-batches with different n is not the loss of
     the whole batch: give their total n as `normalizer` and add the losses up.
 
+    GKD, TRL and Liger have no T^2: their loss is `1 / T ** 2` times this soft loss, the same at
+    T = 1. GKD's paper takes the mean over the tokens of each text first, then over texts.
+
     The gradient is computed together with the loss, chunk by chunk. The extra memory is the
     gradient, of the size of the logits, and work for one chunk. The loss allows a single backward
     pass, without double backward.
@@ -239,7 +242,8 @@ def linear_sequence_terms(
     The terms are those of `sequence_terms`. The logits of a chunk are computed, used for the loss
     and the gradients of `hidden`, `weight` and `bias`, and dropped. The extra memory is these
     gradients, in float32 or wider, and work for one chunk; it does not grow with length times
-    vocabulary. With `LinearLogits` as teacher, no memory does.
+    vocabulary. With `LinearLogits` as teacher, no memory does. Losses without T^2, such as Liger's,
+    are `1 / T ** 2` times this soft loss.
 
     With `LinearLogits` on a GPU, in float32 without autocast, without label smoothing and with a
     gradient, the loss is computed by `liger-kernel` if it is installed (`selfkd[liger]`). In half

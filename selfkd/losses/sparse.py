@@ -124,6 +124,8 @@ def sparse_terms(
     gradient is that of the KL from the members' mean distribution, and its value is larger by a
     constant: the mean KL of the members from their mean.
 
+    Published weights hold here, of the KL over all classes, which this is where k = K.
+
     Args:
         student_logits: Logits `[batch, classes]`, floating point. Computed in float32 or wider, in
             autocast too.

@@ -22,7 +22,8 @@ def make_mlp(
 
     Args:
         num_classes: Number of classes.
-        in_chans: Channels of the inputs `[batch, in_chans, height, width]`.
+        in_chans: Channels of the inputs `[batch, in_chans, height, width]`; or, with an `img_size`
+            of 1, features of inputs `[batch, in_chans]`.
         img_size: Height and width of the inputs.
         width: Units of a hidden layer.
         depth: Number of hidden layers; 0 is multinomial logistic regression.
@@ -38,6 +39,8 @@ def make_mlp(
 
     >>> import torch
     >>> make_mlp(width=32, depth=1)(torch.zeros(5, 1, 28, 28)).shape
+    torch.Size([5, 10])
+    >>> make_mlp(width=32, in_chans=4, img_size=1)(torch.zeros(5, 4)).shape
     torch.Size([5, 10])
     """
     if width < 1:

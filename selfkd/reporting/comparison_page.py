@@ -54,7 +54,6 @@ def runs_table(runs: Sequence[Run]) -> Table:
 def _run_row(run: Run, tested: str) -> tuple[str, ...]:
     """Return the row of a run, which names its metric where it is not that of the head."""
     last = last_arm(run) or Arm("", None, None)
-    student = run.get("student.name")
     metric = run.data.tested
     ensemble = run.ensemble.metric(metric) if run.ensemble else None
 
@@ -62,7 +61,11 @@ def _run_row(run: Run, tested: str) -> tuple[str, ...]:
         return text if metric == tested or not text else f"{find_metric(metric).short} {text}"
 
     return (
-        *(run.name, str(run.get("data.name", "")), str(student or run.get("model.name", ""))),
+        *(
+            run.name,
+            str(run.get("data.name", "")),
+            (run.student_names or [str(run.get("model.name", ""))])[-1],
+        ),
         *(last.name, words.measured(run, last.val), named(words.value(last.test, metric))),
         *(named(words.mean(last.mean, metric)), named(words.value(ensemble, metric))),
         str(run.trained),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from selfkd.analysis.deploy import difference_of, format_ratio, shortfalls, size_ratio
+from selfkd.analysis.deploy import difference_of, format_ratio, kept_of, shortfalls, size_ratio
 from selfkd.analysis.statistics import mean_interval
 from selfkd.reporting import words
 from selfkd.reporting.table import Table
@@ -30,6 +30,7 @@ def deploy_table(summary: DeploySummary, facts: Facts) -> Table:
         *(f"ms, {items}" for items in batches),
         f"difference{words.difference_head(metric)}",
         "of its size",
+        "score kept",
         *(f"speed, {items}" for items in batches),
         "agreement",
         *map(words.short_metric, further),
@@ -70,6 +71,7 @@ def _row(
         *(_milliseconds(time) for time in times),
         words.bare_difference(difference_of(row, summary, facts), metric),
         words.number(ratio, ".2f"),
+        words.kept(kept_of(row, summary)),
         *(_speed(time.speed_up if time else None) for time in times),
         words.percent(row.agreement),
         *(words.number(row.metric(f"test_{n}"), find_metric(n).cell) for n in further),

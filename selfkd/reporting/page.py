@@ -206,14 +206,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     sizes = run.facts.items if run.facts is not None else {}
     split = " / ".join(f"{sizes[name]:,}" for name in ("train", "val", "test") if name in sizes)
     parameters = run.results[-1].parameters if run.results else None
-    student = run.get("student.name")
-    model = str(run.get("model.name", "")) + (f" → {student}" if student else "")
+    model = " → ".join([str(run.get("model.name", "")), *run.student_names])
+    size = words.size(parameters)
+    if len(run.student_names) > 1:  # a chain, whose networks are of several sizes
+        size = " → ".join(tables.sizes_by_generation(run.results).values()) or size
     started = run.starts[-1].get("started") if run.starts else None
     facts = [
         ("data", str(run.get("data.name", ""))),
         (f"train / val / test {run.data.unit}", split),
         ("model", model),
-        ("parameters", words.size(parameters)),
+        ("parameters", size),
         ("models trained", str(run.trained)),
         *_times(run),
         ("seed", str(run.get("seed", ""))),

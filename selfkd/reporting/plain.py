@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from selfkd.analysis.deploy import flat_row
+from selfkd.analysis.deploy import flat_row, kept_of, size_ratio
+from selfkd.analysis.kept import score_kept, size_kept
 from selfkd.analysis.verdicts import format_difference
 from selfkd.reporting import words
 from selfkd.reporting.deploy_table import deploy_table
@@ -20,6 +21,8 @@ from selfkd.results import (
     Row,
     StudySummary,
     Summary,
+    TeacherRow,
+    find_main,
     find_metric,
     title,
 )
@@ -38,7 +41,9 @@ def plain_rows(summary: Summary) -> list[Row]:
 
     All rows have the same keys in the same order: `name`, the settings, metrics by their names,
     and where fresh seeds say it `mean` and `gain` with the ends of their intervals,
-    `mean_low`, `mean_high`, `gain_low`, `gain_high`. What is not known is None.
+    `mean_low`, `mean_high`, `gain_low`, `gain_high`; of smaller models `score_kept`, with its ends,
+    and `size_kept`, shares of the score and size of the teacher or float file. What is not known
+    is None.
     """
     if isinstance(summary, GenerationsSummary):
         rows = list(_generations(summary))
@@ -47,7 +52,10 @@ def plain_rows(summary: Summary) -> list[Row]:
     elif isinstance(summary, CapacitySummary):
         rows = list(_sizes(summary))
     elif isinstance(summary, DeploySummary):
-        rows = [flat_row(row) for row in summary.rows]
+        rows = [
+            flat_row(row) | _kept(kept_of(row, summary), size_ratio(row, summary))
+            for row in summary.rows
+        ]
     else:
         rows = list(_arms(summary))
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -149,6 +157,7 @@ def _ensemble(summary: EnsembleSummary) -> Iterator[Row]:
             **(_ends("gain", summary.gain) if distilled else {}),
             "seeds": len(row.runs) or None,
             **costs,
+            **(_kept_of(row.runs, row.parameters, summary.teacher) if distilled else {}),
         }
 
 
@@ -164,6 +173,7 @@ def _sizes(summary: CapacitySummary) -> Iterator[Row]:
             **_ends("gain", size.difference),
             "p_holm": size.p_holm,
             "seeds": summary.seeds,
+            **_kept_of(size.distilled.runs, size.parameters, summary.teacher),
         }
 
 
@@ -175,6 +185,17 @@ def _arms(summary: StudySummary) -> Iterator[Row]:
             **_ends("mean", arm.mean),
             "seeds": len(arm.runs),
         }
+
+
+def _kept_of(runs: Sequence[float], parameters: float | None, teacher: TeacherRow) -> Row:
+    """Return what students keep of their teacher's score and parameters."""
+    metric = find_main(teacher.metrics)
+    share = score_kept(runs, teacher.metric(f"test_{metric}"), metric=metric)
+    return _kept(share, size_kept(parameters, teacher.parameters))
+
+
+def _kept(score: Interval | None, size: float | None) -> Row:
+    return {**_ends("score_kept", score), "size_kept": size}
 
 
 def _ends(name: str, interval: Interval | None) -> Row:

@@ -191,6 +191,13 @@ class Run:
             value = value[word]
         return value
 
+    @property
+    def student_names(self) -> list[str]:
+        """Names of the students' networks that are given, in the order of their generations."""
+        given = self.get("student")
+        each = given if isinstance(given, list) else [given]
+        return [str(model.get("name", "")) for model in each if isinstance(model, Mapping)]
+
     def setting(self, trial: TrialResult) -> tuple[float, float] | None:
         """Return T and alpha of a trial; None where they are damaged, or have no meaning."""
         values = [trial.point.get(key, self.get(key)) for key in DISTILL]

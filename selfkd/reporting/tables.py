@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from selfkd.analysis.kept import score_kept
+from selfkd.config import TERMS
 from selfkd.reporting import words
 from selfkd.reporting.deploy_table import deploy_table
 from selfkd.reporting.read import DISTILL, Generation, Run
@@ -45,16 +47,20 @@ def results_table(run: Run) -> Table:
 
 def generations_table(run: Run) -> Table:
     """Return a row a generation, then their ensemble and the controls."""
-    rows = [_generation_row(run, generation) for generation in run.generations]
+    sizes = sizes_by_generation(run.results)
+    rows = [
+        (*_generation_row(run, generation), sizes.get(generation.number, ""))
+        for generation in run.generations
+    ]
     if run.ensemble is not None:
-        rows.append(_ensemble_row(run, run.ensemble))
+        rows.append((*_ensemble_row(run, run.ensemble), ""))
     rows += [
         (
             *(control.title, "", "", "", "", words.mean(control.mean, control.metric)),
             *(
                 words.bare_difference(control.first, control.metric),
                 "",
-                *[""] * len(with_agreement(run.data.further)),
+                *[""] * (len(with_agreement(run.data.further)) + 1),
             ),
         )
         for control in run.controls
@@ -65,8 +71,14 @@ def generations_table(run: Run) -> Table:
     head = ("generation", "T", "alpha", words.short_metric(run.metric), tested, again)
     unit = words.difference_head(run.data.metric)
     differences = f"vs gen. 0{unit}", f"vs previous{unit}"
-    columns = (*head, *differences, *further_head(with_agreement(run.data.further)))
+    columns = (*head, *differences, *further_head(with_agreement(run.data.further)), "parameters")
     return Table(columns, tuple(rows)).without_empty()
+
+
+def sizes_by_generation(results: Sequence[GenerationResult]) -> dict[int, str]:
+    """Return the number of parameters of each generation in words; none where all are alike."""
+    sizes = {row.generation: row.parameters for row in results if row.parameters is not None}
+    return {n: words.size(size) for n, size in sizes.items()} if len({*sizes.values()}) > 1 else {}
 
 
 def further_head(names: Sequence[str]) -> list[str]:
@@ -141,13 +153,13 @@ def _if_chosen(generation: Generation, trial: TrialResult) -> GenerationResult |
 def trials_table(run: Run, trials: Sequence[TrialResult], chosen: int | None) -> Table:
     """Return a row a trial: its settings and its metric."""
     keys = sorted({key for trial in trials for key in trial.point}, key=_distill_first)
-    short = {"distill.temperature": "T", "distill.alpha": "alpha"}
+    short = {"distill.temperature": "T", "distill.alpha": "alpha", TERMS: "terms"}
     named = words.short_metric(run.metric)
-    head = ("trial", *(short.get(key, key) for key in keys), named, "seconds", "")
+    head = ("trial", *(short.get(key, words.short_key(key)) for key in keys), named, "seconds", "")
     rows = [
         (
             str(trial.trial),
-            *(_setting(trial.point.get(key)) for key in keys),
+            *(words.format_setting(key, trial.point.get(key)) for key in keys),
             words.measured(run, trial.metric(run.metric)),
             f"{trial.train_seconds:.1f}",
             _outcome(trial, chosen),
@@ -167,10 +179,6 @@ def _outcome(trial: TrialResult, chosen: int | None) -> str:
     if trial.trial == chosen:
         return "chosen"
     return "stopped early" if trial.status == "stopped" else ""
-
-
-def _setting(value: Any) -> str:
-    return "" if value is None else format(value, ".3g") if isinstance(value, float) else str(value)
 
 
 def cut_note(count: int, what: str) -> str:
@@ -286,7 +294,8 @@ def ensemble_table(
         costs = words.number(row.ms_1, ".3g"), words.number(row.ms_128, ".3g")
         texts.append((row.name, val, test, *more, words.size(row.parameters), *costs))
     note = "ms an item, of 1 and of 128 at once, on one thread."
-    return Table(head, tuple(texts), note, rules=(len(texts) - 2,)).without_empty()
+    students = sum(row.name.startswith("student") for row in rows)
+    return Table(head, tuple(texts), note, rules=(len(texts) - students,)).without_empty()
 
 
 def tree_table(tree: Mapping[str, Any]) -> Table:
@@ -310,6 +319,8 @@ def capacity_table(summary: CapacitySummary, metric: str = words.MAIN) -> Table:
         summary: Summary of the run.
         metric: Metric that models are compared by, see `Facts.metric`.
     """
+    teacher = summary.teacher
+    reference = teacher.metric(f"test_{metric}")
     rows = [
         (
             str(size.value),
@@ -319,15 +330,18 @@ def capacity_table(summary: CapacitySummary, metric: str = words.MAIN) -> Table:
             words.bare_difference(size.difference, metric),
             words.p_value(size.p_holm),
             size.verdict,
+            words.kept(score_kept(size.distilled.runs, reference, metric=metric)),
         )
         for size in summary.sizes
     ]
-    teacher = summary.teacher
-    tested = words.value(teacher.metric(f"test_{metric}"), metric)
-    rows.append(("teacher", words.size(teacher.parameters), tested, "", "", "", ""))
+    tested = words.value(reference, metric)
+    rows.append(("teacher", words.size(teacher.parameters), tested, "", "", "", "", ""))
     head = (summary.key.rpartition(".")[2], "params", "labels only", "distilled")
     difference = f"difference{words.difference_head(metric)}"
-    return Table((*head, difference, "p, Holm", "distillation"), tuple(rows))
+    columns = (*head, difference, "p, Holm", "distillation", "score kept")
+    if not any(row[-1] for row in rows):  # as of a metric of which less is better
+        return Table(columns[:-1], tuple(row[:-1] for row in rows))
+    return Table(columns, tuple(rows))
 
 
 def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
@@ -342,9 +356,11 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
             arm.name,
             str(len(arm.runs)),
             _errors(arm.errors),
-            words.mean(arm.mean, metric),
-            words.value(arm.metric(f"val_{metric}"), metric),
+            words.mean(arm.mean, study.metric or metric),
+            "" if study.metric else words.value(arm.metric(f"val_{metric}"), metric),
             words.mean(arm.agreement),
+            words.mean(arm.unseen_accuracy),
+            words.mean(arm.biased_unseen_accuracy),
             _errors(arm.biased_errors),
             _errors(arm.all_biased_errors),
         )
@@ -354,10 +370,12 @@ def study_table(study: StudySummary, metric: str = words.MAIN) -> Table:
         members = study.members
         errors = words.number(members.metric("test_errors"), ".0f")
         val, test = measures(members, metric, ())
-        rows.append((f"members ({members.count})", "", errors, test, val, "", "", ""))
+        rows.append((f"members ({members.count})", "", errors, test, val, "", "", "", "", ""))
     short = words.short_metric(metric)
-    head = ("arm", "seeds", "test errors", f"test {short}", f"val {short}", "agreement")
-    return Table((*head, "errors, one bias", "errors, biases"), tuple(rows)).without_empty()
+    own = words.short_metric(study.metric) if study.metric else f"test {short}"
+    head = ("arm", "seeds", "test errors", own, f"val {short}", "agreement")
+    biased = ("unseen acc", "with one bias", "errors, one bias", "errors, biases")
+    return Table((*head, *biased), tuple(rows)).without_empty()
 
 
 def _errors(estimate: Interval | None) -> str:

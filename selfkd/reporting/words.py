@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from selfkd.analysis import verdicts
+from selfkd.analysis.kept import describe_kept, share_text, size_kept
 from selfkd.analysis.verdicts import count, describe_other_data, format_difference, short
-from selfkd.config import Config
+from selfkd.config import TERM_WEIGHT, TERMS, Config, choices_of_terms
+from selfkd.distill.loss_names import LOSSES, describe_terms
 from selfkd.reporting.read import Run
 from selfkd.results import (
+    CapacitySummary,
     EnsembleSummary,
     GenerationResult,
     Interval,
@@ -198,7 +201,8 @@ def headlines(run: Run) -> list[str]:
     if run.command == "ensemble":
         return list(_of_ensemble(run))
     if (summary := run.capacity_summary) is not None:
-        return [sentence(line) for line in (*summary.verdict.sentences, *summary.said)]
+        kept = describe_sizes_kept(summary, run.data.metric)
+        return [sentence(line) for line in (*summary.verdict.sentences, *kept, *summary.said)]
     if run.study_summary is not None:
         verdict = run.study_summary.verdict
         return [sentence(line) for line in verdict.sentences] if verdict else []
@@ -261,7 +265,7 @@ def _of_ensemble(run: Run) -> Iterator[str]:
     if run.ensemble_summary is None:
         yield "The student is not evaluated yet."
         return
-    _, *lines = describe_ensemble(run.ensemble_summary)
+    _, *lines = describe_ensemble(run.ensemble_summary, run.data.metric)
     yield from (sentence(line) for line in lines)
 
 
@@ -269,15 +273,6 @@ def sentence(text: str) -> str:
     """Return a text as a sentence: a capital, a full stop."""
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def share_kept(value: float) -> str:
-    """Return a share in percent, without a sign.
-
-    >>> share_kept(0.72)
-    '72.00 %'
-    """
-    return f"{value:.2%}".replace("%", " %")
 
 
 def describe_members(config: Config) -> str:
@@ -290,8 +285,13 @@ def describe_members(config: Config) -> str:
     return ", ".join(parts)
 
 
-def describe_ensemble(summary: EnsembleSummary) -> list[str]:
-    """Return the findings of `selfkd.ensemble` in words: the setting, the gain, the share."""
+def describe_ensemble(summary: EnsembleSummary, metric: str = MAIN) -> list[str]:
+    """Return the findings of `selfkd.ensemble` in words: the setting, the gain, what is kept.
+
+    Args:
+        summary: Summary of the run.
+        metric: Metric that models are compared by, see `Facts.metric`.
+    """
     chosen, share = summary.chosen, summary.share
     setting = f"chosen of {summary.trials} trials on validation: "
     if chosen.temperature is None or chosen.alpha is None:
@@ -305,6 +305,92 @@ def describe_ensemble(summary: EnsembleSummary) -> list[str]:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
     else:
         ends = "" if share.low is not None else " (no interval: too little is known for one)"
-        value = format_difference(share, form=share_kept)
+        value = format_difference(share, form=share_text)
         lines.append(f"share of the teacher's gain kept: {value}{ends}")
-    return lines
+    return [*lines, *describe_student_kept(summary, metric)]
+
+
+def kept(share: Interval | None) -> str:
+    """Return the share of a score that is kept, with its interval, in percent; empty for None."""
+    return "" if share is None else format_difference(share, form=share_text)
+
+
+def describe_student_kept(summary: EnsembleSummary, metric: str) -> list[str]:
+    """Return in a sentence what the student keeps of its teacher's score and size, if known."""
+    student, teacher = summary.rows[-1], summary.teacher
+    tested = student.metric(f"test_{metric}")
+    runs = student.runs or (() if tested is None else (tested,))
+    text = describe_kept(
+        "the student",
+        "the teacher",
+        runs,
+        teacher.metric(f"test_{metric}"),
+        metric=metric,
+        size=size_kept(student.parameters, teacher.parameters),
+    )
+    return [text] if text else []
+
+
+def describe_sizes_kept(summary: CapacitySummary, metric: str) -> list[str]:
+    """Return what the smallest and the largest distilled student keep of their teacher, if known.
+
+    Args:
+        summary: Summary of the run.
+        metric: Metric that models are compared by, see `Facts.metric`.
+    """
+    teacher = summary.teacher
+    texts = [
+        describe_kept(
+            f"the distilled student of {short(size.parameters)} parameters",
+            "the teacher",
+            size.distilled.runs or (size.distilled.value,),
+            teacher.metric(f"test_{metric}"),
+            metric=metric,
+            size=size_kept(size.parameters, teacher.parameters),
+        )
+        for size in (*summary.sizes[:1], *summary.sizes[1:][-1:])
+    ]
+    return [text for text in texts if text]
+
+
+def short_key(key: str) -> str:
+    """Return a dotted config key as it stands before its value; the weight of a term is short.
+
+    >>> short_key("distill.terms.hint.weight"), short_key("train.lr")
+    ('hint weight', 'train.lr')
+    """
+    found = TERM_WEIGHT.fullmatch(key)
+    return f"{found[1]} weight" if found else key
+
+
+def format_setting(key: str, value: Any) -> str:
+    """Return the value of a dotted config key in words.
+
+    >>> format_setting("train.lr", 0.05), format_setting("distill.terms", [{"name": "pkt"}])
+    ('0.05', '1 pkt')
+    """
+    if key == TERMS and isinstance(value, list | tuple):
+        return describe_terms(value)
+    return "" if value is None else format(value, ".3g") if isinstance(value, float) else str(value)
+
+
+def describe_live(config: Config) -> list[str]:
+    """Return in words for which terms teachers are run at every step, and what that costs."""
+    arms = {name: config.at(arm.set) for name, arm in config.study.arms.items() if arm.teachers}
+    found = {
+        str(term["name"])
+        for own in (arms.values() if arms else [config])
+        for terms in choices_of_terms(own)
+        for term in terms
+        if term.get("student") is not None
+    }
+    if not found:
+        return []
+    names = ", ".join(name for name in LOSSES if name in found)
+    verb = "compares" if len(found) == 1 else "compare"
+    where = [name for name, own in arms.items() if own.distill.runs_teacher]
+    students = f"students of {', '.join(where)}" if where else "students with a teacher"
+    return [
+        f"{students} run it at every step, as {names} {verb} layers: a step takes one forward pass "
+        "of the teacher more, about a third of a step of the teacher's own training"
+    ]

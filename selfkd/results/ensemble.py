@@ -100,6 +100,8 @@ class EnsembleSummary:
     """Number of fresh seeds that were to be trained, those that failed included."""
     gain: Interval
     """Paired difference of the student to the same from labels only."""
+    transfer_gain: Interval | None = None
+    """Paired difference of the student to the same distilled without the transfer set."""
     verdict: Verdict
     share: Interval | None = None
     """Share of the teacher's gain that the student keeps."""

@@ -36,6 +36,10 @@ class ArmResult(Measured):
     written: Written | None = None
     """Text of its teachers that it was trained on, where it was."""
     agreement: Interval | None = None
+    unseen_accuracy: Interval | None = None
+    """Test accuracy on the classes that it was trained on no image of."""
+    biased_unseen_accuracy: Interval | None = None
+    """The same with one bias for these classes."""
     biased_errors: Interval | None = None
     all_biased_errors: Interval | None = None
 
@@ -73,3 +77,5 @@ class StudySummary:
     verdict: Verdict | None = None
     """Of the contrasts, in their order; None without any."""
     members: MembersRow | None = None
+    metric: str | None = None
+    """Metric of a user's training function, which has a test split of its own if any."""

@@ -61,6 +61,8 @@ class Facts:
 
     items: dict[str, Count] = Field(default_factory=dict)
     """Sizes of the splits train, val and test; none of a user's training function."""
+    transfer: Count = 0
+    """Number of items of the transfer set."""
     unit: str = "images"
     """Word for the items."""
     items_an_input: Count = 1

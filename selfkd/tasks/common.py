@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, TrainConfig
+from selfkd.config.tasks import values_of
 from selfkd.deployment.reshape import PRUNED, reshape
+from selfkd.distill.initial import CHOICES, match_layers, start_from_layers
 from selfkd.distill.outputs import take_logits
 from selfkd.losses import Average, ensemble_logits
+from selfkd.models import parameters_count
 from selfkd.results import CachedFormat, Row, from_row
 from selfkd.soft_targets.manifest import Manifest
 from selfkd.soft_targets.transforms import class_mean_fault
@@ -26,12 +29,15 @@ Facts = TypeVar("Facts", bound=ModelFacts)
 
 
 class Maker(Protocol):
-    """The part of a task that makes networks."""
+    """The part of a task that makes and loads networks."""
 
     config: Config
 
     def make(self, model: ModelConfig) -> nn.Module:
         """Return a fresh network for the task's data."""
+
+    def load(self, checkpoint: str) -> tuple[nn.Module, ModelFacts]:
+        """Return the network of a checkpoint, and its metadata."""
 
 
 def prepare_device(config: Config) -> str:
@@ -71,6 +77,19 @@ def check_class_mean(config: Config, outputs: int) -> None:
     arms = (arm.target_transform for arm in config.study.arms.values())
     if "class_mean" in (*config.controls, *arms) and (fault := class_mean_fault(outputs)):
         raise ValueError(fault)
+
+
+def named_networks(config: Config) -> dict[str, ModelConfig]:
+    """Return the networks of a config by their names in `Facts.parameters`.
+
+    Of a chain, `student` is the last one, and `student_N` that of generation N.
+
+    >>> named_networks(Config())["student"].args
+    {'width': 8}
+    """
+    chain = config.students if config.is_chain else ()
+    of_generations = {f"student_{number}": model for number, model in enumerate(chain, start=1)}
+    return {"model": config.model, "student": config.network(), **of_generations}
 
 
 def describe_cached(manifest: Manifest) -> CachedFormat:
@@ -118,11 +137,75 @@ def make_fresh(task: Maker, trial: Trial, start: Mapping[str, Any]) -> nn.Module
             network = reshape(network, tensors, share)
         if not start.get("fresh"):
             network.load_state_dict(tensors)
-    elif task.config.train.init == "teacher" and trial.teachers:
-        network.load_state_dict(load_tensors(as_path(trial.teachers[0]["checkpoint"]))[0])
+    elif (init := task.config.train.init) != "fresh" and trial.teachers:
+        checkpoint = trial.teachers[0]["checkpoint"]
+        if init == "teacher":
+            network.load_state_dict(load_tensors(as_path(checkpoint))[0])
+        else:
+            with torch.random.fork_rng(devices=[]):  # drawn from as by a fresh start
+                teacher = task.load(checkpoint)[0]
+            _start_from(network, teacher, init)
     if "seed" in start:
         torch.manual_seed(trial.seed)
     return network
+
+
+def _start_from(student: nn.Module, teacher: nn.Module, init: str | Mapping[str, str]) -> None:
+    """Copy layers of a teacher into its student.
+
+    Args:
+        student: Fresh network.
+        teacher: Network of the teacher.
+        init: `train.init`: a name of `selfkd.distill.initial.CHOICES`, or a map of paths.
+
+    Raises:
+        ValueError: The layers do not fit.
+    """
+    mapping = match_layers(student, teacher, CHOICES[init]) if isinstance(init, str) else init
+    start_from_layers(student, teacher, mapping)
+
+
+def check_init(task: Maker, teachers: Sequence[Mapping[str, Any]]) -> None:
+    """Try what students start from.
+
+    Args:
+        task: Task whose config's students are tried.
+        teachers: `checkpoint`, or `name` and `args`, of networks that may teach; none where they
+            are not known yet.
+
+    Raises:
+        ValueError: A student cannot start from its teacher.
+    """
+    config, student = task.config, task.config.network()
+    for init in values_of(config, "train.init"):
+        if init != "fresh" and "lora" in student.args:
+            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+        known = [{"name": config.model.name, "args": config.model.args}]
+        for row in teachers or (known if init == "teacher" and not config.is_chain else ()):
+            if init != "fresh":
+                _try_start(task, student, row, init)
+
+
+def _try_start(
+    task: Maker, student: ModelConfig, teacher: Mapping[str, Any], init: str | Mapping[str, str]
+) -> None:
+    if "checkpoint" in teacher:
+        network, named = task.load(teacher["checkpoint"])[0], teacher["checkpoint"]
+    else:
+        model = ModelConfig(name=teacher["name"], args=teacher["args"])
+        network, named = task.make(model), model.title
+    fresh = task.make(student)
+    if init == "teacher":
+        if parameters_count(fresh) != parameters_count(network):
+            raise ValueError("train.init must be fresh when student differs from model")
+        return
+    try:
+        _start_from(fresh, network, init)
+    except ValueError as error:
+        raise ValueError(
+            f"train.init must suit the student {student.title} and its teacher {named}, got "
+            f"{init}: {error}"
+        ) from None
 
 
 def training_facts(trial: Trial, bits: int | None) -> Row:
@@ -145,6 +228,18 @@ def optimizer_of(network: nn.Module, options: TrainConfig) -> torch.optim.Optimi
         momentum=options.momentum,
         weight_decay=options.weight_decay,
     )
+
+
+def add_projections(
+    optimizer: torch.optim.Optimizer, projections: nn.Module | None, options: TrainConfig
+) -> None:
+    """Add the projections of a loss to an optimiser, without weight decay of their biases."""
+    if projections is None:
+        return
+    for decays in (True, False):
+        own = [weight for weight in projections.parameters() if (weight.ndim > 1) == decays]
+        decay = options.weight_decay if decays else 0.0
+        optimizer.add_param_group({"params": own, "weight_decay": decay})
 
 
 def spread(items: int, most: int) -> list[int]:

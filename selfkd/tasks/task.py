@@ -20,6 +20,8 @@ from selfkd.soft_targets.manifest import Manifest
 from selfkd.training.trial import Trial
 
 Split = Literal["train", "val", "test"]
+Pool = Literal["train", "transfer"]
+"""What teacher logits are cached of: the training split, or the transfer set."""
 SPLITS: tuple[Split, Split] = ("val", "test")
 """What models are evaluated on."""
 
@@ -49,6 +51,9 @@ class Predictor(Protocol):
     def inputs(self, items: Any, *, batch_size: int, device: torch.device) -> Iterator[Tensor]:
         """Yield the network's inputs of one item or of several, made as in evaluation."""
 
+    def example(self) -> Tensor:
+        """Return inputs of one prediction, of zeros, to count its operations with."""
+
 
 class Task(Protocol):
     """A kind of data: its splits, its models, how they are trained and what is measured."""
@@ -62,8 +67,12 @@ class Task(Protocol):
 
     # --- data and models ---
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         """Try the config's networks on the data; return the facts of both.
+
+        Args:
+            teachers: `name` and `args`, or `checkpoint`, of networks that may teach the student,
+                with each of which the further terms of the loss are tried.
 
         Raises:
             ValueError: They do not fit; says what must be otherwise.
@@ -125,13 +134,16 @@ class Task(Protocol):
             split: Split that is predicted.
         """
 
-    def predict_batches(self, checkpoint: str, items: range, *, view: int) -> Iterator[Tensor]:
-        """Yield the logits of a checkpoint for training items, batch by batch, to be cached.
+    def predict_batches(
+        self, checkpoint: str, items: range, *, view: int, of: Pool = "train"
+    ) -> Iterator[Tensor]:
+        """Yield the logits of a checkpoint for items, batch by batch, to be cached.
 
         Args:
             checkpoint: File of the model.
-            items: Training items.
+            items: Items of the training split, or of the transfer set.
             view: Number of their view.
+            of: Which of them they are of.
         """
 
     def predict_with(self, network: nn.Module, split: Split, *, like: str | None = None) -> Tensor:
@@ -144,8 +156,8 @@ class Task(Protocol):
                 exported one does; those of this data when not given.
         """
 
-    def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
-        """Return the manifest of a teacher's cached logits."""
+    def manifest(self, teacher: str, origin: Mapping[str, Any], *, of: Pool = "train") -> Manifest:
+        """Return the manifest of a teacher's cached logits of training, or of the transfer set."""
 
     def write(self, checkpoint: str, root: Path, *, shard: int, run: Path) -> Row:
         """Write text by a teacher on the training prompts of a shard, unless it is there.

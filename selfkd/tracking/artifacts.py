@@ -54,7 +54,7 @@ class Artifacts:
     def models(self, result: GenerationResult) -> list[tuple[str, Make | None]]:
         """Return the alias and the maker of each model of a generation, the chosen one first."""
         generation, config = result.generation, self._config
-        network = config.student if generation and config.student else config.model
+        network = config.network(generation)
         shared = {
             "generation": generation,
             "model": network.name,

@@ -62,7 +62,7 @@ def trial_config(config: Config, trial: Trial) -> Row:
     found: Row = to_tree(config.at(trial.point))
     soft = trial.teachers and found["distill"]["mode"] == "tokens"
     if not soft:  # what the trial does not set itself, it does not use
-        for key in ("temperature", "alpha"):
+        for key in ("temperature", "alpha", "terms"):
             if f"distill.{key}" not in trial.point:
                 del found["distill"][key]
     found |= {"trial": trial.trial, "teachers": list(trial.teachers), "trial_seed": trial.seed}

@@ -364,7 +364,8 @@ class WandbTracker(NoTracker):
         for number, row in enumerate(summary.rows):
             plain = {k: v for k, v in to_row(row).items() if k != "runs" and v is not None}
             run.do(_log({"row": number, **plain}))
-        found = intervals({"gain": summary.gain, "share_kept": summary.share})
+        gains = {"gain": summary.gain, "transfer_gain": summary.transfer_gain}
+        found = intervals({**gains, "share_kept": summary.share})
         student = summary.rows[-1]
         if (tested := f"test_{find_main(student.metrics)}") in student.metrics:
             found[f"student_{tested}"] = student.metric(tested)

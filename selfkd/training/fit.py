@@ -20,6 +20,7 @@ from selfkd.analysis import metrics
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
 from selfkd.data.batches import batch_sizes
+from selfkd.data.transfer import TransferSet
 from selfkd.distill.distiller import Loss
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.distill.teacher import ComputedTensors, Teacher
@@ -144,6 +145,8 @@ class Training:
     """Learning rate scheduler; None for a constant learning rate."""
     average: AveragedModel | None = None
     """Moving average of the weights, evaluated and saved in place of the student."""
+    projections: nn.Module | None = None
+    """Projections of the loss, which the optimiser trains and no model is saved with."""
     device: str = "cpu"
     """Device of the student and of the batches."""
     precision: Precision = "none"
@@ -173,6 +176,7 @@ class Training:
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "average": self.average,
+            "projections": self.projections,
             "scaler": self.scaler,
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -205,6 +209,7 @@ def fit(
     clip_grad: float | None = None,
     compiled: bool = False,
     ranks: Ranks = ALONE,
+    transfer: TransferSet | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train a student from its current state; yield a row an epoch.
 
@@ -223,6 +228,7 @@ def fit(
         ranks: Processes that share each batch. The gradient is the mean over the whole batch,
             however it is divided; batch normalisation sees a rank's share only, unless the student
             has a `SyncBatchNorm`.
+        transfer: Transfer set, whose images are added to each batch.
 
     Yields:
         epoch (from 1), loss and its terms (means over the epoch), lr, val_accuracy (fraction),
@@ -241,34 +247,34 @@ def fit(
     images = len(data.train)
     smallest = smallest_batch(student, batch_size=batch_size, images=images, ranks=ranks.size)
     sizes = batch_sizes(images, batch_size, smallest)
+    counts = list(zip(sizes, *([transfer.sizes(sizes)] if transfer else []), strict=True))
     for epoch in range(training.epoch + 1, epochs + 1):
         student.train()
         view = views.at(epoch - 1) if views else 0
         terms: dict[str, list[Tensor]] = {}
+        reading: dict[str, Any] = {"views": views, "view": view, "device": device}
+        reading |= {"workers": workers, "share": ranks.share}
+        order = training.generator
         batches = data.batches(
-            "train",
-            batch_size=batch_size,
-            generator=training.generator,
-            views=views,
-            view=view,
-            device=device,
-            workers=workers,
-            share=ranks.share,
-            smallest=smallest,
+            "train", batch_size=batch_size, generator=order, smallest=smallest, **reading
         )
-        for count, (inputs, labels, index) in zip(sizes, batches, strict=True):
+        if transfer is not None:
+            seed = order.initial_seed()
+            batches = transfer.mix(batches, sizes, data, epoch=epoch - 1, seed=seed, **reading)
+        for count, (inputs, labels, index) in zip(counts, batches, strict=True):
             if training.scheduler is not None:
                 training.scheduler.step_update(training.step)
             with autocast(device, training.precision):
                 logits = take_logits(forward(inputs), "student")
             check_graph(logits, "student_logits")
-            values = distiller(logits, labels, inputs=inputs, index=index, view=view)
+            mixed = transfer.describe(labels, index, count, ranks.size) if transfer else {}
+            values = distiller(logits, labels, inputs=inputs, index=index, view=view, **mixed)
             optimizer.zero_grad(set_to_none=True)
-            descend(training, ranks.mean_loss(values["loss"], count), clip_grad)
+            descend(training, ranks.mean_loss(values["loss"], *count), clip_grad)
             for name, value in values.items():
                 mine = value.detach()
                 terms.setdefault(name, []).append(
-                    mine if ranks.size == 1 else mine * ranks.weight(count)
+                    mine if ranks.size == 1 else mine * ranks.weight(*count)
                 )
             training.step += 1
             if training.step % CHECK_STEPS == 0:
@@ -298,7 +304,8 @@ def descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if clip_grad is not None:
         scaler.unscale_(training.optimizer)
-        nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+        own = () if training.projections is None else training.projections.parameters()
+        nn.utils.clip_grad_norm_([*student.parameters(), *own], clip_grad)
     scaler.step(training.optimizer)
     scaler.update()
     if training.average is not None:

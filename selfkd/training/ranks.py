@@ -51,9 +51,16 @@ class Ranks:
         rank = self.rank if rank is None else rank
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
-    def weight(self, count: int) -> float:
-        """Return the fraction of `count` images that is this rank's share."""
-        return len(self.share(count)) / count
+    def weight(self, *counts: int) -> float:
+        """Return the fraction of a batch that is this rank's share.
+
+        Args:
+            counts: Images of the batch, of each kind that is shared by itself.
+
+        >>> Ranks(0, 2).weight(3), Ranks(0, 2).weight(3, 7)
+        (0.3333333333333333, 0.4)
+        """
+        return sum(len(self.share(count)) for count in counts) / sum(counts)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """Return a model whose gradients are averaged over the ranks."""
@@ -64,14 +71,14 @@ class Ranks:
         keep_buckets = next(model.parameters()).device.type == "cpu"
         return DistributedDataParallel(model, find_unused_parameters=keep_buckets)
 
-    def mean_loss(self, loss: Tensor, count: int) -> Tensor:
-        """Return a loss whose mean over the ranks is the mean over all `count` images.
+    def mean_loss(self, loss: Tensor, *counts: int) -> Tensor:
+        """Return a loss whose mean over the ranks is the mean over all images of a batch.
 
         Args:
             loss: Mean over this rank's share.
-            count: Images of all ranks.
+            counts: Images of all ranks, of each kind that is shared by itself.
         """
-        return loss if self.size == 1 else loss * (self.weight(count) * self.size)
+        return loss if self.size == 1 else loss * (self.weight(*counts) * self.size)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over the ranks, in place."""

@@ -14,11 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn, set_num_threads
+import torch
+from torch import Tensor, nn, set_num_threads
 
 from selfkd.config import Config, ModelConfig, resume_invariant
 from selfkd.distill.distiller import Distiller
 from selfkd.distill.layers import check_whole, unwrap
+from selfkd.distill.named_terms import make_terms
 from selfkd.distill.teacher import Ensemble, Teacher, copy_module
 from selfkd.distill.terms import Term
 from selfkd.errors import cut_text, describe_error
@@ -94,17 +96,23 @@ class Trial:
         *,
         make_teacher: Callable[[], nn.Module] | None = None,
         terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
+        inputs: Any = None,
+        labels: Tensor | None = None,
     ) -> Distiller:
         """Return the loss of this trial: cross-entropy in generation 0, then distillation.
 
-        Temperature, alpha and the average of teachers are those of the trial's config.
+        Temperature, alpha, the average of teachers and further terms (`distill.terms`) are those
+        of the trial's config.
 
         Args:
             student: Student, in any wrapper; the teachers are copies of it with their own weights.
             make_teacher: Function that returns a network of the teachers' architecture, where it
                 differs from the student's.
-            terms: Further terms of the loss, as in `Distiller`; feature terms need a single
-                teacher.
+            terms: Further terms of the loss, as in `Distiller`, beside those of the config.
+            inputs: Some inputs of the student, which terms with `project: true` and `crd` need; the
+                optimiser is then given `distiller.parameters()`, too.
+            labels: Class of each training item `[items]`, which `crd` needs, and calls with the
+                `index` of their items.
 
         Returns:
             The loss, to be called with the student's batch.
@@ -129,15 +137,27 @@ class Trial:
                     f"or make_teacher must be given: {first}"
                 ) from None
             members.append(Teacher(network))
-        return Distiller(
-            members[0] if len(members) == 1 else Ensemble(members),
+        own = make_terms(
+            distill.terms,
             temperature=distill.temperature,
-            alpha=distill.alpha,
             average=distill.average,
-            label_smoothing=smoothing,
-            terms=terms,
-            student=student,
+            labels=labels,
+            seed=self.seed,
         )
+        # projections of the config's terms do not change what is drawn after them
+        with torch.random.fork_rng(devices=[], enabled=bool(own)):
+            if own:
+                torch.manual_seed(self.seed)
+            return Distiller(
+                members[0] if len(members) == 1 else Ensemble(members),
+                temperature=distill.temperature,
+                alpha=distill.alpha,
+                average=distill.average,
+                label_smoothing=smoothing,
+                terms={**own, **(terms or {})},
+                student=student,
+                example=inputs,
+            )
 
     def report(
         self,

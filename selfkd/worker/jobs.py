@@ -15,6 +15,7 @@ from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import NO_ROOM
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
+from selfkd.tasks.task import Pool
 from selfkd.training.functions import load_function
 from selfkd.training.trial import Trial, run_function
 from selfkd.worker import compression, deploy, ensembling, evaluate, teachers
@@ -25,10 +26,15 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
     return _JOBS[kind](**payload)
 
 
-def check(config: Tree) -> Iterator[Row]:
-    """Load the data and try the networks; yield the facts, or the user's mistake."""
+def check(config: Tree, teachers: Sequence[Row] = ()) -> Iterator[Row]:
+    """Load the data and try the networks; yield the facts, or the user's mistake.
+
+    Args:
+        config: Config of the run.
+        teachers: Networks that may teach, with which the further terms of the loss are tried.
+    """
     try:
-        facts = make_task(config).check()
+        facts = make_task(config).check(teachers)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         yield {"fault": str(error)}
         return
@@ -90,7 +96,13 @@ def train(
 
 
 def cache_teacher_logits(
-    config: Tree, checkpoint: str, targets: str, view: int, shard: int, run: str
+    config: Tree,
+    checkpoint: str,
+    targets: str,
+    view: int,
+    shard: int,
+    run: str,
+    of: Pool = "train",
 ) -> Iterator[Row]:
     """Cache a teacher's logits of a shard of the training items, unless they are there.
 
@@ -101,6 +113,7 @@ def cache_teacher_logits(
         view: View of the items.
         shard: Number of the shard.
         run: Run folder that uses them.
+        of: Whether the items are those of training, or of the transfer set.
 
     Yields:
         `state`: kept, written, or remade where what was there was damaged.
@@ -108,13 +121,13 @@ def cache_teacher_logits(
     task = make_task(config)
     root = as_path(targets)
     origin = {"checkpoint": str(as_path(checkpoint).absolute()), "config": config}
-    manifest = task.manifest(task.digest(checkpoint), origin)
+    manifest = task.manifest(task.digest(checkpoint), origin, of=of)
     with _room(root, "the teacher logits"):
         # first of all: a store that is being written must not look like one that nobody uses
         remember_user(root, manifest.teacher, manifest.data, as_path(run))
         found = check_shard(root, manifest, view=view, shard=shard)
         if found != "whole":
-            logits = task.predict_batches(checkpoint, manifest.rows(shard), view=view)
+            logits = task.predict_batches(checkpoint, manifest.rows(shard), view=view, of=of)
             write_shard(root, manifest, view=view, shard=shard, logits=logits)
     yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 

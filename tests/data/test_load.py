@@ -909,11 +909,13 @@ def test_timm_set_that_is_not_there(tmp_path):
         ("torch/image_folder", ""),
         ("somewhere/else", ""),
         ("zzz", ""),
+        ("a/table.CSV", ": --data arrays --data-root a/table.CSV"),
         ("", ""),
     ],
 )
 def test_unknown_name(name, hint):
-    with pytest.raises(ValueError, match=r"data\.name must be one of digits, mnist, ") as caught:
+    names = r"data\.name must be one of digits, digit_pairs, mnist, "
+    with pytest.raises(ValueError, match=names) as caught:
         load_data(name)
     assert f"got {name!r}{hint}" in str(caught.value)
 

@@ -76,7 +76,7 @@ def test_cached_logits_are_those_of_the_view() -> None:
     cached = CachedLogits()
     terms = Distiller(targets=cached)(student_logits, labels, index=batch["index"], view=1)
     expected = distillation_terms(
-        student_logits, cached(batch["index"], 1), labels, temperature=4.0, alpha=0.9
+        student_logits, cached(batch["index"], 1), labels, temperature=3.5, alpha=0.65
     )
     assert terms["loss"] == expected.loss
 
@@ -103,7 +103,7 @@ def test_store_of_sparse_logits(members: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="average must be 'probabilities' where targets are"):
             distiller(student_logits, labels, **batch)
     else:  # one teacher has no average
-        expected = sparse_terms(student_logits, sparse, labels, temperature=4.0, alpha=0.9)
+        expected = sparse_terms(student_logits, sparse, labels, temperature=3.5, alpha=0.65)
         assert distiller(student_logits, labels, **batch) == expected._asdict()
 
 
@@ -113,7 +113,7 @@ def test_members_are_weighted() -> None:
     terms = Distiller(targets=cached, weights=weights)(student_logits, labels, **batch)
     expected = distillation_terms(
         student_logits, cached(batch["index"], 0), labels,
-        temperature=4.0, alpha=0.9, weights=weights,
+        temperature=3.5, alpha=0.65, weights=weights,
     )  # fmt: skip
     assert terms == expected._asdict()
     assert terms["loss"] != Distiller(targets=cached)(student_logits, labels, **batch)["loss"]
@@ -124,7 +124,7 @@ def test_ensemble_is_averaged_into_one_teacher() -> None:
     modules = [nn.Linear(FEATURES, CLASSES) for _ in range(3)]
     terms = Distiller(Ensemble(modules))(student_logits, labels, **batch)
     logits = torch.stack([module(batch["inputs"]) for module in modules])
-    expected = distillation_terms(student_logits, logits, labels, temperature=4.0, alpha=0.9)
+    expected = distillation_terms(student_logits, logits, labels, temperature=3.5, alpha=0.65)
     assert terms["loss"] == expected.loss
 
 
@@ -331,6 +331,53 @@ def test_unlabelled_data(source: str) -> None:
         assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("source", ["classes", "probabilities"])
+def test_the_last_images_of_a_batch_may_have_no_label(source: str) -> None:
+    """The hard term is the mean over the labelled, the soft term over all; parts add up."""
+    student_logits, labels, batch = make_step()
+    targets: Tensor = labels
+    if source == "probabilities":
+        targets = torch.randn(BATCH, CLASSES).softmax(-1)
+    cached = CachedLogits()
+    settings: dict[str, Any] = {"temperature": 2.0, "alpha": 0.7, "label_smoothing": 0.1}
+    distiller = Distiller(targets=cached, **settings)
+    index = batch["index"]
+    found = distiller(student_logits, targets[:2], index=index, unlabelled=BATCH - 2)
+    hard = hard_loss(student_logits[:2], targets[:2], label_smoothing=0.1)
+    soft = distillation_terms(
+        student_logits, cached(index, 0), labels, temperature=2.0, alpha=1.0
+    ).loss
+    torch.testing.assert_close(found["hard_loss"], hard.detach())
+    torch.testing.assert_close(found["soft_loss"], soft.detach())
+    torch.testing.assert_close(found["loss"], 0.3 * hard + 0.7 * soft)
+    parts = [
+        distiller(
+            student_logits[rows],
+            targets[rows][:labelled],
+            index=index[rows],
+            unlabelled=len(index[rows]) - labelled,
+            labelled_share=2 / BATCH,
+            normalizer=BATCH,
+        )
+        for rows, labelled in ((slice(0, 1), 1), (slice(1, 4), 1), (slice(4, BATCH), 0))
+    ]
+    for name, value in found.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), value)
+    with pytest.raises(ValueError, match="labels must be of the 6 images less the 3 of unlabelled"):
+        distiller(student_logits, targets[:2], index=index, unlabelled=3)
+
+
+def test_terms_of_labels_need_them_of_all_images() -> None:
+    student_logits, labels, batch = make_step()
+    batch |= {"unlabelled": BATCH - 2}
+    without = {"mse": LogitTerm(lambda z_s, z_t, y: logit_mse(z_s, z_t))}
+    distiller = Distiller(targets=CachedLogits(), terms=without)
+    assert "mse" in distiller(student_logits, labels[:2], **batch)
+    of_labels = {"dkd": LogitTerm(partial(dkd_loss, temperature=2.0))}
+    with pytest.raises(ValueError, match="labels must be given for the term 'dkd'"):
+        Distiller(targets=CachedLogits(), terms=of_labels)(student_logits, labels[:2], **batch)
+
+
 def test_labels_are_named_where_they_are_needed() -> None:
     student_logits, _, batch = make_step()
     teacher = nn.Linear(FEATURES, CLASSES)
@@ -514,8 +561,8 @@ def test_one_number_an_item_may_be_a_column(
         task=task,
         terms={"l1": LogitTerm(lambda s, t, y: (s - t).abs().mean() + (s - y).abs().mean())},
     )(shaped(values, of_student), shaped(labels, of_labels), inputs=0)
-    more = {"temperature": 4.0} if task == "multi_label" else {}
-    expected = TASKS[task](values, means, labels, alpha=0.9, **more)
+    more = {"temperature": 3.5} if task == "multi_label" else {}
+    expected = TASKS[task](values, means, labels, alpha=0.65, **more)
     torch.testing.assert_close(found["soft_loss"], expected.soft_loss)
     torch.testing.assert_close(found["hard_loss"], expected.hard_loss)
     l1 = (values - teacher).abs().mean() + (values - labels).abs().mean()

@@ -23,6 +23,7 @@ from selfkd.experiments.ensemble import compress, finished
 from selfkd.experiments.members import check_members, find_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.models import make_model
+from selfkd.reporting.words import describe_ensemble
 from selfkd.results import (
     EnsembleSummary,
     GenerationResult,
@@ -560,3 +561,27 @@ def test_the_metric_of_the_search_orders_members_and_chooses_the_student(tmp_pat
 def test_a_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"search\.metric must be one of val_accuracy, val_nll"):
         run(tmp_path, "search.metric=f1")
+
+
+def test_a_transfer_set_is_compared_with_distillation_without_it(tmp_path: Path) -> None:
+    """A third student of the same seeds and setting, whose test split is the same."""
+    transfer = "data.transfer={name: digits, size: 300, weight: 0.6}"
+    summary, folder, ear, count = run(tmp_path, transfer, "data.val_size=100", "confirm.seeds=2")
+    names = [row.name for row in summary.rows][-3:]
+    assert names == [
+        "student, labels only",
+        "student, without transfer set",
+        "student, from its teacher",
+    ]
+    without, student = (np.array(row.runs) for row in summary.rows[-2:])
+    assert summary.transfer_gain is not None
+    assert summary.transfer_gain.value == pytest.approx((student - without).mean())
+    assert "the same without the transfer set" in " ".join(summary.verdict.sentences)
+    of = [job.get("of") for job in count.kinds("cache_teacher_logits")]
+    assert of == [None, "transfer"] * 3
+    weights = [job["config"]["data"]["transfer"]["weight"] for job in count.kinds("train")]
+    assert sorted(weights[-6:]) == [0.0, 0.0, 0.6, 0.6, 0.6, 0.6]
+    assert folder.facts.transfer == 300
+    assert any("300 images without labels" in note for note in ear.notes)
+    lines = describe_ensemble(summary)
+    assert any("without the transfer set" in line for line in lines)

@@ -186,6 +186,14 @@ def test_a_class_that_was_not_seen_gets_one_bias_from_validation(
         found = wrong("val", unseen.bias)
         assert found <= min(wrong("val", bias) for bias in np.linspace(-20, 20, 20_001))
     assert arm(summary, "labels").runs[0].unseen is None
+    assert arm(summary, "labels").unseen_accuracy is None
+    runs = [row.unseen for row in arm(summary, "no_three").runs if row.unseen]
+    for found, name in (
+        (arm(summary, "no_three").unseen_accuracy, "class_accuracy"),
+        (arm(summary, "no_three").biased_unseen_accuracy, "biased_class_accuracy"),
+    ):
+        assert found is not None
+        assert found.value == pytest.approx(np.mean([getattr(row, name)[3] for row in runs]))
 
 
 def test_a_second_start_trains_and_tests_nothing_again(
@@ -317,3 +325,45 @@ def test_a_finished_study_takes_more_seeds(tmp_path: Path) -> None:
     assert runs[0] == runs[1]
     assert found.verdict == expected.verdict
     assert finished(RunFolder.open(folder.path)[1], folder) == found
+
+
+def test_arms_with_and_without_a_transfer_set(tmp_path: Path) -> None:
+    """An arm switches it off, or takes another; what makes the test split another is refused."""
+    arms = (
+        "study={arms: {labels: {}, plain: {teacher: labels, set: {data.transfer.weight: 0}}, "
+        "more: {teacher: labels}, folder: {teacher: labels, set: {data.transfer.size: 200}}}}"
+    )
+    base = "data={train_size: 60, val_size: 100, transfer: {name: digits, size: 300}}"
+    fine = arms.replace("data.transfer.size: 200", "data.transfer.labels: true")
+    few = ("confirm.seeds=1", "train.epochs=1")
+    _, summary, _ = study(tmp_path / "fine", base, fine, *few, notes="transfer set: 300")
+    found = {arm.name: arm.runs[0].hash for arm in summary.arms}
+    assert len(set(found.values())) == 4
+    with pytest.raises(ConfigError, match=r"study.arms.folder: must be tested on the items of lab"):
+        study(tmp_path / "other", base.replace("300", "1000"), arms)
+
+
+def test_an_arm_that_cannot_start_from_its_teacher_is_refused(tmp_path: Path) -> None:
+    small, big = (f"{{name: selfkd_resnet{depth}, args: {{width: 2}}}}" for depth in (8, 20))
+    arms = f"""study={{arms: {{
+        small: {{set: {{model: {small}}}}},
+        deeper: {{set: {{model: {big}, train.init: every_other}}, teacher: small}},
+    }}}}"""
+    with pytest.raises(
+        ConfigError, match=r"study\.arms\.deeper: train\.init must suit the student"
+    ):
+        study(tmp_path / "run", arms)
+    arms = f"""study={{arms: {{
+        big: {{set: {{model: {big}, train.epochs: 1}}, seeds: 1}},
+        half: {{teacher: big, seeds: 1, set: {{
+            model: {small}, train: {{init: {{features.1: features.2}}, epochs: 1, lr: 1e-30}},
+        }}}},
+    }}}}"""
+    folder, _, _ = study(tmp_path / "other", arms, "data.train_size=100", "distill.live=true")
+    ours, theirs = (
+        load_tensors(folder.path / "arms" / name / "trial_000" / "student.safetensors")[0]
+        for name in ("half", "big")
+    )
+    name = "features.{}.conv1.weight".format
+    assert torch.equal(ours[name(1)], theirs[name(2)])
+    assert not torch.equal(ours[name(2)], theirs[name(2)])

@@ -68,7 +68,7 @@ def by_hand(module: Plain, teacher: nn.Module, *, accumulate: int = 1) -> None:
         with torch.no_grad():
             teacher_logits = teacher(inputs)
         terms = distillation_terms(
-            module(inputs), teacher_logits, labels, temperature=4.0, alpha=0.9
+            module(inputs), teacher_logits, labels, temperature=3.5, alpha=0.65
         )
         (terms.loss / accumulate).backward()
         if step % accumulate == 0:

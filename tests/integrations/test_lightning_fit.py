@@ -624,7 +624,7 @@ def some_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) ->
 @pytest.mark.parametrize(
     ("distiller", "expected"),
     [
-        ("{alpha: 0.0}", "Distiller(None, temperature=4.0, alpha=0.0)"),
+        ("{alpha: 0.0}", "Distiller(None, temperature=3.5, alpha=0.0)"),
         ("{teacher: {class_path: NET}}", "Distiller(Teacher(Net, 15 parameters), temp"),
         (
             "{class_path: selfkd.Distiller, init_args: {temperature: 2, teacher: "

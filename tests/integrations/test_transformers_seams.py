@@ -631,3 +631,64 @@ def test_tied_embeddings_are_listed_as_they_are(tied: bool) -> None:
     shared = ["lm_head.weight", "model.embed_tokens.weight"]
     assert [name in names for name in shared] == [not tied, True]
     assert all(torch.equal(ours[name], theirs[name]) for name in shared if name in names)
+
+
+def encoder_decoder(kind: str, encoder: int, decoder: int) -> Any:
+    if kind == "T5":
+        config = transformers.T5Config(
+            vocab_size=30, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=encoder,
+            num_decoder_layers=decoder,
+        )  # fmt: skip
+    else:
+        config = transformers.BartConfig(
+            vocab_size=30, d_model=8, encoder_layers=encoder, decoder_layers=decoder,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+            decoder_ffn_dim=16, max_position_embeddings=16,
+        )  # fmt: skip
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        # the first layer of a T5 alone has the bias of the positions
+        ("T5", {"encoder.block.0": 0, "encoder.block.1": 5, "decoder.block.0": 0}),
+        ("Bart", {"encoder.layers.0": 2, "encoder.layers.1": 5, "decoder.layers.0": 3}),
+    ],
+)
+def test_encoder_and_decoder_are_started_each(kind: str, taken: dict[str, int]) -> None:
+    student, teacher = encoder_decoder(kind, 2, 1), encoder_decoder(kind, 6, 4)
+    names = start_from_teacher(student, teacher)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    assert set(names) >= set(ours)
+    for name, tensor in ours.items():
+        source = name
+        for layer, number in taken.items():
+            source = source.replace(f"{layer}.", f"{layer.rpartition('.')[0]}.{number}.")
+        assert torch.equal(tensor, theirs[source]), name
+    with pytest.raises(ValueError, match=r"layer_map must be of 1 layers, as '.*decoder"):
+        start_from_teacher(student, teacher, layer_map=[0, 1])
+
+
+@pytest.mark.parametrize("kind", ["MaskedLM", "SequenceClassification"])
+def test_a_distilbert_starts_from_a_bert(kind: str) -> None:
+    """With as many layers and without segments it is the same function."""
+    config = transformers.DistilBertConfig(
+        vocab_size=30, dim=8, n_heads=2, n_layers=2, hidden_dim=16, max_position_embeddings=16,
+        num_labels=3,
+    )  # fmt: skip
+    student = getattr(transformers, f"DistilBertFor{kind}")(config).eval()
+    sizes = {"vocab_size": 30, "hidden_size": 8, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "max_position_embeddings": 16, "num_labels": 3}
+    same, deeper = (make_bert(kind, num_hidden_layers=n, **sizes).eval() for n in (2, 4))
+    assert {*start_from_teacher(student, same)} >= {*student.state_dict()}
+    inputs = torch.randint(30, (2, 7))
+    with torch.no_grad():
+        same.bert.embeddings.token_type_embeddings.weight.zero_()
+        ours, theirs = student(inputs)[0], same(inputs)[0]
+    if kind != "SequenceClassification":  # whose pooler has another activation
+        torch.testing.assert_close(ours, theirs)
+    start_from_teacher(student, deeper)
+    for layer, source in enumerate((1, 3)):
+        found = student.distilbert.transformer.layer[layer].attention.k_lin.weight
+        assert torch.equal(found, deeper.bert.encoder.layer[source].attention.self.key.weight)

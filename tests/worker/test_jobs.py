@@ -155,6 +155,7 @@ def test_check_gives_the_facts(jobs):
     assert row == {
         "facts": {
             "items": {"train": 200, "val": 400, "test": 1197},
+            "transfer": 0,
             "unit": "images",
             "items_an_input": 1,
             "metric": "accuracy",

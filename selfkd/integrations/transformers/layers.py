@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from selfkd.distill.layers import copy_layers
+from selfkd.distill.initial import layer_lists, match_layers, start_from_layers
 from selfkd.distill.outputs import check_graph
 from selfkd.losses.features import (
     attention_matrices,
@@ -22,14 +23,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_OF_DISTILBERT = {
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "output_layer_norm": "output.LayerNorm",
+}
+"""Parts of a layer of BERT by those of DistilBERT."""
+_HEADS_OF_DISTILBERT = {
+    "vocab_transform": "cls.predictions.transform.dense",
+    "vocab_layer_norm": "cls.predictions.transform.LayerNorm",
+    "vocab_projector": "cls.predictions.decoder",
+    "pre_classifier": "bert.pooler.dense",
+    "classifier": "classifier",
+    "qa_outputs": "qa_outputs",
+}
+"""Heads of BERT by those of DistilBERT."""
+
+
 def start_from_teacher(
     student: PreTrainedModel, teacher: PreTrainedModel, *, layer_map: Sequence[int] | None = None
 ) -> list[str]:
     """Initialise a student from some of its teacher's layers and from all its other weights.
 
+    Of an encoder-decoder, the layers of the encoder and those of the decoder are chosen each. A
+    DistilBERT takes those of a BERT by their other names; what it has none of, such as embeddings
+    of segments, is left out.
+
     Args:
-        student: Model of the teacher's class and sizes, with fewer layers or as many, whose weights
-            are overwritten.
+        student: Model of the teacher's class and sizes, or a DistilBERT of a BERT's, with fewer
+            layers or as many, whose weights are overwritten.
         teacher: Model whose weights are copied; it is not changed.
         layer_map: Index of the teacher's layer for each layer of the student, from 0;
             `selfkd.losses.features.every_other` if not given.
@@ -55,16 +82,44 @@ def start_from_teacher(
         https://arxiv.org/abs/1910.01108
     """
     layers = resolve_layer_map(student, teacher, layer_map)
-    path = _path_of_layers(student)
-    mapping = {f"{path}.{i}": f"{path}.{layer}" for i, layer in enumerate(layers)}
-    steps = path.split(".")
-    for depth, step in enumerate(steps):
-        above = ".".join(steps[:depth])
+    families = [text_config(model).model_type for model in (student, teacher)]
+    if families == ["distilbert", "bert"]:
+        return start_from_layers(student, teacher, _distilbert_map(student, teacher, layers))
+    mapping = dict[str, str]()
+    lists = layer_lists(student)
+    for path in lists:
+        count = len(list(student.get_submodule(path).children()))
+        if layer_map is not None and len(layers) != count:
+            raise ValueError(
+                f"layer_map must be of {count} layers, as {path!r} has, got {list(layer_map)}"
+            )
+        mapping |= {f"{path}.{i}": f"{path}.{layer}" for i, layer in enumerate(layers)}
+    if layer_map is None:
+        mapping = match_layers(student, teacher)
+    for above in {path[: dot.start()] for path in lists for dot in re.finditer(r"\.|^", path)}:
         for name, _ in student.get_submodule(above).named_children():
-            if name != step:
-                sibling = ".".join([*steps[:depth], name])
+            sibling = f"{above}.{name}".lstrip(".")
+            if not any(f"{path}.".startswith(f"{sibling}.") for path in lists):
                 mapping[sibling] = sibling
-    return copy_layers(student, teacher, mapping)
+    return start_from_layers(student, teacher, mapping)
+
+
+def _distilbert_map(
+    student: PreTrainedModel, teacher: PreTrainedModel, layers: Sequence[int]
+) -> dict[str, str]:
+    """Return the modules of a BERT by those of a DistilBERT."""
+    ours, theirs = ({*dict(model.named_modules())} for model in (student, teacher))
+    own = "distilbert." if "distilbert" in ours else ""
+    other = "bert." if "bert" in theirs else ""
+    mapping = {
+        f"{own}embeddings.{name}": f"{other}embeddings.{name}"
+        for name in ("word_embeddings", "position_embeddings", "LayerNorm")
+    }
+    for i, layer in enumerate(layers):
+        for name, source in _OF_DISTILBERT.items():
+            mapping[f"{own}transformer.layer.{i}.{name}"] = f"{other}encoder.layer.{layer}.{source}"
+    heads = _HEADS_OF_DISTILBERT.items()
+    return mapping | {name: head for name, head in heads if name in ours and head in theirs}
 
 
 def text_config(model: Any) -> Any:

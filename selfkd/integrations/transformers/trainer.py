@@ -107,9 +107,10 @@ class DistillationTrainer(TermsTrainer):
             they are. Of an ensemble only logits are compared.
         targets: Cached logits of `train_dataset` in place of a teacher, from `selfkd.cache_logits`,
             `load_logits` or `import_logprobs`: all logits, the largest, or samples.
-        temperature: Temperature T, above 0.
-        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. At 0 the teacher
-            is still run, to log soft_loss.
+        temperature: Temperature T, above 0. 2 stands between tokens, which want 1, and classes,
+            which want 2 to 10 (docs/choosing.md), as this trainer takes both.
+        alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`. 0.5 keeps the
+            labels in, which fine-tuning is for. At 0 the teacher is still run, to log soft_loss.
         average: Whether an ensemble's `probabilities` or `logits` are averaged.
         divergence: Divergence D of the soft term: `forward_kl`, `reverse_kl` or `js`.
         beta: Weight of the teacher in the mixture of `js`, in [0, 1].

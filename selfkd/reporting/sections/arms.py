@@ -51,7 +51,8 @@ def study_sections(run: Run) -> Iterator[Section]:
     """Yield the test metric of each arm."""
     if run.study_summary is None:
         return
-    study, tested = run.study_summary, run.data.tested
+    study = run.study_summary
+    tested = study.metric or run.data.tested
     metric, measure = find_metric(tested), measure_of(tested)
     levels = [
         Level(

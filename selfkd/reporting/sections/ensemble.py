@@ -56,15 +56,24 @@ def _share(run: Run) -> Iterator[Panel]:
     summary = run.ensemble_summary
     if summary is None or summary.share is None:
         return
-    share = summary.share
+    share, tested = summary.share, run.data.tested
+    gains = {
+        "labels only": summary.gain,
+        "distilled without the transfer set": summary.transfer_gain,
+    }
     table = Table(
         ("", "value and 95 % interval"),
         (
-            (
-                f"student over labels only, {title(run.data.tested)}",
-                words.difference(summary.gain, run.data.tested),
+            *(
+                (f"student over {name}, {title(tested)}", words.difference(gain, tested))
+                for name, gain in gains.items()
+                if gain is not None
             ),
             ("share of the teacher's gain kept", words.difference(share)),
+            *(
+                ("score and size kept", text)
+                for text in words.describe_student_kept(summary, run.data.metric)
+            ),
         ),
     )
     yield Panel(

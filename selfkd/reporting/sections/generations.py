@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from selfkd.experiments.confirm import LABELS
 from selfkd.reporting import tables, words
 from selfkd.reporting.figures import charts
 from selfkd.reporting.figures.style import Bar, Gain, Line, Measure
@@ -39,18 +40,19 @@ def generation_sections(run: Run) -> Iterator[Section]:
 
 def _gain(run: Run) -> Iterator[Panel]:
     """Yield the gain over generation 0 on fresh seeds, else that of the chosen models."""
-    base = _baseline(run)
     known = {g.number: g.confirmation for g in run.generations if g.confirmation is not None}
     compared = any(row.first is not None for row in known.values())
     metric = next(iter(known.values())).metric if compared else _tested(run)
     if compared:
-        rows = [_of_seeds(run, number, row, base) for number, row in known.items()]
+        rows = [
+            _of_seeds(run, number, row, _baseline(run, number)) for number, row in known.items()
+        ]
         found = [row for row in rows if row is not None]
     else:
         found = _of_chosen(run, metric)
     if len(found) < 2:
         return
-    beside = _beside(run, base, metric) if compared else []
+    beside = _beside(run, _baseline(run, 1), metric) if compared else []
     of, name = find_metric(metric), title(metric)
     larger = of.mode == "max" and (of.is_fraction or run.mode == "max" or metric != run.metric)
     zero = "the student's network from labels" if _has_own_baseline(run) else "generation 0"
@@ -80,10 +82,13 @@ def _has_own_baseline(run: Run) -> bool:
     return run.get("student") is not None
 
 
-def _baseline(run: Run) -> Replicated | None:
-    """Return what the differences of the generations are to."""
+def _baseline(run: Run, number: int) -> Replicated | None:
+    """Return what the difference of a generation is to."""
     if _has_own_baseline(run):
-        return next((control for control in run.controls if control.name == "labels"), None)
+        name, given = LABELS, run.get("student")
+        if isinstance(given, list) and 0 < number <= len(given) and given[number - 1] != given[-1]:
+            name = f"{LABELS}_{given.index(given[number - 1]) + 1}"
+        return next((control for control in run.controls if control.name == name), None)
     return run.generations[0].confirmation if run.generations else None
 
 
@@ -120,7 +125,7 @@ def _beside(run: Run, base: Replicated | None, metric: str) -> list[Gain]:
     found = [
         Gain(control.title, bar(control.first), _paired(control, base))
         for control in run.controls
-        if control.first is not None and not (own and control.name in ("labels", "seeds"))
+        if control.first is not None and not (own and control.name.startswith((LABELS, "seeds")))
     ]
     first = run.results[0].metric(metric) if run.results and not own else None
     ensemble = run.ensemble.metric(metric) if run.ensemble is not None else None

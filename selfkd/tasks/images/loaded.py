@@ -20,6 +20,7 @@ from selfkd.distill.teacher import Teacher
 from selfkd.losses import Average
 from selfkd.models import make_model
 from selfkd.tasks.common import Averaged, open_checkpoint
+from selfkd.tasks.images.features import feature_inputs
 from selfkd.tasks.images.networks import NetworkFacts, parts_of, rebuild
 from selfkd.tasks.images.specialists import Specialist, combine
 
@@ -45,6 +46,7 @@ class ImagePredictor:
             items: One image or several: files, Pillow images, NumPy arrays `[height, width]` or
                 `[height, width, channels]`, or tensors `[channels, height, width]`; pixels are
                 uint8, or floating and in [0, 1]. A tensor or an array may have a batch in front.
+                Of arrays: rows of features; see `selfkd.tasks.images.features`.
             batch_size: Number of images in a batch.
             device: Device of the inputs.
 
@@ -53,6 +55,10 @@ class ImagePredictor:
             ValueError: An image of other channels or pixels, or one that cannot be read.
         """
         size, mean, std = self.facts.image_size, self.facts.mean, self.facts.std
+        if self.facts.features is not None:
+            rows = feature_inputs(items, names=self.facts.features, mean=mean, std=std)
+            yield from (part.to(device) for part in torch.split(rows, batch_size))
+            return
         found = _listed(items)
         for start in range(0, len(found), batch_size):
             images = torch.stack(
@@ -61,6 +67,13 @@ class ImagePredictor:
             split = Split(images, torch.zeros(len(images), dtype=torch.int64))
             made = batches(split, mean=mean, std=std, batch_size=batch_size, device=device)
             yield from (inputs for inputs, _, _ in made)
+
+    def example(self) -> Tensor:
+        """Return inputs of one image, or of one row of features."""
+        width, size = len(self.facts.mean), self.facts.image_size
+        if self.facts.features is not None:
+            return torch.zeros(1, width)
+        return torch.zeros(1, width, size, size)
 
 
 def load_classifier(checkpoint: str, make: MakeModel | None = None) -> ImagePredictor:
@@ -78,6 +91,11 @@ def load_classifier(checkpoint: str, make: MakeModel | None = None) -> ImagePred
         raise ValueError(
             f"{checkpoint} must say the size and the normalisation of its images, got "
             f"image_size {facts.image_size}, mean {facts.mean}, std {facts.std}"
+        )
+    if facts.features is not None and len(facts.features) != len(facts.mean):
+        raise ValueError(
+            f"{checkpoint} must say the normalisation of its {len(facts.features)} features, got "
+            f"{len(facts.mean)} means"
         )
     network = rebuild(checkpoint, tensors, facts, make or (lambda: _make(facts)))
     return ImagePredictor(network.eval(), facts)

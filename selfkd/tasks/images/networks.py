@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.config.names import describe_classes
+from selfkd.config.schema import TransferConfig
 from selfkd.data import Data, load_data
 from selfkd.data.augmentation import Views
+from selfkd.data.load import load_rest
+from selfkd.data.transfer import FOLDER, TransferSet, load_transfer
 from selfkd.deployment.reshape import PRUNED, check_size, pruned_share, reshape
 from selfkd.distill.teacher import Teacher
 from selfkd.models import make_model, parameters_count
@@ -45,6 +48,8 @@ class NetworkFacts(ModelFacts):
     std: tuple[FiniteFloat, ...] = Field(min_length=1)
     image_size: int = Field(default=0, ge=0, le=LARGEST_ARGUMENT)
     """Height and width of its images in pixels; 0 where they are not known."""
+    features: tuple[str, ...] | None = None
+    """Names of the features that it takes, where it takes no images."""
     specialist: tuple[int, ...] = ()
     """Classes that a specialist tells apart; all others are its last one."""
     dustbin_shift: FiniteFloat = 0.0
@@ -54,21 +59,66 @@ class NetworkFacts(ModelFacts):
     says."""
 
 
-@lru_cache(maxsize=1)
+def _split_settings(config: DataConfig, seed: int) -> dict[str, Any]:
+    """Return the arguments by which data and the rest of their training images are loaded."""
+    transfer = config.transfer
+    reserve = (transfer.size or 0) if transfer and _is_same(config, transfer) else 0
+    return {
+        "root": config.root,
+        "download": config.download,
+        "train_size": config.train_size,
+        "val_size": config.val_size,
+        "classes": config.classes,
+        "image_size": config.image_size,
+        "label_column": config.label_column,
+        "reserve": reserve,
+        "seed": seed,
+    }
+
+
+def _is_same(config: DataConfig, transfer: TransferConfig) -> bool:
+    """Whether a transfer set is of the labelled data set; a folder is one of images alone."""
+    return transfer.name == config.name != FOLDER and transfer.root in (None, config.root)
+
+
 def _load_data(config: DataConfig, seed: int, device: str) -> Data:
-    data = load_data(
-        config.name,
-        root=config.root,
-        download=config.download,
-        train_size=config.train_size,
-        val_size=config.val_size,
-        classes=config.classes,
-        image_size=config.image_size,
-        in_memory=config.in_memory,
-        label_noise=config.label_noise,
-        seed=seed,
-    )
+    settings = _split_settings(config, seed)
+    noise, in_memory = config.label_noise, config.in_memory
+    return _load(config.name, tuple(settings.items()), noise, in_memory, device)
+
+
+@lru_cache(maxsize=1)
+def _load(
+    name: str,
+    settings: tuple[tuple[str, Any], ...],
+    label_noise: float,
+    in_memory: bool | None,
+    device: str,
+) -> Data:
+    data = load_data(name, **dict(settings), label_noise=label_noise, in_memory=in_memory)
     return data.to(device)
+
+
+@lru_cache(maxsize=1)
+def _load_transfer(config: DataConfig, seed: int, device: str) -> TransferSet:
+    own = config.transfer
+    if own is None:
+        raise ValueError("data.transfer must be given, got none")
+    settings = _split_settings(config, seed)
+    return load_transfer(
+        own.name,
+        _load_data(config, seed, device),
+        root=own.root or (None if own.name == FOLDER else config.root),
+        size=own.size,
+        weight=own.weight,
+        labelled=own.labels,
+        rest=partial(load_rest, config.name, **settings) if _is_same(config, own) else None,
+        label_column=config.label_column,
+        fixed=config.image_size is None and config.name != FOLDER and "/" not in config.name,
+        download=config.download,
+        in_memory=config.in_memory,
+        seed=seed,
+    ).to(device)
 
 
 def _views(config: DataConfig, seed: int) -> Views:
@@ -88,14 +138,41 @@ class ImageNetworks:
         # the bias of classes without training images is fitted on validation
         self.evaluated: tuple[Split, ...] = SPLITS if self.config.data.classes else SPLITS[1:]
         self.views = _views(self.config.data, self.config.seed)
-        top_k = check_top_k(self.config, self.data.num_classes)
+        self.top_k = check_top_k(self.config, self.data.num_classes)
         check_class_mean(self.config, self.data.num_classes)
-        self.data_key = data_key(self.data.fingerprint, self.views.recipe, top_k=top_k)
+        self.data_key = self.key_of(self.data.fingerprint)
+
+    def key_of(self, fingerprint: str) -> str:
+        """Return the key that teacher logits of images are cached under."""
+        return data_key(fingerprint, self.views.recipe, top_k=self.top_k)
+
+    @cached_property
+    def transfer(self) -> TransferSet | None:
+        """Transfer set that students of teachers are trained on; None where there is none."""
+        own = self.config.data.transfer
+        if own is None or own.weight == 0:
+            return None
+        return _load_transfer(self.config.data, self.config.seed, self.device)
+
+    def require_transfer(self) -> TransferSet:
+        """Return the transfer set.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.transfer is None:
+            raise ValueError("data.transfer must be given with a weight above 0, got none")
+        return self.transfer
 
     def labels(self, split: Split) -> Tensor:
         """Return a split's labels, on the CPU."""
         labels: Tensor = getattr(self.data, split).labels.cpu()
         return labels
+
+    def two_images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, labels and indices of two training images."""
+        found = self.data.batches("train", batch_size=2, views=self.views, device=self.device)
+        return next(found)
 
     def cached_labels(self) -> Tensor:
         """Return the label of each training image."""
@@ -132,6 +209,7 @@ class ImageNetworks:
             "std": list(data.std),
             "data": data.name,
             "fingerprint": data.fingerprint,
+            **({} if data.features is None else {"features": list(data.features)}),
             "parameters": parameters_count(network),
             **({} if (share := pruned_share(network)) is None else {PRUNED: share}),
             **more,
@@ -152,6 +230,12 @@ class ImageNetworks:
             raise ValueError(
                 f"{checkpoint} was trained for other classes than {self.data.name}'s: "
                 f"{describe_classes(facts.classes, here)}"
+            )
+        if facts.features != self.data.features:
+            own = "images" if self.data.features is None else f"{len(self.data.features)} features"
+            raise ValueError(
+                f"{checkpoint} was trained on other inputs than the {own} of {self.data.name}: "
+                + ("images" if facts.features is None else ", ".join(facts.features[:8]))
             )
         model = ModelConfig(**facts.model)
         network = rebuild(checkpoint, tensors, facts, lambda: self._make(model))

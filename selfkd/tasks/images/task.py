@@ -2,119 +2,61 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize  # macOS decomposes the names of files
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from selfkd.analysis.metrics import agreement, fit_temperature
 from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.names import describe_classes, load_class_names
-from selfkd.data import fingerprint
 from selfkd.data.batches import batches
+from selfkd.data.pictures import thumbnail
 from selfkd.data.splits import subset
 from selfkd.deployment.interface import LEAST_CALIBRATION, Interface
-from selfkd.distill.outputs import describe_output, take_logits
 from selfkd.distill.teacher import Teacher
 from selfkd.losses import Average
-from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Parts, Row, Unseen
 from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.storage.weights import find_weights
-from selfkd.tasks.common import describe_cached, open_checkpoint, optimizer_of, spread
+from selfkd.tasks.common import (
+    describe_cached,
+    open_checkpoint,
+    spread,
+)
 from selfkd.tasks.images import evaluate
+from selfkd.tasks.images.check import check_images
 from selfkd.tasks.images.loaded import load_average
 from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
-from selfkd.tasks.task import Split
+from selfkd.tasks.task import Pool, Split
 from selfkd.training.fit import predict_batches
-from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0
-THUMBNAIL = (96, 96)
-METRICS = ("val_accuracy", "val_nll")  # of what training reports, what is measured on validation
 
 
 class ImageTask(ImageNetworks):
     """The task of a config; see `selfkd.tasks.task.Task`."""
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         """Try the config's networks on two images; return the facts of them and of the data.
+
+        Args:
+            teachers: Networks that may teach, with which the further terms of the loss are tried.
 
         Raises:
             ValueError: They do not fit; says what must be otherwise.
         """
-        config, data, train = self.config, self.data, self.config.train
-        if config.search.metric not in METRICS:
-            raise ValueError(
-                f"search.metric must be one of {', '.join(METRICS)}, got {config.search.metric}: "
-                "a training function of your own reports others"
-            )
-        networks = {
-            "model": self._tried(config.model),
-            "student": self._tried(config.student or config.model),
-        }
-        for network in (*networks.values(), *map(self._tried, config.members.models)):
-            # on GPUs the statistics of several workers are synchronised
-            workers = 1 if self.device == "cuda" else config.resources.workers
-            images = len(data.train)
-            smallest_batch(network, batch_size=train.batch_size, images=images, ranks=workers)
-        optimizer_of(networks["student"], train)
-        sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
-        splits = {"train": data.train, "val": data.val, "test": data.test}
-        return Facts(
-            items={name: len(split.labels) for name, split in splits.items()},
-            outputs=data.num_classes,
-            names=data.class_names,
-            views=self.views.count,
-            parameters=sizes,
-            fingerprints={
-                "train": data.fingerprint,
-                "val": fingerprint(data.val, mean=data.mean, std=data.std),
-                "test": fingerprint(data.test, mean=data.mean, std=data.std),
-            },
-            notes=(data.note,) if data.note else (),
-            cached=describe_cached(self.manifest("", {})),
-        )
-
-    def _tried(self, model: ModelConfig) -> nn.Module:
-        """Return a network whose logits of two images are as they should be."""
-        network = self.make(model).eval()
-        inputs, _, _ = next(
-            self.data.batches("train", batch_size=2, views=self.views, device=self.device)
-        )
-        size, classes = self.data.image_size, self.data.num_classes
-        try:
-            with torch.no_grad():
-                output = network(inputs)
-        except Exception as error:
-            raise ValueError(
-                f"model must take {size}x{size} images, got {model.name!r} with {model.args}: "
-                f"{error}"
-            ) from error
-        try:
-            shape = str(list(take_logits(output, "model").shape))
-        except TypeError:
-            shape = describe_output(output)
-        if shape != str([2, classes]):
-            raise ValueError(
-                f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
-                f"which gives {shape} for 2 images"
-            )
-        return network
+        return check_images(self, teachers, cached=describe_cached(self.manifest("", {})))
 
     def export(self, checkpoint: str, folder: Path, card: str) -> None:
         """Write nothing: `selfkd.load` and timm read the checkpoint itself."""
@@ -183,6 +125,8 @@ class ImageTask(ImageNetworks):
 
     def example(self, items: int) -> Tensor:
         """Return inputs of so many images."""
+        if self.data.features is not None:
+            return torch.zeros((items, self.data.in_chans), device=self.device)
         size = self.data.image_size
         return torch.zeros((items, self.data.in_chans, size, size), device=self.device)
 
@@ -202,15 +146,18 @@ class ImageTask(ImageNetworks):
         """
         return torch.cat(list(self._predict_parts(checkpoint, split, None, None)))
 
-    def predict_batches(self, checkpoint: str, items: range, *, view: int) -> Iterator[Tensor]:
-        """Yield the logits of a checkpoint for training images, batch by batch, to be cached.
+    def predict_batches(
+        self, checkpoint: str, items: range, *, view: int, of: Pool = "train"
+    ) -> Iterator[Tensor]:
+        """Yield the logits of a checkpoint for images, batch by batch, to be cached.
 
         Args:
             checkpoint: File of a network, or of a generalist with its specialists.
-            items: Training images.
+            items: Images of the training split, or of the transfer set.
             view: Number of their view.
+            of: Which of them they are of.
         """
-        return self._predict_parts(checkpoint, "train", view, items)
+        return self._predict_parts(checkpoint, of, view, items)
 
     def predict_with(self, network: nn.Module, split: Split, *, like: str | None = None) -> Tensor:
         """Return the logits of a network that was made for this data, or like a checkpoint's."""
@@ -223,7 +170,7 @@ class ImageTask(ImageNetworks):
         return open_checkpoint(checkpoint, NetworkFacts)[1]
 
     def _predict_parts(
-        self, checkpoint: str, split: Split, view: int | None, items: range | None
+        self, checkpoint: str, split: Split | Pool, view: int | None, items: range | None
     ) -> Iterator[Tensor]:
         generalist, *others = parts_of(checkpoint)
         batches = [self._predict(self.teacher(generalist), split, view, items)]
@@ -240,12 +187,17 @@ class ImageTask(ImageNetworks):
             yield combine(logits, specialists) if combined else logits
 
     def _predict(
-        self, model: nn.Module | Teacher, split: Split, view: int | None, items: range | None
+        self,
+        model: nn.Module | Teacher,
+        split: Split | Pool,
+        view: int | None,
+        items: range | None,
     ) -> Iterator[Tensor]:
+        data = self.require_transfer().of(self.data) if split == "transfer" else self.data
         return predict_batches(
             model,
-            self.data,
-            split,
+            data,
+            "train" if split == "transfer" else split,
             views=None if view is None else self.views,
             view=view or 0,
             device=self.device,
@@ -253,16 +205,17 @@ class ImageTask(ImageNetworks):
             rows=items,
         )
 
-    def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
-        """Return the manifest of a teacher's cached logits."""
+    def manifest(self, teacher: str, origin: Mapping[str, Any], *, of: Pool = "train") -> Manifest:
+        """Return the manifest of a teacher's cached logits of training, or of the transfer set."""
         top_k = self.config.targets.top_k
+        data = self.data if of == "train" else self.require_transfer().of(self.data)
         return Manifest(
             teacher=teacher,
-            data=self.data_key,
-            fingerprint=self.data.fingerprint,
+            data=self.key_of(data.fingerprint),
+            fingerprint=data.fingerprint,
             recipe=dict(self.views.recipe),
             views=self.views.count,
-            images=len(self.data.train),
+            images=len(data.train),
             classes=self.data.num_classes,
             top_k=top_k,
             shard_size=rows_of_shard(
@@ -283,7 +236,7 @@ class ImageTask(ImageNetworks):
 
     def interface(self) -> Interface:
         """Return what a network of these images takes and gives when it is exported."""
-        return Interface(input="images")
+        return Interface(input="images" if self.data.features is None else "features")
 
     def combined(
         self,
@@ -310,7 +263,10 @@ class ImageTask(ImageNetworks):
         return found.network.to(self.device)
 
     def inputs(self, split: Split, most: int, *, like: str | None = None) -> Tensor:
-        """Return images `[items, channels, height, width]`, normalised like a checkpoint's."""
+        """Return images `[items, channels, height, width]`, normalised like a checkpoint's.
+
+        Of arrays they are features `[items, F]`.
+        """
         return self._inputs(split, spread(len(getattr(self.data, split)), most), like)
 
     def calibration(self, most: int, *, like: str | None = None) -> Tensor:
@@ -418,17 +374,11 @@ class ImageTask(ImageNetworks):
         }
 
     def pictures(self, split: Split, items: Sequence[int]) -> list[bytes]:
-        """Return images as PNG files of at most 96 x 96 pixels."""
+        """Return images as PNG files of at most 96 x 96 pixels; none of arrays."""
+        if self.data.features is not None:
+            return []
         images = getattr(self.data, split).images
-        found = []
-        for item in items:
-            pixels = images[item].cpu().numpy().transpose(1, 2, 0)
-            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-            picture.thumbnail(THUMBNAIL)
-            file = io.BytesIO()
-            picture.save(file, format="png", optimize=True)
-            found.append(file.getvalue())
-        return found
+        return [thumbnail(images[item].cpu().numpy()) for item in items]
 
     def confusable(self, checkpoint: str, clusters: int) -> list[Sequence[int]]:
         """Return clusters of the classes that a generalist confuses."""

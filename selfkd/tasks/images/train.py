@@ -13,21 +13,28 @@ from torch import nn
 from selfkd.config import TrainConfig
 from selfkd.data import Data
 from selfkd.data.batches import batch_sizes
+from selfkd.data.transfer import TransferSet
 from selfkd.deployment.low_bits import plain, round_weights
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
-from selfkd.soft_targets.store import open_store
+from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
     Transform,
     VirtualTargets,
     transform_targets,
 )
-from selfkd.tasks.common import make_fresh, optimizer_of, training_facts
+from selfkd.tasks.common import (
+    add_projections,
+    make_fresh,
+    optimizer_of,
+    training_facts,
+)
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
+from selfkd.tasks.images.terms import terms_of
 from selfkd.training.fit import Training, fit, make_average, make_scheduler
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
@@ -68,7 +75,8 @@ def train_classifier(
         learner, batch_size=options.batch_size, images=len(data.train), ranks=ranks.size
     )
     steps = len(batch_sizes(len(data.train), options.batch_size, smallest))
-    training = _training(task, learner, options, trial.seed, steps, cycles)
+    distiller = _distiller(task, trial, transform, learner)
+    training = _training(task, learner, options, trial.seed, steps, cycles, distiller)
     if not ranks.first:  # dropout differs from rank to rank
         torch.manual_seed(trial.seed + ranks.rank)
     if (state := trial.checkpoint) is not None:
@@ -79,7 +87,7 @@ def train_classifier(
     rows = fit(
         training,
         data,
-        _distiller(task, trial, transform),
+        distiller,
         epochs=epochs,
         batch_size=options.batch_size,
         views=task.views,
@@ -87,6 +95,7 @@ def train_classifier(
         clip_grad=options.clip_grad,
         compiled=options.compile,
         ranks=ranks,
+        transfer=_transfer(task, trial, transform),
     )
     best = training.best
     best = best.network if isinstance(best, Specialist) else best
@@ -124,8 +133,12 @@ def _training(
     seed: int,
     steps: int,
     cycles: int,
+    distiller: Loss,
 ) -> Training:
     optimizer = optimizer_of(learner, options)
+    own = distiller.projections if isinstance(distiller, Distiller) else nn.ModuleDict()
+    projections = own if len(own) else None
+    add_projections(optimizer, projections, options)
     scheduler = make_scheduler(
         optimizer,
         schedule=options.schedule if cycles == 1 else "cosine",
@@ -140,6 +153,7 @@ def _training(
         scheduler=scheduler,
         average=make_average(learner, decay=options.ema) if options.ema is not None else None,
         generator=torch.Generator().manual_seed(seed),
+        projections=projections,
         device=task.device,
         precision=options.amp,
     )
@@ -159,7 +173,13 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
     return special, shift
 
 
-def _distiller(task: ImageNetworks, trial: Trial, transform: Transform) -> Loss:
+def _transfer(task: ImageNetworks, trial: Trial, transform: Transform) -> TransferSet | None:
+    """Return the transfer set of a student; none without teachers, or where only labels count."""
+    return task.transfer if trial.teachers and transform != "confidence" else None
+
+
+def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner: nn.Module) -> Loss:
+    """Return the loss of a trial; layers are compared with those of teachers that are run live."""
     distill, smoothing = task.config.distill, task.config.train.label_smoothing
     teachers = trial.teachers
     if transform == "virtual":
@@ -176,13 +196,17 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform) -> Loss:
         weights = [row["weight"] for row in teachers]
     averaged = distill.average == "logits"  # by the store, once
     teacher = stored = None
-    if distill.live:
-        teacher = Ensemble([task.teacher(member["checkpoint"]) for member in teachers])
+    if distill.runs_teacher:
+        with torch.random.fork_rng(devices=[]):  # what is drawn does not depend on it
+            members = [task.teacher(member["checkpoint"]) for member in teachers]
+        teacher = Ensemble(members)
     else:
-        stored = open_store(
+        transfer = _transfer(task, trial, transform)
+        stored = open_joined(
             trial.targets,
             [member["hash"] for member in teachers],
             data=task.data_key,
+            transfer=None if transfer is None else task.key_of(transfer.fingerprint),
             average=distill.average,
             weights=weights,
         )
@@ -211,12 +235,20 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform) -> Loss:
             alpha=distill.alpha,
             label_smoothing=smoothing,
         )
-    return Distiller(
-        teacher,
-        targets=stored,
-        temperature=distill.temperature,
-        alpha=distill.alpha,
-        average=distill.average,
-        weights=weights if isinstance(teacher, Ensemble) or not averaged else None,
-        label_smoothing=smoothing,
-    )
+    weights = weights if isinstance(teacher, Ensemble) or not averaged else None
+    terms = terms_of(task, task.config, weights=weights, seed=trial.seed)
+    example = task.two_images()[0] if terms and teacher is not None else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(trial.seed)
+        return Distiller(
+            teacher,
+            targets=stored,
+            temperature=distill.temperature,
+            alpha=distill.alpha,
+            average=distill.average,
+            weights=weights,
+            label_smoothing=smoothing,
+            terms=terms,
+            student=learner,
+            example=example,
+        )

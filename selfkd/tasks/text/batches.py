@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from selfkd.config import TrainConfig
+from selfkd.data.order import Order as Order
+from selfkd.data.transfer import ORDER, mixed_in
 from selfkd.tasks.text.data import IGNORED, Tokens
+from selfkd.tasks.text.transfer import TransferText
 
 
 class Batch(NamedTuple):
@@ -21,49 +24,24 @@ class Batch(NamedTuple):
     weights: Tensor | None = None
     """Weight of each in the loss, `[batch, length]`; all alike when not given."""
     rows: Tensor | None = None
-    """Rows of the training text, `[batch, length]`; none of what a student has written."""
+    """Rows of the training text, `[batch, length]`; none of what a student has written. Those of a
+    transfer set follow them."""
+    labelled: bool = True
+    """Whether the labels are trained on, not the teacher's soft targets alone."""
+    share: float = 1.0
+    """Share of a step's tokens whose labels are trained on, by weight."""
 
     def to(self, device: str) -> Batch:
         """Return a copy on `device`, but for the rows."""
         weights = None if self.weights is None else self.weights.to(device)
-        return Batch(self.inputs.to(device), self.labels.to(device), weights, self.rows)
+        inputs, labels = self.inputs.to(device), self.labels.to(device)
+        return self._replace(inputs=inputs, labels=labels, weights=weights)
 
     @property
     def total(self) -> float:
         """Sum of the weights of what is trained on."""
         valid = self.labels != IGNORED
         return float(valid.sum() if self.weights is None else self.weights[valid].double().sum())
-
-
-class Order:
-    """Windows in random order, pass after pass: a function of seed and position alone.
-
-    Args:
-        windows: Number of windows.
-        seed: Seed of the order.
-
-    >>> order = Order(4, seed=0)
-    >>> sorted(order(0, 4).tolist()), order(2, 4).tolist() == order(0, 6).tolist()[2:]
-    ([0, 1, 2, 3], True)
-    """
-
-    def __init__(self, windows: int, seed: int) -> None:
-        self._windows, self._seed = windows, seed
-        self._passes: dict[int, Tensor] = {}
-
-    def __call__(self, start: int, count: int) -> Tensor:
-        """Return the numbers of so many windows from a position of the endless order on."""
-        first, last = start // self._windows, (start + count - 1) // self._windows
-        numbers = range(first, last + 1)
-        self._passes = {number: self._pass(number) for number in numbers}
-        found = torch.cat([self._passes[number] for number in numbers])
-        return found[start - first * self._windows :][:count]
-
-    def _pass(self, number: int) -> Tensor:
-        if number in self._passes:
-            return self._passes[number]
-        seed = (self._seed * 1_000_003 + number) % 2**63
-        return torch.randperm(self._windows, generator=torch.Generator().manual_seed(seed))
 
 
 class TrainingText:
@@ -73,24 +51,58 @@ class TrainingText:
         data: Text.
         options: Options of the training.
         seed: Seed of the order.
+        transfer: Transfer set, windows of which are added to each batch.
     """
 
-    def __init__(self, data: Tokens, options: TrainConfig, seed: int) -> None:
-        self._data, self._order = data, Order(data.windows, seed)
+    def __init__(
+        self,
+        data: Tokens,
+        options: TrainConfig,
+        seed: int,
+        transfer: TransferText | None = None,
+    ) -> None:
+        self._data, self._order = _Windows(data), Order(data.windows, seed)
         self._size, self._count = options.batch_size, options.accumulate
-        self._levels = [] if data.weights is None else torch.unique(data.weights).tolist()
+        self._further: _Windows | None = None
+        if transfer is not None:
+            first, tokens = len(data), transfer.tokens
+            self._further = _Windows(tokens, first=first, labelled=transfer.labelled)
+            self._further_order = Order(tokens.windows, seed + ORDER)
+            self._more = mixed_in(self._size, transfer.weight) * self._count
 
     def __call__(self, step: int) -> list[Batch]:
-        """Return the batches of a step of the optimiser."""
+        """Return the batches of a step of the optimiser, those of the transfer set at the end."""
         windows = self._order(step * self._size * self._count, self._size * self._count)
-        return [self._batch(own) for own in torch.split(windows, self._size)]
+        found = [self._data(own) for own in torch.split(windows, self._size)]
+        if self._further is None:
+            return found
+        windows = self._further_order(step * self._more, self._more)
+        found += [self._further(own) for own in torch.split(windows, self._size)]
+        whole = sum(batch.total for batch in found) or 1.0
+        share = sum(batch.total for batch in found if batch.labelled) / whole
+        return [batch._replace(share=share) for batch in found]
 
-    def _batch(self, windows: Tensor) -> Batch:
+
+class _Windows:
+    """Windows of a text as batches.
+
+    Args:
+        data: Text.
+        first: Number of rows of the text that it follows.
+        labelled: Whether its labels are trained on.
+    """
+
+    def __init__(self, data: Tokens, *, first: int = 0, labelled: bool = True) -> None:
+        self._data, self._first, self._labelled = data, first, labelled
+        levels = [] if data.weights is None else torch.unique(data.weights).tolist()
+        self._weighted = len([level for level in levels if level > 0]) > 1
+
+    def __call__(self, windows: Tensor) -> Batch:
         data = self._data
-        weighted = len([level for level in self._levels if level > 0]) > 1
         return Batch(
             data.inputs(windows),
             data.labels_of(windows),
-            data.weights_of(windows) if weighted else None,
-            data.rows(windows),
+            data.weights_of(windows) if self._weighted else None,
+            data.rows(windows) + self._first,
+            self._labelled,
         )

@@ -15,7 +15,7 @@ STORE_BYTES = 10**9
 
 def caches_logits(config: Config) -> bool:
     """Say whether teacher logits are cached at all."""
-    return not config.distill.live and config.distill.mode == "tokens"
+    return config.reads_cache and config.distill.mode == "tokens"
 
 
 def choose_samples(config: Config, rows: int, vocabulary: int) -> int | None:

@@ -201,7 +201,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
                 tokenizer, end, examples, config.context, rationale_weight=config.rationale_weight
             )
         else:
-            tokens = _encode(tokenizer, end, [str(text) for text in texts], config.context)
+            tokens = encode_documents(tokenizer, end, [str(text) for text in texts], config.context)
             if len(tokens) < config.context:
                 raise ValueError(
                     f"data.context must be at most the tokens of each split, got {config.context} "
@@ -212,7 +212,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
             tokens, examples = _sample(tokens, examples, most)
             limits.append(f"{len(tokens.scored):,} of the {scored:,} tokens of {split}")
         examples_of[split] = examples
-        splits[split], fingerprints[split] = tokens, _fingerprint(tokens, as_json)
+        splits[split], fingerprints[split] = tokens, fingerprint(tokens, as_json)
     return TextData(
         name=config.name,
         context=config.context,
@@ -226,7 +226,8 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     )
 
 
-def _fingerprint(tokens: Tokens, tokenizer: str) -> str:
+def fingerprint(tokens: Tokens, tokenizer: str) -> str:
+    """Return the hash of tokens, their windows and the text of the tokenizer."""
     digest = hashlib.sha256(f"{tokens.context} {tokenizer} ".encode())
     digest.update(tokens.ids.numpy().tobytes())
     if tokens.starts is not None:
@@ -235,7 +236,8 @@ def _fingerprint(tokens: Tokens, tokenizer: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _encode(tokenizer: Any, end: int, texts: list[str], context: int) -> Tokens:
+def encode_documents(tokenizer: Any, end: int, texts: list[str], context: int) -> Tokens:
+    """Return documents as tokens, an end token before each and at the end."""
     ends = np.array([end])
     parts = [part for own in encode_texts(tokenizer, texts) for part in (own, ends)]
     size = sum(len(text.encode()) for text in texts)
@@ -243,12 +245,23 @@ def _encode(tokenizer: Any, end: int, texts: list[str], context: int) -> Tokens:
 
 
 def _sample(tokens: Tokens, examples: list[Example], most: int) -> tuple[Tokens, list[Example]]:
-    """Return evenly spaced windows with about so many scored rows, and their examples.
-
-    The last row of a window of documents is left out: its label is in the window after it.
-    """
+    """Return evenly spaced windows with about so many scored rows, and their examples."""
     count = max(1, most * tokens.windows // len(tokens.scored))
     numbers = torch.linspace(0, tokens.windows - 1, count).long()
+    kept = [examples[number] for number in numbers.tolist()] if examples else []
+    found = take_windows(tokens, numbers)
+    return (replace(found, bytes=_bytes_after_prompts(kept)) if kept else found), kept
+
+
+def take_windows(tokens: Tokens, numbers: Tensor) -> Tokens:
+    """Return some windows alone.
+
+    The last row of a window of documents is left out: its label is in the window after it.
+
+    Args:
+        tokens: Text.
+        numbers: Numbers of the windows, ascending.
+    """
     ids, starts, weights, length = list[Tensor](), list[int](), list[Tensor](), 0
     for number in numbers.tolist():
         start, end = tokens.bounds[number : number + 2].tolist()
@@ -262,9 +275,8 @@ def _sample(tokens: Tokens, examples: list[Example], most: int) -> tuple[Tokens,
     ids.append(tokens.ids[end : end + 1])
     rows = torch.cat(weights)
     share = int((rows > 0).sum()) / len(tokens.scored)
-    kept = [examples[number] for number in numbers.tolist()] if examples else []
-    size = _bytes_after_prompts(kept) if kept else round(tokens.bytes * share)
-    return Tokens(torch.cat(ids), tokens.context, size, torch.tensor(starts), rows), kept
+    size = round(tokens.bytes * share)
+    return Tokens(torch.cat(ids), tokens.context, size, torch.tensor(starts), rows)
 
 
 def _bytes_after_prompts(examples: Sequence[Example]) -> int:

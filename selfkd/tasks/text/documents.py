@@ -78,6 +78,42 @@ def load_documents(
     return _load_root(as_path(root).expanduser(), seed)
 
 
+def load_pool(name: str, root: str | None, seed: int) -> tuple[list[Piece], str]:
+    """Return the documents of a dataset that have no split of validation or test of their own.
+
+    Args:
+        name: `pydoc`, `docstrings`, `arithmetic` or `text`.
+        root: Folder of `text`.
+        seed: Seed of the problems of `arithmetic`.
+
+    Returns:
+        The documents or prompts, and where they come from.
+
+    Raises:
+        ValueError: An unknown name, or files that are not as they must be.
+    """
+    if name in ("pydoc", "docstrings"):
+        return list(_read_pydoc() if name == "pydoc" else read_docstrings()), name
+    if name == "arithmetic":
+        return list(arithmetic.load(None, None, seed)[0]["train"]), name
+    if name != "text":
+        known = f"{', '.join(DATASETS[:-1])} or {DATASETS[-1]}"
+        raise ValueError(f"data.transfer.name must be {known} with task text, got {name!r}")
+    path = as_path(root).expanduser() if root else None
+    if path is None or not path.is_dir():
+        raise ValueError(
+            f"data.transfer.root must be a folder of .txt or .jsonl files, got {root or 'none'}"
+        )
+    try:
+        pieces, _ = _collect(read_folder(path, left_out := Counter[str]()), left_out)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.root must", "data.transfer.root must")) from None
+    if not pieces:
+        raise ValueError(f"data.transfer.root must have text, got none in {path}")
+    without = f"; left out: {list_left_out(left_out)}" if left_out else ""
+    return pieces, one_line(f"{path}{without}")
+
+
 def _read_pydoc() -> list[str]:
     from pydoc_data.topics import topics  # half a megabyte of source
 
@@ -98,7 +134,7 @@ def _load_root(root: Path, seed: int) -> Documents:
             raise ValueError(
                 f"data.root must have text for {split}, got empty files of it in {root}"
             )
-    splits, how = _divide(pieces, given, seed, [_key(piece) for piece in pieces])
+    splits, how = _divide(pieces, given, seed, [piece_key(piece) for piece in pieces])
     repeated = _check_apart(splits)
     without = f"; left out: {list_left_out(left_out)}" if left_out else ""
     return Documents(splits, one_line(f"{root}: {how}{repeated}{without}"))
@@ -131,7 +167,7 @@ def _collect(
     return pieces, given
 
 
-def _key(piece: Piece) -> str:
+def piece_key(piece: Piece) -> str:
     """Return what pieces of one split share: the text of a document, or the prompt."""
     return piece.prompt if isinstance(piece, Example) else piece
 
@@ -145,7 +181,7 @@ def _check_apart(splits: Mapping[Split, Sequence[Piece]]) -> str:
     known, twice = dict[str, tuple[Split, Piece]](), 0
     for split, pieces in splits.items():
         for piece in pieces:
-            other, first = known.setdefault(_key(piece), (split, piece))
+            other, first = known.setdefault(piece_key(piece), (split, piece))
             if other == split:
                 continue
             twice += 1

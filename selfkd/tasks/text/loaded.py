@@ -64,6 +64,10 @@ class TextPredictor:
             padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PADDING)
             yield padded.to(device)
 
+    def example(self) -> Tensor:
+        """Return the tokens of one window that fills the context."""
+        return torch.zeros((1, self.facts.context), dtype=torch.int64)
+
     def generate(
         self,
         prompt: str,

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
 from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
 from selfkd.losses.sparse import SparseLogits
-from selfkd.soft_targets.store import open_store
+from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.tokens import gathered
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
@@ -24,6 +24,8 @@ from selfkd.soft_targets.transforms import (
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
+from selfkd.tasks.text.terms import FurtherTerms, Targets, load_teachers
+from selfkd.tasks.text.transfer import TransferText
 from selfkd.training.fit import autocast
 from selfkd.training.trial import Trial
 
@@ -34,21 +36,25 @@ CHUNK_VALUES = 2**20
 
 Loss = Callable[[Tensor, Batch, float], dict[str, Tensor]]
 """Function from logits, their batch and the divisor of sums to the loss and its terms by name."""
-Targets = Callable[[Batch], TokenTeacher]
-"""Function from a batch to the teacher's logits of it."""
 Rows = Tensor | SparseLogits | SampledTargets
 """What is cached of rows."""
 Cached = Callable[[Tensor, int], Rows]
 """Function from rows and a view to cached logits."""
 
 
-def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -> Loss:
+def make_loss(
+    task: TextNetworks,
+    trial: Trial,
+    transform: Transform = "none",
+    further: FurtherTerms | None = None,
+) -> Loss:
     """Return the loss of a trial.
 
     Args:
         task: Text and networks.
         trial: Student and its teachers.
         transform: Transform of the teacher logits.
+        further: Further terms of the loss.
 
     Raises:
         ValueError: The transform needs all logits, and they are not cached.
@@ -65,16 +71,19 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
         targets = _from_rows(VirtualTargets(labels, classes=task.data.vocabulary), last)
     elif not teachers or distill.mode == "traces":  # whose text are the labels
         return partial(_label_loss, smoothing)
-    elif distill.live:
-        targets = _live_targets(task, [row["checkpoint"] for row in teachers])
+    elif distill.runs_teacher:
+        targets = _live_targets(task, further.teachers if further else load_teachers(task, trial))
     else:
-        stored = open_store(
+        transfer = transfer_of(task, trial, transform)
+        stored = open_joined(
             trial.targets,
             [row["hash"] for row in teachers],
             data=task.data_key,
+            transfer=None if transfer is None else task.key_of(transfer.fingerprint),
             average=average,
             weights=weights,
         )
+        last += 0 if transfer is None else len(transfer.tokens)
         if average == "logits" or stored.samples:  # by the store, once
             average, weights = "probabilities", None
         averaging: dict[str, Any] = {"average": average, "weights": weights}
@@ -97,6 +106,7 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
     return partial(
         _soft_loss,
         targets,
+        further,
         {
             "temperature": temperature,
             "alpha": distill.alpha,
@@ -108,13 +118,38 @@ def make_loss(task: TextNetworks, trial: Trial, transform: Transform = "none") -
     )
 
 
+def transfer_of(task: TextNetworks, trial: Trial, transform: Transform) -> TransferText | None:
+    """Return the transfer set of a student; none without teachers, or where only labels count."""
+    return task.transfer if trial.teachers and transform != "confidence" else None
+
+
 def _soft_loss(
-    targets: Targets, settings: Mapping[str, Any], logits: Tensor, batch: Batch, total: float
+    targets: Targets,
+    further: FurtherTerms | None,
+    settings: Mapping[str, Any],
+    logits: Tensor,
+    batch: Batch,
+    total: float,
 ) -> dict[str, Tensor]:
-    """Return the loss and its terms; of what the student has written, the soft term alone."""
-    teacher, written = targets(batch), batch.rows is None
-    if written:  # which is no label
+    """Return the loss and its terms; of what has no label, the soft term and further ones alone.
+
+    Where some windows of a step have none, the hard term is the mean over the labelled tokens, the
+    soft term that over all:
+
+        (1 - alpha) hard / (share total) + alpha soft / total = ((1 - a) hard + a soft) / n
+        n = total / ((1 - alpha) / share + alpha)    a = alpha n / total
+    """
+    written, alpha, divisor = batch.rows is None, settings["alpha"], total
+    teacher = targets(batch) if further is None or written else further.run(targets, batch)
+    soft_only = written or not batch.labelled
+    factors = {"loss": alpha if soft_only and not written else 1.0}
+    if soft_only:  # what the student has written is no label
         settings = {**settings, "alpha": 1.0}
+    elif 0 < batch.share < 1:
+        rescaled = 1 / ((1 - alpha) / batch.share + alpha)
+        settings = {**settings, "alpha": alpha * rescaled}
+        factors = {"hard_loss": rescaled / batch.share, "soft_loss": rescaled}
+        divisor = total * rescaled
     chunk = max(CHUNK, CHUNK_VALUES // logits.shape[-1])
 
     def terms_of(total: float, mask: Tensor | None) -> dict[str, Tensor]:
@@ -122,8 +157,13 @@ def _soft_loss(
             logits, teacher, batch.labels, mask=mask, normalizer=total, chunk=chunk, **settings
         )._asdict()
 
-    terms = _by_weight(batch, total, terms_of)
-    return {name: terms[name] for name in ("loss", "soft_loss")} if written else terms
+    terms = _by_weight(batch, divisor, terms_of)
+    names = ("loss", "soft_loss") if soft_only else tuple(terms)
+    terms = {name: terms[name] * factors.get(name, 1.0) for name in names}
+    if further is not None and batch.total and not written:
+        values = further(logits, teacher, batch)
+        return further.added(terms, values, batch.total / total)
+    return terms
 
 
 def _by_weight(
@@ -176,10 +216,8 @@ def _confidence_loss(
     return _by_weight(batch, total, terms_of)
 
 
-def _live_targets(task: TextNetworks, checkpoints: Sequence[str]) -> Targets:
+def _live_targets(task: TextNetworks, networks: Sequence[nn.Module]) -> Targets:
     """Return a function that runs teachers on a batch."""
-    with torch.random.fork_rng(devices=[]):  # a resumed training has restored its state
-        networks = [task.load(path)[0].eval().requires_grad_(False) for path in checkpoints]
 
     @torch.no_grad()
     def targets(batch: Batch) -> Tensor:

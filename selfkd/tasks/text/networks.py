@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from selfkd.results.row import ROW, Row
 from selfkd.soft_targets.manifest import data_key
 from selfkd.storage.checkpoint import save_tensors
 from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
-from selfkd.tasks.task import SPLITS, ModelFacts, Split
+from selfkd.tasks.task import SPLITS, ModelFacts, Pool, Split
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.cached import choose_samples
 from selfkd.tasks.text.data import IGNORED, Tokens, load_text
@@ -32,6 +34,7 @@ from selfkd.tasks.text.pretrained import (
     merged,
 )
 from selfkd.tasks.text.tokenizer import read_tokenizer
+from selfkd.tasks.text.transfer import TransferText, load_transfer_text
 from selfkd.training.fit import autocast
 
 EVAL_VALUES = 2**22
@@ -61,18 +64,42 @@ class TextNetworks:
         check_installed()
         self.config: Config = from_tree(tree)
         self.device = prepare_device(self.config)
-        models = [self.config.model, *filter(None, [self.config.student])]
+        models = [self.config.model, *self.config.students]
         for path in [model.args.get("path") for model in models if model.name == HF]:
             if path in (None, self.config.data.tokenizer):  # said of the model, not its tokenizer
                 check_folder(path, weights=False)
-        self.data = load_text(self.config.data, self.config.seed)
+        self.data = load_text(replace(self.config.data, transfer=None), self.config.seed)
         self.fingerprint = self.data.fingerprints["train"]
         self.evaluated: tuple[Split, ...] = SPLITS
         self.top_k = check_top_k(self.config, self.data.vocabulary)
         check_class_mean(self.config, self.data.vocabulary)
         rows = len(self.data.splits["train"])
         self.samples = choose_samples(self.config, rows, self.data.vocabulary)
-        self.data_key = data_key(self.fingerprint, {}, top_k=self.top_k, samples=self.samples)
+        self.data_key = self.key_of(self.fingerprint)
+
+    def key_of(self, fingerprint: str) -> str:
+        """Return the key that teacher logits of a text are cached under."""
+        return data_key(fingerprint, {}, top_k=self.top_k, samples=self.samples)
+
+    @cached_property
+    def transfer(self) -> TransferText | None:
+        """Transfer set that students of teachers are trained on; None where there is none."""
+        own = self.config.data.transfer
+        if own is None or own.weight == 0 or self.config.distill.mode == "traces":
+            return None
+        return load_transfer_text(self.config.data, self.config.seed)
+
+    def pool(self, of: Pool) -> tuple[Tokens, str]:
+        """Return what teacher logits are cached of, and its fingerprint.
+
+        Raises:
+            ValueError: There is no transfer set.
+        """
+        if of == "train":
+            return self.data.splits["train"], self.fingerprint
+        if self.transfer is None:
+            raise ValueError("data.transfer must be given with a weight above 0, got none")
+        return self.transfer.tokens, self.transfer.fingerprint
 
     def labels(self, split: Split) -> Tensor:
         """Return the tokens that the scored rows of a split predict."""
@@ -166,15 +193,15 @@ class TextNetworks:
             start += len(scored)
         return found
 
-    def batches(self, network: nn.Module, split: Split, rows: range) -> Iterator[Tensor]:
+    def batches(self, network: nn.Module, split: Split | Pool, rows: range) -> Iterator[Tensor]:
         """Yield the logits of rows of a split batch by batch, float32 on the CPU.
 
         Args:
             network: Language model.
-            split: Split whose rows are predicted.
+            split: Split whose rows are predicted, or the transfer set.
             rows: Rows that are predicted, whose windows are run whole.
         """
-        tokens = self.data.splits[split]
+        tokens = self.pool(split)[0] if split == "transfer" else self.data.splits[split]
         windows = tokens.windows_of(rows)
         start = int(tokens.bounds[windows.start])
         for logits, _ in self.run(network, tokens, windows):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from selfkd.analysis.verdicts import short
-from selfkd.config import CheckpointConfig, ModelConfig
+from selfkd.config import TERMS, CheckpointConfig, ModelConfig, choices_of_terms
 from selfkd.config.schema import HF, TRAINED_TOKENIZER
 from selfkd.config.tasks import sampled_faults
 from selfkd.deployment.interface import Interface
+from selfkd.distill.loss_names import describe_terms
 from selfkd.losses import Average
 from selfkd.models import parameters_count
 from selfkd.results import Diagnostics, Facts, Row, Unseen, to_row
@@ -21,15 +22,24 @@ from selfkd.soft_targets.manifest import Manifest, row_bytes, rows_of_shard
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import link
 from selfkd.storage.remote import as_path
-from selfkd.tasks.common import Averaged, describe_cached, optimizer_of, spread
-from selfkd.tasks.task import SPLITS, Split
+from selfkd.tasks.common import (
+    Averaged,
+    check_init,
+    describe_cached,
+    named_networks,
+    optimizer_of,
+    spread,
+)
+from selfkd.tasks.task import SPLITS, Pool, Split
 from selfkd.tasks.text import evaluate
 from selfkd.tasks.text.cached import caches_logits
 from selfkd.tasks.text.export import FOLDER, export_model
 from selfkd.tasks.text.networks import EVAL_VALUES, TextNetworks
 from selfkd.tasks.text.pretrained import check_causal, folder_hash
+from selfkd.tasks.text.terms import try_terms
 from selfkd.tasks.text.tokenizer import has_tokens_of
 from selfkd.tasks.text.train import train_language_model
+from selfkd.tasks.text.transfer import check_text_leaks
 from selfkd.tasks.text.write import WrittenText
 from selfkd.training.trial import Trial
 
@@ -46,8 +56,11 @@ OF_SAMPLES = ("distinct_1", "distinct_2", "distinct_3", "unended")
 class TextTask(TextNetworks):
     """The task of a config; see `selfkd.tasks.task.Task`. A row, or item, is a token."""
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         """Make the config's networks; return the facts of them and of the text.
+
+        Args:
+            teachers: Networks that may teach, with which the further terms of the loss are tried.
 
         Raises:
             ValueError: They do not fit; says what must be otherwise.
@@ -65,26 +78,27 @@ class TextTask(TextNetworks):
                 f"write.keep must be all without completions to compare with, got right and "
                 f"data.name {data.name}"
             )
-        networks = {
-            "model": self.make(config.model),
-            "student": self.make(config.student or config.model),
-        }
-        weights = self._check_folder(config.model, networks["model"])
-        if config.student is not None:
-            weights |= self._check_folder(config.student, networks["student"])
+        models = named_networks(config)
+        networks = {name: self.make(model) for name, model in models.items()}
+        weights = dict[str, str]()
+        for name, model in models.items():
+            weights |= self._check_folder(model, networks[name])
         for model in config.members.models:
             weights |= self._check_folder(model, self.make(model))
         optimizer_of(networks["student"], train)
         sizes = {name: parameters_count(network) for name, network in networks.items()}
-        if train.init == "teacher" and sizes["model"] != sizes["student"]:
-            raise ValueError("train.init must be fresh when student differs from model")
-        if train.init == "teacher" and (config.student or config.model).args.get("lora"):
-            raise ValueError("train.init must be fresh with lora, whose adapters begin anew")
+        check_init(self, teachers)
+        if any(choices := choices_of_terms(config)):
+            self._try_terms(networks["student"], teachers, choices)
         metric = self._metric
         matched = metric == "exact_match"
         further = (*(["exact_match"] if self.data.examples["test"] else []), "nll", *FURTHER)
         manifest = self.manifest("", {})
         notes = list(self._check_cached(manifest))
+        prints = {str(split): own for split, own in data.fingerprints.items()}
+        if (transfer := self.transfer) is not None:
+            notes.append(check_text_leaks(transfer, config.data, config.seed, data))
+            prints["transfer"] = transfer.fingerprint
         return Facts(
             items={split: len(tokens) for split, tokens in data.splits.items()},
             unit="tokens",
@@ -101,13 +115,40 @@ class TextTask(TextNetworks):
             outputs=data.vocabulary,
             parameters=sizes,
             prompts=data.splits["train"].windows,
-            fingerprints={str(split): own for split, own in data.fingerprints.items()},
+            fingerprints=prints,
+            transfer=0 if transfer is None else len(transfer.tokens),
             weights=weights,
             export=FOLDER,
             cached=describe_cached(manifest) if caches_logits(config) else None,
             fixed=("distill.temperature",) if self.samples is not None else (),
             notes=(data.note, *notes),
         )
+
+    def _try_terms(
+        self,
+        student: nn.Module,
+        teachers: Sequence[Mapping[str, Any]],
+        choices: Sequence[Sequence[Mapping[str, Any]]],
+    ) -> None:
+        """Try further terms of the loss with networks that may teach.
+
+        Raises:
+            ValueError: One cannot be computed, or needs logits that are not cached.
+        """
+        found = [
+            self.load(row["checkpoint"])[0]
+            if "checkpoint" in row
+            else self.make(ModelConfig(name=row["name"], args=row["args"]))
+            for row in teachers
+        ]
+        try_terms(self, student.eval(), found, choices)
+        for terms in choices:
+            cached = terms and not any(term.get("student") for term in terms)
+            if cached and self.samples is not None and not self.config.distill.live:
+                raise ValueError(
+                    f"{TERMS}: {describe_terms(terms)} need all logits of the teacher, of which "
+                    f"{self.samples} samples a token are cached: set distill.live=true"
+                )
 
     def _check_folder(self, model: ModelConfig, network: nn.Module) -> dict[str, str]:
         """Check the model of a folder against this text; return the folder's hash by its path.
@@ -222,34 +263,38 @@ class TextTask(TextNetworks):
         """Return the logits of a checkpoint, one row a token that is scored."""
         return self.logits(self.load(checkpoint)[0], split)
 
-    def predict_batches(self, checkpoint: str, items: range, *, view: int = 0) -> Iterator[Tensor]:
+    def predict_batches(
+        self, checkpoint: str, items: range, *, view: int = 0, of: Pool = "train"
+    ) -> Iterator[Tensor]:
         """Yield the logits of a checkpoint for rows of the training text, to be cached.
 
         Args:
             checkpoint: File of the model.
             items: Rows, one a token.
             view: Number of the view of the text, of which there is one.
+            of: Whether the rows are those of training, or of the transfer set.
         """
-        return self.batches(self.load(checkpoint)[0], "train", items)
+        return self.batches(self.load(checkpoint)[0], of, items)
 
     def predict_with(self, network: nn.Module, split: Split, *, like: str | None = None) -> Tensor:
         """Return the logits of a network that was made for this text."""
         return self.logits(network, split)
 
-    def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
+    def manifest(self, teacher: str, origin: Mapping[str, Any], *, of: Pool = "train") -> Manifest:
         """Return the manifest of a teacher's cached logits, one row a token.
 
         Shards are of whole windows where these have a length.
         """
         each = row_bytes(self.data.vocabulary, top_k=self.top_k, samples=self.samples)
         window = 1 if self.data.splits["train"].starts is not None else self.data.context
+        tokens, fingerprint = self.pool(of)
         return Manifest(
             teacher=teacher,
-            data=self.data_key,
-            fingerprint=self.fingerprint,
+            data=self.key_of(fingerprint),
+            fingerprint=fingerprint,
             recipe={},
             views=1,
-            images=len(self.data.splits["train"]),
+            images=len(tokens),
             classes=self.data.vocabulary,
             top_k=self.top_k,
             samples=self.samples,

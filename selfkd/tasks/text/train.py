@@ -17,13 +17,14 @@ from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
 from selfkd.soft_targets.transforms import Transform
-from selfkd.tasks.common import make_fresh, optimizer_of, training_facts
+from selfkd.tasks.common import add_projections, make_fresh, optimizer_of, training_facts
 from selfkd.tasks.text.batches import Batch, TrainingText
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.evaluate import measure_matches
-from selfkd.tasks.text.loss import Loss, make_loss
+from selfkd.tasks.text.loss import Loss, make_loss, transfer_of
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
+from selfkd.tasks.text.terms import FurtherTerms, make_further
 from selfkd.tasks.text.write import training_text
 from selfkd.training.fit import (
     Training,
@@ -59,13 +60,15 @@ def train_language_model(
     distill = task.config.distill
     student = _student(task, trial, start or {}, bits)
     facts = training_facts(trial, bits)
-    training = _training(student, options, task.device)
+    further = make_further(task, trial, student) if transform == "none" else None
+    loss = make_loss(task, trial, transform, further)
+    training = _training(student, options, task.device, further)
     if (state := trial.checkpoint) is not None:
         training.load_state_dict(state)
         trial.progress.state = None
         yield from [dict(row) for row in trial.progress.rows]
-    loss = make_loss(task, trial, transform)
-    text, writer = TrainingText(data, options, trial.seed), None
+    more = transfer_of(task, trial, transform)
+    text, writer = TrainingText(data, options, trial.seed, more), None
     if trial.teachers and distill.on_policy > 0:
         writer = Writer(student, data, options, end=task.data.end, seed=trial.seed)
         if state is not None:
@@ -102,10 +105,17 @@ def train_language_model(
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
 
 
-def _training(student: nn.Module, options: TrainConfig, device: str) -> Training:
+def _training(
+    student: nn.Module, options: TrainConfig, device: str, further: FurtherTerms | None
+) -> Training:
+    optimizer = optimizer_of(student, options)
+    own = further.projections if further is not None else nn.ModuleDict()
+    projections = own if len(own) else None
+    add_projections(optimizer, projections, options)
     return Training(
         student=student,
-        optimizer=optimizer_of(student, options),
+        optimizer=optimizer,
+        projections=projections,
         average=make_average(student, decay=options.ema) if options.ema is not None else None,
         generator=torch.Generator(),  # the order is a function of seed and step
         device=device,

@@ -197,7 +197,7 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                 )
     if any(choices_of_terms(config)):
         where = locate_key("controls", sources)
-        for name in ("dkpp", "cwtm", "teacher_free"):
+        for name in (*OF_ALL_LOGITS, "teacher_free"):
             if name in config.controls:
                 yield f"{where}: {name} has no further terms: leave out distill.terms, or {name}"
 

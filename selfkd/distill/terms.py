@@ -86,7 +86,7 @@ class FeatureTerm:
         if mask is not None and self.masked:
             return self.loss(student, teacher, mask=mask)
         if mask is not None:
-            student, teacher = student[mask], teacher[mask]
+            student, teacher = _valid_rows(student, mask), _valid_rows(teacher, mask)
         if self.loss is hint_loss and student.ndim == teacher.ndim == 4:
             student, teacher = reconcile(student, teacher)
         return self.loss(student, teacher)
@@ -374,6 +374,17 @@ def check_paths(terms: Mapping[str, FeatureTerm], student: nn.Module) -> None:
     """Raise ValueError if a term's path is that of no submodule of the student."""
     if terms:
         Features(student, [term.student for term in terms.values()])
+
+
+def _valid_rows(features: Tensor, mask: Tensor) -> Tensor:
+    """Return the features of valid tokens, `[tokens, …]`."""
+    if features.shape[:2] != mask.shape:
+        expected = ", ".join(map(str, mask.shape))
+        raise ValueError(
+            f"features must be of tokens, [{expected}, …], got {list(features.shape)}: another "
+            "layer"
+        )
+    return features[mask]
 
 
 def _check_no_nan(name: str, path: str, features: Tensor) -> None:

@@ -185,7 +185,10 @@ def welch_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 def why_unpaired(run: Run, reference: Run) -> str | None:
     """Return why the seeds of two runs are not the same experiment twice; None where they are."""
-    digests = [each.facts.fingerprints if each.facts else {} for each in (run, reference)]
+    digests = [
+        {k: v for k, v in each.facts.fingerprints.items() if k != "transfer"} if each.facts else {}
+        for each in (run, reference)
+    ]
     if not all(digests):  # a user's training function has data of its own
         return "what data they had is not known of both"
     if digests[0] != digests[1]:

@@ -214,6 +214,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     facts = [
         ("data", str(run.get("data.name", ""))),
         (f"train / val / test {run.data.unit}", split),
+        ("transfer set", f"{run.facts.transfer:,}" if run.facts and run.facts.transfer else ""),
         ("model", model),
         ("parameters", size),
         ("models trained", str(run.trained)),

@@ -23,6 +23,7 @@ from selfkd.cli.plan import (
     print_plan,
 )
 from selfkd.config import Config, Tree, from_tree, load_config
+from selfkd.errors import ConfigError
 from selfkd.experiments.capacity import grow
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.generations import born_again
@@ -99,6 +100,17 @@ def test_of_a_run_that_was_stopped_it_says_what_is_left(
     printed = capsys.readouterr().out
     assert re.search(rf"\n all +12 +{done} +{2 * (12 - done)} *\n", printed)
     assert f"by the {done} that are done" in printed
+
+
+def test_a_transfer_set_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transfer = "data.transfer={name: digits, size: 200, weight: 0.75}"
+    config = load_config(settings=[*TINY, transfer, "data.val_size=40", "confirm.seeds=2"])
+    plan = plan_ensemble(config)
+    print_plan(plan, "ensemble", config, RunFolder(tmp_path / "run"), None)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"confirmation, all three 6 ", printed)
+    assert "for 40 images and 200 of the transfer set: 10 logits, 20 bytes each" in printed
+    assert "mixed: steps of students with teachers have 4 times as many items" in printed
 
 
 def test_the_command_prints_it_and_leaves_nothing(
@@ -194,3 +206,13 @@ def test_with_a_function_it_counts_trainings_and_starts_no_ray(tmp_path: Path) -
     assert "cached:" not in done.stdout
     assert done.stdout.endswith("[]\n")
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["mine.py"]
+
+
+@pytest.mark.parametrize("make_plan", [plan_ensemble, plan_capacity])
+def test_what_cannot_teach_on_the_data_is_refused(
+    make_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    settings = ["members={count: 2, source: specialists}", "capacity.values=[4, 2]"]
+    config = load_config(settings=[*TINY, *settings])
+    with pytest.raises(ConfigError, match="specialists with fewer than 20 classes, got 10: data"):
+        print_plan(make_plan(config), "ensemble", config, RunFolder(tmp_path / "run"), None)

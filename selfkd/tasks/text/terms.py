@@ -186,7 +186,7 @@ def try_terms(
     teachers: Sequence[nn.Module],
     choices: Iterable[Sequence[Mapping[str, Any]]],
 ) -> None:
-    """Compute terms, one after the other, of one window of the training text.
+    """Compute terms, one after the other, of two windows of the training text.
 
     Args:
         task: Text and networks.
@@ -197,7 +197,8 @@ def try_terms(
     Raises:
         ValueError: One cannot be computed; names it.
     """
-    data, windows = task.data.splits["train"], torch.arange(1)
+    data = task.data.splits["train"]
+    windows = torch.arange(min(2, data.windows))
     batch = Batch(data.inputs(windows), data.labels_of(windows)).to(task.device)
     for terms in choices:
         keys = term_keys([str(term["name"]) for term in terms])

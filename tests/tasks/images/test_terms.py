@@ -56,9 +56,11 @@ def make_trial(task: ImageTask, path: Path, teachers: list[Row]) -> Trial:
     )
 
 
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_a_trial_resumes_with_its_terms_which_no_model_has(tmp_path: Path, teachers: int) -> None:
-    task = start(f"[{HINT}, {CRD}, {RELATIONS}, {LOGITS}]")
+@pytest.mark.parametrize(("teachers", "average"), [(1, "null"), (2, "0.5")])
+def test_a_trial_resumes_with_its_terms_which_no_model_has(
+    tmp_path: Path, teachers: int, average: str
+) -> None:
+    task = start(f"[{HINT}, {CRD}, {RELATIONS}, {LOGITS}]", f"train.ema={average}")
     rows = make_teachers(task, tmp_path, count=teachers)
     found = []
     for name, stopped in (("whole", False), ("stopped", True)):

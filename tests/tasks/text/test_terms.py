@@ -118,6 +118,10 @@ def test_a_trial_resumes_with_its_projections_which_no_model_has(tmp_path: Path)
     [
         ("[{name: hint, student: transformer.h.5}]", r"hint: student's path must be .*h\.0"),
         ("[{name: hint, student: transformer.h.0}]", r"hint: .*one shape.*\[4\].*\[8\].*project"),
+        (
+            "[{name: pkt, student: transformer.wpe}]",
+            r"pkt: features must be of tokens, \[2, 12, …\], got",
+        ),
         ("[{name: reverse_kl, args: {temperature: 0}}]", "reverse_kl: temperature must be > 0"),
     ],
 )

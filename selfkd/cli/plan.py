@@ -28,7 +28,7 @@ from selfkd.experiments.confirm import baselines, pairs_of
 from selfkd.experiments.controls import TITLES
 from selfkd.experiments.ensemble import mixes_transfer
 from selfkd.experiments.given import has_known_training
-from selfkd.experiments.members import find_members, trained_networks
+from selfkd.experiments.members import check_sources, find_members, trained_networks
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import Table
 from selfkd.reporting.words import describe_live, duration
@@ -68,6 +68,8 @@ class Plan:
     """Number of texts a training prompt, of all of them together."""
     tried: Sequence[tuple[Config, Sequence[ModelConfig]]] = ()
     """Configs whose further terms are tried, with the networks of the teachers."""
+    imported: int | None = None
+    """Number of members that were trained elsewhere; None where there are no members."""
 
 
 def plan_generations(config: Config) -> Plan:
@@ -210,13 +212,15 @@ def _members(config: Config) -> Plan:
         model = members.models[0] if members.models else config.model
         own = replace(config, model=model)
         stages.append(Planned("members on labels", trained, ["members/trial_*"], own))
-    found = trained + len(members.checkpoints) + sum(len(find_members(r)) for r in members.runs)
+    imported = len(members.checkpoints) + sum(len(find_members(run)) for run in members.runs)
+    found = trained + imported
     if "snapshots" in (members.source, *members.compare):
         stages.append(Planned("one run of snapshots", 1, ["snapshots/trial_*"], config))
     if "specialists" in (members.source, *members.compare):
         stages.append(Planned("specialists", 0, ["specialists/trial_*"], config))
     one = members.source in ("soup", "greedy_soup", "specialists")
-    return Plan(stages, 1 if one else min(found, members.use or found))
+    teachers = 1 if one else min(found, members.use or found)
+    return Plan(stages, teachers, imported=imported)
 
 
 def print_plan(
@@ -237,6 +241,8 @@ def print_plan(
     # of a worker, before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(int(config.resources.cpu), 1)))
     console, facts = make_console(), _check(config, function)
+    if plan.imported is not None:
+        check_sources(config, facts, plan.imported)
     for own, teachers in plan.tried:
         if function is None and tries_teachers(own):
             _check(own, function, teachers)

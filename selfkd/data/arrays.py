@@ -234,12 +234,22 @@ def _loaded(file: Path) -> Any:
         found = np.load(file, allow_pickle=False)
         return found if isinstance(found, np.ndarray) else dict(found)
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error) and not _may_hold_arrays(file):
+            raise ValueError(
+                f"{file} must be a file of NumPy's own, by np.save or np.savez, got other content"
+            ) from None
         if "allow_pickle" in str(error):
             raise ValueError(
                 f"{file} must have arrays of numbers or words, got objects, which are never "
                 "unpickled: save them by array.astype(float), labels by array.astype(str)"
             ) from None
         raise ValueError(f"{file} must be an intact file of NumPy arrays: {error}") from None
+
+
+def _may_hold_arrays(file: Path) -> bool:
+    """Return whether a file begins as an array of NumPy, an archive of them, or a pickle."""
+    with file.open("rb") as opened:
+        return opened.read(6).startswith((b"\x93NUMPY", b"PK", b"\x80"))
 
 
 def _arrays(arrays: Mapping[str, Array], place: str) -> dict[str, Rows]:

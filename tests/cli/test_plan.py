@@ -23,6 +23,7 @@ from selfkd.cli.plan import (
     print_plan,
 )
 from selfkd.config import Config, Tree, from_tree, load_config
+from selfkd.errors import ConfigError
 from selfkd.experiments.capacity import grow
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.generations import born_again
@@ -205,3 +206,13 @@ def test_with_a_function_it_counts_trainings_and_starts_no_ray(tmp_path: Path) -
     assert "cached:" not in done.stdout
     assert done.stdout.endswith("[]\n")
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["mine.py"]
+
+
+@pytest.mark.parametrize("make_plan", [plan_ensemble, plan_capacity])
+def test_what_cannot_teach_on_the_data_is_refused(
+    make_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    settings = ["members={count: 2, source: specialists}", "capacity.values=[4, 2]"]
+    config = load_config(settings=[*TINY, *settings])
+    with pytest.raises(ConfigError, match="specialists with fewer than 20 classes, got 10: data"):
+        print_plan(make_plan(config), "ensemble", config, RunFolder(tmp_path / "run"), None)

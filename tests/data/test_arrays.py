@@ -230,6 +230,10 @@ def test_what_is_damaged_or_mixed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"PK\3\4 nothing")
     with pytest.raises(ValueError, match=r"a\.npz must be an intact file"):
         load_data("arrays", root=tmp_path / "a.npz")
+    (tmp_path / "b.npz").write_bytes(b"x,y")
+    with pytest.raises(ValueError, match=r"b\.npz must be a file of NumPy's own.* other content"):
+        load_data("arrays", root=tmp_path / "b.npz")
+    (tmp_path / "b.npz").unlink()
     (tmp_path / "a.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"a\.parquet must be an intact table"):
         load_data("arrays", root=tmp_path / "a.parquet")

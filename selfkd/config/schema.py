@@ -1077,6 +1077,8 @@ def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]
             section = ".".join(path[:-1])
             known = [k for k in known_keys() if k.rpartition(".")[0] == section]
             message = f"unknown key{did_you_mean(key, known)}"
+        elif fault["type"] == "missing":
+            message = "must be given"
         elif fault["type"] == "value_error":
             message = fault["msg"].removeprefix("Value error, ")
         elif fault["type"] == "missing":

@@ -169,12 +169,13 @@ def _match(path: str, student: nn.Module, teacher: nn.Module, choose: Choose) ->
     ours, theirs = dict(student.named_children()), dict(teacher.named_children())
     if len(ours) == len(theirs):
         pairs = dict(zip(ours, theirs, strict=True))
-        alike = {
-            key: own for key, own in pairs.items() if shapes_of(ours[key]) == shapes_of(theirs[own])
-        }
-        unlike = [ours[key] for key in pairs if key not in alike]
+        unlike = [
+            ours[key]
+            for key, own in pairs.items()
+            if shapes_of(ours[key]) != shapes_of(theirs[own])
+        ]
         if all(any(map(_is_list, layer.modules())) for layer in unlike):
-            return alike  # of stages, whose own lists are matched
+            return {} if unlike else pairs  # stages, whose own lists are matched
     found: dict[str, str] = {}
     left = _alike(theirs)
     for keys in _alike(ours):

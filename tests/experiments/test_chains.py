@@ -11,6 +11,7 @@ from engine import Count, StopAfter, make_run
 import selfkd
 from selfkd.cli.plan import plan_generations
 from selfkd.config import Config, load_config
+from selfkd.config.paths import relative_paths, with_absolute_paths
 from selfkd.config.validate import check_capacity, check_chain, check_study, no_generations
 from selfkd.errors import ConfigError
 from selfkd.experiments.generations import born_again, finished
@@ -110,6 +111,18 @@ def test_a_function_of_the_user_s_is_given_each_network(tmp_path: Path) -> None:
     assert [result.metrics["width"] for result in summary.generations] == list(WIDTHS)
     assert [row.values for row in summary.confirmations] == [(w, w) for w in WIDTHS]
     assert summary.controls == ()
+
+
+def test_folders_of_a_chain_are_made_absolute(tmp_path: Path) -> None:
+    folder = "student=[{name: hf, args: {path: models/a}}, {name: selfkd_gpt}]"
+    config = load_config(settings=["task=text", "data.tokenizer=chars", "rounds=2", folder])
+    assert relative_paths(config) == [
+        "model.args.path: must be absolute (or a URI) in a Ray job, whose own folder is removed "
+        "with it, got 'models/a'"
+    ]
+    first, second = with_absolute_paths(config).students
+    assert first.args == {"path": str(Path("models/a").absolute())}
+    assert second.args == {}
 
 
 def test_networks_that_stand_twice_have_one_baseline() -> None:

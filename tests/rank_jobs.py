@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+IMPORTED = ["rank_jobs", "selfkd.worker.jobs", "torch.distributed.fsdp", "torch._dynamo"]
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -50,8 +53,12 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def on_ranks(work: Callable[..., None], size: int, folder: Path, *more: Any) -> None:
-    """Call `work(rank, folder, *more)` in `size` processes that form one process group."""
-    mp.spawn(_on_rank, (work, size, folder, more), nprocs=size)
+    """Call `work(rank, folder, *more)` in `size` processes that form one process group.
+
+    They are forks of a server that has imported what takes seconds: once, not in each of them.
+    """
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    mp.start_processes(_on_rank, (work, size, folder, more), nprocs=size, start_method="forkserver")
 
 
 def _on_rank(

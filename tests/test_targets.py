@@ -314,6 +314,10 @@ def test_show_of_an_ensemble_says_how_its_members_disagree(
         ("", ["--generation", "3"], "--generation must be from 1 to 2, got 3"),
         ("", ["--arm", "a"], "--arm is of runs of selfkd.study, got a and"),
         ("distill.live=true", [], "are not cached: distill.live is true"),
+        (
+            "distill.terms=[{name: hint, student: net.0, teacher: net.0}]",
+            *([], "are not cached: distill.terms compares layers, so that its teachers run"),
+        ),
         ("function", [], "are not cached: its training function, x:main, runs its teachers"),
         ("", ["--set", "data.train_size=50"], "the cached logits of generation"),
     ],

@@ -189,9 +189,9 @@ class _Totals:
 
     def __init__(self, labels: Tensor, classes: int, most: int) -> None:
         counts = labels.bincount(minlength=classes)
-        frequent = counts.argsort(descending=True, stable=True)
-        frequent = frequent[: FREQUENT if classes > MOST_ROWS else classes]
-        self._labels = frequent[counts[frequent] > 0].sort().values
+        order = counts.argsort(descending=True, stable=True)
+        chosen = order[:FREQUENT] if classes > MOST_ROWS else torch.arange(classes)
+        self._labels = chosen[counts[chosen] > 0]
         self._place = torch.full((classes,), -1)
         self._place[self._labels] = torch.arange(len(self._labels))
         self._shares = torch.zeros(len(self._labels), classes, dtype=torch.float64)

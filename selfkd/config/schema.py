@@ -1077,8 +1077,15 @@ def _faults(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]
             section = ".".join(path[:-1])
             known = [k for k in known_keys() if k.rpartition(".")[0] == section]
             message = f"unknown key{did_you_mean(key, known)}"
+        elif fault["type"] == "missing":
+            message = "must be given"
         elif fault["type"] == "value_error":
             message = fault["msg"].removeprefix("Value error, ")
+        elif fault["type"] == "missing":
+            message = "must be given"
+        elif fault["type"] == "too_short":
+            what = fault["ctx"]["field_type"].lower().replace("dictionary", "mapping")
+            message = f"must be a {what} that is not empty, got {fault['input']!r}"
         else:
             condition = fault["msg"].removeprefix("Input should be ").removeprefix("String should ")
             given = cut_text(repr(fault["input"]), 200)

@@ -197,7 +197,7 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
                 )
     if any(choices_of_terms(config)):
         where = locate_key("controls", sources)
-        for name in ("dkpp", "cwtm", "teacher_free"):
+        for name in (*OF_ALL_LOGITS, "teacher_free"):
             if name in config.controls:
                 yield f"{where}: {name} has no further terms: leave out distill.terms, or {name}"
 
@@ -248,14 +248,15 @@ def _entry_faults(config: Config, key: str, spec: Any) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    ends = (distribution.at(0.0), distribution.at(1.0))
+    ends, found = (distribution.at(0.0), distribution.at(1.0)), list[str]()
     for value in distribution.values if distribution.kind == "choice" else ends:
         try:
             at = config.at(with_its_terms(config, {key: value}))
         except ConfigError as error:
-            yield from (line.removeprefix(f"{key}: ") for line in str(error).splitlines())
+            found += [line.removeprefix(f"{key}: ") for line in str(error).splitlines()]
         else:
-            yield from _new_steps_faults(config, at)
+            found += _new_steps_faults(config, at)
+    yield from dict.fromkeys(found)  # what both ends have is said once
 
 
 def _new_steps_faults(config: Config, at: Config) -> Iterator[str]:

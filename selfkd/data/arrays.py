@@ -145,6 +145,9 @@ def standardisation(features: torch.Tensor) -> Statistics:
     Args:
         features: Features of the training split `[N, F]`.
 
+    Raises:
+        ValueError: A standard deviation that is not finite.
+
     >>> standardisation(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     ((2.0, 5.0), (1.0, 1.0))
     """
@@ -152,6 +155,12 @@ def standardisation(features: torch.Tensor) -> Statistics:
     mean, std = values.mean(dim=0), values.std(dim=0, correction=0)
     constant = (values == values[0]).all(dim=0)  # else rounding errors would be scaled up
     mean, std = torch.where(constant, values[0], mean), torch.where(constant, 1.0, std)
+    if not bool(std.isfinite().all()):
+        number = int((~std.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"features must have a finite standard deviation, got {std[number].item()} of feature "
+            f"{number + 1}, whose largest value is {values[:, number].max().item():.4g}"
+        )
     return tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())
 
 
@@ -225,12 +234,22 @@ def _loaded(file: Path) -> Any:
         found = np.load(file, allow_pickle=False)
         return found if isinstance(found, np.ndarray) else dict(found)
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error) and not _may_hold_arrays(file):
+            raise ValueError(
+                f"{file} must be a file of NumPy's own, by np.save or np.savez, got other content"
+            ) from None
         if "allow_pickle" in str(error):
             raise ValueError(
                 f"{file} must have arrays of numbers or words, got objects, which are never "
                 "unpickled: save them by array.astype(float), labels by array.astype(str)"
             ) from None
         raise ValueError(f"{file} must be an intact file of NumPy arrays: {error}") from None
+
+
+def _may_hold_arrays(file: Path) -> bool:
+    """Return whether a file begins as an array of NumPy, an archive of them, or a pickle."""
+    with file.open("rb") as opened:
+        return opened.read(6).startswith((b"\x93NUMPY", b"PK", b"\x80"))
 
 
 def _arrays(arrays: Mapping[str, Array], place: str) -> dict[str, Rows]:
@@ -298,6 +317,8 @@ def _table(file: Path, label_column: str | None, like: Rows | None = None) -> Ro
         file, label_column if like is None else like.label, None if like is None else like.names
     )
     note = f"labels are column {table.label}"
+    if table.unnamed:
+        note += "; left out: a column without a name" + f" ({table.unnamed})" * (table.unnamed > 1)
     return _finite(Rows(str(file), table.features, table.labels, table.names, note, table.label))
 
 

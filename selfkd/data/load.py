@@ -74,7 +74,8 @@ its splits as those folders; of a single one a tenth is test, too |
 
     Args:
         name: Name of the data set, one of those above.
-        root: Folder of the data; the environment variable SELFKD_DATA if not given.
+        root: Folder of the data, or file of arrays; the environment variable SELFKD_DATA if not
+            given.
         download: Whether to download the data into `root` if it is missing.
         train_size: Number of training images, at least one for each class.
         val_size: Number of validation images; the same images for any `train_size`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 LABELS = ("label", "labels", "target", "targets", "class", "y")
 """Names of labels, in lower case, in the order of preference."""
-_INDEX = ("", "unnamed: 0", "__index_level_0__")  # row numbers, as pandas writes them
+_PANDAS_INDEX, _PARQUET_INDEX = "unnamed: 0", "__index_level_0__"  # row numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,8 @@ class Table:
     """Names of the features; NAME[i] for the elements of a column of lists."""
     label: str
     """Name of the column of labels."""
+    unnamed: int
+    """Number of columns without a name, which are left out."""
 
 
 def read_table(file: Path, label: str | None, like: Sequence[str] | None = None) -> Table:
@@ -57,21 +59,9 @@ def read_table(file: Path, label: str | None, like: Sequence[str] | None = None)
         )
     own = _label_of(file, list(columns), label, whole=like is None)
     labels = _labels(file, own, table.column(columns.pop(own)))
-    parts, names = list[Array](), list[str]()
-    for name, number in columns.items():
-        values = _numbers(file, name, table.column(number))
-        parts.append(values)
-        wide = values.shape[1] if values.ndim == 2 else None
-        names += [name] if wide is None else [f"{name}[{i}]" for i in range(wide)]
-    features = np.column_stack(parts)
-    if like is not None and names != list(like):
-        if missing := [name for name in like if name not in names]:
-            raise ValueError(
-                f"{file} must have the columns of the training split, got none named {missing[0]!r}"
-            )
-        features = features[:, [names.index(name) for name in like]]
-        names = list(like)
-    return Table(features, labels, tuple(names), own)
+    features, names = _features(file, table, columns, like)
+    unnamed = table.num_columns - len(columns) - 1
+    return Table(features, labels, names, own, unnamed)
 
 
 def read_features(file: Path, like: Sequence[str]) -> Array:
@@ -86,20 +76,30 @@ def read_features(file: Path, like: Sequence[str]) -> Array:
             number; the message names it.
     """
     table = _open(file, None, whole=True)
-    parts = dict[str, Array]()
-    for number, name in enumerate(table.column_names):
-        if name not in like and f"{name}[0]" not in like:
+    columns = {name: number for number, name in enumerate(table.column_names)}
+    return _features(file, table, columns, like)[0]
+
+
+def _features(
+    file: Path, table: Any, columns: Mapping[str, int], like: Sequence[str] | None
+) -> tuple[Array, tuple[str, ...]]:
+    """Return features `[N, F]` and their names: of all columns, or those that are wanted."""
+    parts, wanted = dict[str, Array](), set(like or ())
+    for name, number in columns.items():
+        if like is not None and not wanted & {name, f"{name}[0]"}:
             continue
         values = _numbers(file, name, table.column(number))
         if values.ndim == 1:
             parts[name] = values
         else:
             parts |= {f"{name}[{i}]": column for i, column in enumerate(values.T)}
-    if missing := [name for name in like if name not in parts]:
+    names = tuple(parts) if like is None else tuple(like)
+    if missing := [name for name in names if name not in parts]:
         raise ValueError(
             f"{file} must have the features of the data, got none named {missing[0]!r}"
         )
-    return np.column_stack([parts[name] for name in like])
+    found = [parts[name] for name in names]
+    return np.column_stack(found) if found else np.zeros((table.num_rows, 0)), names
 
 
 def _open(file: Path, label: str | None, *, whole: bool) -> Any:
@@ -142,12 +142,13 @@ def _open_csv(file: Path, label: str | None, *, whole: bool) -> Any:
     if not headed:
         names = [f"column {number}" for number in range(1, len(names) + 1)]
     own = _label_of(file, [name for name in names if name] or names, label, whole=whole)
-    return reader.read_csv(
+    table = reader.read_csv(
         file,
         read_options=reader.ReadOptions(column_names=None if headed else names),
         parse_options=reader.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=reader.ConvertOptions(column_types={own: pyarrow.string()}),
     )
+    return table.rename_columns([name.strip() for name in table.column_names])
 
 
 def _is_data(names: Sequence[str]) -> bool:
@@ -170,7 +171,8 @@ def _is_number(text: str) -> bool:
 
 
 def _is_index(number: int, name: str) -> bool:
-    return name.strip().lower() in _INDEX and (number == 0 or name.startswith("__"))
+    name = name.strip().lower()
+    return name in ("", _PARQUET_INDEX) or (number == 0 and name == _PANDAS_INDEX)
 
 
 def _label_of(file: Path, names: Sequence[str], label: str | None, *, whole: bool) -> str:
@@ -183,6 +185,7 @@ def _label_of(file: Path, names: Sequence[str], label: str | None, *, whole: boo
         whole: Whether the file is no split beside that of training.
     """
     if label is not None:
+        label = next((name for name in names if name.strip() == label.strip()), label)
         if label not in names and not whole:
             raise ValueError(
                 f"{file} must have the column of labels of the training split, {label!r}, got none:"
@@ -209,6 +212,7 @@ def _labels(file: Path, name: str, column: Any) -> Array:
         )
     values = column.to_pylist()
     if all(isinstance(value, str) for value in values):
+        values = [value.strip() for value in values]
         with_numbers = _as_numbers(values)
         return np.array(values if with_numbers is None else with_numbers)
     if all(isinstance(value, bool | int | float) for value in values):
@@ -244,9 +248,8 @@ def _numbers(file: Path, name: str, column: Any) -> Array:
     kind = column.type
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _lists(file, name, column)
-    if types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind):
-        values: Array = column.to_numpy()
-        return values.astype(np.float32 if values.dtype == np.float32 else np.float64)
+    if _is_numeric(kind):
+        return _as_floats(column.to_numpy())
     if types.is_decimal(kind):
         return np.asarray(column.cast("float64").to_numpy())
     for row, value in enumerate(_plain_values(column), start=1):
@@ -264,11 +267,31 @@ def _plain_values(column: Any) -> Iterator[Any]:
 
 
 def _lists(file: Path, name: str, column: Any) -> Array:
-    rows = [np.asarray(value) for value in column.to_pylist()]
-    for row, values in enumerate(rows, start=1):
-        if values.ndim != 1 or values.dtype.kind not in "fiub" or values.shape != rows[0].shape:
-            raise ValueError(
-                f"column {name!r} of {file} must have lists of {len(rows[0])} numbers, got "
-                f"{cut_text(repr(values.tolist()), 100)} in row {row}"
-            )
-    return np.stack(rows).astype(np.float64)
+    from pyarrow import compute
+
+    lengths = compute.list_value_length(column).to_numpy()
+    if not lengths.any():
+        return np.zeros((len(column), 0))
+    values = column.combine_chunks().flatten()
+    if _is_numeric(values.type) and not values.null_count and (lengths == lengths[0]).all():
+        return _as_floats(values.to_numpy(zero_copy_only=False)).reshape(len(column), lengths[0])
+    row, items = next(
+        (row, items)
+        for row, items in enumerate(_plain_values(column), start=1)
+        if len(items) != lengths[0]
+        or not all(isinstance(item, bool | int | float) for item in items)
+    )
+    raise ValueError(
+        f"column {name!r} of {file} must have lists of {lengths[0]} numbers, got "
+        f"{cut_text(repr(items), 100)} in row {row}"
+    )
+
+
+def _is_numeric(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind))
+
+
+def _as_floats(values: Array) -> Array:
+    return values.astype(np.float32 if values.dtype == np.float32 else np.float64)

@@ -50,7 +50,7 @@ LOSSES = {
 
 
 def check_term(
-    name: str, *, student: str | None, teacher: str | None, project: bool, args: Collection[str]
+    name: str, *, student: str | None, teacher: str | None, project: bool, args: Mapping[str, Any]
 ) -> None:
     """Raise ValueError for a term that no loss of that name can be.
 
@@ -59,9 +59,9 @@ def check_term(
         student: Path of the student's layer, if any.
         teacher: Path of the teacher's layer, if any.
         project: Whether a projection is put between.
-        args: Names of its arguments.
+        args: Its arguments by name.
 
-    >>> check_term("hints", student=None, teacher=None, project=False, args=())
+    >>> check_term("hints", student=None, teacher=None, project=False, args={})
     Traceback (most recent call last):
     ...
     ValueError: name must be that of a loss, got 'hints': did you mean hint?
@@ -82,9 +82,13 @@ def check_term(
         raise ValueError(
             f"project must be false for {name}, {why.get(name, 'where logits are compared')}"
         )
-    for key in args:
+    for key, value in args.items():
         if key not in loss.args:
             raise ValueError(f"args must be those of {name}, got {key!r}{_nearest(key, loss.args)}")
+        if key == "labels" and not isinstance(value, bool):
+            raise ValueError(f"args.labels of {name} must be true or false, got {value!r}")
+        if key != "labels" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"args.{key} of {name} must be a number, got {value!r}")
 
 
 def describe_terms(terms: Iterable[Mapping[str, Any]]) -> str:

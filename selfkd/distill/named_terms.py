@@ -179,9 +179,9 @@ class _OfLayers:
             student, teacher = reconcile(student, teacher)
         if self.loss.same_shape and student.shape != teacher.shape:
             raise ValueError(
-                f"{self.name} must compare layers of one shape, got {list(student.shape[1:])} an "
-                f"item of the student and {list(teacher.shape[1:])} of the teacher: other layers, "
-                "or project: true for other channels"
+                f"layers must have outputs of one shape, got {list(student.shape[1:])} an item of "
+                f"the student and {list(teacher.shape[1:])} of the teacher: other layers, or "
+                "project: true for other channels"
             )
         if self.name.startswith("rkd"):
             student, teacher = pooled(student), pooled(teacher)

@@ -86,7 +86,7 @@ def make_teachers(run: Run) -> Teachers:
     imported = _imported(run)
     if imported and tries_teachers(run.config):
         run.check(run.config, teachers=[Model(row.hash, row.checkpoint) for row in imported])
-    _check(run.config, facts, len(imported))
+    check_sources(run.config, facts, len(imported))
     members = _once(run, Members, "members/result", lambda: _members(run, imported)).members
     teachers = Teachers(members, _sources(run, members, facts))
     if not run.config.reads_cache:
@@ -230,7 +230,17 @@ def _members(run: Run, imported: Sequence[Member]) -> Members:
     return Members(members=tuple(sorted([*trained, *imported], key=rank)))
 
 
-def _check(config: Config, facts: Facts, imported: int) -> None:
+def check_sources(config: Config, facts: Facts, imported: int) -> None:
+    """Check that what is to teach can be made of the members on this data.
+
+    Args:
+        config: Config of the run.
+        facts: Facts of the data.
+        imported: Number of members that were trained elsewhere.
+
+    Raises:
+        ConfigError: There are too few members, epochs or classes.
+    """
     members = config.members
     found = imported + members.trained()
     most = max([members.use or 0, *_choices(config, "members.use")])

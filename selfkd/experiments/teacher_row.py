@@ -58,7 +58,7 @@ def keep_teacher(
         teacher: Name of the teacher.
         students: Name of what is distilled from it.
     """
-    cached = run.function is None and not config.distill.live and config.distill.mode == "tokens"
+    cached = run.function is None and config.reads_cache and config.distill.mode == "tokens"
     path, hashes = run.folder.path / TEACHER, tuple(model.hash for model in models)
     if not (models and cached):
         return

@@ -71,10 +71,11 @@ def find_teacher(
             f"the teacher logits of {folder.path} are not cached: its training function, "
             f"{function}, runs its teachers itself"
         )
-    if distill.live:
+    if not found.config.reads_cache:
+        why = "distill.live is true" if distill.live else "distill.terms compares layers"
         raise ConfigError(
-            f"the teacher logits of {folder.path} are not cached: distill.live is true, so that "
-            "its teachers run at each step"
+            f"the teacher logits of {folder.path} are not cached: {why}, so that its teachers run "
+            "at each step"
         )
     if distill.mode != "tokens":
         raise ConfigError(

@@ -194,7 +194,8 @@ def _use(run: Run) -> list[tuple[str, str]]:
         file = f"{path}/{BEST if kept else run.best.models[0].checkpoint}"
         lines.append((f"File, generation {run.best.generation}, the best on validation", file))
     if run.best is not None or run.ensemble_summary is not None:
-        items = run.get("task", "images")
+        arrays = run.get("data.name") == "arrays"
+        items = "features" if arrays else run.get("task", "images")
         load = f"import selfkd\nmodel = selfkd.load({json.dumps(path)})\nmodel.predict({items})"
         lines.append(("Load it in Python", load))
     command = f"python -m selfkd.{run.command} --config {shell_quote(f'{path}/config.yaml')}"

@@ -19,6 +19,8 @@ from selfkd.losses.sparse import SparseLogits
 Transform = Literal["none", "permuted", "confidence", "virtual", "hard", "class_mean"]
 """Transform of teacher logits: none, permuted (DKPP), confidence (CWTM), virtual (teacher-free),
 hard (the arg max), class_mean (one mean soft target a class)."""
+OF_LABELS: tuple[Transform, ...] = ("confidence", "class_mean")
+"""Transforms that need the label of each item, which leave a transfer set out."""
 IMPOSSIBLE = -1e4
 """Logit of a class of no probability, in single precision too, at which losses are finite."""
 MOST_MEANS = 2**26

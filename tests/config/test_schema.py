@@ -32,6 +32,8 @@ def test_whole_numbers_are_accepted_for_floats():
 
 
 STRICT = [
+    ("student", "[]", "must be a list that is not empty, got []"),
+    ("train.init", "{}", "must be a mapping that is not empty, got {}"),
     ("rounds", "1e400", "must be a whole number of at least 0, or auto, got inf"),
     ("rounds", str(10**12), f"must be at most 10000, got {10**12}"),
     ("rounds_max", str(10**12), f"must be less than or equal to 10000, got {10**12}"),

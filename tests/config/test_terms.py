@@ -49,6 +49,17 @@ def test_layers_need_the_teacher_live(terms: str, live: bool, cached: bool) -> N
     ("settings", "said"),
     [
         (["distill.terms=[{name: hints}]"], r"terms\.0: name must be .*did you mean hint\?"),
+        (["distill.terms=[{weight: 1}]"], r"^--set: distill\.terms\.0\.name: must be given$"),
+        (["data.transfer={weight: 0.5}"], r"^--set: data\.transfer\.name: must be given$"),
+        (
+            ["distill.terms=[{name: dkd, args: {temperature: warm}}]"],
+            r"args\.temperature of dkd must be a number, got 'warm'",
+        ),
+        (["distill.terms=[{name: dkd, args: {temperature: true}}]"], "a number, got True"),
+        (
+            ["distill.terms=[{name: crd, student: a, args: {labels: 1}}]"],
+            r"args\.labels of crd must be true or false, got 1",
+        ),
         (["distill.terms=[{name: pkt, weight: 0}]"], "must have a weight above 0, got 0 for all"),
         (["distill.terms=[{name: pkt, weight: -1}]"], r"weight: must be greater than .* got -1"),
         ([TERMS, "distill.terms.rkd.weight=1"], r"of a term of distill\.terms \(hint, pkt\), got"),
@@ -74,6 +85,13 @@ def test_layers_need_the_teacher_live(terms: str, live: bool, cached: bool) -> N
 def test_what_terms_cannot_be_or_go_with_is_refused(settings: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_config(settings=settings)
+
+
+def test_a_fault_of_both_ends_of_a_range_is_said_once() -> None:
+    space = "search.space={distill.terms.rkd.weight: {uniform: [0, 1]}}"
+    with pytest.raises(ConfigError) as error:
+        load_config(settings=["distill.terms=[{name: pkt}]", space])
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_terms_and_their_weights_are_searched_together() -> None:

@@ -51,6 +51,11 @@ def pandas_csv(path: Path) -> Path:
     return write_csv(path / "a.csv", rows, ",a,b,c,Class")
 
 
+def spaces(path: Path) -> Path:
+    rows = [[*(f" {value}" for value in row), ""] for row in table()]
+    return write_csv(path / "a.csv", rows, "a, b, c, label,")
+
+
 def semicolons(path: Path) -> Path:
     path = write_csv(path / "a.csv", table())
     path.write_text("\ufeff" + path.read_text().replace(",", ";"))
@@ -73,7 +78,7 @@ def embeddings(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "write", [npz, npy, csv, pandas_csv, semicolons, unheaded, columns, embeddings]
+    "write", [npz, npy, csv, pandas_csv, spaces, semicolons, unheaded, columns, embeddings]
 )
 def test_every_kind_of_file_is_the_same_data(write: Callable[[Path], Path], tmp_path: Path) -> None:
     data = load_data("arrays", root=write(tmp_path))
@@ -209,6 +214,7 @@ def kaggle(path: Path) -> Path:
         (lines([]), "got 0 rows of 3 features"),
         (lines([*table(), [1, 2]]), "must be an intact table"),
         (kaggle, r"test\.csv must have the column of labels of the training split, 'label'"),
+        (save(x=X * 1e304, y=Y), "finite standard deviation, got inf of feature 1"),
         (lambda path: path, "must be or hold a file .npz, .*, got no file"),
         (lambda path: path / "nowhere.csv", "must be an existing file or folder"),
     ],
@@ -224,6 +230,10 @@ def test_what_is_damaged_or_mixed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"PK\3\4 nothing")
     with pytest.raises(ValueError, match=r"a\.npz must be an intact file"):
         load_data("arrays", root=tmp_path / "a.npz")
+    (tmp_path / "b.npz").write_bytes(b"x,y")
+    with pytest.raises(ValueError, match=r"b\.npz must be a file of NumPy's own.* other content"):
+        load_data("arrays", root=tmp_path / "b.npz")
+    (tmp_path / "b.npz").unlink()
     (tmp_path / "a.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"a\.parquet must be an intact table"):
         load_data("arrays", root=tmp_path / "a.parquet")

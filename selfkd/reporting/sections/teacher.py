@@ -83,7 +83,7 @@ def nearest_table(found: TeacherTargets) -> Table:
         return Table(("label → wrong class", "share of the wrong mass", "probability"), rows)
     by_class: dict[str, list[str]] = {}
     for row in found.near:
-        near = f"{row.other} {words.number(row.share, '.0%')}"
+        near = f"{row.other} ({words.number(row.share, '.0%')})"
         by_class.setdefault(str(row.label), []).append(near)
     most = max(map(len, by_class.values()), default=0)
     filled = [(label, *near, *[""] * (most - len(near))) for label, near in by_class.items()]
@@ -110,7 +110,7 @@ def seconds_table(found: TeacherTargets) -> Table:
     rows = []
     for row in found.seconds:
         (first, second), (p, q) = row.classes, row.probabilities
-        choices = (f"{first} {p:.1%}", f"{second} {q:.1%}")
+        choices = (f"{first} ({p:.1%})", f"{second} ({q:.1%})")
         rows.append((f"{row.item:,}", str(row.label), *choices))
     return Table(("item", "label", "first choice", "second choice"), tuple(rows))
 

@@ -21,6 +21,7 @@ from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
 from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.transforms import (
+    OF_LABELS,
     ConfidenceWeighted,
     Transform,
     VirtualTargets,
@@ -174,8 +175,8 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
 
 
 def _transfer(task: ImageNetworks, trial: Trial, transform: Transform) -> TransferSet | None:
-    """Return the transfer set of a student; none without teachers, or where only labels count."""
-    return task.transfer if trial.teachers and transform != "confidence" else None
+    """Return the transfer set of a student; none without teachers, or where each needs a label."""
+    return task.transfer if trial.teachers and transform not in OF_LABELS else None
 
 
 def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner: nn.Module) -> Loss:

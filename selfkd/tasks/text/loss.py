@@ -16,6 +16,7 @@ from selfkd.losses.sparse import SparseLogits
 from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.tokens import gathered
 from selfkd.soft_targets.transforms import (
+    OF_LABELS,
     ConfidenceWeighted,
     Transform,
     VirtualTargets,
@@ -119,8 +120,8 @@ def make_loss(
 
 
 def transfer_of(task: TextNetworks, trial: Trial, transform: Transform) -> TransferText | None:
-    """Return the transfer set of a student; none without teachers, or where only labels count."""
-    return task.transfer if trial.teachers and transform != "confidence" else None
+    """Return the transfer set of a student; none without teachers, or where each needs a label."""
+    return task.transfer if trial.teachers and transform not in OF_LABELS else None
 
 
 def _soft_loss(

@@ -152,7 +152,7 @@ def test_a_student_is_trained_on_the_transfer_set(jobs: Jobs) -> None:
     assert len(set(found)) == 5
 
 
-@pytest.mark.parametrize("transform", ["permuted", "confidence", "virtual"])
+@pytest.mark.parametrize("transform", ["permuted", "hard", "confidence", "class_mean", "virtual"])
 def test_transforms_of_the_teacher_logits(jobs: Jobs, transform: str) -> None:
     """Those that need labels, or no teacher, leave the transfer set out."""
     teachers = [] if transform == "virtual" else [jobs.teacher("teacher")]
@@ -165,7 +165,7 @@ def test_transforms_of_the_teacher_logits(jobs: Jobs, transform: str) -> None:
             transform=transform,
         )
         found.append(row["hash"])
-    assert len(set(found)) == (2 if transform == "permuted" else 1)
+    assert len(set(found)) == (2 if transform in ("permuted", "hard") else 1)
 
 
 def test_faults_are_facts_of_a_check(jobs: Jobs, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from selfkd.tasks.text.data import IGNORED, encode_examples
 from selfkd.tasks.text.documents import Example
 from selfkd.tasks.text.loss import Loss, make_loss
 from selfkd.tasks.text.task import TextTask
+from selfkd.worker.teachers import read_targets
 
 SETTINGS = [
     "data={name: text, context: 12, tokenizer: chars}",
@@ -75,6 +76,25 @@ def gradient(network: nn.Module, loss: Loss, batch: Batch, total: float) -> torc
     network.zero_grad()
     loss(network(batch.inputs).logits, batch, total)["loss"].backward()
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("form", ["", "targets.top_k=5", "targets.samples=4"])
+def test_what_a_teacher_knows_of_tokens_is_read_from_its_cache(tmp_path: Path, form: str) -> None:
+    """The tokens that are predicted count, under their texts."""
+    config, task = start(tmp_path, *filter(None, [form]))
+    teacher = make_teacher(config, task, tmp_path)
+    logits = cache(task, teacher, tmp_path)
+    found = read_targets(task, str(tmp_path / "targets"), [teacher])
+    labels = task.data.splits["train"].labels
+    assert found.of == int((labels != IGNORED).sum()) < len(labels)
+    assert all(row.label.startswith("'") for row in found.near)  # type: ignore[union-attr]
+    if form == "targets.samples=4":
+        assert (found.softness, len(found.notes)) == ((), 1)
+        return
+    p = logits[labels != IGNORED].float().softmax(-1)
+    assert found.softness[0].largest == pytest.approx(float(p.amax(-1).mean()), abs=1e-3)
+    item = found.seconds[0].item
+    assert found.seconds[0].label == task.output_names([int(labels[item])])[0]
 
 
 @pytest.mark.parametrize("teachers", [0, 1, 2])

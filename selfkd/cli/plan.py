@@ -66,8 +66,9 @@ class Plan:
     """Number of models that write text for students."""
     texts: int = 0
     """Number of texts a training prompt, of all of them together."""
-    tried: Sequence[tuple[Config, Sequence[ModelConfig]]] = ()
-    """Configs whose further terms are tried, with the networks of the teachers."""
+    tried: Sequence[tuple[str, Config, Sequence[ModelConfig]]] = ()
+    """Configs that are tried with the networks of their teachers, after what their faults begin
+    with."""
     imported: int | None = None
     """Number of members that were trained elsewhere; None where there are no members."""
 
@@ -107,7 +108,11 @@ def plan_generations(config: Config) -> Plan:
         stages.append(Planned(f"control: {TITLES[name]}", many, patterns, own))
     teacher = config.distill.teacher
     each = int(teacher[4:]) if teacher.startswith("top:") else 1
-    tried = pairs_of(config)
+    pairs = pairs_of(config)
+    tried = [
+        (f"generation {number}: " if config.is_chain else "", *pair)
+        for number, pair in enumerate(pairs, start=1)
+    ]
     return _by_mode(config, Plan(stages, rounds * (each + config.confirm.lineages), tried=tried))
 
 
@@ -134,7 +139,7 @@ def plan_ensemble(config: Config) -> Plan:
         title = "confirmation, all three" if arms == 3 else "confirmation, both"
         patterns = ["confirm/*/trial_*"]
         stages.append(Planned(title, arms * seeds, patterns, student, teachers))
-    return _by_mode(config, replace(members, stages=stages, tried=[(config, teachers)]))
+    return _by_mode(config, replace(members, stages=stages, tried=[("", config, teachers)]))
 
 
 def plan_capacity(config: Config) -> Plan:
@@ -142,14 +147,16 @@ def plan_capacity(config: Config) -> Plan:
     members, key = _members(config), config.capacity.key
     stages, trials = list(members.stages), config.search.trials
     searched, teachers = config.capacity.search, trained_networks(config)
+    tried = list[tuple[str, Config, Sequence[ModelConfig]]]()
     searches = [wanted for wanted in (True, False) if config.space(with_teacher=wanted)]
     for number, value in enumerate(config.capacity.values):
+        tried.append((f"capacity.values {value}: ", config.at({key: value}), teachers))
         own = _student(config.at({key: value}))
         title = f"{key.rpartition('.')[2]} {value}, labels only and distilled"
         patterns = [f"students/*_{number:03d}/trial_*", f"*search_{number:03d}/trial_*"]
         each = 2 * config.confirm.seeds + (trials * len(searches) if searched else 0)
         stages.append(Planned(title, each, patterns, own, teachers))
-    return _by_mode(config, replace(members, stages=stages, tried=[(config, teachers)]))
+    return _by_mode(config, replace(members, stages=stages, tried=tried))
 
 
 def plan_deploy(config: Config) -> Plan:
@@ -168,7 +175,7 @@ def plan_deploy(config: Config) -> Plan:
 
 def plan_study(config: Config) -> Plan:
     """Return the plan of `selfkd.study`."""
-    stages, tried = list[Planned](), list[tuple[Config, Sequence[ModelConfig]]]()
+    stages, tried = list[Planned](), list[tuple[str, Config, Sequence[ModelConfig]]]()
     cached, writing = dict[tuple[str, DataConfig], int](), dict[tuple[str, WriteConfig], int]()
     for name, arm in config.study.arms.items():
         if arm.average:
@@ -177,8 +184,7 @@ def plan_study(config: Config) -> Plan:
         others = [config.study.arms[each] for each in arm.teachers if each in config.study.arms]
         teachers = [config.at(other.set).model for other in others]
         stages.append(Planned(name, seeds, [f"arms/{name}/trial_*"], own, teachers))
-        if tries_teachers(own) and teachers:
-            tried.append((own, teachers))
+        tried.append((f"study.arms.{name}: ", own, teachers))
         for teacher in arm.teachers if own.reads_cache else ():
             if teacher in config.study.arms:
                 number = min(config.arm_seeds(config.study.arms[teacher]), seeds)
@@ -243,9 +249,9 @@ def print_plan(
     console, facts = make_console(), _check(config, function)
     if plan.imported is not None:
         check_sources(config, facts, plan.imported)
-    for own, teachers in plan.tried:
-        if function is None and tries_teachers(own):
-            _check(own, function, teachers)
+    for where, own, teachers in plan.tried:
+        if function is None and (own != config or tries_teachers(own)):
+            _check(own, function, teachers, where=where)
     done = [_done(folder, stage.patterns) for stage in plan.stages]
     left = [max(s.trainings - len(d), 0) for s, d in zip(plan.stages, done, strict=True)]
     rows = [
@@ -300,7 +306,13 @@ def _job(kind: str, **payload: Any) -> list[Row]:
     return list(load_entry(ENTRY)(kind, payload))
 
 
-def _check(config: Config, function: str | None, teachers: Sequence[ModelConfig] = ()) -> Facts:
+def _check(
+    config: Config,
+    function: str | None,
+    teachers: Sequence[ModelConfig] = (),
+    *,
+    where: str = "",
+) -> Facts:
     if function is None:
         tree = to_tree(config)
         tree["resources"]["gpu"] = 0.0  # where the run is started there may be some
@@ -309,7 +321,7 @@ def _check(config: Config, function: str | None, teachers: Sequence[ModelConfig]
     else:
         (row,) = _job("check_function", function=function)
     if "fault" in row:
-        raise ConfigError(row["fault"])
+        raise ConfigError(f"{where}{row['fault']}")
     return from_row(Facts, row["facts"])
 
 

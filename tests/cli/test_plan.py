@@ -216,3 +216,31 @@ def test_what_cannot_teach_on_the_data_is_refused(
     config = load_config(settings=[*TINY, *settings])
     with pytest.raises(ConfigError, match="specialists with fewer than 20 classes, got 10: data"):
         print_plan(make_plan(config), "ensemble", config, RunFolder(tmp_path / "run"), None)
+
+
+HINT = "distill.terms=[{name: hint, student: features.2}]"
+ABSENT = "data.transfer: {name: folder, root: nowhere}"
+
+
+@pytest.mark.parametrize(
+    ("make_plan", "settings", "fault"),
+    [
+        (plan_capacity, [HINT, "capacity.values=[4, 2]"], r"capacity\.values 2: .*: hint: layers"),
+        (
+            plan_study,
+            [f"study.arms={{a: {{}}, b: {{teacher: a, set: {{{ABSENT}}}}}}}"],
+            r"study\.arms\.b: data\.transfer\.root must be an existing folder, got nowhere",
+        ),
+        (
+            plan_generations,
+            [HINT, "student=[{name: selfkd_mlp, args: {width: 4}}, {name: selfkd_mlp}]"],
+            "generation 2: .*: hint: layers must have outputs of one shape",
+        ),
+    ],
+)
+def test_what_a_run_refuses_a_plan_refuses(
+    make_plan: Callable[..., Plan], settings: list[str], fault: str, tmp_path: Path
+) -> None:
+    config = load_config(settings=[*TINY, *settings])
+    with pytest.raises(ConfigError, match=fault):
+        print_plan(make_plan(config), "a", config, RunFolder(tmp_path / "run"), None)

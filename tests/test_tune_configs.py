@@ -168,7 +168,7 @@ def test_what_is_for_a_gpu_is_born_again_on_small_data(
         f"data={{name: folder, root: {images}, image_size: 32, val_size: 4, views: 2}}",
         f"model.args={SMALL[whole.model.name]}",
         *("rounds=1", "train.epochs=1", "train.warmup_epochs=0", "search.trials=1"),
-        *("resources.gpu=0", "tracking=none"),
+        *("resources={cpu: 1, gpu: 0}", "tracking=none"),  # threads that wait for each other spin
     ]
     config = load_config(path, settings=settings)
     run = RunFolder.create(tmp_path / "run", config)

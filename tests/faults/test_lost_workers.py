@@ -18,7 +18,7 @@ from record import record
 
 SETTINGS = [
     "model={name: selfkd_mlp, args: {width: 16, depth: 1}}",
-    "train={epochs: 800, batch_size: 64}",
+    "train={epochs: 400, batch_size: 64}",
     "search.trials=2",
     "rounds=1",
     "targets.shard_size=2",

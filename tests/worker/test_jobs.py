@@ -204,7 +204,7 @@ def test_there_are_eight_views_where_images_are_augmented(jobs, settings, views)
             ["model={name: vit_tiny_patch16_224, args: {depth: 1}}"],
             "model must take 8x8 images, got 'vit_tiny_patch16_224' with {'depth': 1}: ",
         ),
-        (["data.name=digts"], "data.name must be one of digits, mnist,"),
+        (["data.name=digts"], "data.name must be one of digits, digit_pairs, mnist,"),
         (["data.name=mnist"], "data.root must be given for mnist, got none: pass"),
         (["data.name=mnist", "data.root=/nowhere"], "data.root must be an existing folder"),
         (["data.train_size=9"], "data.train_size must be at least the number of classes (10)"),

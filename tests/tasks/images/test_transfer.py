@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selfkd.config import load_config, to_tree
+from selfkd.errors import ConfigError
 from selfkd.results import Row
 from selfkd.soft_targets.manifest import load_manifest
 from selfkd.storage.checkpoint import load_tensors
@@ -116,6 +117,7 @@ def test_students_without_teachers_have_none(jobs: Jobs) -> None:
         ("train.ema=0.9", "data.transfer.weight=0.8"),
         ("train.label_smoothing=0.1", "data.transfer.labels=true"),
         ("distill.live=true",),
+        ("distill.terms=[{name: rkd_distance}, {name: hint, student: features.3}]",),
     ],
 )
 def test_a_resumed_training_ends_like_an_undisturbed_one(
@@ -182,6 +184,20 @@ def test_faults_are_facts_of_a_check(jobs: Jobs, tmp_path: Path) -> None:
     ):
         (row,) = jobs.job("check", *settings)
         assert fault in row["fault"]
+
+
+def test_terms_that_need_labels_are_refused() -> None:
+    for term, labels, refused in (
+        ("dkd", "false", True),
+        ("dkd", "true", False),
+        ("crd, student: features.3", "true", True),
+    ):
+        settings = [f"distill.terms=[{{name: {term}}}]", f"data.transfer.labels={labels}"]
+        if not refused:
+            load_config(settings=[*TINY, *settings])
+            continue
+        with pytest.raises(ConfigError, match=f"must be without {term[:3]} with data.transfer"):
+            load_config(settings=[*TINY, *settings])
 
 
 def test_live_teachers_give_about_what_is_cached(jobs: Jobs) -> None:

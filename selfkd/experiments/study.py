@@ -116,8 +116,8 @@ class _Study:
             counts = [facts[each].items.get("test", 0) for each in (first, name)]
             if counts[0] != counts[1]:
                 raise ConfigError(
-                    f"{where}, got {counts[1]:,} and {counts[0]:,}: data.train_size takes images of "
-                    "the test split where more are asked for than there are for training"
+                    f"{where}, got {counts[1]:,} and {counts[0]:,}: data.train_size takes items "
+                    "of the test split where more are asked for than there are for training"
                 )
 
     def _check(self, name: str, arm: ArmConfig, teachers: Sequence[str]) -> Facts:

@@ -24,7 +24,8 @@ from selfkd.analysis.verdicts import count
 from selfkd.cli.environment import record
 from selfkd.cli.options import USAGE, config_flags
 from selfkd.cli.output import print_error
-from selfkd.cli.plan import Plan, print_plan
+from selfkd.cli.plan import Plan
+from selfkd.cli.print_plan import print_plan
 from selfkd.cli.progress import ProgressReporter, end_display
 from selfkd.cli.signals import (
     INTERRUPTED,

@@ -15,13 +15,12 @@ from engine import Count, StopAfter, make_run
 from selfkd import generations
 from selfkd.cli.plan import (
     Plan,
-    describe_on_policy,
     plan_capacity,
     plan_ensemble,
     plan_generations,
     plan_study,
-    print_plan,
 )
+from selfkd.cli.print_plan import describe_on_policy, print_plan
 from selfkd.config import Config, Tree, from_tree, load_config
 from selfkd.errors import ConfigError
 from selfkd.experiments.capacity import grow

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from engine import Recorder, make_run
 
-from selfkd.cli.plan import plan_generations, plan_study, print_plan
+from selfkd.cli.plan import plan_generations, plan_study
+from selfkd.cli.print_plan import print_plan
 from selfkd.cli.tables import summary_table
 from selfkd.config import Config, load_config
 from selfkd.errors import RunError

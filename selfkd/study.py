@@ -127,7 +127,7 @@ def _command(reference: str | None) -> Command[StudySummary]:
     return dataclasses.replace(
         _COMMAND,
         check=check,
-        greet=lambda config: f"{_greet(config)}, trained by {reference}",
+        greet=lambda config: _greet(config, reference),
         function=reference,
         stem=stem_of(reference),
     )
@@ -154,11 +154,14 @@ def _trainings(config: Config) -> int:
     return sum(config.arm_seeds(arm) for arm in arms if not arm.average)
 
 
-def _greet(config: Config) -> str:
+def _greet(config: Config, function: str | None = None) -> str:
     arms = config.study.arms
+    on, by = (
+        (f" on {config.data.name}", "") if function is None else ("", f", trained by {function}")
+    )
     return (
-        f"{count(len(arms), 'arm')} ({', '.join(arms)}) on {config.data.name}, "
-        f"{count(_trainings(config), 'training')} on {count(config.confirm.seeds, 'seed')}"
+        f"{count(len(arms), 'arm')} ({', '.join(arms)}){on}, "
+        f"{count(_trainings(config), 'training')} on {count(config.confirm.seeds, 'seed')}{by}"
     )
 
 

@@ -97,20 +97,27 @@ class _Study:
         return run.finish(summary)
 
     def _check_test(self, facts: Mapping[str, Facts]) -> None:
-        """Check that arms with and without a transfer set are tested on the same items.
+        """Check that all arms are tested on the same items.
 
         Raises:
-            ConfigError: The transfer set of one is taken from what another is tested on.
+            ConfigError: The transfer set of one, or its training items, are taken from what another
+                is tested on.
         """
         sets = {name: self.run.config.at(self.configs[name].set).data.transfer for name in facts}
         first, *others = facts
         for name in others:
+            where = f"study.arms.{name}: must be tested on the items of {first}"
             tested = [facts[each].fingerprints.get("test") for each in (first, name)]
             if sets[name] != sets[first] and tested[0] != tested[1]:
                 raise ConfigError(
-                    f"study.arms.{name}: must be tested on the items of {first}, and its transfer "
-                    "set makes the test split another: give data.transfer to the whole study, and "
-                    "switch it off by data.transfer.weight: 0"
+                    f"{where}, and its transfer set makes the test split another: give "
+                    "data.transfer to the whole study, and switch it off by data.transfer.weight: 0"
+                )
+            counts = [facts[each].items.get("test", 0) for each in (first, name)]
+            if counts[0] != counts[1]:
+                raise ConfigError(
+                    f"{where}, got {counts[1]:,} and {counts[0]:,}: data.train_size takes items "
+                    "of the test split where more are asked for than there are for training"
                 )
 
     def _check(self, name: str, arm: ArmConfig, teachers: Sequence[str]) -> Facts:

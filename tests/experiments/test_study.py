@@ -343,6 +343,12 @@ def test_arms_with_and_without_a_transfer_set(tmp_path: Path) -> None:
         study(tmp_path / "other", base.replace("300", "1000"), arms)
 
 
+def test_arms_that_are_tested_on_other_items_are_refused(tmp_path: Path) -> None:
+    arms = "study={arms: {some: {}, more: {set: {data.train_size: 700}}}}"
+    with pytest.raises(ConfigError, match=r"study\.arms\.more: .* got 697 and 1,197: data\.tr"):
+        study(tmp_path / "run", "data.train_size=100", arms)
+
+
 def test_an_arm_that_cannot_start_from_its_teacher_is_refused(tmp_path: Path) -> None:
     small, big = (f"{{name: selfkd_resnet{depth}, args: {{width: 2}}}}" for depth in (8, 20))
     arms = f"""study={{arms: {{

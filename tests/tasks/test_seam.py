@@ -72,7 +72,7 @@ class Letters:
         by_nll = self.config.search.metric == "val_nll"
         self.measures = ("nll", "perplexity") if by_nll else ("perplexity",)
 
-    def check(self) -> Facts:
+    def check(self, teachers: Sequence[Mapping[str, Any]] = ()) -> Facts:
         return Facts(
             items={str(split): count for split, count in SIZES.items()},
             unit="letters",

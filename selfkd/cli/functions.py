@@ -16,7 +16,9 @@ def absolute_reference(reference: str) -> str:
         reference: Reference of a training function, as of `--train`.
     """
     path, colon, name = reference.rpartition(":")
-    if colon and not secret_fault(path) and not inside_job():  # workers have other folders, but for a job's own
+    if secret_fault(path) is not None:
+        return reference
+    if colon and not inside_job():  # workers have other folders, but for a job's own
         return f"{Path(path).expanduser().absolute()}:{name}"
     return reference
 

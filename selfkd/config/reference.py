@@ -86,8 +86,9 @@ def config_sections(
         default = "required" if info.is_required() else f"`{json.dumps(value)}`"
         keys.append(Key(dotted, describe_type(hint, info.metadata), default, text))
         each = {dict: ".NAME", list: ".each"}.get(typing.cast(type, get_origin(hint)), "")
-        for part in get_args(hint):
-            if dataclasses.is_dataclass(part) and isinstance(part, type) and part is not ModelConfig:
+        parts = [part for part in get_args(hint) if isinstance(part, type)]
+        for part in parts:
+            if dataclasses.is_dataclass(part) and part is not ModelConfig:
                 inside.append((part, dotted + each, "", None))
     own = _one_line(inspect.getdoc(cls))
     yield Section(name, own if own == meaning else f"{own} {meaning}".strip(), keys)

@@ -20,7 +20,7 @@ from selfkd.losses import Average, ensemble_logits
 from selfkd.models import parameters_count
 from selfkd.results import CachedFormat, Row, from_row
 from selfkd.soft_targets.manifest import Manifest
-from selfkd.soft_targets.transforms import class_mean_fault
+from selfkd.soft_targets.transforms import OF_LABELS, Transform, class_mean_fault
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.task import ModelFacts
@@ -209,6 +209,25 @@ def _try_start(
             f"train.init must suit the student {student.title} and its teacher {named}, got "
             f"{init}: {error}"
         ) from None
+
+
+def teacher_weights(teachers: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Return the weight of each of several teachers; None where all are alike.
+
+    >>> teacher_weights([{"weight": 0.25}, {"weight": 0.75}]), teacher_weights([{"weight": 1.0}])
+    ([0.25, 0.75], None)
+    """
+    if len(teachers) > 1 and "weight" in teachers[0]:
+        return [teacher["weight"] for teacher in teachers]
+    return None
+
+
+def mixes_transfer(trial: Trial, transform: Transform) -> bool:
+    """Return whether a student is trained on a transfer set, if there is one.
+
+    It is not without teachers, nor where each item needs a label.
+    """
+    return bool(trial.teachers) and transform not in OF_LABELS
 
 
 def try_each_term(

@@ -13,7 +13,7 @@ from selfkd.distill.named_terms import make_terms
 from selfkd.distill.outputs import take_logits
 from selfkd.distill.terms import FeatureTerm, FeatureTerms, LogitTerm
 from selfkd.losses.sequences import TokenTeacher
-from selfkd.tasks.common import try_each_term
+from selfkd.tasks.common import teacher_weights, try_each_term
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
@@ -142,13 +142,12 @@ def make_further(task: TextNetworks, trial: Trial, student: nn.Module) -> Furthe
     distill, teachers = task.config.distill, trial.teachers
     if not teachers or not distill.terms:
         return None
-    several = len(teachers) > 1 and "weight" in teachers[0]
     return FurtherTerms(
         task,
         task.config,
         student,
         load_teachers(task, trial) if distill.runs_teacher else [],
-        weights=[row["weight"] for row in teachers] if several else None,
+        weights=teacher_weights(teachers),
         seed=trial.seed,
     )
 

@@ -85,11 +85,13 @@ def config_sections(
             continue
         default = "required" if info.is_required() else f"`{json.dumps(value)}`"
         keys.append(Key(dotted, describe_type(hint, info.metadata), default, text))
-        each = {dict: ".NAME", list: ".each"}.get(typing.cast(type, get_origin(hint)), "")
-        parts = [part for part in get_args(hint) if isinstance(part, type)]
-        for part in parts:
-            if dataclasses.is_dataclass(part) and part is not ModelConfig:
-                inside.append((part, dotted + each, "", None))
+        of = get_origin(hint)
+        each = ".NAME" if of is dict else ".each" if of is list else ""
+        inside += [
+            (part, dotted + each, "", None)
+            for part in get_args(hint)
+            if dataclasses.is_dataclass(part) and part is not ModelConfig
+        ]
     own = _one_line(inspect.getdoc(cls))
     yield Section(name, own if own == meaning else f"{own} {meaning}".strip(), keys)
     for section in inside:

@@ -44,6 +44,8 @@ class _Loader(yaml.SafeLoader):
                     problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
+            if key.tag != _MERGE:
+                key.tag = "tag:yaml.org,2002:str"  # an arm of the name `no` is not one named False
         return super().construct_mapping(node, deep)
 
     def construct_whole(self, node: yaml.ScalarNode) -> int:
@@ -69,6 +71,7 @@ class _Dumper(yaml.SafeDumper):
 
 LARGEST = 2**17
 """Largest number of characters of a config, which take seconds to read."""
+_MERGE = "tag:yaml.org,2002:merge"
 _NO_KEYS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")
 
 

@@ -325,3 +325,9 @@ def test_the_config_of_a_run_can_be_given(tmp_path: Path) -> None:
     path.write_text("format: 99\nrounds: 7\n")
     with pytest.raises(ConfigError, match="format: unknown key"):
         load_config(path)
+
+
+def test_names_of_arms_are_the_words_as_they_are_written() -> None:
+    config = load_config(settings=["study.arms={no: {}, 1: {}, on: {}}"])
+    assert list(config.study.arms) == ["no", "1", "on"]
+    assert parse_yaml("{null: no}", "x.yaml") == {"null": False}

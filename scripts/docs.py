@@ -46,10 +46,11 @@ def write_sources(folder: Path) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, folder)
-    for page in folder.glob("*.md"):  # links from docs/ and from the root, as they are seen here
-        page.write_text(
-            re.sub(r"\]\((\.\./|docs/)", "](", page.read_text(encoding="utf-8")), encoding="utf-8"
-        )
+    for page in folder.rglob("*.md"):  # links from docs/, examples/ and the root, as seen here
+        text = re.sub(r"\]\(((?:\.\./)+)docs/", r"](\1", page.read_text(encoding="utf-8"))
+        if page.parent == folder:
+            text = re.sub(r"\]\((\.\./|docs/)", "](", text)
+        page.write_text(text, encoding="utf-8")
     (folder / "config.md").write_text(config_page(), encoding="utf-8")
     (folder / "commands.md").write_text(commands_page(), encoding="utf-8")
     (folder / "api.md").write_text(api_page(), encoding="utf-8")

@@ -167,10 +167,25 @@ def pages(nav: Any) -> list[str]:
     return [page for part in parts for page in pages(part)]
 
 
-def test_links_lead_to_files(site: Path) -> None:
-    for page in site.glob("*.md"):
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            assert link.startswith("https://") or (site / link).exists(), f"{page.name}: {link}"
+def test_links_lead_to_files_and_headings(site: Path) -> None:
+    for page in site.rglob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+            if link.startswith("https://"):
+                continue
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page: its headings, and names that mkdocstrings fills in."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    slugs = {re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings}
+    return {re.sub(r"[-\s]+", "-", slug) for slug in slugs} | set(
+        re.findall(r"^::: ([\w.]+)$", text, re.M)
+    )
 
 
 @pytest.mark.parametrize("page", ["worked_examples", "choosing"])

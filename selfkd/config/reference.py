@@ -85,11 +85,13 @@ def config_sections(
             continue
         default = "required" if info.is_required() else f"`{json.dumps(value)}`"
         keys.append(Key(dotted, describe_type(hint, info.metadata), default, text))
-        if get_origin(hint) in (list, dict):
-            *_, part = get_args(hint)
-            if dataclasses.is_dataclass(part) and part is not ModelConfig:
-                each = "NAME" if get_origin(hint) is dict else "each"
-                inside.append((part, f"{dotted}.{each}", "", None))
+        of = get_origin(hint)
+        each = ".NAME" if of is dict else ".each" if of is list else ""
+        inside += [
+            (part, dotted + each, "", None)
+            for part in get_args(hint)
+            if isinstance(part, type) and dataclasses.is_dataclass(part) and part is not ModelConfig
+        ]
     own = _one_line(inspect.getdoc(cls))
     yield Section(name, own if own == meaning else f"{own} {meaning}".strip(), keys)
     for section in inside:
@@ -165,14 +167,14 @@ def describe_key(key: str) -> str:
     """
     sections = {section.name: section for section in config_sections()}
     keys = {known.name: known for section in sections.values() for known in section.keys}
-    if key in sections:
-        section = sections[key]
-        texts = [_fill(section.meaning, ""), *map(_describe, section.keys)]
-        inner = [name for name in sections if name.startswith(f"{key}.")]
-        texts += [f"sections: {', '.join(inner)}"] if inner else []
+    texts = [_describe(keys[key])] if key in keys else []
+    parts = [name for name in (key, f"{key}.each", f"{key}.NAME") if name in sections]
+    for section in [sections[name] for name in parts]:
+        texts += [_fill(section.meaning, ""), *map(_describe, section.keys)]
+    inner = [name for name in sections if name.startswith(f"{key}.") and name not in parts]
+    texts += [f"sections: {', '.join(inner)}"] if parts and inner else []
+    if texts:
         return "\n\n".join(texts)
-    if key in keys:
-        return _describe(keys[key])
     ends: dict[str, list[str]] = {}
     for name in [*sections, *keys]:
         ends.setdefault(name.rpartition(".")[2], []).append(name)

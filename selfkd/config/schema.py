@@ -180,7 +180,8 @@ class DataConfig:
     rationale_weight: float = Field(default=1.0, gt=0, le=1000)
     """Weight of a token of a rationale in the loss; a token of the completion has weight 1."""
     transfer: TransferConfig | None = None
-    """Transfer set; students are trained on the training items alone when not given."""
+    """Transfer set, `{name, root, size, weight, labels}`, for students with teachers; they are
+    trained on the training items alone when not given."""
 
     def __post_init__(self) -> None:
         if self.name != ARRAYS:
@@ -377,8 +378,9 @@ class DistillConfig:
     """Divergence of the soft term on text: KL(teacher || student), KL(student || teacher), or the
     Jensen-Shannon divergence; the last two need all logits."""
     terms: list[TermConfig] = Field(default_factory=list)
-    """Further terms of the loss of students with teachers: of logits, which are read from the
-    cache, or of layers, for which the teacher runs at every step. In a search space,
+    """Further terms of the loss of students with teachers, each `{name, weight, student, teacher,
+    project, args}`: of logits, which are read from the cache, or of the layers `student` and
+    `teacher`, for which the teacher runs at every step. In a search space,
     `distill.terms.NAME.weight` is the weight of a term, `distill.terms` the choice of them."""
 
     @field_validator("teacher")

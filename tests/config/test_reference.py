@@ -106,6 +106,13 @@ def test_every_key_and_section_is_described() -> None:
     assert text.startswith("Distillation loss, ")
     assert "\n\ndistill.alpha: number, at least 0, at most 1 (default 0.65)\n    Weight" in text
     assert "members.checkpoints.each" in describe_key("members")
+    for key, part in [
+        ("data.transfer", "data.transfer.weight: "),
+        ("distill.terms", "distill.terms.each.weight: "),
+        ("study.arms", "study.arms.NAME.teacher: "),
+    ]:
+        assert f"\n\n{part}" in describe_key(key)
+    assert describe_key("data.transfer.weight").startswith("data.transfer.weight: number")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,7 @@ def test_every_key_and_section_is_described() -> None:
     [
         ("temperature", "did you mean distill.temperature, write.temperature?"),
         ("train.epoch", "did you mean train.epochs"),
-        ("nonsense", "(sections: top level, data, model"),
+        ("nonsense", "(sections: top level, data, data.transfer, model"),
     ],
 )
 def test_an_unknown_key_has_its_likely_meaning(key: str, meant: str) -> None:

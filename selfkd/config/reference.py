@@ -85,9 +85,8 @@ def config_sections(
             continue
         default = "required" if info.is_required() else f"`{json.dumps(value)}`"
         keys.append(Key(dotted, describe_type(hint, info.metadata), default, text))
-        each = {dict: ".NAME", list: ".each"}.get(typing.cast(type, get_origin(hint)), "")
-        parts = [part for part in get_args(hint) if isinstance(part, type)]
-        for part in parts:
+        each = {"dict": ".NAME", "list": ".each"}.get(getattr(get_origin(hint), "__name__", ""), "")
+        for part in [part for part in get_args(hint) if isinstance(part, type)]:
             if dataclasses.is_dataclass(part) and part is not ModelConfig:
                 inside.append((part, dotted + each, "", None))
     own = _one_line(inspect.getdoc(cls))

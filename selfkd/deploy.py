@@ -286,6 +286,7 @@ def _command(
         check_folder=check_folder,
         free=("data.",) if make_model is not None else (),  # which its training never read
         flag="--from",
+        of_file="weights without their run are --checkpoint FILE, with --config YAML",
         again=again,
         code=lambda summary: FAILED if summary.exceeded else 0,
     )

@@ -77,9 +77,7 @@ def read_stages(run: str | Path) -> tuple[list[Stage], list[str]]:
         ConfigError: It is no run folder, or one of another format.
     """
     path = as_path(run).expanduser()
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"RUN must be a run folder (with a config.yaml), got {run}")
-    folder, config = RunFolder.open(path)
+    folder, config = RunFolder.open(path, flag="RUN")
     notes: list[str] = []
     facts = _facts(folder.path, notes)
     stages = []

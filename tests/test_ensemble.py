@@ -155,7 +155,7 @@ def test_members_come_from_an_earlier_run(whole: tuple[Path, str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--from", "nowhere"], "--resume must be a run folder"),
+        (["--from", "nowhere"], "--from must be a run folder"),
         (["--members", "0"], "members.count: must be greater than or equal to 1, got 0"),
         (["--set", "members=[]", "--set", "members.use=0"], "members.use: must be greater than"),
         (["--set", "members.source=voting"], "members.source: must be 'members', 'snapshots'"),

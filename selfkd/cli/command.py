@@ -134,6 +134,8 @@ class Command(Generic[S]):
     """Beginnings of keys that may change beside those that always may, in a run that goes on."""
     flag: str = "--resume"
     """Flag that names the run folder to continue."""
+    of_file: str = ""
+    """Way out in messages where the flag names a file."""
     again: str = ""
     """Words of the command line that are repeated to continue, as the run folder has none of
     them."""
@@ -233,7 +235,8 @@ class Command(Generic[S]):
             numbered = config.name is None
             return RunFolder.create(path, config, command=self.name, numbered=numbered), config
         _refuse_relative(None, (self.flag, str(options.resume)))
-        folder, stored = RunFolder.open(as_path(options.resume), flag=self.flag)
+        place = as_path(options.resume)
+        folder, stored = RunFolder.open(place, flag=self.flag, of_file=self.of_file)
         if self.check_folder is None:
             folder.check_command(self.name)
         else:

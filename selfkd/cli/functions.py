@@ -10,12 +10,14 @@ from selfkd.storage.remote import secret_fault
 
 
 def absolute_reference(reference: str) -> str:
-    """Return `FILE.py:FUNCTION` with the file's absolute path.
+    """Return `FILE.py:FUNCTION` with the file's absolute path, but for one that is refused.
 
     Args:
         reference: Reference of a training function, as of `--train`.
     """
     path, colon, name = reference.rpartition(":")
+    if secret_fault(path) is not None:
+        return reference
     if colon and not inside_job():  # workers have other folders, but for a job's own
         return f"{Path(path).expanduser().absolute()}:{name}"
     return reference

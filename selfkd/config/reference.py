@@ -85,10 +85,13 @@ def config_sections(
             continue
         default = "required" if info.is_required() else f"`{json.dumps(value)}`"
         keys.append(Key(dotted, describe_type(hint, info.metadata), default, text))
-        each = {"dict": ".NAME", "list": ".each"}.get(getattr(get_origin(hint), "__name__", ""), "")
-        for part in [part for part in get_args(hint) if isinstance(part, type)]:
-            if dataclasses.is_dataclass(part) and part is not ModelConfig:
-                inside.append((part, dotted + each, "", None))
+        of = get_origin(hint)
+        each = ".NAME" if of is dict else ".each" if of is list else ""
+        inside += [
+            (part, dotted + each, "", None)
+            for part in get_args(hint)
+            if isinstance(part, type) and dataclasses.is_dataclass(part) and part is not ModelConfig
+        ]
     own = _one_line(inspect.getdoc(cls))
     yield Section(name, own if own == meaning else f"{own} {meaning}".strip(), keys)
     for section in inside:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from selfkd.config.schema import TERMS, Config, choices_of_terms
+from selfkd.distill.loss_names import LOSSES
 
 _NOT_OF_TEXT = {
     "attention": "which compares feature maps",
@@ -45,7 +46,8 @@ def _fault(config: Config, terms: list[Mapping[str, Any]]) -> str | None:
         return "has no effect with distill.mode traces, where text is all that teachers give"
     transfer = config.data.transfer
     if transfer is not None and transfer.weight > 0:
-        needing = {"crd"} if transfer.labels else {"crd", "dkd"}
+        labelled = {name for name, loss in LOSSES.items() if loss.labels and not transfer.labels}
+        needing = labelled | {name for name, loss in LOSSES.items() if loss.memory}
         if found := sorted(needing.intersection(names[True] + names[False])):
             return f"must be without {found[0]} with data.transfer, which it has no labels of"
     members = config.members

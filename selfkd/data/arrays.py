@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from selfkd.text import one_line
 from .batches import Split
 from .folder import PARTS, default_val_size
 from .sources import Source, Statistics
-from .tables import LABELS, read_features, read_table
+from .tables import LABELS, check_memory, read_features, read_table
 
 Array = np.ndarray[Any, Any]
 
@@ -206,6 +207,8 @@ def _read(root: Path, label_column: str | None) -> dict[str, Rows]:
 
 def _files(root: Path) -> list[Path]:
     files = [root]
+    if root.exists() and not (root.is_file() or root.is_dir()):  # which would be waited for
+        raise ValueError(f"data.root must be a file or folder, got {root}, a pipe or device")
     if root.is_dir():
         files = [f for f in sorted(root.iterdir()) if f.is_file() and not f.name.startswith(".")]
     found = [file for file in files if file.suffix.lower() in SUFFIXES]
@@ -230,9 +233,13 @@ def _words(name: str) -> list[str]:
 
 def _loaded(file: Path) -> Any:
     """Return the array of a .npy file, or those of a .npz file by name; nothing is unpickled."""
+    with suppress(OSError, BadZipFile), ZipFile(file) as archive:
+        check_memory(file, sum(part.file_size for part in archive.infolist()))
     try:
         found = np.load(file, allow_pickle=False)
         return found if isinstance(found, np.ndarray) else dict(found)
+    except MemoryError as error:  # by the shape that its header has
+        raise ValueError(f"{file} must fit into memory: {error}") from None
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error) and not _may_hold_arrays(file):
             raise ValueError(
@@ -269,18 +276,18 @@ def _arrays(arrays: Mapping[str, Array], place: str) -> dict[str, Rows]:
                 f"{key[0]}, got {found[key]} and {name}"
             )
         found[key] = name
-    note = f"left out: {', '.join(left_out)}" if left_out else ""
+    note = f"left out: {cut_text(', '.join(left_out), 200)}" if left_out else ""
     rows = dict[str, Rows]()
     for part in dict.fromkeys(part for part, _ in found):
         x, y = found.get((part, "x")), found.get((part, "y"))
         if x is None or y is None:
             raise ValueError(
                 f"{place} must have features and labels of {part}, got {x or y} alone "
-                f"(arrays: {', '.join(arrays)}): name them x_{part} and y_{part}"
+                f"(arrays: {cut_text(', '.join(arrays), 200)}): name them x_{part} and y_{part}"
             )
         rows[part] = _checked_rows(arrays[x], arrays[y], f"{place} ({x}, {y})", note)
     if "train" not in rows:
-        names = ", ".join(arrays) or "none"
+        names = cut_text(", ".join(arrays), 200) or "none"
         raise ValueError(f"{place} must have arrays x and y, or x_train and y_train, got {names}")
     return rows
 

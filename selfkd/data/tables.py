@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import difflib
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +82,26 @@ def read_features(file: Path, like: Sequence[str]) -> Array:
     return _features(file, table, columns, like)[0]
 
 
+def check_memory(file: Path, size: int) -> None:
+    """Check that what a file holds fits into memory, before it is read.
+
+    A few kilobytes of a compressed file can stand for more than any machine has.
+
+    Args:
+        file: File, for the message.
+        size: Size of its content in bytes.
+
+    Raises:
+        ValueError: The machine has less.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"{file} must fit into memory, got {size / 1e9:,.0f} GB of data for "
+            f"{memory / 1e9:,.0f} GB: keep fewer rows or features"
+        )
+
+
 def _features(
     file: Path, table: Any, columns: Mapping[str, int], like: Sequence[str] | None
 ) -> tuple[Array, tuple[str, ...]]:
@@ -115,14 +137,17 @@ def _open(file: Path, label: str | None, *, whole: bool) -> Any:
         if file.suffix.lower() == ".parquet":
             from pyarrow import parquet
 
-            table = parquet.ParquetFile(file).read()
+            opened = parquet.ParquetFile(file)
+            facts = opened.metadata  # a column of one value takes no room in the file
+            check_memory(file, facts.num_rows * facts.num_columns * 8)
+            table = opened.read()
         else:
             table = _open_csv(file, label, whole=whole)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
         reason = cut_text(" ".join(str(error).split()), 300)
         raise ValueError(f"{file} must be an intact table: {reason}") from None
     names = table.column_names
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise ValueError(f"{file} must have columns of different names, got {twice!r} twice")
     return table
 

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +18,13 @@ from selfkd.text import one_line
 from .arrays import open_features
 from .augmentation import Views, random_bits
 from .batches import Batch, Data, Split, read_batches
+from .conform import conform
 from .digests import digests
 from .folder import list_left_out, suffixes, walk
-from .load import fingerprint, open_source, resolve_images
+from .load import fingerprint, open_source
 from .order import Order
-from .pictures import is_grey, read_or_raise
 from .sources import resolve_root
-from .stream import Files, Pictures, Stream
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from .stream import Files, Stream
 
 ARRAYS = "arrays"
 FOLDER = "folder"
@@ -254,7 +250,7 @@ def load_transfer(
         chosen = bits.argsort(stable=True)[:size].sort().values
         found = found.take(chosen)
     places = _places(found, chosen, words)
-    found = _fitted(found, data, words, fixed=fixed, in_memory=in_memory)
+    found = conform(found, data, words, fixed=fixed, in_memory=in_memory)
     blank = replace(found, labels=torch.zeros_like(found.labels))
     return TransferSet(
         split=found if labelled else blank,
@@ -321,87 +317,6 @@ def _places(found: Split, chosen: Tensor, words: str) -> Callable[[int], str]:
     if isinstance(images, Stream):
         return lambda number: images.pictures.where(int(images.positions[number]))
     return lambda number: f"image {int(chosen[number])} of {words}"
-
-
-def _fitted(found: Split, data: Data, words: str, *, fixed: bool, in_memory: bool | None) -> Split:
-    """Return images of the size and channels of the labelled ones, decoded or to be streamed.
-
-    Raises:
-        ValueError: They have another size, or are in colour where the labelled are grey.
-    """
-    channels, size = data.in_chans, data.image_size
-    images = found.images
-    if data.features is not None or (isinstance(images, Tensor) and images.ndim == 2):
-        return _fitted_features(found, data)
-    if isinstance(images, Stream):
-        _check_headers(images, data, fixed=fixed)
-        images = replace(images, image_size=size, mode="L" if channels == 1 else "RGB")
-        return resolve_images(words, replace(found, images=images), None, in_memory, [found])
-    if fixed and images.shape[-1] != size:
-        raise ValueError(_other_size(words, tuple(images.shape[-2:]), data))
-    found = resolve_images(words, found, None if fixed else size, None, [found])
-    images = found.images
-    if not isinstance(images, Tensor) or images.shape[1] == channels:
-        return found
-    if images.shape[1] != 1:
-        raise ValueError(_in_colour(words, data))
-    return replace(found, images=images.expand(-1, channels, -1, -1).contiguous())
-
-
-def _fitted_features(found: Split, data: Data) -> Split:
-    """Return features in the precision of the labelled ones.
-
-    Raises:
-        ValueError: They are others, or one of both has images.
-    """
-    own = data.train.images if data.features is not None else None
-    images = found.images
-    if isinstance(own, Tensor) and isinstance(images, Tensor) and images.shape[1:] == own.shape[1:]:
-        return replace(found, images=images.to(own.dtype))
-    what = (
-        f"rows of {images.shape[1]:,} features"
-        if isinstance(images, Tensor) and images.ndim == 2
-        else "images"
-    )
-    wanted = "images" if data.features is None else f"rows of {len(data.features):,} features"
-    raise ValueError(f"data.transfer must have {wanted}, as {data.name} has, got {what}")
-
-
-def _check_headers(images: Stream, data: Data, *, fixed: bool) -> None:
-    """Check the size and channels of all pictures, without decoding them."""
-    pictures: Pictures = images.pictures
-    wanted = (data.image_size, data.image_size)
-
-    if not fixed and data.in_chans > 1:
-        return
-    for number in images.positions.tolist():
-        place = pictures.where(number)
-        picture = read_or_raise(partial(_header, pictures, number), place)
-        if fixed and picture.size != wanted:
-            raise ValueError(_other_size(place, picture.size[::-1], data))
-        if data.in_chans == 1 and not is_grey(picture):
-            raise ValueError(_in_colour(place, data))
-
-
-def _header(pictures: Pictures, number: int) -> Image:
-    with pictures.open(number) as picture:
-        return picture
-
-
-def _other_size(what: str, size: tuple[int, ...], data: Data) -> str:
-    own = data.image_size
-    return one_line(
-        f"data.transfer must have images of {own}x{own} pixels, as {data.name} has, got "
-        f"{'x'.join(map(str, size))} ({what}): scale them, or have all images scaled by "
-        "--set data.image_size=N"
-    )
-
-
-def _in_colour(what: str, data: Data) -> str:
-    return one_line(
-        f"data.transfer must have images of 1 channel, as {data.name} has, got 3 ({what}): convert "
-        "them to grey"
-    )
 
 
 def check_leaks(transfer: TransferSet, data: Data) -> str:

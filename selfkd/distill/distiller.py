@@ -18,9 +18,9 @@ from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import (
     FeatureTerm,
     FeatureTerms,
-    LogitTerm,
     Term,
     check_paths,
+    logit_losses,
     parse_terms,
 )
 from selfkd.losses import Average
@@ -392,22 +392,7 @@ class Distiller:
         index: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return the further terms, unweighted."""
-        values: dict[str, Tensor] = {}
-        for name, term in self.terms.items():
-            if isinstance(term, LogitTerm):
-                if not isinstance(teacher_logits, Tensor):
-                    sampled = isinstance(teacher_logits, SampledTargets)
-                    kind = "samples" if sampled else "the largest"
-                    raise ValueError(f"{name} needs all logits of the teacher, got {kind}")
-                try:
-                    # without labels this suits the losses that do not read them
-                    values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
-                except (AttributeError, TypeError, ValueError) as error:
-                    if labels is not None or "None" not in str(error):
-                        raise
-                    raise ValueError(
-                        f"labels must be given for the term {name!r}, got None: {error}"
-                    ) from error
+        values = logit_losses(self.terms, student_logits, teacher_logits, labels)
         if self._features is not None:
             trains = self._features.student.training or student_logits.requires_grad
             if trains:

@@ -22,26 +22,48 @@ class NamedLoss:
     """Whether layers must have outputs of one shape, which a projection can make."""
     shift: bool = False
     """Whether a number added to all logits of a row changes it, so that logits are centred."""
+    labels: bool = False
+    """Whether it takes the labels, too."""
+    memory: bool = False
+    """Whether it keeps embeddings of all training items, which is a term of its own."""
+    resized: bool = False
+    """Whether maps of two sizes are pooled to the smaller."""
+    pooled: bool = False
+    """Whether maps, and vectors of tokens, are pooled to one vector an item."""
+    lists: bool = False
+    """Whether it takes lists of layers, and pairs of their places."""
+    attention: bool = False
+    """Whether it compares attention matrices, and takes the mask of valid tokens."""
+    unprojected: str = ""
+    """Why no projection goes between layers, if none does."""
 
 
 LOSSES = {
-    "hint": NamedLoss("hint_loss", "both", same_shape=True, shift=True),
+    "hint": NamedLoss("hint_loss", "both", same_shape=True, shift=True, resized=True),
     "attention": NamedLoss("attention_transfer", "layers", ("power",)),
     "similarity": NamedLoss("similarity_preserving", "both", shift=True),
     "pkt": NamedLoss("pkt", "both", shift=True),
-    "rkd_distance": NamedLoss("rkd_distance", "both", shift=True),
-    "rkd_angle": NamedLoss("rkd_angle", "both", shift=True),
+    "rkd_distance": NamedLoss("rkd_distance", "both", shift=True, pooled=True),
+    "rkd_angle": NamedLoss("rkd_angle", "both", shift=True, pooled=True),
     "crd": NamedLoss(
-        "crd_loss", "layers", ("dim", "negatives", "temperature", "momentum", "labels")
+        "crd_loss",
+        "layers",
+        ("dim", "negatives", "temperature", "momentum", "labels"),
+        memory=True,
+        unprojected="which has projections of its own",
     ),
-    "hidden_state": NamedLoss("hidden_state_loss", "layers", same_shape=True),
+    "hidden_state": NamedLoss("hidden_state_loss", "layers", same_shape=True, lists=True),
     "cosine": NamedLoss("cosine_embedding", "both", same_shape=True, shift=True),
-    "attention_matrices": NamedLoss("attention_matrices", "layers"),
+    "attention_matrices": NamedLoss(
+        "attention_matrices", "layers", attention=True, unprojected="of any heads"
+    ),
     "logit_mse": NamedLoss("logit_mse", "logits", shift=True),
     "soft_cross_entropy": NamedLoss("soft_cross_entropy", "logits", ("temperature",)),
     "reverse_kl": NamedLoss("reverse_kl", "logits", ("temperature",)),
     "jensen_shannon": NamedLoss("jensen_shannon", "logits", ("temperature", "beta")),
-    "dkd": NamedLoss("dkd_loss", "logits", ("temperature", "target_weight", "nontarget_weight")),
+    "dkd": NamedLoss(
+        "dkd_loss", "logits", ("temperature", "target_weight", "nontarget_weight"), labels=True
+    ),
     "dist": NamedLoss("dist_loss", "logits", ("temperature", "inter_weight", "intra_weight")),
     "standardized": NamedLoss("standardized_loss", "logits", ("temperature",)),
     "hard_teacher": NamedLoss("hard_teacher_loss", "logits"),
@@ -77,11 +99,9 @@ def check_term(
         )
     if teacher is not None and student is None:
         raise ValueError(f"student must be given with teacher, got {teacher!r} alone for {name}")
-    if project and (student is None or name in ("crd", "attention_matrices")):
-        why = {"crd": "which has projections of its own", "attention_matrices": "of any heads"}
-        raise ValueError(
-            f"project must be false for {name}, {why.get(name, 'where logits are compared')}"
-        )
+    if project and (student is None or loss.unprojected):
+        why = loss.unprojected or "where logits are compared"
+        raise ValueError(f"project must be false for {name}, {why}")
     for key, value in args.items():
         if key not in loss.args:
             raise ValueError(f"args must be those of {name}, got {key!r}{_nearest(key, loss.args)}")

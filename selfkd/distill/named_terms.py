@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,9 +14,6 @@ from selfkd.distill.contrast import ContrastTerm
 from selfkd.distill.loss_names import LOSSES, NamedLoss, check_term
 from selfkd.distill.terms import FeatureTerm, LogitTerm, Term, pooled
 from selfkd.losses import Average, ensemble_logits, reconcile
-
-OF_LABELS = ("dkd",)
-"""Losses of logits that take the labels, too."""
 
 
 class NamedTerm(Protocol):
@@ -96,21 +93,22 @@ def make_terms(
             args=term.args,
         )
         loss, args = LOSSES[term.name], dict(term.args)
-        if "temperature" in loss.args and term.name != "crd":
-            args.setdefault("temperature", temperature)
-        if term.name == "crd":
+        if loss.memory:
             found[key] = _contrast(term, labels, seed)
-        elif term.student is None:
+            continue
+        if "temperature" in loss.args:
+            args.setdefault("temperature", temperature)
+        if term.student is None:
             averaging = partial(ensemble_logits, average=average, weights=weights)
-            found[key] = LogitTerm(_OfLogits(term.name, loss, args, averaging), term.weight)
+            found[key] = LogitTerm(_OfLogits(loss, args, averaging), term.weight)
         else:
             found[key] = FeatureTerm(
                 term.student,
                 term.teacher,
                 weight=term.weight,
-                loss=_OfLayers(term.name, loss, args),
+                loss=_OfLayers(loss, args),
                 project=term.project,
-                masked=term.name == "attention_matrices",
+                masked=loss.attention,
             )
     return found
 
@@ -146,36 +144,32 @@ def term_keys(names: Sequence[str]) -> list[str]:
 class _OfLogits:
     """A loss of logits, of several teachers of their average."""
 
-    name: str
     loss: NamedLoss
-    args: Mapping[str, Any] = field(default_factory=dict)
-    average: Callable[[Tensor], Tensor] | None = None
+    args: Mapping[str, Any]
+    average: Callable[[Tensor], Tensor]
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        if teacher.ndim == 3 and self.average is not None:
+        if teacher.ndim == 3:
             teacher = self.average(teacher)
         if self.loss.shift:
             student, teacher = (
                 rows - rows.mean(dim=-1, keepdim=True) for rows in (student, teacher)
             )
-        of_labels = (labels,) if self.name in OF_LABELS else ()
-        value: Tensor = getattr(losses, self.loss.function)(
-            student, teacher, *of_labels, **self.args
-        )
-        return value
+        function: Callable[..., Tensor] = getattr(losses, self.loss.function)
+        of_labels = (labels,) if self.loss.labels else ()
+        return function(student, teacher, *of_labels, **self.args)
 
 
 @dataclass(frozen=True)
 class _OfLayers:
     """A loss of the outputs of layers."""
 
-    name: str
     loss: NamedLoss
-    args: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any]
 
     def __call__(self, student: Tensor, teacher: Tensor, **mask: Tensor | None) -> Tensor:
         function: Callable[..., Tensor] = getattr(losses, self.loss.function)
-        if self.name == "hint" and student.ndim == teacher.ndim == 4:
+        if self.loss.resized and student.ndim == teacher.ndim == 4:
             student, teacher = reconcile(student, teacher)
         if self.loss.same_shape and student.shape != teacher.shape:
             raise ValueError(
@@ -183,8 +177,8 @@ class _OfLayers:
                 f"the student and {list(teacher.shape[1:])} of the teacher: other layers, or "
                 "project: true for other channels"
             )
-        if self.name.startswith("rkd"):
+        if self.loss.pooled:
             student, teacher = pooled(student), pooled(teacher)
-        if self.name == "hidden_state":
+        if self.loss.lists:
             return function([student], [teacher], layer_map=[0], **mask)
         return function(student, teacher, **self.args, **mask)

@@ -17,6 +17,8 @@ from selfkd.distill.outputs import check_graph
 from selfkd.distill.teacher import set_eval
 from selfkd.losses.distillation import is_nan
 from selfkd.losses.features import Projection, hint_loss, reconcile
+from selfkd.losses.sequences import SampledTargets
+from selfkd.losses.sparse import SparseLogits
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,41 @@ def parse_terms(terms: Mapping[str, Term | Mapping[str, Any]]) -> dict[str, Term
         name: FeatureTerm(**term) if isinstance(term, Mapping) else term
         for name, term in terms.items()
     }
+
+
+def logit_losses(
+    terms: Mapping[str, Term],
+    student_logits: Tensor,
+    teacher_logits: Tensor | SparseLogits | SampledTargets,
+    labels: Tensor | None,
+) -> dict[str, Tensor]:
+    """Return the loss of each term of logits, unweighted, with its graph.
+
+    Args:
+        terms: Terms by name; those of features are left out.
+        student_logits: Logits `[batch, classes]`.
+        teacher_logits: Logits of the same shape, or of an ensemble, `[members, batch, classes]`.
+        labels: Labels of the batch; None suits the losses that do not read them.
+
+    Raises:
+        ValueError: Not all logits of the teacher are there, or a loss needs labels.
+    """
+    values: dict[str, Tensor] = {}
+    for name, term in terms.items():
+        if not isinstance(term, LogitTerm):
+            continue
+        if not isinstance(teacher_logits, Tensor):
+            kind = "samples" if isinstance(teacher_logits, SampledTargets) else "the largest"
+            raise ValueError(f"{name} needs all logits of the teacher, got {kind}")
+        try:
+            values[name] = term.loss(student_logits, teacher_logits, labels)  # type: ignore[arg-type]
+        except (AttributeError, TypeError, ValueError) as error:
+            if labels is not None or "None" not in str(error):
+                raise
+            raise ValueError(
+                f"labels must be given for the term {name!r}, got None: {error}"
+            ) from error
+    return values
 
 
 class FeatureTerms:

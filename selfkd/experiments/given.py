@@ -213,7 +213,7 @@ def _what_is_there(place: Path | RemotePath) -> str:
 
 
 def _of_run(place: Path, config: Config) -> _Source:
-    folder, own = RunFolder.open(place)
+    folder, own = RunFolder.open(place, flag="--from")
     command, name = folder.command, place.name
     facts = folder.facts if (folder.path / "data.json").exists() else None
     if facts is not None and facts.function is not None:

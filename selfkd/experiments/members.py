@@ -127,7 +127,7 @@ def find_members(run: str) -> list[Path]:
     Raises:
         ConfigError: It has none.
     """
-    folder, _ = RunFolder.open(as_path(run))
+    folder, _ = RunFolder.open(as_path(run), flag="--from")
     made = folder.path / "members" / "result.json"
     if made.exists():
         names = [row.checkpoint for row in load_row(Members, made).members]

@@ -107,21 +107,22 @@ class RunFolder:
         return left
 
     @classmethod
-    def open(cls, path: Path, *, flag: str = "--resume") -> tuple[RunFolder, Config]:
-        """Open a run folder to continue it.
+    def open(
+        cls, path: Path, *, flag: str = "--resume", of_file: str = ""
+    ) -> tuple[RunFolder, Config]:
+        """Open a run folder, to continue it or to read it.
 
         Args:
             path: Run folder.
             flag: Flag that names it, for messages.
+            of_file: Way out in messages where it is a file.
 
         Raises:
             ConfigError: It is no run folder, or one of another format.
         """
         file = path / "config.yaml"
         if not file.is_file():
-            hint = ""
-            if flag == "--from" and path.is_file():
-                hint = ": weights without their run are --checkpoint FILE, with --config YAML"
+            hint = f": {of_file}" if of_file and path.is_file() else ""
             raise ConfigError(f"{flag} must be a run folder (with a config.yaml), got {path}{hint}")
         tree = load_yaml(file)
         found = tree.pop("format", None) if isinstance(tree, dict) else None

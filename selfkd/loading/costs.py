@@ -124,10 +124,7 @@ def open_finished(run: str, *, value: str | None = None) -> FinishedRun:
     Raises:
         ConfigError: It is no finished run, or has no such student.
     """
-    path = as_path(run).expanduser()
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"--from must be a run folder (with a config.yaml), got {run}")
-    folder, config = RunFolder.open(path)
+    folder, config = RunFolder.open(as_path(run).expanduser(), flag="--from")
     try:
         kind, why = KINDS.get(folder.command), ""
     except (ValueError, OSError) as error:

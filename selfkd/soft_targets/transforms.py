@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from selfkd.losses import ensemble_logits
+from selfkd.losses import Average, ensemble_logits
 from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, teacher_free_logits
 from selfkd.losses.sequences import SampledTargets
@@ -19,6 +20,8 @@ from selfkd.losses.sparse import SparseLogits
 Transform = Literal["none", "permuted", "confidence", "virtual", "hard", "class_mean"]
 """Transform of teacher logits: none, permuted (DKPP), confidence (CWTM), virtual (teacher-free),
 hard (the arg max), class_mean (one mean soft target a class)."""
+Targets = Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets]
+"""Cached logits of one teacher, or of the members of an ensemble, by index and view."""
 OF_LABELS: tuple[Transform, ...] = ("confidence", "class_mean")
 """Transforms that need the label of each item, which leave a transfer set out."""
 IMPOSSIBLE = -1e4
@@ -52,17 +55,16 @@ class PermutedTargets:
 
     def __init__(
         self,
-        targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
+        targets: Targets,
         *,
         temperature: float,
-        average: Literal["probabilities", "logits"] = "probabilities",
+        average: Average = "probabilities",
         weights: Sequence[float] | None = None,
         seed: int,
     ) -> None:
-        self._targets = targets
-        self._temperature = temperature
-        self._average = average
-        self._weights = weights
+        self._logits = partial(
+            _of_one_teacher, targets, temperature=temperature, average=average, weights=weights
+        )
         self._seed = seed
 
     def __call__(self, index: Tensor, view: int) -> Tensor:
@@ -75,12 +77,7 @@ class PermutedTargets:
         Raises:
             ValueError: Only the largest logits or samples are cached.
         """
-        logits = _of_one_teacher(
-            self._targets(index, view),
-            temperature=self._temperature,
-            average=self._average,
-            weights=self._weights,
-        )
+        logits = self._logits(index, view)
         # 32 bits, as torch's generator on the CPU uses no more of a seed
         seed = zlib.crc32(
             index.cpu().numpy().tobytes(), zlib.crc32(f"{self._seed}/{view}".encode())
@@ -115,16 +112,16 @@ class ConfidenceWeighted:
 
     def __init__(
         self,
-        targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
+        targets: Targets,
         *,
-        average: Literal["probabilities", "logits"] = "probabilities",
+        average: Average = "probabilities",
         weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         mean: Callable[[Tensor], Tensor] = torch.mean,
     ) -> None:
-        self._targets = targets
-        self._average = average
-        self._weights = weights
+        self._logits = partial(
+            _of_one_teacher, targets, temperature=1.0, average=average, weights=weights
+        )
         self._label_smoothing = label_smoothing
         self._mean = mean
 
@@ -155,12 +152,7 @@ class ConfidenceWeighted:
         """
         if index is None:
             raise ValueError("index must be given where targets are cached, got None")
-        teacher_logits = _of_one_teacher(
-            self._targets(index, view),
-            temperature=1.0,
-            average=self._average,
-            weights=self._weights,
-        )
+        teacher_logits = self._logits(index, view)
         loss = confidence_weighted_loss(
             student_logits,
             teacher_logits.to(student_logits.device),
@@ -223,14 +215,14 @@ class HardTargets:
 
     def __init__(
         self,
-        targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
+        targets: Targets,
         *,
-        average: Literal["probabilities", "logits"] = "probabilities",
+        average: Average = "probabilities",
         weights: Sequence[float] | None = None,
     ) -> None:
-        self._targets = targets
-        self._average = average
-        self._weights = weights
+        self._logits = partial(
+            _of_one_teacher, targets, temperature=1.0, average=average, weights=weights
+        )
 
     def __call__(self, index: Tensor, view: int) -> Tensor:
         """Return logits `[batch, classes]`: 0 of the class that is predicted, else -10,000.
@@ -242,12 +234,7 @@ class HardTargets:
         Raises:
             ValueError: Only the largest logits or samples are cached.
         """
-        logits = _of_one_teacher(
-            self._targets(index, view),
-            temperature=1.0,
-            average=self._average,
-            weights=self._weights,
-        )
+        logits = self._logits(index, view)
         found = torch.full(logits.shape, IMPOSSIBLE, device=logits.device)
         return found.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
 
@@ -282,12 +269,12 @@ class ClassMeanTargets:
 
     def __init__(
         self,
-        targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
+        targets: Targets,
         labels: Tensor,
         *,
         classes: int,
         temperature: float,
-        average: Literal["probabilities", "logits"] = "probabilities",
+        average: Average = "probabilities",
         weights: Sequence[float] | None = None,
     ) -> None:
         if fault := class_mean_fault(classes):
@@ -295,10 +282,11 @@ class ClassMeanTargets:
         self._labels = labels.cpu()
         sums = torch.zeros(classes, classes, dtype=torch.float64)
         known = (self._labels >= 0).nonzero()[:, 0]
+        logits_of = partial(
+            _of_one_teacher, targets, temperature=temperature, average=average, weights=weights
+        )
         for index in torch.split(known, max(1, 2**20 // classes)):
-            logits = _of_one_teacher(
-                targets(index, 0), temperature=temperature, average=average, weights=weights
-            )
+            logits = logits_of(index, 0)
             p = (logits.double().cpu() / temperature).softmax(dim=-1)
             sums.index_add_(0, self._labels[index], p)
         counts = self._labels[known].bincount(minlength=classes)
@@ -328,13 +316,13 @@ def class_mean_fault(classes: int) -> str | None:
 
 
 def transform_targets(
-    targets: Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets],
+    targets: Targets,
     transform: Transform,
     labels: Tensor,
     *,
     classes: int,
     temperature: float,
-    average: Literal["probabilities", "logits"] = "probabilities",
+    average: Average = "probabilities",
     weights: Sequence[float] | None = None,
     seed: int,
 ) -> tuple[Callable[[Tensor, int], Tensor], float]:
@@ -374,10 +362,12 @@ def transform_targets(
 
 
 def _of_one_teacher(
-    logits: Tensor | SparseLogits | SampledTargets,
+    targets: Targets,
+    index: Tensor,
+    view: int,
     *,
     temperature: float,
-    average: Literal["probabilities", "logits"],
+    average: Average,
     weights: Sequence[float] | None,
 ) -> Tensor:
     """Return logits `[batch, classes]`; those of members are averaged at a temperature.
@@ -385,6 +375,7 @@ def _of_one_teacher(
     Raises:
         ValueError: Only the largest logits or samples are cached.
     """
+    logits = targets(index, view)
     if not isinstance(logits, Tensor):
         found = "the largest" if isinstance(logits, SparseLogits) else "samples"
         raise ValueError(f"targets must hold all logits of the teacher, got {found} only")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from selfkd.config import Config, ModelConfig, TrainConfig
+from selfkd.config import TERMS, Config, ModelConfig, TrainConfig
 from selfkd.config.tasks import values_of
 from selfkd.deployment.reshape import PRUNED, reshape
 from selfkd.distill.initial import CHOICES, match_layers, start_from_layers
+from selfkd.distill.named_terms import term_keys
 from selfkd.distill.outputs import take_logits
+from selfkd.distill.teacher import Teacher
 from selfkd.losses import Average, ensemble_logits
 from selfkd.models import parameters_count
 from selfkd.results import CachedFormat, Row, from_row
 from selfkd.soft_targets.manifest import Manifest
-from selfkd.soft_targets.transforms import class_mean_fault
+from selfkd.soft_targets.transforms import OF_LABELS, Transform, class_mean_fault
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.task import ModelFacts
@@ -26,6 +28,7 @@ from selfkd.training.fit import make_optimizer
 from selfkd.training.trial import Trial
 
 Facts = TypeVar("Facts", bound=ModelFacts)
+Network = TypeVar("Network", bound=nn.Module | Teacher)
 
 
 class Maker(Protocol):
@@ -206,6 +209,54 @@ def _try_start(
             f"train.init must suit the student {student.title} and its teacher {named}, got "
             f"{init}: {error}"
         ) from None
+
+
+def teacher_weights(teachers: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Return the weight of each of several teachers; None where all are alike.
+
+    >>> teacher_weights([{"weight": 0.25}, {"weight": 0.75}]), teacher_weights([{"weight": 1.0}])
+    ([0.25, 0.75], None)
+    """
+    if len(teachers) > 1 and "weight" in teachers[0]:
+        return [teacher["weight"] for teacher in teachers]
+    return None
+
+
+def mixes_transfer(trial: Trial, transform: Transform) -> bool:
+    """Return whether a student is trained on a transfer set, if there is one.
+
+    It is not without teachers, nor where each item needs a label.
+    """
+    return bool(trial.teachers) and transform not in OF_LABELS
+
+
+def try_each_term(
+    config: Config,
+    choices: Iterable[Sequence[Mapping[str, Any]]],
+    teachers: Sequence[Network],
+    compute: Callable[[Config, Network], None],
+) -> None:
+    """Compute further terms of the loss, one after the other, to each teacher.
+
+    Args:
+        config: Config of the student.
+        choices: Lists of terms that it may have.
+        teachers: Networks that may teach it.
+        compute: Function that computes the only term of a config to a teacher.
+
+    Raises:
+        ValueError: One cannot be computed; names it.
+    """
+    for terms in choices:
+        keys = term_keys([str(term["name"]) for term in terms])
+        for key, term in zip(keys, terms, strict=True):
+            own = config.at({TERMS: [term]})
+            for teacher in teachers:
+                try:
+                    compute(own, teacher)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    said = str(error).removeprefix(f"{key}: ")
+                    raise ValueError(f"{TERMS}: {key}: {said}") from None
 
 
 def training_facts(trial: Trial, bits: int | None) -> Row:

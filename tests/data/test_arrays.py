@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,30 @@ def kaggle(path: Path) -> Path:
     return path
 
 
+def huge(path: Path) -> Path:
+    np.save(path / "X.npy", X)
+    with (path / "X.npy").open("r+b") as file:
+        file.seek(0)
+        header = {"descr": "<f8", "fortran_order": False, "shape": (10**9, 10**9)}
+        np.lib.format.write_array_header_1_0(file, header)
+    np.save(path / "y.npy", Y)
+    return path
+
+
+def bomb(path: Path) -> Path:
+    """Write an archive whose directory says that it holds an exabyte."""
+    npz(path)
+    with zipfile.ZipFile(path / "a.npz", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more.npy", b"")
+        archive.getinfo("more.npy").file_size = 10**18
+    return path / "a.npz"
+
+
+def pipe(path: Path) -> Path:
+    os.mkfifo(path / "a.csv")
+    return path / "a.csv"
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -199,6 +225,9 @@ def kaggle(path: Path) -> Path:
         (save(x=X, y=other(Y * 1.0, (3,), np.nan)), "got nan in row 4"),
         (save(x=X, y=np.arange(40)), "got 40 different ones in 40 rows"),
         (save(x=X), r"features and labels of train, got x alone"),
+        (huge, r"X\.npy must fit into memory"),
+        (bomb, r"a\.npz must fit into memory, got 1,000,000,000 GB of data for"),
+        (pipe, r"must be a file or folder, got .*a\.csv, a pipe or device"),
         (save(a=X, b=Y), "arrays x and y, or x_train and y_train, got a, b"),
         (save(x=X, data=X, y=Y), "one array of features for train, got x and data"),
         (save(x=X, y=Y, x_test=X), "features and labels of test, got x_test alone"),
@@ -224,6 +253,17 @@ def test_bad_input_is_refused_by_name(
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_data("arrays", root=write(tmp_path))
+
+
+def test_a_table_that_only_compressed_fits_into_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pa.array(np.zeros(10**6, dtype=np.int8))
+    parquet.write_table(pa.table({"a": rows, "label": rows}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)
+    with pytest.raises(ValueError, match=r"a\.parquet must fit into memory"):
+        load_data("arrays", root=tmp_path / "a.parquet")
 
 
 def test_what_is_damaged_or_mixed_is_refused(tmp_path: Path) -> None:

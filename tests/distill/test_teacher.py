@@ -678,7 +678,7 @@ def test_wrong_statistics_are_refused(stats, message):
         Teacher(Echo(), **stats)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 5, 5), (2, 3), (3, 5, 5)])
+@pytest.mark.parametrize("shape", [(2, 1, 5, 5), (2, 4), (3, 5, 5)])
 def test_inputs_of_other_channels_are_refused(shape):
     """A `[batch, 1, height, width]` would silently become three channels."""
     teacher = Teacher(Echo(), input_stats=INPUT, trained_stats=TRAINED)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfkd.config import TERMS, Config
+from selfkd.config import Config
 from selfkd.distill.distiller import Distiller
-from selfkd.distill.named_terms import make_terms, term_keys
+from selfkd.distill.named_terms import make_terms
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import Term
+from selfkd.tasks.common import try_each_term
 from selfkd.tasks.images.networks import ImageNetworks
 
 
@@ -57,20 +58,15 @@ def try_terms(
         ValueError: One cannot be computed; names it.
     """
     inputs, labels, index = task.two_images()
-    for terms in choices:
-        keys = term_keys([str(term["name"]) for term in terms])
-        for key, term in zip(keys, terms, strict=True):
-            own = task.config.at({TERMS: [term]})
-            for teacher in teachers:
-                try:
-                    distiller = Distiller(
-                        Ensemble([teacher]),
-                        terms=terms_of(task, own, weights=None, seed=0),
-                        student=student,
-                        example=inputs,
-                    )
-                    distiller(student(inputs), labels, inputs=inputs, index=index)
-                    distiller.detach()
-                except (TypeError, ValueError, RuntimeError) as error:
-                    said = str(error).removeprefix(f"{key}: ")
-                    raise ValueError(f"{TERMS}: {key}: {said}") from None
+
+    def compute(own: Config, teacher: Teacher) -> None:
+        distiller = Distiller(
+            Ensemble([teacher]),
+            terms=terms_of(task, own, weights=None, seed=0),
+            student=student,
+            example=inputs,
+        )
+        distiller(student(inputs), labels, inputs=inputs, index=index)
+        distiller.detach()
+
+    try_each_term(task.config, choices, teachers, compute)

@@ -13,7 +13,6 @@ from torch import nn
 from selfkd.config import TrainConfig
 from selfkd.data import Data
 from selfkd.data.batches import batch_sizes
-from selfkd.data.transfer import TransferSet
 from selfkd.deployment.low_bits import plain, round_weights
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
@@ -21,7 +20,6 @@ from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
 from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.transforms import (
-    OF_LABELS,
     ConfidenceWeighted,
     Transform,
     VirtualTargets,
@@ -30,7 +28,9 @@ from selfkd.soft_targets.transforms import (
 from selfkd.tasks.common import (
     add_projections,
     make_fresh,
+    mixes_transfer,
     optimizer_of,
+    teacher_weights,
     training_facts,
 )
 from selfkd.tasks.images.networks import ImageNetworks
@@ -96,7 +96,7 @@ def train_classifier(
         clip_grad=options.clip_grad,
         compiled=options.compile,
         ranks=ranks,
-        transfer=_transfer(task, trial, transform),
+        transfer=task.transfer if mixes_transfer(trial, transform) else None,
     )
     best = training.best
     best = best.network if isinstance(best, Specialist) else best
@@ -174,11 +174,6 @@ def _special_data(data: Data, classes: Sequence[int], seed: int) -> tuple[Data, 
     return special, shift
 
 
-def _transfer(task: ImageNetworks, trial: Trial, transform: Transform) -> TransferSet | None:
-    """Return the transfer set of a student; none without teachers, or where each needs a label."""
-    return task.transfer if trial.teachers and transform not in OF_LABELS else None
-
-
 def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner: nn.Module) -> Loss:
     """Return the loss of a trial; layers are compared with those of teachers that are run live."""
     distill, smoothing = task.config.distill, task.config.train.label_smoothing
@@ -192,9 +187,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
         )
     if not teachers:
         return Distiller(label_smoothing=smoothing)
-    weights = None
-    if len(teachers) > 1 and "weight" in teachers[0]:
-        weights = [row["weight"] for row in teachers]
+    weights = teacher_weights(teachers)
     averaged = distill.average == "logits"  # by the store, once
     teacher = stored = None
     if distill.runs_teacher:
@@ -202,7 +195,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             members = [task.teacher(member["checkpoint"]) for member in teachers]
         teacher = Ensemble(members)
     else:
-        transfer = _transfer(task, trial, transform)
+        transfer = task.transfer if mixes_transfer(trial, transform) else None
         stored = open_joined(
             trial.targets,
             [member["hash"] for member in teachers],

@@ -11,22 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
-from selfkd.losses.sequences import SampledTargets, TokenTeacher, sequence_terms
-from selfkd.losses.sparse import SparseLogits
-from selfkd.soft_targets.joined import open_joined
+from selfkd.losses.sequences import TokenTeacher, sequence_terms
+from selfkd.soft_targets.joined import Rows, open_joined
 from selfkd.soft_targets.tokens import gathered
 from selfkd.soft_targets.transforms import (
-    OF_LABELS,
     ConfidenceWeighted,
     Transform,
     VirtualTargets,
     transform_targets,
 )
+from selfkd.tasks.common import mixes_transfer, teacher_weights
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.terms import FurtherTerms, Targets, load_teachers
-from selfkd.tasks.text.transfer import TransferText
 from selfkd.training.fit import autocast
 from selfkd.training.trial import Trial
 
@@ -37,8 +35,6 @@ CHUNK_VALUES = 2**20
 
 Loss = Callable[[Tensor, Batch, float], dict[str, Tensor]]
 """Function from logits, their batch and the divisor of sums to the loss and its terms by name."""
-Rows = Tensor | SparseLogits | SampledTargets
-"""What is cached of rows."""
 Cached = Callable[[Tensor, int], Rows]
 """Function from rows and a view to cached logits."""
 
@@ -63,9 +59,7 @@ def make_loss(
     """
     distill, smoothing = task.config.distill, task.config.train.label_smoothing
     teachers, text = trial.teachers, task.data.splits["train"]
-    weights: Sequence[float] | None = None
-    if len(teachers) > 1 and "weight" in teachers[0]:
-        weights = [row["weight"] for row in teachers]
+    weights = teacher_weights(teachers)
     average, last, temperature = distill.average, len(text) - 1, distill.temperature
     if transform == "virtual":
         labels = text.labels.clamp(min=0)  # what is not predicted does not count
@@ -75,7 +69,7 @@ def make_loss(
     elif distill.runs_teacher:
         targets = _live_targets(task, further.teachers if further else load_teachers(task, trial))
     else:
-        transfer = transfer_of(task, trial, transform)
+        transfer = task.transfer if mixes_transfer(trial, transform) else None
         stored = open_joined(
             trial.targets,
             [row["hash"] for row in teachers],
@@ -117,11 +111,6 @@ def make_loss(
             "divergence": distill.divergence,
         },
     )
-
-
-def transfer_of(task: TextNetworks, trial: Trial, transform: Transform) -> TransferText | None:
-    """Return the transfer set of a student; none without teachers, or where each needs a label."""
-    return task.transfer if trial.teachers and transform not in OF_LABELS else None
 
 
 def _soft_loss(

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfkd.config import TERMS, Config
-from selfkd.distill.named_terms import make_terms, term_keys
+from selfkd.config import Config
+from selfkd.distill.named_terms import make_terms
 from selfkd.distill.outputs import take_logits
 from selfkd.distill.terms import FeatureTerm, FeatureTerms, LogitTerm
 from selfkd.losses.sequences import TokenTeacher
+from selfkd.tasks.common import teacher_weights, try_each_term
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
@@ -141,13 +142,12 @@ def make_further(task: TextNetworks, trial: Trial, student: nn.Module) -> Furthe
     distill, teachers = task.config.distill, trial.teachers
     if not teachers or not distill.terms:
         return None
-    several = len(teachers) > 1 and "weight" in teachers[0]
     return FurtherTerms(
         task,
         task.config,
         student,
         load_teachers(task, trial) if distill.runs_teacher else [],
-        weights=[row["weight"] for row in teachers] if several else None,
+        weights=teacher_weights(teachers),
         seed=trial.seed,
     )
 
@@ -200,18 +200,13 @@ def try_terms(
     data = task.data.splits["train"]
     windows = torch.arange(min(2, data.windows))
     batch = Batch(data.inputs(windows), data.labels_of(windows)).to(task.device)
-    for terms in choices:
-        keys = term_keys([str(term["name"]) for term in terms])
-        for key, term in zip(keys, terms, strict=True):
-            own = task.config.at({TERMS: [term]})
-            for teacher in (each.eval() for each in teachers):
-                try:
-                    further = FurtherTerms(task, own, student, [teacher], weights=None, seed=0)
-                    with autocast(task.device, task.config.train.amp):
-                        logits = take_logits(student(batch.inputs), "student")
-                        found = further.run(_of_batch(teacher), batch)
-                    further(logits, found, batch)
-                    further.close()
-                except (TypeError, ValueError, RuntimeError) as error:
-                    said = str(error).removeprefix(f"{key}: ")
-                    raise ValueError(f"{TERMS}: {key}: {said}") from None
+
+    def compute(own: Config, teacher: nn.Module) -> None:
+        further = FurtherTerms(task, own, student, [teacher], weights=None, seed=0)
+        with autocast(task.device, task.config.train.amp):
+            logits = take_logits(student(batch.inputs), "student")
+            found = further.run(_of_batch(teacher), batch)
+        further(logits, found, batch)
+        further.close()
+
+    try_each_term(task.config, choices, [teacher.eval() for teacher in teachers], compute)

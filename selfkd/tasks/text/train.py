@@ -17,11 +17,17 @@ from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
 from selfkd.soft_targets.transforms import Transform
-from selfkd.tasks.common import add_projections, make_fresh, optimizer_of, training_facts
+from selfkd.tasks.common import (
+    add_projections,
+    make_fresh,
+    mixes_transfer,
+    optimizer_of,
+    training_facts,
+)
 from selfkd.tasks.text.batches import Batch, TrainingText
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.evaluate import measure_matches
-from selfkd.tasks.text.loss import Loss, make_loss, transfer_of
+from selfkd.tasks.text.loss import Loss, make_loss
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
 from selfkd.tasks.text.terms import FurtherTerms, make_further
@@ -67,7 +73,7 @@ def train_language_model(
         training.load_state_dict(state)
         trial.progress.state = None
         yield from [dict(row) for row in trial.progress.rows]
-    more = transfer_of(task, trial, transform)
+    more = task.transfer if mixes_transfer(trial, transform) else None
     text, writer = TrainingText(data, options, trial.seed, more), None
     if trial.teachers and distill.on_policy > 0:
         writer = Writer(student, data, options, end=task.data.end, seed=trial.seed)

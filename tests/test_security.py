@@ -196,6 +196,10 @@ def foreign_run(path: Path, *settings: str) -> Path:
         "search.space.model.args.pretrained={choice: [false, true]}",
         "capacity.values=[{pretrained: true}]",
         "study.arms={a: {set: {model.args.pretrained: true}}}",
+        "data.transfer={name: hfds/somebody/data}",
+        "data.transfer={name: folder, root: 's3://bucket/images'}",
+        "study.arms={a: {set: {data.transfer: {name: wds/x}}}}",
+        "study.arms={a: {set: {data.transfer.root: 's3://bucket/images'}}}",
     ],
 )
 def test_what_reaches_out_of_a_foreign_run_is_asked_for_again(

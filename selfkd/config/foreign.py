@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfkd.config.load import resume_invariant
+from selfkd.config.paths import transfer_places
 from selfkd.config.schema import Config, Tree, flat, to_tree
 from selfkd.errors import ConfigError
 from selfkd.storage.files import cache_folder
@@ -42,8 +43,9 @@ def reaches_out(config: Config) -> dict[str, Any]:
     for key, named in places.items():
         if any("://" in str(place) for place in named):
             found[key] = named if key.startswith("members.") else named[0]
-    if config.data.name.partition("/")[0] in _FETCHED:
-        found["data.name"] = config.data.name
+    for key, place in (("data.name", config.data.name), *transfer_places(config)):
+        if "://" in str(place) or str(place).partition("/")[0] in _FETCHED:
+            found[key] = place
     return found | dict(_pretrained(to_tree(config), ""))
 
 

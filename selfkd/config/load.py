@@ -262,7 +262,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 RESUMABLE = (
     *("rounds", "tracking.", "resources.", "storage", "name", "data.root", "data.download"),
-    *("targets.root", "checkpoint.", "controls", "confirm.", "deploy."),
+    *("data.transfer.root", "targets.root", "checkpoint.", "controls", "confirm.", "deploy."),
 )
 """Beginnings of the dotted keys that may change when a run is resumed."""
 

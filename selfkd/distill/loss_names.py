@@ -69,6 +69,8 @@ LOSSES = {
     "hard_teacher": NamedLoss("hard_teacher_loss", "logits"),
 }
 """Losses by name."""
+_WHOLE = ("dim", "negatives")
+"""Arguments that are whole numbers."""
 
 
 def check_term(
@@ -109,6 +111,8 @@ def check_term(
             raise ValueError(f"args.labels of {name} must be true or false, got {value!r}")
         if key != "labels" and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"args.{key} of {name} must be a number, got {value!r}")
+        if key in _WHOLE and not isinstance(value, int):
+            raise ValueError(f"args.{key} of {name} must be a whole number, got {value!r}")
 
 
 def describe_terms(terms: Iterable[Mapping[str, Any]]) -> str:

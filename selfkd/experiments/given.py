@@ -44,7 +44,7 @@ _TRAINING = ("data.", "train.", "distill.", "targets.top_k", "targets.samples", 
 """Beginnings of the keys that decide how a model is trained."""
 _ELSEWHERE = (
     *("data.root", "data.download", "data.in_memory", "data.workers", "distill.teacher"),
-    "train.compile",
+    *("data.transfer.root", "train.compile"),
 )
 """Those among them that do not decide it."""
 _OF_FILES = ("weights", "classes", "mean", "std")

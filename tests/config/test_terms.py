@@ -57,6 +57,10 @@ def test_layers_need_the_teacher_live(terms: str, live: bool, cached: bool) -> N
         ),
         (["distill.terms=[{name: dkd, args: {temperature: true}}]"], "a number, got True"),
         (
+            ["distill.terms=[{name: crd, student: a, args: {negatives: 2.5}}]"],
+            r"args\.negatives of crd must be a whole number, got 2\.5",
+        ),
+        (
             ["distill.terms=[{name: crd, student: a, args: {labels: 1}}]"],
             r"args\.labels of crd must be true or false, got 1",
         ),

@@ -32,14 +32,15 @@ def teacher_sections(run: Run) -> Iterator[Section]:
 def _panels(found: TeacherTargets) -> Iterator[Panel]:
     title = "Nearest wrong classes"
     most = max(found.near, key=lambda row: row.share)
-    even = f"; spread evenly it would be {1 / (len(found.shares) - 1):.0%}" if found.shares else ""
+    shares = found.shares if len(found.shares) == len(found.names) > 1 else ()  # else edited
+    even = f"; spread evenly it would be {1 / (len(shares) - 1):.0%}" if shares else ""
     text = (
         f"Share of the probability that is not the label's, mean over the items of a class at T "
         f"{found.temperature:g}. The largest is {_pair(most)}, {most.share:.0%}{even}."
     )
     figure = None
-    if found.shares:
-        figure = class_shares(found.names, found.shares, title=title)
+    if shares:
+        figure = class_shares(found.names, shares, title=title)
     yield Panel(title, text, figure, nearest_table(found))
     if found.softness:
         text = (

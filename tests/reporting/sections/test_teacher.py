@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_folders import capacity_run, ensemble_run, generations_run, study_run
@@ -76,6 +78,19 @@ def test_of_many_classes_the_pairs_are_a_table(tmp_path: Path) -> None:
     assert panel.figure is None
     assert panel.table.rows[0] == ("<b>cat</b> → dog", "75.00%", "0.02")
     assert section.gallery is None
+
+
+@pytest.mark.parametrize(
+    "edited", [{"names": ()}, {"shares": ((0.5,),), "names": ("cat",)}, {"shares": ((), ())}]
+)
+def test_shares_that_do_not_fit_their_names_are_not_drawn(
+    edited: dict[str, Any], tmp_path: Path
+) -> None:
+    path = generations_run(tmp_path / "run")
+    save_row(path / "teacher.json", replace(FOUND, **edited))
+    (section,) = teacher_sections(read_run(path))
+    assert section.panels[0].figure is None
+    assert section.panels[0].table is not None
 
 
 def test_a_damaged_row_is_named_and_left_out(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -58,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if root != path and not isinstance(root, RemotePath) and root.is_symlink():
                 return _fault(f"PATH must hold no symlink: name the folder it is to, got {root}")
         roots = [root for root in roots if root.is_dir()]
+        if not roots and of_run:
+            return _fault(
+                f"PATH must hold soft targets, got {arguments.path}, a run whose teachers' logits "
+                "are not cached, or lie in the folder of its targets.root"
+            )
         if not roots:
             return _fault(f"PATH must be a targets folder or a run folder, got {arguments.path}")
         if arguments.do == "ls":
@@ -276,7 +282,11 @@ def _faults(
     checkpoint, config = _origin(root, info, manifest, settings)
     task = make_task(to_tree(config))
     digest = task.digest(checkpoint)
-    if task.manifest(digest, {}).data != manifest.data:
+    pools: list[dict[str, Any]] = [{}]  # a task need not have the other
+    if (transfer := config.data.transfer) is not None and transfer.weight > 0:
+        pools.append({"of": "transfer"})
+    same = [pool for pool in pools if task.manifest(digest, {}, **pool).data == manifest.data]
+    if not same:
         yield "the data or its views are not those of the cached logits"
     if digest != manifest.teacher:
         yield f"{checkpoint} is not the teacher whose logits are cached"
@@ -285,7 +295,7 @@ def _faults(
     for view in range(manifest.views):
         sample = torch.randperm(manifest.images, generator=generator)[:rows].sort().values
         for row in sample.tolist():
-            (logits,) = task.predict_batches(checkpoint, range(row, row + 1), view=view)
+            (logits,) = task.predict_batches(checkpoint, range(row, row + 1), view=view, **same[0])
             off = _distance(cached, manifest, logits, row, view)
             if off > TOLERANCE:
                 yield f"row {row} of view {view} differs by {off:.3g} from the teacher's logits"

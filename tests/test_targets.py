@@ -17,6 +17,7 @@ from selfkd.config import Config, load_config, to_tree
 from selfkd.experiments.ensemble import compress
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.experiments.study import compare_arms
 from selfkd.results import FORMAT, TeacherTargets, from_row
 from selfkd.soft_targets.upkeep import remember_user
 from selfkd.storage.checkpoint import load_tensors, save_tensors
@@ -236,7 +237,7 @@ def finish(folder: Path, *settings: str, command: str = "generations") -> RunFol
     """Return a finished run."""
     config: Config = load_config(settings=[*FINISHED, *settings])
     place = RunFolder.create(folder, config, command=command)
-    recipe = {"generations": born_again, "ensemble": compress}[command]
+    recipe = {"generations": born_again, "ensemble": compress, "study": compare_arms}[command]
     recipe(make_run(config, place, Count()))  # type: ignore[operator]
     return place
 
@@ -339,6 +340,31 @@ def test_what_cannot_be_shown(
             folder.save_config(load_config(settings=[*FINISHED, "rounds=2", settings]))
     assert main(["show", str(folder.path), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+HINT = "{distill.terms: [{name: hint, student: features.2}]}"
+ARMS = f"{{labels: {{}}, hint: {{teacher: labels, set: {HINT}}}, logits: {{teacher: labels}}}}"
+
+
+def test_of_a_study_with_terms_the_first_cached_teacher_is_shown_and_its_transfer_set_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["data.transfer={name: digits, size: 30}", "confirm.seeds=2", f"study.arms={ARMS}"]
+    folder = finish(tmp_path / "run", *settings, command="study")
+    assert show(capsys, folder).students == "arm logits"
+    assert (folder.path / "teacher.json").exists()
+    assert main(["show", str(folder.path), "--arm", "hint"]) == 2
+    assert "distill.terms compares layers" in capsys.readouterr().err
+    assert main(["verify", str(folder.path), "--rows", "3"]) == 0
+    assert capsys.readouterr().out.count("as the teacher predicts") == 4  # 2 seeds, 2 sets each
+
+
+def test_a_run_without_cached_logits_is_called_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder.create(tmp_path / "run", load_config(), command="generations")
+    assert main(["verify", str(folder.path)]) == 2
+    assert "a run whose teachers' logits are not cached" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])

@@ -128,7 +128,15 @@ class _Study:
 
     def _keep_teacher(self) -> None:
         """Save what the first teacher knows beside the labels, of the first seed."""
-        name = next((name for name, arm in self.configs.items() if arm.teachers), None)
+        own = self.run.config
+        name = next(
+            (
+                name
+                for name, arm in self.configs.items()
+                if arm.teachers and own.at(arm.set).reads_cache
+            ),
+            None,
+        )
         if name is not None:
             arm = self.configs[name]
             keep_teacher(

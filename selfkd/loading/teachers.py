@@ -36,7 +36,8 @@ def find_teacher(
         config: Its config.
         generation: Generation whose teacher it is; the best born-again one on validation when not
             given.
-        arm: Arm of a study whose teacher it is; the first that has one when not given.
+        arm: Arm of a study whose teacher it is; the first that has one whose logits are cached when
+            not given.
 
     Raises:
         ConfigError: There is no such teacher, or not yet, or its logits are never cached.
@@ -116,10 +117,13 @@ def _of_members(folder: RunFolder, config: Config) -> RunTeacher:
 
 
 def _of_study(folder: RunFolder, config: Config, name: str | None) -> RunTeacher:
-    with_teachers = [each for each, arm in config.study.arms.items() if arm.teachers]
+    arms = config.study.arms
+    with_teachers = [each for each, arm in arms.items() if arm.teachers]
     if not with_teachers:
         raise ConfigError(f"{folder.path} must have an arm with a teacher, got none")
-    name = with_teachers[0] if name is None else name
+    if name is None:
+        cached = (each for each in with_teachers if config.at(arms[each].set).reads_cache)
+        name = next(cached, with_teachers[0])
     if name not in with_teachers:
         raise ConfigError(f"--arm must be one of {', '.join(with_teachers)}, got {name}")
     summary = folder.summary(StudySummary)
@@ -128,7 +132,7 @@ def _of_study(folder: RunFolder, config: Config, name: str | None) -> RunTeacher
             f"{folder.path} must be finished, and is not yet: wait, or continue it with "
             f"python -m selfkd.study --resume {folder.path}"
         )
-    arm, models = config.study.arms[name], list[Model]()
+    arm, models = arms[name], list[Model]()
     runs = {row.name: row.runs for row in summary.arms}
     for teacher in arm.teachers:
         if teacher == MEMBERS:

@@ -358,6 +358,6 @@ def check_leaks(transfer: TransferSet, data: Data) -> str:
     labels = "with labels" if transfer.labelled else "without labels"
     share = mixed_in(100, transfer.weight)
     return one_line(
-        f"transfer set: {len(found):,} {item}s {labels} ({transfer.name}){also}; {share} to 100 "
-        "labelled ones in each batch"
+        f"transfer set: {len(found):,} {item}s {labels} ({transfer.name}){also}; "
+        f"a batch has {share} of them for 100 labelled ones"
     )

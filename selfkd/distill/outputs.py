@@ -67,14 +67,15 @@ def check_graph(tensor: Tensor, name: str) -> None:
     Traceback (most recent call last):
     ...
     ValueError: student_logits must have a graph to train the student, got a tensor that requires \
-no gradient: computed under torch.no_grad or inference_mode, detached, of a frozen student, or \
-inside a checkpointed block (use_reentrant=False keeps its graph)
+no gradient: computed under torch.no_grad or inference_mode, detached, of a frozen student or a \
+layer before its first weight, or inside a checkpointed block (use_reentrant=False keeps its graph)
     """
     if torch.is_grad_enabled() and not tensor.requires_grad:
         raise ValueError(
             f"{name} must have a graph to train the student, got a tensor that requires no "
             "gradient: computed under torch.no_grad or inference_mode, detached, of a frozen "
-            "student, or inside a checkpointed block (use_reentrant=False keeps its graph)"
+            "student or a layer before its first weight, or inside a checkpointed block "
+            "(use_reentrant=False keeps its graph)"
         )
 
 

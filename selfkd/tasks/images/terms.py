@@ -39,7 +39,7 @@ def terms_of(
     )
 
 
-@torch.no_grad()
+@torch.enable_grad()  # as in training, where each term must have a gradient
 def try_terms(
     task: ImageNetworks,
     student: nn.Module,

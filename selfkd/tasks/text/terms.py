@@ -179,7 +179,7 @@ def _of_batch(network: nn.Module) -> Targets:
     return lambda batch: take_logits(network(batch.inputs), "teacher")
 
 
-@torch.no_grad()
+@torch.enable_grad()  # as in training, where each term must have a gradient
 def try_terms(
     task: TextNetworks,
     student: nn.Module,

@@ -100,13 +100,18 @@ def test_what_is_drawn_does_not_depend_on_terms(tmp_path: Path) -> None:
             "[{name: pkt}, {name: hint, student: features.2}]",
             r"hint: .*one shape, got \[4, 4, 4\] .*\[8, 4, 4\] .*project: true",
         ),
+        (
+            "[{name: rkd_angle, student: features.1}]",
+            "rkd_angle: feature 'features.1' of the student.* must have a graph.*first weight",
+        ),
         ("[{name: cosine, student: features.4, project: true}]", r"cosine: .*\[batch, tokens"),
         ("[{name: dkd, args: {temperature: -1}}]", "dkd: temperature must be > 0 .* got -1"),
         ("[{name: crd, student: features.4, args: {dim: 0}}]", "crd: .*dim >= 1, got 40 and 0"),
     ],
 )
 def test_terms_are_tried_before_training(terms: str, said: str) -> None:
-    task = start(terms)
+    mlp = ["model={name: selfkd_mlp, args: {width: 8}}", "student=null"]
+    task = start(terms, *(mlp if "features.1" in terms else []))
     model = {"name": task.config.model.name, "args": task.config.model.args}
     with pytest.raises(ValueError, match=rf"distill\.terms: {said}"):
         task.check([model])

@@ -22,7 +22,7 @@ from selfkd.cli.output import print_error, safe_output
 from selfkd.cli.plan import plan_deploy
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.signals import inside_job
-from selfkd.config import ARRAYS, Config, ModelConfig
+from selfkd.config import Config, ModelConfig
 from selfkd.deployment import check_installed
 from selfkd.errors import ConfigError
 from selfkd.experiments import deploy as recipe
@@ -36,6 +36,9 @@ from selfkd.results import DeploySummary, GenerationResult, Model, Row
 from selfkd.storage.files import parse_json
 from selfkd.storage.remote import RemotePath, as_path, secret_fault
 from selfkd.text import shell_quote
+
+EXAMPLES = {"images": "IMAGE", "features": "FEATURES.npy", "text": "'The value of'"}
+"""Arguments with which `predict.py` may be tried."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -401,9 +404,7 @@ def _describe(config: Config, folder: RunFolder, summary: DeploySummary) -> Desc
     where = shell_quote(str(folder.path))
     again = f"python -m selfkd.deploy --from {where}"
     can_prune = config.task == "images" and bool(summary.network) and not config.deploy.prune
-    example = "IMAGE" if config.task == "images" else "'The value of'"
-    example = "FEATURES.npy" if config.data.name == ARRAYS else example
-    tried = f"python {shell_quote(str(place / 'predict.py'))} {example}"
+    tried = f"python {shell_quote(str(place / 'predict.py'))} {EXAMPLES[config.inputs]}"
     if "predict.py" not in summary.files:
         tried = f"python -m selfkd.report {where}"
     said = deploy_sentences(summary, folder.facts, short=True)

@@ -201,7 +201,8 @@ def _members(config: Config) -> Plan:
     if "snapshots" in (members.source, *members.compare):
         stages.append(Planned("one run of snapshots", 1, ["snapshots/trial_*"], config))
     if "specialists" in (members.source, *members.compare):
-        stages.append(Planned("specialists", 0, ["specialists/trial_*"], config))
+        title = "specialists, not counted: at most a tenth of the classes"
+        stages.append(Planned(title, 0, ["specialists/trial_*"], config))
     one = members.source in ("soup", "greedy_soup", "specialists")
     teachers = 1 if one else min(found, members.use or found)
     return Plan(stages, teachers, imported=imported)

@@ -12,14 +12,7 @@ from typing import Any
 from selfkd.analysis.verdicts import count, short
 from selfkd.cli.plan import Plan, Planned
 from selfkd.cli.terminal import make_console, print_sentences, print_table
-from selfkd.config import (
-    ARRAYS,
-    Config,
-    ModelConfig,
-    Tree,
-    to_tree,
-    uses_pretrained,
-)
+from selfkd.config import Config, ModelConfig, Tree, to_tree, uses_pretrained
 from selfkd.config.tasks import tries_teachers
 from selfkd.errors import ConfigError
 from selfkd.execution.jobs import load_entry
@@ -72,7 +65,7 @@ def print_plan(
     table = Table(head, tuple(rows), rules=(len(rows) - 1,))
     print_sentences(console, [f"plan of selfkd.{name}, of which nothing is started:"])
     print_table(console, table.without_empty())
-    lines = [f"network: {config.model.title}"] if config.data.name == ARRAYS else []
+    lines = [f"network: {config.model.title}"] if config.inputs == "features" else []
     if plan.writers and not function:
         lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):

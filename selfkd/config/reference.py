@@ -90,7 +90,7 @@ def config_sections(
         inside += [
             (part, dotted + each, "", None)
             for part in get_args(hint)
-            if dataclasses.is_dataclass(part) and part is not ModelConfig
+            if isinstance(part, type) and dataclasses.is_dataclass(part) and part is not ModelConfig
         ]
     own = _one_line(inspect.getdoc(cls))
     yield Section(name, own if own == meaning else f"{own} {meaning}".strip(), keys)

@@ -987,6 +987,11 @@ class Config:
         return known[-1 if generation is None else min(generation, len(known)) - 1]
 
     @property
+    def inputs(self) -> Literal["images", "features", "text"]:
+        """What a model is given."""
+        return "features" if self.data.name == ARRAYS else self.task
+
+    @property
     def steps_by_part(self) -> int | None:
         """Number of steps in each of `train.epochs` equal parts; None where epochs are passes."""
         return None if self.task == "images" else -(-self.train.steps // self.train.epochs)

@@ -38,7 +38,7 @@ def conform(
     channels, size = data.in_chans, data.image_size
     images = found.images
     if data.features is not None or (isinstance(images, Tensor) and images.ndim == 2):
-        return _fitted_features(found, data)
+        return _conform_features(found, data)
     if isinstance(images, Stream):
         _check_headers(images, data, fixed=fixed)
         images = replace(images, image_size=size, mode="L" if channels == 1 else "RGB")
@@ -54,7 +54,7 @@ def conform(
     return replace(found, images=images.expand(-1, channels, -1, -1).contiguous())
 
 
-def _fitted_features(found: Split, data: Data) -> Split:
+def _conform_features(found: Split, data: Data) -> Split:
     """Return features in the precision of the labelled ones.
 
     Raises:

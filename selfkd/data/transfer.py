@@ -218,19 +218,19 @@ def load_transfer(
     """
     words, classes = name, data.class_names
     if name == FOLDER:
-        found, words = _loose(root), f"{root}"
+        found, words = _images_of_folder(root), f"{root}"
         classes = ()
     elif name == ARRAYS and rest is None and not labelled:
         found, words = _features(root, data), f"{root}"
     elif rest is not None:
-        found, words = _apart(rest(), data), f"the training images of {name} in no split"
+        found, words = _without_held_out(rest(), data), f"the training images of {name} in no split"
         if not len(found):
             raise ValueError(
                 f"data.transfer must leave training images of {name}, got none beside the "
                 f"{len(data.train):,} that are labelled: set data.train_size, or name other data"
             )
     else:
-        with _named():
+        with _naming_transfer_keys():
             size_of = None if fixed else data.image_size
             source = open_source(name, root, download, size_of, label_column)
         found, classes = source.pool, tuple(source.class_names)
@@ -263,7 +263,7 @@ def load_transfer(
 
 
 @contextmanager
-def _named() -> Iterator[None]:
+def _naming_transfer_keys() -> Iterator[None]:
     """Have messages on data name the keys of the transfer set."""
     try:
         yield
@@ -277,12 +277,12 @@ def _features(root: str | os.PathLike[str] | None, data: Data) -> Split:
     """Return arrays without their labels."""
     if data.features is None:
         raise ValueError(f"data.transfer.name must be of images, as {data.name} is, got arrays")
-    with _named():
+    with _naming_transfer_keys():
         place = resolve_root(root, ARRAYS, download=False, file=True)
         return open_features(place, data.features)
 
 
-def _loose(root: str | os.PathLike[str] | None) -> Split:
+def _images_of_folder(root: str | os.PathLike[str] | None) -> Split:
     """Return the images of a folder and its subfolders, of no size and class yet."""
     if root is None:
         raise ValueError("data.transfer.root must be given for name folder, got none")
@@ -299,7 +299,7 @@ def _loose(root: str | os.PathLike[str] | None) -> Split:
     return Split(stream, torch.zeros(len(names), dtype=torch.int64))
 
 
-def _apart(rest: Split, data: Data) -> Split:
+def _without_held_out(rest: Split, data: Data) -> Split:
     """Return images without those in memory that have the pixels of one in validation or test."""
     if isinstance(rest.images, Stream):
         return rest
@@ -358,6 +358,6 @@ def check_leaks(transfer: TransferSet, data: Data) -> str:
     labels = "with labels" if transfer.labelled else "without labels"
     share = mixed_in(100, transfer.weight)
     return one_line(
-        f"transfer set: {len(found):,} {item}s {labels} ({transfer.name}){also}; {share} to 100 "
-        "labelled ones in each batch"
+        f"transfer set: {len(found):,} {item}s {labels} ({transfer.name}){also}; "
+        f"a batch has {share} of them for 100 labelled ones"
     )

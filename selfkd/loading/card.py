@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfkd.config import ARRAYS, RESUMABLE, Config, flat
+from selfkd.config import RESUMABLE, Config, flat
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import Chosen, distill_of
 from selfkd.reporting.plain import headline, short_table
@@ -49,8 +49,7 @@ def card_of_run(folder: RunFolder, config: Config, facts: Facts | None, chosen: 
         "\n".join(_made(config, facts, chosen)),
         f"```bash\n{command}\n```",
     ]
-    kind = "features" if config.data.name == ARRAYS else config.task
-    task = kind if facts is None or facts.function is None else None
+    task = config.inputs if facts is None or facts.function is None else None
     return _card(folder.path.name, lines, task=task)
 
 

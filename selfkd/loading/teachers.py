@@ -6,19 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfkd.config import Config
+from selfkd.config.validate import MEMBERS
 from selfkd.errors import ConfigError
 from selfkd.experiments.confirm import load_confirmations
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.teacher_row import name_generation_teacher, name_members
 from selfkd.loading.choose import choose_teachers
-from selfkd.results import (
-    EnsembleSummary,
-    Model,
-    StudySummary,
-    best_generation,
-)
-
-MEMBERS = "members"  # teachers of a study's arm that come from elsewhere
+from selfkd.results import EnsembleSummary, Model, StudySummary, best_generation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -391,6 +391,6 @@ def describe_live(config: Config) -> list[str]:
     where = [name for name, own in arms.items() if own.distill.runs_teacher]
     students = f"students of {', '.join(where)}" if where else "students with a teacher"
     return [
-        f"{students} run it at every step, as {names} {verb} layers: a step takes one forward pass "
-        "of the teacher more, about a third of a step of the teacher's own training"
+        f"{students} run their teacher at every step, as {names} {verb} layers: a step takes one "
+        "forward pass of the teacher more, about a third of a step of the teacher's own training"
     ]

@@ -121,14 +121,13 @@ def cache_teacher_logits(
     task = make_task(config)
     root = as_path(targets)
     origin = {"checkpoint": str(as_path(checkpoint).absolute()), "config": config}
-    pool: dict[str, Any] = {} if of == "train" else {"of": of}  # a task need not have the other
-    manifest = task.manifest(task.digest(checkpoint), origin, **pool)
+    manifest = task.manifest(task.digest(checkpoint), origin, of=of)
     with _room(root, "the teacher logits"):
         # first of all: a store that is being written must not look like one that nobody uses
         remember_user(root, manifest.teacher, manifest.data, as_path(run))
         found = check_shard(root, manifest, view=view, shard=shard)
         if found != "whole":
-            logits = task.predict_batches(checkpoint, manifest.rows(shard), view=view, **pool)
+            logits = task.predict_batches(checkpoint, manifest.rows(shard), view=view, of=of)
             write_shard(root, manifest, view=view, shard=shard, logits=logits)
     yield {"state": {"whole": "kept", "absent": "written", "damaged": "remade"}[found]}
 

@@ -16,7 +16,6 @@ from selfkd.tasks import make_task
 from selfkd.tasks.task import Task
 from selfkd.worker.evaluate import weights_of
 
-MOST_SECONDS = 12
 REPORTED_VALUES = 2**21
 """Logits that are read for the report, in less than a second."""
 
@@ -56,7 +55,6 @@ def read_targets(
         temperature=temperature,
         average=distill.average,
         weights=weights_of(teachers),
-        most=MOST_SECONDS,
         most_values=most_values // stored.members,
     )
     return replace(_named(found, task), hashes=tuple(hashes))

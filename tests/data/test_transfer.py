@@ -268,7 +268,16 @@ def test_features_with_or_without_labels(tmp_path: Path, name: str) -> None:
     assert isinstance(transfer.split.images, Tensor)
     np.testing.assert_allclose(transfer.split.images.numpy(), further)
     assert "30 rows without labels" in check_leaks(transfer, data)
-    np.save(tmp_path / "leaks.npy", np.concatenate([further[:2], data.test.images.numpy()[:1]]))
+    if name == "both.npz":
+        assert load_transfer("arrays", data, root=file, labelled=True).split.labels.max() == 2
+
+
+def test_bad_features(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(60, 3)).round(3)
+    np.savez(tmp_path / "data.npz", x=values, y=np.arange(60) % 3)
+    data = load_data("arrays", root=tmp_path / "data.npz")
+    assert isinstance(data.test.images, Tensor)
+    np.save(tmp_path / "leaks.npy", np.concatenate([np.full((2, 3), 9), data.test.images[:1]]))
     leaky = load_transfer("arrays", data, root=tmp_path / "leaks.npy")
     with pytest.raises(ValueError, match=r"1 of 3 that are .* is row 0 of (val|test)"):
         check_leaks(leaky, data)
@@ -277,5 +286,3 @@ def test_features_with_or_without_labels(tmp_path: Path, name: str) -> None:
         load_transfer("arrays", data, root=tmp_path / "wide.npy")
     with pytest.raises(ValueError, match="must have rows of 3 features, as arrays has, got images"):
         load_transfer("digits", data)
-    if name == "both.npz":
-        assert load_transfer("arrays", data, root=file, labelled=True).split.labels.max() == 2

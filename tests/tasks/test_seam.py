@@ -33,7 +33,7 @@ from selfkd.soft_targets.manifest import Manifest, data_key
 from selfkd.soft_targets.store import open_store
 from selfkd.storage.checkpoint import load_tensors, save_tensors
 from selfkd.storage.rows import load_row
-from selfkd.tasks.task import Split, Task
+from selfkd.tasks.task import Pool, Split, Task
 from selfkd.tracking import rows
 from selfkd.training.trial import Trial
 
@@ -146,7 +146,9 @@ class Letters:
     def predict(self, checkpoint: str, split: Split) -> Tensor:
         return self.predict_with(self.load(checkpoint)[0], split)
 
-    def predict_batches(self, checkpoint: str, items: range, *, view: int) -> Iterator[Tensor]:
+    def predict_batches(
+        self, checkpoint: str, items: range, *, view: int, of: Pool = "train"
+    ) -> Iterator[Tensor]:
         yield from self.predict(checkpoint, "train")[items.start : items.stop].split(50)
 
     @torch.no_grad()
@@ -154,7 +156,7 @@ class Letters:
         logits: Tensor = network(self.items[split][0])
         return logits
 
-    def manifest(self, teacher: str, origin: Mapping[str, Any]) -> Manifest:
+    def manifest(self, teacher: str, origin: Mapping[str, Any], *, of: Pool = "train") -> Manifest:
         return Manifest(
             teacher=teacher,
             data=self.data_key,

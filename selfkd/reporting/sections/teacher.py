@@ -13,7 +13,6 @@ from selfkd.reporting.tables import Table
 from selfkd.results import Disagreement, NearClass, TeacherTargets
 
 NEAREST = ("nearest", "second", "third")
-MOST_SECONDS = 12
 
 
 def teacher_sections(run: Run) -> Iterator[Section]:
@@ -55,7 +54,7 @@ def _panels(found: TeacherTargets) -> Iterator[Panel]:
 
 def _gallery(found: TeacherTargets) -> Gallery | None:
     pictures = []
-    for row in found.seconds[:MOST_SECONDS]:
+    for row in found.seconds:
         data = encode_png(row.picture) if row.picture else None
         if data is None:
             continue

@@ -21,6 +21,7 @@ from selfkd.results import Row
 from selfkd.soft_targets.joined import open_joined
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
+    Targets,
     Transform,
     VirtualTargets,
     transform_targets,
@@ -188,7 +189,6 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
     if not teachers:
         return Distiller(label_smoothing=smoothing)
     weights = teacher_weights(teachers)
-    averaged = distill.average == "logits"  # by the store, once
     teacher = stored = None
     if distill.runs_teacher:
         with torch.random.fork_rng(devices=[]):  # what is drawn does not depend on it
@@ -204,32 +204,10 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             average=distill.average,
             weights=weights,
         )
-    if transform == "confidence" and stored is not None:
-        return ConfidenceWeighted(
-            stored,
-            average=distill.average,
-            weights=None if averaged else weights,
-            label_smoothing=smoothing,
-            mean=trial.ranks.mean,
-        )
+        if distill.average == "logits":  # by the store, once
+            weights = None
     if transform != "none" and stored is not None:
-        changed, temperature = transform_targets(
-            stored,
-            transform,
-            task.cached_labels(),
-            classes=task.data.num_classes,
-            temperature=distill.temperature,
-            average=distill.average,
-            weights=None if averaged else weights,
-            seed=trial.seed,
-        )
-        return Distiller(
-            targets=changed,
-            temperature=temperature,
-            alpha=distill.alpha,
-            label_smoothing=smoothing,
-        )
-    weights = weights if isinstance(teacher, Ensemble) or not averaged else None
+        return _of_transformed(task, trial, transform, stored, weights)
     terms = terms_of(task, task.config, weights=weights, seed=trial.seed)
     example = task.two_images()[0] if terms and teacher is not None else None
     with torch.random.fork_rng(devices=[]):
@@ -246,3 +224,35 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             student=learner,
             example=example,
         )
+
+
+def _of_transformed(
+    task: ImageNetworks,
+    trial: Trial,
+    transform: Transform,
+    stored: Targets,
+    weights: Sequence[float] | None,
+) -> Loss:
+    """Return the loss of a trial with transformed targets, which has no further terms."""
+    distill, smoothing = task.config.distill, task.config.train.label_smoothing
+    if transform == "confidence":
+        return ConfidenceWeighted(
+            stored,
+            average=distill.average,
+            weights=weights,
+            label_smoothing=smoothing,
+            mean=trial.ranks.mean,
+        )
+    targets, temperature = transform_targets(
+        stored,
+        transform,
+        task.cached_labels(),
+        classes=task.data.num_classes,
+        temperature=distill.temperature,
+        average=distill.average,
+        weights=weights,
+        seed=trial.seed,
+    )
+    return Distiller(
+        targets=targets, temperature=temperature, alpha=distill.alpha, label_smoothing=smoothing
+    )

@@ -132,6 +132,7 @@ def test_a_failing_job_ends_the_client_with_its_own_code(
     assert not (folder / "shared" / "other").exists()  # so that the name is free again
 
 
+@pytest.mark.slow  # test_pseudo_terminal has Ctrl-C and --resume, the next tests stop a job
 def test_ctrl_c_stops_the_job_and_what_it_prints_continues_it(head: Head, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(GATED)
     gate, log = tmp_path / "gate", tmp_path / "log"

@@ -78,6 +78,7 @@ class Command:
         return self._log.read_text()
 
 
+@pytest.mark.slow  # test_nodes loses a node in mid-trial, test_pool loses workers
 def test_workers_and_nodes_are_lost_and_the_table_is_the_same(
     nodes: Nodes, whole: Path, tmp_path: Path
 ) -> None:

@@ -100,7 +100,6 @@ def test_trials_at_half_a_gpu_share_a_card(nodes: Nodes, tmp_path: Path) -> None
     assert {row["gpus"] for row in caching.rows} == {"0"}
 
 
-@pytest.mark.slow  # test_lost_workers has it through the command
 def test_a_node_lost_in_mid_trial(nodes: Nodes, pool: Pool) -> None:
     """Its trial begins again elsewhere; the other node's is not disturbed."""
     names = nodes.have(2)

@@ -382,8 +382,10 @@ class Stopping:
         self.task.predict_batches = self._predict  # type: ignore[method-assign]
         return self.task
 
-    def _predict(self, checkpoint: str, items: range, *, view: int) -> Iterator[torch.Tensor]:
-        for logits in self.predict_batches(checkpoint, items, view=view):
+    def _predict(
+        self, checkpoint: str, items: range, *, view: int, **of: Any
+    ) -> Iterator[torch.Tensor]:
+        for logits in self.predict_batches(checkpoint, items, view=view, **of):
             if self.after == 0:
                 raise KeyboardInterrupt
             if self.after is not None:

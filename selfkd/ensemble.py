@@ -14,7 +14,7 @@ from selfkd.cli.plan import plan_ensemble
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick
 from selfkd.config import Config
-from selfkd.experiments.ensemble import compress, finished, mixes_transfer
+from selfkd.experiments.ensemble import compress, finished
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import ensemble_table, further_head
@@ -121,7 +121,7 @@ _COMMAND = Command(
     most=lambda config: max(
         config.search.trials,
         config.members.trained(),
-        (3 if mixes_transfer(config) else 2) * config.confirm.seeds,
+        (3 if config.transfer else 2) * config.confirm.seeds,
     ),
 )
 

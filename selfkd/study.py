@@ -88,9 +88,7 @@ def run_study(
         ValueError: A setting is not as it must be.
         RuntimeError: All trials of an arm failed.
     """
-    reference = None
-    if train_fn is not None:
-        reference = train_fn if isinstance(train_fn, str) else function_reference(train_fn)
+    reference = function_reference(train_fn) if callable(train_fn) else train_fn
     flags: dict[str, Any] = {"members.runs": runs and list(runs), "seed": seed, "name": name}
     return run_command(
         _command(reference),

@@ -283,7 +283,7 @@ def _faults(
     task = make_task(to_tree(config))
     digest = task.digest(checkpoint)
     pools: list[dict[str, Any]] = [{}]  # a task need not have the other
-    if (transfer := config.data.transfer) is not None and transfer.weight > 0:
+    if config.transfer is not None:
         pools.append({"of": "transfer"})
     same = [pool for pool in pools if task.manifest(digest, {}, **pool).data == manifest.data]
     if not same:

@@ -14,7 +14,6 @@ from selfkd.config import (
 )
 from selfkd.experiments.confirm import baselines, pairs_of
 from selfkd.experiments.controls import TITLES
-from selfkd.experiments.ensemble import mixes_transfer
 from selfkd.experiments.given import has_known_training
 from selfkd.experiments.members import find_members, trained_networks
 
@@ -113,7 +112,7 @@ def plan_ensemble(config: Config) -> Plan:
     if config.space(with_teacher=False) or not seeds:
         stages.append(Planned("student from labels only", trials, ["labels/trial_*"], student))
     if seeds:
-        arms = 3 if mixes_transfer(config) else 2
+        arms = 3 if config.transfer else 2
         title = "confirmation, all three" if arms == 3 else "confirmation, both"
         patterns = ["confirm/*/trial_*"]
         stages.append(Planned(title, arms * seeds, patterns, student, teachers))

@@ -992,6 +992,12 @@ class Config:
         return "features" if self.data.name == ARRAYS else self.task
 
     @property
+    def transfer(self) -> TransferConfig | None:
+        """Transfer set that is mixed in; None where there is none, or its weight is 0."""
+        own = self.data.transfer
+        return None if own is None or own.weight == 0 else own
+
+    @property
     def steps_by_part(self) -> int | None:
         """Number of steps in each of `train.epochs` equal parts; None where epochs are passes."""
         return None if self.task == "images" else -(-self.train.steps // self.train.epochs)

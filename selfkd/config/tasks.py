@@ -143,8 +143,8 @@ def _traces_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         return
     default, given = flat(from_tree({"task": "text"})), flat(config)
     why = "has no effect with distill.mode traces"
-    if config.data.transfer is not None and config.data.transfer.weight > 0:
-        yield f"{locate_key('data.transfer', sources)}: {why}, got {config.data.transfer.name}"
+    if (transfer := config.transfer) is not None:
+        yield f"{locate_key('data.transfer', sources)}: {why}, got {transfer.name}"
     for key in _OF_LOGITS:
         if given[key] != default[key]:
             yield f"{locate_key(key, sources)}: {why}, got {given[key]!r}"

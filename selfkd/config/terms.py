@@ -44,8 +44,7 @@ def _fault(config: Config, terms: list[Mapping[str, Any]]) -> str | None:
     layers, logits = ", ".join(names[True]), ", ".join(names[False])
     if terms and config.distill.mode == "traces":
         return "has no effect with distill.mode traces, where text is all that teachers give"
-    transfer = config.data.transfer
-    if transfer is not None and transfer.weight > 0:
+    if (transfer := config.transfer) is not None:
         labelled = {name for name, loss in LOSSES.items() if loss.labels and not transfer.labels}
         needing = labelled | {name for name, loss in LOSSES.items() if loss.memory}
         if found := sorted(needing.intersection(names[True] + names[False])):

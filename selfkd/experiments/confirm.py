@@ -116,10 +116,8 @@ def _replicate(
     """Train and measure generations side by side, and write down their confirmations."""
     config, folder = run.config, run.folder
     arms = [in_lineages(run, _arm(run, row), row) for row in waiting]
-    before: list[Replicated | None] = [
-        {row.generation: row for row in _load_known(folder, len(results))}.get(row.generation)
-        for row in waiting
-    ]
+    known = {row.generation: row for row in _load_known(folder, len(results))} if waiting else {}
+    before: list[Replicated | None] = [known.get(row.generation) for row in waiting]
     own = baselines(config, range(1, len(results))) if run.function is None else {}
     saved = []
     for name, (path, model) in own.items():

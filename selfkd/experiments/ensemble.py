@@ -76,7 +76,7 @@ def compress(run: Run) -> EnsembleSummary:
         pairs = [(baseline.models[0], found.models[0])]
     if config.confirm.seeds:
         arms = [labels, replace(student, point=found.best.point)]
-        if mixes_transfer(config):
+        if config.transfer:
             off = {**found.best.point, "data.transfer.weight": 0.0}
             arms.append(replace(student, name=WITHOUT, point=off, folder=folder / WITHOUT))
         pairs = _replicate(run, *arms)
@@ -88,11 +88,6 @@ def compress(run: Run) -> EnsembleSummary:
     metrics = summary.chosen.metrics
     export(run, chosen, student.folder, describe_lineage(*own, teachers.of(config), metrics))
     return run.finish(summary)
-
-
-def mixes_transfer(config: Config) -> bool:
-    """Whether students of teachers are trained on a transfer set."""
-    return config.data.transfer is not None and config.data.transfer.weight > 0
 
 
 def finished(config: Config, folder: RunFolder) -> EnsembleSummary | None:

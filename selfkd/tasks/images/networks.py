@@ -149,8 +149,7 @@ class ImageNetworks:
     @cached_property
     def transfer(self) -> TransferSet | None:
         """Transfer set that students of teachers are trained on; None where there is none."""
-        own = self.config.data.transfer
-        if own is None or own.weight == 0:
+        if self.config.transfer is None:
             return None
         return _load_transfer(self.config.data, self.config.seed, self.device)
 

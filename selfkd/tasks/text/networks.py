@@ -84,8 +84,7 @@ class TextNetworks:
     @cached_property
     def transfer(self) -> TransferText | None:
         """Transfer set that students of teachers are trained on; None where there is none."""
-        own = self.config.data.transfer
-        if own is None or own.weight == 0 or self.config.distill.mode == "traces":
+        if self.config.transfer is None or self.config.distill.mode == "traces":
             return None
         return load_transfer_text(self.config.data, self.config.seed)
 

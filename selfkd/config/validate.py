@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from selfkd.config.augment import augment_faults, transform_fault
 from selfkd.config.schema import (
     OF_ALL_LOGITS,
     OF_TEACHERS,
@@ -58,12 +59,14 @@ MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
     *("data.train_size", "data.classes", "data.label_noise"),
-    *("data.crop", "data.flip", "data.jitter", "data.views"),
+    *("data.crop", "data.flip", "data.jitter", "data.augment", "data.views", "data.repeats"),
     *("data.rationales", "data.rationale_weight"),
     "data.transfer",
 )
 """What an arm of a study may change of the data: its training items, their labels and views, and
 the transfer set."""
+INSIDE = ("data.transfer.", "data.augment.")
+"""Beginnings of further keys that it may."""
 _CACHED = ("targets.top_k", "targets.samples")
 """What an arm of a study may change of the cached teacher logits."""
 _FIXED_KEYS = (
@@ -90,6 +93,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     yield from _evidence_faults(config, sources)
     yield from task_faults(config, sources)
     yield from (f"{locate_key(key, sources)}: {fault}" for key, fault in terms_faults(config))
+    distils = bool(config.most_rounds) and not config.study.arms
+    for key, fault in augment_faults(config, distils=distils):
+        yield f"{locate_key(key, sources)}: {fault}"
     for key, value in leaves(to_tree(config), ""):
         if not key.startswith("search.") and not _has_finite_numbers(value):
             yield f"{locate_key(key, sources)}: must have finite numbers, got {value!r}"
@@ -346,7 +352,7 @@ def _study_faults(config: Config) -> Iterator[str]:
             )
         for key in arm.set:
             free = key.split(".")[0] in ("model", "train", "distill", "write")
-            free |= key in (*FREE, *_CACHED) or key.startswith("data.transfer.")
+            free |= key in (*FREE, *_CACHED) or key.startswith(INSIDE)
             if not free:
                 known = f"model, train, distill, write or of {', '.join((*FREE, *_CACHED))}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
@@ -362,7 +368,11 @@ def _study_faults(config: Config) -> Iterator[str]:
             if own.task == "text":
                 faults = (*steps_faults(own), *arm_faults(own, arm.set))
                 yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
-            yield from (f"{where}.set: {key}: {fault}" for key, fault in terms_faults(own))
+            views = augment_faults(own, distils=bool(arm.teachers))
+            for key, fault in (*terms_faults(own), *views):
+                yield f"{where}.set: {key}: {fault}"
+            if odd := transform_fault(own, transform):
+                yield f"{where}: {transform} {odd}"
             if transform in OF_ALL_LOGITS.values():
                 found = (*_needs_all_logits(own), *transform_faults(own, transform))
                 yield from (f"{where}: {transform} {fault}" for fault in found)

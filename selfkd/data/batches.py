@@ -287,9 +287,8 @@ def _repeated(
     repeats: int,
 ) -> list[Tensor] | None:
     """Return the view of each image of each batch, where an image has several."""
-    if repeats == 1:
-        return None
-    return _chunks(views.repeated(view, torch.arange(images), repeats), sizes, share)
+    found = views.repeated(view, torch.arange(images), repeats)
+    return _chunks(found, sizes, share) if isinstance(found, Tensor) else None
 
 
 def batch_sizes(images: int, batch_size: int, smallest: int = 1) -> list[int]:

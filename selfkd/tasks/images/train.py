@@ -37,7 +37,8 @@ from selfkd.tasks.common import (
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
 from selfkd.tasks.images.terms import terms_of
-from selfkd.training.fit import Training, fit, make_average, make_scheduler
+from selfkd.training.fit import Training, fit
+from selfkd.training.optimizers import make_average, make_scheduler
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 

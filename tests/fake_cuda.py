@@ -105,7 +105,11 @@ class _Counting(TorchDispatchMode):
             self._waits.note("copy to the CPU")
             return self._real(tensor, kwargs.get("dtype"))
         self._upload(kwargs.get("non_blocking", False))
-        return func(tensor, **kwargs)
+        fake = func(tensor, **kwargs)
+        if not tensor.is_floating_point():
+            with unset_fake_temporarily():
+                fake.cpu_values = (tensor.clone(), fake._version)
+        return fake
 
     def _copied_into(self, func: Any, into: Tensor, source: Tensor, wait_not: bool = False) -> Any:
         if into.device == source.device:
@@ -124,7 +128,11 @@ class _Counting(TorchDispatchMode):
             self._waits.note("copy to the GPU")
 
     def _real(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Return the values of labels and indices that came from the CPU as they are, else ones."""
+        values, version = getattr(tensor, "cpu_values", (None, 0))
         with unset_fake_temporarily():
+            if values is not None and version == tensor._version:
+                return values.to(dtype or tensor.dtype, copy=True)
             return torch.ones(tuple(tensor.shape), dtype=dtype or tensor.dtype)
 
     def _all_of(self, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
@@ -157,6 +165,13 @@ class _Counting(TorchDispatchMode):
             else:
                 found.append(index)
         return (tensor, found, *rest)
+
+
+def _saved(tensor: Tensor, protocol: int) -> Any:
+    """Return what `torch.save` writes in place of a fake tensor: ones on the CPU."""
+    with unset_fake_temporarily():
+        real = torch.ones(tuple(tensor.shape), dtype=tensor.dtype)
+        return real.__reduce_ex__(protocol)
 
 
 def _one(dtype: torch.dtype) -> bool | int | float:
@@ -305,6 +320,7 @@ def fake_cuda(*, bfloat16: bool = True, **patches: Callable[..., Any]) -> Iterat
         stack.enter_context(
             mock.patch("torch.Tensor.pin_memory", lambda tensor, *args: tensor.clone())
         )
+        stack.enter_context(mock.patch.object(FakeTensor, "__reduce_ex__", _saved))
         stack.enter_context(_backward_in_python())
         stack.enter_context(_Counting(waits))
         yield waits

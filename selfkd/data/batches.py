@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from selfkd.data.augmentation import Views
+from selfkd.data.augmentation.reading import read_views
 
 from .stream import Stream
 
@@ -103,6 +105,7 @@ class Data:
         rows: range | None = None,
         share: Callable[[int], range] | None = None,
         smallest: int = 1,
+        repeats: int = 1,
     ) -> Iterator[Batch]:
         """Iterate over the batches of a split given by name, as `selfkd.data.batches` does."""
         if split not in ("train", "val", "test"):
@@ -121,6 +124,8 @@ class Data:
             rows=rows,
             share=share,
             smallest=smallest,
+            repeats=repeats,
+            classes=self.num_classes,
         )
 
 
@@ -139,6 +144,8 @@ def batches(
     rows: range | None = None,
     share: Callable[[int], range] | None = None,
     smallest: int = 1,
+    repeats: int = 1,
+    classes: int | None = None,
 ) -> Iterator[Batch]:
     """Iterate once over a split, or over some of its images.
 
@@ -161,11 +168,15 @@ def batches(
             where several processes share each batch; a process without any reads the first image.
         smallest: Number of images that a last batch has at least; one of fewer is merged into the
             batch before.
+        repeats: Number of views of an image that follow each other, the first of them `view`: as
+            many inputs as without, of a part of the images.
+        classes: Number of classes, needed where views mix images.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
         width]` and int64 `[batch]` on `device`, and each image's index int64 `[batch]` on the
-        CPU, where it can pick rows of a tensor on any device.
+        CPU, where it can pick rows of a tensor on any device. Labels of views that mix images are
+        probabilities, float32 `[batch, classes]`.
 
     Raises:
         ValueError: A batch size below 1, or a view out of range.
@@ -186,6 +197,8 @@ def batches(
     if generator is not None:
         shuffle = torch.randperm(len(order), generator=generator, device=generator.device)
         order = order[shuffle.cpu()]
+    if repeats > 1:
+        order = order[torch.arange(len(order)) // repeats]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
     return read_batches(
@@ -199,6 +212,8 @@ def batches(
         device=device,
         workers=workers,
         share=share,
+        repeats=repeats,
+        classes=classes,
     )
 
 
@@ -214,6 +229,8 @@ def read_batches(
     device: torch.device | str = "cpu",
     workers: int = 0,
     share: Callable[[int], range] | None = None,
+    repeats: int = 1,
+    classes: int | None = None,
 ) -> Iterator[Batch]:
     """Iterate over images of a split in a given order, in batches of given sizes.
 
@@ -228,16 +245,51 @@ def read_batches(
         device: Device of the inputs and labels.
         workers: Number of processes that decode streamed images.
         share: Function from the size of a batch to the positions in it that this process reads.
+        repeats: Number of views of an image that follow each other in the order.
+        classes: Number of classes, needed where views mix images.
 
     Returns:
         Iterator over (inputs, labels, index), as of `batches`.
     """
+    images, device = split.images, torch.device(device)
     chunks = _chunks(order, sizes, share)
-    if isinstance(split.images, Tensor):
-        raw = _gathered(split.images, _chunks(order.to(split.images.device), sizes, share))
+    plain = views is None or views.is_identity
+    read: Callable[[Sequence[Tensor]], Iterable[Tensor]]
+    if isinstance(images, Tensor):
+        plain, values = plain or images.ndim == 2, images[0].numel() if len(images) else 1
+        read = partial(_gathered, images)
     else:
-        raw = _decoded(split.images, chunks, workers, torch.device(device))
-    return _finished(raw, chunks, split.labels, mean, std, views, view, torch.device(device))
+        values = None  # of several batches at a time, the first would wait for all
+        read = partial(_decoded, images, workers=workers, device=device)
+    if plain or views is None:
+        parts = _plain(read(chunks), chunks, split.labels, device)
+    else:
+        parts = read_views(
+            read,
+            chunks,
+            split.labels,
+            views,
+            view,
+            repeated=_repeated(views, view, len(order), sizes, share, repeats),
+            classes=classes,
+            device=device,
+            values=values,
+        )
+    return _finished(parts, chunks, mean, std, device)
+
+
+def _repeated(
+    views: Views,
+    view: int,
+    images: int,
+    sizes: list[int],
+    share: Callable[[int], range] | None,
+    repeats: int,
+) -> list[Tensor] | None:
+    """Return the view of each image of each batch, where an image has several."""
+    if repeats == 1:
+        return None
+    return _chunks(views.repeated(view, torch.arange(images), repeats), sizes, share)
 
 
 def batch_sizes(images: int, batch_size: int, smallest: int = 1) -> list[int]:
@@ -272,11 +324,16 @@ def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | Non
 
 
 def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
-    return (images.index_select(0, chunk) for chunk in chunks)
+    if not chunks:
+        return ()
+    order = torch.cat(list(chunks)).to(images.device)  # to a GPU at once
+    return (
+        images.index_select(0, chunk) for chunk in torch.split(order, [len(own) for own in chunks])
+    )
 
 
 def _decoded(
-    images: Stream, chunks: Sequence[Tensor], workers: int, device: torch.device
+    images: Stream, chunks: Sequence[Tensor], *, workers: int, device: torch.device
 ) -> Iterable[Tensor]:
     return DataLoader(
         images,
@@ -288,30 +345,32 @@ def _decoded(
     )
 
 
+def _plain(
+    raw: Iterable[Tensor], chunks: Sequence[Tensor], labels: Tensor, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images of batches as they are, and their labels, on the device."""
+    for images, index in zip(raw, chunks, strict=True):
+        picked = labels.index_select(0, index.to(labels.device))
+        yield images.to(device, non_blocking=True), picked.to(device, non_blocking=True)
+
+
 def _finished(
-    raw: Iterable[Tensor],
+    parts: Iterator[tuple[Tensor, Tensor]],
     chunks: Sequence[Tensor],
-    labels: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    views: Views | None,
-    view: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Apply views and normalisation to whole batches on the device."""
+    """Normalise whole batches on the device."""
     means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
     scale = (1 / (255 * stds)).to(device, torch.float32)
     shift = (-means / stds).to(device, torch.float32)
-    for images, index in zip(raw, chunks, strict=True):
-        images = images.to(device, non_blocking=True)
+    for (images, labels), index in zip(parts, chunks, strict=True):
         if images.ndim == 2:
             inputs = standardised(images, mean, std)
         else:
-            if views is not None:
-                images = views(images, index, view)
             inputs = images.to(torch.float32).mul_(scale).add_(shift)
-        picked = labels.index_select(0, index.to(labels.device))
-        yield inputs, picked.to(device, non_blocking=True), index
+        yield inputs, labels, index
 
 
 def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

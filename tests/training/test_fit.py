@@ -191,6 +191,7 @@ class SpyViews:
     def __init__(self, count):
         self.views = Views(jitter=1, count=count)
         self.count, self.at = count, self.views.at
+        self.is_identity = self.mixes = False
         self.calls = []
 
     def __call__(self, images, index, view):

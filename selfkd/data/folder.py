@@ -197,6 +197,7 @@ def suffixes() -> frozenset[str]:
     """Return the suffixes, in lower case, of the file types that Pillow decodes by itself."""
     from PIL import EpsImagePlugin, Image, ImageFile
 
+    Image.preinit()  # those of frequent types first, which are then the first to be asked
     types = Image.registered_extensions()  # registers all plugins
     without = {"MPEG"}  # recognised only
     for name, (factory, _) in Image.OPEN.items():

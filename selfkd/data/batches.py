@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from selfkd.data.augmentation import Views
 
+from .loader import read_stream
 from .stream import Stream
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -236,7 +236,7 @@ def read_batches(
     if isinstance(split.images, Tensor):
         raw = _gathered(split.images, _chunks(order.to(split.images.device), sizes, share))
     else:
-        raw = _decoded(split.images, chunks, workers, torch.device(device))
+        raw = read_stream(split.images, chunks, workers, torch.device(device))
     return _finished(raw, chunks, split.labels, mean, std, views, view, torch.device(device))
 
 
@@ -273,19 +273,6 @@ def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | Non
 
 def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
     return (images.index_select(0, chunk) for chunk in chunks)
-
-
-def _decoded(
-    images: Stream, chunks: Sequence[Tensor], workers: int, device: torch.device
-) -> Iterable[Tensor]:
-    return DataLoader(
-        images,
-        batch_sampler=[chunk.tolist() for chunk in chunks],
-        num_workers=workers,
-        collate_fn=torch.stack,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or DataLoader would draw from the global one
-    )
 
 
 def _finished(

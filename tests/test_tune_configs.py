@@ -18,7 +18,7 @@ from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.generations import DEFAULT_JOB
 from selfkd.models import make_model
-from selfkd.training.fit import make_optimizer, make_scheduler
+from selfkd.training.optimizers import make_optimizer, make_scheduler
 
 FOLDER = Path(__file__).parents[1] / "tune_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

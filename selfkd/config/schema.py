@@ -616,6 +616,11 @@ class ConfirmConfig:
     lineages: int = Field(default=0, ge=0, le=10_000)
     """Number of whole lineages, in place of `seeds`, in `selfkd.generations`: the chosen settings
     are repeated from generation 0 on, and each teacher is its own lineage's; 0 for none."""
+    baseline: bool = True
+    """Whether what the students are compared with is trained, too: the same from labels only, on
+    the same fresh seeds (generation 0, and a student's own network), or in the search of
+    `selfkd.ensemble`. Without it a run says nothing of a gain over labels only; a run that is
+    resumed with it trains what is missing."""
 
     @property
     def replicas(self) -> int:

@@ -184,6 +184,16 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
         yield f"{where}: must be at least 3 with rounds auto: fewer are no evidence, got {seeds}"
     if config.controls and not seeds:
         yield f"{where}: must be at least 1 with controls, which are replicated too, got {seeds}"
+    if not config.confirm.baseline:
+        where = locate_key("confirm.baseline", sources)
+        needed = {
+            "rounds auto, which stops by it": config.rounds == "auto",
+            "controls, which stand beside it": bool(config.controls),
+            "confirm.lineages, which begin with it": lineages > 0,
+        }
+        for what, is_needed in needed.items():
+            if is_needed:
+                yield f"{where}: must be true with {what}, got false"
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which need generation 1, got 0"
@@ -298,6 +308,8 @@ def _capacity_faults(config: Config) -> Iterator[str]:
     yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
+    if not config.confirm.baseline:
+        yield "confirm.baseline must be true: a capacity curve is of gains over it, got false"
     if config.train.init == "teacher":
         yield f"train.init must be fresh for students of other sizes, got {config.train.init}"
     for value in known:
@@ -327,6 +339,8 @@ def _study_faults(config: Config) -> Iterator[str]:
     yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
+    if not config.confirm.baseline:
+        yield "confirm.baseline must be true: a study trains the arms it names, got false"
     for name, arm in arms.items():
         where = f"study.arms.{name}"
         if name == MEMBERS or not name.replace("_", "").replace("-", "").isalnum():

@@ -24,7 +24,7 @@ from selfkd.soft_targets.transforms import OF_LABELS, Transform, class_mean_faul
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks.task import ModelFacts
-from selfkd.training.fit import make_optimizer
+from selfkd.training.optimizers import make_optimizer
 from selfkd.training.trial import Trial
 
 Facts = TypeVar("Facts", bound=ModelFacts)

@@ -1,131 +1,29 @@
-"""`fit`, `predict` and `evaluate`: loops over batches, independent of tracker and tuner."""
+"""`fit`: the training loop over batches, independent of tracker and tuner."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
-from selfkd.analysis import metrics
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
 from selfkd.data.batches import batch_sizes
 from selfkd.data.transfer import TransferSet
 from selfkd.distill.distiller import Loss
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.distill.teacher import ComputedTensors, Teacher
 from selfkd.errors import NonFiniteLossError
-from selfkd.training.ranks import Ranks, smallest_batch
+from selfkd.training.predict import Precision, autocast, evaluate
+from selfkd.training.ranks import ALONE, Ranks, smallest_batch
 
-Precision = Literal["none", "bfloat16", "float16"]
-EVAL_BATCH = 1000  # images
-EVAL_VALUES = 2**22  # most input values a batch, which bounds batches of large images
-ALONE = Ranks()
 CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it
-
-
-def make_optimizer(
-    student: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Return an optimiser by timm, without weight decay of biases and normalisation layers.
-
-    Args:
-        student: Network to optimise.
-        name: Name of a timm optimiser.
-        lr: Learning rate.
-        momentum: Momentum; ignored by optimisers without one.
-        weight_decay: Weight decay of all other parameters.
-
-    Raises:
-        ValueError: timm has no optimiser of that name.
-    """
-    if name not in list_optimizers():
-        known = ", ".join(list_optimizers()[:8])
-        raise ValueError(f"train.optimizer must be a timm optimiser ({known}, …), got {name!r}")
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        student, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum
-    )
-    return optimizer
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer,
-    *,
-    schedule: Literal["cosine", "step", "none"],
-    epochs: int,
-    warmup_epochs: int,
-    steps_per_epoch: int,
-    cycles: int = 1,
-) -> Scheduler | None:
-    """Return a learning rate scheduler by timm, updated at every step; None without a schedule.
-
-    Args:
-        optimizer: Optimiser whose learning rate is scheduled.
-        schedule: `cosine`, from the learning rate to 0 after the warm-up; `step`, divided by 10 at
-            1/2 and 3/4 of the epochs; or `none`.
-        epochs: Number of epochs, those of the warm-up included.
-        warmup_epochs: Epochs of a linear warm-up from a tenth of the learning rate.
-        steps_per_epoch: Optimiser steps an epoch.
-        cycles: Number of cosine cycles over all epochs, as for snapshot ensembles.
-
-    Reference:
-        Huang et al., "Snapshot Ensembles: Train 1, get M for free", 2017,
-        https://arxiv.org/abs/1704.00109
-    """
-    if schedule == "none":
-        return None
-    cosine = schedule == "cosine"
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine" if cosine else "multistep",
-        num_epochs=max(1, epochs // cycles - warmup_epochs) if cosine else epochs,
-        cycle_limit=cycles,
-        cycle_decay=1.0,
-        decay_milestones=[epochs / 2, epochs * 3 / 4],
-        warmup_epochs=warmup_epochs,
-        warmup_lr=optimizer.param_groups[0]["lr"] / 10,
-        warmup_prefix=cosine,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    return scheduler
-
-
-def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a student's weights and buffers.
-
-        average_n = d_n average_(n - 1) + (1 - d_n) weights_n
-        d_n = min(decay, (1 + n) / (10 + n))
-
-    for n = 1, 2, …, from the weights after the first step, average_0. The warm-up of the decay
-    keeps a training that is short for it from measuring its first weights: 0.9999 is reached after
-    90,000 steps. The number of steps is in the state of the average.
-
-    Args:
-        student: Network to average.
-        decay: Weight of the average at each step, in (0, 1); the new weights get `1 - decay`.
-    """
-    with ComputedTensors():
-        average = AveragedModel(student, use_buffers=True)
-    state = average._buffers  # on the CPU, unlike the number that a GPU's tensors are given
-
-    def update(averages: Any, weights: Any, _: object) -> None:
-        number = int(cast(Tensor, state["n_averaged"]))
-        rule = get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))  # type: ignore[no-untyped-call]
-        rule(averages, weights, number)
-
-    average.multi_avg_fn = update
-    return average
 
 
 @dataclass(kw_only=True)
@@ -326,13 +224,6 @@ def _measure(training: Training, data: Data, workers: int, ranks: Ranks) -> dict
     )
 
 
-def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
-    """Return a context of mixed precision for a forward pass."""
-    if precision == "none":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=getattr(torch, precision))
-
-
 def check_finite(values: Tensor, epoch: int) -> None:
     """Raise NonFiniteLossError for a loss that is not finite, with its step."""
     finite = torch.isfinite(values)
@@ -342,111 +233,3 @@ def check_finite(values: Tensor, epoch: int) -> None:
             f"loss must be finite, got {float(values[step])} at epoch {epoch}, step {step + 1}: "
             "lower train.lr or set train.clip_grad"
         )
-
-
-def predict(
-    model: nn.Module | Teacher,
-    data: Data,
-    split: Literal["train", "val", "test"],
-    *,
-    views: Views | None = None,
-    view: int = 0,
-    device: str = "cpu",
-    workers: int = 0,
-    precision: Precision = "none",
-    rows: range | None = None,
-) -> Tensor:
-    """Return the logits of a model for a split.
-
-    The model predicts in eval mode and is then put back into its previous mode.
-
-    Args:
-        model: Network or teacher.
-        data: Data set.
-        split: Split to predict.
-        views: Augmented views of the images.
-        view: Number of the view.
-        device: Device of the model.
-        workers: Processes that decode streamed images.
-        precision: Mixed precision of the forward pass.
-        rows: Images of the split to predict; all when not given.
-
-    Returns:
-        Logits `[images, classes]`, float32 on the CPU.
-    """
-    batches = predict_batches(
-        model, data, split, views=views, view=view, device=device, workers=workers,
-        precision=precision, rows=rows,
-    )  # fmt: skip
-    return torch.cat(list(batches))
-
-
-@torch.no_grad()
-def predict_batches(
-    model: nn.Module | Teacher,
-    data: Data,
-    split: Literal["train", "val", "test"],
-    *,
-    views: Views | None = None,
-    view: int = 0,
-    device: str = "cpu",
-    workers: int = 0,
-    precision: Precision = "none",
-    rows: range | None = None,
-) -> Iterator[Tensor]:
-    """Yield the logits of a model for a split batch by batch; arguments are those of `predict`."""
-    training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
-    values = data.in_chans * data.image_size**2
-    batches = data.batches(
-        split,
-        batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),
-        views=views,
-        view=view,
-        device=device,
-        workers=workers,
-        rows=rows,
-    )
-    for inputs, _, _ in batches:
-        with autocast(device, precision):
-            logits = take_logits(model(inputs), "model")
-        yield logits.float().cpu()
-    if isinstance(model, nn.Module):
-        model.train(training)
-
-
-def evaluate(
-    model: nn.Module,
-    data: Data,
-    split: Literal["train", "val", "test"] = "val",
-    *,
-    device: str = "cpu",
-    workers: int = 0,
-    precision: Precision = "none",
-    ranks: Ranks = ALONE,
-) -> dict[str, float]:
-    """Return `accuracy` (fraction) and `nll` (nats) of a model on a split.
-
-    Args:
-        model: Network to evaluate.
-        data: Data set.
-        split: Split to evaluate on.
-        device: Device of the model.
-        workers: Processes that decode streamed images.
-        precision: Mixed precision of the forward pass.
-        ranks: Processes that share the predictions; all of them must call this.
-    """
-    labels = getattr(data, split).labels.cpu()
-    ranks = ranks if len(labels) >= ranks.size else ALONE
-    logits = predict(
-        model,
-        data,
-        split,
-        device=device,
-        workers=workers,
-        precision=precision,
-        rows=ranks.share(len(labels)) if ranks.size > 1 else None,
-    )
-    logits = ranks.gather(logits, len(labels), device=device)
-    return {"accuracy": metrics.accuracy(logits, labels), "nll": metrics.nll(logits, labels)}

@@ -138,6 +138,9 @@ class Ranks:
                 dist.broadcast(tensor, src=0)
 
 
+ALONE = Ranks()
+
+
 def smallest_batch(student: nn.Module, *, batch_size: int, images: int, ranks: int = 1) -> int:
     """Return the number of images that a training batch has at least.
 

@@ -28,7 +28,8 @@ from selfkd.experiments.stages import Stage, run_stages
 from selfkd.results import CHECKPOINT, Epoch, Event, Message, Row, TrialProgressed, from_row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.training.fit import Training, make_average, make_optimizer, make_scheduler
+from selfkd.training.fit import Training
+from selfkd.training.optimizers import make_average, make_optimizer, make_scheduler
 from selfkd.training.progress import Progress
 from selfkd.training.ranks import Ranks
 from selfkd.training.trial import Trial, run_function

@@ -38,7 +38,7 @@ from selfkd.tasks.images.networks import ImageNetworks, NetworkFacts, parts_of
 from selfkd.tasks.images.specialists import Specialist, cluster_classes, combine
 from selfkd.tasks.images.train import train_classifier
 from selfkd.tasks.task import Pool, Split
-from selfkd.training.fit import predict_batches
+from selfkd.training.predict import predict_batches
 from selfkd.training.trial import Trial
 
 CLUSTER_TEMPERATURE = 4.0

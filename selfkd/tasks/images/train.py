@@ -13,6 +13,7 @@ from torch import nn
 from selfkd.config import TrainConfig
 from selfkd.data import Data
 from selfkd.data.batches import batch_sizes
+from selfkd.data.loader import kept_processes
 from selfkd.deployment.low_bits import plain, round_weights
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
@@ -37,7 +38,8 @@ from selfkd.tasks.common import (
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
 from selfkd.tasks.images.terms import terms_of
-from selfkd.training.fit import Training, fit, make_average, make_scheduler
+from selfkd.training.fit import Training, fit
+from selfkd.training.optimizers import make_average, make_scheduler
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
@@ -103,16 +105,17 @@ def train_classifier(
     best = training.best
     best = best.network if isinstance(best, Specialist) else best
     try:
-        for row in rows:
-            cycle, rest = divmod(row["epoch"], epochs // cycles)
-            if rest == 0 and ranks.first:
-                path = trial.path
-                path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
-                row["hash"] = task.save(path, plain(best), trial.model, facts)
-                row["checkpoint"] = path.name
-            unfinished = row["epoch"] < epochs
-            trial.progress.reached(row, training.state_dict() if unfinished else None)
-            yield row
+        with kept_processes():
+            for row in rows:
+                cycle, rest = divmod(row["epoch"], epochs // cycles)
+                if rest == 0 and ranks.first:
+                    path = trial.path
+                    path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
+                    row["hash"] = task.save(path, plain(best), trial.model, facts)
+                    row["checkpoint"] = path.name
+                unfinished = row["epoch"] < epochs
+                trial.progress.reached(row, training.state_dict() if unfinished else None)
+                yield row
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
 

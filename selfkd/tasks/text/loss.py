@@ -25,7 +25,7 @@ from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.terms import FurtherTerms, Targets, load_teachers
-from selfkd.training.fit import autocast
+from selfkd.training.predict import autocast
 from selfkd.training.trial import Trial
 
 CHUNK = 256

@@ -35,7 +35,7 @@ from selfkd.tasks.text.pretrained import (
 )
 from selfkd.tasks.text.tokenizer import read_tokenizer
 from selfkd.tasks.text.transfer import TransferText, load_transfer_text
-from selfkd.training.fit import autocast
+from selfkd.training.predict import autocast
 
 EVAL_VALUES = 2**22
 """Most logits a batch of the evaluation."""

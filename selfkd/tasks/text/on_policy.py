@@ -13,7 +13,7 @@ from selfkd.config import TrainConfig
 from selfkd.tasks.text.batches import Batch, Order
 from selfkd.tasks.text.data import IGNORED, Tokens
 from selfkd.tasks.text.generate import BATCH, generate
-from selfkd.training.fit import autocast
+from selfkd.training.predict import autocast
 
 STEPS = 8
 """Most steps whose texts are written at once."""

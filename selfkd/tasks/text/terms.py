@@ -17,7 +17,7 @@ from selfkd.tasks.common import teacher_weights, try_each_term
 from selfkd.tasks.text.batches import Batch
 from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
-from selfkd.training.fit import autocast
+from selfkd.training.predict import autocast
 from selfkd.training.trial import Trial
 
 Targets = Callable[[Batch], TokenTeacher]

@@ -32,13 +32,9 @@ from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
 from selfkd.tasks.text.terms import FurtherTerms, make_further
 from selfkd.tasks.text.write import training_text
-from selfkd.training.fit import (
-    Training,
-    autocast,
-    check_finite,
-    descend,
-    make_average,
-)
+from selfkd.training.fit import Training, check_finite, descend
+from selfkd.training.optimizers import make_average
+from selfkd.training.predict import autocast
 from selfkd.training.trial import Trial
 
 CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it

@@ -235,9 +235,7 @@ def test_a_value_that_is_read_in_a_step_is_seen(
     assert all("_local_scalar_dense at test_images.py" in found for found in steps.within)
 
 
-def test_a_tensor_left_on_the_cpu_ends_the_job(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_left_on_the_cpu_ends_the_job(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     from selfkd.distill import distiller
 
     monkeypatch.setattr(distiller, "detached", lambda logits: logits.detach().cpu())

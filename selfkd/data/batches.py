@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from selfkd.data.augmentation import Views
 from .stream import Stream
 
 Batch = tuple[Tensor, Tensor, Tensor]
+KEPT_VALUES = 2**22
+"""Most values of a split that are kept normalised: of small images, normalising each batch of them
+takes longer than moving it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,7 @@ class Data:
         rows: range | None = None,
         share: Callable[[int], range] | None = None,
         smallest: int = 1,
+        channels_last: bool = False,
     ) -> Iterator[Batch]:
         """Iterate over the batches of a split given by name, as `selfkd.data.batches` does."""
         if split not in ("train", "val", "test"):
@@ -121,6 +126,7 @@ class Data:
             rows=rows,
             share=share,
             smallest=smallest,
+            channels_last=channels_last,
         )
 
 
@@ -139,6 +145,7 @@ def batches(
     rows: range | None = None,
     share: Callable[[int], range] | None = None,
     smallest: int = 1,
+    channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate once over a split, or over some of its images.
 
@@ -199,6 +206,7 @@ def batches(
         device=device,
         workers=workers,
         share=share,
+        channels_last=channels_last,
     )
 
 
@@ -214,6 +222,7 @@ def read_batches(
     device: torch.device | str = "cpu",
     workers: int = 0,
     share: Callable[[int], range] | None = None,
+    channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over images of a split in a given order, in batches of given sizes.
 
@@ -228,16 +237,25 @@ def read_batches(
         device: Device of the inputs and labels.
         workers: Number of processes that decode streamed images.
         share: Function from the size of a batch to the positions in it that this process reads.
+        channels_last: Whether images have their channels last in memory.
 
     Returns:
         Iterator over (inputs, labels, index), as of `batches`.
     """
+    device, images, labels = torch.device(device), split.images, split.labels
     chunks = _chunks(order, sizes, share)
-    if isinstance(split.images, Tensor):
-        raw = _gathered(split.images, _chunks(order.to(split.images.device), sizes, share))
+    if not isinstance(images, Tensor):
+        raw = _decoded(images, chunks, workers, device)
+        inputs = _normalised(raw, chunks, mean, std, views, view, device, channels_last)
+        return _labelled(inputs, chunks, chunks, labels, device)
+    places = _chunks(order.to(images.device), sizes, share)
+    as_they_are = images.ndim == 2 or views is None or views.is_identity
+    if as_they_are and images.device == device and images.numel() <= KEPT_VALUES:
+        inputs = _gathered(_kept(split, images, mean, std, channels_last=channels_last), places)
     else:
-        raw = _decoded(split.images, chunks, workers, torch.device(device))
-    return _finished(raw, chunks, split.labels, mean, std, views, view, torch.device(device))
+        raw = _gathered(images, places)
+        inputs = _normalised(raw, chunks, mean, std, views, view, device, channels_last)
+    return _labelled(inputs, chunks, places, labels, device)
 
 
 def batch_sizes(images: int, batch_size: int, smallest: int = 1) -> list[int]:
@@ -271,8 +289,12 @@ def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | Non
     ]
 
 
-def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
-    return (images.index_select(0, chunk) for chunk in chunks)
+def _gathered(images: Tensor, places: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield images by their places; those that have channels last keep them there."""
+    if images.ndim != 4 or images.is_contiguous():
+        return (images.index_select(0, place) for place in places)
+    rows = images.permute(0, 2, 3, 1)
+    return (rows.index_select(0, place).permute(0, 3, 1, 2) for place in places)
 
 
 def _decoded(
@@ -288,30 +310,74 @@ def _decoded(
     )
 
 
-def _finished(
+def _normalised(
     raw: Iterable[Tensor],
     chunks: Sequence[Tensor],
-    labels: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
     views: Views | None,
     view: int,
     device: torch.device,
-) -> Iterator[Batch]:
+    channels_last: bool,
+) -> Iterator[Tensor]:
     """Apply views and normalisation to whole batches on the device."""
+    normalise = _normalisation(mean, std, device, channels_last=channels_last)
+    for images, index in zip(raw, chunks, strict=True):
+        images = images.to(device, non_blocking=True)
+        if images.ndim == 4 and views is not None:
+            images = views(images, index, view)
+        yield normalise(images)
+
+
+def _labelled(
+    inputs: Iterator[Tensor],
+    chunks: Sequence[Tensor],
+    places: Sequence[Tensor],
+    labels: Tensor,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Add labels and indices to the inputs of each batch."""
+    if len(places) and places[0].device != labels.device:
+        places = [place.to(labels.device) for place in places]
+    for images, index, place in zip(inputs, chunks, places, strict=True):
+        yield images, labels.index_select(0, place).to(device, non_blocking=True), index
+
+
+def _normalisation(
+    mean: Sequence[float], std: Sequence[float], device: torch.device, *, channels_last: bool
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from images `[N, C, H, W]`, or features `[N, F]`, to inputs."""
     means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
     scale = (1 / (255 * stds)).to(device, torch.float32)
     shift = (-means / stds).to(device, torch.float32)
-    for images, index in zip(raw, chunks, strict=True):
-        images = images.to(device, non_blocking=True)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def normalise(images: Tensor) -> Tensor:
         if images.ndim == 2:
-            inputs = standardised(images, mean, std)
-        else:
-            if views is not None:
-                images = views(images, index, view)
-            inputs = images.to(torch.float32).mul_(scale).add_(shift)
-        picked = labels.index_select(0, index.to(labels.device))
-        yield inputs, picked.to(device, non_blocking=True), index
+            return standardised(images, mean, std)
+        return (images.to(torch.float32, memory_format=layout) * scale).add_(shift)
+
+    return normalise
+
+
+_KEPT: WeakKeyDictionary[Split, tuple[object, Tensor]] = WeakKeyDictionary()
+
+
+def _kept(
+    split: Split,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    channels_last: bool,
+) -> Tensor:
+    """Return the normalised images of a split in memory, which are made once."""
+    made_from = (tuple(mean), tuple(std), channels_last)
+    known, inputs = _KEPT.get(split, (None, images))
+    if known != made_from:
+        inputs = _normalisation(mean, std, images.device, channels_last=channels_last)(images)
+        _KEPT[split] = made_from, inputs
+    return inputs
 
 
 def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -350,7 +350,7 @@ def _plain(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images of batches as they are, and their labels, on the device."""
     for images, index in zip(raw, chunks, strict=True):
-        picked = labels.index_select(0, index.to(labels.device))
+        picked = labels.index_select(0, index.to(labels.device, non_blocking=True))
         yield images.to(device, non_blocking=True), picked.to(device, non_blocking=True)
 
 
@@ -380,6 +380,7 @@ def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) 
     tensor([[1., 1.]])
     """
     means, stds = (
-        torch.tensor(value, dtype=torch.float64, device=features.device) for value in (mean, std)
+        torch.tensor(value, dtype=torch.float64).to(features.device, non_blocking=True)
+        for value in (mean, std)
     )
     return ((features.double() - means) / stds).float()

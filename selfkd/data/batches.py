@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from selfkd.data.augmentation import Views
 from selfkd.data.augmentation.reading import read_views
 
+from .loader import read_stream
 from .stream import Stream
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -260,7 +260,7 @@ def read_batches(
         read = partial(_gathered, images)
     else:
         values = None  # of several batches at a time, the first would wait for all
-        read = partial(_decoded, images, workers=workers, device=device)
+        read = partial(read_stream, images, workers=workers, device=device)
     if plain or views is None:
         parts = _plain(read(chunks), chunks, split.labels, device)
     else:
@@ -287,9 +287,8 @@ def _repeated(
     repeats: int,
 ) -> list[Tensor] | None:
     """Return the view of each image of each batch, where an image has several."""
-    if repeats == 1:
-        return None
-    return _chunks(views.repeated(view, torch.arange(images), repeats), sizes, share)
+    found = views.repeated(view, torch.arange(images), repeats)
+    return _chunks(found, sizes, share) if isinstance(found, Tensor) else None
 
 
 def batch_sizes(images: int, batch_size: int, smallest: int = 1) -> list[int]:
@@ -329,19 +328,6 @@ def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
     order = torch.cat(list(chunks)).to(images.device)  # to a GPU at once
     return (
         images.index_select(0, chunk) for chunk in torch.split(order, [len(own) for own in chunks])
-    )
-
-
-def _decoded(
-    images: Stream, chunks: Sequence[Tensor], *, workers: int, device: torch.device
-) -> Iterable[Tensor]:
-    return DataLoader(
-        images,
-        batch_sampler=[chunk.tolist() for chunk in chunks],
-        num_workers=workers,
-        collate_fn=torch.stack,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or DataLoader would draw from the global one
     )
 
 

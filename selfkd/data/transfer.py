@@ -125,6 +125,7 @@ class TransferSet:
             device=device,
             workers=workers,
             share=share,
+            classes=data.num_classes,
         )
         for count, size, own, further in zip(labelled, sizes, batches, more, strict=True):
             parts = [(own, len(share(count))), (further, len(share(size)))]

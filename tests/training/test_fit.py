@@ -192,6 +192,7 @@ class SpyViews:
         self.views = Views(jitter=1, count=count)
         self.count, self.at = count, self.views.at
         self.is_identity = self.mixes = False
+        self.repeated = self.views.repeated
         self.calls = []
 
     def __call__(self, images, index, view):

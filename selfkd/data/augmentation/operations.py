@@ -174,14 +174,15 @@ def _moved(images: Tensor, matrix: Tensor) -> Tensor:
     height, width = images.shape[2:]
     rows = 2 * torch.arange(height, device=images.device)[:, None] + 1 - height
     columns = 2 * torch.arange(width, device=images.device) + 1 - width
-    a, b, c, d, e, f = matrix[:, :, None, None].unbind(1)
-    x = a * columns + b * rows + c + width * ONE >> 17
-    y = d * columns + e * rows + f + height * ONE >> 17
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    places = torch.where(inside, y * width + x, 0).flatten(1)[:, None]
+    a, b, c, d, e, f = matrix.to(torch.int32)[:, :, None, None].unbind(1)
+    rows, columns = rows.to(torch.int32), columns.to(torch.int32)
+    x = a * columns + (b * rows + (c + width * ONE)) >> 17
+    y = d * columns + (e * rows + (f + height * ONE)) >> 17
+    inside = (x >= 0).logical_and_(x < width).logical_and_(y >= 0).logical_and_(y < height)
+    places = (y * width + x).mul_(inside).flatten(1)[:, None].long()
     flat = images.flatten(2)
     taken = flat.gather(2, places.expand(-1, images.shape[1], -1)).view(images.shape)
-    return taken * inside[:, None]
+    return taken.mul_(inside[:, None])
 
 
 def _blended(images: Tensor, names: Tensor, factor: Tensor) -> Tensor:
@@ -231,27 +232,36 @@ def _blurred(wide: Tensor) -> Tensor:
 def _looked_up(images: Tensor, names: Tensor, mask: Tensor, threshold: Tensor) -> Tensor:
     """Replace each value of a pixel by that of a table of its image and channel."""
     flat = images.flatten(2).long()
-    values = torch.arange(256, device=images.device)
-    solarized = torch.where(values >= threshold[:, None], 255 - values, values & mask[:, None])
-    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
+    values = torch.arange(256, device=images.device, dtype=torch.int32)
+    mask, threshold = (own.to(torch.int32)[:, None] for own in (mask, threshold))
+    table = torch.where(values >= threshold, 255 - values, values & mask)[:, None]
+    low, high = (
+        own.to(torch.int32) for own in torch.aminmax(images.flatten(2), dim=2, keepdim=True)
+    )
     span = high - low
-    stretched = (values - low).clamp(0) * 255 // span.clamp(min=1)
-    stretched = torch.where(span == 0, values, stretched.clamp(0, 255))
+    stretched = _scaled(values, low, span)
     name = names[:, None, None]
-    table = torch.where(name == _AUTOCONTRAST, stretched, solarized[:, None])
-    table = torch.where(name == _EQUALIZE, _equalized(flat), table)
+    table = torch.where((name == _AUTOCONTRAST) & (span > 0), stretched, table)
+    table = torch.where(name == _EQUALIZE, _equalized(flat, high), table)
     return table.to(torch.uint8).gather(2, flat).view(images.shape)
 
 
-def _equalized(flat: Tensor) -> Tensor:
+def _scaled(values: Tensor, low: Tensor, span: Tensor) -> Tensor:
+    """Return values spread over [0, 255], rounded down, by a multiplication for the division."""
+    span = span.clamp(min=1)
+    factor = (255 * ONE + span - 1) // span
+    return ((values - low).clamp_(0).minimum(span) * factor >> 16).clamp_(max=255)
+
+
+def _equalized(flat: Tensor, high: Tensor) -> Tensor:
     """Return Pillow's tables that spread a channel's values evenly `[batch, channels, 256]`."""
-    values = torch.arange(256, device=flat.device)
-    counts = torch.zeros((*flat.shape[:2], 256), dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(2, flat, torch.ones_like(flat))
-    total = counts.cumsum(2)
-    last = flat.amax(2, keepdim=True)
-    step = (flat.shape[2] - counts.gather(2, last)) // 255
-    table = ((total - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    values = torch.arange(256, device=flat.device, dtype=torch.int32)
+    counts = torch.zeros((*flat.shape[:2], 256), dtype=torch.int32, device=flat.device)
+    ones = torch.ones((), dtype=torch.int32, device=flat.device).expand_as(flat)
+    counts.scatter_add_(2, flat, ones)
+    total = counts.cumsum(2, dtype=torch.int32)
+    step = (flat.shape[2] - counts.gather(2, high.long())) // 255
+    table = ((total - counts + step // 2) // step.clamp(min=1)).clamp_(0, 255)
     return torch.where(step == 0, values, table)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .views import Views
 
-BLOCK = 2**19
+BLOCK = 2**16
 """Most values of the images that are augmented together, where they are in memory."""
 
 

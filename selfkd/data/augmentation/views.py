@@ -107,8 +107,10 @@ class Views:
         """
         return 0 if self.is_identity else epoch * repeats % self.count
 
-    def repeated(self, view: int, places: Tensor, repeats: int) -> Tensor:
+    def repeated(self, view: int, places: Tensor, repeats: int) -> int | Tensor:
         """View of each place in the order of an epoch where an image has `repeats` of them.
+
+        Of one view an image it is that number itself.
 
         Args:
             view: First view of the epoch.
@@ -120,7 +122,7 @@ class Views:
             >>> Views(flip=True, count=3).repeated(2, torch.arange(4), 2)
             tensor([2, 0, 2, 0])
         """
-        return (view + places % repeats) % self.count
+        return view if repeats == 1 else (view + places % repeats) % self.count
 
     def __call__(self, images: Tensor, index: Tensor, view: int | Tensor) -> Tensor:
         """Make one view of each image, which is not mixed with another yet.

@@ -427,6 +427,7 @@ def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) 
     tensor([[1., 1.]])
     """
     means, stds = (
-        torch.tensor(value, dtype=torch.float64, device=features.device) for value in (mean, std)
+        torch.tensor(value, dtype=torch.float64).to(features.device, non_blocking=True)
+        for value in (mean, std)
     )
     return ((features.double() - means) / stds).float()

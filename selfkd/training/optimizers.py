@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+import inspect
+from collections.abc import Iterator
+from itertools import chain
+from typing import Literal
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -15,7 +18,13 @@ from selfkd.distill.teacher import ComputedTensors
 
 
 def make_optimizer(
-    student: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: float
+    student: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """Return an optimiser by timm, without weight decay of biases and normalisation layers.
 
@@ -25,17 +34,33 @@ def make_optimizer(
         lr: Learning rate.
         momentum: Momentum; ignored by optimisers without one.
         weight_decay: Weight decay of all other parameters.
+        fused: Whether a step is one kernel over all parameters, which rounds otherwise.
 
     Raises:
-        ValueError: timm has no optimiser of that name.
+        ValueError: timm has no optimiser of that name, or it has no fused step.
     """
     if name not in list_optimizers():
         known = ", ".join(list_optimizers()[:8])
         raise ValueError(f"train.optimizer must be a timm optimiser ({known}, …), got {name!r}")
+    if fused and not has_fused(name):
+        raise ValueError(
+            f"train.fused must be false with train.optimizer {name}, which has no fused step, got "
+            "true: sgd, adam and adamw have one"
+        )
+    more = {"fused": True} if fused else {}
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        student, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum
+        student, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **more
     )
     return optimizer
+
+
+def has_fused(name: str) -> bool:
+    """Return whether a timm optimiser has a fused step, as some of torch's own have.
+
+    >>> has_fused("sgd"), has_fused("lion")
+    (True, False)
+    """
+    return "fused" in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
 
 
 def make_scheduler(
@@ -96,13 +121,35 @@ def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
         decay: Weight of the average at each step, in (0, 1); the new weights get `1 - decay`.
     """
     with ComputedTensors():
-        average = AveragedModel(student, use_buffers=True)
-    state = average._buffers  # on the CPU, unlike the number that a GPU's tensors are given
+        return _MovingAverage(student, decay)
 
-    def update(averages: Any, weights: Any, _: object) -> None:
-        number = int(cast(Tensor, state["n_averaged"]))
-        rule = get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))  # type: ignore[no-untyped-call]
-        rule(averages, weights, number)
 
-    average.multi_avg_fn = update
-    return average
+class _MovingAverage(AveragedModel):
+    """Moving average whose update waits for no GPU: torch's copies the number of steps to it."""
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        super().__init__(student, use_buffers=True)
+        self._decay = decay
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the weights and buffers of a model."""
+        number = int(self.n_averaged)
+        rule = get_ema_multi_avg_fn(min(self._decay, (1 + number) / (10 + number)))  # type: ignore[no-untyped-call]
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for average, weight in zip(_tensors(self.module), _tensors(model), strict=True):
+            if number == 0:
+                average.copy_(weight)
+                continue
+            key = (average.device, average.dtype)
+            averages, weights = groups.setdefault(key, ([], []))
+            averages.append(average)
+            weights.append(weight)
+        for averages, weights in groups.values():
+            rule(averages, weights, number)
+        self.n_averaged += 1
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of a module, without their graph."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        yield tensor.detach()

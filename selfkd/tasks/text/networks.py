@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from selfkd.config import Config, ModelConfig, Tree, from_tree
 from selfkd.config.schema import HF
 from selfkd.distill.outputs import take_logits
+from selfkd.losses.moving import send, valid_rows
 from selfkd.models import parameters_count
 from selfkd.results.row import ROW, Row
 from selfkd.soft_targets.manifest import data_key
@@ -175,10 +176,10 @@ class TextNetworks:
         for start in range(windows.start, windows.stop, size):
             batch = torch.arange(start, min(start + size, windows.stop))
             with autocast(self.device, self.config.train.amp):
-                logits = take_logits(network(tokens.inputs(batch).to(self.device)), "model")
-            valid = (tokens.rows(batch) < len(tokens)).flatten()
-            labels = tokens.labels_of(batch).flatten()[valid]
-            yield logits.flatten(0, 1)[valid.to(self.device)].float().cpu(), labels
+                inputs = send(tokens.inputs(batch), self.device)
+                logits = take_logits(network(inputs), "model")
+            valid = tokens.rows(batch) < len(tokens)
+            yield valid_rows(logits, valid).float().cpu(), tokens.labels_of(batch)[valid]
         network.train(training)
 
     def logits(self, network: nn.Module, split: Split) -> Tensor:

@@ -2,21 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from selfkd.data.augmentation import Views
+from selfkd.data.augmentation.reading import read_views
 
+from .loader import read_stream
+from .normalise import KEPT_VALUES, kept_inputs, normalisation
 from .stream import Stream
 
 Batch = tuple[Tensor, Tensor, Tensor]
-KEPT_VALUES = 2**22
-"""Most values of a split that are kept normalised: of small images, normalising each batch of them
-takes longer than moving it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +106,7 @@ class Data:
         rows: range | None = None,
         share: Callable[[int], range] | None = None,
         smallest: int = 1,
+        repeats: int = 1,
         channels_last: bool = False,
     ) -> Iterator[Batch]:
         """Iterate over the batches of a split given by name, as `selfkd.data.batches` does."""
@@ -126,6 +126,8 @@ class Data:
             rows=rows,
             share=share,
             smallest=smallest,
+            repeats=repeats,
+            classes=self.num_classes,
             channels_last=channels_last,
         )
 
@@ -145,6 +147,8 @@ def batches(
     rows: range | None = None,
     share: Callable[[int], range] | None = None,
     smallest: int = 1,
+    repeats: int = 1,
+    classes: int | None = None,
     channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate once over a split, or over some of its images.
@@ -168,11 +172,16 @@ def batches(
             where several processes share each batch; a process without any reads the first image.
         smallest: Number of images that a last batch has at least; one of fewer is merged into the
             batch before.
+        repeats: Number of views of an image that follow each other, the first of them `view`: as
+            many inputs as without, of a part of the images.
+        classes: Number of classes, needed where views mix images.
+        channels_last: Whether images have their channels last in memory.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
         width]` and int64 `[batch]` on `device`, and each image's index int64 `[batch]` on the
-        CPU, where it can pick rows of a tensor on any device.
+        CPU, where it can pick rows of a tensor on any device. Labels of views that mix images are
+        probabilities, float32 `[batch, classes]`.
 
     Raises:
         ValueError: A batch size below 1, or a view out of range.
@@ -193,6 +202,8 @@ def batches(
     if generator is not None:
         shuffle = torch.randperm(len(order), generator=generator, device=generator.device)
         order = order[shuffle.cpu()]
+    if repeats > 1:
+        order = order[torch.arange(len(order)) // repeats]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
     return read_batches(
@@ -206,6 +217,8 @@ def batches(
         device=device,
         workers=workers,
         share=share,
+        repeats=repeats,
+        classes=classes,
         channels_last=channels_last,
     )
 
@@ -222,6 +235,8 @@ def read_batches(
     device: torch.device | str = "cpu",
     workers: int = 0,
     share: Callable[[int], range] | None = None,
+    repeats: int = 1,
+    classes: int | None = None,
     channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over images of a split in a given order, in batches of given sizes.
@@ -237,25 +252,56 @@ def read_batches(
         device: Device of the inputs and labels.
         workers: Number of processes that decode streamed images.
         share: Function from the size of a batch to the positions in it that this process reads.
+        repeats: Number of views of an image that follow each other in the order.
+        classes: Number of classes, needed where views mix images.
         channels_last: Whether images have their channels last in memory.
 
     Returns:
         Iterator over (inputs, labels, index), as of `batches`.
     """
-    device, images, labels = torch.device(device), split.images, split.labels
+    images, device = split.images, torch.device(device)
     chunks = _chunks(order, sizes, share)
-    if not isinstance(images, Tensor):
-        raw = _decoded(images, chunks, workers, device)
-        inputs = _normalised(raw, chunks, mean, std, views, view, device, channels_last)
-        return _labelled(inputs, chunks, chunks, labels, device)
-    places = _chunks(order.to(images.device), sizes, share)
-    as_they_are = images.ndim == 2 or views is None or views.is_identity
-    if as_they_are and images.device == device and images.numel() <= KEPT_VALUES:
-        inputs = _gathered(_kept(split, images, mean, std, channels_last=channels_last), places)
+    plain = views is None or views.is_identity
+    read: Callable[[Sequence[Tensor]], Iterable[Tensor]]
+    if isinstance(images, Tensor):
+        plain, values = plain or images.ndim == 2, images[0].numel() if len(images) else 1
+        read = partial(_gathered, images)
     else:
-        raw = _gathered(images, places)
-        inputs = _normalised(raw, chunks, mean, std, views, view, device, channels_last)
-    return _labelled(inputs, chunks, places, labels, device)
+        values = None  # of several batches at a time, the first would wait for all
+        read = partial(read_stream, images, workers=workers, device=device)
+    if plain or views is None:
+        if isinstance(images, Tensor) and images.numel() <= KEPT_VALUES and images.device == device:
+            inputs = kept_inputs(split, images, mean, std, channels_last=channels_last)
+            parts = _plain(_gathered(inputs, chunks), chunks, split.labels, device)
+            return ((*part, index) for part, index in zip(parts, chunks, strict=True))
+        parts = _plain(read(chunks), chunks, split.labels, device)
+    else:
+        parts = read_views(
+            read,
+            chunks,
+            split.labels,
+            views,
+            view,
+            repeated=_repeated(views, view, len(order), sizes, share, repeats),
+            classes=classes,
+            device=device,
+            values=values,
+        )
+    normalise = normalisation(mean, std, device, channels_last=channels_last)
+    return ((normalise(raw), own, i) for (raw, own), i in zip(parts, chunks, strict=True))
+
+
+def _repeated(
+    views: Views,
+    view: int,
+    images: int,
+    sizes: list[int],
+    share: Callable[[int], range] | None,
+    repeats: int,
+) -> list[Tensor] | None:
+    """Return the view of each image of each batch, where an image has several."""
+    found = views.repeated(view, torch.arange(images), repeats)
+    return _chunks(found, sizes, share) if isinstance(found, Tensor) else None
 
 
 def batch_sizes(images: int, batch_size: int, smallest: int = 1) -> list[int]:
@@ -289,104 +335,22 @@ def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | Non
     ]
 
 
-def _gathered(images: Tensor, places: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield images by their places; those that have channels last keep them there."""
+def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
+    """Return the images of batches; those that have channels last keep them there."""
+    if not chunks:
+        return ()
+    order = torch.cat(list(chunks)).to(images.device)  # to a GPU at once
+    places = torch.split(order, [len(own) for own in chunks])
     if images.ndim != 4 or images.is_contiguous():
         return (images.index_select(0, place) for place in places)
     rows = images.permute(0, 2, 3, 1)
     return (rows.index_select(0, place).permute(0, 3, 1, 2) for place in places)
 
 
-def _decoded(
-    images: Stream, chunks: Sequence[Tensor], workers: int, device: torch.device
-) -> Iterable[Tensor]:
-    return DataLoader(
-        images,
-        batch_sampler=[chunk.tolist() for chunk in chunks],
-        num_workers=workers,
-        collate_fn=torch.stack,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or DataLoader would draw from the global one
-    )
-
-
-def _normalised(
-    raw: Iterable[Tensor],
-    chunks: Sequence[Tensor],
-    mean: Sequence[float],
-    std: Sequence[float],
-    views: Views | None,
-    view: int,
-    device: torch.device,
-    channels_last: bool,
-) -> Iterator[Tensor]:
-    """Apply views and normalisation to whole batches on the device."""
-    normalise = _normalisation(mean, std, device, channels_last=channels_last)
+def _plain(
+    raw: Iterable[Tensor], chunks: Sequence[Tensor], labels: Tensor, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images of batches as they are, and their labels, on the device."""
     for images, index in zip(raw, chunks, strict=True):
-        images = images.to(device, non_blocking=True)
-        if images.ndim == 4 and views is not None:
-            images = views(images, index, view)
-        yield normalise(images)
-
-
-def _labelled(
-    inputs: Iterator[Tensor],
-    chunks: Sequence[Tensor],
-    places: Sequence[Tensor],
-    labels: Tensor,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Add labels and indices to the inputs of each batch."""
-    if len(places) and places[0].device != labels.device:
-        places = [place.to(labels.device) for place in places]
-    for images, index, place in zip(inputs, chunks, places, strict=True):
-        yield images, labels.index_select(0, place).to(device, non_blocking=True), index
-
-
-def _normalisation(
-    mean: Sequence[float], std: Sequence[float], device: torch.device, *, channels_last: bool
-) -> Callable[[Tensor], Tensor]:
-    """Return the function from images `[N, C, H, W]`, or features `[N, F]`, to inputs."""
-    means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
-    scale = (1 / (255 * stds)).to(device, torch.float32)
-    shift = (-means / stds).to(device, torch.float32)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def normalise(images: Tensor) -> Tensor:
-        if images.ndim == 2:
-            return standardised(images, mean, std)
-        return (images.to(torch.float32, memory_format=layout) * scale).add_(shift)
-
-    return normalise
-
-
-_KEPT: WeakKeyDictionary[Split, tuple[object, Tensor]] = WeakKeyDictionary()
-
-
-def _kept(
-    split: Split,
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    channels_last: bool,
-) -> Tensor:
-    """Return the normalised images of a split in memory, which are made once."""
-    made_from = (tuple(mean), tuple(std), channels_last)
-    known, inputs = _KEPT.get(split, (None, images))
-    if known != made_from:
-        inputs = _normalisation(mean, std, images.device, channels_last=channels_last)(images)
-        _KEPT[split] = made_from, inputs
-    return inputs
-
-
-def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return features `[N, F]` less their mean by their std, float32, computed in double precision.
-
-    >>> standardised(torch.tensor([[3.0, 1e9 + 64]], dtype=torch.float64), [1, 1e9], [2, 64])
-    tensor([[1., 1.]])
-    """
-    means, stds = (
-        torch.tensor(value, dtype=torch.float64, device=features.device) for value in (mean, std)
-    )
-    return ((features.double() - means) / stds).float()
+        picked = labels.index_select(0, index.to(labels.device))
+        yield images.to(device, non_blocking=True), picked.to(device, non_blocking=True)

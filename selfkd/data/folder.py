@@ -16,6 +16,7 @@ import torch
 from selfkd.text import one_line
 
 from .batches import Split
+from .listing import ListedFiles, Listing, keep_listing
 from .sources import Source
 from .stream import Files, Pictures, Stream, Survey, survey
 
@@ -37,6 +38,15 @@ def open_folder(root: Path, image_size: int | None) -> Source:
         FileNotFoundError: There is no training folder, or no other beside it.
         ValueError: A class without a training image, no image at all, or training images alone.
     """
+    listing = keep_listing(root, PARTS, suffixes(), lambda: _list(root))
+    parts = {
+        part: (Files(root, files.paths), files.labels) for part, files in listing.parts.items()
+    }
+    left_out = Counter(listing.left_out)
+    return make_source(str(root), parts, listing.classes, image_size, left_out)
+
+
+def _list(root: Path) -> Listing:
     left_out = Counter[str]()
     folders = _part_folders(root, left_out)
     names = {part: _class_names(root / name, left_out) for part, name in folders.items()}
@@ -54,7 +64,7 @@ def open_folder(root: Path, image_size: int | None) -> Source:
             )
         paths = [f"{folder}/{own[name]}" if name in own else None for name in class_names]
         parts[part] = _list_images(root, folder, paths, left_out)
-    return make_source(str(root), parts, class_names, image_size, left_out)
+    return Listing(class_names, parts, dict(left_out))
 
 
 def _part_folders(root: Path, left_out: Counter[str]) -> dict[str, str]:
@@ -197,6 +207,7 @@ def suffixes() -> frozenset[str]:
     """Return the suffixes, in lower case, of the file types that Pillow decodes by itself."""
     from PIL import EpsImagePlugin, Image, ImageFile
 
+    Image.preinit()  # those of frequent types first, which are then the first to be asked
     types = Image.registered_extensions()  # registers all plugins
     without = {"MPEG"}  # recognised only
     for name, (factory, _) in Image.OPEN.items():
@@ -225,7 +236,7 @@ def _class_names(folder: Path, left_out: Counter[str]) -> tuple[str, ...]:
 
 def _list_images(
     root: Path, part: str, folders: Sequence[str | None], left_out: Counter[str]
-) -> tuple[Files, list[int]]:
+) -> ListedFiles:
     """List the image files of a part in the order of their paths, and their labels.
 
     Args:
@@ -243,7 +254,7 @@ def _list_images(
     if not paths:
         without = f" (left out: {list_left_out(left_out)})" if left_out else ""
         raise ValueError(f"data.root must hold images, got none in {root / part}{without}")
-    return Files(root, paths), labels
+    return ListedFiles(paths, labels)
 
 
 def walk(

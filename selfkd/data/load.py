@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .arrays import SUFFIXES, open_arrays, standardisation
 from .batches import Data, Split
+from .decode import decode, keep
 from .folder import open_folder
 from .pairs import open_pairs
 from .saved import is_saved, open_saved
@@ -126,16 +127,18 @@ its splits as those folders; of a single one a tenth is test, too |
         )
     selected = _training_classes(classes, source.class_names)
     splits, _ = _split(source, train_size, val_size, selected, label_noise, reserve, seed)
+    notes = dict.fromkeys([source.note] if source.note else [])
     train, val, test = (
-        resolve_images(name, split, image_size, in_memory, splits) for split in splits
+        resolve_images(name, split, image_size, in_memory, splits, say=notes.setdefault)
+        for split in splits
     )
     mean, std = source.statistics or _statistics(train)
     size = _size(train)
     digest = fingerprint(train, mean=mean, std=std)
-    if source.note:
-        _log_once(source.note)
-    names = source.class_names
-    note, features = source.note, source.features
+    for note in notes:
+        _log_once(note)
+    names, features = source.class_names, source.features
+    note = "; ".join(notes)
     return Data(name, train, val, test, names, size, mean, std, digest, note, features)
 
 
@@ -289,13 +292,14 @@ def resolve_images(
     image_size: int | None,
     in_memory: bool | None,
     splits: Sequence[Split],
+    say: Callable[[str], object] = log.warning,
 ) -> Split:
     """Return the split with its images decoded, scaled, or left to be streamed."""
     images = split.images
     if isinstance(images, Stream):
         total = sum(part.images.nbytes for part in splits)
         hold = total <= MEMORY_LIMIT if in_memory is None else in_memory
-        return replace(split, images=images.decode()) if hold else split
+        return replace(split, images=decode(images, say) if hold else keep(images, say))
     if in_memory is False:
         raise ValueError(f"data.in_memory must be true or not given for {name}, got False")
     if image_size is not None:

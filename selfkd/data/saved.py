@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,9 @@ class SavedPictures:
     def key(self, number: int) -> str:
         """Return a name that identifies a picture without decoding it."""
         return f"{self.digest}[{number}]"
+
+    def states(self, numbers: Sequence[int]) -> None:
+        """Return None: when the content changes is not known."""
 
 
 def is_saved(root: Path) -> bool:

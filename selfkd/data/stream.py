@@ -1,8 +1,9 @@
 """Streams of images that are decoded on access and scaled to one size."""
 
+import math
 import os
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -38,6 +39,15 @@ class Pictures(Protocol):
     def key(self, number: int, /) -> str:
         """Return a name that identifies a picture without decoding it."""
 
+    def states(self, numbers: Sequence[int], /) -> "list[State] | None":
+        """Return what changes with the content of pictures; None where that is not known."""
+
+
+State = tuple[str, int, int]
+"""A file, its size in bytes and the time of its last change in nanoseconds."""
+FRESH_NS = 2 * 10**9
+"""Time after a change in which a file may change again without its time being another."""
+
 
 @dataclass(frozen=True, eq=False)
 class Files:
@@ -55,15 +65,25 @@ class Files:
         """Open a picture without decoding it."""
         from PIL import Image
 
-        return Image.open(self.root / self.paths[number])
+        return Image.open(self.where(number))
 
     def where(self, number: int) -> str:
         """Return the file of a picture."""
-        return str(self.root / self.paths[number])
+        return os.path.join(self.root, self.paths[number])
 
     def key(self, number: int) -> str:
         """Return a name that identifies a picture without decoding it."""
-        return f"{self.paths[number]}:{(self.root / self.paths[number]).stat().st_size}"
+        return f"{self.paths[number]}:{os.stat(self.where(number)).st_size}"
+
+    def states(self, numbers: Sequence[int]) -> list[State] | None:
+        """Return path, size and time of the files; None where one has just been written."""
+        root, found = os.path.realpath(self.root), []
+        for number in numbers:
+            path = os.path.join(root, self.paths[number])
+            state = os.stat(path)
+            found.append((path, state.st_size, state.st_mtime_ns))
+        newest = max((changed for *_, changed in found), default=0)
+        return found if newest < time.time_ns() - FRESH_NS else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +102,17 @@ class Stream(Dataset[Tensor]):
     """Height and width of the images in pixels."""
     mode: Mode
     """Mode that the pictures are converted to."""
+    kept: Tensor | None = None
+    """Images that are decoded already, uint8 `[M, channels, size, size]`, mapped from a file."""
+    rows: Tensor | None = None
+    """Row of each image in them, int64 `[N]`."""
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, i: int) -> Tensor:
+        if self.kept is not None and self.rows is not None:
+            return self.kept[self.rows[i]]
         number = int(self.positions[i])
         picture = read_or_raise(lambda: self._read(number), self.pictures.where(number))
         pixels = np.array(square(picture.convert(self.mode), self.image_size))
@@ -99,7 +125,8 @@ class Stream(Dataset[Tensor]):
 
     def take(self, index: Tensor) -> "Stream":
         """Return a stream of the images at `index` alone, in that order."""
-        return replace(self, positions=self.positions[index])
+        rows = None if self.rows is None else self.rows[index]
+        return replace(self, positions=self.positions[index], rows=rows)
 
     def keys(self) -> list[str]:
         """Return a name for each image, which changes with the size of its file."""
@@ -108,18 +135,12 @@ class Stream(Dataset[Tensor]):
     @property
     def nbytes(self) -> int:
         """Size of all images in bytes when decoded."""
-        return len(self) * (1 if self.mode == "L" else 3) * self.image_size**2
+        return math.prod(self.shape)
 
-    def decode(self) -> Tensor:
-        """Decode all images: uint8 `[N, channels, size, size]`."""
-        channels = 1 if self.mode == "L" else 3
-        images = torch.empty(
-            (len(self), channels, self.image_size, self.image_size), dtype=torch.uint8
-        )
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for i, image in enumerate(pool.map(self.__getitem__, range(len(self)))):
-                images[i] = image
-        return images
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of all images when decoded: images, channels, height and width."""
+        return (len(self), 1 if self.mode == "L" else 3, self.image_size, self.image_size)
 
 
 @dataclass(frozen=True)

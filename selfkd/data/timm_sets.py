@@ -70,6 +70,9 @@ class TimmPictures:
         """Return a name that identifies a picture without decoding it."""
         return f"{self.name}[{number}]"
 
+    def states(self, numbers: Sequence[int]) -> None:
+        """Return None: when the content changes is not known."""
+
 
 @dataclass(frozen=True, eq=False)
 class ListedPictures:
@@ -94,6 +97,9 @@ class ListedPictures:
     def key(self, number: int) -> str:
         """Return a name that identifies a picture without decoding it."""
         return f"{self.name}[{number}]"
+
+    def states(self, numbers: Sequence[int]) -> None:
+        """Return None: when the content changes is not known."""
 
 
 def open_timm(

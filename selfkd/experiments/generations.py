@@ -180,7 +180,7 @@ def finished(config: Config, folder: RunFolder) -> GenerationsSummary | None:
     done = {row.name for row in summary.controls}
     replicas = [*summary.confirmations, *(r for r in summary.controls if r.name != "seeds")]
     confirmed = not config.confirm.replicas or (
-        len(summary.confirmations) == len(rows)
+        len(summary.confirmations) == len(rows) - (not config.confirm.baseline)
         and all(row.given or row.wanted >= config.confirm.replicas for row in replicas)
     )
     same = [row.hash for row in rows] == [row.hash for row in results]

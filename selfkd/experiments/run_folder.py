@@ -210,6 +210,11 @@ class RunFolder:
                 f"confirm.{name} must be at least the {old.confirm.replicas} of the run, "
                 f"got {new.confirm.replicas}"
             )
+        if old.confirm.baseline and not new.confirm.baseline:
+            raise ConfigError(
+                f"confirm.baseline must stay true as in {self.path}, which has or makes one, got "
+                "false"
+            )
         done = len(self.results())
         if new.most_rounds + 1 < done:
             raise ConfigError(f"rounds must be at least the {done - 1} done, got {new.most_rounds}")

@@ -237,7 +237,8 @@ def _rest_at(rest: Tensor, grid: Tensor | None, temperature: float, others: int)
     compiling = torch.compiler.is_compiling()  # which warns of caches
     weights = _interpolation(temperature) if compiling else _cached_interpolation(temperature)
     first, *middle, last = weights
-    at_t = (grid * rest.new_tensor(middle)).sum(-1).add_(rest, alpha=first)
+    inner = torch.tensor(middle, dtype=rest.dtype).to(rest.device, non_blocking=True)
+    at_t = (grid * inner).sum(-1).add_(rest, alpha=first)
     if last:
         at_t = at_t + last * math.log(others)
     return torch.where(rest == -torch.inf, rest, at_t)

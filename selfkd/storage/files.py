@@ -179,7 +179,7 @@ def _is_transient(path: Path, error: BaseException) -> bool:
 def fetch(path: Path) -> Path:
     """Return a local path with the same content: the path itself, or a copy of a remote file.
 
-    Copies are cached in SELFKD_CACHE (`~/.cache/selfkd` by default) by URI, size and time.
+    Copies are cached in `cache_folder()` by URI, size and time.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -201,9 +201,13 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of local copies, created readable by the user alone."""
-    given = os.environ.get("SELFKD_CACHE")
-    folder = Path(given) if given else Path.home() / ".cache" / "selfkd"
+    """Return the folder of local copies, created readable by the user alone.
+
+    It is that of SELFKD_CACHE, else selfkd in XDG_CACHE_HOME, else ~/.cache/selfkd.
+    """
+    given, usual = os.environ.get("SELFKD_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(usual) if os.path.isabs(usual) else Path.home() / ".cache"
+    folder = Path(given) if given else base / "selfkd"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 

@@ -114,6 +114,7 @@ def fit(
     compiled: bool = False,
     ranks: Ranks = ALONE,
     transfer: TransferSet | None = None,
+    repeats: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Train a student from its current state; yield a row an epoch.
 
@@ -133,6 +134,7 @@ def fit(
             however it is divided; batch normalisation sees a rank's share only, unless the student
             has a `SyncBatchNorm`.
         transfer: Transfer set, whose images are added to each batch.
+        repeats: Views of an image that a batch has, of which `batch_size` is a multiple.
 
     Yields:
         epoch (from 1), loss and its terms (means over the epoch), lr, val_accuracy (fraction),
@@ -156,15 +158,14 @@ def fit(
     for epoch in range(training.epoch + 1, epochs + 1):
         if not all(part.training for part in student.modules()):
             student.train()
-        view = views.at(epoch - 1) if views else 0
+        first = views.at(epoch - 1, repeats) if views else 0
         terms = defaultdict[str, list[Tensor]](list)
-        reading: dict[str, Any] = {"views": views, "view": view, "device": device}
+        reading: dict[str, Any] = {"views": views, "view": first, "device": device}
         reading |= {"workers": workers, "share": ranks.share}
-        reading |= {"channels_last": training.channels_last}
+        reading["channels_last"] = training.channels_last
         order = training.generator
-        batches = data.batches(
-            "train", batch_size=batch_size, generator=order, smallest=smallest, **reading
-        )
+        own: dict[str, Any] = {"batch_size": batch_size, "smallest": smallest, "repeats": repeats}
+        batches = data.batches("train", generator=order, **own, **reading)
         if transfer is not None:
             seed = order.initial_seed()
             batches = transfer.mix(batches, sizes, data, epoch=epoch - 1, seed=seed, **reading)
@@ -174,6 +175,7 @@ def fit(
             with autocast(device, training.precision):
                 logits = take_logits(forward(inputs), "student")
             check_graph(logits, "student_logits")
+            view: Any = views.repeated(first, ranks.places(count[0]), repeats) if views else 0
             mixed = transfer.describe(labels, index, count, ranks.size) if transfer else {}
             values = distiller(logits, labels, inputs=inputs, index=index, view=view, **mixed)
             for parameter in parameters:  # `zero_grad`, which takes as long as a small layer

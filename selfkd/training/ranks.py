@@ -51,6 +51,15 @@ class Ranks:
         rank = self.rank if rank is None else rank
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
+    def places(self, count: int) -> Tensor:
+        """Return the places in a batch that this rank reads: the first where it has no share.
+
+        >>> Ranks(1, 3).places(10), Ranks(2, 3).places(2)
+        (tensor([4, 5, 6]), tensor([0]))
+        """
+        share = self.share(count) or range(1)
+        return torch.arange(share.start, share.stop)
+
     def weight(self, *counts: int) -> float:
         """Return the fraction of a batch that is this rank's share.
 

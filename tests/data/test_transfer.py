@@ -14,6 +14,7 @@ from torch import Tensor
 
 from selfkd.data import Data, Split, load_data
 from selfkd.data.augmentation import Views
+from selfkd.data.decode import decode
 from selfkd.data.load import load_rest
 from selfkd.data.stream import Stream
 from selfkd.data.transfer import TransferSet, check_leaks, load_transfer
@@ -40,7 +41,7 @@ def load_rest_of(digits: Data, **changes: object) -> TransferSet:
 
 
 def rows(images: Tensor | Stream) -> set[bytes]:
-    pixels = images if isinstance(images, Tensor) else images.decode()
+    pixels = images if isinstance(images, Tensor) else decode(images)
     return {image.numpy().tobytes() for image in pixels}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfkd.config import ModelConfig, choices_of_terms
+from selfkd.config import AugmentConfig, ModelConfig, choices_of_terms
 from selfkd.data import fingerprint
 from selfkd.data.transfer import check_leaks
 from selfkd.distill.outputs import describe_output, take_logits
@@ -17,6 +17,7 @@ from selfkd.models import parameters_count
 from selfkd.results import Facts
 from selfkd.results.trial import CachedFormat
 from selfkd.tasks.common import check_init, named_networks, optimizer_of
+from selfkd.tasks.images.augment import FRESH, describe_views
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.terms import try_terms
 from selfkd.training.ranks import smallest_batch
@@ -57,6 +58,9 @@ def check_images(
         try_terms(task, networks["student"], found, choices)
     splits = {"train": data.train, "val": data.val, "test": data.test}
     notes = [data.note] if data.note else []
+    own = config.data
+    if own.augment != AugmentConfig() or own.repeats > 1 or own.views == "fresh":
+        notes.append(f"images: {describe_views(task.views, repeats=config.data.repeats)}")
     prints = {
         "train": data.fingerprint,
         "val": fingerprint(data.val, mean=data.mean, std=data.std),
@@ -69,7 +73,7 @@ def check_images(
         items={name: len(split.labels) for name, split in splits.items()},
         outputs=data.num_classes,
         names=data.class_names,
-        views=task.views.count,
+        views=1 if task.views.count == FRESH else task.views.count,
         parameters=sizes,
         fingerprints=prints,
         transfer=0 if task.transfer is None else len(task.transfer),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.config.names import describe_classes
 from selfkd.config.schema import TransferConfig
 from selfkd.data import Data, load_data
-from selfkd.data.augmentation import Views
 from selfkd.data.load import load_rest
 from selfkd.data.transfer import FOLDER, TransferSet, load_transfer
 from selfkd.deployment.reshape import PRUNED, check_size, pruned_share, reshape
@@ -31,9 +29,9 @@ from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
 from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.images.augment import make_views
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
 
-AUGMENTED_VIEWS = 8
 LARGEST_ARGUMENT = 10_000
 """Largest number in the arguments of a foreign network, unless its tensors are larger."""
 
@@ -121,12 +119,6 @@ def _load_transfer(config: DataConfig, seed: int, device: str) -> TransferSet:
     ).to(device)
 
 
-def _views(config: DataConfig, seed: int) -> Views:
-    views = Views(crop=config.crop, flip=config.flip, jitter=config.jitter, seed=seed)
-    count = config.views or (1 if views.is_identity else AUGMENTED_VIEWS)
-    return replace(views, count=count)
-
-
 class ImageNetworks:
     """The images of a config, and networks for them."""
 
@@ -137,7 +129,12 @@ class ImageNetworks:
         self.fingerprint = self.data.fingerprint
         # the bias of classes without training images is fitted on validation
         self.evaluated: tuple[Split, ...] = SPLITS if self.config.data.classes else SPLITS[1:]
-        self.views = _views(self.config.data, self.config.seed)
+        self.views = make_views(
+            self.config.data,
+            seed=self.config.seed,
+            channels=self.data.in_chans,
+            size=self.data.image_size,
+        )
         self.top_k = check_top_k(self.config, self.data.num_classes)
         check_class_mean(self.config, self.data.num_classes)
         self.data_key = self.key_of(self.data.fingerprint)

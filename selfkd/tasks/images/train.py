@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -13,12 +13,13 @@ from torch import nn
 from selfkd.config import TrainConfig
 from selfkd.data import Data
 from selfkd.data.batches import batch_sizes
+from selfkd.data.loader import kept_processes
 from selfkd.deployment.low_bits import plain, round_weights
 from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
-from selfkd.soft_targets.joined import open_joined
+from selfkd.soft_targets.joined import EachView, open_joined
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
     Targets,
@@ -99,20 +100,22 @@ def train_classifier(
         compiled=options.compile,
         ranks=ranks,
         transfer=task.transfer if mixes_transfer(trial, transform) else None,
+        repeats=task.config.data.repeats,
     )
     best = training.best
     best = best.network if isinstance(best, Specialist) else best
     try:
-        for row in rows:
-            cycle, rest = divmod(row["epoch"], epochs // cycles)
-            if rest == 0 and ranks.first:
-                path = trial.path
-                path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
-                row["hash"] = task.save(path, plain(best), trial.model, facts)
-                row["checkpoint"] = path.name
-            unfinished = row["epoch"] < epochs
-            trial.progress.reached(row, training.state_dict() if unfinished else None)
-            yield row
+        with kept_processes():
+            for row in rows:
+                cycle, rest = divmod(row["epoch"], epochs // cycles)
+                if rest == 0 and ranks.first:
+                    path = trial.path
+                    path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
+                    row["hash"] = task.save(path, plain(best), trial.model, facts)
+                    row["checkpoint"] = path.name
+                unfinished = row["epoch"] < epochs
+                trial.progress.reached(row, training.state_dict() if unfinished else None)
+                yield row
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{trial.stage.replace('-', ' ')}: {error}") from None
 
@@ -190,7 +193,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
     if not teachers:
         return Distiller(label_smoothing=smoothing)
     weights = teacher_weights(teachers)
-    teacher = stored = None
+    teacher, stored = None, cast(Targets | None, None)
     if distill.runs_teacher:
         with torch.random.fork_rng(devices=[]):  # what is drawn does not depend on it
             members = [task.teacher(member["checkpoint"]) for member in teachers]
@@ -205,6 +208,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             average=distill.average,
             weights=weights,
         )
+        stored = stored if task.config.data.repeats == 1 else EachView(stored)
         if distill.average == "logits":  # by the store, once
             weights = None
     if transform != "none" and stored is not None:

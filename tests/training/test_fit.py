@@ -199,10 +199,6 @@ class SpyViews:
         self.calls.append((view, index.tolist()))
         return self.views(images, index, view)
 
-    @property
-    def is_identity(self):
-        return False
-
     def inputs(self, data, index, view):
         images = self.views(data.train.images[index], index, view)
         return ((images.double() / 255 - data.mean[0]) / data.std[0]).float()

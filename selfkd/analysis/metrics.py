@@ -66,18 +66,20 @@ def ece(logits: Tensor, labels: Tensor) -> float:
         bins = [row for row in reliability(logits, labels) if row["count"]]
         gaps = (row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins)
         return math.fsum(gaps) / len(logits)
-    # over a second to import: not in workers that only train
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    return float(
-        multiclass_calibration_error(
-            _below_one(logits), labels, num_classes=logits.shape[-1], n_bins=ECE_BINS, norm="l1"
-        )
+    # to the bit that of torchmetrics, which takes a worker three seconds to import
+    confidence, predicted = _below_one(logits).max(dim=-1)
+    edges = torch.linspace(0, 1, ECE_BINS + 1, device=logits.device)
+    places = torch.bucketize(confidence, edges, right=True) - 1
+    count, accuracies, confidences = (
+        torch.zeros_like(edges).scatter_add_(0, places, each)
+        for each in (torch.ones_like(confidence), (predicted == labels).float(), confidence)
     )
+    distances = torch.nan_to_num(accuracies / count) - torch.nan_to_num(confidences / count)
+    return float((distances.abs() * (count / count.sum())).sum())
 
 
 def _below_one(logits: Tensor) -> Tensor:
-    """Return probabilities; torchmetrics gives a confidence of exactly 1 a bin beyond the last."""
+    """Return probabilities; a confidence of exactly 1 would lie a bin beyond the last."""
     return logits.float().softmax(dim=-1).clamp(max=1 - torch.finfo(torch.float32).eps)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .loader import read_stream
 from .stream import Stream
 
 Batch = tuple[Tensor, Tensor, Tensor]
+KEPT_VALUES = 2**22
+"""Most values of a split that are kept normalised: of small images, normalising each batch of them
+takes longer than moving it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels; 1 of features."""
+        if not isinstance(self.images, Tensor):
+            return self.images.image_size
+        return self.images.shape[-1] if self.images.ndim == 4 else 1
 
     @property
     def index(self) -> Tensor:
@@ -63,7 +74,7 @@ class Data:
     class_names: tuple[str, ...]
     """Names of the classes, in the order of the labels."""
     image_size: int
-    """Height and width of the images in pixels."""
+    """Height and width of the training images in pixels."""
     mean: tuple[float, ...]
     """Mean of each channel, of pixels in [0, 1]; inputs are (pixel - mean) / std."""
     std: tuple[float, ...]
@@ -80,6 +91,11 @@ class Data:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def test_size(self) -> int:
+        """Height and width of the images of validation and test in pixels."""
+        return self.val.image_size
 
     @property
     def in_chans(self) -> int:
@@ -106,6 +122,7 @@ class Data:
         share: Callable[[int], range] | None = None,
         smallest: int = 1,
         repeats: int = 1,
+        channels_last: bool = False,
     ) -> Iterator[Batch]:
         """Iterate over the batches of a split given by name, as `selfkd.data.batches` does."""
         if split not in ("train", "val", "test"):
@@ -126,6 +143,7 @@ class Data:
             smallest=smallest,
             repeats=repeats,
             classes=self.num_classes,
+            channels_last=channels_last,
         )
 
 
@@ -146,6 +164,7 @@ def batches(
     smallest: int = 1,
     repeats: int = 1,
     classes: int | None = None,
+    channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate once over a split, or over some of its images.
 
@@ -214,6 +233,7 @@ def batches(
         share=share,
         repeats=repeats,
         classes=classes,
+        channels_last=channels_last,
     )
 
 
@@ -231,6 +251,7 @@ def read_batches(
     share: Callable[[int], range] | None = None,
     repeats: int = 1,
     classes: int | None = None,
+    channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over images of a split in a given order, in batches of given sizes.
 
@@ -247,27 +268,32 @@ def read_batches(
         share: Function from the size of a batch to the positions in it that this process reads.
         repeats: Number of views of an image that follow each other in the order.
         classes: Number of classes, needed where views mix images.
+        channels_last: Whether images have their channels last in memory.
 
     Returns:
         Iterator over (inputs, labels, index), as of `batches`.
     """
-    images, device = split.images, torch.device(device)
+    images, labels, device = split.images, split.labels, torch.device(device)
     chunks = _chunks(order, sizes, share)
     plain = views is None or views.is_identity
     read: Callable[[Sequence[Tensor]], Iterable[Tensor]]
     if isinstance(images, Tensor):
         plain, values = plain or images.ndim == 2, images[0].numel() if len(images) else 1
+        if plain and images.device == device and images.numel() <= KEPT_VALUES:
+            kept = _kept(split, images, mean, std, channels_last=channels_last)
+            parts = _plain(_gathered(kept, chunks), chunks, labels, device)
+            return ((*part, index) for part, index in zip(parts, chunks, strict=True))
         read = partial(_gathered, images)
     else:
         values = None  # of several batches at a time, the first would wait for all
         read = partial(read_stream, images, workers=workers, device=device)
     if plain or views is None:
-        parts = _plain(read(chunks), chunks, split.labels, device)
+        parts = _plain(read(chunks), chunks, labels, device)
     else:
         parts = read_views(
             read,
             chunks,
-            split.labels,
+            labels,
             views,
             view,
             repeated=_repeated(views, view, len(order), sizes, share, repeats),
@@ -275,7 +301,7 @@ def read_batches(
             device=device,
             values=values,
         )
-    return _finished(parts, chunks, mean, std, device)
+    return _finished(parts, chunks, mean, std, device, channels_last=channels_last)
 
 
 def _repeated(
@@ -323,21 +349,23 @@ def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | Non
 
 
 def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
+    """Yield the rows of each batch; images that have channels last keep them there."""
     if not chunks:
         return ()
     order = torch.cat(list(chunks)).to(images.device)  # to a GPU at once
-    return (
-        images.index_select(0, chunk) for chunk in torch.split(order, [len(own) for own in chunks])
-    )
+    places = torch.split(order, [len(own) for own in chunks])
+    if images.ndim != 4 or images.is_contiguous():
+        return (images.index_select(0, place) for place in places)
+    rows = images.permute(0, 2, 3, 1)
+    return (rows.index_select(0, place).permute(0, 3, 1, 2) for place in places)
 
 
 def _plain(
     raw: Iterable[Tensor], chunks: Sequence[Tensor], labels: Tensor, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images of batches as they are, and their labels, on the device."""
-    for images, index in zip(raw, chunks, strict=True):
-        picked = labels.index_select(0, index.to(labels.device, non_blocking=True))
-        yield images.to(device, non_blocking=True), picked.to(device, non_blocking=True)
+    for images, own in zip(raw, _gathered(labels, chunks), strict=True):
+        yield images.to(device, non_blocking=True), own.to(device, non_blocking=True)
 
 
 def _finished(
@@ -346,17 +374,50 @@ def _finished(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
+    *,
+    channels_last: bool,
 ) -> Iterator[Batch]:
     """Normalise whole batches on the device."""
+    normalise = _normalisation(mean, std, device, channels_last=channels_last)
+    for (images, labels), index in zip(parts, chunks, strict=True):
+        yield normalise(images), labels, index
+
+
+def _normalisation(
+    mean: Sequence[float], std: Sequence[float], device: torch.device, *, channels_last: bool
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from images `[N, C, H, W]`, or features `[N, F]`, to inputs."""
     means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
     scale = (1 / (255 * stds)).to(device, torch.float32)
     shift = (-means / stds).to(device, torch.float32)
-    for (images, labels), index in zip(parts, chunks, strict=True):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def normalise(images: Tensor) -> Tensor:
         if images.ndim == 2:
-            inputs = standardised(images, mean, std)
-        else:
-            inputs = images.to(torch.float32).mul_(scale).add_(shift)
-        yield inputs, labels, index
+            return standardised(images, mean, std)
+        return (images.to(torch.float32, memory_format=layout) * scale).add_(shift)
+
+    return normalise
+
+
+_KEPT: WeakKeyDictionary[Split, tuple[object, Tensor]] = WeakKeyDictionary()
+
+
+def _kept(
+    split: Split,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    channels_last: bool,
+) -> Tensor:
+    """Return the normalised images of a split in memory, which are made once."""
+    made_from = (tuple(mean), tuple(std), channels_last)
+    known, inputs = _KEPT.get(split, (None, images))
+    if known != made_from:
+        inputs = _normalisation(mean, std, images.device, channels_last=channels_last)(images)
+        _KEPT[split] = made_from, inputs
+    return inputs
 
 
 def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -49,6 +50,8 @@ class Training:
     """Device of the student and of the batches."""
     precision: Precision = "none"
     """Mixed precision of the student's forward pass."""
+    channels_last: bool = False
+    """Whether 4-dimensional weights and the images have channels last in memory."""
     epoch: int = 0
     """Number of completed epochs."""
     step: int = 0
@@ -61,6 +64,9 @@ class Training:
     def __post_init__(self) -> None:
         half = self.precision == "float16" and self.device != "cpu"
         self.scaler = torch.amp.GradScaler(self.device, enabled=half)
+        if self.channels_last:
+            for network in (self.student, *([] if self.average is None else [self.average])):
+                network.to(memory_format=torch.channels_last)
 
     @property
     def best(self) -> nn.Module:
@@ -144,16 +150,19 @@ def fit(
     student, optimizer, device = training.student, training.optimizer, training.device
     forward = ranks.parallel(student)
     forward = cast(nn.Module, torch.compile(forward)) if compiled else forward
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     images = len(data.train)
     smallest = smallest_batch(student, batch_size=batch_size, images=images, ranks=ranks.size)
     sizes = batch_sizes(images, batch_size, smallest)
     counts = list(zip(sizes, *([transfer.sizes(sizes)] if transfer else []), strict=True))
     for epoch in range(training.epoch + 1, epochs + 1):
-        student.train()
+        if not all(part.training for part in student.modules()):
+            student.train()
         first = views.at(epoch - 1, repeats) if views else 0
-        terms: dict[str, list[Tensor]] = {}
+        terms = defaultdict[str, list[Tensor]](list)
         reading: dict[str, Any] = {"views": views, "view": first, "device": device}
         reading |= {"workers": workers, "share": ranks.share}
+        reading |= {"channels_last": training.channels_last}
         order = training.generator
         own: dict[str, Any] = {"batch_size": batch_size, "smallest": smallest, "repeats": repeats}
         batches = data.batches("train", generator=order, **own, **reading)
@@ -169,18 +178,19 @@ def fit(
             view: Any = views.repeated(first, ranks.places(count[0]), repeats) if views else 0
             mixed = transfer.describe(labels, index, count, ranks.size) if transfer else {}
             values = distiller(logits, labels, inputs=inputs, index=index, view=view, **mixed)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:  # `zero_grad`, which takes as long as a small layer
+                parameter.grad = None
             descend(training, ranks.mean_loss(values["loss"], *count), clip_grad)
             for name, value in values.items():
-                mine = value.detach()
-                terms.setdefault(name, []).append(
-                    mine if ranks.size == 1 else mine * ranks.weight(*count)
-                )
+                mine = value.detach() if value.requires_grad else value
+                terms[name].append(mine if ranks.size == 1 else mine * ranks.weight(*count))
             training.step += 1
             if training.step % CHECK_STEPS == 0:
                 check_finite(torch.stack(terms["loss"]), epoch)
-        means = {name: ranks.sum(torch.stack(steps)) for name, steps in terms.items()}
-        check_finite(means["loss"], epoch)
+        steps = {name: ranks.sum(torch.stack(each)) for name, each in terms.items()}
+        means = {name: float(each.mean()) for name, each in steps.items()}
+        if not math.isfinite(means["loss"]):
+            check_finite(steps["loss"], epoch)
         measured = _measure(training, data, workers, ranks)
         if not math.isfinite(measured["nll"]):
             raise NonFiniteLossError(
@@ -190,7 +200,7 @@ def fit(
         training.epoch, training.seconds = epoch, time.perf_counter() - start
         yield {
             "epoch": epoch,
-            **{name: float(steps.mean()) for name, steps in means.items()},
+            **means,
             "lr": float(optimizer.param_groups[0]["lr"]),
             "val_accuracy": measured["accuracy"],
             "val_nll": measured["nll"],
@@ -221,6 +231,7 @@ def _measure(training: Training, data: Data, workers: int, ranks: Ranks) -> dict
         workers=workers,
         precision=training.precision,
         ranks=ranks,
+        channels_last=training.channels_last,
     )
 
 

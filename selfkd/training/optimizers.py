@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from itertools import chain
 from typing import Literal
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -17,7 +18,13 @@ from selfkd.distill.teacher import ComputedTensors
 
 
 def make_optimizer(
-    student: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: float
+    student: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """Return an optimiser by timm, without weight decay of biases and normalisation layers.
 
@@ -27,17 +34,33 @@ def make_optimizer(
         lr: Learning rate.
         momentum: Momentum; ignored by optimisers without one.
         weight_decay: Weight decay of all other parameters.
+        fused: Whether a step is one kernel over all parameters, which rounds otherwise.
 
     Raises:
-        ValueError: timm has no optimiser of that name.
+        ValueError: timm has no optimiser of that name, or it has no fused step.
     """
     if name not in list_optimizers():
         known = ", ".join(list_optimizers()[:8])
         raise ValueError(f"train.optimizer must be a timm optimiser ({known}, …), got {name!r}")
+    if fused and not has_fused(name):
+        raise ValueError(
+            f"train.fused must be false with train.optimizer {name}, which has no fused step, got "
+            "true: sgd, adam and adamw have one"
+        )
+    more = {"fused": True} if fused else {}
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        student, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum
+        student, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **more
     )
     return optimizer
+
+
+def has_fused(name: str) -> bool:
+    """Return whether a timm optimiser has a fused step, as some of torch's own have.
+
+    >>> has_fused("sgd"), has_fused("lion")
+    (True, False)
+    """
+    return "fused" in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
 
 
 def make_scheduler(

@@ -39,6 +39,7 @@ def predict(
     workers: int = 0,
     precision: Precision = "none",
     rows: range | None = None,
+    channels_last: bool = False,
 ) -> Tensor:
     """Return the logits of a model for a split.
 
@@ -54,13 +55,14 @@ def predict(
         workers: Processes that decode streamed images.
         precision: Mixed precision of the forward pass.
         rows: Images of the split to predict; all when not given.
+        channels_last: Whether images have their channels last in memory, as the model's weights.
 
     Returns:
         Logits `[images, classes]`, float32 on the CPU.
     """
     batches = predict_batches(
         model, data, split, views=views, view=view, device=device, workers=workers,
-        precision=precision, rows=rows,
+        precision=precision, rows=rows, channels_last=channels_last,
     )  # fmt: skip
     return torch.cat(list(batches))
 
@@ -77,12 +79,13 @@ def predict_batches(
     workers: int = 0,
     precision: Precision = "none",
     rows: range | None = None,
+    channels_last: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the logits of a model for a split batch by batch; arguments are those of `predict`."""
     training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
         model.eval()
-    values = data.in_chans * data.image_size**2
+    values = data.in_chans * getattr(data, split).image_size ** 2
     batches = data.batches(
         split,
         batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),
@@ -91,6 +94,7 @@ def predict_batches(
         device=device,
         workers=workers,
         rows=rows,
+        channels_last=channels_last,
     )
     for inputs, _, _ in batches:
         with autocast(device, precision):
@@ -109,6 +113,7 @@ def evaluate(
     workers: int = 0,
     precision: Precision = "none",
     ranks: Ranks = ALONE,
+    channels_last: bool = False,
 ) -> dict[str, float]:
     """Return `accuracy` (fraction) and `nll` (nats) of a model on a split.
 
@@ -120,6 +125,7 @@ def evaluate(
         workers: Processes that decode streamed images.
         precision: Mixed precision of the forward pass.
         ranks: Processes that share the predictions; all of them must call this.
+        channels_last: Whether images have their channels last in memory.
     """
     labels = getattr(data, split).labels.cpu()
     ranks = ranks if len(labels) >= ranks.size else ALONE
@@ -131,6 +137,7 @@ def evaluate(
         workers=workers,
         precision=precision,
         rows=ranks.share(len(labels)) if ranks.size > 1 else None,
+        channels_last=channels_last,
     )
     logits = ranks.gather(logits, len(labels), device=device)
     return {"accuracy": metrics.accuracy(logits, labels), "nll": metrics.nll(logits, labels)}

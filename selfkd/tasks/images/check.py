@@ -114,4 +114,13 @@ def _tried(task: ImageNetworks, model: ModelConfig) -> nn.Module:
             f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
             f"which gives {shape} for 2 images"
         )
+    if (other := task.data.test_size) != size:
+        try:
+            with torch.no_grad():
+                network(next(task.data.batches("val", batch_size=2, device=task.device))[0])
+        except Exception as error:
+            raise ValueError(
+                f"data.test_size must be left out for {model.name!r} with {model.args}, which "
+                f"takes {size}x{size} images alone, got {other}: {error}"
+            ) from error
     return network

@@ -82,20 +82,13 @@ def _is_same(config: DataConfig, transfer: TransferConfig) -> bool:
 
 def _load_data(config: DataConfig, seed: int, device: str) -> Data:
     settings = _split_settings(config, seed)
-    noise, in_memory = config.label_noise, config.in_memory
-    return _load(config.name, tuple(settings.items()), noise, in_memory, device)
+    more = {key: getattr(config, key) for key in ("label_noise", "in_memory", "test_size")}
+    return _load(config.name, tuple((settings | more).items()), device)
 
 
 @lru_cache(maxsize=1)
-def _load(
-    name: str,
-    settings: tuple[tuple[str, Any], ...],
-    label_noise: float,
-    in_memory: bool | None,
-    device: str,
-) -> Data:
-    data = load_data(name, **dict(settings), label_noise=label_noise, in_memory=in_memory)
-    return data.to(device)
+def _load(name: str, settings: tuple[tuple[str, Any], ...], device: str) -> Data:
+    return load_data(name, **dict(settings)).to(device)
 
 
 @lru_cache(maxsize=1)
@@ -202,7 +195,7 @@ class ImageNetworks:
             "model": {"name": model.name, "args": model.args},
             "classes": list(data.class_names),
             "in_chans": data.in_chans,
-            "image_size": data.image_size,
+            "image_size": data.test_size,
             "mean": list(data.mean),
             "std": list(data.std),
             "data": data.name,

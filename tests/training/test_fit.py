@@ -191,7 +191,7 @@ class SpyViews:
     def __init__(self, count):
         self.views = Views(jitter=1, count=count)
         self.count, self.at = count, self.views.at
-        self.mixes = False
+        self.is_identity = self.mixes = False
         self.repeated = self.views.repeated
         self.calls = []
 

@@ -28,9 +28,10 @@ from selfkd.storage.checkpoint import save_tensors
 from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
-from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint
 from selfkd.tasks.images.augment import make_views
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
+from selfkd.training.device import precision_of, prepare_device
 
 LARGEST_ARGUMENT = 10_000
 """Largest number in the arguments of a foreign network, unless its tensors are larger."""
@@ -118,6 +119,7 @@ class ImageNetworks:
     def __init__(self, tree: Tree) -> None:
         self.config: Config = from_tree(tree)
         self.device = prepare_device(self.config)
+        self.precision = precision_of(self.config.train.amp, self.device)
         self.data = _load_data(self.config.data, self.config.seed, self.device)
         self.fingerprint = self.data.fingerprint
         # the bias of classes without training images is fitted on validation

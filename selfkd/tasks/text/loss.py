@@ -214,7 +214,7 @@ def _live_targets(task: TextNetworks, networks: Sequence[nn.Module]) -> Targets:
 
     @torch.no_grad()
     def targets(batch: Batch) -> Tensor:
-        with autocast(task.device, task.config.train.amp):
+        with autocast(task.device, task.precision):
             found = [take_logits(network(batch.inputs), "teacher") for network in networks]
         return found[0] if len(found) == 1 else torch.stack(found)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, Tree, from_tree
 from selfkd.config.schema import HF
+from selfkd.config.speed import with_speed
 from selfkd.distill.outputs import take_logits
 from selfkd.models import parameters_count
 from selfkd.results.row import ROW, Row
@@ -62,7 +63,7 @@ class TextNetworks:
 
     def __init__(self, tree: Tree) -> None:
         check_installed()
-        self.config: Config = from_tree(tree)
+        self.config: Config = with_speed(from_tree(tree))
         self.device = prepare_device(self.config)
         models = [self.config.model, *self.config.students]
         for path in [model.args.get("path") for model in models if model.name == HF]:

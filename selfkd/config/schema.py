@@ -396,6 +396,13 @@ class TrainConfig:
     tf32: bool | None = None
     """Whether a GPU multiplies float32 matrices and convolutions in TF32, with 10 bits after the
     point; on GPUs it does when not given."""
+    channels_last: bool | None = None
+    """Whether weights and images have their channels last in memory, which convolutions are fastest
+    with on most processors; by device and kind of network when not given. It decides rounding."""
+    fused: bool | None = None
+    """Whether the optimiser's step is one kernel, where it has one, and of few classes the loss is
+    computed by fewest calls from soft targets that are computed once; by device and kind of network
+    when not given. It decides rounding."""
     compile: bool = False
     """Whether to run the student through `torch.compile`."""
     init: Init = "fresh"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -49,14 +51,18 @@ class EarlyStopping:
 def load_entry(entry: str) -> Callable[[str, Mapping[str, Any]], Iterator[Row]]:
     """Import the function that runs jobs; where that fails, each job raises the error.
 
+    timm imports W&B where it is installed, which no job needs: it takes half a second, and leaves
+    temporary files where the process is killed. So it is as if it were not, meanwhile.
+
     Args:
         entry: Reference of the function, `module:function`.
     """
     module, _, name = entry.partition(":")
     try:
-        function: Callable[[str, Mapping[str, Any]], Iterator[Row]] = getattr(
-            importlib.import_module(module), name
-        )
+        with _without("wandb"):
+            function: Callable[[str, Mapping[str, Any]], Iterator[Row]] = getattr(
+                importlib.import_module(module), name
+            )
     except (ImportError, AttributeError) as error:
         failure = error
     else:
@@ -66,6 +72,19 @@ def load_entry(entry: str) -> Callable[[str, Mapping[str, Any]], Iterator[Row]]:
         raise failure
 
     return fail
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Let no import find a module meanwhile, unless it is imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # as Python has what cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 class Jobs(Protocol):

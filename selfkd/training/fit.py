@@ -164,7 +164,7 @@ def fit(
         terms = defaultdict[str, list[Tensor]](list)
         reading: dict[str, Any] = {"views": views, "view": first, "device": device}
         reading |= {"workers": workers, "share": ranks.share}
-        reading |= {"channels_last": training.channels_last}
+        reading["channels_last"] = training.channels_last
         order = training.generator
         own: dict[str, Any] = {"batch_size": batch_size, "smallest": smallest, "repeats": repeats}
         batches = data.batches("train", generator=order, **own, **reading)

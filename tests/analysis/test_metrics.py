@@ -103,6 +103,22 @@ def test_ece_is_that_of_fifteen_equal_bins(classes, scale):
     assert ece(logits, labels) == float(known), "to the bit, so that no figure of a run changes"
 
 
+@pytest.mark.parametrize("scale", [0.1, 1, 5, 40])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_ece_is_that_of_torchmetrics_to_the_bit(classes, scale):
+    """It is not called, as it imports transformers and matplotlib: two seconds a worker."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    generator = torch.Generator().manual_seed(3)
+    logits = scale * torch.randn(1000, classes, generator=generator)
+    labels = torch.randint(classes, (1000,), generator=generator)
+    probabilities = logits.softmax(dim=-1).clamp(max=1 - torch.finfo(torch.float32).eps)
+    expected = multiclass_calibration_error(
+        probabilities, labels, num_classes=classes, n_bins=15, norm="l1"
+    )
+    assert ece(logits, labels) == float(expected)
+
+
 def test_ece_of_known_cases():
     # all of (14/15, 1] is one bin: a confidence of exactly 1 has none of its own
     logits = torch.tensor([[200.0, 0.0]] * 50 + [[math.log(19), 0.0]] * 50)  # 1 and 0.95

@@ -182,6 +182,18 @@ class Views:
         """
         return self._mixing.partners(self._bits(index, view), images)
 
+    def are_whole(self, index: Tensor, view: int, size: tuple[int, int]) -> Tensor:
+        """Return whether each image is mixed with no other, bool `[batch]`.
+
+        Args:
+            index: Index of each image in its split, int64 `[batch]`.
+            view: Number of the view.
+            size: Height and width of the images in pixels.
+        """
+        if not self.mixes:
+            return torch.ones(len(index), dtype=torch.bool, device=index.device)
+        return self._mixing.label_weights(self._bits(index, view), *size) == 1
+
     def mixed(
         self,
         images: Tensor,

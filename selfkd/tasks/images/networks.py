@@ -166,8 +166,10 @@ class ImageNetworks:
         return next(found)
 
     def cached_labels(self) -> Tensor:
-        """Return the label of each training image."""
-        return self.labels("train")
+        """Return the label of each training image; -1 of one whose first view is mixed."""
+        labels, size = self.labels("train"), self.data.image_size
+        whole = self.views.are_whole(torch.arange(len(labels)), 0, (size, size))
+        return torch.where(whole, labels, -1)
 
     def output_names(self, outputs: Sequence[int]) -> list[str]:
         """Return the names of classes."""

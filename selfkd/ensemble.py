@@ -14,7 +14,7 @@ from selfkd.cli.plan import plan_ensemble
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick
 from selfkd.config import Config
-from selfkd.experiments.ensemble import compress, finished
+from selfkd.experiments.ensemble import arms_of, compress, finished
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.reporting.tables import ensemble_table, further_head
@@ -85,10 +85,11 @@ def run_ensemble(
 
 
 def _greet(config: Config) -> str:
+    alone = "" if config.confirm.baseline else ", without the labels-only baseline"
     return (
         f"{describe_members(config)}, then {config.search.trials} trials of one student, "
         f"{config.network().name} on {config.data.name}, and {config.confirm.seeds} fresh seeds to "
-        "confirm the best"
+        f"confirm the best{alone}"
     )
 
 
@@ -121,7 +122,7 @@ _COMMAND = Command(
     most=lambda config: max(
         config.search.trials,
         config.members.trained(),
-        (3 if config.transfer else 2) * config.confirm.seeds,
+        arms_of(config) * config.confirm.seeds,
     ),
 )
 

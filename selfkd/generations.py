@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from selfkd.analysis.verdicts import count, sparkline
+from selfkd.analysis.verdicts import count, sentences_of, sparkline
 from selfkd.cli.command import Command, Description, load_line
 from selfkd.cli.functions import absolute_reference, check_reference, stem_of
 from selfkd.cli.options import base_parser, config_flags
@@ -207,6 +207,8 @@ def _plan(config: Config) -> str:
         again = f"at most {most} born-again, until two in a row show no gain"
     noun = "whole lineage" if config.confirm.lineages else "fresh seed"
     confirmed = f", confirmed on {count(seeds, noun)}" if seeds else ""
+    if seeds and not config.confirm.baseline:
+        confirmed += " without the labels-only baseline"
     given = config.generation_0.path
     first = "on labels" if given is None else f"from {given}"
     return f"generation 0 {first}, then {again}, {trials} trials each{confirmed}"
@@ -267,8 +269,8 @@ def _next(
 
 def _sentences(summary: GenerationsSummary) -> Sequence[str]:
     """Return the verdict in words, or why there is none."""
-    if summary.verdict is not None:
-        return summary.verdict.sentences
+    if found := sentences_of(summary):
+        return found
     if len(summary.generations) == 1:
         return ["generation 0 alone, so there is nothing to compare: --rounds 5 adds generations"]
     return ["one model a generation, so no interval and no verdict: --seeds 3 replicates each"]

@@ -16,7 +16,7 @@ def results_are_typed() -> list[float]:
     study = selfkd.run_study(config="study.yaml", settings={"train.epochs": 3})
     return [
         generations.summary.generations[0].metrics["val_accuracy"],
-        ensemble.summary.gain.value,
+        ensemble.summary.gain.value if ensemble.summary.gain is not None else 0.0,
         capacity.summary.sizes[0].difference.value,
         study.summary.arms[0].mean.value,
         generations.table[0]["test_accuracy"],

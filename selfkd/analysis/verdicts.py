@@ -6,9 +6,27 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from selfkd.results import Facts, Interval, Mode, find_metric
+from selfkd.results import (
+    EnsembleSummary,
+    Facts,
+    GenerationsSummary,
+    Interval,
+    Mode,
+    find_metric,
+)
 
+NOT_COMPARED = (
+    "not compared with labels only, as confirm.baseline is false: resume with "
+    "--set confirm.baseline=true to train the baseline"
+)
+"""What is said of a run without a labels-only baseline in place of a verdict."""
 SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def sentences_of(summary: EnsembleSummary | GenerationsSummary) -> tuple[str, ...]:
+    """Return the verdict of a run in words, and that it has no labels-only baseline if so."""
+    found = summary.verdict.sentences if summary.verdict is not None else ()
+    return (*found, NOT_COMPARED) if summary.alone else found
 
 
 def resolution(facts: Facts, metric: str, split: str) -> float:

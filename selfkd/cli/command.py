@@ -344,6 +344,7 @@ class Command(Generic[S]):
                 progress.wait_for(f"starting Ray, {count(workers, 'worker')} …")
                 meanwhile.join()
                 from selfkd.execution.pool import Pool
+                from selfkd.experiments.device import settle_device
 
                 with Pool(
                     "selfkd.worker.jobs:run_job",
@@ -356,7 +357,7 @@ class Command(Generic[S]):
                 ) as pool:
                     try:
                         run = Run(
-                            config=config,
+                            config=settle_device(config, folder, pool, events),
                             folder=folder,
                             executor=pool,
                             events=events,

@@ -14,6 +14,7 @@ from selfkd.config import (
 )
 from selfkd.experiments.confirm import baselines, pairs_of
 from selfkd.experiments.controls import TITLES
+from selfkd.experiments.ensemble import arms_of
 from selfkd.experiments.given import has_known_training
 from selfkd.experiments.members import find_members, trained_networks
 
@@ -66,7 +67,7 @@ def plan_generations(config: Config) -> Plan:
         patterns = [f"{pattern}/trial_*" for pattern in patterns]
         each, teachers = (last - first + 1) * trials, [config.network(first - 1)]
         stages.append(Planned(f"{at_most}{which}", each, patterns, own, teachers))
-    if seeds and known:
+    if seeds and known and config.confirm.baseline:
         patterns = ["generation_000/confirm/*"]
         stages.append(Planned("confirmation, generation 0", seeds, patterns, config))
     for path, model in baselines(config, range(1, rounds + 1)).values() if seeds else ():
@@ -109,11 +110,11 @@ def plan_ensemble(config: Config) -> Plan:
     trials = config.search.trials
     teachers = trained_networks(config)
     stages = [*members.stages, Planned("student", trials, ["student/trial_*"], student, teachers)]
-    if config.space(with_teacher=False) or not seeds:
+    if config.confirm.baseline and (config.space(with_teacher=False) or not seeds):
         stages.append(Planned("student from labels only", trials, ["labels/trial_*"], student))
     if seeds:
-        arms = 3 if config.transfer else 2
-        title = "confirmation, all three" if arms == 3 else "confirmation, both"
+        arms = arms_of(config)
+        title = ("confirmation", "confirmation, both", "confirmation, all three")[arms - 1]
         patterns = ["confirm/*/trial_*"]
         stages.append(Planned(title, arms * seeds, patterns, student, teachers))
     return _by_mode(config, replace(members, stages=stages, tried=[("", config, teachers)]))

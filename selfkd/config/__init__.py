@@ -19,6 +19,7 @@ from selfkd.config.schema import SPACE as SPACE
 from selfkd.config.schema import TERM_WEIGHT as TERM_WEIGHT
 from selfkd.config.schema import TERMS as TERMS
 from selfkd.config.schema import ArmConfig as ArmConfig
+from selfkd.config.schema import AugmentConfig as AugmentConfig
 from selfkd.config.schema import CheckpointConfig as CheckpointConfig
 from selfkd.config.schema import Config as Config
 from selfkd.config.schema import ContrastConfig as ContrastConfig

@@ -192,6 +192,9 @@ def load_config(
         for section in ("tracking", "members"):
             if section in tree:
                 put(tree, section, tree.pop(section))
+        data = tree.get("data")
+        if isinstance(data, dict) and "augment" in data:
+            put(tree, "data.augment", data.pop("augment"))
     return _overlay(tree, sources, settings, flags or {})
 
 

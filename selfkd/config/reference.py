@@ -250,6 +250,11 @@ def json_schema() -> dict[str, Any]:
         whole = tree["properties"][name]
         text = whole.pop("description")
         tree["properties"][name] = {"anyOf": [whole, *others], "description": text}
+    data = definitions["DataConfig"]["properties"]
+    preset = definitions["AugmentConfig"]["properties"]["preset"]
+    data["augment"] = {"anyOf": [data["augment"], preset]} | {
+        "description": data["augment"].pop("description")
+    }
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Config of selfkd"}
     return head | tree
 

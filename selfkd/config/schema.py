@@ -63,6 +63,8 @@ SOURCE_ARGS = (*RESERVED_ARGS, "path")
 """Arguments that a checkpoint drops, as its weights come from itself."""
 
 
+MOST_VIEWS = 10_000
+SHAPES = ("image_size", "crop", "flip", "jitter")
 ARRAYS = "arrays"
 """Name of the data set whose items are vectors of features."""
 HF = "hf"
@@ -118,6 +120,63 @@ class TransferConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class AugmentConfig:
+    """Augmentation by a preset, of which each part can be set apart. A view is a function of seed,
+    image and view number: teacher and student see the same pixels."""
+
+    preset: Literal["none", "light", "strong"] = "none"
+    """What the keys below are where they are not given. none: nothing. light: flip, and a random
+    shift of an eighth of the image, or, of images of 64 pixels or more, a random resized crop of at
+    least 0.35 of the area; `data.jitter` or `data.crop` take their place where they are set.
+    strong: light, `operations: randaugment`, `erase: 0.25`, `mixup: 0.8`, `cutmix: 1.0` and
+    `mix_probability: 0.5`. `data.augment: strong` is short for it."""
+    flip: bool | None = None
+    """Whether half of the images are flipped left to right; in a preset but none those in colour,
+    when not given."""
+    operations: Literal["none", "randaugment", "trivialaugment"] | None = None
+    """Operations on shape and colour, those of `torchvision.transforms.v2`: randaugment, `count` of
+    them in sequence, each of one `magnitude`; or trivialaugment, one of random magnitude."""
+    count: int = Field(default=2, ge=1, le=16)
+    """Number of operations of randaugment."""
+    magnitude: int = Field(default=9, ge=0, le=30)
+    """Magnitude of randaugment, from 0, nothing, to 30, the largest."""
+    color: float = Field(default=0.0, ge=0, le=1)
+    """Colour jitter: largest change of brightness, contrast and saturation; 0.4 is usual."""
+    hue: float = Field(default=0.0, ge=0, le=0.5)
+    """Colour jitter: largest turn of the hue, as a share of the circle; 0.1 is usual."""
+    erase: float | None = Field(default=None, ge=0, le=1)
+    """Random erasing: probability that a box of 2 % to 33 % of an image is filled with zeros."""
+    mixup: float | None = Field(default=None, ge=0, le=100)
+    """Alpha of mixup, whose weights are of Beta(alpha, alpha); none at 0."""
+    cutmix: float | None = Field(default=None, ge=0, le=100)
+    """Alpha of cutmix; where mixup is on as well, each has half of the images that are mixed."""
+    mix_probability: float | None = Field(default=None, ge=0, le=1)
+    """Probability that an image is mixed, where mixup or cutmix are on; 1, or that of the preset,
+    when not given."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others, so that labels are probabilities.
+
+        >>> AugmentConfig(preset="strong").mixes, AugmentConfig(mixup=0.2, mix_probability=0).mixes
+        (True, False)
+        """
+        alphas = (self.value("mixup"), self.value("cutmix"))
+        return any(alphas) and self.value("mix_probability") > 0
+
+    def value(self, key: str) -> Any:
+        """Return what a key is, by the preset where it is not given."""
+        own = getattr(self, key)
+        if own is not None:
+            return own
+        strong = {"operations": "randaugment", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
+        none = {"operations": "none", "mix_probability": 1.0}
+        if self.preset == "strong":
+            return {**strong, "mix_probability": 0.5}[key]
+        return none.get(key, 0.0)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class DataConfig:
     """Dataset, splits and augmentation."""
 
@@ -166,9 +225,19 @@ class DataConfig:
     """Whether to flip half of the images left to right."""
     jitter: int = Field(default=0, ge=0)
     """Largest random shift in pixels, filled with zeros (the same as pad and crop)."""
-    views: int | None = Field(default=None, ge=1, le=10_000)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    """Further augmentation, `none`, `light`, `strong` or a mapping."""
+    views: int | Literal["fresh"] | None = None
     """Number of augmented views of each image whose teacher logits are cached; epoch e is trained
-    on view e mod `views`. 1 without augmentation, else 8, when not given."""
+    on view e mod `views`. 1 without augmentation, else 8, when not given. Or fresh: each epoch has
+    views of its own, where nothing is cached, on labels alone or with `distill.live`."""
+    repeats: int = Field(default=1, ge=1, le=100)
+    """Repeated augmentation: number of views of an image in a batch. An epoch has as many steps as
+    with 1, on a part of the images. `train.batch_size` must be a multiple of it."""
+    test_size: int | None = Field(default=None, ge=1)
+    """Side in pixels of the images of validation and test, and of those that a trained model is
+    given; that of the training images when not given. After random resized crops, a larger one than
+    in training is often better."""
     context: int = Field(default=64, ge=2, le=1_000_000)
     """Number of tokens that a language model sees at most; text is divided into windows of it."""
     tokenizer: Place = "bpe:1024"
@@ -183,6 +252,17 @@ class DataConfig:
     """Transfer set, `{name, root, size, weight, labels}`, for students with teachers; they are
     trained on the training items alone when not given."""
 
+    @field_validator("views", mode="before")
+    @classmethod
+    def _views_or_fresh(cls, value: Any) -> Any:
+        if value is None or value == "fresh":
+            return value
+        if type(value) is not int or not 1 <= value <= MOST_VIEWS:
+            raise ValueError(
+                f"must be a whole number from 1 to {MOST_VIEWS}, or fresh, got {value!r}"
+            )
+        return value
+
     def __post_init__(self) -> None:
         if self.name != ARRAYS:
             if self.label_column is not None:
@@ -191,8 +271,11 @@ class DataConfig:
                     f"{self.label_column!r} with {self.name}"
                 )
             return
-        for key in ("image_size", "crop", "flip", "jitter"):
-            if value := getattr(self, key):
+        given = {key: getattr(self, key) for key in (*SHAPES, "test_size")}
+        given["repeats"] = self.repeats if self.repeats > 1 else None
+        given["augment"] = None if self.augment == AugmentConfig() else "a mapping"
+        for key, value in given.items():
+            if value:
                 raise ValueError(
                     f"{key} must be left out with name {ARRAYS}, whose features are no pixels, "
                     f"got {value!r}"
@@ -307,8 +390,12 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, which is evaluated and saved in place
     of the student, warmed up over the steps n as min(ema, (1 + n) / (10 + n)); no average when not
     given."""
-    amp: Literal["none", "bfloat16", "float16"] = "none"
-    """Mixed precision of the student's forward pass; none is float32."""
+    amp: Literal["none", "bfloat16", "float16", "auto"] = "none"
+    """Mixed precision of the student's forward pass; none is float32. auto is bfloat16 on a GPU
+    that computes in it, float16 on another, and none on CPUs; the run's config.yaml has which."""
+    tf32: bool | None = None
+    """Whether a GPU multiplies float32 matrices and convolutions in TF32, with 10 bits after the
+    point; on GPUs it does when not given."""
     compile: bool = False
     """Whether to run the student through `torch.compile`."""
     init: Init = "fresh"
@@ -533,6 +620,11 @@ class ConfirmConfig:
     lineages: int = Field(default=0, ge=0, le=10_000)
     """Number of whole lineages, in place of `seeds`, in `selfkd.generations`: the chosen settings
     are repeated from generation 0 on, and each teacher is its own lineage's; 0 for none."""
+    baseline: bool = True
+    """Whether what the students are compared with is trained, too: the same from labels only, on
+    the same fresh seeds (generation 0, and a student's own network), or in the search of
+    `selfkd.ensemble`. Without it a run says nothing of a gain over labels only; a run that is
+    resumed with it trains what is missing."""
 
     @property
     def replicas(self) -> int:
@@ -1240,6 +1332,8 @@ def put(tree: Tree, key: str, value: Any) -> None:
     """Set a value by its dotted key; a section is merged, not replaced."""
     if key == "tracking" and isinstance(value, str):
         key = "tracking.mode"
+    if key == "data.augment" and isinstance(value, str):
+        key = "data.augment.preset"
     if key == "members" and isinstance(value, int | list):
         key = "members.count" if isinstance(value, int) else "members.models"
     if TERM_WEIGHT.fullmatch(key):

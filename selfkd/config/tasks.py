@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 from selfkd.config.schema import (
     HF,
     OF_ALL_LOGITS,
+    AugmentConfig,
     Config,
     choices_of_terms,
     flat,
@@ -22,6 +24,8 @@ OF_TASK = {
     "images": (
         *("data.download", "data.classes", "data.label_noise", "data.image_size"),
         *("data.in_memory", "data.crop", "data.flip", "data.jitter", "data.views"),
+        *(f"data.augment.{key.name}" for key in fields(AugmentConfig)),
+        *("data.repeats", "data.test_size"),
         *("train.warmup_epochs", "train.momentum", "deploy.prune"),
     ),
     "text": (

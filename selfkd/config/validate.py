@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from selfkd.config.augment import augment_faults, transform_fault
 from selfkd.config.schema import (
     OF_ALL_LOGITS,
     OF_TEACHERS,
@@ -58,12 +59,14 @@ MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
 FREE = (
     *("data.train_size", "data.classes", "data.label_noise"),
-    *("data.crop", "data.flip", "data.jitter", "data.views"),
+    *("data.crop", "data.flip", "data.jitter", "data.augment", "data.views", "data.repeats"),
     *("data.rationales", "data.rationale_weight"),
     "data.transfer",
 )
 """What an arm of a study may change of the data: its training items, their labels and views, and
 the transfer set."""
+INSIDE = ("data.transfer.", "data.augment.")
+"""Beginnings of further keys that it may."""
 _CACHED = ("targets.top_k", "targets.samples")
 """What an arm of a study may change of the cached teacher logits."""
 _FIXED_KEYS = (
@@ -90,6 +93,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     yield from _evidence_faults(config, sources)
     yield from task_faults(config, sources)
     yield from (f"{locate_key(key, sources)}: {fault}" for key, fault in terms_faults(config))
+    distils = bool(config.most_rounds) and not config.study.arms
+    for key, fault in augment_faults(config, distils=distils):
+        yield f"{locate_key(key, sources)}: {fault}"
     for key, value in leaves(to_tree(config), ""):
         if not key.startswith("search.") and not _has_finite_numbers(value):
             yield f"{locate_key(key, sources)}: must have finite numbers, got {value!r}"
@@ -178,6 +184,16 @@ def _evidence_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str
         yield f"{where}: must be at least 3 with rounds auto: fewer are no evidence, got {seeds}"
     if config.controls and not seeds:
         yield f"{where}: must be at least 1 with controls, which are replicated too, got {seeds}"
+    if not config.confirm.baseline:
+        where = locate_key("confirm.baseline", sources)
+        needed = {
+            "rounds auto, which stops by it": config.rounds == "auto",
+            "controls, which stand beside it": bool(config.controls),
+            "confirm.lineages, which begin with it": lineages > 0,
+        }
+        for what, is_needed in needed.items():
+            if is_needed:
+                yield f"{where}: must be true with {what}, got false"
     if config.controls and not config.most_rounds:
         where = locate_key("rounds", sources)
         yield f"{where}: must be at least 1 with controls, which need generation 1, got 0"
@@ -292,6 +308,8 @@ def _capacity_faults(config: Config) -> Iterator[str]:
     yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
+    if not config.confirm.baseline:
+        yield "confirm.baseline must be true: a capacity curve is of gains over it, got false"
     if config.train.init == "teacher":
         yield f"train.init must be fresh for students of other sizes, got {config.train.init}"
     for value in known:
@@ -321,6 +339,8 @@ def _study_faults(config: Config) -> Iterator[str]:
     yield from no_generations(config)
     if config.confirm.seeds < 1:
         yield f"confirm.seeds must be at least 1, got {config.confirm.seeds}"
+    if not config.confirm.baseline:
+        yield "confirm.baseline must be true: a study trains the arms it names, got false"
     for name, arm in arms.items():
         where = f"study.arms.{name}"
         if name == MEMBERS or not name.replace("_", "").replace("-", "").isalnum():
@@ -346,7 +366,7 @@ def _study_faults(config: Config) -> Iterator[str]:
             )
         for key in arm.set:
             free = key.split(".")[0] in ("model", "train", "distill", "write")
-            free |= key in (*FREE, *_CACHED) or key.startswith("data.transfer.")
+            free |= key in (*FREE, *_CACHED) or key.startswith(INSIDE)
             if not free:
                 known = f"model, train, distill, write or of {', '.join((*FREE, *_CACHED))}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
@@ -362,7 +382,11 @@ def _study_faults(config: Config) -> Iterator[str]:
             if own.task == "text":
                 faults = (*steps_faults(own), *arm_faults(own, arm.set))
                 yield from (f"{where}.set: {key}: {fault}" for key, fault in faults)
-            yield from (f"{where}.set: {key}: {fault}" for key, fault in terms_faults(own))
+            views = augment_faults(own, distils=bool(arm.teachers))
+            for key, fault in (*terms_faults(own), *views):
+                yield f"{where}.set: {key}: {fault}"
+            if odd := transform_fault(own, transform):
+                yield f"{where}: {transform} {odd}"
             if transform in OF_ALL_LOGITS.values():
                 found = (*_needs_all_logits(own), *transform_faults(own, transform))
                 yield from (f"{where}: {transform} {fault}" for fault in found)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from selfkd.data.augmentation import Views
+from selfkd.data.augmentation.reading import read_views
 
 from .loader import read_stream
+from .normalise import KEPT_VALUES, kept_inputs, normalisation
 from .stream import Stream
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -27,6 +30,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels; 1 of features."""
+        if not isinstance(self.images, Tensor):
+            return self.images.image_size
+        return self.images.shape[-1] if self.images.ndim == 4 else 1
 
     @property
     def index(self) -> Tensor:
@@ -61,7 +71,7 @@ class Data:
     class_names: tuple[str, ...]
     """Names of the classes, in the order of the labels."""
     image_size: int
-    """Height and width of the images in pixels."""
+    """Height and width of the training images in pixels."""
     mean: tuple[float, ...]
     """Mean of each channel, of pixels in [0, 1]; inputs are (pixel - mean) / std."""
     std: tuple[float, ...]
@@ -78,6 +88,11 @@ class Data:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def test_size(self) -> int:
+        """Height and width of the images of validation and test in pixels."""
+        return self.val.image_size
 
     @property
     def in_chans(self) -> int:
@@ -103,6 +118,8 @@ class Data:
         rows: range | None = None,
         share: Callable[[int], range] | None = None,
         smallest: int = 1,
+        repeats: int = 1,
+        channels_last: bool = False,
     ) -> Iterator[Batch]:
         """Iterate over the batches of a split given by name, as `selfkd.data.batches` does."""
         if split not in ("train", "val", "test"):
@@ -121,6 +138,9 @@ class Data:
             rows=rows,
             share=share,
             smallest=smallest,
+            repeats=repeats,
+            classes=self.num_classes,
+            channels_last=channels_last,
         )
 
 
@@ -139,6 +159,9 @@ def batches(
     rows: range | None = None,
     share: Callable[[int], range] | None = None,
     smallest: int = 1,
+    repeats: int = 1,
+    classes: int | None = None,
+    channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate once over a split, or over some of its images.
 
@@ -161,11 +184,16 @@ def batches(
             where several processes share each batch; a process without any reads the first image.
         smallest: Number of images that a last batch has at least; one of fewer is merged into the
             batch before.
+        repeats: Number of views of an image that follow each other, the first of them `view`: as
+            many inputs as without, of a part of the images.
+        classes: Number of classes, needed where views mix images.
+        channels_last: Whether images have their channels last in memory.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
         width]` and int64 `[batch]` on `device`, and each image's index int64 `[batch]` on the
-        CPU, where it can pick rows of a tensor on any device.
+        CPU, where it can pick rows of a tensor on any device. Labels of views that mix images are
+        probabilities, float32 `[batch, classes]`.
 
     Raises:
         ValueError: A batch size below 1, or a view out of range.
@@ -186,6 +214,8 @@ def batches(
     if generator is not None:
         shuffle = torch.randperm(len(order), generator=generator, device=generator.device)
         order = order[shuffle.cpu()]
+    if repeats > 1:
+        order = order[torch.arange(len(order)) // repeats]
     if drop_last:
         order = order[: len(order) - len(order) % batch_size]
     return read_batches(
@@ -199,6 +229,9 @@ def batches(
         device=device,
         workers=workers,
         share=share,
+        repeats=repeats,
+        classes=classes,
+        channels_last=channels_last,
     )
 
 
@@ -214,6 +247,9 @@ def read_batches(
     device: torch.device | str = "cpu",
     workers: int = 0,
     share: Callable[[int], range] | None = None,
+    repeats: int = 1,
+    classes: int | None = None,
+    channels_last: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over images of a split in a given order, in batches of given sizes.
 
@@ -228,16 +264,56 @@ def read_batches(
         device: Device of the inputs and labels.
         workers: Number of processes that decode streamed images.
         share: Function from the size of a batch to the positions in it that this process reads.
+        repeats: Number of views of an image that follow each other in the order.
+        classes: Number of classes, needed where views mix images.
+        channels_last: Whether images have their channels last in memory.
 
     Returns:
         Iterator over (inputs, labels, index), as of `batches`.
     """
+    images, device = split.images, torch.device(device)
     chunks = _chunks(order, sizes, share)
-    if isinstance(split.images, Tensor):
-        raw = _gathered(split.images, _chunks(order.to(split.images.device), sizes, share))
+    plain = views is None or views.is_identity
+    read: Callable[[Sequence[Tensor]], Iterable[Tensor]]
+    if isinstance(images, Tensor):
+        plain, values = plain or images.ndim == 2, images[0].numel() if len(images) else 1
+        read = partial(_gathered, images)
     else:
-        raw = read_stream(split.images, chunks, workers, torch.device(device))
-    return _finished(raw, chunks, split.labels, mean, std, views, view, torch.device(device))
+        values = None  # of several batches at a time, the first would wait for all
+        read = partial(read_stream, images, workers=workers, device=device)
+    if plain or views is None:
+        if isinstance(images, Tensor) and images.numel() <= KEPT_VALUES and images.device == device:
+            inputs = kept_inputs(split, images, mean, std, channels_last=channels_last)
+            parts = _plain(_gathered(inputs, chunks), chunks, split.labels, device)
+            return ((*part, index) for part, index in zip(parts, chunks, strict=True))
+        parts = _plain(read(chunks), chunks, split.labels, device)
+    else:
+        parts = read_views(
+            read,
+            chunks,
+            split.labels,
+            views,
+            view,
+            repeated=_repeated(views, view, len(order), sizes, share, repeats),
+            classes=classes,
+            device=device,
+            values=values,
+        )
+    normalise = normalisation(mean, std, device, channels_last=channels_last)
+    return ((normalise(raw), own, i) for (raw, own), i in zip(parts, chunks, strict=True))
+
+
+def _repeated(
+    views: Views,
+    view: int,
+    images: int,
+    sizes: list[int],
+    share: Callable[[int], range] | None,
+    repeats: int,
+) -> list[Tensor] | None:
+    """Return the view of each image of each batch, where an image has several."""
+    found = views.repeated(view, torch.arange(images), repeats)
+    return _chunks(found, sizes, share) if isinstance(found, Tensor) else None
 
 
 def batch_sizes(images: int, batch_size: int, smallest: int = 1) -> list[int]:
@@ -272,42 +348,20 @@ def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | Non
 
 
 def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
-    return (images.index_select(0, chunk) for chunk in chunks)
+    """Return the images of batches; those that have channels last keep them there."""
+    if not chunks:
+        return ()
+    order = torch.cat(list(chunks)).to(images.device)  # to a GPU at once
+    places = torch.split(order, [len(own) for own in chunks])
+    if images.ndim != 4 or images.is_contiguous():
+        return (images.index_select(0, place) for place in places)
+    rows = images.permute(0, 2, 3, 1)
+    return (rows.index_select(0, place).permute(0, 3, 1, 2) for place in places)
 
 
-def _finished(
-    raw: Iterable[Tensor],
-    chunks: Sequence[Tensor],
-    labels: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    views: Views | None,
-    view: int,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Apply views and normalisation to whole batches on the device."""
-    means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
-    scale = (1 / (255 * stds)).to(device, torch.float32)
-    shift = (-means / stds).to(device, torch.float32)
-    for images, index in zip(raw, chunks, strict=True):
-        images = images.to(device, non_blocking=True)
-        if images.ndim == 2:
-            inputs = standardised(images, mean, std)
-        else:
-            if views is not None:
-                images = views(images, index, view)
-            inputs = images.to(torch.float32).mul_(scale).add_(shift)
-        picked = labels.index_select(0, index.to(labels.device))
-        yield inputs, picked.to(device, non_blocking=True), index
-
-
-def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return features `[N, F]` less their mean by their std, float32, computed in double precision.
-
-    >>> standardised(torch.tensor([[3.0, 1e9 + 64]], dtype=torch.float64), [1, 1e9], [2, 64])
-    tensor([[1., 1.]])
-    """
-    means, stds = (
-        torch.tensor(value, dtype=torch.float64, device=features.device) for value in (mean, std)
-    )
-    return ((features.double() - means) / stds).float()
+def _plain(
+    raw: Iterable[Tensor], chunks: Sequence[Tensor], labels: Tensor, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images of batches as they are, and their labels, on the device."""
+    for images, own in zip(raw, _gathered(labels, chunks), strict=True):
+        yield images.to(device, non_blocking=True), own.to(device, non_blocking=True)

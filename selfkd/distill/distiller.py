@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
+from selfkd.distill.protocols import CachedLogits as CachedLogits
+from selfkd.distill.protocols import Loss as Loss
+from selfkd.distill.quick import SoftTargetRows, soft_targets_of
 from selfkd.distill.tasks import Task, as_outputs, hard_term, masked_hard_term, task_terms
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import (
@@ -24,40 +27,12 @@ from selfkd.distill.terms import (
     parse_terms,
 )
 from selfkd.losses import Average
-from selfkd.losses.distillation import check_settings, check_tensor, detached
+from selfkd.losses.distillation import check_settings, check_tensor, detached, is_nan
+from selfkd.losses.few_classes import MOST, few_classes_terms
 from selfkd.losses.fused import weighted_sum
+from selfkd.losses.moving import send
 from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import SparseLogits
-
-
-class CachedLogits(Protocol):
-    """Cached teacher logits by image, such as `selfkd.soft_targets.store.SoftTargets`."""
-
-    def __call__(self, index: Tensor, view: int) -> Tensor | SparseLogits | SampledTargets:
-        """Return the logits of images `[batch]` under a view.
-
-        Args:
-            index: Indices of the images, int64 `[batch]`.
-            view: Number of the images' augmentation.
-
-        Returns:
-            Logits `[batch, classes]`, or `[members, batch, classes]` of an ensemble.
-        """
-
-
-class Loss(Protocol):
-    """Loss of a training loop; a `Distiller` is one."""
-
-    def __call__(
-        self,
-        student_logits: Tensor,
-        labels: Tensor,
-        *,
-        inputs: Any = None,
-        index: Tensor | None = None,
-        view: int = 0,
-    ) -> dict[str, Tensor]:
-        """Return the terms of the loss of a batch by name; `loss` has the graph."""
 
 
 class Distiller:
@@ -102,6 +77,8 @@ class Distiller:
             squared errors and no temperature (`selfkd.losses.regression_terms`).
         margin: Margin by which the student must be better than a regression's teacher for an item
             to be trained on its label alone, in squared units of the labels; None for never.
+        quick: Whether of few classes the soft targets are computed once, where logits are cached,
+            and the loss by least calls (`selfkd.losses.few_classes`); it rounds otherwise.
 
     Raises:
         ValueError: Both `teacher` and `targets`, a setting out of range, a path of no submodule,
@@ -135,6 +112,7 @@ class Distiller:
         example: Any = None,
         task: Task = "single_label",
         margin: float | None = 0.0,
+        quick: bool = False,
     ) -> None:
         check_settings(temperature, alpha, average, label_smoothing)
         if task not in get_args(Task):
@@ -161,6 +139,7 @@ class Distiller:
         self.label_smoothing = label_smoothing
         self.task: Task = task
         self.margin = margin
+        self._quick = SoftTargetRows(targets) if quick and task == "single_label" else None
         self.terms = parse_terms(terms or {})
         self._features: FeatureTerms | None = None
         self._sync_hooks: list[RemovableHandle] = []
@@ -343,6 +322,10 @@ class Distiller:
             )
         if self.task != "single_label":
             labels = as_outputs(labels, student_logits)
+        if self._quick is not None and labels is not None and own_hard_loss is None:
+            found = self._quick_terms(student_logits, labels, inputs, index, view)
+            if found is not None:
+                return found
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
@@ -353,11 +336,11 @@ class Distiller:
                     self.task, student_logits, labels, label_smoothing=self.label_smoothing
                 )
             return {"loss": loss, "hard_loss": loss.detach().clone()}
-        teacher_logits = teacher_logits.to(student_logits.device)
+        device = student_logits.device
         if isinstance(teacher_logits, SparseLogits | SampledTargets):
-            teacher_logits = teacher_logits.map(detached)
+            teacher_logits = teacher_logits.to(device).map(detached)
         else:
-            teacher_logits = detached(teacher_logits)
+            teacher_logits = detached(send(teacher_logits, device))
         if self.task != "single_label":
             teacher_logits = as_outputs(teacher_logits, student_logits)
         terms = task_terms(
@@ -383,6 +366,36 @@ class Distiller:
             named["loss"] = named["loss"] + self.terms[name].weight * value
             named[name] = value.detach()
         return named
+
+    def _quick_terms(
+        self,
+        student_logits: Tensor,
+        labels: Tensor,
+        inputs: Any,
+        index: Tensor | None,
+        view: int,
+    ) -> dict[str, Tensor] | None:
+        """Return the terms of few classes, if there is nothing else to be computed."""
+        if not self.alpha or self.terms or student_logits.shape[-1] > MOST:
+            return None
+        made_with = self.temperature, self.average, self.weights
+        rows = None
+        if self.teacher is not None:
+            logits = self._teacher_logits(inputs, index, view)
+            rows = soft_targets_of(logits, *made_with)
+        elif self._quick is not None and index is not None and isinstance(view, int):
+            rows = self._quick(index, view, *made_with)
+        if rows is None:
+            return None
+        terms = few_classes_terms(
+            student_logits,
+            rows.to(student_logits.device),
+            labels,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            label_smoothing=self.label_smoothing,
+        )
+        return None if is_nan(terms.soft_loss) else terms._asdict()
 
     def _further_terms(
         self,

@@ -36,7 +36,7 @@ def take_logits(output: Any, name: str) -> Tensor:
     TypeError: student_logits must be a tensor of logits, or an output in which it is clear which \
 tensor they are, got tuple of [2, 3], [2, 3]: give that tensor alone
     """
-    found = _find_logits(output)
+    found = output if isinstance(output, Tensor) else _find_logits(output)
     if found is not None:
         return found
     if name.endswith("logits"):

@@ -23,6 +23,7 @@ from selfkd.analysis.verdicts import (
 from selfkd.config import Config, ModelConfig
 from selfkd.experiments.arms import TITLE, Arm, Run
 from selfkd.experiments.lineages import in_lineages, remove_teachers, replicas_folder
+from selfkd.experiments.measured import measure_replicas
 from selfkd.experiments.replicas import contrast, pair_up, remove_students
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.teachers import prepare_teachers
@@ -50,7 +51,8 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
 
     Each is kept as `confirmation.json` in its generation's folder. Where `student` differs from
     `model`, the difference to generation 0 is that to the student's own network from labels only,
-    and in a chain to that of each generation.
+    and in a chain to that of each generation. Without `confirm.baseline` neither is trained, and
+    the later generations alone are confirmed.
 
     Raises:
         RunError: All trials of a generation's confirmation failed.
@@ -58,15 +60,16 @@ def confirm_generations(run: Run, results: Sequence[GenerationResult]) -> list[C
     config = run.config
     if not config.confirm.replicas:
         return []
-    for result in results[:1]:
+    wanted = results if config.confirm.baseline else results[1:]
+    for result in wanted[:1]:
         _keep_given(run, result)
     done = {row.generation for row in load_confirmations(config, run.folder, len(results))}
-    waiting = [row for row in results if row.generation not in done]
+    waiting = [row for row in wanted if row.generation not in done]
     for lot in [[row] for row in waiting] if config.confirm.lineages else [waiting]:
         _replicate(run, results, lot)
-    for result in results:  # here, as a kill may have come between
+    for result in wanted:  # here, as a kill may have come between
         _remove_students(run, result.generation)
-    return [load_row(Confirmation, _path(run.folder, row.generation)) for row in results]
+    return [load_row(Confirmation, _path(run.folder, row.generation)) for row in wanted]
 
 
 def prepare_again(run: Run, results: Sequence[GenerationResult]) -> None:
@@ -84,7 +87,8 @@ def prepare_again(run: Run, results: Sequence[GenerationResult]) -> None:
         return
     if config.confirm.lineages:  # which prepare their own teachers
         return
-    done = {row.generation for row in load_confirmations(config, run.folder, len(results))}
+    known = _load_known(run.folder, len(results))
+    done = {row.generation for row in known if _is_replicated(config, row)}
     for result in results:
         if result.teachers and result.generation not in done:
             prepare_teachers(run, result.teachers, of=f"generation {result.generation}")
@@ -130,7 +134,7 @@ def _replicate(
     if arms:
         trials = run.replicate(arms, title=LINEAGES if config.confirm.lineages else TITLE)
         title = "testing what was confirmed"
-        measured = run.measure(arms, trials, title=title, known=before)
+        measured = measure_replicas(run, arms, trials, title=title, known=before)
     for file, row in zip(saved, measured[len(waiting) :], strict=True):
         save_row(file, row)
     for path, _ in own.values():
@@ -184,13 +188,16 @@ def baselines(config: Config, generations: Iterable[int]) -> Mapping[str, tuple[
         config: Config of the run.
         generations: Numbers of the generations whose networks they are, from 1 on.
 
+    None where there is to be no baseline.
+
     >>> from selfkd.config import from_tree
     >>> chain = [{"name": name} for name in "aab"]
     >>> list(baselines(from_tree({"student": chain, "rounds": 3}), range(1, 4)))
     ['labels_1', 'labels']
     """
     found = {}
-    for generation in generations if config.student is not None else ():
+    compared = config.student is not None and config.confirm.baseline
+    for generation in generations if compared else ():
         model = config.network(generation)
         if model == config.network():
             found[LABELS] = (f"{LABELS}/{CONFIRMATION}", model)
@@ -226,14 +233,21 @@ def _labels_arm(run: Run, name: str, path: str, model: ModelConfig, point: Point
 
 
 def load_confirmations(config: Config, folder: RunFolder, generations: int) -> list[Confirmation]:
-    """Return the confirmations of the first generations, as far as all seeds are done."""
-    known = _load_known(folder, generations)
-    return [row for row in known if row.given or row.wanted >= config.confirm.replicas]
+    """Return the confirmations of the first generations, as far as all of each is done."""
+    return [
+        row
+        for row in _load_known(folder, generations)
+        if _is_replicated(config, row) and not (row.alone and config.confirm.baseline)
+    ]
+
+
+def _is_replicated(config: Config, row: Confirmation) -> bool:
+    return row.given or row.wanted >= config.confirm.replicas
 
 
 def judge_generations(run: Run, confirmations: Sequence[Confirmation]) -> Verdict | None:
-    """Return the verdict on the born-again generations; None where none was replicated."""
-    if len(confirmations) < 2:
+    """Return the verdict on the born-again generations; None where none is compared."""
+    if len(confirmations) < 2 or confirmations[0].alone:
         return None
     family = []
     for row in confirmations[1:]:
@@ -279,14 +293,18 @@ def _confirmation(
     run: Run, result: GenerationResult, measured: Replicated, before: Sequence[Confirmation]
 ) -> Confirmation:
     generation, floor = result.generation, run.terms.floor
-    found = Confirmation(**vars(measured), generation=generation, mcnemar=result.mcnemar)
-    if not generation:
-        return found
-    return replace(
-        found,
-        first=contrast(measured, labels_only(run, before, generation)[1], floor=floor),
-        previous=contrast(measured, before[-1], floor=floor),
+    found = Confirmation(
+        **vars(measured),
+        generation=generation,
+        mcnemar=result.mcnemar,
+        alone=not run.config.confirm.baseline,
     )
+    if before:
+        found = replace(found, previous=contrast(measured, before[-1], floor=floor))
+    if not generation or found.alone:
+        return found
+    base = labels_only(run, before, generation)[1]
+    return replace(found, first=contrast(measured, base, floor=floor))
 
 
 def stop_reason(

@@ -17,7 +17,7 @@ from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.export import describe_lineage, export
 from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.teacher_row import keep_members
+from selfkd.experiments.teacher_row import members_beside
 from selfkd.results import (
     Chosen,
     EnsembleSummary,
@@ -37,9 +37,18 @@ TITLES: dict[Source, str] = {
 }
 AVERAGES = ("probabilities", "logits")
 Pair = tuple[Model, ...]
-"""Students of one seed: from labels only, distilled, and distilled without the transfer set."""
+"""Students of one seed, one of each arm."""
+LABELS, STUDENT = "labels", "student"
+"""Names of the arms that are trained on labels only, and distilled."""
 WITHOUT = "without_transfer"
 """Name of the arm that is distilled without the transfer set."""
+ROWS = {
+    LABELS: "student, labels only",
+    WITHOUT: "student, without transfer set",
+    STUDENT: "student, from its teacher",
+}
+OTHERS = {LABELS: "the same from labels only", WITHOUT: "the same without the transfer set"}
+"""What the student is compared with."""
 
 
 def compress(run: Run) -> EnsembleSummary:
@@ -63,47 +72,58 @@ def compress(run: Run) -> EnsembleSummary:
         points=config.search.points or (),
     )
     found = run.search(student, save=folder / "student.safetensors")
-    labels = Arm(
-        name="labels",
-        title="student from labels only",
-        folder=folder / "labels",
-        space=config.space(with_teacher=False),
-    )
-    pairs: list[Pair] = []
-    if labels.space or not config.confirm.seeds:  # as many trials for the baseline
-        baseline = run.search(labels, save=folder / "labels.safetensors")
-        labels = replace(labels, point=baseline.best.point)
-        pairs = [(baseline.models[0], found.models[0])]
+    models: dict[str, Sequence[Model]] = {}
+    arms: list[Arm] = []
+    if config.confirm.baseline:
+        labels = Arm(
+            name=LABELS,
+            title="student from labels only",
+            folder=folder / LABELS,
+            space=config.space(with_teacher=False),
+        )
+        if labels.space or not config.confirm.seeds:  # as many trials for the baseline
+            baseline = run.search(labels, save=folder / "labels.safetensors")
+            labels = replace(labels, point=baseline.best.point)
+            models[LABELS] = baseline.models[:1]
+        arms.append(labels)
+    models[STUDENT] = found.models[:1]
+    arms.append(replace(student, point=found.best.point))
     if config.confirm.seeds:
-        arms = [labels, replace(student, point=found.best.point)]
         if config.transfer:
             off = {**found.best.point, "data.transfer.weight": 0.0}
             arms.append(replace(student, name=WITHOUT, point=off, folder=folder / WITHOUT))
-        pairs = _replicate(run, *arms)
+        models = _replicate(run, arms)
     chosen, config = found.models[0], config.at(found.best.point)
     run.folder.keep_best(chosen.checkpoint)
-    keep_members(run, teachers.of(config), config=config, students="the student")
-    summary = _measure(run, teachers, found.best, pairs)
+    summary = _measure(run, teachers, found.best, models)
     own = "student of an ensemble", config, run.folder.facts, chosen.hash
     metrics = summary.chosen.metrics
     export(run, chosen, student.folder, describe_lineage(*own, teachers.of(config), metrics))
     return run.finish(summary)
 
 
+def arms_of(config: Config) -> int:
+    """Return how many settings are replicated on fresh seeds."""
+    return 1 + config.confirm.baseline + (config.transfer is not None)
+
+
 def finished(config: Config, folder: RunFolder) -> EnsembleSummary | None:
     """Return the summary of a run that has nothing left to do, else None."""
     summary = folder.summary(EnsembleSummary)
-    return summary if summary and summary.wanted >= config.confirm.seeds else None
+    if summary is None or summary.wanted < config.confirm.seeds:
+        return None
+    return None if config.confirm.baseline and summary.gain is None else summary
 
 
-def _replicate(run: Run, *arms: Arm) -> list[Pair]:
-    """Return the students of a seed, of each arm: from labels only, and distilled."""
+def _replicate(run: Run, arms: Sequence[Arm]) -> dict[str, Sequence[Model]]:
+    """Return the students of each arm, by its name, of the seeds that all arms have."""
     folder = run.folder.path / "confirm"
-    arms = tuple(replace(arm, name=f"confirm_{arm.name}", folder=folder / arm.name) for arm in arms)
-    pairs = pair(run, arms, run.replicate(arms))
+    named = [replace(arm, name=f"confirm_{arm.name}", folder=folder / arm.name) for arm in arms]
+    pairs = pair(run, named, run.replicate(named))
     if not pairs:
         raise RuntimeError("no pair of the confirmation could be trained")
-    return pairs
+    models = zip(*pairs, strict=True)
+    return {arm.name: own for arm, own in zip(arms, models, strict=True)}
 
 
 def pair(run: Run, arms: Sequence[Arm], trials: Sequence[Sequence[TrialResult]]) -> list[Pair]:
@@ -120,24 +140,24 @@ def pair(run: Run, arms: Sequence[Arm], trials: Sequence[Sequence[TrialResult]])
 
 
 def _measure(
-    run: Run, teachers: Teachers, best: TrialResult, pairs: Sequence[Pair]
+    run: Run, teachers: Teachers, best: TrialResult, models: Mapping[str, Sequence[Model]]
 ) -> EnsembleSummary:
     """Evaluate members, ensembles and students on the test split, and time them."""
     config, metric = run.config.at(best.point), run.metric
     own_teachers, average = teachers.of(config), config.distill.average
+    beside = members_beside(run, own_teachers, config=config, students="the student")
     members, soft = teachers.sources["members"], config.distill.mode == "tokens"
-    labels, students, *without = zip(*pairs, strict=True)
-    alone = [model for models in teachers.sources.values() for model in models]
+    alone = [model for each in teachers.sources.values() for model in each]
     requests = [Request(model) for model in dict.fromkeys([*alone, *own_teachers])]
-    requests += [Request(model, (), number == 0, config) for number, model in enumerate(labels)]
-    requests += [
-        Request(model, own_teachers, number == 0, config) for number, model in enumerate(students)
-    ]
-    requests += [Request(model, own_teachers, config=config) for one in without for model in one]
-    by_hash = {row.hash: row for row in run.evaluate(requests, title="measuring on the test split")}
-    of_labels, of_students, *of_without = (
-        [by_hash[m.hash] for m in models] for models in (labels, students, *without)
-    )
+    for arm, own in models.items():
+        of = () if arm == LABELS else own_teachers
+        requests += [
+            Request(model, of, arm != WITHOUT and number == 0, config)
+            for number, model in enumerate(own)
+        ]
+    tested = run.evaluate(requests, title="measuring on the test split", beside=beside)
+    by_hash = {row.hash: row for row in tested}
+    measured = {arm: [by_hash[model.hash] for model in own] for arm, own in models.items()}
     named = dict(_ensembles(teachers.sources, run.config.distill.average))
     *averages, teacher = run.average([*named.values(), (own_teachers, average)])
     of_members = [by_hash[model.hash] for model in members]
@@ -145,30 +165,37 @@ def _measure(
         (_mean_row(f"single member, mean of {len(members)}", of_members, metric), members[:1]),
         (TableRow(name="best member on validation", metrics=of_members[0].metrics), members[:1]),
         *(
-            (TableRow(name=name, metrics=row.metrics), models)
-            for (name, (models, _)), row in zip(named.items(), averages, strict=True)
+            (TableRow(name=name, metrics=row.metrics), each)
+            for (name, (each, _)), row in zip(named.items(), averages, strict=True)
         ),
-        (_mean_row("student, labels only", of_labels, metric), labels[:1]),
         *(
-            (_mean_row("student, without transfer set", found, metric), models[:1])
-            for found, models in zip(of_without, without, strict=True)
+            (_mean_row(ROWS[arm], measured[arm], metric), models[arm][:1])
+            for arm in (LABELS, WITHOUT, STUDENT)
+            if arm in models
         ),
-        (_mean_row("student, from its teacher", of_students, metric), students[:1]),
     ]
-    *costs, cost = run.time([*(models for _, models in rows), own_teachers])
-    values, *others = (
-        [row.metrics[metric] for row in rows] for rows in (of_students, of_labels, *of_without)
-    )
-    gains = [[a - b for a, b in zip(values, other, strict=True)] for other in others]
-    room = [teacher.metrics[metric] - value for value in others[0]]
+    *costs, cost = run.time([*(each for _, each in rows), own_teachers])
+    values = {arm: [row.metrics[metric] for row in found] for arm, found in measured.items()}
+    gains = {
+        arm: [a - b for a, b in zip(values[STUDENT], other, strict=True)]
+        for arm, other in values.items()
+        if arm != STUDENT
+    }
+    room = [teacher.metrics[metric] - value for value in values.get(LABELS, ())]
     sign, floor = 1 if run.mode == "max" else -1, run.terms.floor
-    names = ("the same from labels only", "the same without the transfer set")
     compared = [
         Pairs.of(
-            "the student from its teacher", name, dict(enumerate(values)), dict(enumerate(other))
+            "the student from its teacher",
+            OTHERS[arm],
+            dict(enumerate(values[STUDENT])),
+            dict(enumerate(values[arm])),
         )
-        for name, other in zip(names, others, strict=False)
+        for arm in gains
     ]
+    share = None
+    if LABELS in gains:
+        share = ratio_interval([sign * each for each in gains[LABELS]], [sign * x for x in room])
+    intervals = {arm: mean_interval(own, floor=floor) for arm, own in gains.items()}
     return EnsembleSummary(
         rows=tuple(replace(row, **own) for (row, _), own in zip(rows, costs, strict=True)),
         teacher=teachers.row(config, teacher, cost),
@@ -181,15 +208,14 @@ def _measure(
             hash=best.hash,
         ),
         trials=config.search.trials,
-        seeds=len(pairs) if config.confirm.seeds else 0,
+        seeds=len(models[STUDENT]) if config.confirm.seeds else 0,
         wanted=config.confirm.seeds,
-        gain=mean_interval(gains[0], floor=floor),
-        transfer_gain=mean_interval(gains[1], floor=floor) if of_without else None,
-        verdict=judge(compared, terms=run.terms),
-        share=ratio_interval([sign * each for each in gains[0]], [sign * each for each in room]),
+        gain=intervals.get(LABELS),
+        transfer_gain=intervals.get(WITHOUT),
+        verdict=judge(compared, terms=run.terms) if compared else None,
+        share=share,
         diagnostics={
-            "labels": of_labels[0].diagnostics,
-            "student": of_students[0].diagnostics,
+            arm: measured[arm][0].diagnostics for arm in (LABELS, STUDENT) if arm in measured
         },
     )
 

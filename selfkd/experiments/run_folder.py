@@ -145,6 +145,11 @@ class RunFolder:
         text = f"format: {FORMAT}\n{dump_config(config)}"
         save_text(self.path / "config.yaml", text, patience=patience)
 
+    def settle(self, config: Config) -> None:
+        """Write config.yaml anew with what its workers have decided, before any trial."""
+        save_text(self.path / HASH, config_hash(config))
+        self.save_config(config)
+
     def check_command(self, command: str) -> None:
         """Check that a run is continued by the command that it was started by.
 
@@ -209,6 +214,11 @@ class RunFolder:
             raise ConfigError(
                 f"confirm.{name} must be at least the {old.confirm.replicas} of the run, "
                 f"got {new.confirm.replicas}"
+            )
+        if old.confirm.baseline and not new.confirm.baseline:
+            raise ConfigError(
+                f"confirm.baseline must stay true as in {self.path}, which has or makes one, got "
+                "false"
             )
         done = len(self.results())
         if new.most_rounds + 1 < done:

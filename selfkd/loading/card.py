@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfkd.analysis.verdicts import NOT_COMPARED
 from selfkd.config import RESUMABLE, Config, flat
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import Chosen, distill_of
@@ -109,7 +110,9 @@ def _results(summary: Summary) -> str:
     """Return the table of a run, its intervals at 95 %."""
     given = any(row.given for row in getattr(summary, "confirmations", ()))
     base = "generation 0, one given model" if given else "what was trained on labels only"
-    note = f"mean: over fresh seeds that nothing was chosen on; gain: its difference to {base}."
+    note = "mean: over fresh seeds that nothing was chosen on; "
+    alone = isinstance(summary, GenerationsSummary | EnsembleSummary) and summary.alone
+    note += f"{NOT_COMPARED}." if alone else f"gain: its difference to {base}."
     return f"## Results\n\n{_markdown(short_table(summary))}\n\n{note}"
 
 

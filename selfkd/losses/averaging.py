@@ -61,7 +61,8 @@ def member_weights(logits: Tensor, weights: Weights, dtype: torch.dtype) -> Tens
     """Return the members' weights as `[members, 1, 1]`."""
     if weights is None:
         return logits.new_full((len(logits), 1, 1), 1 / len(logits), dtype=dtype)
-    return torch.tensor(weights, dtype=dtype, device=logits.device).view(-1, 1, 1)
+    given = torch.tensor(weights, dtype=dtype).view(-1, 1, 1)
+    return given.to(logits.device, non_blocking=True)  # made on a GPU, it would be waited for
 
 
 def add_softmax(logits: Tensor, shares: Tensor, scale: float, *, work: Tensor, out: Tensor) -> None:

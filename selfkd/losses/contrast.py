@@ -145,14 +145,15 @@ class ContrastiveMemory:
             raise ValueError(f"negatives must be >= 1, got {negatives}")
         _check_indices(indices, len(self.student))
         device = self.student.device
-        indices = indices.to(device)
+        indices = indices.to(device, non_blocking=True)
         shape = (len(indices), negatives)
         source = device if generator is None else generator.device
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=source)
         own = self._classes[indices]
         count, start = self._counts[own][:, None], self._starts[own][:, None]
         # a position among all images sorted by class, skipping those of the row's own class
-        position = (uniform.to(device) * (len(self.student) - count)).long()
+        uniform = uniform.to(device, non_blocking=True)
+        position = (uniform * (len(self.student) - count)).long()
         others = self._by_class[position + count * (position >= start)]
         return torch.cat([indices[:, None], others], dim=1)
 

@@ -19,6 +19,10 @@ from selfkd.losses.averaging import (
 )
 from selfkd.losses.fused import fused_terms, smooth, weighted_sum
 
+_AVERAGES = get_args(Average)
+_NO_LABEL = -(2**63)
+"""Label that torch leaves out without a word: one that no data has, unlike its default of -100."""
+
 
 class DistillationTerms(NamedTuple):
     """A loss and its parts, all scalars; the parts are unweighted and detached, for logging."""
@@ -263,9 +267,13 @@ def hard_loss(student_logits: Tensor, labels: Tensor, *, label_smoothing: float 
     """
     check_settings(1.0, 0.0, "probabilities", label_smoothing)
     check_tensors(student_logits, student_logits, labels)
-    check_labels(labels, student_logits.shape[1])
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    return cross_entropy(student_logits.to(dtype), labels.detach(), label_smoothing)
+    if labels.ndim == 2:
+        check_labels(labels, student_logits.shape[1])
+    try:
+        return cross_entropy(as_single(student_logits), _constant(labels), label_smoothing)
+    except (IndexError, RuntimeError):  # torch checks each label of a class anyway
+        check_labels(labels, student_logits.shape[1])
+        raise
 
 
 def cross_entropy(
@@ -281,7 +289,11 @@ def cross_entropy(
     """
     if labels.ndim == 1:
         return F.cross_entropy(
-            student_logits, labels, reduction=reduction, label_smoothing=label_smoothing
+            student_logits,
+            labels,
+            ignore_index=_NO_LABEL,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
         )
     y = smooth(labels.to(student_logits.dtype), label_smoothing)
     log_p = F.log_softmax(student_logits, dim=-1)
@@ -363,7 +375,7 @@ def check_settings(temperature: float, alpha: float, average: str, label_smoothi
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if average not in get_args(Average):
+    if average not in _AVERAGES:
         raise ValueError(f"average must be 'probabilities' or 'logits', got {average!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
@@ -386,22 +398,39 @@ def check_weights(weights: Sequence[float] | Tensor, members: Tensor) -> list[fl
     return [value / sum(values) for value in values]
 
 
+def as_single(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or wider if it is.
+
+    >>> as_single(torch.zeros(1, dtype=torch.bfloat16)).dtype, as_single(torch.zeros(1)).dtype
+    (torch.float32, torch.float32)
+    """
+    dtype = tensor.dtype
+    return (
+        tensor if dtype == torch.float32 else tensor.to(torch.promote_types(dtype, torch.float32))
+    )
+
+
+def _constant(labels: Tensor) -> Tensor:
+    """Return labels without a graph."""
+    return labels.detach() if labels.requires_grad else labels
+
+
 def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
     """Raise ValueError or TypeError for shapes that do not match, or types that are not right."""
-    named = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
-    for name, value in named.items():
-        check_tensor(name, value)
-    shape = tuple(student_logits.shape)
+    check_tensor("student_logits", student_logits)
+    check_tensor("teacher_logits", teacher_logits)
+    check_tensor("labels", labels)
+    shape, teacher = student_logits.shape, teacher_logits.shape
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"student_logits must be [batch, classes], got shape {shape}")
+        raise ValueError(f"student_logits must be [batch, classes], got shape {tuple(shape)}")
     check_classes(shape)
-    if teacher_logits.shape[-2:] != shape or teacher_logits.ndim > 3 or not len(teacher_logits):
+    if teacher != shape and (teacher[-2:] != shape or len(teacher) > 3 or not teacher[0]):
         raise ValueError(
             f"teacher_logits must be {list(shape)} as student_logits are, or that for each of the "
-            f"members, got {list(teacher_logits.shape)}"
+            f"members, got {list(teacher)}"
         )
     check_label_form(labels, student_logits)
-    if not student_logits.is_floating_point() or not teacher_logits.is_floating_point():
+    if not (student_logits.dtype.is_floating_point and teacher_logits.dtype.is_floating_point):
         raise TypeError(
             "logits must be floating point, got "
             f"{student_logits.dtype} of the student, {teacher_logits.dtype} of the teacher"
@@ -415,17 +444,17 @@ def check_label_form(labels: Tensor, logits: Tensor) -> None:
         ValueError: Labels of another shape.
         TypeError: Class indices that are not int64, or probabilities that are not floating point.
     """
-    batch, classes = logits.shape
-    if labels.shape not in ((batch,), (batch, classes)):
+    shape, expected, dtype = labels.shape, logits.shape, labels.dtype
+    if shape != expected[:1] and shape != expected:
         raise ValueError(
-            f"labels must be [{batch}], one a row, or probabilities {[batch, classes]}, got "
-            f"{list(labels.shape)}"
+            f"labels must be [{expected[0]}], one a row, or probabilities {list(expected)}, got "
+            f"{list(shape)}"
         )
-    if labels.ndim == 2 and not labels.is_floating_point():
+    if len(shape) == 2 and not dtype.is_floating_point:
         raise TypeError(
-            f"labels {list(labels.shape)} must be floating-point probabilities, got {labels.dtype}"
+            f"labels {list(shape)} must be floating-point probabilities, got {labels.dtype}"
         )
-    if labels.ndim != 2 and labels.dtype != torch.int64:
+    if len(shape) == 1 and dtype != torch.int64:
         raise TypeError(f"labels must be class indices of torch.int64, got {labels.dtype}")
 
 

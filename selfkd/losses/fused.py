@@ -123,34 +123,31 @@ def _losses_and_gradient(
     limit = _CHUNK * torch.get_num_threads()
     chunks = min(batch, math.ceil(batch * classes / limit))
     rows = math.ceil(batch / chunks)
-    gradient = student_logits.new_empty(batch, classes, dtype=dtype)
+    gradient = student_logits.new_empty((batch, classes), dtype=dtype)
     shares = None  # weights of members whose probabilities are averaged
     if teacher_logits.ndim == 3 and average == "probabilities":
         shares = member_weights(teacher_logits, weights, dtype)
     at_once = 1 if shares is None else min(len(shares), max(1, int(limit / (rows * classes))))
-    work = gradient.new_empty(1 + at_once, rows, classes)
-    sums = gradient.new_empty(6, batch, 1)
+    work = gradient.new_empty((1 + at_once, rows, classes))
+    sums = gradient.new_empty((6, batch, 1))
     scale = 1 / (_LN_2 * temperature)
     hard_weight, soft_weight = (1 - alpha) / batch, alpha * temperature / batch
     soft_labels = labels.ndim == 2
     shared = temperature == 1 and not soft_labels  # one softmax for both terms
     targets = labels.to(dtype) if soft_labels else labels.unsqueeze(1)
-    parts = (
-        tensor.tensor_split(chunks, dim) if chunks > 1 else (tensor,)
-        for tensor, dim in (
-            (student_logits, 0),
-            (teacher_logits, -2),
-            (targets, 0),
-            (gradient, 0),
-            (sums, 1),
-        )
+    whole = (
+        (student_logits, 0),
+        (teacher_logits, -2),
+        (targets, 0),
+        (gradient, 0),
+        (sums, 1),
     )
-    for student, teacher, label, p_s, (log_y, cross, total_1, total_s, total_t, mass) in zip(
-        *parts, strict=True
-    ):
+    parts = (tensor.tensor_split(chunks, dim) if chunks > 1 else (tensor,) for tensor, dim in whole)
+    for student, teacher, label, p_s, totals in zip(*parts, strict=True):
         # in place, exponents become unnormalised probabilities; the totals normalise them
-        here = work[:, : len(p_s)]
-        p_t, p_1 = here[0], here[1]
+        log_y, cross, total_1, total_s, total_t, mass = totals.unbind()
+        here = work if chunks == 1 else work[:, : p_s.shape[0]]
+        p_t, p_1, *_ = here.unbind()
         exponents(student.to(dtype), scale, out=p_s)
         if shares is None:
             exponents(average_logits(teacher, weights, dtype), scale, out=p_1)

@@ -23,6 +23,7 @@ from selfkd.losses.distillation import (
 )
 from selfkd.losses.divergences import Divergence, SoftTerm, divergence_terms
 from selfkd.losses.fused import weighted_sum
+from selfkd.losses.moving import send
 from selfkd.losses.sparse import SparseLogits, check_sparse, unchecked_sparse_terms
 
 
@@ -46,7 +47,7 @@ class SampledTargets(NamedTuple):
 
     def to(self, device: torch.device | str | int) -> SampledTargets:
         """Return a copy on `device`."""
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: send(tensor, device))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SampledTargets:
         """Return the targets with `change` applied to each of their tensors."""
@@ -139,7 +140,8 @@ def sequence_terms(
         teacher: Logits `[batch, length, vocabulary]` or `SparseLogits` `[batch, length, k]`, either
             also `[members, ...]` of an ensemble; `LinearLogits`; or `SampledTargets`
             `[batch, length, samples]` drawn at this T. Never gets a gradient.
-        labels: Next token at each position, `[batch, length]`, int64.
+        labels: Next token at each position, `[batch, length]`, int64; also on the CPU where the
+            logits are on a GPU, which then need not be waited for to count the valid tokens.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
         ignore_index: Label of invalid tokens, which enter neither term.
@@ -253,7 +255,8 @@ def linear_sequence_terms(
         hidden: Hidden states of the model's last layer, `[batch, length, width]`.
         weight: Weight of the linear head, `[vocabulary, width]`.
         teacher: Teacher of any kind that `sequence_terms` accepts.
-        labels: Next token at each position, `[batch, length]`, int64.
+        labels: Next token at each position, `[batch, length]`, int64; also on the CPU where the
+            logits are on a GPU, which then need not be waited for to count the valid tokens.
         temperature: Temperature T, above 0.
         alpha: Weight of the soft term, in [0, 1]; the hard term gets `1 - alpha`.
         bias: Bias of the linear head, `[vocabulary]`.
@@ -495,16 +498,17 @@ class _Tokens:
             raise ValueError(f"normalizer must be > 0 and finite, got {normalizer}")
         valid = labels != ignore_index
         if mask is not None:
-            valid = valid & mask
-        self.rows = valid.flatten().nonzero()[:, 0]
+            valid = valid & mask.to(valid.device)
+        rows = valid.flatten().nonzero()[:, 0]
+        flat, device = labels.flatten(), student_logits.device
+        if len(rows):
+            check_labels(flat[rows], student_logits.shape[-1])
+        self.rows, self.labels = (part.to(device, non_blocking=True) for part in (rows, flat))
         self.shape = shape
         self.count = max(1, len(self.rows)) if normalizer is None else normalizer
         self.axis = int(_has_members(teacher))  # the dimension of the tokens
         self.teacher = _map_tensors(teacher, lambda t: t.detach().flatten(self.axis, self.axis + 1))
-        self.labels = labels.flatten()
         self.settings = settings
-        if len(self.rows):
-            check_labels(self.labels[self.rows], student_logits.shape[-1])
 
     def terms(
         self,

@@ -22,6 +22,7 @@ from selfkd.losses.distillation import (
     is_nan,
 )
 from selfkd.losses.fused_sparse import fused_sparse_terms, plain_sparse_terms
+from selfkd.losses.moving import send
 
 REST_TEMPERATURES = (1.5, 2.0, 3.0, 5.0, 8.0, 20.0)
 """Temperatures beside 1 at which `SparseLogits` keeps the mass of the rest."""
@@ -45,7 +46,7 @@ class SparseLogits(NamedTuple):
 
     def to(self, device: torch.device | str | int) -> SparseLogits:
         """Return a copy on `device`."""
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: send(tensor, device))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SparseLogits:
         """Return the sparse logits with `change` applied to each of their tensors."""
@@ -237,7 +238,8 @@ def _rest_at(rest: Tensor, grid: Tensor | None, temperature: float, others: int)
     compiling = torch.compiler.is_compiling()  # which warns of caches
     weights = _interpolation(temperature) if compiling else _cached_interpolation(temperature)
     first, *middle, last = weights
-    at_t = (grid * rest.new_tensor(middle)).sum(-1).add_(rest, alpha=first)
+    inner = torch.tensor(middle, dtype=rest.dtype).to(rest.device, non_blocking=True)
+    at_t = (grid * inner).sum(-1).add_(rest, alpha=first)
     if last:
         at_t = at_t + last * math.log(others)
     return torch.where(rest == -torch.inf, rest, at_t)

@@ -8,7 +8,7 @@ from typing import Any
 
 from selfkd.analysis.deploy import flat_row, kept_of, size_ratio
 from selfkd.analysis.kept import score_kept, size_kept
-from selfkd.analysis.verdicts import format_difference
+from selfkd.analysis.verdicts import format_difference, sentences_of
 from selfkd.reporting import words
 from selfkd.reporting.deploy_table import deploy_table
 from selfkd.results import (
@@ -32,6 +32,8 @@ def headline(summary: Summary) -> str:
     """Return the verdict of a run in one sentence; empty where there is none."""
     if isinstance(summary, DeploySummary):
         return summary.sentences[0] if summary.sentences else ""
+    if isinstance(summary, EnsembleSummary | GenerationsSummary):
+        return next(iter(sentences_of(summary)), "")
     verdict = summary.verdict
     return verdict.sentences[0] if verdict and verdict.sentences else ""
 

@@ -7,7 +7,14 @@ from typing import Any, Literal
 
 from selfkd.analysis import verdicts
 from selfkd.analysis.kept import describe_kept, share_text, size_kept
-from selfkd.analysis.verdicts import count, describe_other_data, format_difference, short
+from selfkd.analysis.verdicts import (
+    NOT_COMPARED,
+    count,
+    describe_other_data,
+    format_difference,
+    sentences_of,
+    short,
+)
 from selfkd.config import TERM_WEIGHT, TERMS, Config, choices_of_terms
 from selfkd.distill.loss_names import LOSSES, describe_terms
 from selfkd.reporting.read import Run
@@ -242,6 +249,8 @@ def _unconfirmed(run: Run, best: GenerationResult) -> Iterator[str]:
             yield sentence(describe_other_data("generation 0"))
     if not run.finished:
         yield "The verdict is made at the end of the run."
+    elif any(row.confirmation and row.confirmation.alone for row in run.generations):
+        yield sentence(NOT_COMPARED)
     elif len(run.results) > 1:
         yield (
             "Each figure is of one model, so there is no interval and no verdict: confirm.seeds "
@@ -300,10 +309,10 @@ def describe_ensemble(summary: EnsembleSummary, metric: str = MAIN) -> list[str]
         setting += (
             f"T {chosen.temperature:.3g}, alpha {chosen.alpha:.3g}, average of {chosen.average}"
         )
-    lines = [setting, *summary.verdict.sentences]
-    if share is None:
+    lines = [setting, *sentences_of(summary)]
+    if share is None and not summary.alone:
         lines.append("share of the teacher's gain kept: none, the teacher gains nothing on it")
-    else:
+    elif share is not None:
         ends = "" if share.low is not None else " (no interval: too little is known for one)"
         value = format_difference(share, form=share_text)
         lines.append(f"share of the teacher's gain kept: {value}{ends}")

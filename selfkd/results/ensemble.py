@@ -98,12 +98,19 @@ class EnsembleSummary:
     """Number of pairs on fresh seeds; 0 where there is only the pair that was chosen."""
     wanted: Count = 0
     """Number of fresh seeds that were to be trained, those that failed included."""
-    gain: Interval
-    """Paired difference of the student to the same from labels only."""
+    gain: Interval | None = None
+    """Paired difference of the student to the same from labels only; None without a baseline."""
     transfer_gain: Interval | None = None
     """Paired difference of the student to the same distilled without the transfer set."""
-    verdict: Verdict
+    verdict: Verdict | None = None
+    """Of the student against the same from labels only, and without the transfer set; None where
+    it is compared with neither."""
     share: Interval | None = None
     """Share of the teacher's gain that the student keeps."""
     diagnostics: dict[str, dict[str, Diagnostics]] = Field(default_factory=dict)
     """Of a student from `labels` and of a distilled `student`, by split."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether no labels-only baseline was trained to compare the student with."""
+        return self.gain is None

@@ -46,6 +46,8 @@ class Confirmation(Replicated):
     """Paired difference to the generation before."""
     mcnemar: McNemar | None = None
     """Of the chosen model and its teacher."""
+    alone: bool = False
+    """Whether no labels-only baseline was trained to compare it with."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ROW)
@@ -125,6 +127,11 @@ class GenerationsSummary:
     """Of generation 1, and of the ensemble of generations, beside the controls of equal cost."""
     stopped: str | None = None
     """Why `rounds: auto` ended."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether generations were replicated with no labels-only baseline to compare with."""
+        return any(row.alone for row in self.confirmations)
 
 
 def best_generation(

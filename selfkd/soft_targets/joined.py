@@ -53,6 +53,34 @@ class JoinedTargets:
         return joined(found, torch.cat(places))
 
 
+class EachView:
+    """Cached logits of batches whose images have views of their own.
+
+    Args:
+        targets: Cached logits of one view at a time.
+    """
+
+    def __init__(self, targets: SoftTargets | JoinedTargets) -> None:
+        self._targets = targets
+        self.shifted, self.samples = targets.shifted, targets.samples
+
+    def __call__(self, index: Tensor, view: int | Tensor) -> Rows:
+        """Return the cached logits of some images; see `SoftTargets`.
+
+        Args:
+            index: Indices of the images, int64 `[batch]`.
+            view: Number of the view, or of that of each image, int64 `[batch]`.
+        """
+        if not isinstance(view, Tensor):
+            return self._targets(index, view)
+        index, view = index.cpu(), view.cpu()
+        numbers = sorted(set(view.tolist()))
+        places = [(view == number).nonzero()[:, 0] for number in numbers]
+        pairs = zip(places, numbers, strict=True)
+        found = [self._targets(index[place], number) for place, number in pairs]
+        return joined(found, torch.cat(places))
+
+
 def open_joined(
     root: Path,
     teachers: Sequence[str],

@@ -107,6 +107,23 @@ class SoftTargets:
             return self._sampled(tensors["indices"].long())
         return SparseLogits(**tensors | {"indices": tensors["indices"].long()})
 
+    def view_logits(self, view: int) -> Tensor | None:
+        """Return the logits of all images under a view, if they are packed: not to be changed.
+
+        Args:
+            view: Number of the view.
+
+        Returns:
+            Logits `[images, classes]`, or `[members, images, classes]` of members kept separate, as
+            a call returns them of a batch; None of larger views, and where not all are cached.
+        """
+        first = self(torch.zeros(1, dtype=torch.int64), view)
+        packed = self._packed[view]
+        if packed is None or not isinstance(first, Tensor):
+            return None
+        logits = torch.from_numpy(packed["logits"])
+        return logits.transpose(0, 1) if first.ndim == 3 else logits
+
     def _sampled(self, indices: Tensor) -> SampledTargets:
         """Return the samples of all members, `[members, batch, samples]` of several, together."""
         if self.members == 1:

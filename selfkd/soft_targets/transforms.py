@@ -14,13 +14,14 @@ from torch import Tensor
 from selfkd.losses import Average, ensemble_logits
 from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, teacher_free_logits
+from selfkd.losses.moving import send
 from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import SparseLogits
 
 Transform = Literal["none", "permuted", "confidence", "virtual", "hard", "class_mean"]
 """Transform of teacher logits: none, permuted (DKPP), confidence (CWTM), virtual (teacher-free),
 hard (the arg max), class_mean (one mean soft target a class)."""
-Targets = Callable[[Tensor, int], Tensor | SparseLogits | SampledTargets]
+Targets = Callable[[Tensor, Any], Tensor | SparseLogits | SampledTargets]
 """Cached logits of one teacher, or of the members of an ensemble, by index and view."""
 OF_LABELS: tuple[Transform, ...] = ("confidence", "class_mean")
 """Transforms that need the label of each item, which leave a transfer set out."""
@@ -67,21 +68,20 @@ class PermutedTargets:
         )
         self._seed = seed
 
-    def __call__(self, index: Tensor, view: int) -> Tensor:
+    def __call__(self, index: Tensor, view: int | Tensor) -> Tensor:
         """Return permuted logits `[batch, classes]`.
 
         Args:
             index: Indices of the images, int64 `[batch]`.
-            view: Number of the view.
+            view: Number of the view, or of that of each image.
 
         Raises:
             ValueError: Only the largest logits or samples are cached.
         """
         logits = self._logits(index, view)
+        at = view.tolist() if isinstance(view, Tensor) else view
         # 32 bits, as torch's generator on the CPU uses no more of a seed
-        seed = zlib.crc32(
-            index.cpu().numpy().tobytes(), zlib.crc32(f"{self._seed}/{view}".encode())
-        )
+        seed = zlib.crc32(index.cpu().numpy().tobytes(), zlib.crc32(f"{self._seed}/{at}".encode()))
         generator = torch.Generator(logits.device).manual_seed(seed)
         return permute_nontarget(logits, generator=generator)
 
@@ -155,7 +155,7 @@ class ConfidenceWeighted:
         teacher_logits = self._logits(index, view)
         loss = confidence_weighted_loss(
             student_logits,
-            teacher_logits.to(student_logits.device),
+            send(teacher_logits, student_logits.device),
             labels,
             label_smoothing=self._label_smoothing,
             mean=self._mean,
@@ -364,7 +364,7 @@ def transform_targets(
 def _of_one_teacher(
     targets: Targets,
     index: Tensor,
-    view: int,
+    view: Any,
     *,
     temperature: float,
     average: Average,

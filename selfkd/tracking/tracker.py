@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from selfkd.analysis.verdicts import count
+from selfkd.analysis.verdicts import count, sentences_of
 from selfkd.config import Config, to_tree
 from selfkd.errors import describe_error
 from selfkd.results import (
@@ -349,7 +349,7 @@ class WandbTracker(NoTracker):
         for confirmation in summary.confirmations:
             if confirmation.generation == summary.best:
                 self._whole.do(_summarise(confirmation_summary(confirmation)))
-        self._say(self._whole, summary.verdict.sentences if summary.verdict else ())
+        self._say(self._whole, sentences_of(summary))
 
     def _say(self, run: LoggedRun, sentences: Sequence[str]) -> None:
         """Log a verdict: the headline in the summary, all of it as notes."""
@@ -370,7 +370,7 @@ class WandbTracker(NoTracker):
         if (tested := f"test_{find_main(student.metrics)}") in student.metrics:
             found[f"student_{tested}"] = student.metric(tested)
         run.do(_summarise(found))
-        self._say(run, summary.verdict.sentences)
+        self._say(run, sentences_of(summary))
         path = self._run_folder / STUDENT
         model = self._artifacts.model(path, to_row(summary.chosen))
         if model is not None:

@@ -1,131 +1,30 @@
-"""`fit`, `predict` and `evaluate`: loops over batches, independent of tracker and tuner."""
+"""`fit`: the training loop over batches, independent of tracker and tuner."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
-from selfkd.analysis import metrics
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
 from selfkd.data.batches import batch_sizes
 from selfkd.data.transfer import TransferSet
 from selfkd.distill.distiller import Loss
 from selfkd.distill.outputs import check_graph, take_logits
-from selfkd.distill.teacher import ComputedTensors, Teacher
 from selfkd.errors import NonFiniteLossError
-from selfkd.training.ranks import Ranks, smallest_batch
+from selfkd.training.predict import Precision, autocast, evaluate
+from selfkd.training.ranks import ALONE, Ranks, smallest_batch
 
-Precision = Literal["none", "bfloat16", "float16"]
-EVAL_BATCH = 1000  # images
-EVAL_VALUES = 2**22  # most input values a batch, which bounds batches of large images
-ALONE = Ranks()
 CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it
-
-
-def make_optimizer(
-    student: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Return an optimiser by timm, without weight decay of biases and normalisation layers.
-
-    Args:
-        student: Network to optimise.
-        name: Name of a timm optimiser.
-        lr: Learning rate.
-        momentum: Momentum; ignored by optimisers without one.
-        weight_decay: Weight decay of all other parameters.
-
-    Raises:
-        ValueError: timm has no optimiser of that name.
-    """
-    if name not in list_optimizers():
-        known = ", ".join(list_optimizers()[:8])
-        raise ValueError(f"train.optimizer must be a timm optimiser ({known}, …), got {name!r}")
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        student, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum
-    )
-    return optimizer
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer,
-    *,
-    schedule: Literal["cosine", "step", "none"],
-    epochs: int,
-    warmup_epochs: int,
-    steps_per_epoch: int,
-    cycles: int = 1,
-) -> Scheduler | None:
-    """Return a learning rate scheduler by timm, updated at every step; None without a schedule.
-
-    Args:
-        optimizer: Optimiser whose learning rate is scheduled.
-        schedule: `cosine`, from the learning rate to 0 after the warm-up; `step`, divided by 10 at
-            1/2 and 3/4 of the epochs; or `none`.
-        epochs: Number of epochs, those of the warm-up included.
-        warmup_epochs: Epochs of a linear warm-up from a tenth of the learning rate.
-        steps_per_epoch: Optimiser steps an epoch.
-        cycles: Number of cosine cycles over all epochs, as for snapshot ensembles.
-
-    Reference:
-        Huang et al., "Snapshot Ensembles: Train 1, get M for free", 2017,
-        https://arxiv.org/abs/1704.00109
-    """
-    if schedule == "none":
-        return None
-    cosine = schedule == "cosine"
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine" if cosine else "multistep",
-        num_epochs=max(1, epochs // cycles - warmup_epochs) if cosine else epochs,
-        cycle_limit=cycles,
-        cycle_decay=1.0,
-        decay_milestones=[epochs / 2, epochs * 3 / 4],
-        warmup_epochs=warmup_epochs,
-        warmup_lr=optimizer.param_groups[0]["lr"] / 10,
-        warmup_prefix=cosine,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    return scheduler
-
-
-def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a student's weights and buffers.
-
-        average_n = d_n average_(n - 1) + (1 - d_n) weights_n
-        d_n = min(decay, (1 + n) / (10 + n))
-
-    for n = 1, 2, …, from the weights after the first step, average_0. The warm-up of the decay
-    keeps a training that is short for it from measuring its first weights: 0.9999 is reached after
-    90,000 steps. The number of steps is in the state of the average.
-
-    Args:
-        student: Network to average.
-        decay: Weight of the average at each step, in (0, 1); the new weights get `1 - decay`.
-    """
-    with ComputedTensors():
-        average = AveragedModel(student, use_buffers=True)
-    state = average._buffers  # on the CPU, unlike the number that a GPU's tensors are given
-
-    def update(averages: Any, weights: Any, _: object) -> None:
-        number = int(cast(Tensor, state["n_averaged"]))
-        rule = get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))  # type: ignore[no-untyped-call]
-        rule(averages, weights, number)
-
-    average.multi_avg_fn = update
-    return average
 
 
 @dataclass(kw_only=True)
@@ -151,6 +50,8 @@ class Training:
     """Device of the student and of the batches."""
     precision: Precision = "none"
     """Mixed precision of the student's forward pass."""
+    channels_last: bool = False
+    """Whether 4-dimensional weights and the images have channels last in memory."""
     epoch: int = 0
     """Number of completed epochs."""
     step: int = 0
@@ -163,6 +64,9 @@ class Training:
     def __post_init__(self) -> None:
         half = self.precision == "float16" and self.device != "cpu"
         self.scaler = torch.amp.GradScaler(self.device, enabled=half)
+        if self.channels_last:
+            for network in (self.student, *([] if self.average is None else [self.average])):
+                network.to(memory_format=torch.channels_last)
 
     @property
     def best(self) -> nn.Module:
@@ -210,6 +114,7 @@ def fit(
     compiled: bool = False,
     ranks: Ranks = ALONE,
     transfer: TransferSet | None = None,
+    repeats: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Train a student from its current state; yield a row an epoch.
 
@@ -229,6 +134,7 @@ def fit(
             however it is divided; batch normalisation sees a rank's share only, unless the student
             has a `SyncBatchNorm`.
         transfer: Transfer set, whose images are added to each batch.
+        repeats: Views of an image that a batch has, of which `batch_size` is a multiple.
 
     Yields:
         epoch (from 1), loss and its terms (means over the epoch), lr, val_accuracy (fraction),
@@ -244,20 +150,22 @@ def fit(
     student, optimizer, device = training.student, training.optimizer, training.device
     forward = ranks.parallel(student)
     forward = cast(nn.Module, torch.compile(forward)) if compiled else forward
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     images = len(data.train)
     smallest = smallest_batch(student, batch_size=batch_size, images=images, ranks=ranks.size)
     sizes = batch_sizes(images, batch_size, smallest)
     counts = list(zip(sizes, *([transfer.sizes(sizes)] if transfer else []), strict=True))
     for epoch in range(training.epoch + 1, epochs + 1):
-        student.train()
-        view = views.at(epoch - 1) if views else 0
-        terms: dict[str, list[Tensor]] = {}
-        reading: dict[str, Any] = {"views": views, "view": view, "device": device}
+        if not all(part.training for part in student.modules()):
+            student.train()
+        first = views.at(epoch - 1, repeats) if views else 0
+        terms = defaultdict[str, list[Tensor]](list)
+        reading: dict[str, Any] = {"views": views, "view": first, "device": device}
         reading |= {"workers": workers, "share": ranks.share}
+        reading["channels_last"] = training.channels_last
         order = training.generator
-        batches = data.batches(
-            "train", batch_size=batch_size, generator=order, smallest=smallest, **reading
-        )
+        own: dict[str, Any] = {"batch_size": batch_size, "smallest": smallest, "repeats": repeats}
+        batches = data.batches("train", generator=order, **own, **reading)
         if transfer is not None:
             seed = order.initial_seed()
             batches = transfer.mix(batches, sizes, data, epoch=epoch - 1, seed=seed, **reading)
@@ -267,20 +175,22 @@ def fit(
             with autocast(device, training.precision):
                 logits = take_logits(forward(inputs), "student")
             check_graph(logits, "student_logits")
+            view: Any = views.repeated(first, ranks.places(count[0]), repeats) if views else 0
             mixed = transfer.describe(labels, index, count, ranks.size) if transfer else {}
             values = distiller(logits, labels, inputs=inputs, index=index, view=view, **mixed)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:  # `zero_grad`, which takes as long as a small layer
+                parameter.grad = None
             descend(training, ranks.mean_loss(values["loss"], *count), clip_grad)
             for name, value in values.items():
-                mine = value.detach()
-                terms.setdefault(name, []).append(
-                    mine if ranks.size == 1 else mine * ranks.weight(*count)
-                )
+                mine = value.detach() if value.requires_grad else value
+                terms[name].append(mine if ranks.size == 1 else mine * ranks.weight(*count))
             training.step += 1
             if training.step % CHECK_STEPS == 0:
                 check_finite(torch.stack(terms["loss"]), epoch)
-        means = {name: ranks.sum(torch.stack(steps)) for name, steps in terms.items()}
-        check_finite(means["loss"], epoch)
+        steps = {name: ranks.sum(torch.stack(each)) for name, each in terms.items()}
+        means = {name: float(each.mean()) for name, each in steps.items()}
+        if not math.isfinite(means["loss"]):
+            check_finite(steps["loss"], epoch)
         measured = _measure(training, data, workers, ranks)
         if not math.isfinite(measured["nll"]):
             raise NonFiniteLossError(
@@ -290,7 +200,7 @@ def fit(
         training.epoch, training.seconds = epoch, time.perf_counter() - start
         yield {
             "epoch": epoch,
-            **{name: float(steps.mean()) for name, steps in means.items()},
+            **means,
             "lr": float(optimizer.param_groups[0]["lr"]),
             "val_accuracy": measured["accuracy"],
             "val_nll": measured["nll"],
@@ -321,14 +231,8 @@ def _measure(training: Training, data: Data, workers: int, ranks: Ranks) -> dict
         workers=workers,
         precision=training.precision,
         ranks=ranks,
+        channels_last=training.channels_last,
     )
-
-
-def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
-    """Return a context of mixed precision for a forward pass."""
-    if precision == "none":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=getattr(torch, precision))
 
 
 def check_finite(values: Tensor, epoch: int) -> None:
@@ -340,111 +244,3 @@ def check_finite(values: Tensor, epoch: int) -> None:
             f"loss must be finite, got {float(values[step])} at epoch {epoch}, step {step + 1}: "
             "lower train.lr or set train.clip_grad"
         )
-
-
-def predict(
-    model: nn.Module | Teacher,
-    data: Data,
-    split: Literal["train", "val", "test"],
-    *,
-    views: Views | None = None,
-    view: int = 0,
-    device: str = "cpu",
-    workers: int = 0,
-    precision: Precision = "none",
-    rows: range | None = None,
-) -> Tensor:
-    """Return the logits of a model for a split.
-
-    The model predicts in eval mode and is then put back into its previous mode.
-
-    Args:
-        model: Network or teacher.
-        data: Data set.
-        split: Split to predict.
-        views: Augmented views of the images.
-        view: Number of the view.
-        device: Device of the model.
-        workers: Processes that decode streamed images.
-        precision: Mixed precision of the forward pass.
-        rows: Images of the split to predict; all when not given.
-
-    Returns:
-        Logits `[images, classes]`, float32 on the CPU.
-    """
-    batches = predict_batches(
-        model, data, split, views=views, view=view, device=device, workers=workers,
-        precision=precision, rows=rows,
-    )  # fmt: skip
-    return torch.cat(list(batches))
-
-
-@torch.no_grad()
-def predict_batches(
-    model: nn.Module | Teacher,
-    data: Data,
-    split: Literal["train", "val", "test"],
-    *,
-    views: Views | None = None,
-    view: int = 0,
-    device: str = "cpu",
-    workers: int = 0,
-    precision: Precision = "none",
-    rows: range | None = None,
-) -> Iterator[Tensor]:
-    """Yield the logits of a model for a split batch by batch; arguments are those of `predict`."""
-    training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
-    values = data.in_chans * data.image_size**2
-    batches = data.batches(
-        split,
-        batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),
-        views=views,
-        view=view,
-        device=device,
-        workers=workers,
-        rows=rows,
-    )
-    for inputs, _, _ in batches:
-        with autocast(device, precision):
-            logits = take_logits(model(inputs), "model")
-        yield logits.float().cpu()
-    if isinstance(model, nn.Module):
-        model.train(training)
-
-
-def evaluate(
-    model: nn.Module,
-    data: Data,
-    split: Literal["train", "val", "test"] = "val",
-    *,
-    device: str = "cpu",
-    workers: int = 0,
-    precision: Precision = "none",
-    ranks: Ranks = ALONE,
-) -> dict[str, float]:
-    """Return `accuracy` (fraction) and `nll` (nats) of a model on a split.
-
-    Args:
-        model: Network to evaluate.
-        data: Data set.
-        split: Split to evaluate on.
-        device: Device of the model.
-        workers: Processes that decode streamed images.
-        precision: Mixed precision of the forward pass.
-        ranks: Processes that share the predictions; all of them must call this.
-    """
-    labels = getattr(data, split).labels.cpu()
-    ranks = ranks if len(labels) >= ranks.size else ALONE
-    logits = predict(
-        model,
-        data,
-        split,
-        device=device,
-        workers=workers,
-        precision=precision,
-        rows=ranks.share(len(labels)) if ranks.size > 1 else None,
-    )
-    logits = ranks.gather(logits, len(labels), device=device)
-    return {"accuracy": metrics.accuracy(logits, labels), "nll": metrics.nll(logits, labels)}

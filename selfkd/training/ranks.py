@@ -51,6 +51,15 @@ class Ranks:
         rank = self.rank if rank is None else rank
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
+    def places(self, count: int) -> Tensor:
+        """Return the places in a batch that this rank reads: the first where it has no share.
+
+        >>> Ranks(1, 3).places(10), Ranks(2, 3).places(2)
+        (tensor([4, 5, 6]), tensor([0]))
+        """
+        share = self.share(count) or range(1)
+        return torch.arange(share.start, share.stop)
+
     def weight(self, *counts: int) -> float:
         """Return the fraction of a batch that is this rank's share.
 
@@ -88,7 +97,7 @@ class Ranks:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over the values `[share]` of all ranks."""
-        total, count = self.sum(torch.stack([values.sum(), values.new_tensor(len(values))]))
+        total, count = self.sum(torch.stack([values.sum(), values.new_full((), len(values))]))
         mean: Tensor = total / count
         return mean
 
@@ -127,6 +136,9 @@ class Ranks:
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+
+ALONE = Ranks()
 
 
 def smallest_batch(student: nn.Module, *, batch_size: int, images: int, ranks: int = 1) -> int:

@@ -21,7 +21,8 @@ from selfkd.data import Data, Split
 from selfkd.data.augmentation import Views
 from selfkd.distill.distiller import Distiller
 from selfkd.models import make_model
-from selfkd.training.fit import Training, fit, make_average, make_optimizer, make_scheduler
+from selfkd.training.fit import Training, fit
+from selfkd.training.optimizers import make_average, make_optimizer, make_scheduler
 from selfkd.training.progress import Progress
 from selfkd.training.ranks import Ranks
 

@@ -38,6 +38,8 @@ ARMS = "{a: {}, b: {teacher: a}, c: {teacher: [a, b], seeds: 1}, d: {average: [a
 RECIPES: dict[str, tuple[Callable[..., Plan], Callable[..., Any], list[str]]] = {
     "generations": (plan_generations, born_again, []),
     "no seeds": (plan_generations, born_again, ["confirm.seeds=0", "distill.live=true"]),
+    "alone": (plan_generations, born_again, ["confirm.baseline=false"]),
+    "ensemble alone": (plan_ensemble, compress, ["members=3", "confirm.baseline=false"]),
     "top": (plan_generations, born_again, ["distill.teacher=top:2", "confirm.seeds=0"]),
     "controls": (
         plan_generations,

@@ -120,7 +120,7 @@ def test_every_key_and_section_is_described() -> None:
     [
         ("temperature", "did you mean distill.temperature, write.temperature?"),
         ("train.epoch", "did you mean train.epochs"),
-        ("nonsense", "(sections: top level, data, data.transfer, model"),
+        ("nonsense", "(sections: top level, data, data.augment, data.transfer, model"),
     ],
 )
 def test_an_unknown_key_has_its_likely_meaning(key: str, meant: str) -> None:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from selfkd.config import load_config, merge_settings
-from selfkd.config.validate import check_capacity
+from selfkd.config.validate import check_capacity, check_study
 from selfkd.errors import ConfigError
 
 
@@ -126,6 +126,19 @@ def test_the_warm_up_is_shorter_than_the_training():
             "--set: rounds: must be at least 1 with controls, which need generation 1, got 0",
         ),
         (
+            ["rounds=auto", "confirm.baseline=false"],
+            "--set: confirm.baseline: must be true with rounds auto, which stops by it, got false",
+        ),
+        (
+            ["controls=[dkpp]", "confirm.baseline=false"],
+            "--set: confirm.baseline: must be true with controls, which stand beside it, got false",
+        ),
+        (
+            ["confirm.lineages=2", "confirm.baseline=false"],
+            "--set: confirm.baseline: must be true with confirm.lineages, which begin with it, "
+            "got false",
+        ),
+        (
             ["controls=[seeds, dkpp]", "distill.live=true"],
             "--set: controls: dkpp needs cached teacher logits of all classes: leave out "
             "distill.live and targets.top_k, or dkpp",
@@ -168,6 +181,13 @@ def test_sizes_are_different_numbers_or_words(values, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as found:
         check_capacity(config)
     assert len(str(found.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("check", [check_capacity, check_study])
+def test_curves_and_studies_have_a_baseline_of_their_own(check):
+    settings = ["confirm.baseline=false", "study.arms={a: {}}"]
+    with pytest.raises(ConfigError, match=r"^confirm\.baseline must be true: a .*, got false$"):
+        check(load_config(settings=settings))
 
 
 @pytest.mark.parametrize(

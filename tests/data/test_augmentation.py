@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,14 +7,22 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from selfkd.data.augmentation import Views, random_bits
+from selfkd.data.augmentation import Mixing, Operations, Views, random_bits
 
 RECIPES = [
     Views(jitter=2, count=8),
     Views(flip=True, count=8),
     Views(crop=0.5, count=8),
     Views(crop=0.3, flip=True, jitter=3, seed=5, count=8),
+]
+OF_INTEGERS = [
+    Views(operations=Operations(), count=8),
+    Views(operations=Operations("trivialaugment"), count=8),
+    Views(color=0.4, hue=0.1, count=8),
+    Views(erase=0.8, count=8),
+    Views(0.5, True, 2, 7, 8, Operations(count=3, magnitude=20), 0.4, 0.1, 0.3),
 ]
 
 
@@ -94,8 +103,13 @@ def test_random_bits_of_neighbours_are_uncorrelated(other):
 # --- a view depends on (seed, index, view) alone ---
 
 
-@pytest.mark.parametrize("views", RECIPES)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("views", "dtype"),
+    [
+        *((views, dtype) for views in RECIPES for dtype in (torch.uint8, torch.float32)),
+        *((views, torch.uint8) for views in OF_INTEGERS),
+    ],
+)
 def test_view_is_independent_of_the_batch(views, dtype):
     images, index = make_images().to(dtype), torch.arange(100, 116)
     whole = views(images, index, 3)
@@ -110,7 +124,7 @@ def test_view_is_independent_of_the_batch(views, dtype):
     assert torch.equal(views(images, index, 3), whole)
 
 
-@pytest.mark.parametrize("views", RECIPES)
+@pytest.mark.parametrize("views", [*RECIPES, *OF_INTEGERS])
 def test_view_draws_no_random_state_and_leaves_its_input(views):
     images = make_images()
     before, state = images.clone(), torch.get_rng_state()
@@ -119,7 +133,7 @@ def test_view_draws_no_random_state_and_leaves_its_input(views):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("views", RECIPES)
+@pytest.mark.parametrize("views", [*RECIPES, *OF_INTEGERS])
 def test_views_seeds_and_indices_differ(views):
     images = make_images(1).expand(64, -1, -1, -1)
     index = torch.arange(64)
@@ -127,13 +141,13 @@ def test_views_seeds_and_indices_differ(views):
     others = [
         views(images, index, 1),
         views(images, index + 64, 0),
-        Views(views.crop, views.flip, views.jitter, views.seed + 1, views.count)(images, index, 0),
+        replace(views, seed=views.seed + 1)(images, index, 0),
     ]
     for other in others:
         assert (one != other).flatten(1).any(1).float().mean() > 0.3
 
 
-@pytest.mark.parametrize("views", RECIPES)
+@pytest.mark.parametrize("views", [*RECIPES, *OF_INTEGERS])
 def test_view_is_independent_of_the_memory_layout(views):
     images, index = make_images(), torch.arange(16)
     expected = views(images, index, 0)
@@ -143,10 +157,33 @@ def test_view_is_independent_of_the_memory_layout(views):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("views", RECIPES)
+@pytest.mark.parametrize("views", [*RECIPES, *OF_INTEGERS])
 def test_view_is_independent_of_the_device(views):
     images, index = make_images(), torch.arange(16)
     assert torch.equal(views(images.cuda(), index, 2).cpu(), views(images, index, 2))
+
+
+@pytest.mark.parametrize("views", [*RECIPES, *OF_INTEGERS])
+def test_each_image_can_have_a_view_of_its_own(views):
+    images, index, view = make_images(), torch.arange(16), torch.arange(16) % 3
+    found = views(images, index, view)
+    for i in range(16):
+        alone = views(images[i : i + 1], index[i : i + 1], int(view[i]))
+        assert torch.equal(found[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("views", OF_INTEGERS)
+def test_nothing_is_read_back_from_the_device(views):
+    """Every step runs where there are shapes alone, so that none waits for values of a GPU."""
+    with FakeTensorMode():
+        images = torch.empty(4, 3, 12, 9, dtype=torch.uint8)
+        found = replace(views, mixing=Mixing(mixup=0.2, cutmix=1.0))
+        index = torch.arange(4)
+        others = found(images, found.partners(index, 0, 10), 0)
+        mixed, labels = found.mixed(
+            found(images, index, 0), others, index, index, index, 0, classes=5
+        )
+    assert (mixed.shape, labels.shape) == ((4, 3, 12, 9), (4, 5))
 
 
 # --- what each augmentation does ---
@@ -252,7 +289,17 @@ def test_recipe_is_what_a_view_depends_on(views):
         Views(views.crop, views.flip, views.jitter + 1, views.seed),
         Views(views.crop, views.flip, views.jitter, views.seed + 1),
     ]
+    changed += OF_INTEGERS
     assert all(other.recipe != views.recipe for other in changed)
+    recipes = {json.dumps(other.recipe) for other in changed}
+    assert len(recipes) == len(changed)
+
+
+def test_the_keys_of_views_without_new_augmentation_are_those_of_before():
+    expected = {"crop": 0.5, "flip": True, "jitter": 2, "seed": 3, "version": 1}
+    off = Views(0.5, True, 2, 3, mixing=Mixing(mixup=0.2, probability=0.0))
+    assert off.recipe == Views(0.5, True, 2, 3).recipe == expected
+    assert not off.mixes
 
 
 def test_pinned_view():
@@ -272,6 +319,9 @@ def test_pinned_view():
         ({"crop": float("nan")}, r"crop must be in \(0, 1\], got nan"),
         ({"jitter": -1}, "jitter must be at least 0, got -1"),
         ({"count": 0}, "count must be at least 1, got 0"),
+        ({"color": 1.5}, r"color must be in \[0, 1\], got 1.5"),
+        ({"hue": 0.6}, r"hue must be in \[0, 0.5\], got 0.6"),
+        ({"erase": float("nan")}, r"erase must be in \[0, 1\], got nan"),
     ],
 )
 def test_impossible_recipe(settings, message):
@@ -283,6 +333,18 @@ def test_impossible_recipe(settings, message):
 def test_view_that_is_not_there(view):
     with pytest.raises(ValueError, match=rf"view must be in \[0, 2\), got {view}"):
         Views(flip=True, count=2)(make_images(), torch.arange(16), view)
+
+
+@pytest.mark.parametrize(
+    ("views", "names"),
+    [
+        (Views(operations=Operations(), erase=0.1), "operations, erase"),
+        (Views(mixing=Mixing(mixup=0.2)), "mixing"),
+    ],
+)
+def test_what_is_of_integers_alone(views, names):
+    with pytest.raises(TypeError, match=rf"uint8 for {names}, got torch\.float32"):
+        views(make_images().float(), torch.arange(16), 0)
 
 
 def test_jitter_of_the_image_size():
@@ -298,3 +360,11 @@ def test_images_of_another_type():
 def test_index_of_another_length():
     with pytest.raises(ValueError, match=r"index must be of shape \[16\], got \[15\]"):
         Views(flip=True)(make_images(), torch.arange(15), 0)
+
+
+def test_repeats_are_views_that_follow_each_other():
+    views = Views(flip=True, count=5)
+    first = [views.at(epoch, 2) for epoch in range(4)]
+    assert first == [0, 2, 4, 1]
+    assert views.repeated(4, torch.arange(6), 2).tolist() == [4, 0, 4, 0, 4, 0]
+    assert views.repeated(4, torch.arange(6), 1) == 4

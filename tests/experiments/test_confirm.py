@@ -18,6 +18,7 @@ from selfkd.experiments.arms import Arm, confirm_seeds
 from selfkd.experiments.confirm import load_confirmations, stop_reason
 from selfkd.experiments.generations import born_again, finished
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.reporting.plain import headline
 from selfkd.results import (
     Confirmation,
     GenerationsSummary,
@@ -376,6 +377,38 @@ def test_a_student_of_another_size_is_compared_with_itself_on_labels(tmp_path: P
     assert summary.verdict.to == "the same network from labels only"
     whole(config, folder, again := Fake())
     assert again.kinds("train") == []
+
+
+@pytest.mark.parametrize("student", [(), ("student={name: selfkd_mlp, args: {width: 8}}",)])
+def test_without_a_baseline_the_later_generations_alone_are_replicated(
+    tmp_path: Path, student: Sequence[str]
+) -> None:
+    settings = ["confirm.seeds=3", *student]
+    config, folder = start(tmp_path, *settings, "confirm.baseline=false")
+    fake, gains = Fake([0, 0.01, 0.02]), [0, 0.01, 0.02]
+    summary = whole(config, folder, fake)
+    assert {job["stage"] for job in fake.confirming()} == {"confirm-1", "confirm-2"}
+    assert [row.generation for row in summary.confirmations] == [1, 2]
+    assert [row.first for row in summary.confirmations] == [None, None]
+    assert summary.confirmations[1].previous is not None
+    assert summary.verdict is None
+    assert summary.controls == ()
+    assert headline(summary).startswith("not compared with labels only")
+    assert finished(config, folder) == summary
+    with_it = config_of(*settings)
+    assert finished(with_it, folder) is None
+    with pytest.raises(KeyboardInterrupt):  # before anything but the baseline
+        whole(with_it, folder, StopAfter(Fake(gains), 3))
+    found = whole(with_it, folder, later := Fake(gains))
+    assert {job["stage"] for job in later.kinds("train")} <= {"confirm-0", "confirm_labels"}
+    undisturbed = whole(*start(tmp_path / "whole", *settings), Fake(gains))
+    assert (found.confirmations, found.verdict, found.controls) == (
+        undisturbed.confirmations,
+        undisturbed.verdict,
+        undisturbed.controls,
+    )
+    with pytest.raises(ConfigError, match=r"confirm\.baseline must stay true"):
+        folder.check_change(with_it, config)
 
 
 def test_a_function_of_the_user_s_is_confirmed_by_its_metric(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_the_share_is_of_the_gain_over_labels_only(done: Done) -> None:
     labels, taught = (named(summary, f"student, {name}").runs for name in ("labels", "from"))
     assert len(labels) == len(taught) == 2
     gain = np.subtract(taught, labels).mean()
+    assert summary.gain is not None
     assert summary.gain.value == pytest.approx(gain)
     of_teacher = summary.teacher.metrics["test_accuracy"] - np.mean(labels)
     if of_teacher > 0:
@@ -273,7 +274,36 @@ def test_the_baseline_is_searched_as_long_where_there_is_something_to_search(
 def test_without_confirmation_there_is_one_pair_and_no_interval(tmp_path: Path) -> None:
     summary, *_ = run(tmp_path, "confirm.seeds=0")
     assert summary.seeds == 0
+    assert summary.gain is not None
     assert summary.gain.low is None
+
+
+@pytest.mark.parametrize("seeds", [0, 2])
+def test_without_a_baseline_nothing_is_trained_from_labels_but_members(
+    tmp_path: Path, done: Done, seeds: int
+) -> None:
+    config, folder = start(tmp_path, f"confirm.seeds={seeds}", "confirm.baseline=false")
+    count = Count()
+    summary = compress(make_run(config, folder, count))
+    assert [len(job["teachers"]) for job in count.kinds("train")] == [0] * 3 + [3] * (2 + seeds)
+    assert (summary.gain, summary.share, summary.verdict) == (None, None, None)
+    assert [row.name for row in summary.rows if "student" in row.name] == [
+        "student, from its teacher"
+    ]
+    assert set(summary.diagnostics) == {"student"}
+    said = describe_ensemble(summary)
+    assert said[1].startswith("not compared with labels only, as confirm.baseline is false")
+    assert not any("share" in line or "evidence" in line for line in said)
+    assert finished(config, folder) == summary
+    if seeds == 0:
+        return
+    with_it, later = replace(config, confirm=replace(config.confirm, baseline=True)), Count()
+    folder.check_change(config, with_it)
+    assert finished(with_it, folder) is None
+    assert compress(make_run(with_it, folder, later)) == done[0]
+    assert [job["stage"] for job in later.kinds("train")] == ["confirm_labels"] * 2
+    with pytest.raises(ConfigError, match=r"confirm\.baseline must stay true"):
+        folder.check_change(with_it, config)
 
 
 # --- members from elsewhere ---

@@ -424,6 +424,15 @@ ENSEMBLE = EnsembleSummary(
 )
 
 
+def test_an_ensemble_without_a_baseline_says_so_in_place_of_a_gain(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
+    tracker(RunFinished(replace(ENSEMBLE, rows=ENSEMBLE.rows[1:], gain=None, verdict=None)))
+    tracker.close()
+    summary = summary_of(records(tmp_path, "run-a-0-ensemble"))
+    assert summary["verdict"].startswith("not compared with labels only")
+    assert "gain" not in summary
+
+
 def test_the_run_of_an_ensemble_has_its_report_notes_and_verdict(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<p>whole</p>")
     tracker = offline(tmp_path, "tracking.alerts=true")

@@ -17,15 +17,9 @@ from selfkd.data.augmentation import Views
 from selfkd.distill.distiller import Distiller
 from selfkd.errors import NonFiniteLossError
 from selfkd.models import make_model
-from selfkd.training.fit import (
-    Training,
-    evaluate,
-    fit,
-    make_average,
-    make_optimizer,
-    make_scheduler,
-    predict,
-)
+from selfkd.training.fit import Training, fit
+from selfkd.training.optimizers import make_average, make_optimizer, make_scheduler
+from selfkd.training.predict import evaluate, predict
 
 CLASSES = 3
 
@@ -197,6 +191,8 @@ class SpyViews:
     def __init__(self, count):
         self.views = Views(jitter=1, count=count)
         self.count, self.at = count, self.views.at
+        self.mixes = False
+        self.repeated = self.views.repeated
         self.calls = []
 
     def __call__(self, images, index, view):
@@ -292,7 +288,7 @@ def test_predict_changes_nothing_and_makes_no_graph(training):
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_predict_keeps_the_order_of_the_images(monkeypatch, split):
-    monkeypatch.setattr("selfkd.training.fit.EVAL_BATCH", 7)
+    monkeypatch.setattr("selfkd.training.predict.EVAL_BATCH", 7)
     data = make_data()
     student = make_student().eval()
     expected = student(make_inputs(data, split).float()).detach()

@@ -28,7 +28,8 @@ from selfkd.experiments.stages import Stage, run_stages
 from selfkd.results import CHECKPOINT, Epoch, Event, Message, Row, TrialProgressed, from_row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.files import load_json
-from selfkd.training.fit import Training, make_average, make_optimizer, make_scheduler
+from selfkd.training.fit import Training
+from selfkd.training.optimizers import make_average, make_optimizer, make_scheduler
 from selfkd.training.progress import Progress
 from selfkd.training.ranks import Ranks
 from selfkd.training.trial import Trial, run_function
@@ -124,9 +125,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ((*SMALL, "train.amp=bfloat16"), {}),
         (SMALL, {"cycles": 3}),
         ((*SMALL, "train.ema=0.8"), {"specialist": [1, 4, 7]}),
+        ((*SMALL, "data.augment=strong", "data.repeats=2"), {"specialist": [1, 4, 7]}),
         (SMALL, {"start": {"seed": 3}}),
     ],
-    ids=["all", "steps", "muon", "amp", "snapshots", "specialist", "start"],
+    ids=["all", "steps", "muon", "amp", "snapshots", "specialist", "mixed", "start"],
 )
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_resumed_equals_uninterrupted(
@@ -143,6 +145,7 @@ def test_resumed_equals_uninterrupted(
 def test_resumed_equals_uninterrupted_on_streamed_images(tmp_path: Path, pictures: Path) -> None:
     settings = [
         "data={name: folder, image_size: 8, in_memory: false, workers: 2, flip: true, views: 2}",
+        "data.augment={preset: strong, color: 0.4, hue: 0.1}",
         f"data.root={pictures}",
         "model={name: selfkd_cnn, args: {width: 4}}",
         "train={epochs: 3, batch_size: 10}",

@@ -31,12 +31,13 @@ def ensemble_sections(run: Run) -> Iterator[Section]:
 
 
 def _models(run: Run) -> Iterator[Panel]:
-    """Yield the test metric of the teachers and of both students, the last two rows."""
+    """Yield the test metric of the teachers and of the students, whose rows are the last."""
     if run.ensemble_summary is None:
         return
     tested, shown = run.data.tested, measure_of(run.data.tested)
     rows = [row for row in run.ensemble_summary.rows if tested in row.metrics]
-    numbers = ([0] * len(rows) + [2, 1])[2:]
+    of_students = sum(row.name.startswith("student") for row in rows)
+    numbers = [0] * (len(rows) - of_students) + [2] * (of_students - 1) + [1] * (of_students > 0)
     levels = [
         Level(row.name, Bar(row.metrics[tested], row.low, row.high), row.runs, number)
         for row, number in zip(rows, numbers, strict=True)

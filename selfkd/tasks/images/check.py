@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfkd.config import ModelConfig, choices_of_terms
+from selfkd.config import AugmentConfig, ModelConfig, choices_of_terms
 from selfkd.data import fingerprint
 from selfkd.data.transfer import check_leaks
 from selfkd.distill.outputs import describe_output, take_logits
@@ -17,6 +17,7 @@ from selfkd.models import parameters_count
 from selfkd.results import Facts
 from selfkd.results.trial import CachedFormat
 from selfkd.tasks.common import check_init, named_networks, optimizer_of
+from selfkd.tasks.images.augment import FRESH, describe_views
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.terms import try_terms
 from selfkd.training.ranks import smallest_batch
@@ -57,6 +58,10 @@ def check_images(
         try_terms(task, networks["student"], found, choices)
     splits = {"train": data.train, "val": data.val, "test": data.test}
     notes = [data.note] if data.note else []
+    own = config.data
+    new = own.augment != AugmentConfig() or own.repeats > 1 or own.views == "fresh"
+    if new and not task.views.is_identity:
+        notes.append(f"images: {describe_views(task.views, repeats=config.data.repeats)}")
     prints = {
         "train": data.fingerprint,
         "val": fingerprint(data.val, mean=data.mean, std=data.std),
@@ -69,7 +74,7 @@ def check_images(
         items={name: len(split.labels) for name, split in splits.items()},
         outputs=data.num_classes,
         names=data.class_names,
-        views=task.views.count,
+        views=1 if task.views.count == FRESH else task.views.count,
         parameters=sizes,
         fingerprints=prints,
         transfer=0 if task.transfer is None else len(task.transfer),
@@ -110,4 +115,13 @@ def _tried(task: ImageNetworks, model: ModelConfig) -> nn.Module:
             f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
             f"which gives {shape} for 2 images"
         )
+    if (other := task.data.test_size) != size:
+        try:
+            with torch.no_grad():
+                network(next(task.data.batches("val", batch_size=2, device=task.device))[0])
+        except Exception as error:
+            raise ValueError(
+                f"data.test_size must be left out for {model.name!r} with {model.args}, which "
+                f"takes {size}x{size} images alone, got {other}: {error}"
+            ) from error
     return network

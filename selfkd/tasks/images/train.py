@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -19,7 +19,7 @@ from selfkd.distill.distiller import Distiller, Loss
 from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
-from selfkd.soft_targets.joined import open_joined
+from selfkd.soft_targets.joined import EachView, open_joined
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
     Targets,
@@ -38,7 +38,8 @@ from selfkd.tasks.common import (
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
 from selfkd.tasks.images.terms import terms_of
-from selfkd.training.fit import Training, fit, make_average, make_scheduler
+from selfkd.training.fit import Training, fit
+from selfkd.training.optimizers import make_average, make_scheduler
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
@@ -99,6 +100,7 @@ def train_classifier(
         compiled=options.compile,
         ranks=ranks,
         transfer=task.transfer if mixes_transfer(trial, transform) else None,
+        repeats=task.config.data.repeats,
     )
     best = training.best
     best = best.network if isinstance(best, Specialist) else best
@@ -159,7 +161,7 @@ def _training(
         generator=torch.Generator().manual_seed(seed),
         projections=projections,
         device=task.device,
-        precision=options.amp,
+        precision=task.precision,
     )
 
 
@@ -191,7 +193,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
     if not teachers:
         return Distiller(label_smoothing=smoothing)
     weights = teacher_weights(teachers)
-    teacher = stored = None
+    teacher, stored = None, cast(Targets | None, None)
     if distill.runs_teacher:
         with torch.random.fork_rng(devices=[]):  # what is drawn does not depend on it
             members = [task.teacher(member["checkpoint"]) for member in teachers]
@@ -206,6 +208,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             average=distill.average,
             weights=weights,
         )
+        stored = stored if task.config.data.repeats == 1 else EachView(stored)
         if distill.average == "logits":  # by the store, once
             weights = None
     if transform != "none" and stored is not None:

@@ -21,7 +21,8 @@ from selfkd.tasks.images.specialists import (
     relabel,
     specialist_split,
 )
-from selfkd.training.fit import Training, fit, predict
+from selfkd.training.fit import Training, fit
+from selfkd.training.predict import predict
 
 # Clusters
 

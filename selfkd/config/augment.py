@@ -1,0 +1,97 @@
+"""Checks of augmentation: what views cannot go with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from selfkd.config.schema import Config, choices_of_terms
+from selfkd.distill.loss_names import LOSSES
+
+_OF_LABELS = {
+    "confidence": "weights the cross-entropy with one label an image",
+    "virtual": "is made of one label an image",
+    "class_mean": "is of one label an image",
+}
+"""Transforms of teacher logits that mixed images do not go with, and why."""
+_CONTROLS = {"cwtm": "confidence", "teacher_free": "virtual", "class_mean": "class_mean"}
+
+
+def augment_faults(config: Config, *, distils: bool) -> Iterator[tuple[str, str]]:
+    """Yield keys and faults of the views of a config.
+
+    Args:
+        config: Config to check, or that of an arm of a study.
+        distils: Whether students with teachers are trained.
+    """
+    data = config.data
+    if data.views == "fresh" and distils and config.reads_cache:
+        yield (
+            "data.views",
+            "must be a number where teacher logits are cached, got fresh: set distill.live=true, "
+            "which runs the teacher at each step, or data.views=N, whose logits take N times the "
+            "space",
+        )
+    if data.test_size is not None and data.transfer is not None:
+        yield (
+            "data.test_size",
+            f"must be left out with data.transfer, whose images are compared with those of test, "
+            f"got {data.test_size}",
+        )
+    yield from _repeats_faults(config)
+    if not data.augment.mixes:
+        return
+    for control in config.controls:
+        if why := _CONTROLS.get(control):
+            yield "controls", f"{control} {_OF_LABELS[why]}: {_WAY}"
+    if name := _named(config, labels=True):
+        yield "distill.terms", f"must be without {name}, which has one label an image: {_WAY}"
+
+
+def transform_fault(config: Config, transform: str) -> str | None:
+    """Return why a transform of teacher logits cannot go with the views of a config, if so."""
+    if not config.data.augment.mixes or transform not in _OF_LABELS:
+        return None
+    return f"{_OF_LABELS[transform]}: {_WAY}"
+
+
+_WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
+
+
+def _repeats_faults(config: Config) -> Iterator[tuple[str, str]]:
+    data, repeats = config.data, config.data.repeats
+    if repeats == 1:
+        return
+    if not is_augmented(config):
+        yield "data.repeats", f"must be 1 without augmentation, got {repeats}: set data.augment"
+    if isinstance(data.views, int) and data.views < repeats:
+        yield "data.repeats", f"must be at most data.views ({data.views}), got {repeats}"
+    if config.train.batch_size % repeats:
+        size = config.train.batch_size
+        yield "train.batch_size", f"must be a multiple of data.repeats ({repeats}), got {size}"
+    if config.transfer is not None:
+        yield "data.repeats", f"must be 1 with data.transfer, got {repeats}"
+    if name := _named(config, labels=False):
+        yield "distill.terms", f"must be without {name}, which has each image once, with repeats"
+
+
+def is_augmented(config: Config) -> bool:
+    """Say whether views of an image differ."""
+    data = config.data
+    further = data.augment
+    known = data.flip or data.jitter or data.crop not in (None, 1)
+    shape = further.preset != "none" or further.flip or further.value("operations") != "none"
+    return bool(known or shape or further.color or further.hue or further.value("erase")) or (
+        further.mixes
+    )
+
+
+def _named(config: Config, *, labels: bool) -> str | None:
+    """Return a term of the loss that has an embedding an image, or takes its label."""
+    named = {name for name, loss in LOSSES.items() if loss.memory or (labels and loss.labels)}
+    found = [
+        str(term.get("name"))
+        for terms in choices_of_terms(config)
+        for term in terms
+        if isinstance(term, Mapping)
+    ]
+    return next((name for name in found if name in named), None)

@@ -919,8 +919,9 @@ class TrackingConfig:
     """Tracking with W&B. `tracking: none` is short for `tracking: {mode: none}`."""
 
     mode: Literal["auto", "online", "offline", "none"] = "auto"
-    """Mode of W&B: online, offline (files to sync later), none, or auto, which is online where
-    there is an API key and the host responds, else offline."""
+    """Mode of W&B: online, offline (files to sync later), none, or auto. That is online where there
+    is an API key and the host responds, and else offline where W&B is asked for: by a key, a
+    variable such as WANDB_MODE, or another key of `tracking`; none where it is not."""
     runs: Literal["all", "lineage"] = "all"
     """Runs in W&B: all, one for each trial beside that of the whole run, whose steps are the
     generations; or lineage, that of the whole run alone."""

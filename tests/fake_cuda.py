@@ -20,11 +20,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 PACKAGE = Path(__file__).parents[1]
 FREE, TOTAL = 8 * 2**30, 16 * 2**30  # bytes of memory
+_load = torch.load
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
 SHAPED_BY_VALUES = (
@@ -87,15 +88,22 @@ class _Counting(TorchDispatchMode):
             return self._copied_into(func, *args, **kwargs)
         if func in READS:
             self._waits.note(func.name())
-            return _one(fakes[0].dtype) if func in READS[:1] else True
+            known = _values_of(fakes[0])
+            if func in READS[1:]:
+                return True
+            return _one(fakes[0].dtype) if known is None else known.item()
         if func in SHAPED_BY_VALUES:
             self._waits.note(func.name())
             return self._all_of(func, args, kwargs)
+        known = _known(func, args, kwargs)
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             args = self._with_positions(func, args)
         if "_fused_" in func.name() and func.name().endswith("_"):
             return _check_devices(func, fakes)
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if known is not None and isinstance(found, FakeTensor):
+            _set_values(found, known, changes=int(func._schema.is_mutable))
+        return found
 
     def _copied(self, func: Any, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
         target = torch.device(kwargs.get("device") or tensor.device).type
@@ -108,7 +116,7 @@ class _Counting(TorchDispatchMode):
         fake = func(tensor, **kwargs)
         if not tensor.is_floating_point():
             with unset_fake_temporarily():
-                fake.cpu_values = (tensor.clone(), fake._version)
+                _set_values(fake, tensor.clone())
         return fake
 
     def _copied_into(self, func: Any, into: Tensor, source: Tensor, wait_not: bool = False) -> Any:
@@ -128,10 +136,10 @@ class _Counting(TorchDispatchMode):
             self._waits.note("copy to the GPU")
 
     def _real(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Return the values of labels and indices that came from the CPU as they are, else ones."""
-        values, version = getattr(tensor, "cpu_values", (None, 0))
+        """Return values that are known, as those of labels and indices are, else ones."""
+        values = _values_of(tensor)
         with unset_fake_temporarily():
-            if values is not None and version == tensor._version:
+            if values is not None:
                 return values.to(dtype or tensor.dtype, copy=True)
             return torch.ones(tuple(tensor.shape), dtype=dtype or tensor.dtype)
 
@@ -159,12 +167,46 @@ class _Counting(TorchDispatchMode):
         found: list[Any] = []
         for index in indices:
             if isinstance(index, Tensor) and index.dtype == torch.bool:
-                device = tensor.device
-                count = index.numel()
-                found += [torch.empty(count, dtype=torch.int64, device=device) for _ in index.shape]
+                with unset_fake_temporarily():
+                    places = self._real(index, None).nonzero(as_tuple=True)
+                found += [torch.empty_like(place, device=tensor.device) for place in places]
             else:
                 found.append(index)
         return (tensor, found, *rest)
+
+
+def _set_values(fake: Any, values: Tensor, changes: int = 0) -> None:
+    """Keep the values of a tensor, whose change in place is counted after it is made."""
+    fake.cpu_values = (values, fake._version + changes)
+
+
+def _values_of(tensor: Any) -> Tensor | None:
+    """Return the values of a tensor, where they are known and it was not changed since."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    values, version = getattr(tensor, "cpu_values", (None, 0))
+    return values if version == tensor._version else None
+
+
+def _known(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Return the result of an operation on labels and indices alone, whose values are known."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    whole = all(not tensor.is_floating_point() for tensor in tensors)
+    if not tensors or not whole or any(_values_of(tensor) is None for tensor in tensors):
+        return None
+    here = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
+
+    def real(leaf: Any) -> Any:
+        return _values_of(leaf) if isinstance(leaf, Tensor) else leaf
+
+    with unset_fake_temporarily():
+        found = func(*tree_map(real, args), **tree_map(real, here))
+    return found if isinstance(found, Tensor) else None
+
+
+def _load_as_real(*arguments: Any, **options: Any) -> Any:
+    with _disable_current_modes():
+        return _load(*arguments, **options)
 
 
 def _saved(tensor: Tensor, protocol: int) -> Any:
@@ -321,6 +363,7 @@ def fake_cuda(*, bfloat16: bool = True, **patches: Callable[..., Any]) -> Iterat
             mock.patch("torch.Tensor.pin_memory", lambda tensor, *args: tensor.clone())
         )
         stack.enter_context(mock.patch.object(FakeTensor, "__reduce_ex__", _saved))
+        stack.enter_context(mock.patch("torch.load", _load_as_real))
         stack.enter_context(_backward_in_python())
         stack.enter_context(_Counting(waits))
         yield waits

@@ -29,7 +29,9 @@ SHAPES = {
     "cifar100": (100, 3, 32),
 }
 TEXT = sorted((FOLDER / "text").glob("*.yaml"))
-KNOWLEDGE = sorted((FOLDER / "knowledge").glob("*.yaml"))
+KNOWLEDGE = sorted(
+    path for folder in ("knowledge", "augmentation") for path in (FOLDER / folder).glob("*.yaml")
+)
 CIFAR = [path for path in CONFIGS if path.stem.startswith("cifar")]
 SMALL = {
     "selfkd_resnet20": "{depth: 8}",
@@ -127,7 +129,7 @@ def test_of_knowledge_loads_and_opens_with_its_command(path: Path) -> None:
     else:
         command = "generations" if config.student is not None else r"(generations|ensemble)"
     assert re.search(
-        rf"python -m selfkd\.{command} --config tune_configs/knowledge/{path.name}", head
+        rf"python -m selfkd\.{command} --config tune_configs/{path.parent.name}/{path.name}", head
     )
 
 

@@ -63,22 +63,29 @@ def ece(logits: Tensor, labels: Tensor) -> float:
     0.5
     """
     if len(logits) > _chunk(logits):
-        bins = [row for row in reliability(logits, labels) if row["count"]]
-        gaps = (row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins)
-        return math.fsum(gaps) / len(logits)
-    # over a second to import: not in workers that only train
-    from torchmetrics.functional.classification import multiclass_calibration_error
+        rows = [row for row in reliability(logits, labels) if row["count"]]
+        parts = (row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
+        return math.fsum(parts) / len(logits)
+    confidence, hits, bins = _bins(logits, labels)
+    # one bin more, as of torchmetrics: the sums are then the same to the bit
+    count, sure, right = (torch.zeros(ECE_BINS + 1) for _ in range(3))
+    for total, values in ((count, torch.ones_like(hits)), (sure, confidence), (right, hits)):
+        total.scatter_add_(0, bins, values)
+    gaps = ((right / count).nan_to_num() - (sure / count).nan_to_num()).abs()
+    return float((gaps * (count / count.sum())).sum())
 
-    return float(
-        multiclass_calibration_error(
-            _below_one(logits), labels, num_classes=logits.shape[-1], n_bins=ECE_BINS, norm="l1"
-        )
-    )
 
+def _bins(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the confidence of each row, whether it is right (1 or 0), and its bin.
 
-def _below_one(logits: Tensor) -> Tensor:
-    """Return probabilities; torchmetrics gives a confidence of exactly 1 a bin beyond the last."""
-    return logits.float().softmax(dim=-1).clamp(max=1 - torch.finfo(torch.float32).eps)
+    A confidence of exactly 1 would be beyond the last bin.
+    """
+    most = 1 - torch.finfo(torch.float32).eps
+    parts = torch.split(logits, _chunk(logits))
+    found = [part.float().softmax(dim=-1).clamp(max=most).max(dim=-1) for part in parts]
+    confidence, predicted = (torch.cat(each) for each in zip(*found, strict=True))
+    bins = torch.bucketize(confidence, torch.linspace(0, 1, ECE_BINS + 1), right=True) - 1
+    return confidence, (predicted == labels).float(), bins
 
 
 def brier(logits: Tensor, labels: Tensor) -> float:
@@ -108,11 +115,7 @@ def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     >>> reliability(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), torch.tensor([0, 1]))[-1]["accuracy"]
     0.5
     """
-    found = [_below_one(part).max(dim=-1) for part in torch.split(logits, _chunk(logits))]
-    confidence, predicted = (torch.cat(each) for each in zip(*found, strict=True))
-    edges = torch.linspace(0, 1, ECE_BINS + 1)
-    bins = torch.bucketize(confidence, edges, right=True) - 1
-    hits = (predicted == labels).double()
+    confidence, hits, bins = _bins(logits, labels)
     rows = []
     for number in range(ECE_BINS):
         inside = bins == number
@@ -123,7 +126,7 @@ def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
                 "high": (number + 1) / ECE_BINS,
                 "count": count,
                 "confidence": float(confidence[inside].double().mean()) if count else None,
-                "accuracy": float(hits[inside].mean()) if count else None,
+                "accuracy": float(hits[inside].double().mean()) if count else None,
             }
         )
     return rows

@@ -16,7 +16,7 @@ from selfkd.storage.files import load_json, save_json
 
 PACKAGES = (
     *("selfkd", "torch", "torchvision", "timm", "ray", "wandb", "numpy", "scipy"),
-    *("scikit-learn", "torchmetrics", "safetensors"),
+    *("scikit-learn", "safetensors"),
 )
 
 

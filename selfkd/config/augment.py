@@ -31,6 +31,12 @@ def augment_faults(config: Config, *, distils: bool) -> Iterator[tuple[str, str]
             "which runs the teacher at each step, or data.views=N, whose logits take N times the "
             "space",
         )
+    if data.test_size is not None and data.transfer is not None:
+        yield (
+            "data.test_size",
+            f"must be left out with data.transfer, whose images are compared with those of test, "
+            f"got {data.test_size}",
+        )
     yield from _repeats_faults(config)
     if not data.augment.mixes:
         return

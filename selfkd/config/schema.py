@@ -390,8 +390,12 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, which is evaluated and saved in place
     of the student, warmed up over the steps n as min(ema, (1 + n) / (10 + n)); no average when not
     given."""
-    amp: Literal["none", "bfloat16", "float16"] = "none"
-    """Mixed precision of the student's forward pass; none is float32."""
+    amp: Literal["none", "bfloat16", "float16", "auto"] = "none"
+    """Mixed precision of the student's forward pass; none is float32. auto is bfloat16 on a GPU
+    that computes in it, float16 on another, and none on CPUs; the run's config.yaml has which."""
+    tf32: bool | None = None
+    """Whether a GPU multiplies float32 matrices and convolutions in TF32, with 10 bits after the
+    point; on GPUs it does when not given."""
     channels_last: bool | None = None
     """Whether weights and images have their channels last in memory, which convolutions are fastest
     with on most processors; by device and kind of network when not given. It decides rounding."""

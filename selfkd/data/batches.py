@@ -32,6 +32,13 @@ class Split:
         return len(self.labels)
 
     @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels; 1 of features."""
+        if not isinstance(self.images, Tensor):
+            return self.images.image_size
+        return self.images.shape[-1] if self.images.ndim == 4 else 1
+
+    @property
     def index(self) -> Tensor:
         """Indices 0, 1, …, N-1 of the images, int64 `[N]`."""
         return torch.arange(len(self))
@@ -64,7 +71,7 @@ class Data:
     class_names: tuple[str, ...]
     """Names of the classes, in the order of the labels."""
     image_size: int
-    """Height and width of the images in pixels."""
+    """Height and width of the training images in pixels."""
     mean: tuple[float, ...]
     """Mean of each channel, of pixels in [0, 1]; inputs are (pixel - mean) / std."""
     std: tuple[float, ...]
@@ -81,6 +88,11 @@ class Data:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def test_size(self) -> int:
+        """Height and width of the images of validation and test in pixels."""
+        return self.val.image_size
 
     @property
     def in_chans(self) -> int:
@@ -351,6 +363,5 @@ def _plain(
     raw: Iterable[Tensor], chunks: Sequence[Tensor], labels: Tensor, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images of batches as they are, and their labels, on the device."""
-    for images, index in zip(raw, chunks, strict=True):
-        picked = labels.index_select(0, index.to(labels.device))
-        yield images.to(device, non_blocking=True), picked.to(device, non_blocking=True)
+    for images, own in zip(raw, _gathered(labels, chunks), strict=True):
+        yield images.to(device, non_blocking=True), own.to(device, non_blocking=True)

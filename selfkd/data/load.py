@@ -54,6 +54,7 @@ def load_data(
     label_noise: float = 0.0,
     label_column: str | None = None,
     reserve: int = 0,
+    test_size: int | None = None,
     seed: int = 0,
 ) -> Data:
     """Load a data set in three disjoint splits, stratified by label.
@@ -92,6 +93,8 @@ its splits as those folders; of a single one a tenth is test, too |
             class or y), else the last, if not given.
         reserve: Number of images that are left beside the splits, for `load_rest`: where test
             images are taken from the training images, these are fewer.
+        test_size: Height and width in pixels of the images of validation and test; those of the
+            training images if not given.
         seed: Random seed of the splits and of the label noise.
 
     Returns:
@@ -127,27 +130,38 @@ its splits as those folders; of a single one a tenth is test, too |
         )
     selected = _training_classes(classes, source.class_names)
     splits, _ = _split(source, train_size, val_size, selected, label_noise, reserve, seed)
+    sizes = (image_size, test_size or image_size, test_size or image_size)
+    if test_size is not None:
+        splits = (splits[0], _at_size(splits[1], test_size), _at_size(splits[2], test_size))
     notes = dict.fromkeys([source.note] if source.note else [])
     train, val, test = (
-        resolve_images(name, split, image_size, in_memory, splits, say=notes.setdefault)
-        for split in splits
+        resolve_images(name, split, size, in_memory, splits, say=notes.setdefault)
+        for split, size in zip(splits, sizes, strict=True)
     )
     mean, std = source.statistics or _statistics(train)
-    size = _size(train)
     digest = fingerprint(train, mean=mean, std=std)
     for note in notes:
         _log_once(note)
     names, features = source.class_names, source.features
     note = "; ".join(notes)
-    return Data(name, train, val, test, names, size, mean, std, digest, note, features)
+    return Data(name, train, val, test, names, train.image_size, mean, std, digest, note, features)
 
 
-def _size(train: Split) -> int:
-    """Return the height and width of the images; 1 of features."""
-    images = train.images
-    if isinstance(images, Stream):
-        return images.image_size
-    return images.shape[-1] if images.ndim == 4 else 1
+def _at_size(split: Split, size: int) -> Split:
+    """Return a split whose images are to be decoded at a size; others are scaled later."""
+    images = split.images
+    return (
+        replace(split, images=replace(images, image_size=size))
+        if isinstance(images, Stream)
+        else split
+    )
+
+
+def scaled(split: Split, size: int) -> Split:
+    """Return a split with its images at a size, decoded or from those in memory."""
+    if isinstance(split.images, Tensor) and split.images.ndim == 4:
+        return replace(split, images=resized(split.images, size))
+    return _at_size(split, size)
 
 
 def load_rest(

@@ -31,8 +31,8 @@ def normalisation(
     tensor([[[[0.4000]]]])
     """
     means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
-    scale = (1 / (255 * stds)).to(device, torch.float32)
-    shift = (-means / stds).to(device, torch.float32)
+    scale = (1 / (255 * stds)).to(device, torch.float32, non_blocking=True)
+    shift = (-means / stds).to(device, torch.float32, non_blocking=True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def normalise(images: Tensor) -> Tensor:
@@ -78,6 +78,7 @@ def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) 
     tensor([[1., 1.]])
     """
     means, stds = (
-        torch.tensor(value, dtype=torch.float64, device=features.device) for value in (mean, std)
+        torch.tensor(value, dtype=torch.float64).to(features.device, non_blocking=True)
+        for value in (mean, std)
     )
     return ((features.double() - means) / stds).float()

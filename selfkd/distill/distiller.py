@@ -30,6 +30,7 @@ from selfkd.losses import Average
 from selfkd.losses.distillation import check_settings, check_tensor, detached, is_nan
 from selfkd.losses.few_classes import MOST, few_classes_terms
 from selfkd.losses.fused import weighted_sum
+from selfkd.losses.moving import send
 from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import SparseLogits
 
@@ -335,11 +336,11 @@ class Distiller:
                     self.task, student_logits, labels, label_smoothing=self.label_smoothing
                 )
             return {"loss": loss, "hard_loss": loss.detach().clone()}
-        teacher_logits = teacher_logits.to(student_logits.device)
+        device = student_logits.device
         if isinstance(teacher_logits, SparseLogits | SampledTargets):
-            teacher_logits = teacher_logits.map(detached)
+            teacher_logits = teacher_logits.to(device).map(detached)
         else:
-            teacher_logits = detached(teacher_logits)
+            teacher_logits = detached(send(teacher_logits, device))
         if self.task != "single_label":
             teacher_logits = as_outputs(teacher_logits, student_logits)
         terms = task_terms(

@@ -17,6 +17,7 @@ from selfkd.distill.outputs import check_graph
 from selfkd.distill.teacher import set_eval
 from selfkd.losses.distillation import is_nan
 from selfkd.losses.features import Projection, hint_loss, reconcile
+from selfkd.losses.moving import valid_rows
 from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import SparseLogits
 
@@ -421,7 +422,7 @@ def _valid_rows(features: Tensor, mask: Tensor) -> Tensor:
             f"features must be of tokens, [{expected}, …], got {list(features.shape)}: another "
             "layer"
         )
-    return features[mask]
+    return valid_rows(features, mask)
 
 
 def _check_no_nan(name: str, path: str, features: Tensor) -> None:

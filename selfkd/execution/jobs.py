@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -49,14 +51,18 @@ class EarlyStopping:
 def load_entry(entry: str) -> Callable[[str, Mapping[str, Any]], Iterator[Row]]:
     """Import the function that runs jobs; where that fails, each job raises the error.
 
+    timm imports W&B where it is installed, which no job needs: it takes half a second, and leaves
+    temporary files where the process is killed. So it is as if it were not, meanwhile.
+
     Args:
         entry: Reference of the function, `module:function`.
     """
     module, _, name = entry.partition(":")
     try:
-        function: Callable[[str, Mapping[str, Any]], Iterator[Row]] = getattr(
-            importlib.import_module(module), name
-        )
+        with _without("wandb"):
+            function: Callable[[str, Mapping[str, Any]], Iterator[Row]] = getattr(
+                importlib.import_module(module), name
+            )
     except (ImportError, AttributeError) as error:
         failure = error
     else:
@@ -66,6 +72,19 @@ def load_entry(entry: str) -> Callable[[str, Mapping[str, Any]], Iterator[Row]]:
         raise failure
 
     return fail
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Let no import find a module meanwhile, unless it is imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # as Python has what cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 class Jobs(Protocol):
@@ -150,20 +169,67 @@ class Batch:
             self._done(outcome.row)
 
 
-def run_one(executor: Executor, kind: str, **payload: Any) -> Row:
+class FailedJobError(RuntimeError):
+    """Error of a job that failed each time."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Job that is run beside others, so that no worker stands idle while it is waited for."""
+
+    job: Job
+    take: Callable[[Outcome], object]
+    """Callback for its outcome, once all others are done; it may have failed."""
+
+
+def run_all(
+    executor: Executor,
+    jobs: Sequence[Job],
+    *,
+    beside: Sequence[Beside] = (),
+    attempts: int = 1,
+    done: Callable[[Row], object] = lambda row: None,
+) -> list[Row]:
+    """Run jobs side by side, those that fail again; return the last row of each.
+
+    Args:
+        executor: Executor that runs them.
+        jobs: Jobs.
+        beside: Further jobs, which may fail; they are run once, after the others have begun.
+        attempts: Most attempts at a job.
+        done: Callback for the last row of each job that has not failed.
+
+    Raises:
+        FailedJobError: A job failed each time.
+    """
+    rows: dict[int, Row] = {}
+    others = {id(one.job): one for one in beside}
+    taken: list[Outcome] = []
+    for attempt in range(attempts):
+        waiting = [job for job in jobs if id(job) not in rows]
+        batch = Batch([*waiting, *(one.job for one in beside if attempt == 0)], done=done)
+        executor.run(batch)
+        taken += [each for each in batch.outcomes if id(each.job) in others]
+        found = [each for each in batch.outcomes if id(each.job) not in others]
+        rows |= {id(each.job): each.row for each in found if each.error is None}
+        if len(rows) == len(jobs):
+            for outcome in taken:
+                others[id(outcome.job)].take(outcome)
+            return [rows[id(job)] for job in jobs]
+    raise FailedJobError(next(each.error for each in found if each.error is not None))
+
+
+def run_one(executor: Executor, kind: str, *, beside: Sequence[Beside] = (), **payload: Any) -> Row:
     """Run a single job and return its last row.
 
     Args:
         executor: Executor that runs it.
         kind: Kind of the job.
+        beside: Further jobs to run beside it.
         payload: Payload of the job.
 
     Raises:
-        RuntimeError: The job failed.
+        FailedJobError: The job failed.
     """
-    batch = Batch([Job(kind, payload)])
-    executor.run(batch)
-    (outcome,) = batch.outcomes
-    if outcome.error is not None:
-        raise RuntimeError(outcome.error)
-    return outcome.row
+    (row,) = run_all(executor, [Job(kind, payload)], beside=beside)
+    return row

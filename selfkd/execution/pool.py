@@ -34,7 +34,7 @@ from selfkd.execution.watch import check
 from selfkd.results import Row
 from selfkd.storage.files import make_no_folder_again, retry_io
 from selfkd.storage.remote import as_path
-from selfkd.storage.temporary import TemporaryFolder, import_with_files
+from selfkd.storage.temporary import TemporaryFolder
 
 COORDINATOR = {"cpu": 0, "memory": 2**20}  # a trial of Tune must request some resource
 END_SECONDS = 10.0  # limit for Tune to end its trials
@@ -54,7 +54,6 @@ class Worker(tune.Trainable):
     def setup(self, config: Mapping[str, Any]) -> None:
         entry, group = config["entry"], config["group"]
         # imported here, so that an idle trial warms the worker up
-        import_with_files("wandb")
         self._run_job = load_entry(entry) if group is None else partial(Group(*group).run, entry)
         self._unseen: tuple[str, str] | None = config["run"]
         if self._unseen is not None:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import auto_init_hook, parameter, ray_constants, utils
+from ray._private import auto_init_hook, node, parameter, ray_constants, utils
 from ray._private import worker as _worker
 from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled as ensure_token_if_auth_enabled,
 )
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS as DEBUG_AUTOSCALING_STATUS
-from ray._private.ray_constants import PROCESS_TYPE_MONITOR
 from ray._private.services import canonicalize_bootstrap_address as canonicalize_bootstrap_address
 from ray._private.services import get_webui_url_from_internal_kv as get_webui_url_from_internal_kv
 from ray._raylet import GcsClient as GcsClient  # type: ignore[attr-defined]
@@ -65,7 +64,7 @@ def sockets_fit(folder: Path) -> bool:
 
 
 @contextmanager
-def on_loopback(session: str) -> Iterator[None]:
+def on_loopback(session: str, *, whole: bool) -> Iterator[None]:
     """Let a Ray that starts meanwhile listen on loopback only, under a name of its session.
 
     Ray replaces a loopback address by one that others reach, unless it is told that it runs where
@@ -73,14 +72,22 @@ def on_loopback(session: str) -> Iterator[None]:
 
     Args:
         session: Name of the session.
+        whole: Whether all processes of a cluster are started. One machine has nothing to scale, and
+            where nobody looks needs neither a dashboard nor a process that forwards what workers
+            print: each takes half a second of the processor to start.
     """
     clusters, params = ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams
+    server = node.Node.start_api_server
     ray_constants.ENABLE_RAY_CLUSTER = False
-    parameter.RayParams = partial(params, session_name=session)
+    more = {} if whole else {"no_monitor": True, "include_log_monitor": False}
+    parameter.RayParams = partial(params, session_name=session, **more)
+    if not whole:
+        node.Node.start_api_server = lambda self, **_: None
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams = clusters, params
+        node.Node.start_api_server = server
 
 
 @contextmanager
@@ -160,21 +167,11 @@ def attached_node_lives(client: Any, timeout: float) -> bool:
         client: Client of the cluster's GCS.
         timeout: Seconds to wait for the response.
     """
-    node = NodeID.from_hex(_worker._global_node.node_id).binary()
-    selector = GetAllNodeInfoRequest.NodeSelector(node_id=node)
+    own = NodeID.from_hex(_worker._global_node.node_id).binary()
+    selector = GetAllNodeInfoRequest.NodeSelector(node_id=own)
     alive = GcsNodeInfo.GcsNodeState.ALIVE
     found = client.get_all_node_info(timeout=timeout, node_selectors=[selector], state_filter=alive)
     return bool(found)
-
-
-def stop_autoscaler() -> None:
-    """End the autoscaler of the cluster that this process has started.
-
-    One machine has nothing to scale, and `ray.shutdown` waits a second for this process.
-    """
-    for process in started().get(PROCESS_TYPE_MONITOR, ()):
-        process.kill()
-        process.wait()
 
 
 def kill_started(*, everything: bool = False) -> None:

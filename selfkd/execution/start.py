@@ -21,7 +21,6 @@ from selfkd.execution.ray_private import (
     say_no_deaths,
     session_name,
     sockets_fit,
-    stop_autoscaler,
     temporary_folder,
     usual_of_ray,
 )
@@ -145,7 +144,7 @@ def start(session: Session | None, *, verbose: bool, address: str | None) -> Non
                 ray.init(**printed)
                 return
             _have_token()
-            with on_loopback(session.name):
+            with on_loopback(session.name, whole=verbose):
                 ray.init(
                     address="local",
                     include_dashboard=verbose,
@@ -153,8 +152,6 @@ def start(session: Session | None, *, verbose: bool, address: str | None) -> Non
                     _plasma_directory=_object_folder(session),
                     **printed,
                 )
-        if not verbose:
-            stop_autoscaler()
     except Exception as error:
         raise RayLostError(start_message(str(error) or type(error).__name__, address)) from error
 

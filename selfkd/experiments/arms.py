@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from selfkd.analysis.families import Terms
-from selfkd.analysis.statistics import mean_interval
 from selfkd.config import Config, ModelConfig, to_tree, uses_pretrained
 from selfkd.config.space import Distribution, Points
 from selfkd.errors import ConfigError, RunError
-from selfkd.execution.jobs import Batch, EarlyStopping, Executor, Job, run_one
+from selfkd.execution.jobs import (
+    Beside,
+    EarlyStopping,
+    Executor,
+    FailedJobError,
+    Job,
+    run_all,
+    run_one,
+)
 from selfkd.experiments.choice import choose
 from selfkd.experiments.replicas import confirm_seeds, make_terms
 from selfkd.experiments.run_folder import RunFolder, student_file
@@ -31,7 +38,6 @@ from selfkd.results import (
     Mode,
     Model,
     Point,
-    Replicated,
     Row,
     RunFinished,
     Summary,
@@ -264,7 +270,12 @@ class Run:
         ]
 
     def evaluate(
-        self, requests: Sequence[Request], *, title: str, keep: bool = True
+        self,
+        requests: Sequence[Request],
+        *,
+        title: str,
+        keep: bool = True,
+        beside: Sequence[Beside] = (),
     ) -> list[Evaluation]:
         """Evaluate models on validation and test, each once.
 
@@ -273,6 +284,7 @@ class Run:
             title: Name of the work, for people.
             keep: Whether their logits and what was found are kept, for averages and for a resume;
                 else the test split alone is read.
+            beside: Further jobs to run beside these.
         """
         found: dict[str, Evaluation] = {}
         waiting = {}
@@ -284,7 +296,9 @@ class Run:
             else:
                 waiting[request.model.hash] = request
         payloads = [self._request(request, keep=keep) for request in waiting.values()]
-        rows = self.jobs(title, "evaluate", payloads) if payloads else []
+        rows = list[Row]()
+        if payloads or beside:
+            rows = self.jobs(title, "evaluate", payloads, beside=beside)
         for digest, row in zip(waiting, rows, strict=True):
             found[digest] = from_row(Evaluation, row)
             if keep:
@@ -298,19 +312,24 @@ class Run:
             "student": model["checkpoint"],
             "predictions": self._predictions(model["hash"]) if keep and request.logits else None,
             "validate": keep,
-            "teachers": self.rows(request.teachers),
+            "teachers": self.predicted(request.teachers),
             "diagnose": request.diagnose,
         }
 
     def _predictions(self, digest: str) -> str:
         return str(self.folder.path / "predictions" / f"{digest}.safetensors")
 
-    def average(self, ensembles: Sequence[tuple[Sequence[Model], str]]) -> list[Evaluation]:
-        """Evaluate averages of models that were evaluated and kept."""
+    def average(
+        self,
+        ensembles: Sequence[tuple[Sequence[Model], str]],
+        *,
+        beside: Sequence[Beside] = (),
+    ) -> list[Evaluation]:
+        """Evaluate averages of models that were evaluated and kept, beside further jobs."""
         averages = [
             {"members": self.predicted(models), "average": average} for models, average in ensembles
         ]
-        rows = self.job("average", ensembles=averages)["rows"]
+        rows = self.job("average", beside=beside, ensembles=averages)["rows"]
         return [from_row(Evaluation, row) for row in rows]
 
     def predicted(self, models: Sequence[Model]) -> list[Row]:
@@ -324,54 +343,6 @@ class Run:
         distinct = [list(each) for each in dict.fromkeys(map(tuple, paths))]
         rows = self.job("time", models=distinct, batches=list(BATCHES))["rows"]
         return [rows[distinct.index(each)] for each in paths]
-
-    def measure(
-        self,
-        arms: Sequence[Arm],
-        trials: Sequence[Sequence[TrialResult]],
-        *,
-        title: str,
-        known: Sequence[Replicated | None] = (),
-    ) -> list[Replicated]:
-        """Measure the replicas of each arm: on the test split, each model once.
-
-        A user's training function has no test split here: its own metric is the measure.
-
-        Args:
-            arms: Settings that were trained.
-            trials: Completed trials of each.
-            title: Name of the work, for people.
-            known: What is measured of each already, on fewer seeds.
-        """
-        chosen_by, metric = self.config.search.metric, self.metric
-        found: list[dict[int, float]] = [
-            dict(zip(row.seeds, row.values, strict=True)) if row else {}
-            for row in known or [None] * len(arms)
-        ]
-        waiting = [
-            (number, trial)
-            for number, rows in enumerate(trials)
-            for trial in rows
-            if trial.seed not in found[number]
-        ]
-        values = [trial.metrics[chosen_by] for _, trial in waiting]
-        if self.function is None:
-            requests = [Request(arms[number].model(self, trial)) for number, trial in waiting]
-            tested = self.evaluate(requests, title=title, keep=False)
-            values = [row.metrics[metric] for row in tested]
-        for (number, trial), value in zip(waiting, values, strict=True):
-            found[number][trial.seed] = value
-        return [
-            Replicated(
-                seeds=tuple(trial.seed for trial in rows),
-                metric=metric,
-                values=tuple(own[trial.seed] for trial in rows),
-                validation=tuple(trial.metrics[chosen_by] for trial in rows),
-                mean=mean_interval([own[trial.seed] for trial in rows]),
-                wanted=len(self.seeds(arm)),
-            )
-            for arm, rows, own in zip(arms, trials, found, strict=True)
-        ]
 
     def finish(self, summary: S) -> S:
         """Save the summary of the run; return it."""
@@ -403,7 +374,8 @@ class Run:
                 else {"checkpoint": str(self.folder.file(model.checkpoint))}
                 for model in teachers
             ]
-            checked = self.job("check", config=config, **({"teachers": rows} if rows else {}))
+            own: Row = {"teachers": rows} if rows else {}
+            checked = self.job("check", config=config, **own)
         else:
             checked = run_one(self.executor, "check_function", function=self.function)
         if "fault" in checked:
@@ -413,30 +385,40 @@ class Run:
             self.events(Message(note))
         return replace(facts, notes=())
 
-    def job(self, kind: str, config: Config | None = None, **payload: Any) -> Row:
-        """Run a single job; return its last row."""
-        return run_one(self.executor, kind, config=to_tree(config or self.config), **payload)
+    def job(
+        self,
+        kind: str,
+        config: Config | None = None,
+        *,
+        beside: Sequence[Beside] = (),
+        **payload: Any,
+    ) -> Row:
+        """Run a single job, perhaps beside others; return its last row."""
+        tree = to_tree(config or self.config)
+        return run_one(self.executor, kind, beside=beside, config=tree, **payload)
 
     def jobs(
-        self, title: str, kind: str, payloads: Sequence[Row], *, config: Config | None = None
+        self,
+        title: str,
+        kind: str,
+        payloads: Sequence[Row],
+        *,
+        config: Config | None = None,
+        beside: Sequence[Beside] = (),
     ) -> list[Row]:
         """Run jobs side by side, once more those that fail; return the last row of each.
 
         Raises:
             RunError: A job failed again.
         """
-        settings, rows = {"config": to_tree(config or self.config)}, dict[int, Row]()
+        settings = {"config": to_tree(config or self.config)}
         jobs = [Job(kind, settings | payload) for payload in payloads]
-        self.events(TaskStarted(title, len(jobs)))
+        self.events(TaskStarted(title, len(jobs) + len(beside)))
 
         def progressed(row: Row) -> None:
             self.events(TaskProgressed(row.get("state")))
 
-        for _ in range(ATTEMPTS):
-            batch = Batch([job for job in jobs if id(job) not in rows], done=progressed)
-            self.executor.run(batch)
-            rows |= {id(done.job): done.row for done in batch.outcomes if done.error is None}
-            if len(rows) == len(jobs):
-                return [rows[id(job)] for job in jobs]
-        errors = [outcome.error for outcome in batch.outcomes if outcome.error is not None]
-        raise RunError(f"{title} failed: {errors[0]}")
+        try:
+            return run_all(self.executor, jobs, beside=beside, attempts=ATTEMPTS, done=progressed)
+        except FailedJobError as error:
+            raise RunError(f"{title} failed: {error}") from None

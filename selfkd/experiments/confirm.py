@@ -23,6 +23,7 @@ from selfkd.analysis.verdicts import (
 from selfkd.config import Config, ModelConfig
 from selfkd.experiments.arms import TITLE, Arm, Run
 from selfkd.experiments.lineages import in_lineages, remove_teachers, replicas_folder
+from selfkd.experiments.measured import measure_replicas
 from selfkd.experiments.replicas import contrast, pair_up, remove_students
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.experiments.teachers import prepare_teachers
@@ -133,7 +134,7 @@ def _replicate(
     if arms:
         trials = run.replicate(arms, title=LINEAGES if config.confirm.lineages else TITLE)
         title = "testing what was confirmed"
-        measured = run.measure(arms, trials, title=title, known=before)
+        measured = measure_replicas(run, arms, trials, title=title, known=before)
     for file, row in zip(saved, measured[len(waiting) :], strict=True):
         save_row(file, row)
     for path, _ in own.values():

@@ -16,6 +16,7 @@ from selfkd.config.space import Distribution
 from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.confirm import labels_only
 from selfkd.experiments.lineages import in_lineages
+from selfkd.experiments.measured import measure_replicas
 from selfkd.experiments.replicas import confirm_seeds, contrast, pair_up, remove_students
 from selfkd.experiments.teachers import prepare_teachers
 from selfkd.results import (
@@ -74,7 +75,7 @@ def run_controls(
     if arms:
         trials = run.replicate(arms, title="controls on the same fresh seeds")
         before = [known.get(name) for name in waiting]
-        measured = run.measure(arms, trials, title="testing the controls", known=before)
+        measured = measure_replicas(run, arms, trials, title="testing the controls", known=before)
         for name, arm, own in zip(waiting, arms, measured, strict=True):
             save_row(_path(run, name), _row(run, name, arm.point, own, confirmations))
     if "seeds" in wanted and not _has_as_many(_path(run, "seeds"), len(results)):

@@ -17,7 +17,7 @@ from selfkd.experiments.arms import Arm, Request, Run
 from selfkd.experiments.export import describe_lineage, export
 from selfkd.experiments.members import Teachers, make_teachers
 from selfkd.experiments.run_folder import RunFolder
-from selfkd.experiments.teacher_row import keep_members
+from selfkd.experiments.teacher_row import members_beside
 from selfkd.results import (
     Chosen,
     EnsembleSummary,
@@ -95,7 +95,6 @@ def compress(run: Run) -> EnsembleSummary:
         models = _replicate(run, arms)
     chosen, config = found.models[0], config.at(found.best.point)
     run.folder.keep_best(chosen.checkpoint)
-    keep_members(run, teachers.of(config), config=config, students="the student")
     summary = _measure(run, teachers, found.best, models)
     own = "student of an ensemble", config, run.folder.facts, chosen.hash
     metrics = summary.chosen.metrics
@@ -146,6 +145,7 @@ def _measure(
     """Evaluate members, ensembles and students on the test split, and time them."""
     config, metric = run.config.at(best.point), run.metric
     own_teachers, average = teachers.of(config), config.distill.average
+    beside = members_beside(run, own_teachers, config=config, students="the student")
     members, soft = teachers.sources["members"], config.distill.mode == "tokens"
     alone = [model for each in teachers.sources.values() for model in each]
     requests = [Request(model) for model in dict.fromkeys([*alone, *own_teachers])]
@@ -155,7 +155,8 @@ def _measure(
             Request(model, of, arm != WITHOUT and number == 0, config)
             for number, model in enumerate(own)
         ]
-    by_hash = {row.hash: row for row in run.evaluate(requests, title="measuring on the test split")}
+    tested = run.evaluate(requests, title="measuring on the test split", beside=beside)
+    by_hash = {row.hash: row for row in tested}
     measured = {arm: [by_hash[model.hash] for model in own] for arm, own in models.items()}
     named = dict(_ensembles(teachers.sources, run.config.distill.average))
     *averages, teacher = run.average([*named.values(), (own_teachers, average)])

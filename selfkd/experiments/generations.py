@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from selfkd.analysis.verdicts import resolution
-from selfkd.config import Config
+from selfkd.config import Config, to_tree
 from selfkd.config.tasks import tries_teachers
+from selfkd.execution.jobs import Beside, Job, Outcome
 from selfkd.experiments.arms import Arm, Request, Run, Searched
 from selfkd.experiments.confirm import (
     baseline_rows,
@@ -27,7 +28,7 @@ from selfkd.experiments.controls import judge_controls, run_controls
 from selfkd.experiments.export import export_generation
 from selfkd.experiments.given import import_generation, say_changes
 from selfkd.experiments.run_folder import EXAMPLES, RunFolder
-from selfkd.experiments.teacher_row import keep_teacher, name_generation_teacher
+from selfkd.experiments.teacher_row import name_generation_teacher, teacher_beside
 from selfkd.experiments.teachers import prepare_teachers, sum_written
 from selfkd.results import (
     Confirmation,
@@ -87,9 +88,11 @@ def born_again(run: Run) -> GenerationsSummary:
     ensemble = None
     if run.function is None:  # whose models have no predictions
         models = [result.models[0] for result in results]
-        (ensemble,) = run.average([(models, "probabilities")])
-        _keep_examples(run, results, confirmations)
-        _keep_teacher(run, results, confirmations)
+        more = [
+            *_examples_beside(run, results, confirmations),
+            *_teacher_beside(run, results, confirmations),
+        ]
+        (ensemble,) = run.average([(models, "probabilities")], beside=more)
     baselines = baseline_rows(run, confirmations)
     controls = run_controls(run, results, confirmations)
     verdict = judge_generations(run, confirmations)
@@ -133,36 +136,39 @@ def _best(
     return best_generation(results, confirmations, metric=search.metric, mode=search.mode)
 
 
-def _keep_examples(
+def _examples_beside(
     run: Run, results: Sequence[GenerationResult], confirmations: Sequence[Confirmation]
-) -> None:
-    """Save the test items that tell generation 0 and the best later generation apart."""
+) -> list[Beside]:
+    """Return the job that finds the test items that tell generation 0 and the best one apart."""
     if len(results) < 2:
-        return
+        return []
     best = _best(run, results[1:], confirmations)
     pair, path = (results[0], best), run.folder.path / EXAMPLES
     hashes = (results[0].hash, best.hash)
     if path.exists() and load_row(Examples, path).hashes == hashes:
-        return
+        return []
+
+    def take(outcome: Outcome) -> None:
+        if outcome.error is not None:  # no reason to lose what was trained
+            run.events(Message(f"no examples for the report: {outcome.error}"))
+            return
+        own = {"generations": [result.generation for result in pair], "hashes": hashes}
+        save_row(path, from_row(Examples, {**outcome.row, **own}))
+
     models = run.predicted([result.models[0] for result in pair])
-    try:
-        row = run.job("examples", models=models, most=MOST_EXAMPLES)
-    except RuntimeError as error:  # no reason to lose what was trained
-        run.events(Message(f"no examples for the report: {error}"))
-        return
-    numbers = [result.generation for result in pair]
-    save_row(path, from_row(Examples, {**row, "generations": numbers, "hashes": hashes}))
+    payload = {"config": to_tree(run.config), "models": models, "most": MOST_EXAMPLES}
+    return [Beside(Job("examples", payload), take)]
 
 
-def _keep_teacher(
+def _teacher_beside(
     run: Run, results: Sequence[GenerationResult], confirmations: Sequence[Confirmation]
-) -> None:
-    """Save what the teacher of the best later generation knows beside the labels."""
+) -> list[Beside]:
+    """Return the job that reads what the teacher of the best later generation knows."""
     if len(results) < 2:
-        return
+        return []
     best = _best(run, results[1:], confirmations)
     kind, models = run.config.distill.teacher, best.teachers
-    keep_teacher(
+    return teacher_beside(
         run,
         models,
         config=run.config.at(best.point),

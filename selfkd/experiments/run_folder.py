@@ -150,6 +150,11 @@ class RunFolder:
         text = f"format: {FORMAT}\n{dump_config(config)}"
         save_text(self.path / "config.yaml", text, patience=patience)
 
+    def settle(self, config: Config) -> None:
+        """Write config.yaml anew with what its workers have decided, before any trial."""
+        save_text(self.path / HASH, config_hash(config))
+        self.save_config(config)
+
     def check_command(self, command: str) -> None:
         """Check that a run is continued by the command that it was started by.
 

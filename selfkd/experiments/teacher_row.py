@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfkd.config import Config
+from selfkd.config import Config, to_tree
+from selfkd.execution.jobs import Beside, Job, Outcome, run_all
 from selfkd.experiments.arms import Run
 from selfkd.experiments.run_folder import TEACHER
 from selfkd.results import Message, Model, TeacherTargets, from_row
@@ -58,25 +59,42 @@ def keep_teacher(
         teacher: Name of the teacher.
         students: Name of what is distilled from it.
     """
+    found = teacher_beside(run, models, config=config, teacher=teacher, students=students)
+    run_all(run.executor, [], beside=found)
+
+
+def teacher_beside(
+    run: Run, models: Sequence[Model], *, config: Config, teacher: str, students: str
+) -> list[Beside]:
+    """Return the job of `keep_teacher`, to be run beside others; none where there is none to do."""
     cached = run.function is None and config.reads_cache and config.distill.mode == "tokens"
     path, hashes = run.folder.path / TEACHER, tuple(model.hash for model in models)
     if not (models and cached):
-        return
+        return []
     if path.exists():
         known = load_row(TeacherTargets, path)
         if (known.hashes, known.students) == (hashes, students):
+            return []
+
+    def take(outcome: Outcome) -> None:
+        if outcome.error is not None:  # no reason to lose what was trained
+            run.events(Message(f"no soft targets for the report: {outcome.error}"))
             return
+        row = {**outcome.row, "teacher": teacher, "students": students, "hashes": hashes}
+        save_row(path, from_row(TeacherTargets, row))
+
     place = {"targets": str(run.folder.targets(config)), "teachers": run.rows(models)}
-    try:
-        row = run.job("teacher_targets", config=config, **place)
-    except RuntimeError as error:  # no reason to lose what was trained
-        run.events(Message(f"no soft targets for the report: {error}"))
-        return
-    row = {**row, "teacher": teacher, "students": students, "hashes": hashes}
-    save_row(path, from_row(TeacherTargets, row))
+    return [Beside(Job("teacher_targets", {"config": to_tree(config), **place}), take)]
 
 
 def keep_members(run: Run, models: Sequence[Model], *, config: Config, students: str) -> None:
     """Save what the soft targets of a teacher made of members hold; see `keep_teacher`."""
+    run_all(run.executor, [], beside=members_beside(run, models, config=config, students=students))
+
+
+def members_beside(
+    run: Run, models: Sequence[Model], *, config: Config, students: str
+) -> list[Beside]:
+    """Return the job of `keep_members`, to be run beside others; none where there is none to do."""
     teacher = name_members(config.members.source, len(models))
-    keep_teacher(run, models, config=config, teacher=teacher, students=students)
+    return teacher_beside(run, models, config=config, teacher=teacher, students=students)

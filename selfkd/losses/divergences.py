@@ -119,8 +119,9 @@ def _log_teacher(
     if logits.ndim == 2:
         return F.log_softmax(logits / temperature, dim=-1)
     shares = [1 / len(logits)] * len(logits) if weights is None else check_weights(weights, logits)
-    logits = logits[[i for i, share in enumerate(shares) if share]]  # 0 times -inf would be NaN
-    shares = [share for share in shares if share]
+    kept = [number for number, share in enumerate(shares) if share]
+    if len(kept) < len(shares):  # 0 times -inf would be NaN
+        logits, shares = logits[kept], [shares[number] for number in kept]
     if average == "logits":
         mean = average_logits(logits, shares, logits.dtype)
         return F.log_softmax(mean / temperature, dim=-1)

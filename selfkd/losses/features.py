@@ -573,7 +573,7 @@ def _valid(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) ->
         raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
     if mask.shape != shape:
         raise ValueError(f"mask must be {list(shape)}, got {list(mask.shape)}")
-    return mask.to(device).bool()
+    return mask.to(device, non_blocking=True).bool()
 
 
 def _mean_of_valid(values: Tensor, valid: Tensor | None) -> Tensor:

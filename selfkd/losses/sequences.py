@@ -23,6 +23,7 @@ from selfkd.losses.distillation import (
 )
 from selfkd.losses.divergences import Divergence, SoftTerm, divergence_terms
 from selfkd.losses.fused import weighted_sum
+from selfkd.losses.moving import send
 from selfkd.losses.sparse import SparseLogits, check_sparse, unchecked_sparse_terms
 
 
@@ -46,7 +47,7 @@ class SampledTargets(NamedTuple):
 
     def to(self, device: torch.device | str | int) -> SampledTargets:
         """Return a copy on `device`."""
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: send(tensor, device))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SampledTargets:
         """Return the targets with `change` applied to each of their tensors."""

@@ -22,6 +22,7 @@ from selfkd.losses.distillation import (
     is_nan,
 )
 from selfkd.losses.fused_sparse import fused_sparse_terms, plain_sparse_terms
+from selfkd.losses.moving import send
 
 REST_TEMPERATURES = (1.5, 2.0, 3.0, 5.0, 8.0, 20.0)
 """Temperatures beside 1 at which `SparseLogits` keeps the mass of the rest."""
@@ -45,7 +46,7 @@ class SparseLogits(NamedTuple):
 
     def to(self, device: torch.device | str | int) -> SparseLogits:
         """Return a copy on `device`."""
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: send(tensor, device))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SparseLogits:
         """Return the sparse logits with `change` applied to each of their tensors."""

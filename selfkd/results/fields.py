@@ -12,7 +12,7 @@ MOST = 2**40
 _SEARCHABLE = re.compile(
     r"(model|student|train|distill|write|params)(\.[\w.-]+)?|members\.(source|use)"
     r"|data\.(train_size|classes|label_noise|crop|flip|jitter|views|rationales|rationale_weight)"
-    r"|data\.transfer(\.\w+)?"
+    r"|data\.((transfer|augment)(\.\w+)?|repeats)"
 )
 
 

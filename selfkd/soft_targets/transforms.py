@@ -14,6 +14,7 @@ from torch import Tensor
 from selfkd.losses import Average, ensemble_logits
 from selfkd.losses.distillation import hard_loss
 from selfkd.losses.logits import confidence_weighted_loss, permute_nontarget, teacher_free_logits
+from selfkd.losses.moving import send
 from selfkd.losses.sequences import SampledTargets
 from selfkd.losses.sparse import SparseLogits
 
@@ -154,7 +155,7 @@ class ConfidenceWeighted:
         teacher_logits = self._logits(index, view)
         loss = confidence_weighted_loss(
             student_logits,
-            teacher_logits.to(student_logits.device),
+            send(teacher_logits, student_logits.device),
             labels,
             label_smoothing=self._label_smoothing,
             mean=self._mean,

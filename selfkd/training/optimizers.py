@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal, cast
+from collections.abc import Iterator
+from itertools import chain
+from typing import Literal
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -119,13 +121,35 @@ def make_average(student: nn.Module, *, decay: float) -> AveragedModel:
         decay: Weight of the average at each step, in (0, 1); the new weights get `1 - decay`.
     """
     with ComputedTensors():
-        average = AveragedModel(student, use_buffers=True)
-    state = average._buffers  # on the CPU, unlike the number that a GPU's tensors are given
+        return _MovingAverage(student, decay)
 
-    def update(averages: Any, weights: Any, _: object) -> None:
-        number = int(cast(Tensor, state["n_averaged"]))
-        rule = get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))  # type: ignore[no-untyped-call]
-        rule(averages, weights, number)
 
-    average.multi_avg_fn = update
-    return average
+class _MovingAverage(AveragedModel):
+    """Moving average whose update waits for no GPU: torch's copies the number of steps to it."""
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        super().__init__(student, use_buffers=True)
+        self._decay = decay
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the weights and buffers of a model."""
+        number = int(self.n_averaged)
+        rule = get_ema_multi_avg_fn(min(self._decay, (1 + number) / (10 + number)))  # type: ignore[no-untyped-call]
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for average, weight in zip(_tensors(self.module), _tensors(model), strict=True):
+            if number == 0:
+                average.copy_(weight)
+                continue
+            key = (average.device, average.dtype)
+            averages, weights = groups.setdefault(key, ([], []))
+            averages.append(average)
+            weights.append(weight)
+        for averages, weights in groups.values():
+            rule(averages, weights, number)
+        self.n_averaged += 1
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of a module, without their graph."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        yield tensor.detach()

@@ -85,7 +85,7 @@ def predict_batches(
     training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
         model.eval()
-    values = data.in_chans * data.image_size**2
+    values = data.in_chans * getattr(data, split).image_size ** 2
     batches = data.batches(
         split,
         batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),

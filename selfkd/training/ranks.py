@@ -97,7 +97,7 @@ class Ranks:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over the values `[share]` of all ranks."""
-        total, count = self.sum(torch.stack([values.sum(), values.new_tensor(len(values))]))
+        total, count = self.sum(torch.stack([values.sum(), values.new_full((), len(values))]))
         mean: Tensor = total / count
         return mean
 

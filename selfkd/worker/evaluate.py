@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -35,8 +36,8 @@ def evaluate(
         config: Config of its data.
         student: File of the model.
         predictions: File for its validation and test logits, if they are kept.
-        teachers: `checkpoint`, perhaps `weight`, of each of its teachers, for the agreement with
-            their average.
+        teachers: `hash`, `checkpoint`, perhaps `weight` and file of `predictions`, of each of its
+            teachers, for the agreement with their average.
         diagnose: Whether to look at calibration and confusions, on both splits, and at what it
             generates.
         validate: Whether to evaluate it on validation even so.
@@ -55,7 +56,7 @@ def evaluate(
     if teachers:
         average = task.config.distill.average
         for split in splits:
-            members = [task.predict(member["checkpoint"], split) for member in teachers]
+            members = [_predicted(task, member, split) for member in teachers]
             teacher_logits[split] = average_logits(members, teachers, average)
         found |= task.fidelity(logits["test"], teacher_logits["test"])
         hits = task.hits(logits["test"], "test", task.networks(student))
@@ -80,6 +81,13 @@ def evaluate(
             diagnostics=task.diagnose(logits, teacher_logits) if diagnose else {},
         )
     )
+
+
+def _predicted(task: Task, teacher: Mapping[str, Any], split: Split) -> Tensor:
+    """Return a teacher's logits: those that its own evaluation has saved, else predicted."""
+    with contextlib.suppress(FileNotFoundError, KeyError, ValueError):
+        return load_predictions(teacher)[split]
+    return task.predict(teacher["checkpoint"], split)
 
 
 def average_logits(

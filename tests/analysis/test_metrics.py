@@ -8,6 +8,7 @@ import sklearn
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, log_loss
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from selfkd.analysis.metrics import (
     accuracy,
@@ -93,6 +94,29 @@ def test_ece_is_that_of_fifteen_equal_bins(classes, scale):
     labels = torch.where(torch.arange(2000) % 3 == 0, (labels + 1) % classes, labels)
     expected = ece_reference(softmax(logits.double().numpy(), axis=1), labels.numpy())
     assert ece(logits, labels) == pytest.approx(expected, abs=1e-6)
+    known = multiclass_calibration_error(
+        logits.softmax(-1).clamp(max=1 - torch.finfo(torch.float32).eps),
+        labels,
+        num_classes=classes,
+        n_bins=15,
+    )
+    assert ece(logits, labels) == float(known), "to the bit, so that no figure of a run changes"
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 5, 40])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_ece_is_that_of_torchmetrics_to_the_bit(classes, scale):
+    """It is not called, as it imports transformers and matplotlib: two seconds a worker."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    generator = torch.Generator().manual_seed(3)
+    logits = scale * torch.randn(1000, classes, generator=generator)
+    labels = torch.randint(classes, (1000,), generator=generator)
+    probabilities = logits.softmax(dim=-1).clamp(max=1 - torch.finfo(torch.float32).eps)
+    expected = multiclass_calibration_error(
+        probabilities, labels, num_classes=classes, n_bins=15, norm="l1"
+    )
+    assert ece(logits, labels) == float(expected)
 
 
 def test_ece_of_known_cases():

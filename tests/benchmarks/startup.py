@@ -3,20 +3,22 @@
     python tests/benchmarks/startup.py --times 3
 
 The time is user and system time of the command and of all it starts, Ray's processes too, sampled
-from /proc until the last of them has ended. The least of several runs is what other work on the
-machine has added least to. Another checkout is measured by its own Python: `--python`.
+from /proc until the last of them has ended; this process adopts those whose parent ends before
+them, so that none is missed. The least of several runs is what other work on the machine has added
+least to. Another checkout is measured by its own Python: `--python`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import secrets
+import ctypes
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Mapping
 
 import psutil
 
@@ -24,8 +26,8 @@ SMALLEST = [
     *("-m", "selfkd.generations", "--rounds", "0", "--set", "search.trials=1"),
     *("--set", "train.epochs=1", "--set", "confirm.seeds=0", "--set", "tracking=none"),
 ]
-MARK = "SELFKD_BENCHMARK"
-INTERVAL = 0.05
+ADOPT = 36  # PR_SET_CHILD_SUBREAPER
+INTERVAL = 0.1
 
 
 def main() -> None:
@@ -37,45 +39,49 @@ def main() -> None:
     totals = []
     for number in range(arguments.times):
         start = time.perf_counter()
-        spent = measure([arguments.python, *SMALLEST])
+        each = measure([arguments.python, *SMALLEST])
         wall = time.perf_counter() - start
-        totals.append(sum(spent.values()))
-        print(f"run {number}: {totals[-1]:.2f} CPU-s of {len(spent)} processes, {wall:.1f} s")
+        totals.append(sum(each.values()))
+        print(f"run {number}: {totals[-1]:.2f} CPU-s of {len(each)} processes, {wall:.1f} s")
         if arguments.processes:
-            for (_, name), seconds in sorted(spent.items(), key=lambda item: -item[1])[:12]:
+            for name, seconds in sorted(each.items(), key=lambda item: -item[1])[:12]:
                 print(f"  {seconds:6.2f}  {name}")
     print(f"least: {min(totals):.2f} CPU-s")
 
 
-def measure(command: list[str]) -> dict[tuple[int, str], float]:
-    """Return the CPU seconds of each process of a command, by its number and what it is."""
-    token = secrets.token_hex(8)
-    spent: dict[tuple[int, str], float] = defaultdict(float)
-    known: dict[psutil.Process, str] = {}
-    others: set[psutil.Process] = set(psutil.process_iter())
+def measure(command: list[str], variables: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Return the CPU seconds of a command and of all it starts, each by its number and name.
+
+    Args:
+        command: The command.
+        variables: Variables of its environment, beside PATH and HOME.
+    """
+    if ctypes.CDLL(None).prctl(ADOPT, 1, 0, 0, 0):
+        raise SystemExit("processes must be adopted to be waited for, which takes Linux")
+    seen = dict[tuple[int, float], tuple[str, float]]()
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"PATH": "/usr/bin:/bin", "HOME": folder, MARK: token}
+        environment = {"PATH": "/usr/bin:/bin", "HOME": folder, **(variables or {})}
         child = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
-        while child.poll() is None or any(process.is_running() for process in known):
-            for process in psutil.process_iter():
-                if process in others:
-                    continue
+        code = None
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:  # the last one has ended
+                break
+            if pid:
+                code = os.waitstatus_to_exitcode(status) if pid == child.pid else code
+                continue
+            for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if process not in known:
-                        if process.environ().get(MARK) != token:
-                            others.add(process)
-                            continue
-                        known[process] = ""
-                    words = process.cmdline()
-                    if words:
-                        known[process] = " ".join(words)[:90]
                     times = process.cpu_times()
-                    spent[process.pid, ""] = times.user + times.system
+                    name = " ".join(process.cmdline()).strip()[:90]
+                    key = (process.pid, process.create_time())
+                    seen[key] = name or seen.get(key, ("", 0))[0], times.user + times.system
             time.sleep(INTERVAL)
-    if child.returncode:
-        raise SystemExit(f"the command failed with code {child.returncode}")
-    names = {process.pid: name for process, name in known.items()}
-    return {(pid, names[pid]): seconds for (pid, _), seconds in spent.items()}
+    child.returncode = code
+    if code:
+        raise SystemExit(f"the command failed with code {code}")
+    return {f"{pid} {name}": seconds for (pid, _), (name, seconds) in seen.items()}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What views cannot go with, each one message."""
 
 import pytest
+from pydantic import TypeAdapter
 
 from selfkd.config import load_config
 from selfkd.config.augment import is_augmented
-from selfkd.config.validate import check_study
+from selfkd.config.validate import FREE, INSIDE, check_study
 from selfkd.errors import ConfigError
+from selfkd.results import Point
 
 STRONG = "data.augment=strong"
 WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
@@ -97,6 +99,11 @@ def test_arms_of_a_study_have_views_of_their_own(arm, fault):
         check_study(load_config(settings=[f"study.arms={base % arm}"]))
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"study.arms.other{'.' if fault.startswith('set') else ': '}{fault}")
+
+
+def test_what_an_arm_may_set_can_be_written_down():
+    keys = (*FREE, *(f"{beginning}preset" for beginning in INSIDE))
+    assert TypeAdapter(Point).validate_python(dict.fromkeys(keys))
 
 
 @pytest.mark.parametrize(

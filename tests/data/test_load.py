@@ -1130,3 +1130,34 @@ def test_a_single_class_of_a_timm_set_is_refused(tmp_path, monkeypatch, kind):
 def test_a_single_class_of_a_known_set_is_refused(mnist, name):
     with pytest.raises(ValueError, match=r"data.classes must be at least 2 classes, got \[4\]"):
         load_data(name, root=mnist, classes=[4])
+
+
+@pytest.mark.parametrize("in_memory", [None, False])
+def test_images_of_validation_and_test_may_be_of_another_size(tmp_path, in_memory):
+    """They are decoded at that size, and training stays as it was."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(10):
+                pixels = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.png")
+    settings = {"root": tmp_path, "image_size": 16, "in_memory": in_memory}
+    data = load_data("folder", **settings, test_size=20)
+    plain, larger = (load_data("folder", **settings | {"image_size": size}) for size in (16, 20))
+    assert (data.image_size, data.test_size, plain.test_size) == (16, 20, 16)
+    assert data.fingerprint == plain.fingerprint
+    for split in ("val", "test"):
+        own, expected = (next(d.batches(split, batch_size=4)) for d in (data, larger))
+        assert own[0].shape == (own[0].shape[0], 3, 20, 20)
+        assert torch.equal(own[1], expected[1])
+        unit = torch.tensor(data.std)[:, None, None], torch.tensor(data.mean)[:, None, None]
+        other = torch.tensor(larger.std)[:, None, None], torch.tensor(larger.mean)[:, None, None]
+        torch.testing.assert_close(own[0] * unit[0] + unit[1], expected[0] * other[0] + other[1])
+
+
+def test_images_in_memory_are_scaled_for_validation_and_test():
+    data, plain = load_data("digits", test_size=12), load_data("digits")
+    assert torch.equal(data.train.images, plain.train.images)
+    assert data.val.images.shape[2:] == data.test.images.shape[2:] == (12, 12)
+    assert torch.equal(data.val.images, load_data("digits", image_size=12).val.images)

@@ -120,6 +120,8 @@ def test_some_images_are_left_as_they_are():
     pixels, weight = mixing.weights(Views(mixing=mixing)._bits(index, 0), 16, 16)
     whole = (pixels == 256).flatten(1).all(1)
     assert torch.equal(whole, weight == 1)
+    assert torch.equal(Views(mixing=mixing).are_whole(index, 0, (16, 16)), whole)
+    assert Views(flip=True).are_whole(index, 0, (16, 16)).all()
     assert 0.68 < whole.float().mean() < 0.75
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from selfkd.errors import LONGEST
-from selfkd.execution.jobs import Batch, InProcess, Job
+from selfkd.execution.jobs import Batch, Beside, FailedJobError, InProcess, Job, run_all
 from selfkd.results import Row
 
 
@@ -45,6 +45,32 @@ def test_head_and_tail_of_a_long_error_are_kept() -> None:
     assert len(text) < LONGEST + 50
     json.dumps(text)
     text.encode()
+
+
+def test_jobs_beside_others_are_run_once_and_may_fail() -> None:
+    begun = list[str]()
+
+    def work(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
+        begun.append(kind)
+        if kind == "broken" or (kind == "shaky" and begun.count("shaky") == 1):
+            raise ValueError(kind)
+        yield {"kind": kind}
+
+    taken = list[tuple[str, str | None]]()
+    beside = [
+        Beside(Job(kind, {}), lambda done: taken.append((done.job.kind, done.error)))
+        for kind in ("aside", "broken")
+    ]
+    jobs, executor = [Job("whole", {}), Job("shaky", {})], InProcess(work)
+    rows = run_all(executor, jobs, beside=beside, attempts=2)
+    assert rows == [{"kind": "whole"}, {"kind": "shaky"}]
+    assert begun == ["whole", "shaky", "aside", "broken", "shaky"]
+    assert taken == [("aside", None), ("broken", "ValueError: broken")]
+    taken.clear()
+    with pytest.raises(FailedJobError, match="broken"):
+        run_all(executor, [Job("broken", {})], beside=beside[:1])
+    assert run_all(executor, [], beside=beside[:1]) == []
+    assert taken == [("aside", None)]
 
 
 def failed(error: Exception) -> str:

@@ -172,7 +172,6 @@ def test_a_ray_that_does_not_respond_is_one_message(
     """As on a busy machine, right after its start; Ray itself would raise a traceback."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setattr(start.ray, "init", lambda **options: None)
-    monkeypatch.setattr(start, "stop_autoscaler", lambda: None)
     with pytest.raises(RayLostError) as failed, connect():
         raise error
     reason, way_out = str(failed.value).splitlines()
@@ -249,7 +248,6 @@ def test_ray_listens_on_loopback_in_a_folder_that_its_sockets_fit_in(
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setattr(start.ray, "init", init)
-    monkeypatch.setattr(start, "stop_autoscaler", lambda: None)
     with connect():
         pass
     assert seen["clusters"] is False

@@ -126,7 +126,7 @@ class Driver:
 def serve() -> None:
     # once for all forks: each of them takes a run a second or more when it is first needed
     for name in (
-        *("scipy.optimize", "sklearn.datasets", "timm", "torchmetrics.classification"),
+        *("scipy.optimize", "sklearn.datasets", "timm"),
         *("selfkd.experiments.generations", "selfkd.worker.jobs"),
     ):
         importlib.import_module(name)

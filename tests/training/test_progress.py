@@ -125,9 +125,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ((*SMALL, "train.amp=bfloat16"), {}),
         (SMALL, {"cycles": 3}),
         ((*SMALL, "train.ema=0.8"), {"specialist": [1, 4, 7]}),
+        ((*SMALL, "data.augment=strong", "data.repeats=2"), {"specialist": [1, 4, 7]}),
         (SMALL, {"start": {"seed": 3}}),
     ],
-    ids=["all", "steps", "muon", "amp", "snapshots", "specialist", "start"],
+    ids=["all", "steps", "muon", "amp", "snapshots", "specialist", "mixed", "start"],
 )
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_resumed_equals_uninterrupted(
@@ -144,6 +145,7 @@ def test_resumed_equals_uninterrupted(
 def test_resumed_equals_uninterrupted_on_streamed_images(tmp_path: Path, pictures: Path) -> None:
     settings = [
         "data={name: folder, image_size: 8, in_memory: false, workers: 2, flip: true, views: 2}",
+        "data.augment={preset: strong, color: 0.4, hue: 0.1}",
         f"data.root={pictures}",
         "model={name: selfkd_cnn, args: {width: 4}}",
         "train={epochs: 3, batch_size: 10}",

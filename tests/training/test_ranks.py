@@ -25,6 +25,7 @@ CASES = {
     "uneven": (*PLAIN, "train.batch_size=16"),
     "one each": (*PLAIN, "train.batch_size=2", "train.epochs=1"),
     "clipped": (*PLAIN, "train.clip_grad=0.5", "train.ema=0.9", "train.warmup_epochs=1"),
+    "mixed": (*PLAIN, "data.augment=strong", "data.repeats=2", "train.batch_size=16"),
     "views": (*PLAIN, "data.jitter=1", "data.views=2", "train.optimizer=adamw", "train.lr=0.01"),
 }
 CONFIDENCE = {"transform": "confidence"}

@@ -65,6 +65,33 @@ def measured(checkpoints: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return from_row(Evaluation, row), student, teacher
 
 
+def test_the_logits_that_a_teacher_s_own_evaluation_has_saved_are_read(
+    measured: Measured, checkpoints: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("teacher", "student")]
+    (own,) = evaluate(CONFIG, checkpoints[1], predictions=files[0])
+    teacher = {"hash": own["hash"], "checkpoint": checkpoints[1]}
+    predicted, predict = list[str](), ImageTask.predict
+
+    def remember(task: ImageTask, checkpoint: str, split: Any) -> torch.Tensor:
+        predicted.append(checkpoint)
+        return predict(task, checkpoint, split)
+
+    monkeypatch.setattr(ImageTask, "predict", remember)
+
+    def rows(**more: str) -> dict[str, Any]:
+        student = {"predictions": files[1], "diagnose": True}
+        (row,) = evaluate(CONFIG, checkpoints[0], teachers=[teacher | more], **student)
+        return json.loads(json.dumps(row))
+
+    found = rows(predictions=files[0])
+    assert set(predicted) == {checkpoints[0]}
+    assert from_row(Evaluation, found) == measured[0]
+    assert rows(predictions=files[1]) == found, "another model's are not taken"
+    assert rows(predictions=str(tmp_path / "none")) == found
+    assert checkpoints[1] in predicted
+
+
 @pytest.mark.skipif(sklearn.__version__ < "1.7", reason="sklearn's Brier score was of two classes")
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_calibration_is_that_of_the_saved_logits(measured: Measured, split: str) -> None:

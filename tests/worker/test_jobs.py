@@ -178,6 +178,14 @@ def test_check_gives_the_facts(jobs):
     }
 
 
+def test_augmentation_is_said_in_words(jobs):
+    (row,) = jobs.job("check", "data.augment=strong", "data.repeats=5")
+    assert row["facts"]["notes"] == [
+        "images: shift of 1 pixel, randaugment 2 x 9, erase 0.25, mixup 0.8 or cutmix 1 of 50%; "
+        "8 views of each image, 5 in a batch"
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "views"),
     [
@@ -185,6 +193,8 @@ def test_check_gives_the_facts(jobs):
         (["data.flip=true"], 8),
         (["data.crop=0.5"], 8),
         (["data.jitter=1", "data.views=2"], 2),
+        (["data.augment=light"], 8),
+        (["data.augment=strong", "data.views=fresh", "distill.live=true"], 1),
     ],
 )
 def test_there_are_eight_views_where_images_are_augmented(jobs, settings, views):
@@ -209,6 +219,11 @@ def test_there_are_eight_views_where_images_are_augmented(jobs, settings, views)
         (["data.name=mnist", "data.root=/nowhere"], "data.root must be an existing folder"),
         (["data.train_size=9"], "data.train_size must be at least the number of classes (10)"),
         (["data.val_size=1800"], "data.val_size must be in [1, "),
+        (
+            ["data.test_size=9"],
+            "data.test_size must be left out for 'selfkd_mlp' with {'width': 16, 'depth': 1}, "
+            "which takes 8x8 images alone, got 9: ",
+        ),
         (["data.jitter=8"], "jitter must be less than the image size 8, got 8"),
         (["train.optimizer=sdg"], "train.optimizer must be a timm optimiser (adabelief, "),
         (["resources.gpu=1"], "resources.gpu must be 0 where torch finds no GPU, got 1.0"),
@@ -308,6 +323,14 @@ SETTINGS = [
     "train.epochs=3",
     "model.args.drop_rate=0.1",
     "data.flip=true",
+    "data.augment=light",
+    "data.augment=strong",
+    "data.augment.operations=trivialaugment",
+    "data.augment.erase=0.5",
+    "data.augment.color=0.4",
+    "data.augment.mixup=0.5",
+    "data.augment.cutmix=0.5",
+    "data={jitter: 1, repeats: 2}",
     "data.train_size=199",
     "data.val_size=399",
     "seed=1",
@@ -421,7 +444,16 @@ def test_born_again_students_may_be_another_network(jobs, trained, generation, w
 # --- born again ---
 
 
-@pytest.mark.parametrize("settings", [[], AUGMENTED, [*AUGMENTED, "data.flip=true"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        AUGMENTED,
+        [*AUGMENTED, "data.flip=true"],
+        [*AUGMENTED, "data.augment=strong"],
+        [*AUGMENTED, "data.augment=strong", "data.repeats=2"],
+    ],
+)
 @pytest.mark.parametrize(
     ("members", "average"), [(1, "probabilities"), (2, "probabilities"), (2, "logits")]
 )
@@ -440,6 +472,14 @@ def test_cached_and_live_teacher_logits_train_the_same_student(
         assert row["soft_loss"] > 0
     for name, value in weights(student).items():
         torch.testing.assert_close(value, weights(alive)[name], atol=1e-3, rtol=1e-3)
+
+
+def test_each_epoch_may_have_views_of_its_own(jobs):
+    """With as many views as epochs it is the same."""
+    settings = ("data.augment=strong", "train.epochs=4")
+    fresh = jobs.train("fresh", *settings, "rounds=0", "data.views=fresh")
+    assert fresh[1]["hash"] == jobs.train("many", *settings, "data.views=4")[1]["hash"]
+    assert fresh[1]["hash"] != jobs.train("few", *settings, "data.views=3")[1]["hash"]
 
 
 def test_with_augmentation_each_view_has_logits_of_its_own(jobs, trained):

@@ -78,30 +78,38 @@ class Mixing:
         Returns:
             Integers of 256 `[batch, 1, height, width]`, and float32 `[batch]` in [0, 1].
         """
-        number, mixed = (
-            below(bits[:, MIX_WEIGHT], _LEVELS),
-            happens(bits[:, MIXED], self.probability),
-        )
+        weight, *edges = self._draw(bits, height, width)
+        inside = in_boxes((height, width), *edges)
+        pixels = weight.to(torch.int32)[:, None, None, None] * ~inside
+        return pixels, _of_label([weight, *edges], height * width)
+
+    def label_weights(self, bits: Tensor, height: int, width: int) -> Tensor:
+        """Return the weight of an image in the label alone; see `weights`."""
+        return _of_label(self._draw(bits, height, width), height * width)
+
+    def _draw(self, bits: Tensor, height: int, width: int) -> list[Tensor]:
+        """Return mixup's weight of 256, and cutmix's box: top, bottom, left, right `[batch]`."""
+        number = below(bits[:, MIX_WEIGHT], _LEVELS)
+        mixed = happens(bits[:, MIXED], self.probability)
         by_mixup = mixed & happens(bits[:, MIX_KIND], self._share)
-        weight = _row(_quantiles(self.mixup), number)
-        weight = torch.where(by_mixup, weight, WHOLE)
+        weight = torch.where(by_mixup, _row(_quantiles(self.mixup), number), WHOLE)
         side = _row(_sides(self.cutmix), number) * (mixed & ~by_mixup)
         edges = []
         for size, draw in ((height, MIX_Y), (width, MIX_X)):
             extent, centre = size * side >> 16, below(bits[:, draw], size)
-            first = (centre - extent // 2).clamp(0, size)
-            edges += [first, (centre - extent // 2 + extent).clamp(0, size)]
-        top, bottom, left, right = edges
-        inside = in_boxes((height, width), top, bottom, left, right)
-        label = (weight * (height * width) - WHOLE * (bottom - top) * (right - left)).to(
-            torch.float32
-        )
-        pixels = weight.to(torch.int32)[:, None, None, None] * ~inside
-        return pixels, label / (WHOLE * height * width)
+            first = centre - extent // 2
+            edges += [first.clamp(0, size), (first + extent).clamp(0, size)]
+        return [weight, *edges]
 
     @property
     def _share(self) -> float:
         return (self.mixup > 0) / max(1, (self.mixup > 0) + (self.cutmix > 0))
+
+
+def _of_label(drawn: list[Tensor], pixels: int) -> Tensor:
+    weight, top, bottom, left, right = drawn
+    kept = weight * pixels - WHOLE * (bottom - top) * (right - left)
+    return kept.to(torch.float32) / (WHOLE * pixels)
 
 
 def blended(images: Tensor, others: Tensor, pixels: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def random_bits(seed: int, index: Tensor, stream: int | Tensor, draws: int) -> T
         https://doi.org/10.1145/2660193.2660195
     """
     if isinstance(stream, Tensor):
-        key: int | Tensor = _mix(stream.to(index.device) + _seed_key(seed))
+        key: int | Tensor = _mix(stream.to(index.device, non_blocking=True) + _seed_key(seed))
     else:
         key = _stream_key(seed, stream)
     keys = _mix(index * _GOLDEN + key)

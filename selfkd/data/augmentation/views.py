@@ -153,7 +153,7 @@ class Views:
         if (further or self.mixes) and images.dtype != torch.uint8:
             names = ", ".join([*further, *(["mixing"] if self.mixes else [])])
             raise TypeError(f"images must be uint8 for {names}, got {images.dtype}")
-        bits = self._bits(index.to(images.device), view)
+        bits = self._bits(index.to(images.device, non_blocking=True), view)
         if self.crop is not None:
             images = cropped(images, bits, self.crop)
         if self.flip:
@@ -181,6 +181,18 @@ class Views:
             images: Number of images of the split.
         """
         return self._mixing.partners(self._bits(index, view), images)
+
+    def are_whole(self, index: Tensor, view: int, size: tuple[int, int]) -> Tensor:
+        """Return whether each image is mixed with no other, bool `[batch]`.
+
+        Args:
+            index: Index of each image in its split, int64 `[batch]`.
+            view: Number of the view.
+            size: Height and width of the images in pixels.
+        """
+        if not self.mixes:
+            return torch.ones(len(index), dtype=torch.bool, device=index.device)
+        return self._mixing.label_weights(self._bits(index, view), *size) == 1
 
     def mixed(
         self,
@@ -215,7 +227,7 @@ class Views:
             >>> found[0][:, 0, 0, 0].tolist(), found[1][:, 0].tolist()
             ([169, 16], [0.84375, 0.91796875])
         """
-        bits = self._bits(index.to(images.device), view)
+        bits = self._bits(index.to(images.device, non_blocking=True), view)
         pixels, weight = self._mixing.weights(bits, *images.shape[2:])
         found = mixed_labels(labels, other_labels, weight.to(labels.device), classes)
         return blended(images, others, pixels), found

@@ -59,7 +59,8 @@ def check_images(
     splits = {"train": data.train, "val": data.val, "test": data.test}
     notes = [data.note] if data.note else []
     own = config.data
-    if own.augment != AugmentConfig() or own.repeats > 1 or own.views == "fresh":
+    new = own.augment != AugmentConfig() or own.repeats > 1 or own.views == "fresh"
+    if new and not task.views.is_identity:
         notes.append(f"images: {describe_views(task.views, repeats=config.data.repeats)}")
     prints = {
         "train": data.fingerprint,
@@ -114,4 +115,13 @@ def _tried(task: ImageNetworks, model: ModelConfig) -> nn.Module:
             f"model must give {classes} logits an image, got {model.name!r} with {model.args}, "
             f"which gives {shape} for 2 images"
         )
+    if (other := task.data.test_size) != size:
+        try:
+            with torch.no_grad():
+                network(next(task.data.batches("val", batch_size=2, device=task.device))[0])
+        except Exception as error:
+            raise ValueError(
+                f"data.test_size must be left out for {model.name!r} with {model.args}, which "
+                f"takes {size}x{size} images alone, got {other}: {error}"
+            ) from error
     return network

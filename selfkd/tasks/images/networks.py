@@ -29,9 +29,10 @@ from selfkd.storage.checkpoint import save_tensors
 from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
-from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint
 from selfkd.tasks.images.augment import make_views
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
+from selfkd.training.device import precision_of, prepare_device
 
 LARGEST_ARGUMENT = 10_000
 """Largest number in the arguments of a foreign network, unless its tensors are larger."""
@@ -82,20 +83,13 @@ def _is_same(config: DataConfig, transfer: TransferConfig) -> bool:
 
 def _load_data(config: DataConfig, seed: int, device: str) -> Data:
     settings = _split_settings(config, seed)
-    noise, in_memory = config.label_noise, config.in_memory
-    return _load(config.name, tuple(settings.items()), noise, in_memory, device)
+    more = {key: getattr(config, key) for key in ("label_noise", "in_memory", "test_size")}
+    return _load(config.name, tuple((settings | more).items()), device)
 
 
 @lru_cache(maxsize=1)
-def _load(
-    name: str,
-    settings: tuple[tuple[str, Any], ...],
-    label_noise: float,
-    in_memory: bool | None,
-    device: str,
-) -> Data:
-    data = load_data(name, **dict(settings), label_noise=label_noise, in_memory=in_memory)
-    return data.to(device)
+def _load(name: str, settings: tuple[tuple[str, Any], ...], device: str) -> Data:
+    return load_data(name, **dict(settings)).to(device)
 
 
 @lru_cache(maxsize=1)
@@ -126,6 +120,7 @@ class ImageNetworks:
     def __init__(self, tree: Tree) -> None:
         self.config: Config = with_speed(from_tree(tree))
         self.device = prepare_device(self.config)
+        self.precision = precision_of(self.config.train.amp, self.device)
         self.data = _load_data(self.config.data, self.config.seed, self.device)
         self.fingerprint = self.data.fingerprint
         # the bias of classes without training images is fitted on validation
@@ -172,8 +167,10 @@ class ImageNetworks:
         return next(found)
 
     def cached_labels(self) -> Tensor:
-        """Return the label of each training image."""
-        return self.labels("train")
+        """Return the label of each training image; -1 of one whose first view is mixed."""
+        labels, size = self.labels("train"), self.data.image_size
+        whole = self.views.are_whole(torch.arange(len(labels)), 0, (size, size))
+        return torch.where(whole, labels, -1)
 
     def output_names(self, outputs: Sequence[int]) -> list[str]:
         """Return the names of classes."""
@@ -201,7 +198,7 @@ class ImageNetworks:
             "model": {"name": model.name, "args": model.args},
             "classes": list(data.class_names),
             "in_chans": data.in_chans,
-            "image_size": data.image_size,
+            "image_size": data.test_size,
             "mean": list(data.mean),
             "std": list(data.std),
             "data": data.name,

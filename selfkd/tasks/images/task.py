@@ -15,6 +15,7 @@ from selfkd.analysis.metrics import agreement, fit_temperature
 from selfkd.config import CheckpointConfig, ModelConfig
 from selfkd.config.names import describe_classes, load_class_names
 from selfkd.data.batches import batches
+from selfkd.data.load import scaled
 from selfkd.data.pictures import thumbnail
 from selfkd.data.splits import subset
 from selfkd.deployment.interface import LEAST_CALIBRATION, Interface
@@ -127,7 +128,7 @@ class ImageTask(ImageNetworks):
         """Return inputs of so many images."""
         if self.data.features is not None:
             return torch.zeros((items, self.data.in_chans), device=self.device)
-        size = self.data.image_size
+        size = self.data.test_size
         return torch.zeros((items, self.data.in_chans, size, size), device=self.device)
 
     # --- training and predicting ---
@@ -301,6 +302,7 @@ class ImageTask(ImageNetworks):
     def _inputs(self, split: Split, items: Sequence[int], like: str | None) -> Tensor:
         data, own = self.data, getattr(self.data, split)
         chosen = own.take(torch.as_tensor(items).to(own.labels.device))
+        chosen = scaled(chosen, data.test_size)  # as the model is given them
         mean, std = data.mean, data.std
         if like is not None:
             facts = self._facts(like)

@@ -161,7 +161,7 @@ def _training(
         generator=torch.Generator().manual_seed(seed),
         projections=projections,
         device=task.device,
-        precision=options.amp,
+        precision=task.precision,
         channels_last=bool(options.channels_last),
     )
 

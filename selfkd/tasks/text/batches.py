@@ -10,6 +10,7 @@ from torch import Tensor
 from selfkd.config import TrainConfig
 from selfkd.data.order import Order as Order
 from selfkd.data.transfer import ORDER, mixed_in
+from selfkd.losses.moving import send
 from selfkd.tasks.text.data import IGNORED, Tokens
 from selfkd.tasks.text.transfer import TransferText
 
@@ -32,16 +33,20 @@ class Batch(NamedTuple):
     """Share of a step's tokens whose labels are trained on, by weight."""
 
     def to(self, device: str) -> Batch:
-        """Return a copy on `device`, but for the rows."""
-        weights = None if self.weights is None else self.weights.to(device)
-        inputs, labels = self.inputs.to(device), self.labels.to(device)
-        return self._replace(inputs=inputs, labels=labels, weights=weights)
+        """Return a copy with its inputs on `device`; what is counted stays on the CPU."""
+        return self._replace(inputs=send(self.inputs, device))
+
+    @property
+    def valid(self) -> Tensor:
+        """Whether a token is predicted, `[batch, length]`."""
+        return self.labels != IGNORED
 
     @property
     def total(self) -> float:
         """Sum of the weights of what is trained on."""
-        valid = self.labels != IGNORED
-        return float(valid.sum() if self.weights is None else self.weights[valid].double().sum())
+        if self.weights is None:
+            return float(self.valid.sum())
+        return float(self.weights[self.valid].double().sum())
 
 
 class TrainingText:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfkd.distill.outputs import take_logits
+from selfkd.losses.moving import send, valid_rows
 from selfkd.losses.sequences import TokenTeacher, sequence_terms
 from selfkd.soft_targets.joined import Rows, open_joined
 from selfkd.soft_targets.tokens import gathered
@@ -180,13 +181,14 @@ def _label_loss(smoothing: float, logits: Tensor, batch: Batch, total: float) ->
     losses = partial(
         F.cross_entropy,
         logits.flatten(0, 1).float(),
-        batch.labels.flatten(),
+        send(batch.labels.flatten(), logits.device),
         ignore_index=IGNORED,
         label_smoothing=smoothing,
     )
     if batch.weights is None:
         return {"loss": losses(reduction="sum") / total}
-    return {"loss": losses(reduction="none") @ batch.weights.flatten() / total}
+    weights = send(batch.weights.flatten(), logits.device)
+    return {"loss": losses(reduction="none") @ weights / total}
 
 
 def _confidence_loss(
@@ -198,8 +200,9 @@ def _confidence_loss(
     rows = batch.rows
 
     def terms_of(total: float, mask: Tensor | None) -> dict[str, Tensor]:
-        valid = batch.labels != IGNORED if mask is None else mask & (batch.labels != IGNORED)
-        terms = weighted(logits[valid], batch.labels[valid], index=rows[valid.cpu()])
+        valid = batch.valid if mask is None else mask & batch.valid
+        labels = send(batch.labels[valid], logits.device)
+        terms = weighted(valid_rows(logits, valid), labels, index=rows[valid])
         share = int(valid.sum()) / total
         return {name: share * term for name, term in terms.items()}
 
@@ -211,7 +214,7 @@ def _live_targets(task: TextNetworks, networks: Sequence[nn.Module]) -> Targets:
 
     @torch.no_grad()
     def targets(batch: Batch) -> Tensor:
-        with autocast(task.device, task.config.train.amp):
+        with autocast(task.device, task.precision):
             found = [take_logits(network(batch.inputs), "teacher") for network in networks]
         return found[0] if len(found) == 1 else torch.stack(found)
 
@@ -231,6 +234,7 @@ def _from_rows(cached: Cached, last: int) -> Targets:
             raise ValueError("distill.live must be true with distill.on_policy above 0, got false")
         found = cached(batch.rows.flatten().clamp(max=last), 0)
         together: Rows = gathered(found, batch.rows.shape)
-        return together.to(batch.inputs.device)
+        device = batch.inputs.device
+        return send(together, device) if isinstance(together, Tensor) else together.to(device)
 
     return targets

@@ -12,10 +12,10 @@ from selfkd.config import Config
 from selfkd.distill.named_terms import make_terms
 from selfkd.distill.outputs import take_logits
 from selfkd.distill.terms import FeatureTerm, FeatureTerms, LogitTerm
+from selfkd.losses.moving import send, valid_rows
 from selfkd.losses.sequences import TokenTeacher
 from selfkd.tasks.common import teacher_weights, try_each_term
 from selfkd.tasks.text.batches import Batch
-from selfkd.tasks.text.data import IGNORED
 from selfkd.tasks.text.networks import TextNetworks
 from selfkd.training.predict import autocast
 from selfkd.training.trial import Trial
@@ -99,16 +99,17 @@ class FurtherTerms:
         Raises:
             ValueError: Only some of the teacher's logits are cached.
         """
-        mask = batch.labels != IGNORED
+        mask = batch.valid
         if batch.weights is not None:
             mask = mask & (batch.weights > 0)
         values: dict[str, Tensor] = {}
         if self._logits:
             if not isinstance(teacher, Tensor):
                 raise ValueError(f"{next(iter(self._logits))} needs all logits of the teacher")
-            rows = teacher[mask] if teacher.ndim == 3 else teacher[:, mask]
+            rows = valid_rows(teacher, mask, teacher.ndim - 3)
+            own, labels = valid_rows(student, mask), send(batch.labels[mask], student.device)
             for name, term in self._logits.items():
-                values[name] = term.loss(student[mask], rows, batch.labels[mask])
+                values[name] = term.loss(own, rows, labels)
         if self._layers is not None:
             trains = torch.is_grad_enabled()
             values |= self._layers.losses(self.projections, trains=trains, mask=mask)
@@ -203,7 +204,7 @@ def try_terms(
 
     def compute(own: Config, teacher: nn.Module) -> None:
         further = FurtherTerms(task, own, student, [teacher], weights=None, seed=0)
-        with autocast(task.device, task.config.train.amp):
+        with autocast(task.device, task.precision):
             logits = take_logits(student(batch.inputs), "student")
             found = further.run(_of_batch(teacher), batch)
         further(logits, found, batch)

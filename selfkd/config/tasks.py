@@ -46,6 +46,18 @@ _OF_LOGITS = (
     *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
 )
 """Keys of distillation by logits alone."""
+FREE = (
+    *("data.train_size", "data.classes", "data.label_noise"),
+    *("data.crop", "data.flip", "data.jitter", "data.augment", "data.views", "data.repeats"),
+    *("data.rationales", "data.rationale_weight"),
+    "data.transfer",
+)
+"""What an arm of a study may change of the data: its training items, their labels and views, and
+the transfer set."""
+INSIDE = ("data.transfer.", "data.augment.")
+"""Beginnings of further keys that it may."""
+CACHED = ("targets.top_k", "targets.samples")
+"""What an arm of a study may change of the cached teacher logits."""
 SIZES = ("data.train_size", "data.val_size")
 FUSED = ("adagrad", "adam", "adamw", "momentum", "nesterov", "sgd")
 """Optimisers that have a fused step."""

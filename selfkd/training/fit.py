@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -17,12 +17,14 @@ from torch.optim.swa_utils import AveragedModel
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
 from selfkd.data.batches import batch_sizes
-from selfkd.data.transfer import TransferSet
 from selfkd.distill.distiller import Loss
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
 from selfkd.training.predict import Precision, autocast, evaluate
 from selfkd.training.ranks import ALONE, Ranks, smallest_batch
+
+if TYPE_CHECKING:
+    from selfkd.data.transfer import TransferSet
 
 CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it
 

@@ -20,6 +20,7 @@ from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
 from selfkd.soft_targets.joined import EachView, open_joined
+from selfkd.soft_targets.resident import resident
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
     Targets,
@@ -205,7 +206,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
         teacher = Ensemble(members)
     else:
         transfer = task.transfer if mixes_transfer(trial, transform) else None
-        stored = open_joined(
+        found = open_joined(
             trial.targets,
             [member["hash"] for member in teachers],
             data=task.data_key,
@@ -213,7 +214,8 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             average=distill.average,
             weights=weights,
         )
-        stored = stored if task.config.data.repeats == 1 else EachView(stored)
+        kept = resident(found, task.device) if transform == "none" else found
+        stored = kept if task.config.data.repeats == 1 else EachView(kept)
         if distill.average == "logits":  # by the store, once
             weights = None
     if transform != "none" and stored is not None:

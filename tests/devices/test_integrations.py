@@ -38,7 +38,9 @@ STATS, OTHERS = ([0.5] * 3, [0.25] * 3), ([0.4] * 3, [0.2] * 3)
 TEACHERS: dict[str, Any] = {
     "module": network,
     "normalised": lambda: Teacher(network(), input_stats=STATS, trained_stats=OTHERS),
-    "columns": lambda: Teacher(network(), columns=[1, 0, 2, 4, 3]),
+    "columns": lambda: Teacher(
+        network().to("cuda"), input_stats=STATS, trained_stats=OTHERS, columns=[1, 0, 2, 4, 3]
+    ),
     "not copied": lambda: Teacher(network().eval(), copy=False),
     "ensemble": lambda: Ensemble([network(4), network(6)]),
 }
@@ -48,10 +50,10 @@ TEACHERS: dict[str, Any] = {
 def test_a_loop_by_hand_waits_for_nothing(name: str) -> None:
     with fake_cuda() as waits:
         student, teacher = network().to("cuda"), TEACHERS[name]()
-        if hasattr(teacher, "to") and name != "not copied":
-            teacher = teacher.to("cuda")
-        elif name == "not copied":
+        if name == "not copied":
             teacher.module.to("cuda")
+        elif name != "on the GPU":
+            teacher = teacher.to("cuda")
         terms = {"hint": {"student": "1", "teacher": "1", "weight": 0.1, "project": True}}
         inputs, labels = batch()
         features = {"terms": terms, "student": student, "example": inputs}

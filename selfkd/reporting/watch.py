@@ -12,6 +12,9 @@ from selfkd.reporting.read import ENVIRONMENT, REPORT
 from selfkd.results import Event, GenerationConfirmed, GenerationFinished
 from selfkd.storage.files import load_json, save_json
 
+REST = 20.0
+"""Times as long as a report took to write until the next one: each reads all trials so far."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +42,8 @@ def make_plots(folder: Path) -> dict[str, str]:
 class Reporter:
     """Writes `report.html` after each generation, beside the run; a failure is only logged.
 
+    One that takes long to write, as of thousands of trials, is not written after every one.
+
     Args:
         folder: Run folder.
     """
@@ -47,9 +52,11 @@ class Reporter:
         self._folder, self._begun = folder, time.monotonic()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="report")
         self._next: Future[None] | None = None
+        self._rest = 0.0  # until when no other is written but the last one
 
     def write(self) -> None:
         """Write the report as things stand."""
+        start = time.monotonic()
         try:
             from selfkd.reporting.page import write_report  # jinja2: only when it is needed
 
@@ -57,6 +64,8 @@ class Reporter:
             write_report(self._folder)
         except Exception as error:  # noqa: BLE001 - a report must never stop the training
             logger.warning("%s was not written: %s: %s", REPORT, type(error).__name__, error)
+        end = time.monotonic()
+        self._rest = end + REST * (end - start)
 
     def _keep_time(self) -> None:
         """Write beside the last start of the run how long it has taken."""
@@ -86,7 +95,7 @@ class Reporter:
                 following = following.with_name("confirmation.json")
             case _:  # `finish` writes the end of a run
                 return
-        if not following.exists():
+        if not following.exists() and time.monotonic() >= self._rest:
             self._write_soon()
 
     def _result(self, generation: int) -> Path:

@@ -262,6 +262,7 @@ def optimizer_of(network: nn.Module, options: TrainConfig) -> torch.optim.Optimi
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
+        fused=bool(options.fused),
     )
 
 

@@ -66,6 +66,7 @@ class Training:
     def __post_init__(self) -> None:
         half = self.precision == "float16" and self.device != "cpu"
         self.scaler = torch.amp.GradScaler(self.device, enabled=half)
+        self.channels_last &= any(weight.ndim == 4 for weight in self.student.parameters())
         if self.channels_last:
             for network in (self.student, *([] if self.average is None else [self.average])):
                 network.to(memory_format=torch.channels_last)

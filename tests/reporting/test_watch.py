@@ -54,6 +54,8 @@ def test_writes_after_a_generation_and_once_after_a_resume(tmp_path: Path) -> No
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert "unfinished" in (path / "report.html").read_text()
+    reporter(finished(path, 1))  # at once again, before it has rested
+    assert len(written) == 1
     reporter.finish()
     assert len(written) == 2
 

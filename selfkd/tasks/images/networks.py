@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.config.names import describe_classes
 from selfkd.config.schema import TransferConfig
+from selfkd.config.speed import with_speed
 from selfkd.data import Data, load_data
 from selfkd.data.load import load_rest
 from selfkd.data.transfer import FOLDER, TransferSet, load_transfer
@@ -117,7 +118,7 @@ class ImageNetworks:
     """The images of a config, and networks for them."""
 
     def __init__(self, tree: Tree) -> None:
-        self.config: Config = from_tree(tree)
+        self.config: Config = with_speed(from_tree(tree))
         self.device = prepare_device(self.config)
         self.precision = precision_of(self.config.train.amp, self.device)
         self.data = _load_data(self.config.data, self.config.seed, self.device)

@@ -166,6 +166,7 @@ def _training(
         projections=projections,
         device=task.device,
         precision=task.precision,
+        channels_last=bool(options.channels_last),
     )
 
 
@@ -193,6 +194,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             temperature=distill.temperature,
             alpha=distill.alpha,
             label_smoothing=smoothing,
+            quick=bool(task.config.train.fused),
         )
     if not teachers:
         return Distiller(label_smoothing=smoothing)
@@ -201,6 +203,9 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
     if distill.runs_teacher:
         with torch.random.fork_rng(devices=[]):  # what is drawn does not depend on it
             members = [task.teacher(member["checkpoint"]) for member in teachers]
+        if task.config.train.channels_last:
+            for member in members:
+                member.module.to(memory_format=torch.channels_last)
         teacher = Ensemble(members)
     else:
         transfer = task.transfer if mixes_transfer(trial, transform) else None
@@ -233,6 +238,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             terms=terms,
             student=learner,
             example=example,
+            quick=bool(task.config.train.fused),
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, Tree, from_tree
 from selfkd.config.schema import HF
+from selfkd.config.speed import with_speed
 from selfkd.distill.outputs import take_logits
 from selfkd.losses.moving import send, valid_rows
 from selfkd.models import parameters_count
@@ -64,7 +65,7 @@ class TextNetworks:
 
     def __init__(self, tree: Tree) -> None:
         check_installed()
-        self.config: Config = from_tree(tree)
+        self.config: Config = with_speed(from_tree(tree))
         self.device = prepare_device(self.config)
         self.precision = precision_of(self.config.train.amp, self.device)
         models = [self.config.model, *self.config.students]

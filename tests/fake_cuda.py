@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 PACKAGE = Path(__file__).parents[1]
 FREE, TOTAL = 8 * 2**30, 16 * 2**30  # bytes of memory
-_load = torch.load
+_load, _swap_tensors = torch.load, torch.utils.swap_tensors
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
 SHAPED_BY_VALUES = (
@@ -204,6 +204,12 @@ def _known(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def _swap(old: Tensor, new: Tensor) -> None:
+    """Move a module's parameter, unless it is there: hooks keep PyTorch from swapping some."""
+    if (old.device, old.dtype) != (new.device, new.dtype):
+        _swap_tensors(old, new)
+
+
 def _load_as_real(*arguments: Any, **options: Any) -> Any:
     with _disable_current_modes():
         return _load(*arguments, **options)
@@ -364,6 +370,7 @@ def fake_cuda(*, bfloat16: bool = True, **patches: Callable[..., Any]) -> Iterat
         )
         stack.enter_context(mock.patch.object(FakeTensor, "__reduce_ex__", _saved))
         stack.enter_context(mock.patch("torch.load", _load_as_real))
+        stack.enter_context(mock.patch("torch.utils.swap_tensors", _swap))
         stack.enter_context(_backward_in_python())
         stack.enter_context(_Counting(waits))
         yield waits

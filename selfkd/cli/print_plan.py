@@ -79,8 +79,23 @@ def print_plan(
         )
     lines += [f"live:    {said}" for said in describe_live(config)]
     lines += describe_on_policy(plan, left)
+    lines += _describe_gpu(config.resources.gpu)
     lines.append(_describe_time(config, plan, left, done, facts, function))
     print_sentences(console, [*lines, "next:    the same without --plan"])
+
+
+def _describe_gpu(share: float) -> list[str]:
+    """Return what a trial has of a GPU.
+
+    >>> _describe_gpu(0.25), _describe_gpu(0)
+    (['gpu:     4 trials share one, each with at most 25% of its memory'], [])
+    """
+    if share <= 0:
+        return []
+    if share >= 1:
+        return [f"gpu:     {share:g} for each worker"]
+    many = int(1 / share)
+    return [f"gpu:     {many} trials share one, each with at most {share:.0%} of its memory"]
 
 
 def _length(config: Config) -> int:

@@ -71,5 +71,5 @@ def renormalise(inputs: Any, scale: Tensor, shift: Tensor) -> Tensor:
             f"inputs must be [batch, {len(scale)}, height, width], as many channels as input_stats "
             f"has, got {list(inputs.shape)}"
         )
-    scale, shift = scale.to(inputs.device), shift.to(inputs.device)
+    scale, shift = (part.to(inputs.device, non_blocking=True) for part in (scale, shift))
     return (inputs * scale + shift).to(inputs.dtype)

@@ -158,7 +158,8 @@ class Teacher:
             for part in [] if self.copied else training:
                 part.training = True
         if self._columns is not None:
-            logits = logits.index_select(-1, self._columns.to(logits.device))
+            columns = self._columns.to(logits.device, non_blocking=True)
+            logits = logits.index_select(-1, columns)
         return logits.detach()
 
     @property

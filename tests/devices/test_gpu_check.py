@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from fake_cuda import fake_cuda
 
 FOLDER = Path(__file__).parents[1] / "gpu"
 NOT_THERE = (  # of what selfkd depends on; the script needs torch, timm, torchmetrics, scikit-learn
     *("ray", "wandb", "pydantic", "pydantic_core", "rich", "tenacity", "psutil", "optuna"),
-    *("cloudpickle", "transformers", "lightning", "pyarrow"),
+    *("transformers", "lightning", "pyarrow"),
 )
 BLOCKED = f"""
 import runpy, sys
@@ -68,6 +70,23 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on(monkeypatch, capsys) ->
     assert "| FAILED: losses | apart by 3 |  |" in said
     assert "| views bit-equal to those of the CPU | 9 of 9 |  |" in said
     assert said.rstrip().endswith("failed: losses")
+
+
+@pytest.mark.parametrize("name", ["ResNet-20", "ensemble"])
+def test_rates_are_measured_on_a_gpu_that_is_not_there(monkeypatch, name) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import check  # type: ignore[import-not-found]
+
+    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        with fake_cuda(synchronize=lambda: None):
+            rows = check.run_part(name, "cuda", quick=True)
+    finally:
+        torch.set_float32_matmul_precision(kept[0])
+        torch.backends.cudnn.allow_tf32 = kept[1]
+        torch.backends.cudnn.benchmark = False
+
+    assert all(row.found.endswith("/s") for row in rows)
 
 
 def test_a_part_that_hangs_is_ended(monkeypatch) -> None:

@@ -62,11 +62,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 
 @contextmanager
-def on_gpu() -> Iterator[Waits]:
+def on_gpu(**patches: Any) -> Iterator[Waits]:
     """Run jobs on a GPU that is not there, with no data of another one."""
     networks._load.cache_clear()
     networks._load_transfer.cache_clear()
-    with fake_cuda() as waits:
+    with fake_cuda(**patches) as waits:
         yield waits
     networks._load.cache_clear()
     networks._load_transfer.cache_clear()
@@ -139,6 +139,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "float16": ("train.amp=float16", "train.ema=0.9", "train.clip_grad=1"),
     "adamw": ("train.optimizer=adamw", "train.ema=0.9"),
     "smoothing": ("train.label_smoothing=0.1", "train.schedule=step"),
+    "strong": ("data.augment=strong", "distill.live=true", ALONE),
+    "repeats": ("data.repeats=2", ALONE),
 }
 
 
@@ -257,3 +259,27 @@ def test_the_loss_is_checked_once_in_a_hundred_steps(
 
     places = [found.partition(" at ")[2].partition(":")[0] for found in steps.within]
     assert places == ["fit.py"] * 2
+
+
+def test_a_model_is_evaluated_on_the_gpu(jobs: Jobs, tmp_path: Path) -> None:
+    student, teacher = jobs.teachers
+    payload = {"teachers": [teacher], "predictions": str(tmp_path / "own.safetensors")}
+    with on_gpu():
+        (row,) = jobs.job(
+            "evaluate", GPU, student=student["checkpoint"], diagnose=True, validate=True, **payload
+        )
+
+    assert row["test_accuracy"] >= 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_large_logits_are_sent_pinned_and_small_ones_stay(
+    jobs: Jobs, steps: Steps, large: bool
+) -> None:
+    free = 1000 if large else 2**30
+    with on_gpu(mem_get_info=lambda *arguments: (free, 2**30)) as waits:
+        steps.waits = waits
+        rows = jobs.train(f"large_{large}", GPU, teachers=jobs.teachers[:1])
+        assert len(list(rows)) == 2
+
+    assert steps.within == []

@@ -39,6 +39,7 @@ from selfkd.tasks.common import (
 from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.tasks.images.specialists import Specialist, relabel, specialist_split
 from selfkd.tasks.images.terms import terms_of
+from selfkd.training.compiling import Graphs
 from selfkd.training.fit import Training, fit
 from selfkd.training.optimizers import make_average, make_scheduler
 from selfkd.training.ranks import smallest_batch
@@ -103,6 +104,7 @@ def train_classifier(
         transfer=task.transfer if mixes_transfer(trial, transform) else None,
         repeats=task.config.data.repeats,
     )
+    graphs = Graphs(options.compile)
     best = training.best
     best = best.network if isinstance(best, Specialist) else best
     try:
@@ -114,6 +116,7 @@ def train_classifier(
                     path = path if cycle == cycles else path.with_stem(f"{path.stem}_{cycle}")
                     row["hash"] = task.save(path, plain(best), trial.model, facts)
                     row["checkpoint"] = path.name
+                graphs.add_to(row)
                 unfinished = row["epoch"] < epochs
                 trial.progress.reached(row, training.state_dict() if unfinished else None)
                 yield row

@@ -32,6 +32,7 @@ from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
 from selfkd.tasks.text.terms import FurtherTerms, make_further
 from selfkd.tasks.text.write import training_text
+from selfkd.training.compiling import Graphs
 from selfkd.training.device import precision_of
 from selfkd.training.fit import Training, check_finite, descend
 from selfkd.training.optimizers import make_average
@@ -82,7 +83,7 @@ def train_language_model(
         return writer() if writer is not None and on_policy else text(step)
 
     forward = cast(nn.Module, torch.compile(student)) if options.compile else student
-    begun = time.perf_counter() - training.seconds
+    begun, graphs = time.perf_counter() - training.seconds, Graphs(options.compile)
     try:
         for part in range(training.epoch + 1, options.epochs + 1):
             until = options.steps * part // options.epochs
@@ -98,6 +99,7 @@ def train_language_model(
             }
             if writer is not None:
                 row["cut"] = writer.take_cut()
+            graphs.add_to(row)
             unfinished = part < options.epochs
             if not unfinished:
                 row["hash"] = task.save(trial.path, plain(training.best), trial.model, facts)

@@ -35,7 +35,6 @@ import scale  # noqa: E402
 from ray.air.execution._internal.tracked_actor import TrackedActor  # noqa: E402
 from ray.tune.execution import tune_controller  # noqa: E402
 
-EPOCHS = 20
 CALL_SECONDS = 0.002  # from a call of a worker's method until its result
 START_SECONDS = 5.0
 
@@ -64,7 +63,7 @@ class Worker:
         self.job, self.seconds = config["job"], config["report_seconds"]
         self.reported, self.begin = 0, -1.0
 
-    def train(self, now: float, mean: float) -> tuple[float, dict[str, Any]]:
+    def train(self, now: float, mean: float, epochs: int) -> tuple[float, dict[str, Any]]:
         """Return when it reports next, and what."""
         self.iteration += 1
         result = {"training_iteration": self.iteration, "time_total_s": now, "done": False}
@@ -75,19 +74,19 @@ class Worker:
             rows = list(scale.run_job(self.job.kind, self.job.payload))
             return now + CALL_SECONDS, result | {"rows": rows, "done": True}
         seed = self.job.payload["seed"]
-        length = scale.duration(seed, mean) / EPOCHS
+        length = scale.duration(seed, mean) / epochs
         self.begin = now if self.begin < 0 else self.begin
         due = int((now + self.seconds - self.begin) / length) + 1
-        last = min(EPOCHS, max(self.reported + 1, due))
+        last = min(epochs, max(self.reported + 1, due))
         rows = [
             {"epoch": epoch, "val_accuracy": 0.5, "val_nll": 1.0, "seconds": length * epoch}
             for epoch in range(self.reported + 1, last + 1)
         ]
-        if last == EPOCHS:
+        if last == epochs:
             rows[-1]["hash"] = str(seed)
         self.reported = last
         end = self.begin + length * last + CALL_SECONDS
-        return end, result | {"rows": rows, "done": last == EPOCHS}
+        return end, result | {"rows": rows, "done": last == epochs}
 
 
 class Actors:
@@ -96,6 +95,7 @@ class Actors:
     clock: Clock
     slots: int
     mean: float
+    epochs: int
 
     def __init__(self, resource_manager: Any) -> None:
         # Tune takes a handle from it, which none has
@@ -194,7 +194,7 @@ class Actors:
             worker.reset(args[0])
             result = True
         elif method_name == "train":
-            when, result = worker.train(self.clock.now, self.mean)
+            when, result = worker.train(self.clock.now, self.mean, self.epochs)
         task = self._tasks.setdefault(tracked_actor, 0)
 
         def call() -> None:
@@ -204,7 +204,7 @@ class Actors:
         self._at(when, method_name != "train" or worker.job is not None, call)
 
 
-def measure(slots: int, trials: int, mean: float) -> dict[str, float]:
+def measure(slots: int, trials: int, mean: float, epochs: int) -> dict[str, float]:
     """Return what a search of one generation took on so many slots."""
     from selfkd.cli.progress import ProgressReporter
     from selfkd.cli.terminal import make_console
@@ -216,9 +216,11 @@ def measure(slots: int, trials: int, mean: float) -> dict[str, float]:
     from selfkd.results import Event, GenerationFinished, StageStarted
     from selfkd.storage.files import load_json
 
-    Actors.clock, Actors.slots, Actors.mean = clock, _, _ = Clock(), slots, mean
+    clock = Clock()
+    Actors.clock, Actors.slots = clock, slots
+    Actors.mean, Actors.epochs = mean, epochs
     tune_controller.RayActorManager = Actors
-    settings = [f"search.trials={trials}", "rounds=0", f"train.epochs={EPOCHS}", "confirm.seeds=0"]
+    settings = [f"search.trials={trials}", "rounds=0", f"train.epochs={epochs}", "confirm.seeds=0"]
     config = load_config(settings=settings)
     place = "/dev/shm" if os.path.isdir("/dev/shm") else None
     seen: dict[type[Any], tuple[float, float]] = {}
@@ -254,13 +256,16 @@ def main() -> None:
     parser.add_argument("--slots", default="64,512")
     parser.add_argument("--trials", default="100,1000,10000")
     parser.add_argument("--mean", type=float, default=60.0, help="simulated seconds of a trial")
+    parser.add_argument("--epochs", type=int, default=5, help="reports of a trial")
     options = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     print("slots  trials  simulated s   slots used  driver ms/trial", flush=True)
     for slots in map(int, options.slots.split(",")):
         for trials in map(int, options.trials.split(",")):
-            row = measure(slots, trials, options.mean)
+            if trials < slots:  # some slots have nothing to do
+                continue
+            row = measure(slots, trials, options.mean, options.epochs)
             print(
                 f"{slots:5} {trials:7} {row['wall']:12.1f} {row['used']:12.1%} "
                 f"{row['driver']:16.2f}",

@@ -23,6 +23,10 @@ class NonFiniteLossError(ArithmeticError):
     """Training diverged; says at which epoch and step."""
 
 
+class DeviceMemoryError(RuntimeError):
+    """The memory of a GPU does not do for a job; says what it was taken by."""
+
+
 def describe_error(error: BaseException) -> str:
     """Return the type and text of an error that some code has raised; a long text is cut.
 

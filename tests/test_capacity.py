@@ -23,6 +23,7 @@ TINY = [
     "confirm.seeds=2",
     "capacity.search=true",
     "search.trials=5",
+    "tracking=offline",
     "resources.cpu=1.5",  # one worker of one thread: two would start, or wait for each other
 ]
 

@@ -18,6 +18,7 @@ from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.files import load_json
 
 TINY = ["model.args={width: 4}", "train.epochs=3", "search.trials=2", "confirm.seeds=2"]
+TINY += ["tracking=offline"]
 TINY += ["resources.cpu=1.5"]  # one worker of one thread: two would start, or wait for each other
 
 

@@ -26,6 +26,7 @@ TINY = [
     "train.epochs=3",
     "search.trials=3",
     "confirm.seeds=2",
+    "tracking=offline",
     "resources.cpu=1.5",  # one worker of one thread: two would start, or wait for each other
 ]
 

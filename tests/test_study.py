@@ -21,6 +21,7 @@ data: {name: digits}
 model: {name: selfkd_mlp, args: {width: 16, depth: 1}}
 train: {epochs: 2}
 confirm: {seeds: 2}
+tracking: offline
 resources: {cpu: 1.5}  # one worker of one thread: two would start, or wait for each other
 study:
   arms:

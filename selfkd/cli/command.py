@@ -38,6 +38,7 @@ from selfkd.cli.signals import (
 from selfkd.cli.terminal import make_console, print_lines, print_sentences, print_table
 from selfkd.config import Config, load_config, merge_settings, refuse_foreign, remember
 from selfkd.config.paths import relative_paths, with_absolute_paths
+from selfkd.config.speed import with_speed
 from selfkd.errors import ConfigError, LockedError, RayLostError
 from selfkd.experiments.arms import Run
 from selfkd.experiments.run_folder import RunFolder
@@ -222,7 +223,7 @@ class Command(Generic[S]):
         if options.resume is None:
             config = load_config(options.config, settings=settings, flags=flags)
             _refuse_relative(config, ("storage", config.storage))
-            config = with_absolute_paths(config)
+            config = with_speed(with_absolute_paths(config))
             self.check(config)
             stem = (self.stem or config.data.name).replace("/", "-")
             now = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -249,7 +250,7 @@ class Command(Generic[S]):
         else:
             config = merge_settings(stored, settings=settings, flags=flags)
         _refuse_relative(config)
-        config = with_absolute_paths(config)
+        config = with_speed(with_absolute_paths(config), stored)
         folder.check_change(stored, config, free=self.free)
         if not options.config:
             confirmed = [setting.partition("=")[0] for setting in settings]
@@ -344,6 +345,7 @@ class Command(Generic[S]):
                 progress.wait_for(f"starting Ray, {count(workers, 'worker')} …")
                 meanwhile.join()
                 from selfkd.execution.pool import Pool
+                from selfkd.experiments.device import settle_device
 
                 with Pool(
                     "selfkd.worker.jobs:run_job",
@@ -356,7 +358,7 @@ class Command(Generic[S]):
                 ) as pool:
                     try:
                         run = Run(
-                            config=config,
+                            config=settle_device(config, folder, pool, events),
                             folder=folder,
                             executor=pool,
                             events=events,

@@ -66,6 +66,7 @@ def print_plan(
     print_sentences(console, [f"plan of selfkd.{name}, of which nothing is started:"])
     print_table(console, table.without_empty())
     lines = [f"network: {config.model.title}"] if config.inputs == "features" else []
+    lines += [note for note in facts.notes if note.startswith("images: ")]
     if plan.writers and not function:
         lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):

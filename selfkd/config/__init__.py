@@ -31,6 +31,7 @@ from selfkd.config.schema import ModelConfig as ModelConfig
 from selfkd.config.schema import SearchConfig as SearchConfig
 from selfkd.config.schema import Source as Source
 from selfkd.config.schema import TargetsConfig as TargetsConfig
+from selfkd.config.schema import TrackingConfig as TrackingConfig
 from selfkd.config.schema import TrainConfig as TrainConfig
 from selfkd.config.schema import Tree as Tree
 from selfkd.config.schema import WriteConfig as WriteConfig

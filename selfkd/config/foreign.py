@@ -18,9 +18,15 @@ from selfkd.storage.files import cache_folder
 _FETCHED = ("hfds", "hfids", "tfds", "wds")  # timm's data sets that may be fetched, or run programs
 
 
-def config_hash(config: Config) -> str:
-    """Return a hash of what may not change when a run is resumed."""
-    return _hash(resume_invariant(config))
+def config_hash(config: Config, *, of: Collection[str] | None = None) -> str:
+    """Return a hash of what may not change when a run is resumed.
+
+    Args:
+        config: Config of the run.
+        of: Dotted keys that the version had by which the run was started; all when None.
+    """
+    values = resume_invariant(config)
+    return _hash({key: value for key, value in values.items() if of is None or key in of})
 
 
 def reaches_out(config: Config) -> dict[str, Any]:

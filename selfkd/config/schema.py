@@ -390,8 +390,19 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, which is evaluated and saved in place
     of the student, warmed up over the steps n as min(ema, (1 + n) / (10 + n)); no average when not
     given."""
-    amp: Literal["none", "bfloat16", "float16"] = "none"
-    """Mixed precision of the student's forward pass; none is float32."""
+    amp: Literal["none", "bfloat16", "float16", "auto"] = "none"
+    """Mixed precision of the student's forward pass; none is float32. auto is bfloat16 on a GPU
+    that computes in it, float16 on another, and none on CPUs; the run's config.yaml has which."""
+    tf32: bool | None = None
+    """Whether a GPU multiplies float32 matrices and convolutions in TF32, with 10 bits after the
+    point; on GPUs it does when not given."""
+    channels_last: bool | None = None
+    """Whether weights and images have their channels last in memory, which convolutions are fastest
+    with on most processors; by device and kind of network when not given. It decides rounding."""
+    fused: bool | None = None
+    """Whether the optimiser's step is one kernel, where it has one, and of few classes the loss is
+    computed by fewest calls from soft targets that are computed once; by device and kind of network
+    when not given. It decides rounding."""
     compile: bool = False
     """Whether to run the student through `torch.compile`."""
     init: Init = "fresh"
@@ -908,8 +919,9 @@ class TrackingConfig:
     """Tracking with W&B. `tracking: none` is short for `tracking: {mode: none}`."""
 
     mode: Literal["auto", "online", "offline", "none"] = "auto"
-    """Mode of W&B: online, offline (files to sync later), none, or auto, which is online where
-    there is an API key and the host responds, else offline."""
+    """Mode of W&B: online, offline (files to sync later), none, or auto. That is online where there
+    is an API key and the host responds, and else offline where W&B is asked for: by a key, a
+    variable such as WANDB_MODE, or another key of `tracking`; none where it is not."""
     runs: Literal["all", "lineage"] = "all"
     """Runs in W&B: all, one for each trial beside that of the whole run, whose steps are the
     generations; or lineage, that of the whole run alone."""

@@ -46,7 +46,21 @@ _OF_LOGITS = (
     *("distill.on_policy", "distill.divergence", "targets.top_k", "targets.samples"),
 )
 """Keys of distillation by logits alone."""
+FREE = (
+    *("data.train_size", "data.classes", "data.label_noise"),
+    *("data.crop", "data.flip", "data.jitter", "data.augment", "data.views", "data.repeats"),
+    *("data.rationales", "data.rationale_weight"),
+    "data.transfer",
+)
+"""What an arm of a study may change of the data: its training items, their labels and views, and
+the transfer set."""
+INSIDE = ("data.transfer.", "data.augment.")
+"""Beginnings of further keys that it may."""
+CACHED = ("targets.top_k", "targets.samples")
+"""What an arm of a study may change of the cached teacher logits."""
 SIZES = ("data.train_size", "data.val_size")
+FUSED = ("adagrad", "adam", "adamw", "momentum", "nesterov", "sgd")
+"""Optimisers that have a fused step."""
 
 
 def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iterator[str]:
@@ -88,6 +102,7 @@ def sampled_faults(config: Config, sources: Mapping[str, str], why: str) -> Iter
 
 def task_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield faults of keys that another task has, and of what a task does not do."""
+    yield from _fused_faults(config, sources)
     default, given = flat(from_tree({"task": config.task})), flat(config)
     other = "images" if config.task == "text" else "text"
     for key in OF_TASK[other]:
@@ -231,6 +246,27 @@ def tries_teachers(config: Config) -> bool:
     """Say whether there is something that is to be tried with the networks of teachers."""
     starts = values_of(config, "train.init")
     return any(choices_of_terms(config)) or any(start != "fresh" for start in starts)
+
+
+def _fused_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield faults of a fused step that is asked for and that an optimiser does not have.
+
+    Args:
+        config: Config to check.
+        sources: Where dotted keys were given, for messages.
+    """
+    if config.task == "text" and True in values_of(config, "train.channels_last", arms=True):
+        where = locate_key("train.channels_last", sources)
+        yield f"{where}: must be false with task text, got true"
+    if True not in values_of(config, "train.fused", arms=True):
+        return
+    without = [n for n in values_of(config, "train.optimizer", arms=True) if n not in FUSED]
+    if without:
+        where = locate_key("train.fused", sources)
+        yield (
+            f"{where}: must be false with train.optimizer {without[0]}, which has no fused step, "
+            f"got true: {', '.join(FUSED)} have one"
+        )
 
 
 def values_of(config: Config, key: str, *, arms: bool = False) -> list[Any]:

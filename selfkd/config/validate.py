@@ -24,6 +24,9 @@ from selfkd.config.schema import (
 )
 from selfkd.config.space import Distribution, is_finite
 from selfkd.config.tasks import (
+    CACHED,
+    FREE,
+    INSIDE,
     OF_TASK,
     SIZES,
     arm_faults,
@@ -57,18 +60,6 @@ _FIXED = (
 
 MEMBERS = "members"
 """Name of the teachers of a study that come from elsewhere."""
-FREE = (
-    *("data.train_size", "data.classes", "data.label_noise"),
-    *("data.crop", "data.flip", "data.jitter", "data.augment", "data.views", "data.repeats"),
-    *("data.rationales", "data.rationale_weight"),
-    "data.transfer",
-)
-"""What an arm of a study may change of the data: its training items, their labels and views, and
-the transfer set."""
-INSIDE = ("data.transfer.", "data.augment.")
-"""Beginnings of further keys that it may."""
-_CACHED = ("targets.top_k", "targets.samples")
-"""What an arm of a study may change of the cached teacher logits."""
 _FIXED_KEYS = (
     *("distill.teacher", "distill.live", "distill.mode"),
     *(f"members.{key}" for key in ("count", "models", "same_init", "runs", "checkpoints")),
@@ -366,9 +357,9 @@ def _study_faults(config: Config) -> Iterator[str]:
             )
         for key in arm.set:
             free = key.split(".")[0] in ("model", "train", "distill", "write")
-            free |= key in (*FREE, *_CACHED) or key.startswith(INSIDE)
+            free |= key in (*FREE, *CACHED) or key.startswith(INSIDE)
             if not free:
-                known = f"model, train, distill, write or of {', '.join((*FREE, *_CACHED))}"
+                known = f"model, train, distill, write or of {', '.join((*FREE, *CACHED))}"
                 yield f"{where}.set: must be keys of {known}, got {key}"
             elif key in foreign:
                 yield f"{where}.set: {key} is not with task {config.task}"

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,12 +12,10 @@ from selfkd.data.augmentation import Views
 from selfkd.data.augmentation.reading import read_views
 
 from .loader import read_stream
+from .normalise import KEPT_VALUES, kept_inputs, normalisation
 from .stream import Stream
 
 Batch = tuple[Tensor, Tensor, Tensor]
-KEPT_VALUES = 2**22
-"""Most values of a split that are kept normalised: of small images, normalising each batch of them
-takes longer than moving it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +187,7 @@ def batches(
         repeats: Number of views of an image that follow each other, the first of them `view`: as
             many inputs as without, of a part of the images.
         classes: Number of classes, needed where views mix images.
+        channels_last: Whether images have their channels last in memory.
 
     Returns:
         Iterator over (inputs, labels, index): normalised float32 `[batch, channels, height,
@@ -273,27 +271,27 @@ def read_batches(
     Returns:
         Iterator over (inputs, labels, index), as of `batches`.
     """
-    images, labels, device = split.images, split.labels, torch.device(device)
+    images, device = split.images, torch.device(device)
     chunks = _chunks(order, sizes, share)
     plain = views is None or views.is_identity
     read: Callable[[Sequence[Tensor]], Iterable[Tensor]]
     if isinstance(images, Tensor):
         plain, values = plain or images.ndim == 2, images[0].numel() if len(images) else 1
-        if plain and images.device == device and images.numel() <= KEPT_VALUES:
-            kept = _kept(split, images, mean, std, channels_last=channels_last)
-            parts = _plain(_gathered(kept, chunks), chunks, labels, device)
-            return ((*part, index) for part, index in zip(parts, chunks, strict=True))
         read = partial(_gathered, images)
     else:
         values = None  # of several batches at a time, the first would wait for all
         read = partial(read_stream, images, workers=workers, device=device)
     if plain or views is None:
-        parts = _plain(read(chunks), chunks, labels, device)
+        if isinstance(images, Tensor) and images.numel() <= KEPT_VALUES and images.device == device:
+            inputs = kept_inputs(split, images, mean, std, channels_last=channels_last)
+            parts = _plain(_gathered(inputs, chunks), chunks, split.labels, device)
+            return ((*part, index) for part, index in zip(parts, chunks, strict=True))
+        parts = _plain(read(chunks), chunks, split.labels, device)
     else:
         parts = read_views(
             read,
             chunks,
-            labels,
+            split.labels,
             views,
             view,
             repeated=_repeated(views, view, len(order), sizes, share, repeats),
@@ -301,7 +299,8 @@ def read_batches(
             device=device,
             values=values,
         )
-    return _finished(parts, chunks, mean, std, device, channels_last=channels_last)
+    normalise = normalisation(mean, std, device, channels_last=channels_last)
+    return ((normalise(raw), own, i) for (raw, own), i in zip(parts, chunks, strict=True))
 
 
 def _repeated(
@@ -349,7 +348,7 @@ def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | Non
 
 
 def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
-    """Yield the rows of each batch; images that have channels last keep them there."""
+    """Return the images of batches; those that have channels last keep them there."""
     if not chunks:
         return ()
     order = torch.cat(list(chunks)).to(images.device)  # to a GPU at once
@@ -366,68 +365,3 @@ def _plain(
     """Yield the images of batches as they are, and their labels, on the device."""
     for images, own in zip(raw, _gathered(labels, chunks), strict=True):
         yield images.to(device, non_blocking=True), own.to(device, non_blocking=True)
-
-
-def _finished(
-    parts: Iterator[tuple[Tensor, Tensor]],
-    chunks: Sequence[Tensor],
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    *,
-    channels_last: bool,
-) -> Iterator[Batch]:
-    """Normalise whole batches on the device."""
-    normalise = _normalisation(mean, std, device, channels_last=channels_last)
-    for (images, labels), index in zip(parts, chunks, strict=True):
-        yield normalise(images), labels, index
-
-
-def _normalisation(
-    mean: Sequence[float], std: Sequence[float], device: torch.device, *, channels_last: bool
-) -> Callable[[Tensor], Tensor]:
-    """Return the function from images `[N, C, H, W]`, or features `[N, F]`, to inputs."""
-    means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
-    scale = (1 / (255 * stds)).to(device, torch.float32)
-    shift = (-means / stds).to(device, torch.float32)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def normalise(images: Tensor) -> Tensor:
-        if images.ndim == 2:
-            return standardised(images, mean, std)
-        return (images.to(torch.float32, memory_format=layout) * scale).add_(shift)
-
-    return normalise
-
-
-_KEPT: WeakKeyDictionary[Split, tuple[object, Tensor]] = WeakKeyDictionary()
-
-
-def _kept(
-    split: Split,
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    channels_last: bool,
-) -> Tensor:
-    """Return the normalised images of a split in memory, which are made once."""
-    made_from = (tuple(mean), tuple(std), channels_last)
-    known, inputs = _KEPT.get(split, (None, images))
-    if known != made_from:
-        inputs = _normalisation(mean, std, images.device, channels_last=channels_last)(images)
-        _KEPT[split] = made_from, inputs
-    return inputs
-
-
-def standardised(features: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return features `[N, F]` less their mean by their std, float32, computed in double precision.
-
-    >>> standardised(torch.tensor([[3.0, 1e9 + 64]], dtype=torch.float64), [1, 1e9], [2, 64])
-    tensor([[1., 1.]])
-    """
-    means, stds = (
-        torch.tensor(value, dtype=torch.float64).to(features.device, non_blocking=True)
-        for value in (mean, std)
-    )
-    return ((features.double() - means) / stds).float()

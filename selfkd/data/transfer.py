@@ -89,6 +89,7 @@ class TransferSet:
         device: torch.device | str = "cpu",
         workers: int = 0,
         share: Callable[[int], range],
+        channels_last: bool = False,
     ) -> Iterator[Batch]:
         """Iterate over the batches of an epoch, each with images of the transfer set at its end.
 
@@ -106,6 +107,7 @@ class TransferSet:
             device: Device of the inputs and labels.
             workers: Number of processes that decode streamed images.
             share: Function from the size of a batch to the positions in it that this process reads.
+            channels_last: Whether images have their channels last in memory.
 
         Returns:
             Iterator over (inputs, labels, index): the indices of the transfer set follow those of
@@ -124,6 +126,7 @@ class TransferSet:
             view=view,
             device=device,
             workers=workers,
+            channels_last=channels_last,
             share=share,
             classes=data.num_classes,
         )

@@ -383,7 +383,7 @@ class Distiller:
         if self.teacher is not None:
             logits = self._teacher_logits(inputs, index, view)
             rows = soft_targets_of(logits, *made_with)
-        elif self._quick is not None and index is not None:
+        elif self._quick is not None and index is not None and isinstance(view, int):
             rows = self._quick(index, view, *made_with)
         if rows is None:
             return None

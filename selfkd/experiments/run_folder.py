@@ -19,6 +19,8 @@ from selfkd.config import (
     from_tree,
     load_yaml,
 )
+from selfkd.config.schema import leaves
+from selfkd.config.speed import SPEED_KEYS
 from selfkd.errors import ConfigError
 from selfkd.results import FORMAT, STUDENT, Facts, GenerationResult
 from selfkd.storage.files import (
@@ -131,6 +133,9 @@ class RunFolder:
                 f"{path} is of format {found}, and selfkd {__version__} continues format {FORMAT}: "
                 "continue it with the version that began it, or start a new run"
             )
+        train = tree.setdefault("train", {})
+        if isinstance(train, dict):  # of a version without these keys, which trained as with false
+            tree["train"] = dict.fromkeys(SPEED_KEYS, False) | train
         return cls(path), from_tree(tree, dict.fromkeys(tree, str(file)))
 
     def exists(self) -> bool:
@@ -144,6 +149,11 @@ class RunFolder:
         """Write config.yaml."""
         text = f"format: {FORMAT}\n{dump_config(config)}"
         save_text(self.path / "config.yaml", text, patience=patience)
+
+    def settle(self, config: Config) -> None:
+        """Write config.yaml anew with what its workers have decided, before any trial."""
+        save_text(self.path / HASH, config_hash(config))
+        self.save_config(config)
 
     def check_command(self, command: str) -> None:
         """Check that a run is continued by the command that it was started by.
@@ -186,7 +196,8 @@ class RunFolder:
             ConfigError: It is; says what differs.
         """
         found = self._text(HASH) if (self.path / HASH).exists() else "none"
-        if found != config_hash(old):
+        known = {key for key, _ in leaves(load_yaml(self.path / "config.yaml"), "")}
+        if found not in (config_hash(old), config_hash(old, of=known)):
             raise ConfigError(
                 f"{self.path / 'config.yaml'} was edited where a run may not change (its hash is "
                 f"not that of {HASH}): put it back, or start a new run with --config"
@@ -227,6 +238,7 @@ class RunFolder:
         """
         self.keep_facts("data.json", facts)
         self.save_config(config)
+        save_text(self.path / HASH, config_hash(config))  # of all keys, if a version had fewer
 
     def keep_facts(self, name: str, facts: Facts, *, where: str = "") -> None:
         """Write down facts of data and networks.

@@ -10,6 +10,7 @@ from typing import Any
 
 from selfkd.analysis.verdicts import NOT_COMPARED
 from selfkd.config import RESUMABLE, Config, flat
+from selfkd.config.speed import of_table
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.loading.choose import Chosen, distill_of
 from selfkd.reporting.plain import headline, short_table
@@ -157,7 +158,7 @@ def _sizes(facts: Facts) -> str:
 
 def _command(name: str, config: Config, facts: Facts | None) -> str:
     """Return the command that makes such a run, without the places of a machine."""
-    default, words = flat(Config()), [f"python -m selfkd.{name}"]
+    words, default = [f"python -m selfkd.{name}"], flat(Config()) | of_table(config)
     if facts is not None and facts.function is not None:
         path, _, function = facts.function.rpartition(":")
         words.append(f"--train {shell_quote(f'{Path(path).name}:{function}')}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ from selfkd.soft_targets.store import SoftTargets, open_store
 
 Rows = Tensor | SparseLogits | SampledTargets
 """What is cached of rows."""
+
+
+class OneView(Protocol):
+    """Cached logits of one view at a time, such as `SoftTargets`."""
+
+    shifted: bool
+    samples: int | None
+
+    def __call__(self, index: Tensor, view: int) -> Rows:
+        """Return the cached logits of images."""
 
 
 class JoinedTargets:
@@ -28,6 +38,8 @@ class JoinedTargets:
         self._stores = list(stores)
         self.shifted = any(store.shifted for store in stores)
         self.samples = stores[0].samples
+        self.images = sum(store.images for store in stores)
+        self.views = min(store.views for store in stores)
 
     def __call__(self, index: Tensor, view: int) -> Rows:
         """Return the cached logits for one view of some images; see `SoftTargets`.
@@ -60,7 +72,7 @@ class EachView:
         targets: Cached logits of one view at a time.
     """
 
-    def __init__(self, targets: SoftTargets | JoinedTargets) -> None:
+    def __init__(self, targets: OneView) -> None:
         self._targets = targets
         self.shifted, self.samples = targets.shifted, targets.samples
 
@@ -120,8 +132,9 @@ def joined(parts: Sequence[Rows], places: Tensor) -> Rows:
     >>> joined([torch.zeros(1, 2), torch.ones(2, 2)], torch.tensor([1, 0, 2]))[:, 0]
     tensor([1., 0., 1.])
     """
-    back, first = places.argsort(), parts[0]
-    axis = (first if isinstance(first, Tensor) else first[0]).ndim - 2
+    first = parts[0]
+    like = first if isinstance(first, Tensor) else first[0]
+    back, axis = places.argsort().to(like.device, non_blocking=True), like.ndim - 2
 
     def join(tensors: Sequence[Any]) -> Any:
         if not all(isinstance(tensor, Tensor) for tensor in tensors):  # known of some rows only

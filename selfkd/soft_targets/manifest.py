@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from selfkd.results.fields import MOST
 from selfkd.storage.files import load_json, retry_io, save_json
 
 DEFAULT_SHARD = 16_384
 """Images a shard, by default."""
 SHARD_BYTES = 64 * 2**20
 """Bytes of a shard, which one process holds while it is made."""
+MOST = 2**40
+"""Largest number of anything that a manifest counts."""
 _VERSION = 1
 
 

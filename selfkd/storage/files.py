@@ -17,18 +17,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_before_delay,
-    wait_exponential,
-)
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from selfkd.errors import ConfigError
 from selfkd.storage.remote import RemotePath
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 
 def _seconds(text: str) -> float:
@@ -149,6 +144,19 @@ def retry_io(path: Path, work: Callable[[], T], *, patience: float | None = None
     """
     default = 0.0 if math.isnan(PATIENCE) else PATIENCE  # what only reads need not be refused
     patience = default if patience is None else patience
+    try:
+        return work()
+    except OSError as error:
+        if not _is_transient(path, error):
+            raise
+        first = [error]
+    # imported where storage has failed: it is read on machines that have little but torch, too
+    from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_exponential
+
+    def again() -> T:
+        if first:
+            raise first.pop()
+        return work()
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
@@ -164,7 +172,7 @@ def retry_io(path: Path, work: Callable[[], T], *, patience: float | None = None
         before_sleep=warn,
         reraise=True,
     )
-    return retrying(work)
+    return retrying(again)
 
 
 def _is_transient(path: Path, error: BaseException) -> bool:

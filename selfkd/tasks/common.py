@@ -1,4 +1,4 @@
-"""What every task does alike: its device, checkpoints, fresh networks and averages."""
+"""What every task does alike: its checkpoints, fresh networks and averages."""
 
 from __future__ import annotations
 
@@ -41,22 +41,6 @@ class Maker(Protocol):
 
     def load(self, checkpoint: str) -> tuple[nn.Module, ModelFacts]:
         """Return the network of a checkpoint, and its metadata."""
-
-
-def prepare_device(config: Config) -> str:
-    """Set the threads of this worker, and return its device.
-
-    Raises:
-        ValueError: A GPU is asked for, and torch finds none.
-    """
-    torch.set_num_threads(max(1, int(config.resources.cpu)))
-    if config.resources.gpu <= 0:
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"resources.gpu must be 0 where torch finds no GPU, got {config.resources.gpu}"
-        )
-    return "cuda"
 
 
 def check_top_k(config: Config, outputs: int) -> int | None:
@@ -278,6 +262,7 @@ def optimizer_of(network: nn.Module, options: TrainConfig) -> torch.optim.Optimi
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
+        fused=bool(options.fused),
     )
 
 

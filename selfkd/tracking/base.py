@@ -15,10 +15,18 @@ def end_of_tracking(error: Exception) -> str:
 
 
 class NoTracker:
-    """A tracker that logs nothing."""
+    """A tracker that logs nothing.
+
+    Args:
+        why: Why it does not, for its description.
+    """
 
     description = "W&B: none"
     incomplete = False
+
+    def __init__(self, why: str = "") -> None:
+        if why:
+            self.description = f"{self.description}, {why}"
 
     def __call__(self, event: Event) -> None:
         """Do nothing."""

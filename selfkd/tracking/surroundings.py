@@ -27,6 +27,11 @@ KEPT = (
 All others speak of one run, such as that of a sweep's agent, of which a command has many with names
 and settings of their own.
 """
+_NAMING = (
+    *("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_DISABLED"),
+    *("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID"),
+)
+"""Variables by which runs are wanted in W&B, or wanted not to be."""
 _OWN = {"WANDB_SILENT": "true", "WANDB_SAGEMAKER_DISABLE": "true"}
 MODES: dict[str, Literal["online", "offline", "none"]] = {
     **{"online": "online", "run": "online", "shared": "online"},
@@ -85,6 +90,24 @@ def clean_environment() -> dict[str, str]:
         return dict(os.environ)
 
 
+def is_named() -> bool:
+    """Return whether a variable says that runs are wanted in W&B, or not."""
+    return any(map(os.environ.get, _NAMING))
+
+
+def is_set_up() -> bool:
+    """Return whether W&B may have been set up here, by a variable, a login or its own command."""
+    keys = (os.environ.get("NETRC") or "~/.netrc", "~/_netrc")
+    files = (*map(os.path.expanduser, keys), _settings_file(), "wandb/settings")
+    return is_named() or any(map(os.path.isfile, files))
+
+
+def _settings_file() -> str:
+    """Return the file that W&B's commands write, such as `wandb offline`."""
+    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    return os.path.expanduser(f"{folder}/settings")
+
+
 def settings() -> Any:
     """Return W&B's settings as they are now: its defaults, its files, and variables.
 
@@ -100,10 +123,10 @@ def settings() -> Any:
             "pip install --force-reinstall wandb"
         ) from error
     found = wandb.Settings()
-    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    file = _settings_file()
     with own_surroundings():
         try:
-            found.settings_system = os.path.expanduser(f"{folder}/settings")
+            found.settings_system = file
             found.update_from_system_settings()
             found.update_from_env_vars(dict(os.environ))
         except (ValueError, wandb.errors.UsageError) as error:

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -17,12 +17,14 @@ from torch.optim.swa_utils import AveragedModel
 from selfkd.data import Data
 from selfkd.data.augmentation import Views
 from selfkd.data.batches import batch_sizes
-from selfkd.data.transfer import TransferSet
 from selfkd.distill.distiller import Loss
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
 from selfkd.training.predict import Precision, autocast, evaluate
 from selfkd.training.ranks import ALONE, Ranks, smallest_batch
+
+if TYPE_CHECKING:
+    from selfkd.data.transfer import TransferSet
 
 CHECK_STEPS = 100  # steps between two checks of the loss, which on a GPU wait for it
 
@@ -64,6 +66,7 @@ class Training:
     def __post_init__(self) -> None:
         half = self.precision == "float16" and self.device != "cpu"
         self.scaler = torch.amp.GradScaler(self.device, enabled=half)
+        self.channels_last &= any(weight.ndim == 4 for weight in self.student.parameters())
         if self.channels_last:
             for network in (self.student, *([] if self.average is None else [self.average])):
                 network.to(memory_format=torch.channels_last)
@@ -162,7 +165,7 @@ def fit(
         terms = defaultdict[str, list[Tensor]](list)
         reading: dict[str, Any] = {"views": views, "view": first, "device": device}
         reading |= {"workers": workers, "share": ranks.share}
-        reading |= {"channels_last": training.channels_last}
+        reading["channels_last"] = training.channels_last
         order = training.generator
         own: dict[str, Any] = {"batch_size": batch_size, "smallest": smallest, "repeats": repeats}
         batches = data.batches("train", generator=order, **own, **reading)

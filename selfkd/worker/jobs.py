@@ -16,6 +16,7 @@ from selfkd.storage.files import NO_ROOM
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 from selfkd.tasks.task import Pool
+from selfkd.training.device import describe_gpu, precision_of, prepare_device, saying_memory
 from selfkd.training.functions import load_function
 from selfkd.training.trial import Trial, run_function
 from selfkd.worker import compression, deploy, ensembling, evaluate, teachers
@@ -39,6 +40,20 @@ def check(config: Tree, teachers: Sequence[Row] = ()) -> Iterator[Row]:
         yield {"fault": str(error)}
         return
     yield {"facts": to_row(facts)}
+
+
+def describe_device(config: Tree) -> Iterator[Row]:
+    """Yield what a worker computes on: `amp` that auto is, and of a GPU its name and memory.
+
+    Args:
+        config: Config of the run.
+    """
+    try:
+        device = prepare_device(from_tree(config))
+    except ValueError as error:
+        yield {"fault": str(error)}
+        return
+    yield {"amp": precision_of("auto", device), **(describe_gpu() if device != "cpu" else {})}
 
 
 def check_function(function: str) -> Iterator[Row]:
@@ -89,10 +104,11 @@ def train(
         path=as_path(student),
         more=depends,
     )
-    if function is not None:
-        yield from run_function(load_function(function), trial)
-    else:
-        yield from make_task(config).train(trial, **options)
+    with saying_memory(trial.config):
+        if function is not None:
+            yield from run_function(load_function(function), trial)
+        else:
+            yield from make_task(config).train(trial, **options)
 
 
 def cache_teacher_logits(
@@ -181,6 +197,7 @@ def _room(root: Path, what: str) -> Iterator[None]:
 _JOBS: dict[str, Callable[..., Iterator[Row]]] = {
     "check": check,
     "check_function": check_function,
+    "describe_device": describe_device,
     "train": train,
     "cache_teacher_logits": cache_teacher_logits,
     "export": export,

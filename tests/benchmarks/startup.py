@@ -24,7 +24,7 @@ import psutil
 
 SMALLEST = [
     *("-m", "selfkd.generations", "--rounds", "0", "--set", "search.trials=1"),
-    *("--set", "train.epochs=1", "--set", "confirm.seeds=0", "--set", "tracking=none"),
+    *("--set", "train.epochs=1", "--set", "confirm.seeds=0"),
 ]
 ADOPT = 36  # PR_SET_CHILD_SUBREAPER
 INTERVAL = 0.1

@@ -119,8 +119,10 @@ def test_the_command_prints_it_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [word for setting in TINY for word in ("--set", setting)]
-    assert generations.main([*words, "--plan", "--set", "data.jitter=1"]) == 0
+    words += ["--set", "data.jitter=1", "--set", "data.augment.erase=0.25"]
+    assert generations.main([*words, "--plan"]) == 0
     printed = capsys.readouterr().out
+    assert "\nimages: shift of 1 pixel, erase 0.25; 8 views of each image\n" in printed
     assert "plan of selfkd.generations, of which nothing is started:" in printed
     assert "\ncached:  12.8 kB of teacher logits, of 2 models for 40 images in 8 views" in printed
     assert re.search(r"\ntime:    about \d+ s of training on \d+ worker", printed)

@@ -5,7 +5,8 @@ from pydantic import TypeAdapter
 
 from selfkd.config import load_config
 from selfkd.config.augment import is_augmented
-from selfkd.config.validate import FREE, INSIDE, check_study
+from selfkd.config.tasks import FREE, INSIDE
+from selfkd.config.validate import check_study
 from selfkd.errors import ConfigError
 from selfkd.results import Point
 

@@ -81,7 +81,7 @@ STRICT = [
     ("train.label_smoothing", "1", "must be less than 1, got 1"),
     ("train.clip_grad", "0", "must be greater than 0, got 0"),
     ("train.ema", "1.0", "must be less than 1, got 1.0"),
-    ("train.amp", "fp16", "must be 'none', 'bfloat16' or 'float16', got 'fp16'"),
+    ("train.amp", "fp16", "must be 'none', 'bfloat16', 'float16' or 'auto', got 'fp16'"),
     ("train.compile", "1", "must be a valid boolean, got 1"),
     ("train.schedule", "linear", "must be 'cosine', 'step' or 'none', got 'linear'"),
     ("distill.temperature", "0", "must be greater than 0, got 0"),

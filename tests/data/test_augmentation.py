@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import fake_cuda
 from scipy import stats
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from selfkd.data.augmentation import Mixing, Operations, Views, random_bits
 
@@ -173,17 +173,19 @@ def test_each_image_can_have_a_view_of_its_own(views):
 
 
 @pytest.mark.parametrize("views", OF_INTEGERS)
-def test_nothing_is_read_back_from_the_device(views):
-    """Every step runs where there are shapes alone, so that none waits for values of a GPU."""
-    with FakeTensorMode():
-        images = torch.empty(4, 3, 12, 9, dtype=torch.uint8)
-        found = replace(views, mixing=Mixing(mixup=0.2, cutmix=1.0))
-        index = torch.arange(4)
-        others = found(images, found.partners(index, 0, 10), 0)
-        mixed, labels = found.mixed(
-            found(images, index, 0), others, index, index, index, 0, classes=5
-        )
-    assert (mixed.shape, labels.shape) == ((4, 3, 12, 9), (4, 5))
+def test_no_step_waits_for_a_gpu(views):
+    found = replace(views, mixing=Mixing(mixup=0.2, cutmix=1.0))
+    index = torch.arange(4)
+    for view in (0, torch.tensor([0, 1, 0, 1])):
+        with fake_cuda() as waits:
+            images = torch.empty(4, 3, 12, 9, dtype=torch.uint8, device="cuda")
+            labels = torch.empty(4, dtype=torch.int64, device="cuda")
+            own = found(images, index, view)
+            others = found(images, found.partners(index, view, 10), view)
+            mixed, labels = found.mixed(own, others, labels, labels, index, view, classes=5)
+            assert (mixed.device, labels.device) == (images.device,) * 2
+        assert waits.found == []
+        assert (mixed.shape, labels.shape) == ((4, 3, 12, 9), (4, 5))
 
 
 # --- what each augmentation does ---

@@ -216,7 +216,7 @@ def test_a_missing_bucket_is_reported_at_once(bucket: dict[str, str]) -> None:
 def test_a_run_lives_in_a_bucket(bucket: dict[str, str], tmp_path: Path) -> None:
     """Made by the command, then resumed for one more generation, here in one process."""
     settings = [f"storage=s3://{BUCKET}/runs", "model.args={width: 4}", "train.epochs=2"]
-    settings += ["search.trials=1", "confirm.seeds=0"]
+    settings += ["search.trials=1", "confirm.seeds=0", "tracking=offline"]
     sets = [part for setting in settings for part in ("--set", setting)]
     done = subprocess.run(
         [sys.executable, "-m", "selfkd.generations", "--rounds", "1", "--name", "a", *sets],

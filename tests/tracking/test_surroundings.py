@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from selfkd.config import load_config
 from selfkd.errors import ConfigError
-from selfkd.tracking import NoTracker, WandbTracker, make_tracker, surroundings
+from selfkd.tracking import FileTracker, NoTracker, WandbTracker, make_tracker, surroundings
 from selfkd.tracking.host import base_url
 from selfkd.tracking.surroundings import (
     own_folders,
@@ -69,10 +71,79 @@ def test_an_unknown_mode_is_refused_in_one_line(
 def test_the_variable_of_other_libraries_disables_it(
     value: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_DISABLED", value)
     tracker = make_tracker(load_config(), name="a", run_id="a", folder=tmp_path)
     tracker.close()
     assert type(tracker) is kind
+
+
+NOT_IMPORTED = """
+import sys
+from pathlib import Path
+from selfkd.config.load import load_config
+from selfkd.tracking import make_tracker
+tracker = make_tracker(load_config(), name="a", run_id="a", folder=Path())
+print(tracker.description, "wandb" in sys.modules)
+"""
+
+
+def test_where_nobody_asks_for_it_it_is_not_imported(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_IMPORTED], capture_output=True, text=True, check=True
+    )
+    told = "W&B: none, as there is no key for it: wandb login, or --set tracking=offline"
+    assert done.stdout == f"{told} False\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_key(folder: Path, host: str) -> None:
+    file = folder / ".netrc"
+    file.write_text(f"machine {host} login user password {'0' * 40}\n")
+    file.chmod(0o600)
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "host", "kind"),
+    [
+        *(([], {}, "github.com", NoTracker), ([], {}, "api.wandb.ai", WandbTracker)),
+        ([], {"WANDB_API_KEY": "0" * 40}, None, WandbTracker),
+        ([], {"WANDB_MODE": "offline"}, None, WandbTracker),
+        ([], {"WANDB_PROJECT": "mine"}, None, WandbTracker),
+        ([], {"WANDB_DATA_DIR": "elsewhere"}, None, NoTracker),
+        (["tracking.project=mine"], {}, None, WandbTracker),
+        (["tracking.runs=lineage"], {}, None, WandbTracker),
+        (["tracking.mode=auto", "tracking.project=selfkd"], {}, None, NoTracker),
+        (["tracking.writers=[csv]"], {}, None, FileTracker),
+    ],
+)
+def test_what_asks_for_wandb(
+    settings: list[str],
+    variables: dict[str, str],
+    host: str | None,
+    kind: type,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("selfkd.tracking.make.answers", lambda url: False)
+    monkeypatch.delenv("NETRC", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if host is not None:
+        write_key(tmp_path, host)
+    config = load_config(settings=settings)
+    tracker = make_tracker(config, name="a", run_id="a", folder=tmp_path / "run")
+    tracker.close()
+    assert type(tracker) is kind
+    none = "none, as there is no key for it"
+    assert (none in tracker.description) == (kind is NoTracker)
+
+
+def test_a_run_that_began_in_wandb_goes_on_there(tmp_path: Path) -> None:
+    (tmp_path / "run" / "wandb").mkdir(parents=True)
+    tracker = make_tracker(load_config(), name="a", run_id="a", folder=tmp_path / "run")
+    tracker.close()
+    assert type(tracker) is WandbTracker
 
 
 def test_the_files_of_wandb_are_read(tmp_path: Path) -> None:

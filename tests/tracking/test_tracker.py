@@ -172,8 +172,8 @@ def test_none_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_without_a_key_is_offline_and_says_how_to_sync(tmp_path: Path) -> None:
-    tracker = make_tracker(Config(), name="a", run_id="a", folder=tmp_path)
+def test_offline_says_how_to_sync(tmp_path: Path) -> None:
+    tracker = offline(tmp_path)
     tracker(ended(TRIAL))
     tracker.close()
     assert "offline" in tracker.description
@@ -181,7 +181,7 @@ def test_auto_without_a_key_is_offline_and_says_how_to_sync(tmp_path: Path) -> N
 
 
 def test_where_nothing_was_logged_there_is_nothing_to_sync(tmp_path: Path) -> None:
-    tracker = make_tracker(Config(), name="a", run_id="a", folder=tmp_path)
+    tracker = offline(tmp_path)
     tracker.close()
     assert tracker.description == "W&B: offline, nothing was logged"
 

@@ -191,17 +191,13 @@ class SpyViews:
     def __init__(self, count):
         self.views = Views(jitter=1, count=count)
         self.count, self.at = count, self.views.at
-        self.mixes = False
+        self.is_identity = self.mixes = False
         self.repeated = self.views.repeated
         self.calls = []
 
     def __call__(self, images, index, view):
         self.calls.append((view, index.tolist()))
         return self.views(images, index, view)
-
-    @property
-    def is_identity(self):
-        return False
 
     def inputs(self, data, index, view):
         images = self.views(data.train.images[index], index, view)

@@ -81,6 +81,11 @@ def read_views(
         yield from zip(torch.split(found, parts), torch.split(own, parts), strict=True)
 
 
+def _picked(labels: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    at = index.to(labels.device, non_blocking=True)
+    return labels.index_select(0, at).to(device, non_blocking=True)
+
+
 def _groups(sizes: Sequence[int], values: int | None) -> list[range]:
     """Return ranges of batches that are augmented together.
 

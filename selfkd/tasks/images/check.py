@@ -59,7 +59,8 @@ def check_images(
     splits = {"train": data.train, "val": data.val, "test": data.test}
     notes = [data.note] if data.note else []
     own = config.data
-    if own.augment != AugmentConfig() or own.repeats > 1 or own.views == "fresh":
+    new = own.augment != AugmentConfig() or own.repeats > 1 or own.views == "fresh"
+    if new and not task.views.is_identity:
         notes.append(f"images: {describe_views(task.views, repeats=config.data.repeats)}")
     prints = {
         "train": data.fingerprint,

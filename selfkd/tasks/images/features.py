@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfkd.data.batches import standardised
+from selfkd.data.normalise import standardised
 
 
 def feature_inputs(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from selfkd.config import Config, DataConfig, ModelConfig, Tree, from_tree
 from selfkd.config.names import describe_classes
 from selfkd.config.schema import TransferConfig
+from selfkd.config.speed import with_speed
 from selfkd.data import Data, load_data
 from selfkd.data.load import load_rest
 from selfkd.data.transfer import FOLDER, TransferSet, load_transfer
@@ -28,9 +29,10 @@ from selfkd.storage.checkpoint import save_tensors
 from selfkd.storage.files import inside
 from selfkd.storage.remote import as_path
 from selfkd.storage.rows import load_row
-from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint
 from selfkd.tasks.images.augment import make_views
 from selfkd.tasks.task import SPLITS, ModelFacts, Split
+from selfkd.training.device import precision_of, prepare_device
 
 LARGEST_ARGUMENT = 10_000
 """Largest number in the arguments of a foreign network, unless its tensors are larger."""
@@ -116,8 +118,9 @@ class ImageNetworks:
     """The images of a config, and networks for them."""
 
     def __init__(self, tree: Tree) -> None:
-        self.config: Config = from_tree(tree)
+        self.config: Config = with_speed(from_tree(tree))
         self.device = prepare_device(self.config)
+        self.precision = precision_of(self.config.train.amp, self.device)
         self.data = _load_data(self.config.data, self.config.seed, self.device)
         self.fingerprint = self.data.fingerprint
         # the bias of classes without training images is fitted on validation

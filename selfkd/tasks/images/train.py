@@ -20,6 +20,7 @@ from selfkd.distill.teacher import Ensemble
 from selfkd.errors import NonFiniteLossError
 from selfkd.results import Row
 from selfkd.soft_targets.joined import EachView, open_joined
+from selfkd.soft_targets.resident import resident
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
     Targets,
@@ -161,7 +162,8 @@ def _training(
         generator=torch.Generator().manual_seed(seed),
         projections=projections,
         device=task.device,
-        precision=options.amp,
+        precision=task.precision,
+        channels_last=bool(options.channels_last),
     )
 
 
@@ -189,6 +191,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             temperature=distill.temperature,
             alpha=distill.alpha,
             label_smoothing=smoothing,
+            quick=bool(task.config.train.fused),
         )
     if not teachers:
         return Distiller(label_smoothing=smoothing)
@@ -197,10 +200,13 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
     if distill.runs_teacher:
         with torch.random.fork_rng(devices=[]):  # what is drawn does not depend on it
             members = [task.teacher(member["checkpoint"]) for member in teachers]
+        if task.config.train.channels_last:
+            for member in members:
+                member.module.to(memory_format=torch.channels_last)
         teacher = Ensemble(members)
     else:
         transfer = task.transfer if mixes_transfer(trial, transform) else None
-        stored = open_joined(
+        found = open_joined(
             trial.targets,
             [member["hash"] for member in teachers],
             data=task.data_key,
@@ -208,7 +214,8 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             average=distill.average,
             weights=weights,
         )
-        stored = stored if task.config.data.repeats == 1 else EachView(stored)
+        kept = resident(found, task.device) if transform == "none" else found
+        stored = kept if task.config.data.repeats == 1 else EachView(kept)
         if distill.average == "logits":  # by the store, once
             weights = None
     if transform != "none" and stored is not None:
@@ -228,6 +235,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             terms=terms,
             student=learner,
             example=example,
+            quick=bool(task.config.train.fused),
         )
 
 

@@ -14,6 +14,7 @@ from selfkd.distill.outputs import take_logits
 from selfkd.losses.moving import send, valid_rows
 from selfkd.losses.sequences import TokenTeacher, sequence_terms
 from selfkd.soft_targets.joined import Rows, open_joined
+from selfkd.soft_targets.resident import resident
 from selfkd.soft_targets.tokens import gathered
 from selfkd.soft_targets.transforms import (
     ConfidenceWeighted,
@@ -86,7 +87,7 @@ def make_loss(
         if transform == "confidence":
             weighted = ConfidenceWeighted(stored, **averaging, label_smoothing=smoothing)
             return partial(_confidence_loss, weighted)
-        cached: Cached = stored
+        cached: Cached = resident(stored, task.device) if transform == "none" else stored
         if transform != "none":  # of the average
             cached, temperature = transform_targets(
                 stored,
@@ -214,7 +215,7 @@ def _live_targets(task: TextNetworks, networks: Sequence[nn.Module]) -> Targets:
 
     @torch.no_grad()
     def targets(batch: Batch) -> Tensor:
-        with autocast(task.device, task.config.train.amp):
+        with autocast(task.device, task.precision):
             found = [take_logits(network(batch.inputs), "teacher") for network in networks]
         return found[0] if len(found) == 1 else torch.stack(found)
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from selfkd.config import Config, ModelConfig, Tree, from_tree
 from selfkd.config.schema import HF
+from selfkd.config.speed import with_speed
 from selfkd.distill.outputs import take_logits
 from selfkd.losses.moving import send, valid_rows
 from selfkd.models import parameters_count
 from selfkd.results.row import ROW, Row
 from selfkd.soft_targets.manifest import data_key
 from selfkd.storage.checkpoint import save_tensors
-from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint, prepare_device
+from selfkd.tasks.common import check_class_mean, check_top_k, open_checkpoint
 from selfkd.tasks.task import SPLITS, ModelFacts, Pool, Split
 from selfkd.tasks.text import check_installed
 from selfkd.tasks.text.cached import choose_samples
@@ -36,6 +37,7 @@ from selfkd.tasks.text.pretrained import (
 )
 from selfkd.tasks.text.tokenizer import read_tokenizer
 from selfkd.tasks.text.transfer import TransferText, load_transfer_text
+from selfkd.training.device import precision_of, prepare_device
 from selfkd.training.predict import autocast
 
 EVAL_VALUES = 2**22
@@ -63,8 +65,9 @@ class TextNetworks:
 
     def __init__(self, tree: Tree) -> None:
         check_installed()
-        self.config: Config = from_tree(tree)
+        self.config: Config = with_speed(from_tree(tree))
         self.device = prepare_device(self.config)
+        self.precision = precision_of(self.config.train.amp, self.device)
         models = [self.config.model, *self.config.students]
         for path in [model.args.get("path") for model in models if model.name == HF]:
             if path in (None, self.config.data.tokenizer):  # said of the model, not its tokenizer
@@ -175,7 +178,7 @@ class TextNetworks:
         size = max(1, EVAL_VALUES // (tokens.context * self.data.vocabulary))
         for start in range(windows.start, windows.stop, size):
             batch = torch.arange(start, min(start + size, windows.stop))
-            with autocast(self.device, self.config.train.amp):
+            with autocast(self.device, self.precision):
                 inputs = send(tokens.inputs(batch), self.device)
                 logits = take_logits(network(inputs), "model")
             valid = tokens.rows(batch) < len(tokens)

@@ -13,6 +13,7 @@ from selfkd.config import TrainConfig
 from selfkd.tasks.text.batches import Batch, Order
 from selfkd.tasks.text.data import IGNORED, Tokens
 from selfkd.tasks.text.generate import BATCH, generate
+from selfkd.training.device import precision_of
 from selfkd.training.predict import autocast
 
 STEPS = 8
@@ -90,7 +91,7 @@ class Writer:
     def _write(self, count: int) -> None:
         prompts = self._data.prompts(self._order(self._written, count).tolist())
         device = str(next(self._student.parameters()).device)
-        with autocast(device, self._options.amp):
+        with autocast(device, precision_of(self._options.amp, device)):
             written = generate(
                 self._student,
                 prompts,

@@ -204,7 +204,7 @@ def try_terms(
 
     def compute(own: Config, teacher: nn.Module) -> None:
         further = FurtherTerms(task, own, student, [teacher], weights=None, seed=0)
-        with autocast(task.device, task.config.train.amp):
+        with autocast(task.device, task.precision):
             logits = take_logits(student(batch.inputs), "student")
             found = further.run(_of_batch(teacher), batch)
         further(logits, found, batch)

@@ -32,6 +32,7 @@ from selfkd.tasks.text.networks import TextNetworks
 from selfkd.tasks.text.on_policy import Writer, is_on_policy
 from selfkd.tasks.text.terms import FurtherTerms, make_further
 from selfkd.tasks.text.write import training_text
+from selfkd.training.device import precision_of
 from selfkd.training.fit import Training, check_finite, descend
 from selfkd.training.optimizers import make_average
 from selfkd.training.predict import autocast
@@ -121,7 +122,7 @@ def _training(
         average=make_average(student, decay=options.ema) if options.ema is not None else None,
         generator=torch.Generator(),  # the order is a function of seed and step
         device=device,
-        precision=options.amp,
+        precision=precision_of(options.amp, device),
     )
 
 

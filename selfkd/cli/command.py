@@ -36,9 +36,8 @@ from selfkd.cli.signals import (
     say_stopped,
 )
 from selfkd.cli.terminal import make_console, print_lines, print_sentences, print_table
-from selfkd.config import Config, load_config, merge_settings, refuse_foreign, remember
+from selfkd.config import Config, load_config, merge_settings, refuse_foreign, remember, with_speed
 from selfkd.config.paths import relative_paths, with_absolute_paths
-from selfkd.config.speed import with_speed
 from selfkd.errors import ConfigError, LockedError, RayLostError
 from selfkd.experiments.arms import Run
 from selfkd.experiments.run_folder import RunFolder

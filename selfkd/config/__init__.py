@@ -40,4 +40,5 @@ from selfkd.config.schema import flat as flat
 from selfkd.config.schema import from_tree as from_tree
 from selfkd.config.schema import get as get
 from selfkd.config.schema import to_tree as to_tree
+from selfkd.config.speed import with_speed as with_speed
 from selfkd.config.tasks import OF_TASK as OF_TASK

@@ -1,12 +1,17 @@
 """An epoch of selfkd's training beside one of the best loop that is written by hand.
 
-    python tests/benchmarks/step.py [--root MNIST] [--seconds 200] [--only digits]
+    python tests/benchmarks/step.py [--root MNIST] [--seconds 120] [--only digits] [--compile all]
+    python tests/benchmarks/step.py --table [--device cuda]
 
 Both train the same network on the same images in one process and on one thread, one epoch of each
 after the other and the first of each pair in turn, and the processor's time is taken: other work on
 the machine hits both. Ratios are of the epochs of one pair, their median with its quartiles.
 
-`python tests/benchmarks/step.py --table` measures what the table of defaults is made from.
+Ways: labels; cached logits of one teacher; those of ten, averaged; a live teacher.
+Columns: the defaults, bfloat16 where the processor computes in it, and `torch.compile` of both.
+
+`--table` measures each setting of selfkd's own against neither of them: what the table of defaults,
+`selfkd.config.speed`, is made from.
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,13 +57,25 @@ class Case:
     images: int
     val: int
     batch_size: int
+    share: float = 1.0
+    optimizer: str = "sgd"
 
 
 CASES = (
     Case("digits CNN", "selfkd_cnn", {"width": 16}, (1, 8), 200, 400, 20),
-    Case("MNIST MLP", "selfkd_mlp", {"width": 800, "depth": 2}, (1, 28), 2560, 512, 128),
-    Case("ResNet-8", "selfkd_resnet8", {}, (3, 32), 512, 128, 128),
-    Case("ResNet-20", "selfkd_resnet20", {}, (3, 32), 256, 64, 128),
+    Case("MNIST MLP", "selfkd_mlp", {"width": 800, "depth": 2}, (1, 28), 1280, 256, 128),
+    Case("ResNet-8", "selfkd_resnet8", {}, (3, 32), 256, 64, 128, share=1.5),
+    Case("ResNet-20", "selfkd_resnet20", {}, (3, 32), 128, 32, 128, share=2.0),
+)
+VIT = Case(
+    "ViT-Tiny",
+    "vit_tiny_patch16_224",
+    {"img_size": 32, "patch_size": 4},
+    (3, 32),
+    32,
+    16,
+    32,
+    optimizer="adamw",
 )
 
 
@@ -116,12 +134,23 @@ class Settings:
 
 
 def ours(
-    case: Case, data: Data, way: Way, settings: Settings, targets: object, teacher: nn.Module
+    case: Case,
+    data: Data,
+    way: Way,
+    settings: Settings,
+    targets: object,
+    teacher: nn.Module | None,
+    device: str = "cpu",
 ) -> Iterator[object]:
     """Return selfkd's epochs."""
-    student = network(case)
+    student = network(case).to(device)
     optimizer = make_optimizer(
-        student, name="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4, fused=settings.fused
+        student,
+        name=case.optimizer,
+        lr=0.05 if case.optimizer == "sgd" else 1e-3,
+        momentum=0.9,
+        weight_decay=5e-4,
+        fused=settings.fused,
     )
     schedule = make_scheduler(
         optimizer,
@@ -137,7 +166,10 @@ def ours(
         generator=torch.Generator().manual_seed(0),
         precision="bfloat16" if settings.half else "none",
         channels_last=settings.channels_last,
+        device=device,
     )
+    if teacher is not None and settings.channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)
     source = {"labels": {}, "live": {"teacher": teacher}}.get(way, {"targets": targets})
     distiller = Distiller(**source, temperature=TEMPERATURE, alpha=ALPHA, quick=settings.fused)
     return fit(
@@ -197,78 +229,126 @@ def cached(case: Case, data: Data, members: int, root: Path) -> tuple[Tensor, ob
 class Pair:
     """Two loops that take turns."""
 
-    name: tuple[str, str, str]
+    name: str
     loops: tuple[Iterator[object], Iterator[object]]
     steps: int
+    wanted: float | None
+    share: float
+    """Share of the time."""
     seconds: list[tuple[float, float]]
+    clock: Callable[[], float] = time.process_time
 
     def turn(self, number: int) -> float:
         """Run an epoch of each, the other first at every second turn; return their seconds."""
         spent = [0.0, 0.0]
         for which in (0, 1) if number % 2 else (1, 0):
-            start = time.process_time()
+            start = self.clock()
             next(self.loops[which])
-            spent[which] = time.process_time() - start
+            spent[which] = self.clock() - start
         self.seconds.append((spent[0], spent[1]))
         return sum(spent)
 
-    def describe(self) -> tuple[str, float]:
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios."""
+        return statistics.median(a / b for a, b in self.seconds)
+
+    def describe(self) -> str:
         """Return milliseconds a step of both, and the ratio with its quartiles."""
         mine, theirs = (statistics.median(times) for times in zip(*self.seconds, strict=True))
         ratios = [a / b for a, b in self.seconds]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        text = f"{mine / self.steps * 1e3:8.3f} {theirs / self.steps * 1e3:8.3f} ms a step"
-        return f"{text}   {middle:.3f} [{low:.3f}, {high:.3f}] of {len(ratios)}", middle
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        text = f"{mine / self.steps * 1e3:9.3f} {theirs / self.steps * 1e3:9.3f} ms a step"
+        text += f"   {middle:.3f} [{low:.3f}, {high:.3f}] of {len(ratios)}"
+        if self.wanted is not None:
+            text += f"   (at most {self.wanted}{'' if middle <= self.wanted else ': MISSED'})"
+        return f"{self.name:30} {text}"
+
+
+def measure(pairs: list[Pair], seconds: float) -> None:
+    """Let pairs take turns until each has had its share of the time; the first turn is dropped."""
+    for pair in pairs:
+        pair.turn(0)
+        pair.seconds.clear()
+    gc.collect()
+    gc.freeze()  # what is collected later is of the loops
+    whole = sum(pair.share for pair in pairs)
+    left = {pair.name: seconds * pair.share / whole for pair in pairs}
+    for number in itertools.count(1):
+        waiting = [pair for pair in pairs if left[pair.name] > 0 or len(pair.seconds) < 3]
+        if not waiting:
+            return
+        for pair in waiting:
+            left[pair.name] -= pair.turn(number)
+
+
+def compare(case: Case, options: argparse.Namespace, folder: Path) -> Iterator[Pair]:
+    """Yield selfkd's loop and the one by hand, for each way and column of a case."""
+    data = load(case, options.root)
+    one, ten = cached(case, data, 1, folder), cached(case, data, 10, folder)
+    columns = [(way, "", Settings()) for way in options.ways]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        columns.append(("labels", "bf16", Settings(half=True)))
+    if options.compile == "all" or (options.compile == "small" and case in CASES[:2]):
+        columns.append(("labels", "compiled", Settings(compiled=True)))
+    for way, column, settings in columns:
+        logits, targets = ten if way == "ten" else one
+        mine = ours(case, data, way, settings, targets, network(case, seed=1))
+        theirs = plain(case, data, way, settings, logits, network(case, seed=1))
+        name = " ".join(filter(None, (case.name, way, column)))
+        wanted = WANTED.get(way) if not column else None
+        steps = -(-case.images // case.batch_size)
+        yield Pair(name, (mine, theirs), steps, wanted, case.share, [])
+
+
+def settle(case: Case, options: argparse.Namespace) -> Iterator[Pair]:
+    """Yield selfkd's own loop with settings of speed beside itself without any."""
+    data = load(case, options.root).to(options.device)
+    cuda = options.device == "cuda"
+    clock = partial(synchronised, torch.cuda.synchronize) if cuda else time.process_time
+    for column in (Settings(fused=False), Settings(channels_last=False), Settings()):
+        loops = [
+            ours(case, data, "labels", settings, None, None, options.device)
+            for settings in (column, Settings(channels_last=False, fused=False))
+        ]
+        said = [n for n in ("channels_last", "fused") if getattr(column, n)]
+        steps = -(-case.images // case.batch_size)
+        name = f"{case.name}: {' + '.join(said)}"
+        yield Pair(name, (loops[0], loops[1]), steps, None, case.share, [], clock)
+
+
+def synchronised(wait: Callable[[], None]) -> float:
+    """Return the clock's time when a GPU has done what it was given."""
+    wait()
+    return time.perf_counter()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default=os.environ.get("SELFKD_DATA"))
-    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--only", default="", help="beginning of a case's name")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--compile", default="small", choices=["none", "small", "all"])
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread")
-    cases = [case for case in CASES if case.name.startswith(options.only)]
+    cases = (*CASES, VIT) if options.table else CASES
+    cases = [case for case in cases if case.name.startswith(options.only)]
     with tempfile.TemporaryDirectory() as folder:
-        pairs = list(
-            itertools.chain.from_iterable(
-                pairs_of(case, options.ways, options.root, Path(folder)) for case in cases
+        pairs = [
+            pair
+            for case in cases
+            for pair in (
+                settle(case, options) if options.table else compare(case, options, Path(folder))
             )
-        )
-        for pair in pairs:
-            pair.turn(0)
-            pair.seconds.clear()
-        gc.collect()
-        gc.freeze()
-        left = {id(pair): options.seconds / len(pairs) for pair in pairs}
-        number = 0
-        while waiting := [pair for pair in pairs if left[id(pair)] > 0]:
-            number += 1
-            for pair in waiting:
-                left[id(pair)] -= pair.turn(number)
+        ]
+        measure(pairs, options.seconds)
+    print(f"{'':30} {'selfkd':>9} {'neither' if options.table else 'by hand':>9}")
     for pair in pairs:
-        text, ratio = pair.describe()
-        wanted = WANTED.get(pair.name[1]) if pair.name[2] == "" else None
-        note = (
-            "" if wanted is None else f"  (at most {wanted}{'' if ratio <= wanted else ': MISSED'})"
-        )
-        print(f"{' '.join(pair.name):34} {text}{note}")
-
-
-def pairs_of(case: Case, ways: list[Way], root: str | None, folder: Path) -> Iterator[Pair]:
-    """Yield selfkd's loop and the one by hand, for each way and column."""
-    data = load(case, root)
-    one, ten = cached(case, data, 1, folder), cached(case, data, 10, folder)
-    steps = -(-case.images // case.batch_size)
-    for way in ways:
-        logits, targets = ten if way == "ten" else one
-        for name, settings in {"": Settings()}.items():
-            teacher = network(case, seed=1)
-            mine = ours(case, data, way, settings, targets, teacher)
-            theirs = plain(case, data, way, settings, logits, teacher)
-            yield Pair((case.name, way, name), (mine, theirs), steps, [])
+        print(pair.describe())
 
 
 if __name__ == "__main__":

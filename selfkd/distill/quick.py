@@ -80,7 +80,14 @@ class SoftTargetRows:
 def soft_targets_of(
     logits: object, temperature: float, average: Average, weights: Sequence[float] | None
 ) -> Tensor | None:
-    """Return the soft targets of logits; None of what is refused, or not all logits."""
+    """Return the soft targets of logits; None of what is refused, or not all logits.
+
+    Args:
+        logits: Logits of one teacher or of several, or what is cached of the largest.
+        temperature: Temperature T.
+        average: What of several teachers is averaged.
+        weights: Weights of the teachers.
+    """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         return None
     if logits.ndim not in (2, 3) or not logits.numel():
@@ -102,7 +109,16 @@ def quick_terms(
     alpha: float,
     label_smoothing: float,
 ) -> dict[str, Tensor] | None:
-    """Return the terms by name; None where the logits are not of one shape or the loss is NaN."""
+    """Return the terms by name; None where the shapes differ or the loss is NaN, and why is asked.
+
+    Args:
+        student_logits: Logits `[batch, classes]`.
+        rows: Soft targets `[batch, classes]`, on any device.
+        labels: Class indices `[batch]`, or probabilities `[batch, classes]`.
+        temperature: Temperature T.
+        alpha: Weight of the soft term.
+        label_smoothing: Share of the labels' mass spread over all classes.
+    """
     if rows.shape != student_logits.shape:
         return None
     terms = few_classes_terms(

@@ -25,7 +25,7 @@ MOST = 200
 """Most classes of which it is faster than `fused_terms` on a CPU."""
 HOTTEST = 32.0
 """Highest temperature at which it is as exact: T^2 times the difference of two entropies, each of
-which is rounded, is off by 1e-4 there and by a tenth at 1,000."""
+which is rounded, is off by 5e-5 there and by 0.05 at 1,000."""
 
 
 def few_classes_terms(

@@ -37,7 +37,7 @@ def summary_table(summary: GenerationsSummary, metric: str) -> Table:
     rows = [
         (
             str(result.generation),
-            *_replicated(confirmed.get(result.generation), result, metric),
+            *_replicated(confirmed.get(result.generation), result, metric, alone=summary.alone),
             *_setting(result),
             sizes.get(result.generation, ""),
         )
@@ -70,7 +70,11 @@ def _title(summary: GenerationsSummary, metric: str) -> str:
 
 
 def _replicated(
-    row: Confirmation | ControlResult | None, result: GenerationResult | None, metric: str
+    row: Confirmation | ControlResult | None,
+    result: GenerationResult | None,
+    metric: str,
+    *,
+    alone: bool = False,
 ) -> tuple[str, str]:
     """Return the mean over fresh seeds and the gain over generation 0, else the chosen model's."""
     if row is not None:
@@ -78,7 +82,8 @@ def _replicated(
     if result is None:
         return "", ""
     tested = f"test_{metric}" if f"test_{metric}" in result.metrics else metric
-    return words.value(result.metric(tested), tested), ""
+    one = " (one model)" if alone else ""  # beside means over fresh seeds
+    return f"{words.value(result.metric(tested), tested)}{one}", ""
 
 
 def _setting(result: GenerationResult) -> tuple[str, str]:

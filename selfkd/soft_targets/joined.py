@@ -139,7 +139,8 @@ def joined(parts: Sequence[Rows], places: Tensor) -> Rows:
     def join(tensors: Sequence[Any]) -> Any:
         if not all(isinstance(tensor, Tensor) for tensor in tensors):  # known of some rows only
             return None
-        return torch.cat(list(tensors), dim=axis).index_select(axis, back)
+        whole = torch.cat(list(tensors), dim=axis)
+        return whole.index_select(axis, back.to(whole.device, non_blocking=True))
 
     if isinstance(first, Tensor):
         found: Tensor = join(parts)

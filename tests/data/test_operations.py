@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from selfkd.data.augmentation import Operations, Views, random_bits
+from selfkd.data.augmentation import Operations, Views, operations, random_bits
 from selfkd.data.augmentation.operations import BINS, NAMES, ONE, apply, turned
 
 TORCHVISION = {"randaugment": v2.RandAugment(), "trivialaugment": v2.TrivialAugmentWide()}
@@ -63,6 +63,15 @@ def test_an_operation_changes_its_own_image_alone(name):
     assert torch.equal(found[[0, 2]], images[[0, 2]])
     changed = not torch.equal(found[1], images[1])
     assert changed == (name != "identity")
+
+
+@pytest.mark.parametrize("kind", TORCHVISION)
+def test_a_gpu_applies_the_same_steps_to_all_images(monkeypatch, kind):
+    images = make_image().expand(300, -1, -1, -1)
+    views, index = Views(operations=Operations(kind), seed=2), torch.arange(300)
+    expected = views(images, index, 0)
+    monkeypatch.setattr(operations, "_where", lambda chosen, step, *values: step(*values))
+    assert torch.equal(views(images, index, 0), expected)
 
 
 @pytest.mark.parametrize("value", [0, 7, 255])

@@ -12,6 +12,7 @@ import pytest
 from engine import Recorder, StopAfter, make_run, without_clock
 from scipy import stats
 
+from selfkd.cli.tables import summary_table
 from selfkd.config import Config, load_config, to_tree
 from selfkd.errors import ConfigError, RunError
 from selfkd.experiments.arms import Arm, confirm_seeds
@@ -394,6 +395,8 @@ def test_without_a_baseline_the_later_generations_alone_are_replicated(
     assert summary.verdict is None
     assert summary.controls == ()
     assert headline(summary).startswith("not compared with labels only")
+    measured = [row[1] for row in summary_table(summary, "accuracy").rows]
+    assert [text.endswith("(one model)") for text in measured[:3]] == [True, False, False]
     assert finished(config, folder) == summary
     with_it = config_of(*settings)
     assert finished(with_it, folder) is None

@@ -1,11 +1,12 @@
 """RandAugment, TrivialAugment and colour jitter on uint8 images, in integers.
 
-Each image of a batch has its own operation and magnitude. All images pass through the same few
-steps, with the parameters of the identity where an image has drawn another operation, so that
-nothing depends on what is in a batch and no step waits for a GPU.
+Each image of a batch has its own operation and magnitude. Images pass through the same few steps,
+with the parameters of the identity where an image has drawn another operation, so that nothing
+depends on what is in a batch and no step waits for a GPU.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -122,9 +123,25 @@ def apply(images: Tensor, names: Tensor, signs: Tensor, levels: Tensor, *, kind:
     table = torch.tensor(_parameters(kind, *images.shape[2:]))
     number = (names * 2 + signs) * BINS + levels
     own = table.to(images.device, non_blocking=True).index_select(0, number)
-    images = _moved(images, own[:, :_FACTOR])
-    images = _blended(images, names, own[:, _FACTOR])
-    return _looked_up(images, names, own[:, _MASK], own[:, _THRESHOLD])
+    images = _where(names < _BRIGHTNESS, _moved, images, own[:, :_FACTOR])
+    factors = (names >= _BRIGHTNESS) & (names <= _SHARPNESS)
+    images = _where(factors, _blended, images, names, own[:, _FACTOR])
+    tables = names > _SHARPNESS
+    return _where(tables, _looked_up, images, names, own[:, _MASK], own[:, _THRESHOLD])
+
+
+def _where(chosen: Tensor, step: Callable[..., Tensor], images: Tensor, *values: Tensor) -> Tensor:
+    """Apply a step to some of the images; it leaves all others as they are.
+
+    A GPU, which one would have to wait for to know how many they are, applies it to all.
+    """
+    if images.device.type != "cpu":
+        return step(images, *values)
+    rows = chosen.nonzero()[:, 0]
+    if not len(rows):
+        return images
+    some = (tensor.index_select(0, rows) for tensor in (images, *values))
+    return images.index_copy(0, rows, step(*some))
 
 
 @lru_cache(maxsize=16)

@@ -389,7 +389,7 @@ class Distiller:
             return None
         terms = few_classes_terms(
             student_logits,
-            rows.to(student_logits.device),
+            send(rows, student_logits.device),
             labels,
             temperature=self.temperature,
             alpha=self.alpha,

@@ -22,6 +22,7 @@ from ray.util.placement_group import placement_group_table
 from selfkd.errors import RayLostError, describe_error
 from selfkd.execution.group import TRAIN, Group, JobError, Room, WorkerLostError
 from selfkd.execution.jobs import EarlyStopping, Job, Jobs, load_entry
+from selfkd.execution.ray_private import keep_registered
 from selfkd.execution.scheduler import (
     MAX_FAILURES,
     JobSearcher,
@@ -156,6 +157,7 @@ class Pool:
         group = None if workers == 1 else (workers, cpu, gpu)
         own = {"cpu": cpu, "gpu": gpu} if group is None else COORDINATOR
         self._failure: BaseException | None = None
+        keep_registered()
         self._folder = TemporaryFolder("selfkd-tune-")
         self._tuner = tune.Tuner(
             tune.with_resources(Worker, own),

@@ -26,6 +26,7 @@ from ray._raylet import NodeID
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
 from ray.experimental import internal_kv as internal_kv
+from ray.tune.registry import _global_registry
 
 # isort: split
 import psutil  # type: ignore[import-untyped]  # where it is not installed, Ray brings it
@@ -35,6 +36,34 @@ SOCKET_BYTES = 103  # longest path of a socket, on any system
 _SOCKETS = Path("/proc/net/unix")
 _DEATHS = ("Raylet is terminated", "has been marked dead", "Some workers of the worker process")
 _SOCKET = "session_0000-00-00_00-00-00_000000_0000000/sockets/plasma_store"
+
+
+def keep_registered() -> None:
+    """Let Tune's registry remember what this process has read of it.
+
+    Tune asks the head for the class of its workers several times a trial, a quarter of its time.
+    """
+    if "get" in vars(_global_registry):
+        return
+    register, contains, get = (
+        getattr(_global_registry, name) for name in ("register", "contains", "get")
+    )
+    known: dict[tuple[str, str], Any] = {}
+
+    def register_anew(category: str, key: str, value: Any) -> None:
+        register(category, key, value)
+        known.pop((category, key), None)
+
+    def get_once(category: str, key: str) -> Any:
+        if (category, key) not in known:
+            known[category, key] = get(category, key)
+        return known[category, key]
+
+    def contains_or_asks(category: str, key: str) -> bool:
+        return (category, key) in known or contains(category, key)
+
+    methods = {"register": register_anew, "contains": contains_or_asks, "get": get_once}
+    vars(_global_registry).update(methods)
 
 
 def temporary_folder() -> Path:

@@ -244,7 +244,8 @@ class Run:
 
     def _payload(self, arm: Arm, number: int, point: Point) -> Row:
         point = {**arm.point, **point}
-        own = self.config.at(point)
+        # without the points of its search, which are as many as there are trials
+        own = replace(self.config, search=replace(self.config.search, points=[])).at(point)
         if uses_pretrained(own) and not uses_pretrained(self.config):
             raise RunError(f"{point} must not be pretrained, as the config is not")
         model = arm.network(own, number)

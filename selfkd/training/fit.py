@@ -20,6 +20,7 @@ from selfkd.data.batches import batch_sizes
 from selfkd.distill.distiller import Loss
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.errors import NonFiniteLossError
+from selfkd.training.optimizers import put_channels_last
 from selfkd.training.predict import Precision, autocast, evaluate
 from selfkd.training.ranks import ALONE, Ranks, smallest_batch
 
@@ -69,7 +70,7 @@ class Training:
         self.channels_last &= any(weight.ndim == 4 for weight in self.student.parameters())
         if self.channels_last:
             for network in (self.student, *([] if self.average is None else [self.average])):
-                network.to(memory_format=torch.channels_last)
+                put_channels_last(network)
 
     @property
     def best(self) -> nn.Module:

@@ -22,7 +22,7 @@ from selfkd.tasks.text.task import TextTask
 SETTINGS = [
     "data={name: text, context: 12, tokenizer: chars}",
     "model={name: selfkd_gpt, args: {depth: 1, width: 8, heads: 2}}",
-    "train={steps: 6, epochs: 2, batch_size: 8, warmup_steps: 0, optimizer: sgd}",
+    "train={steps: 6, epochs: 2, batch_size: 8, warmup_steps: 0, optimizer: sgd, fused: true}",
     "checkpoint={seconds: null, epochs: 1}",
 ]
 LAYERS = (

@@ -41,7 +41,7 @@ from selfkd.tasks.images.specialists import Specialist, relabel, specialist_spli
 from selfkd.tasks.images.terms import terms_of
 from selfkd.training.compiling import Graphs
 from selfkd.training.fit import Training, fit
-from selfkd.training.optimizers import make_average, make_scheduler
+from selfkd.training.optimizers import make_average, make_scheduler, put_channels_last
 from selfkd.training.ranks import smallest_batch
 from selfkd.training.trial import Trial
 
@@ -205,7 +205,7 @@ def _distiller(task: ImageNetworks, trial: Trial, transform: Transform, learner:
             members = [task.teacher(member["checkpoint"]) for member in teachers]
         if task.config.train.channels_last:
             for member in members:
-                member.module.to(memory_format=torch.channels_last)
+                put_channels_last(member.module)
         teacher = Ensemble(members)
     else:
         transfer = task.transfer if mixes_transfer(trial, transform) else None

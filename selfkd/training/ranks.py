@@ -54,8 +54,8 @@ class Ranks:
     def places(self, count: int) -> Tensor:
         """Return the places in a batch that this rank reads: the first where it has no share.
 
-        >>> Ranks(1, 3).places(10), Ranks(2, 3).places(2)
-        (tensor([4, 5, 6]), tensor([0]))
+        >>> Ranks(1, 3).places(10), Ranks(0, 3).places(2)
+        (tensor([3, 4, 5]), tensor([0]))
         """
         share = self.share(count) or range(1)
         return torch.arange(share.start, share.stop)

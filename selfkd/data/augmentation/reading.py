@@ -67,15 +67,11 @@ def read_views(
         raw = raw.to(device, non_blocking=True)
         count = len(index)
         found = views(raw[:count], index, number)
-        own = labels.index_select(0, index.to(labels.device, non_blocking=True)).to(
-            device, non_blocking=True
-        )
+        own = _picked(labels, index, device)
         if partners is not None and classes is not None:
             other = partners[place]
             others = views(raw[count:], other, number)
-            theirs = labels.index_select(0, other.to(labels.device, non_blocking=True)).to(
-                device, non_blocking=True
-            )
+            theirs = _picked(labels, other, device)
             found, own = views.mixed(found, others, own, theirs, index, number, classes=classes)
         parts = sizes[group.start : group.stop]
         yield from zip(torch.split(found, parts), torch.split(own, parts), strict=True)

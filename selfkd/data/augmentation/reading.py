@@ -85,8 +85,8 @@ def _picked(labels: Tensor, index: Tensor, device: torch.device) -> Tensor:
 def _groups(sizes: Sequence[int], values: int | None) -> list[range]:
     """Return ranges of batches that are augmented together.
 
-    >>> _groups([20, 20, 20, 5], 2**11)
-    [range(0, 1), range(1, 2), range(2, 4)]
+    >>> _groups([20, 20, 20, 5], 2**10)
+    [range(0, 3), range(3, 4)]
     """
     groups, start, together = list[range](), 0, 0
     for number, size in enumerate(sizes):

@@ -13,7 +13,8 @@ train() { # NAME FLAGS: one generation on labels, unless it is there
   local name=$1
   shift
   if [ -e "runs/$name/summary.json" ]; then return; fi
-  python -m selfkd.generations --name "$name" --rounds 0 --trials 1 --seeds 0 --set tracking=none "$@"
+  python -m selfkd.generations --name "$name" --rounds 0 --trials 1 --seeds 0 --set tracking=none \
+    --set train.channels_last=false --set train.fused=false "$@" # as the figures of RESULTS.md were computed
 }
 deploy() { # NAME FLAGS: one thread a process, so that two trials side by side do not wait for each other
   local name=$1

@@ -65,7 +65,7 @@ def _kept(stream: Stream, say: Callable[[str], object]) -> Pixels | None:
     """Return the images from the machine's cache, which they are put into; None if they cannot."""
     numbers = stream.positions.tolist()
     states = stream.pictures.states(numbers)
-    if states is None or sum(size for _, size, _ in states) < LEAST_BYTES:
+    if states is None or sum(size for _, size, *_ in states) < LEAST_BYTES:
         return None
     found = cached_array(
         _name(stream, states),

@@ -21,7 +21,7 @@ FORMAT = 1
 LEAST_FILES = 1000
 """Number of files from which on a listing is kept."""
 
-FolderState = tuple[str, int, int]
+FolderState = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True, config=ROW)
@@ -89,7 +89,7 @@ def keep_listing(
 def _state(folder: str) -> FolderState:
     """Return what changes when a file of a folder is added, removed or renamed."""
     found = os.lstat(folder)
-    return folder, found.st_mtime_ns, found.st_ino
+    return folder, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _states(root: str, names: Collection[str]) -> list[FolderState] | None:
@@ -105,5 +105,5 @@ def _states(root: str, names: Collection[str]) -> list[FolderState] | None:
                 listed = entry.name in names if folder == root else entry.name[0] != "."
                 if listed and entry.is_dir():
                     waiting.append(entry.path)
-    newest = max(changed for _, changed, _ in states)
+    newest = max(changed for _, changed, *_ in states)
     return states if newest < time.time_ns() - FRESH_NS else None

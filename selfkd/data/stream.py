@@ -43,8 +43,9 @@ class Pictures(Protocol):
         """Return what changes with the content of pictures; None where that is not known."""
 
 
-State = tuple[str, int, int]
-"""A file, its size in bytes and the time of its last change in nanoseconds."""
+State = tuple[str, int, int, int]
+"""A file, its size in bytes, and when its content and the file itself were changed last, in
+nanoseconds: the first can be set back, as when files are unpacked, and the second cannot."""
 FRESH_NS = 2 * 10**9
 """Time after a change in which a file may change again without its time being another."""
 
@@ -76,13 +77,13 @@ class Files:
         return f"{self.paths[number]}:{os.stat(self.where(number)).st_size}"
 
     def states(self, numbers: Sequence[int]) -> list[State] | None:
-        """Return path, size and time of the files; None where one has just been written."""
+        """Return path, size and times of the files; None where one has just been written."""
         root, found = os.path.realpath(self.root), []
         for number in numbers:
             path = os.path.join(root, self.paths[number])
             state = os.stat(path)
-            found.append((path, state.st_size, state.st_mtime_ns))
-        newest = max((changed for *_, changed in found), default=0)
+            found.append((path, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+        newest = max((changed for _, _, changed, _ in found), default=0)
         return found if newest < time.time_ns() - FRESH_NS else None
 
 

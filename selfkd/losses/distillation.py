@@ -400,11 +400,7 @@ def check_weights(weights: Sequence[float] | Tensor, members: Tensor) -> list[fl
 
 
 def as_single(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, or wider if it is.
-
-    >>> as_single(torch.zeros(1, dtype=torch.bfloat16)).dtype, as_single(torch.zeros(1)).dtype
-    (torch.float32, torch.float32)
-    """
+    """Return a tensor in float32, or wider if it is."""
     dtype = tensor.dtype
     return (
         tensor if dtype == torch.float32 else tensor.to(torch.promote_types(dtype, torch.float32))

@@ -59,12 +59,6 @@ def few_classes_terms(
     Raises:
         ValueError, TypeError: Same as `distillation_terms`.
 
-    >>> logits = torch.tensor([[2.0, 0.0, -2.0]])
-    >>> targets = torch.tensor([[0.6, 0.3, 0.1]])
-    >>> terms = few_classes_terms(logits, targets, torch.tensor([0]), temperature=2.0, alpha=0.5)
-    >>> [round(term.item(), 4) for term in terms]
-    [0.0908, 0.1429, 0.0386]
-
     Reference:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
         https://arxiv.org/abs/1503.02531

@@ -15,9 +15,6 @@ def send(tensor: Tensor, device: torch.device | str | int) -> Tensor:
     Args:
         tensor: Tensor on any device.
         device: Device to move it to.
-
-    >>> send(torch.ones(2), "cpu")
-    tensor([1., 1.])
     """
     if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
         return tensor.to(device)
@@ -31,9 +28,6 @@ def valid_rows(tensor: Tensor, mask: Tensor, axis: int = 0) -> Tensor:
         tensor: Rows `[…, batch, length, …]`.
         mask: Rows to keep, bool `[batch, length]`, on the CPU or on the device of the rows.
         axis: Dimension of the batch.
-
-    >>> valid_rows(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, False], [True, True]]))
-    tensor([1, 3, 4])
     """
     places = mask.flatten().nonzero()[:, 0].to(tensor.device, non_blocking=True)
     return tensor.flatten(axis, axis + 1).index_select(axis, places)

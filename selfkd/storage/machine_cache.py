@@ -124,7 +124,7 @@ def _limit() -> float:
     Raises:
         ConfigError: The environment variable is no number.
     """
-    given = os.environ.get("SELFKD_CACHE_GB", str(DEFAULT_GB))
+    given = os.environ.get("SELFKD_CACHE_GB") or str(DEFAULT_GB)
     try:
         limit = float(given)
     except ValueError:
@@ -237,7 +237,10 @@ def _make_room(folder: Path, size: int, limit: float) -> None:
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            facts = entry.stat(follow_symlinks=False)
+            try:
+                facts = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # another process has renamed or removed it
+                continue
             left = is_temporary(Path(entry.name)) and time.time() - facts.st_mtime > _SECONDS
             if left or entry.name.endswith((".u8", ".json")):
                 found.append((not left, facts.st_mtime, facts.st_size, entry.path, left))

@@ -81,6 +81,14 @@ def test_change_is_seen(root, made, change, monkeypatch):
     assert len(made) == 3
 
 
+def test_change_is_seen_where_the_time_of_the_folder_is_set_back(root, made):
+    place = root / "train/bee"
+    first, found = facts(root), place.stat()
+    (place / "01.png").unlink()
+    os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert facts(root) != first
+
+
 def test_folder_that_has_just_changed_is_listed_by_each(root, made):
     (root / "train" / "bee").touch()
     facts(root)

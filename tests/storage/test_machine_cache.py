@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -200,6 +201,29 @@ def test_what_a_killed_writer_left_is_removed(cache):
     of("0c" * 16)
     assert not left.exists()
     assert new.exists()
+
+
+def test_file_that_another_process_removes_meanwhile_is_no_fault(monkeypatch, cache):
+    of()
+    seen = machine_cache.is_temporary
+
+    def remove_others(path):
+        for file in cache.glob("*.u8"):
+            file.unlink(missing_ok=True)
+        return seen(path)
+
+    (cache / "a").touch()  # two entries: one of them is gone when it is looked at
+    names = sorted(os.listdir(cache), key=lambda name: name.endswith(".u8"))
+    entries = {entry.name: entry for entry in os.scandir(cache)}
+    listed = contextlib.nullcontext([entries[name] for name in names])
+    monkeypatch.setattr(machine_cache, "is_temporary", remove_others)
+    monkeypatch.setattr(machine_cache.os, "scandir", lambda _: listed)
+    assert np.array_equal(of("0c" * 16), ROWS)
+
+
+def test_empty_limit_is_none_given(monkeypatch):
+    monkeypatch.setenv("SELFKD_CACHE_GB", "")
+    assert np.array_equal(of(), ROWS)
 
 
 def test_plain_data_are_kept(cache):

@@ -226,7 +226,7 @@ def test_there_are_eight_views_where_images_are_augmented(jobs, settings, views)
         ),
         (["data.jitter=8"], "jitter must be less than the image size 8, got 8"),
         (["train.optimizer=sdg"], "train.optimizer must be a timm optimiser (adabelief, "),
-        (["resources.gpu=1"], "resources.gpu must be 0 where torch finds no GPU, got 1.0"),
+        (["resources.gpu=1"], "resources.gpu must be 0 where torch finds no GPU, got 1"),
         (
             ["train.init=teacher", "student={name: selfkd_mlp, args: {width: 8}}"],
             "train.init must be fresh when student differs from model",

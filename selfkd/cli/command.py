@@ -7,8 +7,6 @@ import contextlib
 import importlib
 import json
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +25,7 @@ from selfkd.cli.output import print_error
 from selfkd.cli.plan import Plan
 from selfkd.cli.print_plan import print_plan
 from selfkd.cli.progress import ProgressReporter, end_display
+from selfkd.cli.refusals import refuse_other_encodings, refuse_relative
 from selfkd.cli.signals import (
     INTERRUPTED,
     inside_command,
@@ -37,7 +36,7 @@ from selfkd.cli.signals import (
 )
 from selfkd.cli.terminal import make_console, print_lines, print_sentences, print_table
 from selfkd.config import Config, load_config, merge_settings, refuse_foreign, remember, with_speed
-from selfkd.config.paths import relative_paths, with_absolute_paths
+from selfkd.config.paths import with_absolute_paths
 from selfkd.errors import ConfigError, LockedError, RayLostError
 from selfkd.experiments.arms import Run
 from selfkd.experiments.run_folder import RunFolder
@@ -218,10 +217,11 @@ class Command(Generic[S]):
 
     def _prepare(self, options: Options) -> tuple[RunFolder, Config]:
         flags, settings = options.flags, options.settings
-        _refuse_other_encodings(options)
+        named = {"--config": options.config, "--resume": options.resume, **options.flags}
+        refuse_other_encodings(named | {"--set": " ".join(options.settings)})
         if options.resume is None:
             config = load_config(options.config, settings=settings, flags=flags)
-            _refuse_relative(config, ("storage", config.storage))
+            refuse_relative(config, ("storage", config.storage))
             config = with_speed(with_absolute_paths(config))
             self.check(config)
             stem = (self.stem or config.data.name).replace("/", "-")
@@ -234,7 +234,7 @@ class Command(Generic[S]):
             remember(config)
             numbered = config.name is None
             return RunFolder.create(path, config, command=self.name, numbered=numbered), config
-        _refuse_relative(None, (self.flag, str(options.resume)))
+        refuse_relative(None, (self.flag, str(options.resume)))
         place = as_path(options.resume)
         folder, stored = RunFolder.open(place, flag=self.flag, of_file=self.of_file)
         if self.check_folder is None:
@@ -248,7 +248,7 @@ class Command(Generic[S]):
             config = load_config(options.config, settings=settings, flags=flags)
         else:
             config = merge_settings(stored, settings=settings, flags=flags)
-        _refuse_relative(config)
+        refuse_relative(config)
         config = with_speed(with_absolute_paths(config), stored)
         folder.check_change(stored, config, free=self.free)
         if not options.config:
@@ -392,38 +392,6 @@ def load_line(folder: RunFolder, *, own: bool = False) -> str:
     """
     more = ", make_model=YOUR_FUNCTION" if own else ""
     return f"load:    model = selfkd.load({json.dumps(str(folder.path))}{more})"
-
-
-def _refuse_relative(config: Config | None, *named: tuple[str, str | None]) -> None:
-    surroundings = ("SELFKD_DATA", os.environ.get("SELFKD_DATA"))
-    faults = relative_paths(config, surroundings, *named) if inside_job() else []
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
-def _refuse_other_encodings(options: Options) -> None:
-    """Refuse names that are no UTF-8, which neither Ray nor W&B has a way to pass on."""
-    try:
-        working = os.getcwd()
-    except OSError as error:
-        raise ConfigError(
-            f"the working folder must be there, got one that was removed ({error.strerror}): "
-            "go to another with cd"
-        ) from None
-    named = {"the working folder": working, "--config": options.config}
-    named |= {"--resume": options.resume, "--set": " ".join(options.settings), **options.flags}
-    for name, value in named.items():
-        if any(0xD800 <= ord(character) < 0xE000 for character in str(value)):
-            raise ConfigError(f"{name} must be UTF-8, got {value}{_of_another_locale(value)}")
-
-
-def _of_another_locale(value: object) -> str:
-    """Return the way out where a text is UTF-8, and the locale of this process is not."""
-    try:
-        os.fsencode(str(value)).decode("utf-8")
-    except UnicodeError:
-        return ""
-    return f", by a locale of {sys.getfilesystemencoding()}: set PYTHONUTF8=1"
 
 
 def _import_the_rest() -> None:

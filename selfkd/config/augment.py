@@ -59,7 +59,7 @@ _WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
 
 def _repeats_faults(config: Config) -> Iterator[tuple[str, str]]:
     data, repeats = config.data, config.data.repeats
-    if repeats == 1:
+    if repeats == 1 or config.task == "text":  # which has none at all
         return
     if not is_augmented(config):
         yield "data.repeats", f"must be 1 without augmentation, got {repeats}: set data.augment"

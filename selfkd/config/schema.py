@@ -129,7 +129,8 @@ class AugmentConfig:
     shift of an eighth of the image, or, of images of 64 pixels or more, a random resized crop of at
     least 0.35 of the area; `data.jitter` or `data.crop` take their place where they are set.
     strong: light, `operations: randaugment`, `erase: 0.25`, `mixup: 0.8`, `cutmix: 1.0` and
-    `mix_probability: 0.5`. `data.augment: strong` is short for it."""
+    `mix_probability: 0.5`. `data.augment: strong` is short for it; `data.augment: none` also takes
+    back what was set apart before."""
     flip: bool | None = None
     """Whether half of the images are flipped left to right; in a preset but none those in colour,
     when not given."""
@@ -1344,6 +1345,8 @@ def put(tree: Tree, key: str, value: Any) -> None:
     if key == "tracking" and isinstance(value, str):
         key = "tracking.mode"
     if key == "data.augment" and not isinstance(value, dict):
+        if value == "none" and isinstance(data := tree.get("data"), dict):
+            data.pop("augment", None)  # and nothing of what was set apart before
         key = "data.augment.preset"
     if key == "members" and isinstance(value, int | list):
         key = "members.count" if isinstance(value, int) else "members.models"

@@ -15,7 +15,7 @@ from selfkd.distill.layers import unwrap
 from selfkd.distill.outputs import check_graph, take_logits
 from selfkd.distill.protocols import CachedLogits as CachedLogits
 from selfkd.distill.protocols import Loss as Loss
-from selfkd.distill.quick import SoftTargetRows, soft_targets_of
+from selfkd.distill.quick import SoftTargetRows, is_quick, quick_terms, soft_targets_of
 from selfkd.distill.tasks import Task, as_outputs, hard_term, masked_hard_term, task_terms
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.distill.terms import (
@@ -27,8 +27,7 @@ from selfkd.distill.terms import (
     parse_terms,
 )
 from selfkd.losses import Average
-from selfkd.losses.distillation import check_settings, check_tensor, detached, is_nan
-from selfkd.losses.few_classes import MOST, few_classes_terms
+from selfkd.losses.distillation import check_settings, check_tensor, detached
 from selfkd.losses.fused import weighted_sum
 from selfkd.losses.moving import send
 from selfkd.losses.sequences import SampledTargets
@@ -322,7 +321,7 @@ class Distiller:
             )
         if self.task != "single_label":
             labels = as_outputs(labels, student_logits)
-        if self._quick is not None and labels is not None and own_hard_loss is None:
+        if labels is not None and own_hard_loss is None:
             found = self._quick_terms(student_logits, labels, inputs, index, view)
             if found is not None:
                 return found
@@ -376,26 +375,17 @@ class Distiller:
         view: int,
     ) -> dict[str, Tensor] | None:
         """Return the terms of few classes, if there is nothing else to be computed."""
-        if not self.alpha or self.terms or student_logits.shape[-1] > MOST:
+        if self._quick is None or not self.alpha or self.terms:
+            return None
+        if not is_quick(student_logits, self.temperature):
             return None
         made_with = self.temperature, self.average, self.weights
-        rows = None
-        if self.teacher is not None:
-            logits = self._teacher_logits(inputs, index, view)
-            rows = soft_targets_of(logits, *made_with)
-        elif self._quick is not None and index is not None and isinstance(view, int):
+        if self.teacher is None:
             rows = self._quick(index, view, *made_with)
-        if rows is None:
-            return None
-        terms = few_classes_terms(
-            student_logits,
-            send(rows, student_logits.device),
-            labels,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            label_smoothing=self.label_smoothing,
-        )
-        return None if is_nan(terms.soft_loss) else terms._asdict()
+        else:
+            rows = soft_targets_of(self._teacher_logits(inputs, index, view), *made_with)
+        settings = self.temperature, self.alpha, self.label_smoothing
+        return None if rows is None else quick_terms(student_logits, rows, labels, *settings)
 
     def _further_terms(
         self,

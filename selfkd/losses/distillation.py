@@ -20,8 +20,9 @@ from selfkd.losses.averaging import (
 from selfkd.losses.fused import fused_terms, smooth, weighted_sum
 
 _AVERAGES = get_args(Average)
-_NO_LABEL = -(2**63)
-"""Label that torch leaves out without a word: one that no data has, unlike its default of -100."""
+_NO_LABEL = 1 - 2**63
+"""Label that torch leaves out without a word: one that no data has, unlike its default of -100 and
+-2^63, which NaN becomes as an integer."""
 
 
 class DistillationTerms(NamedTuple):
@@ -270,7 +271,7 @@ def hard_loss(student_logits: Tensor, labels: Tensor, *, label_smoothing: float 
     if labels.ndim == 2:
         check_labels(labels, student_logits.shape[1])
     try:
-        return cross_entropy(as_single(student_logits), _constant(labels), label_smoothing)
+        return cross_entropy(as_single(student_logits), detached(labels), label_smoothing)
     except (IndexError, RuntimeError):  # torch checks each label of a class anyway
         check_labels(labels, student_logits.shape[1])
         raise
@@ -406,11 +407,6 @@ def as_single(tensor: Tensor) -> Tensor:
     )
 
 
-def _constant(labels: Tensor) -> Tensor:
-    """Return labels without a graph."""
-    return labels.detach() if labels.requires_grad else labels
-
-
 def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
     """Raise ValueError or TypeError for shapes that do not match, or types that are not right."""
     check_tensor("student_logits", student_logits)
@@ -481,7 +477,7 @@ def detached(tensor: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling() and tensor.is_inference():
         return tensor.clone()
-    return tensor.detach()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -115,7 +115,7 @@ class SoftTargets:
 
         Returns:
             Logits `[images, classes]`, or `[members, images, classes]` of members kept separate, as
-            a call returns them of a batch; None of larger views, and where not all are cached.
+            a call returns them of a batch; None of larger views and of the k largest logits.
         """
         first = self(torch.zeros(1, dtype=torch.int64), view)
         packed = self._packed[view]

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
-from selfkd.tracking.surroundings import settings
+from selfkd.tracking.surroundings import keys_file, settings
 
 REACH_SECONDS = 3.0
 """Time in which a host must answer."""
@@ -41,7 +41,7 @@ def has_key(url: str) -> bool:
         return True
     host = urlsplit(url).netloc
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        known = netrc.netrc(os.environ.get("NETRC")).hosts
+        known = netrc.netrc(keys_file()).hosts  # whoever may read it: by its name W&B takes it
         return host in known or ("WANDB_BASE_URL" not in os.environ and EARLIER_HOST in known)
     return False
 

@@ -49,6 +49,22 @@ class LoggedRun:
             self._done.remove((work, extra))
             self._lose(extra, error)
 
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log a row of the history."""
+        self.do(lambda run: run.log(row))
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """Put values into the summary."""
+        self.do(lambda run: run.summary.update(values))
+
+    def note(self, text: str) -> None:
+        """Replace the notes."""
+
+        def write(run: Any) -> None:
+            run.notes = text
+
+        self.do(write)
+
     def reopen(self) -> None:
         """Open the run anew, and log all of it again."""
         self.run = self._start()

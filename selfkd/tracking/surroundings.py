@@ -97,9 +97,15 @@ def is_named() -> bool:
 
 def is_set_up() -> bool:
     """Return whether W&B may have been set up here, by a variable, a login or its own command."""
-    keys = (os.environ.get("NETRC") or "~/.netrc", "~/_netrc")
-    files = (*map(os.path.expanduser, keys), _settings_file(), "wandb/settings")
-    return is_named() or any(map(os.path.isfile, files))
+    return is_named() or any(map(os.path.isfile, (keys_file(), _settings_file(), "wandb/settings")))
+
+
+def keys_file() -> str:
+    """Return the file that `wandb login` writes a key to, where W&B looks for it."""
+    if given := os.environ.get("NETRC"):
+        return os.path.expanduser(given)
+    usual, other = map(os.path.expanduser, ("~/.netrc", "~/_netrc"))
+    return other if os.path.exists(other) and not os.path.exists(usual) else usual
 
 
 def _settings_file() -> str:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from selfkd.analysis.verdicts import count, sentences_of
 from selfkd.config import Config, to_tree
@@ -25,7 +25,6 @@ from selfkd.results import (
     GenerationFinished,
     GenerationResult,
     GenerationsSummary,
-    Row,
     RunFinished,
     Trial,
     TrialFinished,
@@ -274,7 +273,7 @@ class WandbTracker(NoTracker):
         for epoch in epochs:
             if epoch.epoch > self._epochs[run_id]:  # a trial whose worker died begins again
                 self._epochs[run_id] = epoch.epoch
-                run.do(_log(epoch_row(epoch)))
+                run.log(epoch_row(epoch))
 
     def _keep_targets(self, teachers: tuple[str, ...]) -> None:
         """Log the cached logits that a trial without a run of its own reads."""
@@ -289,7 +288,7 @@ class WandbTracker(NoTracker):
         model as its artifact.
         """
         run, stage = self._trial(trial), trial.stage
-        run.do(_summarise(trial_summary(trial)))
+        run.summarise(trial_summary(trial))
         run.left_code = 1 if trial.status == "failed" else 0
         del self._trials[run.run_id], self._epochs[run.run_id]
         if trial.status == "completed" and stage.startswith("generation-"):
@@ -315,10 +314,10 @@ class WandbTracker(NoTracker):
         """Log a generation as a step of the lineage, with its models."""
         lineage = self._open_whole("lineage", axis="generation")
         self._results.append(result)
-        lineage.do(_log(generation_row(result)))
+        lineage.log(generation_row(result))
         search = self._config.search
         best = best_generation(self._results, metric=search.metric, mode=search.mode)
-        lineage.do(_summarise(best_and_last(self._results, best, search.metric)))
+        lineage.summarise(best_and_last(self._results, best, search.metric))
         stage = f"generation-{result.generation}"
         _, run = self._best.pop(stage, (None, None))
         chosen = self._id(stage, result.trial)
@@ -336,7 +335,7 @@ class WandbTracker(NoTracker):
     def _confirm(self, confirmation: Confirmation) -> None:
         """Log a replicated generation as a step of the lineage."""
         if self._whole is not None:
-            self._whole.do(_log(confirmation_row(confirmation)))
+            self._whole.log(confirmation_row(confirmation))
 
     def _judge(self, summary: GenerationsSummary) -> None:
         """Log what is said of the generations: the gain of the best, the headline, all of it."""
@@ -345,31 +344,31 @@ class WandbTracker(NoTracker):
         for best in summary.generations:
             if best.generation == summary.best:
                 found = best_and_last(summary.generations, best, self._config.search.metric)
-                self._whole.do(_summarise(found))
+                self._whole.summarise(found)
         for confirmation in summary.confirmations:
             if confirmation.generation == summary.best:
-                self._whole.do(_summarise(confirmation_summary(confirmation)))
+                self._whole.summarise(confirmation_summary(confirmation))
         self._say(self._whole, sentences_of(summary))
 
     def _say(self, run: LoggedRun, sentences: Sequence[str]) -> None:
         """Log a verdict: the headline in the summary, all of it as notes."""
         if sentences:
             self._verdict = sentences[0]
-            run.do(_summarise({"verdict": self._verdict}))
-            run.do(_note("\n".join(sentences)))
+            run.summarise({"verdict": self._verdict})
+            run.note("\n".join(sentences))
 
     def _ensemble(self, summary: EnsembleSummary) -> None:
         """Log the table of an ensemble and its student, a step a row, and the gain."""
         run = self._open_whole("ensemble", axis="row")
         for number, row in enumerate(summary.rows):
             plain = {k: v for k, v in to_row(row).items() if k != "runs" and v is not None}
-            run.do(_log({"row": number, **plain}))
+            run.log({"row": number, **plain})
         gains = {"gain": summary.gain, "transfer_gain": summary.transfer_gain}
         found = intervals({**gains, "share_kept": summary.share})
         student = summary.rows[-1]
         if (tested := f"test_{find_main(student.metrics)}") in student.metrics:
             found[f"student_{tested}"] = student.metric(tested)
-        run.do(_summarise(found))
+        run.summarise(found)
         self._say(run, sentences_of(summary))
         path = self._run_folder / STUDENT
         model = self._artifacts.model(path, to_row(summary.chosen))
@@ -381,9 +380,9 @@ class WandbTracker(NoTracker):
         run = self._open_whole("deploy", axis="row", name="deploy")
         rows = deploy_rows(summary)
         for number, row in enumerate(rows):
-            run.do(_log({"row": number, **{k: v for k, v in row.items() if v is not None}}))
+            run.log({"row": number, **{k: v for k, v in row.items() if v is not None}})
         run.do(lambda run: run.log({"forms": self._show.make_table(rows)}), extra="table")
-        run.do(_summarise(deploy_summary(summary)))
+        run.summarise(deploy_summary(summary))
         self._say(run, summary.sentences)
         made, used = self._artifacts.deployed(summary, self._run_folder / DEPLOYED)
         if used is not None:
@@ -433,18 +432,3 @@ class WandbTracker(NoTracker):
         except Exception as error:  # noqa: BLE001 - tracking must never stop a training
             self._stopped = self._stopped or end_of_tracking(error)
             log.warning("W&B could not be left in order: %s", describe_error(error))
-
-
-def _log(row: Row) -> Callable[[Any], None]:
-    return lambda run: run.log(row)
-
-
-def _summarise(values: Row) -> Callable[[Any], None]:
-    return lambda run: run.summary.update(values)
-
-
-def _note(text: str | None) -> Callable[[Any], None]:
-    def work(run: Any) -> None:
-        run.notes = text
-
-    return work

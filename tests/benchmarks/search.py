@@ -8,29 +8,21 @@ same network, optimiser, learning rate, batch and clipping on both sides, `plain
 careful person writes it. The row `teacher` has a teacher five times the size of its student.
 
 Commands are run in turn. Printed are seconds of wall time, and CPU seconds of the command and of
-all it has started, Ray's processes too, sampled from /proc until the last of them has ended. On a
-machine with other work the CPU seconds are what to judge by.
+all it has started. On a machine with other work the CPU seconds are what to judge by.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
-import psutil
+from processes import measure
 
 HERE = Path(__file__).parent
-INTERVAL = 0.25
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: processes whose parent has ended become this one's
 SPACE = "{distill.temperature: {loguniform: [1, 20]}, distill.alpha: {uniform: [0, 1]}}"
 STUDENT = 240  # units of a student with a fifth of the parameters of 800 units
 
@@ -69,51 +61,6 @@ def plain(row: str, options: argparse.Namespace) -> list[str]:
     return [sys.executable, script, what, "--root", options.root, *counts, *members, *more]
 
 
-def measure(command: list[str], folder: Path) -> tuple[float, dict[str, float]]:
-    """Return the wall seconds of a command, and the CPU seconds of its processes by name."""
-    spent: dict[psutil.Process, float] = {}
-    names: dict[psutil.Process, str] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    start = time.perf_counter()
-    with open(folder / "out.txt", "w", encoding="utf-8") as out:
-        child = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
-        wall = 0.0
-        while True:
-            code = child.poll()
-            if code is not None and not wall:
-                wall = time.perf_counter() - start
-            running = list(_running(child.pid))
-            for process in running:
-                with contextlib.suppress(psutil.Error):
-                    times = process.cpu_times()
-                    spent[process] = times.user + times.system
-                    names[process] = " ".join(process.cmdline())[:60] or names.get(process, "")
-            if code is not None and not running:
-                break
-            time.sleep(INTERVAL)
-    if child.returncode:
-        text = (folder / "out.txt").read_text(encoding="utf-8")
-        raise SystemExit(
-            f"{' '.join(command)} failed with code {child.returncode}:\n{text[-3000:]}"
-        )
-    found: dict[str, float] = defaultdict(float)
-    for process, seconds in spent.items():
-        found[names[process]] += seconds
-    return wall, found
-
-
-def _running(child: int) -> Iterator[psutil.Process]:
-    """Yield the processes that this one has started, directly or not; bury those that ended."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-            elif process.ppid() == os.getpid() and process.pid != child:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(process.pid, os.WNOHANG)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--root", default=os.environ.get("SELFKD_DATA"), help="folder of MNIST")
@@ -131,7 +78,8 @@ def main() -> None:
     if options.root is None:
         parser.error("--root must be given, or SELFKD_DATA")
     options.root = str(Path(options.root).resolve())
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
     print(f"{os.cpu_count()} cores\n{'':12}  {'':6}   wall s   CPU s", flush=True)
     for row in options.rows.split(","):
         least: dict[str, list[float]] = {}
@@ -142,11 +90,14 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as name:
                     folder = Path(name)
                     own = selfkd(row, options, folder) if side == "selfkd" else plain(row, options)
-                    wall, spent = measure(own, folder)
+                    wall, each = measure(own, folder, environment)
                     text = (folder / "out.txt").read_text(encoding="utf-8")
+                spent = Counter[str]()  # of all processes of a name
+                for process, seconds in each:
+                    spent[process] += seconds
                 found = [wall, sum(spent.values())]
                 print(f"{row:12}  {side:6} {found[0]:8.1f} {found[1]:7.1f}", flush=True)
-                for process, seconds in sorted(spent.items(), key=lambda item: -item[1])[:12]:
+                for process, seconds in spent.most_common(12):
                     if options.processes:
                         print(f"    {seconds:7.1f}  {process}")
                 if options.out:

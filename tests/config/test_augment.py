@@ -70,6 +70,10 @@ WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
             "data.augment.preset: must be 'none', 'light' or 'strong', got True",
         ),
         (
+            ["task=text", "data.repeats=2"],
+            "data.repeats: only with task images, got 2 with task text",
+        ),
+        (
             ["task=text", STRONG],
             "data.augment.preset: only with task images, got 'strong' with task text",
         ),
@@ -139,3 +143,12 @@ def test_a_preset_in_a_file_may_be_a_word(tmp_path):
     config = load_config(path, settings=["data.augment.mixup=0.1"])
     assert (config.data.augment.preset, config.data.augment.mixup) == ("strong", 0.1)
     assert config.data.augment.value("cutmix") == 1.0
+
+
+def test_none_takes_back_what_was_set_before() -> None:
+    known = ["data.augment={mixup: 0.3, color: 0.4}", "data.augment=none"]
+    assert load_config(settings=known) == load_config()
+    again = load_config(settings=[*known, "data.augment.erase=0.5"]).data.augment
+    assert (again.preset, again.mixup, again.color, again.erase) == ("none", None, 0.0, 0.5)
+    kept = load_config(settings=["data.augment={mixup: 0.3}", STRONG]).data.augment
+    assert (kept.preset, kept.mixup) == ("strong", 0.3)

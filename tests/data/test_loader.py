@@ -36,7 +36,7 @@ def processes(*passes: Iterator[Tensor]) -> set[int]:
 
 def gone(pids: set[int]) -> bool:
     found = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    return not psutil.wait_procs(found, timeout=10)[1]
+    return not psutil.wait_procs(found, timeout=120)[1]
 
 
 def test_processes_go_on_from_pass_to_pass():

@@ -13,8 +13,9 @@ import pytest
 from selfkd.config import load_config
 from selfkd.errors import ConfigError
 from selfkd.tracking import FileTracker, NoTracker, WandbTracker, make_tracker, surroundings
-from selfkd.tracking.host import base_url
+from selfkd.tracking.host import base_url, has_key
 from selfkd.tracking.surroundings import (
+    is_set_up,
     own_folders,
     own_surroundings,
     settings,
@@ -137,6 +138,29 @@ def test_what_asks_for_wandb(
     assert type(tracker) is kind
     none = "none, as there is no key for it"
     assert (none in tracker.description) == (kind is NoTracker)
+
+
+@pytest.mark.parametrize(
+    ("name", "netrc", "mode"),
+    [
+        *((".netrc", None, 0o600), (".netrc", None, 0o644)),
+        *(("_netrc", None, 0o600), ("keys", "~/keys", 0o600)),
+    ],
+    ids=["usual", "readable by others", "of Windows", "home in its name"],
+)
+def test_a_key_is_found_where_wandb_finds_it(
+    name: str, netrc: str | None, mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb.sdk.lib.wbauth import read_netrc_auth
+
+    monkeypatch.delenv("NETRC", raising=False)
+    if netrc is not None:
+        monkeypatch.setenv("NETRC", netrc)
+    write_key(tmp_path, "api.wandb.ai")
+    (tmp_path / ".netrc").rename(tmp_path / name).chmod(mode)
+    assert read_netrc_auth(host="https://api.wandb.ai") == "0" * 40
+    assert is_set_up()
+    assert has_key(base_url())
 
 
 def test_a_run_that_began_in_wandb_goes_on_there(tmp_path: Path) -> None:

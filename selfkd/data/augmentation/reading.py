@@ -67,15 +67,11 @@ def read_views(
         raw = raw.to(device, non_blocking=True)
         count = len(index)
         found = views(raw[:count], index, number)
-        own = labels.index_select(0, index.to(labels.device, non_blocking=True)).to(
-            device, non_blocking=True
-        )
+        own = _picked(labels, index, device)
         if partners is not None and classes is not None:
             other = partners[place]
             others = views(raw[count:], other, number)
-            theirs = labels.index_select(0, other.to(labels.device, non_blocking=True)).to(
-                device, non_blocking=True
-            )
+            theirs = _picked(labels, other, device)
             found, own = views.mixed(found, others, own, theirs, index, number, classes=classes)
         parts = sizes[group.start : group.stop]
         yield from zip(torch.split(found, parts), torch.split(own, parts), strict=True)
@@ -89,8 +85,8 @@ def _picked(labels: Tensor, index: Tensor, device: torch.device) -> Tensor:
 def _groups(sizes: Sequence[int], values: int | None) -> list[range]:
     """Return ranges of batches that are augmented together.
 
-    >>> _groups([20, 20, 20, 5], 2**11)
-    [range(0, 1), range(1, 2), range(2, 4)]
+    >>> _groups([20, 20, 20, 5], 2**10)
+    [range(0, 3), range(3, 4)]
     """
     groups, start, together = list[range](), 0, 0
     for number, size in enumerate(sizes):

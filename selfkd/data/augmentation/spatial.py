@@ -8,7 +8,12 @@ from .draws import AREA, ASPECT, CROP_X, CROP_Y, FLIP, SHIFT_X, SHIFT_Y, TALL
 
 
 def flipped(images: Tensor, bits: Tensor) -> Tensor:
-    """Mirror half of the images left to right."""
+    """Mirror half of the images left to right.
+
+    Args:
+        images: Images `[batch, channels, height, width]`.
+        bits: Random numbers of the view `[batch, draws]`.
+    """
     batch = torch.arange(len(images), device=images.device)
     return torch.cat([images, images.flip(3)]).index_select(
         0, batch + len(images) * (bits[:, FLIP] % 2)
@@ -16,7 +21,16 @@ def flipped(images: Tensor, bits: Tensor) -> Tensor:
 
 
 def shifted(images: Tensor, bits: Tensor, jitter: int) -> Tensor:
-    """Pad each image by `jitter` on every side and cut a window of the original size out of it."""
+    """Pad each image by `jitter` on every side and cut a window of the original size out of it.
+
+    Args:
+        images: Images `[batch, channels, height, width]`.
+        bits: Random numbers of the view `[batch, draws]`.
+        jitter: Pixels, fewer than the image has.
+
+    Raises:
+        ValueError: The jitter is not below the images' size.
+    """
     height, width = images.shape[2:]
     if jitter >= min(height, width):
         raise ValueError(
@@ -38,7 +52,13 @@ def _line_numbers(images: Tensor, lines: Tensor) -> Tensor:
 
 
 def cropped(images: Tensor, bits: Tensor, smallest: float) -> Tensor:
-    """Cut a box of `smallest` to 1 times the area, of aspect 3:4 to 4:3, and scale it up."""
+    """Cut a box of `smallest` to 1 times the area, of aspect 3:4 to 4:3, and scale it up.
+
+    Args:
+        images: Images `[batch, channels, height, width]`.
+        bits: Random numbers of the view `[batch, draws]`.
+        smallest: Smallest share of the area, in (0, 1].
+    """
     uniform = (bits >> 8).to(torch.float32) * 2.0**-24
     area = uniform[:, AREA] * (1 - smallest) + smallest
     narrowest = area.clamp(min=0.75)  # a narrower box of that area would not fit

@@ -274,7 +274,9 @@ class DataConfig:
             return
         given = {key: getattr(self, key) for key in (*SHAPES, "test_size")}
         given["repeats"] = self.repeats if self.repeats > 1 else None
-        given["augment"] = None if self.augment == AugmentConfig() else "a mapping"
+        default = vars(AugmentConfig())
+        parts = {key: value for key, value in vars(self.augment).items() if value != default[key]}
+        given["augment"] = parts["preset"] if parts.keys() == {"preset"} else parts
         for key, value in given.items():
             if value:
                 raise ValueError(
@@ -401,9 +403,9 @@ class TrainConfig:
     """Whether weights and images have their channels last in memory, which convolutions are fastest
     with on most processors; by device and kind of network when not given. It decides rounding."""
     fused: bool | None = None
-    """Whether the optimiser's step is one kernel, where it has one, and of few classes the loss is
-    computed by fewest calls from soft targets that are computed once; by device and kind of network
-    when not given. It decides rounding."""
+    """Whether the optimiser's step is one kernel, where it has one, and soft targets of at most 200
+    classes are computed once from the cached logits; by device and kind of network when not given.
+    It decides rounding."""
     compile: bool = False
     """Whether to run the student through `torch.compile`."""
     init: Init = "fresh"
@@ -1342,7 +1344,7 @@ def put(tree: Tree, key: str, value: Any) -> None:
     """Set a value by its dotted key; a section is merged, not replaced."""
     if key == "tracking" and isinstance(value, str):
         key = "tracking.mode"
-    if key == "data.augment" and isinstance(value, str):
+    if key == "data.augment" and not isinstance(value, dict):
         if value == "none" and isinstance(data := tree.get("data"), dict):
             data.pop("augment", None)  # and nothing of what was set apart before
         key = "data.augment.preset"

@@ -58,7 +58,16 @@ WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
         (
             ["data.name=arrays", "data.root=x.csv", STRONG],
             "data: augment must be left out with name arrays, whose features are no pixels, got "
-            "'a mapping'",
+            "'strong'",
+        ),
+        (
+            ["data.name=arrays", "data.root=x.csv", "data.augment={mixup: 0.2}"],
+            "data: augment must be left out with name arrays, whose features are no pixels, got "
+            "{'mixup': 0.2}",
+        ),
+        (
+            ["data.augment=true"],
+            "data.augment.preset: must be 'none', 'light' or 'strong', got True",
         ),
         (
             ["task=text", "data.repeats=2"],

@@ -154,8 +154,18 @@ def run(jobs: Jobs, steps: Steps | None, name: str, *settings: str, **options: A
     return rows
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("count", [1, 2])
+OF_TWO = ("cached", "live", "layers", "logits")
+"""Ways whose arithmetic of two teachers is another; of the rest it is one of these."""
+
+
+@pytest.mark.parametrize(
+    ("way", "count"),
+    [
+        *((way, 1) for way in WAYS),
+        *((way, 2) for way in OF_TWO),
+        *(pytest.param(way, 2, marks=pytest.mark.slow) for way in WAYS if way not in OF_TWO),
+    ],
+)
 def test_a_step_waits_for_nothing(jobs: Jobs, steps: Steps, way: str, count: int) -> None:
     teachers = [] if way == "labels" else jobs.teachers[:count]
     if count == 2:

@@ -113,8 +113,18 @@ def on_gpu(text: Text, *settings: str) -> Iterator[tuple[Waits, Config, TextTask
         yield waits, config, task
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("count", [1, 2])
+OF_TWO = ("cached", "top_k", "samples", "live")
+"""Ways whose arithmetic of two teachers is another; of the rest it is one of these."""
+
+
+@pytest.mark.parametrize(
+    ("way", "count"),
+    [
+        *((way, 1) for way in WAYS),
+        *((way, 2) for way in OF_TWO),
+        *(pytest.param(way, 2, marks=pytest.mark.slow) for way in WAYS if way not in OF_TWO),
+    ],
+)
 def test_a_step_waits_for_nothing(text: Text, steps: Steps, way: str, count: int) -> None:
     teachers = [] if way in ("labels", "smoothing") else text.teachers[:count]
     with on_gpu(text, *WAYS[way]) as (waits, config, task):

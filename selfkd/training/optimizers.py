@@ -71,7 +71,7 @@ def put_channels_last(network: nn.Module) -> None:
     """
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
 def make_scheduler(

@@ -21,7 +21,7 @@ from selfkd.data.normalise import kept_inputs, normalisation
 from selfkd.losses import distillation_loss
 from selfkd.models import make_model
 from selfkd.training.fit import Training, fit
-from selfkd.training.optimizers import make_average, make_optimizer
+from selfkd.training.optimizers import make_average, make_optimizer, put_channels_last
 
 BATCH, LR, DECAY = 8, 0.05, 1e-3
 
@@ -213,3 +213,9 @@ def test_inputs_are_kept_as_long_as_their_split_and_made_anew_for_other_numbers(
     known = len(normalise._KEPT)
     del split
     assert len(normalise._KEPT) == known - 1
+
+
+def test_weights_of_one_channel_have_it_last_too():
+    network = nn.Conv2d(1, 16, 3)  # their format would be that of neighbouring rows
+    put_channels_last(network)
+    assert network.weight.stride() == (9, 1, 3, 1)

@@ -108,9 +108,8 @@ def test_features_and_logits_in_one_loss(tmp_path: Path) -> None:
         assert re.search(rf"\b{name} \d+\.\d{{3}}", printed[-1])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("timm_task.py", marks=pytest.mark.slow), "lightning_callback.py"]
-)
+@pytest.mark.slow  # what they plug in is tested in tests/integrations
+@pytest.mark.parametrize("name", ["timm_task.py", "lightning_callback.py"])
 def test_loops_of_other_libraries_are_born_again(name: str, tmp_path: Path) -> None:
     found = re.findall(r"generation \d: val (\d+\.\d+)%", run(name, tmp_path))
     assert len(found) == 3

@@ -307,6 +307,7 @@ def test_rays_own_job_command_does_the_same(head: Head, tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "theirs").results()[0].metrics["val_accuracy"] == 0.5
 
 
+@pytest.mark.slow  # the other refusals of Ray's head are above and below
 def test_a_working_dir_over_rays_limit_and_the_way_out(head: Head, tmp_path: Path) -> None:
     (tmp_path / "large.bin").write_bytes(os.urandom(101 << 20))
     (tmp_path / "train.py").write_text(TRAIN)

@@ -85,7 +85,8 @@ def test_an_error_fails_a_job_of_one_worker(pool: Pool) -> None:
     assert [outcome.error for outcome in batch.outcomes] == ["ValueError: rank 0 fails"]
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a job whose storage fails is repeated below; a worker that dies, in test_pool
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_job_whose_rank_dies_is_repeated(pool: Pool, tmp_path: Path, rank: int) -> None:
     job = {"name": "a", "epochs": 3, "dies": rank, "died": str(tmp_path / "died")}
     batch = Recorded([Job("train", job)])

@@ -69,7 +69,7 @@ class _Dumper(yaml.SafeDumper):
     """Safe dumper that quotes text which `_Loader` would read as a number."""
 
 
-LARGEST = 2**17
+LARGEST = 2**19
 """Largest number of characters of a config, which take seconds to read."""
 _MERGE = "tag:yaml.org,2002:merge"
 _NO_KEYS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")

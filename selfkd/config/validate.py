@@ -130,7 +130,11 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if warmup >= epochs:
         where = locate_key("train.warmup_epochs", sources)
         yield f"{where}: must be less than train.epochs ({epochs}), got {warmup}"
+    tried = list[Mapping[str, Any]]()
     for number, point in enumerate(config.search.points or ()):
+        if point in tried:  # as by default most of them are
+            continue
+        tried.append(point)
         where = locate_key(f"search.points.{number}", sources)
         yield from (f"{where}: {fault}" for fault in _point_faults(config, point))
     for name in ("space", "labels_only_space"):

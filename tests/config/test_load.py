@@ -228,7 +228,7 @@ def test_numbers_as_people_write_them(write, text):
         ('params: {a: "\\ud800"}', "must be YAML: text must be Unicode"),
         ("params: {a: !!binary aGk=}", "must be YAML: could not determine a constructor"),
         ("params: {a: !!set {b, c}}", "must be YAML: could not determine a constructor"),
-        ("params: {a: [" + "1," * 2**17 + "]}", "must have at most 131,072 characters"),
+        ("params: {a: [" + "1," * 2**19 + "]}", "must have at most 524,288 characters"),
     ],
 )
 def test_a_file_without_a_config_is_refused(faults, text, message):

@@ -179,7 +179,9 @@ def fit(
             with autocast(device, training.precision):
                 logits = take_logits(forward(inputs), "student")
             check_graph(logits, "student_logits")
-            view: Any = views.repeated(first, ranks.places(count[0]), repeats) if views else 0
+            view: Any = first
+            if views is not None and repeats > 1:
+                view = views.repeated(first, ranks.places(count[0]), repeats)
             mixed = transfer.describe(labels, index, count, ranks.size) if transfer else {}
             values = distiller(logits, labels, inputs=inputs, index=index, view=view, **mixed)
             for parameter in parameters:  # `zero_grad`, which takes as long as a small layer

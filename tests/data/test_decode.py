@@ -13,16 +13,9 @@ from selfkd.data import decode as module
 from selfkd.data import load_data
 from selfkd.data.decode import decode, keep
 from selfkd.data.stream import Files, Stream
-from selfkd.storage import machine_cache
 
 HOUR_NS = 3600 * 10**9
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("SELFKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "LEAST_BYTES", 0)
-    return tmp_path / "cache" / machine_cache.FOLDER
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -53,22 +46,15 @@ def one_by_one(stream: Stream) -> Tensor:
     return torch.stack([stream[i] for i in range(len(stream))])
 
 
-def forbid_decoding(monkeypatch) -> None:
-    def fail(*_):
-        raise AssertionError("an image was decoded")
-
-    monkeypatch.setattr(module, "_decoded", fail)
-
-
-def test_images_are_decoded_once(root, monkeypatch):
+def test_images_are_decoded_once(root, decoded):
     stream = stream_of(root)
     expected = one_by_one(stream)
     assert decode(stream).equal(expected)
-    forbid_decoding(monkeypatch)
     again = decode(stream_of(root))
     assert again.equal(expected)
     again += 1  # its own
     assert decode(stream_of(root)).equal(expected)
+    assert decoded == [len(stream)]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

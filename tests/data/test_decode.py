@@ -127,8 +127,17 @@ def test_file_that_changes_while_it_is_decoded_is_not_kept(root, cache, monkeypa
         write(Path(stream.pictures.where(3)), np.random.default_rng(7), hours=3)
 
     monkeypatch.setattr(module, "_decoded", and_change)
-    decode(stream)
+    found = decode(stream)
     assert not list(cache.glob("*.u8"))
+    assert found.equal(one_by_one(stream))
+
+
+def test_of_a_file_that_is_gone_its_name_is_said(root, cache):
+    stream = stream_of(root)
+    path = Path(stream.pictures.where(3))
+    path.unlink()
+    with pytest.raises(ValueError, match=f"every image must be readable, got {path} "):
+        decode(stream)
 
 
 def test_few_bytes_are_not_kept(root, cache, monkeypatch):

@@ -9,11 +9,12 @@ what `tests/gpu/check.sh` is for.
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -56,10 +57,22 @@ class Waits:
 
 def _caller() -> str:
     """Return the innermost line of the package, or of a test, that is being run."""
-    frames = [frame for frame in traceback.extract_stack() if str(PACKAGE) in frame.filename]
-    own = [frame for frame in frames if frame.filename != __file__]
-    frame = own[-1] if own else traceback.extract_stack()[0]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and file.startswith(str(PACKAGE)):
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors of an operator's arguments, and of its lists of them."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (each for each in value if isinstance(each, Tensor))
 
 
 class _Fake(FakeTensorMode):
@@ -79,7 +92,7 @@ class _Counting(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+        fakes = [leaf for leaf in _tensors(args, kwargs) if isinstance(leaf, FakeTensor)]
         if not fakes and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -196,7 +209,7 @@ def _values_of(tensor: Any) -> Tensor | None:
 
 def _known(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """Return the result of an operation on labels and indices alone, whose values are known."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = list(_tensors(args, kwargs))
     whole = all(not tensor.is_floating_point() for tensor in tensors)
     if not tensors or not whole or any(_values_of(tensor) is None for tensor in tensors):
         return None

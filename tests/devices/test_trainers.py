@@ -100,8 +100,8 @@ def steps_of(trainer: Any, waits: Waits) -> list[list[str]]:
     return found[1:]
 
 
-TWICE = ("live", "samples")
-"""Ways that others have: several live teachers, and the largest of what is cached."""
+TWICE = ("live", "cached", "samples")
+"""Ways that others have: several live teachers, cached rows, and the largest of what is cached."""
 
 
 @pytest.mark.parametrize(

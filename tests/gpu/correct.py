@@ -227,7 +227,7 @@ def train(
 def check_training(setting: Setting) -> list[Row]:
     """Train with cached logits in each precision, and go on from half of it, bit for bit."""
     exact_float32()
-    device, epochs = setting.device, 4 if setting.quick else 12
+    device, epochs = setting.device, 2 if setting.quick else 12
     data, rows = digits().to(device), []
     teacher = network(9, width=16).to(device)
     with tempfile.TemporaryDirectory() as folder:

@@ -44,10 +44,10 @@ class HostCopies:
         found = dict(inputs)
         for name, value in inputs.items():
             if _is_integer(value):
-                moved, version, own = self._moved.get(id(value), (None, 0, value))
-                if moved is not value or value._version != version:
+                known = self._moved.get(id(value))
+                if known is None or known[0] is not value or known[0]._version != known[1]:
                     return inputs
-                found[name] = own
+                found[name] = known[2]
         return found
 
 

@@ -361,8 +361,10 @@ class Command(Generic[S]):
                     say=progress.say,
                 ) as pool:
                     try:
+                        config = settle_device(config, folder, pool, events)
+                        tracker.settle(config)
                         run = Run(
-                            config=settle_device(config, folder, pool, events),
+                            config=config,
                             folder=folder,
                             executor=pool,
                             events=events,

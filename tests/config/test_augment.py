@@ -1,9 +1,11 @@
 """What views cannot go with, each one message."""
 
+import re
+
 import pytest
 from pydantic import TypeAdapter
 
-from selfkd.config import load_config
+from selfkd.config import from_tree, load_config
 from selfkd.config.augment import is_augmented
 from selfkd.config.tasks import FREE, INSIDE
 from selfkd.config.validate import check_study
@@ -143,6 +145,17 @@ def test_a_preset_in_a_file_may_be_a_word(tmp_path):
     config = load_config(path, settings=["data.augment.mixup=0.1"])
     assert (config.data.augment.preset, config.data.augment.mixup) == ("strong", 0.1)
     assert config.data.augment.value("cutmix") == 1.0
+
+
+@pytest.mark.parametrize("value", [5, True, None, ["light"], "bright"])
+def test_what_is_no_preset_is_told_which_there_are(value):
+    """As in a config.yaml that was edited, whose values no `--set` has gone through."""
+    known = "must be none, light, strong or a mapping of its keys"
+    with pytest.raises(
+        ConfigError, match=rf"^data\.augment: {known}, got {re.escape(repr(value))}$"
+    ):
+        from_tree({"data": {"augment": value}})
+    assert from_tree({"data": {"augment": "light"}}) == load_config(settings=["data.augment=light"])
 
 
 def test_none_takes_back_what_was_set_before() -> None:

@@ -879,6 +879,20 @@ def test_torchvision_s_loader_is_replaced(tmp_path, monkeypatch):
     assert theirs.equal(load_data("folder", root=tmp_path).test.images)
 
 
+def test_pictures_of_torchvision_are_decoded_once(folder, monkeypatch, cache, decoded):
+    from torchvision.datasets import ImageFolder
+
+    def create(name: str, root: str, split: str, download: bool):
+        return ImageFolder(Path(root) / {"train": "train", "test": "val"}[split])
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
+    first, again = (load_data("torch/imagenet", root=folder).train.images for _ in range(2))
+    assert first.equal(again)
+    assert len(decoded) == 3
+
+
 def test_unreadable_image_of_a_timm_set_is_not_skipped(tmp_path, monkeypatch):
     write_folder(tmp_path, train=8, val=2)
     (tmp_path / "train" / "bee" / "03.png").write_bytes(b"no image")

@@ -18,6 +18,9 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # before torch is imported: threads that wait for each other spin, which slows other tests down
 os.environ["OMP_NUM_THREADS"] = "1"
+# a process that keeps no bytecode compiles the package and the tests anew: half a second each
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # before ray or wandb is imported: workers and sub-processes inherit it
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

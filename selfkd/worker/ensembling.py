@@ -15,6 +15,7 @@ from selfkd.results import Row
 from selfkd.storage.checkpoint import load_tensors
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
+from selfkd.training.device import ran_out
 
 TIMED_SECONDS = 0.2
 
@@ -39,6 +40,8 @@ def import_checkpoint(config: Tree, save: str, source: Tree | None = None) -> It
         _, facts = task.load(save)
         logits = task.predict(save, "val")
     except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if ran_out(error):
+            raise
         yield {"fault": str(error)}
         return
     yield {

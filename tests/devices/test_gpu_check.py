@@ -12,9 +12,9 @@ import torch
 from fake_cuda import fake_cuda
 
 FOLDER = Path(__file__).parents[1] / "gpu"
-NOT_THERE = (  # of what selfkd depends on; the script needs torch, timm, torchmetrics, scikit-learn
+NOT_THERE = (  # the script needs torch, timm, scikit-learn and safetensors alone
     *("ray", "wandb", "pydantic", "pydantic_core", "rich", "tenacity", "psutil", "optuna"),
-    *("transformers", "lightning", "pyarrow"),
+    *("transformers", "lightning", "pyarrow", "torchmetrics"),
 )
 BLOCKED = f"""
 import runpy, sys

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 from ray.cluster_utils import Cluster
 from ray_head import ROOT, ray_head
@@ -31,13 +30,12 @@ LIMIT = 600
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, address: str) -> str:
-    """Return why an address is refused, which must take seconds and not start Ray."""
+    """Return why an address is refused, before Ray is asked to join it, which takes minutes."""
     monkeypatch.setenv("RAY_ADDRESS", address)
-    start = time.monotonic()
+    assert cluster.CONNECT_SECONDS + cluster.ANSWER_SECONDS < 10
+    monkeypatch.setattr(cluster, "start", lambda *_, **__: pytest.fail("Ray was asked to join"))
     with pytest.raises(ConfigError) as error, connect():
         pass
-    assert time.monotonic() - start < 10
-    assert not ray.is_initialized()
     return str(error.value)
 
 
@@ -103,10 +101,8 @@ def test_what_no_node_has_is_refused_in_seconds(
 ) -> None:
     assert cluster.LOOK_SECONDS < 8
     monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.5)
-    start = time.monotonic()
     with pytest.raises(ConfigError) as error:
         slots(joined, tmp_path, cpu=1, gpu=2)
-    assert time.monotonic() - start < 10
     for part in ("asked for 1 CPU and 2 GPU a trial", "has 2 CPU and 1 GPU", "resources.wait"):
         assert part in str(error.value)
     (said,) = joined

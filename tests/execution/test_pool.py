@@ -353,10 +353,15 @@ def test_an_error_of_the_jobs_ends_the_batch(pool: Pool) -> None:
 def test_closing_stops_what_runs(cluster: None) -> None:
     """As after Ctrl-C: leaving the pool while a long job runs does not wait for it."""
     failure: list[BaseException] = []
+    runs = threading.Event()
+
+    class Watched(Batch):
+        def report(self, job: Job, rows: Any) -> None:
+            runs.set()
 
     def wait(pool: Pool) -> None:
         try:
-            pool.run(jobs(2, epochs=1000, pause=0.1))
+            pool.run(Watched([Job("train", {"name": "long", "epochs": 10_000, "pause": 0.1})]))
         except RuntimeError as error:
             failure.append(error)
 
@@ -364,7 +369,7 @@ def test_closing_stops_what_runs(cluster: None) -> None:
     with Pool(ENTRY, cpu=0.001, gpu=0, warm=1) as pool:
         waiter = threading.Thread(target=wait, args=(pool,))
         waiter.start()
-        time.sleep(4.0)
+        assert runs.wait(timeout=600)
     waiter.join(timeout=600)
     assert not waiter.is_alive()
     assert "stopped before the jobs were done" in str(failure[0])

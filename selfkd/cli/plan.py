@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from selfkd.config import (
     Config,
     DataConfig,
     ModelConfig,
+    TargetsConfig,
     WriteConfig,
 )
 from selfkd.experiments.confirm import baselines, pairs_of
@@ -40,6 +42,9 @@ class Plan:
     stages: Sequence[Planned]
     teachers: int = 0
     """Number of models whose logits are cached."""
+    cached: Mapping[str, int] = field(default_factory=dict)
+    """Of these, how many are of each config that is tried, after what its faults begin with, where
+    configs differ."""
     writers: int = 0
     """Number of models that write text for students."""
     texts: int = 0
@@ -154,7 +159,8 @@ def plan_deploy(config: Config) -> Plan:
 def plan_study(config: Config) -> Plan:
     """Return the plan of `selfkd.study`."""
     stages, tried = list[Planned](), list[tuple[str, Config, Sequence[ModelConfig]]]()
-    cached, writing = dict[tuple[str, DataConfig], int](), dict[tuple[str, WriteConfig], int]()
+    cached = dict[tuple[str, DataConfig, TargetsConfig], tuple[int, str]]()
+    writing = dict[tuple[str, WriteConfig], int]()
     for name, arm in config.study.arms.items():
         if arm.average:
             continue
@@ -162,19 +168,23 @@ def plan_study(config: Config) -> Plan:
         others = [config.study.arms[each] for each in arm.teachers if each in config.study.arms]
         teachers = [config.at(other.set).model for other in others]
         stages.append(Planned(name, seeds, [f"arms/{name}/trial_*"], own, teachers))
-        tried.append((f"study.arms.{name}: ", own, teachers))
+        tried.append((where := f"study.arms.{name}: ", own, teachers))
         for teacher in arm.teachers if own.reads_cache else ():
             if teacher in config.study.arms:
                 number = min(config.arm_seeds(config.study.arms[teacher]), seeds)
             else:
                 number = _members(config).teachers
             if own.distill.mode == "tokens":
-                cached[teacher, own.data] = max(number, cached.get((teacher, own.data), 0))
+                key = teacher, own.data, own.targets
+                cached[key] = max((number, where), cached.get(key, (0, where)))
             else:
                 write = replace(own.write, keep="all")  # of which those that are right are a part
                 writing[teacher, write] = max(number, writing.get((teacher, write), 0))
     texts = sum(number * write.samples for (_, write), number in writing.items())
-    return Plan(stages, sum(cached.values()), sum(writing.values()), texts, tried)
+    by_arm = Counter[str]()
+    for number, where in cached.values():
+        by_arm[where] += number
+    return Plan(stages, by_arm.total(), by_arm, sum(writing.values()), texts, tried)
 
 
 def _by_mode(config: Config, plan: Plan) -> Plan:

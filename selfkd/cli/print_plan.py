@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ ENTRY = "selfkd.worker.jobs:run_job"
 STEPS = 25  # of a part that is timed, where epochs are parts of the steps
 BATCHES, EPOCHS, SECONDS = 8, 40, 1.0  # batches of an epoch that is timed; ends of the timing
 NETWORKS = 8  # networks that are timed at most
+_IMAGES = "images: "  # how the note on views begins
 
 
 def print_plan(
@@ -47,11 +48,12 @@ def print_plan(
     # of a worker, before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(int(config.resources.cpu), 1)))
     console, facts = make_console(), _check(config, function)
+    tried = dict[str, Facts]()
     if plan.imported is not None:
         check_sources(config, facts, plan.imported)
     for where, own, teachers in plan.tried:
-        if function is None and (own != config or tries_teachers(own)):
-            _check(own, function, teachers, where=where)
+        new = function is None and (own != config or tries_teachers(own))
+        tried[where] = _check(own, function, teachers, where=where) if new else facts
     done = [_done(folder, stage.patterns) for stage in plan.stages]
     left = [max(s.trainings - len(d), 0) for s, d in zip(plan.stages, done, strict=True)]
     rows = [
@@ -66,11 +68,11 @@ def print_plan(
     print_sentences(console, [f"plan of selfkd.{name}, of which nothing is started:"])
     print_table(console, table.without_empty())
     lines = [f"network: {config.model.title}"] if config.inputs == "features" else []
-    lines += [note for note in facts.notes if note.startswith("images: ")]
+    lines += _describe_images(tried or {"": facts})
     if plan.writers and not function:
         lines.append(_describe_text(plan, facts))
     if not function and (plan.teachers or not plan.writers):
-        lines.append(_describe_cache(config, plan, facts))
+        lines.append(_describe_cache(config, plan, facts, tried))
     if facts.transfer and config.data.transfer is not None:
         share = 1 / (1 - config.data.transfer.weight)
         lines.append(
@@ -149,21 +151,53 @@ def _describe_text(plan: Plan, facts: Facts) -> str:
     )
 
 
-def _describe_cache(config: Config, plan: Plan, facts: Facts) -> str:
+def _describe_images(found: Mapping[str, Facts]) -> list[str]:
+    """Return how images are augmented and at which sizes; of several arms, of which.
+
+    Args:
+        found: Facts by what the faults of their configs begin with.
+    """
+    which = dict[str, list[str]]()
+    for where, facts in found.items():
+        (said,) = [note for note in facts.notes if note.startswith(_IMAGES)] or [""]
+        which.setdefault(said, []).append(where.removesuffix(": ").rpartition(".")[2])
+    if len(which) == 1:
+        return [said for said in which if said]
+    return [f"{_IMAGES}{', '.join(names)}: {said.removeprefix(_IMAGES) or 'no data.augment'}"
+            for said, names in which.items()]  # fmt: skip
+
+
+def _span(values: Iterable[int]) -> str:
+    """Return a number, or the smallest and the largest of several.
+
+    >>> _span([1, 1]), _span([100, 4000, 1000])
+    ('1', '100 to 4,000')
+    """
+    ordered = sorted(set(values))
+    return " to ".join(f"{end:,}" for end in dict.fromkeys([ordered[0], ordered[-1]]))
+
+
+def _describe_cache(config: Config, plan: Plan, facts: Facts, tried: Mapping[str, Facts]) -> str:
     """Return the size of the cached teacher logits in words."""
     if not config.reads_cache:
         return "cached:  no teacher logits, as teachers are run at each step"
-    if facts.cached is None or not plan.teachers:
+    of = [(tried[where], number) for where, number in plan.cached.items()]
+    cached = [(own, own.cached, n) for own, n in of or [(facts, plan.teachers)] if own.cached and n]
+    if not cached:
         return "cached:  no teacher logits"
-    pools = [facts.items["train"], facts.transfer]
-    each, which = facts.cached.row_bytes, f"{pools[0]:,} {facts.unit}"
-    if facts.transfer:
-        which += f" and {facts.transfer:,} of the transfer set"
-    views = f" in {facts.views} views" if facts.views > 1 else ""
+    size = sum(
+        number * (own.items["train"] + own.transfer) * own.views * form.row_bytes
+        for own, form, number in cached
+    )
+    which = f"{_span(own.items['train'] for own, *_ in cached)} {facts.unit}"
+    if any(own.transfer for own, *_ in cached):
+        which += f" and {_span(own.transfer for own, *_ in cached)} of the transfer set"
+    views = _span(own.views for own, *_ in cached)
+    which += "" if views == "1" else f" in {views} views"
+    forms = {f"{form.words}, {form.row_bytes:,} bytes each" for _, form, _ in cached}
     return (
-        f"cached:  {short(plan.teachers * sum(pools) * facts.views * each)}B of teacher logits, of "
-        f"{count(plan.teachers, 'model')} for {which}{views}: {facts.cached.words}, {each:,} bytes "
-        "each"
+        f"cached:  {short(size)}B of teacher logits, of {count(plan.teachers, 'model')} for "
+        f"{which}: {' or '.join(sorted(forms))}"
     )
 
 

@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -119,12 +119,17 @@ class TransferConfig:
     alone."""
 
 
+Preset = Literal["none", "light", "strong"]
+PRESETS = get_args(Preset)
+"""Names of augmentation that stand for a mapping."""
+
+
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class AugmentConfig:
     """Augmentation by a preset, of which each part can be set apart. A view is a function of seed,
     image and view number: teacher and student see the same pixels."""
 
-    preset: Literal["none", "light", "strong"] = "none"
+    preset: Preset = "none"
     """What the keys below are where they are not given. none: nothing. light: flip, and a random
     shift of an eighth of the image, or, of images of 64 pixels or more, a random resized crop of at
     least 0.35 of the area; `data.jitter` or `data.crop` take their place where they are set.
@@ -252,6 +257,17 @@ class DataConfig:
     transfer: TransferConfig | None = None
     """Transfer set, `{name, root, size, weight, labels}`, for students with teachers; they are
     trained on the training items alone when not given."""
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _preset_or_mapping(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in PRESETS:
+            return AugmentConfig(preset=value)  # type: ignore[arg-type]
+        if not isinstance(value, Mapping | AugmentConfig):
+            raise ValueError(
+                f"must be {', '.join(PRESETS)} or a mapping of its keys, got {value!r}"
+            )
+        return value
 
     @field_validator("views", mode="before")
     @classmethod

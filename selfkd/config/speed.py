@@ -78,7 +78,8 @@ def with_speed(config: Config, stored: Config | None = None) -> Config:
 
     Args:
         config: Config of a run.
-        stored: Config that the run was started with, whose values take the place of the table's.
+        stored: Config that the run was started with, whose values take the place of the table's,
+            and of what workers decide.
 
     >>> train = with_speed(Config()).train
     >>> train.channels_last, train.fused
@@ -86,6 +87,9 @@ def with_speed(config: Config, stored: Config | None = None) -> Config:
     """
     train = config.train
     absent = [key for key in SPEED_KEYS if getattr(train, key) is None]
+    if stored is not None:
+        absent += ["amp"] if train.amp == "auto" else []
+        absent += ["tf32"] if train.tf32 is None else []
     if not absent:
         return config
     source = of_table(config) if stored is None else flat(stored)

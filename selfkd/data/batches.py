@@ -284,8 +284,7 @@ def read_batches(
     if plain or views is None:
         if isinstance(images, Tensor) and images.numel() <= KEPT_VALUES and images.device == device:
             inputs = kept_inputs(split, images, mean, std, channels_last=channels_last)
-            parts = _plain(_gathered(inputs, chunks), chunks, split.labels, device)
-            return ((*part, index) for part, index in zip(parts, chunks, strict=True))
+            return _taken(inputs, split.labels.to(device), chunks)
         parts = _plain(read(chunks), chunks, split.labels, device)
     else:
         parts = read_views(
@@ -347,16 +346,28 @@ def _chunks(order: Tensor, sizes: list[int], share: Callable[[int], range] | Non
     ]
 
 
-def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
-    """Return the images of batches; those that have channels last keep them there."""
-    if not chunks:
-        return ()
-    order = torch.cat(list(chunks)).to(images.device)  # to a GPU at once
-    places = torch.split(order, [len(own) for own in chunks])
+def _places(chunks: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Return the positions of batches on a device, sent to a GPU at once."""
+    if device.type == "cpu" or not chunks:
+        return chunks
+    return torch.split(torch.cat(list(chunks)).to(device), [len(own) for own in chunks])
+
+
+def _rows(images: Tensor, place: Tensor) -> Tensor:
+    """Return images by their position; those that have channels last keep them there."""
     if images.ndim != 4 or images.is_contiguous():
-        return (images.index_select(0, place) for place in places)
-    rows = images.permute(0, 2, 3, 1)
-    return (rows.index_select(0, place).permute(0, 3, 1, 2) for place in places)
+        return images.index_select(0, place)
+    return images.permute(0, 2, 3, 1).index_select(0, place).permute(0, 3, 1, 2)
+
+
+def _gathered(images: Tensor, chunks: Sequence[Tensor]) -> Iterable[Tensor]:
+    return (_rows(images, place) for place in _places(chunks, images.device))
+
+
+def _taken(inputs: Tensor, labels: Tensor, chunks: Sequence[Tensor]) -> Iterator[Batch]:
+    """Yield batches of inputs that are kept, on their device."""
+    for place, index in zip(_places(chunks, inputs.device), chunks, strict=True):
+        yield _rows(inputs, place), labels.index_select(0, place), index
 
 
 def _plain(

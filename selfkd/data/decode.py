@@ -64,7 +64,10 @@ def keep(stream: Stream, say: Callable[[str], object] = log.warning) -> Stream:
 def _kept(stream: Stream, say: Callable[[str], object]) -> Pixels | None:
     """Return the images from the machine's cache, which they are put into; None if they cannot."""
     numbers = stream.positions.tolist()
-    states = stream.pictures.states(numbers)
+    try:
+        states = stream.pictures.states(numbers)
+    except OSError:  # which names no image; what reads it does
+        return None
     if states is None or sum(size for _, size, *_ in states) < LEAST_BYTES:
         return None
     found = cached_array(

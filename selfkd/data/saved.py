@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .folder import PARTS, make_source
 from .sources import Source
+from .stream import State, file_states
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,8 +56,29 @@ class SavedPictures:
         """Return a name that identifies a picture without decoding it."""
         return f"{self.digest}[{number}]"
 
-    def states(self, numbers: Sequence[int]) -> None:
-        """Return None: when the content changes is not known."""
+    def states(self, numbers: Sequence[int]) -> list[State] | None:
+        """Return the states of the files of the split, and which rows of it the pictures are."""
+        return table_states(self.dataset, self.column, numbers)
+
+
+def table_states(dataset: Any, column: str, numbers: Sequence[int]) -> list[State] | None:
+    """Return what changes with the content of pictures in the files of a table.
+
+    Args:
+        dataset: Data set of the library's, whose pictures are not decoded.
+        column: Name of their column.
+        numbers: Rows.
+
+    Returns:
+        The states of the files, and a row for each picture; None where the table is not of files,
+        or a picture is in a file of its own.
+    """
+    files = [os.path.realpath(each["filename"]) for each in dataset.cache_files]
+    chunks = dataset.data.column(column).chunks
+    if not files or any(chunk.field("bytes").null_count for chunk in chunks):
+        return None
+    found = file_states(files)
+    return None if found is None else found + [(f"{column}[{n}]", 0, 0, 0) for n in numbers]
 
 
 def is_saved(root: Path) -> bool:

@@ -78,13 +78,18 @@ class Files:
 
     def states(self, numbers: Sequence[int]) -> list[State] | None:
         """Return path, size and times of the files; None where one has just been written."""
-        root, found = os.path.realpath(self.root), []
-        for number in numbers:
-            path = os.path.join(root, self.paths[number])
-            state = os.stat(path)
-            found.append((path, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
-        newest = max((changed for _, _, changed, _ in found), default=0)
-        return found if newest < time.time_ns() - FRESH_NS else None
+        root = os.path.realpath(self.root)
+        return file_states([os.path.join(root, self.paths[number]) for number in numbers])
+
+
+def file_states(paths: Sequence[str]) -> list[State] | None:
+    """Return path, size and times of files; None where one has just been written."""
+    found = []
+    for path in paths:
+        state = os.stat(path)
+        found.append((path, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    newest = max((changed for _, _, changed, _ in found), default=0)
+    return found if newest < time.time_ns() - FRESH_NS else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """Loading of timm's data sets (`create_dataset`): torch/…, hfds/…, hfids/…, tfds/…, wds/…"""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import torch
 from .batches import Split
 from .folder import default_val_size, describe
 from .pictures import Mode, read_or_raise, read_picture, square
+from .saved import table_states
 from .sources import Source, missing
-from .stream import LARGEST_DEFAULT, Pictures, Stream, survey
+from .stream import LARGEST_DEFAULT, Pictures, State, Stream, file_states, survey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,8 +72,18 @@ class TimmPictures:
         """Return a name that identifies a picture without decoding it."""
         return f"{self.name}[{number}]"
 
-    def states(self, numbers: Sequence[int]) -> None:
-        """Return None: when the content changes is not known."""
+    def states(self, numbers: Sequence[int]) -> list[State] | None:
+        """Return what changes with the content of pictures in files, or in a table of Hugging Face.
+
+        None of those that torchvision has in memory, such as CIFAR's.
+        """
+        reader: Any = getattr(self.dataset, "reader", None)
+        if hasattr(table := getattr(reader, "dataset", None), "cache_files"):
+            return table_states(table, reader.image_key, numbers)
+        files = getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
+        if not files:
+            return None
+        return file_states([os.path.realpath(files[number][0]) for number in numbers])
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from selfkd.distill.terms import (
     parse_terms,
 )
 from selfkd.losses import Average
-from selfkd.losses.distillation import check_settings, check_tensor, detached
+from selfkd.losses.distillation import check_settings, check_tensor, detached, hard_loss
 from selfkd.losses.fused import weighted_sum
 from selfkd.losses.moving import send
 from selfkd.losses.sequences import SampledTargets
@@ -299,7 +299,11 @@ class Distiller:
                 smoothing, parts = self.label_smoothing, (unlabelled, labelled_share)
                 hard_loss = masked_hard_term(self.task, logits, labels, *parts, smoothing)
             labels = None
-        terms = self._terms(logits, labels, inputs, index, view, hard_loss)
+        terms = None
+        if self._quick is not None and labels is not None and hard_loss is None and not self.terms:
+            terms = self._quick_terms(logits, labels, inputs, index, view)
+        if terms is None:
+            terms = self._terms(logits, labels, inputs, index, view, hard_loss)
         if normalizer is None:
             return terms
         return {name: term * (len(logits) / normalizer) for name, term in terms.items()}
@@ -321,10 +325,6 @@ class Distiller:
             )
         if self.task != "single_label":
             labels = as_outputs(labels, student_logits)
-        if labels is not None and own_hard_loss is None:
-            found = self._quick_terms(student_logits, labels, inputs, index, view)
-            if found is not None:
-                return found
         # further terms need the teacher at any alpha
         labels_only = self.alpha == 0 and not self.terms
         teacher_logits = None if labels_only else self._teacher_logits(inputs, index, view)
@@ -334,7 +334,7 @@ class Distiller:
                 loss = hard_term(
                     self.task, student_logits, labels, label_smoothing=self.label_smoothing
                 )
-            return {"loss": loss, "hard_loss": loss.detach().clone()}
+            return _of_labels(loss)
         device = student_logits.device
         if isinstance(teacher_logits, SparseLogits | SampledTargets):
             teacher_logits = teacher_logits.to(device).map(detached)
@@ -374,10 +374,11 @@ class Distiller:
         index: Tensor | None,
         view: int,
     ) -> dict[str, Tensor] | None:
-        """Return the terms of few classes, if there is nothing else to be computed."""
-        if self._quick is None or not self.alpha or self.terms:
-            return None
-        if not is_quick(student_logits, self.temperature):
+        """Return the terms of labels alone or of few classes; None where others are computed."""
+        if not self.alpha or (self.teacher is None and self.targets is None):
+            smoothing = self.label_smoothing
+            return _of_labels(hard_loss(student_logits, labels, label_smoothing=smoothing))
+        if self._quick is None or not is_quick(student_logits, self.temperature):
             return None
         made_with = self.temperature, self.average, self.weights
         if self.teacher is None:
@@ -433,6 +434,11 @@ class Distiller:
     def __repr__(self) -> str:
         source = self.targets if self.teacher is None else self.teacher
         return f"Distiller({source}, temperature={self.temperature}, alpha={self.alpha})"
+
+
+def _of_labels(loss: Tensor) -> dict[str, Tensor]:
+    """Return the terms of a loss of labels alone."""
+    return {"loss": loss, "hard_loss": loss.detach().clone()}
 
 
 def _mean_over_processes(gradient: Tensor) -> Tensor:

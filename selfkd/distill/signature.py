@@ -49,6 +49,15 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return config is not None and bool(getattr(config.get_text_config(), "is_encoder_decoder", 0))
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Return the keyword by which a language model of transformers keeps no keys and values.
+
+    In eval mode it would copy and keep those of all layers, which only generation reads.
+    """
+    keeps = config_of(model) is not None and "use_cache" in signature_of(model).names
+    return {"use_cache": False} if keeps else {}
+
+
 def signature_of(model: nn.Module) -> Signature:
     """Return the inputs that the forward of a model in any wrapper takes.
 

@@ -17,6 +17,7 @@ from selfkd.distill.features import drop_hooks
 from selfkd.distill.input_stats import Stats, renormalisation, renormalise
 from selfkd.distill.layers import check_whole, unwrap
 from selfkd.distill.outputs import map_tensors, take_logits
+from selfkd.distill.signature import without_cache
 
 
 class Teacher:
@@ -385,8 +386,9 @@ def _is_packed(module: nn.Module) -> bool:
 
 def _run(module: nn.Module, inputs: Any) -> Any:
     """Return a module's output; several inputs are given as arguments where it takes them."""
+    more = without_cache(module)
     if not isinstance(inputs, Mapping | list | tuple):
-        return module(inputs)
+        return module(inputs, **more)
     takes_any = False
     if isinstance(module, torch.jit.ScriptModule):
         _, *arguments = module.forward.schema.arguments  # type: ignore[attr-defined]
@@ -403,4 +405,4 @@ def _run(module: nn.Module, inputs: Any) -> Any:
     keywords = {key: value for key, value in inputs.items() if takes_any or key in accepted}
     if not keywords or any(name not in keywords for name in required):
         return module(inputs)
-    return module(**keywords)
+    return module(**{**more, **keywords})

@@ -42,7 +42,7 @@ def settle_device(config: Config, folder: RunFolder, executor: Executor, events:
     if not settled:
         return config
     config = config.at(settled)
-    folder.settle(config)
+    folder.save_config(config)
     return config
 
 

@@ -84,7 +84,6 @@ class RunFolder:
             folder = cls(path)
             save_text(path / "run_id", f"{path.name}-{token}", patience=0)
             save_text(path / "command", command, patience=0)
-            save_text(path / HASH, config_hash(config), patience=0)
             folder.save_config(config, patience=0)
         except OSError as error:
             reason = error.strerror or error
@@ -146,14 +145,22 @@ class RunFolder:
             return True
 
     def save_config(self, config: Config, *, patience: float | None = None) -> None:
-        """Write config.yaml."""
+        """Write config.yaml, and the hash of what may not change in it.
+
+        Between the two writes the file of the hash has both, the one before and the one after, so
+        that a run that is killed there goes on.
+        """
+        hashed, known = config_hash(config), self._hashes()
+        both = list(dict.fromkeys([*known, hashed]))
+        if both != known:
+            save_text(self.path / HASH, "\n".join(both), patience=patience)
         text = f"format: {FORMAT}\n{dump_config(config)}"
         save_text(self.path / "config.yaml", text, patience=patience)
+        if both != [hashed]:
+            save_text(self.path / HASH, hashed, patience=patience)
 
-    def settle(self, config: Config) -> None:
-        """Write config.yaml anew with what its workers have decided, before any trial."""
-        save_text(self.path / HASH, config_hash(config))
-        self.save_config(config)
+    def _hashes(self) -> list[str]:
+        return self._text(HASH).split() if (self.path / HASH).exists() else []
 
     def check_command(self, command: str) -> None:
         """Check that a run is continued by the command that it was started by.
@@ -195,9 +202,8 @@ class RunFolder:
         Raises:
             ConfigError: It is; says what differs.
         """
-        found = self._text(HASH) if (self.path / HASH).exists() else "none"
         known = {key for key, _ in leaves(load_yaml(self.path / "config.yaml"), "")}
-        if found not in (config_hash(old), config_hash(old, of=known)):
+        if not {config_hash(old), config_hash(old, of=known)} & set(self._hashes()):
             raise ConfigError(
                 f"{self.path / 'config.yaml'} was edited where a run may not change (its hash is "
                 f"not that of {HASH}): put it back, or start a new run with --config"
@@ -238,7 +244,6 @@ class RunFolder:
         """
         self.keep_facts("data.json", facts)
         self.save_config(config)
-        save_text(self.path / HASH, config_hash(config))  # of all keys, if a version had fewer
 
     def keep_facts(self, name: str, facts: Facts, *, where: str = "") -> None:
         """Write down facts of data and networks.

@@ -266,7 +266,8 @@ def hard_loss(student_logits: Tensor, labels: Tensor, *, label_smoothing: float 
     >>> hard_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
     """
-    check_settings(1.0, 0.0, "probabilities", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        check_settings(1.0, 0.0, "probabilities", label_smoothing)
     check_tensors(student_logits, student_logits, labels)
     if labels.ndim == 2:
         check_labels(labels, student_logits.shape[1])
@@ -409,6 +410,8 @@ def as_single(tensor: Tensor) -> Tensor:
 
 def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> None:
     """Raise ValueError or TypeError for shapes that do not match, or types that are not right."""
+    if _is_usual(student_logits, teacher_logits, labels):
+        return
     check_tensor("student_logits", student_logits)
     check_tensor("teacher_logits", teacher_logits)
     check_tensor("labels", labels)
@@ -427,6 +430,23 @@ def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
             "logits must be floating point, got "
             f"{student_logits.dtype} of the student, {teacher_logits.dtype} of the teacher"
         )
+
+
+def _is_usual(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> bool:
+    """Whether a batch is right at first sight: in a small step, the further checks take long."""
+    return (
+        isinstance(student_logits, Tensor)
+        and isinstance(teacher_logits, Tensor)
+        and isinstance(labels, Tensor)
+        and len(shape := student_logits.shape) == 2
+        and shape[0] > 0
+        and shape[1] > 1
+        and teacher_logits.shape == shape
+        and labels.shape == shape[:1]
+        and labels.dtype is torch.int64
+        and student_logits.dtype is torch.float32
+        and teacher_logits.dtype is torch.float32
+    )
 
 
 def check_label_form(labels: Tensor, logits: Tensor) -> None:

@@ -23,7 +23,7 @@ Transform = Literal["none", "permuted", "confidence", "virtual", "hard", "class_
 hard (the arg max), class_mean (one mean soft target a class)."""
 Targets = Callable[[Tensor, Any], Tensor | SparseLogits | SampledTargets]
 """Cached logits of one teacher, or of the members of an ensemble, by index and view."""
-OF_LABELS: tuple[Transform, ...] = ("confidence", "class_mean")
+OF_LABELS: tuple[Transform, ...] = ("confidence", "virtual", "class_mean")
 """Transforms that need the label of each item, which leave a transfer set out."""
 IMPOSSIBLE = -1e4
 """Logit of a class of no probability, in single precision too, at which losses are finite."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import mmap
 import os
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from selfkd.errors import ConfigError
 from selfkd.storage.files import cache_folder, is_temporary, parse_json, replace
 
+log = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
 
 FOLDER = "images"
@@ -175,9 +177,16 @@ def _opened(path: Path) -> int:
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
     path = folder / f"lock-{int(name, 16) % _LOCKS:x}"
-    file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:  # which is said once of all files
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(folder)) from error
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("waiting for another process, which decodes images for %s", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
         os.close(file)
@@ -200,7 +209,8 @@ def _mapped(path: Path, shape: Sequence[int]) -> Pixels | None:
         whole = mmap.mmap(file, _PAGE + size, access=mmap.ACCESS_COPY)
         if facts != {"shape": list(shape), "crc32": zlib.crc32(memoryview(whole)[_PAGE:])}:
             return None
-        os.utime(file)  # those that were not used for longest are removed first
+        with contextlib.suppress(OSError):  # of a disk that can only be read
+            os.utime(file)  # those that were not used for longest are removed first
         return np.frombuffer(whole, np.uint8, offset=_PAGE).reshape(shape)
     except ValueError:  # no JSON
         return None
@@ -252,8 +262,8 @@ def _make_room(folder: Path, size: int, limit: float) -> None:
     free = shutil.disk_usage(folder).free
     if total + size > limit or size > _SHARE * free:
         raise OSError(
-            f"{folder} has no room for {size / 1e9:.1f} GB more: {total / 1e9:.1f} of "
-            f"{limit / 1e9:g} GB are in use (SELFKD_CACHE_GB), {free / 1e9:.1f} GB are free"
+            f"{folder} has no room for {size / 1e9:.2g} GB more: {total / 1e9:.2g} of "
+            f"{limit / 1e9:g} GB are in use (SELFKD_CACHE_GB), {free / 1e9:.3g} GB are free"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from selfkd.config import Config
 from selfkd.errors import cut_text, describe_error
 from selfkd.results import Event
 
@@ -27,6 +28,9 @@ class NoTracker:
     def __init__(self, why: str = "") -> None:
         if why:
             self.description = f"{self.description}, {why}"
+
+    def settle(self, config: Config) -> None:
+        """Do nothing."""
 
     def __call__(self, event: Event) -> None:
         """Do nothing."""
@@ -55,6 +59,11 @@ class BothTrackers(NoTracker):
     def incomplete(self) -> bool:  # type: ignore[override]
         """Whether something could not be logged or sent, which the description says."""
         return any(tracker.incomplete for tracker in self._both)
+
+    def settle(self, config: Config) -> None:
+        """Take the config with what its workers have decided, before any event of a trial."""
+        for tracker in self._both:
+            tracker.settle(config)
 
     def __call__(self, event: Event) -> None:
         """Log an event."""

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -245,6 +246,10 @@ class WandbTracker(NoTracker):
                 packages=True,
             )
         return self._whole
+
+    def settle(self, config: Config) -> None:
+        """Take the config with what its workers have decided, before any event of a trial."""
+        self._config = replace(config, tracking=self._config.tracking)
 
     def __call__(self, event: Event) -> None:
         """Log an event, from the tracker's own thread."""

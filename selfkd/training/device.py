@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from selfkd.config import Config
+from selfkd.config import Config, Tree, from_tree
 from selfkd.errors import DeviceMemoryError
 from selfkd.training.predict import Precision
 
@@ -71,38 +71,78 @@ def describe_gpu() -> dict[str, Any]:
 
 
 @contextmanager
-def saying_memory(config: Config) -> Iterator[None]:
+def saying_memory(config: Tree | None, job: str = "train") -> Iterator[None]:
     """Say what a GPU's memory was taken by where it has run out, and free what is left of a job.
+
+    Args:
+        config: Config of the job; None of one that computes nothing.
+        job: Kind of the job; of training, its batch size is named.
 
     Raises:
         DeviceMemoryError: It has.
     """
+    message = ""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = _describe_shortage(config)
-        traceback.clear_frames(error.__traceback__)  # which hold the tensors of the job
-        free = True
-    else:
-        free = False
-    if free:
+    except Exception as error:
+        if config is None or not ran_out(error):
+            raise
+        message = _describe_shortage(from_tree(config), job)
+        for each in _chain(error):
+            traceback.clear_frames(each.__traceback__)  # which hold the tensors of the job
+    if message:
         gc.collect()
         torch.cuda.empty_cache()
         raise DeviceMemoryError(message)
 
 
-def _describe_shortage(config: Config) -> str:
+def ran_out(error: BaseException) -> bool:
+    """Return whether an error is that of a GPU's memory, or was made from it.
+
+    >>> ran_out(torch.OutOfMemoryError("CUDA out of memory")), ran_out(ValueError("too wide"))
+    (True, False)
+    """
+    return any(isinstance(each, torch.OutOfMemoryError) for each in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _describe_shortage(config: Config, job: str) -> str:
     size, share = config.train.batch_size, config.resources.gpu
-    found = f"train.batch_size must fit into the memory of the GPU, got {size}"
+    if job == "train":
+        found = f"train.batch_size must fit into the memory of the GPU, got {size}"
+        ways = ["lower train.batch_size", "raise resources.gpu", "choose train.amp auto"]
+    else:
+        work = WORK.get(job, f"the job {job}")
+        found = f"resources.gpu must give the memory for {work}, got {share:g}"
+        ways = ["end what else is on it", "raise resources.gpu", "compute on CPUs: resources.gpu=0"]
+    if not 0 < share < 1:
+        del ways[1]
     if torch.cuda.is_available():
         gpu, own = describe_gpu(), torch.cuda.memory_reserved()
         others = max(0, gpu["memory"] - gpu["free"] - own)
+        this = "trial" if job == "train" else "job"
         found += (
-            f" on {gpu['gpu']} with {gpu['memory'] / GIB:.1f} GiB: this trial held "
+            f" on {gpu['gpu']} with {gpu['memory'] / GIB:.1f} GiB: this {this} held "
             f"{own / GIB:.1f} GiB, others {others / GIB:.1f} GiB, {gpu['free'] / GIB:.1f} GiB free"
         )
     if 0 < share < 1:
         found += f" (resources.gpu {share:g} lets a trial have {share:.0%} of it)"
-    way_out = "lower train.batch_size"
-    way_out += ", or raise resources.gpu" if 0 < share < 1 else ""
-    return f"{found}: {way_out}, or choose train.amp auto"
+    return f"{found}: {', or '.join(ways)}"
+
+
+WORK = {
+    "check": "trying the networks on two inputs",
+    "cache_teacher_logits": "caching a teacher's logits, one input at a time",
+    "evaluate": "evaluating a model, one input at a time",
+    "fit_ensemble_weights": "predicting by each member, one input at a time",
+    "average_checkpoints": "evaluating averaged weights, one input at a time",
+    "import_checkpoint": "evaluating a given model, one input at a time",
+    "time": "timing models at the batches of the report",
+    "write": "writing text by a teacher",
+}
+"""What jobs do, by their kind. Predictions halve their batches before their memory runs out."""

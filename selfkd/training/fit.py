@@ -216,14 +216,19 @@ def fit(
 
 def descend(training: Training, loss: Tensor, clip_grad: float | None) -> None:
     """Make one optimiser step; update the moving average."""
-    scaler, student = training.scaler, training.student
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    student = training.student
+    scaler = training.scaler if training.scaler.is_enabled() else None
+    (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     if clip_grad is not None:
-        scaler.unscale_(training.optimizer)
+        if scaler is not None:
+            scaler.unscale_(training.optimizer)
         own = () if training.projections is None else training.projections.parameters()
         nn.utils.clip_grad_norm_([*student.parameters(), *own], clip_grad)
-    scaler.step(training.optimizer)
-    scaler.update()
+    if scaler is None:
+        training.optimizer.step()
+    else:
+        scaler.step(training.optimizer)
+        scaler.update()
     if training.average is not None:
         training.average.update_parameters(student)
 

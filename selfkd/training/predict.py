@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from selfkd.training.ranks import ALONE, Ranks
 Precision = Literal["none", "bfloat16", "float16"]
 EVAL_BATCH = 1000  # images
 EVAL_VALUES = 2**22  # most input values a batch, which bounds batches of large images
+_Found = TypeVar("_Found")
 
 
 def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
@@ -26,6 +27,39 @@ def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
     if precision == "none":
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, precision))
+
+
+def halving(
+    items: range, size: int, run: Callable[[range, int], Iterator[tuple[int, _Found]]]
+) -> Iterator[_Found]:
+    """Yield what is found of items in batches; go on in half of them where a GPU has no memory.
+
+    A GPU that has the memory to train by small batches may not have that to predict by large ones.
+
+    Args:
+        items: Items, without gaps.
+        size: Items a batch.
+        run: Function from the items that are left and the size of their batches to batches: the
+            number of items of each, and what is found of them.
+
+    Raises:
+        torch.OutOfMemoryError: The memory does not do for one item.
+
+    >>> list(halving(range(5), 2, lambda left, size: ((1, n) for n in left)))
+    [0, 1, 2, 3, 4]
+    """
+    start = items.start
+    while True:
+        try:
+            for count, found in run(range(start, items.stop), size):
+                yield found
+                start += count
+            return
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size //= 2
+        torch.cuda.empty_cache()  # in blocks of the larger batches
 
 
 def predict(
@@ -85,21 +119,26 @@ def predict_batches(
     training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
         model.eval()
-    values = data.in_chans * getattr(data, split).image_size ** 2
-    batches = data.batches(
-        split,
-        batch_size=min(EVAL_BATCH, max(1, EVAL_VALUES // values)),
-        views=views,
-        view=view,
-        device=device,
-        workers=workers,
-        rows=rows,
-        channels_last=channels_last,
-    )
-    for inputs, _, _ in batches:
-        with autocast(device, precision):
-            logits = take_logits(model(inputs), "model")
-        yield logits.float().cpu()
+    images, values = getattr(data, split), data.in_chans * getattr(data, split).image_size ** 2
+
+    def run(left: range, size: int) -> Iterator[tuple[int, Tensor]]:
+        batches = data.batches(
+            split,
+            batch_size=size,
+            views=views,
+            view=view,
+            device=device,
+            workers=workers,
+            rows=rows if left == items else left,
+            channels_last=channels_last,
+        )
+        for inputs, _, _ in batches:
+            with autocast(device, precision):
+                logits = take_logits(model(inputs), "model")
+            yield len(inputs), logits.float().cpu()
+
+    items = range(len(images)) if rows is None else rows
+    yield from halving(items, min(EVAL_BATCH, max(1, EVAL_VALUES // values)), run)
     if isinstance(model, nn.Module):
         model.train(training)
 

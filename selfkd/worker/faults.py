@@ -10,6 +10,7 @@ from typing import Any
 from selfkd.deployment import check_installed
 from selfkd.errors import ConfigError
 from selfkd.results import Row
+from selfkd.training.device import ran_out
 
 Job = Callable[..., Iterator[Row]]
 
@@ -27,6 +28,8 @@ def saying_faults(job: Job) -> Job:
         try:
             yield from job(*arguments, **options)
         except (ValueError, TypeError, FileNotFoundError) as error:
+            if ran_out(error):
+                raise
             yield {"fault": str(error)}
 
     return run

@@ -16,15 +16,26 @@ from selfkd.storage.files import NO_ROOM
 from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 from selfkd.tasks.task import Pool
-from selfkd.training.device import describe_gpu, precision_of, prepare_device, saying_memory
+from selfkd.training.device import (
+    describe_gpu,
+    precision_of,
+    prepare_device,
+    ran_out,
+    saying_memory,
+)
 from selfkd.training.functions import load_function
 from selfkd.training.trial import Trial, run_function
 from selfkd.worker import compression, deploy, ensembling, evaluate, teachers
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[Row]:
-    """Do the job that `kind` names; yield what it reports."""
-    return _JOBS[kind](**payload)
+    """Do the job that `kind` names; yield what it reports.
+
+    Raises:
+        DeviceMemoryError: The memory of the GPU does not do; says what it was taken by.
+    """
+    with saying_memory(payload.get("config"), kind):
+        yield from _JOBS[kind](**payload)
 
 
 def check(config: Tree, teachers: Sequence[Row] = ()) -> Iterator[Row]:
@@ -37,6 +48,8 @@ def check(config: Tree, teachers: Sequence[Row] = ()) -> Iterator[Row]:
     try:
         facts = make_task(config).check(teachers)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if ran_out(error):
+            raise
         yield {"fault": str(error)}
         return
     yield {"facts": to_row(facts)}
@@ -104,11 +117,10 @@ def train(
         path=as_path(student),
         more=depends,
     )
-    with saying_memory(trial.config):
-        if function is not None:
-            yield from run_function(load_function(function), trial)
-        else:
-            yield from make_task(config).train(trial, **options)
+    if function is not None:
+        yield from run_function(load_function(function), trial)
+    else:
+        yield from make_task(config).train(trial, **options)
 
 
 def cache_teacher_logits(

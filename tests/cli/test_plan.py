@@ -34,6 +34,7 @@ TINY = (
     *("data.train_size=40", "data.val_size=40", "model={name: selfkd_mlp, args: {width: 4}}"),
     *("train.epochs=2", "search.trials=2", "confirm.seeds=2", "rounds=2", "tracking=none"),
 )
+CNN = "model={name: selfkd_cnn, args: {width: 2}}"
 ARMS = "{a: {}, b: {teacher: a}, c: {teacher: [a, b], seeds: 1}, d: {average: [a, b]}}"
 RECIPES: dict[str, tuple[Callable[..., Plan], Callable[..., Any], list[str]]] = {
     "generations": (plan_generations, born_again, []),
@@ -112,6 +113,24 @@ def test_a_transfer_set_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture
     assert re.search(r"confirmation, all three 6 ", printed)
     assert "for 40 images and 200 of the transfer set: 10 logits, 20 bytes each" in printed
     assert "mixed: steps of students with teachers have 4 times as many items" in printed
+
+
+def test_views_are_those_of_each_arm_of_a_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = (
+        "{labels: {}, light: {teacher: labels, set: {data.augment: light}}, "
+        "few: {teacher: labels, set: {data.augment: light, data.train_size: 20}}}"
+    )
+    config = load_config(settings=[*TINY, f"study.arms={arms}", "data.test_size=10", CNN])
+    print_plan(plan_study(config), "study", config, RunFolder(tmp_path / "run"), None)
+    printed = " ".join(capsys.readouterr().out.split())
+    sizes = "10 x 10 pixels in validation and test, 8 x 8 in training"
+    assert f"images: labels: {sizes} images: light, few: shift of 1 pixel; 8 views" in printed
+    # two teachers, 8 views of 40 and of 20 images, 20 bytes each
+    assert (
+        "cached: 19.2 kB of teacher logits, of 4 models for 20 to 40 images in 8 views" in printed
+    )
 
 
 def test_the_command_prints_it_and_leaves_nothing(

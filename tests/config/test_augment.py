@@ -1,10 +1,12 @@
 """What views cannot go with, each one message."""
 
+import re
+
 import pytest
 from pydantic import TypeAdapter
 
-from selfkd.config import load_config
-from selfkd.config.augment import is_augmented
+from selfkd.config import from_tree, load_config
+from selfkd.config.augment import check_views, is_augmented
 from selfkd.config.tasks import FREE, INSIDE
 from selfkd.config.validate import check_study
 from selfkd.errors import ConfigError
@@ -115,6 +117,16 @@ def test_arms_of_a_study_have_views_of_their_own(arm, fault):
     assert line.startswith(f"study.arms.other{'.' if fault.startswith('set') else ': '}{fault}")
 
 
+def test_students_of_an_ensemble_need_views_that_can_be_cached():
+    """Whatever `rounds` says, which only generations read."""
+    config = load_config(settings=["data.views=fresh", "rounds=0"])
+    with pytest.raises(
+        ConfigError, match=r"^data.views: must be a number where teacher logits are"
+    ):
+        check_views(config)
+    check_views(config.at({"distill.live": True}))
+
+
 def test_what_an_arm_may_set_can_be_written_down():
     keys = (*FREE, *(f"{beginning}preset" for beginning in INSIDE))
     assert TypeAdapter(Point).validate_python(dict.fromkeys(keys))
@@ -143,6 +155,17 @@ def test_a_preset_in_a_file_may_be_a_word(tmp_path):
     config = load_config(path, settings=["data.augment.mixup=0.1"])
     assert (config.data.augment.preset, config.data.augment.mixup) == ("strong", 0.1)
     assert config.data.augment.value("cutmix") == 1.0
+
+
+@pytest.mark.parametrize("value", [5, True, None, ["light"], "bright"])
+def test_what_is_no_preset_is_told_which_there_are(value):
+    """As in a config.yaml that was edited, whose values no `--set` has gone through."""
+    known = "must be none, light, strong or a mapping of its keys"
+    with pytest.raises(
+        ConfigError, match=rf"^data\.augment: {known}, got {re.escape(repr(value))}$"
+    ):
+        from_tree({"data": {"augment": value}})
+    assert from_tree({"data": {"augment": "light"}}) == load_config(settings=["data.augment=light"])
 
 
 def test_none_takes_back_what_was_set_before() -> None:

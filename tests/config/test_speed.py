@@ -126,6 +126,16 @@ def test_a_run_of_a_version_without_them_goes_on_as_it_began(tmp_path: Path) -> 
         folder.check_change(other, other)
 
 
+def test_a_run_goes_on_in_the_precision_that_its_workers_have_decided() -> None:
+    """With --resume and the YAML file that it was started with."""
+    given = load_config(settings=["train.amp=auto"])
+    stored = with_speed(load_config(settings=["train.amp=bfloat16", "train.tf32=true"]))
+    assert with_speed(given, stored) == stored
+    other = load_config(settings=["train.amp=float16", "train.tf32=false"])
+    assert with_speed(other, stored).train.amp == "float16"
+    assert with_speed(other, stored).train.tf32 is False
+
+
 def test_a_dumped_config_is_read_as_it_was(tmp_path: Path) -> None:
     config = with_speed(load_config())
     (tmp_path / "x.yaml").write_text(dump_config(config))

@@ -13,16 +13,9 @@ from selfkd.data import decode as module
 from selfkd.data import load_data
 from selfkd.data.decode import decode, keep
 from selfkd.data.stream import Files, Stream
-from selfkd.storage import machine_cache
 
 HOUR_NS = 3600 * 10**9
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("SELFKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "LEAST_BYTES", 0)
-    return tmp_path / "cache" / machine_cache.FOLDER
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -53,22 +46,15 @@ def one_by_one(stream: Stream) -> Tensor:
     return torch.stack([stream[i] for i in range(len(stream))])
 
 
-def forbid_decoding(monkeypatch) -> None:
-    def fail(*_):
-        raise AssertionError("an image was decoded")
-
-    monkeypatch.setattr(module, "_decoded", fail)
-
-
-def test_images_are_decoded_once(root, monkeypatch):
+def test_images_are_decoded_once(root, decoded):
     stream = stream_of(root)
     expected = one_by_one(stream)
     assert decode(stream).equal(expected)
-    forbid_decoding(monkeypatch)
     again = decode(stream_of(root))
     assert again.equal(expected)
     again += 1  # its own
     assert decode(stream_of(root)).equal(expected)
+    assert decoded == [len(stream)]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -141,8 +127,17 @@ def test_file_that_changes_while_it_is_decoded_is_not_kept(root, cache, monkeypa
         write(Path(stream.pictures.where(3)), np.random.default_rng(7), hours=3)
 
     monkeypatch.setattr(module, "_decoded", and_change)
-    decode(stream)
+    found = decode(stream)
     assert not list(cache.glob("*.u8"))
+    assert found.equal(one_by_one(stream))
+
+
+def test_of_a_file_that_is_gone_its_name_is_said(root, cache):
+    stream = stream_of(root)
+    path = Path(stream.pictures.where(3))
+    path.unlink()
+    with pytest.raises(ValueError, match=f"every image must be readable, got {path} "):
+        decode(stream)
 
 
 def test_few_bytes_are_not_kept(root, cache, monkeypatch):

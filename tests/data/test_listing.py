@@ -6,17 +6,14 @@ import pytest
 
 from selfkd.data import folder, listing
 from selfkd.data.folder import open_folder
-from selfkd.storage import machine_cache
 from tests.data.test_load import write_folder
 
 HOUR_NS = 3600 * 10**9
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("SELFKD_CACHE", str(tmp_path / "cache"))
+def _any_number_of_files(cache, monkeypatch) -> None:
     monkeypatch.setattr(listing, "LEAST_FILES", 0)
-    return tmp_path / "cache" / machine_cache.FOLDER
 
 
 @pytest.fixture

@@ -146,6 +146,10 @@ def test_subset_is_stratified():
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"in_memory": False}, "in_memory must be true or not given for digits, got False"),
         ({"image_size": 20_000}, r"image_size must keep digits within 2,000,000,000 bytes"),
+        (
+            {"test_size": 9_000},
+            r"data.test_size must keep .* got 9000: lower it or data.train_size$",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, message):
@@ -877,6 +881,20 @@ def test_torchvision_s_loader_is_replaced(tmp_path, monkeypatch):
     write_odd(tmp_path)
     theirs = load_data("torch/imagenet", root=tmp_path).test.images
     assert theirs.equal(load_data("folder", root=tmp_path).test.images)
+
+
+def test_pictures_of_torchvision_are_decoded_once(folder, monkeypatch, cache, decoded):
+    from torchvision.datasets import ImageFolder
+
+    def create(name: str, root: str, split: str, download: bool):
+        return ImageFolder(Path(root) / {"train": "train", "test": "val"}[split])
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
+    first, again = (load_data("torch/imagenet", root=folder).train.images for _ in range(2))
+    assert first.equal(again)
+    assert len(decoded) == 3
 
 
 def test_unreadable_image_of_a_timm_set_is_not_skipped(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """Image data sets saved by the library `datasets`: their columns, splits and pictures."""
 
 import json
+import os
 import pickle
 import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,39 @@ def test_pictures_are_read_as_files_are(tmp_path):
     ours = load_data("folder", root=tmp_path / "saved").test.images
     theirs = load_data("folder", root=tmp_path / "files").test.images
     assert sorted(ours.flatten(1).tolist()) == sorted(theirs.flatten(1).tolist())
+
+
+def age(root: Path) -> None:
+    """Let all files be an hour old."""
+    then = time.time() - 3600
+    for path in root.rglob("*.*"):
+        os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("in_memory", [None, False])
+def test_pictures_are_decoded_once(tmp_path, cache, decoded, in_memory):
+    root = save(tmp_path / "saved", train=24, test=6)
+    age(root)
+    first, again = (load_data("folder", root=root, in_memory=in_memory) for _ in range(2))
+    assert sorted(decoded) == [3, 6, 21]
+    assert first.fingerprint == again.fingerprint
+    for name in ("train", "val", "test"):
+        one, other = getattr(first, name).images, getattr(again, name).images
+        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+    make(24, seed=9).save_to_disk(root / "train")
+    age(root / "train")
+    load_data("folder", root=root, in_memory=in_memory)
+    assert sorted(decoded) == [3, 3, 6, 21, 21]
+
+
+def test_of_pictures_in_files_of_their_own_changes_are_not_known(tmp_path):
+    as_folder(tmp_path / "files", train=24)
+    settings = {"data_dir": tmp_path / "files", "cache_dir": tmp_path / "cache", "split": "train"}
+    dataset = datasets.load_dataset("imagefolder", **settings)
+    assert dataset.cache_files
+    age(tmp_path / "cache")
+    files = dataset.cast_column("image", datasets.Image(decode=False))
+    assert SavedPictures("here", files, "image", "x").states([0]) is None
 
 
 def with_column(**columns):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from selfkd.config import Config
+from selfkd.config import Config, config_hash
 from selfkd.errors import ConfigError
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import FORMAT
@@ -110,6 +112,37 @@ def test_numbers_are_those_of_folders_in_a_bucket_too(monkeypatch: pytest.Monkey
     assert [path.name for path in numbered] == ["a", "a-2", "a-3"]
     monkeypatch.setattr(run_folder.time, "sleep", lambda _: save_text(root / "b" / "run_id", "x"))
     assert RunFolder.create(root / "b", Config(), numbered=True).path.name == "b-2"
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kills", [(0,), (1,), (2,), (3,), (1, 1), (2, 1), (2, 2)])
+def test_a_run_that_is_killed_while_its_config_is_written_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: tuple[int, ...]
+) -> None:
+    """Each start writes what its workers decide; it is killed before the write of that number."""
+    from selfkd.experiments import run_folder
+
+    folder = RunFolder.create(tmp_path / "run", Config())
+    for start, kill in enumerate(kills):
+        writes = iter(range(kill))
+
+        def save(path: Path, text: str, *, writes: Iterator[int] = writes, **_: object) -> None:
+            if next(writes, None) is None:
+                raise _KilledError
+            save_text(path, text)
+
+        with monkeypatch.context() as patched, contextlib.suppress(_KilledError):
+            patched.setattr(run_folder, "save_text", save)
+            folder.save_config(Config().at({"train.amp": ("bfloat16", "float16")[start]}))
+        folder, stored = RunFolder.open(folder.path)
+        folder.check_change(stored, stored)
+    config = Config().at({"train.amp": "none"})
+    folder.save_config(config)
+    assert RunFolder.open(folder.path)[1] == config
+    assert (folder.path / "config.hash").read_text() == config_hash(config)
 
 
 def test_a_run_has_no_config_that_would_be_too_long_to_read(tmp_path: Path) -> None:

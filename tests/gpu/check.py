@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from correct import check_features, check_losses, check_training, check_views
 from kernels import check_heads, check_kernels
+from plug_ins import check_plug_ins
 from ranks import check_ranks
 from setting import Row, Setting
 from speed import NETWORKS, check_ensemble, check_rates
@@ -25,6 +26,7 @@ PARTS: dict[str, tuple[Callable[[Setting], list[Row]], float]] = {
     "views": (check_views, 15),
     "features": (check_features, 15),
     "training": (check_training, 75),
+    "plug-ins": (check_plug_ins, 45),
     "ranks": (check_ranks, 40),
     **{name: (partial(check_rates, name=name), 40) for name in NETWORKS},
     "ensemble": (check_ensemble, 30),

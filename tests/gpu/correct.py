@@ -153,16 +153,19 @@ def network(seed: int = 0, width: int = 8) -> nn.Module:
     return make_model("selfkd_cnn", {"width": width}, num_classes=10, in_chans=1, image_size=8)
 
 
-def make_store(folder: Path, teachers: list[nn.Module], data: Any, device: str) -> SoftTargets:
-    """Cache the logits of teachers for digits."""
-    views, names = Views(jitter=1, count=2), [f"teacher{n}" for n in range(len(teachers))]
-    key = data_key("digits", dict(views.recipe))
+def make_store(
+    folder: Path, teachers: list[nn.Module], data: Any, device: str, views: Views | None = None
+) -> SoftTargets:
+    """Cache the logits of teachers for digits, as they are or in several views."""
+    names = [f"teacher{n}" for n in range(len(teachers))]
+    recipe, count = ({}, 1) if views is None else (dict(views.recipe), 2)
+    key = data_key("digits", recipe)
     for name, teacher in zip(names, teachers, strict=True):
         manifest = Manifest(
-            teacher=name, data=key, fingerprint="digits", recipe=dict(views.recipe), views=2,
+            teacher=name, data=key, fingerprint="digits", recipe=recipe, views=count,
             images=len(data.train), classes=10,
         )  # fmt: skip
-        for view in range(2):
+        for view in range(count):
             logits = predict_batches(
                 teacher, data, "train", views=views, view=view, device=device,
             )  # fmt: skip
@@ -228,7 +231,8 @@ def check_training(setting: Setting) -> list[Row]:
     data, rows = digits().to(device), []
     teacher = network(9, width=16).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        stored = make_store(Path(folder), [teacher, network(8).to(device)], data, device)
+        teachers = [teacher, network(8).to(device)]
+        stored = make_store(Path(folder), teachers, data, device, Views(jitter=1, count=2))
         distiller = Distiller(targets=stored)
         torch.use_deterministic_algorithms(True, warn_only=True)
         whole = train(data, distiller, device, epochs=epochs)

@@ -16,7 +16,8 @@ import selfkd
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
-from selfkd.integrations.transformers import DistillationTrainer  # noqa: E402
+from selfkd.integrations.transformers import DistillationTrainer, host  # noqa: E402
+from selfkd.integrations.transformers.host import HostCollate  # noqa: E402
 
 VOCABULARY, COUNT = 24, 13
 
@@ -136,6 +137,31 @@ def test_cached_logits_train_as_a_live_teacher(case: str, tmp_path: Path) -> Non
     )
     assert cached == pytest.approx(live, abs=2e-5)
     assert len(live) >= 8
+
+
+@pytest.mark.parametrize("case", ["completion", "without labels"])
+def test_copies_on_the_host_change_no_bit(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, data, more, settings = CASES[case]
+    if case == "without labels":
+        settings = settings | {"data_collator": unlabelled}
+    targets = selfkd.cache_logits(make(1), data, tmp_path / "logits")
+    options = {"more": more, "targets": targets, **settings}
+    expected = losses(make_trainer(tmp_path, make(0), data, **options))
+    asked = list[bool]()
+
+    def on_host(inputs: Any) -> Any:
+        found = host.on_host(inputs)
+        asked.append(found is not inputs)
+        return found
+
+    monkeypatch.setattr(DistillationTrainer, "_with_copies", lambda _, own, data: HostCollate(own))
+    monkeypatch.setattr("selfkd.integrations.transformers.trainer.on_host", on_host)
+
+    assert losses(make_trainer(tmp_path, make(0), data, **options)) == expected
+    assert asked
+    assert all(asked)
 
 
 @pytest.mark.parametrize(

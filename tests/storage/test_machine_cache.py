@@ -2,6 +2,9 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -89,13 +92,17 @@ def _make_slowly(started, going, counter) -> None:
     assert np.array_equal(of(make=make), ROWS)
 
 
-def test_one_process_makes_it_and_others_wait():
+def test_one_process_makes_it_and_others_wait(monkeypatch):
     own = multiprocessing.get_context("fork")
     started, going, counter = own.Event(), own.Event(), own.Value("i", 0)
+    waiting = own.Semaphore(0)
+    monkeypatch.setattr(machine_cache.log, "warning", lambda *_: waiting.release())
     processes = [own.Process(target=_make_slowly, args=(started, going, counter)) for _ in range(3)]
     for process in processes:
         process.start()
     started.wait()
+    for _ in processes[1:]:
+        waiting.acquire()
     going.set()
     for process in processes:
         process.join()
@@ -125,6 +132,36 @@ def test_full_disk_is_said(monkeypatch, cache):
 
     monkeypatch.setattr(machine_cache, "replace", full)
     assert "No space left on device" in of()
+
+
+READ_ONLY = """
+import subprocess, sys
+import numpy as np
+from selfkd.storage.machine_cache import cached_array
+rows = np.arange(6, dtype=np.uint8).reshape(2, 3)
+def of(name):
+    found = cached_array(name * 32, rows.shape, lambda: [rows])
+    return found if isinstance(found, str) else found.tolist()
+disk = sys.argv[1]
+subprocess.run(["mount", "-o", "mode=700", "-t", "tmpfs", "tmpfs", disk], check=True)
+of("1")
+subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+print(of("1"), of("2"), of("3"), sep="|")
+"""
+
+
+def test_a_disk_that_is_only_read(tmp_path, monkeypatch):
+    """What is on it is used; why nothing more is kept is said in the same words of all."""
+    if shutil.which("unshare") is None or os.geteuid() != 0:
+        pytest.skip("needs root to mount")
+    monkeypatch.setenv("SELFKD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    command = ["unshare", "-m", sys.executable, "-c", READ_ONLY, str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "permission denied" in done.stderr.lower():
+        pytest.skip(f"may not mount: {done.stderr.strip()}")
+    why = f"Read-only file system: {tmp_path}/cache/images"
+    assert done.stdout == f"[[0, 1, 2], [3, 4, 5]]|{why}|{why}\n", done.stderr
 
 
 def test_folder_that_cannot_be_made(tmp_path, monkeypatch):

@@ -115,6 +115,16 @@ def test_a_trial_is_a_run_with_its_config_epochs_and_summary(tmp_path: Path) -> 
     assert (summary["status"], summary["train_seconds"]) == ("completed", 1.5)
 
 
+def test_runs_have_the_precision_that_workers_have_decided(tmp_path: Path) -> None:
+    tracker = offline(tmp_path, "train.amp=auto", "tracking.project=own")
+    tracker.settle(load_config(settings=["tracking=offline", "train.amp=bfloat16"]))
+    tracker(ended(TRIAL))
+    tracker.close()
+    run = next(r["run"] for r in records(tmp_path, "run-a-0-g1-t2") if r["type"] == "run")
+    config = run["config"]["update"]
+    assert (config["train"]["amp"], config["tracking"]["project"]) == ("bfloat16", "own")
+
+
 def test_the_lineage_is_a_run_with_a_step_a_generation(tmp_path: Path) -> None:
     tracker = offline(tmp_path)
     for generation in range(3):

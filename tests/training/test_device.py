@@ -17,8 +17,8 @@ from selfkd.execution.jobs import Batch, InProcess, Job
 from selfkd.experiments.device import settle_device
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import Message, Row
-from selfkd.training.device import precision_of, prepare_device, saying_memory
-from selfkd.worker.jobs import run_job
+from selfkd.training.device import WORK, precision_of, prepare_device, saying_memory
+from selfkd.worker.jobs import _JOBS, run_job
 
 GIB = 2**30
 
@@ -93,7 +93,7 @@ def run_out(found: list[Any]) -> None:
 
 
 def test_memory_that_runs_out_is_named_with_what_else_is_on_the_card() -> None:
-    config = config_of("resources.gpu=0.25", "train.batch_size=512")
+    config = to_tree(config_of("resources.gpu=0.25", "train.batch_size=512"))
     found, emptied = list[Any](), list[bool]()
     gpu: dict[str, Any] = {
         "mem_get_info": lambda *args: (GIB, 16 * GIB),
@@ -111,6 +111,39 @@ def test_memory_that_runs_out_is_named_with_what_else_is_on_the_card() -> None:
     )
     assert emptied == [True]
     assert error.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "way"), [("1", "end what else is on it"), ("0.5", "raise resources.gpu")]
+)
+def test_memory_that_runs_out_elsewhere_has_the_same_message(
+    gpu: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out_within(task: _Task, teachers: Any) -> None:
+        try:
+            run_out([])
+        except RuntimeError as error:  # as checks say what a network does not take
+            raise ValueError(f"model must take images: {error}") from None
+
+    monkeypatch.setattr("selfkd.worker.jobs.make_task", lambda tree: _Task())
+    monkeypatch.setattr(_Task, "check", run_out_within, raising=False)
+    tree = to_tree(config_of(f"resources.gpu={gpu}"))
+
+    with fake_cuda(memory_reserved=lambda: GIB), pytest.raises(DeviceMemoryError) as error:
+        list(run_job("check", {"config": tree}))
+
+    start = "resources.gpu must give the memory for trying the networks on two inputs, got "
+    assert str(error.value).startswith(f"{start}{gpu} on fake with 16.0 GiB: this job held 1.0 GiB")
+    assert way in str(error.value)
+    assert "out of memory" not in str(error.value)
+
+
+class _Task:
+    """Task whose methods are replaced."""
+
+
+def test_jobs_with_words_of_their_own_are_jobs() -> None:
+    assert set(WORK) <= set(_JOBS)
 
 
 TRAIN = """

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfkd.integrations.transformers.inputs import IGNORED
+from selfkd.losses.moving import send
 
 
 def targets_of(inputs: Mapping[str, Any], *, shift: bool, rows: bool = False) -> Tensor:
@@ -72,6 +73,8 @@ def shares_of(sizes: Tensor, whole: Tensor | int | None, *, rows: bool) -> list[
         whole: Sizes of the whole batch, or its number of labels; those of the micro-batch if None.
         rows: Whether rows count in place of labels.
     """
+    if isinstance(whole, Tensor) and whole.device.type != "cpu":
+        sizes = send(sizes, whole.device)
     totals = sizes.clone()
     if whole is not None:
         whole = torch.as_tensor(whole, device=sizes.device).flatten()
@@ -89,8 +92,11 @@ class TermSums:
     def add(self, terms: Mapping[str, Tensor], sizes: Mapping[str, Tensor | int]) -> None:
         """Add terms, each the mean over its size, or a part of it at a size of 1."""
         for name, term in terms.items():
-            size = torch.as_tensor(sizes[name], dtype=torch.float64, device=term.device)
-            pair = torch.stack([term.detach().double() * size, size])
+            value, size = term.detach().double(), sizes[name]
+            if not isinstance(size, Tensor):
+                size = torch.full_like(value, size)  # a copy to a GPU would be waited for
+            size = size.to(value)
+            pair = torch.stack([value * size, size])
             self._sums[name] = self._sums.get(name, 0) + pair
 
     def pop(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from selfkd.integrations.transformers.host import HostCollate
 from selfkd.integrations.transformers.inputs import IGNORED, match_cached_classes
 from selfkd.integrations.transformers.projection import ProjectionTrainer
 from selfkd.losses.sequences import SampledTargets, TokenTeacher
@@ -153,20 +154,37 @@ class CachedTrainer(ProjectionTrainer):
         **further: Any,
     ) -> Any:
         make = super()._get_dataloader
-        if self.targets is None or dataset is not self.train_dataset:
+        if dataset is not self.train_dataset:
             return make(dataset, description, batch_size, sampler_fn, **further)
-        given, collate = dataset, self.data_collator
+        own = self.data_collator
+        if self.targets is None:
+            self.data_collator = self._with_copies(own, dataset)
+            try:
+                return make(dataset, description, batch_size, sampler_fn, **further)
+            finally:
+                self.data_collator = own
+        given, collate = dataset, own
         if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
             given = self._remove_unused_columns(dataset, description=description)
         else:
             collate = self._get_collator_with_removed_columns(collate, description=description)
         index = self.targets.index if isinstance(self.targets, TokenTargets) else None
         sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        own, self.data_collator = self.data_collator, RowsCollate(collate, index)
+        self.data_collator = self._with_copies(RowsCollate(collate, index), dataset)
         try:
             return make(NumberedItems(given), description, batch_size, sampler, **further)
         finally:
             self.data_collator = own
+
+    def _with_copies(self, collate: Callable[[list[Any]], Any], dataset: Any) -> Any:
+        """Return a collate that keeps a batch's integers on the CPU, too, where there is a GPU.
+
+        A batch that a process divides among all of them has none.
+        """
+        divided = isinstance(dataset, IterableDataset) or self.accelerator.dispatch_batches
+        if self.args.device.type != "cuda" or divided:
+            return collate
+        return HostCollate(collate)
 
     def cached_teacher(
         self, inputs: Mapping[str, Any], logits: Tensor, labels: Tensor, *, training: bool
@@ -174,7 +192,7 @@ class CachedTrainer(ProjectionTrainer):
         """Return the cached logits of a batch; None in the evaluation of another data set.
 
         Args:
-            inputs: Inputs of the batch, with its rows.
+            inputs: Inputs of the batch, with its rows, on the device of the labels.
             logits: Logits of the student, `[batch, classes]` or `[batch, length, ...]`.
             labels: Labels `[batch]`, or `[batch, length]` aligned with the logits; those of -100
                 have the logits of any row.

@@ -15,6 +15,7 @@ from selfkd.distill.signature import bare as bare
 from selfkd.distill.signature import config_of as config_of
 from selfkd.distill.signature import is_encoder_decoder as is_encoder_decoder
 from selfkd.distill.signature import signature_of as signature_of
+from selfkd.distill.signature import without_cache
 from selfkd.distill.tasks import Task
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.soft_targets.tokens import IGNORED as IGNORED
@@ -37,7 +38,7 @@ def select_inputs(
     Labels are kept for an encoder-decoder, which makes inputs from them.
     """
     names, takes_any = signature_of(model)
-    labels = {*LABEL_COLUMNS, "shift_labels", "soft_target_rows", *label_names}
+    labels = {*LABEL_COLUMNS, "shift_labels", "soft_target_rows", "soft_target_host", *label_names}
     if is_encoder_decoder(model):
         labels.discard("labels")
     return {
@@ -151,7 +152,7 @@ def run_teacher(
         module.eval()
     try:
         given = map_tensors(select_inputs(module, inputs, names), cast)
-        given |= output_options(module, options)
+        given = without_cache(module) | given | output_options(module, options)
         return module(**given) if run is None else run(module, given)
     finally:
         for part in training:

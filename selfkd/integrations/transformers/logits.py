@@ -15,6 +15,7 @@ from selfkd.distill.outputs import take_logits
 from selfkd.distill.tasks import Task, as_outputs, hard_term, task_terms
 from selfkd.distill.teacher import Teacher
 from selfkd.integrations.transformers.inputs import bare, is_encoder_decoder, virtual_tokens
+from selfkd.losses.moving import send
 from selfkd.losses.sequences import (
     LinearLogits,
     SampledTargets,
@@ -192,7 +193,8 @@ def loss_terms(
     classes = len(student.weight) if isinstance(student, LinearLogits) else logits.shape[-1]
     # tokens at once: of few classes more, as each chunk costs time of its own
     settings |= {"vocabulary": vocabulary, "chunk": min(max(_CHUNK // classes, 64), 256)}
-    teacher = teacher.to(logits.device)
+    there = logits.device
+    teacher = send(teacher, there) if isinstance(teacher, Tensor) else teacher.to(there)
     if isinstance(student, LinearLogits):
         hidden, weight, bias = student
         return linear_sequence_terms(

@@ -13,6 +13,7 @@ from selfkd.distill.outputs import check_graph
 from selfkd.distill.teacher import Ensemble, Teacher
 from selfkd.integrations.transformers.batches import shares_of, sizes_of, targets_of
 from selfkd.integrations.transformers.card import describe_distillation
+from selfkd.integrations.transformers.host import follow_host, on_host
 from selfkd.integrations.transformers.inputs import (
     LABEL_COLUMNS,
     Teachers,
@@ -264,13 +265,15 @@ class DistillationTrainer(TermsTrainer):
     ) -> tuple[list[Any], Tensor | None]:
         """Return the micro-batches of a step, and their labels, tokens, pairs and rows `[4]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            follow_host(batch)
         batches = [self._with_labels(batch) for batch in batches]
         if not batches:
             return batches, None
-        totals = torch.stack([sizes_of(batch, shift=self._shifts()) for batch in batches])
-        totals = totals.sum(dim=0).to(device)
+        sizes = [sizes_of(on_host(batch), shift=self._shifts()) for batch in batches]
+        totals = torch.stack(sizes).sum(dim=0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            totals = self.accelerator.reduce(totals, "sum")
+            totals = self.accelerator.reduce(totals.to(device), "sum")
         if self.projection is not None:
             self.projection.zero_grad()  # Trainer does this only for the model
         self._steps += 1
@@ -306,13 +309,14 @@ class DistillationTrainer(TermsTrainer):
         logits = student.hidden if isinstance(student, LinearLogits) else student
         if model.training:
             check_graph(logits, "student_logits")
-        sizes = sizes_of(inputs, shift=self._shifts())
+        known = on_host(inputs)
+        sizes = sizes_of(known, shift=self._shifts())
         whole = num_items_in_batch if model.training else None
         labels = inputs.get("labels")
         task = task_of(self.model, labels)
         rows = logits.ndim == 2 and (task != "single_label" or labels is None)
         if task == "single_label":
-            labels = targets_of(inputs, shift=self._shifts(), rows=rows)
+            labels = targets_of(known, shift=self._shifts(), rows=rows)
         teachers, teacher = self._teacher_logits(inputs, logits, labels, full=full)
         count, token_share, pair_share = shares_of(sizes, whole, rows=rows)
         terms = loss_terms(
@@ -376,7 +380,8 @@ class DistillationTrainer(TermsTrainer):
                 return outputs, outputs[0][1]
             members = teacher_logits(outputs, self._members)
             return outputs, averaged(members, self._columns, logits)
-        return [], self.cached_teacher(inputs, logits, labels, training=self.model.training)
+        known, training = on_host(inputs), self.model.training
+        return [], self.cached_teacher(known, logits, labels, training=training)
 
     def _run_teacher(self, inputs: Mapping[str, Any], run: Any = None) -> list[Any]:
         """Return the outputs of the teacher, or of each member."""

@@ -60,8 +60,14 @@ def check_images(
     notes = [data.note] if data.note else []
     own = config.data
     new = own.augment != AugmentConfig() or own.repeats > 1 or own.views == "fresh"
+    said = []
     if new and not task.views.is_identity:
-        notes.append(f"images: {describe_views(task.views, repeats=config.data.repeats)}")
+        said.append(describe_views(task.views, repeats=own.repeats))
+    if data.test_size != (size := data.image_size):
+        of = f"{data.test_size} x {data.test_size} pixels in validation and test"
+        said.append(f"{of}, {size} x {size} in training")
+    if said:
+        notes.append(f"images: {'; '.join(said)}")
     prints = {
         "train": data.fingerprint,
         "val": fingerprint(data.val, mean=data.mean, std=data.std),
@@ -121,7 +127,7 @@ def _tried(task: ImageNetworks, model: ModelConfig) -> nn.Module:
                 network(next(task.data.batches("val", batch_size=2, device=task.device))[0])
         except Exception as error:
             raise ValueError(
-                f"data.test_size must be left out for {model.name!r} with {model.args}, which "
-                f"takes {size}x{size} images alone, got {other}: {error}"
+                f"data.test_size must be a size that {model.name!r} with {model.args} takes, as it "
+                f"does {size}, got {other}: {error}"
             ) from error
     return network

@@ -181,6 +181,8 @@ class ImageTask(ImageNetworks):
             special = Specialist(network, facts.specialist).to(self.device)
             batches.append(self._predict(special, split, view, items))
             found.append(facts)
+        if others:  # of which each may have halved its own batches
+            batches = [iter([torch.cat(list(own))]) for own in batches]
         for logits, *parts in zip(*batches, strict=True):
             for own, facts in zip(parts, found, strict=True):
                 own[:, -1] += facts.dustbin_shift

@@ -38,7 +38,7 @@ from selfkd.tasks.text.pretrained import (
 from selfkd.tasks.text.tokenizer import read_tokenizer
 from selfkd.tasks.text.transfer import TransferText, load_transfer_text
 from selfkd.training.device import precision_of, prepare_device
-from selfkd.training.predict import autocast
+from selfkd.training.predict import autocast, halving
 
 EVAL_VALUES = 2**22
 """Most logits a batch of the evaluation."""
@@ -176,13 +176,18 @@ class TextNetworks:
         training = network.training
         network.eval()
         size = max(1, EVAL_VALUES // (tokens.context * self.data.vocabulary))
-        for start in range(windows.start, windows.stop, size):
-            batch = torch.arange(start, min(start + size, windows.stop))
-            with autocast(self.device, self.precision):
-                inputs = send(tokens.inputs(batch), self.device)
-                logits = take_logits(network(inputs), "model")
-            valid = tokens.rows(batch) < len(tokens)
-            yield valid_rows(logits, valid).float().cpu(), tokens.labels_of(batch)[valid]
+
+        def run(left: range, size: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+            for start in range(left.start, left.stop, size):
+                batch = torch.arange(start, min(start + size, left.stop))
+                with autocast(self.device, self.precision):
+                    inputs = send(tokens.inputs(batch), self.device)
+                    logits = take_logits(network(inputs), "model")
+                valid = tokens.rows(batch) < len(tokens)
+                found = valid_rows(logits, valid).float().cpu(), tokens.labels_of(batch)[valid]
+                yield len(batch), found
+
+        yield from halving(windows, size, run)
         network.train(training)
 
     def logits(self, network: nn.Module, split: Split) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from selfkd.config.schema import Config, choices_of_terms
 from selfkd.distill.loss_names import LOSSES
+from selfkd.errors import ConfigError
 
 _OF_LABELS = {
     "confidence": "weights the cross-entropy with one label an image",
@@ -45,6 +46,17 @@ def augment_faults(config: Config, *, distils: bool) -> Iterator[tuple[str, str]
             yield "controls", f"{control} {_OF_LABELS[why]}: {_WAY}"
     if name := _named(config, labels=True):
         yield "distill.terms", f"must be without {name}, which has one label an image: {_WAY}"
+
+
+def check_views(config: Config) -> None:
+    """Check that the views of a config go with students of teachers.
+
+    Raises:
+        ConfigError: With every fault.
+    """
+    faults = [f"{key}: {fault}" for key, fault in augment_faults(config, distils=True)]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def transform_fault(config: Config, transform: str) -> str | None:

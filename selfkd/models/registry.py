@@ -141,9 +141,9 @@ def parameters_count(model: nn.Module) -> int:
 
 
 def _check_name(name: str) -> None:
-    if "." not in name and timm.is_model(name):  # at once: the list takes 10 ms to make
+    if "." not in name and timm.is_model(name):
         return
-    names: list[str] = timm.list_models(include_tags="." in name)
+    names: list[str] = timm.list_models(include_tags="." in name)  # sorts a thousand: 10 ms
     if name in names:
         return
     close = ", ".join(difflib.get_close_matches(name, names))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,8 +17,7 @@ from selfkd.storage.remote import as_path
 from selfkd.tasks import make_task
 from selfkd.training.device import ran_out
 
-TIMED_SECONDS = 0.2  # of all blocks
-BLOCK_SECONDS = 0.01  # of one block, at least one prediction
+TIMED_SECONDS = 0.2
 
 
 def import_checkpoint(config: Tree, save: str, source: Tree | None = None) -> Iterator[Row]:
@@ -132,37 +129,14 @@ def time(config: Tree, models: Sequence[Sequence[str]], batches: Sequence[int]) 
 
 @torch.inference_mode()
 def _seconds(networks: Sequence[nn.Module], inputs: Any) -> float:
-    """Return the median time of blocks of predictions, on one thread.
+    from torch.utils.benchmark import Timer  # slow to import
 
-    `torch.utils.benchmark` would take a quarter of a second to import, and as long to find the
-    size of a block as to time them.
-    """
-
-    def predict(times: int) -> float:
-        _wait_for_device()
-        start = perf_counter()
-        for _ in range(times):
-            for network in networks:
-                network(inputs)
-        _wait_for_device()
-        return (perf_counter() - start) / times
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        predict(1)  # makes what later ones reuse
-        block = max(1, round(BLOCK_SECONDS / max(predict(1), 1e-9)))
-        found, end = [predict(block)], perf_counter() + TIMED_SECONDS
-        while perf_counter() < end:
-            found.append(predict(block))
-    finally:
-        torch.set_num_threads(threads)
-    return median(found)
-
-
-def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    timer = Timer(
+        "for network in networks: network(inputs)",
+        globals={"networks": networks, "inputs": inputs},
+        num_threads=1,
+    )
+    return float(timer.blocked_autorange(min_run_time=TIMED_SECONDS).median)
 
 
 JOBS: dict[str, Callable[..., Iterator[Row]]] = {

@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from selfkd.config import from_tree, load_config
-from selfkd.config.augment import is_augmented
+from selfkd.config.augment import check_views, is_augmented
 from selfkd.config.tasks import FREE, INSIDE
 from selfkd.config.validate import check_study
 from selfkd.errors import ConfigError
@@ -115,6 +115,16 @@ def test_arms_of_a_study_have_views_of_their_own(arm, fault):
         check_study(load_config(settings=[f"study.arms={base % arm}"]))
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"study.arms.other{'.' if fault.startswith('set') else ': '}{fault}")
+
+
+def test_students_of_an_ensemble_need_views_that_can_be_cached():
+    """Whatever `rounds` says, which only generations read."""
+    config = load_config(settings=["data.views=fresh", "rounds=0"])
+    with pytest.raises(
+        ConfigError, match=r"^data.views: must be a number where teacher logits are"
+    ):
+        check_views(config)
+    check_views(config.at({"distill.live": True}))
 
 
 def test_what_an_arm_may_set_can_be_written_down():

@@ -28,6 +28,7 @@ FREE, TOTAL = 8 * 2**30, 16 * 2**30  # bytes of memory
 _load, _swap_tensors = torch.load, torch.utils.swap_tensors
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
+WITHOUT_RESULT = ("empty_cache", "synchronize", "set_device", "get_rng_state", "set_rng_state")
 SHAPED_BY_VALUES = (
     aten.nonzero.default,
     aten.masked_select.default,
@@ -91,7 +92,8 @@ class _Counting(TorchDispatchMode):
             known = _values_of(fakes[0])
             if func in READS[1:]:
                 return True
-            return _one(fakes[0].dtype) if known is None else known.item()
+            with unset_fake_temporarily():
+                return _one(fakes[0].dtype) if known is None else known.item()
         if func in SHAPED_BY_VALUES:
             self._waits.note(func.name())
             return self._all_of(func, args, kwargs)
@@ -177,7 +179,11 @@ class _Counting(TorchDispatchMode):
 
 def _set_values(fake: Any, values: Tensor, changes: int = 0) -> None:
     """Keep the values of a tensor, whose change in place is counted after it is made."""
-    fake.cpu_values = (values, fake._version + changes)
+    fake.cpu_values = (values, _version(fake) + changes)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _values_of(tensor: Any) -> Tensor | None:
@@ -185,7 +191,7 @@ def _values_of(tensor: Any) -> Tensor | None:
     if not isinstance(tensor, FakeTensor):
         return tensor
     values, version = getattr(tensor, "cpu_values", (None, 0))
-    return values if version == tensor._version else None
+    return values if version == _version(tensor) else None
 
 
 def _known(func: Any, args: Any, kwargs: Any) -> Tensor | None:
@@ -205,9 +211,13 @@ def _known(func: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _swap(old: Tensor, new: Tensor) -> None:
-    """Move a module's parameter, unless it is there: hooks keep PyTorch from swapping some."""
+    """Move a module's parameter, unless it is there: hooks keep PyTorch from swapping some.
+
+    That the mode remembers a tensor by a weak reference is no reason not to.
+    """
     if (old.device, old.dtype) != (new.device, new.dtype):
-        _swap_tensors(old, new)
+        with mock.patch("weakref.getweakrefs", return_value=[]):
+            _swap_tensors(old, new)
 
 
 def _load_as_real(*arguments: Any, **options: Any) -> Any:
@@ -358,7 +368,7 @@ def fake_cuda(*, bfloat16: bool = True, **patches: Callable[..., Any]) -> Iterat
         "mem_get_info": lambda *args: (FREE, TOTAL),
         "get_device_name": lambda *args: "fake",
         "current_device": lambda: 0,
-        "empty_cache": lambda: None,
+        **dict.fromkeys(WITHOUT_RESULT, lambda *args, **kwargs: None),
         **patches,
     }
     with ExitStack() as stack:

@@ -90,7 +90,7 @@ class Source:
         return self.task.load(self._checkpoints[0])[1].model if alone else {}
 
     def network(self) -> nn.Module:
-        """Return the network, in eval mode."""
+        """Return the network on the CPU, where it is exported and timed, in eval mode."""
         if self._make_model is not None:
             network = _load_own(self._make_model, self._checkpoints[0]).eval()
             _try(network, self.task.inputs("val", _TRIED), self)
@@ -98,7 +98,7 @@ class Source:
         network = self.task.combined(
             self._checkpoints, average=self._average, weights=self._weights
         )
-        return network.eval()
+        return network.eval().cpu()
 
 
 def _check_hash(checkpoint: str, known: str | None) -> None:
@@ -321,7 +321,8 @@ def measure(
     """
     own = Source(config, **source)
     task = own.task
-    network = own.network() if file is None else OnnxNetwork(fetch(as_path(file)))
+    network: nn.Module = OnnxNetwork(fetch(as_path(file))) if file else own.network()
+    network.to(task.example(1).device)
     logits: dict[Split, Tensor] = {
         split: task.predict_with(network, split, like=own.like) for split in SPLITS
     }

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_cuda import Waits, fake_cuda
@@ -278,6 +279,83 @@ def test_a_model_is_evaluated_on_the_gpu(jobs: Jobs, tmp_path: Path) -> None:
         )
 
     assert row["test_accuracy"] >= 0
+
+
+def jobs_of(jobs: Jobs, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return jobs beside training, with their payloads."""
+    first, second = (row["checkpoint"] for row in jobs.teachers)
+    own, member = {"checkpoint": first}, {"members": [{"checkpoint": first}]}
+    (folder / "own.py").write_text(
+        "from selfkd import make_model\n\n\ndef make():\n    "
+        "return make_model('selfkd_cnn', {'width': 4}, num_classes=10, in_chans=1, image_size=8)\n"
+    )
+    users = {"make_model": f"{folder / 'own.py'}:make"}
+    return {
+        "soup": (
+            "average_checkpoints",
+            {"checkpoints": [first, second], "save": str(folder / "a"), "greedy": True},
+        ),
+        "weights": ("fit_ensemble_weights", {"checkpoints": [first, second]}),
+        "imported": ("import_checkpoint", {"save": first}),
+        "timed": ("time", {"models": [[first], [first, second]], "batches": [2]}),
+        "pruned": ("prune", {**own, "fraction": 0.5, "save": str(folder / "p")}),
+        "rounded": ("round_checkpoint", {**own, "bits": 4, "save": str(folder / "r")}),
+        "deployed": ("deploy_measure", {"members": jobs.teachers}),
+        "deployed user's": ("deploy_measure", {**member, **users}),
+        "timed side by side": ("deploy_time", {"forms": {"a": member}, "reference": "a"}),
+    }
+
+
+OTHER_JOBS = (
+    *("soup", "weights", "imported", "timed", "pruned", "rounded"),
+    *("deployed", "deployed user's", "timed side by side"),
+)
+
+
+@pytest.mark.parametrize("name", OTHER_JOBS)
+def test_further_jobs_run_on_the_gpu(
+    jobs: Jobs, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfkd.worker.ensembling.TIMED_SECONDS", 0.001)
+    monkeypatch.setattr("selfkd.worker.deploy.time_together", run_once)
+    kind, payload = jobs_of(jobs, tmp_path)[name]
+    with on_gpu():
+        (row,) = jobs.job(kind, GPU, **payload)
+
+    assert "fault" not in row
+
+
+def run_once(calls: dict[str, Any]) -> dict[str, list[float]]:
+    """Stand for timing."""
+    return {name: [1.0] for name, call in calls.items() if call() is not None}
+
+
+def test_a_model_is_exported_from_the_cpu(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exported(network: torch.nn.Module, inputs: torch.Tensor, *arguments: Any) -> None:
+        places = {tensor.device.type for tensor in (inputs, *network.parameters())}
+        raise ValueError(f"exported on {places}")
+
+    monkeypatch.setattr("selfkd.worker.deploy.export_onnx", exported)
+    with on_gpu():
+        (row,) = jobs.job("deploy_export", GPU, path="a.onnx", members=jobs.teachers[:1])
+
+    assert row == {"fault": "exported on {'cpu'}"}
+
+
+def test_features_of_arrays_train_on_the_gpu(jobs: Jobs, steps: Steps, tmp_path: Path) -> None:
+    x, y = torch.arange(400).view(100, 4) % 7, torch.arange(100) % 3
+    np.savez(tmp_path / "a.npz", x=x.float().numpy(), y=y.numpy())
+    model = {"name": "selfkd_mlp", "args": {"width": 4}}
+    arrays = f"data={{name: arrays, root: {tmp_path / 'a.npz'}, jitter: 0, val_size: 20}}"
+    settings = (
+        f"{arrays}", "model={name: selfkd_mlp, args: {width: 4}}", "student=null", ALONE,
+        "data.flip=false", "data.crop=null", "data.views=1", "data.train_size=60",
+    )  # fmt: skip
+
+    run(jobs, steps, "arrays", *settings, model=model)
+
+    assert len(steps) == 2 * STEPS
+    assert steps.within == []
 
 
 @pytest.mark.parametrize("large", [False, True])

@@ -16,8 +16,10 @@ from selfkd.config import Config, load_config, to_tree
 from selfkd.results import Row
 from selfkd.soft_targets.shards import write_shard
 from selfkd.tasks import make_task
+from selfkd.tasks.task import Pool
 from selfkd.tasks.text import train
 from selfkd.tasks.text.task import TextTask
+from selfkd.worker.jobs import run_job
 
 SETTINGS = [
     "data={name: text, context: 12, tokenizer: chars}",
@@ -39,6 +41,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "reverse": ("distill.live=true", "distill.divergence=reverse_kl"),
     "layers": ("distill.live=true", LAYERS),
     "accumulate": ("train.accumulate=2",),
+    "on_policy": ("distill.live=true", "distill.on_policy=1"),
+    "transfer": ("data.transfer={name: text, root: MORE, size: 30}",),
 }
 
 
@@ -49,6 +53,8 @@ class Text:
         self.folder = folder
         (folder / "text").mkdir()
         (folder / "text" / "a.txt").write_text("0123456789+=: " * 60)
+        (folder / "more").mkdir()
+        (folder / "more" / "b.txt").write_text("9876543210+=: " * 30)
         config, task = self.start()
         self.teachers = list[Row]()
         for seed in range(2):
@@ -59,18 +65,20 @@ class Text:
 
     def start(self, *settings: str) -> tuple[Config, TextTask]:
         given = [*SETTINGS, f"data.root={self.folder / 'text'}", *settings]
+        given = [each.replace("MORE", str(self.folder / "more")) for each in given]
         config = load_config(settings=given, flags={"task": "text"})
         task = make_task(to_tree(config))
         assert isinstance(task, TextTask)
         return config, task
 
-    def cache(self, *settings: str) -> None:
+    def cache(self, *settings: str, of: Pool = "train") -> None:
         _, task = self.start(*settings)
         for teacher in self.teachers:
-            manifest = task.manifest(teacher["hash"], {})
+            manifest = task.manifest(teacher["hash"], {}, of=of)
             for shard in range(manifest.shards):
                 rows = manifest.rows(shard)
-                logits = torch.cat(list(task.predict_batches(teacher["checkpoint"], rows)))
+                found = task.predict_batches(teacher["checkpoint"], rows, of=of)
+                logits = torch.cat(list(found))
                 write_shard(self.folder / "targets", manifest, view=0, shard=shard, logits=logits)
 
 
@@ -79,6 +87,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     made = Text(tmp_path_factory.mktemp("text"))
     for way in ("cached", "top_k", "samples"):
         made.cache(*WAYS[way])
+    made.cache(*WAYS["transfer"], of="transfer")
     return made
 
 
@@ -161,6 +170,37 @@ def test_logits_and_predictions_are_made_on_the_gpu(text: Text) -> None:
 
         assert {logits.device.type, batches[0].device.type} == {"cpu"}
         assert task.check([]) is not None
+
+
+def jobs_of(text: Text, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return jobs beside training, with their payloads."""
+    first, second = text.teachers
+    own = {"checkpoint": first["checkpoint"]}
+    both = [row["checkpoint"] for row in text.teachers]
+    run = {"run": str(folder), "shard": 0}
+    return {
+        "writing": ("write", {**own, **run, "targets": str(folder / "written")}),
+        "evaluation": (
+            "evaluate",
+            {"student": second["checkpoint"], "teachers": [first], "diagnose": True},
+        ),
+        "deployed": ("deploy_measure", {"members": text.teachers}),
+        "rounded": ("round_checkpoint", {**own, "bits": 4, "save": str(folder / "r.safetensors")}),
+        "soup": (
+            "average_checkpoints",
+            {"checkpoints": both, "save": str(folder / "a.safetensors"), "greedy": True},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["writing", "evaluation", "deployed", "rounded", "soup"])
+def test_further_jobs_run_on_the_gpu(text: Text, name: str, tmp_path: Path) -> None:
+    kind, payload = jobs_of(text, tmp_path)[name]
+    traces = ["distill.mode=traces"] if kind == "write" else []
+    with on_gpu(text, *traces) as (_, config, _):
+        (row,) = run_job(kind, {"config": to_tree(config), **payload})
+
+    assert "fault" not in row
 
 
 def test_a_student_is_not_left_waiting_by_its_own_loss(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,6 @@ from selfkd.integrations.transformers import DistillationTrainer  # noqa: E402
 
 STEPS, BATCH, LENGTH, VOCABULARY = 2, 4, 6, 20
 SIZES = {"vocab_size": VOCABULARY, "initializer_range": 0.3}
-
-
-@contextmanager
-def on_gpu() -> Iterator[Waits]:
-    """Stand for a GPU with what trainers ask of it, too."""
-
-    def nothing(*arguments: Any) -> None:
-        return None
-
-    names = ("set_device", "synchronize", "manual_seed_all", "reset_peak_memory_stats")
-    with fake_cuda(**dict.fromkeys(names, nothing)) as waits:
-        yield waits
 
 
 def gpt(seed: int, width: int = 8) -> Any:
@@ -127,7 +114,7 @@ def test_a_step_of_transformers_waits_for_nothing(way: str, tmp_path: Path) -> N
     stored = {name: options.pop(name) for name in OF_STORE if name in options}
     own = {name: options.pop(name) for name in OF_ARGUMENTS if name in options}
     options |= source(way, tmp_path, data, make, stored)
-    with on_gpu() as waits:
+    with fake_cuda() as waits:
         settings = arguments(tmp_path, **own)
         trainer = DistillationTrainer(make(1), settings, train_dataset=data, **options)
 
@@ -142,7 +129,7 @@ def test_labels_that_are_changed_on_the_gpu_are_read_there(tmp_path: Path) -> No
             inputs["labels"][:, 0] = -100
             return super().compute_loss(model, inputs, *more, **options)
 
-    with on_gpu() as waits:
+    with fake_cuda() as waits:
         trainer = Changing(gpt(1), arguments(tmp_path), train_dataset=rows(), teacher=gpt(2))
 
         found = steps_of(trainer, waits)
@@ -152,7 +139,7 @@ def test_labels_that_are_changed_on_the_gpu_are_read_there(tmp_path: Path) -> No
 
 
 def test_a_language_model_in_a_loop_by_hand_keeps_no_keys() -> None:
-    with on_gpu() as waits:
+    with fake_cuda() as waits:
         student, teacher = gpt(1).to("cuda"), Teacher(gpt(2)).to("cuda")
         inputs = torch.zeros(BATCH, LENGTH, dtype=torch.int64, device="cuda")
         waits.clear()
@@ -180,7 +167,7 @@ def test_a_step_of_lightning_waits_for_nothing(cached: bool, tmp_path: Path) -> 
     inputs, labels = torch.randn(BATCH, 6), torch.arange(BATCH) % 3
     teacher = nn.Linear(6, 3)
     targets = selfkd.cache_logits(teacher, [(each,) for each in inputs], tmp_path)
-    with on_gpu() as waits:
+    with fake_cuda() as waits:
         module = Plain().to("cuda")
         terms = {} if cached else {"hint": {"student": "2", "teacher": ""}}
         distiller = Distiller(targets=targets) if cached else Distiller(teacher, terms=terms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class HostCopies:
         self._moved = {
             id(moved): (moved, moved._version, own)
             for moved, own in pairs
-            if isinstance(moved, Tensor) and moved.shape == own.shape
+            if _is_integer(moved) and moved.shape == own.shape and not moved.is_inference()
         }
 
     def of(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,5 +92,5 @@ def on_host(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return copies.of(inputs) if isinstance(copies, HostCopies) else inputs
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and not value.is_floating_point()

@@ -1,12 +1,15 @@
 """Born-again generations of a loop that was written for something else: tagging of sequences.
 
     python examples/your_loop_generations.py
+    python examples/your_loop_generations.py confirm.seeds=0    # and any other setting
     python -m selfkd.generations --train examples/your_loop_generations.py:train_tagger --rounds 2
 
 Each token of a random sequence is to be tagged with the sum of it and the one before, modulo 8. Of
 the tags that are trained on 30 % are drawn anew, so that there is something to gain; those that are
 validated on are right. The loop is plain PyTorch; four lines of it are selfkd's, marked below.
 """
+
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +84,7 @@ if __name__ == "__main__":
             "distill.temperature": {"loguniform": [1.5, 6]},
             "distill.alpha": {"uniform": [0.6, 1]},
         },
-        settings=["tracking=none", "confirm.seeds=5"],
+        settings=["tracking=none", "confirm.seeds=5", *sys.argv[1:]],
     )
     for result in results.summary.generations:
         accuracy = result.metrics["val_accuracy"]

@@ -15,6 +15,7 @@ from selfkd.cli.plan import plan_capacity
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick
 from selfkd.config import Config
+from selfkd.config.augment import check_views
 from selfkd.config.validate import check_capacity
 from selfkd.experiments.capacity import finished, grow
 from selfkd.experiments.members import check_members
@@ -98,6 +99,7 @@ def run_capacity(
 
 def _check(config: Config) -> None:
     check_members(config)
+    check_views(config)
     check_capacity(config)
 
 

@@ -14,6 +14,7 @@ from selfkd.cli.plan import plan_ensemble
 from selfkd.cli.result import Given, Result, Settings, run_command
 from selfkd.cli.tables import pick
 from selfkd.config import Config
+from selfkd.config.augment import check_views
 from selfkd.experiments.ensemble import arms_of, compress, finished
 from selfkd.experiments.members import check_members
 from selfkd.experiments.run_folder import RunFolder
@@ -84,6 +85,11 @@ def run_ensemble(
     )
 
 
+def _check(config: Config) -> None:
+    check_members(config)
+    check_views(config)
+
+
 def _greet(config: Config) -> str:
     alone = "" if config.confirm.baseline else ", without the labels-only baseline"
     return (
@@ -113,7 +119,7 @@ def _describe(config: Config, folder: RunFolder, summary: EnsembleSummary) -> De
 
 _COMMAND = Command(
     name="ensemble",
-    check=check_members,
+    check=_check,
     greet=_greet,
     finished=finished,
     work=compress,

@@ -8,23 +8,20 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-
 IMPORTED = ["rank_jobs", "selfkd.worker.jobs", "torch.distributed.fsdp", "torch._dynamo"]
 
 
 def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a row an epoch; a rank fails or dies where the payload says so."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    size = dist.get_world_size() if dist.is_initialized() else 1
+    dist: Any = sys.modules.get("torch.distributed")  # one worker alone needs no torch
+    rank, size = (dist.get_rank(), dist.get_world_size()) if _in_group(dist) else (0, 1)
     for epoch in range(1, payload.get("epochs", 1) + 1):
         time.sleep(payload.get("pause", 0.0))
         if "trace" in payload:
@@ -38,18 +35,27 @@ def run_job(kind: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if payload.get("dies") == rank and epoch == 2 and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        total = torch.tensor([rank + 1.0])
-        if size > 1:
-            dist.all_reduce(total)
         yield {
             "epoch": epoch,
             "rank": rank,
             "size": size,
-            "sum": total.item(),
+            "sum": _sum(rank + 1.0) if size > 1 else 1.0,
             "pid": os.getpid(),
             "name": payload.get("name"),
             "val_accuracy": payload.get("accuracy", 0.5),
         }
+
+
+def _in_group(dist: Any) -> bool:
+    return dist is not None and dist.is_initialized()
+
+
+def _sum(value: float) -> float:
+    import torch
+
+    total = torch.tensor([value])
+    torch.distributed.all_reduce(total)
+    return total.item()
 
 
 def on_ranks(work: Callable[..., None], size: int, folder: Path, *more: Any) -> None:
@@ -57,6 +63,8 @@ def on_ranks(work: Callable[..., None], size: int, folder: Path, *more: Any) -> 
 
     They are forks of a server that has imported what takes seconds: once, not in each of them.
     """
+    import torch.multiprocessing as mp
+
     multiprocessing.set_forkserver_preload(IMPORTED)
     mp.start_processes(_on_rank, (work, size, folder, more), nprocs=size, start_method="forkserver")
 
@@ -64,6 +72,9 @@ def on_ranks(work: Callable[..., None], size: int, folder: Path, *more: Any) -> 
 def _on_rank(
     rank: int, work: Callable[..., None], size: int, folder: Path, more: tuple[Any, ...]
 ) -> None:
+    import torch
+    import torch.distributed as dist
+
     torch.set_num_threads(1)
     # a file, as the server of tcp:// may abort a process that ends
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
@@ -75,9 +86,10 @@ def _on_rank(
 
 def train_together(rank: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
     """Run jobs on this rank, one after the other, each for `stop` epochs, if given."""
-    from selfkd.worker.jobs import (
-        run_job as run_selfkd_job,  # seconds, which other jobs do not need
-    )
+    import torch
+    import torch.distributed as dist
+
+    from selfkd.worker.jobs import run_job as run_selfkd_job
 
     for number, job in enumerate(jobs):
         torch.manual_seed(1000 * number + rank)  # as in a process of its own

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,6 @@ from selfkd.data import load_data
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.storage.checkpoint import save_tensors
 
-PLAIN = "plain_loop.py"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -78,26 +79,62 @@ def run(name: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_plain_loop_is_born_again(tmp_path: Path) -> None:
-    printed = run(PLAIN, tmp_path)
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """Runs an example in this process, which has imported what takes seconds."""
+
+    def run_here(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
+
+
+@pytest.mark.parametrize(
+    ("seeds", "gain", "low_gain"),
+    [
+        (2, 0.0, -100.0),  # two seeds have an interval of any width
+        pytest.param(4, 1.0, 0.0, marks=pytest.mark.slow),  # the example itself: 3.7, 2.4
+    ],
+)
+def test_a_plain_loop_is_born_again(
+    seeds: int,
+    gain: float,
+    low_gain: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import plain_loop
+
+    monkeypatch.setattr(plain_loop, "SEEDS", seeds)
+    plain_loop.main()
+    printed = capsys.readouterr().out
     found = re.findall(r"(?:generation \d|student of all three): (\d+\.\d+)%", printed)
     gains = re.findall(r"%, ([+-]\d+\.\d) points \[([+-]\d+\.\d), ", printed)
     assert len(found) == 4
     assert all(float(accuracy) > 75 for accuracy in found)
     assert len(gains) == 3
-    assert all(float(mean) > 1 and float(low) > 0 for mean, low in gains)  # 3.7, 2.4
+    assert all(float(mean) > gain and float(low) > low_gain for mean, low in gains)
 
 
-def test_a_loop_of_somebody_s_own_makes_generations(tmp_path: Path) -> None:
-    printed = run("your_loop_generations.py", tmp_path)
+def test_a_loop_of_somebody_s_own_makes_generations(
+    run_here: Callable[..., str], tmp_path: Path
+) -> None:
+    few = ("search.trials=2", "confirm.seeds=0", "resources.cpu=1.5")  # one worker of one thread
+    printed = run_here("your_loop_generations.py", *few)
     found = re.findall(r"generation \d: (\d+\.\d)% of the tags right", printed)
     assert len(found) == 3
     assert all(float(share) > 60 for share in found)
     assert len(list((tmp_path / "runs").glob("*/generation_00?/student.safetensors"))) == 3
 
 
-def test_features_and_logits_in_one_loss(tmp_path: Path) -> None:
-    printed = run("features.py", tmp_path).splitlines()
+def test_features_and_logits_in_one_loss(run_here: Callable[..., str]) -> None:
+    printed = run_here("features.py").splitlines()
     assert [line.partition(":")[0] for line in printed] == [
         "teacher",
         "student, labels only",
@@ -124,9 +161,9 @@ def test_loops_of_other_libraries_are_born_again(name: str, tmp_path: Path) -> N
     ],
 )
 def test_a_transformer_of_half_the_depth_learns_from_a_whole_one(
-    tmp_path: Path, steps: int, right: float
+    run_here: Callable[..., str], steps: int, right: float
 ) -> None:
-    printed = run("transformers_trainer.py", tmp_path, "--steps", str(steps))
+    printed = run_here("transformers_trainer.py", "--steps", str(steps))
     found = dict(re.findall(r"^(.+?) +(\d+\.\d) %$", printed, flags=re.MULTILINE))
     assert list(found) == ["teacher", "labels only", "distilled", "generation 2"]
     assert all(float(accuracy) > right for accuracy in found.values())

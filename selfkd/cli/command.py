@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import logging
@@ -40,6 +42,7 @@ from selfkd.config.paths import with_absolute_paths
 from selfkd.errors import ConfigError, LockedError, RayLostError
 from selfkd.experiments.arms import Run
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.imports import without_collection
 from selfkd.reporting.read import REPORT
 from selfkd.reporting.tables import Table
 from selfkd.reporting.watch import Reporter, make_plots
@@ -158,6 +161,7 @@ class Command(Generic[S]):
             plan=arguments.plan,
         )
         folder = None
+        atexit.register(gc.freeze)  # else Python searches all for garbage at its end: half a second
         with interruptible(lambda: self._say_stopped(folder)):
             try:
                 with temporary_files():
@@ -303,7 +307,8 @@ class Command(Generic[S]):
         """Do what is left of a run; return the summary, and what to say of the work."""
         start = time.perf_counter()
         # imported here, where bad input has been refused: ray takes a second
-        from selfkd.execution.cluster import connect, find_slots, open_message
+        with without_collection():
+            from selfkd.execution.cluster import connect, find_slots, open_message
 
         resources, run_id = config.resources, folder.run_id
         tracker = make_tracker(
@@ -318,8 +323,7 @@ class Command(Generic[S]):
             print_lines(console, [tracker.description])
         record(folder.path)
         reporter = Reporter(folder.path)
-        meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
-        meanwhile.start()
+        threading.Thread(target=_import_the_rest, name="imports", daemon=True).start()
         progress = ProgressReporter(console, config, quiet=options.quiet)
 
         def events(event: Event) -> None:
@@ -342,7 +346,6 @@ class Command(Generic[S]):
                 )
                 workers = min(slots, self.most(config))
                 progress.wait_for(f"starting Ray, {count(workers, 'worker')} …")
-                meanwhile.join()
                 from selfkd.execution.pool import Pool
                 from selfkd.experiments.device import settle_device
 

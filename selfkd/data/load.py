@@ -131,12 +131,13 @@ its splits as those folders; of a single one a tenth is test, too |
     selected = _training_classes(classes, source.class_names)
     splits, _ = _split(source, train_size, val_size, selected, label_noise, reserve, seed)
     sizes = (image_size, test_size or image_size, test_size or image_size)
+    keys = ("data.image_size", *["data.image_size" if test_size is None else "data.test_size"] * 2)
     if test_size is not None:
         splits = (splits[0], _at_size(splits[1], test_size), _at_size(splits[2], test_size))
     notes = dict.fromkeys([source.note] if source.note else [])
     train, val, test = (
-        resolve_images(name, split, size, in_memory, splits, say=notes.setdefault)
-        for split, size in zip(splits, sizes, strict=True)
+        resolve_images(name, split, size, in_memory, splits, say=notes.setdefault, key=key)
+        for split, size, key in zip(splits, sizes, keys, strict=True)
     )
     mean, std = source.statistics or _statistics(train)
     digest = fingerprint(train, mean=mean, std=std)
@@ -307,6 +308,8 @@ def resolve_images(
     in_memory: bool | None,
     splits: Sequence[Split],
     say: Callable[[str], object] = log.warning,
+    *,
+    key: str = "data.image_size",
 ) -> Split:
     """Return the split with its images decoded, scaled, or left to be streamed."""
     images = split.images
@@ -319,9 +322,13 @@ def resolve_images(
     if image_size is not None:
         total = sum(len(part) for part in splits) * images.shape[1] * image_size**2
         if total > MEMORY_LIMIT:
+            streamed = f"torch/{name}"
+            way = (
+                f", or stream it with --set data.name={streamed}" if streamed in TORCH_NAMES else ""
+            )
             raise ValueError(
-                f"data.image_size must keep {name} within {MEMORY_LIMIT:,} bytes, got {image_size}:"
-                f" lower data.train_size, or stream it with --set data.name=torch/{name}"
+                f"{key} must keep {name} within {MEMORY_LIMIT:,} bytes, got {image_size}: lower it "
+                f"or data.train_size{way}"
             )
         return replace(split, images=resized(images, image_size))
     return split

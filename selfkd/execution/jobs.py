@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from selfkd.errors import describe_error
+from selfkd.imports import without_collection
 from selfkd.results import Row
 
 
@@ -59,7 +60,7 @@ def load_entry(entry: str) -> Callable[[str, Mapping[str, Any]], Iterator[Row]]:
     """
     module, _, name = entry.partition(":")
     try:
-        with _without("wandb"):
+        with _without("wandb"), without_collection(keep=module not in sys.modules):
             function: Callable[[str, Mapping[str, Any]], Iterator[Row]] = getattr(
                 importlib.import_module(module), name
             )

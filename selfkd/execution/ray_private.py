@@ -26,7 +26,6 @@ from ray._raylet import NodeID
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
 from ray.experimental import internal_kv as internal_kv
-from ray.tune.registry import _global_registry
 
 # isort: split
 import psutil  # type: ignore[import-untyped]  # where it is not installed, Ray brings it
@@ -43,6 +42,8 @@ def keep_registered() -> None:
 
     Tune asks the head for the class of its workers several times a trial, a quarter of its time.
     """
+    from ray.tune.registry import _global_registry  # slow to import: while Ray starts, by the pool
+
     if "get" in vars(_global_registry):
         return
     register, contains, get = (
@@ -103,20 +104,22 @@ def on_loopback(session: str, *, whole: bool) -> Iterator[None]:
         session: Name of the session.
         whole: Whether all processes of a cluster are started. One machine has nothing to scale, and
             where nobody looks needs neither a dashboard nor a process that forwards what workers
-            print: each takes half a second of the processor to start.
+            print: each takes half a second of the processor to start. Nor does it wait for the
+            dashboard's agent, which starts last of all, as where the dashboard is not installed.
     """
     clusters, params = ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams
-    server = node.Node.start_api_server
+    server, missing = node.Node.start_api_server, utils.get_dashboard_dependency_error
     ray_constants.ENABLE_RAY_CLUSTER = False
     more = {} if whole else {"no_monitor": True, "include_log_monitor": False}
     parameter.RayParams = partial(params, session_name=session, **more)
     if not whole:
         node.Node.start_api_server = lambda self, **_: None
+        utils.get_dashboard_dependency_error = lambda: ImportError("the dashboard is not needed")
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams = clusters, params
-        node.Node.start_api_server = server
+        node.Node.start_api_server, utils.get_dashboard_dependency_error = server, missing
 
 
 @contextmanager

@@ -215,6 +215,8 @@ def _point(config: Config, chosen: Point) -> Point:
     }
     if any(choices_of_terms(config)):  # layers of a pruned network are narrower
         point[TERMS] = []
+    if config.data.views == "fresh":  # of a run on labels alone: there is nothing to cache
+        point["distill.live"] = True
     point[_ALPHA] = min(config.at(point).distill.alpha, MOST_ALPHA)
     if config.deploy.lr is not None:
         point["train.lr"] = config.deploy.lr

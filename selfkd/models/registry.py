@@ -141,8 +141,10 @@ def parameters_count(model: nn.Module) -> int:
 
 
 def _check_name(name: str) -> None:
-    names: list[str] = timm.list_models(include_tags="." in name)
-    if name in names or ("." not in name and timm.is_model(name)):
+    if "." not in name and timm.is_model(name):
+        return
+    names: list[str] = timm.list_models(include_tags="." in name)  # sorts a thousand: 10 ms
+    if name in names:
         return
     close = ", ".join(difflib.get_close_matches(name, names))
     hint = f"did you mean {close}?" if close else "timm.list_models() has them all"

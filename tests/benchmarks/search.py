@@ -7,8 +7,9 @@ MNIST, a network of two layers of 800 units, 3 epochs, 8 trials, no fresh seeds,
 same network, optimiser, learning rate, batch and clipping on both sides, `plain_tune.py` as a
 careful person writes it. The row `teacher` has a teacher five times the size of its student.
 
-Commands are run in turn. Printed are seconds of wall time, and CPU seconds of the command and of
-all it has started. On a machine with other work the CPU seconds are what to judge by.
+Commands are run in turn, as often as `--times` says. Printed are seconds of wall time, and CPU
+seconds of the command and of all it has started; the ratio is that of the least of each side. On a
+machine with other work the CPU seconds are what to judge by.
 """
 
 from __future__ import annotations
@@ -61,6 +62,16 @@ def plain(row: str, options: argparse.Namespace) -> list[str]:
     return [sys.executable, script, what, "--root", options.root, *counts, *members, *more]
 
 
+def say_ratios(row: str, own: list[list[float]], other: list[list[float]]) -> None:
+    """Print the ratio of the least of each, wall and CPU, and the range of those of pairs."""
+    wall, cpu = (min(a[n] for a in own) / min(b[n] for b in other) for n in (0, 1))
+    print(f"{row:12}  ratio  {wall:8.3f} {cpu:7.3f}", end="")
+    if len(own) > 1:
+        pairs = sorted(a[0] / b[0] for a, b in zip(own, other, strict=True))
+        print(f"  wall of each pair: {pairs[0]:.3f} to {pairs[-1]:.3f}", end="")
+    print("\n", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--root", default=os.environ.get("SELFKD_DATA"), help="folder of MNIST")
@@ -82,7 +93,7 @@ def main() -> None:
     environment.pop("RAY_ADDRESS", None)
     print(f"{os.cpu_count()} cores\n{'':12}  {'':6}   wall s   CPU s", flush=True)
     for row in options.rows.split(","):
-        least: dict[str, list[float]] = {}
+        runs: dict[str, list[list[float]]] = {"plain": [], "selfkd": []}
         for _ in range(options.times):
             for side in ("plain", "selfkd"):
                 if options.only not in (None, side):
@@ -102,13 +113,9 @@ def main() -> None:
                         print(f"    {seconds:7.1f}  {process}")
                 if options.out:
                     print(text)
-                known = least.get(side, found)
-                least[side] = [min(pair) for pair in zip(known, found, strict=True)]
-        if len(least) == 2:
-            ratios = [
-                own / other for own, other in zip(least["selfkd"], least["plain"], strict=True)
-            ]
-            print(f"{row:12}  ratio  {ratios[0]:8.2f} {ratios[1]:7.2f}\n", flush=True)
+                runs[side].append(found)
+        if all(runs.values()):
+            say_ratios(row, runs["selfkd"], runs["plain"])
 
 
 if __name__ == "__main__":

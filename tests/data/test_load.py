@@ -146,6 +146,10 @@ def test_subset_is_stratified():
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"in_memory": False}, "in_memory must be true or not given for digits, got False"),
         ({"image_size": 20_000}, r"image_size must keep digits within 2,000,000,000 bytes"),
+        (
+            {"test_size": 9_000},
+            r"data.test_size must keep .* got 9000: lower it or data.train_size$",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, message):

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfkd.errors import LONGEST
-from selfkd.execution.jobs import Batch, Beside, FailedJobError, InProcess, Job, run_all
+from selfkd.execution.jobs import (
+    Batch,
+    Beside,
+    FailedJobError,
+    InProcess,
+    Job,
+    load_entry,
+    run_all,
+)
 from selfkd.results import Row
 
 
@@ -86,3 +96,16 @@ def failed(error: Exception) -> str:
     assert outcome.row == {"epoch": 1}
     assert outcome.error is not None
     return outcome.error
+
+
+def test_what_the_function_of_jobs_imports_is_searched_for_garbage_by_no_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new_entry.py").write_text("def run(kind, payload):\n    yield {}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    gc.unfreeze()
+    load_entry("new_entry:run")
+    after_import = gc.get_freeze_count()
+    gc.unfreeze()
+    load_entry("new_entry:run")  # a rank's worker asks for it at each of its jobs
+    assert (after_import > 0, gc.get_freeze_count()) == (True, 0)

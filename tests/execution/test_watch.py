@@ -243,14 +243,18 @@ def test_ray_listens_on_loopback_in_a_folder_that_its_sockets_fit_in(
     seen: dict[str, Any] = {}
 
     def init(**options: Any) -> None:
-        clusters = start.on_loopback.__wrapped__.__globals__["ray_constants"].ENABLE_RAY_CLUSTER
-        seen.update(options, clusters=clusters)
+        ray_names = start.on_loopback.__wrapped__.__globals__
+        missing = ray_names["utils"].get_dashboard_dependency_error()
+        clusters = ray_names["ray_constants"].ENABLE_RAY_CLUSTER
+        seen.update(options, clusters=clusters, waits_for_agent=missing is None)
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setattr(start.ray, "init", init)
     with connect():
         pass
-    assert seen["clusters"] is False
+    assert seen["clusters"] is seen["waits_for_agent"] is False
+    with connect(verbose=True):
+        assert seen["waits_for_agent"]
     assert seen["_temp_dir"] is seen["_plasma_directory"] is None
     with monkeypatch.context() as without:  # as in a container
         without.setattr(start, "_SHARED_MEMORY", Path("/dev/none"))

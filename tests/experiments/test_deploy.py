@@ -17,6 +17,7 @@ from selfkd.execution.jobs import InProcess
 from selfkd.experiments.arms import Run
 from selfkd.experiments.deploy import deploy, finished
 from selfkd.experiments.deploy_forms import Deployed, digest_of
+from selfkd.experiments.deploy_tuning import _point
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.results import DeploySummary, Event, RunFinished, TaskStarted, TrialResult
@@ -316,3 +317,10 @@ def test_logits_that_are_no_numbers_differ(
 
     found = _largest_difference(Fixed(logits), Fixed(others), torch.zeros(65, 1))
     assert found == pytest.approx(difference, nan_ok=True)
+
+
+def test_fine_tuning_on_views_of_each_epoch_runs_the_teacher() -> None:
+    """A run on labels alone may have them, and there is nothing to cache."""
+    config = load_config(settings=["data.augment=light", "data.views=fresh", "rounds=0"])
+    assert not config.at(_point(config, {})).reads_cache
+    assert load_config().at(_point(load_config(), {})).reads_cache

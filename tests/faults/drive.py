@@ -126,8 +126,9 @@ class Driver:
 def serve() -> None:
     # once for all forks: each of them takes a run a second or more when it is first needed
     for name in (
-        *("scipy.optimize", "sklearn.datasets", "timm"),
-        *("selfkd.experiments.generations", "selfkd.worker.jobs"),
+        *("scipy.optimize", "sklearn.datasets", "timm.optim", "timm.scheduler"),
+        *("selfkd.experiments.generations", "selfkd.worker.jobs", "selfkd.tasks.images.task"),
+        *("selfkd.tasks.images.check", "selfkd.data.timm_sets", "selfkd.storage.foreign"),
     ):
         importlib.import_module(name)
     for line in sys.stdin:

@@ -35,7 +35,7 @@ from selfkd.tasks.images.networks import ImageNetworks
 from selfkd.worker.jobs import run_job
 
 WEIGHTS = (14, 2, 1, 8, 8, 8, 8)  # of the operations: some take longer
-CASES = int(os.environ.get("SELFKD_FUZZ", "1200"))
+CASES = int(os.environ.get("SELFKD_FUZZ", "600"))
 MEMORY = 1e6  # kB: growth of this process
 SECONDS = 30.0  # of processor time, of one case
 KINDS = {

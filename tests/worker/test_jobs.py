@@ -193,6 +193,7 @@ def test_augmentation_is_said_in_words(jobs):
         (["data.flip=true"], 8),
         (["data.crop=0.5"], 8),
         (["data.jitter=1", "data.views=2"], 2),
+        (["data.views=2"], 1),
         (["data.augment=light"], 8),
         (["data.augment=strong", "data.views=fresh", "distill.live=true"], 1),
     ],
@@ -221,8 +222,8 @@ def test_there_are_eight_views_where_images_are_augmented(jobs, settings, views)
         (["data.val_size=1800"], "data.val_size must be in [1, "),
         (
             ["data.test_size=9"],
-            "data.test_size must be left out for 'selfkd_mlp' with {'width': 16, 'depth': 1}, "
-            "which takes 8x8 images alone, got 9: ",
+            "data.test_size must be a size that 'selfkd_mlp' with {'width': 16, 'depth': 1} takes, "
+            "as it does 8, got 9: ",
         ),
         (["data.jitter=8"], "jitter must be less than the image size 8, got 8"),
         (["train.optimizer=sdg"], "train.optimizer must be a timm optimiser (adabelief, "),

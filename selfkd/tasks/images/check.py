@@ -127,7 +127,7 @@ def _tried(task: ImageNetworks, model: ModelConfig) -> nn.Module:
                 network(next(task.data.batches("val", batch_size=2, device=task.device))[0])
         except Exception as error:
             raise ValueError(
-                f"data.test_size must be left out for {model.name!r} with {model.args}, which "
-                f"takes {size}x{size} images alone, got {other}: {error}"
+                f"data.test_size must be a size that {model.name!r} with {model.args} takes, as it "
+                f"does {size}, got {other}: {error}"
             ) from error
     return network

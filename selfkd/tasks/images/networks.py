@@ -163,7 +163,8 @@ class ImageNetworks:
 
     def two_images(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs, labels and indices of two training images."""
-        found = self.data.batches("train", batch_size=2, views=self.views, device=self.device)
+        data, two = self.data, range(len(self.data.train.labels))[:2]
+        found = data.batches("train", batch_size=2, rows=two, views=self.views, device=self.device)
         return next(found)
 
     def cached_labels(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from selfkd.config.schema import Config, choices_of_terms
+from selfkd.config.schema import AugmentConfig, Config, choices_of_terms
 from selfkd.distill.loss_names import LOSSES
 from selfkd.errors import ConfigError
 
@@ -39,6 +39,7 @@ def augment_faults(config: Config, *, distils: bool) -> Iterator[tuple[str, str]
             f"got {data.test_size}",
         )
     yield from _repeats_faults(config)
+    yield from _idle_faults(data.augment)
     if not data.augment.mixes:
         return
     for control in config.controls:
@@ -84,6 +85,22 @@ def _repeats_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.repeats", f"must be 1 with data.transfer, got {repeats}"
     if name := _named(config, labels=False):
         yield "distill.terms", f"must be without {name}, which has each image once, with repeats"
+
+
+def _idle_faults(augment: AugmentConfig) -> Iterator[tuple[str, str]]:
+    """Yield faults of keys that say how to do what is not done."""
+    default, way = AugmentConfig(), "set data.augment.operations=randaugment, or leave it out"
+    for key in ("count", "magnitude"):
+        value = getattr(augment, key)
+        if value != getattr(default, key) and augment.value("operations") != "randaugment":
+            yield f"data.augment.{key}", f"must be of operations randaugment, got {value}: {way}"
+    share = augment.mix_probability
+    if share and not (augment.value("mixup") or augment.value("cutmix")):
+        way = "set data.augment.mixup or data.augment.cutmix, or leave it out"
+        yield (
+            "data.augment.mix_probability",
+            f"must be of images that are mixed, got {share}: {way}",
+        )
 
 
 def is_augmented(config: Config) -> bool:

@@ -235,8 +235,8 @@ class DataConfig:
     """Further augmentation, `none`, `light`, `strong` or a mapping."""
     views: int | Literal["fresh"] | None = None
     """Number of augmented views of each image whose teacher logits are cached; epoch e is trained
-    on view e mod `views`. 1 without augmentation, else 8, when not given. Or fresh: each epoch has
-    views of its own, where nothing is cached, on labels alone or with `distill.live`."""
+    on view e mod `views`. 8 when not given, and always 1 without augmentation. Or fresh: each epoch
+    has views of its own, where nothing is cached, on labels alone or with `distill.live`."""
     repeats: int = Field(default=1, ge=1, le=100)
     """Repeated augmentation: number of views of an image in a batch. An epoch has as many steps as
     with 1, on a part of the images. `train.batch_size` must be a multiple of it."""

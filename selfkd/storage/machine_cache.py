@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,16 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.warning("waiting for another process, which decodes images for %s", folder)
+            _say_waiting(folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
         os.close(file)
+
+
+@cache
+def _say_waiting(folder: Path) -> None:
+    log.warning("waiting for another process, which decodes images for %s", folder)
 
 
 def _mapped(path: Path, shape: Sequence[int]) -> Pixels | None:

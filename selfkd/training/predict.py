@@ -1,4 +1,4 @@
-"""`predict` and `evaluate`: loops over batches without gradients."""
+"""`predict_batches` and `evaluate`: loops over batches without gradients."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def halving(
         torch.cuda.empty_cache()  # in blocks of the larger batches
 
 
-def predict(
+@torch.no_grad()
+def predict_batches(
     model: nn.Module | Teacher,
     data: Data,
     split: Literal["train", "val", "test"],
@@ -74,8 +75,8 @@ def predict(
     precision: Precision = "none",
     rows: range | None = None,
     channels_last: bool = False,
-) -> Tensor:
-    """Return the logits of a model for a split.
+) -> Iterator[Tensor]:
+    """Yield the logits of a model for a split, batch by batch.
 
     The model predicts in eval mode and is then put back into its previous mode.
 
@@ -92,30 +93,8 @@ def predict(
         channels_last: Whether images have their channels last in memory, as the model's weights.
 
     Returns:
-        Logits `[images, classes]`, float32 on the CPU.
+        Iterator over logits `[batch, classes]`, float32 on the CPU.
     """
-    batches = predict_batches(
-        model, data, split, views=views, view=view, device=device, workers=workers,
-        precision=precision, rows=rows, channels_last=channels_last,
-    )  # fmt: skip
-    return torch.cat(list(batches))
-
-
-@torch.no_grad()
-def predict_batches(
-    model: nn.Module | Teacher,
-    data: Data,
-    split: Literal["train", "val", "test"],
-    *,
-    views: Views | None = None,
-    view: int = 0,
-    device: str = "cpu",
-    workers: int = 0,
-    precision: Precision = "none",
-    rows: range | None = None,
-    channels_last: bool = False,
-) -> Iterator[Tensor]:
-    """Yield the logits of a model for a split batch by batch; arguments are those of `predict`."""
     training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
         model.eval()
@@ -168,7 +147,7 @@ def evaluate(
     """
     labels = getattr(data, split).labels.cpu()
     ranks = ranks if len(labels) >= ranks.size else ALONE
-    logits = predict(
+    batches = predict_batches(
         model,
         data,
         split,
@@ -178,5 +157,5 @@ def evaluate(
         rows=ranks.share(len(labels)) if ranks.size > 1 else None,
         channels_last=channels_last,
     )
-    logits = ranks.gather(logits, len(labels), device=device)
+    logits = ranks.gather(torch.cat(list(batches)), len(labels), device=device)
     return {"accuracy": metrics.accuracy(logits, labels), "nll": metrics.nll(logits, labels)}

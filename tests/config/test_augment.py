@@ -76,6 +76,21 @@ WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
             "data.repeats: only with task images, got 2 with task text",
         ),
         (
+            ["data.augment.magnitude=15"],
+            "data.augment.magnitude: must be of operations randaugment, got 15: set "
+            "data.augment.operations=randaugment, or leave it out",
+        ),
+        (
+            ["data.augment={operations: trivialaugment, count: 3}"],
+            "data.augment.count: must be of operations randaugment, got 3: set "
+            "data.augment.operations=randaugment, or leave it out",
+        ),
+        (
+            ["data.augment.mix_probability=0.5"],
+            "data.augment.mix_probability: must be of images that are mixed, got 0.5: set "
+            "data.augment.mixup or data.augment.cutmix, or leave it out",
+        ),
+        (
             ["task=text", STRONG],
             "data.augment.preset: only with task images, got 'strong' with task text",
         ),
@@ -93,12 +108,14 @@ def test_one_message(settings, fault):
         ["data.views=fresh", "distill.live=true"],
         ["data.views=fresh", "rounds=0"],
         [STRONG, "data.repeats=4"],
+        [STRONG, "data.augment={magnitude: 15, count: 1, mix_probability: 1}"],
+        ["data.views=8"],
         [STRONG, "data.augment.mixup=0", "data.augment.cutmix=0", "distill.terms=[{name: dkd}]"],
         [STRONG, "controls=[seeds, dkpp, label_smoothing, hard]", "confirm.seeds=3"],
     ],
 )
 def test_what_goes_together(settings):
-    assert load_config(settings=settings).data.views in (None, "fresh")
+    assert load_config(settings=settings).data.views in (None, "fresh", 8)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from selfkd.soft_targets.shards import write_shard
 from selfkd.soft_targets.store import SoftTargets, open_store
 from selfkd.training.fit import Training, fit
 from selfkd.training.optimizers import make_average, make_optimizer, make_scheduler
-from selfkd.training.predict import evaluate, predict, predict_batches
+from selfkd.training.predict import evaluate, predict_batches
 
 BATCH, CLASSES, MEMBERS, TOKENS, WIDTH = 16, 10, 3, 12, 24
 HEAD = {"temperature": 3.0, "alpha": 0.6}
@@ -259,7 +259,7 @@ def check_training(setting: Setting) -> list[Row]:
             own = train(data, distiller, device, epochs=2, compiled=True)
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             rows.append(Row("graphs of a compiled training", f"{graphs}"))
-        logits = predict(whole.best, data, "val", device=device)
-        here = predict(copy.deepcopy(whole.best).cpu(), digits(), "val")
+        (logits,) = predict_batches(whole.best, data, "val", device=device)
+        (here,) = predict_batches(copy.deepcopy(whole.best).cpu(), digits(), "val")
         torch.testing.assert_close(logits, here, rtol=1e-3, atol=1e-3)
     return rows

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from predictions import predict
 from scipy.special import log_softmax, softmax
 from torch import nn
 
@@ -19,7 +20,7 @@ from selfkd.errors import NonFiniteLossError
 from selfkd.models import make_model
 from selfkd.training.fit import Training, fit
 from selfkd.training.optimizers import make_average, make_optimizer, make_scheduler
-from selfkd.training.predict import evaluate, predict
+from selfkd.training.predict import evaluate
 
 CLASSES = 3
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from predictions import predict
 from torch import Tensor, nn
 
 from selfkd.config import load_config, to_tree
 from selfkd.data import Data, Split
 from selfkd.tasks import make_task
 from selfkd.tasks.text.task import TextTask
-from selfkd.training.predict import predict
 
 IMAGES = 23
 

@@ -193,6 +193,7 @@ def test_augmentation_is_said_in_words(jobs):
         (["data.flip=true"], 8),
         (["data.crop=0.5"], 8),
         (["data.jitter=1", "data.views=2"], 2),
+        (["data.views=2"], 1),
         (["data.augment=light"], 8),
         (["data.augment=strong", "data.views=fresh", "distill.live=true"], 1),
     ],

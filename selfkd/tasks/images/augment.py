@@ -60,9 +60,10 @@ def make_views(config: DataConfig, *, seed: int, channels: int, size: int) -> Vi
         erase=own.value("erase"),
         mixing=mixing if own.mixes else None,
     )
-    if config.views == "fresh":
-        return replace(views, count=FRESH)
-    return replace(views, count=config.views or (1 if views.is_identity else AUGMENTED_VIEWS))
+    if views.is_identity:  # of which further views would be the same again
+        return views
+    count = FRESH if config.views == "fresh" else config.views
+    return replace(views, count=count or AUGMENTED_VIEWS)
 
 
 def describe_views(views: Views, *, repeats: int = 1) -> str:

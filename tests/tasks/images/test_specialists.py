@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from predictions import predict
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
 from torch import nn
@@ -22,7 +23,6 @@ from selfkd.tasks.images.specialists import (
     specialist_split,
 )
 from selfkd.training.fit import Training, fit
-from selfkd.training.predict import predict
 
 # Clusters
 

@@ -56,6 +56,7 @@ from selfkd.text import shell_quote
 from selfkd.tracking import make_tracker
 
 FAILED = 1
+IMPORT_SECONDS = 1.0  # limit for the imports of a run that ends while they still go on
 S = TypeVar("S")
 
 
@@ -323,7 +324,8 @@ class Command(Generic[S]):
             print_lines(console, [tracker.description])
         record(folder.path)
         reporter = Reporter(folder.path)
-        threading.Thread(target=_import_the_rest, name="imports", daemon=True).start()
+        meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
+        meanwhile.start()
         progress = ProgressReporter(console, config, quiet=options.quiet)
 
         def events(event: Event) -> None:
@@ -381,6 +383,7 @@ class Command(Generic[S]):
             tracker.close()
             for written in ("wandb", "tracking"):
                 folder.upload(written)
+            meanwhile.join(timeout=IMPORT_SECONDS)
         wall = time.perf_counter() - start
         more = [_cost(wall, progress.train_seconds, workers), tracker.description]
         time_line = f"time:    {duration(wall)} on {count(workers, 'worker')}"

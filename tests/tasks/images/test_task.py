@@ -69,3 +69,22 @@ def test_what_is_left_out_is_among_the_facts(tmp_path: Path) -> None:
         f"{tmp_path}: 16 images of 2 classes, read at 8x8 pixels; left out: 4 .txt",
     )
     assert make_task().check().notes == ()
+
+
+@pytest.mark.parametrize("views", ["data.augment=none", "data.augment=strong"])
+def test_two_images_are_read_to_try_a_network_of_however_many_there_are(
+    views: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(views)
+    whole = next(task.data.batches("train", batch_size=2, views=task.views))
+    sizes = []
+    split = torch.split
+
+    def counted(order: torch.Tensor, own: list[int]) -> tuple[torch.Tensor, ...]:
+        sizes.append(len(order))
+        return split(order, own)
+
+    monkeypatch.setattr(torch, "split", counted)
+    for found, expected in zip(task.two_images(), whole, strict=True):
+        assert torch.equal(found, expected)
+    assert set(sizes) == {2}

@@ -40,10 +40,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(  # of workers: the jobs that tests g
 
 
 LONG = (  # first, so that none of them is left to one process at the end
-    *("test_generations", "test_submit", "test_group", "test_online", "test_lost_workers"),
-    *("test_pseudo_terminal", "test_fuzz"),
-    *("test_killed_driver", "test_examples", "test_cluster", "test_nodes", "test_ensemble"),
-    *("test_capacity", "test_remote", "test_pool", "test_study", "test_tune_configs"),
+    *("test_submit", "test_pool", "test_examples", "test_group", "test_pseudo_terminal"),
+    *("test_online", "test_generations", "test_ensemble", "test_cluster", "test_remote"),
+    *("test_capacity", "test_killed_driver", "test_nodes", "test_fuzz", "test_study"),
+    "test_tune_configs",
 )
 
 

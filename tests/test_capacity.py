@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run_here
 
 from selfkd.capacity import main
 from selfkd.report import main as report
@@ -30,13 +31,7 @@ TINY = [
 
 def run(folder: Path, *arguments: str, settings: list[str]) -> subprocess.CompletedProcess[str]:
     sets = [part for setting in settings for part in ("--set", setting)]
-    return subprocess.run(
-        [sys.executable, "-m", "selfkd.capacity", *arguments, *sets],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_here(main, folder, *arguments, *sets)
 
 
 @pytest.fixture(scope="module")

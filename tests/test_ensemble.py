@@ -71,6 +71,7 @@ def test_prints_what_it_does_a_table_and_a_verdict(whole: tuple[Path, str]) -> N
     assert said in printed
     assert said.endswith(" points over 2 fresh seeds, too few for an interval")
     assert f"model:   {folder}/student.safetensors" in printed
+    assert "wandb sync" in printed
 
 
 def test_an_ensemble_costs_its_members_together(whole: tuple[Path, str]) -> None:

@@ -79,6 +79,21 @@ def run(name: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """Runs an example in this process, which has imported what takes seconds."""
+
+    def run_here(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
+
+
 @pytest.mark.parametrize(
     ("seeds", "gain", "low_gain"),
     [
@@ -107,28 +122,15 @@ def test_a_plain_loop_is_born_again(
     assert all(float(mean) > gain and float(low) > low_gain for mean, low in gains)
 
 
-def test_a_loop_of_somebody_s_own_makes_generations(tmp_path: Path) -> None:
+def test_a_loop_of_somebody_s_own_makes_generations(
+    run_here: Callable[..., str], tmp_path: Path
+) -> None:
     few = ("search.trials=2", "confirm.seeds=0", "resources.cpu=1.5")  # one worker of one thread
-    printed = run("your_loop_generations.py", tmp_path, *few)
+    printed = run_here("your_loop_generations.py", *few)
     found = re.findall(r"generation \d: (\d+\.\d)% of the tags right", printed)
     assert len(found) == 3
     assert all(float(share) > 60 for share in found)
     assert len(list((tmp_path / "runs").glob("*/generation_00?/student.safetensors"))) == 3
-
-
-@pytest.fixture
-def run_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., str]:
-    """Runs an example in this process, which has imported what takes seconds."""
-
-    def run_here(name: str, *arguments: str) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run_here
 
 
 def test_features_and_logits_in_one_loss(run_here: Callable[..., str]) -> None:

@@ -1,4 +1,4 @@
-"""The command, as a user runs it: real Ray, real offline W&B, real kills."""
+"""The command, as a user runs it: real Ray, real W&B, real kills."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from wandb_files import history
+from wandb_server import KEY, WandbServer
 
 from selfkd.experiments.run_folder import RunFolder
 from selfkd.generations import main
@@ -60,14 +64,41 @@ def running(driver: int) -> list[str]:
     return names
 
 
+@dataclass(frozen=True)
+class Online:
+    """An undisturbed run with a W&B server, and with secrets in its environment."""
+
+    folder: Path
+    done: subprocess.CompletedProcess[str]
+    server: WandbServer
+    planted: dict[str, str]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Online]:
+    folder, home = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("home")
+    names = ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    planted = {name: secrets.token_hex(20) for name in names} | {"WANDB_API_KEY": KEY}
+    own = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True)
+    with WandbServer() as server, own as ray:  # a cluster of its own
+        given = {"WANDB_BASE_URL": server.url, "HOME": str(home)}
+        done = subprocess.run(
+            command("--rounds", "2", "--name", "whole", settings=[*TINY, "tracking=auto"]),
+            cwd=folder,
+            env=os.environ | planted | given | {"RAY_AUTH_MODE": "token", "RAY_TMPDIR": ray},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield Online(folder / "runs" / "whole", done, server, planted)
+
+
+@pytest.fixture(scope="module")
+def whole(online: Online) -> tuple[Path, str]:
     """Two born-again generations, undisturbed: the folder and what was printed."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = run(folder, "--rounds", "2", "--name", "whole")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return folder / "runs" / "whole", done.stdout
+    assert "Traceback" not in online.done.stderr
+    return online.folder, online.done.stdout
 
 
 def test_prints_what_it_does_a_table_and_what_to_type_next(whole: tuple[Path, str]) -> None:
@@ -82,7 +113,6 @@ def test_prints_what_it_does_a_table_and_what_to_type_next(whole: tuple[Path, st
     assert re.search(r"\nmodel:   generation \d, the best of 3 on validation\n", printed)
     assert f'model = selfkd.load("{folder}")' in printed
     assert re.search(r"\ntime:    \d+\.\d s on 1 worker\n", printed)
-    assert "wandb sync" in printed
     assert f"--resume {folder} --rounds 3" in printed
     assert "NLL" not in printed
     assert printed.count("  trial 0: val") == 3  # plain lines where there is no terminal
@@ -141,20 +171,46 @@ def test_each_generation_is_distilled_from_the_one_before(whole: tuple[Path, str
     assert len({first["hash"], second["hash"], third["hash"]}) == 3
 
 
-def test_wandb_has_a_run_a_trial_and_the_lineage(whole: tuple[Path, str]) -> None:
-    folder, _ = whole
+def test_wandb_has_a_run_a_trial_and_the_lineage(online: Online) -> None:
+    folder, server = online.folder, online.server
+    assert "W&B: online, project selfkd, group whole\n" in online.done.stdout
     run_id = RunFolder(folder).run_id
-    runs = sorted(path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*"))
     trials = [f"{run_id}-g{generation}-t{trial}" for generation in range(3) for trial in range(3)]
     trials += [f"{run_id}-confirm-{generation}-t{n}" for generation in range(3) for n in range(2)]
-    assert runs == sorted([*trials, f"{run_id}-lineage"])
-    every = history(folder, f"{run_id}-lineage")
+    assert sorted(server.runs) == sorted([*trials, f"{run_id}-lineage"])
+    lineage = server.runs[f"{run_id}-lineage"]
+    every = lineage.history
     assert [row["generation"] for row in every] == [0, 1, 2, 0, 1, 2]
     rows, confirmed = every[:3], every[3:]
     assert all("confirmed/test_accuracy" in row for row in confirmed)
     assert [row["test_accuracy"] for row in rows] == pytest.approx(
         [result["test_accuracy"] for result in ledger(folder)]
     )
+    assert "generation" in lineage.summary["verdict"]
+    assert lineage.summary["test_accuracy_over_generation_0"]["_type"] == "html-file"
+    models = [version for version in server.versions if version.type == "model"]
+    first = next(model for model in models if "generation-0" in model.aliases)
+    students = {name for name in server.runs if "-g1-t" in name or "-confirm-1-t" in name}
+    assert len(students) == 5
+    assert first.consumers == students
+    assert not server.unknown
+
+
+def test_no_secret_of_its_environment_is_in_what_it_writes_prints_or_sends(
+    online: Online,
+) -> None:
+    folder = online.folder.parents[1]
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert {".wandb", ".safetensors", ".html"} <= {path.suffix for path in files}
+    contents = {str(path): path.read_bytes() for path in files} | {"sent": online.server.seen}
+    contents |= {"stdout": online.done.stdout.encode(), "stderr": online.done.stderr.encode()}
+    found = [
+        (name, where)
+        for name, value in online.planted.items()
+        for where, content in contents.items()
+        if value.encode() in content
+    ]
+    assert found == []
 
 
 def test_finished_run_is_only_reported_again(whole: tuple[Path, str], tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import html
 import io
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_here
 
 from selfkd.report import main as report
 from selfkd.storage.files import load_json
@@ -32,13 +32,7 @@ study:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "selfkd.study", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_here(main, folder, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -323,8 +323,7 @@ class Command(Generic[S]):
             print_lines(console, [tracker.description])
         record(folder.path)
         reporter = Reporter(folder.path)
-        meanwhile = threading.Thread(target=_import_the_rest, name="imports", daemon=True)
-        meanwhile.start()
+        threading.Thread(target=_import_the_rest, name="imports", daemon=True).start()
         progress = ProgressReporter(console, config, quiet=options.quiet)
 
         def events(event: Event) -> None:
@@ -347,7 +346,6 @@ class Command(Generic[S]):
                 )
                 workers = min(slots, self.most(config))
                 progress.wait_for(f"starting Ray, {count(workers, 'worker')} …")
-                meanwhile.join()
                 from selfkd.execution.pool import Pool
                 from selfkd.experiments.device import settle_device
 

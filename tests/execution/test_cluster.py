@@ -73,14 +73,19 @@ def nodes() -> Iterator[Cluster]:
         made.shutdown()
 
 
-@pytest.fixture
-def joined(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Messages to the user, while joined to the two nodes."""
-    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-    monkeypatch.setattr(cluster, "NODE_SECONDS", LIMIT)  # a loaded machine starts workers slowly
+@pytest.fixture(scope="module")
+def connected(nodes: Cluster) -> Iterator[None]:
+    """This process, joined to the two nodes: once, as each time the nodes start new workers."""
     with connect() as was_there:
         assert was_there
-        yield []
+        yield
+
+
+@pytest.fixture
+def joined(connected: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Messages to the user, while joined to the two nodes."""
+    monkeypatch.setattr(cluster, "NODE_SECONDS", LIMIT)  # a loaded machine starts workers slowly
+    return []
 
 
 def slots(said: list[str], storage: Path, **needs: Any) -> int:

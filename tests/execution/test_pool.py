@@ -16,7 +16,7 @@ import ray
 
 from selfkd.execution.jobs import Batch, EarlyStopping, Job, Outcome, run_one
 from selfkd.execution.pool import Pool, Worker
-from selfkd.execution.scheduler import JobSpec, RunningBatch
+from selfkd.execution.scheduler import MAX_FAILURES, JobSpec, PoolScheduler, RunningBatch
 
 ENTRY = "pool_jobs:run_job"
 
@@ -281,6 +281,45 @@ def test_asha_compares_finite_metrics_alone(value: Any) -> None:
     assert batch.compared({"rows": []}) == {}
 
 
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        (
+            [{"fault": "OSError: the storage is away"}],
+            "OSError: the storage is away: 3 times in the same place",
+        ),
+        (
+            [{"fault": "OSError: the storage is away"}, {}],
+            "its worker died 3 times in the same place",
+        ),
+        ([{"rows": [{"epoch": 1}]}, {"rows": [{"epoch": 1}]}], "its worker died 3 times"),
+        ([{"rows": [{"epoch": 1}]}, {"rows": [{"epoch": 2}]}], None),  # it got further: repeated
+    ],
+)
+def test_a_trial_that_fails_in_the_same_place_is_given_up(
+    rows: list[dict[str, Any]], error: str | None
+) -> None:
+    scheduler = PoolScheduler(warm=1)
+    scheduler.batch = RunningBatch(jobs(1), early=None, limit=None, has_room=lambda running: True)
+    job = scheduler.batch.ask()
+    assert job is not None
+    scheduler.batch.running["a"] = job
+    trial: Any = SimpleNamespace(trial_id="a", run_metadata=SimpleNamespace(num_failures=0))
+    scheduler.live["a"] = trial
+    for row in rows:
+        if row is rows[-1]:
+            trial.run_metadata.num_failures = MAX_FAILURES + 1  # as Tune counts them
+        scheduler._report(trial, job, row)
+    scheduler.give_up("a")
+    outcomes = scheduler.batch.jobs.outcomes  # type: ignore[attr-defined]
+    if error is None:
+        assert (scheduler.batch.again, outcomes) == ([job], [])
+    else:
+        (outcome,) = outcomes
+        assert outcome.error.startswith(error)
+
+
+@pytest.mark.slow  # three workers are started; the words and the count are tested above
 def test_a_job_that_kills_every_worker_fails_in_the_end(pool: Pool, tmp_path: Path) -> None:
     batch = jobs(1, kind="die", died=str(tmp_path / "died"), always=True)
     pool.run(batch)

@@ -7,14 +7,13 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import run_here
 from engine import make_run
 from s3_server import BUCKET, s3_server
 
@@ -23,6 +22,7 @@ from selfkd.config import Config, load_config
 from selfkd.errors import ConfigError
 from selfkd.experiments.generations import born_again
 from selfkd.experiments.run_folder import RunFolder
+from selfkd.generations import main
 from selfkd.soft_targets.manifest import Manifest, data_key, load_manifest
 from selfkd.soft_targets.shards import check_shard, write_shard
 from selfkd.soft_targets.store import open_store
@@ -214,18 +214,11 @@ def test_a_missing_bucket_is_reported_at_once(bucket: dict[str, str]) -> None:
 
 
 def test_a_run_lives_in_a_bucket(bucket: dict[str, str], tmp_path: Path) -> None:
-    """Made by the command, then resumed for one more generation, here in one process."""
+    """Made by the command, then resumed for one more generation without Ray."""
     settings = [f"storage=s3://{BUCKET}/runs", "model.args={width: 4}", "train.epochs=2"]
     settings += ["search.trials=1", "confirm.seeds=0", "tracking=offline"]
     sets = [part for setting in settings for part in ("--set", setting)]
-    done = subprocess.run(
-        [sys.executable, "-m", "selfkd.generations", "--rounds", "1", "--name", "a", *sets],
-        cwd=tmp_path,
-        env=os.environ | bucket,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run_here(main, tmp_path, "--rounds", "1", "--name", "a", *sets)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"--resume s3://{BUCKET}/runs/a --rounds 2" in done.stdout
     path = as_path(f"s3://{BUCKET}/runs/a")

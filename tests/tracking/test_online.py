@@ -392,6 +392,7 @@ def test_a_driver_that_is_killed_sends_the_rest_when_resumed(
     assert teacher.consumers == {"a-0-g1-t0", "a-0-g1-t1"}
 
 
+@pytest.mark.slow  # test_generations has such a run, without --verbose
 def test_a_real_run_online(tmp_path: Path, server: WandbServer) -> None:
     """And no key or token of its environment is in what it writes, prints or sends."""
     settings = {

@@ -83,7 +83,7 @@ class TimmPictures:
         files = getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
         if not files:
             return None
-        return file_states([os.path.realpath(files[number][0]) for number in numbers])
+        return file_states([os.path.abspath(files[number][0]) for number in numbers])
 
 
 @dataclass(frozen=True, eq=False)

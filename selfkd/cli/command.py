@@ -56,7 +56,6 @@ from selfkd.text import shell_quote
 from selfkd.tracking import make_tracker
 
 FAILED = 1
-IMPORT_SECONDS = 1.0  # limit for the imports of a run that ends while they still go on
 S = TypeVar("S")
 
 
@@ -383,7 +382,7 @@ class Command(Generic[S]):
             tracker.close()
             for written in ("wandb", "tracking"):
                 folder.upload(written)
-            meanwhile.join(timeout=IMPORT_SECONDS)
+            meanwhile.join()
         wall = time.perf_counter() - start
         more = [_cost(wall, progress.train_seconds, workers), tracker.description]
         time_line = f"time:    {duration(wall)} on {count(workers, 'worker')}"

@@ -186,3 +186,13 @@ class _Fit:
     """Trainer of one process."""
 
     world_size = 1
+
+
+@pytest.mark.slow  # the rest of the script is tried in test_gpu_check.py, where neither is there
+def test_the_script_for_a_gpu_tries_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "gpu"))
+    import check  # type: ignore[import-not-found]
+
+    found = {row.what.partition(":")[0] for row in check.run_part("plug-ins", "cpu", quick=True)}
+
+    assert {"Lightning, live", "transformers, live", "transformers, cached"} <= found

@@ -13,6 +13,7 @@ from selfkd.config.load import load_yaml as load_yaml
 from selfkd.config.load import merge_settings as merge_settings
 from selfkd.config.load import parse_yaml as parse_yaml
 from selfkd.config.load import resume_invariant as resume_invariant
+from selfkd.config.schema import AUGMENTED_VIEWS as AUGMENTED_VIEWS
 from selfkd.config.schema import RESERVED_ARGS as RESERVED_ARGS
 from selfkd.config.schema import SOURCE_ARGS as SOURCE_ARGS
 from selfkd.config.schema import SPACE as SPACE

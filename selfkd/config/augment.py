@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from selfkd.config.schema import AugmentConfig, Config, choices_of_terms
+from selfkd.config.schema import (
+    ARRAYS,
+    AUGMENTED_VIEWS,
+    AugmentConfig,
+    Config,
+    choices_of_terms,
+)
 from selfkd.distill.loss_names import LOSSES
 from selfkd.errors import ConfigError
 
@@ -25,6 +31,8 @@ def augment_faults(config: Config, *, distils: bool) -> Iterator[tuple[str, str]
         distils: Whether students with teachers are trained.
     """
     data = config.data
+    if data.name == ARRAYS or config.task == "text":  # neither has views, as other checks say
+        return
     if data.views == "fresh" and distils and config.reads_cache:
         yield (
             "data.views",
@@ -72,12 +80,14 @@ _WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
 
 def _repeats_faults(config: Config) -> Iterator[tuple[str, str]]:
     data, repeats = config.data, config.data.repeats
-    if repeats == 1 or config.task == "text":  # which has none at all
+    if repeats == 1:
         return
     if not is_augmented(config):
         yield "data.repeats", f"must be 1 without augmentation, got {repeats}: set data.augment"
-    if isinstance(data.views, int) and data.views < repeats:
-        yield "data.repeats", f"must be at most data.views ({data.views}), got {repeats}"
+    views = AUGMENTED_VIEWS if data.views is None else data.views
+    if isinstance(views, int) and views < repeats:
+        default = ", the number when not given" if data.views is None else ""
+        yield "data.repeats", f"must be at most data.views ({views}{default}), got {repeats}"
     if config.train.batch_size % repeats:
         size = config.train.batch_size
         yield "train.batch_size", f"must be a multiple of data.repeats ({repeats}), got {size}"

@@ -64,6 +64,8 @@ SOURCE_ARGS = (*RESERVED_ARGS, "path")
 
 
 MOST_VIEWS = 10_000
+AUGMENTED_VIEWS = 8
+"""Number of augmented views of each image where `data.views` is not given."""
 SHAPES = ("image_size", "crop", "flip", "jitter")
 ARRAYS = "arrays"
 """Name of the data set whose items are vectors of features."""
@@ -288,7 +290,7 @@ class DataConfig:
                     f"{self.label_column!r} with {self.name}"
                 )
             return
-        given = {key: getattr(self, key) for key in (*SHAPES, "test_size")}
+        given = {key: getattr(self, key) for key in (*SHAPES, "test_size", "views")}
         given["repeats"] = self.repeats if self.repeats > 1 else None
         default = vars(AugmentConfig())
         parts = {key: value for key, value in vars(self.augment).items() if value != default[key]}
@@ -912,7 +914,7 @@ class ResourcesConfig:
     cpu: float = Field(default=1.0, gt=0)
     """CPUs of each worker; fractions are allowed."""
     gpu: float = Field(default=0.0, ge=0)
-    """GPUs of each worker; fractions are allowed with one worker."""
+    """GPUs of each worker: a part of one, or a whole number; with several workers a whole one."""
     wait: Seconds | None = Field(default=None, ge=0)
     """Seconds to wait for a node with these resources; when not given, as long as an autoscaler is
     starting nodes."""

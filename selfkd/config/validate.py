@@ -126,6 +126,9 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
     if resources.workers > 1 and resources.gpu % 1:
         where = locate_key("resources.gpu", sources)
         yield f"{where}: must be whole with several resources.workers, got {resources.gpu:g}"
+    elif resources.gpu > 1 and resources.gpu % 1:  # of which Ray starts nothing
+        where = locate_key("resources.gpu", sources)
+        yield f"{where}: must be whole above 1, got {resources.gpu:g}"
     epochs, warmup = config.train.epochs, config.train.warmup_epochs
     if warmup >= epochs:
         where = locate_key("train.warmup_epochs", sources)

@@ -30,6 +30,10 @@ WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
             "data.repeats: must be at most data.views (2), got 4",
         ),
         (
+            [STRONG, "data.repeats=10"],
+            "data.repeats: must be at most data.views (8, the number when not given), got 10",
+        ),
+        (
             [STRONG, "data.repeats=3"],
             "train.batch_size: must be a multiple of data.repeats (3), got 20",
         ),
@@ -66,6 +70,15 @@ WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
             ["data.name=arrays", "data.root=x.csv", "data.augment={mixup: 0.2}"],
             "data: augment must be left out with name arrays, whose features are no pixels, got "
             "{'mixup': 0.2}",
+        ),
+        (
+            ["data.name=arrays", "data.root=x.csv", "data.views=fresh"],
+            "data: views must be left out with name arrays, whose features are no pixels, got "
+            "'fresh'",
+        ),
+        (
+            ["task=text", "data.views=fresh"],
+            "data.views: only with task images, got 'fresh' with task text",
         ),
         (
             ["data.augment=true"],
@@ -108,6 +121,7 @@ def test_one_message(settings, fault):
         ["data.views=fresh", "distill.live=true"],
         ["data.views=fresh", "rounds=0"],
         [STRONG, "data.repeats=4"],
+        [STRONG, "data.repeats=10", "data.views=fresh", "distill.live=true"],
         [STRONG, "data.augment={magnitude: 15, count: 1, mix_probability: 1}"],
         ["data.views=8"],
         [STRONG, "data.augment.mixup=0", "data.augment.cutmix=0", "distill.terms=[{name: dkd}]"],

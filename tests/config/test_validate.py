@@ -98,8 +98,14 @@ def test_workers_of_one_student_have_whole_gpus(faults):
     assert faults(settings=settings) == [
         "--set: resources.gpu: must be whole with several resources.workers, got 0.5"
     ]
-    for gpu, workers in ((0.5, 1), (0, 2), (2, 2)):
+    for gpu, workers in ((0.5, 1), (1, 1), (2, 1), (0, 2), (2, 2)):
         load_config(settings=[f"resources={{gpu: {gpu}, workers: {workers}}}"])
+
+
+def test_a_trial_has_a_part_of_one_gpu_or_whole_ones(faults):
+    assert faults(settings=["resources.gpu=1.5"]) == [
+        "--set: resources.gpu: must be whole above 1, got 1.5"
+    ]
 
 
 def test_the_warm_up_is_shorter_than_the_training():

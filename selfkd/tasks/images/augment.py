@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from selfkd.config import DataConfig
+from selfkd.config import AUGMENTED_VIEWS, DataConfig
 from selfkd.data.augmentation import Mixing, Operations, Views
 
-AUGMENTED_VIEWS = 8
 FRESH = 2**31
 """Number of views that are never used up."""
 PHOTOGRAPH = 64

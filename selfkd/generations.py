@@ -211,7 +211,7 @@ def _plan(config: Config) -> str:
         confirmed += " without the labels-only baseline"
     given = config.generation_0.path
     first = "on labels" if given is None else f"from {given}"
-    return f"generation 0 {first}, then {again}, {trials} trials each{confirmed}"
+    return f"generation 0 {first}, then {again}, {count(trials, 'trial')} each{confirmed}"
 
 
 def _describe(

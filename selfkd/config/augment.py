@@ -46,6 +46,8 @@ def augment_faults(config: Config, *, distils: bool) -> Iterator[tuple[str, str]
             f"must be left out with data.transfer, whose images are compared with those of test, "
             f"got {data.test_size}",
         )
+    if data.flip and data.augment.flip is False:
+        yield "data.augment.flip", "must be true with data.flip true, got False: leave out one"
     yield from _repeats_faults(config)
     yield from _idle_faults(data.augment)
     if not data.augment.mixes:

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from selfkd.config import AugmentConfig
 from selfkd.experiments.run_folder import BEST
 from selfkd.reporting import tables, words
 from selfkd.reporting.figures.style import Figure, colour
@@ -216,6 +217,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("data", str(run.get("data.name", ""))),
         (f"train / val / test {run.data.unit}", split),
         ("transfer set", f"{run.facts.transfer:,}" if run.facts and run.facts.transfer else ""),
+        ("augmentation", _augmentation(run)),
+        ("side at test", str(run.get("data.test_size") or "")),
         ("model", model),
         ("parameters", size),
         ("models trained", str(run.trained)),
@@ -224,6 +227,22 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("started", str(started or "")[:16].replace("T", " ")),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _augmentation(run: Run) -> str:
+    """Return in words what a config does to training images; of a study, where no arm differs."""
+    own, default = run.get("data.augment"), vars(AugmentConfig())
+    given = {key: run.get(f"data.{key}") for key in ("crop", "flip", "jitter")}
+    given = {key: value for key, value in given.items() if value}
+    if isinstance(own, Mapping):
+        given |= {key: own[key] for key in default if own.get(key, default[key]) != default[key]}
+    views = {key: run.get(f"data.{key}") for key in ("views", "repeats")} if given else {}
+    views = {key: value for key, value in views.items() if value not in (None, 1)}
+    preset = [str(given.pop("preset"))] if "preset" in given else []
+    said = {True: "", False: "no "}
+    parts = [f"{said[value]}{key}" if isinstance(value, bool) else f"{key} {value}"
+             for key, value in (given | views).items()]  # fmt: skip
+    return ", ".join([*preset, *parts])
 
 
 def _times(run: Run) -> list[tuple[str, str]]:

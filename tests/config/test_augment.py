@@ -81,6 +81,10 @@ WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
             "data.views: only with task images, got 'fresh' with task text",
         ),
         (
+            ["data.flip=true", "data.augment={preset: light, flip: false}"],
+            "data.augment.flip: must be true with data.flip true, got False: leave out one",
+        ),
+        (
             ["data.augment=true"],
             "data.augment.preset: must be 'none', 'light' or 'strong', got True",
         ),

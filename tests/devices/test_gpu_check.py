@@ -67,6 +67,9 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on(monkeypatch, capsys) ->
     assert check.main(["--device", "cpu", "--quick"]) == 1
 
     said = capsys.readouterr().out
+    assert (
+        "one tiny network stands for those that are named, so times and rates say nothing" in said
+    )
     assert "| FAILED: losses | apart by 3 |  |" in said
     assert "| views bit-equal to those of the CPU | 9 of 9 |  |" in said
     assert said.rstrip().endswith("failed: losses")

@@ -492,3 +492,29 @@ def test_nothing_is_left_of_a_report_that_could_not_be_written(tmp_path: Path) -
     with pytest.raises(ConfigError):
         write_report(path)
     assert sorted(path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ((), ""),
+        (
+            ("data.augment={preset: strong, mixup: 0.2}", "data.views=2"),
+            "strong, mixup 0.2, views 2",
+        ),
+        (
+            ("data.augment={preset: light, flip: false}", "data.repeats=2"),
+            "light, no flip, repeats 2",
+        ),
+        (("data.flip=true", "data.jitter=2", "data.views=4"), "flip, jitter 2, views 4"),
+    ],
+)
+def test_a_page_says_how_training_images_were_augmented(
+    tmp_path: Path, settings: tuple[str, ...], said: str
+) -> None:
+    path = generations_run(tmp_path / "run", rounds=1, settings=(*settings, "data.test_size=12"))
+
+    facts = write_report(path).read_text().partition("<dl")[2].partition("</dl>")[0]
+
+    shown = dict(re.findall(r"<dt[^>]*>(.*?)</dt>\s*<dd[^>]*>(.*?)</dd>", facts, re.S))
+    assert (shown.get("augmentation", ""), shown["side at test"]) == (said, "12")

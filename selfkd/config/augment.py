@@ -47,7 +47,10 @@ def augment_faults(config: Config, *, distils: bool) -> Iterator[tuple[str, str]
             f"got {data.test_size}",
         )
     if data.flip and data.augment.flip is False:
-        yield "data.augment.flip", "must be true with data.flip true, got False: leave out one"
+        yield (
+            "data.augment.flip",
+            "must be true with data.flip true, got False: set data.flip=false",
+        )
     yield from _repeats_faults(config)
     yield from _idle_faults(data.augment)
     if not data.augment.mixes:

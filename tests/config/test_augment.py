@@ -82,7 +82,7 @@ WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
         ),
         (
             ["data.flip=true", "data.augment={preset: light, flip: false}"],
-            "data.augment.flip: must be true with data.flip true, got False: leave out one",
+            "data.augment.flip: must be true with data.flip true, got False: set data.flip=false",
         ),
         (
             ["data.augment=true"],

@@ -33,7 +33,8 @@ def make_views(config: DataConfig, *, seed: int, channels: int, size: int) -> Vi
     own = config.augment
     crop, jitter, flip = config.crop, config.jitter, config.flip
     if own.preset != "none" and crop is None and not jitter:
-        crop, jitter = (CROP, 0) if size >= PHOTOGRAPH else (None, size // 8)
+        shift = min(max(1, size // 8), size - 1)  # none would leave small grey images as they are
+        crop, jitter = (CROP, 0) if size >= PHOTOGRAPH else (None, shift)
     if own.flip is not None:
         flip = own.flip
     elif own.preset != "none":

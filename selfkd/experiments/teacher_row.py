@@ -78,7 +78,8 @@ def teacher_beside(
 
     def take(outcome: Outcome) -> None:
         if outcome.error is not None:  # no reason to lose what was trained
-            run.events(Message(f"no soft targets for the report: {outcome.error}"))
+            why = str(outcome.error).removeprefix("ValueError: ")
+            run.events(Message(f"no soft targets for the report: {why}"))
             return
         row = {**outcome.row, "teacher": teacher, "students": students, "hashes": hashes}
         save_row(path, from_row(TeacherTargets, row))

@@ -42,14 +42,21 @@ def read_targets(
 
     Raises:
         FileNotFoundError: The logits are not cached, or not any more.
-        ValueError: What is cached is damaged, or no item has a label.
+        ValueError: What is cached is damaged, or no item has one label.
     """
     hashes = [teacher["hash"] for teacher in teachers]
     manifest, distill = task.manifest(hashes[0], {}), task.config.distill
     stored = open_store(as_path(targets), hashes, data=manifest.data)
+    labels = task.cached_labels()
+    mixed = int((labels < 0).sum()) if task.config.data.augment.mixes else 0
+    if mixed == len(labels):
+        raise ValueError(
+            f"all {mixed:,} training images are mixed with another in their first view, which has "
+            "not one label"
+        )
     found = measure_targets(
         lambda items: stored(items, 0),
-        task.cached_labels(),
+        labels,
         classes=stored.classes,
         temperatures=temperatures,
         temperature=temperature,
@@ -57,7 +64,13 @@ def read_targets(
         weights=weights_of(teachers),
         most_values=most_values // stored.members,
     )
-    return replace(_named(found, task), hashes=tuple(hashes))
+    notes = found.notes
+    if mixed:
+        notes += (
+            f"{mixed:,} of {len(labels):,} training images are left out, as their first view is "
+            "mixed with another image",
+        )
+    return replace(_named(found, task), hashes=tuple(hashes), notes=notes)
 
 
 def _named(found: TeacherTargets, task: Task) -> TeacherTargets:

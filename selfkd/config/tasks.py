@@ -248,6 +248,10 @@ def tries_teachers(config: Config) -> bool:
     return any(choices_of_terms(config)) or any(start != "fresh" for start in starts)
 
 
+_LAST = "train.channels_last"
+_OF_STEP = {_LAST, "train.fused", "train.optimizer"}
+
+
 def _fused_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield faults of a fused step that is asked for and that an optimiser does not have.
 
@@ -255,18 +259,25 @@ def _fused_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         config: Config to check.
         sources: Where dotted keys were given, for messages.
     """
-    if config.task == "text" and True in values_of(config, "train.channels_last", arms=True):
-        where = locate_key("train.channels_last", sources)
-        yield f"{where}: must be false with task text, got true"
-    if True not in values_of(config, "train.fused", arms=True):
-        return
-    without = [n for n in values_of(config, "train.optimizer", arms=True) if n not in FUSED]
-    if without:
-        where = locate_key("train.fused", sources)
-        yield (
-            f"{where}: must be false with train.optimizer {without[0]}, which has no fused step, "
-            f"got true: {', '.join(FUSED)} have one"
-        )
+    places: dict[str, Mapping[str, Any]] = {"": {}}
+    places |= {f"study.arms.{name}.set: ": arm.set for name, arm in config.study.arms.items()}
+    for place, own in places.items():
+
+        def found(key: str, own: Mapping[str, Any] = own) -> list[Any]:
+            return [own[key]] if key in own else values_of(config, key)
+
+        if place and not own.keys() & _OF_STEP:  # of which nothing new is to be said
+            continue
+        if config.task == "text" and True in found(_LAST):
+            where = f"{place}{_LAST}" if place else locate_key(_LAST, sources)
+            yield f"{where}: must be false with task text, got true"
+        without = [each for each in found("train.optimizer") if each not in FUSED]
+        if True in found("train.fused") and without:
+            where = f"{place}train.fused" if place else locate_key("train.fused", sources)
+            yield (
+                f"{where}: must be false with train.optimizer {without[0]}, which has no fused "
+                f"step, got true: {', '.join(FUSED)} have one"
+            )
 
 
 def values_of(config: Config, key: str, *, arms: bool = False) -> list[Any]:

@@ -74,6 +74,16 @@ def test_an_optimiser_without_a_fused_step_gets_none_and_is_refused_by_name() ->
         load_config(settings=["task=text", "train.channels_last=true"])
 
 
+def test_an_arm_without_a_fused_step_is_named_and_others_may_have_one() -> None:
+    mixed = "study.arms={a: {set: {train.fused: true}}, b: {set: {train.optimizer: lamb}}}"
+    assert load_config(settings=[mixed]).study.arms["a"].set == {"train.fused": True}
+    both = "study.arms={a: {}, b: {set: {train.optimizer: lamb, train.fused: true}}}"
+    with pytest.raises(ConfigError, match=r"^study.arms.b.set: train.fused: must be false with"):
+        load_config(settings=[both])
+    with pytest.raises(ConfigError, match=r"^study.arms.b.set: train.fused: must be false with"):
+        load_config(settings=["train.fused=true", mixed])
+
+
 def test_the_optimisers_with_a_fused_step_are_torchs() -> None:
     known = []
     for name in list_optimizers():

@@ -73,6 +73,33 @@ def test_waiting_for_other_runs_is_said_once(
     assert said == ["no free resources: other runs hold the cluster; waiting for 1 CPU, 0 GPU"]
 
 
+def test_closing_stops_what_runs(cluster: None) -> None:
+    """As after Ctrl-C: leaving the pool while a long job runs does not wait for it.
+
+    Before the pool of this module has taken all CPUs, too.
+    """
+    failure: list[BaseException] = []
+    runs = threading.Event()
+
+    class Watched(Batch):
+        def report(self, job: Job, rows: Any) -> None:
+            runs.set()
+
+    def wait(pool: Pool) -> None:
+        try:
+            pool.run(Watched([Job("train", {"name": "long", "epochs": 10_000, "pause": 0.1})]))
+        except RuntimeError as error:
+            failure.append(error)
+
+    with Pool(ENTRY, cpu=1, gpu=0, warm=1) as pool:
+        waiter = threading.Thread(target=wait, args=(pool,))
+        waiter.start()
+        assert runs.wait(timeout=600)
+    waiter.join(timeout=600)
+    assert not waiter.is_alive()
+    assert "stopped before the jobs were done" in str(failure[0])
+
+
 @pytest.mark.parametrize(
     ("states", "is_said", "is_settled"),
     [
@@ -387,28 +414,3 @@ def test_an_error_of_the_jobs_ends_the_batch(pool: Pool) -> None:
     with pytest.raises(OSError, match="no space left on device"):
         pool.run(Broken([Job("train", {"name": "a"})]))
     pool.run(jobs(2))  # and the pool goes on
-
-
-def test_closing_stops_what_runs(cluster: None) -> None:
-    """As after Ctrl-C: leaving the pool while a long job runs does not wait for it."""
-    failure: list[BaseException] = []
-    runs = threading.Event()
-
-    class Watched(Batch):
-        def report(self, job: Job, rows: Any) -> None:
-            runs.set()
-
-    def wait(pool: Pool) -> None:
-        try:
-            pool.run(Watched([Job("train", {"name": "long", "epochs": 10_000, "pause": 0.1})]))
-        except RuntimeError as error:
-            failure.append(error)
-
-    # the other pool of this module holds both CPUs
-    with Pool(ENTRY, cpu=0.001, gpu=0, warm=1) as pool:
-        waiter = threading.Thread(target=wait, args=(pool,))
-        waiter.start()
-        assert runs.wait(timeout=600)
-    waiter.join(timeout=600)
-    assert not waiter.is_alive()
-    assert "stopped before the jobs were done" in str(failure[0])

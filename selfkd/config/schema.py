@@ -66,6 +66,7 @@ SOURCE_ARGS = (*RESERVED_ARGS, "path")
 MOST_VIEWS = 10_000
 AUGMENTED_VIEWS = 8
 """Number of augmented views of each image where `data.views` is not given."""
+LARGEST_SIDE = 4096  # pixels: two images of more take a network minutes, and its memory
 SHAPES = ("image_size", "crop", "flip", "jitter")
 ARRAYS = "arrays"
 """Name of the data set whose items are vectors of features."""
@@ -219,9 +220,10 @@ class DataConfig:
     """Share of the training labels that are drawn anew, in [0, 1): uniformly from the classes that
     are trained on, the right one among them. By `seed`, the same in all trials and generations;
     validation and test keep their labels."""
-    image_size: int | None = Field(default=None, ge=1)
-    """Side in pixels to which images are resized and cropped; when not given, that of the dataset,
-    and of a folder or timm dataset the median of its training images' shorter sides, at most 64."""
+    image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)
+    """Side in pixels to which images are resized and cropped, at most 4096; when not given, that of
+    the dataset, and of a folder or timm dataset the median of its training images' shorter sides,
+    at most 64."""
     in_memory: bool | None = None
     """Whether to hold all images in memory rather than decode them batch by batch; when not given,
     up to 2 GB are held."""
@@ -242,7 +244,7 @@ class DataConfig:
     repeats: int = Field(default=1, ge=1, le=100)
     """Repeated augmentation: number of views of an image in a batch. An epoch has as many steps as
     with 1, on a part of the images. `train.batch_size` must be a multiple of it."""
-    test_size: int | None = Field(default=None, ge=1)
+    test_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)
     """Side in pixels of the images of validation and test, and of those that a trained model is
     given; that of the training images when not given. After random resized crops, a larger one than
     in training is often better."""

@@ -85,6 +85,14 @@ WAY = "leave it out, or set data.augment.mixup and data.augment.cutmix to 0"
             "data.augment.flip: must be true with data.flip true, got False: set data.flip=false",
         ),
         (
+            ["data.test_size=30000"],
+            "data.test_size: must be less than or equal to 4096, got 30000",
+        ),
+        (
+            ["data.image_size=4097"],
+            "data.image_size: must be less than or equal to 4096, got 4097",
+        ),
+        (
             ["data.augment=true"],
             "data.augment.preset: must be 'none', 'light' or 'strong', got True",
         ),

@@ -292,8 +292,9 @@ class DataConfig:
                     f"{self.label_column!r} with {self.name}"
                 )
             return
-        given = {key: getattr(self, key) for key in (*SHAPES, "test_size", "views")}
-        given["repeats"] = self.repeats if self.repeats > 1 else None
+        given = {key: getattr(self, key) for key in (*SHAPES, "test_size")}
+        for key in ("views", "repeats"):
+            given[key] = None if getattr(self, key) == 1 else getattr(self, key)
         default = vars(AugmentConfig())
         parts = {key: value for key, value in vars(self.augment).items() if value != default[key]}
         given["augment"] = parts["preset"] if parts.keys() == {"preset"} else parts

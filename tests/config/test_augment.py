@@ -136,12 +136,13 @@ def test_one_message(settings, fault):
         [STRONG, "data.repeats=10", "data.views=fresh", "distill.live=true"],
         [STRONG, "data.augment={magnitude: 15, count: 1, mix_probability: 1}"],
         ["data.views=8"],
+        ["data={name: arrays, root: x.csv, views: 1, repeats: 1}"],
         [STRONG, "data.augment.mixup=0", "data.augment.cutmix=0", "distill.terms=[{name: dkd}]"],
         [STRONG, "controls=[seeds, dkpp, label_smoothing, hard]", "confirm.seeds=3"],
     ],
 )
 def test_what_goes_together(settings):
-    assert load_config(settings=settings).data.views in (None, "fresh", 8)
+    assert load_config(settings=settings).data.views in (None, "fresh", 1, 8)
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,10 @@ def settings_faults(config: Config, sources: Mapping[str, str]) -> Iterator[str]
         where = locate_key("search.algorithm", sources)
         yield f"{where}: optuna is not installed: pip install 'selfkd[optuna]'"
     resources = config.resources
-    if resources.workers > 1 and resources.gpu % 1:
+    if resources.gpu % 1 and (resources.workers > 1 or resources.gpu > 1):  # Ray refuses 1.5
         where = locate_key("resources.gpu", sources)
-        yield f"{where}: must be whole with several resources.workers, got {resources.gpu:g}"
-    elif resources.gpu > 1 and resources.gpu % 1:  # of which Ray starts nothing
-        where = locate_key("resources.gpu", sources)
-        yield f"{where}: must be whole above 1, got {resources.gpu:g}"
+        when = "with several resources.workers" if resources.workers > 1 else "above 1"
+        yield f"{where}: must be whole {when}, got {resources.gpu:g}"
     epochs, warmup = config.train.epochs, config.train.warmup_epochs
     if warmup >= epochs:
         where = locate_key("train.warmup_epochs", sources)

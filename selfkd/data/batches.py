@@ -210,7 +210,7 @@ def batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if views is not None and not 0 <= view < views.count:
         raise ValueError(f"view must be in [0, {views.count}), got {view}")
-    order = split.index if rows is None else torch.tensor(rows)
+    order = split.index if rows is None else torch.arange(rows.start, rows.stop, rows.step)
     if generator is not None:
         shuffle = torch.randperm(len(order), generator=generator, device=generator.device)
         order = order[shuffle.cpu()]

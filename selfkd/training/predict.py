@@ -108,7 +108,7 @@ def predict_batches(
             view=view,
             device=device,
             workers=workers,
-            rows=rows if left == items else left,
+            rows=left,
             channels_last=channels_last,
         )
         for inputs, _, _ in batches:

@@ -156,23 +156,19 @@ class CachedTrainer(ProjectionTrainer):
         make = super()._get_dataloader
         if dataset is not self.train_dataset:
             return make(dataset, description, batch_size, sampler_fn, **further)
-        own = self.data_collator
-        if self.targets is None:
-            self.data_collator = self._with_copies(own, dataset)
-            try:
-                return make(dataset, description, batch_size, sampler_fn, **further)
-            finally:
-                self.data_collator = own
-        given, collate = dataset, own
-        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
-            given = self._remove_unused_columns(dataset, description=description)
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description=description)
-        index = self.targets.index if isinstance(self.targets, TokenTargets) else None
-        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        self.data_collator = self._with_copies(RowsCollate(collate, index), dataset)
+        own, given, sampler = self.data_collator, dataset, sampler_fn
+        collate = own
+        if self.targets is not None:
+            if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+                given = self._remove_unused_columns(dataset, description=description)
+            else:
+                collate = self._get_collator_with_removed_columns(own, description=description)
+            index = self.targets.index if isinstance(self.targets, TokenTargets) else None
+            given, collate = NumberedItems(given), RowsCollate(collate, index)
+            sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        self.data_collator = self._with_copies(collate, dataset)
         try:
-            return make(NumberedItems(given), description, batch_size, sampler, **further)
+            return make(given, description, batch_size, sampler, **further)
         finally:
             self.data_collator = own
 

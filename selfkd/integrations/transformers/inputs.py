@@ -18,6 +18,7 @@ from selfkd.distill.signature import signature_of as signature_of
 from selfkd.distill.signature import without_cache
 from selfkd.distill.tasks import Task
 from selfkd.distill.teacher import Ensemble, Teacher
+from selfkd.integrations.transformers.host import HOST
 from selfkd.soft_targets.tokens import IGNORED as IGNORED
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -38,7 +39,7 @@ def select_inputs(
     Labels are kept for an encoder-decoder, which makes inputs from them.
     """
     names, takes_any = signature_of(model)
-    labels = {*LABEL_COLUMNS, "shift_labels", "soft_target_rows", "soft_target_host", *label_names}
+    labels = {*LABEL_COLUMNS, "shift_labels", "soft_target_rows", HOST, *label_names}
     if is_encoder_decoder(model):
         labels.discard("labels")
     return {
